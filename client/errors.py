@@ -1,0 +1,142 @@
+"""Everything that can go wrong, as exceptions.
+
+MillraceError
+├── InvalidRequest (ValueError)         refused by submit; nothing was queued
+├── QueueFull                           refused by submit; nothing was queued
+├── RedisUnreachable (ConnectionError)  Redis did not answer
+├── UnknownJob (KeyError)               no job has this id, or its record has expired
+├── ResultTimeout (TimeoutError)        no result yet; the job goes on
+│   └── NoWorker                        ... and no worker serves the queue
+└── JobError                            the job ended without a result
+    ├── JobFailed                       `code` says why
+    ├── JobCancelled
+    └── JobExpired                      its timeout_s passed
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class MillraceError(Exception):
+    """The base of all errors of millrace."""
+
+
+class InvalidRequest(MillraceError, ValueError):
+    """Raised when a request can be known wrong before it is queued.
+
+    Attributes:
+        field: the parameter at fault, for example `max_tokens`.
+        value: what was given, shortened; prompts are never quoted.
+        expected: what would be right.
+    """
+
+    def __init__(self, field: str, value: str, expected: str) -> None:
+        super().__init__(field, value, expected)
+        self.field, self.value, self.expected = field, value, expected
+
+    def __str__(self) -> str:
+        return f"{self.field}: got {self.value}; expected {self.expected}"
+
+
+class QueueFull(MillraceError):
+    """Raised when the queue already holds as many jobs as `MILLRACE_MAX_QUEUE` allows."""
+
+    def __init__(self, queue: str, depth: int, limit: int) -> None:
+        super().__init__(queue, depth, limit)
+        self.queue, self.depth, self.limit = queue, depth, limit
+
+    def __str__(self) -> str:
+        return (
+            f"queue {self.queue} holds {self.depth} jobs and takes at most {self.limit}; "
+            "try again later, add workers, or raise MILLRACE_MAX_QUEUE"
+        )
+
+
+class RedisUnreachable(MillraceError, ConnectionError):
+    """Raised when Redis cannot be reached; the URL in the message carries no password."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(url, reason)
+        self.url, self.reason = url, reason
+
+    def __str__(self) -> str:
+        return f"Redis at {self.url} cannot be reached ({self.reason}); start it, or set MILLRACE_REDIS_URL"
+
+
+class UnknownJob(MillraceError, KeyError):
+    """Raised when no job has this id: it was never submitted here, or its record has expired."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+    def __str__(self) -> str:
+        return (
+            f"no job {self.job_id!r} on this Redis: the id is wrong, another MILLRACE_REDIS_URL is meant, "
+            "or its record has expired (MILLRACE_RESULT_TTL_S)"
+        )
+
+
+class ResultTimeout(MillraceError, TimeoutError):
+    """Raised when the wait for a result was longer than its timeout. The job goes on; ask again."""
+
+    def __init__(self, job_id: str, timeout_s: float, state: str) -> None:
+        super().__init__(job_id, timeout_s, state)
+        self.job_id, self.timeout_s, self.state = job_id, timeout_s, state
+
+    def __str__(self) -> str:
+        return f"job {self.job_id} is still {self.state} after {self.timeout_s:g} s; it goes on, ask again"
+
+
+class NoWorker(ResultTimeout):
+    """Raised like `ResultTimeout` when, on top, no worker serves the job's queue."""
+
+    def __init__(self, job_id: str, timeout_s: float, state: str, queue: str = "") -> None:
+        super().__init__(job_id, timeout_s, state)
+        self.args = (job_id, timeout_s, state, queue)
+        self.queue = queue
+
+    def __str__(self) -> str:
+        return (
+            f"job {self.job_id} is still {self.state} after {self.timeout_s:g} s and no worker serves queue "
+            f"{self.queue}; the job waits there: start one with `celery -A worker worker`"
+        )
+
+
+class JobError(MillraceError):
+    """The job ended without a result.
+
+    Attributes:
+        code: a short fixed word, for example `context_length_exceeded`.
+        message: what happened and what to do.
+        job: the `client.Job`, where known.
+        partial: the texts computed so far, one a sample; may be empty.
+    """
+
+    code = "error"
+
+    # The arguments are what Celery's JSON result record keeps, so an AsyncResult raises the same exception.
+    def __init__(self, code: str = "", message: str = "", partial: list[str] | None = None) -> None:
+        super().__init__(code or self.code, message, partial or [])
+        self.code, self.message, self.partial = code or self.code, message, partial or []
+        self.job: Any = None
+
+    def __str__(self) -> str:
+        return f"{self.message} [{self.code}]"
+
+
+class JobFailed(JobError):
+    """Raised when the job could not be computed; `code` says why."""
+
+
+class JobCancelled(JobError):
+    """Raised when the job was cancelled."""
+
+    code = "cancelled"
+
+
+class JobExpired(JobError):
+    """Raised when the job was not done within its `timeout_s`."""
+
+    code = "expired"

@@ -1,0 +1,49 @@
+"""Every name that millrace uses in Redis, as functions. All keys lie under `PREFIX`."""
+
+from __future__ import annotations
+
+PREFIX = "millrace:"
+
+#: Celery's own prefix of result records, fixed there (celery.backends.base.KeyValueStoreBackend).
+_RESULT = "celery-task-meta-"
+
+#: Public priority -> Celery's number on Redis, where 0 is first and steps are 0, 3, 6, 9.
+PRIORITIES = {"interactive": 0, "normal": 3, "bulk": 9}
+
+_STEP_SEPARATOR = "\x06\x16"  # kombu's, between a queue's name and its priority step
+
+
+def queue(model_name: str) -> str:
+    """The Celery queue of a model, as Celery names it (without `PREFIX`)."""
+    return f"millrace.{model_name}"
+
+
+def queue_lists(model_name: str) -> list[str]:
+    """The Redis lists in which a model's jobs wait, most urgent first: one for each priority step of kombu."""
+    name = PREFIX + queue(model_name)
+    return [name if step == 0 else f"{name}{_STEP_SEPARATOR}{step}" for step in (0, 3, 6, 9)]
+
+
+def job(job_id: str) -> str:
+    """Hash: the life of a job until its result is there."""
+    return f"{PREFIX}job:{job_id}"
+
+
+def result(job_id: str) -> str:
+    """String: Celery's result record, JSON; the truth about how a job ended."""
+    return f"{PREFIX}{_RESULT}{job_id}"
+
+
+def cancel(job_id: str) -> str:
+    """String: a request to cancel the job."""
+    return f"{PREFIX}cancel:{job_id}"
+
+
+def worker(name: str) -> str:
+    """Hash with a short life: what a worker last said of itself."""
+    return f"{PREFIX}worker:{name}"
+
+
+def workers() -> str:
+    """Sorted set: names of workers by the time of their last word."""
+    return f"{PREFIX}workers"

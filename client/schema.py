@@ -1,0 +1,290 @@
+"""What goes over the wire, both ways. JSON only; a request with a field that is not listed here is refused.
+
+`SCHEMA_VERSION` rises when an old worker could misread a new request. New optional fields get defaults, so that
+messages and results which are already in Redis still decode after an upgrade.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from client.errors import InvalidRequest
+
+SCHEMA_VERSION = 1
+TASK_NAME = "millrace.generate"
+
+MAX_PROMPT_BYTES = 65_536  # GPT-2 reads 1,024 tokens, some 5 kB of English
+MAX_PROMPT_TOKENS = 16_384
+MAX_STOP_BYTES = 1_024
+MAX_LOGPROBS = 20
+
+Priority = Literal["interactive", "normal", "bulk"]
+State = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
+
+#: Names that other libraries give to our parameters.
+_ALIASES = {
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "num_return_sequences": "n",
+    "stop_strings": "stop",
+    "stop_sequences": "stop",
+    "eos_token_id": "stop_token_ids",
+    "inputs": "prompt",
+    "text": "prompt",
+    "details": "logprobs",
+    "timeout": "timeout_s",
+}
+_ADVICE = {"do_sample": "temperature=0 is greedy, anything above samples"}
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of numpy, torch and pandas as the Python values they hold."""
+    if hasattr(value, "tolist") and not isinstance(value, (str, bytes)):
+        return value.tolist()
+    return value
+
+
+def _whole(value: Any) -> Any:
+    value = _plain(value)
+    if isinstance(value, (bool, float)):
+        return value  # strict int refuses both
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
+def _string_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else _plain(value)
+
+
+def _bias_map(value: Any) -> Any:
+    """JSON has no integer keys: take '50256' for 50256."""
+    if not isinstance(value, dict):
+        return value
+    return {int(k) if isinstance(k, str) and k.isascii() and k.isdecimal() else _whole(k): v for k, v in value.items()}
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+Float = Annotated[float, BeforeValidator(_plain)]
+
+
+class SamplingParams(BaseModel):
+    """How tokens are chosen. Names, defaults and ranges are those of the OpenAI completions API and of vLLM."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    max_tokens: Int = Field(16, ge=0, le=1_000_000, description="a whole number of at least 1 (0 only with echo)")
+    temperature: Float = Field(1.0, ge=0, le=2, description="a number from 0 (always the likeliest token) to 2")
+    top_p: Float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1 (1 is off)")
+    top_k: Int = Field(0, ge=-1, description="a whole number of at least 1, or 0 or -1 for off")
+    min_p: Float = Field(0.0, ge=0, le=1, description="a number from 0 (off) to 1")
+    n: Int = Field(1, ge=1, le=128, description="a whole number from 1 to 128")
+    stop: Annotated[list[str], BeforeValidator(_string_list)] = Field(
+        default_factory=list, max_length=16, description="one to 16 strings, none empty, at most 1,024 bytes each"
+    )
+    seed: Int | None = Field(None, ge=-(2**63), lt=2**63, description="a whole number of 64 bits, or None")
+    logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="a whole number from 0 to 20, or None")
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias_map)] = Field(
+        default_factory=dict,
+        max_length=1024,
+        description="a map of at most 1,024 token ids to numbers from -100 to 100",
+    )
+    presence_penalty: Float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
+    frequency_penalty: Float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
+    repetition_penalty: Float = Field(1.0, gt=0, le=100, description="a number above 0, at most 100 (1 is off)")
+    echo: bool = Field(False, description="True or False")
+    min_tokens: Int = Field(0, ge=0, description="a whole number from 0 to max_tokens")
+    ignore_eos: bool = Field(False, description="True or False")
+    stop_token_ids: Annotated[list[Int], BeforeValidator(_plain)] = Field(
+        default_factory=list, max_length=64, description="at most 64 token ids"
+    )
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, value: list[str]) -> list[str]:
+        for text in value:
+            if not text or len(_utf8("stop", text)) > MAX_STOP_BYTES:
+                raise ValueError("empty or long")
+        return value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _check_bias(cls, value: dict[int, float]) -> dict[int, float]:
+        if not all(token >= 0 and abs(bias) <= 100 for token, bias in value.items()):
+            raise ValueError("range")
+        return value
+
+    @field_validator("stop_token_ids")
+    @classmethod
+    def _check_stop_ids(cls, value: list[int]) -> list[int]:
+        if any(token < 0 for token in value):
+            raise ValueError("range")
+        return value
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> SamplingParams:
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("max_tokens", "0", _expected("max_tokens"))
+        if self.min_tokens > self.max_tokens:
+            raise InvalidRequest("min_tokens", str(self.min_tokens), f"at most max_tokens, which is {self.max_tokens}")
+        return self
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature < 1e-6
+
+
+class GenerateRequest(SamplingParams):
+    """One job as the worker gets it: a prompt, how to sample, and until when it is of use."""
+
+    schema_version: Literal[1] = 1
+    prompt: Annotated[str | list[Int], BeforeValidator(_plain)] = Field(
+        description=f"text of at most {MAX_PROMPT_BYTES} bytes in UTF-8, or a list of 1 to {MAX_PROMPT_TOKENS} ids"
+    )
+    priority: Priority = Field("normal", description="'interactive', 'normal' or 'bulk'")
+    #: Unix time after which nobody wants the result; None is never.
+    expires_at: float | None = Field(None, description="a Unix time or None")
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, value: str | list[int]) -> str | list[int]:
+        expected = _expected("prompt")
+        if isinstance(value, str):
+            size = len(_utf8("prompt", value))
+            if size > MAX_PROMPT_BYTES:
+                raise InvalidRequest("prompt", f"text of {size} bytes", expected)
+        elif not 1 <= len(value) <= MAX_PROMPT_TOKENS:
+            raise InvalidRequest("prompt", f"a list of {len(value)} token ids", expected)
+        elif (least := min(value)) < 0:
+            raise InvalidRequest("prompt", f"a list with token id {least}", expected)
+        return value
+
+    def to_wire(self) -> dict[str, Any]:
+        """The JSON object that goes into the message: the version and what differs from the defaults."""
+        return {"schema_version": self.schema_version, **self.model_dump(mode="json", exclude_defaults=True)}
+
+
+class TopLogprob(BaseModel):
+    """A token that could have stood here."""
+
+    token_id: int
+    token: str
+    logprob: float
+
+
+class TokenLogprob(BaseModel):
+    """A token with its natural log probability under the model itself: before penalties, temperature and cuts."""
+
+    token_id: int
+    token: str
+    #: None for the first token of an echoed prompt: nothing stands before it.
+    logprob: float | None
+    top: list[TopLogprob] = []
+
+
+class Choice(BaseModel):
+    """One sample. With `echo`, text, token_ids and logprobs begin with the prompt's."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+    #: The stop string or stop token id that ended it; None at end-of-text and at max_tokens.
+    stop_reason: str | int | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+
+class Usage(BaseModel):
+    """Tokens read and written, all samples together; a stop token counts as written."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Timings(BaseModel):
+    """Seconds in the worker: waiting for a slot, from the slot to the first token, and from there to the end."""
+
+    waiting_s: float
+    prefill_s: float
+    decode_s: float
+
+
+class Result(BaseModel):
+    """What a job came to. `text` is the first choice's."""
+
+    model_config = ConfigDict(extra="ignore")  # a newer worker may say more
+
+    schema_version: int = SCHEMA_VERSION
+    id: str
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    seed: int
+    timings: Timings
+    #: The software, hardware and weights that made it; equal fingerprints give equal results.
+    fingerprint: str = ""
+
+    @property
+    def text(self) -> str:
+        """The text of the first choice."""
+        return self.choices[0].text
+
+
+def parse_request(fields: dict[str, Any]) -> GenerateRequest:
+    """A request from outside, checked.
+
+    Raises:
+        InvalidRequest: naming the first field at fault, its value, and what would be right.
+    """
+    for name in fields:
+        if name not in GenerateRequest.model_fields:
+            raise InvalidRequest(str(name), _show(fields[name]), _advice(str(name)))
+    try:
+        return GenerateRequest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, InvalidRequest):
+            raise cause from None
+        name = str(first["loc"][0]) if first["loc"] else "request"
+        value = fields.get(name, "nothing") if first["type"] == "missing" else _show(fields.get(name), name)
+        raise InvalidRequest(name, str(value), _expected(name)) from None
+
+
+def _expected(name: str) -> str:
+    field = GenerateRequest.model_fields.get(name)
+    return (field and field.description) or "another value"
+
+
+def _advice(name: str) -> str:
+    if name in _ADVICE:
+        return f"no such parameter; {_ADVICE[name]}"
+    public = sorted(set(GenerateRequest.model_fields) - {"schema_version", "expires_at"} | {"timeout_s", "id", "model"})
+    near = _ALIASES.get(name) or next(iter(difflib.get_close_matches(name, public, n=1, cutoff=0.6)), None)
+    return f"no such parameter; did you mean {near}?" if near else f"one of {', '.join(public)}"
+
+
+def _show(value: Any, name: str = "") -> str:
+    """A value for an error message: short, and a prompt only by its kind."""
+    if name == "prompt":
+        return f"a value of type {type(value).__name__}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _utf8(name: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        at = f"an unpaired surrogate U+{ord(text[error.start]):04X} at character {error.start}"
+        raise InvalidRequest(name, at, "text that is valid Unicode; decode it with the right encoding first") from None

@@ -1,0 +1,5 @@
+"""Settings and logging, shared by every process of millrace."""
+
+from config.settings import Settings, SettingsError, load_settings
+
+__all__ = ["Settings", "SettingsError", "load_settings"]

@@ -1,0 +1,148 @@
+"""Settings, read once from `MILLRACE_*` environment variables. `config/dev.env` lists them with comments."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+PREFIX = "MILLRACE_"
+DEFAULT_REDIS_URL = "redis://localhost:6379/0"
+URL_SCHEMES = ("redis", "rediss", "unix", "sentinel")
+
+
+class SettingsError(ValueError):
+    """Raised when a setting is unknown or has a value it cannot have; the message names it and says what is right."""
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Immutable; build another with `model_copy(update=...)`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    model: str = Field("demo", description="'demo', a GPT-2 size by name, a hub id, or a directory", min_length=1)
+    served_name: str | None = Field(None, description="a name of letters, digits, '.', '_' and '-'")
+    #: None: the embedded server if one runs, else DEFAULT_REDIS_URL.
+    redis_url: str | None = Field(None, description="a URL as redis://host:6379/0, rediss://... or unix:///path")
+    device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="'auto', 'float32', 'bfloat16' or 'float16'"
+    )
+    slots: int = Field(64, description="a whole number from 1 to 4096", ge=1, le=4096)
+    #: None: as many positions as the model has.
+    max_context: int | None = Field(None, description="a whole number of at least 2", ge=2)
+    #: None: room for every slot at full length, but at most a quarter of the memory that is free at start.
+    kv_cache_bytes: int | None = Field(None, description="a whole number of bytes, at least 1", ge=1)
+    #: None: what torch finds, the physical cores.
+    threads: int | None = Field(None, description="a whole number of at least 1", ge=1)
+    #: Rows of one forward pass: bounds how long a decoding row can wait behind somebody's prompt.
+    step_tokens: int = Field(512, description="a whole number from 16 to 8192", ge=16, le=8192)
+    #: Prompts are computed in pieces of this many tokens; a different value may change the last bits of a result.
+    prefill_chunk: int = Field(128, description="a whole number from 16 to 1024", ge=16, le=1024)
+    max_queue: int = Field(1_000_000, description="a whole number of at least 1", ge=1)
+    max_attempts: int = Field(3, description="a whole number of at least 1", ge=1)
+    result_ttl_s: int = Field(86_400, description="a whole number of seconds, at least 60", ge=60)
+    #: A message whose worker has not renewed its lease for this long goes to another worker.
+    lease_s: int = Field(120, description="a whole number of seconds, at least 3", ge=3)
+    soft_shutdown_s: float = Field(20.0, description="a number of seconds, at least 0", ge=0)
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="'debug', 'info', 'warning' or 'error'"
+    )
+    log_format: Literal["auto", "console", "json"] = Field("auto", description="'auto', 'console' or 'json'")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _url_scheme(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).scheme not in URL_SCHEMES:
+            raise ValueError("scheme")
+        return value
+
+    @field_validator("served_name")
+    @classmethod
+    def _plain_name(cls, value: str | None) -> str | None:
+        if value is not None and value != slug(value):
+            raise ValueError("name")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments first, then the environment; no file is read that was not named."""
+        return (init_settings, env_settings)
+
+    def __repr_args__(self) -> Any:
+        """The URL may hold a password: show it without."""
+        for name, value in super().__repr_args__():
+            yield name, redact_url(value) if name == "redis_url" and value else value
+
+    @property
+    def model_name(self) -> str:
+        """The name under which the model is served: its queue is `millrace.<model_name>`."""
+        return self.served_name or slug(self.model)
+
+
+def slug(model: str) -> str:
+    """A model's name for queues and results: a directory goes by its last part, `org/name` becomes `org-name`."""
+    path = Path(model).expanduser()
+    name = path.resolve().name if path.is_absolute() or model.startswith((".", "~")) or path.is_dir() else model
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Settings from the environment, with `overrides` on top.
+
+    Raises:
+        SettingsError: a `MILLRACE_` variable that does not exist, or a value out of range.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise SettingsError(f"{name} is no setting of millrace; the nearest is {near}")
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        raise SettingsError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    name = str(first["loc"][0])
+    field = Settings.model_fields.get(name)
+    if field is None:
+        return f"{name} is no setting of millrace"
+    value = redact_url(str(first["input"])) if name == "redis_url" else first["input"]
+    return f"{PREFIX}{name.upper()} is {value!r}; it must be {field.description}"
+
+
+def redact_url(url: str) -> str:
+    """The URL with its password replaced by `***`, fit for logs and error messages."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+
+
+def runtime_dir() -> Path:
+    """Where the embedded server's socket lies while it runs; one place for each user, so that clients find it."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "millrace" if base else Path(tempfile.gettempdir()) / f"millrace-{os.getuid()}"
+
+
+def embedded_socket() -> Path:
+    """The unix socket of the embedded server that `millrace up` starts."""
+    return runtime_dir() / "redis.sock"

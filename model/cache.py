@@ -1,0 +1,161 @@
+"""The key/value cache and attention over it.
+
+A sequence knows its longest length when it arrives, so it gets a slot in the arena of its length class and keeps it:
+
+    arena 128   k[layer]  [capacity, H, 128, D]     slot 0 | slot 1 | slot 2 | ...     running rows lie at the front
+    arena 256   k[layer]  [capacity, H, 256, D]     slot 0 | ...
+
+Which sequence has which slot is decided elsewhere (worker/scheduler.py); here are only the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from model.gpt2 import GPT2Config
+
+#: Keys are read up to a multiple of this: the padding within it does not change a row's bits, other lengths may.
+KEY_STEP = 16
+
+
+class Arena:
+    """The slots of one length class: for each layer keys and values [capacity, H, length, D], zero if unwritten."""
+
+    def __init__(self, config: GPT2Config, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.length = length
+        self.capacity = 0
+        empty = torch.zeros(0, config.n_head, length, config.head_dim, dtype=dtype, device=device)
+        self.k = [empty] * config.n_layer
+        self.v = [empty] * config.n_layer
+
+    def resize(self, capacity: int) -> None:
+        """Hold `capacity` slots and keep what the first ones contain; one layer at a time, so little is held twice."""
+        for tensors in (self.k, self.v):
+            for layer, old in enumerate(tensors):
+                new = old.new_zeros(capacity, *old.shape[1:])
+                kept = min(capacity, self.capacity)
+                new[:kept] = old[:kept]
+                tensors[layer] = new
+        self.capacity = capacity
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a slot to another."""
+        for tensor in (*self.k, *self.v):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    def clear(self, slot: int) -> None:
+        """Zero a slot: a NaN left behind would reach its next owner, since zero weight times NaN is NaN."""
+        for tensor in (*self.k, *self.v):
+            tensor[slot] = 0
+
+
+class KVCache:
+    """The arenas, by length class in ascending order."""
+
+    def __init__(self, config: GPT2Config, *, lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.arenas = {length: Arena(config, length, dtype, device) for length in sorted(lengths)}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Part of a prompt to be computed: `count` tokens from position `start`, at packed rows `row` and on."""
+
+    length_class: int
+    slot: int
+    start: int
+    count: int
+    row: int
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """The decoding rows of one arena, one token each, at packed rows `row` and on, in the order of their slots."""
+
+    length_class: int
+    slots: list[int]
+    positions: list[int]
+    row: int
+
+
+class CachedAttention:
+    """Attention of one step: writes the new keys and values, then attends over what each row may see."""
+
+    def __init__(self, cache: KVCache, scale: float, *, groups: Sequence[DecodeGroup], chunks: Sequence[Chunk]) -> None:
+        self.scale = scale
+        self._parts: list[_Decode | _Prefill] = [_Decode(cache.arenas[g.length_class], g) for g in groups]
+        self._parts += [_Prefill(cache.arenas[c.length_class], c) for c in chunks]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v: [M, H, D] -> [M, H, D]; rows of no sequence give zeros."""
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        for part in self._parts:
+            rows = part.rows
+            out[rows] = part.attend(layer, q[rows], k[rows], v[rows], self.scale)
+        return out
+
+
+class _Decode:
+    """One call for all decoding rows of an arena: a plain slice of its front, padded to the longest row there.
+
+    Slots in between that are not decoding (their prompt is still being computed) are carried along with a zero query.
+    """
+
+    def __init__(self, arena: Arena, group: DecodeGroup) -> None:
+        device = arena.k[0].device
+        count = group.slots[-1] + 1
+        self.arena = arena
+        self.rows = slice(group.row, group.row + len(group.slots))
+        self.front = count
+        self.dense = count == len(group.slots)
+        self.slots = torch.tensor(group.slots, device=device)
+        self.positions = torch.tensor(group.positions, device=device)
+        self.keys = min(arena.length, -(-(max(group.positions) + 1) // KEY_STEP) * KEY_STEP)
+        last = torch.zeros(count, dtype=torch.long, device=device)
+        last[self.slots] = self.positions
+        unseen = torch.arange(self.keys, device=device) > last[:, None]  # [count, keys]
+        self.mask = torch.zeros(count, 1, 1, self.keys, dtype=arena.k[0].dtype, device=device)
+        self.mask.masked_fill_(unseen[:, None, None], float("-inf"))
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        keys, values = self.arena.k[layer], self.arena.v[layer]  # [capacity, H, length, D]
+        keys[self.slots, :, self.positions] = k
+        values[self.slots, :, self.positions] = v
+        if not self.dense:
+            q = q.new_zeros(self.front, *q.shape[1:]).index_copy_(0, self.slots, q)
+        seen_k, seen_v = keys[: self.front, :, : self.keys], values[: self.front, :, : self.keys]
+        out = F.scaled_dot_product_attention(q.unsqueeze(2), seen_k, seen_v, attn_mask=self.mask, scale=scale)
+        return out.squeeze(2) if self.dense else out.squeeze(2)[self.slots]
+
+
+class _Prefill:
+    """One call for one chunk: its shape depends on the prompt alone, and so do its bits."""
+
+    def __init__(self, arena: Arena, chunk: Chunk) -> None:
+        self.arena, self.slot = arena, chunk.slot
+        self.rows = slice(chunk.row, chunk.row + chunk.count)
+        self.span = slice(chunk.start, chunk.start + chunk.count)
+        self.mask = None
+        if chunk.start > 0:
+            ones = torch.ones(chunk.count, self.span.stop, dtype=torch.bool, device=arena.k[0].device)
+            self.mask = ones.tril(chunk.start)  # row i sees positions 0 .. start + i
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        keys, values = self.arena.k[layer][self.slot], self.arena.v[layer][self.slot]  # [H, length, D]
+        keys[:, self.span] = k.transpose(0, 1)
+        values[:, self.span] = v.transpose(0, 1)
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            keys[None, :, : self.span.stop],
+            values[None, :, : self.span.stop],
+            attn_mask=self.mask,
+            is_causal=self.mask is None,
+            scale=scale,
+        )
+        return out[0].transpose(0, 1)

@@ -1,0 +1,216 @@
+"""GPT-2: embeddings, blocks, final norm, tied head.
+
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Shapes are in the comments: M packed
+rows (tokens of any number of sequences, end to end), E n_embd, H heads, D head size, V vocabulary, B sequences of T
+tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from model.cache import CachedAttention, Chunk, KVCache
+from model.linear import matmul_rows
+from model.trace import Trace
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a GPT-2, with the names of Hugging Face's config.json."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_positions: int = 1024
+    vocab_size: int = 50257
+    n_inner: int | None = None
+    layer_norm_epsilon: float = 1e-5
+
+    @property
+    def head_dim(self) -> int:
+        """D: 64 in every released size."""
+        return self.n_embd // self.n_head
+
+    @property
+    def scale(self) -> float:
+        """What attention scores are multiplied by: 1/sqrt(D)."""
+        return 1.0 / math.sqrt(self.head_dim)
+
+    @property
+    def inner(self) -> int:
+        """Width of the feed-forward layer: four times E unless the file says otherwise."""
+        return self.n_inner or 4 * self.n_embd
+
+
+class Attention(Protocol):
+    """Attention of one layer over packed rows; knows which rows belong together and what they may look at."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v: [M, H, D] -> [M, H, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Layer norm: biased variance, epsilon inside the root."""
+
+    weight: Tensor  # [E]
+    bias: Tensor  # [E]
+    epsilon: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x @ weight + bias, with the weight as the files store it: [in, out], nothing to transpose."""
+
+    weight: Tensor  # [in, out]
+    bias: Tensor  # [out]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return matmul_rows(lambda rows: torch.addmm(self.bias, rows, self.weight), x)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block: attention, then feed-forward, each on a normed copy and added back."""
+
+    ln_1: Norm
+    c_attn: Linear  # E -> 3E: q, k, v side by side
+    c_proj: Linear  # E -> E
+    ln_2: Norm
+    c_fc: Linear  # E -> 4E
+    mlp_proj: Linear  # 4E -> E
+    n_head: int
+
+    def __call__(self, layer: int, x: Tensor, attend: Attention, trace: Trace | None) -> Tensor:
+        normed = self.ln_1(x)  # [M, E]
+        q, k, v = self.c_attn(normed).view(len(x), 3, self.n_head, -1).unbind(1)  # [M, H, D] each
+        attn = self.c_proj(attend(layer, q, k, v).reshape(x.shape))  # [M, E]
+        x = x + attn
+        mlp = self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))  # [M, E]
+        x = x + mlp
+        if trace is not None and layer == 0:
+            trace.record(ln_1=normed, q=q, k=k, v=v, attn=attn, mlp=mlp, block_0=x)
+        return x
+
+
+class GPT2:
+    """A GPT-2 with its weights. Build it with `model.load_model`; `weights` has the names of the files, unprefixed."""
+
+    def __init__(self, config: GPT2Config, weights: Mapping[str, Tensor], *, digest: str = "") -> None:
+        self.config = config
+        #: SHA-256 of the files the weights came from; empty for weights made in memory.
+        self.digest = digest
+        self.wte = weights["wte.weight"]  # [V, E]: embeds tokens, and is the head
+        self.wpe = weights["wpe.weight"]  # [n_positions, E]
+        self.blocks = [_block(config, weights, f"h.{i}.") for i in range(config.n_layer)]
+        self.ln_f = _norm(config, weights, "ln_f")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.wte.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type the weights are held and multiplied in."""
+        return self.wte.dtype
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attention, trace: Trace | None = None) -> Tensor:
+        """Packed rows through all blocks and the final norm. token_ids, positions: [M] -> [M, E]."""
+        x = self.wte[token_ids] + self.wpe[positions]  # [M, E]
+        if trace is not None:
+            trace.record(embeddings=x)
+        for layer, block in enumerate(self.blocks):
+            x = block(layer, x, attend, trace)
+        return self.ln_f(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of rows that went through `forward`. [R, E] -> float32 [R, V]."""
+        return matmul_rows(lambda rows: F.linear(rows, self.wte), hidden).float()
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Tensor) -> Tensor:
+        """The plain forward pass, without a cache. LongTensor [B, T] -> float32 [B, T, V].
+
+        Raises:
+            ValueError: not two dimensions, more than n_positions tokens, or a token id outside the vocabulary.
+        """
+        batch, length = self._check(token_ids)
+        positions = torch.arange(length, device=self.device).repeat(batch)
+        hidden = self.forward(token_ids.to(self.device).flatten(), positions, self._plain_attention(batch, length))
+        return self.head(hidden).view(batch, length, -1)
+
+    @torch.inference_mode()
+    def trace(self, token_ids: Tensor) -> dict[str, Tensor]:
+        """The tensors of checkpoints 1 to 11, read from the cached path that serves jobs, one sequence at a time.
+
+        LongTensor [B, T] -> `embeddings`, `ln_1`, `attn`, `mlp`, `block_0` [B, T, E]; `q`, `k`, `v`, `cache_k`,
+        `cache_v` [B, T, H, D]; `scores` [B, H, T, T]; `logits` [B, T, V]; `last_logits`, `probs` [B, V];
+        `next_token` [B]. Raises ValueError like `logits`.
+        """
+        self._check(token_ids)
+        rows = [self._trace_one(row) for row in token_ids.to(self.device)]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _trace_one(self, token_ids: Tensor) -> dict[str, Tensor]:
+        length = len(token_ids)
+        cache = KVCache(self.config, lengths=(length,), dtype=self.dtype, device=self.device)
+        cache.arenas[length].resize(1)
+        attend = CachedAttention(cache, self.config.scale, groups=[], chunks=[Chunk(length, 0, 0, length, 0)])
+        trace = Trace(self.config.scale)
+        hidden = self.forward(token_ids, torch.arange(length, device=self.device), attend, trace)
+        return trace.finish(
+            logits=self.head(hidden),
+            cache_k=cache.arenas[length].k[0][0].transpose(0, 1),
+            cache_v=cache.arenas[length].v[0][0].transpose(0, 1),
+        )
+
+    def _plain_attention(self, batch: int, length: int) -> Attention:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG001
+            q, k, v = (x.view(batch, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.config.scale)
+            return out.transpose(1, 2).flatten(0, 1)
+
+        return attend
+
+    def _check(self, token_ids: Tensor) -> tuple[int, int]:
+        if token_ids.dim() != 2 or token_ids.numel() == 0:
+            raise ValueError(f"token_ids has shape {list(token_ids.shape)}; it must be [B, T], neither of them 0")
+        batch, length = token_ids.shape
+        if length > self.config.n_positions:
+            raise ValueError(f"{length} tokens are more than the model's {self.config.n_positions} positions")
+        low, high = int(token_ids.min()), int(token_ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"token id {wrong} is outside the vocabulary, 0 to {self.config.vocab_size - 1}")
+        return batch, length
+
+
+def _norm(config: GPT2Config, weights: Mapping[str, Tensor], name: str) -> Norm:
+    return Norm(weights[f"{name}.weight"], weights[f"{name}.bias"], config.layer_norm_epsilon)
+
+
+def _block(config: GPT2Config, weights: Mapping[str, Tensor], prefix: str) -> Block:
+    def linear(name: str) -> Linear:
+        return Linear(weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"])
+
+    return Block(
+        ln_1=_norm(config, weights, prefix + "ln_1"),
+        c_attn=linear("attn.c_attn"),
+        c_proj=linear("attn.c_proj"),
+        ln_2=_norm(config, weights, prefix + "ln_2"),
+        c_fc=linear("mlp.c_fc"),
+        mlp_proj=linear("mlp.c_proj"),
+        n_head=config.n_head,
+    )

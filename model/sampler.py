@@ -1,0 +1,190 @@
+"""Logits -> next tokens, for all rows of a step at once; every row has parameters of its own.
+
+Pure functions on tensors. R rows, V vocabulary. No function looks across rows, so a row's draw depends on its own
+logits, parameters and seed alone. The order of the steps is Hugging Face's: bias, penalties, temperature, top-k, top-p,
+min-p; penalties follow vLLM (repetition over prompt and output, presence and frequency over output).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class RowParams:
+    """How one row is sampled; the names are those of the request."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    #: Tokens that must not come now, whatever the logits say (ends of text before min_tokens).
+    banned: tuple[int, ...] = ()
+
+    @property
+    def greedy(self) -> bool:
+        """Temperatures this low are argmax."""
+        return self.temperature < 1e-6
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the tokens so far matter."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Where one row stands: what it has read and written, and which random number is its next."""
+
+    params: RowParams
+    prompt: Sequence[int]
+    output: Sequence[int]
+    seed: int
+    sample: int
+
+    @property
+    def position(self) -> int:
+        """The index of the token to be drawn, counted from the first one after the prompt."""
+        return len(self.output)
+
+
+def sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Next token of each row. logits: float32 [R, V] -> LongTensor [R]; -1 for a row whose logits hold a NaN."""
+    logits = adjust(logits, draws)
+    best, chosen = logits.max(dim=-1)  # of equal logits the lowest id, as torch documents
+    rows = [i for i, draw in enumerate(draws) if not draw.params.greedy]
+    if rows:
+        picked = torch.tensor(rows, device=logits.device)
+        drawn = draw_tokens(
+            filtered(logits[picked], [draws[i].params for i in rows]),
+            uniforms([draws[i] for i in rows]).to(logits.device),
+        )
+        chosen = chosen.index_copy(0, picked, drawn)
+    # max() passes a NaN on, so one look at its result tells; +inf would make every probability NaN.
+    return chosen.masked_fill(best.isnan() | (best == float("inf")), -1)
+
+
+def adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Bias, bans and penalties, on a copy where any row has some. [R, V] -> [R, V]."""
+    touched = [i for i, d in enumerate(draws) if d.params.penalised or d.params.logit_bias or d.params.banned]
+    if not touched:
+        return logits
+    logits = logits.clone()
+    for i in touched:
+        row, params = logits[i], draws[i].params
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=row.device)
+            row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
+        if params.banned:
+            row[torch.tensor(params.banned, device=row.device)] = NEVER
+        if params.penalised:
+            penalise(row, draws[i])
+    return logits
+
+
+def penalise(row: Tensor, draw: Draw) -> None:
+    """Apply the three penalties to one row of logits [V], in place."""
+    params = draw.params
+    output = torch.tensor(list(draw.output), dtype=torch.long, device=row.device)
+    if params.repetition_penalty != 1:
+        prompt = torch.tensor(list(draw.prompt), dtype=torch.long, device=row.device)
+        seen = torch.unique(torch.cat([prompt, output]))
+        values = row[seen]
+        row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if len(output) and (params.presence_penalty or params.frequency_penalty):
+        ids, counts = torch.unique(output, return_counts=True)
+        row[ids] -= params.frequency_penalty * counts + params.presence_penalty
+
+
+def filtered(logits: Tensor, params: Sequence[RowParams]) -> Tensor:
+    """Probabilities [R, V] after temperature, top-k, top-p and min-p; tokens cut away have exactly zero."""
+    logits = logits / _column([p.temperature for p in params], logits)
+    vocabulary = logits.shape[-1]
+    ks = [p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params]
+    if min(ks) < vocabulary:
+        logits = keep_top_k(logits, ks)
+    if any(p.top_p < 1 for p in params):
+        logits = keep_top_p(logits, [p.top_p for p in params])
+    probs = torch.softmax(logits, dim=-1)
+    if any(p.min_p > 0 for p in params):
+        floor = _column([p.min_p for p in params], probs) * probs.amax(dim=-1, keepdim=True)
+        probs = probs.masked_fill(probs < floor, 0.0)
+    return probs
+
+
+def keep_top_k(logits: Tensor, ks: Sequence[int]) -> Tensor:
+    """Cut all but the k largest of each row; tokens equal to the k-th stay too. [R, V] -> [R, V]."""
+    width = max(k for k in ks if k < logits.shape[-1])
+    top = logits.topk(width, dim=-1).values  # [R, width], descending
+    at = torch.tensor([min(k, width) - 1 for k in ks], device=logits.device)
+    floor = top.gather(1, at[:, None])
+    off = torch.tensor([k >= logits.shape[-1] for k in ks], device=logits.device)
+    return logits.masked_fill(logits < floor.masked_fill(off[:, None], NEVER), NEVER)
+
+
+def keep_top_p(logits: Tensor, top_ps: Sequence[float]) -> Tensor:
+    """Keep the fewest likeliest tokens whose probability reaches top_p, at least one. [R, V] -> [R, V]."""
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probs = torch.softmax(ordered, dim=-1)
+    limits = _column(top_ps, probs)
+    before = probs.cumsum(dim=-1) - probs  # the mass of all likelier tokens
+    cut = (before >= limits) & (limits < 1)
+    cut[:, 0] = False
+    return logits.masked_fill(torch.zeros_like(cut).scatter(1, order, cut), NEVER)
+
+
+def draw_tokens(probs: Tensor, uniform: Tensor) -> Tensor:
+    """The token at which the running sum of probabilities passes `uniform`. [R, V], [R] in [0, 1) -> LongTensor [R].
+
+    One random number a row, not one a token: a row's draw costs no more than its softmax.
+    """
+    total = probs.double().cumsum(dim=-1)
+    target = uniform[:, None] * total[:, -1:]
+    chosen = (total <= target).sum(dim=-1)
+    # Rounding may carry the target to the very end: then it is the last token that has any probability.
+    last = (total < total[:, -1:]).sum(dim=-1)
+    return torch.minimum(chosen, last)
+
+
+def uniforms(draws: Sequence[Draw]) -> Tensor:
+    """A random number in [0, 1) for each row, float64 [R]: a pure function of seed, sample index and position."""
+    return torch.tensor([uniform(d.seed, d.sample, d.position) for d in draws], dtype=torch.float64)
+
+
+def uniform(seed: int, sample: int, position: int) -> float:
+    """53 random bits from a counter, in [0, 1): SplitMix64's finalizer (Steele et al. 2014), once for each input."""
+    state = 0
+    for value in (seed, sample, position):
+        state = _mix((state + value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF)
+    return (state >> 11) * 2.0**-53
+
+
+def _mix(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return z ^ (z >> 31)
+
+
+def top_logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Natural log probabilities under the model itself: of `tokens`, and the `count` likeliest.
+
+    logits: float32 [R, V], tokens: [R] -> [R], LongTensor [R, count], [R, count].
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
+    values, ids = logprobs.topk(count, dim=-1)
+    return chosen, ids, values
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

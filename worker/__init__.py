@@ -1,0 +1,1 @@
+"""The worker: Celery on the outside, the engine on the inside."""

@@ -1,0 +1,143 @@
+"""Settings -> engine: loads the model, sizes the cache, measures whether batches change bits on this machine."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+
+import structlog
+import torch
+
+from client.schema import GenerateRequest
+from config import Settings
+from model.gpt2 import GPT2, GPT2Config
+from model.tokenizer import Tokenizer, load_tokenizer
+from model.weights import ModelError, load_model
+from worker.engine import LENGTH_CLASSES, Engine
+from worker.runner import Runner
+from worker.scheduler import PromptChunk, Scheduler, Step
+from worker.sequence import Sequence, TokenScore
+from worker.slots import SlotTable
+
+log = structlog.get_logger("millrace.engine")
+
+#: Share of the free memory that the cache may take if MILLRACE_KV_CACHE_BYTES does not say.
+CACHE_SHARE = 0.25
+
+
+def build_engine(settings: Settings) -> Engine:
+    """The engine that `Engine.from_settings` promises, not started yet."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+    tokenizer = load_tokenizer(settings.model)
+    check_vocabulary(settings.model, model.config, tokenizer)
+    max_context = min(settings.max_context or model.config.n_positions, model.config.n_positions)
+    lengths = length_classes(max_context)
+    runner = Runner(model, lengths)
+    budget = settings.kv_cache_bytes or default_budget(
+        settings.slots * lengths[-1] * runner.position_bytes, model.device
+    )
+    slots = SlotTable(lengths, position_bytes=runner.position_bytes, budget_bytes=budget)
+    invariant = batch_invariant(model, tokenizer)
+    engine = Engine(
+        runner,
+        tokenizer,
+        Scheduler(
+            slots, max_rows=settings.slots, step_tokens=settings.step_tokens, prefill_chunk=settings.prefill_chunk
+        ),
+        model_name=settings.model_name,
+        vocab_size=model.config.vocab_size,
+        max_context=max_context,
+        fingerprint=fingerprint(model, settings.prefill_chunk, invariant),
+    )
+    log.info("model.loaded", model=settings.model_name, fingerprint=engine.fingerprint, cache_bytes=budget)
+    return engine
+
+
+def length_classes(max_context: int) -> list[int]:
+    """The classes of the cache for sequences of up to `max_context` tokens; the last one is that, in steps of 16."""
+    last = -(-max_context // 16) * 16
+    return [length for length in LENGTH_CLASSES if length < last] + [last]
+
+
+def default_budget(wanted: int, device: torch.device) -> int:
+    """Room for every slot at full length, but no more than a quarter of the memory that is free now, in bytes."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(wanted, int(free * CACHE_SHARE))
+
+
+def check_vocabulary(name: str, config: GPT2Config, tokenizer: Tokenizer) -> None:
+    """A tokenizer may know fewer tokens than the embedding has rows (padding), never more."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelError(
+            f"model {name!r}: its tokenizer has {tokenizer.vocab_size} tokens and its embedding {config.vocab_size}; "
+            "put the vocabulary it was trained with (vocab.json and merges.txt) into its directory"
+        )
+
+
+def fingerprint(model: GPT2, prefill_chunk: int, invariant: bool) -> str:
+    """What a result depends on beside prompt, parameters and seed; equal strings mean equal results."""
+    device = (
+        torch.cuda.get_device_name(model.device)
+        if model.device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability()
+    )
+    parts = (
+        f"millrace-{version('millrace')}",
+        f"torch-{torch.__version__}",
+        device.replace(" ", "-"),
+        str(model.dtype).removeprefix("torch."),
+        f"threads-{torch.get_num_threads()}",
+        f"chunk-{prefill_chunk}",
+        f"weights-{model.digest[:12] or 'unknown'}",
+        "batch-invariant" if invariant else "batch-dependent",
+    )
+    return "/".join(parts)
+
+
+def batch_invariant(model: GPT2, tokenizer: Tokenizer) -> bool:
+    """Measure whether a row's logits are the same bits alone and among 3, 20 and 140 others; takes a few steps.
+
+    The promise of equal answers alone and in a crowd rests on kernels that nobody guarantees, so it is looked at here,
+    on this machine with this model, and results say what was found.
+    """
+    probe = [(7919 * i) % model.config.vocab_size for i in range(min(20, model.config.n_positions - 4))]
+    alone = _probe_logprobs(model, tokenizer, probe, [])
+    crowds = (
+        [[t] for t in (1, 2, 3)],
+        [[t, t + 1] for t in range(20)],
+        [list(range(t, t + 7)) for t in range(20)],
+    )
+    return all(_probe_logprobs(model, tokenizer, probe, crowd) == alone for crowd in crowds)
+
+
+def _probe_logprobs(
+    model: GPT2, tokenizer: Tokenizer, probe: list[int], crowd: list[list[int]]
+) -> list[TokenScore | None]:
+    """Scores of three tokens after the probe, computed beside a crowd of other prompts, through a cache of its own."""
+    request = GenerateRequest(prompt=[0], max_tokens=4, temperature=0, logprobs=1, ignore_eos=True)
+    prompts = [*crowd, probe]
+    longest = -(-(max(map(len, prompts)) + 4) // 16) * 16
+    runner = Runner(model, [longest])
+    slots = SlotTable([longest], position_bytes=1, budget_bytes=longest * (len(prompts) + 8))
+    sequences = [
+        Sequence(request, [t % model.config.vocab_size for t in prompt], 0, 0, tokenizer) for prompt in prompts
+    ]
+    for sequence in sequences:
+        slots.place(sequence)
+    runner.fit(slots.capacity)
+    step = Step(chunks=[PromptChunk(s, 0, len(s.prompt)) for s in sequences])
+    scores: list[TokenScore | None] = []
+    for _ in range(3):
+        for sequence, score in runner.run(step).tokens:
+            sequence.prefilled = len(sequence.prompt)
+            if score is not None:
+                sequence.append(score)
+            if sequence is sequences[-1]:
+                scores.append(score)
+        step = Step(decodes=sequences)
+    return scores

@@ -1,0 +1,428 @@
+"""The engine: one thread, one model, any number of jobs at once. Usable without Celery:
+
+engine = Engine.from_settings(Settings(model="demo"))
+with engine:
+    future = engine.submit(parse_request({"prompt": "Hello.", "max_tokens": 10, "temperature": 0}))
+    print(future.result().text)
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import secrets
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+import structlog
+
+from client.errors import JobCancelled, JobError, JobExpired, JobFailed, MillraceError
+from client.keys import PRIORITIES
+from client.schema import GenerateRequest, Result
+from config import Settings
+from model.tokenizer import Tokenizer
+from worker.scheduler import Outcome, Scheduler, Step
+from worker.sequence import Generation, Sequence, Slot, TextDelta
+from worker.slots import Move
+
+log = structlog.get_logger("millrace.engine")
+
+#: Length classes of the cache, in positions; those above MAX_CONTEXT are left out.
+LENGTH_CLASSES = (128, 256, 512, 1024)
+
+
+class EngineStopped(MillraceError):
+    """Raised to those who wait when the engine ends before their job does; the job may be given to another one."""
+
+
+class StepRunner(Protocol):
+    """What the engine asks of the tensor side (`worker.runner.Runner`); tests pass others in."""
+
+    def run(self, step: Step) -> Outcome: ...
+    def fit(self, capacity: dict[int, int]) -> None: ...
+    def move(self, move: Move) -> None: ...
+    def clear(self, slot: Slot) -> None: ...
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What the engine is doing, at one moment."""
+
+    slots: int
+    running: int
+    waiting: int
+    tokens: int
+    steps: int
+    cache_bytes: int
+
+
+class Engine:
+    """Takes requests, gives futures. All work on sequences happens in `step`, in one thread.
+
+    Args:
+        runner: computes steps.
+        tokenizer: of the same model.
+        scheduler: decides what runs.
+        model_name: what results call the model.
+        vocab_size: token ids a request may name are below it.
+        max_context: prompt and new tokens together.
+        fingerprint: what results say of the software, hardware and weights.
+        on_fatal: called once, from the engine's thread, if the engine cannot go on.
+    """
+
+    def __init__(
+        self,
+        runner: StepRunner,
+        tokenizer: Tokenizer,
+        scheduler: Scheduler,
+        *,
+        model_name: str,
+        vocab_size: int,
+        max_context: int,
+        fingerprint: str = "",
+        on_fatal: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.scheduler = scheduler
+        self.model_name = model_name
+        self.vocab_size = vocab_size
+        self.max_context = max_context
+        self.fingerprint = fingerprint
+        self.on_fatal = on_fatal
+        self.tokens = 0
+        self.steps = 0
+        self._inbox: deque[Generation] = deque()
+        self._cancelled: deque[str] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False  # takes no more jobs
+        self._abandoning = False  # ends after the present step, whatever is left
+        self._jobs: dict[str, Generation] = {}
+        self._owner: dict[Sequence, Generation] = {}
+        self._deadlines: list[tuple[float, int, Generation]] = []
+        self._tie = itertools.count()
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Engine:
+        """Load the model the settings name and build an engine around it.
+
+        Raises:
+            ModelError: the model cannot be found, read or trusted.
+            ValueError: the cache budget does not hold one sequence.
+        """
+        from worker.assembly import build_engine  # torch is loaded here and not before
+
+        return build_engine(settings)
+
+    # --- from any thread -------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        request: GenerateRequest,
+        *,
+        job_id: str | None = None,
+        on_start: Callable[[], None] | None = None,
+        on_text: Callable[[TextDelta], None] | None = None,
+    ) -> Future[Result]:
+        """Take a job. The future gives its Result, or raises a JobError; cancelling the future cancels the job.
+
+        Args:
+            job_id: the job's name in results and for `cancel`; made up if not given.
+            on_start: called when the job gets its first slot. It and `on_text` run in the engine's thread: be quick.
+            on_text: called with each piece of text, in whole characters, as it comes.
+
+        Raises:
+            EngineStopped: the engine takes no more work.
+        """
+        future: Future[Result] = Future()
+        try:
+            generation = self._prepare(request, job_id or uuid.uuid4().hex, future)
+        except JobError as error:
+            future.set_exception(error)
+            return future
+        generation.on_start, generation.on_text = on_start, on_text
+        with self._wake:
+            if self._stopping:
+                raise EngineStopped("the engine has stopped and takes no more jobs")
+            self._inbox.append(generation)
+            self._wake.notify()
+        return future
+
+    def cancel(self, job_id: str) -> None:
+        """Cancel a job: its waiter gets JobCancelled at the next step. An unknown or finished job is left alone."""
+        with self._wake:
+            self._cancelled.append(job_id)
+            self._wake.notify()
+
+    def stats(self) -> EngineStats:
+        """Numbers for status and metrics; read without a lock, each right at about the same moment."""
+        slots = self.scheduler.slots
+        return EngineStats(
+            slots=self.scheduler.max_rows,
+            running=len(self.scheduler.running),
+            waiting=self.scheduler.waiting + len(self._inbox),
+            tokens=self.tokens,
+            steps=self.steps,
+            cache_bytes=slots.used_bytes,
+        )
+
+    def start(self) -> None:
+        """Run steps in a thread of the engine's own until `stop`."""
+        self._thread = threading.Thread(target=self._loop, name="millrace-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, *, finish: bool = False) -> None:
+        """End the thread: after all jobs are done (`finish`), else after the present step; others get EngineStopped."""
+        with self._wake:
+            self._stopping = True
+            if not finish:
+                self._abandoning = True
+            self._wake.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+            self._thread = None
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop(finish=error is None)
+
+    # --- in the engine's thread ------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        try:
+            while not self._abandoning:
+                if self.step():
+                    continue
+                with self._wake:
+                    idle = not self._inbox and not self._cancelled and not self._abandoning
+                    if idle and self._stopping:
+                        break
+                    if idle:
+                        self._wake.wait(self._until_deadline())
+            self._abandon("the engine was stopped before the job was done")
+        except BaseException as error:
+            log.exception("engine.failed")
+            self._stopping = True
+            self._abandon(f"the engine failed: {error!r}")
+            if self.on_fatal is not None:
+                self.on_fatal(error)
+
+    def step(self) -> bool:
+        """One round: admit, run, emit, retire. Returns whether there was anything to do."""
+        self._take_in()
+        self._admit()
+        step = self.scheduler.plan()
+        if step:
+            self._retire(self._emit(step, self._run(step)))
+        return bool(step)
+
+    def _take_in(self) -> None:
+        """New jobs get in line; cancelled and overdue ones, waiting or running, are out before the step."""
+        with self._wake:
+            arrived, cancelled = list(self._inbox), list(self._cancelled)
+            self._inbox.clear()
+            self._cancelled.clear()
+        for generation in arrived:
+            self._jobs[generation.id] = generation
+            for sequence in generation.sequences:
+                self._owner[sequence] = generation
+                self.scheduler.add(sequence, PRIORITIES[generation.request.priority])
+            if generation.request.expires_at is not None:
+                heapq.heappush(self._deadlines, (generation.request.expires_at, next(self._tie), generation))
+        for job_id in cancelled:
+            if job_id in self._jobs:
+                self._end(self._jobs[job_id], _cancelled)
+        for sequence in [s for s in self.scheduler.running if self._owner[s].future.cancelled()]:
+            if sequence in self._owner:
+                self._end(self._owner[sequence], _cancelled)
+        while self._deadlines and self._deadlines[0][0] <= time.time():
+            self._end(heapq.heappop(self._deadlines)[2], _expired)
+
+    def _admit(self) -> None:
+        for sequence in self.scheduler.admit():
+            generation = self._owner[sequence]
+            if generation.future.cancelled():
+                self._end(generation, _cancelled)
+                continue
+            first = all(s.admitted_at is None for s in generation.sequences)
+            sequence.admitted_at = time.monotonic()
+            if first and generation.on_start is not None:
+                generation.on_start()
+        self.runner.fit(self.scheduler.slots.capacity)
+
+    def _run(self, step: Step) -> Outcome:
+        """Compute the step. If that fails, try its sequences one by one: the guilty fail, the others go on."""
+        self.steps += 1
+        try:
+            return self.runner.run(step)
+        except Exception as error:
+            if _is_fatal(error):
+                raise
+            log.warning("engine.step_failed", rows=len(step.drawing), error=repr(error))
+            return self._run_alone(step)
+
+    def _run_alone(self, step: Step) -> Outcome:
+        self.scheduler.detach_followers(step)
+        outcome = Outcome([], [])
+        for part in step.alone():
+            try:
+                result = self.runner.run(part)
+            except Exception as error:
+                if _is_fatal(error):
+                    raise
+                message = f"computing this job failed: {type(error).__name__}; the worker's log has the details"
+                log.exception("job.step_failed", job_id=[self._owner[s].id for s in part.sequences])
+                for sequence in part.sequences:
+                    self._fail(sequence, "internal_error", message)
+                continue
+            outcome.tokens.extend(result.tokens)
+            outcome.prompt_scores.extend(result.prompt_scores)
+        return outcome
+
+    def _emit(self, step: Step, outcome: Outcome) -> list[Sequence]:
+        """Hand the step's tokens to their sequences. Returns the sequences that are done."""
+        now = time.monotonic()
+        for sequence, scores in outcome.prompt_scores:
+            for sharer in (sequence, *step.followers.get(sequence, ())):
+                sharer.prompt_scores.extend(scores)
+        for chunk in step.chunks:
+            if chunk.sequence in self._owner:
+                self.scheduler.advance(chunk)
+        for sequence in step.prefilled:
+            sequence.first_token_at = now
+            if sequence.request.max_tokens == 0:
+                sequence.finish_scoring()
+        for sequence, score in outcome.tokens:
+            if score is None:
+                self._fail(sequence, "nan_logits", "the model gave no numbers for this prompt (NaN); check its weights")
+            else:
+                self.tokens += 1
+                sequence.append(score)
+                self._tell(sequence)
+        return [s for s in (*step.decodes, *step.prefilled) if s.finish_reason and s in self._owner]
+
+    def _tell(self, sequence: Sequence) -> None:
+        generation = self._owner[sequence]
+        if generation.on_text is not None and (delta := sequence.take_delta()):
+            generation.on_text(delta)
+
+    def _retire(self, finished: list[Sequence]) -> None:
+        """Free the slots of finished sequences, and complete the jobs whose last sample it was."""
+        for sequence in finished:
+            generation = self._owner.pop(sequence)
+            self._free(sequence)
+            if generation.finished and self._jobs.pop(generation.id, None) is not None:
+                result = generation.result(self.model_name, self.fingerprint, time.monotonic())
+                _settle(generation.future, result)
+
+    def _fail(self, sequence: Sequence, code: str, message: str) -> None:
+        """End the sequence's job; what it leaves in the cache is wiped."""
+        generation = self._owner.get(sequence)
+        if generation is None:
+            return
+        for member in generation.sequences:
+            if member.slot is not None:
+                self.runner.clear(member.slot)
+        self._end(generation, lambda partial: JobFailed(code, message, partial))
+
+    def _end(self, generation: Generation, error: Callable[[list[str]], JobError]) -> None:
+        """Take a job out before it is done, and tell its waiter why."""
+        if self._jobs.pop(generation.id, None) is None:
+            return
+        for sequence in generation.sequences:
+            if self._owner.pop(sequence, None) is not None:
+                self._free(sequence)
+        _settle(generation.future, error(generation.partial))
+
+    def _free(self, sequence: Sequence) -> None:
+        if (move := self.scheduler.remove(sequence)) is not None:
+            self.runner.move(move)
+
+    def _abandon(self, reason: str) -> None:
+        with self._wake:
+            left = [*self._jobs.values(), *self._inbox]
+            self._inbox.clear()
+        self._jobs.clear()
+        for generation in left:
+            _settle(generation.future, EngineStopped(reason))
+
+    def _until_deadline(self) -> float | None:
+        return max(0.0, self._deadlines[0][0] - time.time()) if self._deadlines else None
+
+    # --- building a job --------------------------------------------------------------------------------------------
+
+    def _prepare(self, request: GenerateRequest, job_id: str, future: Future[Result]) -> Generation:
+        """Tokens, seed and sequences of a request; JobFailed where it cannot be computed by this model."""
+        prompt, text = self._read_prompt(request.prompt)
+        self._check_tokens(request, prompt)
+        total = len(prompt) + request.max_tokens
+        if total > self.max_context:
+            raise JobFailed(
+                "context_length_exceeded",
+                f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}, together {total}; "
+                f"this model reads at most {self.max_context}. Shorten the prompt or lower max_tokens",
+            )
+        seed = secrets.randbits(52) if request.seed is None else request.seed
+        sequences = [Sequence(request, prompt, i, seed, self.tokenizer) for i in range(request.n)]
+        return Generation(job_id, request, sequences, text, seed, future, time.monotonic())
+
+    def _read_prompt(self, prompt: str | list[int]) -> tuple[list[int], str]:
+        """Token ids and text. The empty prompt stands for the end-of-text token, with which texts begin."""
+        if not isinstance(prompt, str):
+            decoder = self.tokenizer.decoder()
+            return prompt, "".join(map(decoder.push, prompt)) + decoder.flush()
+        tokens = self.tokenizer.encode(prompt)
+        if tokens:
+            return tokens, prompt
+        if self.tokenizer.end_of_text is None:
+            raise JobFailed("empty_prompt", "the prompt is empty and this model's vocabulary has no end-of-text token")
+        return [self.tokenizer.end_of_text], prompt
+
+    def _check_tokens(self, request: GenerateRequest, prompt: list[int]) -> None:
+        for name, ids in (
+            ("prompt", prompt),
+            ("logit_bias", request.logit_bias),
+            ("stop_token_ids", request.stop_token_ids),
+        ):
+            wrong = max(ids, default=0)
+            if wrong >= self.vocab_size:
+                raise JobFailed(
+                    "invalid_token_id",
+                    f"{name} names token id {wrong}; this model's vocabulary ends at {self.vocab_size - 1}",
+                )
+
+
+def _cancelled(partial: list[str]) -> JobError:
+    return JobCancelled(message="the job was cancelled", partial=partial)
+
+
+def _expired(partial: list[str]) -> JobError:
+    return JobExpired(message="the job was not done within its timeout_s", partial=partial)
+
+
+def _settle(future: Future[Result], outcome: Result | BaseException) -> None:
+    """Complete a future, unless its holder cancelled it in the meantime."""
+    if not future.set_running_or_notify_cancel():
+        return
+    if isinstance(outcome, BaseException):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
+
+
+def _is_fatal(error: Exception) -> bool:
+    """Errors after which the device answers nothing any more: every later step would fail too."""
+    return type(error).__name__ == "AcceleratorError"

@@ -1,0 +1,176 @@
+"""Sequences -> tensors -> model -> tokens. The only torch in the worker beside the checkpoints."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence as Rows
+
+import torch
+from torch import Tensor
+
+from client.schema import MAX_LOGPROBS
+from model.cache import CachedAttention, Chunk, DecodeGroup, KVCache
+from model.gpt2 import GPT2
+from model.sampler import sample, top_logprobs
+from worker.scheduler import Outcome, PromptChunk, Step
+from worker.sequence import Sequence, Slot, TokenScore
+from worker.slots import Move
+
+#: Rows of a prompt whose log probabilities are taken at once: 128 rows of logits of GPT-2 are 26 MB.
+SCORE_ROWS = 128
+
+
+class Runner:
+    """The model with its cache."""
+
+    def __init__(self, model: GPT2, lengths: Rows[int]) -> None:
+        self.model = model
+        self.cache = KVCache(model.config, lengths=lengths, dtype=model.dtype, device=model.device)
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of cache that one position takes: keys and values of all layers."""
+        config = self.model.config
+        return 2 * config.n_layer * config.n_embd * self.model.dtype.itemsize
+
+    def fit(self, capacity: dict[int, int]) -> None:
+        """Bring every arena to the capacity the slot table asks for; those that shrink first."""
+        for length, count in sorted(capacity.items(), key=lambda item: item[1] - self.cache.arenas[item[0]].capacity):
+            if self.cache.arenas[length].capacity != count:
+                self.cache.arenas[length].resize(count)
+
+    def move(self, move: Move) -> None:
+        """Fill the hole that a finished sequence left."""
+        self.cache.arenas[move.length_class].copy(move.source, move.target, move.length)
+
+    def clear(self, slot: Slot) -> None:
+        """Zero the slot of a sequence that failed."""
+        self.cache.arenas[slot.length_class].clear(slot.index)
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> Outcome:
+        """One forward pass over everything in the step, and a token for each sequence that is due one."""
+        batch = _Batch(step)
+        device = self.model.device
+        attend = CachedAttention(self.cache, self.model.config.scale, groups=batch.groups, chunks=batch.chunks)
+        hidden = self.model.forward(
+            torch.tensor(batch.token_ids, device=device), torch.tensor(batch.positions, device=device), attend
+        )
+        prompt_scores = [self._score(chunk, hidden[rows]) for chunk, rows in batch.scored(step)]
+        self._share_prefills(step)
+        return Outcome(self._draw(step.drawing, hidden, batch.drawn_rows(step)), prompt_scores)
+
+    def _draw(
+        self, sequences: list[Sequence], hidden: Tensor, rows: list[int]
+    ) -> list[tuple[Sequence, TokenScore | None]]:
+        """Next tokens; sequences that share a prefill share its last row, and the head runs once for it."""
+        if not sequences:
+            return []
+        distinct = sorted(set(rows))
+        at = {row: i for i, row in enumerate(distinct)}
+        logits = self.model.head(hidden[torch.tensor(distinct, device=hidden.device)])
+        if distinct != rows:
+            logits = logits[torch.tensor([at[row] for row in rows], device=hidden.device)]
+        tokens = sample(logits, [sequence.draw for sequence in sequences])
+        scores = self._token_scores(sequences, logits, tokens)
+        return list(zip(sequences, scores, strict=True))
+
+    def _token_scores(self, sequences: list[Sequence], logits: Tensor, tokens: Tensor) -> list[TokenScore | None]:
+        chosen: list[int] = tokens.tolist()
+        scores = [None if token < 0 else TokenScore(token, None, []) for token in chosen]
+        asked = [i for i, s in enumerate(sequences) if s.request.logprobs is not None and chosen[i] >= 0]
+        if asked:
+            rows = torch.tensor(asked, device=logits.device)
+            for i, score in zip(asked, _scores(logits[rows], tokens[rows]), strict=True):
+                scores[i] = score
+        return scores
+
+    def _score(self, chunk: PromptChunk, hidden: Tensor) -> tuple[Sequence, list[TokenScore]]:
+        """Log probabilities of the prompt tokens that follow each position of the chunk. hidden: [count, E]."""
+        sequence = chunk.sequence
+        following = sequence.prompt[chunk.start + 1 : chunk.start + chunk.count + 1]
+        scores = [TokenScore(sequence.prompt[0], None, [])] if chunk.start == 0 else []
+        for start in range(0, len(following), SCORE_ROWS):
+            tokens = torch.tensor(following[start : start + SCORE_ROWS], device=hidden.device)
+            scores += _scores(self.model.head(hidden[start : start + len(tokens)]), tokens)
+        return sequence, scores
+
+    def _share_prefills(self, step: Step) -> None:
+        """Copy the cache of prompts that are through to the sequences that waited for them."""
+        for leader, followers in step.followers.items():
+            source = leader.slot
+            for follower in followers:
+                target = follower.slot
+                if source is None or target is None:  # pragma: no cover - both are running
+                    raise RuntimeError("a running sequence has no slot")
+                length = len(leader.prompt)
+                if source.length_class == target.length_class:
+                    self.cache.arenas[source.length_class].copy(source.index, target.index, length)
+                else:
+                    self._copy_across(source, target, length)
+
+    def _copy_across(self, source: Slot, target: Slot, length: int) -> None:
+        """The same prompt with another max_tokens may live in another length class."""
+        origin, goal = self.cache.arenas[source.length_class], self.cache.arenas[target.length_class]
+        for old, new in zip((*origin.k, *origin.v), (*goal.k, *goal.v), strict=True):
+            new[target.index, :, :length] = old[source.index, :, :length]
+
+
+def _scores(logits: Tensor, tokens: Tensor) -> list[TokenScore]:
+    """Always equally many likeliest tokens: how ties among them fall must not depend on what a neighbour asked."""
+    count = min(MAX_LOGPROBS, logits.shape[-1])
+    chosen, ids, values = (tensor.tolist() for tensor in top_logprobs(logits, tokens, count))
+    return [
+        TokenScore(token, logprob, list(zip(row_ids, row_values, strict=True)))
+        for token, logprob, row_ids, row_values in zip(tokens.tolist(), chosen, ids, values, strict=True)
+    ]
+
+
+class _Batch:
+    """A step laid out as packed rows: decoding sequences arena by arena in slot order, then the chunks of prompts."""
+
+    def __init__(self, step: Step) -> None:
+        self.token_ids: list[int] = []
+        self.positions: list[int] = []
+        self.groups: list[DecodeGroup] = []
+        self.chunks: list[Chunk] = []
+        self._row_of: dict[Sequence, int] = {}  # the row whose logits give its next token
+        self._chunk_rows: list[int] = []
+        decodes = sorted((_slot(sequence), sequence.index, id(sequence), sequence) for sequence in step.decodes)
+        for length_class, members in itertools.groupby(decodes, key=lambda item: item[0].length_class):
+            self._add_group(length_class, [sequence for *_, sequence in members])
+        for chunk in step.chunks:
+            self._add_chunk(chunk)
+
+    def _add_group(self, length_class: int, sequences: list[Sequence]) -> None:
+        positions = [len(s.prompt) + len(s.output) - 1 for s in sequences]
+        row = len(self.token_ids)
+        self.groups.append(DecodeGroup(length_class, [_slot(s).index for s in sequences], positions, row))
+        for offset, sequence in enumerate(sequences):
+            self._row_of[sequence] = row + offset
+        self.token_ids += [s.output[-1] for s in sequences]
+        self.positions += positions
+
+    def _add_chunk(self, chunk: PromptChunk) -> None:
+        slot, row, stop = _slot(chunk.sequence), len(self.token_ids), chunk.start + chunk.count
+        self.chunks.append(Chunk(slot.length_class, slot.index, chunk.start, chunk.count, row))
+        self._chunk_rows.append(row)
+        self._row_of[chunk.sequence] = row + chunk.count - 1
+        self.token_ids += chunk.sequence.prompt[chunk.start : stop]
+        self.positions += range(chunk.start, stop)
+
+    def drawn_rows(self, step: Step) -> list[int]:
+        """For each of `step.drawing`, the packed row its token comes from."""
+        leader_of = {follower: leader for leader, group in step.followers.items() for follower in group}
+        return [self._row_of[leader_of.get(sequence, sequence)] for sequence in step.drawing]
+
+    def scored(self, step: Step) -> list[tuple[PromptChunk, slice]]:
+        """The chunks whose prompt's log probabilities are asked for, with their rows."""
+        rows = [slice(row, row + chunk.count) for row, chunk in zip(self._chunk_rows, step.chunks, strict=True)]
+        return [(chunk, at) for chunk, at in zip(step.chunks, rows, strict=True) if chunk.sequence.scores_prompt]
+
+
+def _slot(sequence: Sequence) -> Slot:
+    if sequence.slot is None:  # pragma: no cover - the scheduler runs only sequences with a slot
+        raise RuntimeError("a running sequence has no slot")
+    return sequence.slot

@@ -1,0 +1,171 @@
+"""What runs in the next step: decisions only, no tensors, no Redis."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from worker.sequence import Sequence, TokenScore
+from worker.slots import Move, SlotTable
+
+
+@dataclass(frozen=True)
+class PromptChunk:
+    """`count` tokens of a sequence's prompt from position `start` on."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def last(self) -> bool:
+        """Whether the prompt is through with it, so that the first token can be drawn."""
+        return self.start + self.count == len(self.sequence.prompt)
+
+
+@dataclass
+class Step:
+    """One forward pass: every decoding sequence, and as many chunks of prompts as the token budget leaves room for."""
+
+    decodes: list[Sequence] = field(default_factory=list)
+    chunks: list[PromptChunk] = field(default_factory=list)
+    #: Sequence whose prompt is through in this step -> those that share its prefill.
+    followers: dict[Sequence, list[Sequence]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.chunks)
+
+    @property
+    def prefilled(self) -> list[Sequence]:
+        """The sequences whose prompt is through with this step: those computed and those that share."""
+        leaders = [chunk.sequence for chunk in self.chunks if chunk.last]
+        return [s for leader in leaders for s in (leader, *self.followers.get(leader, ()))]
+
+    @property
+    def drawing(self) -> list[Sequence]:
+        """The sequences that get a token out of this step; a request for none only has its prompt read."""
+        return [*self.decodes, *(s for s in self.prefilled if s.request.max_tokens > 0)]
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Everyone with a row in it."""
+        return [*self.decodes, *dict.fromkeys(chunk.sequence for chunk in self.chunks)]
+
+    def alone(self) -> Iterator[Step]:
+        """The same work one sequence at a time, to find the one that makes the step fail."""
+        for sequence in self.decodes:
+            yield Step(decodes=[sequence])
+        for _, chunks in itertools.groupby(self.chunks, key=lambda chunk: chunk.sequence):
+            yield Step(chunks=list(chunks))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gave: a token for each drawing sequence (None: its logits hold a NaN), and scores of prompts."""
+
+    tokens: list[tuple[Sequence, TokenScore | None]]
+    prompt_scores: list[tuple[Sequence, list[TokenScore]]]
+
+
+class Scheduler:
+    """Waiting and running sequences. Admission is by priority, then arrival, and never skips the first in line, so a
+    long job cannot be starved by short ones."""
+
+    def __init__(self, slots: SlotTable, *, max_rows: int, step_tokens: int, prefill_chunk: int) -> None:
+        self.slots = slots
+        self.max_rows = max_rows
+        self.step_tokens = step_tokens
+        self.prefill_chunk = prefill_chunk
+        self.running: list[Sequence] = []
+        self._waiting: list[tuple[int, int, Sequence]] = []
+        self._gone: set[Sequence] = set()  # removed while waiting; skipped when their turn comes
+        self._arrivals = itertools.count()
+        self._leaders: dict[tuple[tuple[int, ...], bool], Sequence] = {}
+
+    @property
+    def waiting(self) -> int:
+        """How many sequences have no slot yet."""
+        return len(self._waiting) - len(self._gone)
+
+    def add(self, sequence: Sequence, priority: int) -> None:
+        """Put a sequence in line; a lower number goes first."""
+        heapq.heappush(self._waiting, (priority, next(self._arrivals), sequence))
+
+    def admit(self) -> list[Sequence]:
+        """Move sequences from waiting to running while there is a row and a slot for the first in line."""
+        admitted = []
+        while self._waiting and len(self.running) < self.max_rows:
+            sequence = self._waiting[0][2]
+            if sequence in self._gone:
+                self._gone.discard(sequence)
+            elif self.slots.place(sequence):
+                self.running.append(sequence)
+                self._join(sequence)
+                admitted.append(sequence)
+            else:
+                break
+            heapq.heappop(self._waiting)
+        return admitted
+
+    def _join(self, sequence: Sequence) -> None:
+        """Share the prefill of a sequence with the same prompt that is still at it, or be the one to share."""
+        leader = self._leaders.setdefault(sequence.share_key, sequence)
+        sequence.leader = leader if leader is not sequence else None
+
+    def plan(self) -> Step:
+        """The next step: all decoding rows, then chunks of prompts in order of admission within the budget.
+
+        At least one chunk goes in, however many rows decode, and a chunk's borders depend on its prompt alone.
+        """
+        step = Step(decodes=[s for s in self.running if not s.prefilling])
+        room = self.step_tokens - len(step.decodes)
+        for sequence in self.running:
+            if not sequence.prefilling or sequence.leader is not None:
+                continue
+            for start in range(sequence.prefilled, len(sequence.prompt), self.prefill_chunk):
+                chunk = PromptChunk(sequence, start, min(self.prefill_chunk, len(sequence.prompt) - start))
+                if chunk.count > room and step.chunks:
+                    return step
+                step.chunks.append(chunk)
+                room -= chunk.count
+                if chunk.last:
+                    self._add_followers(step, sequence)
+        return step
+
+    def _add_followers(self, step: Step, leader: Sequence) -> None:
+        if followers := [s for s in self.running if s.leader is leader]:
+            step.followers[leader] = followers
+
+    def detach_followers(self, step: Step) -> None:
+        """Let those who share a prefill of this step compute their own: so an error in one cannot reach another."""
+        for sequence in itertools.chain.from_iterable(step.followers.values()):
+            sequence.leader = None
+        step.followers.clear()
+
+    def advance(self, chunk: PromptChunk) -> None:
+        """Note that a chunk is in the cache; when its prompt is through, so it is for those who share it."""
+        sequence = chunk.sequence
+        sequence.prefilled = chunk.start + chunk.count
+        if chunk.last:
+            self._leaders.pop(sequence.share_key, None)
+            for follower in self.running:
+                if follower.leader is sequence:
+                    follower.leader, follower.prefilled = None, sequence.prefilled
+
+    def remove(self, sequence: Sequence) -> Move | None:
+        """Take a sequence out, finished or not. Returns what the cache has to move."""
+        if sequence.slot is None:
+            self._gone.add(sequence)
+            return None
+        self.running.remove(sequence)
+        if sequence.prefilling and self._leaders.get(sequence.share_key) is sequence:
+            self._promote_follower(sequence)
+        return self.slots.free(sequence)
+
+    def _promote_follower(self, leader: Sequence) -> None:
+        """The leader leaves before its prompt is through: its first follower starts over for the others."""
+        del self._leaders[leader.share_key]
+        for follower in [s for s in self.running if s.leader is leader]:
+            self._join(follower)
