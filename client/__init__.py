@@ -1,1 +1,87 @@
-"""x"""
+"""Submit prompts to millrace and get their text back. Imports no torch.
+
+import client
+job = client.submit("Hello.", max_tokens=10, temperature=0)
+print(job.result(timeout=60).text)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from client.client import Client
+from client.errors import (
+    InvalidRequest,
+    JobCancelled,
+    JobError,
+    JobExpired,
+    JobFailed,
+    MillraceError,
+    NoWorker,
+    QueueFull,
+    RedisUnreachable,
+    ResultTimeout,
+    UnknownJob,
+)
+from client.job import Job
+from client.schema import Choice, Result, SamplingParams
+from client.status import Status
+
+__all__ = [
+    "Choice",
+    "Client",
+    "InvalidRequest",
+    "Job",
+    "JobCancelled",
+    "JobError",
+    "JobExpired",
+    "JobFailed",
+    "MillraceError",
+    "NoWorker",
+    "QueueFull",
+    "RedisUnreachable",
+    "Result",
+    "ResultTimeout",
+    "SamplingParams",
+    "Status",
+    "UnknownJob",
+    "as_completed",
+    "default_client",
+    "job",
+    "status",
+    "submit",
+    "submit_many",
+]
+
+
+@functools.cache
+def default_client() -> Client:
+    """The client that the functions of this module use: made from the environment when first needed."""
+    return Client()
+
+
+def submit(prompt: str | Sequence[int], **params: Any) -> Job:
+    """Queue one prompt; see `Client.submit`."""
+    return default_client().submit(prompt, **params)
+
+
+def submit_many(requests: Iterable[str | Sequence[int] | Mapping[str, Any]], **params: Any) -> list[Job]:
+    """Queue many prompts; see `Client.submit_many`."""
+    return default_client().submit_many(requests, **params)
+
+
+def job(job_id: str) -> Job:
+    """A handle on a job that was submitted anywhere; see `Client.job`."""
+    return default_client().job(job_id)
+
+
+def as_completed(jobs: Iterable[Job], timeout: float | None = None) -> Iterator[Job]:
+    """The jobs as they end; see `Client.as_completed`."""
+    return default_client().as_completed(jobs, timeout)
+
+
+def status() -> Status:
+    """Queues, workers and slots; see `Client.status`."""
+    return default_client().status()

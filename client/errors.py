@@ -56,12 +56,15 @@ class QueueFull(MillraceError):
 class RedisUnreachable(MillraceError, ConnectionError):
     """Raised when Redis cannot be reached; the URL in the message carries no password."""
 
-    def __init__(self, url: str, reason: str) -> None:
+    def __init__(self, url: str, reason: str, accepted: list[Any] | None = None) -> None:
         super().__init__(url, reason)
         self.url, self.reason = url, reason
+        #: The jobs that `submit_many` had queued before Redis went away; they go on.
+        self.accepted = accepted or []
 
     def __str__(self) -> str:
-        return f"Redis at {self.url} cannot be reached ({self.reason}); start it, or set MILLRACE_REDIS_URL"
+        text = f"Redis at {self.url} cannot be reached ({self.reason}); start it, or set MILLRACE_REDIS_URL"
+        return f"{text}. {len(self.accepted)} jobs were queued before, see .accepted" if self.accepted else text
 
 
 class UnknownJob(MillraceError, KeyError):
@@ -124,6 +127,10 @@ class JobError(MillraceError):
 
     def __str__(self) -> str:
         return f"{self.message} [{self.code}]"
+
+    def __repr__(self) -> str:
+        # Goes into Celery's events and logs, where no text of a user's may go: so without `partial`.
+        return f"{type(self).__name__}({self.code!r}, {self.message!r})"
 
 
 class JobFailed(JobError):

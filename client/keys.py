@@ -47,3 +47,13 @@ def worker(name: str) -> str:
 def workers() -> str:
     """Sorted set: names of workers by the time of their last word."""
     return f"{PREFIX}workers"
+
+
+def unacked() -> str:
+    """Hash of kombu's: messages that workers hold, by delivery tag."""
+    return f"{PREFIX}unacked"
+
+
+def unacked_index() -> str:
+    """Sorted set of kombu's: delivery tags by the time their lease was last renewed."""
+    return f"{PREFIX}unacked_index"

@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 PREFIX = "MILLRACE_"
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
-URL_SCHEMES = ("redis", "rediss", "unix", "sentinel")
+URL_SCHEMES = ("redis", "rediss", "unix")
 
 
 class SettingsError(ValueError):
@@ -47,7 +47,6 @@ class Settings(BaseSettings):
     #: Prompts are computed in pieces of this many tokens; a different value may change the last bits of a result.
     prefill_chunk: int = Field(128, description="a whole number from 16 to 1024", ge=16, le=1024)
     max_queue: int = Field(1_000_000, description="a whole number of at least 1", ge=1)
-    max_attempts: int = Field(3, description="a whole number of at least 1", ge=1)
     result_ttl_s: int = Field(86_400, description="a whole number of seconds, at least 60", ge=60)
     #: A message whose worker has not renewed its lease for this long goes to another worker.
     lease_s: int = Field(120, description="a whole number of seconds, at least 3", ge=3)

@@ -23,11 +23,12 @@ from typing import Protocol
 
 import structlog
 
-from client.errors import JobCancelled, JobError, JobExpired, JobFailed, MillraceError
+from client.errors import JobCancelled, JobError, JobExpired, JobFailed
 from client.keys import PRIORITIES
 from client.schema import GenerateRequest, Result
 from config import Settings
 from model.tokenizer import Tokenizer
+from worker.errors import EngineStopped
 from worker.scheduler import Outcome, Scheduler, Step
 from worker.sequence import Generation, Sequence, Slot, TextDelta
 from worker.slots import Move
@@ -36,10 +37,6 @@ log = structlog.get_logger("millrace.engine")
 
 #: Length classes of the cache, in positions; those above MAX_CONTEXT are left out.
 LENGTH_CLASSES = (128, 256, 512, 1024)
-
-
-class EngineStopped(MillraceError):
-    """Raised to those who wait when the engine ends before their job does; the job may be given to another one."""
 
 
 class StepRunner(Protocol):
@@ -103,6 +100,7 @@ class Engine:
         self._cancelled: deque[str] = deque()
         self._wake = threading.Condition()
         self._stopping = False  # takes no more jobs
+        self._dropping = False  # lets go of jobs without a slot
         self._abandoning = False  # ends after the present step, whatever is left
         self._jobs: dict[str, Generation] = {}
         self._owner: dict[Sequence, Generation] = {}
@@ -179,12 +177,15 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="millrace-engine", daemon=True)
         self._thread.start()
 
-    def stop(self, *, finish: bool = False) -> None:
-        """End the thread: after all jobs are done (`finish`), else after the present step; others get EngineStopped."""
+    def stop(self, *, finish: bool = False, drop_waiting: bool = False) -> None:
+        """End the thread: after the present step, or with `finish` after all jobs are done.
+
+        `drop_waiting` leaves out the jobs that have no slot yet. Those not done get EngineStopped.
+        """
         with self._wake:
             self._stopping = True
-            if not finish:
-                self._abandoning = True
+            self._dropping |= drop_waiting
+            self._abandoning |= not finish
             self._wake.notify()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -212,11 +213,11 @@ class Engine:
                         break
                     if idle:
                         self._wake.wait(self._until_deadline())
-            self._abandon("the engine was stopped before the job was done")
+            self._abandon("the engine was stopped before the job was done", self._everything())
         except BaseException as error:
             log.exception("engine.failed")
             self._stopping = True
-            self._abandon(f"the engine failed: {error!r}")
+            self._abandon(f"the engine failed: {error!r}", self._everything())
             if self.on_fatal is not None:
                 self.on_fatal(error)
 
@@ -248,6 +249,10 @@ class Engine:
         for sequence in [s for s in self.scheduler.running if self._owner[s].future.cancelled()]:
             if sequence in self._owner:
                 self._end(self._owner[sequence], _cancelled)
+        if self._dropping:
+            self._abandon(
+                "the engine is stopping and starts no more jobs", [g for g in self._jobs.values() if not g.begun]
+            )
         while self._deadlines and self._deadlines[0][0] <= time.time():
             self._end(heapq.heappop(self._deadlines)[2], _expired)
 
@@ -257,7 +262,7 @@ class Engine:
             if generation.future.cancelled():
                 self._end(generation, _cancelled)
                 continue
-            first = all(s.admitted_at is None for s in generation.sequences)
+            first = not generation.begun
             sequence.admitted_at = time.monotonic()
             if first and generation.on_start is not None:
                 generation.on_start()
@@ -338,7 +343,7 @@ class Engine:
                 self.runner.clear(member.slot)
         self._end(generation, lambda partial: JobFailed(code, message, partial))
 
-    def _end(self, generation: Generation, error: Callable[[list[str]], JobError]) -> None:
+    def _end(self, generation: Generation, error: Callable[[list[str]], Exception]) -> None:
         """Take a job out before it is done, and tell its waiter why."""
         if self._jobs.pop(generation.id, None) is None:
             return
@@ -351,13 +356,16 @@ class Engine:
         if (move := self.scheduler.remove(sequence)) is not None:
             self.runner.move(move)
 
-    def _abandon(self, reason: str) -> None:
+    def _everything(self) -> list[Generation]:
         with self._wake:
-            left = [*self._jobs.values(), *self._inbox]
+            for generation in self._inbox:
+                self._jobs[generation.id] = generation
             self._inbox.clear()
-        self._jobs.clear()
-        for generation in left:
-            _settle(generation.future, EngineStopped(reason))
+        return list(self._jobs.values())
+
+    def _abandon(self, reason: str, generations: list[Generation]) -> None:
+        for generation in generations:
+            self._end(generation, lambda _: EngineStopped(reason))
 
     def _until_deadline(self) -> float | None:
         return max(0.0, self._deadlines[0][0] - time.time()) if self._deadlines else None

@@ -204,6 +204,11 @@ class Generation:
         return all(sequence.finish_reason for sequence in self.sequences)
 
     @property
+    def begun(self) -> bool:
+        """Whether any sample has had a slot."""
+        return any(sequence.admitted_at is not None for sequence in self.sequences)
+
+    @property
     def partial(self) -> list[str]:
         """The texts so far, for a job that ends early."""
         return [sequence.text for sequence in self.sequences] if any(s.output for s in self.sequences) else []

@@ -1,0 +1,357 @@
+"""The client: checks, publishes, polls. One connection however many jobs wait, and no channel for each of them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, cast
+
+import redis
+from kombu.exceptions import OperationalError
+
+from client import keys
+from client.errors import InvalidRequest, NoWorker, QueueFull, RedisUnreachable, ResultTimeout, UnknownJob
+from client.job import Job
+from client.records import Outcome, parse_outcome
+from client.schema import TASK_NAME, GenerateRequest, State, parse_request
+from client.status import Status, read_status
+from client.transport import connect, producer_app, queue, resolve_url
+from config import Settings, load_settings
+from config.settings import redact_url, slug
+
+log = logging.getLogger("millrace.client")
+
+#: Polling starts often and slows down: a short job is seen at once, a long one costs a request a second.
+FIRST_POLL_S, LAST_POLL_S, POLL_GROWTH = 0.01, 1.0, 1.5
+#: Results asked for in one request.
+MGET_KEYS = 500
+#: A wait goes on through a Redis that is away for at most this long; restarts take less.
+PATIENCE_S = 60.0
+#: A job that no worker has finished after this long is forgotten.
+QUEUED_TTL_S = 30 * 86_400
+#: How often a wait without end says that nobody serves the queue.
+REMIND_S = 30.0
+
+_JOB_ID = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-:")
+
+
+class Client:
+    """Submits jobs to one Redis and reads what became of them. Use it as a context manager, or call `close`.
+
+    Args:
+        redis_url: MILLRACE_REDIS_URL if not given, else an embedded server that runs, else localhost.
+        model: the model whose queue jobs go to; MILLRACE_MODEL if not given.
+        settings: all settings at once, instead of the environment.
+
+    Raises:
+        SettingsError: a setting is unknown or has a value it cannot have.
+    """
+
+    def __init__(
+        self, *, redis_url: str | None = None, model: str | None = None, settings: Settings | None = None
+    ) -> None:
+        settings = settings or load_settings()
+        if redis_url is not None:
+            settings = load_settings(**{**settings.model_dump(), "redis_url": redis_url})
+        self.settings = settings
+        self.url = resolve_url(settings)
+        self.model_name = slug(model) if model is not None else settings.model_name
+        self._redis = connect(self.url)
+        self._app = producer_app(settings, self.url)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections. Jobs go on."""
+        self._redis.close()
+        self._app.close()
+
+    def submit(self, prompt: str | Sequence[int], *, id: str | None = None, **params: Any) -> Job:  # noqa: A002
+        """Queue one prompt.
+
+        Args:
+            prompt: text, or token ids. The empty text stands for the end-of-text token.
+            id: a name of your own for the job; submitting the same request again under it gives the same job.
+            params: sampling parameters (client.schema.SamplingParams), `priority`, `model`, and `timeout_s`, the
+                seconds after which nobody wants the result any more.
+
+        Raises:
+            InvalidRequest: a parameter is wrong; nothing was queued.
+            QueueFull: the queue takes no more; nothing was queued.
+            RedisUnreachable: Redis does not answer; nothing was accepted.
+        """
+        return self._queue([self._prepare({"prompt": prompt, "id": id, **params})])[0]
+
+    def submit_many(self, requests: Iterable[str | Sequence[int] | Mapping[str, Any]], **params: Any) -> list[Job]:
+        """Queue many prompts: each a text, token ids, or a mapping with `prompt` and parameters of its own.
+
+        All are checked before the first is queued. `params` hold for those that do not say otherwise.
+
+        Raises:
+            InvalidRequest: one is wrong, `requests[3].top_p` say, or there are none; nothing was queued.
+            QueueFull: the queue does not take that many; nothing was queued.
+            RedisUnreachable: Redis does not answer; `accepted` holds the jobs that were queued before.
+        """
+        if isinstance(requests, (str, Mapping)):
+            raise InvalidRequest("requests", f"a {type(requests).__name__}", "a list of prompts; use submit for one")
+        drafts = []
+        for index, request in enumerate(requests):
+            own = request if isinstance(request, Mapping) else {"prompt": request}
+            try:
+                drafts.append(self._prepare({**params, **own}))
+            except InvalidRequest as error:
+                raise InvalidRequest(f"requests[{index}].{error.field}", error.value, error.expected) from None
+        if not drafts:
+            raise InvalidRequest("requests", "an empty list", "at least one prompt")
+        return self._queue(drafts)
+
+    def job(self, job_id: str) -> Job:
+        """A handle on a job that was submitted anywhere. Nothing is asked of Redis yet."""
+        return Job(job_id, self)
+
+    def cancel(self, job_id: str) -> bool:
+        """Ask for a job to be cancelled; see `Job.cancel`."""
+        outcome, _ = self._look(job_id)
+        if outcome is not None:
+            return False
+        with self._reachable():
+            self._redis.set(keys.cancel(job_id), "1", ex=QUEUED_TTL_S)
+        return True
+
+    def as_completed(self, jobs: Iterable[Job], timeout: float | None = None) -> Iterator[Job]:
+        """The jobs as they end, in whatever way; `job.result()` then answers at once.
+
+        Raises:
+            ResultTimeout: some have not ended after `timeout` seconds in all.
+            UnknownJob, RedisUnreachable: as for `Job.result`.
+        """
+        waiting = {job.id: job for job in jobs}
+        for job in [job for job in waiting.values() if job._outcome is not None]:
+            yield waiting.pop(job.id)
+        for outcomes in self._poll(waiting, timeout):
+            for job_id, outcome in outcomes.items():
+                waiting[job_id]._outcome = outcome
+                yield waiting.pop(job_id)
+
+    def status(self) -> Status:
+        """Queues, workers and slots, now. Raises RedisUnreachable."""
+        with self._reachable():
+            return read_status(self._redis, self.model_name)
+
+    # --- submitting ------------------------------------------------------------------------------------------------
+
+    def _prepare(self, fields: dict[str, Any]) -> _Draft:
+        """Check everything that can be known without the model, and choose id and seed."""
+        job_id, model, timeout_s = fields.pop("id", None), fields.pop("model", None), fields.pop("timeout_s", None)
+        for internal in ("expires_at", "schema_version"):
+            if internal in fields:
+                raise InvalidRequest(internal, repr(fields[internal]), "no such parameter; use timeout_s")
+        if timeout_s is not None:
+            if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < 1e9:
+                raise InvalidRequest("timeout_s", repr(timeout_s), "a number of seconds above 0, or None")
+            fields["expires_at"] = time.time() + timeout_s
+        request = parse_request({name: value for name, value in fields.items() if value is not None})
+        digest = _digest(request) if job_id is not None else ""
+        if request.seed is None:
+            # Chosen here, so that a job computed again after a crash draws the same numbers.
+            request = request.model_copy(update={"seed": secrets.randbits(52)})
+        return _Draft(_check_id(job_id), _check_model(model) or self.model_name, request, digest)
+
+    def _queue(self, drafts: list[_Draft]) -> list[Job]:
+        accepted: list[Job] = []
+        try:
+            with self._reachable():
+                self._check_room(drafts)
+                with self._app.producer_pool.acquire(block=True) as producer:
+                    for draft in drafts:
+                        if self._record(draft):
+                            self._publish(draft, producer)
+                        accepted.append(Job(draft.id, self))
+        except RedisUnreachable as error:
+            error.accepted = accepted
+            raise
+        return accepted
+
+    def _check_room(self, drafts: list[_Draft]) -> None:
+        for model in {draft.model for draft in drafts}:
+            pipe = self._redis.pipeline(transaction=False)
+            for name in keys.queue_lists(model):
+                pipe.llen(name)
+            depth, new = sum(pipe.execute()), sum(draft.model == model for draft in drafts)
+            if depth + new > self.settings.max_queue:
+                raise QueueFull(keys.queue(model), depth, self.settings.max_queue)
+
+    def _record(self, draft: _Draft) -> bool:
+        """Write the job's record. Returns whether it has to be published: not if this is a repetition."""
+        name = keys.job(draft.id)
+        pipe = self._redis.pipeline()
+        pipe.hsetnx(name, "digest", draft.digest)
+        pipe.hget(name, "digest")
+        pipe.hget(name, "published")
+        pipe.hsetnx(name, "state", "queued")
+        pipe.hsetnx(name, "model", draft.model)
+        pipe.hsetnx(name, "submitted_at", f"{time.time():.6f}")
+        pipe.expire(name, QUEUED_TTL_S)
+        new, digest, published, *_ = pipe.execute()
+        if not new and digest != draft.digest:
+            raise InvalidRequest("id", repr(draft.id), "an id that no other request has; this one was used already")
+        return new or not published
+
+    def _publish(self, draft: _Draft, producer: Any) -> None:
+        self._app.send_task(
+            TASK_NAME,
+            args=[draft.request.to_wire()],
+            task_id=draft.id,
+            queue=queue(draft.model),
+            priority=keys.PRIORITIES[draft.request.priority],
+            argsrepr="<redacted>",  # it goes into headers and events, and the prompt must not
+            kwargsrepr="{}",
+            ignore_result=False,
+            producer=producer,
+        )
+        if draft.digest:
+            self._redis.hset(keys.job(draft.id), "published", "1")
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def _look(self, job_id: str) -> tuple[Outcome | None, State]:
+        with self._reachable():
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.get(keys.result(job_id))
+            pipe.hget(keys.job(job_id), "state")
+            record, state = pipe.execute()
+        outcome = parse_outcome(record)
+        if outcome is None and state is None:
+            raise UnknownJob(job_id)
+        return outcome, cast("State", state or "queued")
+
+    def _wait(self, job_id: str, timeout: float | None) -> Outcome:
+        for outcomes in self._poll([job_id], timeout):
+            if job_id in outcomes:
+                return outcomes[job_id]
+        raise AssertionError("polling ends with an outcome or an error")  # pragma: no cover
+
+    def _poll(self, job_ids: Iterable[str], timeout: float | None) -> Iterator[dict[str, Outcome]]:
+        """Outcomes as they are found, until there is one for each id."""
+        waiting = list(job_ids)
+        started = last_answer = time.monotonic()
+        pause, remind, first = FIRST_POLL_S, REMIND_S, True
+        while waiting:
+            try:
+                found = self._fetch(waiting, check=first)
+                last_answer, first = time.monotonic(), False
+            except RedisUnreachable:
+                if first or time.monotonic() - last_answer > PATIENCE_S:
+                    raise
+                found = {}
+            if found:
+                pause = FIRST_POLL_S
+                yield found
+                waiting = [job_id for job_id in waiting if job_id not in found]
+                continue
+            elapsed = time.monotonic() - started
+            if timeout is not None and elapsed >= timeout:
+                raise self._late(waiting[0], timeout)
+            if timeout is None and elapsed > remind:
+                remind += REMIND_S
+                self._remind(waiting)
+            time.sleep(pause if timeout is None else max(0.0, min(pause, timeout - elapsed)))
+            pause = min(pause * POLL_GROWTH, LAST_POLL_S)
+
+    def _fetch(self, job_ids: list[str], *, check: bool) -> dict[str, Outcome]:
+        """The outcomes that are there; with `check`, also that every other job exists."""
+        found: dict[str, Outcome] = {}
+        with self._reachable():
+            for start in range(0, len(job_ids), MGET_KEYS):
+                part = job_ids[start : start + MGET_KEYS]
+                records = cast("list[str | None]", self._redis.mget([keys.result(job_id) for job_id in part]))
+                for job_id, record in zip(part, records, strict=True):
+                    if (outcome := parse_outcome(record)) is not None:
+                        found[job_id] = outcome
+            if check:
+                self._check_known([job_id for job_id in job_ids if job_id not in found])
+        return found
+
+    def _check_known(self, job_ids: list[str]) -> None:
+        pipe = self._redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipe.exists(keys.job(job_id), keys.result(job_id))  # it may have ended since
+        for job_id, there in zip(job_ids, pipe.execute(), strict=True):
+            if not there:
+                raise UnknownJob(job_id)
+
+    def _late(self, job_id: str, timeout: float) -> ResultTimeout:
+        outcome, state = self._look(job_id)
+        model = self._model_of(job_id)
+        if outcome is None and not self._served(model):
+            return NoWorker(job_id, timeout, state, keys.queue(model))
+        return ResultTimeout(job_id, timeout, state)
+
+    def _remind(self, waiting: list[str]) -> None:
+        with contextlib.suppress(RedisUnreachable):
+            model = self._model_of(waiting[0])
+            if not self._served(model):
+                log.warning(
+                    "%d jobs wait and no worker serves queue %s; start one with `celery -A worker worker`",
+                    len(waiting),
+                    keys.queue(model),
+                )
+
+    def _model_of(self, job_id: str) -> str:
+        with self._reachable():
+            return cast("str | None", self._redis.hget(keys.job(job_id), "model")) or self.model_name
+
+    def _served(self, model: str) -> bool:
+        return any(worker.model == model for worker in self.status().workers)
+
+    @contextlib.contextmanager
+    def _reachable(self) -> Iterator[None]:
+        """Errors of connections, whichever library raised them, as one of ours."""
+        try:
+            yield
+        except (redis.ConnectionError, redis.TimeoutError, OperationalError, ConnectionError) as error:
+            if isinstance(error, RedisUnreachable):
+                raise
+            raise RedisUnreachable(redact_url(self.url), str(error) or type(error).__name__) from error
+
+
+class _Draft:
+    """A job that has been checked and not been queued."""
+
+    def __init__(self, job_id: str, model: str, request: GenerateRequest, digest: str) -> None:
+        self.id, self.model, self.request, self.digest = job_id, model, request, digest
+
+
+def _digest(request: GenerateRequest) -> str:
+    """What makes two requests the same one: all but when it expires, which moves with the clock."""
+    wire = request.model_copy(update={"expires_at": None}).to_wire()
+    return hashlib.sha256(json.dumps(wire, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_id(job_id: Any) -> str:
+    if job_id is None:
+        return uuid.uuid4().hex
+    if not isinstance(job_id, str) or not 1 <= len(job_id) <= 128 or not _JOB_ID.issuperset(job_id):
+        raise InvalidRequest("id", repr(job_id)[:80], "1 to 128 letters, digits, '.', '_', '-' or ':'")
+    return job_id
+
+
+def _check_model(model: Any) -> str | None:
+    if model is None:
+        return None
+    if not isinstance(model, str) or not model or len(model) > 256:
+        raise InvalidRequest("model", repr(model)[:80], "the name of a model that a worker serves")
+    return slug(model)

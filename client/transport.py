@@ -1,0 +1,107 @@
+"""How Redis is reached: which URL, and the settings that client and worker must share to understand each other."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import redis
+from celery import Celery
+from kombu.entity import Queue
+
+from client import keys
+from config.settings import DEFAULT_REDIS_URL, Settings, embedded_socket
+
+#: Seconds after which a silent connection is given up; None would wait on a dead one for ever. It must exceed the one
+#: second for which kombu's BRPOP waits.
+SOCKET_TIMEOUT_S = 30
+CONNECT_TIMEOUT_S = 5
+
+
+def resolve_url(settings: Settings) -> str:
+    """The Redis to use: the one that is set, else an embedded server that runs, else the default port here."""
+    if settings.redis_url is not None:
+        return settings.redis_url
+    path = embedded_socket()
+    return unix_url(str(path)) if listening(str(path)) else DEFAULT_REDIS_URL
+
+
+def unix_url(path: str) -> str:
+    """The URL of a unix socket, as redis-py writes it."""
+    return f"unix://{path}?db=0"
+
+
+def listening(path: str) -> bool:
+    """Whether a server accepts connections on this unix socket; one that was killed leaves a file that does not."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True
+
+
+def celery_url(url: str) -> str:
+    """The same Redis as kombu writes it: unix sockets are `redis+socket://` with the database as `virtual_host`."""
+    parts = urlsplit(url)
+    if parts.scheme != "unix":
+        return url
+    database = parse_qs(parts.query).get("db", ["0"])[0]
+    return f"redis+socket://{parts.path}?virtual_host={database}"
+
+
+def connect(url: str) -> redis.Redis:
+    """A redis-py client that gives up on a silent server. Nothing is sent until it is used."""
+    connection: redis.Redis = redis.Redis.from_url(
+        url,
+        decode_responses=True,
+        socket_timeout=SOCKET_TIMEOUT_S,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        health_check_interval=25,
+    )
+    return connection
+
+
+def broker_settings(settings: Settings, url: str) -> dict[str, Any]:
+    """Celery's settings for the broker, the same in client and worker: the shortest lease among them wins."""
+    return {
+        "broker_url": celery_url(url),
+        "broker_transport_options": {
+            "global_keyprefix": keys.PREFIX,
+            "visibility_timeout": settings.lease_s,
+            "unacked_restore_interval": 10,
+            "unacked_restore_throttle": 1,
+            "socket_timeout": SOCKET_TIMEOUT_S,
+            "socket_connect_timeout": CONNECT_TIMEOUT_S,
+            "socket_keepalive": urlsplit(url).scheme != "unix",
+            "health_check_interval": 25,
+        },
+        "visibility_timeout": settings.lease_s,
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "event_serializer": "json",
+        "accept_content": ["json"],
+        "task_create_missing_queues": False,
+        "broker_connection_timeout": CONNECT_TIMEOUT_S,
+    }
+
+
+def queue(model_name: str) -> Queue:
+    """The Celery queue of a model."""
+    name = keys.queue(model_name)
+    return Queue(name, routing_key=name)  # type: ignore[no-untyped-call]
+
+
+def producer_app(settings: Settings, url: str) -> Celery:
+    """A Celery app that only publishes. Without a result backend it opens no pub/sub channel for every job."""
+    app = Celery("millrace-client", set_as_current=False)
+    app.conf.update(
+        **broker_settings(settings, url),
+        result_backend="disabled",
+        task_queues=[queue(settings.model_name)],
+        task_default_queue=keys.queue(settings.model_name),
+        task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.2, "interval_max": 0.5},
+    )
+    return app

@@ -1,0 +1,104 @@
+"""Logging, set up by the program that starts: one line an event on standard error, the same fields whoever wrote it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from typing import Any
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from config.settings import Settings
+
+_HANDLER = "millrace"
+
+# As far as the last @ of the word: a password may hold an @ or a / that ought to have been escaped.
+_PASSWORD = re.compile(r"((?:rediss?|redis\+socket|unix|sentinel)://[^\s:/?#@]*:)\S*@")
+_PASSWORD_IN_QUERY = re.compile(r"((?:rediss?|redis\+socket|unix|sentinel)://\S*?[?&]password=)[^\s&]+")
+
+#: Loggers of others, and whether `log_level=debug` opens them. The last two log arguments and results of tasks:
+#: what people write and read does not belong in a log.
+_FOREIGN = {"celery": True, "kombu": True, "celery.app.trace": False, "celery.pool": False}
+
+
+def setup_logging(settings: Settings) -> None:
+    """Send the lines of structlog and of the standard library through one handler; a second call replaces it.
+
+    Every line has `timestamp` (ISO 8601, UTC), `level`, `logger`, `event`, what was bound (`job_id`) and, for an
+    exception, its traceback, but no local variables: they hold prompts. Passwords in URLs are replaced by `***`.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.set_name(_HANDLER)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=_fields(),
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                redact,
+                _renderer(settings),
+            ],
+        )
+    )
+    root = logging.getLogger()
+    for old in [other for other in root.handlers if other.get_name() == _HANDLER]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    _set_levels(settings)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *_fields(),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        # A logger that was used before must follow too.
+        cache_logger_on_first_use=False,
+    )
+
+
+def redact(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:  # noqa: ARG001 (structlog's signature)
+    """Processor: no password of a Redis URL in any field, however deep."""
+    return {name: _redacted(value) for name, value in event.items()}
+
+
+def _redacted(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, dict):
+        return {name: _redacted(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_redacted(item) for item in value]
+    # Any other object, an exception for example, would be rendered by its repr.
+    text = value if isinstance(value, str) else repr(value)
+    return _PASSWORD_IN_QUERY.sub(r"\1***", _PASSWORD.sub(r"\1***@", text))
+
+
+def _fields() -> list[Processor]:
+    return [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+    ]
+
+
+def _renderer(settings: Settings) -> Processor:
+    terminal = sys.stderr.isatty()
+    if settings.log_format == "console" or (settings.log_format == "auto" and terminal):
+        colors = terminal and not os.environ.get("NO_COLOR")  # https://no-color.org
+        return structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)
+    return structlog.processors.JSONRenderer()
+
+
+def _set_levels(settings: Settings) -> None:
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    logging.getLogger("millrace").setLevel(level)
+    for name, opens in _FOREIGN.items():
+        logging.getLogger(name).setLevel(logging.DEBUG if opens and level == logging.DEBUG else logging.WARNING)

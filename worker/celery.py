@@ -1,0 +1,118 @@
+"""The Celery app: `celery -A worker worker` finds `app` here."""
+
+from __future__ import annotations
+
+import atexit
+from typing import Any
+
+import redis
+import structlog
+from celery import Celery, signals
+
+from client import keys
+from client.transport import broker_settings, celery_url, connect, queue, resolve_url
+from config import Settings, SettingsError, load_settings
+from config.logging import setup_logging
+from worker.tasks import add_tasks
+
+log = structlog.get_logger("millrace.worker")
+
+
+def make_app(settings: Settings) -> Celery:
+    """A Celery app whose worker computes the settings' model. Nothing is connected or loaded yet."""
+    app = Celery("millrace", set_as_current=False)
+    app.conf.update(worker_settings(settings))
+    point_at(app, settings, resolve_url(settings))
+    app.conf.update(
+        task_queues=[queue(settings.model_name)],
+        task_default_queue=keys.queue(settings.model_name),
+    )
+    add_tasks(app, settings)
+    app.millrace_settings = settings  # the pool and the command line read it from here
+    return app
+
+
+def point_at(app: Celery, settings: Settings, url: str) -> None:
+    """Use this Redis for messages and results."""
+    app.conf.update(broker_settings(settings, url))
+    app.conf.update(result_backend=celery_url(url), redis_socket_keepalive=not url.startswith("unix:"))
+
+
+def worker_settings(settings: Settings) -> dict[str, Any]:
+    """Celery's settings of the worker, beside the broker's."""
+    return {
+        "worker_pool": "worker.pool:EnginePool",
+        "worker_consumer": "worker.consumer:SafeConsumer",
+        # The window of messages a worker holds: enough to refill a slot at once, few enough to leave to others.
+        "worker_concurrency": settings.slots + max(2, settings.slots // 4),
+        "worker_prefetch_multiplier": 1,
+        "task_acks_late": True,
+        "task_acks_on_failure": True,
+        "task_acks_on_timeout": True,
+        "task_track_started": False,  # the job record says so
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "result_backend_transport_options": {
+            "global_keyprefix": keys.PREFIX,
+            "visibility_timeout": settings.lease_s,
+            "retry_policy": {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.2, "interval_max": 1},
+        },
+        # A finished row must not be dropped because Redis is away: try for ever.
+        "result_backend_always_retry": True,
+        "result_backend_max_sleep_between_retries_ms": 2000,
+        "result_backend_thread_safe": True,
+        "redis_socket_timeout": 30,
+        "redis_socket_connect_timeout": 5,
+        "redis_backend_health_check_interval": 25,
+        "result_expires": settings.result_ttl_s,
+        "result_extended": False,  # it would store the arguments, which are prompts
+        "worker_soft_shutdown_timeout": settings.soft_shutdown_s,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "worker_send_task_events": True,
+        "task_send_sent_event": True,
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+    }
+
+
+@signals.celeryd_init.connect  # type: ignore[untyped-decorator]
+def _find_redis(instance: Any, **_: Any) -> None:
+    """Where no Redis is set and none runs here, the worker brings its own, so that it works with no flags at all."""
+    settings: Settings = getattr(instance.app, "millrace_settings", None) or load_settings()
+    if settings.redis_url is None:
+        start_embedded_if_alone(instance.app, settings)
+
+
+def start_embedded_if_alone(app: Celery, settings: Settings) -> None:
+    """Start an embedded Redis for this process if neither one of ours nor one on the default port answers."""
+    from worker.embedded import EmbeddedRedis, EmbeddedRedisError
+
+    url = resolve_url(settings)
+    try:
+        connect(url).ping()
+    except redis.ConnectionError:
+        server = EmbeddedRedis()
+        try:
+            server.start()
+        except EmbeddedRedisError as error:
+            raise SystemExit(f"millrace: no Redis at {url}, and none of our own: {error}") from None
+        atexit.register(server.stop)
+        point_at(app, settings, server.url)
+        log.warning("redis.embedded", tried=url, url=server.url, hint="set MILLRACE_REDIS_URL to use a Redis of yours")
+
+
+@signals.worker_ready.connect  # type: ignore[untyped-decorator]
+def _say_ready(sender: Any, **_: Any) -> None:
+    """The model is loaded (Celery starts its pool first) and the queue is being read: a job would be served now."""
+    log.info("worker.ready", queues=[queue.name for queue in sender.app.amqp.queues.consume_from.values()])
+
+
+@signals.setup_logging.connect  # type: ignore[untyped-decorator]
+def _configure_logging(**_: Any) -> None:
+    setup_logging(load_settings())
+
+
+try:
+    app = make_app(load_settings())
+except SettingsError as error:
+    raise SystemExit(f"millrace: {error}") from None

@@ -1,0 +1,257 @@
+"""The `millrace` command. Torch is loaded only by what needs it: `up`, and the worker that `generate` may start."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from typing import IO, Any, TypeVar, get_args
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from client import Client, NoWorker, RedisUnreachable, Result, ResultTimeout, SamplingParams, Status
+from client.errors import InvalidRequest, MillraceError
+from client.keys import queue
+from client.schema import parse_request
+from config import Settings, SettingsError, load_settings
+from worker.embedded import EmbeddedRedis, EmbeddedRedisError
+
+#: Exit codes: 0 done, 1 the job ended without a result, 2 wrong input, 3 nothing to run it, 4 not in time.
+FAILED, WRONG_INPUT, NOT_RUNNING, TIMED_OUT = 1, 2, 3, 4
+
+#: The longest a worker may take to load its model when `generate` starts one.
+START_TIMEOUT_S = 300
+
+MANY = "may be given several times"
+
+F = TypeVar("F", bound=Callable[..., Any])
+note = Console(stderr=True, highlight=False)
+
+
+class CommandFailed(click.ClickException):
+    """Ends a command with a code, and a message on standard error or, with --json, an object on standard output."""
+
+    def __init__(self, error: Exception, as_json: bool) -> None:
+        super().__init__(str(error))
+        self.error, self.as_json = error, as_json
+        self.exit_code = _exit_code(error)  # type: ignore[misc]
+
+    def show(self, file: IO[Any] | None = None) -> None:  # noqa: ARG002
+        """Called by click."""
+        if self.as_json:
+            code = getattr(self.error, "code", None) or type(self.error).__name__
+            click.echo(json.dumps({"error": {"code": code, "message": str(self.error)}}))
+        else:
+            click.echo(f"millrace: {self.error}", err=True)
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, (InvalidRequest, SettingsError)):
+        return WRONG_INPUT
+    if isinstance(error, (RedisUnreachable, NoWorker, EmbeddedRedisError, NothingRuns)):
+        return NOT_RUNNING
+    return TIMED_OUT if isinstance(error, ResultTimeout) else FAILED
+
+
+class NothingRuns(MillraceError):
+    """Raised when no worker serves the model, and none may or can be started."""
+
+
+@contextlib.contextmanager
+def _errors(as_json: bool) -> Iterator[None]:
+    try:
+        yield
+    except (MillraceError, SettingsError, EmbeddedRedisError) as error:
+        raise CommandFailed(error, as_json) from error
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("millrace"), prog_name="millrace")
+def main() -> None:
+    """Turn a queue of prompts into text with GPT-2, many at a time.
+
+    Settings are MILLRACE_* environment variables; see config/dev.env.
+    """
+
+
+@main.command()
+def up() -> None:
+    """Run a worker in the foreground, with an embedded Redis unless one is set or runs here."""
+    with _errors(as_json=False):
+        load_settings()
+    from worker.celery import app
+
+    app.worker_main(["worker", "--without-gossip", "--without-mingle"])
+
+
+def sampling_options(command: F) -> F:
+    """An option for every sampling parameter, named and described as in client.schema."""
+    for name, field in reversed(SamplingParams.model_fields.items()):
+        flag = "--" + name.replace("_", "-")
+        kinds = {field.annotation, *get_args(field.annotation)}
+        option: Callable[[F], F]
+        if field.annotation is bool:
+            option = click.option(flag, is_flag=True, default=None, help=_option_help(name))
+        elif name in ("stop", "stop_token_ids"):
+            kind = int if name == "stop_token_ids" else str
+            option = click.option(flag, type=kind, multiple=True, help=MANY)
+        elif name == "logit_bias":
+            option = click.option(flag, multiple=True, metavar="ID=BIAS", help=MANY)
+        else:
+            option = click.option(flag, type=int if int in kinds else float, help=field.description)
+        command = option(command)
+    return command
+
+
+def _option_help(name: str) -> str:
+    return {"echo": "begin the text with the prompt", "ignore_eos": "go on past the end of the text"}[name]
+
+
+@main.command()
+@click.argument("prompt")
+@sampling_options
+@click.option("--timeout", type=float, default=300, show_default=True, help="seconds to wait for the result")
+@click.option("--json", "as_json", is_flag=True, help="print the whole result as JSON")
+def generate(prompt: str, timeout: float, as_json: bool, **params: Any) -> None:
+    """Generate text after PROMPT ('-' reads it from standard input).
+
+    Uses the worker that serves MILLRACE_MODEL; if none runs and MILLRACE_REDIS_URL is not set, starts an embedded Redis
+    and a worker for this call.
+    """
+    if prompt == "-":
+        prompt = click.get_text_stream("stdin").read()
+    with _errors(as_json):
+        given = _given(params)
+        parse_request({"prompt": prompt, **given})  # before anything is started for it
+        with _serving(load_settings()) as client:
+            result = client.submit(prompt, **given).result(timeout)
+    if as_json:
+        click.echo(result.model_dump_json())
+    else:
+        _print_result(result)
+
+
+def _given(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that were given, as `submit` takes them."""
+    given = {name: list(v) if isinstance(v, tuple) else v for name, v in params.items() if v is not None and v != ()}
+    if "logit_bias" in given:
+        try:
+            pairs = [item.split("=", 1) for item in given["logit_bias"]]
+            given["logit_bias"] = {int(token): float(bias) for token, bias in pairs}
+        except ValueError:
+            raise InvalidRequest("logit_bias", repr(given["logit_bias"]), "ID=BIAS, for example 50256=-100") from None
+    return given
+
+
+def _print_result(result: Result) -> None:
+    for choice in result.choices:
+        if len(result.choices) > 1:
+            note.print(f"--- {choice.index + 1} of {len(result.choices)}", style="dim")
+        click.echo(choice.text)
+    timings = result.timings
+    seconds = timings.prefill_s + timings.decode_s
+    note.print(
+        f"{result.usage.completion_tokens} tokens in {seconds:.2f} s, {result.usage.completion_tokens / seconds:.0f} "
+        f"tokens/s; model {result.model}, seed {result.seed}, {result.choices[0].finish_reason}",
+        style="dim",
+    )
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+def status(as_json: bool) -> None:
+    """Show queues, workers and slots. Exit code 0 if a worker serves MILLRACE_MODEL, else 3."""
+    with _errors(as_json):
+        settings = load_settings()
+        with Client(settings=settings) as client:
+            found = client.status()
+    if as_json:
+        click.echo(found.model_dump_json())
+    else:
+        _print_status(found)
+    if not _served(found, settings):
+        if not as_json:
+            note.print(f"no worker serves {queue(settings.model_name)}; start one with `celery -A worker worker`")
+        raise SystemExit(NOT_RUNNING)
+
+
+def _print_status(found: Status) -> None:
+    console = Console()
+    workers = Table("worker", "model", "slots", "running", "waiting", "tokens/s", title="Workers", title_justify="left")
+    for w in found.workers:
+        workers.add_row(w.name, w.model, str(w.slots), str(w.running), str(w.waiting), f"{w.tokens_per_s:.0f}")
+    queues = Table("model", "interactive", "normal", "bulk", title="Queues", title_justify="left")
+    for q in found.queues:
+        queues.add_row(q.model, str(q.interactive), str(q.normal), str(q.bulk))
+    console.print(workers, queues, f"{found.delivered} jobs are with workers")
+
+
+def _served(found: Status, settings: Settings) -> bool:
+    return any(worker.model == settings.model_name for worker in found.workers)
+
+
+@contextlib.contextmanager
+def _serving(settings: Settings) -> Iterator[Client]:
+    """A client whose jobs will be served: by what runs, else by a Redis and a worker started for this call."""
+    with Client(settings=settings) as client:
+        try:
+            if _served(client.status(), settings):
+                yield client
+                return
+            if settings.redis_url is not None:
+                raise NothingRuns(
+                    f"no worker serves {queue(settings.model_name)} on the Redis that MILLRACE_REDIS_URL names; "
+                    "start one with `celery -A worker worker`"
+                )
+        except RedisUnreachable:
+            if settings.redis_url is not None:
+                raise
+    with EmbeddedRedis.ephemeral() as server:
+        own = load_settings(redis_url=server.url)
+        with Client(settings=own) as client, _worker(own, client):
+            yield client
+
+
+@contextlib.contextmanager
+def _worker(settings: Settings, client: Client) -> Iterator[None]:
+    """A worker as our child process, ready when the block begins and gone when it ends."""
+    command = [sys.executable, "-m", "celery", "--quiet", "-A", "worker", "worker"]
+    environment = {**os.environ, "MILLRACE_REDIS_URL": str(settings.redis_url), "MILLRACE_LOG_FORMAT": "console"}
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(  # noqa: S603
+            [*command, "--without-gossip", "--without-mingle"], env=environment, stdout=output, stderr=output
+        )
+        try:
+            with note.status(f"no worker runs; starting one with model {settings.model_name} for this call"):
+                _wait_until_served(settings, client, process, output)
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_until_served(settings: Settings, client: Client, process: subprocess.Popen[bytes], output: IO[bytes]) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not _served(client.status(), settings):
+        if process.poll() is not None or time.monotonic() > deadline:
+            output.seek(0)
+            last = output.read().decode(errors="replace").strip().splitlines()[-20:]
+            what = "ended" if process.poll() is not None else f"was not ready after {START_TIMEOUT_S} s"
+            raise NothingRuns("\n".join([f"the worker started for this call {what}; its last lines:", *last]))
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The worker's clockwork, in a thread of its own: leases, requests to cancel, time limits, and a heartbeat.
+
+Not on Celery's event loop: a main thread that is busy or reconnecting must not let leases run out.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+import redis
+import structlog
+
+from config import Settings
+from worker.store import WORKER_TTL_S, Store
+
+if TYPE_CHECKING:
+    from worker.engine import Engine
+    from worker.pool import EnginePool
+
+log = structlog.get_logger("millrace.worker")
+
+#: How often requests to cancel are looked for while jobs are here; and how often anything is done while none are.
+TICK_S, IDLE_TICK_S = 0.2, 1.0
+BEAT_S = WORKER_TTL_S / 3
+
+
+class Monitor:
+    """Looks after the pool's deliveries. Redis being away is logged once and otherwise waited out."""
+
+    def __init__(self, pool: EnginePool, engine: Engine, store: Store, settings: Settings) -> None:
+        self._pool, self._engine, self._store, self._settings = pool, engine, store, settings
+        self.name = f"{socket.gethostname()}-{os.getpid()}"
+        self._started: deque[str] = deque()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="millrace-monitor", daemon=True)
+        self._began_at = time.time()
+        self._renew_at = self._beat_at = 0.0
+        self._last_tokens, self._last_beat = 0, time.monotonic()
+        self._down = False
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, and take the worker's record away."""
+        self._stop.set()
+        self._thread.join()
+        try:
+            self._store.withdraw(self.name)
+        except redis.RedisError as error:
+            log.warning("redis.unanswered", error=str(error))  # the record has a short life of its own
+
+    def note_started(self, job_id: str) -> None:
+        """A job got a slot; its record says so at the next tick. Called from the engine's thread."""
+        self._started.append(job_id)
+
+    def _loop(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._tick()
+                self._down = False
+            except redis.RedisError as error:
+                if not self._down:
+                    log.warning("redis.unanswered", error=str(error))
+                self._down = True
+            except Exception:
+                log.exception("monitor.failed")  # a fault here must not end the leases of everybody
+            self._stop.wait(TICK_S if self._pool.deliveries() else IDLE_TICK_S)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._check_time_limits(now)
+        self._write_started()
+        deliveries = self._pool.deliveries()
+        if deliveries:
+            for job_id in self._store.cancelled([delivery.job_id for delivery in deliveries]):
+                self._engine.cancel(job_id)
+        if deliveries and now >= self._renew_at:
+            self._store.renew([delivery.tag for delivery in deliveries if delivery.tag is not None])
+            self._renew_at = now + self._settings.lease_s / 4
+        if now >= self._beat_at:
+            self._beat(now)
+            self._beat_at = now + BEAT_S
+
+    def _write_started(self) -> None:
+        here = {delivery.job_id for delivery in self._pool.deliveries()}
+        started = [self._started.popleft() for _ in range(len(self._started))]
+        if running := [job_id for job_id in started if job_id in here]:  # not those that have ended meanwhile
+            self._store.started(running, self.name)
+
+    def _check_time_limits(self, now: float) -> None:
+        for delivery in self._pool.deliveries():
+            limit, started = delivery.time_limit_s, delivery.started_at
+            if limit is not None and started is not None and now - started > limit and not delivery.dropped:
+                self._pool.time_out(delivery)
+
+    def _beat(self, now: float) -> None:
+        stats = self._engine.stats()
+        rate = (stats.tokens - self._last_tokens) / max(1e-9, now - self._last_beat)
+        self._last_tokens, self._last_beat = stats.tokens, now
+        self._store.announce(
+            self.name,
+            {
+                "model": self._settings.model_name,
+                "fingerprint": self._engine.fingerprint,
+                "slots": stats.slots,
+                "running": stats.running,
+                "waiting": stats.waiting,
+                "tokens_per_s": round(rate, 1),
+                "started_at": self._began_at,
+                **dict(self._pool.counts()),
+            },
+        )

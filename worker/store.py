@@ -1,0 +1,167 @@
+"""What the worker keeps in Redis beside Celery's own records, and an in-memory twin for tests.
+
+The truth about how a job ended is Celery's result record; here is the life before that, requests to cancel, leases on
+messages, and what workers say of themselves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+import redis
+
+from client import keys
+from client.records import parse_outcome
+
+#: A worker that has not spoken for this long is gone.
+WORKER_TTL_S = 15
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is known of a job when its message arrives."""
+
+    #: It has ended already: the message is a repetition, and there is nothing to compute.
+    finished: bool
+    cancelled: bool
+
+
+class Store(Protocol):
+    """The records of jobs and workers. Every method may raise redis.RedisError where there is a Redis."""
+
+    def claim(self, job_ids: Sequence[str]) -> list[Claim]:
+        """What is known of jobs whose messages have just arrived."""
+        ...
+
+    def started(self, job_ids: Iterable[str], worker: str) -> None:
+        """Note that jobs have got a slot."""
+        ...
+
+    def returned(self, job_ids: Iterable[str]) -> None:
+        """Note that jobs go back into the queue unfinished."""
+        ...
+
+    def ended(self, job_ids: Iterable[str]) -> None:
+        """Note that the results of jobs are stored: their records may go when the results do."""
+        ...
+
+    def cancelled(self, job_ids: Sequence[str]) -> set[str]:
+        """Those of the jobs whose cancelling was asked for."""
+        ...
+
+    def renew(self, delivery_tags: Iterable[str]) -> None:
+        """Renew the leases of messages, so that no other worker takes them for lost."""
+        ...
+
+    def announce(self, worker: str, record: Mapping[str, str | int | float]) -> None:
+        """Say that a worker lives and what it is doing."""
+        ...
+
+    def withdraw(self, worker: str) -> None:
+        """Say that a worker is gone."""
+        ...
+
+
+class RedisStore:
+    """The store in Redis. One request to the server a method, whatever the number of jobs."""
+
+    def __init__(self, connection: redis.Redis, result_ttl_s: int) -> None:
+        self._redis = connection
+        self._ttl_s = result_ttl_s
+
+    def claim(self, job_ids: Sequence[str]) -> list[Claim]:
+        pipe = self._redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipe.get(keys.result(job_id))
+            pipe.exists(keys.cancel(job_id))
+        answers = pipe.execute()
+        return [
+            Claim(finished=parse_outcome(record) is not None, cancelled=bool(cancel))
+            for record, cancel in zip(answers[::2], answers[1::2], strict=True)
+        ]
+
+    def started(self, job_ids: Iterable[str], worker: str) -> None:
+        pipe = self._redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipe.hset(keys.job(job_id), mapping={"state": "running", "worker": worker, "started_at": time.time()})
+            pipe.hincrby(keys.job(job_id), "attempts", 1)
+        pipe.execute()
+
+    def returned(self, job_ids: Iterable[str]) -> None:
+        pipe = self._redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipe.hset(keys.job(job_id), "state", "queued")
+        pipe.execute()
+
+    def ended(self, job_ids: Iterable[str]) -> None:
+        pipe = self._redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipe.expire(keys.job(job_id), self._ttl_s)
+            pipe.delete(keys.cancel(job_id))
+        pipe.execute()
+
+    def cancelled(self, job_ids: Sequence[str]) -> set[str]:
+        flags = cast("list[str | None]", self._redis.mget([keys.cancel(job_id) for job_id in job_ids]))
+        return {job_id for job_id, flag in zip(job_ids, flags, strict=True) if flag}
+
+    def renew(self, delivery_tags: Iterable[str]) -> None:
+        now = time.time()  # the clock that kombu's sweep uses too
+        if leases := dict.fromkeys(delivery_tags, now):
+            self._redis.zadd(keys.unacked_index(), leases, xx=True)
+
+    def announce(self, worker: str, record: Mapping[str, str | int | float]) -> None:
+        now = time.time()
+        pipe = self._redis.pipeline()
+        for name, value in {**record, "beat_at": now}.items():
+            pipe.hset(keys.worker(worker), name, value)
+        pipe.expire(keys.worker(worker), WORKER_TTL_S)
+        pipe.zadd(keys.workers(), {worker: now})
+        pipe.zremrangebyscore(keys.workers(), 0, now - 20 * WORKER_TTL_S)
+        pipe.execute()
+
+    def withdraw(self, worker: str) -> None:
+        pipe = self._redis.pipeline()
+        pipe.delete(keys.worker(worker))
+        pipe.zrem(keys.workers(), worker)
+        pipe.execute()
+
+
+@dataclass
+class MemoryStore:
+    """The same in memory. Tests set `results` and `cancels` as a client and Celery's backend would."""
+
+    results: set[str] = field(default_factory=set)
+    cancels: set[str] = field(default_factory=set)
+    states: dict[str, str] = field(default_factory=dict)
+    attempts: dict[str, int] = field(default_factory=dict)
+    leases: dict[str, float] = field(default_factory=dict)
+    workers: dict[str, dict[str, str | int | float]] = field(default_factory=dict)
+
+    def claim(self, job_ids: Sequence[str]) -> list[Claim]:
+        return [Claim(job_id in self.results, job_id in self.cancels) for job_id in job_ids]
+
+    def started(self, job_ids: Iterable[str], worker: str) -> None:  # noqa: ARG002
+        for job_id in job_ids:
+            self.states[job_id] = "running"
+            self.attempts[job_id] = self.attempts.get(job_id, 0) + 1
+
+    def returned(self, job_ids: Iterable[str]) -> None:
+        self.states.update(dict.fromkeys(job_ids, "queued"))
+
+    def ended(self, job_ids: Iterable[str]) -> None:
+        self.cancels.difference_update(job_ids)
+
+    def cancelled(self, job_ids: Sequence[str]) -> set[str]:
+        return self.cancels.intersection(job_ids)
+
+    def renew(self, delivery_tags: Iterable[str]) -> None:
+        self.leases.update({tag: time.time() for tag in delivery_tags if tag in self.leases})
+
+    def announce(self, worker: str, record: Mapping[str, str | int | float]) -> None:
+        self.workers[worker] = dict(record)
+
+    def withdraw(self, worker: str) -> None:
+        self.workers.pop(worker, None)
