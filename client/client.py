@@ -34,8 +34,6 @@ FIRST_POLL_S, LAST_POLL_S, POLL_GROWTH = 0.01, 1.0, 1.5
 MGET_KEYS = 500
 #: A wait goes on through a Redis that is away for at most this long; restarts take less.
 PATIENCE_S = 60.0
-#: A job that no worker has finished after this long is forgotten.
-QUEUED_TTL_S = 30 * 86_400
 #: How often a wait without end says that nobody serves the queue.
 REMIND_S = 30.0
 
@@ -128,7 +126,7 @@ class Client:
         if outcome is not None:
             return False
         with self._reachable():
-            self._redis.set(keys.cancel(job_id), "1", ex=QUEUED_TTL_S)
+            self._redis.set(keys.cancel(job_id), "1", ex=keys.UNFINISHED_TTL_S)
         return True
 
     def as_completed(self, jobs: Iterable[Job], timeout: float | None = None) -> Iterator[Job]:
@@ -204,7 +202,7 @@ class Client:
         pipe.hsetnx(name, "state", "queued")
         pipe.hsetnx(name, "model", draft.model)
         pipe.hsetnx(name, "submitted_at", f"{time.time():.6f}")
-        pipe.expire(name, QUEUED_TTL_S)
+        pipe.expire(name, keys.UNFINISHED_TTL_S)
         new, digest, published, *_ = pipe.execute()
         if not new and digest != draft.digest:
             raise InvalidRequest("id", repr(draft.id), "an id that no other request has; this one was used already")

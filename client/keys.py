@@ -10,6 +10,9 @@ _RESULT = "celery-task-meta-"
 #: Public priority -> Celery's number on Redis, where 0 is first and steps are 0, 3, 6, 9.
 PRIORITIES = {"interactive": 0, "normal": 3, "bulk": 9}
 
+#: The record of a job that no worker has finished is forgotten after 30 days; when it ends, RESULT_TTL_S counts.
+UNFINISHED_TTL_S = 30 * 86_400
+
 _STEP_SEPARATOR = "\x06\x16"  # kombu's, between a queue's name and its priority step
 
 

@@ -97,7 +97,7 @@ def sampling_options(command: F) -> F:
     for name, field in reversed(SamplingParams.model_fields.items()):
         flag = "--" + name.replace("_", "-")
         kinds = {field.annotation, *get_args(field.annotation)}
-        option: Callable[[F], F]
+        option: Any
         if field.annotation is bool:
             option = click.option(flag, is_flag=True, default=None, help=_option_help(name))
         elif name in ("stop", "stop_token_ids"):

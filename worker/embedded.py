@@ -32,8 +32,8 @@ _WAYS_OUT = (
     "or set MILLRACE_REDIS_URL to a Redis that runs"
 )
 # Asks Linux to end this process when its parent ends (1 is PR_SET_PDEATHSIG), then becomes the server: after a
-# `kill -9` of the parent nobody else is left who could stop it. A program of its own and no `preexec_fn`, which may deadlock in a
-# process with threads. The parent may be gone before Linux was asked, hence the second look.
+# `kill -9` of the parent nobody else is left who could stop it. A program of its own and no `preexec_fn`, which may
+# deadlock in a process with threads. The parent may be gone before Linux was asked, hence the second look.
 _DIE_WITH_PARENT = (
     f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); "
     "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
@@ -111,8 +111,8 @@ class EmbeddedRedis:
         self._end_process()
         try:
             binary, version = find_server()
-            self._claim(version)
-            self._spawn(binary)
+            lock = self._claim(version)
+            self._spawn(binary, lock)
             self._wait_until_ready()
         except BaseException as error:
             self.stop()
@@ -147,8 +147,8 @@ class EmbeddedRedis:
     def __repr__(self) -> str:
         return f"<EmbeddedRedis {self.url} {f'pid {self.pid}' if self.alive else 'stopped'}>"
 
-    def _claim(self, version: tuple[int, int]) -> None:
-        """Make sure that the directory and the socket are ours and nobody else's."""
+    def _claim(self, version: tuple[int, int]) -> int:
+        """Make sure that the directory and the socket are ours and nobody else's; the lock that says so."""
         size = len(os.fsencode(self.socket))
         if size > LONGEST_SOCKET_PATH:
             raise EmbeddedRedisError(
@@ -165,12 +165,12 @@ class EmbeddedRedis:
             )
         if version < (7, 0) and (self.directory / "appendonlydir").exists():
             raise EmbeddedRedisError(
-                f"{self.directory} was written by Redis 7 or later; {_dotted(version)}, the server found here, would not "
-                "see what is in it: put the newer server on PATH, or move the directory away"
+                f"{self.directory} was written by Redis 7 or later; {_dotted(version)}, the server found here, would "
+                "not see what is in it: put the newer server on PATH, or move the directory away"
             )
+        return self._lock
 
-    def _spawn(self, binary: Path) -> None:
-        assert self._lock is not None  # noqa: S101 (for mypy: _claim has taken it)
+    def _spawn(self, binary: Path, lock: int) -> None:
         command = [str(binary), *_options(self.directory, self.socket)]
         # Linux goes by the *thread* that started the server, and only the main one lasts as long as the process.
         by_kernel = sys.platform == "linux" and threading.current_thread() is threading.main_thread()
@@ -187,7 +187,7 @@ class EmbeddedRedis:
                 # Redis 7 refuses to start under a locale that is set but not installed.
                 env={**os.environ, "LC_ALL": "C"},
                 # The server holds the lock too, so nobody writes to its files while it is still ending after our death.
-                pass_fds=[self._lock],
+                pass_fds=[lock],
                 # A Ctrl-C in the terminal is for us; the server must still be there while we finish.
                 start_new_session=True,
             )

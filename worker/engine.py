@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import secrets
 import threading
 import time
@@ -37,6 +38,9 @@ log = structlog.get_logger("millrace.engine")
 
 #: Length classes of the cache, in positions; those above MAX_CONTEXT are left out.
 LENGTH_CLASSES = (128, 256, 512, 1024)
+
+NAN_MESSAGE = "the model gave no numbers for this prompt (NaN); check its weights"
+STOPPED_MESSAGE = "the engine was stopped before the job was done"
 
 
 class StepRunner(Protocol):
@@ -97,12 +101,13 @@ class Engine:
         self.tokens = 0
         self.steps = 0
         self._inbox: deque[Generation] = deque()
-        self._cancelled: deque[str] = deque()
+        self._cancelled: deque[str | Generation] = deque()  # by name, or because the waiter cancelled its future
         self._wake = threading.Condition()
         self._stopping = False  # takes no more jobs
         self._dropping = False  # lets go of jobs without a slot
         self._abandoning = False  # ends after the present step, whatever is left
-        self._jobs: dict[str, Generation] = {}
+        #: Not by name: a message delivered twice brings two jobs of one name, and each has a waiter.
+        self._jobs: set[Generation] = set()
         self._owner: dict[Sequence, Generation] = {}
         self._deadlines: list[tuple[float, int, Generation]] = []
         self._tie = itertools.count()
@@ -147,6 +152,7 @@ class Engine:
             future.set_exception(error)
             return future
         generation.on_start, generation.on_text = on_start, on_text
+        future.add_done_callback(lambda done: self._note_cancel(generation) if done.cancelled() else None)
         with self._wake:
             if self._stopping:
                 raise EngineStopped("the engine has stopped and takes no more jobs")
@@ -156,8 +162,11 @@ class Engine:
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job: its waiter gets JobCancelled at the next step. An unknown or finished job is left alone."""
+        self._note_cancel(job_id)
+
+    def _note_cancel(self, job: str | Generation) -> None:
         with self._wake:
-            self._cancelled.append(job_id)
+            self._cancelled.append(job)
             self._wake.notify()
 
     def stats(self) -> EngineStats:
@@ -180,14 +189,17 @@ class Engine:
     def stop(self, *, finish: bool = False, drop_waiting: bool = False) -> None:
         """End the thread: after the present step, or with `finish` after all jobs are done.
 
-        `drop_waiting` leaves out the jobs that have no slot yet. Those not done get EngineStopped.
+        `drop_waiting` leaves out the jobs that have no slot yet. Those not done get EngineStopped. Without a thread
+        nothing more is computed, whatever `finish` says.
         """
         with self._wake:
             self._stopping = True
             self._dropping |= drop_waiting
             self._abandoning |= not finish
             self._wake.notify()
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is None:
+            self._abandon(STOPPED_MESSAGE)
+        elif self._thread is not threading.current_thread():
             self._thread.join()
             self._thread = None
 
@@ -213,11 +225,11 @@ class Engine:
                         break
                     if idle:
                         self._wake.wait(self._until_deadline())
-            self._abandon("the engine was stopped before the job was done", self._everything())
+            self._abandon(STOPPED_MESSAGE)
         except BaseException as error:
             log.exception("engine.failed")
             self._stopping = True
-            self._abandon(f"the engine failed: {error!r}", self._everything())
+            self._abandon(f"the engine failed: {error!r}")
             if self.on_fatal is not None:
                 self.on_fatal(error)
 
@@ -233,35 +245,28 @@ class Engine:
     def _take_in(self) -> None:
         """New jobs get in line; cancelled and overdue ones, waiting or running, are out before the step."""
         with self._wake:
-            arrived, cancelled = list(self._inbox), list(self._cancelled)
+            arrived, cancelled = list(self._inbox), set(self._cancelled)
             self._inbox.clear()
             self._cancelled.clear()
         for generation in arrived:
-            self._jobs[generation.id] = generation
+            self._jobs.add(generation)
             for sequence in generation.sequences:
                 self._owner[sequence] = generation
                 self.scheduler.add(sequence, PRIORITIES[generation.request.priority])
             if generation.request.expires_at is not None:
                 heapq.heappush(self._deadlines, (generation.request.expires_at, next(self._tie), generation))
-        for job_id in cancelled:
-            if job_id in self._jobs:
-                self._end(self._jobs[job_id], _cancelled)
-        for sequence in [s for s in self.scheduler.running if self._owner[s].future.cancelled()]:
-            if sequence in self._owner:
-                self._end(self._owner[sequence], _cancelled)
+        if cancelled:
+            for generation in [g for g in self._jobs if g.id in cancelled or g in cancelled]:
+                self._end(generation, _cancelled)
         if self._dropping:
-            self._abandon(
-                "the engine is stopping and starts no more jobs", [g for g in self._jobs.values() if not g.begun]
-            )
+            for generation in [g for g in self._jobs if not g.begun]:
+                self._end(generation, _dropped)
         while self._deadlines and self._deadlines[0][0] <= time.time():
             self._end(heapq.heappop(self._deadlines)[2], _expired)
 
     def _admit(self) -> None:
         for sequence in self.scheduler.admit():
             generation = self._owner[sequence]
-            if generation.future.cancelled():
-                self._end(generation, _cancelled)
-                continue
             first = not generation.begun
             sequence.admitted_at = time.monotonic()
             if first and generation.on_start is not None:
@@ -283,6 +288,8 @@ class Engine:
         self.scheduler.detach_followers(step)
         outcome = Outcome([], [])
         for part in step.alone():
+            if any(sequence not in self._owner for sequence in part.sequences):
+                continue  # another sample of its job has failed
             try:
                 result = self.runner.run(part)
             except Exception as error:
@@ -293,6 +300,8 @@ class Engine:
                 for sequence in part.sequences:
                     self._fail(sequence, "internal_error", message)
                 continue
+            for chunk in part.chunks:
+                self.scheduler.advance(chunk)  # now: if a later one fails, this row may move, with all it has computed
             outcome.tokens.extend(result.tokens)
             outcome.prompt_scores.extend(result.prompt_scores)
         return outcome
@@ -301,23 +310,35 @@ class Engine:
         """Hand the step's tokens to their sequences. Returns the sequences that are done."""
         now = time.monotonic()
         for sequence, scores in outcome.prompt_scores:
-            for sharer in (sequence, *step.followers.get(sequence, ())):
-                sharer.prompt_scores.extend(scores)
+            sequence.prompt_scores.extend(scores)
+        for leader, followers in step.followers.items():
+            for follower in followers:
+                follower.prompt_scores = list(leader.prompt_scores)
         for chunk in step.chunks:
             if chunk.sequence in self._owner:
                 self.scheduler.advance(chunk)
         for sequence in step.prefilled:
             sequence.first_token_at = now
-            if sequence.request.max_tokens == 0:
-                sequence.finish_scoring()
+            if sequence.request.max_tokens == 0 and sequence in self._owner:
+                self._finish_scoring(sequence)
         for sequence, score in outcome.tokens:
             if score is None:
-                self._fail(sequence, "nan_logits", "the model gave no numbers for this prompt (NaN); check its weights")
-            else:
+                self._fail(sequence, "nan_logits", NAN_MESSAGE)
+            elif sequence in self._owner:
                 self.tokens += 1
                 sequence.append(score)
                 self._tell(sequence)
         return [s for s in (*step.decodes, *step.prefilled) if s.finish_reason and s in self._owner]
+
+    def _finish_scoring(self, sequence: Sequence) -> None:
+        """End a request for no new tokens. No draw has shown that its rows are free of NaN, so its slot is wiped."""
+        last = sequence.prompt_scores[-1].logprob if sequence.prompt_scores else None
+        if last is not None and math.isnan(last):  # a NaN reaches all later positions
+            self._fail(sequence, "nan_logits", NAN_MESSAGE)
+            return
+        if sequence.slot is not None:
+            self.runner.clear(sequence.slot)
+        sequence.finish_scoring()
 
     def _tell(self, sequence: Sequence) -> None:
         generation = self._owner[sequence]
@@ -329,24 +350,23 @@ class Engine:
         for sequence in finished:
             generation = self._owner.pop(sequence)
             self._free(sequence)
-            if generation.finished and self._jobs.pop(generation.id, None) is not None:
+            if generation.finished and generation in self._jobs:
+                self._jobs.remove(generation)
                 result = generation.result(self.model_name, self.fingerprint, time.monotonic())
                 _settle(generation.future, result)
 
     def _fail(self, sequence: Sequence, code: str, message: str) -> None:
-        """End the sequence's job; what it leaves in the cache is wiped."""
-        generation = self._owner.get(sequence)
-        if generation is None:
-            return
-        for member in generation.sequences:
-            if member.slot is not None:
-                self.runner.clear(member.slot)
-        self._end(generation, lambda partial: JobFailed(code, message, partial))
+        """End the sequence's job."""
+        if (generation := self._owner.get(sequence)) is not None:
+            self._end(generation, lambda partial: JobFailed(code, message, partial))
 
     def _end(self, generation: Generation, error: Callable[[list[str]], Exception]) -> None:
-        """Take a job out before it is done, and tell its waiter why."""
-        if self._jobs.pop(generation.id, None) is None:
+        """Take a job out before it is done, and tell its waiter why. Its slots are wiped: they may hold NaN."""
+        if generation not in self._jobs:
             return
+        self._jobs.remove(generation)
+        for slot in [sequence.slot for sequence in generation.sequences if sequence.slot is not None]:
+            self.runner.clear(slot)
         for sequence in generation.sequences:
             if self._owner.pop(sequence, None) is not None:
                 self._free(sequence)
@@ -356,16 +376,14 @@ class Engine:
         if (move := self.scheduler.remove(sequence)) is not None:
             self.runner.move(move)
 
-    def _everything(self) -> list[Generation]:
+    def _abandon(self, reason: str) -> None:
+        """The end: tell everybody. The cache is left as it is, for the device may not answer any more."""
         with self._wake:
-            for generation in self._inbox:
-                self._jobs[generation.id] = generation
+            left = [*self._jobs, *self._inbox]
             self._inbox.clear()
-        return list(self._jobs.values())
-
-    def _abandon(self, reason: str, generations: list[Generation]) -> None:
-        for generation in generations:
-            self._end(generation, lambda _: EngineStopped(reason))
+        self._jobs.clear()
+        for generation in left:
+            _settle(generation.future, EngineStopped(reason))
 
     def _until_deadline(self) -> float | None:
         return max(0.0, self._deadlines[0][0] - time.time()) if self._deadlines else None
@@ -415,6 +433,10 @@ class Engine:
 
 def _cancelled(partial: list[str]) -> JobError:
     return JobCancelled(message="the job was cancelled", partial=partial)
+
+
+def _dropped(_: list[str]) -> Exception:
+    return EngineStopped("the engine is stopping and starts no more jobs")
 
 
 def _expired(partial: list[str]) -> JobError:

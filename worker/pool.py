@@ -301,6 +301,7 @@ class EnginePool(BasePool):
             return  # the message stays unacknowledged, so another worker gets it
         if delivery.dropped:
             self._forget(delivery)
+            self._finishers.submit(self._ask, lambda store: store.ended([job_id]))
             return
         self._engine_service.ready(job_id, future)
         self._finishers.submit(self._finish, delivery, future)

@@ -40,11 +40,13 @@ class Runner:
                 self.cache.arenas[length].resize(count)
 
     def move(self, move: Move) -> None:
-        """Fill the hole that a finished sequence left."""
-        self.cache.arenas[move.length_class].copy(move.source, move.target, move.length)
+        """Fill the hole that a finished sequence left. Nothing stays behind: an unfinished prompt may hold NaN."""
+        arena = self.cache.arenas[move.length_class]
+        arena.copy(move.source, move.target, move.length)
+        arena.clear(move.source, move.length)
 
     def clear(self, slot: Slot) -> None:
-        """Zero the slot of a sequence that failed."""
+        """Zero the slot of a sequence that may have left a NaN in it."""
         self.cache.arenas[slot.length_class].clear(slot.index)
 
     @torch.inference_mode()

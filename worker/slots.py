@@ -55,14 +55,12 @@ class SlotTable:
         return sum(length * count * self.position_bytes for length, count in self.capacity.items())
 
     def place(self, sequence: Sequence) -> bool:
-        """Give the sequence a slot: of the shortest class that holds it, else of a longer one that has one free."""
-        fitting = [length for length in self.rows if length >= sequence.longest]
-        if not fitting or not self._make_room(fitting[0]):
-            fitting = [length for length in fitting if len(self.rows[length]) < self.capacity[length]]
-        if not fitting:
+        """Give the sequence a slot of the shortest class that holds it."""
+        length = next((length for length in self.rows if length >= sequence.longest), None)
+        if length is None or not self._make_room(length):
             return False
-        rows = self.rows[fitting[0]]
-        sequence.slot = Slot(fitting[0], len(rows))
+        rows = self.rows[length]
+        sequence.slot = Slot(length, len(rows))
         rows.append(sequence)
         return True
 
@@ -91,9 +89,12 @@ class SlotTable:
         return growth > 0
 
     def _give_back(self, needed: int, keep: int) -> None:
-        """Shrink other classes' unused slots, just enough."""
-        for length, rows in self.rows.items():
-            missing = needed - (self.budget_bytes - self.used_bytes)
-            if length != keep and missing > 0:
-                unused = self.capacity[length] - len(rows)
-                self.capacity[length] -= min(unused, -(-missing // (length * self.position_bytes)))
+        """Shrink other classes' unused slots, just enough; not at all if that would not be enough."""
+        unused = {length: self.capacity[length] - len(rows) for length, rows in self.rows.items() if length != keep}
+        missing = needed - (self.budget_bytes - self.used_bytes)
+        if missing > sum(length * count for length, count in unused.items()) * self.position_bytes:
+            return
+        for length, count in unused.items():
+            given = min(count, max(0, -(-missing // (length * self.position_bytes))))
+            self.capacity[length] -= given
+            missing -= given * length * self.position_bytes

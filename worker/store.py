@@ -88,12 +88,14 @@ class RedisStore:
         for job_id in job_ids:
             pipe.hset(keys.job(job_id), mapping={"state": "running", "worker": worker, "started_at": time.time()})
             pipe.hincrby(keys.job(job_id), "attempts", 1)
+            pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
         pipe.execute()
 
     def returned(self, job_ids: Iterable[str]) -> None:
         pipe = self._redis.pipeline(transaction=False)
         for job_id in job_ids:
             pipe.hset(keys.job(job_id), "state", "queued")
+            pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
         pipe.execute()
 
     def ended(self, job_ids: Iterable[str]) -> None:

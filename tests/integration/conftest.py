@@ -1,0 +1,53 @@
+"""A real worker process on a real Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from client import Client
+from config import Settings, load_settings
+from tests.integration.processes import WorkerProcess
+
+Reference = Callable[[list[int], int], list[int]]
+
+
+@pytest.fixture(scope="session")
+def settings(redis_url: str) -> Settings:
+    return load_settings(redis_url=redis_url)
+
+
+@pytest.fixture(scope="session")
+def worker(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    """`celery -A worker worker`, with no flags, ready."""
+    log = tmp_path_factory.mktemp("worker") / "worker.log"
+    with WorkerProcess(log, MILLRACE_REDIS_URL=redis_url) as process:
+        process.wait_ready()
+        yield process
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[Client]:
+    with Client(settings=settings) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def reference() -> Reference:
+    """Greedy tokens after a prompt, as transformers' own `generate` gives them on the bundled weights."""
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    from model.weights import DEMO
+
+    gpt2 = GPT2LMHeadModel.from_pretrained(Path(DEMO), dtype=torch.float32).eval()
+
+    def generate(prompt: list[int], count: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        out = gpt2.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=50256)
+        return out[0, len(prompt) :].tolist()
+
+    return generate

@@ -1,0 +1,84 @@
+"""Worker processes for tests: started as a user starts them, and always gone in the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+CELERY = [sys.executable, "-m", "celery", "-A", "worker", "worker"]
+
+
+class WorkerProcess:
+    """A `celery -A worker worker` in a process group of its own, writing JSON lines to `log`."""
+
+    def __init__(self, log: Path, *flags: str, **environment: str) -> None:
+        self.log = log
+        self.flags = flags
+        self.environment = {**os.environ, "MILLRACE_LOG_FORMAT": "json", **environment}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> WorkerProcess:
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [*CELERY, *self.flags], env=self.environment, stdout=out, stderr=out, start_new_session=True
+            )
+        return self
+
+    def __enter__(self) -> WorkerProcess:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def wait_ready(self, timeout: float = 60) -> None:
+        self.wait_for("worker.ready", timeout)
+
+    def wait_for(self, event: str, timeout: float = 30, count: int = 1) -> None:
+        """Wait until the log holds this many lines of an event."""
+        deadline = time.monotonic() + timeout
+        while len(self.events(event)) < count:
+            assert self.alive, (
+                f"the worker ended with {self.process and self.process.returncode}:\n{self.text()[-3000:]}"
+            )
+            assert time.monotonic() < deadline, f"no {event} after {timeout} s:\n{self.text()[-3000:]}"
+            time.sleep(0.05)
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        lines = [line for line in self.text().splitlines() if line.startswith("{") and f'"{name}"' in line]
+        return [line for line in map(json.loads, lines) if line["event"] == name]
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout: float = 30) -> int:
+        """The exit code."""
+        assert self.process is not None
+        return self.process.wait(timeout)
+
+    def kill(self) -> None:
+        """kill -9, and wait until it is gone."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+
+
+def wait_until(condition: Any, timeout: float = 20) -> None:
+    """Wait for a condition that another process brings about."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come about in time"
+        time.sleep(0.02)

@@ -1,0 +1,275 @@
+"""From the client through Redis and a real worker process and back."""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+
+import pytest
+import redis
+from celery import Celery
+from celery.result import AsyncResult
+
+from client import Client, Job, JobCancelled, JobExpired, JobFailed, NoWorker, ResultTimeout, UnknownJob, keys
+from client.transport import connect
+from config import Settings
+from model import load_tokenizer
+from tests.integration.conftest import Reference
+from tests.integration.processes import WorkerProcess, wait_until
+
+pytestmark = pytest.mark.usefixtures("worker")
+
+LONG = {"max_tokens": 900, "temperature": 0, "ignore_eos": True}
+
+
+def sent_by_celery(client: Client, app: Celery, args: list[object], **options: object) -> Job:
+    """A job that did not come through our client: it has no record until a worker meets it."""
+    job_id = uuid.uuid4().hex
+    app.send_task("millrace.generate", args=args, task_id=job_id, **options)
+    wait_until(lambda: client._redis.exists(keys.result(job_id)))
+    return client.job(job_id)
+
+
+@pytest.fixture
+def connection(redis_url: str) -> redis.Redis:
+    return connect(redis_url)
+
+
+def test_checkpoint_12_with_a_real_redis(client: Client, reference: Reference) -> None:
+    result = client.submit("Hello.", max_tokens=10, temperature=0).result(timeout=60)
+    expected = reference([15496, 13], 10)
+    assert result.choices[0].token_ids == expected
+    assert result.text == load_tokenizer("demo").decode(expected)
+    assert result.usage.model_dump() == {"prompt_tokens": 2, "completion_tokens": 10, "total_tokens": 12}
+    assert "f41244398561" in result.fingerprint
+
+
+def test_sixty_four_mixed_jobs_at_once_equal_the_same_jobs_one_by_one(client: Client) -> None:
+    rng = random.Random(5)
+    words = "the and of a to she was in that Holmes river Alice said upon old house".split()
+    requests = [
+        {
+            "prompt": " ".join(rng.choice(words) for _ in range(rng.choice([0, 1, 4, 30, 200]))),
+            "max_tokens": rng.randint(1, 20),
+            "temperature": rng.choice([0, 0.5, 1.0]),
+            "top_p": rng.choice([1.0, 0.9]),
+            "top_k": rng.choice([0, 40]),
+            "seed": i,
+            "n": rng.choice([1, 1, 2]),
+            "logprobs": rng.choice([None, 2]),
+            "frequency_penalty": rng.choice([0, 0.5]),
+        }
+        for i, _ in enumerate(range(64))
+    ]
+    together = [job.result(60) for job in client.submit_many(requests)]
+    alone = [client.submit(**request).result(60) for request in requests]
+    assert [result.choices for result in together] == [result.choices for result in alone]
+
+
+@pytest.mark.parametrize("prompt", ["", "a", "Once upon a time", [464]], ids=["empty", "one token", "four", "ids"])
+def test_prompts_of_every_size_equal_transformers(
+    client: Client, reference: Reference, prompt: str | list[int]
+) -> None:
+    ids = (load_tokenizer("demo").encode(prompt) or [50256]) if isinstance(prompt, str) else prompt
+    result = client.submit(prompt, max_tokens=6, temperature=0, ignore_eos=True).result(60)
+    assert result.choices[0].token_ids == reference(ids, 6)
+
+
+def test_a_prompt_that_fills_the_context(client: Client, reference: Reference) -> None:
+    prompt = load_tokenizer("demo").encode("The sea was calm and the night was long. " * 200)[:1023]
+    assert client.submit(prompt, max_tokens=1, temperature=0).result(60).choices[0].token_ids == reference(prompt, 1)
+
+
+def test_a_prompt_over_the_context_fails_with_both_numbers(client: Client) -> None:
+    job = client.submit([464] * 1020, max_tokens=10)
+    with pytest.raises(JobFailed, match=r"1020 tokens and max_tokens is 10.*at most 1024") as caught:
+        job.result(60)
+    assert caught.value.code == "context_length_exceeded"
+    assert caught.value.job is job
+    assert job.status() == "failed"
+
+
+def test_a_token_id_outside_the_vocabulary_fails_the_job(client: Client) -> None:
+    with pytest.raises(JobFailed, match=r"50257.*50256") as caught:
+        client.submit([50257], max_tokens=1).result(60)
+    assert caught.value.code == "invalid_token_id"
+
+
+def test_states_from_queued_to_succeeded(client: Client) -> None:
+    job = client.submit("Hello.", **LONG)
+    wait_until(lambda: job.status() != "queued")
+    assert job.status() in ("running", "succeeded")
+    assert client.job(job.id).result(60).usage.completion_tokens == 900
+    assert client.job(job.id).status() == "succeeded"
+
+
+def test_cancelling_a_running_job_ends_it_with_its_text_so_far(client: Client) -> None:
+    job = client.submit("Hello.", **LONG)
+    wait_until(lambda: job.status() == "running")
+    assert job.cancel()
+    with pytest.raises(JobCancelled) as caught:
+        job.result(30)
+    assert caught.value.partial
+    assert job.status() == "cancelled"
+    assert not job.cancel()
+
+
+def test_a_job_cancelled_before_a_worker_meets_it_is_never_computed(client: Client, connection: redis.Redis) -> None:
+    connection.set(keys.cancel("cancelled-early"), "1")
+    with pytest.raises(JobCancelled, match="before it started"):
+        client.submit("Hello.", id="cancelled-early").result(30)
+
+
+def test_celerys_own_revoke_stops_one_row(settings: Settings, client: Client) -> None:
+    from worker.celery import make_app
+
+    app = make_app(settings)
+    job, neighbour = client.submit("Hello.", **LONG), client.submit("Hello.", **{**LONG, "max_tokens": 200})
+    wait_until(lambda: job.status() == "running")
+    app.control.revoke(job.id, terminate=True)
+    with pytest.raises(JobCancelled):
+        job.result(30)
+    assert neighbour.result(30).usage.completion_tokens == 200
+    assert app.control.ping(timeout=2)
+    app.close()
+
+
+def test_a_job_past_its_timeout_is_expired(client: Client) -> None:
+    job = client.submit("Hello.", timeout_s=0.3, **LONG)
+    with pytest.raises(JobExpired):
+        job.result(30)
+    assert job.status() == "expired"
+
+
+def test_celerys_own_time_limit_is_kept(settings: Settings, client: Client) -> None:
+    from worker.celery import make_app
+
+    app = make_app(settings)
+    request = {"prompt": "Hello.", **LONG, "max_tokens": 1000}
+    job = sent_by_celery(client, app, [request], time_limit=0.2)
+    with pytest.raises(JobExpired, match="time limit"):
+        job.result(30)
+    app.close()
+
+
+def test_plain_celery_gets_the_result_and_the_exception(settings: Settings, client: Client) -> None:
+    from worker.celery import make_app
+
+    app = make_app(settings)
+    good, bad = client.submit("Hello.", max_tokens=3, temperature=0), client.submit([60000])
+    assert (
+        AsyncResult(good.id, app=app).get(timeout=30)["choices"][0]["token_ids"] == good.result().choices[0].token_ids
+    )
+    with pytest.raises(JobFailed, match="60000"):
+        AsyncResult(bad.id, app=app).get(timeout=30)
+    app.close()
+
+
+def test_a_message_nobody_could_have_submitted_fails_plainly(settings: Settings, client: Client) -> None:
+    from worker.celery import make_app
+
+    app = make_app(settings)
+    cases = [
+        ([{"prompt": "x", "max_tokens": "many"}], "invalid_request"),
+        ([{"prompt": "x", "schema_version": 99}], "unsupported_version"),
+        ([["not", "a", "request"]], "invalid_request"),
+        ([{"prompt": "x", "colour": "red"}], "invalid_request"),
+    ]
+    for args, code in cases:
+        with pytest.raises(JobFailed) as caught:
+            sent_by_celery(client, app, args).result(30)
+        assert caught.value.code == code
+    app.close()
+
+
+def test_unknown_job_no_worker_and_too_late_are_three_errors(settings: Settings, client: Client) -> None:
+    with pytest.raises(UnknownJob, match="never-was"):
+        client.job("never-was").result(1)
+    with pytest.raises(UnknownJob):
+        client.job("never-was").status()
+    with Client(settings=settings, model="unserved") as elsewhere:
+        job = elsewhere.submit("Hello.")
+        with pytest.raises(NoWorker, match=r"millrace\.unserved.*celery -A worker worker"):
+            job.result(0.2)
+        assert job.status() == "queued"
+    slow = client.submit("Hello.", **LONG)
+    with pytest.raises(ResultTimeout, match="it goes on") as caught:
+        slow.result(0.05)
+    assert not isinstance(caught.value, NoWorker)
+    slow.cancel()
+
+
+def test_as_completed_gives_each_job_once_as_it_ends(client: Client) -> None:
+    jobs = client.submit_many([{"prompt": "Hello.", "max_tokens": n, "temperature": 0} for n in (200, 1, 30)])
+    ended = list(client.as_completed(jobs, timeout=60))
+    assert sorted(job.id for job in ended) == sorted(job.id for job in jobs)
+    assert ended[-1] is jobs[0]
+    assert all(job.result(0).usage.completion_tokens for job in ended)
+
+
+def test_the_same_id_and_request_is_the_same_job(client: Client) -> None:
+    first = client.submit("Hello.", id="mine", max_tokens=4)
+    seed = first.result(30).seed
+    assert client.submit("Hello.", id="mine", max_tokens=4).result(30).seed == seed
+
+
+def test_waiting_for_many_jobs_takes_one_connection_and_no_channel(client: Client, connection: redis.Redis) -> None:
+    def ours() -> set[str]:
+        return {str(entry["id"]) for entry in connection.client_list()}
+
+    before, channels = ours(), set(connection.pubsub_channels())
+    jobs = client.submit_many(["Hello."] * 50, max_tokens=100, temperature=0, ignore_eos=True)
+    submitted = ours()
+    for job in client.as_completed(jobs, timeout=60):
+        assert len(ours() - before) <= 2  # kombu's for publishing, redis-py's for reading
+        assert job.status() == "succeeded"
+    assert len(submitted - before) <= 2
+    assert set(connection.pubsub_channels()) == channels
+
+
+def test_priority_goes_first(client: Client) -> None:
+    """A worker that is full takes an interactive job before bulk jobs that came earlier."""
+    bulk = client.submit_many(["Hello."] * 200, max_tokens=60, ignore_eos=True, temperature=0, priority="bulk")
+    urgent = client.submit("Hello.", max_tokens=1, priority="interactive")
+    urgent.result(60)
+    assert sum(job.status() == "succeeded" for job in bulk) < 190
+    for _ in client.as_completed(bulk, timeout=60):
+        pass
+
+
+def test_status_shows_the_worker_and_its_slots(client: Client) -> None:
+    status = client.status()
+    assert [(worker.model, worker.slots) for worker in status.workers] == [("demo", 64)]
+    assert status.queues[0].model == "demo"
+
+
+def test_nothing_is_left_unacknowledged(client: Client, connection: redis.Redis) -> None:
+    client.submit("Hello.", max_tokens=2).result(30)
+    wait_until(lambda: connection.hlen(keys.unacked()) == 0)
+    assert connection.zcard(keys.unacked_index()) == 0
+
+
+def test_the_log_says_what_happened_and_no_text(client: Client, worker: WorkerProcess) -> None:
+    job = client.submit("Peculiar zebra 7312", max_tokens=5, temperature=0)
+    text = job.result(30).text
+    wait_until(lambda: any(line["job_id"] == job.id for line in worker.events("job.finished")))
+    log = worker.text()
+    assert "zebra 7312" not in log
+    assert text.strip() not in log
+    assert "<redacted>" not in [line["event"] for line in worker.events("job.finished")]
+
+
+def test_every_key_has_a_lifetime(client: Client, connection: redis.Redis) -> None:
+    client.submit("Hello.", max_tokens=2).result(30)
+    time.sleep(0.3)
+    ours = [
+        key
+        for kind in ("job", "cancel", "worker", "celery-task-meta")
+        for key in connection.scan_iter(f"{keys.PREFIX}{kind}*")
+    ]
+    eternal = [
+        key for key in ours if connection.ttl(key) < 0 and key != keys.workers() and "cancelled-early" not in key
+    ]
+    assert ours
+    assert eternal == []
