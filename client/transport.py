@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 import redis
 from celery import Celery
@@ -29,11 +31,17 @@ def resolve_url(settings: Settings) -> str:
 
 def unix_url(path: str) -> str:
     """The URL of a unix socket, as redis-py writes it."""
-    return f"unix://{path}?db=0"
+    return f"unix://{quote(path)}?db=0"
 
 
 def listening(path: str) -> bool:
-    """Whether a server accepts connections on this unix socket; one that was killed leaves a file that does not."""
+    """Whether a server of this user's accepts connections on this unix socket.
+
+    One that was killed leaves a file that does not; and a directory of somebody else's is a trap for our prompts.
+    """
+    with contextlib.suppress(OSError):
+        if os.stat(os.path.dirname(path)).st_uid != os.getuid():
+            return False
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(1)
         try:

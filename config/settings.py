@@ -8,7 +8,7 @@ import re
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -129,11 +129,8 @@ def _explain(error: ValidationError) -> str:
 
 def redact_url(url: str) -> str:
     """The URL with its password replaced by `***`, fit for logs and error messages."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+    # As far as the last @: a password may hold a / or an @ that ought to have been escaped.
+    return re.sub(r"^(\w+://[^:@/?#]*:).*@", r"\1***@", url)
 
 
 def runtime_dir() -> Path:

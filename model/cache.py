@@ -50,10 +50,10 @@ class Arena:
         for tensor in (*self.k, *self.v):
             tensor[target, :, :length] = tensor[source, :, :length]
 
-    def clear(self, slot: int) -> None:
+    def clear(self, slot: int, length: int | None = None) -> None:
         """Zero a slot: a NaN left behind would reach its next owner, since zero weight times NaN is NaN."""
         for tensor in (*self.k, *self.v):
-            tensor[slot] = 0
+            tensor[slot, :, :length] = 0
 
 
 class KVCache:

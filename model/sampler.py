@@ -178,9 +178,10 @@ def _mix(z: int) -> int:
 def top_logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Natural log probabilities under the model itself: of `tokens`, and the `count` likeliest.
 
-    logits: float32 [R, V], tokens: [R] -> [R], LongTensor [R, count], [R, count].
+    logits: float32 [R, V], tokens: [R] -> float64 [R], LongTensor [R, count], float64 [R, count].
     """
-    logprobs = torch.log_softmax(logits, dim=-1)
+    # In float64: over 50,257 tokens the sum inside loses 1e-5 in float32.
+    logprobs = torch.log_softmax(logits.double(), dim=-1)
     chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
     values, ids = logprobs.topk(count, dim=-1)
     return chosen, ids, values

@@ -135,7 +135,7 @@ def _from_tokenizer_json(path: Path) -> Tokenizer:
     if not isinstance(bpe, dict) or bpe.get("type") != "BPE" or not isinstance(bpe.get("merges"), list):
         raise ModelError(f"{path}: only byte-level BPE tokenizers are supported")
     # Newer files write a merge as a pair, older ones as one string.
-    merges = [merge if isinstance(merge, str) else " ".join(map(str, merge)) for merge in bpe["merges"]]
+    merges = [" ".join(map(str, merge)) if isinstance(merge, list) else str(merge) for merge in bpe["merges"]]
     entries = raw.get("added_tokens") or []
     try:
         added = {str(entry["content"]): int(entry["id"]) for entry in entries}
@@ -146,16 +146,23 @@ def _from_tokenizer_json(path: Path) -> Tokenizer:
 
 def _own(path: Path, vocabulary: Any, merges: list[str], added: Mapping[str, int]) -> Tokenizer:
     """tiktoken merges the pair of lowest id first, so the ids must rise in the order of the merges, and are checked."""
-    if not isinstance(vocabulary, dict) or not all(type(i) is int and 0 <= i < 2**31 for i in vocabulary.values()):
-        raise ModelError(f"{path}: the vocabulary must map tokens to ids")
+    if not isinstance(vocabulary, dict) or not all(
+        type(i) is int and 0 <= i < 2**31 for i in (*vocabulary.values(), *added.values())
+    ):
+        raise ModelError(f"{path}: the vocabulary must map tokens to ids, whole numbers below 2**31")
     to_byte = {char: byte for byte, char in enumerate(_byte_alphabet())}
     ranks: dict[bytes, int] = {}
     specials = dict(added)
+    made = {merge.replace(" ", "", 1) for merge in merges}
     for token, token_id in vocabulary.items():
-        if token == END_OF_TEXT or token in specials or not all(char in to_byte for char in token):
+        # What no merge makes cannot come out of text; tiktoken would look for it all the same, so it is kept apart.
+        ordinary = token in to_byte or (token in made and all(char in to_byte for char in token))
+        if token == END_OF_TEXT or token in specials or not ordinary:
             specials[token] = token_id
         else:
             ranks[bytes(to_byte[char] for char in token)] = token_id
+    if len({*ranks.values(), *specials.values()}) < len(ranks) + len(specials):
+        raise ModelError(f"{path}: two tokens of the vocabulary have the same id")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ModelError(f"{path}: the vocabulary has no token for byte {missing[0]:#04x}; it is not byte-level BPE")
     ids = [vocabulary.get(merge.replace(" ", "", 1)) for merge in merges]

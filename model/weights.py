@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise ModelError(f"{index}: weight_map must map tensor names to file names")
     files = []
     for name in sorted(set(shards.values())):
-        if Path(name).name != name or not (folder / name).is_file():
+        if Path(name).name != name or not os.path.isfile(folder / name):  # Path.is_file raises on long names
             raise ModelError(f"{index}: it names {name!r}, which is no file in {folder}")
         files.append(folder / name)
     return files
@@ -239,6 +240,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ModelError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error})") from None
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):

@@ -127,7 +127,7 @@ def generate(prompt: str, timeout: float, as_json: bool, **params: Any) -> None:
     and a worker for this call.
     """
     if prompt == "-":
-        prompt = click.get_text_stream("stdin").read()
+        prompt = sys.stdin.read()
     with _errors(as_json):
         given = _given(params)
         parse_request({"prompt": prompt, **given})  # before anything is started for it

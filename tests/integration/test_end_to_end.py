@@ -47,7 +47,24 @@ def test_checkpoint_12_with_a_real_redis(client: Client, reference: Reference) -
 
 def test_sixty_four_mixed_jobs_at_once_equal_the_same_jobs_one_by_one(client: Client) -> None:
     rng = random.Random(5)
-    words = "the and of a to she was in that Holmes river Alice said upon old house".split()
+    words = [
+        "the",
+        "and",
+        "of",
+        "a",
+        "to",
+        "she",
+        "was",
+        "in",
+        "that",
+        "Holmes",
+        "river",
+        "Alice",
+        "said",
+        "upon",
+        "old",
+        "house",
+    ]
     requests = [
         {
             "prompt": " ".join(rng.choice(words) for _ in range(rng.choice([0, 1, 4, 30, 200]))),

@@ -1,0 +1,42 @@
+"""The two common sizes, with random weights as transformers itself writes them, one file and sharded.
+
+Twenty prompts of mixed lengths in one batch must come out as transformers' greedy tokens, one prompt at a time.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from client.schema import parse_request
+from config import Settings
+from worker.engine import Engine
+
+SHAPES = {"124M": (12, 12, 768, "5GB"), "355M": (24, 16, 1024, "400MB")}
+NEW_TOKENS = 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+def test_twenty_prompts_in_one_batch_equal_transformers(name: str, tmp_path: Path) -> None:
+    layers, heads, width, shard = SHAPES[name]
+    torch.manual_seed(1)
+    reference = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_head=heads, n_embd=width)).eval()
+    reference.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (name == "355M")
+    rng = random.Random(4)
+    prompts = [[rng.randrange(50257) for _ in range(rng.randint(1, 40))] for _ in range(20)]
+    engine = Engine.from_settings(Settings(model=str(tmp_path), slots=20))
+    request = {"max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    futures = [engine.submit(parse_request({**request, "prompt": prompt})) for prompt in prompts]
+    while engine.step():
+        pass
+    for prompt, future in zip(prompts, futures, strict=True):
+        ids = torch.tensor([prompt])
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+        expected = reference.generate(ids, max_new_tokens=NEW_TOKENS, eos_token_id=None, **options)
+        assert future.result().choices[0].token_ids == expected[0, len(prompt) :].tolist()

@@ -1,0 +1,186 @@
+"""The client against a real Redis without a worker: what is queued, what is refused, what an outage looks like."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from client import Client, InvalidRequest, NoWorker, QueueFull, RedisUnreachable, UnknownJob, keys
+from client.transport import celery_url, connect, resolve_url
+from config import load_settings
+from config.settings import DEFAULT_REDIS_URL
+from worker.embedded import EmbeddedRedis
+
+
+@pytest.fixture
+def connection(redis_url: str) -> redis.Redis:
+    return connect(redis_url)
+
+
+@pytest.fixture
+def client(redis_url: str, request: pytest.FixtureRequest) -> Iterator[Client]:
+    """A client with a queue of its own."""
+    with Client(redis_url=redis_url, model=f"unit-{abs(hash(request.node.name))}") as made:
+        yield made
+
+
+def queued(client: Client, connection: redis.Redis) -> list[dict[str, object]]:
+    names = keys.queue_lists(client.model_name)
+    return [json.loads(message) for name in names for message in connection.lrange(name, 0, -1)]
+
+
+def test_a_job_is_one_message_under_its_own_id(client: Client, connection: redis.Redis) -> None:
+    job = client.submit("Hello.", max_tokens=3)
+    (message,) = queued(client, connection)
+    assert message["headers"]["id"] == job.id  # type: ignore[index]
+    assert "Hello" not in json.dumps(message["headers"])
+    assert job.status() == "queued"
+    assert client.job(job.id) == job
+    assert repr(job) == f"<Job {job.id}>"
+
+
+@pytest.mark.parametrize(("priority", "place"), [("interactive", 0), ("normal", 1), ("bulk", 3)])
+def test_priorities_have_lists_of_their_own(client: Client, connection: redis.Redis, priority: str, place: int) -> None:
+    client.submit("Hello.", priority=priority)
+    lengths = [connection.llen(name) for name in keys.queue_lists(client.model_name)]
+    assert lengths == [int(i == place) for i in range(4)]
+
+
+def test_a_seed_is_chosen_before_the_job_is_queued(client: Client) -> None:
+    draft = client._prepare({"prompt": "Hello."})
+    assert draft.request.seed is not None
+    assert 0 <= draft.request.seed < 2**52
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_new_tokens": 5}, "max_new_tokens"),
+        ({"id": ""}, "id"),
+        ({"id": "with space"}, "id"),
+        ({"id": "x" * 200}, "id"),
+        ({"id": 7}, "id"),
+        ({"model": ""}, "model"),
+        ({"model": 3}, "model"),
+        ({"timeout_s": 0}, "timeout_s"),
+        ({"timeout_s": "soon"}, "timeout_s"),
+        ({"timeout_s": float("nan")}, "timeout_s"),
+        ({"expires_at": 5.0}, "expires_at"),
+        ({"schema_version": 1}, "schema_version"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_anything_is_queued(
+    client: Client, connection: redis.Redis, arguments: dict[str, object], field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        client.submit("Hello.", **arguments)  # type: ignore[arg-type]
+    assert caught.value.field == field
+    assert queued(client, connection) == []
+
+
+def test_one_wrong_request_among_many_queues_none(client: Client, connection: redis.Redis) -> None:
+    with pytest.raises(InvalidRequest, match=r"requests\[2\]\.top_p: got 7"):
+        client.submit_many(["a", [1, 2], {"prompt": "c", "top_p": 7}])
+    assert queued(client, connection) == []
+
+
+@pytest.mark.parametrize("requests", [[], "one prompt", {"prompt": "x"}, [{"max_tokens": 3}], [5]])
+def test_submit_many_refuses_what_is_no_list_of_prompts(client: Client, requests: object) -> None:
+    with pytest.raises(InvalidRequest):
+        client.submit_many(requests)  # type: ignore[arg-type]
+
+
+def test_common_parameters_hold_where_a_request_has_none_of_its_own(client: Client, connection: redis.Redis) -> None:
+    client.submit_many(["a", {"prompt": "b", "max_tokens": 9}], max_tokens=4)
+    assert len(queued(client, connection)) == 2
+
+
+def test_a_full_queue_refuses_with_its_depth(redis_url: str) -> None:
+    settings = load_settings(redis_url=redis_url, max_queue=3)
+    with Client(settings=settings, model="unit-full") as client:
+        client.submit_many(["a", "b"])
+        with pytest.raises(QueueFull, match=r"holds 2 jobs and takes at most 3") as caught:
+            client.submit_many(["c", "d"])
+        assert (caught.value.depth, caught.value.limit) == (2, 3)
+        client.submit("c")
+
+
+def test_the_same_id_twice_is_one_job_and_another_request_is_refused(client: Client, connection: redis.Redis) -> None:
+    client.submit("Hello.", id=f"{client.model_name}:1", max_tokens=4)
+    client.submit("Hello.", id=f"{client.model_name}:1", max_tokens=4)
+    assert len(queued(client, connection)) == 1
+    with pytest.raises(InvalidRequest, match="used already"):
+        client.submit("Other.", id=f"{client.model_name}:1")
+
+
+def test_an_id_whose_message_was_never_sent_is_sent_again(client: Client, connection: redis.Redis) -> None:
+    """A client that dies between writing the record and sending the message must be able to try again."""
+    draft = client._prepare({"prompt": "Hello.", "id": f"{client.model_name}:2"})
+    assert client._record(draft)
+    client.submit("Hello.", id=f"{client.model_name}:2")
+    assert len(queued(client, connection)) == 1
+
+
+def test_no_worker_and_unknown_job_differ(client: Client) -> None:
+    with pytest.raises(NoWorker, match="no worker serves queue"):
+        client.submit("Hello.").result(0.1)
+    with pytest.raises(UnknownJob):
+        client.job("nobody").result(0.1)
+    with pytest.raises(UnknownJob):
+        client.cancel("nobody")
+    with pytest.raises(KeyError):
+        client.job("nobody").status()
+
+
+def test_an_unreachable_redis_is_named_without_its_password() -> None:
+    with Client(redis_url="redis://:hunter2@localhost:1/0") as client:
+        with pytest.raises(RedisUnreachable, match="localhost:1") as caught:
+            client.submit("Hello.")
+        assert "hunter2" not in str(caught.value)
+        with pytest.raises(ConnectionError):
+            client.job("x").status()
+
+
+def test_jobs_queued_before_redis_went_away_are_in_the_error() -> None:
+    with EmbeddedRedis.ephemeral() as server, Client(redis_url=server.url) as client:
+        publish, sent = client._publish, []
+
+        def publish_two(draft: object, producer: object) -> None:
+            if len(sent) == 2:
+                server.stop()
+            sent.append(draft)
+            publish(draft, producer)  # type: ignore[arg-type]
+
+        client._publish = publish_two  # type: ignore[method-assign]
+        with pytest.raises(RedisUnreachable, match="2 jobs were queued before") as caught:
+            client.submit_many(["a", "b", "c", "d"])
+        assert len(caught.value.accepted) == 2
+
+
+def test_urls_for_redis_py_and_kombu_mean_the_same_place() -> None:
+    assert celery_url("unix:///run/redis.sock?db=3") == "redis+socket:///run/redis.sock?virtual_host=3"
+    assert celery_url("unix:///run/redis.sock") == "redis+socket:///run/redis.sock?virtual_host=0"
+    assert celery_url("rediss://user:pw@host:6380/1") == "rediss://user:pw@host:6380/1"
+
+
+def test_an_embedded_server_is_found_only_while_it_answers(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path_factory.mktemp("r")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
+    assert resolve_url(load_settings()) == DEFAULT_REDIS_URL
+    with EmbeddedRedis(directory=place / "data", socket=place / "millrace" / "redis.sock") as server:
+        assert resolve_url(load_settings()) == server.url
+    assert resolve_url(load_settings()) == DEFAULT_REDIS_URL
+    assert resolve_url(load_settings(redis_url="redis://elsewhere/0")) == "redis://elsewhere/0"
+
+
+def test_importing_the_client_loads_no_torch_and_its_exports_are_sorted() -> None:
+    code = "import sys, client; assert 'torch' not in sys.modules; assert client.__all__ == sorted(client.__all__)"
+    subprocess.run([sys.executable, "-c", code + "; [getattr(client, n) for n in client.__all__]"], check=True)

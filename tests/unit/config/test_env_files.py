@@ -1,0 +1,61 @@
+"""The environment files that people copy: complete, spelt right, and accepted."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from config.settings import PREFIX, Settings, load_settings
+
+CONFIG = Path(__file__).parents[3] / "config"
+FILES = ["dev.env", "prod.env.example"]
+
+
+def assignments(file: str, *, commented_out: bool) -> dict[str, str]:
+    """Names and values of a file, those that are commented out on demand."""
+    pattern = re.compile(rf"^{'#?' if commented_out else ''}([A-Z_]+)=(.*)$", re.MULTILINE)
+    return dict(pattern.findall((CONFIG / file).read_text()))
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(PREFIX):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_setting_is_there_and_nothing_else(file: str) -> None:
+    assert set(assignments(file, commented_out=True)) == {PREFIX + name.upper() for name in Settings.model_fields}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("commented_out", [False, True])
+def test_the_values_are_accepted(monkeypatch: pytest.MonkeyPatch, file: str, commented_out: bool) -> None:
+    values = assignments(file, commented_out=commented_out)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings().model_dump(mode="json")
+    for name, value in values.items():
+        assert settings[name.removeprefix(PREFIX).lower()] in (value, int(value) if value.isdigit() else value)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_line_is_read_alike_by_a_shell_and_by_docker(file: str) -> None:
+    for line in (CONFIG / file).read_text().splitlines():
+        assert line == "" or line.startswith("#") or re.fullmatch(r"[A-Z_]+=[^\s'\"$`\\;&|<>()]+", line), line
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_setting_is_explained(file: str) -> None:
+    for block in (CONFIG / file).read_text().strip().split("\n\n")[1:]:
+        assert block.startswith("# "), f"no reason is given for {block!r}"
+
+
+def test_production_logs_for_programs_and_holds_no_real_password() -> None:
+    values = assignments("prod.env.example", commented_out=False)
+    assert values["MILLRACE_LOG_FORMAT"] == "json"
+    assert ":CHANGE-ME@" in values["MILLRACE_REDIS_URL"]

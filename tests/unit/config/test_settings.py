@@ -1,0 +1,208 @@
+"""Settings: what they are when nothing is set, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from config.settings import (
+    PREFIX,
+    Settings,
+    SettingsError,
+    embedded_socket,
+    load_settings,
+    redact_url,
+    runtime_dir,
+    slug,
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings of whoever runs the tests do not count."""
+    for name in list(os.environ):
+        if name.startswith(PREFIX):
+            monkeypatch.delenv(name)
+
+
+def test_defaults() -> None:
+    settings = load_settings()
+    assert settings.model == settings.model_name == "demo"
+    assert settings.redis_url is None
+    assert (settings.device, settings.dtype) == ("auto", "auto")
+    assert (settings.slots, settings.max_context, settings.kv_cache_bytes, settings.threads) == (64, None, None, None)
+    assert (settings.log_level, settings.log_format) == ("info", "auto")
+    assert settings.result_ttl_s == 24 * 60 * 60
+    assert settings.lease_s > 0
+    assert settings == Settings()
+
+
+def test_the_environment_counts_and_arguments_count_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILLRACE_SLOTS", "3")
+    monkeypatch.setenv("MILLRACE_THREADS", "2")
+    settings = load_settings(slots=5)
+    assert (settings.slots, settings.threads) == (5, 2)
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.setenv(PREFIX + name.upper(), "")
+    assert load_settings() == Settings()
+
+
+def test_settings_cannot_be_changed() -> None:
+    settings = load_settings()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.slots = 5  # type: ignore[misc]
+    assert settings.model_copy(update={"slots": 5}).slots == 5
+    assert settings.slots == 64
+
+
+#: For every setting a value that it cannot have. None where any value is right.
+WRONG: dict[str, str | None] = {
+    "model": None,
+    "served_name": "two words",
+    "redis_url": "http://localhost:6379",
+    "device": "gpu",
+    "dtype": "int8",
+    "slots": "0",
+    "max_context": "1",
+    "kv_cache_bytes": "0",
+    "threads": "0",
+    "step_tokens": "15",
+    "prefill_chunk": "1025",
+    "max_queue": "0",
+    "result_ttl_s": "59",
+    "lease_s": "2",
+    "soft_shutdown_s": "-1",
+    "log_level": "verbose",
+    "log_format": "xml",
+}
+
+
+def test_every_setting_is_tried_with_a_wrong_value() -> None:
+    assert set(WRONG) == set(Settings.model_fields)
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, value in WRONG.items() if value is not None])
+def test_a_wrong_value_is_named_with_what_is_right(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(PREFIX + name.upper(), value)
+    with pytest.raises(SettingsError) as error:
+        load_settings()
+    right = Settings.model_fields[name].description
+    assert right
+    assert str(error.value) == f"{PREFIX}{name.upper()} is {value!r}; it must be {right}"
+
+
+@pytest.mark.parametrize("value", ["many", "1.5", "1e3", "5000"])
+def test_numbers_are_whole_and_in_range(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("MILLRACE_SLOTS", value)
+    with pytest.raises(SettingsError, match=r"MILLRACE_SLOTS is .* a whole number from 1 to 4096"):
+        load_settings()
+
+
+@pytest.mark.parametrize("value", ["cuda:x", "cuda:", "CPU ", "cuda:0,1", "mps"])
+def test_devices_that_do_not_exist(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("MILLRACE_DEVICE", value)
+    with pytest.raises(SettingsError, match="MILLRACE_DEVICE"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "nearest"),
+    [
+        ("MILLRACE_SLOT", "MILLRACE_SLOTS"),
+        ("MILLRACE_REDISURL", "MILLRACE_REDIS_URL"),
+        ("MILLRACE_LOGLEVEL", "MILLRACE_LOG_LEVEL"),
+        ("MILLRACE_MAXCONTEXT", "MILLRACE_MAX_CONTEXT"),
+    ],
+)
+def test_a_misspelt_variable_names_the_nearest(monkeypatch: pytest.MonkeyPatch, misspelt: str, nearest: str) -> None:
+    monkeypatch.setenv(misspelt, "1")
+    with pytest.raises(SettingsError, match=f"^{misspelt} is no setting of millrace; the nearest is {nearest}$"):
+        load_settings()
+
+
+def test_an_unknown_argument_is_refused() -> None:
+    with pytest.raises(SettingsError, match="slotz is no setting of millrace"):
+        load_settings(slotz=3)
+
+
+# Redis
+
+
+@pytest.mark.parametrize("url", ["redis://localhost:6379/0", "rediss://host/1", "unix:///run/redis.sock"])
+def test_urls_that_are_taken(url: str) -> None:
+    assert load_settings(redis_url=url).redis_url == url
+
+
+@pytest.mark.parametrize("show", [repr, str, "{}".format])
+def test_a_password_is_never_shown(show: Any) -> None:
+    settings = load_settings(redis_url="redis://user:secret@host:6379/0")
+    assert "secret" not in show(settings)
+    assert "redis://user:***@host:6379/0" in show(settings)
+
+
+def test_a_wrong_url_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILLRACE_REDIS_URL", "http://user:secret@host")
+    with pytest.raises(
+        SettingsError, match=r"MILLRACE_REDIS_URL is 'http://user:\*\*\*@host'; it must be a URL"
+    ) as error:
+        load_settings()
+    assert error.value.__cause__ is None, "the cause quotes the URL as it was given"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://host:6379/0", "redis://host:6379/0"),
+        ("redis://user@host/0", "redis://user@host/0"),
+        ("redis://user:secret@host:6379/0?x=1", "redis://user:***@host:6379/0?x=1"),
+        ("rediss://:secret@host", "rediss://:***@host"),
+        ("redis://:sec@ret@host", "redis://:***@host"),
+        ("unix:///run/redis.sock?db=0", "unix:///run/redis.sock?db=0"),
+    ],
+)
+def test_redact_url(url: str, shown: str) -> None:
+    assert redact_url(url) == shown
+
+
+def test_the_embedded_socket_has_one_place_for_each_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert embedded_socket() == tmp_path / "millrace" / "redis.sock"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert str(os.getuid()) in runtime_dir().name
+
+
+# Names of models
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("gpt2", "gpt2"),
+        ("openai-community/gpt2-medium", "openai-community-gpt2-medium"),
+        ("/models/my model", "my-model"),
+        ("./here/gpt2.v1", "gpt2.v1"),
+        ("~/gpt2_x", "gpt2_x"),
+        ("/", "model"),
+        ("***", "model"),
+    ],
+)
+def test_slug(model: str, name: str) -> None:
+    assert slug(model) == name
+
+
+def test_a_directory_goes_by_its_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert slug("some/model") == "model"
+    assert load_settings(model=str(tmp_path / "some" / "model")).model_name == "model"
+
+
+def test_a_served_name_goes_before_the_models_own() -> None:
+    assert load_settings(model="gpt2", served_name="chat-1").model_name == "chat-1"

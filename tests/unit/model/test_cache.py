@@ -1,0 +1,109 @@
+"""The cache: what its arenas keep, and that attention over it is attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.cache import Arena, CachedAttention, Chunk, DecodeGroup, KVCache
+from model.gpt2 import GPT2Config
+
+CONFIG = GPT2Config(n_layer=2, n_head=3, n_embd=24, n_positions=64)
+CPU = torch.device("cpu")
+
+
+def arena(capacity: int) -> Arena:
+    made = Arena(CONFIG, 64, torch.float32, CPU)
+    made.resize(capacity)
+    for i, tensor in enumerate((*made.k, *made.v)):
+        tensor.copy_(torch.arange(capacity)[:, None, None, None] + 10.0 * i + 1)
+    return made
+
+
+def test_growing_and_shrinking_keeps_the_first_slots_and_zeroes_new_ones() -> None:
+    grown = arena(3)
+    before = [tensor.clone() for tensor in (*grown.k, *grown.v)]
+    grown.resize(5)
+    assert grown.capacity == 5
+    assert all(torch.equal(new[:3], old) for new, old in zip((*grown.k, *grown.v), before, strict=True))
+    assert all(not new[3:].any() for new in (*grown.k, *grown.v))
+    grown.resize(2)
+    assert [tuple(t.shape) for t in grown.k] == [(2, 3, 64, 8)] * 2
+    assert all(torch.equal(new, old[:2]) for new, old in zip((*grown.k, *grown.v), before, strict=True))
+    grown.resize(0)
+    grown.resize(1)
+    assert not any(tensor.any() for tensor in (*grown.k, *grown.v))
+
+
+def test_layers_do_not_share_memory() -> None:
+    grown = arena(2)
+    assert len({tensor.data_ptr() for tensor in (*grown.k, *grown.v)}) == 4
+
+
+def test_copy_takes_the_first_positions_of_every_layer() -> None:
+    made = arena(3)
+    made.copy(source=2, target=0, length=10)
+    for tensor in (*made.k, *made.v):
+        assert torch.equal(tensor[0, :, :10], tensor[2, :, :10])
+        assert (tensor[0, :, 10:] == tensor[1, :, 10:] - 1).all(), "positions past the length have changed"
+
+
+def test_clear_zeroes_one_slot_or_its_beginning() -> None:
+    made = arena(3)
+    made.clear(1)
+    made.clear(2, 5)
+    for tensor in (*made.k, *made.v):
+        assert not tensor[1].any()
+        assert not tensor[2, :, :5].any()
+        assert tensor[0].all()
+        assert tensor[2, :, 5:].all()
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention in float64 by the formula. [T, H, D] each."""
+    q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
+    scores = q @ k.transpose(1, 2) * scale
+    future = torch.ones(scores.shape[-2:]).triu(1).bool()
+    return (scores.masked_fill(future, float("-inf")).softmax(-1) @ v).transpose(0, 1)
+
+
+@pytest.mark.parametrize("chunks", [[50], [16, 34], [1] * 50, [30, 1, 19]])
+def test_a_prompt_in_chunks_attends_like_the_whole(chunks: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(50, 3, 8, generator=generator) for _ in range(3))
+    cache = KVCache(CONFIG, lengths=[64], dtype=torch.float32, device=CPU)
+    cache.arenas[64].resize(3)
+    out, start = [], 0
+    for count in chunks:
+        attend = CachedAttention(cache, CONFIG.scale, groups=[], chunks=[Chunk(64, 2, start, count, 0)])
+        rows = slice(start, start + count)
+        out.append(attend(1, q[rows], k[rows], v[rows]))
+        start += count
+    assert torch.allclose(torch.cat(out).double(), plain(q, k, v, CONFIG.scale), atol=1e-5)
+    assert torch.equal(cache.arenas[64].k[1][2, :, :50], k.transpose(0, 1))
+    assert torch.equal(cache.arenas[64].v[1][2, :, :50], v.transpose(0, 1))
+    assert not cache.arenas[64].k[1][2, :, 50:].any(), "written past the prompt"
+    assert not cache.arenas[64].k[1][:2].any(), "written into another slot"
+    assert not cache.arenas[64].k[0].any(), "written into another layer"
+
+
+@pytest.mark.parametrize("slots", [[0, 1, 2], [0, 2, 4], [3]])
+def test_decoding_rows_attend_over_their_own_slot_only(slots: list[int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    lengths = [20, 1, 37][: len(slots)]
+    q, k, v = ([torch.randn(n, 3, 8, generator=generator) for n in lengths] for _ in range(3))
+    cache = KVCache(CONFIG, lengths=[64], dtype=torch.float32, device=CPU)
+    cache.arenas[64].resize(5)
+    for tensor in (*cache.arenas[64].k, *cache.arenas[64].v):
+        tensor.fill_(99.0)  # what former owners left
+    last = [n - 1 for n in lengths]
+    for slot, keys, values, n in zip(slots, k, v, last, strict=True):
+        cache.arenas[64].k[0][slot, :, :n] = keys[:n].transpose(0, 1)
+        cache.arenas[64].v[0][slot, :, :n] = values[:n].transpose(0, 1)
+    attend = CachedAttention(cache, CONFIG.scale, groups=[DecodeGroup(64, slots, last, 2)], chunks=[])
+    packed = [torch.cat([torch.zeros(2, 3, 8), *(x[-1:] for x in xs)]) for xs in (q, k, v)]
+    out = attend(0, *packed)
+    assert not out[:2].any(), "rows of no sequence are not zero"
+    for i in range(len(slots)):
+        assert torch.allclose(out[2 + i].double(), plain(q[i], k[i], v[i], CONFIG.scale)[-1], atol=1e-5)

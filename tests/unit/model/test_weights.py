@@ -1,0 +1,309 @@
+"""Reading a model directory: what is taken, and what is refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model import GPT2, ModelError, load_model
+from model.weights import RELEASED, expected_shapes, find_model, read_config
+from tests.unit.model.references import random_reference, saved
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(random_reference(), tmp_path_factory.mktemp("original"))
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A directory that a test may spoil."""
+    return shutil.copytree(original, tmp_path / "model")
+
+
+IDS = torch.tensor([[1, 2, 3, 90]])
+
+
+def read(folder: Path, **options: Any) -> GPT2:
+    return load_model(folder, device="cpu", **({"dtype": "float32"} | options))
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Change the tensors of the file."""
+    weights = tensors(folder)
+    change(weights)
+    save_file({name: tensor.clone().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+
+
+def configure(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def refused(folder: Path, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        read(folder)
+
+
+# --- what is taken -----------------------------------------------------------------------------------------------------
+
+
+def test_names_are_taken_with_and_without_the_prefix(original: Path, folder: Path) -> None:
+    assert all(name.startswith("transformer.") for name in tensors(folder))
+    expected = read(original).logits(IDS)
+    plain = {name.removeprefix("transformer."): tensor for name, tensor in tensors(folder).items()}
+    save_file(plain, folder / "model.safetensors")
+    assert torch.equal(read(folder).logits(IDS), expected)
+
+
+def test_shards_are_read_through_their_index(original: Path, tmp_path: Path) -> None:
+    sharded = saved(random_reference(), tmp_path / "sharded", max_shard_size="40KB")
+    assert len(list(sharded.glob("model-*.safetensors"))) > 2
+    assert not (sharded / "model.safetensors").exists()
+    assert torch.equal(read(sharded).logits(IDS), read(original).logits(IDS))
+
+
+def test_mask_buffers_and_an_equal_head_of_old_files_are_let_pass(original: Path, folder: Path) -> None:
+    def age(weights: dict[str, Tensor]) -> None:
+        weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 40, 40).tril()
+        weights["transformer.h.1.attn.masked_bias"] = torch.tensor(-1e4)
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+
+    rewrite(folder, age)
+    assert torch.equal(read(folder).logits(IDS), read(original).logits(IDS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_any_float_type_are_read_in_the_type_asked_for(folder: Path, dtype: torch.dtype) -> None:
+    rewrite(folder, lambda weights: weights.update({name: t.to(dtype) for name, t in weights.items()}))
+    gpt2 = read(folder)
+    assert gpt2.dtype == torch.float32
+    assert torch.equal(gpt2.wte, tensors(folder)["transformer.wte.weight"].float())
+    assert read(folder, dtype="bfloat16").blocks[1].c_fc.weight.dtype == torch.bfloat16
+    assert read(folder, dtype=torch.float16).ln_f.bias.dtype == torch.float16
+    assert read(folder, dtype="auto").dtype == torch.float32  # on a CPU
+
+
+def test_a_head_of_another_float_type_is_compared_by_value(folder: Path) -> None:
+    def halve(weights: dict[str, Tensor]) -> None:
+        weights["transformer.wte.weight"] = weights["transformer.wte.weight"].half().float()
+        weights["lm_head.weight"] = weights["transformer.wte.weight"].half()
+
+    rewrite(folder, halve)
+    assert read(folder).logits(IDS).isfinite().all()
+
+
+def test_the_digest_is_of_the_files(original: Path, folder: Path, tmp_path: Path) -> None:
+    digest = hashlib.sha256((original / "model.safetensors").read_bytes()).hexdigest()
+    assert read(original).digest == digest == read(folder).digest
+    rewrite(folder, lambda weights: weights["transformer.ln_f.bias"].add_(1e-3))
+    assert read(folder).digest != digest
+
+
+def test_the_bundled_model_has_every_tensor_of_a_gpt2() -> None:
+    folder = find_model("demo")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors(folder).items()}
+    assert {name.removeprefix("transformer."): shape for name, shape in shapes.items()} == expected_shapes(
+        read_config(folder / "config.json")
+    )
+
+
+# --- tensors that are refused ------------------------------------------------------------------------------------------
+
+
+def spoil(name: str, tensor: Tensor | None) -> Callable[[dict[str, Tensor]], None]:
+    def change(weights: dict[str, Tensor]) -> None:
+        weights.pop(name, None)
+        if tensor is not None:
+            weights[name] = tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (spoil("transformer.h.1.ln_2.bias", None), r"tensor h\.1\.ln_2\.bias is missing \(1 in all\)"),
+        (spoil("transformer.wte.weight", None), r"tensor wte\.weight is missing"),
+        (spoil("transformer.h.2.ln_1.bias", torch.zeros(36)), r"transformer\.h\.2\.ln_1\.bias is no part .* 2 layers"),
+        (spoil("score.weight", torch.zeros(3)), r"tensor score\.weight is no part"),
+        (
+            spoil("transformer.h.0.attn.c_attn.weight", torch.zeros(108, 36)),
+            r"transformer\.h\.0\.attn\.c_attn\.weight has shape \[108, 36\]; config\.json asks for \[36, 108\]",
+        ),
+        (spoil("transformer.ln_f.weight", torch.zeros(1, 36)), r"ln_f\.weight has shape \[1, 36\]"),
+        (spoil("lm_head.weight", torch.zeros(91, 36)), r"tensor lm_head\.weight differs from wte\.weight"),
+        (spoil("lm_head.weight", torch.zeros(36, 91)), r"tensor lm_head\.weight differs from wte\.weight"),
+        (spoil("ln_f.bias", torch.zeros(36)), r"ln_f\.bias is there twice"),
+        (spoil("transformer.ln_f.bias", torch.zeros(36).int()), r"ln_f\.bias is of type torch\.int32"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(
+    folder: Path, change: Callable[[dict[str, Tensor]], None], said: str
+) -> None:
+    rewrite(folder, change)
+    refused(folder, said)
+
+
+# --- files that are refused --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, 5000, -1])
+def test_a_cut_file_is_refused_by_its_name(folder: Path, keep: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(folder, r"model\.safetensors: not a whole safetensors file.*copy it again")
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\xff" * 4096,
+        b"\x10" + b"\x00" * 7 + b"{not json at all" + b"\x00" * 64,
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 497764107\n",
+        b"\x80\x02}q\x00." * 40,
+        (2).to_bytes(8, "little") + b"[]" + bytes(64),
+    ],
+)
+def test_garbage_is_refused_by_the_files_name(folder: Path, garbage: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(garbage)
+    refused(folder, r"model\.safetensors: not a whole safetensors file")
+
+
+def shard(folder: Path, index: object) -> None:
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(index if isinstance(index, str) else json.dumps(index))
+
+
+@pytest.mark.parametrize("name", ["../part.safetensors", "/etc/passwd", "absent.safetensors", "", "..", "a" * 300])
+def test_an_index_that_names_no_file_of_the_directory_is_refused(folder: Path, name: str) -> None:
+    (folder.parent / "part.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    shard(folder, {"weight_map": {"wte.weight": name}})
+    refused(folder, r"index\.json: it names .* which is no file in")
+
+
+@pytest.mark.parametrize("index", ["[]", "{", {}, {"weight_map": []}, {"weight_map": {"wte.weight": 3}}, "[" * 100_000])
+def test_an_index_that_is_no_index_is_refused(folder: Path, index: object) -> None:
+    shard(folder, index)
+    refused(folder, r"model\.safetensors\.index\.json: ")
+
+
+def test_pickled_weights_are_named_and_never_read(folder: Path, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return (os.mkdir, (str(tmp_path / "sprung"),))
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"wte.weight": Trap()}, folder / "pytorch_model.bin")
+    refused(folder, r"pytorch_model\.bin is pickled and is never read.*safe_serialization=True")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_directory_without_weights_or_config_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    refused(folder, r"neither model\.safetensors nor model\.safetensors\.index\.json is there$")
+    (folder / "config.json").unlink()
+    refused(folder, r"config\.json: there is no such file")
+
+
+# --- configs that are refused ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'; only 'gpt2'"),
+        ({"activation_function": "relu"}, "activation_function is 'relu'; only 'gelu_new' or 'gelu_pytorch_tanh'"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is False"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"add_cross_attention": True}, "add_cross_attention is True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"n_layer": 0}, "n_layer is 0"),
+        ({"n_layer": "2"}, "n_layer is '2'"),
+        ({"n_embd": 36.0}, "n_embd is 36.0"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"n_positions": None}, "n_positions is None"),
+        ({"n_head": True}, "n_head is True"),
+        ({"n_head": 5}, "n_embd 36 is no multiple of n_head 5"),
+        ({"n_inner": 0}, "n_inner is 0"),
+        ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon is 0.0"),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
+        ({"n_layer": 1}, r"transformer\.h\.1\..* is no part of a GPT-2 with 1 layers"),
+        ({"n_positions": 41}, r"transformer\.wpe\.weight has shape \[40, 36\]; config\.json asks for \[41, 36\]"),
+    ],
+)
+def test_configs_that_are_not_this_gpt2_are_refused(folder: Path, fields: dict[str, Any], said: str) -> None:
+    configure(folder, **fields)
+    refused(folder, said)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "\xff\xfe", "[" * 100_000, '{"n_layer": ' + "9" * 10_000 + "}"]
+)
+def test_a_config_that_is_no_json_object_is_refused(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    refused(folder, r"config\.json: ")
+
+
+def test_a_config_that_is_a_directory_is_refused(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    refused(folder, r"config\.json: ")
+
+
+# --- models that are not there -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["/no/such/place", "./nowhere", "~/nowhere/at/all", "a/b/c"])
+def test_a_path_that_is_not_there_is_refused_without_asking_the_hub(name: str) -> None:
+    with pytest.raises(ModelError, match="there is no such directory"):
+        load_model(name)
+
+
+@pytest.fixture
+def unreachable_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The hub library offline, with an empty cache: its constants are read from the environment at import."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("name", ["gpt2-medium", "someone/gpt2-of-theirs", "not a name"])
+def test_an_unreachable_hub_is_answered_with_three_ways_out(unreachable_hub: Path, name: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        load_model(name)
+    said = str(caught.value)
+    assert repr(name) in said
+    for way in (f"hf download {RELEASED.get(name, name)}", "MILLRACE_MODEL at a directory", "MILLRACE_MODEL=demo"):
+        assert way in said
+
+
+@pytest.mark.parametrize("repo", ["openai-community/gpt2-medium", "gpt2-medium"])
+def test_a_cached_model_is_found_without_the_hub(unreachable_hub: Path, original: Path, repo: str) -> None:
+    place = unreachable_hub / f"models--{repo.replace('/', '--')}"
+    shutil.copytree(original, place / "snapshots" / ("a" * 40))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("a" * 40)
+    assert torch.equal(load_model("gpt2-medium", device="cpu").logits(IDS), read(original).logits(IDS))
+
+
+@pytest.mark.parametrize(("option", "said"), [({"dtype": "int8"}, "dtype 'int8'"), ({"device": "cuda:0"}, "no CUDA")])
+def test_devices_and_types_that_cannot_be_are_refused(original: Path, option: dict[str, str], said: str) -> None:
+    if "device" in option and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ModelError, match=said):
+        load_model(original, **{"device": "cpu", **option})

@@ -1,0 +1,95 @@
+"""Engines around the bundled model, and requests for them."""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import Future
+from typing import Any
+
+from client.schema import GenerateRequest, Result, parse_request
+from config import Settings
+from model import GPT2, Tokenizer
+from worker.assembly import length_classes
+from worker.engine import Engine
+from worker.runner import Runner
+from worker.scheduler import Scheduler
+from worker.slots import SlotTable
+
+WORDS = (
+    "the king and his people had gone out to see what was in the house of a man who would not say where he came from"
+)
+
+
+@functools.cache
+def demo_engine() -> Engine:
+    """The engine that the default settings give; its model and tokenizer are shared by all others here."""
+    return Engine.from_settings(Settings(model="demo", device="cpu", dtype="float32"))
+
+
+def demo_model() -> GPT2:
+    runner = demo_engine().runner
+    assert isinstance(runner, Runner)
+    return runner.model
+
+
+def demo_tokenizer() -> Tokenizer:
+    return demo_engine().tokenizer
+
+
+def build(
+    *,
+    slots: int = 64,
+    step_tokens: int = 512,
+    prefill_chunk: int = 128,
+    budget_positions: int = 64 * 1024,
+    runner: type[Runner] = Runner,
+    model: GPT2 | None = None,
+    **more: Any,
+) -> Engine:
+    """A fresh engine, not started. `budget_positions` is the cache's budget in positions of one sequence."""
+    gpt2 = model or demo_model()
+    lengths = length_classes(gpt2.config.n_positions)
+    tensors = runner(gpt2, lengths)
+    table = SlotTable(
+        lengths, position_bytes=tensors.position_bytes, budget_bytes=budget_positions * tensors.position_bytes
+    )
+    return Engine(
+        tensors,
+        demo_tokenizer(),
+        Scheduler(table, max_rows=slots, step_tokens=step_tokens, prefill_chunk=prefill_chunk),
+        model_name="demo",
+        vocab_size=gpt2.config.vocab_size,
+        max_context=gpt2.config.n_positions,
+        **more,
+    )
+
+
+def ask(prompt: str | list[int] = "Hello.", **fields: Any) -> GenerateRequest:
+    """A request for eight greedy tokens, unless `fields` say otherwise."""
+    return parse_request({"prompt": prompt, "max_tokens": 8, "temperature": 0, "seed": 0, **fields})
+
+
+def tokens_of(count: int, seed: int = 1) -> list[int]:
+    """A prompt of `count` ordinary tokens; different seeds give different ones."""
+    words = demo_tokenizer().encode(" " + WORDS)
+    return [words[(i * i * seed + i + seed) % len(words)] for i in range(count)]
+
+
+def drive(engine: Engine, *futures: Future[Result], steps: int = 5000) -> list[Result]:
+    """Step by hand until the futures are done; their results."""
+    for _ in range(steps):
+        if all(future.done() for future in futures):
+            return [future.result(timeout=0) for future in futures]
+        engine.step()
+    raise AssertionError(f"not done after {steps} steps")
+
+
+def substance(result: Result) -> dict[str, Any]:
+    """What a result says, without its id and its timings."""
+    return result.model_dump(exclude={"id", "timings"})
+
+
+def idle(engine: Engine) -> bool:
+    """Whether nothing is left in the engine: no sequence, no slot in use, nobody who waits."""
+    scheduler = engine.scheduler
+    return not scheduler.running and scheduler.waiting == 0 and not any(scheduler.slots.rows.values())

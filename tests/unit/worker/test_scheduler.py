@@ -1,0 +1,269 @@
+"""Decisions about what runs next, on plain sequences: no tensors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Rows
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.tokenizer import gpt2_tokenizer
+from tests.unit.worker.engine_helpers import ask
+from worker.scheduler import PromptChunk, Scheduler, Step
+from worker.sequence import Sequence, TokenScore
+from worker.slots import SlotTable
+
+
+def scheduler(
+    *, rows: int = 64, step_tokens: int = 512, chunk: int = 128, budget_positions: int = 64 * 1024
+) -> Scheduler:
+    slots = SlotTable((128, 256, 512, 1024), position_bytes=1, budget_bytes=budget_positions)
+    return Scheduler(slots, max_rows=rows, step_tokens=step_tokens, prefill_chunk=chunk)
+
+
+def sequence(read: int, write: int = 4, first: int = 0, **fields: object) -> Sequence:
+    """A sequence of `read` prompt tokens; different `first` are different prompts."""
+    prompt = [first] + [7] * (read - 1)
+    return Sequence(ask(prompt, max_tokens=write, ignore_eos=True, **fields), prompt, 0, 0, gpt2_tokenizer())
+
+
+def several(*reads: int, write: int = 4) -> list[Sequence]:
+    return [sequence(read, write, first=i + 1) for i, read in enumerate(reads)]
+
+
+def borders(step: Step, of: Sequence) -> list[tuple[int, int]]:
+    return [(chunk.start, chunk.count) for chunk in step.chunks if chunk.sequence is of]
+
+
+def run(scheduler: Scheduler, step: Step) -> list[Sequence]:
+    """What the engine does with a step, with token 5 for everybody. Returns those that left."""
+    for chunk in step.chunks:
+        scheduler.advance(chunk)
+    for each in step.drawing:
+        each.append(TokenScore(5, None, []))
+    gone = [each for each in step.drawing if each.finish_reason]
+    for each in gone:
+        scheduler.remove(each)
+    return gone
+
+
+def test_admission_is_by_priority_then_arrival() -> None:
+    line = scheduler(rows=4)
+    sequences = several(3, 3, 3, 3, 3)
+    for each, priority in zip(sequences, (9, 3, 0, 3, 0), strict=True):
+        line.add(each, priority)
+    assert line.admit() == [sequences[i] for i in (2, 4, 1, 3)]
+    assert line.waiting == 1
+    assert line.admit() == []
+    line.remove(sequences[2])
+    assert line.admit() == [sequences[0]]
+
+
+def test_a_long_sequence_first_in_line_is_not_overtaken_by_short_ones() -> None:
+    line = scheduler(budget_positions=1024)
+    running, long, *short = several(100, 900, 3, 3, 3)
+    for each in (running, long, *short):
+        line.add(each, 3)
+    assert line.admit() == [running]
+    assert line.admit() == [], "short ones pass the long one by"
+    line.remove(running)
+    assert line.admit() == [long]
+
+
+def test_sequences_removed_while_waiting_are_skipped() -> None:
+    line = scheduler(rows=1)
+    first, second, third = several(3, 3, 3)
+    for each in (first, second, third):
+        line.add(each, 3)
+    assert line.remove(first) is None
+    assert line.waiting == 2
+    assert line.admit() == [second]
+    line.remove(third)
+    assert line.waiting == 0
+    line.remove(second)
+    assert line.admit() == []
+    assert not line.plan()
+
+
+@pytest.mark.parametrize(
+    ("read", "expected"),
+    [
+        (1, [(0, 1)]),
+        (128, [(0, 128)]),
+        (129, [(0, 128), (128, 1)]),
+        (300, [(0, 128), (128, 128), (256, 44)]),
+    ],
+)
+@pytest.mark.parametrize("company", [0, 1, 30])
+@pytest.mark.parametrize("step_tokens", [16, 128, 200, 2000])
+def test_chunk_borders_depend_on_the_prompt_alone(
+    read: int, expected: list[tuple[int, int]], company: int, step_tokens: int
+) -> None:
+    line = scheduler(step_tokens=step_tokens)
+    others = several(*[3 + i for i in range(company)], write=30)
+    watched = sequence(read, first=999)
+    for each in (*others, watched):
+        line.add(each, 3)
+    line.admit()
+    seen = []
+    while watched.prefilling:
+        step = line.plan()
+        seen += borders(step, watched)
+        run(line, step)
+    assert seen == expected
+
+
+def test_a_step_holds_all_decoding_rows_and_chunks_within_the_budget() -> None:
+    line = scheduler(step_tokens=300)
+    decoding = several(*[2] * 100, write=50)
+    for each in decoding:
+        line.add(each, 3)
+    line.max_rows = 200
+    while line.admit() or any(each.prefilling for each in decoding):
+        run(line, line.plan())
+    first, second = sequence(200, first=500), sequence(200, first=501)
+    line.add(first, 3)
+    line.add(second, 3)
+    line.admit()
+    step = line.plan()
+    assert step.decodes == decoding
+    assert borders(step, first) == [(0, 128), (128, 72)]
+    assert borders(step, second) == [], "100 rows and 200 tokens of prompts are the whole budget"
+
+
+def test_one_chunk_goes_in_however_many_rows_decode() -> None:
+    line = scheduler(step_tokens=16)
+    decoding = several(*[2] * 40, write=50)
+    for each in decoding:
+        line.add(each, 3)
+    line.admit()
+    while any(each.prefilling for each in decoding):
+        run(line, line.plan())
+    late = sequence(400, first=500)
+    line.add(late, 3)
+    line.admit()
+    assert borders(line.plan(), late) == [(0, 128)]
+
+
+def test_equal_prompts_share_one_prefill() -> None:
+    line = scheduler(step_tokens=128)
+    leader, follower, scoring, other = (
+        sequence(200),
+        sequence(200, write=300),
+        sequence(200, echo=True, logprobs=1),
+        sequence(200, first=9),
+    )
+    for each in (leader, follower, scoring, other):
+        line.add(each, 3)
+    line.admit()
+    step = line.plan()
+    assert [chunk.sequence for chunk in step.chunks] == [leader]
+    assert step.followers == {}
+    run(line, step)
+    late = sequence(200)
+    line.add(late, 3)
+    line.admit()
+    step = line.plan()
+    assert step.followers == {leader: [follower, late]}
+    assert step.prefilled == [leader, follower, late]
+    run(line, step)
+    assert [s.prefilling for s in (leader, follower, late, scoring, other)] == [False, False, False, True, True]
+    assert [len(s.output) for s in (leader, follower, late)] == [1, 1, 1]
+    after = sequence(200)
+    line.add(after, 3)
+    line.admit()
+    assert after.leader is None, "it shares a prefill that is over"
+
+
+def test_when_a_leader_leaves_early_its_first_follower_starts_over_for_the_others() -> None:
+    line = scheduler(step_tokens=128)
+    leader, second, third = sequence(200), sequence(200), sequence(200)
+    for each in (leader, second, third):
+        line.add(each, 3)
+    line.admit()
+    run(line, line.plan())
+    line.remove(leader)
+    assert (second.leader, third.leader) == (None, second)
+    step = line.plan()
+    assert borders(step, second) == [(0, 128)]
+    run(line, step)
+    step = line.plan()
+    assert step.followers == {second: [third]}
+    run(line, step)
+    assert not third.prefilling
+
+
+def test_a_follower_may_leave_before_its_leader() -> None:
+    line = scheduler(step_tokens=128)
+    leader, second, third = sequence(200), sequence(200), sequence(200)
+    for each in (leader, second, third):
+        line.add(each, 3)
+    line.admit()
+    run(line, line.plan())
+    line.remove(second)
+    step = line.plan()
+    assert step.followers == {leader: [third]}
+
+
+def test_detached_followers_compute_their_own() -> None:
+    line = scheduler()
+    leader, second = sequence(20), sequence(20)
+    for each in (leader, second):
+        line.add(each, 3)
+    line.admit()
+    step = line.plan()
+    line.detach_followers(step)
+    assert step.prefilled == [leader]
+    line.remove(leader)
+    assert borders(line.plan(), second) == [(0, 20)]
+
+
+def test_a_step_taken_apart_has_each_sequence_once() -> None:
+    a, b, c = several(3, 300, 5)
+    parts = Step(decodes=[a], chunks=[PromptChunk(b, 0, 128), PromptChunk(b, 128, 128), PromptChunk(c, 0, 5)])
+    assert [(part.decodes, [chunk.start for chunk in part.chunks]) for part in parts.alone()] == [
+        ([a], []),
+        ([], [0, 128]),
+        ([], [0]),
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    reads=st.lists(st.tuples(st.integers(1, 900), st.integers(1, 100), st.integers(0, 3)), min_size=1, max_size=40),
+    rows=st.integers(1, 12),
+    budget=st.integers(1024, 6000),
+    seed=st.integers(0, 1000),
+)
+def test_whatever_comes_and_goes_everybody_is_served(
+    reads: Rows[tuple[int, int, int]], rows: int, budget: int, seed: int
+) -> None:
+    draw = random.Random(seed)
+    line = scheduler(rows=rows, budget_positions=budget, step_tokens=256)
+    arriving = [sequence(read, write, first=first) for read, write, first in reads]
+    left, cancelled = set(), set()
+    for _ in range(20_000):
+        if arriving and draw.random() < 0.5:
+            line.add(arriving.pop(), draw.choice([0, 3, 9]))
+        line.admit()
+        if line.running and draw.random() < 0.02:
+            gone = draw.choice(line.running)
+            cancelled.add(gone)
+            line.remove(gone)
+        step = line.plan()
+        rows_in_step = len(step.decodes) + sum(chunk.count for chunk in step.chunks)
+        assert rows_in_step <= max(256, len(step.decodes) + 128)
+        assert bool(step) == bool(line.running), "something runs, and the step is empty"
+        taken = [each.slot for each in line.running]
+        assert None not in taken
+        assert len(set(taken)) == len(taken) <= rows
+        assert all(s.slot is not None and s.slot.index < line.slots.capacity[s.slot.length_class] for s in line.running)
+        assert line.slots.used_bytes <= budget
+        left.update(run(line, step))
+        if not (arriving or line.waiting or line.running):
+            break
+    assert len(left | cancelled) == len(reads)
+    assert all(len(each.output) == each.request.max_tokens for each in left)
+    assert not line._leaders, "a prefill is led by one that is gone"

@@ -1,0 +1,104 @@
+"""One contract, three stores: in memory, on fakeredis, on a real Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import fakeredis
+import pytest
+import redis
+
+from client import keys
+from client.transport import connect
+from worker.store import MemoryStore, RedisStore, Store
+
+
+@dataclass
+class Case:
+    """A store, and what others do to it: a client cancels, Celery stores a result, kombu delivers a message."""
+
+    store: Store
+    cancel: Callable[[str], object]
+    finish: Callable[[str], object]
+    deliver: Callable[[str], object]
+    lease: Callable[[str], float | None]
+
+
+def memory_case() -> Case:
+    store = MemoryStore()
+    deliver = lambda tag: store.leases.update({tag: 0.0})  # noqa: E731
+    return Case(store, store.cancels.add, store.results.add, deliver, store.leases.get)
+
+
+def redis_case(connection: redis.Redis) -> Case:
+    connection.flushall()
+    finished = '{"status": "REVOKED", "result": null}'
+    return Case(
+        RedisStore(connection, 60),
+        lambda job: connection.set(keys.cancel(job), "1"),
+        lambda job: connection.set(keys.result(job), finished),
+        lambda tag: connection.zadd(keys.unacked_index(), {tag: 0.0}),
+        lambda tag: connection.zscore(keys.unacked_index(), tag),  # type: ignore[arg-type, return-value]
+    )
+
+
+@pytest.fixture(params=["memory", "fakeredis", "redis"])
+def case(request: pytest.FixtureRequest) -> Case:
+    if request.param == "memory":
+        return memory_case()
+    if request.param == "fakeredis":
+        return redis_case(fakeredis.FakeStrictRedis(decode_responses=True))
+    url = request.getfixturevalue("redis_url").replace("db=0", "db=5")
+    return redis_case(connect(url))
+
+
+def test_a_new_job_is_neither_finished_nor_cancelled(case: Case) -> None:
+    (claim,) = case.store.claim(["a"])
+    assert (claim.finished, claim.cancelled) == (False, False)
+
+
+def test_claims_come_in_order_and_say_what_others_did(case: Case) -> None:
+    case.finish("b")
+    case.cancel("c")
+    claims = case.store.claim(["a", "b", "c"])
+    assert [(claim.finished, claim.cancelled) for claim in claims] == [(False, False), (True, False), (False, True)]
+
+
+def test_cancelled_names_those_to_be_cancelled_until_they_have_ended(case: Case) -> None:
+    case.cancel("b")
+    assert case.store.cancelled(["a", "b"]) == {"b"}
+    case.store.ended(["b"])
+    assert case.store.cancelled(["a", "b"]) == set()
+
+
+def test_only_leases_that_exist_are_renewed(case: Case) -> None:
+    case.deliver("t1")
+    case.store.renew(["t1", "gone"])
+    assert (case.lease("t1") or 0) > 0
+    assert case.lease("gone") is None
+    case.store.renew([])
+
+
+def test_started_returned_and_announced_need_no_record_before(case: Case) -> None:
+    case.store.started(["a"], "w")
+    case.store.returned(["a"])
+    case.store.announce("w", {"slots": 4, "model": "demo"})
+    case.store.withdraw("w")
+    case.store.withdraw("w")
+
+
+def test_the_redis_records_have_their_fields_and_lifetimes(redis_url: str) -> None:
+    connection = connect(redis_url.replace("db=0", "db=6"))
+    store = RedisStore(connection, 60)
+    store.started(["a"], "w")
+    store.started(["a"], "w")
+    record = connection.hgetall(keys.job("a"))
+    assert (record["state"], record["worker"], record["attempts"]) == ("running", "w", "2")  # type: ignore[index]
+    assert connection.ttl(keys.job("a")) > 86_400
+    store.ended(["a"])
+    assert 0 < connection.ttl(keys.job("a")) <= 60  # type: ignore[operator]
+    store.announce("w", {"slots": 4})
+    assert 0 < connection.ttl(keys.worker("w")) <= 15  # type: ignore[operator]
+    store.withdraw("w")
+    assert connection.zcard(keys.workers()) == 0
