@@ -153,7 +153,7 @@ def _own(path: Path, vocabulary: Any, merges: list[str], added: Mapping[str, int
     to_byte = {char: byte for byte, char in enumerate(_byte_alphabet())}
     ranks: dict[bytes, int] = {}
     specials = dict(added)
-    made = {merge.replace(" ", "", 1) for merge in merges}
+    made = {merge.replace(" ", "") for merge in merges}
     for token, token_id in vocabulary.items():
         # What no merge makes cannot come out of text; tiktoken would look for it all the same, so it is kept apart.
         ordinary = token in to_byte or (token in made and all(char in to_byte for char in token))
@@ -165,7 +165,7 @@ def _own(path: Path, vocabulary: Any, merges: list[str], added: Mapping[str, int
         raise ModelError(f"{path}: two tokens of the vocabulary have the same id")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ModelError(f"{path}: the vocabulary has no token for byte {missing[0]:#04x}; it is not byte-level BPE")
-    ids = [vocabulary.get(merge.replace(" ", "", 1)) for merge in merges]
+    ids = [vocabulary.get(merge.replace(" ", "")) if merge.count(" ") == 1 else None for merge in merges]
     if None in ids:
         raise ModelError(f"{path}: merge {merges[ids.index(None)]!r} makes a token that is not in the vocabulary")
     if ids != sorted(ids):  # type: ignore[type-var]

@@ -47,7 +47,7 @@ def probs(**params: Any) -> list[float]:
     return [round(p, 5) for p in filtered(logits_of(P), [RowParams(**params)])[0].tolist()]
 
 
-# --- by hand -----------------------------------------------------------------------------------------------------------
+# --- by hand --------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_asked_leaves_the_probabilities() -> None:
@@ -65,7 +65,9 @@ def test_top_k_keeps_the_k_likeliest(k: int, kept: int) -> None:
     assert probs(top_k=k) == pytest.approx([p / total for p in P[:kept]] + [0] * (4 - kept), abs=1e-5)
 
 
-@pytest.mark.parametrize(("p", "kept"), [(0.01, 1), (0.39, 1), (0.41, 2), (0.69, 2), (0.71, 3), (0.95, 4), (1.0, 4)])
+@pytest.mark.parametrize(
+    ("p", "kept"), [(1e-60, 1), (0.01, 1), (0.39, 1), (0.41, 2), (0.69, 2), (0.71, 3), (0.95, 4), (1.0, 4)]
+)
 def test_top_p_keeps_the_fewest_that_reach_it(p: float, kept: int) -> None:
     total = sum(P[:kept])
     assert probs(top_p=p) == pytest.approx([q / total for q in P[:kept]] + [0] * (4 - kept), abs=1e-5)
@@ -131,7 +133,7 @@ def test_log_probabilities_are_natural_ones_of_the_given_logits() -> None:
     assert values[0].tolist() == pytest.approx([math.log(0.4), math.log(0.3)], abs=1e-6)
 
 
-# --- beside transformers -----------------------------------------------------------------------------------------------
+# --- beside transformers --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_repetition_penalty_agrees_with_transformers() -> None:
     assert torch.allclose(adjust(logits, draws), expected, atol=1e-6)
 
 
-# --- random numbers ----------------------------------------------------------------------------------------------------
+# --- random numbers -------------------------------------------------------------------------------------------------
 
 
 def splitmix(seed: int, sample_index: int, position: int) -> float:
@@ -224,7 +226,7 @@ def test_draws_follow_the_probabilities() -> None:
     assert shares.tolist() == pytest.approx(P, abs=0.012)
 
 
-# --- rows do not meet --------------------------------------------------------------------------------------------------
+# --- rows do not meet -----------------------------------------------------------------------------------------------
 
 
 def mixed_draws(count: int) -> list[Draw]:

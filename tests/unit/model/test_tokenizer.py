@@ -59,7 +59,7 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> GPT2Tokenizer:
     return GPT2Tokenizer.from_pretrained(folder)
 
 
-# --- the original vocabulary -------------------------------------------------------------------------------------------
+# --- the original vocabulary ----------------------------------------------------------------------------------------
 
 
 def test_known_ids() -> None:
@@ -113,7 +113,7 @@ def test_a_long_word_takes_no_long_time() -> None:
     assert tokenizer().decode(tokenizer().encode("ab" * 30_000)) == "ab" * 30_000
 
 
-# --- one token at a time -----------------------------------------------------------------------------------------------
+# --- one token at a time --------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=300, deadline=None)
@@ -143,7 +143,7 @@ def test_an_unfinished_character_shows_as_a_mark_at_the_end() -> None:
     assert tokenizer().token_text(first) == "\ufffd"
 
 
-# --- a vocabulary of one's own -----------------------------------------------------------------------------------------
+# --- a vocabulary of one's own --------------------------------------------------------------------------------------
 
 CORPUS = ["the king and the queen of the old castle", "Straße, Café und Übermut", "1999 was 1998 plus 1", *TEXTS] * 3
 
@@ -225,7 +225,7 @@ def test_a_directory_without_a_vocabulary_uses_gpt2s(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path) is load_tokenizer("demo")
 
 
-# --- files that are refused --------------------------------------------------------------------------------------------
+# --- files that are refused -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def refused(folder: Path, said: str) -> None:
         read(folder)
 
 
-# --- what is taken -----------------------------------------------------------------------------------------------------
+# --- what is taken --------------------------------------------------------------------------------------------------
 
 
 def test_names_are_taken_with_and_without_the_prefix(original: Path, folder: Path) -> None:
@@ -122,7 +122,7 @@ def test_the_bundled_model_has_every_tensor_of_a_gpt2() -> None:
     )
 
 
-# --- tensors that are refused ------------------------------------------------------------------------------------------
+# --- tensors that are refused ---------------------------------------------------------------------------------------
 
 
 def spoil(name: str, tensor: Tensor | None) -> Callable[[dict[str, Tensor]], None]:
@@ -159,7 +159,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
     refused(folder, said)
 
 
-# --- files that are refused --------------------------------------------------------------------------------------------
+# --- files that are refused -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, 5000, -1])
@@ -220,7 +220,7 @@ def test_a_directory_without_weights_or_config_is_refused(folder: Path) -> None:
     refused(folder, r"config\.json: there is no such file")
 
 
-# --- configs that are refused ------------------------------------------------------------------------------------------
+# --- configs that are refused ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_a_config_that_is_a_directory_is_refused(folder: Path) -> None:
     refused(folder, r"config\.json: ")
 
 
-# --- models that are not there -----------------------------------------------------------------------------------------
+# --- models that are not there --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["/no/such/place", "./nowhere", "~/nowhere/at/all", "a/b/c"])

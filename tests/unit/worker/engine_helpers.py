@@ -6,6 +6,9 @@ import functools
 from concurrent.futures import Future
 from typing import Any
 
+import pytest
+
+from client.errors import JobFailed
 from client.schema import GenerateRequest, Result, parse_request
 from config import Settings
 from model import GPT2, Tokenizer
@@ -22,8 +25,11 @@ WORDS = (
 
 @functools.cache
 def demo_engine() -> Engine:
-    """The engine that the default settings give; its model and tokenizer are shared by all others here."""
-    return Engine.from_settings(Settings(model="demo", device="cpu", dtype="float32"))
+    """The engine that the settings give; its model and tokenizer are shared by all others here.
+
+    One thread: two that wait for each other make a small model slower wherever other processes use the cores too.
+    """
+    return Engine.from_settings(Settings(model="demo", device="cpu", dtype="float32", threads=1))
 
 
 def demo_model() -> GPT2:
@@ -93,3 +99,25 @@ def idle(engine: Engine) -> bool:
     """Whether nothing is left in the engine: no sequence, no slot in use, nobody who waits."""
     scheduler = engine.scheduler
     return not scheduler.running and scheduler.waiting == 0 and not any(scheduler.slots.rows.values())
+
+
+def expected(*requests: GenerateRequest) -> list[dict[str, Any]]:
+    """What each request gives when nothing else runs."""
+    engine = build()
+    return [substance(drive(engine, engine.submit(request))[0]) for request in requests]
+
+
+def failure(future: Future[Result]) -> JobFailed:
+    """Why the job failed; it is an error if it did not."""
+    with pytest.raises(JobFailed) as caught:
+        future.result(timeout=0)
+    return caught.value
+
+
+def settle(engine: Engine, *futures: Future[Result]) -> None:
+    """Step by hand until the futures are done, well or not."""
+    for _ in range(2000):
+        if all(future.done() for future in futures):
+            return
+        engine.step()
+    raise AssertionError("not done")

@@ -8,6 +8,7 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
+import torch
 
 from client.schema import GenerateRequest
 from tests.unit.worker.engine_helpers import WORDS, ask, build, demo_tokenizer, drive, idle, substance, tokens_of
@@ -69,6 +70,20 @@ def test_64_mixed_jobs_at_once_give_the_same_bits_as_one_by_one(shape: dict[str,
     for result, expected in zip(results, alone(), strict=True):
         assert substance(result) == expected
     assert idle(engine)
+
+
+@pytest.mark.parametrize("threads", [2])
+def test_more_threads_keep_the_promise_too(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        requests = mixed_requests()[2:7]
+        single = build()
+        expected = [substance(drive(single, single.submit(request))[0]) for request in requests]
+        crowd = build()
+        assert [substance(r) for r in drive(crowd, *map(crowd.submit, requests))] == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_jobs_that_arrive_one_after_another_among_cancelled_ones_give_the_same_bits() -> None:
