@@ -11,13 +11,21 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import redis
 from kombu.exceptions import OperationalError
 
 from client import keys
-from client.errors import InvalidRequest, NoWorker, QueueFull, RedisUnreachable, ResultTimeout, UnknownJob
+from client.errors import (
+    InvalidRequest,
+    NoCheckpoints,
+    NoWorker,
+    QueueFull,
+    RedisUnreachable,
+    ResultTimeout,
+    UnknownJob,
+)
 from client.job import Job
 from client.records import Outcome, parse_outcome
 from client.schema import TASK_NAME, GenerateRequest, State, parse_request
@@ -25,6 +33,9 @@ from client.status import Status, read_status
 from client.transport import connect, producer_app, queue, resolve_url
 from config import Settings, load_settings
 from config.settings import redact_url, slug
+
+if TYPE_CHECKING:
+    import numpy as np
 
 log = logging.getLogger("millrace.client")
 
@@ -290,6 +301,19 @@ class Client:
         for job_id, there in zip(job_ids, pipe.execute(), strict=True):
             if not there:
                 raise UnknownJob(job_id)
+
+    def _checkpoints(self, job_id: str) -> dict[str, np.ndarray]:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load  # numpy takes a while to import, and few need it
+
+        with self._reachable(), connect(self.url, text=False) as connection:
+            fields = cast("dict[bytes, bytes]", connection.hgetall(keys.checkpoint(job_id)))
+        if not fields:
+            raise NoCheckpoints(job_id)
+        try:
+            return {name.decode(): load(data)["tensor"] for name, data in fields.items()}
+        except (SafetensorError, KeyError, UnicodeDecodeError) as error:
+            raise NoCheckpoints(job_id) from error
 
     def _late(self, job_id: str, timeout: float) -> ResultTimeout:
         outcome, state = self._look(job_id)

@@ -5,6 +5,7 @@ MillraceError
 ├── QueueFull                           refused by submit; nothing was queued
 ├── RedisUnreachable (ConnectionError)  Redis did not answer
 ├── UnknownJob (KeyError)               no job has this id, or its record has expired
+├── NoCheckpoints (KeyError)            no tensors were kept for this job, or not any more
 ├── ResultTimeout (TimeoutError)        no result yet; the job goes on
 │   └── NoWorker                        ... and no worker serves the queue
 └── JobError                            the job ended without a result
@@ -78,6 +79,20 @@ class UnknownJob(MillraceError, KeyError):
         return (
             f"no job {self.job_id!r} on this Redis: the id is wrong, another MILLRACE_REDIS_URL is meant, "
             "or its record has expired (MILLRACE_RESULT_TTL_S)"
+        )
+
+
+class NoCheckpoints(MillraceError, KeyError):
+    """Raised when a job has no checkpoint tensors: it did not ask, has not succeeded, or they have expired."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+    def __str__(self) -> str:
+        return (
+            f"job {self.job_id} has no checkpoints: it was submitted without checkpoints='all', has not succeeded, "
+            "or they have expired (MILLRACE_CHECKPOINT_TTL_S)"
         )
 
 

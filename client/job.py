@@ -8,6 +8,8 @@ from client.records import Outcome, outcome_state
 from client.schema import Result, State
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from client.client import Client
 
 
@@ -57,6 +59,17 @@ class Job:
             return self._outcome
         self._outcome.job = self
         raise self._outcome
+
+    def checkpoints(self) -> dict[str, np.ndarray]:
+        """The tensors that the job kept because it was submitted with `checkpoints`, by name; needs numpy, not torch.
+
+        Arrays named as in `client.schema.CHECKPOINT_TENSORS`, in float32 whatever the model computes in.
+
+        Raises:
+            NoCheckpoints: there are none, or not any more.
+            RedisUnreachable: Redis does not answer.
+        """
+        return self._client._checkpoints(self.id)
 
     def cancel(self) -> bool:
         """Ask for the job to be cancelled. A running one stops at its next token, a queued one when a worker meets it.

@@ -42,6 +42,11 @@ def cancel(job_id: str) -> str:
     return f"{PREFIX}cancel:{job_id}"
 
 
+def checkpoint(job_id: str) -> str:
+    """Hash: checkpoint tensor by name, as safetensors bytes."""
+    return f"{PREFIX}checkpoint:{job_id}"
+
+
 def worker(name: str) -> str:
     """Hash with a short life: what a worker last said of itself."""
     return f"{PREFIX}worker:{name}"

@@ -23,6 +23,23 @@ MAX_PROMPT_TOKENS = 16_384
 MAX_STOP_BYTES = 1_024
 MAX_LOGPROBS = 20
 
+#: Checkpoint number -> the tensors it is about (docs: the thirteen checkpoints). 0 and 12 are about the whole way.
+CHECKPOINT_TENSORS: dict[int, tuple[str, ...]] = {
+    0: (),
+    1: ("embeddings", "ln_1"),
+    2: ("q", "k", "v"),
+    3: ("k", "v", "cache_k", "cache_v", "cache_rest", "k_new", "v_new", "cache_k_end", "cache_v_end"),
+    4: ("scores",),
+    5: ("attn",),
+    6: ("mlp",),
+    7: ("block_0", "hidden"),
+    8: ("logits",),
+    9: ("last_logits",),
+    10: ("next_token",),
+    11: ("probs",),
+    12: ("tokens",),
+}
+
 Priority = Literal["interactive", "normal", "bulk"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
 
@@ -68,6 +85,10 @@ def _bias_map(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {int(k) if isinstance(k, str) and k.isascii() and k.isdecimal() else _whole(k): v for k, v in value.items()}
+
+
+def _checkpoint_list(value: Any) -> Any:
+    return sorted(CHECKPOINT_TENSORS) if value == "all" else _plain(value)
 
 
 Int = Annotated[int, BeforeValidator(_whole)]
@@ -151,6 +172,18 @@ class GenerateRequest(SamplingParams):
     priority: Priority = Field("normal", description="'interactive', 'normal' or 'bulk'")
     #: Unix time after which nobody wants the result; None is never.
     expires_at: float | None = Field(None, description="a Unix time or None")
+
+    #: Checkpoints of the first sample whose tensors are kept for `Job.checkpoints`.
+    checkpoints: Annotated[list[Int], BeforeValidator(_checkpoint_list)] = Field(
+        default_factory=list, max_length=13, description="'all', or a list of checkpoint numbers from 0 to 12"
+    )
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _check_checkpoints(cls, value: list[int]) -> list[int]:
+        if not CHECKPOINT_TENSORS.keys() >= set(value):
+            raise ValueError("range")
+        return sorted(set(value))
 
     @field_validator("prompt")
     @classmethod

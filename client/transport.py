@@ -60,11 +60,11 @@ def celery_url(url: str) -> str:
     return f"redis+socket://{parts.path}?virtual_host={database}"
 
 
-def connect(url: str) -> redis.Redis:
-    """A redis-py client that gives up on a silent server. Nothing is sent until it is used."""
+def connect(url: str, *, text: bool = True) -> redis.Redis:
+    """A redis-py client that gives up on a silent server; it answers in `text` or bytes. Nothing is sent yet."""
     connection: redis.Redis = redis.Redis.from_url(
         url,
-        decode_responses=True,
+        decode_responses=text,
         socket_timeout=SOCKET_TIMEOUT_S,
         socket_connect_timeout=CONNECT_TIMEOUT_S,
         health_check_interval=25,

@@ -48,6 +48,9 @@ class Settings(BaseSettings):
     prefill_chunk: int = Field(128, description="a whole number from 16 to 1024", ge=16, le=1024)
     max_queue: int = Field(1_000_000, description="a whole number of at least 1", ge=1)
     result_ttl_s: int = Field(86_400, description="a whole number of seconds, at least 60", ge=60)
+    checkpoint_ttl_s: int = Field(3_600, description="a whole number of seconds, at least 1", ge=1)
+    #: The tensors of one job; all of GPT-2 124M at 1,024 tokens are 330 MB, of which 206 are logits.
+    checkpoint_max_bytes: int = Field(512 * 2**20, description="a whole number of bytes, at least 1", ge=1)
     #: A message whose worker has not renewed its lease for this long goes to another worker.
     lease_s: int = Field(120, description="a whole number of seconds, at least 3", ge=3)
     soft_shutdown_s: float = Field(20.0, description="a number of seconds, at least 0", ge=0)

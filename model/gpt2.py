@@ -8,7 +8,7 @@ tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.cache import CachedAttention, Chunk, KVCache
 from model.linear import matmul_rows
-from model.trace import Trace
+from model.trace import Trace, probabilities
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,17 @@ class Block:
     mlp_proj: Linear  # 4E -> E
     n_head: int
 
-    def __call__(self, layer: int, x: Tensor, attend: Attention, trace: Trace | None) -> Tensor:
+    def __call__(self, layer: int, x: Tensor, attend: Attention, traces: Sequence[Trace]) -> Tensor:
         normed = self.ln_1(x)  # [M, E]
         q, k, v = self.c_attn(normed).view(len(x), 3, self.n_head, -1).unbind(1)  # [M, H, D] each
         attn = self.c_proj(attend(layer, q, k, v).reshape(x.shape))  # [M, E]
         x = x + attn
         mlp = self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))  # [M, E]
         x = x + mlp
-        if trace is not None and layer == 0:
-            trace.record(ln_1=normed, q=q, k=k, v=v, attn=attn, mlp=mlp, block_0=x)
+        for trace in traces:
+            if layer == 0:
+                trace.record(ln_1=normed, q=q, k=k, v=v, attn=attn, mlp=mlp, block_0=x)
+            trace.record_hidden(layer + 1, x)
         return x
 
 
@@ -126,13 +128,14 @@ class GPT2:
         """The type the weights are held and multiplied in."""
         return self.wte.dtype
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attention, trace: Trace | None = None) -> Tensor:
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attention, traces: Sequence[Trace] = ()) -> Tensor:
         """Packed rows through all blocks and the final norm. token_ids, positions: [M] -> [M, E]."""
         x = self.wte[token_ids] + self.wpe[positions]  # [M, E]
-        if trace is not None:
+        for trace in traces:
             trace.record(embeddings=x)
+            trace.record_hidden(0, x)
         for layer, block in enumerate(self.blocks):
-            x = block(layer, x, attend, trace)
+            x = block(layer, x, attend, traces)
         return self.ln_f(x)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -156,8 +159,8 @@ class GPT2:
         """The tensors of checkpoints 1 to 11, read from the cached path that serves jobs, one sequence at a time.
 
         LongTensor [B, T] -> `embeddings`, `ln_1`, `attn`, `mlp`, `block_0` [B, T, E]; `q`, `k`, `v`, `cache_k`,
-        `cache_v` [B, T, H, D]; `scores` [B, H, T, T]; `logits` [B, T, V]; `last_logits`, `probs` [B, V];
-        `next_token` [B]. Raises ValueError like `logits`.
+        `cache_v` [B, T, H, D]; `scores` [B, H, T, T]; `hidden` [B, n_layer + 1, T, E]; `logits` [B, T, V];
+        `last_logits`, `probs` [B, V]; `next_token` [B]. Raises ValueError like `logits`.
         """
         self._check(token_ids)
         rows = [self._trace_one(row) for row in token_ids.to(self.device)]
@@ -168,13 +171,18 @@ class GPT2:
         cache = KVCache(self.config, lengths=(length,), dtype=self.dtype, device=self.device)
         cache.arenas[length].resize(1)
         attend = CachedAttention(cache, self.config.scale, groups=[], chunks=[Chunk(length, 0, 0, length, 0)])
-        trace = Trace(self.config.scale)
-        hidden = self.forward(token_ids, torch.arange(length, device=self.device), attend, trace)
-        return trace.finish(
-            logits=self.head(hidden),
-            cache_k=cache.arenas[length].k[0][0].transpose(0, 1),
-            cache_v=cache.arenas[length].v[0][0].transpose(0, 1),
-        )
+        trace = Trace(self.config.scale, length)
+        hidden = self.forward(token_ids, torch.arange(length, device=self.device), attend, [trace])
+        logits = self.head(hidden)
+        arena = cache.arenas[length]
+        trace.keep(cache_k=arena.k[0][0].transpose(0, 1), cache_v=arena.v[0][0].transpose(0, 1), logits=logits)
+        trace.commit()
+        tensors = {name: tensor for name, tensor in trace.finish().items() if not name.endswith("_new")}
+        return tensors | {
+            "last_logits": logits[-1],
+            "next_token": logits[-1].argmax(),
+            "probs": probabilities(logits[-1]),
+        }
 
     def _plain_attention(self, batch: int, length: int) -> Attention:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG001

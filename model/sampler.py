@@ -107,7 +107,7 @@ def penalise(row: Tensor, draw: Draw) -> None:
 
 
 def filtered(logits: Tensor, params: Sequence[RowParams]) -> Tensor:
-    """Probabilities [R, V] after temperature, top-k, top-p and min-p; tokens cut away have exactly zero."""
+    """Probabilities, float64 [R, V], after temperature, top-k, top-p and min-p; tokens cut away have exactly zero."""
     logits = logits / _column([p.temperature for p in params], logits)
     vocabulary = logits.shape[-1]
     ks = [p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params]
@@ -115,7 +115,8 @@ def filtered(logits: Tensor, params: Sequence[RowParams]) -> Tensor:
         logits = keep_top_k(logits, ks)
     if any(p.top_p < 1 for p in params):
         logits = keep_top_p(logits, [p.top_p for p in params])
-    probs = torch.softmax(logits, dim=-1)
+    # In float64: torch's float32 softmax of 50,257 numbers is off by up to 3e-5 in its sum.
+    probs = torch.softmax(logits.double(), dim=-1)
     if any(p.min_p > 0 for p in params):
         floor = _column([p.min_p for p in params], probs) * probs.amax(dim=-1, keepdim=True)
         probs = probs.masked_fill(probs < floor, 0.0)

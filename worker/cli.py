@@ -166,6 +166,46 @@ def _print_result(result: Result) -> None:
 
 
 @main.command()
+@click.option("--model", help="the model to check; MILLRACE_MODEL by default")
+@click.option(
+    "--reference",
+    "references",
+    multiple=True,
+    help="transformers, tinygrad, candle, or a file of tensors (safetensors, npz, npy); may be given several times; "
+    "all that are installed by default",
+)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--prompt", "prompts", multiple=True, help="check this prompt instead of the usual ones; may be repeated")
+@click.option("--plot", type=click.Path(dir_okay=False), help="draw the difference by layer and position into a PNG")
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+def validate(
+    model: str | None,
+    references: tuple[str, ...],
+    dtype: str,
+    prompts: tuple[str, ...],
+    plot: str | None,
+    as_json: bool,
+) -> None:
+    """Compare the model, tensor by tensor, with other implementations: the thirteen checkpoints.
+
+    Starts an embedded Redis and a worker of its own, so that the tensors come from the path that serves jobs. Exit code
+    0 only if every checkpoint holds.
+    """
+    with _errors(as_json):
+        from worker.validate import Validation, report_json, report_text
+
+        settings = load_settings(dtype=dtype, **({"model": model} if model else {}))
+        validation = Validation(settings, references, prompts)
+        with _own_pair(settings) as client:
+            reports = validation.run(client)
+        if plot:
+            validation.draw(plot)
+    click.echo(report_json(reports) if as_json else report_text(reports))
+    if not all(report.ok for report in reports):
+        raise SystemExit(FAILED)
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 def status(as_json: bool) -> None:
     """Show queues, workers and slots. Exit code 0 if a worker serves MILLRACE_MODEL, else 3."""
@@ -214,8 +254,15 @@ def _serving(settings: Settings) -> Iterator[Client]:
         except RedisUnreachable:
             if settings.redis_url is not None:
                 raise
+    with _own_pair(settings) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def _own_pair(settings: Settings) -> Iterator[Client]:
+    """A client of a Redis and a worker that exist for this call only."""
     with EmbeddedRedis.ephemeral() as server:
-        own = load_settings(redis_url=server.url)
+        own = settings.model_copy(update={"redis_url": server.url})
         with Client(settings=own) as client, _worker(own, client):
             yield client
 
@@ -224,7 +271,9 @@ def _serving(settings: Settings) -> Iterator[Client]:
 def _worker(settings: Settings, client: Client) -> Iterator[None]:
     """A worker as our child process, ready when the block begins and gone when it ends."""
     command = [sys.executable, "-m", "celery", "--quiet", "-A", "worker", "worker"]
-    environment = {**os.environ, "MILLRACE_REDIS_URL": str(settings.redis_url), "MILLRACE_LOG_FORMAT": "console"}
+    ours = {name: getattr(settings, name) for name in ("redis_url", "model", "dtype")}
+    environment = {**os.environ, **{f"MILLRACE_{name.upper()}": str(value) for name, value in ours.items()}}
+    environment["MILLRACE_LOG_FORMAT"] = "console"
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(  # noqa: S603
             [*command, "--without-gossip", "--without-mingle"], env=environment, stdout=output, stderr=output

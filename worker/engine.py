@@ -50,6 +50,7 @@ class StepRunner(Protocol):
     def fit(self, capacity: dict[int, int]) -> None: ...
     def move(self, move: Move) -> None: ...
     def clear(self, slot: Slot) -> None: ...
+    def collect(self, sequence: Sequence) -> dict[str, bytes]: ...
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ class Engine:
         job_id: str | None = None,
         on_start: Callable[[], None] | None = None,
         on_text: Callable[[TextDelta], None] | None = None,
+        on_trace: Callable[[dict[str, bytes]], None] | None = None,
     ) -> Future[Result]:
         """Take a job. The future gives its Result, or raises a JobError; cancelling the future cancels the job.
 
@@ -141,6 +143,8 @@ class Engine:
             job_id: the job's name in results and for `cancel`; made up if not given.
             on_start: called when the job gets its first slot. It and `on_text` run in the engine's thread: be quick.
             on_text: called with each piece of text, in whole characters, as it comes.
+            on_trace: called before the future is done with the tensors of the checkpoints that the request asks for,
+                each as safetensors bytes by name.
 
         Raises:
             EngineStopped: the engine takes no more work.
@@ -151,7 +155,7 @@ class Engine:
         except JobError as error:
             future.set_exception(error)
             return future
-        generation.on_start, generation.on_text = on_start, on_text
+        generation.on_start, generation.on_text, generation.on_trace = on_start, on_text, on_trace
         future.add_done_callback(lambda done: self._note_cancel(generation) if done.cancelled() else None)
         with self._wake:
             if self._stopping:
@@ -261,6 +265,9 @@ class Engine:
         if self._dropping:
             for generation in [g for g in self._jobs if not g.begun]:
                 self._end(generation, _dropped)
+        if len(self._deadlines) > 2 * len(self._jobs) + 64:  # most are of jobs that have ended
+            self._deadlines = [entry for entry in self._deadlines if entry[2] in self._jobs]
+            heapq.heapify(self._deadlines)
         while self._deadlines and self._deadlines[0][0] <= time.time():
             self._end(heapq.heappop(self._deadlines)[2], _expired)
 
@@ -349,6 +356,8 @@ class Engine:
         """Free the slots of finished sequences, and complete the jobs whose last sample it was."""
         for sequence in finished:
             generation = self._owner.pop(sequence)
+            if sequence.trace is not None and generation.on_trace is not None:
+                generation.on_trace(self.runner.collect(sequence))
             self._free(sequence)
             if generation.finished and generation in self._jobs:
                 self._jobs.remove(generation)

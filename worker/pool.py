@@ -31,12 +31,11 @@ from kombu.asynchronous import Hub
 from client.errors import JobCancelled, JobError
 from client.records import outcome_state
 from client.schema import TASK_NAME, Result
-from client.transport import connect, resolve_url
 from config import Settings
 from worker.errors import EngineStopped
 from worker.monitor import Monitor
-from worker.service import Service, failed, service_for
-from worker.store import Claim, RedisStore, Store
+from worker.service import RETRY_S, Service, failed, service_for
+from worker.store import Claim, Store
 
 log = structlog.get_logger("millrace.worker")
 
@@ -45,8 +44,6 @@ T = TypeVar("T")
 EX_FAILURE = 1
 #: Messages whose records are asked for in one request to Redis.
 INTAKE_BATCH = 128
-#: Pause before Redis is asked again after it failed to answer.
-RETRY_S = 0.5
 
 
 @dataclass(eq=False)
@@ -90,10 +87,10 @@ class EnginePool(BasePool):
     #: Stopping waits for the engine; a signal handler must not.
     signal_safe = False
 
-    def __init__(self, *args: Any, service: Service | None = None, store: Store | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, service: Service | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings: Settings = self.app.millrace_settings
-        self._service, self._store = service, store
+        self._service = service
         self._hub: Hub | None = None
         self._handles = itertools.count(1)
         self._lock = threading.Lock()
@@ -115,11 +112,10 @@ class EnginePool(BasePool):
             log.error("worker.model_failed", model=self.settings.model, error=str(error), kind=type(error).__name__)
             raise SystemExit(EX_FAILURE) from error
         self._service.engine.on_fatal = self._on_fatal
-        self._store = self._store or RedisStore(connect(resolve_url(self.settings)), self.settings.result_ttl_s)
         self._finishers = ThreadPoolExecutor(2, thread_name_prefix="millrace-finish")
         self._taker = threading.Thread(target=self._take_in, name="millrace-intake", daemon=True)
         self._taker.start()
-        self.monitor = Monitor(self, self._service.engine, self._store, self.settings)
+        self.monitor = Monitor(self, self._service.engine, self._service.store, self.settings)
         self.monitor.start()
 
     def register_with_event_loop(self, hub: Hub) -> None:
@@ -277,7 +273,7 @@ class EnginePool(BasePool):
         """Ask the store until Redis answers; None if the worker is closing and it does not."""
         while True:
             try:
-                return question(self._engine_store)
+                return question(self._engine_service.store)
             except redis.RedisError as error:
                 if self._closing:
                     return None
@@ -401,12 +397,6 @@ class EnginePool(BasePool):
         if self._service is None:
             raise RuntimeError("the pool has not been started")
         return self._service
-
-    @property
-    def _engine_store(self) -> Store:
-        if self._store is None:
-            raise RuntimeError("the pool has not been started")
-        return self._store
 
 
 def _first_argument(delivery: Delivery) -> Any:

@@ -6,12 +6,14 @@ import itertools
 from collections.abc import Sequence as Rows
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from client.schema import MAX_LOGPROBS
+from client.schema import CHECKPOINT_TENSORS, MAX_LOGPROBS
 from model.cache import CachedAttention, Chunk, DecodeGroup, KVCache
 from model.gpt2 import GPT2
-from model.sampler import sample, top_logprobs
+from model.sampler import Draw, RowParams, filtered, sample, top_logprobs
+from model.trace import PROBS_TEMPERATURE, Trace
 from worker.scheduler import Outcome, PromptChunk, Step
 from worker.sequence import Sequence, Slot, TokenScore
 from worker.slots import Move
@@ -55,12 +57,21 @@ class Runner:
         batch = _Batch(step)
         device = self.model.device
         attend = CachedAttention(self.cache, self.model.config.scale, groups=batch.groups, chunks=batch.chunks)
+        traced = self._traced(step, batch)
         hidden = self.model.forward(
-            torch.tensor(batch.token_ids, device=device), torch.tensor(batch.positions, device=device), attend
+            torch.tensor(batch.token_ids, device=device),
+            torch.tensor(batch.positions, device=device),
+            attend,
+            [sequence.trace.at(rows) for sequence, rows in traced],
         )
+        for sequence, rows in traced:
+            self._trace_step(sequence, hidden[rows])
         prompt_scores = [self._score(chunk, hidden[rows]) for chunk, rows in batch.scored(step)]
         self._share_prefills(step)
-        return Outcome(self._draw(step.drawing, hidden, batch.drawn_rows(step)), prompt_scores)
+        outcome = Outcome(self._draw(step.drawing, hidden, batch.drawn_rows(step)), prompt_scores)
+        for sequence, _ in traced:
+            sequence.trace.commit()
+        return outcome
 
     def _draw(
         self, sequences: list[Sequence], hidden: Tensor, rows: list[int]
@@ -74,8 +85,47 @@ class Runner:
         if distinct != rows:
             logits = logits[torch.tensor([at[row] for row in rows], device=hidden.device)]
         tokens = sample(logits, [sequence.draw for sequence in sequences])
+        for i, sequence in enumerate(sequences):
+            if sequence.trace is not None and not sequence.output:
+                self._trace_last(sequence, logits[i])
         scores = self._token_scores(sequences, logits, tokens)
         return list(zip(sequences, scores, strict=True))
+
+    def _traced(self, step: Step, batch: _Batch) -> list[tuple[Sequence, slice]]:
+        """The sequences whose tensors are asked for, with their rows; a new one gets a trace and an empty slot."""
+        traced = []
+        for sequence, rows in batch.spans(step):
+            if sequence.traced:
+                if sequence.trace is None:
+                    sequence.trace = Trace(self.model.config.scale, len(sequence.prompt))
+                    self.clear(_slot(sequence))
+                traced.append((sequence, rows))
+        return traced
+
+    def _trace_step(self, sequence: Sequence, hidden: Tensor) -> None:
+        """After the pass: the prompt's logits, and what the cache of block 0 holds now. hidden: [rows, E]."""
+        trace, slot, count = sequence.trace, _slot(sequence), len(sequence.prompt)
+        arena = self.cache.arenas[slot.length_class]
+        k, v = (tensors[0][slot.index].transpose(0, 1) for tensors in (arena.k, arena.v))  # [length, H, D]
+        if sequence.prefilling:
+            trace.append(logits=self.model.head(hidden))
+            trace.keep(cache_k=k[:count], cache_v=v[:count], cache_rest=torch.cat([k[count:], v[count:]]).abs().sum())
+        written = count + max(0, len(sequence.output))
+        trace.keep(cache_k_end=k[:written], cache_v_end=v[:written])
+
+    def _trace_last(self, sequence: Sequence, logits: Tensor) -> None:
+        """What the first token is drawn from, as the sampler sees it. logits: [V]."""
+        params = RowParams(temperature=PROBS_TEMPERATURE)
+        greedy = Draw(RowParams(temperature=0), sequence.prompt, [], 0, 0)
+        sequence.trace.keep(
+            last_logits=logits, next_token=sample(logits[None], [greedy])[0], probs=filtered(logits[None], [params])[0]
+        )
+
+    def collect(self, sequence: Sequence) -> dict[str, bytes]:
+        """The tensors that a finished sequence was asked for, each as safetensors bytes, numbers in float32."""
+        tensors = {**sequence.trace.finish(), "tokens": torch.tensor(sequence.output, dtype=torch.long)}
+        wanted = dict.fromkeys(name for n in sequence.request.checkpoints for name in CHECKPOINT_TENSORS[n])
+        return {name: _to_bytes(tensors[name]) for name in wanted if name in tensors}
 
     def _token_scores(self, sequences: list[Sequence], logits: Tensor, tokens: Tensor) -> list[TokenScore | None]:
         chosen: list[int] = tokens.tolist()
@@ -116,6 +166,11 @@ class Runner:
         origin, goal = self.cache.arenas[source.length_class], self.cache.arenas[target.length_class]
         for old, new in zip((*origin.k, *origin.v), (*goal.k, *goal.v), strict=True):
             new[target.index, :, :length] = old[source.index, :, :length]
+
+
+def _to_bytes(tensor: Tensor) -> bytes:
+    plain = tensor.cpu().float() if tensor.is_floating_point() else tensor.cpu()
+    return save({"tensor": plain.contiguous()})
 
 
 def _scores(logits: Tensor, tokens: Tensor) -> list[TokenScore]:
@@ -165,6 +220,14 @@ class _Batch:
         """For each of `step.drawing`, the packed row its token comes from."""
         leader_of = {follower: leader for leader, group in step.followers.items() for follower in group}
         return [self._row_of[leader_of.get(sequence, sequence)] for sequence in step.drawing]
+
+    def spans(self, step: Step) -> list[tuple[Sequence, slice]]:
+        """Every sequence of the step with its packed rows; a prompt's chunks lie end to end."""
+        spans = {sequence: slice(self._row_of[sequence], self._row_of[sequence] + 1) for sequence in step.decodes}
+        for row, chunk in zip(self._chunk_rows, step.chunks, strict=True):
+            first = spans.get(chunk.sequence, slice(row, row)).start
+            spans[chunk.sequence] = slice(first, row + chunk.count)
+        return list(spans.items())
 
     def scored(self, step: Step) -> list[tuple[PromptChunk, slice]]:
         """The chunks whose prompt's log probabilities are asked for, with their rows."""

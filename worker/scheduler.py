@@ -82,7 +82,7 @@ class Scheduler:
         self._waiting: list[tuple[int, int, Sequence]] = []
         self._gone: set[Sequence] = set()  # removed while waiting; skipped when their turn comes
         self._arrivals = itertools.count()
-        self._leaders: dict[tuple[tuple[int, ...], bool], Sequence] = {}
+        self._leaders: dict[tuple[object, ...], Sequence] = {}
 
     @property
     def waiting(self) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from client.schema import Choice, GenerateRequest, Result, Timings, TokenLogprob, TopLogprob, Usage
 from model.sampler import Draw, RowParams
@@ -61,6 +60,8 @@ class Sequence:
     leader: Sequence | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    #: Collects its tensors where checkpoints are asked for (a model.trace.Trace; the scheduler knows no tensors).
+    trace: Any = None
     admitted_at: float | None = None
     first_token_at: float | None = None
 
@@ -93,9 +94,14 @@ class Sequence:
         return self.request.echo and self.request.logprobs is not None
 
     @property
-    def share_key(self) -> tuple[tuple[int, ...], bool]:
-        """Sequences with equal keys compute the same prefill."""
-        return tuple(self.prompt), self.scores_prompt
+    def traced(self) -> bool:
+        """Whether its tensors are asked for: those of the first sample are."""
+        return bool(self.request.checkpoints) and self.index == 0
+
+    @property
+    def share_key(self) -> tuple[object, ...]:
+        """Sequences with equal keys compute the same prefill; a traced one shares its own with nobody."""
+        return tuple(self.prompt), self.scores_prompt, self if self.traced else None
 
     @property
     def draw(self) -> Draw:
@@ -197,6 +203,7 @@ class Generation:
     arrived_at: float
     on_start: Callable[[], None] | None = None
     on_text: Callable[[TextDelta], None] | None = None
+    on_trace: Callable[[dict[str, bytes]], None] | None = None
 
     @property
     def finished(self) -> bool:
@@ -212,10 +219,6 @@ class Generation:
     def partial(self) -> list[str]:
         """The texts so far, for a job that ends early."""
         return [sequence.text for sequence in self.sequences] if any(s.output for s in self.sequences) else []
-
-    def overdue(self) -> bool:
-        """Whether its `expires_at` has passed."""
-        return self.request.expires_at is not None and time.time() >= self.request.expires_at
 
     def result(self, model: str, fingerprint: str, now: float) -> Result:
         """The result of a finished job."""

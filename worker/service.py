@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+import redis
+
 from client.errors import InvalidRequest, JobFailed
 from client.schema import SCHEMA_VERSION, GenerateRequest, Result, parse_request
+from client.transport import connect, resolve_url
 from config import Settings
+from worker.store import RedisStore, Store
 
 if TYPE_CHECKING:
     from worker.engine import Engine
+
+#: Pause before Redis is asked again after it failed to answer.
+RETRY_S = 0.5
 
 
 class Service:
     """A started engine, and the outcomes that tasks are about to pick up."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, store: Store, *, checkpoint_max_bytes: int) -> None:
         self.engine = engine
+        self.store = store
+        self._checkpoint_max_bytes = checkpoint_max_bytes
         self._ready: dict[str, Future[Result]] = {}
+        self._dumps: dict[str, dict[str, bytes]] = {}
 
     def generate(self, job_id: str | None, wire: dict[str, Any]) -> dict[str, Any]:
         """The result of a job as JSON: the one that is ready, else computed now.
@@ -32,17 +43,38 @@ class Service:
             EngineStopped: the engine ended first; another worker may do the job.
         """
         job_id = job_id or uuid.uuid4().hex
-        future = self._ready.pop(job_id, None)
-        if future is None:
-            future = self.engine.submit(read_wire(wire), job_id=job_id)
-        return future.result().model_dump(mode="json")
+        future = self._ready.pop(job_id, None) or self.submit(job_id, wire)
+        result = future.result()
+        if (tensors := self._dumps.pop(job_id, None)) is not None:
+            self._keep(job_id, tensors)
+        return result.model_dump(mode="json")
 
-    def submit(self, job_id: str, wire: Any, on_start: Callable[[], None]) -> Future[Result]:
+    def submit(self, job_id: str, wire: Any, on_start: Callable[[], None] | None = None) -> Future[Result]:
         """Give a job from a message to the engine; a request that cannot be read is a future that failed."""
         try:
-            return self.engine.submit(read_wire(wire), job_id=job_id, on_start=on_start)
+            request = read_wire(wire)
         except JobFailed as error:
             return failed(error)
+        on_trace = functools.partial(self._dumps.__setitem__, job_id) if request.checkpoints else None
+        return self.engine.submit(request, job_id=job_id, on_start=on_start, on_trace=on_trace)
+
+    def _keep(self, job_id: str, tensors: dict[str, bytes]) -> None:
+        """Store checkpoint tensors before the result says that they are there."""
+        size = sum(map(len, tensors.values()))
+        if size > self._checkpoint_max_bytes:
+            raise JobFailed(
+                "checkpoints_too_large",
+                f"the tensors asked for take {size} bytes and a job may keep {self._checkpoint_max_bytes}; ask for "
+                "fewer checkpoints (8, the logits, is the largest), shorten the prompt, or raise "
+                "MILLRACE_CHECKPOINT_MAX_BYTES",
+            )
+        while True:
+            try:
+                return self.store.dump(job_id, tensors)
+            except redis.ResponseError as error:  # Redis is full, say: trying again would not help
+                raise JobFailed("checkpoints_not_stored", f"Redis did not take the tensors: {error}") from error
+            except redis.RedisError:
+                time.sleep(RETRY_S)
 
     def ready(self, job_id: str, future: Future[Result]) -> None:
         """Lay an outcome down for the task body that comes next."""
@@ -91,4 +123,6 @@ def _build(settings: Settings) -> Service:
 
     engine = Engine.from_settings(settings)
     engine.start()
-    return Service(engine)
+    ttl = {"result_ttl_s": settings.result_ttl_s, "checkpoint_ttl_s": settings.checkpoint_ttl_s}
+    store = RedisStore(connect(resolve_url(settings)), **ttl)
+    return Service(engine, store, checkpoint_max_bytes=settings.checkpoint_max_bytes)

@@ -48,6 +48,10 @@ class Store(Protocol):
         """Note that the results of jobs are stored: their records may go when the results do."""
         ...
 
+    def dump(self, job_id: str, tensors: Mapping[str, bytes]) -> None:
+        """Keep the checkpoint tensors of a job, each as safetensors bytes; an earlier dump of it goes."""
+        ...
+
     def cancelled(self, job_ids: Sequence[str]) -> set[str]:
         """Those of the jobs whose cancelling was asked for."""
         ...
@@ -68,9 +72,10 @@ class Store(Protocol):
 class RedisStore:
     """The store in Redis. One request to the server a method, whatever the number of jobs."""
 
-    def __init__(self, connection: redis.Redis, result_ttl_s: int) -> None:
+    def __init__(self, connection: redis.Redis, *, result_ttl_s: int, checkpoint_ttl_s: int) -> None:
         self._redis = connection
         self._ttl_s = result_ttl_s
+        self._checkpoint_ttl_s = checkpoint_ttl_s
 
     def claim(self, job_ids: Sequence[str]) -> list[Claim]:
         pipe = self._redis.pipeline(transaction=False)
@@ -103,6 +108,14 @@ class RedisStore:
         for job_id in job_ids:
             pipe.expire(keys.job(job_id), self._ttl_s)
             pipe.delete(keys.cancel(job_id))
+        pipe.execute()
+
+    def dump(self, job_id: str, tensors: Mapping[str, bytes]) -> None:
+        pipe = self._redis.pipeline()
+        pipe.delete(keys.checkpoint(job_id))
+        for name, data in tensors.items():
+            pipe.hset(keys.checkpoint(job_id), name, data)
+        pipe.expire(keys.checkpoint(job_id), self._checkpoint_ttl_s)
         pipe.execute()
 
     def cancelled(self, job_ids: Sequence[str]) -> set[str]:
@@ -141,6 +154,7 @@ class MemoryStore:
     attempts: dict[str, int] = field(default_factory=dict)
     leases: dict[str, float] = field(default_factory=dict)
     workers: dict[str, dict[str, str | int | float]] = field(default_factory=dict)
+    dumps: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
     def claim(self, job_ids: Sequence[str]) -> list[Claim]:
         return [Claim(job_id in self.results, job_id in self.cancels) for job_id in job_ids]
@@ -155,6 +169,9 @@ class MemoryStore:
 
     def ended(self, job_ids: Iterable[str]) -> None:
         self.cancels.difference_update(job_ids)
+
+    def dump(self, job_id: str, tensors: Mapping[str, bytes]) -> None:
+        self.dumps[job_id] = dict(tensors)
 
     def cancelled(self, job_ids: Sequence[str]) -> set[str]:
         return self.cancels.intersection(job_ids)

@@ -111,8 +111,8 @@ def test_an_error_never_quotes_the_prompt() -> None:
 def test_defaults_are_those_of_the_openai_api_and_vllm() -> None:
     expected: dict[str, Any] = {
         "max_tokens": 16, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "n": 1, "stop": [], "seed": None,
-        "logprobs": None, "logit_bias": {}, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
-        "echo": False, "min_tokens": 0, "ignore_eos": False, "stop_token_ids": [],
+        "logprobs": None, "logit_bias": {}, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0, "echo": False, "min_tokens": 0, "ignore_eos": False, "stop_token_ids": [],
     }  # fmt: skip
     assert SamplingParams().model_dump() == expected
 
@@ -150,9 +150,9 @@ def test_a_request_written_by_the_first_release_still_decodes() -> None:
 
 
 def test_a_result_written_by_the_first_release_or_a_later_one_still_decodes() -> None:
-    stored = """{"schema_version": 1, "id": "a", "model": "demo", "choices": [{"index": 0, "text": "x", "token_ids": [87],
-      "finish_reason": "length", "stop_reason": null, "logprobs": null}], "usage": {"prompt_tokens": 2,
-      "completion_tokens": 1, "total_tokens": 3}, "seed": 5, "timings": {"waiting_s": 0.1, "prefill_s": 0.1,
+    stored = """{"schema_version": 1, "id": "a", "model": "demo", "choices": [{"index": 0, "text": "x",
+      "token_ids": [87], "finish_reason": "length", "stop_reason": null, "logprobs": null}],
+      "usage": {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}, "seed": 5, "timings": {"waiting_s": 0.1, "prefill_s": 0.1,
       "decode_s": 0.1}, "fingerprint": "f", "something_new": [1]}"""
     result = Result.model_validate_json(stored)
     assert (result.text, result.seed) == ("x", 5)

@@ -84,6 +84,7 @@ def test_trace_has_the_promised_names_and_shapes(demo: GPT2) -> None:
     per_token = dict.fromkeys(["embeddings", "ln_1", "attn", "mlp", "block_0"], (b, t, e))
     per_head = dict.fromkeys(["q", "k", "v", "cache_k", "cache_v"], (b, t, h, d))
     rest = {"scores": (b, h, t, t), "logits": (b, t, v), "last_logits": (b, v), "probs": (b, v), "next_token": (b,)}
+    rest |= {"hidden": (b, 5, t, e)}
     assert {name: tuple(tensor.shape) for name, tensor in trace.items()} == per_token | per_head | rest
 
 

@@ -35,7 +35,7 @@ def redis_case(connection: redis.Redis) -> Case:
     connection.flushall()
     finished = '{"status": "REVOKED", "result": null}'
     return Case(
-        RedisStore(connection, 60),
+        RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=30),
         lambda job: connection.set(keys.cancel(job), "1"),
         lambda job: connection.set(keys.result(job), finished),
         lambda tag: connection.zadd(keys.unacked_index(), {tag: 0.0}),
@@ -80,6 +80,11 @@ def test_only_leases_that_exist_are_renewed(case: Case) -> None:
     case.store.renew([])
 
 
+def test_a_dump_may_be_written_twice(case: Case) -> None:
+    case.store.dump("a", {"q": b"1", "k": b"2"})
+    case.store.dump("a", {"q": b"3"})
+
+
 def test_started_returned_and_announced_need_no_record_before(case: Case) -> None:
     case.store.started(["a"], "w")
     case.store.returned(["a"])
@@ -90,7 +95,7 @@ def test_started_returned_and_announced_need_no_record_before(case: Case) -> Non
 
 def test_the_redis_records_have_their_fields_and_lifetimes(redis_url: str) -> None:
     connection = connect(redis_url.replace("db=0", "db=6"))
-    store = RedisStore(connection, 60)
+    store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=30)
     store.started(["a"], "w")
     store.started(["a"], "w")
     record = connection.hgetall(keys.job("a"))

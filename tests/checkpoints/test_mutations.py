@@ -1,0 +1,153 @@
+"""Can the checkpoints fail? Each usual mistake is planted in the model and must be caught by the lowest-numbered
+checkpoint that should catch it, and named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from safetensors.numpy import load
+
+import model.cache
+import model.gpt2
+from client.schema import parse_request
+from config import Settings
+from model.weights import DEMO
+from worker.causes import likely_cause
+from worker.checkpoints import Row, compare
+from worker.engine import Engine
+from worker.references import Reference, load_reference
+from worker.references.files import read_weights
+
+PROMPT = [464, 2068, 7586, 21831, 11687, 625]
+Plant = Callable[[pytest.MonkeyPatch, Engine], None]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return load_reference("transformers", DEMO)
+
+
+@pytest.fixture
+def engine() -> Engine:
+    """A fresh one: mutations may change its weights."""
+    return Engine.from_settings(Settings(model="demo"))
+
+
+def rows(engine: Engine, reference: Reference) -> tuple[list[Row], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The comparison, our tensors, and the reference's."""
+    dump: dict[str, bytes] = {}
+    fields = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0, "ignore_eos": True, "checkpoints": "all"}
+    engine.submit(parse_request(fields), on_trace=dump.update)
+    while engine.step():
+        pass
+    ours = {name: load(data)["tensor"] for name, data in dump.items()}
+    theirs = dict(reference.trace(PROMPT)) | {"tokens": np.array(reference.generate(PROMPT, 4))}
+    return compare(ours, theirs, reference=reference.name, tolerances={}), ours, theirs
+
+
+def erf_gelu(patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    gelu = F.gelu
+    patch.setattr(model.gpt2.F, "gelu", lambda x, approximate: gelu(x))
+
+
+def unscaled_scores(patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    patch.setattr(model.gpt2.GPT2Config, "scale", 1.0)
+
+
+def replace_in_block_0(engine: Engine, **parts: Any) -> None:
+    blocks = engine.runner.model.blocks  # type: ignore[attr-defined]
+    blocks[0] = dataclasses.replace(blocks[0], **parts)
+
+
+def transposed_qkv(patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    linear = engine.runner.model.blocks[0].c_attn  # type: ignore[attr-defined]
+    weight = linear.weight.reshape(linear.weight.shape[::-1]).T.contiguous()
+    replace_in_block_0(engine, c_attn=dataclasses.replace(linear, weight=weight))
+
+
+def transposed_projection(patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    linear = engine.runner.model.blocks[0].c_proj  # type: ignore[attr-defined]
+    replace_in_block_0(engine, c_proj=dataclasses.replace(linear, weight=linear.weight.T.contiguous()))
+
+
+def cache_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    """Keys are written one row further than they belong."""
+    attend = model.cache._Prefill.attend
+
+    def shifted(self: Any, layer: int, q: Any, k: Any, v: Any, scale: float) -> Any:
+        out = attend(self, layer, q, k, v, scale)
+        keys = self.arena.k[layer][self.slot]
+        keys[:, 1 : len(k) + 1] = k.transpose(0, 1)
+        return out
+
+    patch.setattr(model.cache._Prefill, "attend", shifted)
+
+
+def unbiased_variance(patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / torch.sqrt(x.var(-1, keepdim=True, correction=1) + self.epsilon) * self.weight + self.bias
+
+    patch.setattr(model.gpt2.Norm, "__call__", norm)
+
+
+def positions_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    forward = model.gpt2.GPT2.forward
+    patch.setattr(model.gpt2.GPT2, "forward", lambda self, t, p, *rest: forward(self, t, p + 1, *rest))
+
+
+def untied_head(patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    other = torch.randn(50257, 128, generator=torch.Generator().manual_seed(0)) * 0.1
+    patch.setattr(model.gpt2.GPT2, "head", lambda self, hidden: hidden @ other.T)
+
+
+def mask_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    """Every token also sees the next one."""
+    attention = F.scaled_dot_product_attention
+
+    def leaky(q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False, scale: float = 1.0) -> Any:
+        if is_causal:
+            attn_mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(1)
+        return attention(q, k, v, attn_mask=attn_mask, scale=scale)
+
+    patch.setattr(model.cache.F, "scaled_dot_product_attention", leaky)
+
+
+MUTATIONS: list[tuple[Plant, int, str]] = [
+    (positions_off_by_one, 1, "positions are off by one"),
+    (unbiased_variance, 1, "variance is unbiased"),
+    (transposed_qkv, 2, "transposed"),
+    (cache_off_by_one, 3, "cache index is off by one"),
+    (unscaled_scores, 4, "not scaled"),
+    (mask_off_by_one, 5, "sees the next one"),
+    (transposed_projection, 5, "transposed"),
+    (erf_gelu, 6, "erf"),
+    (untied_head, 8, "untied"),
+]
+
+
+def test_the_model_as_it_is_passes(engine: Engine, reference: Reference) -> None:
+    compared, _, _ = rows(engine, reference)
+    assert [row.number for row in compared] == list(range(1, 13))
+    assert all(row.ok for row in compared)
+
+
+@pytest.mark.parametrize(("plant", "number", "words"), MUTATIONS, ids=[m[0].__name__ for m in MUTATIONS])
+def test_a_planted_mistake_is_caught_where_it_should_be_and_named(
+    engine: Engine, reference: Reference, monkeypatch: pytest.MonkeyPatch, plant: Plant, number: int, words: str
+) -> None:
+    plant(monkeypatch, engine)
+    compared, ours, theirs = rows(engine, reference)
+    failed = [row.number for row in compared if row.ok is False]
+    assert failed
+    assert failed[0] == number
+    cause = likely_cause(number, ours, theirs, read_weights(DEMO), PROMPT)
+    assert cause is not None
+    assert words in cause
