@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check fmt bench clean
+.PHONY: help setup demo test properties check fmt bench clean
 
 help: ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -25,6 +25,9 @@ demo: $(VENV)/run ## generate text from the bundled model through an embedded Re
 
 test: $(VENV)/dev ## run the whole test suite
 	$(BIN)/python -m pytest
+
+properties: $(VENV)/dev ## run the property tests with 500 examples each
+	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest tests/checkpoints/test_properties.py --timeout 3600
 
 check: $(VENV)/dev ## lint, format check, types
 	$(BIN)/ruff check .

@@ -6,13 +6,28 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings as hypothesis_settings
 
 from worker.embedded import EmbeddedRedis
 
+hypothesis_settings.register_profile("quick", max_examples=30, derandomize=True)
+hypothesis_settings.register_profile("full", max_examples=500)
+hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
 # A developer's own settings must not reach the tests; and no test may go out to the hub.
+TEST_MODELS = os.environ.pop("MILLRACE_TEST_MODELS", None)
+if TEST_MODELS:
+    os.environ["TEST_MODELS_DIRECTORY"] = TEST_MODELS
 for _name in [name for name in os.environ if name.startswith("MILLRACE_")]:
     del os.environ[_name]
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say plainly when OpenAI's weights were not there to be tested."""
+    skipped = [report for report in terminalreporter.getreports("skipped") if "openai_weights" in report.keywords]
+    if skipped:
+        terminalreporter.write_line(f"OpenAI's weights were not at hand: {len(skipped)} tests of them did not run")
 
 
 @pytest.fixture(scope="session")

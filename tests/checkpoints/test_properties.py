@@ -1,0 +1,174 @@
+"""Properties over any mix of prompts, parameters, arrivals, slots, chunks and cancelled neighbours.
+
+A small random model makes an example cost milliseconds; the same is shown on the bundled model with fewer mixes in
+tests/unit/worker/test_engine_crowd.py. `make properties` runs 500 examples each.
+"""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client.errors import JobCancelled
+from client.schema import Choice, Result, parse_request
+from model.gpt2 import GPT2, GPT2Config
+from model.tokenizer import gpt2_tokenizer
+from model.weights import expected_shapes
+from worker.engine import Engine
+from worker.runner import Runner
+from worker.scheduler import Scheduler
+from worker.sequence import TextDelta
+from worker.slots import SlotTable
+
+VOCABULARY, POSITIONS = 512, 128
+
+
+@functools.cache
+def small_model() -> GPT2:
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=64, n_positions=POSITIONS, vocab_size=VOCABULARY)
+    rng = torch.Generator().manual_seed(11)
+    weights = {name: torch.randn(*shape, generator=rng) * 0.15 for name, shape in expected_shapes(config).items()}
+    for name in weights:
+        if "ln_" in name and name.endswith("weight"):
+            weights[name] = weights[name] + 1
+    return GPT2(config, weights)
+
+
+def engine(slots: int = 64, step_tokens: int = 512, chunk: int = 32) -> Engine:
+    runner = Runner(small_model(), [32, 64, POSITIONS])
+    table = SlotTable([32, 64, POSITIONS], position_bytes=runner.position_bytes, budget_bytes=2**24)
+    scheduler = Scheduler(table, max_rows=slots, step_tokens=step_tokens, prefill_chunk=chunk)
+    names = {"model_name": "small", "vocab_size": VOCABULARY, "max_context": POSITIONS}
+    return Engine(runner, gpt2_tokenizer(), scheduler, **names)
+
+
+def finish(running: Engine) -> None:
+    while running.step():
+        pass
+
+
+def alone(fields: dict[str, Any], **more: Any) -> list[Choice]:
+    single = engine(**more)
+    future = single.submit(parse_request(fields))
+    finish(single)
+    return future.result().choices
+
+
+tokens = st.integers(0, VOCABULARY - 1)
+prompts = st.lists(tokens, min_size=1, max_size=90)
+requests = st.fixed_dictionaries(
+    {
+        "prompt": prompts,
+        "max_tokens": st.integers(1, 12),
+        "temperature": st.sampled_from([0, 0.6, 1.0, 1.7]),
+        "seed": st.integers(0, 2**40),
+        "logprobs": st.sampled_from([None, 0, 3]),
+        "top_p": st.sampled_from([1.0, 0.8]),
+        "top_k": st.sampled_from([0, 1, 20]),
+        "min_p": st.sampled_from([0.0, 0.05]),
+        "n": st.sampled_from([1, 1, 2, 3]),
+        "echo": st.booleans(),
+        "frequency_penalty": st.sampled_from([0.0, 0.7]),
+        "repetition_penalty": st.sampled_from([1.0, 1.3]),
+        "logit_bias": st.dictionaries(tokens, st.floats(-5, 5), max_size=2),
+        "min_tokens": st.just(0),
+        "stop": st.lists(st.sampled_from(["a", "e", " the", "\n"]), max_size=2),
+        "priority": st.sampled_from(["interactive", "normal", "bulk"]),
+    }
+)
+
+
+@settings(deadline=None)
+@given(
+    jobs=st.lists(st.tuples(requests, st.integers(0, 4), st.booleans()), min_size=1, max_size=6),
+    slots=st.integers(1, 10),
+    step_tokens=st.sampled_from([16, 40, 512]),
+    chunk=st.sampled_from([16, 32, 64]),
+)
+def test_each_job_is_the_same_bits_in_any_crowd_as_alone(
+    jobs: list[tuple[dict[str, Any], int, bool]], slots: int, step_tokens: int, chunk: int
+) -> None:
+    crowd = engine(slots, step_tokens, chunk)
+    futures: list[Future[Result]] = []
+    for i, (fields, steps_before, _) in enumerate(jobs):
+        for _ in range(steps_before):
+            crowd.step()
+        futures.append(crowd.submit(parse_request(fields), job_id=str(i)))
+    for i, (_, _, cancelled) in enumerate(jobs):
+        if cancelled:
+            crowd.step()
+            crowd.cancel(str(i))
+    finish(crowd)
+    for (fields, _, cancelled), future in zip(jobs, futures, strict=True):
+        if future.exception() is None:
+            assert future.result().choices == alone(fields, chunk=chunk)
+        else:
+            assert cancelled
+            assert isinstance(future.exception(), JobCancelled)
+
+
+@settings(deadline=None)
+@given(prompt=prompts, count=st.integers(1, 20))
+def test_cached_equals_uncached(prompt: list[int], count: int) -> None:
+    fields = {"prompt": prompt, "max_tokens": count, "temperature": 0, "logprobs": 2, "echo": True}
+    (choice,) = alone(fields)
+    assert choice.logprobs is not None
+    logits = small_model().logits(torch.tensor([choice.token_ids]))[0].double().log_softmax(-1)
+    for i, score in enumerate(choice.logprobs[1:]):
+        assert score.logprob is not None
+        assert abs(score.logprob - float(logits[i, score.token_id])) < 1e-4
+    for i in range(len(prompt), len(choice.token_ids)):
+        assert logits[i - 1].max() - logits[i - 1, choice.token_ids[i]] < 1e-4
+
+
+@settings(deadline=None)
+@given(prompt=prompts, chunks=st.tuples(*[st.integers(1, 100)] * 2))
+def test_a_prompt_split_anywhere_gives_the_same_logits(prompt: list[int], chunks: tuple[int, int]) -> None:
+    fields = {"prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 5}
+    (one,), (other,) = (alone(fields, chunk=chunk) for chunk in chunks)
+    assert one.logprobs is not None
+    assert other.logprobs is not None
+    for a, b in zip(one.logprobs[1:], other.logprobs[1:], strict=True):
+        assert a.logprob is not None
+        assert b.logprob is not None
+        assert abs(a.logprob - b.logprob) < 1e-4
+
+
+@settings(deadline=None)
+@given(fields=requests, n=st.integers(2, 5))
+def test_n_samples_are_n_jobs_with_their_sample_index(fields: dict[str, Any], n: int) -> None:
+    together = alone({**fields, "n": n})
+    for index in range(n):
+        single = engine()
+        generation = single._prepare(parse_request({**fields, "n": n}), "one", future := Future())
+        generation.sequences = [generation.sequences[index]]
+        single._inbox.append(generation)
+        finish(single)
+        assert future.result().choices == [together[index]]
+
+
+@settings(deadline=None)
+@given(fields=requests)
+def test_streamed_pieces_are_the_text(fields: dict[str, Any]) -> None:
+    pieces: dict[int, list[TextDelta]] = {}
+    streaming = engine()
+    fields = {**fields, "echo": False}
+    future = streaming.submit(parse_request(fields), on_text=lambda d: pieces.setdefault(d.index, []).append(d))
+    finish(streaming)
+    for choice in future.result().choices:
+        deltas = pieces[choice.index]
+        assert "".join(delta.text for delta in deltas) == choice.text
+        assert [token for delta in deltas for token in delta.token_ids] == choice.token_ids
+        assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [choice.finish_reason]
+        assert deltas[-1].finish_reason is not None
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_decoding_what_was_encoded_is_the_text(text: str) -> None:
+    assert gpt2_tokenizer().decode(gpt2_tokenizer().encode(text)) == text
