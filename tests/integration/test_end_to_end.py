@@ -11,7 +11,18 @@ import redis
 from celery import Celery
 from celery.result import AsyncResult
 
-from client import Client, Job, JobCancelled, JobExpired, JobFailed, NoWorker, ResultTimeout, UnknownJob, keys
+from client import (
+    Client,
+    Job,
+    JobCancelled,
+    JobExpired,
+    JobFailed,
+    NoCheckpoints,
+    NoWorker,
+    ResultTimeout,
+    UnknownJob,
+    keys,
+)
 from client.transport import connect
 from config import Settings
 from model import load_tokenizer
@@ -290,3 +301,19 @@ def test_every_key_has_a_lifetime(client: Client, connection: redis.Redis) -> No
     ]
     assert ours
     assert eternal == []
+
+
+def test_a_job_keeps_its_checkpoints_when_asked_and_not_otherwise(client: Client, connection: redis.Redis) -> None:
+    asked = client.submit("Hello.", max_tokens=3, temperature=0, checkpoints=[2, 10])
+    tokens = asked.result(30).choices[0].token_ids
+    tensors = client.job(asked.id).checkpoints()
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        **dict.fromkeys("qkv", (2, 2, 64)),
+        "next_token": (),
+    }
+    assert int(tensors["next_token"]) == tokens[0]
+    assert 0 < connection.ttl(keys.checkpoint(asked.id)) <= 3600  # type: ignore[operator]
+    plain = client.submit("Hello.", max_tokens=3)
+    plain.result(30)
+    with pytest.raises(NoCheckpoints, match="checkpoints='all'"):
+        plain.checkpoints()

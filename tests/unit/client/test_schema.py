@@ -152,7 +152,7 @@ def test_a_request_written_by_the_first_release_still_decodes() -> None:
 def test_a_result_written_by_the_first_release_or_a_later_one_still_decodes() -> None:
     stored = """{"schema_version": 1, "id": "a", "model": "demo", "choices": [{"index": 0, "text": "x",
       "token_ids": [87], "finish_reason": "length", "stop_reason": null, "logprobs": null}],
-      "usage": {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}, "seed": 5, "timings": {"waiting_s": 0.1, "prefill_s": 0.1,
-      "decode_s": 0.1}, "fingerprint": "f", "something_new": [1]}"""
+      "usage": {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}, "seed": 5,
+      "timings": {"waiting_s": 0.1, "prefill_s": 0.1, "decode_s": 0.1}, "fingerprint": "f", "something_new": [1]}"""
     result = Result.model_validate_json(stored)
     assert (result.text, result.seed) == ("x", 5)
