@@ -196,8 +196,8 @@ def validate(
 
         settings = load_settings(dtype=dtype, **({"model": model} if model else {}))
         validation = Validation(settings, references, prompts)
-        with _own_pair(settings) as client:
-            reports = validation.run(client)
+        with _own_pair(settings) as client, note.status("comparing") as shown:
+            reports = validation.run(client, shown.update)
         if plot:
             validation.draw(plot)
     click.echo(report_json(reports) if as_json else report_text(reports))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -118,13 +118,18 @@ class Validation:
             raise ValidationError(f"the prompts leave no room for {NEW_TOKENS} tokens in {limit} positions")
         return cases
 
-    def run(self, client: Client) -> list[Report]:
-        """Submit everything at once, and compare. Raises JobFailed and the like if a job fails."""
+    def run(self, client: Client, progress: Callable[[str], None] = lambda _: None) -> list[Report]:
+        """Submit everything at once, and compare; `progress` is told what is being done.
+
+        Raises JobFailed and the like if a job fails.
+        """
+        self._progress = progress
         common = {"temperature": 0, "ignore_eos": True}
         company = [{"prompt": text, "max_tokens": 40, **common} for text in COMPANY if self.config.n_positions >= 256]
         wanted = [
             {"prompt": c.tokens, "max_tokens": c.new_tokens, "checkpoints": c.numbers, **common} for c in self.cases
         ]
+        self._progress(f"computing {len(self.cases)} prompts here")
         jobs = client.submit_many([*company, *wanted])[len(company) :]
         for case, job in zip(self.cases, jobs, strict=True):
             result = job.result(timeout=600)
@@ -142,7 +147,11 @@ class Validation:
         return Row(0, name, f"{len(self.cases)} jobs through client, queue and worker", ok=bool(workers))
 
     def _against_library(self, reference: Reference, ready: Row, fingerprint: str) -> Report:
-        theirs = [self._trace(reference, case) for case in self.cases]
+        theirs = []
+        for i, case in enumerate(self.cases):
+            count = f"prompt {i + 1} of {len(self.cases)}, {len(case.tokens)} tokens"
+            self._progress(f"computing with {reference.name}: {count}")
+            theirs.append(self._trace(reference, case))
         self._traces[reference.name] = theirs
         tolerances = self._tolerances(theirs)
         tables = [

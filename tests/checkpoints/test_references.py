@@ -1,0 +1,313 @@
+"""The references: with each other, with what they computed when they were recorded, and with our model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from model import GPT2, load_model
+from tests.golden.make_golden import CASES, DEMO, HERE, LIBRARIES, record, weights_sha256
+from worker.references import REFERENCES, Reference, ReferenceUnavailable, load_reference
+from worker.references.base import PACKAGES, probabilities
+from worker.references.files import read_weights
+
+Tensors = dict[str, NDArray[Any]]
+
+#: The table of the checkpoints: largest absolute difference in float32.
+TOLERANCES = {
+    "embeddings": 1e-5,
+    "ln_1": 1e-5,
+    **dict.fromkeys(("q", "k", "v", "scores", "attn", "mlp", "block_0"), 1e-4),
+    # Not in the table: the sums of all blocks, held to what it says of one.
+    "hidden": 1e-4,
+    **dict.fromkeys(("logits", "first_logits", "last_logits"), 1e-3),
+    "next_token": 0,
+    "probs": 1e-6,
+}
+#: The same code on another processor adds in another order, no more. The longest sums are those of the feed-forward.
+SAME_CODE = dict.fromkeys(TOLERANCES, 1e-5) | dict.fromkeys(("mlp", "block_0", "hidden"), 3e-5)
+SAME_CODE |= dict.fromkeys(("first_logits", "last_logits"), 1e-4) | {"next_token": 0}
+
+PROMPTS = {
+    **CASES,
+    "one token": [50256],
+    "200 tokens": random.Random(5).choices(range(50257), k=200),
+}
+SHAPES = {
+    "n_layer": 2,
+    "n_head": 5,
+    "n_embd": 40,
+    "n_inner": 72,
+    "n_positions": 16,
+    "vocab_size": 101,
+    "layer_norm_epsilon": 1e-4,
+}
+TINY_PROMPT = [3, 100, 0, 7, 7]
+
+
+def largest_differences(ours: Tensors, theirs: Tensors) -> dict[str, float]:
+    """Of the tensors that both have; shapes must be the same."""
+    shared = ours.keys() & theirs.keys()
+    assert {name: ours[name].shape for name in shared} == {name: theirs[name].shape for name in shared}
+    return {name: float(np.abs(ours[name] - theirs[name]).max()) for name in shared}
+
+
+def assert_close(ours: Tensors, theirs: Tensors, tolerances: dict[str, float] = TOLERANCES) -> None:
+    found = largest_differences(ours, theirs)
+    assert len(found) >= 11
+    # `not <=`, because a NaN is never greater.
+    assert {name: worst for name, worst in found.items() if not worst <= tolerances.get(name, 0)} == {}
+
+
+def model_trace(model: GPT2, token_ids: Sequence[int]) -> Tensors:
+    return {name: tensor[0].numpy() for name, tensor in model.trace(torch.tensor([token_ids])).items()}
+
+
+def load_or_skip(name: str, folder: Path) -> Reference:
+    try:
+        return load_reference(name, folder)
+    except ReferenceUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def demo() -> GPT2:
+    return load_model("demo", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def live() -> Callable[[str], Reference]:
+    """A reference by name, with the bundled model; skips the test where its library cannot run."""
+    loaded: dict[str, Reference] = {}
+
+    def get(name: str) -> Reference:
+        if name not in loaded:
+            loaded[name] = load_or_skip(name, DEMO)
+        return loaded[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def traced(live: Callable[[str], Reference]) -> Callable[[str, str], Tensors]:
+    """A reference's trace of one of PROMPTS, made once."""
+    made: dict[tuple[str, str], Tensors] = {}
+
+    def get(name: str, prompt: str) -> Tensors:
+        if (name, prompt) not in made:
+            made[name, prompt] = live(name).trace(PROMPTS[prompt])
+        return made[name, prompt]
+
+    return get
+
+
+# What was recorded
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_recorded_outputs_are_those_of_the_bundled_weights(library: str) -> None:
+    with safe_open(HERE / f"{library}.safetensors", framework="np") as file:
+        about = file.metadata()
+    assert about["weights_sha256"] == weights_sha256(), "run `python -m tests.golden.make_golden`"
+    assert json.loads(about["cases"]) == CASES
+    assert about["library"] == f"{library} {PACKAGES[library][1]}"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_model_computes_what_was_recorded(library: str, case: str, demo: GPT2) -> None:
+    recorded = load_file(HERE / f"{library}.safetensors")
+    theirs = {name.removeprefix(f"{case}."): tensor for name, tensor in recorded.items() if name.startswith(f"{case}.")}
+    theirs["probs"] = probabilities(theirs["last_logits"])
+    ours = model_trace(demo, CASES[case])
+    assert_close(ours | {"first_logits": ours["logits"][0]}, theirs)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_library_still_computes_what_was_recorded(library: str, live: Callable[[str], Reference]) -> None:
+    recorded = load_file(HERE / f"{library}.safetensors")
+    made = record(live(library))
+    assert made.keys() == recorded.keys()
+    by_name = {name: SAME_CODE[name.split(".")[1]] for name in made}
+    assert_close(made, recorded, by_name)
+
+
+# With each other, and with the model
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(REFERENCES, 2)))
+def test_references_agree(one: str, other: str, prompt: str, traced: Callable[[str, str], Tensors]) -> None:
+    ours, theirs = traced(one, prompt), traced(other, prompt)
+    assert ours.keys() == theirs.keys() == TOLERANCES.keys() - {"first_logits"}
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("name", REFERENCES)
+def test_model_agrees(name: str, prompt: str, demo: GPT2, traced: Callable[[str, str], Tensors]) -> None:
+    assert_close(model_trace(demo, PROMPTS[prompt]), traced(name, prompt))
+
+
+def test_as_many_tokens_as_the_model_has_positions(demo: GPT2, live: Callable[[str], Reference]) -> None:
+    # Not with tinygrad, which compiles and computes this for seven seconds.
+    token_ids = random.Random(6).choices(range(50257), k=1024)
+    ours = model_trace(demo, token_ids)
+    for name in ("transformers", "candle"):
+        assert_close(ours, live(name).trace(token_ids))
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_shapes_and_types(name: str, traced: Callable[[str, str], Tensors]) -> None:
+    trace = traced(name, "quick")
+    assert {key: tensor.shape for key, tensor in trace.items()} == {
+        **dict.fromkeys(("embeddings", "ln_1", "attn", "mlp", "block_0"), (3, 128)),
+        **dict.fromkeys(("q", "k", "v"), (3, 2, 64)),
+        **dict.fromkeys(("last_logits", "probs"), (50257,)),
+        "scores": (2, 3, 3),
+        "logits": (3, 50257),
+        "next_token": (),
+        "hidden": (5, 3, 128),
+    }
+    assert {key for key, tensor in trace.items() if tensor.dtype != np.float32} == {"next_token"}
+    assert trace["next_token"].dtype == np.int64
+    assert float(trace["probs"].astype(np.float64).sum()) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_scores_are_those_before_the_mask(name: str, traced: Callable[[str, str], Tensors]) -> None:
+    trace = traced(name, "quick")
+    q, k = (trace[part].astype(np.float64).transpose(1, 0, 2) for part in "qk")
+    np.testing.assert_allclose(trace["scores"], q @ k.transpose(0, 2, 1) / 8, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_continuation_is_argmax_of_what_came_before(name: str, demo: GPT2, live: Callable[[str], Reference]) -> None:
+    ids = list(CASES["hello"])
+    for _ in range(4):
+        ids.append(int(demo.logits(torch.tensor([ids]))[0, -1].argmax()))
+    assert live(name).generate(CASES["hello"], 4) == ids[2:]
+    assert live(name).generate(CASES["hello"], 0) == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_transformers_in_half_precision(dtype: str, traced: Callable[[str, str], Tensors]) -> None:
+    pytest.importorskip("transformers")
+    half = load_reference("transformers", DEMO, dtype).trace(CASES["hello"])
+    difference = largest_differences(half, traced("transformers", "hello"))["logits"]
+    assert 1e-4 < difference < 1
+
+
+# Forms of a model's files
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random GPT-2 of odd shapes, as transformers writes it, in several forms."""
+    transformers = pytest.importorskip("transformers")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SHAPES, initializer_range=0.3))
+    for parameter in model.parameters():  # biases start as zeros, which would hide one that is left out
+        parameter.data += 0.01 * torch.linspace(-1, 1, parameter.numel()).view_as(parameter)
+    folder = tmp_path_factory.mktemp("tiny")
+    forms = {form: folder / form for form in ("prefixed", "plain", "shards", "float16", "bfloat16")}
+    model.save_pretrained(forms["prefixed"])
+    model.save_pretrained(forms["shards"], max_shard_size="20KB")
+    assert len(list(forms["shards"].glob("*.safetensors"))) > 2
+    forms["plain"].mkdir()
+    shutil.copy(forms["prefixed"] / "config.json", forms["plain"])
+    weights = load_file(forms["prefixed"] / "model.safetensors")
+    assert all(name.startswith("transformer.") for name in weights)
+    plain = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    plain["h.0.attn.bias"] = np.tril(np.ones((1, 1, 16, 16), bool))  # old files have their masks among the weights
+    save_file(plain, forms["plain"] / "model.safetensors", metadata={"format": "pt"})
+    model.to(torch.float16).save_pretrained(forms["float16"])
+    model.to(torch.bfloat16).save_pretrained(forms["bfloat16"])
+    return forms
+
+
+@pytest.mark.parametrize("form", ["prefixed", "plain", "shards", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_every_form_of_file(name: str, form: str, tiny: dict[str, Path]) -> None:
+    ours = model_trace(load_model(tiny[form], device="cpu", dtype="float32"), TINY_PROMPT)
+    theirs = load_or_skip(name, tiny[form]).trace(TINY_PROMPT)
+    assert_close(ours, theirs)
+    assert theirs["scores"].shape == (5, 5, 5)
+
+
+def test_reader_gives_the_stored_numbers(tiny: dict[str, Path]) -> None:
+    for form in ("plain", "shards", "float16", "bfloat16"):
+        state = load_model(tiny[form], device="cpu", dtype="float32")
+        weights = read_weights(tiny[form])
+        assert not any(name.endswith(".attn.bias") for name in weights)
+        np.testing.assert_array_equal(weights["wte.weight"], state.wte.numpy())
+        np.testing.assert_array_equal(weights["h.1.attn.c_attn.weight"], state.blocks[1].c_attn.weight.numpy())
+
+
+# What is refused
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="transformers, tinygrad, candle"):
+        load_reference("mistral", DEMO)
+    with pytest.raises(ValueError, match="float32, bfloat16, float16"):
+        load_reference("transformers", DEMO, "int8")
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_half_precision_is_for_transformers_only(name: str) -> None:
+    with pytest.raises(ReferenceUnavailable, match="float32 only"):
+        load_reference(name, DEMO, "bfloat16")
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_missing_library_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)  # an import of it now raises ImportError
+    package, version = PACKAGES[name]
+    with pytest.raises(ReferenceUnavailable, match=rf"{package}=={version}") as caught:
+        load_reference(name, DEMO)
+    assert "pip install 'millrace[references]'" in str(caught.value)
+
+
+def test_tinygrad_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tinygrad")
+    monkeypatch.setattr(shutil, "which", lambda command: None)
+    with pytest.raises(ReferenceUnavailable, match="install clang"):
+        load_reference("tinygrad", DEMO)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_tokens_that_do_not_fit_are_refused(name: str, live: Callable[[str], Reference]) -> None:
+    for token_ids, reason in (([], "no tokens"), ([50257], "50257"), ([-1], "-1"), ([0] * 1025, "1025")):
+        with pytest.raises(ValueError, match=reason):
+            live(name).trace(token_ids)
+    with pytest.raises(ValueError, match="1025 tokens"):
+        live(name).generate([0] * 1020, 6)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_files_that_do_not_fit_are_refused(name: str, tmp_path: Path) -> None:
+    pytest.importorskip(name)
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_reference(name, tmp_path)
+    config = json.loads((DEMO / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        load_reference(name, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"activation_function": "gelu"}))
+    with pytest.raises(ValueError, match="activation_function"):
+        load_reference(name, tmp_path)
