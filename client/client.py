@@ -22,6 +22,7 @@ from client.errors import (
     NoCheckpoints,
     NoWorker,
     QueueFull,
+    RedisRefused,
     RedisUnreachable,
     ResultTimeout,
     UnknownJob,
@@ -114,7 +115,7 @@ class Client:
             QueueFull: the queue does not take that many; nothing was queued.
             RedisUnreachable: Redis does not answer; `accepted` holds the jobs that were queued before.
         """
-        if isinstance(requests, (str, Mapping)):
+        if isinstance(requests, (str, Mapping)) or not isinstance(requests, Iterable):
             raise InvalidRequest("requests", f"a {type(requests).__name__}", "a list of prompts; use submit for one")
         drafts = []
         for index, request in enumerate(requests):
@@ -148,6 +149,9 @@ class Client:
             UnknownJob, RedisUnreachable: as for `Job.result`.
         """
         waiting = {job.id: job for job in jobs}
+        for job in waiting.values():
+            if job._client.url != self.url:
+                raise InvalidRequest("jobs", f"job {job.id} of another Redis", "jobs of this client")
         for job in [job for job in waiting.values() if job._outcome is not None]:
             yield waiting.pop(job.id)
         for outcomes in self._poll(waiting, timeout):
@@ -165,25 +169,27 @@ class Client:
     def _prepare(self, fields: dict[str, Any]) -> _Draft:
         """Check everything that can be known without the model, and choose id and seed."""
         job_id, model, timeout_s = fields.pop("id", None), fields.pop("model", None), fields.pop("timeout_s", None)
-        for internal in ("expires_at", "schema_version"):
+        for internal, instead in {"expires_at": "use timeout_s", "schema_version": "it is set for you"}.items():
             if internal in fields:
-                raise InvalidRequest(internal, repr(fields[internal]), "no such parameter; use timeout_s")
+                raise InvalidRequest(internal, repr(fields[internal])[:80], f"no such parameter; {instead}")
         if timeout_s is not None:
             if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < 1e9:
                 raise InvalidRequest("timeout_s", repr(timeout_s), "a number of seconds above 0, or None")
             fields["expires_at"] = time.time() + timeout_s
         request = parse_request({name: value for name, value in fields.items() if value is not None})
-        digest = _digest(request) if job_id is not None else ""
+        job_model = _check_model(model) or self.model_name
+        digest = _digest(request, job_model) if job_id is not None else ""
         if request.seed is None:
             # Chosen here, so that a job computed again after a crash draws the same numbers.
             request = request.model_copy(update={"seed": secrets.randbits(52)})
-        return _Draft(_check_id(job_id), _check_model(model) or self.model_name, request, digest)
+        return _Draft(_check_id(job_id), job_model, request, digest)
 
     def _queue(self, drafts: list[_Draft]) -> list[Job]:
         accepted: list[Job] = []
         try:
             with self._reachable():
                 self._check_room(drafts)
+                self._check_ids(drafts)
                 with self._app.producer_pool.acquire(block=True) as producer:
                     for draft in drafts:
                         if self._record(draft):
@@ -203,6 +209,17 @@ class Client:
             if depth + new > self.settings.max_queue:
                 raise QueueFull(keys.queue(model), depth, self.settings.max_queue)
 
+    def _check_ids(self, drafts: list[_Draft]) -> None:
+        """Refuse ids that other requests have, before anything is queued."""
+        named = [draft for draft in drafts if draft.digest]
+        seen: dict[str, str] = {}
+        pipe = self._redis.pipeline(transaction=False)
+        for draft in named:
+            pipe.hget(keys.job(draft.id), "digest")
+        for draft, stored in zip(named, pipe.execute(), strict=True):
+            if (stored or draft.digest) != draft.digest or seen.setdefault(draft.id, draft.digest) != draft.digest:
+                raise _used(draft.id)
+
     def _record(self, draft: _Draft) -> bool:
         """Write the job's record. Returns whether it has to be published: not if this is a repetition."""
         name = keys.job(draft.id)
@@ -216,7 +233,7 @@ class Client:
         pipe.expire(name, keys.UNFINISHED_TTL_S)
         new, digest, published, *_ = pipe.execute()
         if not new and digest != draft.digest:
-            raise InvalidRequest("id", repr(draft.id), "an id that no other request has; this one was used already")
+            raise _used(draft.id)
         return new or not published
 
     def _publish(self, draft: _Draft, producer: Any) -> None:
@@ -255,6 +272,7 @@ class Client:
 
     def _poll(self, job_ids: Iterable[str], timeout: float | None) -> Iterator[dict[str, Outcome]]:
         """Outcomes as they are found, until there is one for each id."""
+        _check_timeout(timeout)
         waiting = list(job_ids)
         started = last_answer = time.monotonic()
         pause, remind, first = FIRST_POLL_S, REMIND_S, True
@@ -348,6 +366,8 @@ class Client:
             if isinstance(error, RedisUnreachable):
                 raise
             raise RedisUnreachable(redact_url(self.url), str(error) or type(error).__name__) from error
+        except redis.RedisError as error:
+            raise RedisRefused(redact_url(self.url), str(error)) from error
 
 
 class _Draft:
@@ -357,10 +377,21 @@ class _Draft:
         self.id, self.model, self.request, self.digest = job_id, model, request, digest
 
 
-def _digest(request: GenerateRequest) -> str:
+def _digest(request: GenerateRequest, model: str) -> str:
     """What makes two requests the same one: all but when it expires, which moves with the clock."""
-    wire = request.model_copy(update={"expires_at": None}).to_wire()
+    wire = {"model": model, **request.model_copy(update={"expires_at": None}).to_wire()}
     return hashlib.sha256(json.dumps(wire, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _used(job_id: str) -> InvalidRequest:
+    return InvalidRequest("id", repr(job_id), "an id that no other request has; this one was used already")
+
+
+def _check_timeout(timeout: Any) -> None:
+    if timeout is None:
+        return
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
+        raise InvalidRequest("timeout", repr(timeout)[:80], "a number of seconds from 0, or None")
 
 
 def _check_id(job_id: Any) -> str:

@@ -4,6 +4,7 @@ MillraceError
 ├── InvalidRequest (ValueError)         refused by submit; nothing was queued
 ├── QueueFull                           refused by submit; nothing was queued
 ├── RedisUnreachable (ConnectionError)  Redis did not answer
+├── RedisRefused                        Redis answers, and refuses: it is full, read-only, or the user may not
 ├── UnknownJob (KeyError)               no job has this id, or its record has expired
 ├── NoCheckpoints (KeyError)            no tensors were kept for this job, or not any more
 ├── ResultTimeout (TimeoutError)        no result yet; the job goes on
@@ -66,6 +67,17 @@ class RedisUnreachable(MillraceError, ConnectionError):
     def __str__(self) -> str:
         text = f"Redis at {self.url} cannot be reached ({self.reason}); start it, or set MILLRACE_REDIS_URL"
         return f"{text}. {len(self.accepted)} jobs were queued before, see .accepted" if self.accepted else text
+
+
+class RedisRefused(MillraceError):
+    """Raised when Redis answers with an error: it is out of memory, read-only, or the user has no right."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(url, reason)
+        self.url, self.reason = url, reason
+
+    def __str__(self) -> str:
+        return f"Redis at {self.url} refuses ({self.reason}); see its memory limit, its disk, and the user's rights"
 
 
 class UnknownJob(MillraceError, KeyError):

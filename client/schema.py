@@ -118,7 +118,7 @@ class SamplingParams(BaseModel):
     )
     presence_penalty: Float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
     frequency_penalty: Float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
-    repetition_penalty: Float = Field(1.0, gt=0, le=100, description="a number above 0, at most 100 (1 is off)")
+    repetition_penalty: Float = Field(1.0, ge=0.01, le=100, description="a number from 0.01 to 100 (1 is off)")
     echo: bool = Field(False, description="True or False")
     min_tokens: Int = Field(0, ge=0, description="a whole number from 0 to max_tokens")
     ignore_eos: bool = Field(False, description="True or False")
@@ -171,7 +171,7 @@ class GenerateRequest(SamplingParams):
     )
     priority: Priority = Field("normal", description="'interactive', 'normal' or 'bulk'")
     #: Unix time after which nobody wants the result; None is never.
-    expires_at: float | None = Field(None, description="a Unix time or None")
+    expires_at: float | None = Field(None, ge=0, le=1e11, description="a Unix time in seconds, or None")
 
     #: Checkpoints of the first sample whose tensors are kept for `Job.checkpoints`.
     checkpoints: Annotated[list[Int], BeforeValidator(_checkpoint_list)] = Field(
@@ -195,8 +195,9 @@ class GenerateRequest(SamplingParams):
                 raise InvalidRequest("prompt", f"text of {size} bytes", expected)
         elif not 1 <= len(value) <= MAX_PROMPT_TOKENS:
             raise InvalidRequest("prompt", f"a list of {len(value)} token ids", expected)
-        elif (least := min(value)) < 0:
-            raise InvalidRequest("prompt", f"a list with token id {least}", expected)
+        elif min(value) < 0 or max(value) >= 2**31:
+            wrong = next(i for i, token in enumerate(value) if not 0 <= token < 2**31)
+            raise InvalidRequest("prompt", f"a list whose item {wrong} is no token id", expected)
         return value
 
     def to_wire(self) -> dict[str, Any]:
@@ -311,7 +312,10 @@ def _show(value: Any, name: str = "") -> str:
         return f"a value of type {type(value).__name__}"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write out a number of thousands of digits
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

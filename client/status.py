@@ -56,7 +56,7 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
         pipe.hgetall(keys.worker(name))
     records = cast("list[dict[str, Any]]", pipe.execute())
     # A worker that died has no record any more, though its name may still stand in the index.
-    workers = [WorkerStatus(name=name, **record) for name, record in zip(names, records, strict=True) if record]
+    workers = [WorkerStatus(name=name, **rec) for name, rec in zip(names, records, strict=True) if "model" in rec]
     models = sorted({model_name, *(worker.model for worker in workers)})
     pipe = connection.pipeline(transaction=False)
     for model in models:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import ssl
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
@@ -76,6 +77,8 @@ def broker_settings(settings: Settings, url: str) -> dict[str, Any]:
     """Celery's settings for the broker, the same in client and worker: the shortest lease among them wins."""
     return {
         "broker_url": celery_url(url),
+        # Celery asks for this to be said; certificates are checked, by default against those the system trusts.
+        "broker_use_ssl": {"ssl_cert_reqs": ssl.CERT_REQUIRED} if urlsplit(url).scheme == "rediss" else None,
         "broker_transport_options": {
             "global_keyprefix": keys.PREFIX,
             "visibility_timeout": settings.lease_s,

@@ -62,8 +62,13 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _url_scheme(cls, value: str | None) -> str | None:
-        if value is not None and urlsplit(value).scheme not in URL_SCHEMES:
-            raise ValueError("scheme")
+        if value is None:
+            return None
+        parts = urlsplit(value)  # parts.port raises ValueError where it is no number
+        if parts.scheme not in URL_SCHEMES or (parts.port is None and parts.netloc.endswith(":")):
+            raise ValueError("scheme or port")
+        if parts.scheme == "unix" and ("@" in parts.netloc or "password=" in parts.query or not parts.path):
+            raise ValueError("a unix socket goes by its path; kombu knows no password there")
         return value
 
     @field_validator("served_name")
@@ -98,7 +103,7 @@ class Settings(BaseSettings):
 
 def slug(model: str) -> str:
     """A model's name for queues and results: a directory goes by its last part, `org/name` becomes `org-name`."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     name = path.resolve().name if path.is_absolute() or model.startswith((".", "~")) or path.is_dir() else model
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
@@ -133,7 +138,8 @@ def _explain(error: ValidationError) -> str:
 def redact_url(url: str) -> str:
     """The URL with its password replaced by `***`, fit for logs and error messages."""
     # As far as the last @: a password may hold a / or an @ that ought to have been escaped.
-    return re.sub(r"^(\w+://[^:@/?#]*:).*@", r"\1***@", url)
+    url = re.sub(r"^(\w+://[^:@/?#]*:).*@", r"\1***@", url)
+    return re.sub(r"([?&]password=)[^&]*", r"\1***", url)
 
 
 def runtime_dir() -> Path:

@@ -17,10 +17,13 @@ from worker.tasks import add_tasks
 
 log = structlog.get_logger("millrace.worker")
 
+EX_FAILURE = 1
+
 
 def make_app(settings: Settings) -> Celery:
     """A Celery app whose worker computes the settings' model. Nothing is connected or loaded yet."""
     app = Celery("millrace", set_as_current=False)
+    app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "worker.backend:ResultBackend")
     app.conf.update(worker_settings(settings))
     point_at(app, settings, resolve_url(settings))
     app.conf.update(
@@ -35,7 +38,11 @@ def make_app(settings: Settings) -> Celery:
 def point_at(app: Celery, settings: Settings, url: str) -> None:
     """Use this Redis for messages and results."""
     app.conf.update(broker_settings(settings, url))
-    app.conf.update(result_backend=celery_url(url), redis_socket_keepalive=not url.startswith("unix:"))
+    app.conf.update(
+        result_backend=celery_url(url),
+        redis_socket_keepalive=not url.startswith("unix:"),
+        redis_backend_use_ssl=app.conf.broker_use_ssl,
+    )
 
 
 def worker_settings(settings: Settings) -> dict[str, Any]:
@@ -99,6 +106,13 @@ def start_embedded_if_alone(app: Celery, settings: Settings) -> None:
         atexit.register(server.stop)
         point_at(app, settings, server.url)
         log.warning("redis.embedded", tried=url, url=server.url, hint="set MILLRACE_REDIS_URL to use a Redis of yours")
+
+
+@signals.worker_shutdown.connect  # type: ignore[untyped-decorator]
+def _tell_failure(sender: Any, **_: Any) -> None:
+    """A worker whose engine died must not end with 0, or no supervisor would start it again."""
+    if getattr(sender.pool, "failed", False):
+        sender.exitcode = EX_FAILURE
 
 
 @signals.worker_ready.connect  # type: ignore[untyped-decorator]

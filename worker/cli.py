@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,10 +23,10 @@ from client.errors import InvalidRequest, MillraceError
 from client.keys import queue
 from client.schema import parse_request
 from config import Settings, SettingsError, load_settings
-from worker.embedded import EmbeddedRedis, EmbeddedRedisError
+from worker.embedded import EmbeddedRedis, EmbeddedRedisError, die_with_parent
 
 #: Exit codes: 0 done, 1 the job ended without a result, 2 wrong input, 3 nothing to run it, 4 not in time.
-FAILED, WRONG_INPUT, NOT_RUNNING, TIMED_OUT = 1, 2, 3, 4
+FAILED, WRONG_INPUT, NOT_RUNNING, TIMED_OUT, INTERRUPTED = 1, 2, 3, 4, 130
 
 #: The longest a worker may take to load its model when `generate` starts one.
 START_TIMEOUT_S = 300
@@ -275,20 +276,15 @@ def _worker(settings: Settings, client: Client) -> Iterator[None]:
     environment = {**os.environ, **{f"MILLRACE_{name.upper()}": str(value) for name, value in ours.items()}}
     environment["MILLRACE_LOG_FORMAT"] = "console"
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(  # noqa: S603
-            [*command, "--without-gossip", "--without-mingle"], env=environment, stdout=output, stderr=output
-        )
+        command = die_with_parent([*command, "--without-gossip", "--without-mingle"])
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)  # noqa: S603
         try:
             with note.status(f"no worker runs; starting one with model {settings.model_name} for this call"):
                 _wait_until_served(settings, client, process, output)
             yield
         finally:
-            process.terminate()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()  # nobody else's jobs are on its Redis, which goes too
+            process.wait()
 
 
 def _wait_until_served(settings: Settings, client: Client, process: subprocess.Popen[bytes], output: IO[bytes]) -> None:
@@ -302,5 +298,30 @@ def _wait_until_served(settings: Settings, client: Client, process: subprocess.P
         time.sleep(0.05)
 
 
+def run() -> None:
+    """The entry point: like `main`, and a signal to end cleans up, and --json speaks JSON about wrong options too."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _exit_on_signal)
+    try:
+        main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        raise SystemExit(stop.exit_code) from None
+    except click.Abort:
+        raise SystemExit(INTERRUPTED) from None
+    except click.UsageError as error:
+        if "--json" not in sys.argv:
+            error.show()
+        else:
+            click.echo(json.dumps({"error": {"code": "UsageError", "message": error.format_message()}}))
+        raise SystemExit(WRONG_INPUT) from None
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+
+
+def _exit_on_signal(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
-    main()
+    run()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import structlog
 from celery.worker import state
 from celery.worker.consumer import Consumer
 
+from client.schema import TASK_NAME
+
 log = structlog.get_logger("millrace.worker")
 
-#: Pause before an acknowledgement is sent again that Redis did not take.
+#: Pause before acknowledgements are sent again that Redis did not take.
 ACK_RETRY_S = 1.0
 
 
@@ -20,9 +23,33 @@ class SafeConsumer(Consumer):
     Stock Celery would put every message in hand back into the queue, so each job in flight runs twice; and where Redis
     is really gone (kill -9, restart), kombu reads the host name of a connection it has just collected, and the
     AttributeError ends the worker (Consumer.on_connection_error_after_connected, kombu.transport.redis._connparams).
-    Here the channels are told not to restore; the engine goes on, the monitor renews the leases, and acknowledgements
-    go out by delivery tag over whatever connection there is then.
+    Here the channels are told not to restore; the engine goes on and the monitor renews the leases. Messages are
+    acknowledged by delivery tag over whatever connection there is then, not over the channel they came by.
     """
+
+    def __init__(self, on_task_request: Callable[[Any], Any], *args: Any, **kwargs: Any) -> None:
+        def take(request: Any) -> Any:
+            tag = request.message.delivery_tag
+            request._on_ack = lambda *_: self._settle(tag, lambda channel: channel.basic_ack(tag))
+            request._on_reject = lambda _log, _errors, requeue=False: self._settle(
+                tag, lambda channel: channel.basic_reject(tag, requeue=requeue)
+            )
+            if not isinstance(request.id, str):  # no result could be stored under it, so it would come again for ever
+                log.error("message.refused", reason="its task id is no text", kind=type(request.id).__name__)
+                state.task_ready(request)
+                return request.reject(requeue=False)
+            if request.name == TASK_NAME:
+                # `inspect active` would show them to whoever asks; the pool reads the request from its headers.
+                request._args, request._kwargs = ("<redacted>",), {}
+            return on_task_request(request)
+
+        self._unsettled: dict[str, Callable[[Any], None]] = {}
+        super().__init__(take, *args, **kwargs)
+
+    def on_ready(self) -> None:
+        """Called by Celery whenever it begins to consume, at the start and after each reconnect."""
+        super().on_ready()
+        self._settle_all()
 
     def on_connection_error_after_connected(self, exc: BaseException) -> None:
         """Called by Celery before it reconnects."""
@@ -30,11 +57,6 @@ class SafeConsumer(Consumer):
             qos = getattr(channel, "_qos", None)
             if qos is not None:
                 qos.restore_at_shutdown = False
-        for request in list(state.requests.values()):
-            tag = request.message.delivery_tag
-            # The pool calls both from the main thread.
-            request._on_ack = lambda *_, tag=tag: self._ack(tag)
-            request._on_reject = lambda _log, _errors, requeue=False, tag=tag: self._reject(tag, requeue)
         super().on_connection_error_after_connected(exc)
 
     def _channels(self) -> set[Any]:
@@ -43,19 +65,17 @@ class SafeConsumer(Consumer):
         channels = {getattr(connection, "_default_channel", None), *(getattr(transport, "channels", None) or ())}
         return channels - {None}
 
-    def _ack(self, tag: str) -> None:
-        self._settle(tag, lambda qos: qos._remove_from_indices(tag).execute())
+    def _settle(self, tag: str, action: Callable[[Any], None]) -> None:
+        """Acknowledge or return a message; while there is no connection it waits for the next one."""
+        self._unsettled[tag] = action
+        self._settle_all()
 
-    def _reject(self, tag: str, requeue: bool) -> None:
-        if requeue:
-            self._settle(tag, lambda qos: qos.restore_by_tag(tag, leftmost=True))
-        else:
-            self._ack(tag)
-
-    def _settle(self, tag: str, action: Any) -> None:
-        """Acknowledge or return a message by its tag; again and again while there is no connection."""
-        try:
-            action(self.task_consumer.channel.qos)
-        except Exception as error:
-            log.info("ack.retried", error=type(error).__name__)
-            self.timer.call_after(ACK_RETRY_S, self._settle, (tag, action))
+    def _settle_all(self) -> None:
+        for tag, action in list(self._unsettled.items()):
+            try:
+                action(self.task_consumer.channel)
+            except Exception as error:
+                log.info("ack.waiting", error=type(error).__name__, messages=len(self._unsettled))
+                self.timer.call_after(ACK_RETRY_S, self._settle_all)
+                return
+            self._unsettled.pop(tag, None)

@@ -40,6 +40,13 @@ _DIE_WITH_PARENT = (
 )
 
 
+def die_with_parent(command: list[str]) -> list[str]:
+    """The command, wrapped so that Linux ends it with this process; elsewhere as it is. Start it in the main thread."""
+    if sys.platform != "linux":
+        return command
+    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+
+
 class EmbeddedRedisError(RuntimeError):
     """Raised when no server of our own can be had; the message says why and what to do."""
 
@@ -175,7 +182,7 @@ class EmbeddedRedis:
         # Linux goes by the *thread* that started the server, and only the main one lasts as long as the process.
         by_kernel = sys.platform == "linux" and threading.current_thread() is threading.main_thread()
         if by_kernel:
-            command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+            command = die_with_parent(command)
         if self.log_file.exists():  # the last two runs are kept, so that logs do not grow for ever
             self.log_file.replace(f"{self.log_file}.1")
         with self.log_file.open("wb") as log:

@@ -8,12 +8,14 @@ with engine:
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import math
 import secrets
 import threading
 import time
+import traceback
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -35,6 +37,9 @@ from worker.sequence import Generation, Sequence, Slot, TextDelta
 from worker.slots import Move
 
 log = structlog.get_logger("millrace.engine")
+
+#: The engine looks up at least this often: a longer wait overflows in some systems' clocks.
+LONGEST_WAIT_S = 3600.0
 
 #: Length classes of the cache, in positions; those above MAX_CONTEXT are left out.
 LENGTH_CLASSES = (128, 256, 512, 1024)
@@ -231,7 +236,7 @@ class Engine:
                         self._wake.wait(self._until_deadline())
             self._abandon(STOPPED_MESSAGE)
         except BaseException as error:
-            log.exception("engine.failed")
+            log.error("engine.failed", error=repr(error), trace=traceback.format_exc())
             self._stopping = True
             self._abandon(f"the engine failed: {error!r}")
             if self.on_fatal is not None:
@@ -277,7 +282,7 @@ class Engine:
             first = not generation.begun
             sequence.admitted_at = time.monotonic()
             if first and generation.on_start is not None:
-                generation.on_start()
+                self._guarded(generation, generation.on_start)
         self.runner.fit(self.scheduler.slots.capacity)
 
     def _run(self, step: Step) -> Outcome:
@@ -303,7 +308,8 @@ class Engine:
                 if _is_fatal(error):
                     raise
                 message = f"computing this job failed: {type(error).__name__}; the worker's log has the details"
-                log.exception("job.step_failed", job_id=[self._owner[s].id for s in part.sequences])
+                ids = [self._owner[s].id for s in part.sequences]
+                log.error("job.step_failed", job_id=ids, trace=traceback.format_exc())
                 for sequence in part.sequences:
                     self._fail(sequence, "internal_error", message)
                 continue
@@ -350,19 +356,36 @@ class Engine:
     def _tell(self, sequence: Sequence) -> None:
         generation = self._owner[sequence]
         if generation.on_text is not None and (delta := sequence.take_delta()):
-            generation.on_text(delta)
+            self._guarded(generation, functools.partial(generation.on_text, delta))
 
     def _retire(self, finished: list[Sequence]) -> None:
         """Free the slots of finished sequences, and complete the jobs whose last sample it was."""
         for sequence in finished:
-            generation = self._owner.pop(sequence)
+            if (generation := self._owner.get(sequence)) is None:
+                continue  # what another sample of its job did has ended it
             if sequence.trace is not None and generation.on_trace is not None:
-                generation.on_trace(self.runner.collect(sequence))
-            self._free(sequence)
+                self._guarded(generation, functools.partial(self._hand_over, sequence, generation.on_trace))
+            if self._owner.pop(sequence, None) is not None:
+                self._free(sequence)
             if generation.finished and generation in self._jobs:
-                self._jobs.remove(generation)
-                result = generation.result(self.model_name, self.fingerprint, time.monotonic())
-                _settle(generation.future, result)
+                self._guarded(generation, functools.partial(self._complete, generation))
+
+    def _hand_over(self, sequence: Sequence, on_trace: Callable[[dict[str, bytes]], None]) -> None:
+        on_trace(self.runner.collect(sequence))
+
+    def _complete(self, generation: Generation) -> None:
+        result = generation.result(self.model_name, self.fingerprint, time.monotonic())
+        self._jobs.remove(generation)
+        _settle(generation.future, result)
+
+    def _guarded(self, generation: Generation, action: Callable[[], None]) -> None:
+        """Run what concerns one job alone; its errors end that job, not the engine."""
+        try:
+            action()
+        except Exception as error:
+            log.error("job.failed", job_id=generation.id, error=repr(error), trace=traceback.format_exc())
+            message = f"finishing this job failed: {type(error).__name__}; the worker's log has the details"
+            self._end(generation, lambda partial: JobFailed("internal_error", message, partial))
 
     def _fail(self, sequence: Sequence, code: str, message: str) -> None:
         """End the sequence's job."""
@@ -395,7 +418,7 @@ class Engine:
             _settle(generation.future, EngineStopped(reason))
 
     def _until_deadline(self) -> float | None:
-        return max(0.0, self._deadlines[0][0] - time.time()) if self._deadlines else None
+        return min(LONGEST_WAIT_S, max(0.0, self._deadlines[0][0] - time.time())) if self._deadlines else None
 
     # --- building a job --------------------------------------------------------------------------------------------
 

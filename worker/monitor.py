@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+import traceback
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,8 @@ class Monitor:
                     log.warning("redis.unanswered", error=str(error))
                 self._down = True
             except Exception:
-                log.exception("monitor.failed")  # a fault here must not end the leases of everybody
+                # A fault here must not end the leases of everybody.
+                log.error("monitor.failed", trace=traceback.format_exc())
             self._stop.wait(TICK_S if self._pool.deliveries() else IDLE_TICK_S)
 
     def _tick(self) -> None:

@@ -15,6 +15,7 @@ import itertools
 import queue
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +29,7 @@ from celery.concurrency.prefork import _run_ready_callbacks
 from celery.worker import state
 from kombu.asynchronous import Hub
 
-from client.errors import JobCancelled, JobError
+from client.errors import JobCancelled, JobError, JobFailed
 from client.records import outcome_state
 from client.schema import TASK_NAME, Result
 from config import Settings
@@ -70,6 +71,11 @@ class Delivery:
         """Celery's Request, which owns the callbacks."""
         return getattr(self.on_done, "__self__", None)
 
+    def give_back(self) -> None:
+        """Put the message back into its queue; call it in the main thread."""
+        if (request := self.request) is not None:
+            request.reject(requeue=True)
+
     @property
     def tag(self) -> str | None:
         """The message's delivery tag, under which its lease stands."""
@@ -99,6 +105,8 @@ class EnginePool(BasePool):
         self._intake: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
         self._main_calls: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
         self._closing = False
+        #: The engine died: the process must not end as if all were well.
+        self.failed = False
         self.finished: dict[str, int] = {"succeeded": 0, "failed": 0, "cancelled": 0, "expired": 0}
 
     # --- Celery's side, in the main thread -------------------------------------------------------------------------
@@ -113,6 +121,7 @@ class EnginePool(BasePool):
             raise SystemExit(EX_FAILURE) from error
         self._service.engine.on_fatal = self._on_fatal
         self._finishers = ThreadPoolExecutor(2, thread_name_prefix="millrace-finish")
+        self._others = ThreadPoolExecutor(2, thread_name_prefix="millrace-other")
         self._taker = threading.Thread(target=self._take_in, name="millrace-intake", daemon=True)
         self._taker.start()
         self.monitor = Monitor(self, self._service.engine, self._service.store, self.settings)
@@ -180,7 +189,7 @@ class EnginePool(BasePool):
         3. acknowledgements are flushed by hand, as the main loop no longer turns: else finished jobs would run again;
         4. leases are renewed until then, and the worker's record goes last.
 
-        Messages let go stay unacknowledged; Celery puts them back when it closes the channel, right after this.
+        Messages let go are put back one by one: after a reconnect the channel does not know them all any more.
         """
         self._closing = True
         self._intake.put(None)
@@ -188,12 +197,14 @@ class EnginePool(BasePool):
         engine = self._engine_service.engine
         engine.stop(finish=True, drop_waiting=True)
         self._finishers.shutdown()
+        self._others.shutdown(cancel_futures=True)
         self._run_main_calls()
         if self._hub is not None:
             _run_ready_callbacks(self._hub)
-        with self._lock:
-            left = [delivery.job_id for delivery in self._deliveries.values()]
-        self._ask(lambda store: store.returned(left))
+        left = self.deliveries()
+        for delivery in left:
+            delivery.give_back()
+        self._ask(lambda store: store.returned([delivery.job_id for delivery in left]))
         self.monitor.stop()
         log.info("worker.stopped", returned=len(left), **self.finished)
 
@@ -202,7 +213,8 @@ class EnginePool(BasePool):
         self._closing = True
         self._intake.put(None)
         self._engine_service.engine.stop(finish=False)
-        self._finishers.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._finishers, self._others):
+            executor.shutdown(wait=False, cancel_futures=True)
         self.monitor.stop()
 
     def _get_info(self) -> dict[str, Any]:
@@ -213,6 +225,12 @@ class EnginePool(BasePool):
     # --- intake thread ---------------------------------------------------------------------------------------------
 
     def _take_in(self) -> None:
+        try:
+            self._take_batches()
+        except BaseException as error:  # without this thread the worker would look alive and take nothing
+            self._on_fatal(error)
+
+    def _take_batches(self) -> None:
         while (first := self._intake.get()) is not None:
             batch, end = [first], False
             while len(batch) < INTAKE_BATCH and not self._intake.empty():
@@ -244,13 +262,18 @@ class EnginePool(BasePool):
         others = [delivery for delivery in batch if delivery.task != TASK_NAME]
         for delivery in others:  # Celery's own, say chord_unlock: nothing for the engine
             self._accepted(delivery)
-            self._finishers.submit(self._finish, delivery)
+            self._others.submit(self._finish, delivery)
         ours = [delivery for delivery in batch if delivery.task == TASK_NAME]
         claims = self._ask(lambda store: store.claim([delivery.job_id for delivery in ours])) if ours else []
         if claims is None:
             return  # shutting down without Redis: the messages keep their leases and go to another worker
         for delivery, claim in zip(ours, claims, strict=True):
-            self._begin(delivery, claim)
+            try:
+                self._begin(delivery, claim)
+            except Exception as error:
+                log.error("job.intake_failed", job_id=delivery.job_id, error=repr(error), trace=traceback.format_exc())
+                message = f"the message cannot be worked on: {type(error).__name__}"
+                self._on_outcome(delivery.job_id, failed(JobFailed("invalid_request", message)))
 
     def _begin(self, delivery: Delivery, claim: Claim) -> None:
         job_id, service = delivery.job_id, self._engine_service
@@ -304,7 +327,8 @@ class EnginePool(BasePool):
 
     def _on_fatal(self, error: BaseException) -> None:
         """The engine is dead: end the process, unacknowledged messages go to another worker."""
-        log.error("worker.engine_failed", error=repr(error))
+        log.error("worker.failed", error=repr(error), trace=traceback.format_exc())
+        self.failed = True
         state.should_terminate = EX_FAILURE
 
     # --- finisher threads ------------------------------------------------------------------------------------------
@@ -323,10 +347,10 @@ class EnginePool(BasePool):
                 self._ask(lambda store: store.ended([current.job_id]))
             if not current.dropped:
                 self._on_main(current.on_done, (failed_, value, runtime))
-        except BaseException:
-            # Without this the error would vanish in the executor; the message keeps no lease and comes again.
-            log.exception("job.finish_failed", job_id=delivery.job_id)
-            self._forget(delivery)
+        except BaseException as error:
+            # No message may be dropped unsettled: it would hold a place in the window of this worker for ever.
+            log.error("job.finish_failed", job_id=delivery.job_id, error=repr(error), trace=traceback.format_exc())
+            self._on_main(self._forget(delivery).give_back)
 
     def _acknowledge_only(self, delivery: Delivery) -> None:
         """End a repetition: acknowledge its message and leave the stored result alone."""
@@ -401,6 +425,7 @@ class EnginePool(BasePool):
 
 def _first_argument(delivery: Delivery) -> Any:
     """The request in a message. Celery has decoded the body already and keeps it in the request's headers."""
-    headers = delivery.args[2]
-    args, kwargs = headers.get("args") or (), headers.get("kwargs") or {}
-    return args[0] if args else kwargs.get("request")
+    args, kwargs = (delivery.args[2].get(name) for name in ("args", "kwargs"))
+    if isinstance(args, (list, tuple)) and args:
+        return args[0]
+    return kwargs.get("request") if isinstance(kwargs, dict) else None

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from client import Client, InvalidRequest, NoWorker, QueueFull, RedisUnreachable, UnknownJob, keys
+from client import Client, InvalidRequest, NoWorker, QueueFull, RedisRefused, RedisUnreachable, UnknownJob, keys
 from client.transport import celery_url, connect, resolve_url
 from config import load_settings
 from config.settings import DEFAULT_REDIS_URL
@@ -90,7 +90,7 @@ def test_one_wrong_request_among_many_queues_none(client: Client, connection: re
     assert queued(client, connection) == []
 
 
-@pytest.mark.parametrize("requests", [[], "one prompt", {"prompt": "x"}, [{"max_tokens": 3}], [5]])
+@pytest.mark.parametrize("requests", [[], None, 5, "one prompt", {"prompt": "x"}, [{"max_tokens": 3}], [5]])
 def test_submit_many_refuses_what_is_no_list_of_prompts(client: Client, requests: object) -> None:
     with pytest.raises(InvalidRequest):
         client.submit_many(requests)  # type: ignore[arg-type]
@@ -117,6 +117,39 @@ def test_the_same_id_twice_is_one_job_and_another_request_is_refused(client: Cli
     assert len(queued(client, connection)) == 1
     with pytest.raises(InvalidRequest, match="used already"):
         client.submit("Other.", id=f"{client.model_name}:1")
+
+
+def test_ids_that_clash_are_refused_before_anything_is_queued(client: Client, connection: redis.Redis) -> None:
+    used, fresh = f"{client.model_name}:3", f"{client.model_name}:4"
+    client.submit("Hello.", id=used)
+    for batch in (["a", {"prompt": "other", "id": used}], [{"prompt": "x", "id": fresh}, {"prompt": "y", "id": fresh}]):
+        with pytest.raises(InvalidRequest, match="used already"):
+            client.submit_many(batch)
+    assert len(queued(client, connection)) == 1
+
+
+def test_the_same_id_for_another_model_is_another_request(client: Client) -> None:
+    client.submit("Hello.", id=f"{client.model_name}:5")
+    with pytest.raises(InvalidRequest, match="used already"):
+        client.submit("Hello.", id=f"{client.model_name}:5", model="other")
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), -1, "5", True])
+def test_a_timeout_that_is_no_number_of_seconds_is_refused(client: Client, timeout: object) -> None:
+    with pytest.raises(InvalidRequest, match="timeout"):
+        client.submit("Hello.").result(timeout)  # type: ignore[arg-type]
+
+
+def test_jobs_of_another_redis_are_not_waited_for(client: Client) -> None:
+    with Client(redis_url="redis://localhost:1/0") as elsewhere, pytest.raises(InvalidRequest, match="another Redis"):
+        list(client.as_completed([elsewhere.job("x")]))
+
+
+def test_a_full_redis_refuses_in_our_words() -> None:
+    with EmbeddedRedis.ephemeral() as server, Client(redis_url=server.url) as client:
+        connect(server.url).config_set("maxmemory", "1")
+        with pytest.raises(RedisRefused, match="memory"):
+            client.submit("Hello.")
 
 
 def test_an_id_whose_message_was_never_sent_is_sent_again(client: Client, connection: redis.Redis) -> None:

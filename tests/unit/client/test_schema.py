@@ -50,7 +50,7 @@ GOOD = {"prompt": "Hello."}
         ("logit_bias", {-5: 1}, "{-5: 1}", "token ids"),
         ("presence_penalty", 2.5, "2.5", "-2 to 2"),
         ("frequency_penalty", -2.5, "-2.5", "-2 to 2"),
-        ("repetition_penalty", 0, "0", "above 0"),
+        ("repetition_penalty", 0, "0", "0.01 to 100"),
         ("echo", 1, "1", "True or False"),
         ("min_tokens", -1, "-1", "0 to max_tokens"),
         ("min_tokens", 17, "17", "max_tokens, which is 16"),
@@ -60,7 +60,7 @@ GOOD = {"prompt": "Hello."}
         ("priority", "urgent", "'urgent'", "'interactive'"),
         ("prompt", 5, "type int", "text"),
         ("prompt", [], "0 token ids", "1 to"),
-        ("prompt", [1, -1], "-1", "ids"),
+        ("prompt", [1, -1], "item 1", "ids"),
         ("prompt", [1, "a"], "type list", "ids"),
         ("prompt", b"bytes", "type bytes", "text"),
         ("prompt", "x" * 70_000, "70000 bytes", "at most 65536"),
@@ -76,6 +76,13 @@ def test_a_wrong_value_is_named(field: str, value: object, shown: str, expected:
     assert shown in caught.value.value
     assert expected in caught.value.expected
     assert str(caught.value).startswith(f"{field}: got ")
+
+
+def test_numbers_of_thousands_of_digits_are_named_too() -> None:
+    with pytest.raises(InvalidRequest, match=r"max_tokens: got a number of \d+ bits"):
+        parse_request({**GOOD, "max_tokens": 10**5000})
+    with pytest.raises(InvalidRequest, match="item 1 is no token id"):
+        parse_request({"prompt": [1, 10**5000]})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,150 @@
+"""What strangers and accidents do to a worker: it says so, and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from celery import Celery
+
+from client import Client, JobFailed, keys
+from client.transport import connect
+from config import load_settings
+from tests.integration.processes import WorkerProcess, wait_until
+from worker.celery import make_app
+from worker.embedded import EmbeddedRedis
+
+MILLRACE = [sys.executable, "-m", "worker.cli"]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis.ephemeral() as own:
+        yield own
+
+
+@pytest.fixture(scope="module")
+def worker(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    log = tmp_path_factory.mktemp("hostile") / "worker.log"
+    with WorkerProcess(log, MILLRACE_REDIS_URL=server.url, MILLRACE_SLOTS="2", MILLRACE_LEASE_S="4") as process:
+        process.wait_ready()
+        yield process
+
+
+@pytest.fixture
+def client(server: EmbeddedRedis, worker: WorkerProcess) -> Iterator[Client]:
+    with Client(redis_url=server.url) as made:
+        yield made
+
+
+@pytest.fixture
+def app(server: EmbeddedRedis) -> Iterator[Celery]:
+    made = make_app(load_settings(redis_url=server.url))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"args": [{"x": 1}]},
+        {"args": [], "kwargs": {"request": [1]}},
+        {"args": [{"prompt": "x", "expires_at": 1e12}]},
+        {"args": [None]},
+        {"args": []},
+        {"args": [{"prompt": "x"}], "task_id": 7},
+        {"args": [{"prompt": "x", "repetition_penalty": 1e-300}]},
+    ],
+    ids=["object", "kwargs", "far away", "null", "nothing", "id", "penalty"],
+)
+def test_a_strange_message_harms_nobody(client: Client, worker: WorkerProcess, call: dict[str, object]) -> None:
+    # Not through `app`: its result backend would refuse a strange id before it is sent.
+    client._app.send_task("millrace.generate", **call)
+    assert client.submit("Hello.", max_tokens=2).result(20)
+    assert worker.alive
+    wait_until(lambda: connect(client.url).hlen(keys.unacked()) == 0)
+
+
+def test_a_redis_that_is_full_for_a_while_costs_no_job(client: Client, server: EmbeddedRedis) -> None:
+    """Results cannot be stored meanwhile; they are when there is room again, and the worker goes on."""
+    connection = connect(server.url)
+    jobs = client.submit_many(["Hello."] * 3, max_tokens=300, ignore_eos=True, temperature=0)
+    wait_until(lambda: any(job.status() == "running" for job in jobs))
+    connection.config_set("maxmemory", "1")
+    time.sleep(3)
+    connection.config_set("maxmemory", "0")
+    assert {job.result(60).usage.completion_tokens for job in jobs} == {300}
+    assert client.submit("Hello.", max_tokens=2).result(30)
+
+
+def test_inspect_shows_no_prompt(client: Client, app: Celery) -> None:
+    job = client.submit("Peculiar zebra 7312", max_tokens=600, ignore_eos=True, temperature=0)
+    wait_until(lambda: job.status() == "running")
+    shown = json.dumps(app.control.inspect(timeout=3).active() or {})
+    assert job.id in shown
+    assert "zebra" not in shown
+    job.cancel()
+
+
+def test_five_messages_of_one_job_are_one_result(client: Client, app: Celery) -> None:
+    job = client.submit("Hello.", id="five", max_tokens=200, temperature=0, ignore_eos=True)
+    for _ in range(4):
+        app.send_task("millrace.generate", args=[{"prompt": "Hello.", "max_tokens": 200}], task_id="five")
+    assert job.result(30).usage.completion_tokens == 200
+    wait_until(lambda: connect(client.url).hlen(keys.unacked()) == 0)
+
+
+def test_a_failed_job_says_what_was_wrong_with_its_message(client: Client, app: Celery) -> None:
+    app.send_task("millrace.generate", args=[{"prompt": "x", "top_p": 7}], task_id="strange")
+    wait_until(lambda: client._redis.exists(keys.result("strange")))
+    with pytest.raises(JobFailed, match=r"top_p: got 7; expected a number above 0"):
+        client.job("strange").result(1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT], ids=lambda n: n.name)
+def test_a_generate_that_is_ended_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
+    command = [*MILLRACE, "generate", "Hello.", "--max-tokens", "1000", "--ignore-eos"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def family() -> set[int]:
+        found, todo = set(), [process.pid]
+        while todo:
+            children = Path(f"/proc/{todo[0]}/task/{todo.pop(0)}/children")
+            todo += [int(pid) for pid in (children.read_text().split() if children.exists() else [])]
+            found |= set(todo)
+        return found
+
+    wait_until(lambda: len(family()) >= 2)  # Redis and the worker
+    started = family()
+    process.send_signal(number)
+    process.wait(15)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), timeout=10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["generate", "Hello.", "--max-tokens", "abc", "--json"], 2),
+        (["generate", "--json"], 2),
+        (["generate", "Hello.", "--bogus", "--json"], 2),
+        (["generate", "Hello.", "--top-p", "7", "--json"], 2),
+        (["generate", "Hello.", "--logit-bias", "x", "--json"], 2),
+        (["status", "--json"], 3),
+        (["validate", "--reference", "nonsense", "--json"], 1),
+        (["nonsense", "--json"], 2),
+    ],
+)
+def test_every_error_with_json_is_one_object_and_an_exit_code(arguments: list[str], code: int) -> None:
+    environment = {**os.environ, "MILLRACE_REDIS_URL": "redis://localhost:1/0"}
+    done = subprocess.run([*MILLRACE, *arguments], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert json.loads(done.stdout)["error"]["message"]
+    assert "Traceback" not in done.stderr
