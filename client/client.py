@@ -29,7 +29,7 @@ from client.errors import (
 )
 from client.job import Job
 from client.records import Outcome, parse_outcome
-from client.schema import TASK_NAME, GenerateRequest, State, parse_request
+from client.schema import CHECKPOINT_TENSORS, TASK_NAME, GenerateRequest, State, parse_request
 from client.status import Status, read_status
 from client.transport import connect, producer_app, queue, resolve_url
 from config import Settings, load_settings
@@ -329,9 +329,11 @@ class Client:
         if not fields:
             raise NoCheckpoints(job_id)
         try:
-            return {name.decode(): load(data)["tensor"] for name, data in fields.items()}
+            found = {name.decode(): load(data)["tensor"] for name, data in fields.items()}
         except (SafetensorError, KeyError, UnicodeDecodeError) as error:
             raise NoCheckpoints(job_id) from error
+        order = [name for names in CHECKPOINT_TENSORS.values() for name in names]
+        return {name: found[name] for name in dict.fromkeys([*order, *sorted(found)]) if name in found}
 
     def _late(self, job_id: str, timeout: float) -> ResultTimeout:
         outcome, state = self._look(job_id)

@@ -17,7 +17,7 @@ from config import Settings
 from worker.engine import Engine
 
 SHAPES = {"124M": (12, 12, 768, "5GB"), "355M": (24, 16, 1024, "400MB")}
-NEW_TOKENS = 4
+NEW_TOKENS = 3
 
 
 @pytest.mark.slow

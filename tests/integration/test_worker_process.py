@@ -160,7 +160,7 @@ def test_a_job_longer_than_its_lease_runs_once(server: EmbeddedRedis, own_client
     ):
         one.wait_ready()
         two.wait_ready()
-        jobs = own_client.submit_many(["Hello."] * 8, n=8, max_tokens=500, ignore_eos=True)
+        jobs = own_client.submit_many(["Hello."] * 8, n=8, max_tokens=300, ignore_eos=True)
         started = time.monotonic()
         for job in jobs:
             job.result(120)

@@ -77,6 +77,8 @@ WRONG: dict[str, str | None] = {
     "prefill_chunk": "1025",
     "max_queue": "0",
     "result_ttl_s": "59",
+    "checkpoint_ttl_s": "0",
+    "checkpoint_max_bytes": "0",
     "lease_s": "2",
     "soft_shutdown_s": "-1",
     "log_level": "verbose",
