@@ -253,6 +253,8 @@ class EnginePool(BasePool):
                 return False
             self._deliveries.pop(present.handle, None)
             delivery.started_at = present.started_at
+        if present.tag != delivery.tag and present.request is not None:
+            self._on_main(present.request.acknowledge)  # another copy: the newer one stands for the job from here on
         log.info("job.adopted", job_id=delivery.job_id)
         if delivery.started_at is not None:
             self._accepted(delivery)
