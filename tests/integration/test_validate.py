@@ -1,0 +1,70 @@
+"""`millrace validate` as a user runs it: tables, files from elsewhere, pictures, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import load_model
+
+
+def validate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "worker.cli", "validate", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another implementation's tensors for "Hello.", here the plain forward pass."""
+    path = tmp_path_factory.mktemp("dump") / "other.npz"
+    traced = load_model("demo", device="cpu", dtype="float32").trace(torch.tensor([[15496, 13]]))
+    np.savez(path, **{name: tensor[0].numpy() for name, tensor in traced.items()})
+    return path
+
+
+def test_the_bundled_model_passes_and_the_difference_is_drawn(tmp_path: Path) -> None:
+    picture = tmp_path / "difference.png"
+    done = validate("--reference", "transformers", "--prompt", "Hello.", "--plot", str(picture))
+    assert done.returncode == 0, done.stderr
+    assert all(words in done.stdout for words in ("first layer norm", "tokens end to end", "transformers 5"))
+    assert "FAILED" not in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_dump_from_elsewhere_passes_as_json(dump: Path) -> None:
+    done = validate("--reference", str(dump), "--json", "--prompt", "Hello.")
+    assert done.returncode == 0, done.stderr
+    (report,) = json.loads(done.stdout)
+    assert report["ok"]
+    assert [row["number"] for row in report["rows"]] == list(range(13))
+    assert {row["number"] for row in report["rows"] if row["ok"] is None} == {12}
+
+
+def test_a_dump_with_a_mistake_fails_with_the_cause_and_the_next_command(dump: Path, tmp_path: Path) -> None:
+    with np.load(dump) as archive:
+        tensors = {name: archive[name] for name in archive.files}
+    wrong = tmp_path / "unscaled.npz"
+    np.savez(wrong, **{**tensors, "scores": tensors["scores"] / 8})
+    done = validate("--reference", str(wrong), "--prompt", "Hello.")
+    assert done.returncode == 1
+    assert "FAILED" in done.stdout
+    assert "checkpoint 4 fails first: the scores are not scaled" in done.stdout
+    assert "next: millrace validate" in done.stdout
+
+
+def test_half_precision_has_tolerances_of_its_own() -> None:
+    done = validate("--reference", "transformers", "--dtype", "bfloat16", "--json", "--prompt", "Once upon a time")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (report,) = json.loads(done.stdout)
+    rows = {row["number"]: row for row in report["rows"]}
+    assert rows[8]["tolerance"] > 1e-2
+    assert 0 < rows[8]["max_abs"] <= rows[8]["tolerance"]
+    assert "bfloat16" in report["fingerprint"]

@@ -1,0 +1,131 @@
+"""The comparison itself, on tensors small enough to work out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from worker.checkpoints import CHECKPOINTS, Row, check_cache, compare, half_tolerances, read_tensors, worst
+
+
+def ours() -> dict[str, np.ndarray]:
+    """Tensors of a tiny model: T 2, E 3, H 1, D 3, V 4."""
+    rows = np.arange(6, dtype=np.float32).reshape(2, 3)
+    heads = rows.reshape(2, 1, 3)
+    logits = np.array([[0, 1, 2, 3], [3, 2, 1, 0]], dtype=np.float32)
+    return {
+        **{name: rows.copy() for name in ("embeddings", "ln_1", "attn", "mlp", "block_0")},
+        **{name: heads.copy() for name in ("q", "k", "v", "cache_k", "cache_v", "cache_k_end", "cache_v_end")},
+        "k_new": np.zeros((0, 1, 3), dtype=np.float32),
+        "v_new": np.zeros((0, 1, 3), dtype=np.float32),
+        "cache_rest": np.array(0.0, dtype=np.float32),
+        "scores": np.zeros((1, 2, 2), dtype=np.float32),
+        "logits": logits,
+        "last_logits": logits[-1].copy(),
+        "next_token": np.array(0),
+        "probs": np.array([0.7, 0.2, 0.05, 0.05], dtype=np.float32),
+        "tokens": np.array([0, 3]),
+    }
+
+
+def verdicts(theirs: dict[str, np.ndarray], mine: dict[str, np.ndarray] | None = None) -> dict[int, bool | None]:
+    rows = compare(mine or ours(), theirs, reference="other", tolerances={})
+    return {row.number: row.ok for row in rows}
+
+
+def test_equal_tensors_pass_every_checkpoint() -> None:
+    assert verdicts(ours()) == dict.fromkeys(range(1, 13), True)
+
+
+@pytest.mark.parametrize(
+    ("name", "gap", "number"),
+    [
+        ("ln_1", 2e-5, 1),
+        ("k", 2e-4, 2),
+        ("scores", 2e-4, 4),
+        ("logits", 2e-3, 8),
+        ("probs", 2e-6, 11),
+        ("tokens", 1, 12),
+    ],
+)
+def test_a_difference_over_the_tolerance_fails_its_checkpoint_and_no_other(name: str, gap: float, number: int) -> None:
+    theirs = ours()
+    theirs[name] = theirs[name] + np.asarray(gap).astype(theirs[name].dtype)
+    assert [n for n, ok in verdicts(theirs).items() if not ok] == [number]
+
+
+def test_a_nan_and_another_shape_fail() -> None:
+    theirs = ours()
+    theirs["mlp"] = np.full_like(theirs["mlp"], np.nan)
+    theirs["attn"] = theirs["attn"].T.copy()
+    assert [n for n, ok in verdicts(theirs).items() if not ok] == [5, 6]
+
+
+def test_what_the_reference_does_not_have_is_not_compared() -> None:
+    found = verdicts({"logits": ours()["logits"]})
+    assert {n: ok for n, ok in found.items() if ok is not None} == {3: True, 8: True}
+
+
+@pytest.mark.parametrize("name", ["cache_k", "cache_v_end"])
+def test_the_cache_must_hold_exactly_what_was_written(name: str) -> None:
+    mine = ours()
+    mine[name][1, 0, 0] += 1e-7
+    mine[name][1, 0, 0] = np.nextafter(mine[name][1, 0, 0], np.float32(9))
+    assert check_cache(mine).ok is False
+
+
+def test_the_cache_must_be_zero_elsewhere() -> None:
+    mine = ours()
+    mine["cache_rest"] = np.array(1e-30)
+    row = check_cache(mine)
+    assert row.ok is False
+    assert "beyond the prompt" in row.note
+
+
+def test_the_last_logits_must_be_the_last_row_bit_for_bit_and_probabilities_sum_to_one() -> None:
+    mine = ours()
+    mine["last_logits"] = np.nextafter(mine["last_logits"], np.float32(9))
+    mine["probs"] = mine["probs"] + np.array([1e-5, 0, 0, 0], dtype=np.float32)
+    theirs = {**ours(), "probs": mine["probs"]}
+    found = verdicts(theirs, mine)
+    assert (found[9], found[11]) == (False, False)
+
+
+def test_the_worst_row_is_a_failed_one_then_the_largest() -> None:
+    rows = [Row(1, "a", max_abs=5.0, ok=True), Row(1, "a", max_abs=1.0, ok=False), Row(1, "a")]
+    assert worst(rows) is rows[1]
+    assert worst([rows[0], rows[2]]) is rows[0]
+
+
+def test_half_precision_gets_twice_what_the_reference_differs_from_itself_by() -> None:
+    exact, half = ours(), ours()
+    half["mlp"] = half["mlp"] + np.float32(0.25)
+    found = half_tolerances([exact], [half])
+    assert found[6] == 0.5
+    assert found[8] == CHECKPOINTS[8][2]
+    assert not found.keys() & {3, 10, 12}
+
+
+def test_tensors_are_read_from_three_kinds_of_file(tmp_path: Path) -> None:
+    logits = ours()["logits"]
+    save_file({"logits": logits, "unknown": logits}, tmp_path / "a.safetensors")
+    np.savez(tmp_path / "b.npz", logits=logits)
+    np.save(tmp_path / "logits.npy", logits)
+    for name in ("a.safetensors", "b.npz", "logits.npy"):
+        found = read_tensors(tmp_path / name)
+        assert found.keys() == {"logits"}
+        assert np.array_equal(found["logits"], logits)
+
+
+@pytest.mark.parametrize("name", ["missing.npz", "cut.safetensors", "cut.npy", "pickled.npy", "notes.txt", "other.npz"])
+def test_a_file_that_is_none_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 20)
+    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
+    np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    (tmp_path / "notes.txt").write_text("x")
+    np.savez(tmp_path / "other.npz", something=np.zeros(2))
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        read_tensors(tmp_path / name)
