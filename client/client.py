@@ -338,14 +338,14 @@ class Client:
     def _late(self, job_id: str, timeout: float) -> ResultTimeout:
         outcome, state = self._look(job_id)
         model = self._model_of(job_id)
-        if outcome is None and not self._served(model):
+        if outcome is None and not self.status().serves(model):
             return NoWorker(job_id, timeout, state, keys.queue(model))
         return ResultTimeout(job_id, timeout, state)
 
     def _remind(self, waiting: list[str]) -> None:
         with contextlib.suppress(RedisUnreachable):
             model = self._model_of(waiting[0])
-            if not self._served(model):
+            if not self.status().serves(model):
                 log.warning(
                     "%d jobs wait and no worker serves queue %s; start one with `celery -A worker worker`",
                     len(waiting),
@@ -355,9 +355,6 @@ class Client:
     def _model_of(self, job_id: str) -> str:
         with self._reachable():
             return cast("str | None", self._redis.hget(keys.job(job_id), "model")) or self.model_name
-
-    def _served(self, model: str) -> bool:
-        return any(worker.model == model for worker in self.status().workers)
 
     @contextlib.contextmanager
     def _reachable(self) -> Iterator[None]:

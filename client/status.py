@@ -47,6 +47,10 @@ class Status(BaseModel):
     queues: list[QueueStatus]
     delivered: int
 
+    def serves(self, model_name: str) -> bool:
+        """Whether a live worker takes jobs for the model."""
+        return any(worker.model == model_name for worker in self.workers)
+
 
 def read_status(connection: redis.Redis, model_name: str) -> Status:
     """Read the status: the queue of `model_name` and those of all live workers."""

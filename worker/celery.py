@@ -8,6 +8,7 @@ from typing import Any
 import redis
 import structlog
 from celery import Celery, signals
+from celery.platforms import EX_FAILURE
 
 from client import keys
 from client.transport import broker_settings, celery_url, connect, queue, resolve_url
@@ -16,8 +17,6 @@ from config.logging import setup_logging
 from worker.tasks import add_tasks
 
 log = structlog.get_logger("millrace.worker")
-
-EX_FAILURE = 1
 
 
 def make_app(settings: Settings) -> Celery:

@@ -218,7 +218,7 @@ def status(as_json: bool) -> None:
         click.echo(found.model_dump_json())
     else:
         _print_status(found)
-    if not _served(found, settings):
+    if not found.serves(settings.model_name):
         if not as_json:
             note.print(f"no worker serves {queue(settings.model_name)}; start one with `celery -A worker worker`")
         raise SystemExit(NOT_RUNNING)
@@ -235,16 +235,12 @@ def _print_status(found: Status) -> None:
     console.print(workers, queues, f"{found.delivered} jobs are with workers")
 
 
-def _served(found: Status, settings: Settings) -> bool:
-    return any(worker.model == settings.model_name for worker in found.workers)
-
-
 @contextlib.contextmanager
 def _serving(settings: Settings) -> Iterator[Client]:
     """A client whose jobs will be served: by what runs, else by a Redis and a worker started for this call."""
     with Client(settings=settings) as client:
         try:
-            if _served(client.status(), settings):
+            if client.status().serves(settings.model_name):
                 yield client
                 return
             if settings.redis_url is not None:
@@ -289,7 +285,7 @@ def _worker(settings: Settings, client: Client) -> Iterator[None]:
 
 def _wait_until_served(settings: Settings, client: Client, process: subprocess.Popen[bytes], output: IO[bytes]) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while not _served(client.status(), settings):
+    while not client.status().serves(settings.model_name):
         if process.poll() is not None or time.monotonic() > deadline:
             output.seek(0)
             last = output.read().decode(errors="replace").strip().splitlines()[-20:]

@@ -116,6 +116,6 @@ class Monitor:
                 "waiting": stats.waiting,
                 "tokens_per_s": round(rate, 1),
                 "started_at": self._began_at,
-                **dict(self._pool.counts()),
+                **self._pool.finished,
             },
         )

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ import redis
 import structlog
 from celery.concurrency.base import BasePool
 from celery.concurrency.prefork import _run_ready_callbacks
+from celery.platforms import EX_FAILURE
 from celery.worker import state
 from kombu.asynchronous import Hub
 
@@ -42,7 +43,6 @@ log = structlog.get_logger("millrace.worker")
 
 T = TypeVar("T")
 
-EX_FAILURE = 1
 #: Messages whose records are asked for in one request to Redis.
 INTAKE_BATCH = 128
 
@@ -107,6 +107,7 @@ class EnginePool(BasePool):
         self._closing = False
         #: The engine died: the process must not end as if all were well.
         self.failed = False
+        #: How many jobs ended in each state.
         self.finished: dict[str, int] = {"succeeded": 0, "failed": 0, "cancelled": 0, "expired": 0}
 
     # --- Celery's side, in the main thread -------------------------------------------------------------------------
@@ -290,7 +291,7 @@ class EnginePool(BasePool):
             try:
                 future = service.submit(job_id, _first_argument(delivery), lambda: self._on_start(job_id))
             except EngineStopped:
-                return  # let go; Celery puts the message back
+                return  # `on_stop` gives the message back
         log.info("job.accepted", job_id=job_id)
         future.add_done_callback(lambda done: self._on_outcome(job_id, done))
 
@@ -413,10 +414,6 @@ class EnginePool(BasePool):
         self._engine_service.engine.cancel(delivery.job_id)
         if delivery.on_timeout is not None:
             self._on_main(delivery.on_timeout, False, delivery.time_limit_s)
-
-    def counts(self) -> Iterable[tuple[str, int]]:
-        """How many jobs ended in each state."""
-        return self.finished.items()
 
     @property
     def _engine_service(self) -> Service:

@@ -110,7 +110,7 @@ class Runner:
         if sequence.prefilling:
             trace.append(logits=self.model.head(hidden))
             trace.keep(cache_k=k[:count], cache_v=v[:count], cache_rest=torch.cat([k[count:], v[count:]]).abs().sum())
-        written = count + max(0, len(sequence.output))
+        written = count + len(sequence.output)
         trace.keep(cache_k_end=k[:written], cache_v_end=v[:written])
 
     def _trace_last(self, sequence: Sequence, logits: Tensor) -> None:

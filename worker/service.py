@@ -6,6 +6,7 @@ import functools
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,8 @@ class Service:
         self.store = store
         self._checkpoint_max_bytes = checkpoint_max_bytes
         self._ready: dict[str, Future[Result]] = {}
-        self._dumps: dict[str, dict[str, bytes]] = {}
+        # By future, so that the tensors of a job that fails or is revoked go with it.
+        self._dumps: weakref.WeakKeyDictionary[Future[Result], dict[str, bytes]] = weakref.WeakKeyDictionary()
 
     def generate(self, job_id: str | None, wire: dict[str, Any]) -> dict[str, Any]:
         """The result of a job as JSON: the one that is ready, else computed now.
@@ -45,7 +47,7 @@ class Service:
         job_id = job_id or uuid.uuid4().hex
         future = self._ready.pop(job_id, None) or self.submit(job_id, wire)
         result = future.result()
-        if (tensors := self._dumps.pop(job_id, None)) is not None:
+        if tensors := self._dumps.get(future):
             self._keep(job_id, tensors)
         return result.model_dump(mode="json")
 
@@ -55,8 +57,10 @@ class Service:
             request = read_wire(wire)
         except JobFailed as error:
             return failed(error)
-        on_trace = functools.partial(self._dumps.__setitem__, job_id) if request.checkpoints else None
-        return self.engine.submit(request, job_id=job_id, on_start=on_start, on_trace=on_trace)
+        tensors: dict[str, bytes] = {}
+        future = self.engine.submit(request, job_id=job_id, on_start=on_start, on_trace=tensors.update)
+        self._dumps[future] = tensors
+        return future
 
     def _keep(self, job_id: str, tensors: dict[str, bytes]) -> None:
         """Store checkpoint tensors before the result says that they are there."""

