@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from model.cache import CachedAttention, Chunk, KVCache
-from model.linear import matmul_rows
+from model.linear import Linear
 from model.trace import Trace, probabilities
 
 
@@ -70,17 +70,6 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Linear:
-    """x @ weight + bias, with the weight as the files store it: [in, out], nothing to transpose."""
-
-    weight: Tensor  # [in, out]
-    bias: Tensor  # [out]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return matmul_rows(lambda rows: torch.addmm(self.bias, rows, self.weight), x)
-
-
-@dataclass(frozen=True)
 class Block:
     """One transformer block: attention, then feed-forward, each on a normed copy and added back."""
 
@@ -88,7 +77,7 @@ class Block:
     c_attn: Linear  # E -> 3E: q, k, v side by side
     c_proj: Linear  # E -> E
     ln_2: Norm
-    c_fc: Linear  # E -> 4E
+    c_fc: Linear  # E -> 4E, with GELU
     mlp_proj: Linear  # 4E -> E
     n_head: int
 
@@ -97,7 +86,7 @@ class Block:
         q, k, v = self.c_attn(normed).view(len(x), 3, self.n_head, -1).unbind(1)  # [M, H, D] each
         attn = self.c_proj(attend(layer, q, k, v).reshape(x.shape))  # [M, E]
         x = x + attn
-        mlp = self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))  # [M, E]
+        mlp = self.mlp_proj(self.c_fc(self.ln_2(x)))  # [M, E]
         x = x + mlp
         for trace in traces:
             if layer == 0:
@@ -113,10 +102,11 @@ class GPT2:
         self.config = config
         #: SHA-256 of the files the weights came from; empty for weights made in memory.
         self.digest = digest
-        self.wte = weights["wte.weight"]  # [V, E]: embeds tokens, and is the head
+        self.wte = weights["wte.weight"]  # [V, E]: embeds tokens, and is the head's weight
         self.wpe = weights["wpe.weight"]  # [n_positions, E]
         self.blocks = [_block(config, weights, f"h.{i}.") for i in range(config.n_layer)]
         self.ln_f = _norm(config, weights, "ln_f")
+        self.lm_head = Linear.of(self.wte.t())
 
     @property
     def device(self) -> torch.device:
@@ -130,7 +120,7 @@ class GPT2:
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attention, traces: Sequence[Trace] = ()) -> Tensor:
         """Packed rows through all blocks and the final norm. token_ids, positions: [M] -> [M, E]."""
-        x = self.wte[token_ids] + self.wpe[positions]  # [M, E]
+        x = F.embedding(token_ids, self.wte) + F.embedding(positions, self.wpe)  # [M, E]
         for trace in traces:
             trace.record(embeddings=x)
             trace.record_hidden(0, x)
@@ -139,8 +129,8 @@ class GPT2:
         return self.ln_f(x)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits of rows that went through `forward`. [R, E] -> float32 [R, V]."""
-        return matmul_rows(lambda rows: F.linear(rows, self.wte), hidden).float()
+        """Logits of rows that went through `forward`. [R, E] -> [R, V], in the type of the weights."""
+        return self.lm_head(hidden)
 
     @torch.inference_mode()
     def logits(self, token_ids: Tensor) -> Tensor:
@@ -152,7 +142,7 @@ class GPT2:
         batch, length = self._check(token_ids)
         positions = torch.arange(length, device=self.device).repeat(batch)
         hidden = self.forward(token_ids.to(self.device).flatten(), positions, self._plain_attention(batch, length))
-        return self.head(hidden).view(batch, length, -1)
+        return self.head(hidden).float().view(batch, length, -1)
 
     @torch.inference_mode()
     def trace(self, token_ids: Tensor) -> dict[str, Tensor]:
@@ -173,7 +163,7 @@ class GPT2:
         attend = CachedAttention(cache, self.config.scale, groups=[], chunks=[Chunk(length, 0, 0, length, 0)])
         trace = Trace(self.config.scale, length)
         hidden = self.forward(token_ids, torch.arange(length, device=self.device), attend, [trace])
-        logits = self.head(hidden)
+        logits = self.head(hidden).float()
         arena = cache.arenas[length]
         trace.keep(cache_k=arena.k[0][0].transpose(0, 1), cache_v=arena.v[0][0].transpose(0, 1), logits=logits)
         trace.commit()
@@ -210,15 +200,15 @@ def _norm(config: GPT2Config, weights: Mapping[str, Tensor], name: str) -> Norm:
 
 
 def _block(config: GPT2Config, weights: Mapping[str, Tensor], prefix: str) -> Block:
-    def linear(name: str) -> Linear:
-        return Linear(weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"])
+    def linear(name: str, *, gelu: bool = False) -> Linear:
+        return Linear.of(weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"], gelu=gelu)
 
     return Block(
         ln_1=_norm(config, weights, prefix + "ln_1"),
         c_attn=linear("attn.c_attn"),
         c_proj=linear("attn.c_proj"),
         ln_2=_norm(config, weights, prefix + "ln_2"),
-        c_fc=linear("mlp.c_fc"),
+        c_fc=linear("mlp.c_fc", gelu=True),
         mlp_proj=linear("mlp.c_proj"),
         n_head=config.n_head,
     )

@@ -1,28 +1,173 @@
-"""Matrix products whose rows do not depend on how many rows there are.
+"""Matrix products in the fastest form the machine has, whose rows do not depend on how many rows there are.
 
-A product picks its kernel by the number of rows M, and kernels add in different orders, so a row's last bits change
-with its company. Measured with torch 2.13 on an AVX-512/AMX Xeon, float32, every shape of GPT-2 124M and 355M: all M
-from 16 to 128 give a row the same bits, M below 16 and above 128 (384 at some shapes) may not. So a product is never
-run outside that range: few rows are padded up, many are cut into near-equal tiles.
+On a CPU the weight is packed once in the layout oneDNN's kernels read (the private operators behind
+`torch.compile`'s CPU backend, taken only where they give what `F.linear` gives); elsewhere it stays as the files store
+it. A kernel is picked by the number of rows M, and kernels add in different orders, so a row's last bits change with
+its company. Which M agree is measured when a weight is taken in (`measure_rows`), and a product is never run outside
+that range: few rows are padded up, many are cut into near-equal tiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-MIN_ROWS = 16
-MAX_ROWS = 128
+#: Rows of one product at most: more gain nothing, and their intermediate results leave the caches.
+MAX_ROWS = 512
+#: What the full batch of the default 64 slots has; weights are packed for it.
+USUAL_ROWS = 64
+#: Numbers of rows that are looked at, and for the head, which is large and meets few rows.
+COUNTS = (*range(1, 34), *range(40, 64, 8), 63, 64, 65, 80, 96, 128, 129, 160, 192, 193, 256, 257, 320, 384, 448, 512)
+HEAD_COUNTS = (1, 2, 4, 8, 16, 33, 63, 64, 65, 127, 128)
 
 
-def matmul_rows(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`product` of the rows of x, [M, in] -> [M, out], each row's bits independent of M (on a CPU, in float32)."""
-    rows = len(x)
-    if rows < MIN_ROWS:
-        return product(F.pad(x, (0, 0, 0, MIN_ROWS - rows)))[:rows]
-    if rows <= MAX_ROWS or x.device.type != "cpu":
+@dataclass(frozen=True)
+class RowRange:
+    """Numbers of rows among which a product gives a row the same bits."""
+
+    least: int = 1
+    most: int = MAX_ROWS
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x @ weight + bias, then GELU (the tanh approximation) if asked for. [M, in] -> [M, out]."""
+
+    product: Plain | Packed
+    rows: RowRange
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Linear:
+        """Take in a weight [in, out], as the files of GPT-2 store it, and a bias [out]; both may be let go of then."""
+        product: Packed | Plain = Plain(weight, bias, gelu)
+        if packing_works(weight.device.type, weight.dtype):
+            product = Packed.of(weight, bias, gelu)
+        return cls(product, measured_rows(product, weight))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it came, [in, out]; a copy if it is packed."""
+        return self.product.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, [out]."""
+        return self.product.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return matmul_rows(self.product, x, self.rows)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The product by torch's public operators."""
+
+    weight: Tensor  # [in, out]
+    bias: Tensor | None  # [out]
+    gelu: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+        return F.gelu(out, approximate="tanh") if self.gelu else out
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The product by oneDNN on a weight in its own layout; bias and GELU are applied before the result is written."""
+
+    packed: Tensor
+    bias: Tensor | None  # [out]
+    gelu: bool
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, gelu: bool) -> Packed:
+        """Pack a weight [in, out] for batches around `USUAL_ROWS` rows."""
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), USUAL_ROWS)
+        return cls(packed, bias, gelu)
+
+    @property
+    def weight(self) -> Tensor:
+        """Unpacked, [in, out]."""
+        return self.packed.to_dense().t()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        name, algorithm = ("gelu", "tanh") if self.gelu else ("none", "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
+        return out
+
+
+def matmul_rows(product: Callable[[Tensor], Tensor], x: Tensor, rows: RowRange) -> Tensor:
+    """`product` of the rows of x, [M, in] -> [M, out], run only on numbers of rows inside the range."""
+    count = len(x)
+    if count < rows.least:
+        return product(F.pad(x, (0, 0, 0, rows.least - count)))[:count]
+    if count <= rows.most:
         return product(x)
-    return torch.cat([product(tile) for tile in x.tensor_split(-(-rows // MAX_ROWS))])
+    return torch.cat([product(tile) for tile in x.tensor_split(-(-count // rows.most))])
+
+
+@functools.cache
+def packing_works(device: str, dtype: torch.dtype) -> bool:
+    """Whether this torch on this machine has the packed product, and it gives what the plain one gives."""
+    if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    try:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        generator = torch.Generator().manual_seed(0)
+        weight, bias, x = (torch.randn(*s, generator=generator).to(dtype) for s in ((96, 160), (160,), (5, 96)))
+        ours, plain = Packed.of(weight, bias, True)(x), Plain(weight, bias, True)(x)
+    except (AttributeError, RuntimeError):  # another torch: the operators are private, so they may go
+        return False
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    return ours.dtype == dtype and bool(torch.allclose(ours, plain, rtol=tolerance, atol=tolerance))
+
+
+_measured: dict[tuple[object, ...], RowRange] = {}
+
+
+def measured_rows(product: Packed | Plain, weight: Tensor) -> RowRange:
+    """`measure_rows`, once for each shape; a GPU's kernels are not tamed that way."""
+    if weight.device.type != "cpu":
+        return RowRange(1, 1 << 30)
+    key = (type(product), product.gelu, weight.shape, weight.dtype, torch.get_num_threads())
+    if key not in _measured:
+        width, out = weight.shape
+        _measured[key] = measure_rows(product, width, out, weight.dtype)
+    return _measured[key]
+
+
+def measure_rows(product: Callable[[Tensor], Tensor], width: int, out: int, dtype: torch.dtype) -> RowRange:
+    """A range of rows in which every number looked at gives a row the same bits; all numbers if there is none.
+
+    product: [M, width] -> [M, out]. The range is the one around `USUAL_ROWS`, or around another number if that is too
+    narrow to cut any number of rows into.
+    """
+    counts = HEAD_COUNTS if out > 16 * width else COUNTS
+    x = torch.randn(counts[-1], width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for anchor in (USUAL_ROWS, 128, 16):
+        found = _range_around(anchor, counts, product, x)
+        if found.most >= 2 * found.least:
+            return found
+    return RowRange()
+
+
+def _range_around(anchor: int, counts: Sequence[int], product: Callable[[Tensor], Tensor], x: Tensor) -> RowRange:
+    expected = product(x[:anchor])
+
+    def agrees(count: int) -> bool:
+        rows = product(x[:count])
+        if count < anchor:
+            return torch.equal(rows, expected[:count])
+        last = product(x[count - anchor : count])
+        return torch.equal(rows[:anchor], expected) and torch.equal(rows[-anchor:], last)
+
+    fewer = itertools.takewhile(agrees, (n for n in reversed(counts) if n < anchor))
+    more = itertools.takewhile(agrees, (n for n in counts if n > anchor))
+    return RowRange(min(fewer, default=anchor), max(more, default=anchor))

@@ -59,14 +59,17 @@ class Draw:
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Next token of each row. logits: float32 [R, V] -> LongTensor [R]; -1 for a row whose logits hold a NaN."""
+    """Next token of each row. logits: [R, V] -> LongTensor [R]; -1 for a row whose logits hold a NaN.
+
+    Logits may come in the type of the weights: their order is the same in float32, in which all else is computed.
+    """
     logits = adjust(logits, draws)
     best, chosen = logits.max(dim=-1)  # of equal logits the lowest id, as torch documents
     rows = [i for i, draw in enumerate(draws) if not draw.params.greedy]
     if rows:
         picked = torch.tensor(rows, device=logits.device)
         drawn = draw_tokens(
-            filtered(logits[picked], [draws[i].params for i in rows]),
+            filtered(logits[picked].float(), [draws[i].params for i in rows]),
             uniforms([draws[i] for i in rows]).to(logits.device),
         )
         chosen = chosen.index_copy(0, picked, drawn)
@@ -75,11 +78,11 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Bias, bans and penalties, on a copy where any row has some. [R, V] -> [R, V]."""
+    """Bias, bans and penalties, on a float32 copy where any row has some. [R, V] -> [R, V]."""
     touched = [i for i, d in enumerate(draws) if d.params.penalised or d.params.logit_bias or d.params.banned]
     if not touched:
         return logits
-    logits = logits.clone()
+    logits = logits.to(torch.float32, copy=True)
     for i in touched:
         row, params = logits[i], draws[i].params
         if params.logit_bias:

@@ -79,15 +79,14 @@ class Runner:
         """Next tokens; sequences that share a prefill share its last row, and the head runs once for it."""
         if not sequences:
             return []
-        distinct = sorted(set(rows))
-        at = {row: i for i, row in enumerate(distinct)}
-        logits = self.model.head(hidden[torch.tensor(distinct, device=hidden.device)])
-        if distinct != rows:
+        at = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+        logits = self.model.head(hidden[torch.tensor(list(at), device=hidden.device)])
+        if len(at) < len(rows):
             logits = logits[torch.tensor([at[row] for row in rows], device=hidden.device)]
         tokens = sample(logits, [sequence.draw for sequence in sequences])
         for i, sequence in enumerate(sequences):
             if sequence.trace is not None and not sequence.output:
-                self._trace_last(sequence, logits[i])
+                self._trace_last(sequence, logits[i].float())
         scores = self._token_scores(sequences, logits, tokens)
         return list(zip(sequences, scores, strict=True))
 
@@ -108,7 +107,7 @@ class Runner:
         arena = self.cache.arenas[slot.length_class]
         k, v = (tensors[0][slot.index].transpose(0, 1) for tensors in (arena.k, arena.v))  # [length, H, D]
         if sequence.prefilling:
-            trace.append(logits=self.model.head(hidden))
+            trace.append(logits=self.model.head(hidden).float())
             trace.keep(cache_k=k[:count], cache_v=v[:count], cache_rest=torch.cat([k[count:], v[count:]]).abs().sum())
         written = count + len(sequence.output)
         trace.keep(cache_k_end=k[:written], cache_v_end=v[:written])
@@ -133,7 +132,7 @@ class Runner:
         asked = [i for i, s in enumerate(sequences) if s.request.logprobs is not None and chosen[i] >= 0]
         if asked:
             rows = torch.tensor(asked, device=logits.device)
-            for i, score in zip(asked, _scores(logits[rows], tokens[rows]), strict=True):
+            for i, score in zip(asked, _scores(logits[rows].float(), tokens[rows]), strict=True):
                 scores[i] = score
         return scores
 
@@ -144,7 +143,7 @@ class Runner:
         scores = [TokenScore(sequence.prompt[0], None, [])] if chunk.start == 0 else []
         for start in range(0, len(following), SCORE_ROWS):
             tokens = torch.tensor(following[start : start + SCORE_ROWS], device=hidden.device)
-            scores += _scores(self.model.head(hidden[start : start + len(tokens)]), tokens)
+            scores += _scores(self.model.head(hidden[start : start + len(tokens)]).float(), tokens)
         return sequence, scores
 
     def _share_prefills(self, step: Step) -> None:

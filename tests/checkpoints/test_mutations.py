@@ -18,6 +18,7 @@ import model.cache
 import model.gpt2
 from client.schema import parse_request
 from config import Settings
+from model.linear import Linear
 from model.weights import DEMO
 from worker.causes import likely_cause
 from worker.checkpoints import Row, compare
@@ -53,8 +54,9 @@ def rows(engine: Engine, reference: Reference) -> tuple[list[Row], dict[str, np.
 
 
 def erf_gelu(patch: pytest.MonkeyPatch, engine: Engine) -> None:
-    gelu = F.gelu
-    patch.setattr(model.gpt2.F, "gelu", lambda x, approximate: gelu(x))
+    fc = engine.runner.model.blocks[0].c_fc  # type: ignore[attr-defined]
+    plain = Linear.of(fc.weight, fc.bias)
+    replace_in_block_0(engine, c_fc=lambda x: F.gelu(plain(x)))
 
 
 def unscaled_scores(patch: pytest.MonkeyPatch, engine: Engine) -> None:
@@ -69,12 +71,12 @@ def replace_in_block_0(engine: Engine, **parts: Any) -> None:
 def transposed_qkv(patch: pytest.MonkeyPatch, engine: Engine) -> None:
     linear = engine.runner.model.blocks[0].c_attn  # type: ignore[attr-defined]
     weight = linear.weight.reshape(linear.weight.shape[::-1]).T.contiguous()
-    replace_in_block_0(engine, c_attn=dataclasses.replace(linear, weight=weight))
+    replace_in_block_0(engine, c_attn=Linear.of(weight, linear.bias))
 
 
 def transposed_projection(patch: pytest.MonkeyPatch, engine: Engine) -> None:
     linear = engine.runner.model.blocks[0].c_proj  # type: ignore[attr-defined]
-    replace_in_block_0(engine, c_proj=dataclasses.replace(linear, weight=linear.weight.T.contiguous()))
+    replace_in_block_0(engine, c_proj=Linear.of(linear.weight.T.contiguous(), linear.bias))
 
 
 def cache_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:

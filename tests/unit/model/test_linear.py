@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from model.linear import matmul_rows
+import model.linear
+from model.linear import Linear, Packed, Plain, RowRange, matmul_rows, measure_rows, packing_works
 
-COUNTS = [*range(1, 41), 63, 64, 65, *range(120, 137), 191, 192, 193, 255, 256, 257, 258, 300]
+COUNTS = [*range(1, 41), 63, 64, 65, *range(120, 137), 191, 192, 193, 255, 256, 257, 258, 300, 511, 512, 513, 700]
 
 
 @pytest.fixture(autouse=True)
@@ -21,39 +22,56 @@ def _threads_as_before() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def addmm(inner: int, outer: int) -> Callable[[Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(inner + outer)
-    weight, bias = torch.randn(inner, outer, generator=generator), torch.randn(outer, generator=generator)
-    return lambda rows: torch.addmm(bias, rows, weight)
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def linear(inner: int, outer: int, *, gelu: bool = False) -> Linear:
+    return Linear.of(normal(inner, outer), normal(outer), gelu=gelu)
 
 
 @pytest.mark.parametrize(
     ("inner", "outer"), [(128, 384), (128, 128), (128, 512), (512, 128), (768, 2304), (768, 768), (3072, 768)]
 )
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_has_the_same_bits_for_every_number_of_rows(inner: int, outer: int, threads: int) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_row_has_the_same_bits_for_every_number_of_rows(
+    inner: int, outer: int, threads: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.linear, "packing_works", lambda *_: packed)
     torch.set_num_threads(threads)
-    product = addmm(inner, outer)
-    x = torch.randn(300, inner, generator=torch.Generator().manual_seed(0))
-    expected = matmul_rows(product, x)
+    product = linear(inner, outer, gelu=outer > inner)
+    assert isinstance(product.product, Packed if packed else Plain)
+    x = normal(700, inner)
+    expected = product(x)
     for count in COUNTS:
-        assert torch.equal(matmul_rows(product, x[:count]), expected[:count]), f"{count} rows"
-        assert torch.equal(matmul_rows(product, x[300 - count :]), expected[300 - count :]), f"the last {count} rows"
+        assert torch.equal(product(x[:count]), expected[:count]), f"{count} rows"
+        assert torch.equal(product(x[700 - count :]), expected[700 - count :]), f"the last {count} rows"
 
 
 @pytest.mark.parametrize("width", [128, 768])
 def test_the_head_has_the_same_bits_for_every_number_of_rows(width: int) -> None:
-    generator = torch.Generator().manual_seed(1)
-    embedding = torch.randn(5003, width, generator=generator)  # no round number of rows
-    x = torch.randn(200, width, generator=generator)
-    expected = matmul_rows(lambda rows: F.linear(rows, embedding), x)
-    for count in COUNTS[:-6]:
-        assert torch.equal(matmul_rows(lambda rows: F.linear(rows, embedding), x[:count]), expected[:count]), count
+    head = Linear.of(normal(50257, width).t())
+    x = normal(200, width)
+    expected = head(x)
+    for count in (1, 2, 3, 16, 17, 33, 63, 64, 65, 127, 128, 129, 150, 200):
+        assert torch.equal(head(x[:count]), expected[:count]), count
 
 
-def test_the_product_is_the_product() -> None:
-    x, weight = torch.randn(301, 64).double(), torch.randn(64, 48).double()
-    assert torch.allclose(matmul_rows(lambda rows: rows @ weight, x), x @ weight, atol=1e-12)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_the_product_is_the_product(dtype: torch.dtype, gelu: bool) -> None:
+    weight, bias, x = normal(64, 48), normal(48), normal(701, 64)
+    product = Linear.of(weight.to(dtype), bias.to(dtype), gelu=gelu)
+    expected = x.to(dtype).double() @ weight.to(dtype).double() + bias.to(dtype).double()
+    if gelu:
+        expected = F.gelu(expected, approximate="tanh")
+    error = (product(x.to(dtype)).double() - expected).abs().max()
+    assert error < {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.02}[dtype]
+    assert product(x.to(dtype)).dtype == dtype
+    assert torch.equal(product.weight, weight.to(dtype))
+    assert product.bias is not None
+    assert torch.equal(product.bias, bias.to(dtype))
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 128, 129, 257, 1024, 1031])
@@ -65,5 +83,43 @@ def test_a_product_never_runs_outside_the_measured_range(count: int) -> None:
         return rows * 2
 
     x = torch.arange(count * 3, dtype=torch.float32).view(count, 3)
-    assert torch.equal(matmul_rows(product, x), x * 2)
+    assert torch.equal(matmul_rows(product, x, RowRange(16, 128)), x * 2)
     assert all(16 <= rows <= 128 for rows in seen)
+
+
+def test_the_range_that_is_measured_is_the_one_a_product_has() -> None:
+    """A product whose last bits change below 17 and above 320 rows."""
+
+    def product(x: Tensor) -> Tensor:
+        return x * (1.0 + 2.0**-20 * ((len(x) > 16) + (len(x) > 320)))
+
+    assert measure_rows(product, 8, 8, torch.float32) == RowRange(17, 320)
+
+
+def test_a_range_is_looked_for_elsewhere_if_the_one_around_a_full_batch_is_too_narrow() -> None:
+    def product(x: Tensor) -> Tensor:
+        return x * (1.0 + 2.0**-20 * (60 < len(x) < 70))
+
+    assert measure_rows(product, 8, 8, torch.float32) == RowRange(80, 512)
+
+
+def test_where_every_number_of_rows_gives_other_bits_none_is_kept_away() -> None:
+    assert measure_rows(lambda x: x * (1.0 + 2.0**-20 * len(x)), 8, 8, torch.float32) == RowRange()
+
+
+def test_another_torch_without_the_private_operators_multiplies_by_the_public_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(*_: object) -> Packed:
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
+
+    monkeypatch.setattr(Packed, "of", gone)
+    assert not packing_works.__wrapped__("cpu", torch.float32)
+    assert not packing_works.__wrapped__("cuda", torch.bfloat16)
+    assert not packing_works.__wrapped__("cpu", torch.float16)
+
+
+def test_a_packed_product_that_gives_other_numbers_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Packed.__call__
+    monkeypatch.setattr(Packed, "__call__", lambda self, x: call(self, x) + 1)
+    assert not packing_works.__wrapped__("cpu", torch.float32)
