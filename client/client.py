@@ -1,14 +1,19 @@
-"""The client: checks, publishes, polls. One connection however many jobs wait, and no channel for each of them."""
+"""The client: checks, publishes, polls. One connection however many jobs wait, and no channel for each of them.
+
+Jobs submitted together share messages, for a message costs more than a short job; all else of a job is its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import secrets
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -29,8 +34,17 @@ from client.errors import (
 )
 from client.job import Job
 from client.records import Outcome, parse_outcome
-from client.schema import CHECKPOINT_TENSORS, TASK_NAME, GenerateRequest, State, parse_request
-from client.status import Status, read_status
+from client.schema import (
+    CHECKPOINT_TENSORS,
+    GROUP_TASK_NAME,
+    JOBS_HEADER,
+    TASK_NAME,
+    GenerateRequest,
+    State,
+    is_job_id,
+    parse_request,
+)
+from client.status import Status, count_queued, read_status
 from client.transport import connect, producer_app, queue, resolve_url
 from config import Settings, load_settings
 from config.settings import redact_url, slug
@@ -42,14 +56,18 @@ log = logging.getLogger("millrace.client")
 
 #: Polling starts often and slows down: a short job is seen at once, a long one costs a request a second.
 FIRST_POLL_S, LAST_POLL_S, POLL_GROWTH = 0.01, 1.0, 1.5
+#: The share of its time that a client spends asking, at most, unless that made it rest longer than this.
+POLL_SHARE, LONGEST_REST_S = 0.05, 0.1
 #: Results asked for in one request.
-MGET_KEYS = 500
+MGET_KEYS = 250
+#: Job records written in one request.
+RECORD_JOBS = 512
+#: What one message holds at most: few jobs, so that several workers share a flood and a lost message costs little.
+GROUP_JOBS, GROUP_BYTES = 16, 65_536
 #: A wait goes on through a Redis that is away for at most this long; restarts take less.
 PATIENCE_S = 60.0
 #: How often a wait without end says that nobody serves the queue.
 REMIND_S = 30.0
-
-_JOB_ID = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-:")
 
 
 class Client:
@@ -108,7 +126,8 @@ class Client:
     def submit_many(self, requests: Iterable[str | Sequence[int] | Mapping[str, Any]], **params: Any) -> list[Job]:
         """Queue many prompts: each a text, token ids, or a mapping with `prompt` and parameters of its own.
 
-        All are checked before the first is queued. `params` hold for those that do not say otherwise.
+        All are checked before the first is queued. `params` hold for those that do not say otherwise. Up to GROUP_JOBS
+        of them travel in one message; each has an id, a state and a result of its own, and is cancelled alone.
 
         Raises:
             InvalidRequest: one is wrong, `requests[3].top_p` say, or there are none; nothing was queued.
@@ -185,29 +204,35 @@ class Client:
         return _Draft(_check_id(job_id), job_model, request, digest)
 
     def _queue(self, drafts: list[_Draft]) -> list[Job]:
-        accepted: list[Job] = []
+        accepted: set[str] = set()
         try:
             with self._reachable():
                 self._check_room(drafts)
                 self._check_ids(drafts)
                 with self._app.producer_pool.acquire(block=True) as producer:
-                    for draft in drafts:
-                        if self._record(draft):
-                            self._publish(draft, producer)
-                        accepted.append(Job(draft.id, self))
+                    for start in range(0, len(drafts), RECORD_JOBS):
+                        part = drafts[start : start + RECORD_JOBS]
+                        new = self._record(part)
+                        accepted |= {draft.id for draft in part} - new.keys()
+                        for group in _groups(new.values()):
+                            self._publish(group, producer)
+                            accepted |= {draft.id for draft in group}
         except RedisUnreachable as error:
-            error.accepted = accepted
+            error.accepted = [Job(draft.id, self) for draft in drafts if draft.id in accepted]
             raise
-        return accepted
+        return [Job(draft.id, self) for draft in drafts]
 
     def _check_room(self, drafts: list[_Draft]) -> None:
-        for model in {draft.model for draft in drafts}:
+        limit = self.settings.max_queue
+        for model, new in Counter(draft.model for draft in drafts).items():
             pipe = self._redis.pipeline(transaction=False)
             for name in keys.queue_lists(model):
                 pipe.llen(name)
-            depth, new = sum(pipe.execute()), sum(draft.model == model for draft in drafts)
-            if depth + new > self.settings.max_queue:
-                raise QueueFull(keys.queue(model), depth, self.settings.max_queue)
+            if sum(pipe.execute()) * GROUP_JOBS + new <= limit:
+                continue  # there is room even if every message is full
+            depth = sum(count_queued(self._redis, model))
+            if depth + new > limit:
+                raise QueueFull(keys.queue(model), depth, limit)
 
     def _check_ids(self, drafts: list[_Draft]) -> None:
         """Refuse ids that other requests have, before anything is queued."""
@@ -220,36 +245,51 @@ class Client:
             if (stored or draft.digest) != draft.digest or seen.setdefault(draft.id, draft.digest) != draft.digest:
                 raise _used(draft.id)
 
-    def _record(self, draft: _Draft) -> bool:
-        """Write the job's record. Returns whether it has to be published: not if this is a repetition."""
-        name = keys.job(draft.id)
+    def _record(self, drafts: list[_Draft]) -> dict[str, _Draft]:
+        """Write the jobs' records. Returns those that have to be published, by id: not those that are repetitions."""
+        named = [draft for draft in drafts if draft.digest]
         pipe = self._redis.pipeline()
-        pipe.hsetnx(name, "digest", draft.digest)
-        pipe.hget(name, "digest")
-        pipe.hget(name, "published")
-        pipe.hsetnx(name, "state", "queued")
-        pipe.hsetnx(name, "model", draft.model)
-        pipe.hsetnx(name, "submitted_at", f"{time.time():.6f}")
-        pipe.expire(name, keys.UNFINISHED_TTL_S)
-        new, digest, published, *_ = pipe.execute()
-        if not new and digest != draft.digest:
-            raise _used(draft.id)
-        return new or not published
+        for draft in named:
+            name = keys.job(draft.id)
+            pipe.hsetnx(name, "digest", draft.digest)
+            pipe.hmget(name, "digest", "published")
+            for field, value in draft.record().items():
+                pipe.hsetnx(name, field, value)
+            pipe.expire(name, keys.UNFINISHED_TTL_S)
+        for draft in drafts:
+            if not draft.digest:  # an id that nobody else has: nothing can be there
+                pipe.hset(keys.job(draft.id), mapping=draft.record())
+                pipe.expire(keys.job(draft.id), keys.UNFINISHED_TTL_S)
+        answers = pipe.execute()
+        new = {draft.id: draft for draft in drafts}
+        for draft, (digest, published) in zip(named, answers[1 : 6 * len(named) : 6], strict=True):
+            if digest != draft.digest:
+                raise _used(draft.id)
+            if published:
+                new.pop(draft.id, None)
+        return new
 
-    def _publish(self, draft: _Draft, producer: Any) -> None:
+    def _publish(self, group: list[_Draft], producer: Any) -> None:
+        """Send one message: a job alone goes as itself, so that Celery knows it by its id."""
+        first, alone = group[0], len(group) == 1
+        wires = [{"id": draft.id, "request": draft.wire} for draft in group]
         self._app.send_task(
-            TASK_NAME,
-            args=[draft.request.to_wire()],
-            task_id=draft.id,
-            queue=queue(draft.model),
-            priority=keys.PRIORITIES[draft.request.priority],
+            TASK_NAME if alone else GROUP_TASK_NAME,
+            args=[first.wire if alone else wires],
+            task_id=first.id if alone else uuid.uuid4().hex,
+            queue=queue(first.model),
+            priority=keys.PRIORITIES[first.request.priority],
             argsrepr="<redacted>",  # it goes into headers and events, and the prompt must not
             kwargsrepr="{}",
-            ignore_result=False,
+            headers=None if alone else {JOBS_HEADER: len(group)},
+            ignore_result=not alone,
             producer=producer,
         )
-        if draft.digest:
-            self._redis.hset(keys.job(draft.id), "published", "1")
+        if named := [draft.id for draft in group if draft.digest]:
+            pipe = self._redis.pipeline(transaction=False)
+            for job_id in named:
+                pipe.hset(keys.job(job_id), "published", "1")
+            pipe.execute()
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
@@ -275,40 +315,53 @@ class Client:
         _check_timeout(timeout)
         waiting = list(job_ids)
         started = last_answer = time.monotonic()
-        pause, remind, first = FIRST_POLL_S, REMIND_S, True
-        while waiting:
+        pause, remind = FIRST_POLL_S, REMIND_S
+        for turn in itertools.count():
+            asked = time.monotonic()
             try:
-                found = self._fetch(waiting, check=first)
-                last_answer, first = time.monotonic(), False
+                found = self._fetch(waiting, turn)
+                last_answer = time.monotonic()
             except RedisUnreachable:
-                if first or time.monotonic() - last_answer > PATIENCE_S:
+                if turn == 0 or time.monotonic() - last_answer > PATIENCE_S:
                     raise
                 found = {}
+            least = min((time.monotonic() - asked) / POLL_SHARE, LONGEST_REST_S)
             if found:
                 pause = FIRST_POLL_S
                 yield found
                 waiting = [job_id for job_id in waiting if job_id not in found]
-                continue
+            if not waiting:
+                return
             elapsed = time.monotonic() - started
-            if timeout is not None and elapsed >= timeout:
+            if not found and timeout is not None and elapsed >= timeout:
                 raise self._late(waiting[0], timeout)
-            if timeout is None and elapsed > remind:
+            if not found and timeout is None and elapsed > remind:
                 remind += REMIND_S
                 self._remind(waiting)
-            time.sleep(pause if timeout is None else max(0.0, min(pause, timeout - elapsed)))
+            rest = max(pause, least)
+            time.sleep(rest if timeout is None else max(0.0, min(rest, timeout - elapsed)))
             pause = min(pause * POLL_GROWTH, LAST_POLL_S)
 
-    def _fetch(self, job_ids: list[str], *, check: bool) -> dict[str, Outcome]:
-        """The outcomes that are there; with `check`, also that every other job exists."""
+    def _fetch(self, job_ids: list[str], turn: int) -> dict[str, Outcome]:
+        """Outcomes that are there. In the first turn all jobs are asked for, and each must end or exist.
+
+        Jobs end about in the order they came. So later turns ask for the oldest until a part of them has none that
+        ended, and for one part beyond, another one each time.
+        """
         found: dict[str, Outcome] = {}
+        parts = [job_ids[start : start + MGET_KEYS] for start in range(0, len(job_ids), MGET_KEYS)]
+        going_on = True
         with self._reachable():
-            for start in range(0, len(job_ids), MGET_KEYS):
-                part = job_ids[start : start + MGET_KEYS]
+            for index, part in enumerate(parts):
+                if turn and not going_on and index != turn % len(parts):
+                    continue
+                before = len(found)
                 records = cast("list[str | None]", self._redis.mget([keys.result(job_id) for job_id in part]))
                 for job_id, record in zip(part, records, strict=True):
                     if (outcome := parse_outcome(record)) is not None:
                         found[job_id] = outcome
-            if check:
+                going_on = going_on and len(found) > before
+            if turn == 0:
                 self._check_known([job_id for job_id in job_ids if job_id not in found])
         return found
 
@@ -374,6 +427,25 @@ class _Draft:
 
     def __init__(self, job_id: str, model: str, request: GenerateRequest, digest: str) -> None:
         self.id, self.model, self.request, self.digest = job_id, model, request, digest
+        self.wire = request.to_wire()
+
+    def record(self) -> dict[Any, Any]:
+        """The first fields of the job's record."""
+        return {"state": "queued", "model": self.model, "submitted_at": f"{time.time():.6f}"}
+
+
+def _groups(drafts: Iterable[_Draft]) -> Iterator[list[_Draft]]:
+    """The jobs of each message: of one queue and priority, in the order they came."""
+    open_groups: dict[tuple[str, str], tuple[list[_Draft], int]] = {}
+    for draft in drafts:
+        place, size = (draft.model, draft.request.priority), len(json.dumps(draft.wire))
+        group, used = open_groups.get(place, ([], 0))
+        if group and (len(group) == GROUP_JOBS or used + size > GROUP_BYTES):
+            yield group
+            group, used = [], 0
+        open_groups[place] = ([*group, draft], used + size)
+    for group, _ in open_groups.values():
+        yield group
 
 
 def _digest(request: GenerateRequest, model: str) -> str:
@@ -396,7 +468,7 @@ def _check_timeout(timeout: Any) -> None:
 def _check_id(job_id: Any) -> str:
     if job_id is None:
         return uuid.uuid4().hex
-    if not isinstance(job_id, str) or not 1 <= len(job_id) <= 128 or not _JOB_ID.issuperset(job_id):
+    if not is_job_id(job_id):
         raise InvalidRequest("id", repr(job_id)[:80], "1 to 128 letters, digits, '.', '_', '-' or ':'")
     return job_id
 

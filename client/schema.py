@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,6 +17,10 @@ from client.errors import InvalidRequest
 
 SCHEMA_VERSION = 1
 TASK_NAME = "millrace.generate"
+#: Takes a list of {"id": job id, "request": what TASK_NAME takes}; each is a job of its own.
+GROUP_TASK_NAME = "millrace.generate_many"
+#: Header of a message with several jobs: how many.
+JOBS_HEADER = "jobs"
 
 MAX_PROMPT_BYTES = 65_536  # GPT-2 reads 1,024 tokens, some 5 kB of English
 MAX_PROMPT_TOKENS = 16_384
@@ -39,6 +43,8 @@ CHECKPOINT_TENSORS: dict[int, tuple[str, ...]] = {
     11: ("probs",),
     12: ("tokens",),
 }
+
+_JOB_ID = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-:")
 
 Priority = Literal["interactive", "normal", "bulk"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
@@ -291,6 +297,11 @@ def parse_request(fields: dict[str, Any]) -> GenerateRequest:
         name = str(first["loc"][0]) if first["loc"] else "request"
         value = fields.get(name, "nothing") if first["type"] == "missing" else _show(fields.get(name), name)
         raise InvalidRequest(name, str(value), _expected(name)) from None
+
+
+def is_job_id(value: Any) -> TypeGuard[str]:
+    """Whether this may name a job: 1 to 128 letters, digits, '.', '_', '-' or ':'."""
+    return isinstance(value, str) and 1 <= len(value) <= 128 and _JOB_ID.issuperset(value)
 
 
 def _expected(name: str) -> str:

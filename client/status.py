@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, cast
 
 import redis
 from pydantic import BaseModel, ConfigDict
 
 from client import keys
+from client.schema import JOBS_HEADER
+
+#: Messages that are looked into for how many jobs they hold; the others are taken to be like them.
+SAMPLE = 32
 
 
 class WorkerStatus(BaseModel):
@@ -27,7 +32,11 @@ class WorkerStatus(BaseModel):
 
 
 class QueueStatus(BaseModel):
-    """Jobs that wait in Redis, not yet with a worker, by priority."""
+    """Jobs that wait in Redis, not yet with a worker, by priority.
+
+    A message of several jobs counts whole until the last of them is done, wherever it waits; where there are more than
+    SAMPLE messages the number is an estimate.
+    """
 
     model: str
     interactive: int = 0
@@ -62,19 +71,48 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
     # A worker that died has no record any more, though its name may still stand in the index.
     workers = [WorkerStatus(name=name, **rec) for name, rec in zip(names, records, strict=True) if "model" in rec]
     models = sorted({model_name, *(worker.model for worker in workers)})
+    return Status(
+        workers=workers, queues=[_queue(connection, model) for model in models], delivered=_count_delivered(connection)
+    )
+
+
+def _queue(connection: redis.Redis, model: str) -> QueueStatus:
+    first, second, third, fourth = count_queued(connection, model)  # step 6 is nobody's name and counts as bulk
+    return QueueStatus(model=model, interactive=first, normal=second, bulk=third + fourth)
+
+
+def count_queued(connection: redis.Redis, model: str) -> list[int]:
+    """Jobs that wait for a model, one number for each of `keys.queue_lists`."""
     pipe = connection.pipeline(transaction=False)
-    for model in models:
-        for queue_list in keys.queue_lists(model):
-            pipe.llen(queue_list)
+    for name in keys.queue_lists(model):
+        pipe.llen(name)
+        pipe.lrange(name, 0, SAMPLE // 2 - 1)  # both ends: floods of single jobs and of groups come one after the other
+        pipe.lrange(name, -SAMPLE // 2, -1)
+    answers = pipe.execute()
+    counts = []
+    for length, newest, oldest in zip(answers[::3], answers[1::3], answers[2::3], strict=True):
+        known = newest[: max(0, length - len(oldest))] + oldest  # a short list would give its middle twice
+        counts.append(_scaled(length, [_jobs_in(message) for message in known]))
+    return counts
+
+
+def _count_delivered(connection: redis.Redis) -> int:
+    pipe = connection.pipeline(transaction=False)
     pipe.hlen(keys.unacked())
-    *depths, delivered = cast("list[int]", pipe.execute())
-    return Status(workers=workers, queues=_queues(models, depths), delivered=delivered)
+    pipe.hrandfield(keys.unacked(), SAMPLE, withvalues=True)
+    length, sample = pipe.execute()
+    # kombu's entry is a list: the message, its exchange and its routing key.
+    return _scaled(length, [_jobs_in(json.loads(entry)[0]) for entry in sample[1::2]])
 
 
-def _queues(models: list[str], depths: list[int]) -> list[QueueStatus]:
-    """Depths come four to a model, one for each priority step; step 6 is nobody's name and counts as bulk."""
-    queues = []
-    for i, model in enumerate(models):
-        first, second, third, fourth = depths[4 * i : 4 * i + 4]
-        queues.append(QueueStatus(model=model, interactive=first, normal=second, bulk=third + fourth))
-    return queues
+def _scaled(length: int, sample: list[int]) -> int:
+    return round(sum(sample) * length / len(sample)) if sample else length
+
+
+def _jobs_in(message: str | dict[str, Any]) -> int:
+    """How many jobs a message holds, as kombu writes it; 1 for what cannot be read."""
+    try:
+        raw = json.loads(message) if isinstance(message, str) else message
+        return max(1, int(raw["headers"].get(JOBS_HEADER, 1)))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return 1

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import redis
 from celery.backends.redis import RedisBackend
+from celery.exceptions import TaskRevokedError
+from celery.states import FAILURE, REVOKED, SUCCESS
+
+from client.errors import JobFailed
+from client.schema import Result
 
 
 class ResultBackend(RedisBackend):
@@ -16,3 +21,17 @@ class ResultBackend(RedisBackend):
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Called by Celery after a failed operation, with `result_backend_always_retry`."""
         return isinstance(exc, (redis.RedisError, OSError))
+
+    def record(self, job_id: str, outcome: Result | BaseException) -> str:
+        """The result record of a job, exactly as this backend would store it for a task of that id."""
+        if isinstance(outcome, Result):
+            state = SUCCESS
+            value = outcome.model_dump(mode="json")
+        else:
+            state = REVOKED if isinstance(outcome, TaskRevokedError) else FAILURE
+            value = self.encode_result(outcome, state)
+        meta = self._get_result_meta(value, state, traceback=None, request=None)
+        record: str = self.encode({**meta, "task_id": job_id})
+        if len(record) > self._MAX_STR_VALUE_SIZE:
+            return self.record(job_id, JobFailed("result_too_large", "the result is larger than Redis takes"))
+        return record

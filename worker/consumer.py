@@ -9,7 +9,7 @@ import structlog
 from celery.worker import state
 from celery.worker.consumer import Consumer
 
-from client.schema import TASK_NAME
+from client.schema import GROUP_TASK_NAME, TASK_NAME
 
 log = structlog.get_logger("millrace.worker")
 
@@ -38,7 +38,7 @@ class SafeConsumer(Consumer):
                 log.error("message.refused", reason="its task id is no text", kind=type(request.id).__name__)
                 state.task_ready(request)
                 return request.reject(requeue=False)
-            if request.name == TASK_NAME:
+            if request.type in (TASK_NAME, GROUP_TASK_NAME):
                 # `inspect active` would show them to whoever asks; the pool reads the request from its headers.
                 request._args, request._kwargs = ("<redacted>",), {}
             return on_task_request(request)
@@ -49,7 +49,15 @@ class SafeConsumer(Consumer):
     def on_ready(self) -> None:
         """Called by Celery whenever it begins to consume, at the start and after each reconnect."""
         super().on_ready()
+        if hasattr(self.pool, "has_room"):
+            self._count_jobs()
         self._settle_all()
+
+    def _count_jobs(self) -> None:
+        """Take messages by the jobs that the pool holds. Celery counts messages, of which each may hold many."""
+        qos = self.task_consumer.channel.qos  # this connection's; `worker_disable_prefetch` of Celery does it so too
+        has_credit = qos.can_consume
+        qos.can_consume = lambda: self.pool.has_room() and has_credit()
 
     def on_connection_error_after_connected(self, exc: BaseException) -> None:
         """Called by Celery before it reconnects."""

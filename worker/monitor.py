@@ -79,9 +79,9 @@ class Monitor:
         now = time.monotonic()
         self._check_time_limits(now)
         self._write_started()
-        deliveries = self._pool.deliveries()
-        if deliveries:
-            for job_id in self._store.cancelled([delivery.job_id for delivery in deliveries]):
+        deliveries, jobs = self._pool.deliveries(), self._pool.open_jobs()
+        if jobs:
+            for job_id in self._store.cancelled(jobs).union(self._pool.revoked_jobs()):
                 self._engine.cancel(job_id)
         if deliveries and now >= self._renew_at:
             self._store.renew([delivery.tag for delivery in deliveries if delivery.tag is not None])
@@ -91,7 +91,7 @@ class Monitor:
             self._beat_at = now + BEAT_S
 
     def _write_started(self) -> None:
-        here = {delivery.job_id for delivery in self._pool.deliveries()}
+        here = set(self._pool.open_jobs())
         started = [self._started.popleft() for _ in range(len(self._started))]
         if running := [job_id for job_id in started if job_id in here]:  # not those that have ended meanwhile
             self._store.started(running, self.name)

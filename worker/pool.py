@@ -1,9 +1,11 @@
-"""Celery's pool interface over the engine: tasks go in as messages come, and are traced when their result is there.
+"""Celery's pool interface over the engine: tasks go in as messages come, and end when their results are there.
 
     main thread      on_apply -> intake queue                       returns at once
     intake thread    known already? -> Service.submit               one request to Redis for many messages
-    engine thread    computes; a finished future -> finishers
-    finisher thread  Celery's own tracer: result, events, callback  the acknowledgement hops back to the main thread
+    engine thread    computes; a finished future -> finisher or writer
+    finisher thread  a message of one job: Celery's own tracer      stores its result, sends events
+    writer thread    jobs that share a message                      worker/writer.py; all that wait in one request
+    main thread      a message whose last job is stored             acknowledged; Celery's bookkeeping
     monitor thread   leases, cancels, time limits, heartbeat        worker/monitor.py
 
 No torch is imported before `on_start`: Celery imports this module to read its command line.
@@ -17,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -30,14 +32,16 @@ from celery.platforms import EX_FAILURE
 from celery.worker import state
 from kombu.asynchronous import Hub
 
-from client.errors import JobCancelled, JobError, JobFailed
+from client.errors import JobError, JobFailed
 from client.records import outcome_state
-from client.schema import TASK_NAME, Result
+from client.schema import GROUP_TASK_NAME, TASK_NAME, Result
 from config import Settings
 from worker.errors import EngineStopped
 from worker.monitor import Monitor
-from worker.service import RETRY_S, Service, failed, service_for
+from worker.service import RETRY_S, Service, cancelled_early, failed, read_group, service_for
 from worker.store import Claim, Store
+from worker.tasks import argument
+from worker.writer import Ended, Writer
 
 log = structlog.get_logger("millrace.worker")
 
@@ -52,7 +56,6 @@ class Delivery:
     """One message on its way through this process."""
 
     handle: int
-    job_id: str
     task: str
     target: Callable[..., Any]
     args: tuple[Any, ...]
@@ -62,9 +65,18 @@ class Delivery:
     on_timeout: Callable[[bool, float], None] | None
     time_limit_s: float | None
     received_at: float
+    #: What the message asks for, by job.
+    jobs: Mapping[str, Any]
+    #: The jobs that have not ended, as far as no newer message stands for them.
+    open: set[str]
     started_at: float | None = None
-    #: Celery has ended the task by itself (revoked, time limit): its outcome goes nowhere.
+    #: Celery has ended the task by itself (revoked, time limit): it is not to hear of it again.
     dropped: bool = False
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the jobs share this message: then results are stored by the writer, under their own ids."""
+        return self.task == GROUP_TASK_NAME
 
     @property
     def request(self) -> Any:
@@ -86,7 +98,8 @@ class Delivery:
 class EnginePool(BasePool):
     """Hands tasks to the engine and their outcomes to Celery's tracer.
 
-    `-c` is the number of messages held, running and waiting together; slots are MILLRACE_SLOTS.
+    `-c` is the number of jobs held, running and waiting together; slots are MILLRACE_SLOTS. A message is taken while
+    fewer are held, so that those of the last one may be too many.
     """
 
     body_can_be_buffer = True
@@ -125,6 +138,8 @@ class EnginePool(BasePool):
         self._others = ThreadPoolExecutor(2, thread_name_prefix="millrace-other")
         self._taker = threading.Thread(target=self._take_in, name="millrace-intake", daemon=True)
         self._taker.start()
+        self._writer = Writer(self._service, self.app.backend.record, self._on_stored, self._on_fatal)
+        self._writer.start()
         self.monitor = Monitor(self, self._service.engine, self._service.store, self.settings)
         self.monitor.start()
 
@@ -143,21 +158,37 @@ class EnginePool(BasePool):
         timeout: float | None = None,
         **_: Any,
     ) -> None:
-        """Take a task. Must not block: remote control and acknowledgements run in the same thread."""
+        """Take a task. Must not block: remote control and acknowledgements run in the same thread.
+
+        Celery's time limits are kept for messages of one job. Where several share one, `expires_at` of each counts.
+        """
+        task, job_id, headers = args[:3]
+        # Celery has decoded the body already and keeps it in the request's headers.
+        given = argument(task, headers.get("args"), headers.get("kwargs"))
+        grouped = task == GROUP_TASK_NAME
+        jobs = read_group(given) if grouped else {job_id: given}
         delivery = Delivery(
             handle=next(self._handles),
-            job_id=args[1],
-            task=args[0],
+            task=task,
             target=target,
             args=args,
             kwargs=kwargs or {},
             on_done=callback,
             on_accepted=accept_callback,
             on_timeout=timeout_callback,
-            time_limit_s=timeout,
+            time_limit_s=None if grouped else timeout,
             received_at=time.monotonic(),
+            jobs=jobs,
+            open=set(jobs),
         )
+        with self._lock:
+            self._deliveries[delivery.handle] = delivery
         self._intake.put(delivery)
+
+    def has_room(self) -> bool:
+        """Whether another message may be taken from the queue."""
+        with self._lock:
+            return sum(len(delivery.open) for delivery in self._deliveries.values()) < int(self.limit)
 
     def terminate_job(self, pid: int, signal: Any = None) -> None:  # noqa: ARG002
         """Celery's revoke(terminate=True) of a running task; `pid` is the handle that `on_accepted` was given.
@@ -167,8 +198,7 @@ class EnginePool(BasePool):
         with self._lock:
             delivery = self._deliveries.get(pid)
         if delivery is not None:
-            delivery.dropped = True
-            self._engine_service.engine.cancel(delivery.job_id)
+            self._drop(delivery)
 
     def grow(self, n: int = 1) -> None:
         """Not possible: one process is one model."""
@@ -186,11 +216,12 @@ class EnginePool(BasePool):
         """Warm shutdown. The order matters:
 
         1. no intake, and jobs without a slot are let go: waiting for them would make the shutdown as long as the queue;
-        2. rows that run are finished, and their results stored;
+        2. rows that run are finished, and their results stored, however long Redis takes;
         3. acknowledgements are flushed by hand, as the main loop no longer turns: else finished jobs would run again;
         4. leases are renewed until then, and the worker's record goes last.
 
-        Messages let go are put back one by one: after a reconnect the channel does not know them all any more.
+        Messages let go are put back one by one: after a reconnect the channel does not know them all any more. One of
+        several jobs goes back whole; those that have ended are known by their results when it comes again.
         """
         self._closing = True
         self._intake.put(None)
@@ -198,6 +229,7 @@ class EnginePool(BasePool):
         engine = self._engine_service.engine
         engine.stop(finish=True, drop_waiting=True)
         self._finishers.shutdown()
+        self._writer.stop()
         self._others.shutdown(cancel_futures=True)
         self._run_main_calls()
         if self._hub is not None:
@@ -205,7 +237,7 @@ class EnginePool(BasePool):
         left = self.deliveries()
         for delivery in left:
             delivery.give_back()
-        self._ask(lambda store: store.returned([delivery.job_id for delivery in left]))
+        self._ask(lambda store: store.returned([job_id for delivery in left for job_id in delivery.open]))
         self.monitor.stop()
         log.info("worker.stopped", returned=len(left), **self.finished)
 
@@ -240,59 +272,83 @@ class EnginePool(BasePool):
                     end = True
                     break
                 batch.append(item)
-            self._admit([d for d in batch if not self._adopt(d)])
+            self._admit(batch)
             if end:
                 return
 
-    def _adopt(self, delivery: Delivery) -> bool:
-        """Whether the job is here already: its message came again, so its outcome goes to the newer message."""
+    def _adopt(self, delivery: Delivery) -> list[str]:
+        """Let the message stand for its jobs. Returns those that are new here.
+
+        The others came before: they go on, and their outcomes go to the newer message.
+        """
+        new, over = [], []
         with self._lock:
-            present = self._by_job.get(delivery.job_id)
-            self._by_job[delivery.job_id] = delivery
-            self._deliveries[delivery.handle] = delivery
-            if present is None:
-                return False
-            self._deliveries.pop(present.handle, None)
-            delivery.started_at = present.started_at
-        if present.tag != delivery.tag and present.request is not None:
-            self._on_main(present.request.acknowledge)  # another copy: the newer one stands for the job from here on
-        log.info("job.adopted", job_id=delivery.job_id)
-        if delivery.started_at is not None:
-            self._accepted(delivery)
-        return True
+            for job_id in delivery.open:
+                present = self._by_job.get(job_id)
+                self._by_job[job_id] = delivery
+                if present is None:
+                    new.append(job_id)
+                    continue
+                delivery.started_at = delivery.started_at or present.started_at
+                present.open.discard(job_id)
+                if not present.open:
+                    over.append(present)
+                    self._deliveries.pop(present.handle, None)
+        for present in over:
+            self._supersede(present, delivery)
+        if adopted := len(delivery.open) - len(new):
+            log.info("message.adopted", message_id=delivery.args[1], jobs=adopted)
+            if delivery.started_at is not None:
+                self._accepted(delivery)
+        return new
+
+    def _supersede(self, old: Delivery, new: Delivery) -> None:
+        """Let go of a message because a newer one stands for all its jobs."""
+        if old.request is None:
+            return
+        if old.args[1] != new.args[1]:
+            self._on_main(state.task_ready, old.request)  # Celery knows it by another id
+        if old.tag != new.tag:
+            self._on_main(old.request.acknowledge)  # another copy, not the same one delivered again
 
     def _admit(self, batch: list[Delivery]) -> None:
-        others = [delivery for delivery in batch if delivery.task != TASK_NAME]
-        for delivery in others:  # Celery's own, say chord_unlock: nothing for the engine
-            self._accepted(delivery)
-            self._others.submit(self._finish, delivery)
-        ours = [delivery for delivery in batch if delivery.task == TASK_NAME]
-        claims = self._ask(lambda store: store.claim([delivery.job_id for delivery in ours])) if ours else []
+        arrived: dict[str, Any] = {}
+        for delivery in batch:
+            if delivery.task not in (TASK_NAME, GROUP_TASK_NAME):  # Celery's own, say chord_unlock
+                if self._adopt(delivery):
+                    self._accepted(delivery)
+                    self._others.submit(self._finish, delivery)
+                continue
+            if not delivery.jobs:
+                log.error("message.refused", reason="it names no job", message_id=delivery.args[1])
+                self._complete(delivery)
+                continue
+            arrived |= {job_id: delivery.jobs[job_id] for job_id in self._adopt(delivery)}
+            log.info("message.accepted", message_id=delivery.args[1], jobs=len(delivery.jobs))
+        claims = self._ask(lambda store: store.claim(list(arrived))) if arrived else []
         if claims is None:
             return  # shutting down without Redis: the messages keep their leases and go to another worker
-        for delivery, claim in zip(ours, claims, strict=True):
+        for (job_id, wire), claim in zip(arrived.items(), claims, strict=True):
             try:
-                self._begin(delivery, claim)
+                self._begin(job_id, wire, claim)
             except Exception as error:
-                log.error("job.intake_failed", job_id=delivery.job_id, error=repr(error), trace=traceback.format_exc())
+                log.error("job.intake_failed", job_id=job_id, error=repr(error), trace=traceback.format_exc())
                 message = f"the message cannot be worked on: {type(error).__name__}"
-                self._on_outcome(delivery.job_id, failed(JobFailed("invalid_request", message)))
+                self._on_outcome(job_id, failed(JobFailed("invalid_request", message)))
 
-    def _begin(self, delivery: Delivery, claim: Claim) -> None:
-        job_id, service = delivery.job_id, self._engine_service
+    def _begin(self, job_id: str, wire: Any, claim: Claim) -> None:
         if claim.finished:
             log.info("job.finished_before", job_id=job_id)
-            self._accepted(delivery)
-            self._acknowledge_only(delivery)
+            self._settle([job_id])
             return
-        if claim.cancelled:
-            future = failed(JobCancelled(message="the job was cancelled before it started"))
+        # A plain message whose id was revoked does not come this far; of a job in a group Celery does not know.
+        if claim.cancelled or job_id in state.revoked:
+            future = failed(cancelled_early())
         else:
             try:
-                future = service.submit(job_id, _first_argument(delivery), lambda: self._on_start(job_id))
+                future = self._engine_service.submit(job_id, wire, lambda: self._on_start(job_id))
             except EngineStopped:
                 return  # `on_stop` gives the message back
-        log.info("job.accepted", job_id=job_id)
         future.add_done_callback(lambda done: self._on_outcome(job_id, done))
 
     def _ask(self, question: Callable[[Store], T]) -> T | None:
@@ -313,20 +369,23 @@ class EnginePool(BasePool):
         with self._lock:
             delivery = self._by_job.get(job_id)
         if delivery is not None:
-            self._accepted(delivery)
             self.monitor.note_started(job_id)
+            if delivery.started_at is None:
+                self._accepted(delivery)
 
     def _on_outcome(self, job_id: str, future: Future[Result]) -> None:
         with self._lock:
             delivery = self._by_job.get(job_id)
         if delivery is None or isinstance(future.exception(), EngineStopped):
             return  # the message stays unacknowledged, so another worker gets it
-        if delivery.dropped:
-            self._forget(delivery)
+        if delivery.grouped:
+            self._writer.put(job_id, future)
+        elif delivery.dropped:
+            self._settle([job_id])
             self._finishers.submit(self._ask, lambda store: store.ended([job_id]))
-            return
-        self._engine_service.ready(job_id, future)
-        self._finishers.submit(self._finish, delivery, future)
+        else:
+            self._engine_service.ready(job_id, future)
+            self._finishers.submit(self._finish, delivery, future)
 
     def _on_fatal(self, error: BaseException) -> None:
         """The engine is dead: end the process, unacknowledged messages go to another worker."""
@@ -334,40 +393,71 @@ class EnginePool(BasePool):
         self.failed = True
         state.should_terminate = EX_FAILURE
 
-    # --- finisher threads ------------------------------------------------------------------------------------------
+    # --- finisher threads and writer thread ------------------------------------------------------------------------
 
     def _finish(self, delivery: Delivery, future: Future[Result] | None = None) -> None:
         """Run Celery's tracer, whose task body picks the outcome up, and hand what it says to the newest message."""
+        job_id = delivery.args[1]
         try:
             if delivery.started_at is None:
                 self._accepted(delivery)
             failed_, value, runtime = delivery.target(*delivery.args, **delivery.kwargs)
-            current = self._forget(delivery)
             if future is not None:
+                with self._lock:
+                    current = self._by_job.get(job_id, delivery)
                 runtime = time.monotonic() - (current.started_at or current.received_at)
+                self._note_outcome(job_id, future, log.info, seconds=round(runtime, 3))
                 value = value if failed_ else "<redacted>"  # what goes into events; the result itself is stored
-                self._log_outcome(current, future, runtime)
-                self._ask(lambda store: store.ended([current.job_id]))
-            if not current.dropped:
-                self._on_main(current.on_done, (failed_, value, runtime))
+                self._ask(lambda store: store.ended([job_id]))
+            self._settle([job_id], (failed_, value, runtime))
         except BaseException as error:
             # No message may be dropped unsettled: it would hold a place in the window of this worker for ever.
-            log.error("job.finish_failed", job_id=delivery.job_id, error=repr(error), trace=traceback.format_exc())
-            self._on_main(self._forget(delivery).give_back)
+            log.error("job.finish_failed", job_id=job_id, error=repr(error), trace=traceback.format_exc())
+            with self._lock:
+                current = self._by_job.pop(job_id, delivery)
+                self._deliveries.pop(current.handle, None)
+            self._on_main(current.give_back)
 
-    def _acknowledge_only(self, delivery: Delivery) -> None:
-        """End a repetition: acknowledge its message and leave the stored result alone."""
-        current = self._forget(delivery)
-        if (request := current.request) is not None:
+    def _on_stored(self, ended: Sequence[Ended]) -> None:
+        for job_id, future in ended:
+            # Of a flood only the messages are in the log, and what went wrong: a line costs more than a short job.
+            self._note_outcome(job_id, future, log.debug)
+        self._settle([job_id for job_id, _ in ended])
+
+    def _settle(self, job_ids: Sequence[str], traced: tuple[bool, Any, float] | None = None) -> None:
+        """Take jobs whose results are stored out of the books; a message ends with the last of its jobs."""
+        over = []
+        with self._lock:
+            for job_id in job_ids:
+                delivery = self._by_job.pop(job_id, None)
+                if delivery is not None and job_id in delivery.open:
+                    delivery.open.remove(job_id)
+                    if not delivery.open:
+                        over.append(delivery)
+                        self._deliveries.pop(delivery.handle, None)
+        for delivery in over:
+            self._complete(delivery, traced)
+        if not over:
+            self._on_main(lambda: None)  # wakes the main loop: there may be room for another message
+
+    def _complete(self, delivery: Delivery, traced: tuple[bool, Any, float] | None = None) -> None:
+        """Tell Celery that a message is done; `traced` is what its tracer said, if it ran."""
+        with self._lock:
+            self._deliveries.pop(delivery.handle, None)
+        if delivery.dropped:
+            return
+        if delivery.started_at is None:
+            self._accepted(delivery)
+        if delivery.grouped:
+            runtime = time.monotonic() - (delivery.started_at or delivery.received_at)
+            jobs = len(delivery.jobs)
+            log.info("message.finished", message_id=delivery.args[1], jobs=jobs, seconds=round(runtime, 3))
+            self._on_main(delivery.on_done, (False, f"{jobs} jobs", runtime))
+        elif traced is not None:
+            self._on_main(delivery.on_done, traced)
+        elif (request := delivery.request) is not None:  # a repetition: the stored result is left alone
             self._on_main(state.task_ready, request)
             self._on_main(request.acknowledge)
-
-    def _forget(self, delivery: Delivery) -> Delivery:
-        """Take the job out of the books. Returns its newest delivery."""
-        with self._lock:
-            current = self._by_job.pop(delivery.job_id, delivery)
-            self._deliveries.pop(current.handle, None)
-            return current
 
     def _accepted(self, delivery: Delivery) -> None:
         delivery.started_at = delivery.started_at or time.monotonic()
@@ -387,19 +477,22 @@ class EnginePool(BasePool):
             function, args = self._main_calls.popleft()
             function(*args)
 
-    def _log_outcome(self, delivery: Delivery, future: Future[Result], runtime: float) -> None:
+    def _note_outcome(
+        self, job_id: str, future: Future[Result], log_success: Callable[..., Any], **details: Any
+    ) -> None:
+        """Count how the job ended and log it."""
         error = future.exception()
         if error is not None and not isinstance(error, JobError):
-            return  # the tracer has logged it
+            return  # it has been logged where it was met
         outcome = outcome_state(error if isinstance(error, JobError) else future.result())
         self.finished[outcome] += 1
-        details: dict[str, Any] = {"job_id": delivery.job_id, "state": outcome, "seconds": round(runtime, 3)}
+        details |= {"job_id": job_id, "state": outcome}
         if isinstance(error, JobError):
-            details["code"] = error.code
+            log.info("job.finished", **details, code=error.code)
         else:
             usage = future.result().usage
             details |= {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
-        log.info("job.finished", **details)
+            log_success("job.finished", **details)
 
     # --- read by the monitor ---------------------------------------------------------------------------------------
 
@@ -408,23 +501,31 @@ class EnginePool(BasePool):
         with self._lock:
             return list(self._deliveries.values())
 
+    def open_jobs(self) -> list[str]:
+        """The jobs that have not ended."""
+        with self._lock:
+            return list(self._by_job)
+
+    def revoked_jobs(self) -> list[str]:
+        """Open jobs in groups that were revoked by their own id. Celery has stored REVOKED for them."""
+        if not state.revoked:
+            return []
+        with self._lock:
+            return [job_id for job_id, d in self._by_job.items() if d.grouped and job_id in state.revoked]
+
     def time_out(self, delivery: Delivery) -> None:
         """Celery's time limit of the task has passed: stop its row; Celery stores the failure and acknowledges."""
-        delivery.dropped = True
-        self._engine_service.engine.cancel(delivery.job_id)
+        self._drop(delivery)
         if delivery.on_timeout is not None:
             self._on_main(delivery.on_timeout, False, delivery.time_limit_s)
+
+    def _drop(self, delivery: Delivery) -> None:
+        delivery.dropped = True
+        for job_id in list(delivery.open):
+            self._engine_service.engine.cancel(job_id)
 
     @property
     def _engine_service(self) -> Service:
         if self._service is None:
             raise RuntimeError("the pool has not been started")
         return self._service
-
-
-def _first_argument(delivery: Delivery) -> Any:
-    """The request in a message. Celery has decoded the body already and keeps it in the request's headers."""
-    args, kwargs = (delivery.args[2].get(name) for name in ("args", "kwargs"))
-    if isinstance(args, (list, tuple)) and args:
-        return args[0]
-    return kwargs.get("request") if isinstance(kwargs, dict) else None

@@ -5,22 +5,33 @@ from __future__ import annotations
 import functools
 import threading
 import time
+import traceback
 import uuid
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import redis
+import structlog
+from celery.exceptions import TaskRevokedError
 
-from client.errors import InvalidRequest, JobFailed
-from client.schema import SCHEMA_VERSION, GenerateRequest, Result, parse_request
+from client.errors import InvalidRequest, JobCancelled, JobError, JobFailed
+from client.schema import SCHEMA_VERSION, GenerateRequest, Result, is_job_id, parse_request
 from client.transport import connect, resolve_url
 from config import Settings
+from worker.errors import EngineStopped
 from worker.store import RedisStore, Store
 
 if TYPE_CHECKING:
     from worker.engine import Engine
+
+log = structlog.get_logger("millrace.worker")
+
+#: A job's id and outcome -> its result record, `worker.backend.ResultBackend.record`.
+Encode = Callable[[str, Result | BaseException], str]
+
+T = TypeVar("T")
 
 #: Pause before Redis is asked again after it failed to answer.
 RETRY_S = 0.5
@@ -46,10 +57,60 @@ class Service:
         """
         job_id = job_id or uuid.uuid4().hex
         future = self._ready.pop(job_id, None) or self.submit(job_id, wire)
+        return self._result(job_id, future).model_dump(mode="json")
+
+    def generate_many(self, group: Any, encode: Encode) -> None:
+        """Compute the jobs of a message and store a result for each: what a pool without an engine of its own does.
+
+        Raises:
+            EngineStopped: the engine ended first; the results stored so far stand.
+        """
+        jobs = read_group(group)
+        claims = self.patiently(lambda: self.store.claim(list(jobs)))
+        futures: dict[str, Future[Result]] = {}
+        for (job_id, wire), claim in zip(jobs.items(), claims, strict=True):
+            if not claim.finished:
+                futures[job_id] = failed(cancelled_early()) if claim.cancelled else self.submit(job_id, wire)
+        for job_id, future in futures.items():
+            record = {job_id: self.record(job_id, future, encode)}
+            self.patiently(functools.partial(self.store.finish, record))
+
+    def end_revoked(self, group: Any, encode: Encode) -> None:
+        """Celery let a message of several jobs go unread: end its jobs as it ends a task."""
+        records = {job_id: encode(job_id, TaskRevokedError("revoked")) for job_id in read_group(group)}
+        self.patiently(lambda: self.store.finish(records))
+
+    def record(self, job_id: str, future: Future[Result], encode: Encode) -> str:
+        """Wait for a job's outcome and give its result record; checkpoint tensors are stored before.
+
+        Raises:
+            EngineStopped: there is no outcome; another worker may do the job.
+        """
+        try:
+            return encode(job_id, self._result(job_id, future))
+        except EngineStopped:
+            raise
+        except JobError as error:
+            return encode(job_id, error)
+        except Exception as error:
+            log.error("job.finish_failed", job_id=job_id, error=repr(error), trace=traceback.format_exc())
+            message = f"finishing this job failed: {type(error).__name__}; the worker's log has the details"
+            return encode(job_id, JobFailed("internal_error", message))
+
+    def _result(self, job_id: str, future: Future[Result]) -> Result:
         result = future.result()
         if tensors := self._dumps.get(future):
             self._keep(job_id, tensors)
-        return result.model_dump(mode="json")
+        return result
+
+    def patiently(self, ask: Callable[[], T]) -> T:
+        """Ask the store until Redis answers, whatever it says meanwhile."""
+        while True:
+            try:
+                return ask()
+            except redis.RedisError as error:
+                log.warning("redis.unanswered", error=str(error))
+                time.sleep(RETRY_S)
 
     def submit(self, job_id: str, wire: Any, on_start: Callable[[], None] | None = None) -> Future[Result]:
         """Give a job from a message to the engine; a request that cannot be read is a future that failed."""
@@ -85,6 +146,11 @@ class Service:
         self._ready[job_id] = future
 
 
+def cancelled_early() -> JobCancelled:
+    """How a job ends that was cancelled before it got a slot."""
+    return JobCancelled(message="the job was cancelled before it started")
+
+
 def failed(error: BaseException) -> Future[Result]:
     """A future that raises."""
     future: Future[Result] = Future()
@@ -110,6 +176,25 @@ def read_wire(wire: Any) -> GenerateRequest:
         return parse_request(wire)
     except InvalidRequest as error:
         raise JobFailed("invalid_request", str(error)) from error
+
+
+def read_group(group: Any) -> dict[str, Any]:
+    """The jobs of a message for `client.schema.GROUP_TASK_NAME`, which anybody may have written: request by id.
+
+    A member that names no job cannot fail either: nobody could ask for it. It is logged and left out, as are
+    repetitions of an id. What the requests are worth, `read_wire` says.
+    """
+    jobs: dict[str, Any] = {}
+    members = group if isinstance(group, (list, tuple)) else [group]
+    for member in members:
+        job_id = member.get("id") if isinstance(member, dict) else None
+        if not is_job_id(job_id):
+            log.error("job.refused", reason="a member of the message names no job", kind=type(member).__name__)
+        elif job_id in jobs:
+            log.error("job.refused", reason="the message names this job twice", job_id=job_id)
+        else:
+            jobs[job_id] = member.get("request")
+    return jobs
 
 
 _lock = threading.Lock()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import redis
+from redis.client import Pipeline
 
 from client import keys
 from client.records import parse_outcome
@@ -48,6 +49,13 @@ class Store(Protocol):
         """Note that the results of jobs are stored: their records may go when the results do."""
         ...
 
+    def finish(self, records: Mapping[str, str]) -> None:
+        """Store Celery's result records of jobs, by id, as Celery's backend does, and note that the jobs ended.
+
+        All are stored or none. A job that has ended before stays as it ended.
+        """
+        ...
+
     def dump(self, job_id: str, tensors: Mapping[str, bytes]) -> None:
         """Keep the checkpoint tensors of a job, each as safetensors bytes; an earlier dump of it goes."""
         ...
@@ -79,13 +87,11 @@ class RedisStore:
 
     def claim(self, job_ids: Sequence[str]) -> list[Claim]:
         pipe = self._redis.pipeline(transaction=False)
-        for job_id in job_ids:
-            pipe.get(keys.result(job_id))
-            pipe.exists(keys.cancel(job_id))
-        answers = pipe.execute()
+        pipe.mget([keys.result(job_id) for job_id in job_ids])
+        pipe.mget([keys.cancel(job_id) for job_id in job_ids])
         return [
             Claim(finished=parse_outcome(record) is not None, cancelled=bool(cancel))
-            for record, cancel in zip(answers[::2], answers[1::2], strict=True)
+            for record, cancel in zip(*pipe.execute(), strict=True)
         ]
 
     def started(self, job_ids: Iterable[str], worker: str) -> None:
@@ -105,10 +111,23 @@ class RedisStore:
 
     def ended(self, job_ids: Iterable[str]) -> None:
         pipe = self._redis.pipeline(transaction=False)
+        self._end(pipe, list(job_ids))
+        pipe.execute()
+
+    def finish(self, records: Mapping[str, str]) -> None:
+        earlier = cast("list[str | None]", self._redis.mget([keys.result(job_id) for job_id in records]))
+        pipe = self._redis.pipeline()
+        for (job_id, record), before in zip(records.items(), earlier, strict=True):
+            if parse_outcome(before) is None:
+                pipe.set(keys.result(job_id), record, ex=self._ttl_s)
+                pipe.publish(keys.result(job_id), record)  # who waits in `AsyncResult.get` hears of it so
+        self._end(pipe, list(records))
+        pipe.execute()
+
+    def _end(self, pipe: Pipeline, job_ids: list[str]) -> None:
         for job_id in job_ids:
             pipe.expire(keys.job(job_id), self._ttl_s)
-            pipe.delete(keys.cancel(job_id))
-        pipe.execute()
+        pipe.delete(*[keys.cancel(job_id) for job_id in job_ids])
 
     def dump(self, job_id: str, tensors: Mapping[str, bytes]) -> None:
         pipe = self._redis.pipeline()
@@ -148,7 +167,7 @@ class RedisStore:
 class MemoryStore:
     """The same in memory. Tests set `results` and `cancels` as a client and Celery's backend would."""
 
-    results: set[str] = field(default_factory=set)
+    results: dict[str, str] = field(default_factory=dict)
     cancels: set[str] = field(default_factory=set)
     states: dict[str, str] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
@@ -169,6 +188,11 @@ class MemoryStore:
 
     def ended(self, job_ids: Iterable[str]) -> None:
         self.cancels.difference_update(job_ids)
+
+    def finish(self, records: Mapping[str, str]) -> None:
+        for job_id, record in records.items():
+            self.results.setdefault(job_id, record)
+        self.ended(records)
 
     def dump(self, job_id: str, tensors: Mapping[str, bytes]) -> None:
         self.dumps[job_id] = dict(tensors)

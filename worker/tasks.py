@@ -1,21 +1,21 @@
-"""The one task. Its body does not know which pool runs it."""
+"""The tasks: one job a message, or several. Their bodies do not know which pool runs them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from celery import Celery, Task
+from celery import Celery, Task, signals
 from celery.exceptions import Reject
 
 from client.errors import JobError
-from client.schema import TASK_NAME
+from client.schema import GROUP_TASK_NAME, TASK_NAME
 from config import Settings
 from worker.errors import EngineStopped
 from worker.service import service_for
 
 
 def add_tasks(app: Celery, settings: Settings) -> None:
-    """Register `millrace.generate` with the app."""
+    """Register `millrace.generate` and `millrace.generate_many` with the app."""
 
     # `shared=False`: another app in this process must not get a task that is bound to this one's settings.
     # `throws`: a failed job is an outcome, not an accident of the worker; Celery logs it without a traceback.
@@ -25,3 +25,23 @@ def add_tasks(app: Celery, settings: Settings) -> None:
             return service_for(settings).generate(self.request.id, request)
         except EngineStopped as stopped:
             raise Reject(str(stopped), requeue=True) from stopped
+
+    # The results are those of its jobs, under their ids; the message itself has none.
+    @app.task(name=GROUP_TASK_NAME, shared=False, ignore_result=True)  # type: ignore[untyped-decorator]
+    def generate_many(jobs: list[dict[str, Any]]) -> None:
+        try:
+            service_for(settings).generate_many(jobs, app.backend.record)
+        except EngineStopped as stopped:
+            raise Reject(str(stopped), requeue=True) from stopped
+
+    def end_jobs(request: Any, **_: Any) -> None:
+        service_for(settings).end_revoked(argument(GROUP_TASK_NAME, request.args, request.kwargs), app.backend.record)
+
+    signals.task_revoked.connect(end_jobs, sender=generate_many, weak=False)
+
+
+def argument(task: str, args: Any, kwargs: Any) -> Any:
+    """What a message gives to a task of ours, or None; anybody may have written it."""
+    if isinstance(args, (list, tuple)) and args:
+        return args[0]
+    return kwargs.get("jobs" if task == GROUP_TASK_NAME else "request") if isinstance(kwargs, dict) else None

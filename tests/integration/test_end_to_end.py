@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 import uuid
+from typing import Any
 
 import pytest
 import redis
@@ -163,6 +164,73 @@ def test_celerys_own_revoke_stops_one_row(settings: Settings, client: Client) ->
     app.close()
 
 
+def test_jobs_of_one_message_are_cancelled_revoked_and_fail_alone(settings: Settings, client: Client) -> None:
+    from worker.celery import make_app
+
+    app = make_app(settings)
+    requests: list[dict[str, Any]] = [{"prompt": "Hello."} for _ in range(5)]
+    requests[3] = {"prompt": [60000]}
+    requests[4] = {"prompt": "Hello.", "max_tokens": 200}
+    cancelled, revoked, expired, bad, good = client.submit_many(
+        [{**LONG, **request, "timeout_s": 0.3 if i == 2 else None} for i, request in enumerate(requests)]
+    )
+    wait_until(lambda: cancelled.status() == revoked.status() == "running")
+    assert cancelled.cancel()
+    app.control.revoke(revoked.id)
+    with pytest.raises(JobCancelled) as caught:
+        cancelled.result(30)
+    assert caught.value.partial
+    with pytest.raises(JobCancelled, match="revoked through Celery"):
+        revoked.result(30)
+    with pytest.raises(JobFailed, match="60000"):
+        bad.result(30)
+    assert good.result(30).usage.completion_tokens == 200
+    with pytest.raises(JobExpired):
+        expired.result(30)
+    assert AsyncResult(good.id, app=app).get(timeout=5)["usage"]["completion_tokens"] == 200
+    assert [AsyncResult(job.id, app=app).state for job in (revoked, bad)] == ["REVOKED", "FAILURE"]
+    with pytest.raises(JobFailed, match="60000"):
+        AsyncResult(bad.id, app=app).get(timeout=5)
+    app.close()
+
+
+def test_revoking_a_message_ends_all_its_jobs(settings: Settings, client: Client) -> None:
+    from worker.celery import make_app
+
+    app = make_app(settings)
+    jobs = client.submit_many(["Hello."] * 3, **LONG)
+    wait_until(lambda: all(job.status() == "running" for job in jobs))
+    (active,) = app.control.inspect(timeout=5, limit=1).active().values()
+    (message,) = [task["id"] for task in active if task["name"] == "millrace.generate_many"]
+    app.control.revoke(message, terminate=True)
+    for job in jobs:
+        with pytest.raises(JobCancelled, match="revoked through Celery"):
+            job.result(30)
+    waits = uuid.uuid4().hex
+    app.control.revoke(waits)
+    late = [{"id": f"{waits}:{i}", "request": {"prompt": "Hello."}} for i in range(2)]
+    app.send_task("millrace.generate_many", args=[late], task_id=waits)
+    for entry in late:
+        wait_until(lambda name=entry["id"]: client._redis.exists(keys.result(name)))
+        with pytest.raises(JobCancelled):
+            client.job(str(entry["id"])).result(1)
+    app.close()
+
+
+def test_an_async_result_hears_of_the_end_of_a_job_in_a_group(settings: Settings, client: Client) -> None:
+    from worker.celery import make_app
+
+    app = make_app(settings)
+    names = [uuid.uuid4().hex for _ in range(2)]
+    waiting = [AsyncResult(name, app=app) for name in names]
+    app.backend.result_consumer.start(names[0])
+    client.submit_many([{"prompt": "Hello.", "id": name, "max_tokens": 3, "ignore_eos": True} for name in names])
+    assert [result.get(timeout=30)["usage"]["completion_tokens"] for result in waiting] == [3, 3]
+    app.backend.result_consumer.stop()
+    app.backend.client.close()
+    app.close()
+
+
 def test_a_job_past_its_timeout_is_expired(client: Client) -> None:
     job = client.submit("Hello.", timeout_s=0.3, **LONG)
     with pytest.raises(JobExpired):
@@ -312,6 +380,9 @@ def test_a_job_keeps_its_checkpoints_when_asked_and_not_otherwise(client: Client
     }
     assert int(tensors["next_token"]) == tokens[0]
     assert 0 < connection.ttl(keys.checkpoint(asked.id)) <= 3600  # type: ignore[operator]
+    among = client.submit_many([{"prompt": "Hello.", "checkpoints": [10]}, "Hello."], max_tokens=3, temperature=0)
+    among[0].result(30)
+    assert int(among[0].checkpoints()["next_token"]) == tokens[0]
     plain = client.submit("Hello.", max_tokens=3)
     plain.result(30)
     with pytest.raises(NoCheckpoints, match="checkpoints='all'"):

@@ -72,10 +72,70 @@ def test_a_strange_message_harms_nobody(client: Client, worker: WorkerProcess, c
     wait_until(lambda: connect(client.url).hlen(keys.unacked()) == 0)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"args": [5]},
+        {"args": []},
+        {"args": [[]]},
+        {"args": [[1, None, {}, {"id": 7}, {"id": "x" * 500, "request": {"prompt": "x"}}]]},
+        {"args": [[["id", "request"]] * 100], "kwargs": {"jobs": 3}},
+        {"kwargs": {"jobs": [{"id": "by-name"}]}},
+        {"args": [[{"id": "hostile", "request": {"prompt": "x"}}]], "task_id": 7},
+    ],
+    ids=["number", "nothing", "empty", "members", "lists", "keyword", "id"],
+)
+def test_a_strange_group_harms_nobody(client: Client, worker: WorkerProcess, call: dict[str, object]) -> None:
+    client._app.send_task("millrace.generate_many", **call)
+    assert client.submit("Hello.", max_tokens=2).result(20)
+    assert worker.alive
+    wait_until(lambda: connect(client.url).hlen(keys.unacked()) == 0)
+
+
+def test_of_a_strange_group_each_job_that_has_a_name_gets_its_own_end(client: Client) -> None:
+    good = {"prompt": "Hello.", "max_tokens": 2, "ignore_eos": True}
+    members = [
+        {"id": "group:good", "request": good},
+        {"id": "group:good", "request": {"prompt": "again"}},
+        {"id": "group:none"},
+        {"id": "group:list", "request": [1]},
+        {"id": "group:version", "request": {"prompt": "x", "schema_version": 9}},
+        {"id": "not a name", "request": good},
+    ]
+    client._app.send_task("millrace.generate_many", args=[members])
+    wait_until(lambda: client._redis.exists(keys.result("group:good")))
+    assert client.job("group:good").result(5).usage.completion_tokens == 2
+    codes = {"none": "invalid_request", "list": "invalid_request", "version": "unsupported_version"}
+    for name, code in codes.items():
+        with pytest.raises(JobFailed) as caught:
+            client.job(f"group:{name}").result(5)
+        assert caught.value.code == code
+    wait_until(lambda: connect(client.url).hlen(keys.unacked()) == 0)
+
+
+def test_copies_of_a_group_and_of_its_jobs_are_one_result_each(
+    client: Client, app: Celery, worker: WorkerProcess
+) -> None:
+    """A client that dies between sending and noting it sends again, in other company."""
+    request = {"prompt": "Hello.", "max_tokens": 150, "temperature": 0, "ignore_eos": True}
+    names = [f"copies:{i}" for i in range(4)]
+    jobs = client.submit_many([{**request, "id": name} for name in names])
+    for part in (names, names[:2], names[2:]):
+        app.send_task("millrace.generate_many", args=[[{"id": name, "request": request} for name in part]])
+    app.send_task("millrace.generate", args=[request], task_id=names[0])
+    assert {job.result(60).usage.completion_tokens for job in jobs} == {150}
+    wait_until(lambda: connect(client.url).hlen(keys.unacked()) == 0)
+    active, reserved = (
+        ask() for ask in (app.control.inspect(timeout=2).active, app.control.inspect(timeout=2).reserved)
+    )
+    assert [*active.values(), *reserved.values()] == [[], []]
+
+
 def test_a_redis_that_is_full_for_a_while_costs_no_job(client: Client, server: EmbeddedRedis) -> None:
     """Results cannot be stored meanwhile; they are when there is room again, and the worker goes on."""
     connection = connect(server.url)
     jobs = client.submit_many(["Hello."] * 3, max_tokens=300, ignore_eos=True, temperature=0)
+    jobs.append(client.submit("Hello.", max_tokens=300, ignore_eos=True, temperature=0))
     wait_until(lambda: any(job.status() == "running" for job in jobs))
     connection.config_set("maxmemory", "1")
     time.sleep(3)
@@ -85,12 +145,17 @@ def test_a_redis_that_is_full_for_a_while_costs_no_job(client: Client, server: E
 
 
 def test_inspect_shows_no_prompt(client: Client, app: Celery) -> None:
-    job = client.submit("Peculiar zebra 7312", max_tokens=600, ignore_eos=True, temperature=0)
-    wait_until(lambda: job.status() == "running")
+    job, *pair = (
+        client.submit("Peculiar zebra 7312", max_tokens=600, ignore_eos=True, temperature=0),
+        *client.submit_many(["Peculiar zebra 7312"] * 2, max_tokens=600, ignore_eos=True, temperature=0),
+    )
+    wait_until(lambda: all(one.status() == "running" for one in (job, pair[0])))
     shown = json.dumps(app.control.inspect(timeout=3).active() or {})
     assert job.id in shown
+    assert "millrace.generate_many" in shown
     assert "zebra" not in shown
-    job.cancel()
+    for one in (job, *pair):
+        one.cancel()
 
 
 def test_five_messages_of_one_job_are_one_result(client: Client, app: Celery) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 import redis
 
 from client import Client, InvalidRequest, NoWorker, QueueFull, RedisRefused, RedisUnreachable, UnknownJob, keys
+from client.client import GROUP_JOBS
+from client.status import QueueStatus
 from client.transport import celery_url, connect, resolve_url
 from config import load_settings
 from config.settings import DEFAULT_REDIS_URL
@@ -32,6 +35,12 @@ def client(redis_url: str, request: pytest.FixtureRequest) -> Iterator[Client]:
 def queued(client: Client, connection: redis.Redis) -> list[dict[str, object]]:
     names = keys.queue_lists(client.model_name)
     return [json.loads(message) for name in names for message in connection.lrange(name, 0, -1)]
+
+
+def jobs_in(message: dict[str, object]) -> list[dict[str, object]]:
+    """The first argument of a message, as a worker gets it."""
+    (argument,), _, _ = json.loads(base64.b64decode(message["body"]))  # type: ignore[arg-type]
+    return argument  # type: ignore[no-any-return]
 
 
 def test_a_job_is_one_message_under_its_own_id(client: Client, connection: redis.Redis) -> None:
@@ -98,7 +107,54 @@ def test_submit_many_refuses_what_is_no_list_of_prompts(client: Client, requests
 
 def test_common_parameters_hold_where_a_request_has_none_of_its_own(client: Client, connection: redis.Redis) -> None:
     client.submit_many(["a", {"prompt": "b", "max_tokens": 9}], max_tokens=4)
-    assert len(queued(client, connection)) == 2
+    (message,) = queued(client, connection)
+    assert [job["request"]["max_tokens"] for job in jobs_in(message)] == [4, 9]  # type: ignore[index]
+
+
+def test_jobs_submitted_together_share_messages_in_order(client: Client, connection: redis.Redis) -> None:
+    jobs = client.submit_many([f"Hello {i}." for i in range(2 * GROUP_JOBS + 1)])
+    *groups, alone = reversed(queued(client, connection))
+    assert [len(jobs_in(group)) for group in groups] == [GROUP_JOBS] * 2
+    assert [job["id"] for group in groups for job in jobs_in(group)] == [job.id for job in jobs[:-1]]
+    assert alone["headers"]["id"] == jobs[-1].id  # type: ignore[index]
+    assert "Hello" not in json.dumps([group["headers"] for group in groups])
+    assert {job.status() for job in jobs} == {"queued"}
+
+
+def test_a_message_holds_one_priority_and_one_model(client: Client, connection: redis.Redis) -> None:
+    client.submit_many([{"prompt": "x", "priority": ("bulk", "normal")[i % 2]} for i in range(8)])
+    client.submit_many([{"prompt": "x", "model": ("unit-one", "unit-two")[i % 2]} for i in range(8)])
+    assert [len(jobs_in(message)) for message in queued(client, connection)] == [4, 4]
+    for model in ("unit-one", "unit-two"):
+        assert sum(connection.llen(name) for name in keys.queue_lists(model)) == 1  # type: ignore[misc]
+
+
+def test_long_prompts_do_not_pile_up_in_one_message(client: Client, connection: redis.Redis) -> None:
+    client.submit_many(["x" * 30_000] * 4)
+    assert [len(jobs_in(message)) for message in queued(client, connection)] == [2, 2]
+
+
+def counted(client: Client) -> QueueStatus:
+    """The client's queue; there may be others, of workers that other tests run."""
+    (own,) = [queue for queue in client.status().queues if queue.model == client.model_name]
+    return own
+
+
+def test_status_and_the_limit_count_jobs_not_messages(redis_url: str) -> None:
+    settings = load_settings(redis_url=redis_url, max_queue=30)
+    with Client(settings=settings, model="unit-count") as client:
+        client.submit_many(["a"] * 20)
+        client.submit("b", priority="bulk")
+        counts = counted(client)
+        assert (counts.normal, counts.bulk, counts.total) == (20, 1, 21)
+        with pytest.raises(QueueFull, match="holds 21 jobs and takes at most 30"):
+            client.submit_many(["c"] * 10)
+        client.submit_many(["c"] * 9)
+
+
+def test_a_deep_queue_is_counted_from_a_sample(client: Client) -> None:
+    client.submit_many(["a"] * (GROUP_JOBS * 50))
+    assert counted(client).normal == GROUP_JOBS * 50
 
 
 def test_a_full_queue_refuses_with_its_depth(redis_url: str) -> None:
@@ -155,9 +211,11 @@ def test_a_full_redis_refuses_in_our_words() -> None:
 def test_an_id_whose_message_was_never_sent_is_sent_again(client: Client, connection: redis.Redis) -> None:
     """A client that dies between writing the record and sending the message must be able to try again."""
     draft = client._prepare({"prompt": "Hello.", "id": f"{client.model_name}:2"})
-    assert client._record(draft)
-    client.submit("Hello.", id=f"{client.model_name}:2")
+    assert client._record([draft])
+    client.submit_many([{"prompt": "Hello.", "id": f"{client.model_name}:2"}] * 2)
     assert len(queued(client, connection)) == 1
+    client.submit_many(["Hello.", {"prompt": "Hello.", "id": f"{client.model_name}:2"}])
+    assert len(queued(client, connection)) == 2, "only the job that is new is published"
 
 
 def test_no_worker_and_unknown_job_differ(client: Client) -> None:
@@ -184,16 +242,16 @@ def test_jobs_queued_before_redis_went_away_are_in_the_error() -> None:
     with EmbeddedRedis.ephemeral() as server, Client(redis_url=server.url) as client:
         publish, sent = client._publish, []
 
-        def publish_two(draft: object, producer: object) -> None:
+        def publish_two(group: list[object], producer: object) -> None:
             if len(sent) == 2:
                 server.stop()
-            sent.append(draft)
-            publish(draft, producer)  # type: ignore[arg-type]
+            sent.append(group)
+            publish(group, producer)  # type: ignore[arg-type]
 
         client._publish = publish_two  # type: ignore[method-assign]
-        with pytest.raises(RedisUnreachable, match="2 jobs were queued before") as caught:
-            client.submit_many(["a", "b", "c", "d"])
-        assert len(caught.value.accepted) == 2
+        with pytest.raises(RedisUnreachable, match=f"{2 * GROUP_JOBS} jobs were queued before") as caught:
+            client.submit_many(["a"] * 4 * GROUP_JOBS)
+        assert [job.id for job in caught.value.accepted] == [draft.id for group in sent[:2] for draft in group]
 
 
 def test_urls_for_redis_py_and_kombu_mean_the_same_place() -> None:

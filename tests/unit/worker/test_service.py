@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
+import time
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import redis
+from celery.exceptions import TaskRevokedError
 
 from client.errors import JobFailed
 from client.schema import Result, Timings, Usage, parse_request
-from worker.service import Service, read_wire
+from config import load_settings
+from worker.celery import make_app
+from worker.errors import EngineStopped
+from worker.service import Service, failed, read_group, read_wire
 from worker.store import MemoryStore
+from worker.writer import Writer
 
 
 def service(store: MemoryStore, limit: int = 10) -> Service:
@@ -82,6 +89,123 @@ def test_a_good_request_is_read() -> None:
     assert read_wire({"prompt": "x", "schema_version": 1}) == parse_request({"prompt": "x"})
 
 
+@pytest.mark.parametrize(
+    ("group", "jobs"),
+    [
+        (None, {}),
+        ({"id": "a"}, {"a": None}),
+        ("text", {}),
+        ([], {}),
+        ([1, None, "x", ["id", "a"]], {}),
+        ([{"request": {}}, {"id": 7}, {"id": ""}, {"id": "with space"}, {"id": "x" * 129}, {"id": {"a": 1}}], {}),
+        ([{"id": "a", "request": 1}, {"id": "a", "request": 2}, {"id": "b", "colour": "red"}], {"a": 1, "b": None}),
+    ],
+)
+def test_of_a_group_every_job_with_a_name_is_read_once(group: Any, jobs: dict[str, Any]) -> None:
+    assert read_group(group) == jobs
+
+
+def result(job_id: str) -> Result:
+    usage = Usage(prompt_tokens=1, completion_tokens=0, total_tokens=1)
+    timings = Timings(waiting_s=0, prefill_s=0, decode_s=0)
+    return Result(id=job_id, model="m", choices=[], seed=0, usage=usage, timings=timings)
+
+
+class Scripted:
+    """An engine that ends each job as its prompt says."""
+
+    def submit(self, request: Any, *, job_id: str, **_: Any) -> Future[Result]:
+        if request.prompt == "stop":
+            return failed(EngineStopped("now"))
+        if request.prompt == "fail":
+            return failed(JobFailed("nan_logits", "no numbers"))
+        future: Future[Result] = Future()
+        future.set_result(result(job_id))
+        return future
+
+
+def told(job_id: str, outcome: Any) -> str:
+    return f"{job_id} {type(outcome).__name__}"
+
+
+def test_a_group_without_the_pool_stores_each_job_and_leaves_those_that_ended_alone() -> None:
+    store = MemoryStore(results={"before": "as it ended"}, cancels={"cancelled"})
+    running = Service(Scripted(), store, checkpoint_max_bytes=10)  # type: ignore[arg-type]
+    jobs = {"good": "x", "bad": "fail", "before": "x", "cancelled": "x"}
+    group: list[Any] = [{"id": name, "request": {"prompt": prompt}} for name, prompt in jobs.items()]
+    running.generate_many([*group, {"id": "unread", "request": [1]}, 5], told)
+    assert store.results == {
+        "good": "good Result",
+        "bad": "bad JobFailed",
+        "before": "as it ended",
+        "cancelled": "cancelled JobCancelled",
+        "unread": "unread JobFailed",
+    }
+
+
+def test_a_group_whose_engine_stops_keeps_the_results_it_has() -> None:
+    store = MemoryStore()
+    running = Service(Scripted(), store, checkpoint_max_bytes=10)  # type: ignore[arg-type]
+    with pytest.raises(EngineStopped):
+        running.generate_many([{"id": n, "request": {"prompt": n}} for n in ("x", "stop", "y")], told)
+    assert store.results == {"x": "x Result"}
+
+
+@pytest.mark.parametrize(
+    "outcome", [result("a"), JobFailed("nan_logits", "no numbers", ["half"]), TaskRevokedError("r")]
+)
+def test_records_are_those_that_celerys_backend_stores(outcome: Any) -> None:
+    """Against `mark_as_done`, `mark_as_failure` and `mark_as_revoked` of Celery itself."""
+    app = make_app(load_settings(redis_url="redis://localhost:1/0"))
+    kept: list[str] = []
+    app.backend._get_task_meta_for = lambda _: {"status": "PENDING"}
+    app.backend._set_with_state = lambda key, value, state: kept.append(value)
+    if isinstance(outcome, Result):
+        app.backend.mark_as_done("a", outcome.model_dump(mode="json"))
+    elif isinstance(outcome, JobFailed):
+        app.backend.mark_as_failure("a", outcome)
+    else:
+        app.backend.mark_as_revoked("a", "r")
+    expected, ours = json.loads(kept[0]), json.loads(app.backend.record("a", outcome))
+    assert expected.pop("date_done")[:16] == ours.pop("date_done")[:16]
+    assert ours == expected
+    app.close()
+
+
+def test_the_writer_stores_in_batches_through_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Away(MemoryStore):
+        """A Redis that is gone at first; while it is, more jobs end."""
+
+        calls: ClassVar[list[list[str]]] = []
+
+        def finish(self, records: Any) -> None:
+            self.calls.append(list(records))
+            if len(self.calls) == 1:
+                for name in "bcd":
+                    writer.put(name, done(name))
+                raise redis.ConnectionError("away")
+            super().finish(records)
+
+    def done(job_id: str) -> Future[Result]:
+        future: Future[Result] = Future()
+        future.set_result(result(job_id))
+        return future
+
+    monkeypatch.setattr("worker.service.RETRY_S", 0.0)
+    store, stored = Away(), []
+    writer = Writer(service(store), told, lambda ended: stored.extend(name for name, _ in ended), pytest.fail)  # type: ignore[arg-type]
+    writer.start()
+    writer.put("a", done("a"))
+    deadline = time.monotonic() + 10
+    while len(stored) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    writer.put("e", done("e"))
+    writer.stop()
+    assert Away.calls == [["a"], ["a"], ["b", "c", "d"], ["e"]]
+    assert stored == ["a", "b", "c", "d", "e"]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_tensors_of_a_job_are_kept_if_it_succeeds_and_gone_from_memory_in_any_case(fails: bool) -> None:
     class Computed:
@@ -93,9 +217,7 @@ def test_the_tensors_of_a_job_are_kept_if_it_succeeds_and_gone_from_memory_in_an
             if fails:
                 future.set_exception(JobFailed("nan_logits", "no numbers"))
             else:
-                parts: dict[str, Any] = {"id": "a", "model": "m", "choices": [], "seed": 0}
-                usage = Usage(prompt_tokens=1, completion_tokens=0, total_tokens=1)
-                future.set_result(Result(**parts, usage=usage, timings=Timings(waiting_s=0, prefill_s=0, decode_s=0)))
+                future.set_result(result("a"))
             return future
 
     store = MemoryStore()

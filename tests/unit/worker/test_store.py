@@ -23,12 +23,20 @@ class Case:
     finish: Callable[[str], object]
     deliver: Callable[[str], object]
     lease: Callable[[str], float | None]
+    stored: Callable[[str], object]
 
 
 def memory_case() -> Case:
     store = MemoryStore()
     deliver = lambda tag: store.leases.update({tag: 0.0})  # noqa: E731
-    return Case(store, store.cancels.add, store.results.add, deliver, store.leases.get)
+    return Case(
+        store,
+        store.cancels.add,
+        lambda job: store.results.update({job: ""}),
+        deliver,
+        store.leases.get,
+        store.results.get,
+    )
 
 
 def redis_case(connection: redis.Redis) -> Case:
@@ -40,6 +48,7 @@ def redis_case(connection: redis.Redis) -> Case:
         lambda job: connection.set(keys.result(job), finished),
         lambda tag: connection.zadd(keys.unacked_index(), {tag: 0.0}),
         lambda tag: connection.zscore(keys.unacked_index(), tag),  # type: ignore[arg-type, return-value]
+        lambda job: connection.get(keys.result(job)),
     )
 
 
@@ -70,6 +79,15 @@ def test_cancelled_names_those_to_be_cancelled_until_they_have_ended(case: Case)
     assert case.store.cancelled(["a", "b"]) == {"b"}
     case.store.ended(["b"])
     assert case.store.cancelled(["a", "b"]) == set()
+
+
+def test_a_stored_end_is_found_and_a_second_one_changes_nothing(case: Case) -> None:
+    case.cancel("b")
+    case.store.finish({"a": '{"status": "REVOKED", "result": null}', "b": '{"status": "REVOKED", "result": null}'})
+    assert [claim.finished for claim in case.store.claim(["a", "b", "c"])] == [True, True, False]
+    assert case.store.cancelled(["b"]) == set()
+    case.store.finish({"a": '{"status": "FAILURE", "result": null}'})
+    assert case.stored("a") == '{"status": "REVOKED", "result": null}'
 
 
 def test_only_leases_that_exist_are_renewed(case: Case) -> None:
@@ -103,6 +121,13 @@ def test_the_redis_records_have_their_fields_and_lifetimes(redis_url: str) -> No
     assert connection.ttl(keys.job("a")) > 86_400
     store.ended(["a"])
     assert 0 < connection.ttl(keys.job("a")) <= 60  # type: ignore[operator]
+    heard = connection.pubsub(ignore_subscribe_messages=True)
+    heard.subscribe(keys.result("b"))
+    heard.get_message(timeout=1)
+    store.finish({"b": "{}"})
+    assert 0 < connection.ttl(keys.result("b")) <= 60  # type: ignore[operator]
+    assert (heard.get_message(timeout=1) or {})["data"] == "{}"
+    heard.close()
     store.announce("w", {"slots": 4})
     assert 0 < connection.ttl(keys.worker("w")) <= 15  # type: ignore[operator]
     store.withdraw("w")
