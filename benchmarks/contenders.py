@@ -1,73 +1,140 @@
-"""Who is measured: our engine, and transformers' own batched `generate`, on the same weights, prompts and threads."""
+"""Who is measured, and what each must do: our engine and its peers, on the same weights, prompts and threads."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module, util
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from benchmarks.workloads import Item
-from client.schema import parse_request
-from config import Settings
-from worker.engine import Engine
+
+#: The new tokens of each prompt, in the order of the prompts.
+Tokens = list[list[int]]
 
 
 class Contender(Protocol):
-    """Computes a workload greedily, exactly as many tokens as asked for. Returns the seconds it took."""
+    """Computes a workload greedily, exactly as many tokens as asked for."""
 
-    name: str
+    def plans(self, items: Sequence[Item]) -> list[str]:
+        """The ways it could run this workload; all are tried once, and the fastest is measured."""
 
-    def run(self, items: Sequence[Item]) -> float: ...
+    def prepare(self, items: Sequence[Item], plan: str) -> Callable[[], Tokens]:
+        """Whatever a server would do once before it takes prompts; the function returned is what is timed."""
 
 
 class Millrace:
     """The engine, driven step by step in this thread: no Celery, no Redis."""
 
-    name = "millrace"
+    def __init__(self, folder: Path, precision: str, threads: int, scratch: Path) -> None:  # noqa: ARG002
+        import structlog
 
-    def __init__(self, folder: Path, dtype: str) -> None:
-        self.engine = Engine.from_settings(Settings(model=str(folder), dtype=dtype, device="cpu"))  # type: ignore[arg-type]
+        from config import Settings
+        from worker.engine import Engine
 
-    def run(self, items: Sequence[Item]) -> float:
-        requests = [
-            parse_request({"prompt": i.prompt, "max_tokens": i.new_tokens, "temperature": 0, "ignore_eos": True})
-            for i in items
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+        settings = Settings(model=str(folder), dtype=precision, device="cpu", threads=threads)  # type: ignore[arg-type]
+        self.engine = Engine.from_settings(settings)
+
+    def plans(self, items: Sequence[Item]) -> list[str]:  # noqa: ARG002
+        return ["default settings"]
+
+    def prepare(self, items: Sequence[Item], plan: str) -> Callable[[], Tokens]:  # noqa: ARG002
+        return lambda: self._run(items)
+
+    def _run(self, items: Sequence[Item]) -> Tokens:
+        from client.schema import parse_request
+
+        wanted = [
+            {"prompt": item.prompt, "max_tokens": item.new_tokens, "temperature": 0, "ignore_eos": True}
+            for item in items
         ]
-        began = time.perf_counter()
-        futures = [self.engine.submit(request) for request in requests]
+        futures = [self.engine.submit(parse_request(request)) for request in wanted]
         while self.engine.step():
             pass
-        took = time.perf_counter() - began
-        assert [len(future.result().choices[0].token_ids) for future in futures] == [i.new_tokens for i in items]
-        return took
+        return [list(future.result().choices[0].token_ids) for future in futures]
 
 
-class Transformers:
-    """`generate` on batches of prompts sorted by length and padded on the left; rows run to the longest of a batch."""
+@dataclass(frozen=True)
+class Entry:
+    """A contender in one precision, by the names it has in tables and on the command line."""
 
-    def __init__(self, folder: Path, dtype: str, batch_size: int) -> None:
-        from transformers import GPT2LMHeadModel
+    peer: str
+    precision: str
 
-        self.name = f"transformers, batches of {batch_size}"
-        self.batch_size = batch_size
-        self.model = GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    @property
+    def name(self) -> str:
+        return f"{self.peer} {self.precision}"
 
-    def run(self, items: Sequence[Item]) -> float:
+
+#: Name -> class, modules that must be installed, precisions it has.
+_KINDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "millrace": ("benchmarks.contenders:Millrace", (), ("float32", "bfloat16")),
+    "transformers": ("benchmarks.peers.transformers:Padded", ("transformers",), ("float32", "bfloat16")),
+    "transformers-continuous": (
+        "benchmarks.peers.transformers:Continuous",
+        ("transformers",),
+        ("float32", "bfloat16"),
+    ),
+    "ctranslate2": (
+        "benchmarks.peers.ctranslate2:CTranslate2",
+        ("ctranslate2", "transformers"),
+        ("float32", "bfloat16", "int8"),
+    ),
+    "llama.cpp": ("benchmarks.peers.llama:LlamaCpp", ("llama_cpp", "gguf"), ("float32", "bfloat16", "int8")),
+}
+
+OURS = "millrace"
+PEERS = [name for name in _KINDS if name != OURS]
+
+
+def entries(dtype: str, peers: Sequence[str]) -> list[Entry]:
+    """Ours in `dtype`, then the peers in the precisions that count against it: int8 counts where bfloat16 does."""
+    allowed = {dtype, "int8"} if dtype == "bfloat16" else {dtype}
+    chosen = [OURS, *(name for name in PEERS if name in peers)]
+    return [Entry(name, precision) for name in chosen for precision in _KINDS[name][2] if precision in allowed]
+
+
+def missing(peer: str) -> list[str]:
+    """The modules that a peer needs and that are not installed."""
+    return [module for module in _KINDS[peer][1] if util.find_spec(module) is None]
+
+
+class Seat:
+    """What runs in a contender's own process: builds it, times it, counts what it gives."""
+
+    def __init__(self, entry: Entry, threads: int, scratch: Path) -> None:
+        self.entry, self.threads, self.scratch = entry, threads, scratch
+        self.contender: Contender | None = None
+
+    def load(self, folder: Path) -> None:
+        """Build the contender on this model. Raises whatever the peer raises for a model or precision it cannot do."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        self.contender = None  # let go of the model before, if there was one
+        module, _, name = _KINDS[self.entry.peer][0].partition(":")
+        build = getattr(import_module(module), name)
+        self.contender = build(folder, self.entry.precision, self.threads, self.scratch)
+
+    def plans(self, items: Sequence[Item]) -> list[str]:
+        assert self.contender
+        return self.contender.plans(items)
+
+    def run(self, items: Sequence[Item], plan: str) -> tuple[float, Tokens]:
+        """Seconds from the prompts in hand to every token in hand, and the tokens.
+
+        Raises:
+            RuntimeError: a prompt got more or fewer tokens than asked for.
+        """
+        assert self.contender
+        compute = self.contender.prepare(items, plan)
         began = time.perf_counter()
-        ordered = sorted(items, key=lambda item: (len(item.prompt), item.new_tokens))
-        for start in range(0, len(ordered), self.batch_size):
-            self._batch(ordered[start : start + self.batch_size])
-        return time.perf_counter() - began
-
-    def _batch(self, items: Sequence[Item]) -> None:
-        width, count = max(len(item.prompt) for item in items), max(item.new_tokens for item in items)
-        ids = torch.zeros(len(items), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, item in enumerate(items):
-            ids[row, width - len(item.prompt) :] = torch.tensor(item.prompt)
-            mask[row, width - len(item.prompt) :] = 1
-        options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        self.model.generate(ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, **options)
+        tokens = compute()
+        took = time.perf_counter() - began
+        if [len(row) for row in tokens] != [item.new_tokens for item in items]:
+            raise RuntimeError(f"{self.entry.name} gave other numbers of tokens than it was asked for")
+        return took, tokens

@@ -8,75 +8,289 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
+import random
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from benchmarks.contenders import Contender, Millrace, Transformers
+from benchmarks.conditions import conditions
+from benchmarks.contenders import OURS, PEERS, Entry, Seat, Tokens, entries, missing
+from benchmarks.limits import BYTES, Machine, Rates, Shape, bytes_read, limit_s, operations
+from benchmarks.models import SHAPES, VOCABULARY, demo_model, random_model
+from benchmarks.processes import Failed, Remote, TooSlow
 from benchmarks.workloads import WORKLOADS, Item
 
-SHAPES = {"124M": (12, 12, 768), "355M": (24, 16, 1024)}
+#: A float32 contender that agrees with ours on fewer tokens than this share computes something else.
+LEAST_AGREEMENT = 0.95
 
 
-def random_model(shape: str, folder: Path) -> Path:
-    """A model of a released shape with random weights, written once by transformers."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+@dataclass
+class Standing:
+    """How one contender did on one workload. Rates in new tokens per second."""
 
-    if not (folder / "config.json").exists():
-        layers, heads, width = SHAPES[shape]
-        torch.manual_seed(0)
-        config = GPT2Config(n_layer=layers, n_head=heads, n_embd=width)
-        GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
+    plan: str = ""
+    rounds: list[float] = field(default_factory=list)
+    tried: dict[str, float | str] = field(default_factory=dict)
+    out: str = ""
+
+    @property
+    def best(self) -> float:
+        return max(self.rounds, default=0.0)
 
 
-def measure(contenders: Sequence[Contender], items: Sequence[Item], rounds: int) -> dict[str, float]:
-    """Best tokens per second of each, runs alternating."""
-    best: dict[str, float] = {}
-    for _ in range(rounds):
-        for contender in contenders:
-            rate = sum(item.new_tokens for item in items) / contender.run(items)
-            best[contender.name] = max(rate, best.get(contender.name, 0))
-    return best
+class Place:
+    """A contender's process, brought back when a call had to be given up."""
+
+    def __init__(self, entry: Entry, threads: int, scratch: Path, folder: Path) -> None:
+        self.entry, self._threads, self._scratch, self._folder = entry, threads, scratch, folder
+        self._remote: Remote | None = None
+        self.agreement: float | None = None
+
+    @property
+    def remote(self) -> Remote:
+        if self._remote is None or not self._remote.alive:
+            self._remote = Remote(Seat, self.entry, self._threads, self._scratch)
+            self._remote.call("load", self._folder)
+            self.run(_warm_up(), self._remote.call("plans", _warm_up())[0], None)
+        return self._remote
+
+    def generate(self, folder: Path, items: Sequence[Item]) -> Tokens:
+        """The tokens on another model, in a process that is ended afterwards."""
+        remote = Remote(Seat, self.entry, self._threads, self._scratch)
+        try:
+            remote.call("load", folder)
+            tokens: Tokens = remote.call("run", items, remote.call("plans", items)[0])[1]
+            return tokens
+        finally:
+            remote.close()
+
+    def run(self, items: Sequence[Item], plan: str, limit: float | None) -> float:
+        """New tokens per second; raises TooSlow past `limit` seconds, Failed with the contender's own words."""
+        took, _ = self.remote.call("run", items, plan, limit_s=limit)
+        return sum(item.new_tokens for item in items) / float(took)
+
+    def close(self) -> None:
+        if self._remote:
+            self._remote.close()
+
+
+def _warm_up() -> list[Item]:
+    rng = random.Random(5)
+    return [Item([rng.randrange(50000) for _ in range(rng.randint(8, 40))], 8) for _ in range(8)]
+
+
+def check_items() -> list[Item]:
+    """Prompts of different lengths that must give the same tokens from every contender."""
+    rng = random.Random(6)
+    return [Item([rng.randrange(50000) for _ in range(rng.randint(5, 60))], rng.randint(16, 32)) for _ in range(8)]
+
+
+def agreement(tokens: Tokens, reference: Tokens) -> float:
+    """The share of the reference's tokens that come before a row's first difference from it."""
+    same = 0
+    for row, expected in zip(tokens, reference, strict=True):
+        differs = (i for i, pair in enumerate(zip(row, expected, strict=True)) if pair[0] != pair[1])
+        same += next(differs, len(expected))
+    return same / sum(map(len, reference))
+
+
+def verify(places: Sequence[Place], reference: Place) -> list[Place]:
+    """Compare every contender's greedy tokens on the bundled trained model with ours in float32, and print the shares.
+
+    Random weights would not do: with a tied head they repeat the last token of the prompt, whatever attention does.
+
+    Returns:
+        Those that can be measured: they load, and in float32 they agree.
+    """
+    expected = reference.generate(demo_model(), check_items())
+    fit = []
+    for place in places:
+        try:
+            place.agreement = agreement(place.generate(demo_model(), check_items()), expected)
+        except Failed as error:
+            print(f"  {place.entry.name:32} left out: {error}", flush=True)
+            continue
+        right = place.entry.precision != "float32" or place.agreement >= LEAST_AGREEMENT
+        verdict = "" if right else ": left out, it computes something else"
+        print(f"  {place.entry.name:32} {place.agreement:6.1%} of tokens as ours in float32{verdict}", flush=True)
+        if right:
+            fit.append(place)
+    return fit
+
+
+def measure(places: Sequence[Place], items: Sequence[Item], options: argparse.Namespace) -> dict[str, Standing]:
+    """Try the plans of each contender, then run each one's best in alternation. Ours is first and sets the patience.
+
+    The run in which a plan turned out best counts as its first round.
+    """
+    standings = {place.entry.name: Standing() for place in places}
+    patience = float(options.limit)
+    for place in places:
+        standing = standings[place.entry.name]
+        _choose(place, items, standing, patience, options.tuning)
+        if place.entry.peer == OURS and standing.rounds:
+            patience = min(patience, max(10.0, options.patience * _seconds(items, standing.best)))
+    for _ in range(options.rounds - 1):
+        for place in places:
+            standing = standings[place.entry.name]
+            if not standing.out:
+                _attempt(place, items, standing, patience)
+    return standings
+
+
+def _choose(place: Place, items: Sequence[Item], standing: Standing, limit: float, tuning: float) -> None:
+    """Run every plan once, for `tuning` seconds in all. One that is a quarter slower than the best is given up."""
+    spent = 0.0
+    for plan in place.remote.call("plans", items):
+        if spent > tuning:
+            standing.tried[plan] = f"not tried, {tuning:.0f} s were over"
+            continue
+        within = min(limit, 1.25 * _seconds(items, standing.best) + 1) if standing.best else limit
+        try:
+            rate = place.run(items, plan, within)
+        except (TooSlow, Failed) as error:
+            standing.tried[plan] = str(error)
+            spent += within if isinstance(error, TooSlow) else 0
+            continue
+        standing.tried[plan] = rate
+        spent += _seconds(items, rate)
+        if rate > standing.best:
+            standing.plan, standing.rounds = plan, [rate]
+    if not standing.rounds:
+        standing.out = str(next(iter(standing.tried.values())))
+
+
+def _attempt(place: Place, items: Sequence[Item], standing: Standing, limit: float) -> None:
+    try:
+        standing.rounds.append(place.run(items, standing.plan, limit))
+    except (TooSlow, Failed) as error:
+        standing.out = f"in a later round: {error}"
+
+
+def _seconds(items: Sequence[Item], rate: float) -> float:
+    return sum(item.new_tokens for item in items) / rate
+
+
+def figure(shape: str, dtype: str, workload: str, standings: dict[str, Standing], rates: Rates) -> dict[str, Any]:
+    """One workload in one precision, ready for JSON. Seconds, new tokens per second, shares from 0 to 1."""
+    items = WORKLOADS[workload]()
+    layers, _, width = SHAPES[shape]
+    numbers = Shape(layers, width, VOCABULARY)
+    limit = limit_s(numbers, items, BYTES[dtype], rates)
+    ours = standings[f"{OURS} {dtype}"].best
+    peers = {name: s.best for name, s in standings.items() if not name.startswith(OURS) and s.best}
+    best = max(peers, key=peers.__getitem__) if peers else None
+    tokens = sum(item.new_tokens for item in items)
+    return {
+        "shape": shape,
+        "dtype": dtype,
+        "workload": workload,
+        "new_tokens": tokens,
+        "prompt_tokens": sum(len(item.prompt) for item in items),
+        "contenders": {name: {"tokens_per_s": s.best, **asdict(s)} for name, s in standings.items()},
+        "best_peer": best,
+        "ratio": ours / peers[best] if best else None,
+        "rates": asdict(rates),
+        "bytes_read": bytes_read(numbers, items, BYTES[dtype]),
+        "operations": operations(numbers, items),
+        "limit_s": limit,
+        "limit_tokens_per_s": tokens / limit,
+        "share_of_limit": ours * limit / tokens,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a figure as a table."""
+    ratio = f", {result['ratio']:.2f} times the best peer" if result["ratio"] else ""
+    share = f"{result['share_of_limit']:.0%} of the machine's limit of {result['limit_tokens_per_s']:.0f} tokens/s"
+    print(f"{result['shape']} {result['dtype']} {result['workload']}: {share}{ratio}")
+    for name, standing in result["contenders"].items():
+        said = standing["out"] if not standing["rounds"] else standing["plan"]
+        print(f"  {name:32} {standing['tokens_per_s']:8.1f} tokens/s  {said}", flush=True)
+
+
+def compare(options: argparse.Namespace, dtype: str, folder: Path, scratch: Path) -> list[dict[str, Any]]:
+    """Every workload asked for, in one precision."""
+    with ExitStack() as stack:
+
+        def place(entry: Entry) -> Place:
+            made = Place(entry, options.threads, scratch, folder)
+            stack.callback(made.close)
+            return made
+
+        machine = Remote(Machine, options.threads)
+        stack.callback(machine.close)
+        print(f"{dtype}, {options.threads} threads", flush=True)
+        places = [place(entry) for entry in entries(dtype, options.peers)]
+        if options.verify:
+            places = verify(places, place(Entry(OURS, "float32")))
+        figures = []
+        for workload in options.workload:
+            before = machine.call("rates", dtype)
+            standings = measure(places, WORKLOADS[workload](), options)
+            after = machine.call("rates", dtype)
+            best = Rates(
+                max(before.bytes_per_s, after.bytes_per_s), max(before.operations_per_s, after.operations_per_s)
+            )
+            figures.append(figure(options.shape, dtype, workload, standings, best))
+            figures[-1]["agreement"] = {place.entry.name: place.agreement for place in places}
+            show(figures[-1])
+    return figures
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="124M")
+    parser.add_argument("--dtype", nargs="+", choices=BYTES, default=list(BYTES))
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each contender's best plan")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="none if the option stands alone")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--models", type=Path, help="where to keep the random models, if they are to be kept")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare tokens first")
+    parser.add_argument("--patience", type=float, default=4, help="give a peer up that takes this many times our time")
+    parser.add_argument("--limit", type=float, default=600, help="give up any run that takes this many seconds")
+    parser.add_argument("--tuning", type=float, default=120, help="seconds to find a contender's best plan")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--picture", type=Path, help="write the figures as a PNG")
+    return parser.parse_args(words)
+
+
+def set_environment(threads: int) -> None:
+    """What the contenders' processes inherit: thread counts, and quiet."""
+    os.environ |= {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_OFFLINE": "1",
+        # A process that was ended leaves semaphores, which the system takes back without being told.
+        "PYTHONWARNINGS": "ignore:resource_tracker",
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="124M")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=["ragged", "uniform"])
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--batch-size", nargs="+", type=int, default=[16, 64])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument(
-        "--models", type=Path, help="where to keep the random models; a temporary directory if not given"
-    )
-    parser.add_argument("--output", type=Path, help="write the figures as JSON")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    figures = []
+    options = parse()
+    set_environment(options.threads)
+    for peer in options.peers[:]:
+        if absent := missing(peer):
+            print(f"{peer}: not installed ({', '.join(absent)}); `make peers` installs it")
+            options.peers = [name for name in options.peers if name != peer]
+    figures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = random_model(options.shape, (options.models or Path(scratch)) / options.shape)
         for dtype in options.dtype:
-            contenders: list[Contender] = [Millrace(folder, dtype)]
-            if not options.no_peers:
-                contenders += [Transformers(folder, dtype, size) for size in options.batch_size]
-            for workload in options.workload:
-                rates = measure(contenders, WORKLOADS[workload](), options.rounds)
-                peers = [rate for name, rate in rates.items() if name != Millrace.name]
-                ratio = f", {rates[Millrace.name] / max(peers):.2f} times the best peer" if peers else ""
-                print(f"{options.shape} {dtype} {workload}{ratio}")
-                for name, rate in rates.items():
-                    print(f"  {name:32} {rate:8.0f} tokens/s", flush=True)
-                figures.append({"shape": options.shape, "dtype": dtype, "workload": workload, "tokens_per_s": rates})
+            figures += compare(options, dtype, folder, Path(scratch))
+    report = {"conditions": conditions(options.threads), "figures": figures}
     if options.output:
-        conditions = {"torch": torch.__version__, "threads": options.threads, "machine": platform.processor()}
-        conditions["cpu"] = torch.backends.cpu.get_cpu_capability()
-        options.output.write_text(json.dumps({"conditions": conditions, "figures": figures}, indent=2))
+        options.output.write_text(json.dumps(report, indent=2))
+    if options.picture:
+        from benchmarks.picture import draw
+
+        draw(report, options.picture)
 
 
 if __name__ == "__main__":

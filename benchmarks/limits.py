@@ -1,0 +1,108 @@
+"""The shortest time in which this machine could compute a workload, from how fast it reads and how fast it multiplies.
+
+Whatever the schedule, two things must be done.
+
+**Bytes read.** The first token of a prompt comes from the pass over the prompt and each further one from a pass of its
+own, which needs the token before it. A workload therefore takes at least as many passes as the most new tokens of any
+prompt, and exactly as many if all prompts run together. Each pass reads every matrix once: `12 * width**2` weights in
+a block (3 for queries, keys and values, 1 for the output of attention, 4 + 4 for the feed-forward layer), and
+`vocabulary * width` in the head. Besides, a token after the first reads the keys and values of all positions before
+its own, `2 * layers * width` numbers each; that of its own, and those within a prompt, were computed in the same pass.
+
+**Products.** Every token that enters the model, `prompt + new - 1` of each row as the last one never does, takes a
+multiplication and an addition with each weight of the blocks; each new token the same with the head. At position `t`
+attention takes `t + 1` positions times the query and as many times the values, `4 * width * (t + 1)` operations in a
+layer. Norms, GELU, softmax, sampling and everything that is written are left out.
+
+The limit is the longer of the two times, as if reading and multiplying went on side by side without a gap. It is a
+lower bound for this machine in this precision, not a promise that a program could reach it. One caveat: the rate of
+reading is that of an array larger than most caches; weights that stay in a large cache can be read faster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.workloads import Item
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a model that its cost depends on."""
+
+    layers: int
+    width: int
+    vocabulary: int
+
+    @property
+    def block_weights(self) -> int:
+        return self.layers * 12 * self.width**2
+
+    @property
+    def head_weights(self) -> int:
+        return self.vocabulary * self.width
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does at its best: bytes read in a second, operations (half a multiply-add) in a second."""
+
+    bytes_per_s: float
+    operations_per_s: float
+
+
+def bytes_read(shape: Shape, items: Sequence[Item], itemsize: int) -> int:
+    """Bytes that any schedule reads for the workload, numbers having `itemsize` bytes."""
+    passes = max(item.new_tokens for item in items)
+    weights = passes * (shape.block_weights + shape.head_weights)
+    # The token after the first reads `prompt` positions, the next one more, and so on for new_tokens - 1 tokens.
+    positions = sum(sum(range(len(i.prompt), len(i.prompt) + i.new_tokens - 1)) for i in items)
+    return itemsize * (weights + positions * 2 * shape.layers * shape.width)
+
+
+def operations(shape: Shape, items: Sequence[Item]) -> int:
+    """Multiplications and additions that any schedule does for the workload."""
+    blocks = sum(len(i.prompt) + i.new_tokens - 1 for i in items) * 2 * shape.block_weights
+    head = sum(i.new_tokens for i in items) * 2 * shape.head_weights
+    positions = sum(sum(range(1, len(i.prompt) + i.new_tokens)) for i in items)
+    return blocks + head + positions * 4 * shape.layers * shape.width
+
+
+def limit_s(shape: Shape, items: Sequence[Item], itemsize: int, rates: Rates) -> float:
+    """Seconds below which this machine cannot compute the workload."""
+    reading = bytes_read(shape, items, itemsize) / rates.bytes_per_s
+    return max(reading, operations(shape, items) / rates.operations_per_s)
+
+
+class Machine:
+    """Measures the rates; like a contender it lives in a process of its own."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._large = torch.ones(2**28)  # 1 GiB
+
+    def rates(self, dtype: str) -> Rates:
+        """The best of several tries each: the sum of a large array, and a product of large square matrices."""
+        import torch
+
+        square = torch.randn(4096, 4096).to(getattr(torch, dtype))
+        tall = square[:2048].clone()
+        reading = _shortest(self._large.sum, 5)
+        multiplying = _shortest(lambda: torch.nn.functional.linear(tall, square), 5)
+        return Rates(self._large.nbytes / reading, 2 * tall.numel() * len(square) / multiplying)
+
+
+def _shortest(compute: Callable[[], object], tries: int) -> float:
+    compute()
+    times = []
+    for _ in range(tries):
+        began = time.perf_counter()
+        compute()
+        times.append(time.perf_counter() - began)
+    return min(times)

@@ -1,0 +1,105 @@
+"""Each contender in a process of its own, stopped whenever it is not its turn.
+
+OpenMP and ggml keep their threads spinning for a while after the work is done, some for ever. In one process, or in
+processes that merely wait, that takes cores from whoever is measured next; a stopped process takes none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class TooSlow(Exception):
+    """The call was given up after its limit, and the process with it."""
+
+
+class Failed(Exception):
+    """The call raised in the process, or the process died; the message says what."""
+
+
+class Remote:
+    """An object that lives in a new process; `call` runs one of its methods there.
+
+    Args:
+        make: builds the object in the process; it and `arguments` are pickled.
+    """
+
+    def __init__(self, make: Callable[..., object], *arguments: object) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, os.getpid(), make, arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._receive(None)
+
+    def call(self, method: str, *arguments: object, limit_s: float | None = None) -> Any:
+        """What the method returns. The process runs only during the call.
+
+        Raises:
+            TooSlow: it took more than `limit_s`; the process is gone.
+            Failed: it raised, or the process is gone.
+        """
+        if not self.alive:
+            raise Failed("its process has ended")
+        self._signal(signal.SIGCONT)
+        self._pipe.send((method, arguments))
+        return self._receive(limit_s)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def close(self) -> None:
+        """End the process, stopped or not."""
+        self._process.kill()
+        self._process.join()
+
+    def _receive(self, limit_s: float | None) -> Any:
+        if not self._pipe.poll(limit_s):
+            self.close()
+            raise TooSlow(f"took over {limit_s:.0f} s")
+        try:
+            error, value = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise Failed(f"its process ended with exit code {self._process.exitcode}") from None
+        self._signal(signal.SIGSTOP)
+        if error:
+            raise Failed(error)
+        return value
+
+    def _signal(self, number: signal.Signals) -> None:
+        os.kill(self._process.pid or 0, number)
+
+
+def _serve(pipe: Connection, parent: int, make: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    if sys.platform == "linux":
+        # Nobody else could end a stopped process whose parent was killed (1 is PR_SET_PDEATHSIG).
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
+        if os.getppid() != parent:
+            return
+    target: object = None
+
+    def build() -> None:
+        nonlocal target
+        target = make(*arguments)
+
+    _answer(pipe, build)
+    while True:
+        method, given = pipe.recv()
+        _answer(pipe, lambda method=method, given=given: getattr(target, method)(*given))
+
+
+def _answer(pipe: Connection, compute: Callable[[], object]) -> None:
+    try:
+        reply: tuple[str, object] = ("", compute())
+    except Exception as error:  # whatever it is, the run goes on with the other contenders
+        reply = (f"{type(error).__name__}: {error}", None)
+    pipe.send(reply)
