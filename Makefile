@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test properties check fmt bench clean
+.PHONY: help setup demo test properties check fmt bench peers clean
 
 help: ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -38,8 +38,11 @@ fmt: $(VENV)/dev ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/dev ## measure the engine and the whole way
-	$(BIN)/python -m benchmarks.throughput
+bench: $(VENV)/dev ## measure the engine and the peers that are installed
+	$(BIN)/python -m benchmarks.throughput --output benchmarks/figures.json --picture benchmarks/figures.png
+
+peers: $(VENV)/dev ## install the peers of `make bench`; needs a C++ compiler
+	$(BIN)/pip install --constraint constraints.txt --editable '.[bench]'
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -145,7 +145,12 @@ def measure(places: Sequence[Place], items: Sequence[Item], options: argparse.Na
 def _choose(place: Place, items: Sequence[Item], standing: Standing, limit: float, tuning: float) -> None:
     """Run every plan once, for `tuning` seconds in all. One that is a quarter slower than the best is given up."""
     spent = 0.0
-    for plan in place.remote.call("plans", items):
+    try:
+        plans = place.remote.call("plans", items)
+    except Failed as error:
+        standing.out = str(error)
+        return
+    for plan in plans:
         if spent > tuning:
             standing.tried[plan] = f"not tried, {tuning:.0f} s were over"
             continue

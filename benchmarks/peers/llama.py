@@ -21,6 +21,8 @@ PRECISIONS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
 _FILE_TYPES = {"F32": 0, "BF16": 32, "Q8_0": 7}
 _NORMAL, _CONTROL = 1, 3  # kinds of token
 
+_REPACKED = "weights repacked"
+
 #: Tokens in one call of llama_decode, what llama-server takes by default.
 BATCH = 2048
 
@@ -39,30 +41,31 @@ class LlamaCpp:
         self.lib = llama_cpp
         self._log = llama_cpp.llama_log_callback(_silent)  # kept, since llama.cpp goes on calling it
         llama_cpp.llama_log_set(self._log, ctypes.c_void_p(0))
-        path = scratch / f"{folder.name}-{precision}.gguf"
-        if not path.exists():
-            write_gguf(folder, path, PRECISIONS[precision])
-        llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-        if not self.model:
-            raise RuntimeError(f"llama.cpp cannot load {path}")
-        self.vocabulary_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.path = scratch / f"{folder.name}-{precision}.gguf"
+        if not self.path.exists():
+            write_gguf(folder, self.path, PRECISIONS[precision])
         self.precision, self.threads = precision, threads
-        self._context: Any = None
+        llama_cpp.llama_backend_init()
         self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
+        self._context: Any = None
+        self._model: Any = None
+        self._repacked: bool | None = None
 
     def plans(self, items: Sequence[Item]) -> list[str]:
-        sizes = sorted({min(size, len(items)) for size in (16, 32, 64)})
-        plans = [f"{size} sequences in one cache" for size in sizes]
+        sizes = list(dict.fromkeys(min(size, len(items)) for size in (16, 32, 64)))
+        plans = [f"{size} sequences in one cache, flash attention on" for size in sizes]
+        plans.append(f"{sizes[0]} sequences in one cache, flash attention off")
         if len(items) > 1:
-            plans.append(f"{sizes[0]} sequences with a cache each")
-        return [f"{plan}, flash attention {switch}" for plan in plans for switch in ("on", "off")]
+            plans.append(f"{sizes[0]} sequences with a cache each, flash attention on")
+        if self.precision == "int8":
+            # Last, since on some processors with AMX the process dies of it (ggml-org/llama.cpp, issue 20824).
+            plans.append(f"{plans[0]}, {_REPACKED}")
+        return plans
 
     def prepare(self, items: Sequence[Item], plan: str) -> Callable[[], Tokens]:
         """Make a context that holds the longest sequences that the plan may have together."""
         lib, sequences = self.lib, int(plan.split()[0])
-        if self._context:
-            lib.llama_free(self._context)
+        self._load(repacked=_REPACKED in plan)
         lengths = sorted((len(item.prompt) + item.new_tokens for item in items), reverse=True)[:sequences]
         params = lib.llama_context_default_params()
         params.kv_unified = "in one cache" in plan
@@ -71,11 +74,29 @@ class LlamaCpp:
         params.n_batch, params.n_seq_max = BATCH, sequences
         params.n_threads = params.n_threads_batch = self.threads
         on, off = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED, lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.flash_attn_type = on if plan.endswith("on") else off
-        self._context = lib.llama_init_from_model(self.model, params)
+        params.flash_attn_type = on if "flash attention on" in plan else off
+        self._context = lib.llama_init_from_model(self._model, params)
         if not self._context:
             raise RuntimeError(f"llama.cpp cannot make a context for {plan}")
         return lambda: self._generate(items, sequences)
+
+    def _load(self, *, repacked: bool) -> None:
+        """Let go of the context, and load the model unless it is there; repacked as AMX or AVX like it best, or not."""
+        lib = self.lib
+        if self._context:
+            lib.llama_free(self._context)
+            self._context = None
+        if self._repacked == repacked:
+            return
+        if self._model:
+            lib.llama_model_free(self._model)
+        params = lib.llama_model_default_params()
+        params.use_extra_bufts = repacked
+        self._model = lib.llama_model_load_from_file(str(self.path).encode(), params)
+        if not self._model:
+            raise RuntimeError(f"llama.cpp cannot load {self.path.name}")
+        self._vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
+        self._repacked = repacked
 
     def _generate(self, items: Sequence[Item], sequences: int) -> Tokens:
         lib, memory = self.lib, self.lib.llama_get_memory(self._context)
@@ -88,7 +109,7 @@ class LlamaCpp:
             asked = self._fill(running)
             if status := lib.llama_decode(self._context, self._batch):
                 raise RuntimeError(f"llama_decode returned {status}")
-            logits = np.ctypeslib.as_array(lib.llama_get_logits(self._context), (len(asked), self.vocabulary_size))
+            logits = np.ctypeslib.as_array(lib.llama_get_logits(self._context), (len(asked), self._vocabulary))
             for row, token in zip(asked, logits.argmax(axis=1).tolist(), strict=True):
                 row.tokens.append(token)
                 if len(row.tokens) == row.item.new_tokens:

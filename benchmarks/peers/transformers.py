@@ -29,13 +29,12 @@ def orders(items: Sequence[Item]) -> dict[str, list[int]]:
     return found if by_count == by_prompt else found | {"by new tokens": by_count}
 
 
-def batch_plans(items: Sequence[Item]) -> list[str]:
-    """`16 rows by prompt length` and the like: every useful batch size with every order."""
-    sizes = sorted({min(size, len(items)) for size in (16, 32, 64, 256)})
+def batch_plans(items: Sequence[Item], sizes: Sequence[int]) -> list[str]:
+    """`16 rows by prompt length` and the like: every batch size, cut to the workload, with every order."""
     # With one batch for all, the order makes no difference.
     return [
         f"{size} rows {order}"
-        for size in sizes
+        for size in dict.fromkeys(min(size, len(items)) for size in sizes)
         for order in (orders(items) if size < len(items) else ["by prompt length"])
     ]
 
@@ -54,7 +53,7 @@ class Padded:
         self.model = _load(folder, precision)
 
     def plans(self, items: Sequence[Item]) -> list[str]:
-        return batch_plans(items)
+        return batch_plans(items, (32, 64, 16, 256))
 
     def prepare(self, items: Sequence[Item], plan: str) -> Callable[[], Tokens]:
         return lambda: self._run(items, batches(items, plan))
@@ -93,7 +92,7 @@ class Continuous:
         self._names = count()
 
     def plans(self, items: Sequence[Item]) -> list[str]:
-        sizes = sorted({min(size, len(items)) for size in (8, 16, 64)})
+        sizes = dict.fromkeys(min(size, len(items)) for size in (64, 16, 32))
         return [f"{size} requests at a time" for size in sizes]
 
     def prepare(self, items: Sequence[Item], plan: str) -> Callable[[], Tokens]:

@@ -1,0 +1,55 @@
+"""Every contender that is installed computes the tokens that ours computes; batches and agreement by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.contenders import OURS, PEERS, Entry, entries, missing
+from benchmarks.models import demo_model
+from benchmarks.peers.transformers import batch_plans, batches
+from benchmarks.throughput import LEAST_AGREEMENT, Place, agreement, check_items
+from benchmarks.workloads import Item
+
+# Prompts of 3, 1, 2 tokens, with 1, 9, 5 new ones.
+ITEMS = [Item([0] * 3, 1), Item([0], 9), Item([0] * 2, 5)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", PEERS)
+def test_peers_compute_the_same_tokens_in_float32(peer: str, tmp_path: Path) -> None:
+    if absent := missing(peer):
+        pytest.skip(f"{', '.join(absent)} not installed")
+    folder = demo_model()
+    ours = Place(Entry(OURS, "float32"), 1, tmp_path, folder).generate(folder, check_items())
+    theirs = Place(Entry(peer, "float32"), 1, tmp_path, folder).generate(folder, check_items())
+    assert agreement(theirs, ours) >= LEAST_AGREEMENT
+
+
+def test_int8_counts_where_bfloat16_does() -> None:
+    assert [entry.name for entry in entries("float32", ["llama.cpp"])] == ["millrace float32", "llama.cpp float32"]
+    assert [entry.name for entry in entries("bfloat16", ["llama.cpp"])] == [
+        "millrace bfloat16",
+        "llama.cpp bfloat16",
+        "llama.cpp int8",
+    ]
+
+
+def test_batches_hold_prompts_of_like_length_or_like_count() -> None:
+    assert batches(ITEMS, "2 rows by prompt length") == [[1, 2], [0]]
+    assert batches(ITEMS, "2 rows by new tokens") == [[0, 2], [1]]
+
+
+def test_plans_leave_out_what_makes_no_difference() -> None:
+    assert batch_plans(ITEMS, (2, 3, 64)) == [
+        "2 rows by prompt length",
+        "2 rows by new tokens",
+        "3 rows by prompt length",
+    ]
+    uniform = [Item([0] * length, 4) for length in (3, 1, 2)]
+    assert batch_plans(uniform, (2,)) == ["2 rows by prompt length"]
+
+
+def test_agreement_counts_tokens_before_the_first_difference() -> None:
+    assert agreement([[1, 2, 3, 4], [5, 6]], [[1, 2, 9, 4], [5, 6]]) == 4 / 6

@@ -1,0 +1,88 @@
+"""A contender's process: answers when called, takes no processor otherwise, and goes when it is told or too slow."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.processes import Failed, Remote, TooSlow
+
+
+class Worker:
+    """What the tests let a process do."""
+
+    def add(self, left: int, right: int) -> int:
+        return left + right
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def fail(self) -> None:
+        raise ValueError("no such plan")
+
+    def die(self) -> None:
+        os._exit(3)
+
+    def sleep(self) -> None:
+        time.sleep(60)
+
+
+class Unbuildable:
+    def __init__(self) -> None:
+        raise RuntimeError("no model")
+
+
+@pytest.fixture
+def remote() -> Iterator[Remote]:
+    made = Remote(Worker)
+    yield made
+    made.close()
+
+
+def state(pid: int) -> str:
+    """The letter Linux has for what a process does: T is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_calls_are_computed_in_another_process(remote: Remote) -> None:
+    assert remote.call("add", 2, 3) == 5
+    assert remote.call("pid") != os.getpid()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_between_calls_the_process_is_stopped(remote: Remote) -> None:
+    pid = remote.call("pid")
+    deadline = time.monotonic() + 10
+    while state(pid) != "T" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert state(pid) == "T"
+
+
+def test_an_error_is_told_and_the_process_goes_on(remote: Remote) -> None:
+    with pytest.raises(Failed, match="ValueError: no such plan"):
+        remote.call("fail")
+    assert remote.call("add", 1, 1) == 2
+
+
+def test_a_death_is_told(remote: Remote) -> None:
+    with pytest.raises(Failed, match="exit code 3"):
+        remote.call("die")
+    assert not remote.alive
+    with pytest.raises(Failed, match="has ended"):
+        remote.call("add", 1, 1)
+
+
+def test_a_call_past_its_limit_ends_the_process(remote: Remote) -> None:
+    with pytest.raises(TooSlow):
+        remote.call("sleep", limit_s=0.2)
+    assert not remote.alive
+
+
+def test_what_cannot_be_built_is_told() -> None:
+    with pytest.raises(Failed, match="RuntimeError: no model"):
+        Remote(Unbuildable)
