@@ -36,7 +36,7 @@ class Millrace:
         from worker.engine import Engine
 
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-        settings = Settings(model=str(folder), dtype=precision, device="cpu", threads=threads)  # type: ignore[arg-type]
+        settings = Settings(model=str(folder), dtype=precision, device="cpu", threads=threads)
         self.engine = Engine.from_settings(settings)
 
     def plans(self, items: Sequence[Item]) -> list[str]:  # noqa: ARG002

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -94,7 +95,7 @@ def _serve(pipe: Connection, parent: int, make: Callable[..., object], arguments
     _answer(pipe, build)
     while True:
         method, given = pipe.recv()
-        _answer(pipe, lambda method=method, given=given: getattr(target, method)(*given))
+        _answer(pipe, partial(getattr(target, method), *given))
 
 
 def _answer(pipe: Connection, compute: Callable[[], object]) -> None:

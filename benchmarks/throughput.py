@@ -11,7 +11,7 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -86,7 +86,7 @@ def _warm_up() -> list[Item]:
 def check_items() -> list[Item]:
     """Prompts of different lengths that must give the same tokens from every contender."""
     rng = random.Random(6)
-    return [Item([rng.randrange(50000) for _ in range(rng.randint(5, 60))], rng.randint(16, 32)) for _ in range(8)]
+    return [Item([rng.randrange(50000) for _ in range(rng.randint(5, 60))], rng.randint(16, 32)) for _ in range(16)]
 
 
 def agreement(tokens: Tokens, reference: Tokens) -> float:
@@ -218,7 +218,7 @@ def show(result: dict[str, Any]) -> None:
         print(f"  {name:32} {standing['tokens_per_s']:8.1f} tokens/s  {said}", flush=True)
 
 
-def compare(options: argparse.Namespace, dtype: str, folder: Path, scratch: Path) -> list[dict[str, Any]]:
+def compare(options: argparse.Namespace, dtype: str, folder: Path, scratch: Path) -> Iterator[dict[str, Any]]:
     """Every workload asked for, in one precision."""
     with ExitStack() as stack:
 
@@ -233,7 +233,6 @@ def compare(options: argparse.Namespace, dtype: str, folder: Path, scratch: Path
         places = [place(entry) for entry in entries(dtype, options.peers)]
         if options.verify:
             places = verify(places, place(Entry(OURS, "float32")))
-        figures = []
         for workload in options.workload:
             before = machine.call("rates", dtype)
             standings = measure(places, WORKLOADS[workload](), options)
@@ -241,10 +240,9 @@ def compare(options: argparse.Namespace, dtype: str, folder: Path, scratch: Path
             best = Rates(
                 max(before.bytes_per_s, after.bytes_per_s), max(before.operations_per_s, after.operations_per_s)
             )
-            figures.append(figure(options.shape, dtype, workload, standings, best))
-            figures[-1]["agreement"] = {place.entry.name: place.agreement for place in places}
-            show(figures[-1])
-    return figures
+            result = figure(options.shape, dtype, workload, standings, best)
+            result["agreement"] = {place.entry.name: place.agreement for place in places}
+            yield result
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -284,14 +282,15 @@ def main() -> None:
         if absent := missing(peer):
             print(f"{peer}: not installed ({', '.join(absent)}); `make peers` installs it")
             options.peers = [name for name in options.peers if name != peer]
-    figures: list[dict[str, Any]] = []
+    report: dict[str, Any] = {"conditions": conditions(options.threads), "figures": []}
     with tempfile.TemporaryDirectory() as scratch:
         folder = random_model(options.shape, (options.models or Path(scratch)) / options.shape)
         for dtype in options.dtype:
-            figures += compare(options, dtype, folder, Path(scratch))
-    report = {"conditions": conditions(options.threads), "figures": figures}
-    if options.output:
-        options.output.write_text(json.dumps(report, indent=2))
+            for result in compare(options, dtype, folder, Path(scratch)):
+                show(result)
+                report["figures"].append(result)
+                if options.output:  # after each, since a run takes long and may be interrupted
+                    options.output.write_text(json.dumps(report, indent=2))
     if options.picture:
         from benchmarks.picture import draw
 

@@ -33,8 +33,8 @@ class CTranslate2:
         plans = batch_plans(items, (16, 8, 32, 64))
         side_by_side = [plan for plan in plans if len(batches(items, plan)) >= self.threads > 1]
         return [
-            *(f"{plan}, {self.threads} batches at a time" for plan in side_by_side),
-            *(f"{plan}, 1 batch at a time" for plan in plans),
+            *(f"{plan}, {self.threads} at a time" for plan in side_by_side),
+            *(f"{plan}, 1 at a time" for plan in plans),
         ]
 
     def prepare(self, items: Sequence[Item], plan: str) -> Callable[[], Tokens]:

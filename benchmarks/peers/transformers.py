@@ -30,10 +30,10 @@ def orders(items: Sequence[Item]) -> dict[str, list[int]]:
 
 
 def batch_plans(items: Sequence[Item], sizes: Sequence[int]) -> list[str]:
-    """`16 rows by prompt length` and the like: every batch size, cut to the workload, with every order."""
+    """`batches of 16 by prompt length` and the like: every batch size, cut to the workload, with every order."""
     # With one batch for all, the order makes no difference.
     return [
-        f"{size} rows {order}"
+        f"batches of {size} {order}"
         for size in dict.fromkeys(min(size, len(items)) for size in sizes)
         for order in (orders(items) if size < len(items) else ["by prompt length"])
     ]
@@ -41,7 +41,7 @@ def batch_plans(items: Sequence[Item], sizes: Sequence[int]) -> list[str]:
 
 def batches(items: Sequence[Item], plan: str) -> list[list[int]]:
     """The indices of the items of each batch of a plan from `batch_plans`."""
-    size, order = plan.split(" rows ")
+    size, _, order = plan.removeprefix("batches of ").partition(" ")
     indices = orders(items)[order]
     return [indices[start : start + int(size)] for start in range(0, len(indices), int(size))]
 

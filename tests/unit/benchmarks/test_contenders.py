@@ -37,18 +37,18 @@ def test_int8_counts_where_bfloat16_does() -> None:
 
 
 def test_batches_hold_prompts_of_like_length_or_like_count() -> None:
-    assert batches(ITEMS, "2 rows by prompt length") == [[1, 2], [0]]
-    assert batches(ITEMS, "2 rows by new tokens") == [[0, 2], [1]]
+    assert batches(ITEMS, "batches of 2 by prompt length") == [[1, 2], [0]]
+    assert batches(ITEMS, "batches of 2 by new tokens") == [[0, 2], [1]]
 
 
 def test_plans_leave_out_what_makes_no_difference() -> None:
     assert batch_plans(ITEMS, (2, 3, 64)) == [
-        "2 rows by prompt length",
-        "2 rows by new tokens",
-        "3 rows by prompt length",
+        "batches of 2 by prompt length",
+        "batches of 2 by new tokens",
+        "batches of 3 by prompt length",
     ]
     uniform = [Item([0] * length, 4) for length in (3, 1, 2)]
-    assert batch_plans(uniform, (2,)) == ["2 rows by prompt length"]
+    assert batch_plans(uniform, (2,)) == ["batches of 2 by prompt length"]
 
 
 def test_agreement_counts_tokens_before_the_first_difference() -> None:
