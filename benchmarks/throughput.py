@@ -214,8 +214,10 @@ def show(result: dict[str, Any]) -> None:
     share = f"{result['share_of_limit']:.0%} of the machine's limit of {result['limit_tokens_per_s']:.0f} tokens/s"
     print(f"{result['shape']} {result['dtype']} {result['workload']}: {share}{ratio}")
     for name, standing in result["contenders"].items():
-        said = standing["out"] if not standing["rounds"] else standing["plan"]
-        print(f"  {name:32} {standing['tokens_per_s']:8.1f} tokens/s  {said}", flush=True)
+        if standing["rounds"]:
+            print(f"  {name:32} {standing['tokens_per_s']:8.1f} tokens/s  {standing['plan']}", flush=True)
+        else:
+            print(f"  {name:32}        - {standing['out']}", flush=True)
 
 
 def compare(options: argparse.Namespace, dtype: str, folder: Path, scratch: Path) -> Iterator[dict[str, Any]]:
@@ -257,7 +259,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare tokens first")
     parser.add_argument("--patience", type=float, default=4, help="give a peer up that takes this many times our time")
     parser.add_argument("--limit", type=float, default=600, help="give up any run that takes this many seconds")
-    parser.add_argument("--tuning", type=float, default=120, help="seconds to find a contender's best plan")
+    parser.add_argument("--tuning", type=float, default=60, help="seconds to find a contender's best plan")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--picture", type=Path, help="write the figures as a PNG")
     return parser.parse_args(words)
