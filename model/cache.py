@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+from model.kernels import DecodeKernel, Rows, decode_kernel
 
 if TYPE_CHECKING:
     from model.gpt2 import GPT2Config
@@ -61,6 +64,11 @@ class KVCache:
 
     def __init__(self, config: GPT2Config, *, lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self.arenas = {length: Arena(config, length, dtype, device) for length in sorted(lengths)}
+        self._kernel_key = (config.head_dim, dtype) if device.type == "cpu" else None
+
+    def decode_kernel(self) -> DecodeKernel | None:
+        """The compiled attention for this cache, if it can be had; compiled at the first call in a process."""
+        return decode_kernel(*self._kernel_key) if self._kernel_key else None
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,12 @@ class CachedAttention:
 
     def __init__(self, cache: KVCache, scale: float, *, groups: Sequence[DecodeGroup], chunks: Sequence[Chunk]) -> None:
         self.scale = scale
-        self._parts: list[_Decode | _Prefill] = [_Decode(cache.arenas[g.length_class], g) for g in groups]
+        kernel = cache.decode_kernel() if groups else None
+        self._parts: list[_CompiledDecode | _Decode | _Prefill] = []
+        if kernel is not None:
+            self._parts.append(_CompiledDecode(kernel, cache, groups))
+        else:
+            self._parts += [_Decode(cache.arenas[g.length_class], g) for g in groups]
         self._parts += [_Prefill(cache.arenas[c.length_class], c) for c in chunks]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -97,12 +110,38 @@ class CachedAttention:
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         for part in self._parts:
             rows = part.rows
-            out[rows] = part.attend(layer, q[rows], k[rows], v[rows], self.scale)
+            part.attend(layer, q[rows], k[rows], v[rows], out[rows], self.scale)
         return out
 
 
+class _CompiledDecode:
+    """All decoding rows of a step at once, each over exactly the positions it has. Their packed rows lie end to end."""
+
+    def __init__(self, kernel: DecodeKernel, cache: KVCache, groups: Sequence[DecodeGroup]) -> None:
+        self._kernel = kernel
+        self.rows = slice(groups[0].row, groups[-1].row + len(groups[-1].slots))
+        arenas = [cache.arenas[group.length_class] for group in groups]
+        self._where = Rows.of(
+            k=np.concatenate([_addresses(a.k, g.slots) for a, g in zip(arenas, groups, strict=True)], axis=1),
+            v=np.concatenate([_addresses(a.v, g.slots) for a, g in zip(arenas, groups, strict=True)], axis=1),
+            head_stride=np.repeat([a.k[0].stride(1) for a in arenas], [len(g.slots) for g in groups]),
+            lengths=np.concatenate([g.positions for g in groups]) + 1,
+            heads=arenas[0].k[0].shape[1],
+        )
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
+        self._kernel(layer, q, k, v, out, self._where, scale)
+
+
+def _addresses(tensors: Sequence[Tensor], slots: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Where slots begin in memory: [layers, slots]."""
+    starts = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
+    return starts[:, None] + np.array(slots, dtype=np.int64) * (tensors[0].stride(0) * tensors[0].itemsize)
+
+
 class _Decode:
-    """One call for all decoding rows of an arena: a plain slice of its front, padded to the longest row there.
+    """The same by torch's operators, where there is no compiled kernel: one call for all decoding rows of an arena,
+    over a plain slice of its front, padded to the longest row there.
 
     Slots in between that are not decoding (their prompt is still being computed) are carried along with a zero query.
     """
@@ -123,15 +162,15 @@ class _Decode:
         self.mask = torch.zeros(count, 1, 1, self.keys, dtype=arena.k[0].dtype, device=device)
         self.mask.masked_fill_(unseen[:, None, None], float("-inf"))
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
         keys, values = self.arena.k[layer], self.arena.v[layer]  # [capacity, H, length, D]
         keys[self.slots, :, self.positions] = k
         values[self.slots, :, self.positions] = v
         if not self.dense:
             q = q.new_zeros(self.front, *q.shape[1:]).index_copy_(0, self.slots, q)
         seen_k, seen_v = keys[: self.front, :, : self.keys], values[: self.front, :, : self.keys]
-        out = F.scaled_dot_product_attention(q.unsqueeze(2), seen_k, seen_v, attn_mask=self.mask, scale=scale)
-        return out.squeeze(2) if self.dense else out.squeeze(2)[self.slots]
+        all_ = F.scaled_dot_product_attention(q.unsqueeze(2), seen_k, seen_v, attn_mask=self.mask, scale=scale)
+        out.copy_(all_.squeeze(2) if self.dense else all_.squeeze(2)[self.slots])
 
 
 class _Prefill:
@@ -146,11 +185,11 @@ class _Prefill:
             ones = torch.ones(chunk.count, self.span.stop, dtype=torch.bool, device=arena.k[0].device)
             self.mask = ones.tril(chunk.start)  # row i sees positions 0 .. start + i
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
         keys, values = self.arena.k[layer][self.slot], self.arena.v[layer][self.slot]  # [H, length, D]
         keys[:, self.span] = k.transpose(0, 1)
         values[:, self.span] = v.transpose(0, 1)
-        out = F.scaled_dot_product_attention(
+        whole = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
             keys[None, :, : self.span.stop],
             values[None, :, : self.span.stop],
@@ -158,4 +197,4 @@ class _Prefill:
             is_causal=self.mask is None,
             scale=scale,
         )
-        return out[0].transpose(0, 1)
+        out.copy_(whole[0].transpose(0, 1))

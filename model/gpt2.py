@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from model.cache import CachedAttention, Chunk, KVCache
-from model.linear import Linear
+from model.linear import Linear, padded_rows
 from model.trace import Trace, probabilities
 
 
@@ -107,6 +107,14 @@ class GPT2:
         self.blocks = [_block(config, weights, f"h.{i}.") for i in range(config.n_layer)]
         self.ln_f = _norm(config, weights, "ln_f")
         self.lm_head = Linear.of(self.wte.t())
+
+    def padded_rows(self, count: int) -> int:
+        """How many packed rows to run a step of `count` rows with, so that no product has to pad them by itself."""
+        if self.device.type != "cpu":
+            return count
+        block = self.blocks[0]
+        linears = (block.c_attn, block.c_proj, block.c_fc, block.mlp_proj)
+        return max(padded_rows(count), *(linear.rows.least for linear in linears))
 
     @property
     def device(self) -> torch.device:

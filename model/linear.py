@@ -105,11 +105,20 @@ class Packed:
 def matmul_rows(product: Callable[[Tensor], Tensor], x: Tensor, rows: RowRange) -> Tensor:
     """`product` of the rows of x, [M, in] -> [M, out], run only on numbers of rows inside the range."""
     count = len(x)
-    if count < rows.least:
-        return product(F.pad(x, (0, 0, 0, rows.least - count)))[:count]
-    if count <= rows.most:
-        return product(x)
-    return torch.cat([product(tile) for tile in x.tensor_split(-(-count // rows.most))])
+    if count > rows.most:
+        return torch.cat([product(tile) for tile in x.tensor_split(-(-count // rows.most))])
+    size = min(rows.most, max(rows.least, padded_rows(count)))
+    return product(x) if size == count else product(F.pad(x, (0, 0, 0, size - count)))[:count]
+
+
+def padded_rows(count: int) -> int:
+    """The next of a few numbers of rows. oneDNN generates code for every number it meets, and keeps it: for all of them
+    that is hundreds of megabytes, and a step of a new size takes several times as long.
+    """
+    for most, step in ((1, 1), (2, 2), (4, 4), (32, 8), (128, 16)):
+        if count <= most:
+            return -(-count // step) * step
+    return -(-count // 32) * 32
 
 
 @functools.cache

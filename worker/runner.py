@@ -55,6 +55,7 @@ class Runner:
     def run(self, step: Step) -> Outcome:
         """One forward pass over everything in the step, and a token for each sequence that is due one."""
         batch = _Batch(step)
+        batch.pad(self.model.padded_rows(len(batch.token_ids)))
         device = self.model.device
         attend = CachedAttention(self.cache, self.model.config.scale, groups=batch.groups, chunks=batch.chunks)
         traced = self._traced(step, batch)
@@ -214,6 +215,12 @@ class _Batch:
         self._row_of[chunk.sequence] = row + chunk.count - 1
         self.token_ids += chunk.sequence.prompt[chunk.start : stop]
         self.positions += range(chunk.start, stop)
+
+    def pad(self, count: int) -> None:
+        """Add rows of no sequence until there are `count`."""
+        missing = count - len(self.token_ids)
+        self.token_ids += [0] * missing
+        self.positions += [0] * missing
 
     def drawn_rows(self, step: Step) -> list[int]:
         """For each of `step.drawing`, the packed row its token comes from."""

@@ -9,7 +9,7 @@ import traceback
 import uuid
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import redis
@@ -210,10 +210,7 @@ def service_for(settings: Settings) -> Service:
 def _build(settings: Settings) -> Service:
     from worker.engine import Engine  # brings torch, which the command line does not need
 
-    # In a thread that ends: OpenMP gives each thread that computes a team of its own, and where the teams together have
-    # more threads than there are cores, every one of them sleeps where it would wait for its neighbour for a moment.
-    with ThreadPoolExecutor(1, thread_name_prefix="millrace-load") as loader:
-        engine = loader.submit(Engine.from_settings, settings).result()
+    engine = Engine.from_settings(settings)
     engine.start()
     ttl = {"result_ttl_s": settings.result_ttl_s, "checkpoint_ttl_s": settings.checkpoint_ttl_s}
     store = RedisStore(connect(resolve_url(settings)), **ttl)

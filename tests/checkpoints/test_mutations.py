@@ -83,11 +83,10 @@ def cache_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
     """Keys are written one row further than they belong."""
     attend = model.cache._Prefill.attend
 
-    def shifted(self: Any, layer: int, q: Any, k: Any, v: Any, scale: float) -> Any:
-        out = attend(self, layer, q, k, v, scale)
+    def shifted(self: Any, layer: int, q: Any, k: Any, v: Any, *rest: Any) -> None:
+        attend(self, layer, q, k, v, *rest)
         keys = self.arena.k[layer][self.slot]
         keys[:, 1 : len(k) + 1] = k.transpose(0, 1)
-        return out
 
     patch.setattr(model.cache._Prefill, "attend", shifted)
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery import Celery
@@ -145,9 +146,11 @@ def test_a_redis_that_is_full_for_a_while_costs_no_job(client: Client, server: E
 
 
 def test_inspect_shows_no_prompt(client: Client, app: Celery) -> None:
+    # A step takes long where the likeliest tokens are asked for and drawn from.
+    long: dict[str, Any] = {"max_tokens": 1000, "logprobs": 20, "top_p": 0.9, "ignore_eos": True}
     job, *pair = (
-        client.submit("Peculiar zebra 7312", max_tokens=600, ignore_eos=True, temperature=0),
-        *client.submit_many(["Peculiar zebra 7312"] * 2, max_tokens=600, ignore_eos=True, temperature=0),
+        client.submit("Peculiar zebra 7312", **long),
+        *client.submit_many(["Peculiar zebra 7312"] * 2, **long),
     )
     wait_until(lambda: all(one.status() == "running" for one in (job, pair[0])))
     shown = json.dumps(app.control.inspect(timeout=3).active() or {})

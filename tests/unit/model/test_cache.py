@@ -89,7 +89,12 @@ def test_a_prompt_in_chunks_attends_like_the_whole(chunks: list[int]) -> None:
 
 
 @pytest.mark.parametrize("slots", [[0, 1, 2], [0, 2, 4], [3]])
-def test_decoding_rows_attend_over_their_own_slot_only(slots: list[int]) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_decoding_rows_attend_over_their_own_slot_only(
+    slots: list[int], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(KVCache, "decode_kernel", lambda _: None)
     generator = torch.Generator().manual_seed(1)
     lengths = [20, 1, 37][: len(slots)]
     q, k, v = ([torch.randn(n, 3, 8, generator=generator) for n in lengths] for _ in range(3))

@@ -1,0 +1,143 @@
+"""Attention of decoding rows, compiled: the numbers of the formula, and nobody's business but the row's."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import model.kernels
+from model.kernels import DecodeKernel, Rows, decode_kernel
+
+POSITIONS = 96
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def kernel(width: int, dtype: torch.dtype) -> DecodeKernel:
+    made = decode_kernel(width, dtype)
+    assert made is not None, "the kernel cannot be compiled here"
+    return made
+
+
+class Case:
+    """R rows with caches of their own. cache: [k/v, R, H, positions, D]; qkv: [R, q/k/v, H, D]."""
+
+    def __init__(self, lengths: list[int], *, heads: int, width: int, dtype: torch.dtype, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.lengths = lengths
+        self.cache = torch.randn(2, len(lengths), heads, POSITIONS, width, generator=generator).to(dtype)
+        self.qkv = torch.randn(len(lengths), 3, heads, width, generator=generator).to(dtype)
+
+    def run(self, rows: list[int]) -> Tensor:
+        """Attention of these rows together. [rows, H, D]"""
+        _, _, heads, _, width = self.cache.shape
+        row_bytes = self.cache.stride(1) * self.cache.itemsize
+        k, v = (np.array([[tensor.data_ptr() + row * row_bytes for row in rows]]) for tensor in self.cache)
+        lengths = np.array([self.lengths[row] for row in rows])
+        qkv = self.qkv[rows]
+        out = torch.full((len(rows), heads, width), 7.0, dtype=self.cache.dtype)
+        where = Rows.of(k, v, np.full(len(rows), self.cache.stride(2)), lengths, heads)
+        kernel(width, self.cache.dtype)(0, qkv[:, 0], qkv[:, 1], qkv[:, 2], out, where, 0.3)
+        return out
+
+    def expected(self, row: int) -> Tensor:
+        """The formula in float64, with the new key and value in place. [H, D]"""
+        length = self.lengths[row]
+        q, new_k, new_v = self.qkv[row].double()
+        k, v = self.cache[:, row, :, :length].double()
+        k[:, -1], v[:, -1] = new_k, new_v
+        weights = (k @ q[:, :, None] * 0.3).softmax(1)  # [H, length, 1]
+        return (weights * v).sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [2, 8, 64])
+def test_it_computes_the_formula_and_keeps_the_new_key_and_value(width: int, dtype: torch.dtype) -> None:
+    case = Case([1, 2, 31, 32, 33, POSITIONS], heads=3, width=width, dtype=dtype)
+    before = case.cache.clone()
+    out = case.run(list(range(6)))
+    for row, length in enumerate(case.lengths):
+        tolerance = 2e-6 if dtype == torch.float32 else 2.0**-8 * float(case.expected(row).abs().max())
+        assert (out[row].double() - case.expected(row)).abs().max() <= tolerance, f"row {row}"
+        before[:, row, :, length - 1] = case.qkv[row, 1:]
+    assert torch.equal(case.cache, before), "something else was written"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_row_has_the_same_bits_alone_and_in_any_company(dtype: torch.dtype, threads: int) -> None:
+    lengths = [5, 80, 17, 96, 1, 40, 41]
+    case = Case(lengths, heads=4, width=16, dtype=dtype)
+    torch.set_num_threads(1)
+    alone = [case.run([row])[0] for row in range(len(lengths))]
+    torch.set_num_threads(threads)
+    for rows in ([0, 1, 2, 3, 4, 5, 6], [6, 3, 1], [2, 4], [5]):
+        for row, out in zip(rows, case.run(rows), strict=True):
+            assert torch.equal(out, alone[row]), (row, rows)
+
+
+def test_a_broken_row_is_nan_and_its_neighbours_are_not() -> None:
+    for broken in (float("nan"), float("inf")):
+        case = Case([20, 20, 20], heads=2, width=8, dtype=torch.float32)
+        case.cache[0, 1, 1, 3, 5] = broken
+        out = case.run([0, 1, 2])
+        assert out[1, 1].isnan().all()
+        assert not out[[0, 2]].isnan().any()
+
+
+def test_scores_far_apart_do_not_overflow() -> None:
+    case = Case([3], heads=1, width=8, dtype=torch.float32)
+    case.cache[0, 0, 0, :2] = torch.tensor([[500.0], [-500.0]])
+    case.qkv[0, 0] = 1.0
+    assert torch.allclose(case.run([0])[0], case.cache[1, 0, :, 0], atol=1e-6)
+
+
+def test_heads_are_shared_out_by_the_positions_they_read() -> None:
+    torch.set_num_threads(2)
+    where = Rows.of(np.zeros((1, 3)), np.zeros((1, 3)), np.zeros(3), np.array([10, 10, 40]), 2)
+    assert where.shares.tolist() == [0, 4, 6]  # 20 + 20 + 80 positions: halves of 60 meet inside the last row
+    torch.set_num_threads(1)
+    assert Rows.of(np.zeros((1, 1)), np.zeros((1, 1)), np.zeros(1), np.array([9]), 12).shares.tolist() == [0, 12]
+
+
+def test_heads_that_do_not_lie_end_to_end_are_refused() -> None:
+    case = Case([4], heads=2, width=8, dtype=torch.float32)
+    case.qkv = case.qkv.transpose(2, 3).contiguous().transpose(2, 3)
+    with pytest.raises(ValueError, match="heads must lie end to end"):
+        case.run([0])
+
+
+def test_types_and_widths_it_is_not_made_for_are_left_to_torch() -> None:
+    assert decode_kernel(64, torch.float16) is None
+    assert decode_kernel(5, torch.bfloat16) is None
+
+
+def test_without_numba_or_openmp_or_with_wrong_numbers_it_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import_ = builtins.__import__
+
+    def no_numba(name: str, *rest: Any) -> Any:
+        if name == "numba":
+            raise ImportError("No module named 'numba'")
+        return import_(name, *rest)
+
+    fresh = decode_kernel.__wrapped__
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "__import__", no_numba)
+        assert fresh(8, torch.float32) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(model.kernels.Path, "read_text", lambda *_, **__: "")
+        assert fresh(8, torch.float32) is None
+    call = DecodeKernel.__call__
+    monkeypatch.setattr(DecodeKernel, "__call__", lambda self, *a: (call(self, *a), a[4].add_(1))[0])
+    assert fresh(8, torch.float32) is None
