@@ -107,14 +107,14 @@ class GPT2:
         self.blocks = [_block(config, weights, f"h.{i}.") for i in range(config.n_layer)]
         self.ln_f = _norm(config, weights, "ln_f")
         self.lm_head = Linear.of(self.wte.t())
+        first = self.blocks[0]
+        self._least_rows = max(x.rows.least for x in (first.c_attn, first.c_proj, first.c_fc, first.mlp_proj))
 
     def padded_rows(self, count: int) -> int:
         """How many packed rows to run a step of `count` rows with, so that no product has to pad them by itself."""
         if self.device.type != "cpu":
             return count
-        block = self.blocks[0]
-        linears = (block.c_attn, block.c_proj, block.c_fc, block.mlp_proj)
-        return max(padded_rows(count), *(linear.rows.least for linear in linears))
+        return max(padded_rows(count), self._least_rows)
 
     @property
     def device(self) -> torch.device:

@@ -283,7 +283,7 @@ class EnginePool(BasePool):
         """
         new, over = [], []
         with self._lock:
-            for job_id in delivery.open:
+            for job_id in delivery.jobs:  # in their order
                 present = self._by_job.get(job_id)
                 self._by_job[job_id] = delivery
                 if present is None:

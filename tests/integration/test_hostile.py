@@ -153,6 +153,7 @@ def test_inspect_shows_no_prompt(client: Client, app: Celery) -> None:
         *client.submit_many(["Peculiar zebra 7312"] * 2, **long),
     )
     wait_until(lambda: all(one.status() == "running" for one in (job, pair[0])))
+    assert pair[1].status() == "queued", "with two slots, the second of the pair is to wait"
     shown = json.dumps(app.control.inspect(timeout=3).active() or {})
     assert job.id in shown
     assert "millrace.generate_many" in shown
