@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.gpt2 import GPT2, GPT2Config
+from model.kernels import decode_kernel
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -63,8 +65,12 @@ def load_model(
     device = _device(device)
     wanted = _dtype(dtype, device)
     files = weight_files(folder)
-    weights = {name: tensor.to(device, wanted) for name, tensor in _read(files, config)}
-    return GPT2(config, weights, digest=_digest(files))
+    with ThreadPoolExecutor(2, thread_name_prefix="millrace-load") as beside:
+        digest = beside.submit(_digest, files)
+        if device.type == "cpu":
+            beside.submit(decode_kernel, config.head_dim, wanted)  # compiled while the files are read
+        weights = {name: tensor.to(device, wanted) for name, tensor in _read(files, config)}
+        return GPT2(config, weights, digest=digest.result())
 
 
 def find_model(name_or_path: str | Path) -> Path:

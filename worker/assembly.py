@@ -11,6 +11,8 @@ import torch
 from client.schema import GenerateRequest
 from config import Settings
 from model.gpt2 import GPT2, GPT2Config
+from model.kernels import decode_kernel
+from model.linear import packing_works
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.weights import ModelError, load_model
 from worker.engine import LENGTH_CLASSES, Engine
@@ -92,11 +94,18 @@ def fingerprint(model: GPT2, prefill_chunk: int, invariant: bool) -> str:
         device.replace(" ", "-"),
         str(model.dtype).removeprefix("torch."),
         f"threads-{torch.get_num_threads()}",
+        f"products-{'packed' if packing_works(model.device.type, model.dtype) else 'plain'}",
+        f"attention-{'compiled' if compiled_attention(model) else 'torch'}",
         f"chunk-{prefill_chunk}",
         f"weights-{model.digest[:12] or 'unknown'}",
         "batch-invariant" if invariant else "batch-dependent",
     )
     return "/".join(parts)
+
+
+def compiled_attention(model: GPT2) -> bool:
+    """Whether decoding rows attend in the kernel of model/kernels.py; compiles it, which takes a second."""
+    return model.device.type == "cpu" and decode_kernel(model.config.head_dim, model.dtype) is not None
 
 
 def batch_invariant(model: GPT2, tokenizer: Tokenizer) -> bool:
