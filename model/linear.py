@@ -88,7 +88,7 @@ class Packed:
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, gelu: bool) -> Packed:
         """Pack a weight [in, out] for batches around `USUAL_ROWS` rows."""
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), USUAL_ROWS)
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.t(), USUAL_ROWS)
         return cls(packed, bias, gelu)
 
     @property
