@@ -6,6 +6,7 @@ processes that merely wait, that takes cores from whoever is measured next; a st
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import multiprocessing
 import os
@@ -38,6 +39,8 @@ class Remote:
         self._process = context.Process(target=_serve, args=(theirs, os.getpid(), make, arguments), daemon=True)
         self._process.start()
         theirs.close()
+        # Python waits for its processes when it ends, and a stopped one would never end by itself.
+        atexit.register(self.close)
         self._receive(None)
 
     def call(self, method: str, *arguments: object, limit_s: float | None = None) -> Any:
