@@ -62,6 +62,7 @@ class Remote:
 
     def close(self) -> None:
         """End the process, stopped or not."""
+        atexit.unregister(self.close)
         self._process.kill()
         self._process.join()
 

@@ -64,11 +64,11 @@ class KVCache:
 
     def __init__(self, config: GPT2Config, *, lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self.arenas = {length: Arena(config, length, dtype, device) for length in sorted(lengths)}
-        self._kernel_key = (config.head_dim, dtype) if device.type == "cpu" else None
+        self._kernel_key = (config.head_dim, dtype, device.type)
 
     def decode_kernel(self) -> DecodeKernel | None:
         """The compiled attention for this cache, if it can be had; compiled at the first call in a process."""
-        return decode_kernel(*self._kernel_key) if self._kernel_key else None
+        return decode_kernel(*self._kernel_key)
 
 
 @dataclass(frozen=True)

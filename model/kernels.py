@@ -79,9 +79,9 @@ class DecodeKernel:
 
 
 @functools.cache
-def decode_kernel(head_dim: int, dtype: torch.dtype) -> DecodeKernel | None:
+def decode_kernel(head_dim: int, dtype: torch.dtype, device: str) -> DecodeKernel | None:
     """The kernel for heads of D numbers of a type, compiled and tried out; None where that cannot be done."""
-    if dtype not in (torch.float32, torch.bfloat16) or head_dim % 2:
+    if device != "cpu" or dtype not in (torch.float32, torch.bfloat16) or head_dim % 2:
         return None
     try:
         runtime = _openmp()

@@ -67,8 +67,7 @@ def load_model(
     files = weight_files(folder)
     with ThreadPoolExecutor(2, thread_name_prefix="millrace-load") as beside:
         digest = beside.submit(_digest, files)
-        if device.type == "cpu":
-            beside.submit(decode_kernel, config.head_dim, wanted)  # compiled while the files are read
+        beside.submit(decode_kernel, config.head_dim, wanted, device.type)  # compiled while the files are read
         weights = {name: tensor.to(device, wanted) for name, tensor in _read(files, config)}
         return GPT2(config, weights, digest=digest.result())
 

@@ -95,17 +95,12 @@ def fingerprint(model: GPT2, prefill_chunk: int, invariant: bool) -> str:
         str(model.dtype).removeprefix("torch."),
         f"threads-{torch.get_num_threads()}",
         f"products-{'packed' if packing_works(model.device.type, model.dtype) else 'plain'}",
-        f"attention-{'compiled' if compiled_attention(model) else 'torch'}",
+        f"attention-{'compiled' if decode_kernel(model.config.head_dim, model.dtype, model.device.type) else 'torch'}",
         f"chunk-{prefill_chunk}",
         f"weights-{model.digest[:12] or 'unknown'}",
         "batch-invariant" if invariant else "batch-dependent",
     )
     return "/".join(parts)
-
-
-def compiled_attention(model: GPT2) -> bool:
-    """Whether decoding rows attend in the kernel of model/kernels.py; compiles it, which takes a second."""
-    return model.device.type == "cpu" and decode_kernel(model.config.head_dim, model.dtype) is not None
 
 
 def batch_invariant(model: GPT2, tokenizer: Tokenizer) -> bool:

@@ -290,10 +290,8 @@ class EnginePool(BasePool):
                     new.append(job_id)
                     continue
                 delivery.started_at = delivery.started_at or present.started_at
-                present.open.discard(job_id)
-                if not present.open:
+                if self._was_last(present, job_id):
                     over.append(present)
-                    self._deliveries.pop(present.handle, None)
         for present in over:
             self._supersede(present, delivery)
         if adopted := len(delivery.open) - len(new):
@@ -301,6 +299,13 @@ class EnginePool(BasePool):
             if delivery.started_at is not None:
                 self._accepted(delivery)
         return new
+
+    def _was_last(self, delivery: Delivery, job_id: str) -> bool:
+        """Take a job out of a message, and the message out of the books if none is left. Needs the lock."""
+        delivery.open.discard(job_id)
+        if not delivery.open:
+            self._deliveries.pop(delivery.handle, None)
+        return not delivery.open
 
     def _supersede(self, old: Delivery, new: Delivery) -> None:
         """Let go of a message because a newer one stands for all its jobs."""
@@ -430,11 +435,8 @@ class EnginePool(BasePool):
         with self._lock:
             for job_id in job_ids:
                 delivery = self._by_job.pop(job_id, None)
-                if delivery is not None and job_id in delivery.open:
-                    delivery.open.remove(job_id)
-                    if not delivery.open:
-                        over.append(delivery)
-                        self._deliveries.pop(delivery.handle, None)
+                if delivery is not None and job_id in delivery.open and self._was_last(delivery, job_id):
+                    over.append(delivery)
         for delivery in over:
             self._complete(delivery, traced)
         if not over:

@@ -133,13 +133,14 @@ class Service:
                 "fewer checkpoints (8, the logits, is the largest), shorten the prompt, or raise "
                 "MILLRACE_CHECKPOINT_MAX_BYTES",
             )
-        while True:
+
+        def dump() -> None:
             try:
-                return self.store.dump(job_id, tensors)
+                self.store.dump(job_id, tensors)
             except redis.ResponseError as error:  # Redis is full, say: trying again would not help
                 raise JobFailed("checkpoints_not_stored", f"Redis did not take the tensors: {error}") from error
-            except redis.RedisError:
-                time.sleep(RETRY_S)
+
+        self.patiently(dump)
 
     def ready(self, job_id: str, future: Future[Result]) -> None:
         """Lay an outcome down for the task body that comes next."""

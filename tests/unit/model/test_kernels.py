@@ -25,7 +25,7 @@ def _threads_as_before() -> Iterator[None]:
 
 
 def kernel(width: int, dtype: torch.dtype) -> DecodeKernel:
-    made = decode_kernel(width, dtype)
+    made = decode_kernel(width, dtype, "cpu")
     assert made is not None, "the kernel cannot be compiled here"
     return made
 
@@ -119,8 +119,9 @@ def test_heads_that_do_not_lie_end_to_end_are_refused() -> None:
 
 
 def test_types_and_widths_it_is_not_made_for_are_left_to_torch() -> None:
-    assert decode_kernel(64, torch.float16) is None
-    assert decode_kernel(5, torch.bfloat16) is None
+    assert decode_kernel(64, torch.float16, "cpu") is None
+    assert decode_kernel(5, torch.bfloat16, "cpu") is None
+    assert decode_kernel(64, torch.bfloat16, "cuda") is None
 
 
 def test_without_numba_or_openmp_or_with_wrong_numbers_it_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,10 +135,10 @@ def test_without_numba_or_openmp_or_with_wrong_numbers_it_is_left_to_torch(monke
     fresh = decode_kernel.__wrapped__
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "__import__", no_numba)
-        assert fresh(8, torch.float32) is None
+        assert fresh(8, torch.float32, "cpu") is None
     with monkeypatch.context() as patch:
         patch.setattr(model.kernels.Path, "read_text", lambda *_, **__: "")
-        assert fresh(8, torch.float32) is None
+        assert fresh(8, torch.float32, "cpu") is None
     call = DecodeKernel.__call__
     monkeypatch.setattr(DecodeKernel, "__call__", lambda self, *a: (call(self, *a), a[4].add_(1))[0])
-    assert fresh(8, torch.float32) is None
+    assert fresh(8, torch.float32, "cpu") is None
