@@ -53,8 +53,13 @@ class Place:
     @property
     def remote(self) -> Remote:
         if self._remote is None or not self._remote.alive:
-            self._remote = Remote(Seat, self.entry, self._threads, self._scratch)
-            self._remote.call("load", self._folder)
+            remote = Remote(Seat, self.entry, self._threads, self._scratch)
+            try:
+                remote.call("load", self._folder)
+            except Failed:
+                remote.close()  # so that the next try says the same
+                raise
+            self._remote = remote
             self.run(_warm_up(), self._remote.call("plans", _warm_up())[0], None)
         return self._remote
 

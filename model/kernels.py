@@ -141,83 +141,16 @@ def _compiled(head_dim: int, half: bool, runtime: str) -> Any:
     binding.load_library_permanently(runtime)
     thread = types.ExternalFunction("omp_get_thread_num", types.int32())
     threads = types.ExternalFunction("omp_get_num_threads", types.int32())
-    cast = _casts()
-    number = types.uint16 if half else types.float32
-    # bfloat16 is the upper half of a float32, and two of them lie in each word: even places below, odd ones above.
-    word = types.uint32 if half else types.float32
-    numbers, words = cast(types.int64, types.CPointer(number)), cast(types.int64, types.CPointer(word))
-    whole, real = cast(types.int64, types.CPointer(types.int64)), cast(types.int64, types.float64)
-    value, bits = cast(types.uint32, types.float32), cast(types.float32, types.uint32)
-    fetch = _prefetch()
+    numbers = _cast(types.int64, types.CPointer(types.uint16 if half else types.float32))
+    words = _cast(types.int64, types.CPointer(types.uint32 if half else types.float32))
+    whole, real = _cast(types.int64, types.CPointer(types.int64)), _cast(types.int64, types.float64)
+    lower, upper, store, attend = *_numbers(half), _attention(head_dim, half)
     size, width, parts = (2, head_dim // 2, 2) if half else (4, head_dim, 1)
-    row_bytes = head_dim * size
-    upper = np.uint32(0xFFFF0000)
-
-    # Sums of a head are taken in vectors, in an order that is fixed when this is compiled. NaN must stay NaN: it is how
-    # a broken row is known, so that "nnan" and "ninf" are not among the liberties.
-    liberties = {"reassoc", "contract", "nsz", "arcp"}
-
-    @numba.njit(inline="always")
-    def store(x: Any) -> Any:
-        """Rounded to the nearest, of two equally near to the even one."""
-        if not half:
-            return x
-        raw = bits(x)
-        rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        return np.uint16(rounded) if x == x else np.uint16(0x7FC0)
-
-    @numba.njit(inline="always", fastmath=liberties)
-    def exp(x: Any) -> Any:
-        """e**x for x up to 0, after Cephes (Moshier 1989), in a form that a compiler turns into vectors."""
-        x = max(x, np.float32(-87.0)) if x == x else x
-        n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
-        r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-        p = np.float32(1.9875691500e-4)
-        p = p * r + np.float32(1.3981999507e-3)
-        p = p * r + np.float32(8.3334519073e-3)
-        p = p * r + np.float32(4.1665795894e-2)
-        p = p * r + np.float32(1.6666665459e-1)
-        p = p * r + np.float32(5.0000001201e-1)
-        return (p * r * r + r + np.float32(1)) * value(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
-
-    @numba.njit(fastmath=liberties)
-    def attend(query: Any, k: Any, k_at: Any, v: Any, v_at: Any, length: int, scores: Any, sums: Any) -> Any:
-        top = np.float32(-np.inf)
-        for t in range(length):
-            fetch(k_at + (t + AHEAD) * row_bytes)
-            fetch(k_at + (t + AHEAD) * row_bytes + 64)
-            score = np.float32(0)
-            for d in range(width):
-                if half:
-                    pair = k[t * width + d]
-                    score += query[d] * value(pair << np.uint32(16)) + query[width + d] * value(pair & upper)
-                else:
-                    score += query[d] * k[t * width + d]
-            scores[t] = score
-            top = max(top, score)
-        total = np.float32(0)
-        for t in range(length):
-            scores[t] = exp(scores[t] - top)
-            total += scores[t]
-        for d in range(head_dim):
-            sums[d] = np.float32(0)
-        for t in range(length):
-            fetch(v_at + (t + AHEAD) * row_bytes)
-            fetch(v_at + (t + AHEAD) * row_bytes + 64)
-            weight = scores[t]
-            for d in range(width):
-                if half:
-                    pair = v[t * width + d]
-                    sums[d] += weight * value(pair << np.uint32(16))
-                    sums[width + d] += weight * value(pair & upper)
-                else:
-                    sums[d] += weight * v[t * width + d]
-        return total
 
     @numba.njit
     def compute(a: Any, row: int, head: int, scores: Any, sums: Any, query: Any) -> None:
         """One head of a row."""
-        scale, inside = np.float32(real(a[3])), head * row_bytes
+        scale, inside = np.float32(real(a[3])), head * head_dim * size
         stride, length = carray(whole(a[14]), row + 1)[row] * size, carray(whole(a[15]), row + 1)[row]
         k_at = carray(whole(a[12]), row + 1)[row] + head * stride
         v_at = carray(whole(a[13]), row + 1)[row] + head * stride
@@ -229,11 +162,9 @@ def _compiled(head_dim: int, half: bool, runtime: str) -> Any:
         for d in range(width):
             k[(length - 1) * width + d] = new_k[d]
             v[(length - 1) * width + d] = new_v[d]
+            query[d] = lower(q[d]) * scale
             if half:
-                query[d] = value(q[d] << np.uint32(16)) * scale
-                query[width + d] = value(q[d] & upper) * scale
-            else:
-                query[d] = q[d] * scale
+                query[width + d] = upper(q[d]) * scale
         total = attend(query, k, k_at, v, v_at, length, scores, sums)
         for d in range(width):
             for part in range(parts):
@@ -256,24 +187,124 @@ def _compiled(head_dim: int, half: bool, runtime: str) -> Any:
     return kernel
 
 
-def _casts() -> Callable[[Any, Any], Any]:
-    """Makes functions for compiled code that read bits as those of another type, or a number as an address."""
+#: Sums of a head are taken in vectors, in an order that is fixed when they are compiled. NaN must stay NaN: it is how a
+#: broken row is known, so that "nnan" and "ninf" are not among the liberties.
+LIBERTIES = {"reassoc", "contract", "nsz", "arcp"}
+
+
+def _attention(head_dim: int, half: bool) -> Any:
+    """One query over the keys and values of one head: sums the weighted values, gives the sum of the weights.
+
+    `k_at` and `v_at` are the addresses of k and v. A query and the sums of bfloat16 have the even places first.
+    """
+    import numba
+
+    lower, upper, _ = _numbers(half)
+    exp, fetch = _exponential(), _prefetch()
+    width, row_bytes = (head_dim // 2, head_dim * 2) if half else (head_dim, head_dim * 4)
+
+    @numba.njit(fastmath=LIBERTIES)
+    def attend(query: Any, k: Any, k_at: Any, v: Any, v_at: Any, length: int, scores: Any, sums: Any) -> Any:
+        top = np.float32(-np.inf)
+        for t in range(length):
+            fetch(k_at + (t + AHEAD) * row_bytes)
+            fetch(k_at + (t + AHEAD) * row_bytes + 64)
+            score = np.float32(0)
+            for d in range(width):
+                word = k[t * width + d]
+                score += query[d] * lower(word)
+                if half:
+                    score += query[width + d] * upper(word)
+            scores[t] = score
+            top = max(top, score)
+        total = np.float32(0)
+        for t in range(length):
+            scores[t] = exp(scores[t] - top)
+            total += scores[t]
+        for d in range(head_dim):
+            sums[d] = np.float32(0)
+        for t in range(length):
+            fetch(v_at + (t + AHEAD) * row_bytes)
+            fetch(v_at + (t + AHEAD) * row_bytes + 64)
+            weight = scores[t]
+            for d in range(width):
+                word = v[t * width + d]
+                sums[d] += weight * lower(word)
+                if half:
+                    sums[width + d] += weight * upper(word)
+        return total
+
+    return attend
+
+
+def _numbers(half: bool) -> tuple[Any, Any, Any]:
+    """How compiled code reads and writes numbers: the one at an even place of a word, that at the odd one, and back.
+
+    A float32 is a word. bfloat16 is the upper half of a float32, and two of them lie in a word, the even place below.
+    """
+    import numba
+    from numba import types
+
+    value, bits = _cast(types.uint32, types.float32), _cast(types.float32, types.uint32)
+
+    @numba.njit(inline="always")
+    def lower(word: Any) -> Any:
+        return value(word << np.uint32(16)) if half else word
+
+    @numba.njit(inline="always")
+    def upper(word: Any) -> Any:
+        return value(word & np.uint32(0xFFFF0000))
+
+    @numba.njit(inline="always")
+    def store(x: Any) -> Any:
+        """Rounded to the nearest, of two equally near to the even one."""
+        if not half:
+            return x
+        raw = bits(x)
+        rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        return np.uint16(rounded) if x == x else np.uint16(0x7FC0)
+
+    return lower, upper, store
+
+
+def _exponential() -> Any:
+    """e**x for x up to 0, after Cephes (Moshier 1989), in a form that a compiler turns into vectors."""
+    import numba
+    from numba import types
+
+    value = _cast(types.uint32, types.float32)
+
+    @numba.njit(inline="always", fastmath=LIBERTIES)
+    def exp(x: Any) -> Any:
+        x = max(x, np.float32(-87.0)) if x == x else x
+        n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
+        r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+        p = np.float32(1.9875691500e-4)
+        p = p * r + np.float32(1.3981999507e-3)
+        p = p * r + np.float32(8.3334519073e-3)
+        p = p * r + np.float32(4.1665795894e-2)
+        p = p * r + np.float32(1.6666665459e-1)
+        p = p * r + np.float32(5.0000001201e-1)
+        return (p * r * r + r + np.float32(1)) * value(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
+
+    return exp
+
+
+def _cast(source: Any, target: Any) -> Any:
+    """A function for compiled code that reads bits as those of another type, or a number as an address."""
     from numba import types
     from numba.extending import intrinsic
 
-    def cast(source: Any, target: Any) -> Any:
-        how = "inttoptr" if isinstance(target, types.CPointer) else "bitcast"
+    how = "inttoptr" if isinstance(target, types.CPointer) else "bitcast"
 
-        @intrinsic
-        def function(_: Any, _value: Any) -> Any:
-            def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-                return getattr(builder, how)(values[0], context.get_value_type(signature.return_type))
+    @intrinsic
+    def function(_: Any, _value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            return getattr(builder, how)(values[0], context.get_value_type(signature.return_type))
 
-            return target(source), generate
+        return target(source), generate
 
-        return function
-
-    return cast
+    return function
 
 
 def _prefetch() -> Any:
