@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from model.kernels import DecodeKernel, Rows, decode_kernel
+from model.native import use_huge_pages
 
 if TYPE_CHECKING:
     from model.gpt2 import GPT2Config
@@ -42,7 +43,7 @@ class Arena:
         """Hold `capacity` slots and keep what the first ones contain; one layer at a time, so little is held twice."""
         for tensors in (self.k, self.v):
             for layer, old in enumerate(tensors):
-                new = old.new_zeros(capacity, *old.shape[1:])
+                new = use_huge_pages(old.new_empty(capacity, *old.shape[1:])).zero_()
                 kept = min(capacity, self.capacity)
                 new[:kept] = old[:kept]
                 tensors[layer] = new

@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from model.cache import CachedAttention, Chunk, KVCache
-from model.linear import Linear, padded_rows
+from model.linear import Linear
 from model.trace import Trace, probabilities
 
 
@@ -107,14 +107,15 @@ class GPT2:
         self.blocks = [_block(config, weights, f"h.{i}.") for i in range(config.n_layer)]
         self.ln_f = _norm(config, weights, "ln_f")
         self.lm_head = Linear.of(self.wte.t())
-        first = self.blocks[0]
-        self._least_rows = max(x.rows.least for x in (first.c_attn, first.c_proj, first.c_fc, first.mlp_proj))
 
     def padded_rows(self, count: int) -> int:
         """How many packed rows to run a step of `count` rows with, so that no product has to pad them by itself."""
-        if self.device.type != "cpu":
-            return count
-        return max(padded_rows(count), self._least_rows)
+        return count if self.device.type != "cpu" else self.blocks[0].c_attn.padded_rows(count)
+
+    @property
+    def products(self) -> str:
+        """How matrix products are computed here: `tiled`, `packed` or `plain` (model/linear.py)."""
+        return type(self.blocks[0].c_attn.product).__name__.lower()
 
     @property
     def device(self) -> torch.device:

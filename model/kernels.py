@@ -11,23 +11,19 @@ Where numba, or torch's OpenMP runtime, cannot be had, `decode_kernel` gives Non
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-log = logging.getLogger("millrace.model")
+from model.native import LIBERTIES, Team, cast, exponential, prefetch, round_to_bfloat16, team, team_functions
 
-#: Positions by which memory is asked for ahead: all of it is read once, and past the end of a page no hardware looks.
-AHEAD = 32
+log = logging.getLogger("millrace.model")
 
 Array = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -60,9 +56,9 @@ class Rows:
 class DecodeKernel:
     """Writes the new key and value of each row into its cache, then attends over all it has there."""
 
-    def __init__(self, function: Any, parallel: Callable[..., None]) -> None:
+    def __init__(self, function: Any, team: Team) -> None:
         self._function = function  # numba's, which owns the code
-        self._parallel = parallel
+        self._team = team
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: Rows, scale: float) -> None:
         """q, k, v, out: [R, H, D], heads end to end, any distance between rows; `out` is written."""
@@ -75,7 +71,7 @@ class DecodeKernel:
         arguments += [number for tensor in (q, k, v, out) for number in (tensor.data_ptr(), tensor.stride(0))]
         arguments += [array.ctypes.data for array in where]
         packed = np.array(arguments, dtype=np.int64)
-        self._parallel(self._function.address, packed.ctypes.data, len(rows.shares) - 1, 0)
+        self._team.run(self._function.address, packed, len(rows.shares) - 1)
 
 
 @functools.cache
@@ -84,32 +80,13 @@ def decode_kernel(head_dim: int, dtype: torch.dtype, device: str) -> DecodeKerne
     if device != "cpu" or dtype not in (torch.float32, torch.bfloat16) or head_dim % 2:
         return None
     try:
-        runtime = _openmp()
-        kernel = DecodeKernel(_compiled(head_dim, dtype == torch.bfloat16, runtime), _parallel(runtime))
+        kernel = DecodeKernel(_compiled(head_dim, dtype == torch.bfloat16), team())
         if not _right(kernel, head_dim, dtype):
             raise RuntimeError("it gives other numbers than the formula")
     except Exception as error:  # a speed-up must never be what keeps a model from running
         log.warning("attention is computed by torch's operators, more slowly: %r", error)
         return None
     return kernel
-
-
-def _openmp() -> str:
-    """The path of the OpenMP runtime that torch has loaded."""
-    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/lib" in line}
-    found = sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libiomp", "libomp")))
-    ours = [path for path in found if "torch" in path]
-    if not found:
-        raise RuntimeError("torch has loaded no OpenMP runtime")
-    return (ours or found)[0]
-
-
-def _parallel(runtime: str) -> Callable[..., None]:
-    """OpenMP's own entry: runs a function in a team of threads, the one that torch's operators use."""
-    parallel = ctypes.CDLL(runtime).GOMP_parallel
-    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    parallel.restype = None
-    return parallel
 
 
 def _right(kernel: DecodeKernel, head_dim: int, dtype: torch.dtype) -> bool:
@@ -132,28 +109,31 @@ def _right(kernel: DecodeKernel, head_dim: int, dtype: torch.dtype) -> bool:
     return torch.equal(cache.double(), torch.stack([k, v]))  # the new ones written, all others left alone
 
 
-def _compiled(head_dim: int, half: bool, runtime: str) -> Any:
+def _compiled(head_dim: int, half: bool) -> Any:
     """The kernel as a C function of one pointer, to the int64 numbers that `DecodeKernel` packs."""
     import numba
-    from llvmlite import binding
     from numba import carray, types
 
-    binding.load_library_permanently(runtime)
-    thread = types.ExternalFunction("omp_get_thread_num", types.int32())
-    threads = types.ExternalFunction("omp_get_num_threads", types.int32())
-    numbers = _cast(types.int64, types.CPointer(types.uint16 if half else types.float32))
-    words = _cast(types.int64, types.CPointer(types.uint32 if half else types.float32))
-    whole, real = _cast(types.int64, types.CPointer(types.int64)), _cast(types.int64, types.float64)
+    thread, threads = team_functions()
+    numbers = cast(types.int64, types.CPointer(types.uint16 if half else types.float32))
+    words = cast(types.int64, types.CPointer(types.uint32 if half else types.float32))
+    whole, real = cast(types.int64, types.CPointer(types.int64)), cast(types.int64, types.float64)
     lower, upper, store, attend = *_numbers(half), _attention(head_dim, half)
     size, width, parts = (2, head_dim // 2, 2) if half else (4, head_dim, 1)
 
+    @numba.njit(inline="always")
+    def place(a: Any, unit: int) -> Any:
+        """Where the keys and values of a head of a row begin, and how many there are."""
+        row, head = unit // a[1], unit % a[1]
+        inside = carray(whole(a[14]), row + 1)[row] * size * head
+        k, v = carray(whole(a[12]), row + 1)[row] + inside, carray(whole(a[13]), row + 1)[row] + inside
+        return k, v, carray(whole(a[15]), row + 1)[row]
+
     @numba.njit
-    def compute(a: Any, row: int, head: int, scores: Any, sums: Any, query: Any) -> None:
-        """One head of a row."""
-        scale, inside = np.float32(real(a[3])), head * head_dim * size
-        stride, length = carray(whole(a[14]), row + 1)[row] * size, carray(whole(a[15]), row + 1)[row]
-        k_at = carray(whole(a[12]), row + 1)[row] + head * stride
-        v_at = carray(whole(a[13]), row + 1)[row] + head * stride
+    def compute(a: Any, unit: int, after: int, scores: Any, sums: Any, query: Any) -> None:
+        """One head of a row, while what the one after it needs is asked for."""
+        row, inside = unit // a[1], unit % a[1] * head_dim * size
+        scale, (k_at, v_at, length) = np.float32(real(a[3])), place(a, unit)
         k, v = carray(words(k_at), length * width), carray(words(v_at), length * width)
         q = carray(words(a[4] + row * a[5] * size + inside), width)
         new_k = carray(words(a[6] + row * a[7] * size + inside), width)
@@ -165,7 +145,7 @@ def _compiled(head_dim: int, half: bool, runtime: str) -> Any:
             query[d] = lower(q[d]) * scale
             if half:
                 query[width + d] = upper(q[d]) * scale
-        total = attend(query, k, k_at, v, v_at, length, scores, sums)
+        total = attend(query, k, v, length, place(a, after), scores, sums)
         for d in range(width):
             for part in range(parts):
                 out[parts * d + part] = store(sums[part * width + d] / total)
@@ -178,7 +158,7 @@ def _compiled(head_dim: int, half: bool, runtime: str) -> Any:
         query = np.empty(head_dim, np.float32)
         for number in range(thread(), a[0], threads()):
             for unit in range(shares[number], shares[number + 1]):
-                compute(a, unit // a[1], unit % a[1], scores, sums, query)
+                compute(a, unit, min(unit + 1, shares[number + 1] - 1), scores, sums, query)
 
     @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
     def kernel(arguments: Any) -> None:
@@ -187,28 +167,28 @@ def _compiled(head_dim: int, half: bool, runtime: str) -> Any:
     return kernel
 
 
-#: Sums of a head are taken in vectors, in an order that is fixed when they are compiled. NaN must stay NaN: it is how a
-#: broken row is known, so that "nnan" and "ninf" are not among the liberties.
-LIBERTIES = {"reassoc", "contract", "nsz", "arcp"}
-
-
 def _attention(head_dim: int, half: bool) -> Any:
     """One query over the keys and values of one head: sums the weighted values, gives the sum of the weights.
 
-    `k_at` and `v_at` are the addresses of k and v. A query and the sums of bfloat16 have the even places first.
+    `after` says where the keys and values lie that are needed next, and how many. All memory is read once, so it is
+    asked for long before: within a head no hardware looks far enough ahead, and one stream of requests is too slow.
+    A query and the sums of bfloat16 have the even places first.
     """
     import numba
 
     lower, upper, _ = _numbers(half)
-    exp, fetch = _exponential(), _prefetch()
+    exp, fetch = exponential(), prefetch()
     width, row_bytes = (head_dim // 2, head_dim * 2) if half else (head_dim, head_dim * 4)
 
     @numba.njit(fastmath=LIBERTIES)
-    def attend(query: Any, k: Any, k_at: Any, v: Any, v_at: Any, length: int, scores: Any, sums: Any) -> Any:
+    def attend(query: Any, k: Any, v: Any, length: int, after: Any, scores: Any, sums: Any) -> Any:
+        next_k, next_v, positions = after
         top = np.float32(-np.inf)
         for t in range(length):
-            fetch(k_at + (t + AHEAD) * row_bytes)
-            fetch(k_at + (t + AHEAD) * row_bytes + 64)
+            if t < positions:
+                for line in range(0, row_bytes, 64):
+                    fetch(next_k + t * row_bytes + line)
+                    fetch(next_v + t * row_bytes + line)
             score = np.float32(0)
             for d in range(width):
                 word = k[t * width + d]
@@ -224,8 +204,10 @@ def _attention(head_dim: int, half: bool) -> Any:
         for d in range(head_dim):
             sums[d] = np.float32(0)
         for t in range(length):
-            fetch(v_at + (t + AHEAD) * row_bytes)
-            fetch(v_at + (t + AHEAD) * row_bytes + 64)
+            if length + t < positions:
+                for line in range(0, row_bytes, 64):
+                    fetch(next_k + (length + t) * row_bytes + line)
+                    fetch(next_v + (length + t) * row_bytes + line)
             weight = scores[t]
             for d in range(width):
                 word = v[t * width + d]
@@ -245,7 +227,7 @@ def _numbers(half: bool) -> tuple[Any, Any, Any]:
     import numba
     from numba import types
 
-    value, bits = _cast(types.uint32, types.float32), _cast(types.float32, types.uint32)
+    value, rounded = cast(types.uint32, types.float32), round_to_bfloat16()
 
     @numba.njit(inline="always")
     def lower(word: Any) -> Any:
@@ -257,72 +239,6 @@ def _numbers(half: bool) -> tuple[Any, Any, Any]:
 
     @numba.njit(inline="always")
     def store(x: Any) -> Any:
-        """Rounded to the nearest, of two equally near to the even one."""
-        if not half:
-            return x
-        raw = bits(x)
-        rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        return np.uint16(rounded) if x == x else np.uint16(0x7FC0)
+        return rounded(x) if half else x
 
     return lower, upper, store
-
-
-def _exponential() -> Any:
-    """e**x for x up to 0, after Cephes (Moshier 1989), in a form that a compiler turns into vectors."""
-    import numba
-    from numba import types
-
-    value = _cast(types.uint32, types.float32)
-
-    @numba.njit(inline="always", fastmath=LIBERTIES)
-    def exp(x: Any) -> Any:
-        x = max(x, np.float32(-87.0)) if x == x else x
-        n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
-        r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-        p = np.float32(1.9875691500e-4)
-        p = p * r + np.float32(1.3981999507e-3)
-        p = p * r + np.float32(8.3334519073e-3)
-        p = p * r + np.float32(4.1665795894e-2)
-        p = p * r + np.float32(1.6666665459e-1)
-        p = p * r + np.float32(5.0000001201e-1)
-        return (p * r * r + r + np.float32(1)) * value(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
-
-    return exp
-
-
-def _cast(source: Any, target: Any) -> Any:
-    """A function for compiled code that reads bits as those of another type, or a number as an address."""
-    from numba import types
-    from numba.extending import intrinsic
-
-    how = "inttoptr" if isinstance(target, types.CPointer) else "bitcast"
-
-    @intrinsic
-    def function(_: Any, _value: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            return getattr(builder, how)(values[0], context.get_value_type(signature.return_type))
-
-        return target(source), generate
-
-    return function
-
-
-def _prefetch() -> Any:
-    """A function for compiled code that asks for a cache line before it is needed; any address may be named."""
-    from llvmlite import ir
-    from numba import types
-    from numba.core import cgutils
-    from numba.extending import intrinsic
-
-    @intrinsic
-    def fetch(_: Any, _address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
-            byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-            kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-            builder.call(function, [builder.inttoptr(values[0], byte), word(0), word(3), word(1)])
-            return context.get_dummy_value()
-
-        return types.void(types.int64), generate
-
-    return fetch

@@ -1,10 +1,12 @@
 """Matrix products in the fastest form the machine has, whose rows do not depend on how many rows there are.
 
-On a CPU the weight is packed once in the layout oneDNN's kernels read (the private operators behind
-`torch.compile`'s CPU backend, taken only where they give what `F.linear` gives); elsewhere it stays as the files store
-it. A kernel is picked by the number of rows M, and kernels add in different orders, so a row's last bits change with
-its company. Which M agree is measured when a weight is taken in (`measure_rows`), and a product is never run outside
-that range: few rows are padded up, many are cut into near-equal tiles.
+bfloat16 on a CPU with a matrix unit goes through model/tiles.py, which sums a row in one order whatever its company.
+
+On other CPUs, and for float32, the weight is packed once in the layout oneDNN's kernels read (the private operators
+behind `torch.compile`'s CPU backend, taken only where they give what `F.linear` gives); elsewhere it stays as the files
+store it. There a kernel is picked by the number of rows M, and kernels add in different orders, so a row's last bits
+change with its company. Which M agree is measured when a weight is taken in (`measure_rows`), and a product is never
+run outside that range: few rows are padded up, many are cut into near-equal parts.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+from model.tiles import BLOCK, TILE, Tiled, tiles_work
 
 #: Rows of one product at most: more gain nothing, and their intermediate results leave the caches.
 MAX_ROWS = 512
@@ -39,12 +43,15 @@ class RowRange:
 class Linear:
     """x @ weight + bias, then GELU (the tanh approximation) if asked for. [M, in] -> [M, out]."""
 
-    product: Plain | Packed
-    rows: RowRange
+    product: Plain | Packed | Tiled
+    #: None: a row's bits are the same among any number of rows.
+    rows: RowRange | None
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Linear:
         """Take in a weight [in, out], as the files of GPT-2 store it, and a bias [out]; both may be let go of then."""
+        if weight.shape[0] % BLOCK == 0 and tiles_work(weight.device.type, weight.dtype):
+            return cls(Tiled.of(weight, bias, gelu), None)
         product: Packed | Plain = Plain(weight, bias, gelu)
         if packing_works(weight.device.type, weight.dtype):
             product = Packed.of(weight, bias, gelu)
@@ -60,8 +67,12 @@ class Linear:
         """The bias, [out]."""
         return self.product.bias
 
+    def padded_rows(self, count: int) -> int:
+        """The number of rows at which `count` of them need no padding here."""
+        return -(-count // TILE) * TILE if self.rows is None else padded_rows(count)
+
     def __call__(self, x: Tensor) -> Tensor:
-        return matmul_rows(self.product, x, self.rows)
+        return self.product(x) if self.rows is None else matmul_rows(self.product, x, self.rows)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.gpt2 import GPT2, GPT2Config
 from model.kernels import decode_kernel
+from model.tiles import tiles_work
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -65,9 +66,11 @@ def load_model(
     device = _device(device)
     wanted = _dtype(dtype, device)
     files = weight_files(folder)
-    with ThreadPoolExecutor(2, thread_name_prefix="millrace-load") as beside:
+    with ThreadPoolExecutor(3, thread_name_prefix="millrace-load") as beside:
         digest = beside.submit(_digest, files)
-        beside.submit(decode_kernel, config.head_dim, wanted, device.type)  # compiled while the files are read
+        # Compiled while the files are read.
+        beside.submit(decode_kernel, config.head_dim, wanted, device.type)
+        beside.submit(tiles_work, device.type, wanted)
         weights = {name: tensor.to(device, wanted) for name, tensor in _read(files, config)}
         return GPT2(config, weights, digest=digest.result())
 

@@ -12,7 +12,6 @@ from client.schema import GenerateRequest
 from config import Settings
 from model.gpt2 import GPT2, GPT2Config
 from model.kernels import decode_kernel
-from model.linear import packing_works
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.weights import ModelError, load_model
 from worker.engine import LENGTH_CLASSES, Engine
@@ -94,7 +93,7 @@ def fingerprint(model: GPT2, prefill_chunk: int, invariant: bool) -> str:
         device.replace(" ", "-"),
         str(model.dtype).removeprefix("torch."),
         f"threads-{torch.get_num_threads()}",
-        f"products-{'packed' if packing_works(model.device.type, model.dtype) else 'plain'}",
+        f"products-{model.products}",
         f"attention-{'compiled' if decode_kernel(model.config.head_dim, model.dtype, model.device.type) else 'torch'}",
         f"chunk-{prefill_chunk}",
         f"weights-{model.digest[:12] or 'unknown'}",

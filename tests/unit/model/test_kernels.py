@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import model.kernels
+import model.native
 from model.kernels import DecodeKernel, Rows, decode_kernel
 
 POSITIONS = 96
@@ -137,7 +138,8 @@ def test_without_numba_or_openmp_or_with_wrong_numbers_it_is_left_to_torch(monke
         patch.setattr(builtins, "__import__", no_numba)
         assert fresh(8, torch.float32, "cpu") is None
     with monkeypatch.context() as patch:
-        patch.setattr(model.kernels.Path, "read_text", lambda *_, **__: "")
+        patch.setattr(model.native.Path, "read_text", lambda *_, **__: "")
+        patch.setattr(model.kernels, "team", model.native.team.__wrapped__)
         assert fresh(8, torch.float32, "cpu") is None
     call = DecodeKernel.__call__
     monkeypatch.setattr(DecodeKernel, "__call__", lambda self, *a: (call(self, *a), a[4].add_(1))[0])

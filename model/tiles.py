@@ -1,0 +1,291 @@
+"""x @ weight + bias in bfloat16 on a CPU's matrix unit (Intel AMX), reading the weight at the speed of memory.
+
+The unit multiplies tiles: 16 rows of x by 32 numbers, with 32 numbers by 16 columns of the weight, summed in float32.
+The weight is stored once as the stream of tiles in which it is read:
+
+    block n   32 columns, all of the weight's rows; a thread computes whole blocks
+        step k   32 of the weight's rows: one tile for each 16 columns, 2 KiB together
+
+A block is asked for while the one before it is multiplied, from four places at a time: one stream of requests does not
+fill the way to memory. A result is summed in the order of k whatever the other rows are, so a row's bits do not depend
+on how many there are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from model.native import (
+    LIBERTIES,
+    assembly,
+    cast,
+    exponential,
+    prefetch,
+    round_to_bfloat16,
+    team,
+    team_functions,
+    use_huge_pages,
+)
+
+log = logging.getLogger("millrace.model")
+
+#: Rows of x in a tile; x is padded to a multiple of it.
+TILE = 16
+#: Columns of a block, and rows of the weight in a step of it.
+BLOCK = 32
+STEP_BYTES = BLOCK * BLOCK * 2
+#: As many rows of x as take this many bytes are multiplied with a block before the next one: they stay in the L2 cache.
+PANEL_BYTES = 3 * 2**18
+#: `arch_prctl` of Linux on x86-64: ask to use the tiles' registers; without it the first use ends the process.
+SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """A weight [in, out] as tiles."""
+
+    tiles: Tensor  # bfloat16 [blocks, in/32, 2, 16, 16, 2]: block, step, tile, pair of rows, column, row of the pair
+    biases: Tensor  # float32 [blocks * 32], zero where there is none
+    bias: Tensor | None  # [out]
+    out: int
+    gelu: bool
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tiled:
+        """Take in a weight [in, out], `in` a multiple of 32, and a bias [out]."""
+        width, out = weight.shape
+        blocks, steps = -(-out // BLOCK), width // BLOCK
+        tiles = use_huge_pages(torch.empty(blocks, steps, 2, 16, 16, 2, dtype=weight.dtype))
+        padded = F.pad(weight, (0, blocks * BLOCK - out)) if out % BLOCK else weight
+        tiles.copy_(padded.view(steps, 16, 2, blocks, 2, 16).permute(3, 0, 4, 1, 5, 2))
+        biases = torch.zeros(blocks * BLOCK)
+        if bias is not None:
+            biases[:out] = bias
+        return cls(tiles, biases, bias, out, gelu)
+
+    @property
+    def weight(self) -> Tensor:
+        """As it came, [in, out]; a copy."""
+        blocks, steps = self.tiles.shape[:2]
+        return self.tiles.permute(1, 3, 5, 0, 2, 4).reshape(steps * BLOCK, blocks * BLOCK)[:, : self.out]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[M, in] -> [M, out], with GELU (the tanh approximation) if asked for."""
+        count = len(x)
+        if x.stride(1) != 1 or count % TILE:
+            x = F.pad(x, (0, 0, 0, -count % TILE)).contiguous()
+        out = x.new_empty(count, self.out)
+        blocks, steps = self.tiles.shape[:2]
+        panel = max(BLOCK, PANEL_BYTES // (steps * BLOCK * 2) // BLOCK * BLOCK)
+        threads = torch.get_num_threads()
+        numbers = [x.data_ptr(), x.stride(0) * 2, len(x), self.tiles.data_ptr(), steps, blocks, self.biases.data_ptr()]
+        numbers += [out.data_ptr(), self.out, count, panel, threads, SHAPES.ctypes.data, self.gelu]
+        team().run(_kernel().address, np.array(numbers, dtype=np.int64), threads)
+        return out
+
+
+@functools.cache
+def tiles_work(device: str, dtype: torch.dtype) -> bool:
+    """Whether this machine has the unit and lets this process use it, and what it gives is right. Compiles the kernel.
+
+    Where it cannot be had, products are computed by torch.
+    """
+    if device != "cpu" or dtype != torch.bfloat16 or not _permitted():
+        return False
+    try:
+        return _right()
+    except Exception as error:  # a speed-up must never be what keeps a model from running
+        log.warning("products are computed by torch's operators, more slowly: %r", error)
+        return False
+
+
+def _permitted() -> bool:
+    if os.uname().sysname != "Linux" or os.uname().machine != "x86_64":
+        return False
+    try:
+        from llvmlite import binding
+
+        if not {"amx-tile", "amx-bf16", "avx512bf16"} <= {f for f, on in binding.get_host_cpu_features().items() if on}:
+            return False
+        libc = ctypes.CDLL(None)
+        return int(libc.syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA)) == 0
+    except (ImportError, AttributeError, RuntimeError):  # no numba for this Python, or another LLVM
+        return False
+
+
+def _right() -> bool:
+    """Whether products come out as the formula has them, and a row's bits alone as among others."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(*s, generator=generator).bfloat16() for s in ((96, 80), (80,), (75, 96)))
+    for gelu in (False, True):
+        product = Tiled.of(weight, bias, gelu)
+        expected = torch.addmm(bias.double(), x.double(), weight.double())
+        if gelu:
+            expected = F.gelu(expected, approximate="tanh")
+        found = product(x)
+        if not torch.allclose(found.double(), expected, rtol=2.0**-8, atol=1e-3):
+            raise RuntimeError("they come out wrong")
+        if not all(torch.equal(product(x[at : at + 1])[0], found[at]) for at in (0, 20, 50, 74)):
+            raise RuntimeError("a row's bits depend on the others")
+    return True
+
+
+def _shapes() -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """What the unit is told before it is used: eight tiles of 16 rows of 64 bytes."""
+    shapes = np.zeros(64, np.uint8)
+    shapes[0] = 1  # the only palette there is
+    shapes[16:32:2] = 64
+    shapes[48:56] = TILE
+    return shapes
+
+
+SHAPES = _shapes()
+
+
+@functools.cache
+def _kernel() -> Any:
+    """The product as a C function of one pointer, to the int64 numbers that `Tiled` packs."""
+    import numba
+    from llvmlite import binding
+    from numba import carray, types
+
+    binding.initialize_native_asmparser()
+    configure, saved_shapes = assembly("ldtilecfg ($0)", 1), assembly("sttilecfg ($0)", 1)
+    release = assembly("tilerelease", 0)
+    thread, threads = team_functions()
+    multiply, finish = _multiply(), _finish()
+
+    @numba.njit
+    def work(a: Any) -> None:
+        """What one thread of the team does: its share of the blocks, or more than one share if the team is small."""
+        x, x_row, count, tiles, steps, blocks, biases = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
+        out, width, real, panel, shares, shapes = a[7], a[8], a[9], a[10], a[11], a[12]
+        sums, before = np.empty(BLOCK * BLOCK, np.float32), np.zeros(64, np.uint8)
+        saved_shapes(before.ctypes.data)  # other users of the unit look whether it is set up as they left it
+        configure(shapes)
+        for share in range(thread(), shares, threads()):
+            for start in range(0, count, panel):
+                rows = min(count - start, panel)
+                for block in range(blocks * share // shares, blocks * (share + 1) // shares):
+                    # Of the next block so many lines from each quarter in each step that all are there at the end.
+                    ahead = -(-8 // ((rows + BLOCK - 1) // BLOCK)) if start == 0 else 0
+                    first = tiles + block * steps * STEP_BYTES
+                    for done in range(0, rows, BLOCK):
+                        row = start + done
+                        two = done + BLOCK <= rows
+                        skip = min(done // BLOCK * steps * ahead, steps * 8)
+                        multiply(x + row * x_row, x_row, first, steps, ahead, skip, two, sums.ctypes.data)
+                        place = out + (row * width + block * BLOCK) * 2
+                        columns, left = min(BLOCK, width - block * BLOCK), min(BLOCK if two else TILE, real - row)
+                        finish(sums, biases + block * BLOCK * 4, place, width * 2, left, columns, a[13] != 0)
+        if before[0] == 0:
+            release()
+        else:
+            configure(before.ctypes.data)
+
+    @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
+    def kernel(arguments: Any) -> None:
+        work(carray(arguments, 14))
+
+    return kernel
+
+
+def _multiply() -> Any:
+    """32 rows of x, or 16, by a block, into float32 sums [32, 32]; asks for lines of the next block meanwhile."""
+    import numba
+
+    fetch = prefetch()
+    clear = assembly("\n".join(f"tilezero %tmm{i}" for i in range(4)), 0)
+    load = [assembly(f"tileloadd ($0,$1,1), %tmm{i}", 2) for i in range(4, 8)]
+    upper_x, lower_x, left_w, right_w = load
+    # Registers 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 columns of the weight.
+    above = "tdpbf16ps %tmm6, %tmm4, %tmm0\ntdpbf16ps %tmm7, %tmm4, %tmm1"
+    below = "\ntdpbf16ps %tmm6, %tmm5, %tmm2\ntdpbf16ps %tmm7, %tmm5, %tmm3"
+    multiply_one, multiply_two = assembly(above, 0), assembly(above + below, 0)
+    store_0, store_1, store_2, store_3 = (assembly(f"tilestored %tmm{i}, ($0,$1,1)", 2) for i in range(4))
+
+    @numba.njit
+    def multiply(x: int, x_row: int, w: int, steps: int, ahead: int, skip: int, two: bool, sums: int) -> None:
+        quarter = steps * STEP_BYTES // 4
+        soon, left = w + steps * STEP_BYTES + skip * 64, steps * 8 - skip
+        clear()
+        for _ in range(steps):
+            now = min(ahead, left)
+            left -= now
+            for _ in range(now):
+                fetch(soon)
+                fetch(soon + quarter)
+                fetch(soon + 2 * quarter)
+                fetch(soon + 3 * quarter)
+                soon += 64
+            left_w(w, 64)
+            right_w(w + STEP_BYTES // 2, 64)
+            upper_x(x, x_row)
+            if two:
+                lower_x(x + TILE * x_row, x_row)
+                multiply_two()
+            else:
+                multiply_one()
+            x += BLOCK * 2
+            w += STEP_BYTES
+        store_0(sums, BLOCK * 4)
+        store_1(sums + 64, BLOCK * 4)
+        if two:
+            store_2(sums + TILE * BLOCK * 4, BLOCK * 4)
+            store_3(sums + TILE * BLOCK * 4 + 64, BLOCK * 4)
+
+    return multiply
+
+
+def _finish() -> Any:
+    """Bias, GELU, and rounding of sums [32, 32] into the rows of the result; a block may have fewer columns."""
+    import numba
+    from numba import carray, types
+
+    floats, halves = (cast(types.int64, types.CPointer(kind)) for kind in (types.float32, types.uint16))
+    exp, rounded = exponential(), round_to_bfloat16()
+    changes = "~{xmm0},~{xmm1}"
+    loads = "vmovups ($0), %zmm0\nvmovups 64($0), %zmm1\n"
+    stores = "vcvtne2ps2bf16 %zmm0, %zmm1, %zmm0\nvmovups %zmm0, ($1)"
+    round_row = assembly(loads + stores, 2, changes)
+    adds = "vaddps ($2), %zmm0, %zmm0\nvaddps 64($2), %zmm1, %zmm1\n"
+    add_and_round_row = assembly(loads + adds + stores, 3, changes)
+
+    # numpy's error model: Python's raises where a divisor is zero, and a loop that may raise is not made of vectors.
+    @numba.njit(inline="always", fastmath=LIBERTIES, error_model="numpy")
+    def activation(x: Any) -> Any:
+        """GELU by tanh, written as x times the logistic function of u, so that it takes one exponential."""
+        u = x * np.float32(1.5957691216057308) * (np.float32(1) + np.float32(0.044715) * x * x)
+        e = exp(-abs(u))
+        s = np.float32(1) / (np.float32(1) + e)
+        return x * (s if u >= 0 else e * s) if x == x else x
+
+    @numba.njit(fastmath=LIBERTIES, error_model="numpy")
+    def finish(sums: Any, biases: int, out: int, out_row: int, rows: int, columns: int, gelu: bool) -> None:
+        bias = carray(floats(biases), BLOCK)
+        for row in range(rows if gelu else 0):
+            for column in range(BLOCK):
+                sums[row * BLOCK + column] = activation(sums[row * BLOCK + column] + bias[column])
+        for row in range(rows):
+            at, to = sums.ctypes.data + row * BLOCK * 4, out + row * out_row
+            if columns < BLOCK:
+                place = carray(halves(to), BLOCK)
+                for column in range(columns):
+                    number = sums[row * BLOCK + column]
+                    place[column] = rounded(number if gelu else number + bias[column])
+            elif gelu:
+                round_row(at, to)
+            else:
+                add_and_round_row(at, to, biases)
+
+    return finish

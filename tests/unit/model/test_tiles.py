@@ -1,0 +1,135 @@
+"""Products on the matrix unit: the numbers of the formula, in the same bits whatever the company."""
+
+from __future__ import annotations
+
+import builtins
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+import model.tiles
+from model.linear import Linear, Packed, packing_works
+from model.tiles import Tiled, tiles_work
+
+needs_unit = pytest.mark.skipif(not tiles_work("cpu", torch.bfloat16), reason="this CPU has no AMX, or no numba")
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).bfloat16()
+
+
+@needs_unit
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("inner", "outer"), [(32, 1), (32, 31), (96, 32), (64, 50), (768, 2304), (3072, 768)])
+def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
+    weight, bias, x = normal(inner, outer), normal(outer), normal(701, inner)
+    exact = x.double() @ weight.double() + bias.double()
+    if gelu:
+        exact = F.gelu(exact, approximate="tanh")
+    product = Tiled.of(weight, bias, gelu)
+    for count in (1, 15, 16, 17, 31, 32, 33, 64, 500, 701):
+        found = product(x[:count])
+        assert found.shape == (count, outer)
+        assert found.dtype == torch.bfloat16
+        # bfloat16 has 8 bits; the sums before it are of float32, off by little beside the largest of them.
+        error = (found.double() - exact[:count]).abs() - exact[:count].abs() * 2.0**-8
+        assert error.max() < 1e-5 * inner**0.5 * 8, f"{count} rows"
+    assert torch.equal(product.weight, weight)
+
+
+@needs_unit
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: int) -> None:
+    weight, x = normal(96, 200), normal(600, 96)
+    product = Tiled.of(weight, None, True)
+    torch.set_num_threads(2)
+    expected = product(x)
+    torch.set_num_threads(threads)
+    for count in (*range(1, 40), 63, 64, 65, 127, 128, 129, 511, 512, 513, 600):
+        assert torch.equal(product(x[:count]), expected[:count]), f"{count} rows"
+        assert torch.equal(product(x[600 - count :]), expected[600 - count :]), f"the last {count} rows"
+
+
+@needs_unit
+def test_rows_may_lie_apart_or_across() -> None:
+    weight, x = normal(64, 96), normal(48, 256)
+    product = Tiled.of(weight, None, False)
+    expected = product(x[:, 64:128].contiguous())
+    assert torch.equal(product(x[:, 64:128]), expected)
+    assert torch.equal(product(x[:, 64:128].t().contiguous().t()), expected)
+
+
+@needs_unit
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
+    weight, x = normal(64, 96), normal(40, 64)
+    for gelu in (False, True):
+        product = Tiled.of(weight, normal(96), gelu)
+        clean = product(x)
+        broken = x.clone()
+        broken[7, 3] = bad
+        found = product(broken)
+        assert not found[7].isfinite().all()
+        assert math.isinf(bad) or found[7].isnan().all()
+        assert torch.equal(found[:7], clean[:7])
+        assert torch.equal(found[8:], clean[8:])
+
+
+@needs_unit
+def test_torchs_own_products_on_the_unit_are_not_disturbed() -> None:
+    if not packing_works("cpu", torch.bfloat16):
+        pytest.skip("this torch has no packed product to disturb")
+    weight, x = normal(128, 256), normal(64, 128)
+    theirs, ours = Packed.of(weight, None, False), Tiled.of(weight, None, False)
+    expected, mine = theirs(x), ours(x)
+    for _ in range(5):
+        assert torch.equal(ours(x), mine)
+        assert torch.equal(theirs(x), expected)
+
+
+@needs_unit
+def test_a_width_that_is_no_multiple_of_a_tiles_is_multiplied_by_torch() -> None:
+    weight, x = normal(40, 48), normal(5, 40)
+    product = Linear.of(weight)
+    assert not isinstance(product.product, Tiled)
+    assert (product(x).double() - x.double() @ weight.double()).abs().max() < 0.2
+    assert isinstance(Linear.of(normal(64, 48)).product, Tiled)
+
+
+def test_without_the_unit_or_numba_or_with_wrong_numbers_it_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = tiles_work.__wrapped__
+    assert not fresh("cuda", torch.bfloat16)
+    assert not fresh("cpu", torch.float32)
+    import_ = builtins.__import__
+
+    def without(missing: str) -> Any:
+        def found(name: str, *rest: Any) -> Any:
+            if name.startswith(missing):
+                raise ImportError(f"No module named {missing!r}")
+            return import_(name, *rest)
+
+        return found
+
+    for missing in ("numba", "llvmlite"):
+        with monkeypatch.context() as patch:
+            patch.setattr(builtins, "__import__", without(missing))
+            model.tiles._kernel.cache_clear()
+            assert not fresh("cpu", torch.bfloat16)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.tiles, "_permitted", lambda: False)
+        assert not fresh("cpu", torch.bfloat16)
+    call = Tiled.__call__
+    monkeypatch.setattr(Tiled, "__call__", lambda self, x: call(self, x) + 1)
+    assert not fresh("cpu", torch.bfloat16)
