@@ -68,10 +68,11 @@ def load_model(
     files = weight_files(folder)
     with ThreadPoolExecutor(3, thread_name_prefix="millrace-load") as beside:
         digest = beside.submit(_digest, files)
-        # Compiled while the files are read.
+        # Compiled while the files are read; numba compiles one thing at a time.
+        products = beside.submit(tiles_work, device.type, wanted)
         beside.submit(decode_kernel, config.head_dim, wanted, device.type)
-        beside.submit(tiles_work, device.type, wanted)
         weights = {name: tensor.to(device, wanted) for name, tensor in _read(files, config)}
+        products.result()  # else it would be compiled a second time below
         return GPT2(config, weights, digest=digest.result())
 
 
