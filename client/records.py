@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
-
-from pydantic import ValidationError
+from typing import Any, TypeGuard
 
 from client.errors import JobCancelled, JobError, JobExpired, JobFailed
 from client.schema import Result, State
@@ -14,6 +12,9 @@ _ERRORS: dict[str, type[JobError]] = {cls.__name__: cls for cls in (JobFailed, J
 _STATES: dict[type[JobError], State] = {JobFailed: "failed", JobCancelled: "cancelled", JobExpired: "expired"}
 
 Outcome = Result | JobError
+
+#: Characters of a code and of a message; those of our own workers are shorter.
+MAX_CODE, MAX_MESSAGE = 64, 1_000
 
 
 def parse_outcome(record: str | None) -> Outcome | None:
@@ -27,11 +28,14 @@ def parse_outcome(record: str | None) -> Outcome | None:
         meta = json.loads(record)
         status, value = meta["status"], meta["result"]
         if status == "SUCCESS":
-            return Result.model_validate(value)
+            result = Result.model_validate(value)
+            if not result.choices:
+                raise ValueError("a result without a sample")
+            return result
         if status == "REVOKED":
             return JobCancelled(message="the job was revoked through Celery")
         return _failure(value) if status == "FAILURE" else None
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return JobFailed("unreadable_result", f"the result record cannot be read ({type(error).__name__})")
 
 
@@ -44,7 +48,21 @@ def _failure(value: dict[str, Any]) -> JobError:
     name, arguments = value["exc_type"], value["exc_message"]
     if name in _ERRORS and isinstance(arguments, list) and len(arguments) == 3:
         code, message, partial = arguments
-        return _ERRORS[name](str(code), str(message), [str(text) for text in partial])
+        if not isinstance(code, str) or not isinstance(message, str) or not _are_texts(partial):
+            raise TypeError("not as an error of ours is written")
+        return _ERRORS[name](_shortened(code, MAX_CODE), _shortened(message, MAX_MESSAGE), partial)
     if name == "TimeLimitExceeded":
         return JobExpired(message="Celery's time limit for the task passed")
-    return JobFailed("worker_error", f"{name}: {arguments}")
+    # Another exception, as Celery wrote it: its arguments may be anything.
+    said = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    return JobFailed("worker_error", f"{_shortened(str(name), MAX_CODE)}: {_shortened(said, MAX_MESSAGE)}")
+
+
+def _are_texts(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _shortened(text: str, limit: int) -> str:
+    """Text of a stranger's, fit for terminals and logs."""
+    text = text.encode(errors="replace").decode()
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
+import reprlib
 from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -26,6 +27,11 @@ MAX_PROMPT_BYTES = 65_536  # GPT-2 reads 1,024 tokens, some 5 kB of English
 MAX_PROMPT_TOKENS = 16_384
 MAX_STOP_BYTES = 1_024
 MAX_LOGPROBS = 20
+MAX_BIASES = 1_024
+#: Token ids are below it in every vocabulary that could be.
+TOKEN_IDS = 2**31
+#: Longer names of fields are not read to the end.
+MAX_NAME = 64
 
 #: Checkpoint number -> the tensors it is about (docs: the thirteen checkpoints). 0 and 12 are about the whole way.
 CHECKPOINT_TENSORS: dict[int, tuple[str, ...]] = {
@@ -90,11 +96,20 @@ def _bias_map(value: Any) -> Any:
     """JSON has no integer keys: take '50256' for 50256."""
     if not isinstance(value, dict):
         return value
+    if len(value) > MAX_BIASES:  # before pydantic keeps a kilobyte for each entry that is wrong
+        raise ValueError("size")
     return {int(k) if isinstance(k, str) and k.isascii() and k.isdecimal() else _whole(k): v for k, v in value.items()}
 
 
 def _checkpoint_list(value: Any) -> Any:
-    return sorted(CHECKPOINT_TENSORS) if value == "all" else _plain(value)
+    return sorted(CHECKPOINT_TENSORS) if isinstance(value, str) and value == "all" else _plain(value)
+
+
+def _prompt(value: Any) -> Any:
+    value = _plain(value)
+    if isinstance(value, list) and len(value) > MAX_PROMPT_TOKENS:  # here for the same reason as in `_bias_map`
+        raise InvalidRequest("prompt", f"a list of {len(value)} token ids", _expected("prompt"))
+    return value
 
 
 Int = Annotated[int, BeforeValidator(_whole)]
@@ -119,7 +134,7 @@ class SamplingParams(BaseModel):
     logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="a whole number from 0 to 20, or None")
     logit_bias: Annotated[dict[int, float], BeforeValidator(_bias_map)] = Field(
         default_factory=dict,
-        max_length=1024,
+        max_length=MAX_BIASES,
         description="a map of at most 1,024 token ids to numbers from -100 to 100",
     )
     presence_penalty: Float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
@@ -143,14 +158,14 @@ class SamplingParams(BaseModel):
     @field_validator("logit_bias")
     @classmethod
     def _check_bias(cls, value: dict[int, float]) -> dict[int, float]:
-        if not all(token >= 0 and abs(bias) <= 100 for token, bias in value.items()):
+        if not all(0 <= token < TOKEN_IDS and abs(bias) <= 100 for token, bias in value.items()):
             raise ValueError("range")
         return value
 
     @field_validator("stop_token_ids")
     @classmethod
     def _check_stop_ids(cls, value: list[int]) -> list[int]:
-        if any(token < 0 for token in value):
+        if not all(0 <= token < TOKEN_IDS for token in value):
             raise ValueError("range")
         return value
 
@@ -172,7 +187,7 @@ class GenerateRequest(SamplingParams):
     """One job as the worker gets it: a prompt, how to sample, and until when it is of use."""
 
     schema_version: Literal[1] = 1
-    prompt: Annotated[str | list[Int], BeforeValidator(_plain)] = Field(
+    prompt: Annotated[str | list[Int], BeforeValidator(_prompt)] = Field(
         description=f"text of at most {MAX_PROMPT_BYTES} bytes in UTF-8, or a list of 1 to {MAX_PROMPT_TOKENS} ids"
     )
     priority: Priority = Field("normal", description="'interactive', 'normal' or 'bulk'")
@@ -199,10 +214,10 @@ class GenerateRequest(SamplingParams):
             size = len(_utf8("prompt", value))
             if size > MAX_PROMPT_BYTES:
                 raise InvalidRequest("prompt", f"text of {size} bytes", expected)
-        elif not 1 <= len(value) <= MAX_PROMPT_TOKENS:
-            raise InvalidRequest("prompt", f"a list of {len(value)} token ids", expected)
-        elif min(value) < 0 or max(value) >= 2**31:
-            wrong = next(i for i, token in enumerate(value) if not 0 <= token < 2**31)
+        elif not value:
+            raise InvalidRequest("prompt", "a list of 0 token ids", expected)
+        elif min(value) < 0 or max(value) >= TOKEN_IDS:
+            wrong = next(i for i, token in enumerate(value) if not 0 <= token < TOKEN_IDS)
             raise InvalidRequest("prompt", f"a list whose item {wrong} is no token id", expected)
         return value
 
@@ -286,7 +301,7 @@ def parse_request(fields: dict[str, Any]) -> GenerateRequest:
     """
     for name in fields:
         if name not in GenerateRequest.model_fields:
-            raise InvalidRequest(str(name), _show(fields[name]), _advice(str(name)))
+            raise InvalidRequest(_show_name(name), _show(fields[name], name), _advice(name))
     try:
         return GenerateRequest.model_validate(fields)
     except ValidationError as error:
@@ -309,7 +324,9 @@ def _expected(name: str) -> str:
     return (field and field.description) or "another value"
 
 
-def _advice(name: str) -> str:
+def _advice(name: Any) -> str:
+    if not isinstance(name, str) or len(name) > MAX_NAME:
+        name = ""
     if name in _ADVICE:
         return f"no such parameter; {_ADVICE[name]}"
     public = sorted(set(GenerateRequest.model_fields) - {"schema_version", "expires_at"} | {"timeout_s", "id", "model"})
@@ -317,17 +334,32 @@ def _advice(name: str) -> str:
     return f"no such parameter; did you mean {near}?" if near else f"one of {', '.join(public)}"
 
 
-def _show(value: Any, name: str = "") -> str:
+class _Short(reprlib.Repr):
+    """`repr` that never writes out what it would then cut off, however long or deep the value is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxdict = 24
+        self.maxstring = self.maxother = self.maxlong = 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out a number of thousands of digits, and it would be of no use.
+        return super().repr_int(x, level) if x.bit_length() < 1024 else f"a number of {x.bit_length()} bits"
+
+
+def _show(value: Any, name: Any = "") -> str:
     """A value for an error message: short, and a prompt only by its kind."""
     if name == "prompt":
         return f"a value of type {type(value).__name__}"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to write out a number of thousands of digits
-        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    text = _Short().repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _show_name(name: Any) -> str:
+    """The name of a field that a stranger may have chosen."""
+    return name if isinstance(name, str) and name.isprintable() and 0 < len(name) <= MAX_NAME else _show(name)
 
 
 def _utf8(name: str, text: str) -> bytes:

@@ -1,0 +1,7 @@
+"""All targets."""
+
+from __future__ import annotations
+
+from tests.fuzz import jobs
+
+TARGETS = [*jobs.TARGETS]
