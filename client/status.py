@@ -29,6 +29,9 @@ class WorkerStatus(BaseModel):
     tokens_per_s: float = 0.0
     started_at: float = 0.0
     beat_at: float = 0.0
+    #: How long the engine had been at its present step; `stalled` if that is longer than MILLRACE_STALL_S.
+    step_age_s: float = 0.0
+    stalled: bool = False
 
 
 class QueueStatus(BaseModel):
@@ -57,8 +60,12 @@ class Status(BaseModel):
     delivered: int
 
     def serves(self, model_name: str) -> bool:
-        """Whether a live worker takes jobs for the model."""
-        return any(worker.model == model_name for worker in self.workers)
+        """Whether a live worker takes jobs for the model and comes on with them."""
+        return any(worker.model == model_name and not worker.stalled for worker in self.workers)
+
+    def stalled(self, model_name: str) -> list[str]:
+        """The workers of the model whose engine does not come on."""
+        return [worker.name for worker in self.workers if worker.model == model_name and worker.stalled]
 
 
 def read_status(connection: redis.Redis, model_name: str) -> Status:

@@ -54,6 +54,8 @@ class Settings(BaseSettings):
     #: A message whose worker has not renewed its lease for this long goes to another worker.
     lease_s: int = Field(120, description="a whole number of seconds, at least 3", ge=3)
     soft_shutdown_s: float = Field(20.0, description="a number of seconds, at least 0", ge=0)
+    #: An engine that is at one step for longer is stalled: its jobs go to other workers, `millrace status` fails.
+    stall_s: float = Field(60.0, description="a number of seconds, at least 1", ge=1)
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="'debug', 'info', 'warning' or 'error'"
     )

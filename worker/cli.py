@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -207,17 +208,29 @@ def validate(
 
 
 @main.command()
+@click.option("--here", is_flag=True, help="look at the workers of this host only, as a health check does")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
-def status(as_json: bool) -> None:
-    """Show queues, workers and slots. Exit code 0 if a worker serves MILLRACE_MODEL, else 3."""
+def status(here: bool, as_json: bool) -> None:
+    """Show queues, workers and slots.
+
+    Exit code 0 if a worker serves MILLRACE_MODEL and none that does is stalled, 1 if one is stalled, 3 if none serves
+    it.
+    """
     with _errors(as_json):
         settings = load_settings()
         with Client(settings=settings) as client:
             found = client.status()
+    if here:
+        own = [worker for worker in found.workers if worker.name.rpartition("-")[0] == socket.gethostname()]
+        found = found.model_copy(update={"workers": own})
     if as_json:
         click.echo(found.model_dump_json())
     else:
         _print_status(found)
+    if stalled := found.stalled(settings.model_name):
+        if not as_json:
+            note.print(f"stalled: {', '.join(stalled)}; the engine is stuck in a step, restart the worker")
+        raise SystemExit(FAILED)
     if not found.serves(settings.model_name):
         if not as_json:
             note.print(f"no worker serves {queue(settings.model_name)}; start one with `celery -A worker worker`")
@@ -226,9 +239,11 @@ def status(as_json: bool) -> None:
 
 def _print_status(found: Status) -> None:
     console = Console()
-    workers = Table("worker", "model", "slots", "running", "waiting", "tokens/s", title="Workers", title_justify="left")
+    columns = ("worker", "model", "slots", "running", "waiting", "tokens/s")
+    workers = Table(*columns, title="Workers", title_justify="left")
     for w in found.workers:
-        workers.add_row(w.name, w.model, str(w.slots), str(w.running), str(w.waiting), f"{w.tokens_per_s:.0f}")
+        speed = f"stalled for {w.step_age_s:.0f} s" if w.stalled else f"{w.tokens_per_s:.0f}"
+        workers.add_row(w.name, w.model, str(w.slots), str(w.running), str(w.waiting), speed)
     queues = Table("model", "interactive", "normal", "bulk", title="Queues", title_justify="left")
     for q in found.queues:
         queues.add_row(q.model, str(q.interactive), str(q.normal), str(q.bulk))

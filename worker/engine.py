@@ -32,6 +32,7 @@ from client.schema import GenerateRequest, Result
 from config import Settings
 from model.tokenizer import Tokenizer
 from worker.errors import EngineStopped
+from worker.memory import CACHE_MESSAGE, STEP_MESSAGE, Limit, out_of_memory, rows_of, split
 from worker.scheduler import Outcome, Scheduler, Step
 from worker.sequence import Generation, Sequence, Slot, TextDelta
 from worker.slots import Move
@@ -40,6 +41,9 @@ log = structlog.get_logger("millrace.engine")
 
 #: The engine looks up at least this often: a longer wait overflows in some systems' clocks.
 LONGEST_WAIT_S = 3600.0
+
+#: Places in line between two priorities, for those that are put back in front of the others.
+PLACES = 2**40
 
 #: Length classes of the cache, in positions; those above MAX_CONTEXT are left out.
 LENGTH_CLASSES = (128, 256, 512, 1024)
@@ -68,6 +72,8 @@ class EngineStats:
     tokens: int
     steps: int
     cache_bytes: int
+    #: Seconds since the step that is being computed last came on; 0 between steps.
+    step_age_s: float
 
 
 class Engine:
@@ -118,6 +124,10 @@ class Engine:
         self._deadlines: list[tuple[float, int, Generation]] = []
         self._tie = itertools.count()
         self._thread: threading.Thread | None = None
+        self._rows = Limit(scheduler.max_rows + scheduler.step_tokens)
+        self._cache = Limit(scheduler.slots.budget_bytes)
+        self._taken_back = 0  # how often sequences were put back in line
+        self._alive_at: float | None = None  # when the present step last came on
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Engine:
@@ -184,7 +194,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Numbers for status and metrics; read without a lock, each right at about the same moment."""
-        slots = self.scheduler.slots
+        slots, alive_at = self.scheduler.slots, self._alive_at
         return EngineStats(
             slots=self.scheduler.max_rows,
             running=len(self.scheduler.running),
@@ -192,6 +202,7 @@ class Engine:
             tokens=self.tokens,
             steps=self.steps,
             cache_bytes=slots.used_bytes,
+            step_age_s=0.0 if alive_at is None else time.monotonic() - alive_at,
         )
 
     def start(self) -> None:
@@ -248,12 +259,16 @@ class Engine:
 
     def step(self) -> bool:
         """One round: admit, run, emit, retire. Returns whether there was anything to do."""
-        self._take_in()
-        self._admit()
-        step = self.scheduler.plan()
-        if step:
-            self._retire(self._emit(step, self._run(step)))
-        return bool(step)
+        self._alive_at = time.monotonic()
+        try:
+            self._take_in()
+            self._admit()
+            step = self.scheduler.plan()
+            if step:
+                self._retire(self._emit(*self._run(step)))
+            return bool(step)
+        finally:
+            self._alive_at = None
 
     def _take_in(self) -> None:
         """New jobs get in line; cancelled and overdue ones, waiting or running, are out before the step."""
@@ -265,7 +280,7 @@ class Engine:
             self._jobs.add(generation)
             for sequence in generation.sequences:
                 self._owner[sequence] = generation
-                self.scheduler.add(sequence, PRIORITIES[generation.request.priority])
+                self.scheduler.add(sequence, PRIORITIES[generation.request.priority] * PLACES)
             if generation.request.expires_at is not None:
                 heapq.heappush(self._deadlines, (generation.request.expires_at, next(self._tie), generation))
         if cancelled:
@@ -281,47 +296,161 @@ class Engine:
             self._end(heapq.heappop(self._deadlines)[2], _expired)
 
     def _admit(self) -> None:
-        for sequence in self.scheduler.admit():
-            generation = self._owner[sequence]
+        for sequence in self._place():
+            generation = self._owner.get(sequence)
+            if generation is None:
+                continue  # what was said of another sample has ended the job
             first = not generation.begun
             sequence.admitted_at = time.monotonic()
             if first and generation.on_start is not None:
                 self._guarded(generation, generation.on_start)
-        self.runner.fit(self.scheduler.slots.capacity)
 
-    def _run(self, step: Step) -> Outcome:
-        """Compute the step. If that fails, try its sequences one by one: the guilty fail, the others go on."""
+    def _place(self) -> list[Sequence]:
+        """Give slots to those in line. Where memory does not hold the cache that takes, fewer, or none for now."""
+        slots = self.scheduler.slots
+        slots.budget_bytes = self._cache.now
+        while True:
+            before = dict(slots.capacity)
+            admitted = self.scheduler.admit()
+            try:
+                self.runner.fit(slots.capacity)
+                if admitted or not self._kept_out():
+                    return admitted
+                slots.budget_bytes = self._cache.full
+                continue
+            except Exception as error:
+                if not out_of_memory(error) or not admitted:
+                    raise
+            # Out of the handler: the error holds what was being computed.
+            self._take_back(admitted, before)
+
+    def _kept_out(self) -> bool:
+        """Whether those in line wait for nothing but room that the cache might have after all."""
+        scheduler = self.scheduler
+        return bool(scheduler.waiting) and not scheduler.running and scheduler.slots.budget_bytes < self._cache.full
+
+    def _take_back(self, admitted: list[Sequence], before: dict[int, int]) -> None:
+        """There is no memory for these slots: put who got them back in line, and let the cache take less.
+
+        If nobody else has a slot and the first in line cannot have even one, it never can, and fails.
+        """
+        slots, wanted = self.scheduler.slots, self.scheduler.slots.used_bytes
+        for sequence in reversed(admitted):  # the last of an arena first, so that no row moves
+            self.scheduler.remove(sequence)
+        self._taken_back += 1
+        for sequence in admitted:  # in front of those of the same priority that came later
+            self.scheduler.add(sequence, PRIORITIES[sequence.request.priority] * PLACES - self._taken_back)
+        for length, rows in slots.rows.items():
+            slots.capacity[length] = (
+                min(before[length], slots.capacity[length]) if self.scheduler.running else len(rows)
+            )
+        used, first = slots.used_bytes, admitted[0]
+        one = slots.position_bytes * next(length for length in slots.rows if length >= first.longest)
+        log.warning("engine.cache_out_of_memory", wanted_bytes=wanted, cache_bytes=used)
+        if wanted - used > one:
+            self._cache.lower(used + max(one, (wanted - used) // 2))
+        elif self.scheduler.running:
+            self._cache.lower(used)
+        else:
+            self._fail(first, "out_of_memory", CACHE_MESSAGE)
+        slots.budget_bytes = self._cache.now
+
+    def _run(self, step: Step) -> tuple[Step, Outcome]:
+        """Compute the step. Returns what was computed, and what came of it.
+
+        If computing fails, its sequences are tried one by one: the guilty fail, the others go on. If memory runs out,
+        half is tried at a time; the bits of a row do not depend on what is computed beside it. A row for which there is
+        no memory even so waits for the next step, unless none could be computed.
+        """
         self.steps += 1
+        done, outcome, starved = Step(), Outcome([], []), []
+        parts = deque((part, False) for part in split(step, self._rows.now))
+        while parts:
+            part, alone = parts.popleft()
+            part = self._what_is_left(part, starved)
+            fault = self._compute(part, done, outcome) if part else None
+            if fault is None:
+                continue
+            if out_of_memory(fault):
+                self._rows.lower(max(1, min(self._rows.now, rows_of(part) // 2)))
+                log.warning("engine.step_out_of_memory", rows=rows_of(part), error=repr(fault))
+                pieces = [(piece, alone) for piece in split(part, self._rows.now)]
+                starved += part.sequences if len(pieces) == 1 else []
+                parts.extendleft(reversed(pieces if len(pieces) > 1 else []))
+            elif alone:
+                self._blame(part, fault)
+            else:
+                log.warning("engine.step_failed", rows=len(part.drawing), error=repr(fault))
+                self.scheduler.detach_followers(part)
+                parts.extendleft(reversed([(piece, True) for piece in part.alone()]))
+        self._note_memory(bool(done), starved)
+        return done, outcome
+
+    def _what_is_left(self, part: Step, starved: list[Sequence]) -> Step:
+        """The part without those whose job has ended meanwhile, and those that must wait."""
+        here = {sequence for sequence in part.sequences if sequence in self._owner and sequence not in starved}
+        return Step(
+            [sequence for sequence in part.decodes if sequence in here],
+            [chunk for chunk in part.chunks if chunk.sequence in here],
+            {
+                leader: [s for s in group if s in self._owner]
+                for leader, group in part.followers.items()
+                if leader in here
+            },
+        )
+
+    def _compute(self, part: Step, done: Step, outcome: Outcome) -> Exception | None:
+        """Compute a part of a step and add it to what is done. Returns why that failed, if it did."""
         try:
-            return self.runner.run(step)
+            result = self.runner.run(part)
         except Exception as error:
             if _is_fatal(error):
                 raise
-            log.warning("engine.step_failed", rows=len(step.drawing), error=repr(error))
-            return self._run_alone(step)
+            return error.with_traceback(None) if out_of_memory(error) else error  # a traceback holds tensors
+        finally:
+            self._alive_at = time.monotonic()
+        for chunk in part.chunks:
+            self.scheduler.advance(chunk)  # now: if a later part fails, this row may move, with all it has computed
+        done.decodes.extend(part.decodes)
+        done.chunks.extend(part.chunks)
+        done.followers.update(part.followers)
+        outcome.tokens.extend(result.tokens)
+        outcome.prompt_scores.extend(result.prompt_scores)
+        return None
 
-    def _run_alone(self, step: Step) -> Outcome:
-        self.scheduler.detach_followers(step)
-        outcome = Outcome([], [])
-        for part in step.alone():
-            if any(sequence not in self._owner for sequence in part.sequences):
-                continue  # another sample of its job has failed
-            try:
-                result = self.runner.run(part)
-            except Exception as error:
-                if _is_fatal(error):
-                    raise
-                message = f"computing this job failed: {type(error).__name__}; the worker's log has the details"
-                ids = [self._owner[s].id for s in part.sequences]
-                log.error("job.step_failed", job_id=ids, trace=traceback.format_exc())
-                for sequence in part.sequences:
-                    self._fail(sequence, "internal_error", message)
-                continue
-            for chunk in part.chunks:
-                self.scheduler.advance(chunk)  # now: if a later one fails, this row may move, with all it has computed
-            outcome.tokens.extend(result.tokens)
-            outcome.prompt_scores.extend(result.prompt_scores)
-        return outcome
+    def _blame(self, part: Step, error: Exception) -> None:
+        """End the jobs of a part that cannot be computed: it is of one sequence."""
+        ids = [self._owner[s].id for s in part.sequences]
+        log.error("job.step_failed", job_id=ids, trace="".join(traceback.format_exception(error)))
+        message = f"computing this job failed: {type(error).__name__}; the worker's log has the details"
+        for sequence in part.sequences:
+            self._fail(sequence, "internal_error", message)
+
+    def _note_memory(self, progress: bool, starved: list[Sequence]) -> None:
+        """Recover from a lack of memory slowly; where no row at all can be computed, make room."""
+        if not starved:
+            self._rows.note_step()
+            self._cache.note_step()
+        elif not progress and not self._give_back_cache():
+            newest = max(
+                starved, key=lambda sequence: self._owner[sequence].arrived_at if sequence in self._owner else 0.0
+            )
+            self._fail(newest, "out_of_memory", STEP_MESSAGE)
+
+    def _give_back_cache(self) -> bool:
+        """Let go of the slots that nobody uses. Returns whether there were any."""
+        slots = self.scheduler.slots
+        before = slots.used_bytes
+        slots.capacity = {length: len(rows) for length, rows in slots.rows.items()}
+        if slots.used_bytes == before:
+            return False
+        self._cache.lower(slots.used_bytes)
+        try:
+            self.runner.fit(slots.capacity)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        return True
 
     def _emit(self, step: Step, outcome: Outcome) -> list[Sequence]:
         """Hand the step's tokens to their sequences. Returns the sequences that are done."""
@@ -331,9 +460,6 @@ class Engine:
         for leader, followers in step.followers.items():
             for follower in followers:
                 follower.prompt_scores = list(leader.prompt_scores)
-        for chunk in step.chunks:
-            if chunk.sequence in self._owner:
-                self.scheduler.advance(chunk)
         for sequence in step.prefilled:
             sequence.first_token_at = now
             if sequence.request.max_tokens == 0 and sequence in self._owner:

@@ -43,6 +43,7 @@ class Monitor:
         self._renew_at = self._beat_at = 0.0
         self._last_tokens, self._last_beat = 0, time.monotonic()
         self._down = False
+        self._stalled = False
 
     def start(self) -> None:
         """Begin."""
@@ -83,12 +84,25 @@ class Monitor:
         if jobs:
             for job_id in self._store.cancelled(jobs).union(self._pool.revoked_jobs()):
                 self._engine.cancel(job_id)
-        if deliveries and now >= self._renew_at:
+        self._watch()
+        if deliveries and now >= self._renew_at and not self._stalled:
             self._store.renew([delivery.tag for delivery in deliveries if delivery.tag is not None])
             self._renew_at = now + self._settings.lease_s / 4
         if now >= self._beat_at:
             self._beat(now)
             self._beat_at = now + BEAT_S
+
+    def _watch(self) -> None:
+        """See whether the engine comes on. While it does not, no lease is renewed: others do the jobs."""
+        age_s = self._engine.stats().step_age_s
+        stalled = age_s > self._settings.stall_s
+        if stalled != self._stalled:
+            self._stalled = stalled
+            self._renew_at = self._beat_at = 0.0  # at once
+            if stalled:
+                log.error("engine.stalled", step_age_s=round(age_s, 1), limit_s=self._settings.stall_s)
+            else:
+                log.warning("engine.goes_on")
 
     def _write_started(self) -> None:
         here = set(self._pool.open_jobs())
@@ -116,6 +130,8 @@ class Monitor:
                 "waiting": stats.waiting,
                 "tokens_per_s": round(rate, 1),
                 "started_at": self._began_at,
+                "step_age_s": round(stats.step_age_s, 1),
+                "stalled": int(self._stalled),
                 **self._pool.finished,
             },
         )

@@ -82,7 +82,7 @@ def test_the_container_runs_the_worker_without_a_shell_in_between() -> None:
 def test_the_health_check_is_a_command_of_ours() -> None:
     options, _, command = instruction("HEALTHCHECK").partition(" CMD ")
     words = json.loads(command)
-    assert words == ["millrace", "status", "--json"]
+    assert words == ["millrace", "status", "--here", "--json"]
     assert is_console_script(words[0])
     check_millrace_command(words[1:])
     assert "--start-period=" in options

@@ -81,6 +81,7 @@ WRONG: dict[str, str | None] = {
     "checkpoint_max_bytes": "0",
     "lease_s": "2",
     "soft_shutdown_s": "-1",
+    "stall_s": "0.5",
     "log_level": "verbose",
     "log_format": "xml",
 }

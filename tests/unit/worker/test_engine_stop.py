@@ -51,7 +51,7 @@ def test_a_fatal_error_reaches_every_waiter_and_the_owner() -> None:
 def test_an_error_outside_the_steps_reaches_every_waiter_too() -> None:
     class NoRoom(Runner):
         def fit(self, capacity: dict[int, int]) -> None:
-            raise MemoryError("no room")
+            raise RuntimeError("no room")
 
     fatal: list[BaseException] = []
     engine = build(runner=NoRoom, on_fatal=fatal.append)

@@ -1,0 +1,91 @@
+"""An engine that does not come on: its worker says so, and lets go of its jobs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from client.errors import JobExpired
+from client.status import Status, WorkerStatus
+from config import Settings
+from tests.unit.worker.engine_helpers import ask, build
+from worker.monitor import Monitor
+from worker.runner import Runner
+from worker.scheduler import Outcome, Step
+from worker.store import MemoryStore
+
+
+class BlockedRunner(Runner):
+    """Its device does not answer until it is let go on."""
+
+    go_on: threading.Event
+
+    def run(self, step: Step) -> Outcome:
+        assert self.go_on.wait(30)
+        return super().run(step)
+
+
+def until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def go_on() -> threading.Event:
+    return threading.Event()
+
+
+def test_a_stalled_engines_leases_run_out_and_its_record_says_so(go_on: threading.Event) -> None:
+    engine = build(runner=type("Blocked", (BlockedRunner,), {"go_on": go_on}))
+    delivery = SimpleNamespace(tag="tag", time_limit_s=None, started_at=None, dropped=False)
+    pool: Any = SimpleNamespace(
+        deliveries=lambda: [delivery], open_jobs=lambda: ["a"], revoked_jobs=list, finished={"succeeded": 0}
+    )
+    store = MemoryStore(leases={"tag": 0.0})
+    monitor = Monitor(pool, engine, store, Settings(model="demo", stall_s=1.0, lease_s=3))
+    assert engine.stats().step_age_s == 0.0
+    with engine:
+        future = engine.submit(ask())
+        until(lambda: engine.stats().step_age_s > 0)
+        monitor._tick()
+        assert store.leases["tag"] > 0, "an engine that is at work keeps its leases"
+        assert store.workers[monitor.name]["stalled"] == 0
+        until(lambda: engine.stats().step_age_s > 1.0)
+        store.leases["tag"] = 0.0
+        monitor._renew_at = 0.0
+        monitor._tick()
+        assert store.leases["tag"] == 0.0
+        record = store.workers[monitor.name]
+        assert record["stalled"] == 1
+        assert float(record["step_age_s"]) >= 1.0
+        status = Status(workers=[WorkerStatus(name="w", **record)], queues=[], delivered=0)  # type: ignore[arg-type]
+        assert not status.serves("demo")
+        assert status.stalled("demo") == ["w"]
+        go_on.set()
+        future.result(timeout=10)
+        monitor._tick()
+        assert store.leases["tag"] > 0
+        assert store.workers[monitor.name]["stalled"] == 0
+    assert engine.stats().step_age_s == 0.0
+
+
+def test_jobs_whose_time_ran_out_during_a_long_step_end_with_it(go_on: threading.Event) -> None:
+    engine = build(runner=type("Blocked", (BlockedRunner,), {"go_on": go_on}), slots=1)
+    with engine:
+        in_one_second = time.time() + 1
+        running = engine.submit(ask(max_tokens=900, ignore_eos=True, expires_at=in_one_second))
+        waiting = engine.submit(ask(expires_at=in_one_second))
+        other = engine.submit(ask(max_tokens=2))
+        until(lambda: time.time() > in_one_second)
+        go_on.set()
+        for future in (running, waiting):
+            with pytest.raises(JobExpired):
+                future.result(timeout=10)
+        assert other.result(timeout=10).text
