@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test properties check fmt bench peers clean
+.PHONY: help setup demo test properties fuzz check fmt bench peers clean
 
 help: ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -28,6 +28,9 @@ test: $(VENV)/dev ## run the whole test suite
 
 properties: $(VENV)/dev ## run the property tests with 500 examples each
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest tests/checkpoints/test_properties.py --timeout 3600
+
+fuzz: $(VENV)/dev ## fuzz everything that comes from outside with 100,000 cases; a quarter of an hour
+	$(BIN)/python -m tests.fuzz
 
 check: $(VENV)/dev ## lint, format check, types
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ import json
 from typing import Any, cast
 
 import redis
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from client import keys
 from client.schema import JOBS_HEADER
@@ -76,11 +76,21 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
         pipe.hgetall(keys.worker(name))
     records = cast("list[dict[str, Any]]", pipe.execute())
     # A worker that died has no record any more, though its name may still stand in the index.
-    workers = [WorkerStatus(name=name, **rec) for name, rec in zip(names, records, strict=True) if "model" in rec]
+    workers = [worker for name, record in zip(names, records, strict=True) if (worker := _worker(name, record))]
     models = sorted({model_name, *(worker.model for worker in workers)})
     return Status(
         workers=workers, queues=[_queue(connection, model) for model in models], delivered=_count_delivered(connection)
     )
+
+
+def _worker(name: str, record: dict[str, Any]) -> WorkerStatus | None:
+    """What a worker said; None if it says nothing any more, or nothing that a worker would."""
+    if "model" not in record:
+        return None
+    try:
+        return WorkerStatus.model_validate({**record, "name": name})
+    except ValidationError:
+        return None
 
 
 def _queue(connection: redis.Redis, model: str) -> QueueStatus:
@@ -109,17 +119,21 @@ def _count_delivered(connection: redis.Redis) -> int:
     pipe.hrandfield(keys.unacked(), SAMPLE, withvalues=True)
     length, sample = pipe.execute()
     # kombu's entry is a list: the message, its exchange and its routing key.
-    return _scaled(length, [_jobs_in(json.loads(entry)[0]) for entry in sample[1::2]])
+    return _scaled(length, [_jobs_in(entry) for entry in sample[1::2]])
 
 
 def _scaled(length: int, sample: list[int]) -> int:
     return round(sum(sample) * length / len(sample)) if sample else length
 
 
-def _jobs_in(message: str | dict[str, Any]) -> int:
-    """How many jobs a message holds, as kombu writes it; 1 for what cannot be read."""
+def _jobs_in(message: str) -> int:
+    """How many jobs a message holds, as kombu writes it in a queue or in its list of those delivered.
+
+    1 for what cannot be read. A job takes at least a character, whatever the message claims.
+    """
     try:
-        raw = json.loads(message) if isinstance(message, str) else message
-        return max(1, int(raw["headers"].get(JOBS_HEADER, 1)))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        raw = json.loads(message)
+        raw = raw[0] if isinstance(raw, list) else raw
+        return max(1, min(int(raw["headers"].get(JOBS_HEADER, 1)), len(message)))
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return 1

@@ -16,6 +16,10 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 PREFIX = "MILLRACE_"
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
 URL_SCHEMES = ("redis", "rediss", "unix")
+#: Characters of a model's name in queues and results.
+MAX_NAME = 128
+#: No setting that is a number may be larger: beyond it Redis, torch and clocks refuse numbers one by one, at work.
+MAX_BYTES, MAX_SECONDS = 2**50, 10 * 365 * 86_400
 
 
 class SettingsError(ValueError):
@@ -37,25 +41,31 @@ class Settings(BaseSettings):
     )
     slots: int = Field(64, description="a whole number from 1 to 4096", ge=1, le=4096)
     #: None: as many positions as the model has.
-    max_context: int | None = Field(None, description="a whole number of at least 2", ge=2)
+    max_context: int | None = Field(None, description="a whole number from 2 to 2**50", ge=2, le=MAX_BYTES)
     #: None: room for every slot at full length, but at most a quarter of the memory that is free at start.
-    kv_cache_bytes: int | None = Field(None, description="a whole number of bytes, at least 1", ge=1)
+    kv_cache_bytes: int | None = Field(None, description="a whole number of bytes, from 1 to 2**50", ge=1, le=MAX_BYTES)
     #: None: what torch finds, the physical cores.
-    threads: int | None = Field(None, description="a whole number of at least 1", ge=1)
+    threads: int | None = Field(None, description="a whole number from 1 to 4096", ge=1, le=4096)
     #: Rows of one forward pass: bounds how long a decoding row can wait behind somebody's prompt.
     step_tokens: int = Field(512, description="a whole number from 16 to 8192", ge=16, le=8192)
     #: Prompts are computed in pieces of this many tokens; a different value may change the last bits of a result.
     prefill_chunk: int = Field(128, description="a whole number from 16 to 1024", ge=16, le=1024)
-    max_queue: int = Field(1_000_000, description="a whole number of at least 1", ge=1)
-    result_ttl_s: int = Field(86_400, description="a whole number of seconds, at least 60", ge=60)
-    checkpoint_ttl_s: int = Field(3_600, description="a whole number of seconds, at least 1", ge=1)
+    max_queue: int = Field(1_000_000, description="a whole number from 1 to 2**50", ge=1, le=MAX_BYTES)
+    result_ttl_s: int = Field(
+        86_400, description="a whole number of seconds, from 60 to 315360000", ge=60, le=MAX_SECONDS
+    )
+    checkpoint_ttl_s: int = Field(
+        3_600, description="a whole number of seconds, from 1 to 315360000", ge=1, le=MAX_SECONDS
+    )
     #: The tensors of one job; all of GPT-2 124M at 1,024 tokens are 330 MB, of which 206 are logits.
-    checkpoint_max_bytes: int = Field(512 * 2**20, description="a whole number of bytes, at least 1", ge=1)
+    checkpoint_max_bytes: int = Field(
+        512 * 2**20, description="a whole number of bytes, from 1 to 2**50", ge=1, le=MAX_BYTES
+    )
     #: A message whose worker has not renewed its lease for this long goes to another worker.
-    lease_s: int = Field(120, description="a whole number of seconds, at least 3", ge=3)
-    soft_shutdown_s: float = Field(20.0, description="a number of seconds, at least 0", ge=0)
+    lease_s: int = Field(120, description="a whole number of seconds, from 3 to 315360000", ge=3, le=MAX_SECONDS)
+    soft_shutdown_s: float = Field(20.0, description="a number of seconds, from 0 to 315360000", ge=0, le=MAX_SECONDS)
     #: An engine that is at one step for longer is stalled: its jobs go to other workers, `millrace status` fails.
-    stall_s: float = Field(60.0, description="a number of seconds, at least 1", ge=1)
+    stall_s: float = Field(60.0, description="a number of seconds, from 1 to 315360000", ge=1, le=MAX_SECONDS)
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="'debug', 'info', 'warning' or 'error'"
     )
@@ -105,9 +115,10 @@ class Settings(BaseSettings):
 
 def slug(model: str) -> str:
     """A model's name for queues and results: a directory goes by its last part, `org/name` becomes `org-name`."""
-    path = Path(os.path.expanduser(model))
-    name = path.resolve().name if path.is_absolute() or model.startswith((".", "~")) or path.is_dir() else model
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+    path = os.path.expanduser(model)
+    local = os.path.isabs(path) or model.startswith((".", "~")) or os.path.isdir(path)
+    name = os.path.basename(os.path.realpath(path.replace("\0", ""))) if local else model
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:MAX_NAME] or "model"
 
 
 def load_settings(**overrides: Any) -> Settings:
@@ -120,7 +131,7 @@ def load_settings(**overrides: Any) -> Settings:
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise SettingsError(f"{name} is no setting of millrace; the nearest is {near}")
+            raise SettingsError(f"{_shorter(name)} is no setting of millrace; the nearest is {near}")
     try:
         return Settings(**overrides)
     except ValidationError as error:
@@ -132,15 +143,21 @@ def _explain(error: ValidationError) -> str:
     name = str(first["loc"][0])
     field = Settings.model_fields.get(name)
     if field is None:
-        return f"{name} is no setting of millrace"
+        return f"{_shorter(name)} is no setting of millrace"
     value = redact_url(str(first["input"])) if name == "redis_url" else first["input"]
-    return f"{PREFIX}{name.upper()} is {value!r}; it must be {field.description}"
+    return f"{PREFIX}{name.upper()} is {_shorter(repr(value))}; it must be {field.description}"
+
+
+def _shorter(text: str) -> str:
+    """The beginning of a text, in characters that can be written anywhere."""
+    text = text.encode(errors="backslashreplace").decode()
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def redact_url(url: str) -> str:
     """The URL with its password replaced by `***`, fit for logs and error messages."""
     # As far as the last @: a password may hold a / or an @ that ought to have been escaped.
-    url = re.sub(r"^(\w+://[^:@/?#]*:).*@", r"\1***@", url)
+    url = re.sub(r"^((?:[\w+.-]+:)?(?://)?[^:@/?#]*:).*@", r"\1***@", url, flags=re.DOTALL)
     return re.sub(r"([?&]password=)[^&]*", r"\1***", url)
 
 

@@ -11,7 +11,6 @@ import codecs
 import functools
 import hashlib
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from model.weights import ModelError, find_model
+from model.weights import ModelError, find_model, read_bytes, read_json, shorter, shown
 
 END_OF_TEXT = "<|endoftext|>"
 #: How text is cut before merging; the pattern of the GPT-2 release (encoder.py), in tiktoken's possessive form.
@@ -28,7 +27,8 @@ _SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
-MAX_FILE_BYTES = 64 * 1024 * 1024
+#: What is read at most of a vocabulary file; those of 200,000 tokens have 12 MB.
+MAX_FILE_BYTES = 2**25
 
 
 class Tokenizer:
@@ -100,7 +100,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """
     folder = find_model(name_or_path)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocabulary = _json_object(folder / "vocab.json")
+        vocabulary = read_json(folder / "vocab.json", MAX_FILE_BYTES)
         lines = _text(folder / "merges.txt").split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
         return _own(folder / "vocab.json", vocabulary, merges, added={})
@@ -130,21 +130,29 @@ def gpt2_tokenizer() -> Tokenizer:
 
 
 def _from_tokenizer_json(path: Path) -> Tokenizer:
-    raw = _json_object(path)
+    raw = read_json(path, MAX_FILE_BYTES)
     bpe = raw.get("model")
     if not isinstance(bpe, dict) or bpe.get("type") != "BPE" or not isinstance(bpe.get("merges"), list):
         raise ModelError(f"{path}: only byte-level BPE tokenizers are supported")
-    # Newer files write a merge as a pair, older ones as one string.
-    merges = [" ".join(map(str, merge)) if isinstance(merge, list) else str(merge) for merge in bpe["merges"]]
+    merges = [_merge(path, merge) for merge in bpe["merges"]]
     entries = raw.get("added_tokens") or []
-    try:
-        added = {str(entry["content"]): int(entry["id"]) for entry in entries}
-    except (TypeError, KeyError, ValueError):
-        raise ModelError(f"{path}: added_tokens must be a list of objects with content and id") from None
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("content"), str) and entry["content"] for entry in entries
+    ):
+        raise ModelError(f"{path}: added_tokens must be a list of objects with content and id")
+    added = {entry["content"]: entry.get("id") for entry in entries}
     return _own(path, bpe.get("vocab"), merges, added)
 
 
-def _own(path: Path, vocabulary: Any, merges: list[str], added: Mapping[str, int]) -> Tokenizer:
+def _merge(path: Path, merge: Any) -> str:
+    """Newer files write a merge as a pair, older ones as one string."""
+    parts = [merge] if isinstance(merge, str) else merge
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise ModelError(f"{path}: merge {shown(merge)} must be a pair of tokens")
+    return " ".join(parts)
+
+
+def _own(path: Path, vocabulary: Any, merges: list[str], added: Mapping[str, Any]) -> Tokenizer:
     """tiktoken merges the pair of lowest id first, so the ids must rise in the order of the merges, and are checked."""
     if not isinstance(vocabulary, dict) or not all(
         type(i) is int and 0 <= i < 2**31 for i in (*vocabulary.values(), *added.values())
@@ -167,10 +175,14 @@ def _own(path: Path, vocabulary: Any, merges: list[str], added: Mapping[str, int
         raise ModelError(f"{path}: the vocabulary has no token for byte {missing[0]:#04x}; it is not byte-level BPE")
     ids = [vocabulary.get(merge.replace(" ", "")) if merge.count(" ") == 1 else None for merge in merges]
     if None in ids:
-        raise ModelError(f"{path}: merge {merges[ids.index(None)]!r} makes a token that is not in the vocabulary")
+        raise ModelError(f"{path}: merge {shown(merges[ids.index(None)])} makes a token that is not in the vocabulary")
     if ids != sorted(ids):  # type: ignore[type-var]
         raise ModelError(f"{path}: token ids do not rise in the order of the merges; this vocabulary cannot be used")
-    return Tokenizer(tiktoken.Encoding(str(path), pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials))
+    try:
+        encoding = tiktoken.Encoding(str(path), pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+    except (ValueError, UnicodeEncodeError) as error:  # halves of surrogate pairs; more special tokens than it takes
+        raise ModelError(f"{path}: tiktoken does not take this vocabulary ({shorter(str(error))})") from None
+    return Tokenizer(encoding)
 
 
 def _byte_alphabet() -> list[str]:
@@ -181,19 +193,7 @@ def _byte_alphabet() -> list[str]:
 
 
 def _text(path: Path) -> str:
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ModelError(f"{path}: more than {MAX_FILE_BYTES} bytes")
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path, MAX_FILE_BYTES).decode()
     except UnicodeDecodeError as error:
         raise ModelError(f"{path}: not UTF-8 ({error})") from None
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: must hold a JSON object")
-    return value

@@ -6,6 +6,9 @@ import hashlib
 import json
 import math
 import os
+import re
+import reprlib
+import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +33,8 @@ RELEASED = {
     "distilgpt2": "distilbert/distilgpt2",
 }
 HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "merges.txt", "vocab.json", "tokenizer.json"]
-MAX_JSON_BYTES = 64 * 1024 * 1024
+#: What is read at most of config.json and of an index. Parsed, JSON may take thirty times its size.
+MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 2**20, 2**24
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,11 +71,12 @@ def load_model(
     wanted = _dtype(dtype, device)
     files = weight_files(folder)
     with ThreadPoolExecutor(3, thread_name_prefix="millrace-load") as beside:
+        places = _places(folder, files, config)  # before anything is computed for a shape that the files may not have
         digest = beside.submit(_digest, files)
         # Compiled while the files are read; numba compiles one thing at a time.
         products = beside.submit(tiles_work, device.type, wanted)
         beside.submit(decode_kernel, config.head_dim, wanted, device.type)
-        weights = {name: tensor.to(device, wanted) for name, tensor in _read(files, config)}
+        weights = {name: tensor.to(device, wanted) for name, tensor in _read(places)}
         products.result()  # else it would be compiled a second time below
         return GPT2(config, weights, digest=digest.result())
 
@@ -84,11 +89,11 @@ def find_model(name_or_path: str | Path) -> Path:
     """
     if str(name_or_path) == "demo":
         return DEMO
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name_or_path))
+    if os.path.isdir(path):  # unlike Path.is_dir it says no to a name too long to be one
         return path
     if path.is_absolute() or str(name_or_path).startswith((".", "~")) or str(name_or_path).count("/") > 1:
-        raise ModelError(f"model {str(name_or_path)!r}: there is no such directory")
+        raise ModelError(f"model {shown(str(name_or_path))}: there is no such directory")
     return _from_hub(str(name_or_path))
 
 
@@ -108,9 +113,9 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
     except Exception as error:
         raise ModelError(
-            f"model {name!r} is neither a directory nor in the local hub cache, and the hub did not give it "
-            f"({type(error).__name__}). Three ways out: run `hf download {repo}` where there is a network and copy the "
-            "cache here; point MILLRACE_MODEL at a directory with config.json and model.safetensors; "
+            f"model {shown(name)} is neither a directory nor in the local hub cache, and the hub did not give it "
+            f"({type(error).__name__}). Three ways out: run `hf download {shorter(repo)}` where there is a network and "
+            "copy the cache here; point MILLRACE_MODEL at a directory with config.json and model.safetensors; "
             "or use the bundled model, MILLRACE_MODEL=demo"
         ) from error
 
@@ -121,47 +126,72 @@ def read_config(path: Path) -> GPT2Config:
     Raises:
         ModelError: not there, not JSON, not a GPT-2, or a variant this code does not compute.
     """
-    raw = _read_json(path)
+    raw = read_json(path, MAX_CONFIG_BYTES)
     for name, allowed in _FIXED.items():
         if raw.get(name, allowed[0]) not in allowed:
-            raise ModelError(f"{path}: {name} is {raw[name]!r}; only {' or '.join(map(repr, allowed))} is supported")
+            raise ModelError(
+                f"{path}: {name} is {shown(raw[name])}; only {' or '.join(map(repr, allowed))} is supported"
+            )
     sizes: dict[str, int] = {}
     for name, default in {"n_layer": 0, "n_head": 0, "n_embd": 0, "n_positions": 1024, "vocab_size": 50257}.items():
         value = raw.get(name, default)
         if type(value) is not int or not 1 <= value <= 1_000_000:
-            raise ModelError(f"{path}: {name} is {value!r}; it must be a whole number from 1 to 1,000,000")
+            raise ModelError(f"{path}: {name} is {shown(value)}; it must be a whole number from 1 to 1,000,000")
         sizes[name] = value
     if sizes["n_embd"] % sizes["n_head"]:
         raise ModelError(f"{path}: n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}")
     inner, epsilon = raw.get("n_inner"), raw.get("layer_norm_epsilon", 1e-5)
     if inner is not None and (type(inner) is not int or not 1 <= inner <= 1_000_000):
-        raise ModelError(f"{path}: n_inner is {inner!r}; it must be null or a whole number from 1 to 1,000,000")
+        raise ModelError(f"{path}: n_inner is {shown(inner)}; it must be null or a whole number from 1 to 1,000,000")
     if not isinstance(epsilon, float) or not (math.isfinite(epsilon) and epsilon > 0):
-        raise ModelError(f"{path}: layer_norm_epsilon is {epsilon!r}; it must be a small positive number")
+        raise ModelError(f"{path}: layer_norm_epsilon is {shown(epsilon)}; it must be a small positive number")
     return GPT2Config(**sizes, n_inner=inner, layer_norm_epsilon=epsilon)
 
 
 def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a GPT-2, linear weights as [in, out]."""
-    e, inner = config.n_embd, config.inner
-    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (config.vocab_size, e), "wpe.weight": (config.n_positions, e)}
+    return dict(_shapes(config))
+
+
+def _shapes(config: GPT2Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    e = config.n_embd
+    yield "wte.weight", (config.vocab_size, e)
+    yield "wpe.weight", (config.n_positions, e)
     for i in range(config.n_layer):
-        for name, shape in {
-            "ln_1.weight": (e,),
-            "ln_1.bias": (e,),
-            "attn.c_attn.weight": (e, 3 * e),
-            "attn.c_attn.bias": (3 * e,),
-            "attn.c_proj.weight": (e, e),
-            "attn.c_proj.bias": (e,),
-            "ln_2.weight": (e,),
-            "ln_2.bias": (e,),
-            "mlp.c_fc.weight": (e, inner),
-            "mlp.c_fc.bias": (inner,),
-            "mlp.c_proj.weight": (inner, e),
-            "mlp.c_proj.bias": (e,),
-        }.items():
-            shapes[f"h.{i}.{name}"] = shape
-    return shapes | {"ln_f.weight": (e,), "ln_f.bias": (e,)}
+        for name, shape in _layer_shapes(config).items():
+            yield f"h.{i}.{name}", shape
+    yield "ln_f.weight", (e,)
+    yield "ln_f.bias", (e,)
+
+
+def _layer_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    e, inner = config.n_embd, config.inner
+    return {
+        "ln_1.weight": (e,),
+        "ln_1.bias": (e,),
+        "attn.c_attn.weight": (e, 3 * e),
+        "attn.c_attn.bias": (3 * e,),
+        "attn.c_proj.weight": (e, e),
+        "attn.c_proj.bias": (e,),
+        "ln_2.weight": (e,),
+        "ln_2.bias": (e,),
+        "mlp.c_fc.weight": (e, inner),
+        "mlp.c_fc.bias": (inner,),
+        "mlp.c_proj.weight": (inner, e),
+        "mlp.c_proj.bias": (e,),
+    }
+
+
+def _shape_of(name: str, config: GPT2Config) -> tuple[int, ...] | None:
+    """The shape of one tensor, None if the model has none of this name. The names of all may be more than memory holds.
+
+    A config.json says how many layers there are in a few digits, whatever the files hold.
+    """
+    if match := re.fullmatch(r"h\.(0|[1-9]\d{0,6})\.([a-z_.0-9]+)", name):
+        return _layer_shapes(config).get(match[2]) if int(match[1]) < config.n_layer else None
+    e = config.n_embd
+    outer = {"wte.weight": (config.vocab_size, e), "wpe.weight": (config.n_positions, e)}
+    return outer.get(name) or ((e,) if name in ("ln_f.weight", "ln_f.bias") else None)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -177,40 +207,48 @@ def weight_files(folder: Path) -> list[Path]:
         pickled = sorted(path.name for path in folder.glob("*.bin"))
         hint = f"; {pickled[0]} is pickled and is never read, save it with safe_serialization=True" if pickled else ""
         raise ModelError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there{hint}")
-    shards = _read_json(index).get("weight_map")
+    shards = read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise ModelError(f"{index}: weight_map must map tensor names to file names")
     files = []
     for name in sorted(set(shards.values())):
         if Path(name).name != name or not os.path.isfile(folder / name):  # Path.is_file raises on long names
-            raise ModelError(f"{index}: it names {name!r}, which is no file in {folder}")
+            raise ModelError(f"{index}: it names {shown(name)}, which is no file in {folder}")
         files.append(folder / name)
     return files
 
 
-def _read(files: list[Path], config: GPT2Config) -> Iterator[tuple[str, Tensor]]:
-    """Check all names and shapes, then yield the tensors one by one."""
-    shapes = expected_shapes(config)
+def _places(folder: Path, files: list[Path], config: GPT2Config) -> dict[str, tuple[Path, str]]:
+    """Check all names and shapes: where each tensor lies, the file and its name there."""
     places: dict[str, tuple[Path, str]] = {}
     for path in files:
         for key, shape in _headers(path):
             name = key.removeprefix("transformer.")
             if name in places:
                 raise ModelError(f"{path}: tensor {key} is there twice")
-            if name in shapes and shape != shapes[name]:
+            expected = _shape_of(name, config)
+            if expected is not None and shape != expected:
                 raise ModelError(
-                    f"{path}: tensor {key} has shape {list(shape)}; config.json asks for {list(shapes[name])}"
+                    f"{path}: tensor {key} has shape {shown(list(shape))}; config.json asks for {list(expected)}"
                 )
-            if name in shapes or name == "lm_head.weight":
+            if expected is not None or name == "lm_head.weight":
                 places[name] = (path, key)
             elif not _is_mask_buffer(name):
-                raise ModelError(f"{path}: tensor {key} is no part of a GPT-2 with {config.n_layer} layers")
-    if missing := [name for name in shapes if name not in places]:
-        raise ModelError(f"{files[0].parent}: tensor {missing[0]} is missing ({len(missing)} in all)")
+                raise ModelError(f"{path}: tensor {shorter(key)} is no part of a GPT-2 with {config.n_layer} layers")
+    missing = next((name for name, _ in _shapes(config) if name not in places), None)
+    if missing is not None:
+        count = 4 + len(_layer_shapes(config)) * config.n_layer - len(places.keys() - {"lm_head.weight"})
+        raise ModelError(f"{folder}: tensor {missing} is missing ({count} in all)")
+    return places
+
+
+def _read(places: Mapping[str, tuple[Path, str]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors one by one."""
     if "lm_head.weight" in places:
         _check_tied(places)
-    for name in shapes:
-        yield name, _tensor(*places[name])
+    for name, place in places.items():
+        if name != "lm_head.weight":
+            yield name, _tensor(*place)
 
 
 def _check_tied(places: Mapping[str, tuple[Path, str]]) -> None:
@@ -231,31 +269,66 @@ def _headers(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
             for key in file.keys():  # noqa: SIM118 - not a dict
                 yield key, tuple(file.get_slice(key).get_shape())
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
+        raise _broken(path, error) from error
 
 
 def _tensor(path: Path, key: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(key)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+    ) as error:  # a type torch has no word for
+        raise _broken(path, error) from error
     if not tensor.is_floating_point():
         raise ModelError(f"{path}: tensor {key} is of type {tensor.dtype}; weights must be floating point")
     return tensor
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _broken(path: Path, error: Exception) -> ModelError:
+    return ModelError(f"{path}: not a whole safetensors file ({shorter(str(error))}); copy it again")
+
+
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes. Raises ModelError, which names the file."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(f"{path}: more than {MAX_JSON_BYTES} bytes of JSON")
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ModelError(f"{path}: there is no such file") from None
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error})") from None
+        value = json.loads(read_bytes(path, limit))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON ({error})") from None
+        raise ModelError(f"{path}: not JSON ({shorter(str(error))})") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: must hold a JSON object")
     return value
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """What is in a file of at most `limit` bytes. Raises ModelError, which names the file."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited on for ever
+            raise ModelError(f"{path}: no file that can be read")
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(data) > limit:
+        raise ModelError(f"{path}: more than {limit} bytes")
+    return data
+
+
+def shown(value: Any) -> str:
+    """A value out of a file for an error message: its beginning, however long or deep it is."""
+    return shorter(reprlib.repr(value))
+
+
+def shorter(text: str) -> str:
+    """The beginning of a text, in characters that can be written anywhere."""
+    text = text.encode(errors="backslashreplace").decode()
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _digest(files: list[Path]) -> str:

@@ -131,11 +131,15 @@ def check_request(fields: dict[Any, Any] | Deep) -> None:
 
 
 RESULT: dict[str, Any] = {
-    "id": "a", "model": "demo", "seed": 1, "schema_version": 1, "fingerprint": "x",
+    "id": "a",
+    "model": "demo",
+    "seed": 1,
+    "schema_version": 1,
+    "fingerprint": "x",
     "choices": [{"index": 0, "text": "x", "token_ids": [87], "finish_reason": "stop", "logprobs": None}],
     "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
     "timings": {"waiting_s": 0, "prefill_s": 0, "decode_s": 0},
-}  # fmt: skip
+}
 RESULTS = objects({name: st.just(value) for name, value in RESULT.items()}, needed=tuple(RESULT)) | objects(
     {name: st.just(value) | JSON for name, value in RESULT.items()}
 )
@@ -149,16 +153,19 @@ FAILURES = objects(
 )
 STATUSES = st.sampled_from(["SUCCESS", "FAILURE", "REVOKED", "PENDING", "STARTED", "RETRY"])
 RECORDS = st.one_of(
-    objects({"status": STATUSES, "result": RESULTS | FAILURES, "task_id": st.just("a")}, needed=("status", "result")).map(
-        json.dumps
-    ),
+    objects(
+        {"status": STATUSES, "result": RESULTS | FAILURES, "task_id": st.just("a")}, needed=("status", "result")
+    ).map(json.dumps),
     JSON.map(json.dumps),
     st.builds(lambda depth: "[" * depth, st.sampled_from([5, 1_000, 100_000])),
-    st.builds(lambda depth, status: f'{{"status": "{status}", "result": {{"exc_type": {"[" * depth}{"]" * depth}}}}}',
-              st.sampled_from([5, 1_000, 100_000]), STATUSES),
+    st.builds(
+        lambda depth, status: f'{{"status": "{status}", "result": {{"exc_type": {"[" * depth}{"]" * depth}}}}}',
+        st.sampled_from([5, 1_000, 100_000]),
+        STATUSES,
+    ),
     st.just('{"status": "SUCCESS", "result": ' + "9" * 5_000 + "}"),
     ANY_TEXT,
-)  # fmt: skip
+)
 
 
 def check_record(record: str) -> None:
@@ -178,10 +185,21 @@ def check_record(record: str) -> None:
 
 TARGETS = [
     Target("job", WIRES, check_wire, many=22_000, few=60),
-    Target("group", st.lists(objects({"id": st.sampled_from(["a", "b", "a b", ""]) | JSON, "request": WIRES}) | JSON, max_size=4)
-           | JSON, check_group, many=10_000),
-    Target("request", objects(GOOD, needed=("prompt",)) | st.dictionaries(ANY_TEXT | NUMBERS | st.sampled_from(FIELDS), JSON, max_size=3)
-           | st.builds(Deep, st.sampled_from(FIELDS), st.sampled_from([900, 2_000, 50_000])),
-           check_request, many=16_000, few=40),
+    Target(
+        "group",
+        st.lists(objects({"id": st.sampled_from(["a", "b", "a b", ""]) | JSON, "request": WIRES}) | JSON, max_size=4)
+        | JSON,
+        check_group,
+        many=10_000,
+    ),
+    Target(
+        "request",
+        objects(GOOD, needed=("prompt",))
+        | st.dictionaries(ANY_TEXT | NUMBERS | st.sampled_from(FIELDS), JSON, max_size=3)
+        | st.builds(Deep, st.sampled_from(FIELDS), st.sampled_from([900, 2_000, 50_000])),
+        check_request,
+        many=16_000,
+        few=40,
+    ),
     Target("record", RECORDS, check_record, many=14_000),
-]  # fmt: skip
+]

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.fuzz import jobs
+from tests.fuzz import environment, files, jobs
 
-TARGETS = [*jobs.TARGETS]
+TARGETS = [*jobs.TARGETS, *files.TARGETS, *environment.TARGETS]

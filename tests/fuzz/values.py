@@ -28,10 +28,15 @@ DEEP = st.builds(
 )
 GIANT = st.one_of(
     st.builds(repeated, st.text(min_size=1, max_size=3), st.sampled_from([100, 5_000, 70_000, 500_000])),
-    st.builds(repeated, st.sampled_from([" ", "a", "\n", "\u00e9", "\U0001f600", "a "]), st.sampled_from([16_000, 65_536])),
-    st.builds(repeated, st.lists(st.sampled_from([0, 5, -1, "a", None, 1.5]), min_size=1, max_size=3),
-              st.sampled_from([10, 1_000, 20_000, 200_000])),
-)  # fmt: skip
+    st.builds(
+        repeated, st.sampled_from([" ", "a", "\n", "\u00e9", "\U0001f600", "a "]), st.sampled_from([16_000, 65_536])
+    ),
+    st.builds(
+        repeated,
+        st.lists(st.sampled_from([0, 5, -1, "a", None, 1.5]), min_size=1, max_size=3),
+        st.sampled_from([10, 1_000, 20_000, 200_000]),
+    ),
+)
 NUMBERS = st.one_of(
     st.integers(-3, 130),
     st.sampled_from([2**31 - 1, 2**31, 2**53, 2**63 - 1, 2**63, -(2**63), 2**64, 10**30, 10**400, -(10**4000)]),

@@ -1,0 +1,86 @@
+"""Settings from the environment, and what workers and messages in Redis say to `millrace status`."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+from unittest import mock
+
+from hypothesis import strategies as st
+
+from client.status import WorkerStatus, _jobs_in, _scaled, _worker
+from config.settings import PREFIX, Settings, SettingsError, load_settings
+from tests.fuzz.harness import Target, is_plain
+from tests.fuzz.values import ANY_TEXT, JSON, NUMBERS, objects
+
+#: What an environment can hold: no NUL, and bytes that are no UTF-8 as lone surrogates from U+DC80 on.
+TEXTS = st.one_of(
+    st.text(st.characters(exclude_characters="\0"), max_size=20),
+    st.binary(max_size=20).map(lambda data: os.fsdecode(data.replace(b"\0", b""))),
+    NUMBERS.map(lambda value: str(value) if not isinstance(value, int) or abs(value) < 10**4000 else "9" * 4_500),
+    st.builds(
+        lambda unit, count: unit * count,
+        st.sampled_from(["9", "a", "/", "../", "~", "é"]),
+        st.sampled_from([300, 60_000]),
+    ),
+)
+SECRET = "hunter2"
+URLS = st.builds(
+    lambda scheme, user, tail, host: f"{scheme}{user}:{SECRET}{tail}@{host}",
+    st.sampled_from(["redis://", "rediss://", "unix://", "redis+socket://", "http://", "", "redis:", "//"]),
+    st.sampled_from(["", "user", "us er"]),
+    st.sampled_from(["", "\n", "/", "@", "#", "?", ":", "\r\n"]),
+    st.sampled_from(["host", "host:6379/0", "host:x", "host:99999999", "[::1", "", "/path"]),
+)
+NAMES = st.sampled_from([PREFIX + name.upper() for name in Settings.model_fields])
+ENVIRONMENTS = (
+    st.dictionaries(
+        NAMES
+        | ANY_TEXT.filter(lambda t: "\0" not in t and "=" not in t).map(
+            lambda t: PREFIX + os.fsdecode(t.encode(errors="ignore"))
+        )
+        | st.just(PREFIX + "X" * 60_000),
+        TEXTS,
+        max_size=2,
+    )
+    | URLS.map(lambda url: {PREFIX + "REDIS_URL": url})
+    | st.sampled_from(["~nobody-at-all/x", "~", "..", "a" * 300, "/" + "a" * 5_000, "org/name"]).map(
+        lambda model: {PREFIX + "MODEL": model}
+    )
+)
+
+
+def check_environment(environment: dict[str, str]) -> None:
+    """Settings are taken whole or refused by name, and the password is shown nowhere."""
+    with mock.patch.dict(os.environ, environment):
+        try:
+            settings = load_settings()
+        except SettingsError as error:
+            is_plain(str(error), *(name[:100] for name in environment), PREFIX)
+            assert SECRET not in str(error)
+            return
+    assert SECRET not in repr(settings)
+    assert 0 < len(settings.model_name) <= 128
+
+
+WORKERS = objects({name: st.integers(0, 9).map(str) | TEXTS for name in WorkerStatus.model_fields}, needed=("model",))
+MESSAGES = st.one_of(
+    objects({"headers": objects({"jobs": NUMBERS | JSON}), "body": JSON}),
+    JSON,
+    objects({"headers": objects({"jobs": NUMBERS | JSON})}).map(lambda message: [message, "", ""]),
+).map(json.dumps) | st.sampled_from(["[" * 100_000, "{", ""])
+
+
+def check_status(case: tuple[dict[str, Any], list[str]]) -> None:
+    """A worker's record is shown or left out; what messages claim about themselves stays within reason."""
+    record, messages = case
+    worker = _worker("a", record)
+    assert worker is None or worker.name == "a"
+    assert 0 <= _scaled(10, [_jobs_in(message) for message in messages]) <= 10 * max([1, *map(len, messages)])
+
+
+TARGETS = [
+    Target("settings", ENVIRONMENTS, check_environment, many=10_000),
+    Target("status", st.tuples(WORKERS, st.lists(MESSAGES, max_size=3)), check_status, many=6_000),
+]
