@@ -157,7 +157,7 @@ def _shorter(text: str) -> str:
 def redact_url(url: str) -> str:
     """The URL with its password replaced by `***`, fit for logs and error messages."""
     # As far as the last @: a password may hold a / or an @ that ought to have been escaped.
-    url = re.sub(r"^((?:[\w+.-]+:)?(?://)?[^:@/?#]*:).*@", r"\1***@", url, flags=re.DOTALL)
+    url = re.sub(r"^([\w+.-]+://[^:@/?#]*:|(?![\w+.-]+://)(?://)?[^:@/?#]*:).*@", r"\1***@", url, flags=re.DOTALL)
     return re.sub(r"([?&]password=)[^&]*", r"\1***", url)
 
 

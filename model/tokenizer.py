@@ -18,7 +18,7 @@ from typing import Any
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from model.weights import ModelError, find_model, read_bytes, read_json, shorter, shown
+from model.weights import ModelError, find_model, read_json, read_text, shorter, shown
 
 END_OF_TEXT = "<|endoftext|>"
 #: How text is cut before merging; the pattern of the GPT-2 release (encoder.py), in tiktoken's possessive form.
@@ -101,7 +101,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     folder = find_model(name_or_path)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         vocabulary = read_json(folder / "vocab.json", MAX_FILE_BYTES)
-        lines = _text(folder / "merges.txt").split("\n")
+        lines = read_text(folder / "merges.txt", MAX_FILE_BYTES).split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
         return _own(folder / "vocab.json", vocabulary, merges, added={})
     if (folder / "tokenizer.json").is_file():
@@ -136,12 +136,14 @@ def _from_tokenizer_json(path: Path) -> Tokenizer:
         raise ModelError(f"{path}: only byte-level BPE tokenizers are supported")
     merges = [_merge(path, merge) for merge in bpe["merges"]]
     entries = raw.get("added_tokens") or []
-    if not isinstance(entries, list) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("content"), str) and entry["content"] for entry in entries
-    ):
+    if not isinstance(entries, list) or not all(map(_is_added, entries)):
         raise ModelError(f"{path}: added_tokens must be a list of objects with content and id")
-    added = {entry["content"]: entry.get("id") for entry in entries}
+    added = {entry["content"]: entry["id"] for entry in entries}
     return _own(path, bpe.get("vocab"), merges, added)
+
+
+def _is_added(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("content"), str) and type(entry.get("id")) is int
 
 
 def _merge(path: Path, merge: Any) -> str:
@@ -152,7 +154,7 @@ def _merge(path: Path, merge: Any) -> str:
     return " ".join(parts)
 
 
-def _own(path: Path, vocabulary: Any, merges: list[str], added: Mapping[str, Any]) -> Tokenizer:
+def _own(path: Path, vocabulary: Any, merges: list[str], added: Mapping[str, int]) -> Tokenizer:
     """tiktoken merges the pair of lowest id first, so the ids must rise in the order of the merges, and are checked."""
     if not isinstance(vocabulary, dict) or not all(
         type(i) is int and 0 <= i < 2**31 for i in (*vocabulary.values(), *added.values())
@@ -190,10 +192,3 @@ def _byte_alphabet() -> list[str]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
-def _text(path: Path) -> str:
-    try:
-        return read_bytes(path, MAX_FILE_BYTES).decode()
-    except UnicodeDecodeError as error:
-        raise ModelError(f"{path}: not UTF-8 ({error})") from None

@@ -296,7 +296,7 @@ def _broken(path: Path, error: Exception) -> ModelError:
 def read_json(path: Path, limit: int) -> dict[str, Any]:
     """The JSON object in a file of at most `limit` bytes. Raises ModelError, which names the file."""
     try:
-        value = json.loads(read_bytes(path, limit))
+        value = json.loads(read_text(path, limit))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not JSON ({shorter(str(error))})") from None
     if not isinstance(value, dict):
@@ -304,8 +304,8 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     return value
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """What is in a file of at most `limit` bytes. Raises ModelError, which names the file."""
+def read_text(path: Path, limit: int) -> str:
+    """What is in a file of at most `limit` bytes of UTF-8. Raises ModelError, which names the file."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited on for ever
             raise ModelError(f"{path}: no file that can be read")
@@ -317,7 +317,10 @@ def read_bytes(path: Path, limit: int) -> bytes:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
     if len(data) > limit:
         raise ModelError(f"{path}: more than {limit} bytes")
-    return data
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path}: not UTF-8 ({error})") from None
 
 
 def shown(value: Any) -> str:

@@ -149,7 +149,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         elif path.suffix == ".npz":
             with zipfile.ZipFile(path) as archive:
                 names = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
-                found = {name: _read_member(archive, names[name]) if name in known else None for name in names}
+                found = {name: _read_member(archive, member) for name, member in names.items() if name in known}
         elif path.suffix == ".npy":
             with path.open("rb") as file:
                 found = {path.stem: _read_npy(file, path.stat().st_size)}
@@ -162,9 +162,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     except (OSError, ValueError, LookupError, RuntimeError, EOFError, SafetensorError, *_BROKEN) as error:
         raise ValueError(f"{path} cannot be read as tensors: {str(error)[:200]}") from None
     if not known & found.keys():
-        raise ValueError(
-            f"{path} holds {', '.join(sorted(found))[:200] or 'nothing'}; expected some of {', '.join(sorted(known))}"
-        )
+        held = ", ".join(sorted(found))[:200] or "none of them"
+        raise ValueError(f"{path} holds {held}; expected some of {', '.join(sorted(known))}")
     return {name: tensor for name, tensor in found.items() if name in known}
 
 

@@ -363,7 +363,8 @@ class Engine:
         no memory even so waits for the next step, unless none could be computed.
         """
         self.steps += 1
-        done, outcome, starved = Step(), Outcome([], []), []
+        done, outcome = Step(), Outcome([], [])
+        starved: list[Sequence] = []
         parts = deque((part, False) for part in split(step, self._rows.now))
         while parts:
             part, alone = parts.popleft()

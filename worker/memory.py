@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from worker.scheduler import PromptChunk, Step
+from worker.sequence import Sequence
 
 #: Steps without trouble before twice as much is tried again; twice as many each time that fails.
 FIRST_WAIT, LONGEST_WAIT = 64, 8192
@@ -62,7 +63,8 @@ def rows_of(step: Step) -> int:
 def split(step: Step, rows: int) -> list[Step]:
     """The step in parts of at most `rows` rows, in order; a chunk of a prompt is never cut, for its bits' sake."""
     parts, used = [Step()], 0
-    for item in (*step.decodes, *step.chunks):
+    items: list[Sequence | PromptChunk] = [*step.decodes, *step.chunks]
+    for item in items:
         count = item.count if isinstance(item, PromptChunk) else 1
         if used and used + count > rows:
             parts.append(Step())

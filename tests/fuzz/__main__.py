@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz`: every target on many cases, each in a process of its own. Prints a table; exit code 1 on a fault.
+"""`python -m tests.fuzz`: every target on many cases, each in a process of its own, as a table. Exit code 1 on a fault.
 
 python -m tests.fuzz [--cases N] [TARGET ...]
 """

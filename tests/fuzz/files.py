@@ -21,7 +21,7 @@ from model.gpt2 import GPT2Config
 from model.tokenizer import END_OF_TEXT, _byte_alphabet
 from model.weights import expected_shapes
 from tests.fuzz.harness import Target, is_plain
-from tests.fuzz.values import ANY_TEXT, GIANT, JSON, NUMBERS, objects
+from tests.fuzz.values import ANY_TEXT, JSON, NUMBERS, objects
 from worker.checkpoints import CHECKPOINTS, compare, read_tensors
 
 CONFIG: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 4, "n_positions": 8, "vocab_size": 8}

@@ -1,8 +1,8 @@
 """What every fuzz target shares: a number of made-up cases, none of which may crash, hang, or take memory without end.
 
-A case is checked inside an address space that may grow by `ROOM_BYTES` only and for `CASE_CPU_S` of processor time. The
-first counts whatever allocates, Python, torch or a library in Rust; a case that asks for more meets a MemoryError, which
-no target expects.
+A case is checked inside an address space that may grow by `ROOM_BYTES` only and for `CASE_CPU_S` of processor time.
+The first counts whatever allocates, Python, torch or a library in Rust; a case that asks for more meets a MemoryError,
+which no target expects.
 """
 
 from __future__ import annotations

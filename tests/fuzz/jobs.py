@@ -169,7 +169,7 @@ RECORDS = st.one_of(
 
 
 def check_record(record: str) -> None:
-    """A result record is no outcome yet, a result whose text can be read, or an error that can be shown and passed on."""
+    """A result record is no outcome yet, a result whose text can be read, or an error that can be shown."""
     outcome = parse_outcome(record)
     if outcome is None:
         return

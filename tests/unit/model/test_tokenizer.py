@@ -274,7 +274,7 @@ def test_broken_files_are_refused_by_name(as_two_files: Path, name: str, content
         (lambda raw: raw.update(model=None), "only byte-level BPE"),
         (lambda raw: raw["model"].update(type="WordPiece"), "only byte-level BPE"),
         (lambda raw: raw["model"].update(merges={}), "only byte-level BPE"),
-        (lambda raw: raw["model"].update(merges=[3]), "merge '3' makes"),
+        (lambda raw: raw["model"].update(merges=[3]), "merge 3 must be a pair"),
         (lambda raw: raw["model"].update(merges=[[]]), "merge '' makes"),
         (lambda raw: raw["model"].update(vocab=[]), "the vocabulary must map"),
         (lambda raw: raw.update(added_tokens=[3]), "added_tokens must be"),
