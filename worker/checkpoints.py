@@ -171,6 +171,8 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarra
     size = member.file_size
     if size > DEFLATE * max(1, member.compress_size):
         raise ValueError(f"{member.filename} claims {size} bytes")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # what numpy writes
+        raise ValueError(f"{member.filename} is compressed in another way than numpy does it")
     with archive.open(member) as file:
         return _read_npy(file, size)
 

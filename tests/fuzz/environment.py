@@ -16,7 +16,7 @@ from tests.fuzz.values import ANY_TEXT, JSON, NUMBERS, objects
 
 #: What an environment can hold: no NUL, and bytes that are no UTF-8 as lone surrogates from U+DC80 on.
 TEXTS = st.one_of(
-    st.text(st.characters(exclude_characters="\0"), max_size=20),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20),
     st.binary(max_size=20).map(lambda data: os.fsdecode(data.replace(b"\0", b""))),
     NUMBERS.map(lambda value: str(value) if not isinstance(value, int) or abs(value) < 10**4000 else "9" * 4_500),
     st.builds(
