@@ -33,7 +33,7 @@ from config import Settings
 from model.tokenizer import Tokenizer
 from worker.errors import EngineStopped
 from worker.memory import CACHE_MESSAGE, STEP_MESSAGE, Limit, out_of_memory, rows_of, split
-from worker.scheduler import Outcome, Scheduler, Step
+from worker.scheduler import Copy, Outcome, Scheduler, Step
 from worker.sequence import Generation, Sequence, Slot, TextDelta
 from worker.slots import Move
 
@@ -58,6 +58,7 @@ class StepRunner(Protocol):
     def run(self, step: Step) -> Outcome: ...
     def fit(self, capacity: dict[int, int]) -> None: ...
     def move(self, move: Move) -> None: ...
+    def copy(self, copy: Copy) -> None: ...
     def clear(self, slot: Slot) -> None: ...
     def collect(self, sequence: Sequence) -> dict[str, bytes]: ...
 
@@ -263,9 +264,12 @@ class Engine:
         try:
             self._take_in()
             self._admit()
+            self._take_over()
             step = self.scheduler.plan()
             if step:
-                self._retire(self._emit(*self._run(step)))
+                done = self._emit(*self._run(step))
+                self._take_over()  # before they leave from whom it is taken
+                self._retire(done)
             return bool(step)
         finally:
             self._alive_at = None
@@ -304,6 +308,10 @@ class Engine:
             sequence.admitted_at = time.monotonic()
             if first and generation.on_start is not None:
                 self._guarded(generation, generation.on_start)
+
+    def _take_over(self) -> None:
+        for copy in self.scheduler.take_over():
+            self.runner.copy(copy)
 
     def _place(self) -> list[Sequence]:
         """Give slots to those in line. Where memory does not hold the cache that takes, fewer, or none for now."""

@@ -14,7 +14,7 @@ from model.cache import CachedAttention, Chunk, DecodeGroup, KVCache
 from model.gpt2 import GPT2
 from model.sampler import Draw, RowParams, filtered, sample, top_logprobs
 from model.trace import PROBS_TEMPERATURE, Trace
-from worker.scheduler import Outcome, PromptChunk, Step
+from worker.scheduler import Copy, Outcome, PromptChunk, Step
 from worker.sequence import Sequence, Slot, TokenScore
 from worker.slots import Move
 
@@ -46,6 +46,16 @@ class Runner:
         arena = self.cache.arenas[move.length_class]
         arena.copy(move.source, move.target, move.length)
         arena.clear(move.source, move.length)
+
+    def copy(self, copy: Copy) -> None:
+        """Give a sequence the keys and values of a beginning that it shares with another."""
+        source, target = _slot(copy.source), _slot(copy.target)
+        if source.length_class == target.length_class:
+            self.cache.arenas[source.length_class].copy(source.index, target.index, copy.length)
+            return
+        origin, goal = self.cache.arenas[source.length_class], self.cache.arenas[target.length_class]
+        for old, new in zip((*origin.k, *origin.v), (*goal.k, *goal.v), strict=True):
+            new[target.index, :, : copy.length] = old[source.index, :, : copy.length]
 
     def clear(self, slot: Slot) -> None:
         """Zero the slot of a sequence that may have left a NaN in it."""
@@ -150,22 +160,8 @@ class Runner:
     def _share_prefills(self, step: Step) -> None:
         """Copy the cache of prompts that are through to the sequences that waited for them."""
         for leader, followers in step.followers.items():
-            source = leader.slot
             for follower in followers:
-                target = follower.slot
-                if source is None or target is None:  # pragma: no cover - both are running
-                    raise RuntimeError("a running sequence has no slot")
-                length = len(leader.prompt)
-                if source.length_class == target.length_class:
-                    self.cache.arenas[source.length_class].copy(source.index, target.index, length)
-                else:
-                    self._copy_across(source, target, length)
-
-    def _copy_across(self, source: Slot, target: Slot, length: int) -> None:
-        """The same prompt with another max_tokens may live in another length class."""
-        origin, goal = self.cache.arenas[source.length_class], self.cache.arenas[target.length_class]
-        for old, new in zip((*origin.k, *origin.v), (*goal.k, *goal.v), strict=True):
-            new[target.index, :, :length] = old[source.index, :, :length]
+                self.copy(Copy(leader, follower, len(leader.prompt)))
 
 
 def _to_bytes(tensor: Tensor) -> bytes:

@@ -6,6 +6,7 @@ import heapq
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from worker.sequence import Sequence, TokenScore
 from worker.slots import Move, SlotTable
@@ -23,6 +24,14 @@ class PromptChunk:
     def last(self) -> bool:
         """Whether the prompt is through with it, so that the first token can be drawn."""
         return self.start + self.count == len(self.sequence.prompt)
+
+
+class Copy(NamedTuple):
+    """The keys and values of the first `length` tokens of a sequence's prompt go to another's slot."""
+
+    source: Sequence
+    target: Sequence
+    length: int
 
 
 @dataclass
@@ -110,9 +119,47 @@ class Scheduler:
         return admitted
 
     def _join(self, sequence: Sequence) -> None:
-        """Share the prefill of a sequence with the same prompt that is still at it, or be the one to share."""
+        """Share the prefill of a sequence with the same prompt that is still at it, or be the one to share.
+
+        Who is the first of its prompt looks for one whose prompt begins alike.
+        """
         leader = self._leaders.setdefault(sequence.share_key, sequence)
-        sequence.leader = leader if leader is not sequence else None
+        if leader is not sequence:
+            sequence.leader, sequence.shared = leader, len(sequence.prompt)
+        else:
+            sequence.leader, sequence.shared = self._find_beginning(sequence)
+
+    def _find_beginning(self, sequence: Sequence) -> tuple[Sequence | None, int]:
+        """The one among those admitted earlier with the most whole chunks in common, and how many tokens they are.
+
+        Whole chunks: they have the same bits in every prompt that begins with them. The last token is not among them,
+        as the next one is drawn from its row.
+        """
+        best: tuple[Sequence | None, int] = None, sequence.prefilled
+        if sequence.scores_prompt or sequence.traced or len(sequence.prompt) <= self.prefill_chunk:
+            return None, 0  # all of its rows are needed, or there is no whole chunk to spare
+        for other in itertools.takewhile(lambda other: other is not sequence, self.running):
+            count = self._common(sequence.prompt, other.prompt)
+            if count > best[1]:
+                best = other, count
+        return best
+
+    def _common(self, prompt: list[int], other: list[int]) -> int:
+        most = min(len(prompt) - 1, len(other)) // self.prefill_chunk * self.prefill_chunk
+        for start in range(0, most, self.prefill_chunk):
+            if prompt[start : start + self.prefill_chunk] != other[start : start + self.prefill_chunk]:
+                return start
+        return most
+
+    def take_over(self) -> list[Copy]:
+        """The beginnings of prompts that others have computed by now; counts them as computed. Copy in this order."""
+        copies = []
+        for sequence in self.running:  # a leader stands before those who wait for it
+            leader = sequence.leader
+            if leader is not None and not sequence.waits_for_whole and leader.prefilled >= sequence.shared:
+                copies.append(Copy(leader, sequence, sequence.shared))
+                sequence.leader, sequence.prefilled = None, sequence.shared
+        return copies
 
     def plan(self) -> Step:
         """The next step: all decoding rows, then chunks of prompts in order of admission within the budget.
@@ -135,7 +182,7 @@ class Scheduler:
         return step
 
     def _add_followers(self, step: Step, leader: Sequence) -> None:
-        if followers := [s for s in self.running if s.leader is leader]:
+        if followers := [s for s in self.running if s.leader is leader and s.waits_for_whole]:
             step.followers[leader] = followers
 
     def detach_followers(self, step: Step) -> None:
@@ -151,7 +198,7 @@ class Scheduler:
         if chunk.last:
             self._leaders.pop(sequence.share_key, None)
             for follower in self.running:
-                if follower.leader is sequence:
+                if follower.leader is sequence and follower.waits_for_whole:
                     follower.leader, follower.prefilled = None, sequence.prefilled
 
     def remove(self, sequence: Sequence) -> Move | None:
@@ -160,12 +207,8 @@ class Scheduler:
             self._gone.add(sequence)
             return None
         self.running.remove(sequence)
-        if sequence.prefilling and self._leaders.get(sequence.share_key) is sequence:
-            self._promote_follower(sequence)
+        if self._leaders.get(sequence.share_key) is sequence:
+            del self._leaders[sequence.share_key]
+        for follower in [s for s in self.running if s.leader is sequence]:
+            self._join(follower)  # the first starts over for the others
         return self.slots.free(sequence)
-
-    def _promote_follower(self, leader: Sequence) -> None:
-        """The leader leaves before its prompt is through: its first follower starts over for the others."""
-        del self._leaders[leader.share_key]
-        for follower in [s for s in self.running if s.leader is leader]:
-            self._join(follower)

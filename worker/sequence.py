@@ -56,8 +56,10 @@ class Sequence:
     slot: Slot | None = None
     #: How many tokens of the prompt are in the cache.
     prefilled: int = 0
-    #: A running sequence with the same prompt whose prefill this one shares.
+    #: A running sequence whose prompt begins as this one's does, and of how many tokens the keys and values are to be
+    #: taken over from it. It was admitted earlier, so that no two wait for each other.
     leader: Sequence | None = None
+    shared: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     #: Collects its tensors where checkpoints are asked for (a model.trace.Trace; the scheduler knows no tensors).
@@ -97,6 +99,11 @@ class Sequence:
     def traced(self) -> bool:
         """Whether its tensors are asked for: those of the first sample are."""
         return bool(self.request.checkpoints) and self.index == 0
+
+    @property
+    def waits_for_whole(self) -> bool:
+        """Whether it takes over all of its leader's prefill, so that both draw from the same last row."""
+        return self.leader is not None and self.shared == len(self.prompt)
 
     @property
     def share_key(self) -> tuple[object, ...]:

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from client.schema import GenerateRequest
+from model.weights import load_model
 from tests.unit.worker.engine_helpers import WORDS, ask, build, demo_tokenizer, drive, idle, substance, tokens_of
+from worker.scheduler import Outcome, Step
 from worker.sequence import Sequence
 
 
@@ -157,3 +159,34 @@ def test_cancelled_futures_raise_cancelled_error() -> None:
     engine.step()
     with pytest.raises(CancelledError):
         future.result(timeout=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prompts_that_begin_alike_give_what_each_gives_alone(dtype: str) -> None:
+    begin, model = tokens_of(300), load_model("demo", device="cpu", dtype=dtype)
+    kinds = [
+        (300, 7, 0.0),
+        (300, 90, 1.0),
+        (256, 1, 0.0),
+        (129, 200, 1.0),
+        (300, 7, 0.0),
+        (128, 30, 0.5),
+        (200, 0, 0.0),
+    ]
+    requests = [
+        ask([*begin[:common], *tokens_of(rest, seed=i)], max_tokens=5, temperature=heat, seed=i, logprobs=3)
+        for i, (common, rest, heat) in enumerate(kinds)
+    ]
+    single, crowd = build(model=model), build(model=model, slots=4, step_tokens=256)
+    expected = [substance(drive(single, single.submit(request))[0]) for request in requests]
+    rows, run = [], crowd.runner.run
+
+    def counted(step: Step) -> Outcome:
+        rows.append(sum(chunk.count for chunk in step.chunks))
+        return run(step)
+
+    crowd.runner.run = counted  # type: ignore[method-assign]
+    results = drive(crowd, *[crowd.submit(request) for request in requests])
+    assert [substance(result) for result in results] == expected
+    assert sum(rows) < sum(len(request.prompt) for request in requests) - 5 * 128, "beginnings were computed again"
+    assert idle(crowd)

@@ -43,6 +43,7 @@ def run(scheduler: Scheduler, step: Step) -> list[Sequence]:
         scheduler.advance(chunk)
     for each in step.drawing:
         each.append(TokenScore(5, None, []))
+    scheduler.take_over()
     gone = [each for each in step.drawing if each.finish_reason]
     for each in gone:
         scheduler.remove(each)
@@ -174,7 +175,7 @@ def test_equal_prompts_share_one_prefill() -> None:
     after = sequence(200)
     line.add(after, 3)
     line.admit()
-    assert after.leader is None, "it shares a prefill that is over"
+    assert (after.leader, after.shared) == (leader, 128), "the whole chunk is there; the rest is computed anew"
 
 
 def test_when_a_leader_leaves_early_its_first_follower_starts_over_for_the_others() -> None:
@@ -205,6 +206,61 @@ def test_a_follower_may_leave_before_its_leader() -> None:
     line.remove(second)
     step = line.plan()
     assert step.followers == {leader: [third]}
+
+
+def beginning(common: int, rest: int, first: int, write: int = 4, **fields: object) -> Sequence:
+    """A prompt whose first `common` tokens are everybody's, and whose others are its own."""
+    prompt = [7] * common + [first] * rest
+    return Sequence(ask(prompt, max_tokens=write, ignore_eos=True, **fields), prompt, 0, 0, gpt2_tokenizer())
+
+
+def test_prompts_that_begin_alike_compute_the_beginning_once() -> None:
+    line = scheduler()
+    leader, second, third = (beginning(300, 20, first) for first in (1, 2, 3))
+    other, scoring = beginning(0, 320, 4), beginning(300, 20, 5, echo=True, logprobs=1)
+    for each in (leader, second, third, other, scoring):
+        line.add(each, 3)
+    line.admit()
+    assert [(s.leader, s.shared) for s in (second, third)] == [(leader, 256)] * 2
+    assert (other.leader, scoring.leader) == (None, None)
+    assert line.take_over() == [], "nothing is there yet"
+    step = line.plan()
+    assert borders(step, leader) == [(0, 128), (128, 128), (256, 64)]
+    assert not borders(step, second)
+    for chunk in step.chunks:
+        line.advance(chunk)
+    assert [(c.source, c.target, c.length) for c in line.take_over()] == [(leader, second, 256), (leader, third, 256)]
+    step = line.plan()
+    assert borders(step, second) == borders(step, third) == [(256, 64)]
+
+
+def test_who_comes_later_takes_over_from_a_sequence_that_decodes() -> None:
+    line = scheduler()
+    leader, late, last = beginning(256, 10, 1), beginning(256, 10, 2), beginning(128, 0, 3)
+    line.add(leader, 3)
+    line.admit()
+    run(line, line.plan())
+    for each in (late, last):
+        line.add(each, 3)
+    line.admit()
+    assert [(c.target, c.length) for c in line.take_over()] == [(late, 256)], "a row is needed to draw from"
+    step = line.plan()
+    assert borders(step, late) == [(256, 10)]
+    assert borders(step, last) == [(0, 128)]
+
+
+def test_when_the_one_who_computes_a_beginning_leaves_the_next_one_does() -> None:
+    line = scheduler(step_tokens=128)
+    leader, second, third = (beginning(256, 20, first) for first in (1, 2, 3))
+    for each in (leader, second, third):
+        line.add(each, 3)
+    line.admit()
+    run(line, line.plan())
+    line.remove(leader)
+    assert (second.leader, second.prefilled) == (None, 0)
+    assert (third.leader, third.shared) == (second, 256)
+    while second.prefilling or third.prefilling:
+        run(line, line.plan())
 
 
 def test_detached_followers_compute_their_own() -> None:
@@ -248,6 +304,10 @@ def test_whatever_comes_and_goes_everybody_is_served(
         if arriving and draw.random() < 0.5:
             line.add(arriving.pop(), draw.choice([0, 3, 9]))
         line.admit()
+        for copy in line.take_over():
+            assert copy.source in line.running
+            assert copy.source.prefilled >= copy.length
+            assert copy.target.prompt[: copy.length] == copy.source.prompt[: copy.length]
         if line.running and draw.random() < 0.02:
             gone = draw.choice(line.running)
             cancelled.add(gone)
