@@ -290,6 +290,16 @@ class Client:
             for job_id in named:
                 pipe.hset(keys.job(job_id), "published", "1")
             pipe.execute()
+        self._hint(first.model)
+
+    def _hint(self, model: str) -> None:
+        """Wake a worker that waits; it would find the message by itself a little later."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.lpush(keys.hint(model), "1")
+        pipe.ltrim(keys.hint(model), 0, keys.HINTS - 1)
+        pipe.expire(keys.hint(model), keys.HINT_TTL_S)
+        with contextlib.suppress(redis.RedisError):
+            pipe.execute()
 
     # --- reading ---------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,12 @@ PRIORITIES = {"interactive": 0, "normal": 3, "bulk": 9}
 #: The record of a job that no worker has finished is forgotten after 30 days; when it ends, RESULT_TTL_S counts.
 UNFINISHED_TTL_S = 30 * 86_400
 
+#: Messages that could not be understood: how many are kept, how long after the last one, and how much of each.
+DEAD_ENTRIES, DEAD_TTL_S, DEAD_TEXT_BYTES = 1_000, 7 * 86_400, 4_096
+
+#: Hints that messages wait: how long they last, and how many at most.
+HINT_TTL_S, HINTS = 60, 64
+
 _STEP_SEPARATOR = "\x06\x16"  # kombu's, between a queue's name and its priority step
 
 
@@ -25,6 +31,21 @@ def queue_lists(model_name: str) -> list[str]:
     """The Redis lists in which a model's jobs wait, most urgent first: one for each priority step of kombu."""
     name = PREFIX + queue(model_name)
     return [name if step == 0 else f"{name}{_STEP_SEPARATOR}{step}" for step in (0, 3, 6, 9)]
+
+
+def hint(model_name: str) -> str:
+    """List: something to wait for; it holds an element if messages may wait for the model."""
+    return PREFIX + hint_of(queue(model_name))
+
+
+def hint_of(queue_name: str) -> str:
+    """The same for a queue as Celery names it (without `PREFIX`)."""
+    return f"hint:{queue_name}"
+
+
+def dead() -> str:
+    """List: messages that could not be understood, newest first, each as JSON with the reason."""
+    return f"{PREFIX}dead"
 
 
 def job(job_id: str) -> str:

@@ -53,11 +53,13 @@ class QueueStatus(BaseModel):
 
 
 class Status(BaseModel):
-    """Everything at one moment. `delivered` are the jobs that workers hold, running or about to."""
+    """Everything at one moment. `delivered` are the jobs that workers hold, running or about to; `dead` the messages
+    that none could understand, of all queues."""
 
     workers: list[WorkerStatus]
     queues: list[QueueStatus]
     delivered: int
+    dead: int = 0
 
     def serves(self, model_name: str) -> bool:
         """Whether a live worker takes jobs for the model and comes on with them."""
@@ -79,7 +81,10 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
     workers = [worker for name, record in zip(names, records, strict=True) if (worker := _worker(name, record))]
     models = sorted({model_name, *(worker.model for worker in workers)})
     return Status(
-        workers=workers, queues=[_queue(connection, model) for model in models], delivered=_count_delivered(connection)
+        workers=workers,
+        queues=[_queue(connection, model) for model in models],
+        delivered=_count_delivered(connection),
+        dead=connection.llen(keys.dead()),
     )
 
 
@@ -118,7 +123,6 @@ def _count_delivered(connection: redis.Redis) -> int:
     pipe.hlen(keys.unacked())
     pipe.hrandfield(keys.unacked(), SAMPLE, withvalues=True)
     length, sample = pipe.execute()
-    # kombu's entry is a list: the message, its exchange and its routing key.
     return _scaled(length, [_jobs_in(entry) for entry in sample[1::2]])
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from client import Client, NoWorker, RedisUnreachable, Result, ResultTimeout, SamplingParams, Status
 from client.errors import InvalidRequest, MillraceError
-from client.keys import queue
+from client.keys import dead, queue
 from client.schema import parse_request
 from config import Settings, SettingsError, load_settings
 from worker.embedded import EmbeddedRedis, EmbeddedRedisError, die_with_parent
@@ -248,6 +248,8 @@ def _print_status(found: Status) -> None:
     for q in found.queues:
         queues.add_row(q.model, str(q.interactive), str(q.normal), str(q.bulk))
     console.print(workers, queues, f"{found.delivered} jobs are with workers")
+    if found.dead:
+        console.print(f"{found.dead} messages could not be understood; the list {dead()} says what they were")
 
 
 @contextlib.contextmanager

@@ -1,15 +1,20 @@
-"""What Celery 5.7.0 needs to live through the loss of Redis."""
+"""What Celery 5.7.0 needs to live through the loss of Redis, and through messages that nobody can read."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import structlog
+from celery.exceptions import InvalidTaskError
 from celery.worker import state
 from celery.worker.consumer import Consumer
 
-from client.schema import GROUP_TASK_NAME, TASK_NAME
+from client.schema import GROUP_TASK_NAME, TASK_NAME, is_job_id
+from worker.broker import CONNECTION_ERRORS, dead_letter, plain_client, transport_that_takes
+from worker.service import read_group
+from worker.tasks import argument
 
 log = structlog.get_logger("millrace.worker")
 
@@ -35,9 +40,7 @@ class SafeConsumer(Consumer):
                 tag, lambda channel: channel.basic_reject(tag, requeue=requeue)
             )
             if not isinstance(request.id, str):  # no result could be stored under it, so it would come again for ever
-                log.error("message.refused", reason="its task id is no text", kind=type(request.id).__name__)
-                state.task_ready(request)
-                return request.reject(requeue=False)
+                raise InvalidTaskError(f"its task id is of the kind {type(request.id).__name__}")
             if request.type in (TASK_NAME, GROUP_TASK_NAME):
                 # `inspect active` would show them to whoever asks; the pool reads the request from its headers.
                 request._args, request._kwargs = ("<redacted>",), {}
@@ -45,6 +48,63 @@ class SafeConsumer(Consumer):
 
         self._unsettled: dict[str, Callable[[Any], None]] = {}
         super().__init__(take, *args, **kwargs)
+
+    def connection_for_read(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by Celery for the connection that messages come by."""
+        connection = self.app.connection_for_read(*args, **kwargs)
+        connection.transport_cls = transport_that_takes(connection.get_transport_cls(), self._refuse)
+        return self.ensure_connected(connection)
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
+        """Called by Celery for the function that every message is given to."""
+        handle = super().create_task_handler(*args, **kwargs)
+
+        def receive(message: Any) -> None:
+            try:
+                handle(message)
+            except CONNECTION_ERRORS:
+                raise
+            except Exception as error:  # stock Celery would end the worker, and the next one, and the one after it
+                self._refuse_read(message, f"it is no task that can be read ({type(error).__name__})")
+
+        return receive
+
+    # What Celery calls for messages that it cannot make a task of. Stock, it drops them.
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        """Its body cannot be read."""
+        self._refuse_read(message, f"its body cannot be read ({type(exc).__name__})")
+
+    def on_unknown_message(self, body: Any, message: Any) -> None:  # noqa: ARG002
+        """It names no task."""
+        self._refuse_read(message, "it names no task")
+
+    def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:  # noqa: ARG002
+        """It names a task that this worker does not have."""
+        self._refuse_read(message, f"it is for the task {str(message.headers.get('task'))[:80]!r}, which is not here")
+
+    def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:  # noqa: ARG002
+        """It is no message of Celery's protocol."""
+        reason = str(exc) if isinstance(exc, InvalidTaskError) else type(exc).__name__
+        self._refuse_read(message, f"it is no task that can be read ({reason[:200]})")
+
+    def _refuse_read(self, message: Any, reason: str) -> None:
+        """Refuse a message that kombu could read; jobs that it names fail, for somebody may wait for them."""
+        for request in [request for request in state.requests.values() if request.message is message]:
+            state.task_ready(request)
+        if hasattr(self.pool, "refuse"):
+            self.pool.refuse(_named_jobs(message), reason)
+        raw = json.dumps(message._raw).encode()
+        self._refuse(message.delivery_tag, (message.delivery_info or {}).get("routing_key", ""), raw, reason)
+
+    def _refuse(self, tag: str, queue: str, message: bytes, reason: str) -> None:
+        log.error("message.refused", reason=reason, queue=queue, bytes=len(message))
+
+        def bury(channel: Any) -> None:
+            dead_letter(plain_client(channel), queue, message, reason)
+            channel.basic_ack(tag)
+
+        self._settle(tag, bury)
 
     def on_ready(self) -> None:
         """Called by Celery whenever it begins to consume, at the start and after each reconnect."""
@@ -87,3 +147,15 @@ class SafeConsumer(Consumer):
                 self.timer.call_after(ACK_RETRY_S, self._settle_all)
                 return
             self._unsettled.pop(tag, None)
+
+
+def _named_jobs(message: Any) -> list[str]:
+    """The ids of the jobs in a message that may be of any shape."""
+    headers = message.headers
+    try:
+        if headers.get("task") == GROUP_TASK_NAME:
+            args, kwargs, _ = message.payload
+            return list(read_group(argument(GROUP_TASK_NAME, args, kwargs)))
+    except Exception:  # whatever it was, it has been refused for it
+        return []
+    return [headers["id"]] if is_job_id(headers.get("id")) else []

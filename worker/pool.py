@@ -28,6 +28,7 @@ import redis
 import structlog
 from celery.concurrency.base import BasePool
 from celery.concurrency.prefork import _run_ready_callbacks
+from celery.exceptions import InvalidTaskError
 from celery.platforms import EX_FAILURE
 from celery.worker import state
 from kombu.asynchronous import Hub
@@ -167,6 +168,8 @@ class EnginePool(BasePool):
         given = argument(task, headers.get("args"), headers.get("kwargs"))
         grouped = task == GROUP_TASK_NAME
         jobs = read_group(given) if grouped else {job_id: given}
+        if not jobs:
+            raise InvalidTaskError("it names no job")
         delivery = Delivery(
             handle=next(self._handles),
             task=task,
@@ -189,6 +192,11 @@ class EnginePool(BasePool):
         """Whether another message may be taken from the queue."""
         with self._lock:
             return sum(len(delivery.open) for delivery in self._deliveries.values()) < int(self.limit)
+
+    def refuse(self, job_ids: Sequence[str], reason: str) -> None:
+        """Fail jobs whose message cannot be worked on."""
+        for job_id in job_ids:
+            self._writer.put(job_id, failed(JobFailed("unreadable_message", f"the message was refused: {reason}")))
 
     def terminate_job(self, pid: int, signal: Any = None) -> None:  # noqa: ARG002
         """Celery's revoke(terminate=True) of a running task; `pid` is the handle that `on_accepted` was given.
@@ -323,10 +331,6 @@ class EnginePool(BasePool):
                 if self._adopt(delivery):
                     self._accepted(delivery)
                     self._others.submit(self._finish, delivery)
-                continue
-            if not delivery.jobs:
-                log.error("message.refused", reason="it names no job", message_id=delivery.args[1])
-                self._complete(delivery)
                 continue
             arrived |= {job_id: delivery.jobs[job_id] for job_id in self._adopt(delivery)}
             log.info("message.accepted", message_id=delivery.args[1], jobs=len(delivery.jobs))

@@ -11,22 +11,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-CELERY = [sys.executable, "-m", "celery", "-A", "worker", "worker"]
+CELERY = "import sys; from celery.__main__ import main; sys.exit(main())"
 
 
 class WorkerProcess:
-    """A `celery -A worker worker` in a process group of its own, writing JSON lines to `log`."""
+    """A `celery -A worker worker` in a process group of its own, writing JSON lines to `log`.
 
-    def __init__(self, log: Path, *flags: str, **environment: str) -> None:
+    `patch` is Python that runs in it first, to bring about what a user cannot.
+    """
+
+    def __init__(self, log: Path, *flags: str, patch: str = "", **environment: str) -> None:
         self.log = log
-        self.flags = flags
+        start = [sys.executable, "-c", f"{patch}\n{CELERY}"] if patch else [sys.executable, "-m", "celery"]
+        self.command = [*start, "-A", "worker", "worker", *flags]
         self.environment = {**os.environ, "MILLRACE_LOG_FORMAT": "json", **environment}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> WorkerProcess:
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
-                [*CELERY, *self.flags], env=self.environment, stdout=out, stderr=out, start_new_session=True
+                self.command, env=self.environment, stdout=out, stderr=out, start_new_session=True
             )
         return self
 

@@ -1,0 +1,202 @@
+"""How messages are taken out of Redis: none is lost on the way, and one that nobody can read harms nobody."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from client import Client, JobFailed, keys
+from client.transport import connect
+from tests.integration.processes import WorkerProcess, wait_until
+from worker.embedded import EmbeddedRedis
+
+NORMAL = keys.queue_lists("demo")[1]
+
+#: A worker that is killed at a point of taking a message: before the one step, and right after it.
+KILL = "import os, worker.broker\nworker.broker.Channel.{} = lambda *_: os.kill(os.getpid(), 9)"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis.ephemeral() as own:
+        yield own
+
+
+@pytest.fixture
+def connection(server: EmbeddedRedis) -> Iterator[redis.Redis]:
+    made = connect(server.url)
+    made.flushall()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def client(server: EmbeddedRedis, connection: redis.Redis) -> Iterator[Client]:
+    with Client(redis_url=server.url) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def environment(server: EmbeddedRedis) -> dict[str, str]:
+    return {"MILLRACE_REDIS_URL": server.url, "MILLRACE_SLOTS": "2", "MILLRACE_LEASE_S": "3"}
+
+
+@pytest.fixture(scope="module")
+def worker(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    with WorkerProcess(tmp_path_factory.mktemp("messages") / "worker.log", **environment) as process:
+        process.wait_ready()
+        yield process
+
+
+@pytest.mark.parametrize("place", ["_take", "_hand_over"])
+def test_a_worker_killed_while_it_takes_a_message_loses_none(
+    client: Client, connection: redis.Redis, environment: dict[str, str], tmp_path: Path, place: str
+) -> None:
+    jobs = client.submit_many(["Hello."] * 16, max_tokens=2, priority="interactive")
+    jobs.append(client.submit("Hello.", max_tokens=2, priority="bulk"))
+    with WorkerProcess(tmp_path / "killed.log", patch=KILL.format(place), **environment) as killed:
+        assert killed.wait(60) == -9
+    waiting = sum(connection.llen(name) for name in keys.queue_lists("demo"))  # type: ignore[misc]
+    held = connection.hlen(keys.unacked())
+    assert (waiting, held) == ((2, 0) if place == "_take" else (1, 1))
+    assert connection.zcard(keys.unacked_index()) == held, "what is held has a lease"
+    with WorkerProcess(tmp_path / "next.log", **environment):
+        assert {job.result(60).usage.completion_tokens for job in jobs} == {2}
+        wait_until(lambda: not connection.hlen(keys.unacked()))
+
+
+def test_messages_are_taken_in_the_order_of_urgency_then_of_arrival(
+    client: Client, environment: dict[str, str], tmp_path: Path
+) -> None:
+    order = [client.submit("Hello.", max_tokens=1, priority=p).id for p in ("bulk", "normal", "interactive", "normal")]
+    with WorkerProcess(tmp_path / "worker.log", **environment) as worker:
+        worker.wait_for("message.accepted", 60, 4)
+        taken = [line["message_id"] for line in worker.events("message.accepted")]
+    assert taken == [order[2], order[1], order[3], order[0]]
+
+
+def test_a_message_is_served_with_and_without_a_hint(
+    client: Client, connection: redis.Redis, worker: WorkerProcess
+) -> None:
+    assert client.submit("Hello.", max_tokens=1).result(30)
+    wait_until(lambda: not connection.exists(keys.hint("demo")))
+    client._app.send_task("millrace.generate", args=[{"prompt": "x", "max_tokens": 1}], task_id="unhinted")
+    wait_until(lambda: connection.exists(keys.result("unhinted")))
+
+
+def envelope(body: str = "W10=", **changes: Any) -> dict[str, Any]:
+    """A message as kombu writes it."""
+    properties = {"delivery_tag": "t", "delivery_info": {"exchange": "", "routing_key": "millrace.demo"}}
+    properties |= {"body_encoding": "base64", "priority": 3, "correlation_id": "x"}
+    headers = {"id": "x", "task": "millrace.generate", "lang": "py"}
+    made = {"body": body, "content-encoding": "utf-8", "content-type": "application/json", "headers": headers}
+    return {**made, "properties": properties, **changes}
+
+
+def task(body: Any = ([{"prompt": "x"}], {}, {}), content_type: str = "application/json", **headers: Any) -> str:
+    """A message with a task, as Celery writes it, as text."""
+    text = body if isinstance(body, str) else json.dumps(body)
+    made = envelope(base64.b64encode(text.encode()).decode(), **{"content-type": content_type})
+    made["headers"] = {name: value for name, value in {**made["headers"], **headers}.items() if value is not None}
+    return json.dumps(made)
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+BAD: dict[str, str] = {
+    "null": "null",
+    "no JSON": "hello",
+    "empty": "",
+    "number": "1e999",
+    "digits": "9" * 10_000,
+    "deep": DEEP,
+    "marked": json.dumps(envelope(headers={"__type__": "datetime", "__value__": "yesterday"})),
+    "no body": json.dumps(envelope(body=None)),  # type: ignore[arg-type]
+    "no base64": json.dumps(envelope(body="a")),
+    "no headers": json.dumps(envelope(headers=None)),
+    "no properties": json.dumps(envelope(properties=None)),
+    "priority": json.dumps(envelope()).replace('"priority": 3', '"priority": 1e999'),
+    "encoding": json.dumps(envelope()).replace('"body_encoding": "base64"', '"body_encoding": "rot13"'),
+    "body null": task("null"),
+    "body no JSON": task("{"),
+    "body deep": task(DEEP),
+    "body digits": task("9" * 10_000),
+    "body list": task([1]),
+    "pickle": task(content_type="application/x-python-serialize"),
+    "type": task(content_type="text/html"),
+    "another task": task(task="os.system"),
+    "task list": task(task=["millrace.generate"]),
+    "no task": task(task=None),
+    "no id": task(id=None),
+    "id number": task(id=7),
+    "id list": task(id=[7]),
+    "eta": task(eta="soon"),
+    "expires": task(expires="soon"),
+    "limits": task(timelimit="abc"),
+    "group": task([[[]], {}, {}], task="millrace.generate_many"),
+    "members": task([[[1, {"id": 7}]], {}, {}], task="millrace.generate_many"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_message_that_nobody_can_read_is_put_aside_and_the_worker_goes_on(
+    client: Client, connection: redis.Redis, worker: WorkerProcess, name: str
+) -> None:
+    connection.lpush(NORMAL, BAD[name])
+    wait_until(lambda: client.status().dead == 1)
+    wait_until(lambda: not connection.hlen(keys.unacked()))
+    (text,) = connection.lrange(keys.dead(), 0, -1)  # type: ignore[misc]
+    letter = json.loads(text)
+    assert letter["reason"]
+    assert letter["queue"] == "millrace.demo"
+    assert abs(letter["at"] - time.time()) < 60
+    assert len(letter["message"]) <= keys.DEAD_TEXT_BYTES
+    assert 0 < connection.ttl(keys.dead()) <= keys.DEAD_TTL_S  # type: ignore[operator]
+    assert client.submit("Hello.", max_tokens=1).result(30)
+    assert worker.alive
+
+
+@pytest.mark.parametrize(
+    ("message", "job_id"),
+    [
+        (task(task="millrace.generate_images", id="of-tomorrow"), "of-tomorrow"),
+        (task(timelimit="abc", id="limited"), "limited"),
+        (task([[[{"id": "member", "request": {}}]], {}, {}], timelimit="abc", task="millrace.generate_many"), "member"),
+    ],
+    ids=["task", "limits", "group"],
+)
+def test_a_job_that_a_refused_message_names_has_an_end(
+    client: Client, connection: redis.Redis, worker: WorkerProcess, message: str, job_id: str
+) -> None:
+    connection.lpush(NORMAL, message)
+    wait_until(lambda: connection.exists(keys.result(job_id)))
+    with pytest.raises(JobFailed, match="the message was refused") as caught:
+        client.job(job_id).result(1)
+    assert caught.value.code == "unreadable_message"
+
+
+def test_only_so_many_unreadable_messages_are_kept(connection: redis.Redis, worker: WorkerProcess) -> None:
+    connection.lpush(keys.dead(), *["{}"] * (keys.DEAD_ENTRIES + 5))
+    connection.lpush(NORMAL, b"\xff" * 10_000)
+    wait_until(lambda: connection.llen(keys.dead()) == keys.DEAD_ENTRIES)
+    letter = json.loads(connection.lindex(keys.dead(), 0))  # type: ignore[arg-type]
+    assert letter["bytes"] == 10_000
+
+
+def test_an_unreadable_message_of_a_dead_worker_does_not_hide_the_others(
+    client: Client, connection: redis.Redis, worker: WorkerProcess
+) -> None:
+    """kombu's sweep goes by the time of the leases, and one entry that it cannot read would end it each time."""
+    good = task(id="behind")
+    held = {"one": "[hello]", "two": "[null]", "three": '[null, "", "q"]', "good": f'[{good}, "", "millrace.demo"]'}
+    connection.hset(keys.unacked(), mapping=held)
+    connection.zadd(keys.unacked_index(), {tag: number + 1 for number, tag in enumerate(reversed(held))})
+    wait_until(lambda: connection.exists(keys.result("behind")), timeout=30)
+    wait_until(lambda: not connection.hlen(keys.unacked()))
+    assert client.status().dead == 3
