@@ -158,6 +158,9 @@ class Client:
             return False
         with self._reachable():
             self._redis.set(keys.cancel(job_id), "1", ex=keys.UNFINISHED_TTL_S)
+            if self._look(job_id)[0] is not None:  # it has ended meanwhile, and nobody else would take the key away
+                self._redis.delete(keys.cancel(job_id))
+                return False
         return True
 
     def as_completed(self, jobs: Iterable[Job], timeout: float | None = None) -> Iterator[Job]:

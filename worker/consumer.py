@@ -10,6 +10,7 @@ import structlog
 from celery.exceptions import InvalidTaskError
 from celery.worker import state
 from celery.worker.consumer import Consumer
+from celery.worker.request import Request
 
 from client.schema import GROUP_TASK_NAME, TASK_NAME, is_job_id
 from worker.broker import CONNECTION_ERRORS, dead_letter, plain_client, transport_that_takes
@@ -20,6 +21,27 @@ log = structlog.get_logger("millrace.worker")
 
 #: Pause before acknowledgements are sent again that Redis did not take.
 ACK_RETRY_S = 1.0
+
+
+class JobRequest(Request):
+    """A message of ours. Where it is revoked or expired, stock Celery stores and acknowledges that at once, in the main
+    thread, which waits there if Redis is away; and the jobs of a message would end after it. The pool ends them."""
+
+    own: Callable[[Any], None]
+    pool: Any
+    _already_revoked: bool
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:  # noqa: ARG002
+        """Called by Celery's remote control, whether the task runs or not."""
+        self._announce_revoked("terminated", True, None, False)
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: int | None, expired: bool) -> None:
+        """Called by Celery when it has found that the task is revoked."""
+        if not self._already_revoked:
+            self._already_revoked = True
+            self.own(self)
+            self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
+            self.pool.revoke(self, reason)
 
 
 class SafeConsumer(Consumer):
@@ -34,13 +56,7 @@ class SafeConsumer(Consumer):
 
     def __init__(self, on_task_request: Callable[[Any], Any], *args: Any, **kwargs: Any) -> None:
         def take(request: Any) -> Any:
-            tag = request.message.delivery_tag
-            request._on_ack = lambda *_: self._settle(tag, lambda channel: channel.basic_ack(tag))
-            request._on_reject = lambda _log, _errors, requeue=False: self._settle(
-                tag, lambda channel: channel.basic_reject(tag, requeue=requeue)
-            )
-            if not isinstance(request.id, str):  # no result could be stored under it, so it would come again for ever
-                raise InvalidTaskError(f"its task id is of the kind {type(request.id).__name__}")
+            self._own(request)
             if request.type in (TASK_NAME, GROUP_TASK_NAME):
                 # `inspect active` would show them to whoever asks; the pool reads the request from its headers.
                 request._args, request._kwargs = ("<redacted>",), {}
@@ -48,6 +64,31 @@ class SafeConsumer(Consumer):
 
         self._unsettled: dict[str, Callable[[Any], None]] = {}
         super().__init__(take, *args, **kwargs)
+
+    def _own(self, request: Any) -> None:
+        """Let a message be acknowledged or returned over the connection there is then."""
+        tag = request.message.delivery_tag
+        request._on_ack = lambda *_: self._settle(tag, lambda channel: channel.basic_ack(tag))
+        request._on_reject = lambda _log, _errors, requeue=False: self._settle(
+            tag, lambda channel: channel.basic_reject(tag, requeue=requeue)
+        )
+        if not isinstance(request.id, str):  # no result could be stored under it, so it would come again for ever
+            raise InvalidTaskError(f"its task id is of the kind {type(request.id).__name__}")
+
+    def update_strategies(self) -> None:
+        """Called by Celery before it consumes, to know how each task is received."""
+        if hasattr(self.pool, "revoke"):
+            request = type("JobRequest", (JobRequest,), {"own": staticmethod(self._own), "pool": self.pool})
+            for name in (TASK_NAME, GROUP_TASK_NAME):
+                self.app.tasks[name].Request = request
+        super().update_strategies()
+
+    def cancel_active_requests(self) -> None:
+        """Called by Celery in a cold shutdown, before it stops the pool: that hands back what is not done in time."""
+        if not hasattr(self.pool, "finish_within"):
+            super().cancel_active_requests()
+        else:
+            self.pool.finish_within(self.app.millrace_settings.soft_shutdown_s)
 
     def connection_for_read(self, *args: Any, **kwargs: Any) -> Any:
         """Called by Celery for the connection that messages come by."""

@@ -5,6 +5,7 @@ Not on Celery's event loop: a main thread that is busy or reconnecting must not 
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import redis
 import structlog
+from celery.platforms import EX_FAILURE
+from celery.worker import state
 
 from config import Settings
 from worker.store import WORKER_TTL_S, Store
@@ -28,6 +31,8 @@ log = structlog.get_logger("millrace.worker")
 #: How often requests to cancel are looked for while jobs are here; and how often anything is done while none are.
 TICK_S, IDLE_TICK_S = 0.2, 1.0
 BEAT_S = WORKER_TTL_S / 3
+#: A shutdown waits at least so long for a Redis that is silent, whatever the settings say: it may only be slow.
+LEAST_PATIENCE_S = 5.0
 
 
 class Monitor:
@@ -44,10 +49,12 @@ class Monitor:
         self._last_tokens, self._last_beat = 0, time.monotonic()
         self._down = False
         self._stalled = False
+        self._answered_at = time.monotonic()
 
     def start(self) -> None:
         """Begin."""
         self._thread.start()
+        threading.Thread(target=self._watch, name="millrace-watch", daemon=True).start()
 
     def stop(self) -> None:
         """End, and take the worker's record away."""
@@ -62,10 +69,29 @@ class Monitor:
         """A job got a slot; its record says so at the next tick. Called from the engine's thread."""
         self._started.append(job_id)
 
+    def _watch(self) -> None:
+        """End the process if it is to stop and Redis is silent for as long as a shutdown may take.
+
+        Nothing can be handed back then. What was not stored is computed again where the leases run out.
+        """
+        asked_at = None
+        while asked_at is None or time.monotonic() - max(asked_at, self._answered_at) < self._patience_s:
+            time.sleep(TICK_S)
+            if asked_at is None and stopping():
+                asked_at = time.monotonic()
+        log.error("worker.abandoned", reason="Redis does not answer", jobs=len(self._pool.open_jobs()))
+        logging.shutdown()
+        os._exit(EX_FAILURE)
+
+    @property
+    def _patience_s(self) -> float:
+        return max(LEAST_PATIENCE_S, self._settings.soft_shutdown_s)
+
     def _loop(self) -> None:
         while not self._stop.is_set():
             try:
-                self._tick()
+                if self._tick():
+                    self._answered_at = time.monotonic()
                 self._down = False
             except redis.RedisError as error:
                 if not self._down:
@@ -74,23 +100,25 @@ class Monitor:
             except Exception:
                 # A fault here must not end the leases of everybody.
                 log.error("monitor.failed", trace=traceback.format_exc())
-            self._stop.wait(TICK_S if self._pool.deliveries() else IDLE_TICK_S)
+            self._stop.wait(TICK_S if self._pool.deliveries() or stopping() else IDLE_TICK_S)
 
-    def _tick(self) -> None:
+    def _tick(self) -> bool:
+        """One round. Says whether Redis has answered something."""
         now = time.monotonic()
         self._check_time_limits(now)
         self._write_started()
         deliveries, jobs = self._pool.deliveries(), self._pool.open_jobs()
         if jobs:
             for job_id in self._store.cancelled(jobs).union(self._pool.revoked_jobs()):
-                self._engine.cancel(job_id)
+                self._pool.cancel(job_id)
         self._watch()
         if deliveries and now >= self._renew_at and not self._stalled:
             self._store.renew([delivery.tag for delivery in deliveries if delivery.tag is not None])
             self._renew_at = now + self._settings.lease_s / 4
-        if now >= self._beat_at:
+        if beat := now >= self._beat_at or stopping():
             self._beat(now)
             self._beat_at = now + BEAT_S
+        return bool(jobs) or beat
 
     def _watch(self) -> None:
         """See whether the engine comes on. While it does not, no lease is renewed: others do the jobs."""
@@ -113,7 +141,7 @@ class Monitor:
     def _check_time_limits(self, now: float) -> None:
         for delivery in self._pool.deliveries():
             limit, started = delivery.time_limit_s, delivery.started_at
-            if limit is not None and started is not None and now - started > limit and not delivery.dropped:
+            if limit is not None and started is not None and now - started > limit and delivery.verdict is None:
                 self._pool.time_out(delivery)
 
     def _beat(self, now: float) -> None:
@@ -135,3 +163,8 @@ class Monitor:
                 **self._pool.finished,
             },
         )
+
+
+def stopping() -> bool:
+    """Whether this process was told to end."""
+    return any(flag is not None and flag is not False for flag in (state.should_stop, state.should_terminate))

@@ -1,7 +1,7 @@
 """Celery's pool interface over the engine: tasks go in as messages come, and end when their results are there.
 
     main thread      on_apply -> intake queue                       returns at once
-    intake thread    known already? -> Service.submit               one request to Redis for many messages
+    intake thread    known already? -> probation -> Service.submit  one request to Redis for many messages
     engine thread    computes; a finished future -> finisher or writer
     finisher thread  a message of one job: Celery's own tracer      stores its result, sends events
     writer thread    jobs that share a message                      worker/writer.py; all that wait in one request
@@ -13,8 +13,10 @@ No torch is imported before `on_start`: Celery imports this module to read its c
 
 from __future__ import annotations
 
+import functools
 import itertools
 import queue
+import signal
 import threading
 import time
 import traceback
@@ -22,25 +24,26 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import redis
 import structlog
 from celery.concurrency.base import BasePool
 from celery.concurrency.prefork import _run_ready_callbacks
-from celery.exceptions import InvalidTaskError
+from celery.exceptions import InvalidTaskError, TaskRevokedError, TimeLimitExceeded
 from celery.platforms import EX_FAILURE
 from celery.worker import state
 from kombu.asynchronous import Hub
 
-from client.errors import JobError, JobFailed
+from client.errors import JobCancelled, JobError, JobExpired, JobFailed
 from client.records import outcome_state
 from client.schema import GROUP_TASK_NAME, TASK_NAME, Result
 from config import Settings
 from worker.errors import EngineStopped
 from worker.monitor import Monitor
+from worker.probation import Candidate, Probation
 from worker.service import RETRY_S, Service, cancelled_early, failed, read_group, service_for
-from worker.store import Claim, Store
+from worker.store import Store
 from worker.tasks import argument
 from worker.writer import Ended, Writer
 
@@ -50,6 +53,14 @@ T = TypeVar("T")
 
 #: Messages whose records are asked for in one request to Redis.
 INTAKE_BATCH = 128
+
+#: How often a shutdown looks whether it is to go faster.
+STOP_TICK_S = 0.1
+
+MAX_ATTEMPTS = (
+    "the job was begun {} times and each time the worker process ended before it did, the last time with no other job "
+    "in it; the worker's log and the kernel's (memory) have the cause. Submit it again under another id when it is gone"
+)
 
 
 @dataclass(eq=False)
@@ -63,7 +74,6 @@ class Delivery:
     kwargs: Mapping[str, Any]
     on_done: Callable[[Any], None]
     on_accepted: Callable[[int, float], None] | None
-    on_timeout: Callable[[bool, float], None] | None
     time_limit_s: float | None
     received_at: float
     #: What the message asks for, by job.
@@ -71,8 +81,8 @@ class Delivery:
     #: The jobs that have not ended, as far as no newer message stands for them.
     open: set[str]
     started_at: float | None = None
-    #: Celery has ended the task by itself (revoked, time limit): it is not to hear of it again.
-    dropped: bool = False
+    #: How its open jobs are to end: it was revoked, or Celery's time limit has passed.
+    verdict: TaskRevokedError | TimeLimitExceeded | None = None
 
     @property
     def grouped(self) -> bool:
@@ -114,11 +124,14 @@ class EnginePool(BasePool):
         self._hub: Hub | None = None
         self._handles = itertools.count(1)
         self._lock = threading.Lock()
+        self._probation = Probation(self.settings.slots, self.settings.max_attempts)
         self._deliveries: dict[int, Delivery] = {}
         self._by_job: dict[str, Delivery] = {}
-        self._intake: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
+        self._intake: queue.SimpleQueue[Delivery | Literal["look", "stop"]] = queue.SimpleQueue()
         self._main_calls: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
-        self._closing = False
+        self._closing = self._cold = self._ended = False
+        #: When rows that have not finished are given up, by the monotonic clock.
+        self._rows_until = float("inf")
         #: The engine died: the process must not end as if all were well.
         self.failed = False
         #: How many jobs ended in each state.
@@ -135,6 +148,7 @@ class EnginePool(BasePool):
             log.error("worker.model_failed", model=self.settings.model, error=str(error), kind=type(error).__name__)
             raise SystemExit(EX_FAILURE) from error
         self._service.engine.on_fatal = self._on_fatal
+        self.app.conf.worker_soft_shutdown_timeout = 0.0  # Celery would sleep it through; `finish_within` does not
         self._finishers = ThreadPoolExecutor(2, thread_name_prefix="millrace-finish")
         self._others = ThreadPoolExecutor(2, thread_name_prefix="millrace-other")
         self._taker = threading.Thread(target=self._take_in, name="millrace-intake", daemon=True)
@@ -155,13 +169,14 @@ class EnginePool(BasePool):
         kwargs: Mapping[str, Any] | None = None,
         callback: Callable[[Any], None] = lambda _: None,
         accept_callback: Callable[[int, float], None] | None = None,
-        timeout_callback: Callable[[bool, float], None] | None = None,
         timeout: float | None = None,
+        verdict: TaskRevokedError | None = None,
         **_: Any,
     ) -> None:
         """Take a task. Must not block: remote control and acknowledgements run in the same thread.
 
         Celery's time limits are kept for messages of one job. Where several share one, `expires_at` of each counts.
+        With a verdict nothing is computed: its jobs end so.
         """
         task, job_id, headers = args[:3]
         # Celery has decoded the body already and keeps it in the request's headers.
@@ -178,11 +193,11 @@ class EnginePool(BasePool):
             kwargs=kwargs or {},
             on_done=callback,
             on_accepted=accept_callback,
-            on_timeout=timeout_callback,
             time_limit_s=None if grouped else timeout,
             received_at=time.monotonic(),
             jobs=jobs,
             open=set(jobs),
+            verdict=verdict,
         )
         with self._lock:
             self._deliveries[delivery.handle] = delivery
@@ -198,15 +213,21 @@ class EnginePool(BasePool):
         for job_id in job_ids:
             self._writer.put(job_id, failed(JobFailed("unreadable_message", f"the message was refused: {reason}")))
 
-    def terminate_job(self, pid: int, signal: Any = None) -> None:  # noqa: ARG002
-        """Celery's revoke(terminate=True) of a running task; `pid` is the handle that `on_accepted` was given.
+    def revoke(self, request: Any, reason: str) -> None:
+        """End the jobs of a message that was revoked, or that came too late for Celery; no neighbour notices.
 
-        Celery stores REVOKED and acknowledges by itself; here only the row stops, and no neighbour notices.
+        As with all jobs, their ends are stored first, however long Redis takes, and then the message is acknowledged.
         """
-        with self._lock:
-            delivery = self._deliveries.get(pid)
-        if delivery is not None:
-            self._drop(delivery)
+        verdict = TaskRevokedError(reason)
+        held = [delivery for delivery in self.deliveries() if delivery.request is request]
+        for delivery in held:
+            self._end_jobs(delivery, verdict)
+        if not held:  # Celery asks before it hands the message over
+            name = (request.type, request.id, request.request_dict)
+            self.on_apply(None, name, callback=request.on_success, verdict=verdict)  # type: ignore[arg-type]
+
+    def terminate_job(self, pid: int, signal: Any = None) -> None:
+        """Called by Celery to stop a task that is not ours, say chord_unlock: they end by themselves, and soon."""
 
     def grow(self, n: int = 1) -> None:
         """Not possible: one process is one model."""
@@ -220,22 +241,46 @@ class EnginePool(BasePool):
         """Called first at shutdown."""
         self._closing = True
 
+    def finish_within(self, seconds: float) -> None:
+        """Called in the signal handler of a cold shutdown: rows that run have so long to finish."""
+        self._cold = True
+        self._rows_until = min(self._rows_until, time.monotonic() + seconds)
+
     def on_stop(self) -> None:
-        """Warm shutdown. The order matters:
+        """Warm shutdown: rows that run are finished.
+
+        Celery calls this in the signal handler of a cold one too, where the thread may hold a lock that is needed; then
+        `on_terminate` follows.
+        """
+        if not self._cold:
+            self._end()
+
+    def on_terminate(self) -> None:
+        """Cold shutdown: rows that run are finished if they are done in time."""
+        if self.failed:
+            self.finish_within(0)
+        self._end()
+
+    def _end(self) -> None:
+        """The order matters:
 
         1. no intake, and jobs without a slot are let go: waiting for them would make the shutdown as long as the queue;
-        2. rows that run are finished, and their results stored, however long Redis takes;
+        2. rows that run are finished, or given up when it is time, and results stored, however long Redis takes;
         3. acknowledgements are flushed by hand, as the main loop no longer turns: else finished jobs would run again;
         4. leases are renewed until then, and the worker's record goes last.
 
         Messages let go are put back one by one: after a reconnect the channel does not know them all any more. One of
-        several jobs goes back whole; those that have ended are known by their results when it comes again.
+        several jobs goes back whole; those that have ended are known by their results when it comes again. If it waits
+        so long that those have expired, they are computed again: that costs time, and gives what it gave before.
+        Where Redis does not answer, the monitor ends the process.
         """
-        self._closing = True
-        self._intake.put(None)
+        if self._ended:
+            return
+        self._closing = self._ended = True
+        self._hurry_on_signals()
+        self._intake.put("stop")
         self._taker.join()
-        engine = self._engine_service.engine
-        engine.stop(finish=True, drop_waiting=True)
+        self._finish_rows()
         self._finishers.shutdown()
         self._writer.stop()
         self._others.shutdown(cancel_futures=True)
@@ -245,18 +290,28 @@ class EnginePool(BasePool):
         left = self.deliveries()
         for delivery in left:
             delivery.give_back()
-        self._ask(lambda store: store.returned([job_id for delivery in left for job_id in delivery.open]))
+        open_jobs = {job_id for delivery in left for job_id in delivery.open}
+        # Those that were inside when the engine died are what it may have died of.
+        attempted = set() if self.failed else self._probation.inside() & open_jobs
+        self._ask(lambda store: store.returned(open_jobs, attempted))
         self.monitor.stop()
         log.info("worker.stopped", returned=len(left), **self.finished)
 
-    def on_terminate(self) -> None:
-        """Cold shutdown: nothing is finished and nothing acknowledged, so everything goes to other workers."""
-        self._closing = True
-        self._intake.put(None)
-        self._engine_service.engine.stop(finish=False)
-        for executor in (self._finishers, self._others):
-            executor.shutdown(wait=False, cancel_futures=True)
-        self.monitor.stop()
+    def _hurry_on_signals(self) -> None:
+        """From now on a signal means that enough was waited for: what runs goes back too."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+                signal.signal(number, lambda *_: self.finish_within(0))
+
+    def _finish_rows(self) -> None:
+        engine = self._engine_service.engine
+        finishing = threading.Thread(target=engine.stop, kwargs={"finish": True, "drop_waiting": True}, daemon=True)
+        finishing.start()
+        while finishing.is_alive() and time.monotonic() < self._rows_until:
+            finishing.join(STOP_TICK_S)
+        if finishing.is_alive():
+            threading.Thread(target=engine.stop, daemon=True).start()  # two may wait for the end of the engine's thread
+            finishing.join()
 
     def _get_info(self) -> dict[str, Any]:
         info: dict[str, Any] = super()._get_info()
@@ -272,17 +327,15 @@ class EnginePool(BasePool):
             self._on_fatal(error)
 
     def _take_batches(self) -> None:
-        while (first := self._intake.get()) is not None:
-            batch, end = [first], False
-            while len(batch) < INTAKE_BATCH and not self._intake.empty():
-                item = self._intake.get()
-                if item is None:
-                    end = True
-                    break
-                batch.append(item)
-            self._admit(batch)
-            if end:
-                return
+        going = True
+        while going:
+            items = [self._intake.get()]
+            while len(items) < INTAKE_BATCH and not self._intake.empty():
+                items.append(self._intake.get())
+            going = "stop" not in items
+            self._admit([item for item in items if isinstance(item, Delivery)])
+            if going:
+                self._let_in()
 
     def _adopt(self, delivery: Delivery) -> list[str]:
         """Let the message stand for its jobs. Returns those that are new here.
@@ -337,27 +390,48 @@ class EnginePool(BasePool):
         claims = self._ask(lambda store: store.claim(list(arrived))) if arrived else []
         if claims is None:
             return  # shutting down without Redis: the messages keep their leases and go to another worker
+        over = []
         for (job_id, wire), claim in zip(arrived.items(), claims, strict=True):
-            try:
-                self._begin(job_id, wire, claim)
-            except Exception as error:
-                log.error("job.intake_failed", job_id=job_id, error=repr(error), trace=traceback.format_exc())
-                message = f"the message cannot be worked on: {type(error).__name__}"
-                self._on_outcome(job_id, failed(JobFailed("invalid_request", message)))
+            if claim.finished:
+                over.append(job_id)
+            elif claim.cancelled or self._is_revoked(job_id):
+                self._on_outcome(job_id, failed(cancelled_early()))
+            elif claim.attempts >= self.settings.max_attempts:
+                self._on_outcome(job_id, failed(JobFailed("max_attempts", MAX_ATTEMPTS.format(claim.attempts))))
+            else:
+                self._probation.put(Candidate(job_id, wire, claim.attempts))
+        if over:
+            log.info("jobs.finished_before", jobs=len(over))
+            self._ask(lambda store: store.ended(over))
+            self._settle(over)
 
-    def _begin(self, job_id: str, wire: Any, claim: Claim) -> None:
-        if claim.finished:
-            log.info("job.finished_before", job_id=job_id)
-            self._settle([job_id])
-            return
-        # A plain message whose id was revoked does not come this far; of a job in a group Celery does not know.
-        if claim.cancelled or job_id in state.revoked:
-            future = failed(cancelled_early())
-        else:
-            try:
-                future = self._engine_service.submit(job_id, wire, lambda: self._on_start(job_id))
-            except EngineStopped:
-                return  # `on_stop` gives the message back
+    def _is_revoked(self, job_id: str) -> bool:
+        """Whether Celery was told to revoke the job, or the message that it came in."""
+        with self._lock:
+            delivery = self._by_job.get(job_id)
+        return job_id in state.revoked or (delivery is not None and delivery.verdict is not None)
+
+    def _let_in(self) -> None:
+        """Give the engine the jobs whose turn it is. Their attempt is counted before: they may end this process."""
+        while candidates := self._probation.admit():
+            if self._ask(functools.partial(_count_attempt, [candidate.job_id for candidate in candidates])) is None:
+                return
+            for candidate in candidates:
+                if candidate.attempts:
+                    log.warning("job.on_trial", job_id=candidate.job_id, attempts=candidate.attempts)
+                try:
+                    self._begin(candidate.job_id, candidate.wire)
+                except Exception as error:
+                    job_id = candidate.job_id
+                    log.error("job.intake_failed", job_id=job_id, error=repr(error), trace=traceback.format_exc())
+                    message = f"the message cannot be worked on: {type(error).__name__}"
+                    self._on_outcome(job_id, failed(JobFailed("invalid_request", message)))
+
+    def _begin(self, job_id: str, wire: Any) -> None:
+        try:
+            future = self._engine_service.submit(job_id, wire, lambda: self._on_start(job_id))
+        except EngineStopped:
+            return  # `_end` gives the message back
         future.add_done_callback(lambda done: self._on_outcome(job_id, done))
 
     def _ask(self, question: Callable[[Store], T]) -> T | None:
@@ -383,15 +457,22 @@ class EnginePool(BasePool):
                 self._accepted(delivery)
 
     def _on_outcome(self, job_id: str, future: Future[Result]) -> None:
+        error = future.exception()
+        if isinstance(error, EngineStopped):
+            return  # the message stays unacknowledged, so another worker gets it
+        if self._probation.leave(job_id):
+            self._intake.put("look")
         with self._lock:
             delivery = self._by_job.get(job_id)
-        if delivery is None or isinstance(future.exception(), EngineStopped):
-            return  # the message stays unacknowledged, so another worker gets it
+        if delivery is None:
+            return
+        verdict = delivery.verdict if isinstance(error, JobCancelled) else None
+        if verdict is None and isinstance(error, JobCancelled) and delivery.grouped and job_id in state.revoked:
+            verdict = TaskRevokedError("revoked")
         if delivery.grouped:
-            self._writer.put(job_id, future)
-        elif delivery.dropped:
-            self._settle([job_id])
-            self._finishers.submit(self._ask, lambda store: store.ended([job_id]))
+            self._writer.put(job_id, failed(verdict) if verdict else future)
+        elif verdict:
+            self._finishers.submit(self._conclude, delivery, verdict)
         else:
             self._engine_service.ready(job_id, future)
             self._finishers.submit(self._finish, delivery, future)
@@ -422,10 +503,28 @@ class EnginePool(BasePool):
         except BaseException as error:
             # No message may be dropped unsettled: it would hold a place in the window of this worker for ever.
             log.error("job.finish_failed", job_id=job_id, error=repr(error), trace=traceback.format_exc())
+            if future is not None:  # what Celery could not store, or what follows it: the job has ended all the same
+                self._writer.put(job_id, future)
+                return
             with self._lock:
                 current = self._by_job.pop(job_id, delivery)
                 self._deliveries.pop(current.handle, None)
             self._on_main(current.give_back)
+
+    def _conclude(self, delivery: Delivery, verdict: TaskRevokedError | TimeLimitExceeded) -> None:
+        """End a job of a message of its own as Celery would, but in a thread that may wait for Redis."""
+        job_id = delivery.args[1]
+        backend, context = self.app.backend, delivery.request._context
+        try:
+            if isinstance(verdict, TaskRevokedError):
+                backend.mark_as_revoked(job_id, str(verdict), request=context)
+            else:
+                backend.mark_as_failure(job_id, verdict, request=context)
+            self._ask(lambda store: store.ended([job_id]))
+            self._on_stored([(job_id, failed(verdict))])
+        except BaseException as error:
+            log.error("job.finish_failed", job_id=job_id, error=repr(error), trace=traceback.format_exc())
+            self._writer.put(job_id, failed(verdict))
 
     def _on_stored(self, ended: Sequence[Ended]) -> None:
         for job_id, future in ended:
@@ -450,18 +549,16 @@ class EnginePool(BasePool):
         """Tell Celery that a message is done; `traced` is what its tracer said, if it ran."""
         with self._lock:
             self._deliveries.pop(delivery.handle, None)
-        if delivery.dropped:
-            return
         if delivery.started_at is None:
             self._accepted(delivery)
-        if delivery.grouped:
+        if delivery.grouped and delivery.verdict is None:
             runtime = time.monotonic() - (delivery.started_at or delivery.received_at)
             jobs = len(delivery.jobs)
             log.info("message.finished", message_id=delivery.args[1], jobs=jobs, seconds=round(runtime, 3))
             self._on_main(delivery.on_done, (False, f"{jobs} jobs", runtime))
         elif traced is not None:
             self._on_main(delivery.on_done, traced)
-        elif (request := delivery.request) is not None:  # a repetition: the stored result is left alone
+        elif (request := delivery.request) is not None:  # its end is stored already
             self._on_main(state.task_ready, request)
             self._on_main(request.acknowledge)
 
@@ -488,7 +585,11 @@ class EnginePool(BasePool):
     ) -> None:
         """Count how the job ended and log it."""
         error = future.exception()
-        if error is not None and not isinstance(error, JobError):
+        if isinstance(error, TaskRevokedError):
+            error = JobCancelled(message="revoked")
+        elif isinstance(error, TimeLimitExceeded):
+            error = JobExpired(message="time limit")
+        elif error is not None and not isinstance(error, JobError):
             return  # it has been logged where it was met
         outcome = outcome_state(error if isinstance(error, JobError) else future.result())
         self.finished[outcome] += 1
@@ -513,21 +614,25 @@ class EnginePool(BasePool):
             return list(self._by_job)
 
     def revoked_jobs(self) -> list[str]:
-        """Open jobs in groups that were revoked by their own id. Celery has stored REVOKED for them."""
-        if not state.revoked:
-            return []
+        """Open jobs that are to end because they, or their messages, were revoked or took longer than they may."""
         with self._lock:
-            return [job_id for job_id, d in self._by_job.items() if d.grouped and job_id in state.revoked]
+            held = list(self._by_job.items())
+        return [job_id for job_id, d in held if d.verdict is not None or (d.grouped and job_id in state.revoked)]
 
     def time_out(self, delivery: Delivery) -> None:
-        """Celery's time limit of the task has passed: stop its row; Celery stores the failure and acknowledges."""
-        self._drop(delivery)
-        if delivery.on_timeout is not None:
-            self._on_main(delivery.on_timeout, False, delivery.time_limit_s)
+        """Celery's time limit of the task has passed."""
+        self._end_jobs(delivery, TimeLimitExceeded(delivery.time_limit_s))
 
-    def _drop(self, delivery: Delivery) -> None:
-        delivery.dropped = True
+    def _end_jobs(self, delivery: Delivery, verdict: TaskRevokedError | TimeLimitExceeded) -> None:
+        delivery.verdict = verdict
         for job_id in list(delivery.open):
+            self.cancel(job_id)
+
+    def cancel(self, job_id: str) -> None:
+        """End a job that runs at the next step, and one that waits now."""
+        if self._probation.withdraw(job_id):
+            self._on_outcome(job_id, failed(cancelled_early()))
+        else:
             self._engine_service.engine.cancel(job_id)
 
     @property
@@ -535,3 +640,7 @@ class EnginePool(BasePool):
         if self._service is None:
             raise RuntimeError("the pool has not been started")
         return self._service
+
+
+def _count_attempt(job_ids: list[str], store: Store) -> list[int]:
+    return store.attempt(job_ids)

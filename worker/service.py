@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import redis
 import structlog
-from celery.exceptions import TaskRevokedError
+from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 
 from client.errors import InvalidRequest, JobCancelled, JobError, JobFailed
 from client.schema import SCHEMA_VERSION, GenerateRequest, Result, is_job_id, parse_request
@@ -90,7 +90,7 @@ class Service:
             return encode(job_id, self._result(job_id, future))
         except EngineStopped:
             raise
-        except JobError as error:
+        except (JobError, TaskRevokedError, TimeLimitExceeded) as error:
             return encode(job_id, error)
         except Exception as error:
             log.error("job.finish_failed", job_id=job_id, error=repr(error), trace=traceback.format_exc())

@@ -28,6 +28,8 @@ class Claim:
     #: It has ended already: the message is a repetition, and there is nothing to compute.
     finished: bool
     cancelled: bool
+    #: How often it went to an engine that neither ended it nor handed it back.
+    attempts: int = 0
 
 
 class Store(Protocol):
@@ -37,12 +39,16 @@ class Store(Protocol):
         """What is known of jobs whose messages have just arrived."""
         ...
 
+    def attempt(self, job_ids: Sequence[str]) -> list[int]:
+        """Count an attempt for jobs that are about to go to the engine. Returns how many each has had."""
+        ...
+
     def started(self, job_ids: Iterable[str], worker: str) -> None:
         """Note that jobs have got a slot."""
         ...
 
-    def returned(self, job_ids: Iterable[str]) -> None:
-        """Note that jobs go back into the queue unfinished."""
+    def returned(self, job_ids: Iterable[str], attempted: Iterable[str]) -> None:
+        """Note that jobs go back into the queue unfinished; for those in `attempted` the last one does not count."""
         ...
 
     def ended(self, job_ids: Iterable[str]) -> None:
@@ -89,23 +95,35 @@ class RedisStore:
         pipe = self._redis.pipeline(transaction=False)
         pipe.mget([keys.result(job_id) for job_id in job_ids])
         pipe.mget([keys.cancel(job_id) for job_id in job_ids])
+        for job_id in job_ids:
+            pipe.hget(keys.job(job_id), "attempts")
+        records, cancels, *attempts = pipe.execute()
         return [
-            Claim(finished=parse_outcome(record) is not None, cancelled=bool(cancel))
-            for record, cancel in zip(*pipe.execute(), strict=True)
+            Claim(finished=parse_outcome(record) is not None, cancelled=bool(cancel), attempts=max(0, int(count or 0)))
+            for record, cancel, count in zip(records, cancels, attempts, strict=True)
         ]
+
+    def attempt(self, job_ids: Sequence[str]) -> list[int]:
+        pipe = self._redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipe.hincrby(keys.job(job_id), "attempts", 1)
+            pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
+        return pipe.execute()[::2]
 
     def started(self, job_ids: Iterable[str], worker: str) -> None:
         pipe = self._redis.pipeline(transaction=False)
         for job_id in job_ids:
             pipe.hset(keys.job(job_id), mapping={"state": "running", "worker": worker, "started_at": time.time()})
-            pipe.hincrby(keys.job(job_id), "attempts", 1)
             pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
         pipe.execute()
 
-    def returned(self, job_ids: Iterable[str]) -> None:
+    def returned(self, job_ids: Iterable[str], attempted: Iterable[str]) -> None:
         pipe = self._redis.pipeline(transaction=False)
         for job_id in job_ids:
             pipe.hset(keys.job(job_id), "state", "queued")
+            pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
+        for job_id in attempted:
+            pipe.hincrby(keys.job(job_id), "attempts", -1)
             pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
         pipe.execute()
 
@@ -154,6 +172,7 @@ class RedisStore:
         pipe.expire(keys.worker(worker), WORKER_TTL_S)
         pipe.zadd(keys.workers(), {worker: now})
         pipe.zremrangebyscore(keys.workers(), 0, now - 20 * WORKER_TTL_S)
+        pipe.expire(keys.workers(), 20 * WORKER_TTL_S)
         pipe.execute()
 
     def withdraw(self, worker: str) -> None:
@@ -176,15 +195,18 @@ class MemoryStore:
     dumps: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
     def claim(self, job_ids: Sequence[str]) -> list[Claim]:
-        return [Claim(job_id in self.results, job_id in self.cancels) for job_id in job_ids]
+        return [Claim(j in self.results, j in self.cancels, self.attempts.get(j, 0)) for j in job_ids]
+
+    def attempt(self, job_ids: Sequence[str]) -> list[int]:
+        self.attempts.update({job_id: self.attempts.get(job_id, 0) + 1 for job_id in job_ids})
+        return [self.attempts[job_id] for job_id in job_ids]
 
     def started(self, job_ids: Iterable[str], worker: str) -> None:  # noqa: ARG002
-        for job_id in job_ids:
-            self.states[job_id] = "running"
-            self.attempts[job_id] = self.attempts.get(job_id, 0) + 1
+        self.states.update(dict.fromkeys(job_ids, "running"))
 
-    def returned(self, job_ids: Iterable[str]) -> None:
+    def returned(self, job_ids: Iterable[str], attempted: Iterable[str]) -> None:
         self.states.update(dict.fromkeys(job_ids, "queued"))
+        self.attempts.update({job_id: self.attempts[job_id] - 1 for job_id in attempted})
 
     def ended(self, job_ids: Iterable[str]) -> None:
         self.cancels.difference_update(job_ids)

@@ -80,6 +80,7 @@ WRONG: dict[str, str | None] = {
     "checkpoint_ttl_s": "0",
     "checkpoint_max_bytes": "0",
     "lease_s": "2",
+    "max_attempts": "1",
     "soft_shutdown_s": "-1",
     "stall_s": "0.5",
     "log_level": "verbose",

@@ -105,7 +105,7 @@ def test_a_dump_may_be_written_twice(case: Case) -> None:
 
 def test_started_returned_and_announced_need_no_record_before(case: Case) -> None:
     case.store.started(["a"], "w")
-    case.store.returned(["a"])
+    case.store.returned(["a"], [])
     case.store.announce("w", {"slots": 4, "model": "demo"})
     case.store.withdraw("w")
     case.store.withdraw("w")
@@ -114,7 +114,8 @@ def test_started_returned_and_announced_need_no_record_before(case: Case) -> Non
 def test_the_redis_records_have_their_fields_and_lifetimes(redis_url: str) -> None:
     connection = connect(redis_url.replace("db=0", "db=6"))
     store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=30)
-    store.started(["a"], "w")
+    assert store.attempt(["a"]) == [1]
+    assert store.attempt(["a"]) == [2]
     store.started(["a"], "w")
     record = connection.hgetall(keys.job("a"))
     assert (record["state"], record["worker"], record["attempts"]) == ("running", "w", "2")  # type: ignore[index]
@@ -132,3 +133,11 @@ def test_the_redis_records_have_their_fields_and_lifetimes(redis_url: str) -> No
     assert 0 < connection.ttl(keys.worker("w")) <= 15  # type: ignore[operator]
     store.withdraw("w")
     assert connection.zcard(keys.workers()) == 0
+
+
+def test_attempts_are_counted_and_taken_back(case: Case) -> None:
+    assert [claim.attempts for claim in case.store.claim(["a", "b"])] == [0, 0]
+    assert case.store.attempt(["a", "b"]) == [1, 1]
+    assert case.store.attempt(["b"]) == [2]
+    case.store.returned(["a", "b"], ["a"])
+    assert [claim.attempts for claim in case.store.claim(["a", "b"])] == [0, 2]
