@@ -460,8 +460,6 @@ class EnginePool(BasePool):
         error = future.exception()
         if isinstance(error, EngineStopped):
             return  # the message stays unacknowledged, so another worker gets it
-        if self._probation.leave(job_id):
-            self._intake.put("look")
         with self._lock:
             delivery = self._by_job.get(job_id)
         if delivery is None:
@@ -535,6 +533,9 @@ class EnginePool(BasePool):
     def _settle(self, job_ids: Sequence[str], traced: tuple[bool, Any, float] | None = None) -> None:
         """Take jobs whose results are stored out of the books; a message ends with the last of its jobs."""
         over = []
+        # Only now: if the next one kills the process, an end that was not stored yet would be an attempt.
+        if True in [self._probation.leave(job_id) for job_id in job_ids]:
+            self._intake.put("look")
         with self._lock:
             for job_id in job_ids:
                 delivery = self._by_job.pop(job_id, None)

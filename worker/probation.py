@@ -67,7 +67,7 @@ class Probation:
         return [candidate for candidate in self._suspects.values() if candidate.attempts == fewest][:size]
 
     def leave(self, job_id: str) -> bool:
-        """A job has ended. Says whether it is time to ask for others."""
+        """A job has ended, and its end is stored. Says whether it is time to ask for others."""
         with self._lock:
             self._inside.discard(job_id)
             return not self._inside and bool(self._suspects or self._new)

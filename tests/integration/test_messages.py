@@ -15,6 +15,7 @@ import redis
 from client import Client, JobFailed, keys
 from client.transport import connect
 from tests.integration.processes import WorkerProcess, wait_until
+from worker.celery import make_app
 from worker.embedded import EmbeddedRedis
 
 NORMAL = keys.queue_lists("demo")[1]
@@ -200,3 +201,40 @@ def test_an_unreadable_message_of_a_dead_worker_does_not_hide_the_others(
     wait_until(lambda: connection.exists(keys.result("behind")), timeout=30)
     wait_until(lambda: not connection.hlen(keys.unacked()))
     assert client.status().dead == 3
+
+
+def test_a_cancel_that_comes_as_the_job_ends_leaves_no_key(
+    client: Client, connection: redis.Redis, worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = client.submit("Hello.", max_tokens=1)
+    job.result(30)
+    look, answers = client._look, [(None, "running")]
+    monkeypatch.setattr(client, "_look", lambda job_id: answers.pop() if answers else look(job_id))
+    assert not client.cancel(job.id)
+    assert not connection.exists(keys.cancel(job.id))
+
+
+def test_every_key_has_a_lifetime_that_ends_with_the_result(
+    client: Client, connection: redis.Redis, worker: WorkerProcess
+) -> None:
+    """But the queues, kombu's list of what is delivered, and its bindings, which are as many as there are queues."""
+    app = make_app(client.settings)
+    app.control.revoke("revoked")
+    named = [client.submit("Hello.", max_tokens=1, id=name, checkpoints=[1]) for name in ("named", "revoked")]
+    many = client.submit_many(["Hello."] * 3, max_tokens=900, ignore_eos=True)
+    assert many[0].cancel()
+    app.control.revoke(many[1].id)
+    connection.lpush(NORMAL, "null")
+    waiting = {client.submit("Hello.", max_tokens=1, model="nobody-serves").id}
+    wait_until(lambda: {job.status() for job in (*named, *many)} == {"succeeded", "cancelled"})
+    wait_until(lambda: client.status().dead == 1 and not connection.hlen(keys.unacked()))
+    endless = {*keys.queue_lists("demo"), *keys.queue_lists("nobody-serves"), keys.unacked(), keys.unacked_index()}
+    for name in connection.scan_iter():
+        if name in endless or name.startswith(f"{keys.PREFIX}_kombu.binding"):
+            continue
+        left = connection.ttl(name)
+        longest = keys.UNFINISHED_TTL_S if name in map(keys.job, waiting) else max(86_400, keys.DEAD_TTL_S)
+        assert 0 < left <= longest, name  # type: ignore[operator]
+        if name.startswith(keys.job("")) and name not in map(keys.job, waiting):
+            assert left <= client.settings.result_ttl_s, name  # type: ignore[operator]
+    app.close()
