@@ -1,0 +1,61 @@
+"""`python -m tests.chaos --seed 1 --jobs 2000 --minutes 3`: a storm and its ledger. Exit code 1 if it is wrong."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import click
+
+from tests.chaos.ledger import balance, table
+from tests.chaos.run import Plan, run
+from tests.chaos.schedule import KINDS, WAVE_S
+
+
+@click.command()
+@click.option("--seed", "seeds", type=int, multiple=True, help="Of schedule and jobs; may be given several times.")
+@click.option("--jobs", default=2000, show_default=True, help="Jobs, in every three minutes.")
+@click.option("--minutes", default=3.0, show_default=True, help="Length of the storm.")
+@click.option("--workers", default=2, show_default=True)
+@click.option("--slots", default=8, show_default=True, help="Of each worker.")
+@click.option("--lease", default=4, show_default=True, help="Seconds.")
+@click.option("--appendfsync", type=click.Choice(["always", "everysec"]), default="always", show_default=True)
+@click.option("--without", type=click.Choice(KINDS), multiple=True, help="Leave out this kind of fault.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a seed, on standard output.")
+def main(
+    seeds: tuple[int, ...],
+    jobs: int,
+    minutes: float,
+    workers: int,
+    slots: int,
+    lease: int,
+    appendfsync: str,
+    without: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Kill, stop, cut off and fill up real workers and a real Redis, and see that every job ends once and rightly."""
+    logging.disable(logging.WARNING)  # of the client, that Redis is away
+    for name in [name for name in os.environ if name.startswith("MILLRACE_")]:
+        del os.environ[name]
+    balanced = True
+    for seed in seeds or (1,):
+        plan = Plan(
+            seed=seed,
+            jobs=round(jobs * max(1.0, 60 * minutes / WAVE_S)),
+            span_s=60 * minutes,
+            workers=workers,
+            slots=slots,
+            lease_s=lease,
+            appendfsync=appendfsync,
+            without=[kind for kind in KINDS if kind in without],
+            say=lambda line: click.echo(line, err=True),
+        )
+        ledger = balance(run(plan))
+        click.echo(ledger.as_json() if as_json else table(ledger))
+        balanced &= not ledger.wrong
+    sys.exit(0 if balanced else 1)
+
+
+if __name__ == "__main__":
+    main()

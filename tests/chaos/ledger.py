@@ -1,0 +1,360 @@
+"""From what was seen to what it is worth: pure, so that it can be shown wrong facts and must find them."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tests.chaos.schedule import Kind
+
+#: How much later than it really happened something may have been noted, and the other way round.
+CLOCK_S = 0.3
+#: What a Redis that was full of records may keep when they are gone: buffers of its own, half-empty pages of lists.
+MEMORY_SLACK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class End:
+    """How a job ended: its state, with the code of a failure, or the digest of a success."""
+
+    state: str
+    code: str = ""
+    digest: str = ""
+    #: When the suite first saw it.
+    at: float = 0.0
+
+    @property
+    def what(self) -> tuple[str, str, str]:
+        return self.state, self.code, self.digest
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, self.what))
+
+
+@dataclass
+class JobFact:
+    """A job that was accepted."""
+
+    #: How it ends in an undisturbed engine; the poison has no such end.
+    expected: End | None
+    #: The calls that submitted it, begin and end: more than one where the first ones raised.
+    calls: list[tuple[float, float]]
+    may_expire: bool = False
+    cancel_asked: bool = False
+
+    @property
+    def poison(self) -> bool:
+        return self.expected is None
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A message reached a worker."""
+
+    at: float
+    pid: int
+    jobs: tuple[str, ...]
+
+
+@dataclass
+class Computation:
+    """An engine took a job; `how` is `succeeded`, a code, or "" where its process ended first."""
+
+    job: str
+    pid: int
+    started: float
+    ended: float | None = None
+    how: str = ""
+
+
+@dataclass(frozen=True)
+class Death:
+    """A worker process ended: `kill` and `end` were asked for, `poison` was to be expected, `own` never is."""
+
+    at: float
+    pid: int
+    why: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What was done, and when all was as before again. `pid` is the worker's."""
+
+    kind: Kind
+    began: float
+    ended: float
+    pid: int | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Remains:
+    """What lies in Redis, job records and results apart, and how many elements each key has."""
+
+    keys: Mapping[str, int]
+    memory_bytes: int
+
+
+@dataclass
+class Facts:
+    """Everything that was seen."""
+
+    lease_s: float
+    jobs: dict[str, JobFact] = field(default_factory=dict)
+    seen: dict[str, End] = field(default_factory=dict)
+    final: dict[str, End] = field(default_factory=dict)
+    deliveries: list[Delivery] = field(default_factory=list)
+    computations: list[Computation] = field(default_factory=list)
+    #: By process: when it read the clock, and when the renewal was done.
+    renewals: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
+    deaths: list[Death] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    before: Remains = field(default_factory=lambda: Remains({}, 0))
+    after: Remains = field(default_factory=lambda: Remains({}, 0))
+    #: Job records and results that no time would take away.
+    without_lifetime: list[str] = field(default_factory=list)
+    unacked: tuple[int, int] = (0, 0)
+    #: Submissions that raised, by the name of the error.
+    refusals: Counter[str] = field(default_factory=Counter)
+    #: Errors that the worker logged, by event.
+    logged: Counter[str] = field(default_factory=Counter)
+    #: A job in the hands of this many workers that died may be given up; 0 where the product has no such limit.
+    max_attempts: int = 0
+
+
+@dataclass
+class Ledger:
+    """The figures, and what is wrong. Nothing is wrong if `wrong` is empty."""
+
+    submitted: int = 0
+    submitted_again: int = 0
+    #: Jobs that a worker computed though `submit` had raised: their callers were never told an id.
+    unclaimed: int = 0
+    refusals: dict[str, int] = field(default_factory=dict)
+    ends: dict[str, int] = field(default_factory=dict)
+    #: Innocent jobs that were in the hands of too many workers that died.
+    given_up: int = 0
+    redelivered: int = 0
+    computed: int = 0
+    #: Jobs computed to the end once more, by the reason.
+    duplicates: dict[str, int] = field(default_factory=dict)
+    #: By kind of fault: seconds from its end until the last job that it met in a worker's hands had ended.
+    longest_recovery_s: dict[str, float] = field(default_factory=dict)
+    actions: dict[str, int] = field(default_factory=dict)
+    deaths: dict[str, int] = field(default_factory=dict)
+    logged: dict[str, int] = field(default_factory=dict)
+    memory_bytes: tuple[int, int] = (0, 0)
+    wrong: list[str] = field(default_factory=list)
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+
+def balance(facts: Facts) -> Ledger:
+    """Judge a run."""
+    ledger = Ledger(
+        submitted=len(facts.jobs),
+        submitted_again=sum(len(job.calls) > 1 for job in facts.jobs.values()),
+        refusals=dict(facts.refusals),
+        ends=dict(Counter(_name(end) for end in facts.final.values())),
+        computed=sum(c.how == "succeeded" for c in facts.computations),
+        longest_recovery_s=_recoveries(facts),
+        actions=dict(
+            Counter(f"{f.kind} {f.seconds:.0f} s" if f.kind == "kill_redis" else f.kind for f in facts.faults)
+        ),
+        deaths=dict(Counter(death.why for death in facts.deaths)),
+        logged=dict(facts.logged),
+        memory_bytes=(facts.before.memory_bytes, facts.after.memory_bytes),
+    )
+    history = History(facts)
+    ledger.redelivered = sum(len(history.deliveries[job]) - 1 for job in history.deliveries)
+    ledger.unclaimed = len(history.deliveries.keys() - facts.jobs.keys())
+    for job_id, job in facts.jobs.items():
+        end = facts.final.get(job_id)
+        if end is not None and end.code == "max_attempts" and not job.poison:
+            ledger.given_up += 1
+        if complaint := _judge_end(history, job_id, job, end):
+            ledger.wrong.append(f"{job_id} {complaint}")
+    reasons: Counter[str] = Counter()
+    for job_id, reason in history.duplicates():
+        reasons[reason or "unexplained"] += 1
+        if reason is None:
+            ledger.wrong.append(f"{job_id} was computed to the end twice for no reason: {history.tell(job_id)}")
+    ledger.duplicates = dict(reasons)
+    ledger.wrong += [f"worker {d.pid} ended by itself: {d.detail}" for d in facts.deaths if d.why == "own"]
+    ledger.wrong += _judge_remains(facts)
+    return ledger
+
+
+def _name(end: End) -> str:
+    return f"{end.state} {end.code}" if end.state == "failed" else end.state
+
+
+def _judge_end(history: History, job_id: str, job: JobFact, end: End | None) -> str | None:
+    """What is wrong with how a job ended."""
+    if end is None:
+        return f"never ended: {history.tell(job_id)}"
+    seen = history.facts.seen.get(job_id)
+    if seen is not None and seen.what != end.what:
+        return f"ended as {seen} and then as {end}"
+    if end.state == "cancelled":
+        return None if job.cancel_asked else "was cancelled and nobody asked for it"
+    if end.state == "expired":
+        return None if job.may_expire else "expired and had no time limit"
+    if end.code == "max_attempts" and history.crashes(job_id) >= max(1, history.facts.max_attempts):
+        return None
+    expected = job.expected or End("failed", "max_attempts")
+    return None if end.what == expected.what else f"ended as {end} and not as {expected}"
+
+
+def _judge_remains(facts: Facts) -> Iterator[str]:
+    if facts.unacked != (0, 0):
+        yield f"left in unacked and unacked_index: {facts.unacked}"
+    for name in facts.without_lifetime[:10]:
+        yield f"{name} has no lifetime"
+    before, after = facts.before.keys, facts.after.keys
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name, 0) != after.get(name, 0):
+            yield f"{name} had {before.get(name, 0)} elements and has {after.get(name, 0)}"
+    grown = facts.after.memory_bytes - facts.before.memory_bytes
+    if grown > MEMORY_SLACK_BYTES:
+        yield f"Redis holds {grown} bytes more than before"
+
+
+class History:
+    """The facts by job."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.deliveries: dict[str, list[Delivery]] = defaultdict(list)
+        for delivery in sorted(facts.deliveries, key=lambda delivery: delivery.at):
+            for job in delivery.jobs:
+                self.deliveries[job].append(delivery)
+        self.computations: dict[str, list[Computation]] = defaultdict(list)
+        for computation in sorted(facts.computations, key=lambda computation: computation.started):
+            self.computations[computation.job].append(computation)
+        self._died = {death.pid: death.at for death in facts.deaths}
+
+    def crashes(self, job_id: str) -> int:
+        """How many workers died with the job in hand."""
+        return sum(c.ended is None and c.pid in self._died for c in self.computations.get(job_id, ()))
+
+    def duplicates(self) -> Iterator[tuple[str, str | None]]:
+        """For each computation to the end after the first: the job, and why it was to be expected."""
+        for job_id, computations in self.computations.items():
+            complete = [c for c in computations if c.how == "succeeded"]
+            for first, second in itertools.pairwise(complete):
+                yield job_id, self._reason(job_id, first, second)
+
+    def _reason(self, job_id: str, first: Computation, second: Computation) -> str | None:
+        if self._lease_ran_out(job_id, first, second):
+            return "lease ran out"
+        seen = self.facts.seen.get(job_id)
+        stored = seen is not None and seen.at + CLOCK_S < second.started
+        died = self._died.get(first.pid)
+        if died is not None and died <= second.started + CLOCK_S and not stored:
+            return "worker died before the result was stored"
+        if not stored and self._sent_twice(job_id):
+            return "message sent twice"
+        return None
+
+    def _lease_ran_out(self, job_id: str, first: Computation, second: Computation) -> bool:
+        """Whether either worker failed to renew its lease while the job was in its hands."""
+        for one in (first, second):
+            got = max(
+                (d.at for d in self.deliveries.get(job_id, ()) if d.pid == one.pid and d.at <= one.started + CLOCK_S),
+                default=one.started,
+            )
+            until = max(second.started, one.ended or 0)
+            if self._longest_pause(one.pid, got, until) > self.facts.lease_s - CLOCK_S:
+                return True
+        return False
+
+    def _longest_pause(self, pid: int, since: float, until: float) -> float:
+        """The longest time from a renewal's reading of the clock until the next renewal was in Redis."""
+        renewals = self.facts.renewals.get(pid, [])
+        at = bisect.bisect_left(renewals, (since, since))
+        reads, writes = [since], []
+        for read, written in renewals[at:]:
+            if read > until:
+                break
+            reads.append(read)
+            writes.append(written)
+        return max(written - read for read, written in zip(reads, [*writes, until], strict=True))
+
+    def _sent_twice(self, job_id: str) -> bool:
+        """Whether the call that submitted the job met a fault of the connection: it may have sent two messages."""
+        job = self.facts.jobs.get(job_id)
+        if job is None:
+            return True  # its submission raised
+        cut = [f for f in self.facts.faults if f.kind in ("cut", "kill_redis", "stop_redis")]
+        return len(job.calls) > 1 or any(
+            fault.began - CLOCK_S <= end and begin <= fault.ended + CLOCK_S for begin, end in job.calls for fault in cut
+        )
+
+    def tell(self, job_id: str) -> str:
+        """The job's life in one line, in seconds since it was submitted."""
+        job = self.facts.jobs.get(job_id)
+        zero = job.calls[0][0] if job else 0.0
+        told = [(d.at, f"delivered to {d.pid}") for d in self.deliveries.get(job_id, ())]
+        for c in self.computations.get(job_id, ()):
+            told.append((c.started, f"started by {c.pid}"))
+            if c.ended is not None:
+                told.append((c.ended, f"{c.how} in {c.pid}"))
+            if c.pid in self._died:
+                told.append((self._died[c.pid], f"{c.pid} died"))
+        if (seen := self.facts.seen.get(job_id)) is not None:
+            told.append((seen.at, f"seen {seen.state}"))
+        told += [(f.began, f"({f.kind} for {f.ended - f.began:.1f})") for f in self._near(told, zero)]
+        lines = [f"{at - zero:+.2f} {what}" for at, what in sorted(set(told))]
+        return "; ".join(lines if self.deliveries.get(job_id) else ["never delivered", *lines])
+
+    def _near(self, told: Iterable[tuple[float, str]], zero: float) -> list[Fault]:
+        """The faults at about the time of a job's life."""
+        last = max((at for at, _ in told), default=zero)
+        return [f for f in self.facts.faults if f.began <= last + 2 and f.ended >= zero - 2 and f.kind != "cancel"]
+
+
+def _recoveries(facts: Facts) -> dict[str, float]:
+    longest: dict[str, float] = {}
+    ends = {job_id: end.at for job_id, end in facts.seen.items()}
+    for fault in facts.faults:
+        if fault.kind in ("cancel", "poison"):
+            continue
+        for c in facts.computations:
+            met = c.started < fault.began and (c.ended is None or c.ended > fault.began)
+            if met and fault.pid in (None, c.pid) and ends.get(c.job, 0.0) >= fault.began:
+                took = max(0.0, ends[c.job] - fault.ended)
+                longest[fault.kind] = round(max(longest.get(fault.kind, 0.0), took), 1)
+    return longest
+
+
+def table(ledger: Ledger) -> str:
+    """The ledger for people."""
+    rows: list[tuple[str, Any]] = [
+        ("submitted", ledger.submitted),
+        ("submitted more than once", ledger.submitted_again),
+        ("computed though submit raised", ledger.unclaimed),
+        *((f"submit raised {name}", count) for name, count in sorted(ledger.refusals.items())),
+        *sorted(ledger.ends.items()),
+        ("given up beside dying workers", ledger.given_up),
+        ("redelivered", ledger.redelivered),
+        ("computed to the end", ledger.computed),
+        *((f"computed twice: {reason}", count) for reason, count in sorted(ledger.duplicates.items())),
+        *((f"longest recovery after {kind}", f"{took} s") for kind, took in sorted(ledger.longest_recovery_s.items())),
+        *((f"action {kind}", count) for kind, count in sorted(ledger.actions.items())),
+        *((f"workers ended by {why}", count) for why, count in sorted(ledger.deaths.items())),
+        *((f"logged {event}", count) for event, count in sorted(ledger.logged.items())),
+        ("bytes in Redis before, after", "{} {}".format(*ledger.memory_bytes)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    return "\n".join(
+        [*lines, *(f"WRONG {what}" for what in ledger.wrong), "balanced" if not ledger.wrong else "NOT balanced"]
+    )

@@ -1,0 +1,112 @@
+"""Starts a worker that notes what it is given, what it computes and when it renews its leases.
+
+`python -m tests.chaos.startup DIRECTORY worker -n one@%h ...` is `celery -A worker worker -n one@%h ...` with notes in
+DIRECTORY/PID.jsonl, and with a prompt that kills the process. Whole lines, written before anything else happens: what
+was noted before a kill -9 is there after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from celery.__main__ import main
+from celery.signals import worker_ready
+
+from client.schema import GROUP_TASK_NAME
+from tests.chaos.jobs import POISON_PROMPT
+from worker.engine import Engine
+from worker.errors import EngineStopped
+from worker.pool import EnginePool
+from worker.store import RedisStore
+from worker.tasks import argument
+
+
+class Notes:
+    """Lines of JSON: what happened in this process, and when."""
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / f"{os.getpid()}.jsonl"
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def add(self, event: str, **fields: Any) -> None:
+        os.write(self._file, (json.dumps({"event": event, "at": time.time(), **fields}) + "\n").encode())
+
+
+def note_deliveries(notes: Notes) -> None:
+    """`delivered`: a message has come, with these jobs."""
+    on_apply = EnginePool.on_apply
+
+    def noted(self: EnginePool, target: Any, args: tuple[Any, ...] = (), *rest: Any, **named: Any) -> None:
+        task, task_id, headers = args[:3]
+        given = argument(task, headers.get("args"), headers.get("kwargs"))
+        notes.add("delivered", jobs=[member["id"] for member in given] if task == GROUP_TASK_NAME else [task_id])
+        on_apply(self, target, args, *rest, **named)
+
+    EnginePool.on_apply = noted  # type: ignore[method-assign]
+
+
+def note_computations(notes: Notes) -> None:
+    """`started` and `ended`: the engine took a job, and what it made of it."""
+    submit = Engine.submit
+
+    def noted(self: Engine, request: Any, *, job_id: str, on_start: Any = None, **rest: Any) -> Future[Any]:
+        notes.add("started", job=job_id)
+        if request.prompt == POISON_PROMPT:
+            on_start = crash(notes, on_start)
+        future = submit(self, request, job_id=job_id, on_start=on_start, **rest)
+        future.add_done_callback(lambda done: notes.add("ended", job=job_id, how=how(done)))
+        return future
+
+    Engine.submit = noted  # type: ignore[method-assign,assignment]
+
+
+def crash(notes: Notes, on_start: Callable[[], None] | None) -> Callable[[], None]:
+    """Die as a process does for which there is no memory: when the job and all others have their slots."""
+
+    def die() -> None:
+        if on_start is not None:
+            on_start()
+        notes.add("poisoned")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return die
+
+
+def how(done: Future[Any]) -> str:
+    """`succeeded`, `stopped`, or the code of the failure."""
+    if done.cancelled():
+        return "cancelled"
+    error = done.exception()
+    if isinstance(error, EngineStopped):
+        return "stopped"
+    return "succeeded" if error is None else getattr(error, "code", type(error).__name__)
+
+
+def note_leases(notes: Notes) -> None:
+    """`renewed`: all leases of this process; `began` is when it read the clock for them."""
+    renew = RedisStore.renew
+
+    def noted(self: RedisStore, *args: Any, **named: Any) -> Any:
+        began = time.time()
+        answer = renew(self, *args, **named)
+        notes.add("renewed", began=began)
+        return answer
+
+    RedisStore.renew = noted  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    own_notes = Notes(Path(sys.argv[1]))
+    for install in (note_deliveries, note_computations, note_leases):
+        install(own_notes)
+    worker_ready.connect(lambda **_: own_notes.add("ready"), weak=False)
+    sys.argv[:2] = ["celery", "-A", "worker"]
+    main()
