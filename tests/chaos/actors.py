@@ -228,8 +228,8 @@ def errors_in(log: Path) -> Iterator[str]:
             with contextlib.suppress(ValueError):
                 entry = json.loads(line)
                 if entry.get("level") in ("error", "critical"):
-                    raised = str(entry.get("error") or entry.get("exception") or entry.get("trace") or "")
-                    yield f"{str(entry['event'])[:60]} {raised.strip().splitlines()[-1][:100] if raised.strip() else ''}"
+                    raised = str(entry.get("error") or entry.get("exception") or entry.get("trace") or "").strip()
+                    yield f"{str(entry['event'])[:80]} {raised.splitlines()[-1][:120] if raised else ''}".strip()
         elif re.match(r"\S*(Error|Exception)\b", line):
             yield line[:160]
 
@@ -237,9 +237,11 @@ def errors_in(log: Path) -> Iterator[str]:
 class Submitter:
     """Submits a plan in a thread of its own, each batch until it is accepted."""
 
-    def __init__(self, settings: Settings, catalogue: list[dict[str, Any]], expected: list[End]) -> None:
+    def __init__(self, settings: Settings, catalogue: list[dict[str, Any]]) -> None:
         self._client = Client(settings=settings)
-        self._catalogue, self._expected = catalogue, expected
+        self._catalogue = catalogue
+        #: How each request of the catalogue ends.
+        self.expected: list[End] = []
         self._extra: queue.SimpleQueue[Batch] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -308,7 +310,7 @@ class Submitter:
         return list(zip(drafts, jobs, strict=True))
 
     def _note(self, draft: Draft, job: Job, calls: list[tuple[float, float]]) -> None:
-        expected = None if draft.request is None else self._expected[draft.request]
+        expected = None if draft.request is None else self.expected[draft.request]
         self.jobs[job.id] = JobFact(expected, calls, may_expire=draft.timeout_s is not None)
 
 

@@ -30,7 +30,7 @@ TICK_S = 0.05
 #: Share of the storm in which jobs are submitted.
 SUBMIT_SHARE = 0.85
 #: A job that cannot be had within this time after the storm counts as lost, if none other ended for as long.
-PATIENCE_S = 60.0
+PATIENCE_S = 45.0
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,10 @@ def reference_ends(requests: list[dict[str, Any]], settings: Settings) -> list[E
 
 def run(what: Plan) -> Facts:
     """Make the facts of a run. Takes its span, and about as long as the jobs that are left then need."""
-    requests = catalogue(what.seed, what.requests)
-    what.say(f"seed {what.seed}: computing the reference of {len(requests)} requests")
-    expected = reference_ends(requests, what.settings)
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millrace-chaos-")))
         server = stack.enter_context(Server(what.appendfsync))
-        return Run(what, server, directory, requests, expected, stack).carry_out()
+        return Run(what, server, directory, stack).carry_out()
 
 
 class Run:
@@ -97,16 +94,15 @@ class Run:
         what: Plan,
         server: Server,
         directory: Path,
-        requests: list[dict[str, Any]],
-        expected: list[End],
         stack: ExitStack,
     ) -> None:
-        self.what, self.server, self.directory, self.requests = what, server, directory, requests
+        self.what, self.server, self.directory = what, server, directory
+        self.requests = catalogue(what.seed, what.requests)
         self.settings = what.settings.model_copy(update={"redis_url": server.url})
         self.workers = [Worker(f"w{i}", directory, self.settings) for i in range(what.workers)]
         for worker in self.workers:
             stack.callback(worker.kill)
-        self.submitter = Submitter(self.settings, requests, expected)
+        self.submitter = Submitter(self.settings, self.requests)
         stack.callback(self.submitter.close)
         self.collector = Collector(server.url, self.submitter.jobs)
         self.canceller = Client(settings=self.settings)
@@ -120,6 +116,8 @@ class Run:
     def carry_out(self) -> Facts:
         for worker in self.workers:
             worker.start()
+        self.what.say(f"seed {self.what.seed}: computing the reference of {len(self.requests)} requests")
+        self.submitter.expected = reference_ends(self.requests, self.what.settings)
         self._wait(lambda: all(worker.ready for worker in self.workers), 120)
         self._warm_up()
         before = self._remains()
@@ -229,6 +227,7 @@ class Run:
         left, last_progress = -1, time.monotonic()
         while not self.submitter.done or self.collector.waiting or self._returning:
             if left != (left := len(self.collector.waiting)):
+                self.what.say(f"{left} jobs wait")
                 last_progress = time.monotonic()
             if time.monotonic() - last_progress > PATIENCE_S:
                 break
