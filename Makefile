@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test properties fuzz check fmt bench peers clean
+.PHONY: help setup demo test properties fuzz chaos check fmt bench peers clean
 
 help: ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -31,6 +31,9 @@ properties: $(VENV)/dev ## run the property tests with 500 examples each
 
 fuzz: $(VENV)/dev ## fuzz everything that comes from outside with 100,000 cases; a quarter of an hour
 	$(BIN)/python -m tests.fuzz
+
+chaos: $(VENV)/dev ## kill, stop, cut off and fill up workers and Redis for three minutes; CHAOS="--seed 2 --minutes 30"
+	$(BIN)/python -m tests.chaos $(CHAOS)
 
 check: $(VENV)/dev ## lint, format check, types
 	$(BIN)/ruff check .
