@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 
 import click
@@ -36,6 +37,7 @@ def main(
 ) -> None:
     """Kill, stop, cut off and fill up real workers and a real Redis, and see that every job ends once and rightly."""
     logging.disable(logging.WARNING)  # of the client, that Redis is away
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no worker, stopped perhaps, outlives this
     for name in [name for name in os.environ if name.startswith("MILLRACE_")]:
         del os.environ[name]
     balanced = True

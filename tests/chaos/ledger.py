@@ -95,7 +95,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Remains:
-    """What lies in Redis, job records and results apart, and how many elements each key has."""
+    """Keys in Redis that have no lifetime, by how many elements each has; and its memory without jobs' records."""
 
     keys: Mapping[str, int]
     memory_bytes: int

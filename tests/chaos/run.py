@@ -261,17 +261,17 @@ class Run:
         return -1
 
     def _remains(self) -> Remains:
-        """What is there when job records and results are gone: they have lifetimes, and are taken away here."""
+        """What stays for ever. Job records and results are taken away here, for their memory to be free."""
         with self.server.admin as admin:
             for start in keys.job("*"), keys.result("*"):
                 if names := list(admin.scan_iter(start, count=1000)):
                     admin.delete(*names)
-            sizes = Counter({family(name): size(admin, name) for name in admin.scan_iter("*", count=1000)})
+            sizes = {name: size(admin, name) for name in admin.scan_iter("*", count=1000)}
             admin.memory_purge()
             info = admin.info("memory")
         # Beside what connections and the log of writes take for a moment.
         passing = sum(int(info[name]) for name in ("mem_clients_normal", "mem_clients_slaves", "mem_aof_buffer"))
-        return Remains(dict(sizes), int(info["used_memory"]) - passing)
+        return Remains(sizes, int(info["used_memory"]) - passing)
 
     # --- the facts -------------------------------------------------------------------------------------------------
 
@@ -319,17 +319,10 @@ def add_notes(facts: Facts, pid: int, notes: Iterable[dict[str, Any]]) -> None:
                 facts.renewals.setdefault(pid, []).append((note["began"], note["at"]))
 
 
-def family(name: str) -> str:
-    """A key's name, without what differs between processes."""
-    return keys.worker("*") if name.startswith(keys.worker("")) else name
-
-
 def size(admin: redis.Redis, name: str) -> int:
-    """How many elements a key has; 1 for records of workers, and for the index of them, where names stay a while."""
-    if name == keys.workers() or name.startswith(keys.worker("")):
-        return 1
+    """How many elements a key has; 0 for one that has a lifetime, and for the names of workers, which stay a while."""
     count = {"string": "strlen", "list": "llen", "hash": "hlen", "set": "scard", "zset": "zcard", "stream": "xlen"}
     kind = str(admin.type(name))
-    if kind not in count:
-        return 0  # it has gone meanwhile
+    if kind not in count or name == keys.workers() or admin.ttl(name) >= 0:
+        return 0
     return int(getattr(admin, count[kind])(name))
