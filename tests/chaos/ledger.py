@@ -144,7 +144,7 @@ class Ledger:
     computed: int = 0
     #: Jobs computed to the end once more, by the reason.
     duplicates: dict[str, int] = field(default_factory=dict)
-    #: By kind of fault: seconds from its end until the last job that it met in a worker's hands had ended.
+    #: By kind of fault: seconds from its end until a job ended that it had met in a worker's hands.
     longest_recovery_s: dict[str, float] = field(default_factory=dict)
     actions: dict[str, int] = field(default_factory=dict)
     deaths: dict[str, int] = field(default_factory=dict)
@@ -322,16 +322,17 @@ class History:
 
 
 def _recoveries(facts: Facts) -> dict[str, float]:
+    """By kind of fault: the longest time from its end until a job that it met ended, with no other fault in between."""
     longest: dict[str, float] = {}
-    ends = {job_id: end.at for job_id, end in facts.seen.items()}
-    for fault in facts.faults:
-        if fault.kind in ("cancel", "poison"):
-            continue
+    faults = [fault for fault in facts.faults if fault.kind not in ("cancel", "poison")]
+    over = sorted(fault.ended for fault in faults)
+    for fault in faults:
         for c in facts.computations:
-            met = c.started < fault.began and (c.ended is None or c.ended > fault.began)
-            if met and fault.pid in (None, c.pid) and ends.get(c.job, 0.0) >= fault.began:
-                took = max(0.0, ends[c.job] - fault.ended)
-                longest[fault.kind] = round(max(longest.get(fault.kind, 0.0), took), 1)
+            end = facts.seen.get(c.job)
+            met = c.started < fault.began and (c.ended is None or c.ended > fault.began) and fault.pid in (None, c.pid)
+            if not met or end is None or bisect.bisect(over, end.at) != bisect.bisect(over, fault.ended):
+                continue
+            longest[fault.kind] = max(longest.get(fault.kind, 0.0), round(end.at - fault.ended, 1))
     return longest
 
 

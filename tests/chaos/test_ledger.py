@@ -214,13 +214,16 @@ def test_the_figures(facts: Facts) -> None:
     facts.refusals = Counter({"RedisRefused": 2})
     facts.deliveries.append(Delivery(2.0, TWO, ("ghost",)))
     facts.faults = [
-        Fault("kill_redis", 2.0, 2.9, seconds=1.0),
-        Fault("stop_worker", 2.0, 3.0, TWO),
-        Fault("cut", 1.0, 1.5),
-        Fault("cut", 2.5, 2.5),
+        Fault("kill_redis", 2.0, 2.8, seconds=1.0),
+        Fault("stop_worker", 2.0, 2.9, TWO),
+        Fault("stop_worker", 2.0, 3.0, ONE),
+        Fault("cut", 1.5, 1.5),
+        Fault("cancel", 2.5, 3.1),
     ]
     ledger = balance(facts)
     assert ledger.refusals == {"RedisRefused": 2}
     assert ledger.unclaimed == 1
-    assert ledger.actions == {"kill_redis 1 s": 1, "stop_worker": 1, "cut": 2}
-    assert ledger.longest_recovery_s == {"kill_redis": 0.3, "cut": 0.7}, "TWO had nothing in hand"
+    assert ledger.actions == {"kill_redis 1 s": 1, "stop_worker": 2, "cut": 1, "cancel": 1}
+    assert ledger.longest_recovery_s == {"stop_worker": 0.2}, "of the faults that met the job it was over last"
+    del facts.faults[1:3]
+    assert balance(facts).longest_recovery_s == {"kill_redis": 0.4}
