@@ -109,6 +109,8 @@ class Run:
         stack.callback(self.canceller.close)
         #: Does what has to ask Redis, which may be stopped: the storm goes on meanwhile.
         self.aside = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="chaos-aside"))
+        #: When the storm began: what was before is none of it.
+        self.began = 0.0
         self.faults: list[Fault] = []
         #: Faults of workers that are over when the next process is ready: action, when it began, and the old process.
         self._returning: dict[int, tuple[Action, float, int]] = {}
@@ -121,6 +123,7 @@ class Run:
         self._wait(lambda: all(worker.ready for worker in self.workers), 120)
         self._warm_up()
         before = self._remains()
+        self.began = time.time()
         self.what.say(f"storm of {self.what.span_s:.0f} s over {self.what.jobs} jobs")
         self.collector.start()
         self.submitter.start(plan(self.what.seed, self.what.jobs, self.what.span_s * SUBMIT_SHARE, len(self.requests)))
@@ -293,7 +296,7 @@ class Run:
         if self.submitter.failure is not None:
             raise self.submitter.failure
         for path in self.directory.glob("*.jsonl"):
-            add_notes(facts, int(path.stem), read_notes(path))
+            add_notes(facts, int(path.stem), [note for note in read_notes(path) if note["at"] >= self.began])
         with self.server.admin as admin:
             mortal = [*admin.scan_iter(keys.job("*"), count=1000), *admin.scan_iter(keys.result("*"), count=1000)]
             facts.without_lifetime = [name for name in mortal if admin.ttl(name) < 0]
