@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
 
 import click
 
+from config import load_settings
+from config.logging import setup_logging
 from tests.chaos.ledger import balance, table
 from tests.chaos.run import Plan, run
 from tests.chaos.schedule import KINDS, WAVE_S
@@ -36,10 +37,10 @@ def main(
     as_json: bool,
 ) -> None:
     """Kill, stop, cut off and fill up real workers and a real Redis, and see that every job ends once and rightly."""
-    logging.disable(logging.WARNING)  # of the client, that Redis is away
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no worker, stopped perhaps, outlives this
     for name in [name for name in os.environ if name.startswith("MILLRACE_")]:
         del os.environ[name]
+    setup_logging(load_settings(log_level="error"))  # that Redis is away is no news here
     balanced = True
     for seed in seeds or (1,):
         plan = Plan(

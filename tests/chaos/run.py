@@ -65,16 +65,22 @@ class Plan:
 
 def reference_ends(requests: list[dict[str, Any]], settings: Settings) -> list[End]:
     """How each request ends in an engine of this process that nothing disturbs."""
-    from worker.engine import Engine  # loads torch
+    import torch
 
+    from worker.engine import Engine
+
+    threads = torch.get_num_threads()
     ends = []
-    with Engine.from_settings(settings.model_copy(update={"slots": 64})) as engine:
-        futures = [engine.submit(parse_request(request)) for request in requests]
-        for future in futures:
-            try:
-                ends.append(end_of(future.result()))
-            except JobError as error:
-                ends.append(end_of(error))
+    try:
+        with Engine.from_settings(settings.model_copy(update={"slots": 64})) as engine:
+            futures = [engine.submit(parse_request(request)) for request in requests]
+            for future in futures:
+                try:
+                    ends.append(end_of(future.result()))
+                except JobError as error:
+                    ends.append(end_of(error))
+    finally:
+        torch.set_num_threads(threads)  # other tests share this process
     return ends
 
 
