@@ -44,6 +44,7 @@ from client.schema import (
     is_job_id,
     parse_request,
 )
+from client.signing import sign
 from client.status import Status, count_queued, read_status
 from client.transport import connect, producer_app, queue, resolve_url
 from config import Settings, load_settings
@@ -204,7 +205,12 @@ class Client:
         if request.seed is None:
             # Chosen here, so that a job computed again after a crash draws the same numbers.
             request = request.model_copy(update={"seed": secrets.randbits(52)})
-        return _Draft(_check_id(job_id), job_model, request, digest)
+        return self._signed(_Draft(_check_id(job_id), job_model, request, digest))
+
+    def _signed(self, draft: _Draft) -> _Draft:
+        if signing_keys := self.settings.signing_keys:
+            draft.wire = sign(signing_keys[0], draft.id, draft.model, draft.wire)
+        return draft
 
     def _queue(self, drafts: list[_Draft]) -> list[Job]:
         accepted: set[str] = set()

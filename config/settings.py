@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "MILLRACE_"
@@ -20,6 +20,8 @@ URL_SCHEMES = ("redis", "rediss", "unix")
 MAX_NAME = 128
 #: No setting that is a number may be larger: beyond it Redis, torch and clocks refuse numbers one by one, at work.
 MAX_BYTES, MAX_SECONDS = 2**50, 10 * 365 * 86_400
+#: As long as the digest that it keys: a shorter one could be guessed.
+SHORTEST_SIGNING_KEY = 32
 
 
 class SettingsError(ValueError):
@@ -29,12 +31,20 @@ class SettingsError(ValueError):
 class Settings(BaseSettings):
     """Everything that can be set. Immutable; build another with `model_copy(update=...)`."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
+    )
 
     model: str = Field("demo", description="'demo', a GPT-2 size by name, a hub id, or a directory", min_length=1)
     served_name: str | None = Field(None, description="a name of letters, digits, '.', '_' and '-'")
     #: None: the embedded server if one runs, else DEFAULT_REDIS_URL.
     redis_url: str | None = Field(None, description="a URL as redis://host:6379/0, rediss://... or unix:///path")
+    #: Several, separated by commas, are all accepted by workers; clients sign with the first. None: nothing is signed.
+    signing_key: SecretStr | None = Field(
+        None,
+        description=f"a secret of at least {SHORTEST_SIGNING_KEY} characters without spaces, or several of them "
+        "separated by commas; make one with `openssl rand -hex 32`",
+    )
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="'auto', 'float32', 'bfloat16' or 'float16'"
@@ -85,6 +95,15 @@ class Settings(BaseSettings):
             raise ValueError("a unix socket goes by its path; kombu knows no password there")
         return value
 
+    @field_validator("signing_key")
+    @classmethod
+    def _long_keys(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            for key in value.get_secret_value().split(","):
+                if len(key.strip()) < SHORTEST_SIGNING_KEY or len(key.split()) != 1:
+                    raise ValueError("length")
+        return value
+
     @field_validator("served_name")
     @classmethod
     def _plain_name(cls, value: str | None) -> str | None:
@@ -108,6 +127,13 @@ class Settings(BaseSettings):
         """The URL may hold a password: show it without."""
         for name, value in super().__repr_args__():
             yield name, redact_url(value) if name == "redis_url" and value else value
+
+    @property
+    def signing_keys(self) -> tuple[bytes, ...]:
+        """The keys of `signing_key`; the first is the one to sign with. Empty if nothing is signed."""
+        if self.signing_key is None:
+            return ()
+        return tuple(key.strip().encode() for key in self.signing_key.get_secret_value().split(","))
 
     @property
     def model_name(self) -> str:
@@ -146,7 +172,8 @@ def _explain(error: ValidationError) -> str:
     field = Settings.model_fields.get(name)
     if field is None:
         return f"{_shorter(name)} is no setting of millrace"
-    value = redact_url(str(first["input"])) if name == "redis_url" else first["input"]
+    shown = {"redis_url": redact_url(str(first["input"])), "signing_key": "***"}
+    value = shown.get(name, first["input"])
     return f"{PREFIX}{name.upper()} is {_shorter(repr(value))}; it must be {field.description}"
 
 

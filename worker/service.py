@@ -18,6 +18,7 @@ from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 
 from client.errors import InvalidRequest, JobCancelled, JobError, JobFailed
 from client.schema import SCHEMA_VERSION, GenerateRequest, Result, is_job_id, parse_request
+from client.signing import unsigned, verified
 from client.transport import connect, resolve_url
 from config import Settings
 from worker.errors import EngineStopped
@@ -33,6 +34,11 @@ Encode = Callable[[str, Result | BaseException], str]
 
 T = TypeVar("T")
 
+BAD_SIGNATURE = (
+    "the request has no signature that this worker accepts, and was not computed; give the client the first key of the "
+    "worker's MILLRACE_SIGNING_KEY, and submit to the model that the worker serves"
+)
+
 #: Pause before Redis is asked again after it failed to answer.
 RETRY_S = 0.5
 
@@ -40,9 +46,12 @@ RETRY_S = 0.5
 class Service:
     """A started engine, and the outcomes that tasks are about to pick up."""
 
-    def __init__(self, engine: Engine, store: Store, *, checkpoint_max_bytes: int) -> None:
+    def __init__(
+        self, engine: Engine, store: Store, *, checkpoint_max_bytes: int, signing_keys: tuple[bytes, ...] = ()
+    ) -> None:
         self.engine = engine
         self.store = store
+        self._signing_keys = signing_keys
         self._checkpoint_max_bytes = checkpoint_max_bytes
         self._ready: dict[str, Future[Result]] = {}
         # By future, so that the tensors of a job that fails or is revoked go with it.
@@ -115,7 +124,9 @@ class Service:
     def submit(self, job_id: str, wire: Any, on_start: Callable[[], None] | None = None) -> Future[Result]:
         """Give a job from a message to the engine; a request that cannot be read is a future that failed."""
         try:
-            request = read_wire(wire)
+            if self._signing_keys and not verified(self._signing_keys, job_id, self.engine.model_name, wire):
+                raise JobFailed("bad_signature", BAD_SIGNATURE)
+            request = read_wire(unsigned(wire))
         except JobFailed as error:
             return failed(error)
         tensors: dict[str, bytes] = {}
@@ -215,4 +226,9 @@ def _build(settings: Settings) -> Service:
     engine.start()
     ttl = {"result_ttl_s": settings.result_ttl_s, "checkpoint_ttl_s": settings.checkpoint_ttl_s}
     store = RedisStore(connect(resolve_url(settings)), **ttl)
-    return Service(engine, store, checkpoint_max_bytes=settings.checkpoint_max_bytes)
+    return Service(
+        engine,
+        store,
+        checkpoint_max_bytes=settings.checkpoint_max_bytes,
+        signing_keys=settings.signing_keys,
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from config.settings import PREFIX, Settings, load_settings
+from config.settings import PREFIX, Settings, SettingsError, load_settings
 
 CONFIG = Path(__file__).parents[3] / "config"
 FILES = ["dev.env", "prod.env.example"]
@@ -36,6 +36,7 @@ def test_every_setting_is_there_and_nothing_else(file: str) -> None:
 @pytest.mark.parametrize("commented_out", [False, True])
 def test_the_values_are_accepted(monkeypatch: pytest.MonkeyPatch, file: str, commented_out: bool) -> None:
     values = assignments(file, commented_out=commented_out)
+    values.pop("MILLRACE_SIGNING_KEY", None)  # its placeholder must not work: below
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     settings = load_settings().model_dump(mode="json")
@@ -59,3 +60,9 @@ def test_production_logs_for_programs_and_holds_no_real_password() -> None:
     values = assignments("prod.env.example", commented_out=False)
     assert values["MILLRACE_LOG_FORMAT"] == "json"
     assert ":CHANGE-ME@" in values["MILLRACE_REDIS_URL"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_placeholder_of_the_signing_key_does_not_work(file: str) -> None:
+    with pytest.raises(SettingsError, match="MILLRACE_SIGNING_KEY"):
+        load_settings(signing_key=assignments(file, commented_out=True)["MILLRACE_SIGNING_KEY"])

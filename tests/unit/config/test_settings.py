@@ -67,6 +67,7 @@ WRONG: dict[str, str | None] = {
     "model": None,
     "served_name": "two words",
     "redis_url": "http://localhost:6379",
+    "signing_key": "thirty-one characters, one less",
     "device": "gpu",
     "dtype": "int8",
     "slots": "0",
@@ -99,7 +100,8 @@ def test_a_wrong_value_is_named_with_what_is_right(monkeypatch: pytest.MonkeyPat
         load_settings()
     right = Settings.model_fields[name].description
     assert right
-    assert str(error.value) == f"{PREFIX}{name.upper()} is {value!r}; it must be {right}"
+    shown = "***" if name == "signing_key" else value
+    assert str(error.value) == f"{PREFIX}{name.upper()} is {shown!r}; it must be {right}"
 
 
 @pytest.mark.parametrize("value", ["many", "1.5", "1e3", "5000"])
@@ -210,3 +212,29 @@ def test_a_directory_goes_by_its_last_part(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_served_name_goes_before_the_models_own() -> None:
     assert load_settings(model="gpt2", served_name="chat-1").model_name == "chat-1"
+
+
+KEY, OLD_KEY = "k" * 32, "old-" * 8
+
+
+def test_signing_keys_are_a_list_and_the_first_one_signs() -> None:
+    assert load_settings().signing_keys == ()
+    assert load_settings(signing_key=KEY).signing_keys == (KEY.encode(),)
+    assert load_settings(signing_key=f"{KEY}, {OLD_KEY}").signing_keys == (KEY.encode(), OLD_KEY.encode())
+
+
+@pytest.mark.parametrize("value", ["k" * 31, f"{KEY},", f"{KEY},short", f"{KEY} {KEY}", "k" * 31 + " ", ","])
+def test_a_weak_signing_key_is_refused_and_never_shown(value: str) -> None:
+    with pytest.raises(SettingsError, match="at least 32 characters") as error:
+        load_settings(signing_key=value)
+    assert "kkk" not in str(error.value)
+    with pytest.raises(ValidationError) as plain:
+        Settings(signing_key=value)  # type: ignore[arg-type]
+    assert "kkk" not in str(plain.value)
+
+
+def test_the_signing_key_is_in_no_text_about_the_settings() -> None:
+    settings = load_settings(signing_key=KEY)
+    for text in (repr(settings), str(settings), settings.model_dump_json(), str(settings.model_dump())):
+        assert KEY not in text
+    assert load_settings(**settings.model_dump()).signing_keys == settings.signing_keys
