@@ -93,7 +93,8 @@ def broker_settings(settings: Settings, url: str) -> dict[str, Any]:
         "task_serializer": "json",
         "result_serializer": "json",
         "event_serializer": "json",
-        "accept_content": ["json"],
+        "accept_content": ["json"],  # remote control goes by this and by task_serializer
+        "result_accept_content": ["json"],
         "task_create_missing_queues": False,
         "broker_connection_timeout": CONNECT_TIMEOUT_S,
     }

@@ -14,6 +14,7 @@ from celery.worker.request import Request
 
 from client.schema import GROUP_TASK_NAME, TASK_NAME, is_job_id
 from worker.broker import CONNECTION_ERRORS, dead_letter, plain_client, transport_that_takes
+from worker.gate import MAX_MESSAGE_BYTES, forbid_compression, reason_to_refuse
 from worker.service import read_group
 from worker.tasks import argument
 
@@ -63,7 +64,9 @@ class SafeConsumer(Consumer):
             return on_task_request(request)
 
         self._unsettled: dict[str, Callable[[Any], None]] = {}
+        forbid_compression()
         super().__init__(take, *args, **kwargs)
+        self._signed_only = bool(self.app.millrace_settings.signing_keys)
 
     def _own(self, request: Any) -> None:
         """Let a message be acknowledged or returned over the connection there is then."""
@@ -72,8 +75,6 @@ class SafeConsumer(Consumer):
         request._on_reject = lambda _log, _errors, requeue=False: self._settle(
             tag, lambda channel: channel.basic_reject(tag, requeue=requeue)
         )
-        if not isinstance(request.id, str):  # no result could be stored under it, so it would come again for ever
-            raise InvalidTaskError(f"its task id is of the kind {type(request.id).__name__}")
 
     def update_strategies(self) -> None:
         """Called by Celery before it consumes, to know how each task is received."""
@@ -102,7 +103,10 @@ class SafeConsumer(Consumer):
 
         def receive(message: Any) -> None:
             try:
-                handle(message)
+                if reason := reason_to_refuse(message, signed_only=self._signed_only):
+                    self._refuse_read(message, reason)
+                else:
+                    handle(message)
             except CONNECTION_ERRORS:
                 raise
             except Exception as error:  # stock Celery would end the worker, and the next one, and the one after it
@@ -194,7 +198,7 @@ def _named_jobs(message: Any) -> list[str]:
     """The ids of the jobs in a message that may be of any shape."""
     headers = message.headers
     try:
-        if headers.get("task") == GROUP_TASK_NAME:
+        if headers.get("task") == GROUP_TASK_NAME and len(message.body) <= MAX_MESSAGE_BYTES:
             args, kwargs, _ = message.payload
             return list(read_group(argument(GROUP_TASK_NAME, args, kwargs)))
     except Exception:  # whatever it was, it has been refused for it

@@ -1,0 +1,199 @@
+"""A worker with a signing key computes what was signed with it, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from client import Client, JobFailed, keys
+from client.errors import JobError
+from client.signing import sign
+from client.transport import connect
+from config import load_settings
+from tests.integration.processes import WorkerProcess, wait_until
+from worker.celery import make_app
+from worker.embedded import EmbeddedRedis
+
+NEW, OLD, FOREIGN = "new-key-" * 4, "old-key-" * 4, "else-key" * 4
+REQUEST = {"prompt": "Hello.", "max_tokens": 5, "temperature": 0}
+TEXT = '\n\n"I am'
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis.ephemeral() as own:
+        yield own
+
+
+@pytest.fixture(scope="module")
+def worker(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    log = tmp_path_factory.mktemp("signing") / "worker.log"
+    environment = {"MILLRACE_REDIS_URL": server.url, "MILLRACE_SIGNING_KEY": f"{NEW},{OLD}", "MILLRACE_SLOTS": "4"}
+    with WorkerProcess(log, **environment) as process:
+        process.wait_ready()
+        yield process
+
+
+@pytest.fixture
+def app(server: EmbeddedRedis) -> Iterator[Celery]:
+    made = make_app(load_settings(redis_url=server.url))
+    yield made
+    made.close()
+
+
+def client_of(server: EmbeddedRedis, key: str | None) -> Client:
+    return Client(settings=load_settings(redis_url=server.url, signing_key=key))
+
+
+def outcome(client: Client, job_id: str) -> str:
+    """How a job ended, once it has: its text, or the code of its failure."""
+    wait_until(lambda: client._redis.exists(keys.result(job_id)))
+    try:
+        return client.job(job_id).result(5).text
+    except JobError as error:
+        return error.code
+
+
+@pytest.mark.parametrize("key", [NEW, OLD, f"{NEW},{OLD}", f"{OLD},{FOREIGN}"], ids=["new", "old", "both", "first"])
+def test_what_is_signed_with_a_key_of_the_worker_is_computed(
+    server: EmbeddedRedis, worker: WorkerProcess, key: str
+) -> None:
+    with client_of(server, key) as client:
+        jobs = [client.submit(**REQUEST), *client.submit_many([REQUEST] * 3)]
+        assert [job.result(60).text for job in jobs] == [TEXT] * 4
+
+
+@pytest.mark.parametrize("key", [None, FOREIGN, f"{FOREIGN},{NEW}"], ids=["none", "foreign", "foreign first"])
+def test_anything_else_fails_and_is_never_computed(
+    server: EmbeddedRedis, worker: WorkerProcess, key: str | None
+) -> None:
+    started = len(worker.events("job.finished"))
+    with client_of(server, key) as client:
+        jobs = [client.submit(**REQUEST), *client.submit_many([REQUEST] * 3)]
+        for job in jobs:
+            with pytest.raises(JobFailed, match="MILLRACE_SIGNING_KEY") as caught:
+                job.result(60)
+            assert caught.value.code == "bad_signature"
+            assert job.status() == "failed"
+    finished = worker.events("job.finished")[started:]
+    assert {line["code"] for line in finished} == {"bad_signature"}
+
+
+def test_of_a_group_each_job_is_judged_alone(server: EmbeddedRedis, worker: WorkerProcess, app: Celery) -> None:
+    good = [sign(NEW.encode(), f"each:{i}", "demo", REQUEST) for i in range(6)]
+    members: list[dict[str, Any]] = [
+        {"id": "each:0", "request": good[0]},
+        {"id": "each:1", "request": good[0]},  # another job's signature
+        {"id": "each:2", "request": {**good[2], "max_tokens": 6}},
+        {"id": "each:3", "request": sign(NEW.encode(), "each:3", "gpt2", REQUEST)},  # for another model's queue
+        {"id": "each:4", "request": REQUEST},
+        {"id": "each:5", "request": good[5]},
+    ]
+    app.send_task("millrace.generate_many", args=[members])
+    with client_of(server, NEW) as client:
+        codes = [outcome(client, f"each:{i}") for i in range(6)]
+    assert codes == [TEXT, "bad_signature", "bad_signature", "bad_signature", "bad_signature", TEXT]
+
+
+def test_a_message_sent_again_is_one_result(server: EmbeddedRedis, worker: WorkerProcess) -> None:
+    """Who overhears a signed message can send it again: it is known by its id, and nothing is computed."""
+    with client_of(server, NEW) as client:
+        job = client.submit(id="again", **REQUEST)
+        first = job.result(60)
+        before = client._redis.get(keys.result("again"))
+        wire = client._prepare({"id": "again", **REQUEST, "seed": first.seed}).wire
+        client._app.send_task("millrace.generate", args=[wire], task_id="again")
+        client._app.send_task("millrace.generate_many", args=[[{"id": "again", "request": wire}]])
+        assert client.submit(**REQUEST).result(60)  # those before it have been looked at
+        wait_until(lambda: client._redis.hlen(keys.unacked()) == 0)
+        assert client._redis.get(keys.result("again")) == before
+    assert [line["state"] for line in worker.events("job.finished") if line["job_id"] == "again"] == ["succeeded"]
+
+
+def test_what_an_envelope_asks_for_beside_the_request_is_left_out(
+    server: EmbeddedRedis, worker: WorkerProcess, app: Celery
+) -> None:
+    """Nobody signs Celery's envelope: not the tasks it calls afterwards, nor when it is to run."""
+    follower = app.tasks["millrace.generate"].signature(args=[REQUEST], task_id="follower")
+    for name, more in {
+        "envelope:link": {"link": follower},
+        "envelope:error": {"link_error": follower},
+        "envelope:chain": {"chain": [dict(follower)]},
+        "envelope:late": {"countdown": 10_000},
+        "envelope:expired": {"expires": 0.001},
+    }.items():
+        app.send_task("millrace.generate", args=[sign(NEW.encode(), name, "demo", REQUEST)], task_id=name, **more)
+        with client_of(server, NEW) as client:
+            assert outcome(client, name) == TEXT, name
+    assert not connect(server.url).exists(keys.result("follower"))
+
+
+@pytest.mark.parametrize(
+    ("task", "args"),
+    [
+        ("celery.map", [{"task": "millrace.generate"}, [REQUEST]]),
+        ("celery.starmap", [{"task": "millrace.generate"}, [[REQUEST]]]),
+        ("celery.chord_unlock", ["group", {"task": "millrace.generate"}]),
+        ("celery.backend_cleanup", []),
+    ],
+)
+def test_celerys_own_tasks_are_refused(
+    server: EmbeddedRedis, worker: WorkerProcess, app: Celery, task: str, args: list[Any]
+) -> None:
+    count = len(worker.events("message.refused"))
+    app.send_task(task, args=args, task_id=f"own:{task}")
+    worker.wait_for("message.refused", count=count + 1)
+    assert "only signed jobs" in worker.events("message.refused")[-1]["reason"]
+    wait_until(lambda: connect(server.url).hlen(keys.unacked()) == 0)
+
+
+def test_a_worker_without_a_key_computes_signed_jobs_too(server: EmbeddedRedis, tmp_path: Any) -> None:
+    """So that clients can be given the key before the workers."""
+    with (
+        EmbeddedRedis.ephemeral() as own,
+        WorkerProcess(tmp_path / "worker.log", MILLRACE_REDIS_URL=own.url) as process,
+        client_of(own, NEW) as client,
+    ):
+        process.wait_ready()
+        jobs = [client.submit(**REQUEST), *client.submit_many([REQUEST] * 2)]
+        assert [job.result(60).text for job in jobs] == [TEXT] * 3
+
+
+def test_celerys_own_pools_check_signatures_too(tmp_path: Any) -> None:
+    with (
+        EmbeddedRedis.ephemeral() as own,
+        WorkerProcess(
+            tmp_path / "worker.log", "-P", "solo", MILLRACE_REDIS_URL=own.url, MILLRACE_SIGNING_KEY=NEW
+        ) as process,
+        client_of(own, NEW) as client,
+        client_of(own, None) as stranger,
+    ):
+        process.wait_ready()
+        good = [client.submit(**REQUEST), *client.submit_many([REQUEST] * 2)]
+        bad = [stranger.submit(**REQUEST), *stranger.submit_many([REQUEST] * 2)]
+        assert [job.result(60).text for job in good] == [TEXT] * 3
+        for job in bad:
+            with pytest.raises(JobFailed, match="signature"):
+                job.result(60)
+
+
+def test_without_a_key_the_message_is_as_it_always_was(server: EmbeddedRedis) -> None:
+    with EmbeddedRedis.ephemeral() as own, client_of(own, None) as client:
+        client.submit("Hello.", id="plain", max_tokens=3, seed=1)
+        client.submit_many([{"prompt": "Hello.", "id": f"plain:{i}", "seed": 1} for i in range(2)])
+        raw = client._redis.lrange(keys.queue_lists("demo")[1], 0, -1)
+    assert "signature" not in str([body_of(message) for message in raw])
+    assert [body_of(message)[0] for message in raw] == [
+        [[{"id": f"plain:{i}", "request": {"schema_version": 1, "prompt": "Hello.", "seed": 1}} for i in range(2)]],
+        [{"schema_version": 1, "prompt": "Hello.", "seed": 1, "max_tokens": 3}],
+    ]
+
+
+def body_of(message: str) -> Any:
+    import base64
+
+    return json.loads(base64.b64decode(json.loads(message)["body"]))

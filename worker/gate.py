@@ -1,0 +1,75 @@
+"""What a worker lets in. Anybody who reaches the queue may have written a message; Celery trusts what it reads.
+
+Refused before any of it is worked on: what is no JSON, is compressed, is too large, or holds too many jobs. Where
+requests are signed, also tasks that are not ours; and what Celery would do on the word of an unsigned envelope (wait,
+call other tasks afterwards) is left out. What is said of a message quotes nothing of its body.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+import structlog
+from kombu import compression
+
+from client.schema import GROUP_TASK_NAME, TASK_NAME
+from worker.tasks import argument
+
+log = structlog.get_logger("millrace.worker")
+
+#: The largest message that `client.schema` allows takes half of it: 64 KiB of control characters, escaped.
+MAX_MESSAGE_BYTES = 2**20
+#: Our client puts 16 jobs at most into a message.
+MAX_GROUP_JOBS = 256
+
+
+def reason_to_refuse(message: Any, *, signed_only: bool) -> str | None:
+    """Why a message is not worked on, or None. With `signed_only` it also takes out of it what nobody signed."""
+    if message.content_type != "application/json":
+        return f"its content type is {str(message.content_type)[:80]!r}; only application/json is read"
+    if len(message.body) > MAX_MESSAGE_BYTES:
+        return f"it has {len(message.body)} bytes; at most {MAX_MESSAGE_BYTES} are read"
+    try:
+        payload = message.payload
+    except Exception as error:
+        return f"it cannot be read: {type(error).__name__}"
+    task, task_id = message.headers.get("task"), message.headers.get("id")
+    if not isinstance(task, str) or not _is_call(payload):
+        return "it is no task in Celery's protocol 2"
+    if not isinstance(task_id, str):  # no result could be stored under it, so it would come again for ever
+        return f"its task id is of the kind {type(task_id).__name__}"
+    jobs = argument(task, *payload[:2])
+    if task == GROUP_TASK_NAME and isinstance(jobs, list) and len(jobs) > MAX_GROUP_JOBS:
+        return f"it holds {len(jobs)} jobs; at most {MAX_GROUP_JOBS} are read"
+    if signed_only:
+        if task not in (TASK_NAME, GROUP_TASK_NAME):
+            return "only signed jobs are computed here, and this is no message of a client's"
+        _leave_out_the_unsigned(message, payload)
+    return None
+
+
+def forbid_compression() -> None:
+    """Let no message be unpacked in this process: kombu would do so, to any size, before anybody sees it."""
+    kombu: Any = compression  # it has no types
+    for name in kombu.encoders():
+        kombu.register(kombu.get_encoder(name)[0], _refuse_to_unpack, name)
+
+
+def _refuse_to_unpack(body: bytes) -> NoReturn:
+    raise ValueError(f"{len(body)} compressed bytes; messages are not compressed here")
+
+
+def _is_call(payload: Any) -> bool:
+    """Whether this is the body of a task: arguments, named arguments, and what Celery does afterwards."""
+    if not isinstance(payload, list) or len(payload) != 3:
+        return False
+    return isinstance(payload[0], list) and isinstance(payload[1], dict) and isinstance(payload[2], dict)
+
+
+def _leave_out_the_unsigned(message: Any, payload: list[Any]) -> None:
+    message.headers["eta"] = message.headers["expires"] = None
+    if any(payload[2].values()):
+        log.warning("message.trimmed", message_id=message.headers["id"][:128])
+        message.body, message.content_encoding = json.dumps([*payload[:2], {}]), "utf-8"
+        message._decoded_cache = None
