@@ -160,7 +160,7 @@ class Client:
         with self._reachable():
             self._redis.set(keys.cancel(job_id), "1", ex=keys.UNFINISHED_TTL_S)
             if self._look(job_id)[0] is not None:  # it has ended meanwhile, and nobody else would take the key away
-                self._redis.delete(keys.cancel(job_id))
+                self._redis.expire(keys.cancel(job_id), 0)  # not DEL, to which a client has no right
                 return False
         return True
 

@@ -38,7 +38,8 @@ class QueueStatus(BaseModel):
     """Jobs that wait in Redis, not yet with a worker, by priority.
 
     A message of several jobs counts whole until the last of them is done, wherever it waits; where there are more than
-    SAMPLE messages the number is an estimate.
+    SAMPLE messages the number is an estimate. For a user who may not read the queue (config/redis-users.acl) each
+    message counts as one job.
     """
 
     model: str
@@ -54,12 +55,16 @@ class QueueStatus(BaseModel):
 
 class Status(BaseModel):
     """Everything at one moment. `delivered` are the jobs that workers hold, running or about to; `dead` the messages
-    that none could understand, of all queues."""
+    that none could understand, of all queues.
+
+    For a user who may not look at what workers hold, `delivered` are the samples that workers said they had, and
+    `dead` is None.
+    """
 
     workers: list[WorkerStatus]
     queues: list[QueueStatus]
     delivered: int
-    dead: int = 0
+    dead: int | None = None
 
     def serves(self, model_name: str) -> bool:
         """Whether a live worker takes jobs for the model and comes on with them."""
@@ -80,12 +85,12 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
     # A worker that died has no record any more, though its name may still stand in the index.
     workers = [worker for name, record in zip(names, records, strict=True) if (worker := _worker(name, record))]
     models = sorted({model_name, *(worker.model for worker in workers)})
-    return Status(
-        workers=workers,
-        queues=[_queue(connection, model) for model in models],
-        delivered=_count_delivered(connection),
-        dead=connection.llen(keys.dead()),
-    )
+    try:
+        delivered, dead = _count_delivered(connection), connection.llen(keys.dead())
+    except redis.exceptions.NoPermissionError:
+        delivered, dead = sum(worker.running + worker.waiting for worker in workers), None
+    queues = [_queue(connection, model) for model in models]
+    return Status(workers=workers, queues=queues, delivered=delivered, dead=dead)
 
 
 def _worker(name: str, record: dict[str, Any]) -> WorkerStatus | None:
@@ -105,8 +110,18 @@ def _queue(connection: redis.Redis, model: str) -> QueueStatus:
 
 def count_queued(connection: redis.Redis, model: str) -> list[int]:
     """Jobs that wait for a model, one number for each of `keys.queue_lists`."""
+    try:
+        return _count_by_samples(connection, keys.queue_lists(model))
+    except redis.exceptions.NoPermissionError:
+        pipe = connection.pipeline(transaction=False)
+        for name in keys.queue_lists(model):
+            pipe.llen(name)
+        return cast("list[int]", pipe.execute())
+
+
+def _count_by_samples(connection: redis.Redis, names: list[str]) -> list[int]:
     pipe = connection.pipeline(transaction=False)
-    for name in keys.queue_lists(model):
+    for name in names:
         pipe.llen(name)
         pipe.lrange(name, 0, SAMPLE // 2 - 1)  # both ends: floods of single jobs and of groups come one after the other
         pipe.lrange(name, -SAMPLE // 2, -1)
