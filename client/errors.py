@@ -65,8 +65,28 @@ class RedisUnreachable(MillraceError, ConnectionError):
         self.accepted = accepted or []
 
     def __str__(self) -> str:
-        text = f"Redis at {self.url} cannot be reached ({self.reason}); start it, or set MILLRACE_REDIS_URL"
+        advice = connection_advice(self.reason) or "start it, or set MILLRACE_REDIS_URL"
+        text = f"Redis at {self.url} cannot be reached ({self.reason}); {advice}"
         return f"{text}. {len(self.accepted)} jobs were queued before, see .accepted" if self.accepted else text
+
+
+#: What a connection's error says -> what to do about it, for errors that waiting does not mend.
+_ADVICE = {
+    "certificate verify failed": "its certificate is not one that is trusted for this host: name the authority's file "
+    "in MILLRACE_REDIS_URL, rediss://...?ssl_ca_certs=/path/to/ca.pem, and the host as the certificate names it",
+    "no such file": "correct the paths in MILLRACE_REDIS_URL, or leave ssl_ca_certs out for the system's authorities",
+    "username-password": "correct user and password in MILLRACE_REDIS_URL, redis://user:password@host",
+    "authentication required": "put user and password into MILLRACE_REDIS_URL, redis://user:password@host",
+    "[ssl": "one side speaks TLS and the other does not, or no version of it that both know: rediss:// is with TLS, "
+    "redis:// without",
+    "connection closed by server": "if it speaks TLS, or takes no connections without, use rediss:// in "
+    "MILLRACE_REDIS_URL; else see its log",
+}
+
+
+def connection_advice(reason: str) -> str | None:
+    """What to do about an error of a connection that comes again until something is set right; None for all others."""
+    return next((advice for sign, advice in _ADVICE.items() if sign in reason.lower()), None)
 
 
 class RedisRefused(MillraceError):

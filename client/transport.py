@@ -14,7 +14,8 @@ from celery import Celery
 from kombu.entity import Queue
 
 from client import keys
-from config.settings import DEFAULT_REDIS_URL, Settings, embedded_socket
+from client.errors import RedisUnreachable, connection_advice
+from config.settings import DEFAULT_REDIS_URL, Settings, embedded_socket, redact_url
 
 #: Seconds after which a silent connection is given up; None would wait on a dead one for ever. It must exceed the one
 #: second for which kombu's BRPOP waits.
@@ -73,11 +74,28 @@ def connect(url: str, *, text: bool = True) -> redis.Redis:
     return connection
 
 
+def check_access(url: str) -> None:
+    """Connect once, and see whether certificates, user and password are right. Whether Redis runs does not matter.
+
+    Raises:
+        RedisUnreachable: they are not, and trying again will not help.
+    """
+    try:
+        with connect(url) as connection:
+            connection.ping()
+    except redis.exceptions.ConnectionError as error:
+        if connection_advice(str(error)) is not None:
+            raise RedisUnreachable(redact_url(url), str(error)) from error
+    except redis.RedisError:
+        pass  # it answers; a server that is loading, say
+
+
 def broker_settings(settings: Settings, url: str) -> dict[str, Any]:
     """Celery's settings for the broker, the same in client and worker: the shortest lease among them wins."""
     return {
         "broker_url": celery_url(url),
-        # Celery asks for this to be said; certificates are checked, by default against those the system trusts.
+        # kombu checks no certificate unless this is said. What the URL's query says (ssl_ca_certs and so on) means the
+        # same to kombu, Celery's result backend and redis-py; without it the system's authorities are trusted.
         "broker_use_ssl": {"ssl_cert_reqs": ssl.CERT_REQUIRED} if urlsplit(url).scheme == "rediss" else None,
         "broker_transport_options": {
             "global_keyprefix": keys.PREFIX,

@@ -11,7 +11,8 @@ from celery import Celery, signals
 from celery.platforms import EX_FAILURE
 
 from client import keys
-from client.transport import broker_settings, celery_url, connect, queue, resolve_url
+from client.errors import RedisUnreachable
+from client.transport import broker_settings, celery_url, check_access, connect, queue, resolve_url
 from config import Settings, SettingsError, load_settings
 from config.logging import setup_logging
 from worker.tasks import add_tasks
@@ -87,6 +88,11 @@ def _find_redis(instance: Any, **_: Any) -> None:
     settings: Settings = getattr(instance.app, "millrace_settings", None) or load_settings()
     if settings.redis_url is None:
         start_embedded_if_alone(instance.app, settings)
+        return
+    try:
+        check_access(settings.redis_url)  # Celery would try a wrong password or certificate for ever
+    except RedisUnreachable as error:
+        raise SystemExit(f"millrace: {error}") from None
 
 
 def start_embedded_if_alone(app: Celery, settings: Settings) -> None:

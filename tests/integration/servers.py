@@ -1,0 +1,127 @@
+"""Redis servers as operators run them: on a port, with users, behind TLS."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from worker.embedded import find_server
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def redis_on_a_port(directory: Path, *options: str) -> Iterator[int]:
+    """A server on a port of this machine; it fails with the server's last lines where the options are refused."""
+    port, log = free_port(), directory / "redis.log"
+    command = [str(find_server()[0]), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
+    with log.open("wb") as out:
+        process = subprocess.Popen([*command, *options], stdout=out, stderr=out)
+    try:
+        deadline = time.monotonic() + 20
+        while not _listens(port):
+            assert process.poll() is None, f"the server ended: {log.read_text()[-1500:]}"
+            assert time.monotonic() < deadline, "the server does not listen"
+            time.sleep(0.02)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+class Authority:
+    """A certificate authority of a test's own, and a certificate of it for localhost; made by the openssl program."""
+
+    def __init__(self, directory: Path) -> None:
+        assert shutil.which("openssl"), "the tests of TLS need the openssl program"
+        directory.mkdir()
+        self.ca, self.cert, self.key = (directory / name for name in ("ca.pem", "cert.pem", "key.pem"))
+        ca_key, request, extension = (directory / name for name in ("ca.key", "cert.csr", "extension"))
+        extension.write_text("subjectAltName=DNS:localhost\nextendedKeyUsage=serverAuth,clientAuth\n")
+        new = ["req", "-newkey", "rsa:2048", "-nodes", "-subj"]
+        usage = ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]
+        _openssl(*new, f"/CN={directory.name}", "-x509", "-days", "2", *usage, "-keyout", ca_key, "-out", self.ca)
+        _openssl(*new, "/CN=localhost", "-keyout", self.key, "-out", request)
+        signed_by = ["-CA", self.ca, "-CAkey", ca_key, "-CAcreateserial"]
+        _openssl("x509", "-req", "-in", request, *signed_by, "-days", "2", "-extfile", extension, "-out", self.cert)
+
+
+def _openssl(*arguments: str | Path) -> None:
+    done = subprocess.run(["openssl", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class TlsProxy:
+    """Ends TLS in front of a Redis whose own build has none, as stunnel or a cloud's load balancer does."""
+
+    def __init__(self, target: int, authority: Authority, *, client_ca: Path | None = None) -> None:
+        self._target = target
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(authority.cert, authority.key)
+        if client_ca is not None:
+            self._context.verify_mode = ssl.CERT_REQUIRED
+            self._context.load_verify_locations(client_ca)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        #: Connections over which the handshake succeeded.
+        self.connections = 0
+        self._closing = False
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> TlsProxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing = True
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while not self._closing:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            stack.callback(connection.close)
+            connection.settimeout(10)
+            outer = stack.enter_context(self._context.wrap_socket(connection, server_side=True))
+            self.connections += 1
+            outer.settimeout(None)
+            _pump(outer, stack.enter_context(socket.create_connection(("127.0.0.1", self._target))))
+
+
+def _pump(outer: ssl.SSLSocket, inner: socket.socket) -> None:
+    with selectors.DefaultSelector() as ready:
+        ready.register(outer, selectors.EVENT_READ, inner)
+        ready.register(inner, selectors.EVENT_READ, outer)
+        while True:
+            for key, _ in ready.select():
+                source: socket.socket = key.fileobj  # type: ignore[assignment]
+                data = source.recv(65_536)
+                while source is outer and outer.pending():  # decrypted already: no selector sees it
+                    data += outer.recv(65_536)
+                if not data:
+                    return
+                key.data.sendall(data)

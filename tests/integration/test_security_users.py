@@ -1,0 +1,220 @@
+"""config/redis-users.acl: enough for client and worker, and no more."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from client import Client, RedisRefused, RedisUnreachable, keys
+from client.transport import connect
+from tests.integration.processes import WorkerProcess, wait_until
+from tests.integration.servers import redis_on_a_port
+
+ROOT = Path(__file__).parents[2]
+ACL = ROOT / "config" / "redis-users.acl"
+#: How SECURITY.md says to put passwords in: the first shell block that names the file.
+RECIPE = re.search(r"```sh\n(.*?redis-users\.acl.*?)```", (ROOT / "SECURITY.md").read_text(), re.DOTALL)
+
+Connect = Callable[[str], redis.Redis]
+Url = Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("users")
+
+
+@pytest.fixture(scope="module")
+def passwords(directory: Path) -> dict[str, str]:
+    """The file made ready by the commands of SECURITY.md, run as they stand there."""
+    assert RECIPE is not None
+    (directory / "config").mkdir()
+    (directory / "config" / ACL.name).write_text(ACL.read_text())
+    done = subprocess.run(["sh", "-euc", RECIPE[1]], cwd=directory, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    found = dict(re.findall(r"^millrace-(\w+): (\w{32,})$", done.stdout, re.MULTILINE))
+    assert set(found) == {"client", "worker", "admin"}
+    return found
+
+
+@pytest.fixture(scope="module")
+def port(directory: Path, passwords: dict[str, str]) -> Iterator[int]:
+    with redis_on_a_port(directory, "--aclfile", str(directory / "redis-users.acl")) as number:
+        yield number
+
+
+@pytest.fixture(scope="module")
+def url(port: int, passwords: dict[str, str]) -> Url:
+    return lambda user: f"redis://millrace-{user}:{passwords[user]}@127.0.0.1:{port}/0"
+
+
+@pytest.fixture(scope="module")
+def worker(url: Url, directory: Path) -> Iterator[WorkerProcess]:
+    environment = {"MILLRACE_REDIS_URL": url("worker"), "MILLRACE_SLOTS": "2", "MILLRACE_LEASE_S": "3"}
+    with WorkerProcess(directory / "worker.log", **environment) as process:
+        process.wait_ready()
+        yield process
+
+
+@pytest.fixture
+def client(url: Url) -> Iterator[Client]:
+    with Client(redis_url=url("client")) as made:
+        yield made
+
+
+def denied(url: Url) -> set[tuple[str, str]]:
+    entries = connect(url("admin")).acl_log()
+    return {(entry["username"].removeprefix("millrace-"), entry["object"]) for entry in entries}
+
+
+def test_as_it_is_shipped_no_server_takes_it(tmp_path: Path) -> None:
+    """So that nobody runs with a password that stands in a repository."""
+    with (
+        pytest.raises(AssertionError, match="password hash must be exactly 64 characters"),
+        redis_on_a_port(tmp_path, "--aclfile", str(ACL)),
+    ):
+        pass
+
+
+def test_client_and_worker_do_all_they_do_with_the_rights_they_have(
+    client: Client, worker: WorkerProcess, url: Url, directory: Path
+) -> None:
+    assert client.submit("Hello.", max_tokens=5, temperature=0).result(60).text == '\n\n"I am'
+    named = client.submit("Hello.", id="users:named", max_tokens=5, temperature=0, checkpoints="all")
+    assert named.result(60).text == '\n\n"I am'
+    assert "logits" in named.checkpoints()
+    jobs = client.submit_many(["Hello."] * 20, max_tokens=300, ignore_eos=True, priority="bulk")
+    assert jobs[-1].cancel()
+    status = client.status()
+    assert status.serves("demo")
+    assert status.queues[0].bulk <= 2, "twenty jobs are two messages, and who may not look inside counts messages"
+    assert {job.status() for job in client.as_completed(jobs, 60)} == {"succeeded", "cancelled"}
+    # Leases, the sweep for lost messages, and the return of jobs: a worker is killed, and one is told to stop.
+    with WorkerProcess(directory / "other.log", "-n", "other@%h", **_environment(worker)) as other:
+        other.wait_ready()
+        jobs = client.submit_many(["Hello."] * 4, max_tokens=300, ignore_eos=True)
+        jobs += [client.submit("Hello.", max_tokens=300, ignore_eos=True) for _ in range(4)]
+        wait_until(lambda: other.events("message.accepted"))
+        other.kill()
+    assert {job.result(90).usage.completion_tokens for job in jobs} == {300}
+    ignored = {(user, "client") for user in ("client", "worker")}  # redis-py says its name; it goes on without
+    counted = {
+        ("client", command) for command in ("lrange", "hlen", "hrandfield")
+    }  # client.status asks, and does without
+    assert denied(url) <= ignored | counted
+    assert "NoPermission" not in worker.text()
+
+
+def _environment(worker: WorkerProcess) -> dict[str, str]:
+    return {name: value for name, value in worker.environment.items() if name.startswith("MILLRACE_")}
+
+
+QUEUE = keys.queue_lists("demo")[1]
+SERVER = (
+    ["FLUSHALL"],
+    ["FLUSHDB"],
+    ["CONFIG", "GET", "*"],
+    ["CONFIG", "SET", "dir", "/tmp"],
+    ["KEYS", "*"],
+    ["SCAN", "0"],
+    ["RANDOMKEY"],
+    ["MONITOR"],
+    ["SHUTDOWN"],
+    ["SAVE"],
+    ["DEBUG", "SLEEP", "0"],
+    ["ACL", "LIST"],
+    ["ACL", "SETUSER", "default", "on", "nopass", "~*", "+@all"],
+    ["CLIENT", "LIST"],
+    ["CLIENT", "KILL", "TYPE", "normal"],
+    ["MODULE", "LIST"],
+    ["REPLICAOF", "NO", "ONE"],
+    ["MIGRATE", "127.0.0.1", "1", "x", "0", "1"],
+    ["SCRIPT", "FLUSH"],
+    ["INFO"],
+    ["GET", "somebody-elses"],
+    ["SET", "somebody-elses", "x"],
+    ["SUBSCRIBE", "somebody-elses"],
+    ["PUBLISH", "somebody-elses", "x"],
+)
+READERS = (
+    ["LRANGE", QUEUE, "0", "-1"],
+    ["LINDEX", QUEUE, "0"],
+    ["RPOP", QUEUE],
+    ["BRPOP", QUEUE, "1"],
+    ["LMOVE", QUEUE, QUEUE, "LEFT", "RIGHT"],
+    ["SORT", QUEUE],
+    ["DUMP", QUEUE],
+    ["HGETALL", keys.unacked()],
+    ["HGET", keys.unacked(), "tag"],
+    ["HSET", keys.unacked(), "tag", "x"],
+    ["ZRANGE", keys.unacked_index(), "0", "-1"],
+    ["DEL", QUEUE],
+    ["RENAME", QUEUE, "x"],
+    ["EVAL", "return 1", "0"],
+    ["EVALSHA", "0" * 40, "0"],
+    ["SCRIPT", "LOAD", "return 1"],
+    ["SUBSCRIBE", "millrace:celery-task-meta-x"],
+    ["PSUBSCRIBE", "*"],
+    ["PUBLISH", "millrace:/0.celery.pidbox", "x"],
+    ["HSCAN", keys.job("x"), "0"],
+    ["SADD", "millrace:_kombu.binding.x", "x"],
+)
+
+
+@pytest.mark.parametrize("command", [*SERVER, *READERS], ids=" ".join)
+def test_a_client_may_not(url: Url, command: list[str]) -> None:
+    with pytest.raises(redis.exceptions.NoPermissionError):
+        connect(url("client")).execute_command(*command)
+
+
+@pytest.mark.parametrize("command", SERVER, ids=" ".join)
+def test_a_worker_may_not(url: Url, command: list[str]) -> None:
+    with pytest.raises(redis.exceptions.NoPermissionError):
+        connect(url("worker")).execute_command(*command)
+
+
+@pytest.mark.parametrize("command", ["'FLUSHALL'", "'CONFIG', 'GET', '*'", "'GET', 'somebody-elses'", "'KEYS', '*'"])
+def test_a_script_may_no_more_than_the_worker_that_runs_it(url: Url, command: str) -> None:
+    with pytest.raises(redis.exceptions.ResponseError, match=r"can't run this command|can't access|not allowed"):
+        connect(url("worker")).eval(f"return redis.call({command})", 0)
+
+
+def test_nobody_gets_in_without_a_password(port: int) -> None:
+    once = Retry(NoBackoff(), 0)
+    with pytest.raises(redis.exceptions.AuthenticationError):
+        redis.Redis(port=port, retry=once).ping()
+    for user in ("millrace-client", "millrace-worker", "millrace-admin", "default"):
+        for password in ("x", user, "CHANGE-ME", "CLIENT-PASSWORD-SHA256", "WORKER-PASSWORD-SHA256"):
+            with pytest.raises(redis.exceptions.AuthenticationError):
+                redis.Redis(port=port, username=user, password=password, retry=once).ping()
+
+
+def test_a_wrong_password_is_an_error_that_says_so(port: int, url: Url, tmp_path: Path) -> None:
+    wrong = f"redis://millrace-client:not-it-7312@127.0.0.1:{port}/0"
+    with Client(redis_url=wrong) as made, pytest.raises(RedisUnreachable, match="user and password") as caught:
+        made.submit("Hello.")
+    assert "not-it" not in str(caught.value)
+    with WorkerProcess(tmp_path / "worker.log", MILLRACE_REDIS_URL=wrong) as process:
+        assert process.wait(60) != 0
+        assert "user and password" in process.text()
+        assert "not-it" not in process.text()
+        assert "Traceback" not in process.text()
+    with Client(redis_url=url("admin").replace("admin", "client")) as made, pytest.raises(RedisUnreachable):
+        made.submit("Hello.")
+
+
+def test_a_right_that_is_missing_is_an_error_that_says_so(url: Url) -> None:
+    connection = connect(url("admin"))
+    connection.acl_setuser("narrow", enabled=True, passwords=["+narrow"], keys=["*"], commands=["+ping", "+llen"])
+    with (
+        Client(redis_url=url("client").replace(url("client").split("@")[0], "redis://narrow:narrow")) as made,
+        pytest.raises(RedisRefused, match="the user's rights"),
+    ):
+        made.submit("Hello.")
