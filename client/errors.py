@@ -77,10 +77,8 @@ _ADVICE = {
     "no such file": "correct the paths in MILLRACE_REDIS_URL, or leave ssl_ca_certs out for the system's authorities",
     "username-password": "correct user and password in MILLRACE_REDIS_URL, redis://user:password@host",
     "authentication required": "put user and password into MILLRACE_REDIS_URL, redis://user:password@host",
-    "[ssl": "one side speaks TLS and the other does not, or no version of it that both know: rediss:// is with TLS, "
-    "redis:// without",
-    "connection closed by server": "if it speaks TLS, or takes no connections without, use rediss:// in "
-    "MILLRACE_REDIS_URL; else see its log",
+    "wrong version number": "it does not speak TLS: redis:// is without",
+    "record layer failure": "it does not speak TLS: redis:// is without",
 }
 
 

@@ -1,0 +1,220 @@
+"""What strangers put into the queue is read as JSON, within bounds, or not at all."""
+
+from __future__ import annotations
+
+import base64
+import bz2
+import json
+import lzma
+import pickle
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from client import Client, keys
+from client.transport import connect
+from config import load_settings
+from tests.integration.processes import WorkerProcess, wait_until
+from worker.celery import make_app
+from worker.embedded import EmbeddedRedis
+from worker.gate import MAX_GROUP_JOBS, MAX_MESSAGE_BYTES
+
+#: An ear on the interpreter: every class or function that pickle looks up is written down.
+LISTENING = """
+import sys
+def hear(event, arguments):
+    if event == "pickle.find_class":
+        print("HEARD", event, *arguments, file=sys.stderr, flush=True)
+sys.addaudithook(hear)
+"""
+
+
+class Touch:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis.ephemeral() as own:
+        yield own
+
+
+@pytest.fixture(scope="module")
+def worker(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    log = tmp_path_factory.mktemp("messages") / "worker.log"
+    environment = {"MILLRACE_REDIS_URL": server.url, "MILLRACE_SLOTS": "2", "MILLRACE_LOG_LEVEL": "debug"}
+    with WorkerProcess(log, "-E", patch=LISTENING, **environment) as process:
+        process.wait_ready()
+        yield process
+
+
+@pytest.fixture
+def client(server: EmbeddedRedis, worker: WorkerProcess) -> Iterator[Client]:
+    with Client(redis_url=server.url) as made:
+        yield made
+
+
+@pytest.fixture
+def app(server: EmbeddedRedis) -> Iterator[Celery]:
+    made = make_app(load_settings(redis_url=server.url))
+    yield made
+    made.close()
+
+
+def put(client: Client, body: bytes, content_type: str = "application/json", **headers: Any) -> None:
+    """A message as kombu writes it, around any body."""
+    name = keys.queue_lists("demo")[1]
+    delivery = {"exchange": "", "routing_key": name.removeprefix(keys.PREFIX)}
+    message = {
+        "body": base64.b64encode(body).decode(),
+        "content-encoding": "binary" if "json" not in content_type else "utf-8",
+        "content-type": content_type,
+        "headers": {"lang": "py", "task": "millrace.generate", "id": "stranger", **headers},
+        "properties": {
+            "body_encoding": "base64",
+            "delivery_info": delivery,
+            "delivery_tag": "tag-of-a-stranger",
+            "correlation_id": "stranger",
+        },
+    }
+    client._redis.lpush(name, json.dumps(message))
+
+
+def arguments(request: Any) -> bytes:
+    return json.dumps([[request], {}, {}]).encode()
+
+
+def assert_refused(client: Client, worker: WorkerProcess, before: int, reason: str) -> None:
+    worker.wait_for("message.refused", count=before + 1)
+    assert reason in worker.events("message.refused")[-1]["reason"]
+    assert client.submit("Hello.", max_tokens=2).result(30)
+    wait_until(lambda: client._redis.hlen(keys.unacked()) == 0)
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "application/x-python-serialize",
+        "application/x-yaml",
+        "application/x-msgpack",
+        "application/data",
+        "text/plain",
+        None,
+    ],
+)
+def test_nothing_but_json_is_read_and_nothing_is_unpickled(
+    client: Client, worker: WorkerProcess, tmp_path: Path, content_type: str
+) -> None:
+    before = len(worker.events("message.refused"))
+    trap = tmp_path / "it was unpickled"
+    put(client, pickle.dumps([[Touch(trap)], {}, {}]), str(content_type) if content_type else "")
+    assert_refused(client, worker, before, "only application/json is read")
+    assert not trap.exists()
+
+
+def test_the_trap_works(tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    pickle.loads(pickle.dumps(Touch(trap)))
+    assert trap.exists()
+
+
+@pytest.mark.parametrize("where", ["celery.pidbox", "reply", "result"])
+def test_remote_control_and_results_are_json_too(
+    client: Client, worker: WorkerProcess, app: Celery, tmp_path: Path, where: str
+) -> None:
+    trap = tmp_path / "it was unpickled"
+    evil = pickle.dumps({"method": "ping", "arguments": Touch(trap), "status": "SUCCESS", "result": Touch(trap)})
+    if where == "celery.pidbox":
+        envelope = {
+            "body": base64.b64encode(evil).decode(),
+            "content-encoding": "binary",
+            "content-type": "application/x-python-serialize",
+            "headers": {},
+            "properties": {"body_encoding": "base64", "delivery_tag": "x", "delivery_info": {"exchange": "x"}},
+        }
+        before = len(worker.events("message.refused"))
+        assert client._redis.publish("millrace:/0.celery.pidbox", json.dumps(envelope)) == 1
+        worker.wait_for("message.refused", count=before + 1)
+    else:
+        connection = connect(client.url, text=False)
+        connection.set(keys.result("evil"), evil)
+        with pytest.raises(Exception, match=r"decode|utf-8|JSON|Expecting"):
+            app.AsyncResult("evil").get(timeout=2)
+    assert app.control.inspect(timeout=3).ping()
+    assert not trap.exists()
+
+
+def test_all_four_places_read_and_write_json_alone(app: Celery) -> None:
+    conf = app.conf
+    assert conf.accept_content == conf.result_accept_content == ["json"]
+    assert {conf.task_serializer, conf.result_serializer, conf.event_serializer} == {"json"}
+    assert list(app.backend.accept) == ["application/json"]
+    assert (app.control.mailbox.serializer, app.control.mailbox.accept) == ("json", ["json"])
+
+
+def test_no_class_is_ever_looked_up_for_pickle_in_a_worker(client: Client, worker: WorkerProcess, app: Celery) -> None:
+    """The whole of a worker's life so far, its start and all the messages above; and checkpoints."""
+    job = client.submit("Hello.", max_tokens=3, checkpoints="all")
+    assert job.result(30)
+    assert job.checkpoints()
+    assert app.control.inspect(timeout=3).stats()
+    assert "HEARD" not in worker.text()
+
+
+@pytest.mark.parametrize(("name", "pack"), [("zlib", zlib.compress), ("bzip2", bz2.compress), ("lzma", lzma.compress)])
+def test_nothing_is_unpacked(client: Client, worker: WorkerProcess, name: str, pack: Any) -> None:
+    """A hundred kilobytes may unpack to a hundred megabytes."""
+    before = len(worker.events("message.refused"))
+    put(client, pack(arguments({"prompt": " " * 10**8})), compression=name)
+    assert_refused(client, worker, before, "it cannot be read")
+    peak = next(line for line in Path(f"/proc/{worker.process.pid}/status").read_text().splitlines() if "VmHWM" in line)
+    assert int(peak.split()[1]) < 4 * 2**20, "kilobytes: it never was in memory"
+
+
+def test_a_message_that_is_too_large_is_refused_before_it_is_read(client: Client, worker: WorkerProcess) -> None:
+    before = len(worker.events("message.refused"))
+    put(client, arguments({"prompt": "x" * MAX_MESSAGE_BYTES}))
+    assert_refused(client, worker, before, f"at most {MAX_MESSAGE_BYTES} are read")
+
+
+def test_a_group_that_is_too_large_is_refused(client: Client, worker: WorkerProcess, app: Celery) -> None:
+    before = len(worker.events("message.refused"))
+    app.send_task("millrace.generate_many", args=[[{"id": f"many:{i}"} for i in range(MAX_GROUP_JOBS + 1)]])
+    assert_refused(client, worker, before, f"at most {MAX_GROUP_JOBS} are read")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[" * 200_000, b"\xff\xfe", b"null", b"7", b'"args"', b"[1, 2]", b'{"args": [1]}', b"9" * 100_000],
+    ids=["empty", "torn", "deep", "bytes", "null", "number", "text", "short", "old protocol", "long number"],
+)
+def test_a_body_of_any_shape_ends_no_worker(client: Client, worker: WorkerProcess, body: bytes) -> None:
+    put(client, body)
+    assert client.submit("Hello.", max_tokens=2).result(30)
+    wait_until(lambda: client._redis.hlen(keys.unacked()) == 0)
+    assert worker.alive
+
+
+def test_the_largest_request_there_can_be_fits(client: Client) -> None:
+    """What the client accepts no worker may refuse for its size."""
+    from client.schema import MAX_PROMPT_BYTES, MAX_PROMPT_TOKENS, MAX_STOP_BYTES
+
+    more = {
+        "stop": ["\x01" * MAX_STOP_BYTES] * 16,
+        "logit_bias": {2**31 + i: -99.99999999999999 for i in range(1024)},
+        "stop_token_ids": [2**62] * 64,
+        "id": "x" * 128,
+    }
+    for prompt in ("\x01" * MAX_PROMPT_BYTES, [2**31 - 1] * MAX_PROMPT_TOKENS):
+        wire = client._prepare({"prompt": prompt, **more}).wire
+        assert len(arguments(wire)) < 0.75 * MAX_MESSAGE_BYTES
