@@ -32,6 +32,8 @@ MAX_BIASES = 1_024
 TOKEN_IDS = 2**31
 #: Longer names of fields are not read to the end.
 MAX_NAME = 64
+#: Log probabilities in one result: n x tokens x (1 + logprobs). Without a bound, one job could take gigabytes.
+MAX_SCORES = 2**19
 
 #: Checkpoint number -> the tensors it is about (docs: the thirteen checkpoints). 0 and 12 are about the whole way.
 CHECKPOINT_TENSORS: dict[int, tuple[str, ...]] = {

@@ -67,9 +67,9 @@ class Settings(BaseSettings):
     checkpoint_ttl_s: int = Field(
         3_600, description="a whole number of seconds, from 1 to 315360000", ge=1, le=MAX_SECONDS
     )
-    #: The tensors of one job; all of GPT-2 124M at 1,024 tokens are 330 MB, of which 206 are logits.
+    #: The tensors of one job, 0 if none may be kept; all of GPT-2 124M at 1,024 tokens are 330 MB, 206 of them logits.
     checkpoint_max_bytes: int = Field(
-        512 * 2**20, description="a whole number of bytes, from 1 to 2**50", ge=1, le=MAX_BYTES
+        512 * 2**20, description="a whole number of bytes, from 0 to 2**50", ge=0, le=MAX_BYTES
     )
     #: A message whose worker has not renewed its lease for this long goes to another worker.
     lease_s: int = Field(120, description="a whole number of seconds, from 3 to 315360000", ge=3, le=MAX_SECONDS)

@@ -28,7 +28,7 @@ import structlog
 
 from client.errors import JobCancelled, JobError, JobExpired, JobFailed
 from client.keys import PRIORITIES
-from client.schema import GenerateRequest, Result
+from client.schema import MAX_SCORES, GenerateRequest, Result
 from config import Settings
 from model.tokenizer import Tokenizer
 from worker.errors import EngineStopped
@@ -572,6 +572,7 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}, together {total}; "
                 f"this model reads at most {self.max_context}. Shorten the prompt or lower max_tokens",
             )
+        _check_scores(request, len(prompt))
         seed = secrets.randbits(52) if request.seed is None else request.seed
         sequences = [Sequence(request, prompt, i, seed, self.tokenizer) for i in range(request.n)]
         return Generation(job_id, request, sequences, text, seed, future, time.monotonic())
@@ -600,6 +601,18 @@ class Engine:
                     "invalid_token_id",
                     f"{name} names token id {wrong}; this model's vocabulary ends at {self.vocab_size - 1}",
                 )
+
+
+def _check_scores(request: GenerateRequest, prompt_tokens: int) -> None:
+    if request.logprobs is None:
+        return
+    tokens = request.n * (request.max_tokens + (prompt_tokens if request.echo else 0))
+    if (scores := tokens * (1 + request.logprobs)) > MAX_SCORES:
+        raise JobFailed(
+            "too_many_logprobs",
+            f"n, max_tokens and logprobs ask for {scores} log probabilities, and a result holds at most {MAX_SCORES}; "
+            "lower one of them, or submit the samples as several jobs with seeds of their own",
+        )
 
 
 def _cancelled(partial: list[str]) -> JobError:

@@ -127,6 +127,8 @@ class Service:
             if self._signing_keys and not verified(self._signing_keys, job_id, self.engine.model_name, wire):
                 raise JobFailed("bad_signature", BAD_SIGNATURE)
             request = read_wire(unsigned(wire))
+            if request.checkpoints and not self._checkpoint_max_bytes:
+                raise JobFailed("checkpoints_off", "this worker keeps no tensors: MILLRACE_CHECKPOINT_MAX_BYTES is 0")
         except JobFailed as error:
             return failed(error)
         tensors: dict[str, bytes] = {}

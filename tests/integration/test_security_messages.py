@@ -200,7 +200,30 @@ def test_a_group_that_is_too_large_is_refused(client: Client, worker: WorkerProc
 )
 def test_a_body_of_any_shape_ends_no_worker(client: Client, worker: WorkerProcess, body: bytes) -> None:
     put(client, body)
-    assert client.submit("Hello.", max_tokens=2).result(30)
+    assert client.submit("Hello.", max_tokens=2).result(15)
+    wait_until(lambda: client._redis.hlen(keys.unacked()) == 0)
+    assert worker.alive
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"task": ["millrace.generate"]},
+        {"task": None},
+        {"id": {"a": 1}},
+        {"timelimit": 7},
+        {"timelimit": ["x", "y", "z"]},
+        {"eta": "yesterday"},
+        {"eta": 1e300},
+        {"expires": [1]},
+        {"retries": "many"},
+        {"stamped_headers": 5, "stamps": 3},
+    ],
+    ids=str,
+)
+def test_headers_of_any_shape_end_no_worker(client: Client, worker: WorkerProcess, headers: dict[str, Any]) -> None:
+    put(client, arguments({"prompt": "x", "max_tokens": 1}), **headers)
+    assert client.submit("Hello.", max_tokens=2).result(15)
     wait_until(lambda: client._redis.hlen(keys.unacked()) == 0)
     assert worker.alive
 

@@ -79,7 +79,7 @@ WRONG: dict[str, str | None] = {
     "max_queue": "0",
     "result_ttl_s": "59",
     "checkpoint_ttl_s": "0",
-    "checkpoint_max_bytes": "0",
+    "checkpoint_max_bytes": "-1",
     "lease_s": "2",
     "max_attempts": "1",
     "soft_shutdown_s": "-1",

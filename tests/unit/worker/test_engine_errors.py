@@ -153,3 +153,20 @@ def test_a_prompt_whose_scores_are_nan_is_no_result(poisoned: GPT2) -> None:
     future = engine.submit(ask(tokens_of(620), max_tokens=0, echo=True, logprobs=1))
     settle(engine, future)
     assert failure(future).code == "nan_logits"
+
+
+@pytest.mark.parametrize(
+    ("request_", "scores"),
+    [
+        ({"n": 128, "max_tokens": 300, "logprobs": 20}, 128 * 300 * 21),
+        ({"n": 128, "max_tokens": 300, "logprobs": 20, "echo": True}, 128 * 310 * 21),
+        ({"n": 128, "max_tokens": 0, "logprobs": 20, "echo": True, "prompt": tokens_of(200)}, 128 * 200 * 21),
+    ],
+    ids=["new tokens", "with the prompt", "the prompt alone"],
+)
+def test_a_job_for_gigabytes_of_log_probabilities_is_refused(request_: dict[str, Any], scores: int) -> None:
+    engine = build()
+    future = engine.submit(ask(**{"prompt": tokens_of(10), **request_}))
+    assert failure(future).code == "too_many_logprobs"
+    assert f"ask for {scores} log probabilities" in str(failure(future))
+    assert idle(engine)

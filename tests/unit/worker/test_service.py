@@ -227,3 +227,21 @@ def test_the_tensors_of_a_job_are_kept_if_it_succeeds_and_gone_from_memory_in_an
     gc.collect()
     assert store.dumps == ({} if fails else {"a": {"q": b"1"}})
     assert len(running._dumps) == 0
+
+
+def test_a_worker_that_keeps_no_tensors_says_so_before_it_computes_any() -> None:
+    future = service(MemoryStore(), limit=0).submit("a", {"prompt": "x", "checkpoints": [8]})
+    with pytest.raises(JobFailed, match="MILLRACE_CHECKPOINT_MAX_BYTES is 0") as caught:
+        future.result(0)
+    assert caught.value.code == "checkpoints_off"
+
+
+def test_what_is_not_signed_never_reaches_the_engine() -> None:
+    class Engine:
+        model_name = "demo"
+
+    keyed = Service(Engine(), MemoryStore(), checkpoint_max_bytes=10, signing_keys=(b"k" * 32,))  # type: ignore[arg-type]
+    for wire in (None, [], {"prompt": "x"}, {"prompt": "x", "signature": "0" * 64}):
+        with pytest.raises(JobFailed) as caught:
+            keyed.submit("a", wire).result(0)
+        assert caught.value.code == "bad_signature"
