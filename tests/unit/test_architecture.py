@@ -62,5 +62,8 @@ UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "numpy.lo
 def test_no_pickle_no_yaml_and_no_eval(package: str) -> None:
     for path in (ROOT / package).rglob("*.py"):
         assert not imports(path) & UNSAFE, path
-        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
-        assert not calls & UNSAFE_CALLS, path
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        for call in calls:
+            told = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            harmless = told.get("allow_pickle") == "False"  # a user's own reference file of numpy's
+            assert harmless or ast.unparse(call.func) not in UNSAFE_CALLS, f"{path}:{call.lineno}"
