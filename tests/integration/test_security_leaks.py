@@ -93,7 +93,8 @@ def everything_that_can_happen(place: str, errors: io.StringIO) -> None:
         for job in cancelled:
             job.cancel()
             ended(job, errors)
-        running = [client.submit(PROMPT, **LONG), *client.submit_many([PROMPT] * 2, **LONG)]
+        middling = {**LONG, "max_tokens": 200}
+        running = [client.submit(PROMPT, **middling), *client.submit_many([PROMPT] * 2, **middling)]
         wait_until(lambda: running[0].status() == "running")
         connection = connect(place)
         connection.config_set("maxmemory", "1")
