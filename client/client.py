@@ -120,7 +120,8 @@ class Client:
         Raises:
             InvalidRequest: a parameter is wrong; nothing was queued.
             QueueFull: the queue takes no more; nothing was queued.
-            RedisUnreachable: Redis does not answer; nothing was accepted.
+            RedisUnreachable: Redis does not answer; nothing was accepted, so far as is known.
+            RedisRefused: Redis answers with an error; nothing was accepted.
         """
         return self._queue([self._prepare({"prompt": prompt, "id": id, **params})])[0]
 
@@ -133,7 +134,8 @@ class Client:
         Raises:
             InvalidRequest: one is wrong, `requests[3].top_p` say, or there are none; nothing was queued.
             QueueFull: the queue does not take that many; nothing was queued.
-            RedisUnreachable: Redis does not answer; `accepted` holds the jobs that were queued before.
+            RedisUnreachable, RedisRefused: Redis does not answer, or with an error; `accepted` holds the jobs that were
+                queued before, by their place in `requests`.
         """
         if isinstance(requests, (str, Mapping)) or not isinstance(requests, Iterable):
             raise InvalidRequest("requests", f"a {type(requests).__name__}", "a list of prompts; use submit for one")
@@ -226,8 +228,8 @@ class Client:
                         for group in _groups(new.values()):
                             self._publish(group, producer)
                             accepted |= {draft.id for draft in group}
-        except RedisUnreachable as error:
-            error.accepted = [Job(draft.id, self) for draft in drafts if draft.id in accepted]
+        except (RedisUnreachable, RedisRefused) as error:
+            error.accepted = {i: Job(draft.id, self) for i, draft in enumerate(drafts) if draft.id in accepted}
             raise
         return [Job(draft.id, self) for draft in drafts]
 
@@ -294,19 +296,22 @@ class Client:
             ignore_result=not alone,
             producer=producer,
         )
-        if named := [draft.id for draft in group if draft.digest]:
-            pipe = self._redis.pipeline(transaction=False)
-            for job_id in named:
-                pipe.hset(keys.job(job_id), "published", "1")
-            pipe.execute()
-        self._hint(first.model)
+        self._announce(group)
 
-    def _hint(self, model: str) -> None:
-        """Wake a worker that waits; it would find the message by itself a little later."""
+    def _announce(self, group: list[_Draft]) -> None:
+        """Note that a message was sent, and wake a worker that waits.
+
+        Neither has to succeed: an id that is submitted again is then sent again, to the same single result, and a
+        worker finds the message by itself a little later.
+        """
         pipe = self._redis.pipeline(transaction=False)
-        pipe.lpush(keys.hint(model), "1")
-        pipe.ltrim(keys.hint(model), 0, keys.HINTS - 1)
-        pipe.expire(keys.hint(model), keys.HINT_TTL_S)
+        for draft in group:
+            if draft.digest:
+                pipe.hset(keys.job(draft.id), "published", "1")
+        hint = keys.hint(group[0].model)
+        pipe.lpush(hint, "1")
+        pipe.ltrim(hint, 0, keys.HINTS - 1)
+        pipe.expire(hint, keys.HINT_TTL_S)
         with contextlib.suppress(redis.RedisError):
             pipe.execute()
 
@@ -436,6 +441,8 @@ class Client:
         except (redis.ConnectionError, redis.TimeoutError, OperationalError, ConnectionError) as error:
             if isinstance(error, RedisUnreachable):
                 raise
+            if isinstance(error.__cause__, redis.ResponseError):  # kombu's, of a message that was refused
+                raise RedisRefused(redact_url(self.url), str(error)) from error
             raise RedisUnreachable(redact_url(self.url), str(error) or type(error).__name__) from error
         except redis.RedisError as error:
             raise RedisRefused(redact_url(self.url), str(error)) from error

@@ -55,19 +55,30 @@ class QueueFull(MillraceError):
         )
 
 
-class RedisUnreachable(MillraceError, ConnectionError):
-    """Raised when Redis cannot be reached; the URL in the message carries no password."""
+class _RedisFailed(MillraceError):
+    """What the errors of Redis share. The URL in their messages carries no password.
 
-    def __init__(self, url: str, reason: str, accepted: list[Any] | None = None) -> None:
+    Attributes:
+        accepted: what `submit_many` had queued before, as a `client.Job` by its place in the requests; these jobs go
+            on. Messages go by model and priority, so they need not be the first. One message more, of at most 16 jobs,
+            may have been queued if Redis fell silent after it had it; repeat such a call with ids of your own.
+    """
+
+    def __init__(self, url: str, reason: str) -> None:
         super().__init__(url, reason)
         self.url, self.reason = url, reason
-        #: The jobs that `submit_many` had queued before Redis went away; they go on.
-        self.accepted = accepted or []
+        self.accepted: dict[int, Any] = {}
+
+    def _with_accepted(self, text: str) -> str:
+        return f"{text}. {len(self.accepted)} jobs were queued before, see .accepted" if self.accepted else text
+
+
+class RedisUnreachable(_RedisFailed, ConnectionError):
+    """Raised when Redis cannot be reached."""
 
     def __str__(self) -> str:
         advice = connection_advice(self.reason) or "start it, or set MILLRACE_REDIS_URL"
-        text = f"Redis at {self.url} cannot be reached ({self.reason}); {advice}"
-        return f"{text}. {len(self.accepted)} jobs were queued before, see .accepted" if self.accepted else text
+        return self._with_accepted(f"Redis at {self.url} cannot be reached ({self.reason}); {advice}")
 
 
 #: What a connection's error says -> what to do about it, for errors that waiting does not mend.
@@ -87,15 +98,12 @@ def connection_advice(reason: str) -> str | None:
     return next((advice for sign, advice in _ADVICE.items() if sign in reason.lower()), None)
 
 
-class RedisRefused(MillraceError):
+class RedisRefused(_RedisFailed):
     """Raised when Redis answers with an error: it is out of memory, read-only, or the user has no right."""
 
-    def __init__(self, url: str, reason: str) -> None:
-        super().__init__(url, reason)
-        self.url, self.reason = url, reason
-
     def __str__(self) -> str:
-        return f"Redis at {self.url} refuses ({self.reason}); see its memory limit, its disk, and the user's rights"
+        advice = "see its memory limit, its disk, and the user's rights"
+        return self._with_accepted(f"Redis at {self.url} refuses ({self.reason}); {advice}")
 
 
 class UnknownJob(MillraceError, KeyError):

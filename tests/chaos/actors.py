@@ -25,7 +25,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from client import Client, Job, JobError, MillraceError, RedisUnreachable, Result, keys
+from client import Client, Job, JobError, MillraceError, RedisRefused, RedisUnreachable, Result, keys
 from client.records import Outcome, outcome_state, parse_outcome
 from client.transport import connect
 from config import Settings
@@ -292,22 +292,21 @@ class Submitter:
         while left and not self._stop.is_set():
             began = time.time()
             try:
-                accepted = self._call(left)
+                accepted = dict(enumerate(self._call(left)))
             except MillraceError as error:
                 self.refusals[type(error).__name__] += 1
-                # Without an id of its own a job cannot be told from its first try: only those listed were accepted.
-                listed = error.accepted if isinstance(error, RedisUnreachable) and not left[0].own_id else []
-                accepted = list(zip(left, listed, strict=False))
+                # With ids of their own all are submitted again, as a caller would who knows nothing.
+                failed = isinstance(error, (RedisRefused, RedisUnreachable))
+                accepted = error.accepted if failed and not left[0].own_id else {}
                 self._stop.wait(RETRY_S)
             calls.append((began, time.time()))
-            for draft, job in accepted:
-                self._note(draft, job, list(calls))
-            left = left[len(accepted) :]
+            for place, job in accepted.items():
+                self._note(left[place], job, list(calls))
+            left = [draft for place, draft in enumerate(left) if place not in accepted]
 
-    def _call(self, drafts: list[Draft]) -> list[tuple[Draft, Job]]:
+    def _call(self, drafts: list[Draft]) -> list[Job]:
         fields = [draft.fields(self._catalogue) for draft in drafts]
-        jobs = [self._client.submit(**fields[0])] if len(fields) == 1 else self._client.submit_many(fields)
-        return list(zip(drafts, jobs, strict=True))
+        return [self._client.submit(**fields[0])] if len(fields) == 1 else self._client.submit_many(fields)
 
     def _note(self, draft: Draft, job: Job, calls: list[tuple[float, float]]) -> None:
         expected = None if draft.request is None else self.expected[draft.request]

@@ -251,7 +251,26 @@ def test_jobs_queued_before_redis_went_away_are_in_the_error() -> None:
         client._publish = publish_two  # type: ignore[method-assign]
         with pytest.raises(RedisUnreachable, match=f"{2 * GROUP_JOBS} jobs were queued before") as caught:
             client.submit_many(["a"] * 4 * GROUP_JOBS)
-        assert [job.id for job in caught.value.accepted] == [draft.id for group in sent[:2] for draft in group]
+        accepted = [draft.id for group in sent[:2] for draft in group]
+        assert [(i, job.id) for i, job in caught.value.accepted.items()] == list(enumerate(accepted))
+
+
+def test_jobs_queued_before_redis_was_full_are_in_the_error_each_at_its_place() -> None:
+    with EmbeddedRedis.ephemeral() as server, Client(redis_url=server.url) as client:
+        publish, sent = client._publish, []
+
+        def publish_one(group: list[object], producer: object) -> None:
+            if sent:
+                connect(server.url).config_set("maxmemory", "1")
+            publish(group, producer)  # type: ignore[arg-type]
+            sent.append(group)
+
+        client._publish = publish_one  # type: ignore[method-assign]
+        with pytest.raises(RedisRefused, match=r"memory.* 2 jobs were queued before") as caught:
+            client.submit_many([{"prompt": "a", "priority": p} for p in ("normal", "bulk", "normal")])
+        assert [(i, job.id) for i, job in caught.value.accepted.items()] == list(
+            zip((0, 2), (d.id for d in sent[0]), strict=True)
+        )
 
 
 def test_urls_for_redis_py_and_kombu_mean_the_same_place() -> None:
