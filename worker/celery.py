@@ -59,6 +59,7 @@ def worker_settings(settings: Settings) -> dict[str, Any]:
         "task_track_started": False,  # the job record says so
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
+        "broker_channel_error_retry": True,  # a Redis that is full, say, is as good as one that is away
         "result_backend_transport_options": {
             "global_keyprefix": keys.PREFIX,
             "visibility_timeout": settings.lease_s,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
+import redis
 import structlog
 from celery.exceptions import InvalidTaskError
 from celery.worker import state
@@ -22,6 +24,8 @@ log = structlog.get_logger("millrace.worker")
 
 #: Pause before acknowledgements are sent again that Redis did not take.
 ACK_RETRY_S = 1.0
+#: Pause before it connects again to a Redis that answers and refuses.
+REFUSED_PAUSE_S = 1.0
 
 
 class JobRequest(Request):
@@ -94,7 +98,8 @@ class SafeConsumer(Consumer):
     def connection_for_read(self, *args: Any, **kwargs: Any) -> Any:
         """Called by Celery for the connection that messages come by."""
         connection = self.app.connection_for_read(*args, **kwargs)
-        connection.transport_cls = transport_that_takes(connection.get_transport_cls(), self._refuse)
+        own = transport_that_takes(connection.get_transport_cls(), self._refuse)
+        connection.get_transport_cls = lambda: own  # `transport_cls` itself is shown by remote control, as JSON
         return self.ensure_connected(connection)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
@@ -118,11 +123,7 @@ class SafeConsumer(Consumer):
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
         """Its body cannot be read."""
-        self._refuse_read(message, f"its body cannot be read ({type(exc).__name__})")
-
-    def on_unknown_message(self, body: Any, message: Any) -> None:  # noqa: ARG002
-        """It names no task."""
-        self._refuse_read(message, "it names no task")
+        self._refuse_read(message, f"it cannot be read ({type(exc).__name__})")
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:  # noqa: ARG002
         """It names a task that this worker does not have."""
@@ -164,12 +165,18 @@ class SafeConsumer(Consumer):
         has_credit = qos.can_consume
         qos.can_consume = lambda: self.pool.has_room() and has_credit()
 
+    def on_connection_error_before_connected(self, exc: BaseException) -> None:
+        """Called by Celery before it tries to connect again."""
+        _pause_if_refused(exc)
+        super().on_connection_error_before_connected(exc)
+
     def on_connection_error_after_connected(self, exc: BaseException) -> None:
         """Called by Celery before it reconnects."""
         for channel in self._channels():
             qos = getattr(channel, "_qos", None)
             if qos is not None:
                 qos.restore_at_shutdown = False
+        _pause_if_refused(exc)
         super().on_connection_error_after_connected(exc)
 
     def _channels(self) -> set[Any]:
@@ -192,6 +199,13 @@ class SafeConsumer(Consumer):
                 self.timer.call_after(ACK_RETRY_S, self._settle_all)
                 return
             self._unsettled.pop(tag, None)
+
+
+def _pause_if_refused(error: BaseException) -> None:
+    """Celery waits for a Redis that is away, and not for one that answers and refuses."""
+    if isinstance(error, redis.ResponseError):
+        log.warning("redis.refused", error=str(error))
+        time.sleep(REFUSED_PAUSE_S)
 
 
 def _named_jobs(message: Any) -> list[str]:

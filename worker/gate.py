@@ -33,7 +33,7 @@ def reason_to_refuse(message: Any, *, signed_only: bool) -> str | None:
     try:
         payload = message.payload
     except Exception as error:
-        return f"it cannot be read: {type(error).__name__}"
+        return f"it cannot be read ({type(error).__name__})"
     task, task_id = message.headers.get("task"), message.headers.get("id")
     if not isinstance(task, str) or not _is_call(payload):
         return "it is no task in Celery's protocol 2"
