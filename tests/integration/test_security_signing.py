@@ -151,36 +151,6 @@ def test_celerys_own_tasks_are_refused(
     wait_until(lambda: connect(server.url).hlen(keys.unacked()) == 0)
 
 
-def test_a_worker_without_a_key_computes_signed_jobs_too(server: EmbeddedRedis, tmp_path: Any) -> None:
-    """So that clients can be given the key before the workers."""
-    with (
-        EmbeddedRedis.ephemeral() as own,
-        WorkerProcess(tmp_path / "worker.log", MILLRACE_REDIS_URL=own.url) as process,
-        client_of(own, NEW) as client,
-    ):
-        process.wait_ready()
-        jobs = [client.submit(**REQUEST), *client.submit_many([REQUEST] * 2)]
-        assert [job.result(60).text for job in jobs] == [TEXT] * 3
-
-
-def test_celerys_own_pools_check_signatures_too(tmp_path: Any) -> None:
-    with (
-        EmbeddedRedis.ephemeral() as own,
-        WorkerProcess(
-            tmp_path / "worker.log", "-P", "solo", MILLRACE_REDIS_URL=own.url, MILLRACE_SIGNING_KEY=NEW
-        ) as process,
-        client_of(own, NEW) as client,
-        client_of(own, None) as stranger,
-    ):
-        process.wait_ready()
-        good = [client.submit(**REQUEST), *client.submit_many([REQUEST] * 2)]
-        bad = [stranger.submit(**REQUEST), *stranger.submit_many([REQUEST] * 2)]
-        assert [job.result(60).text for job in good] == [TEXT] * 3
-        for job in bad:
-            with pytest.raises(JobFailed, match="signature"):
-                job.result(60)
-
-
 def test_without_a_key_the_message_is_as_it_always_was(server: EmbeddedRedis) -> None:
     with EmbeddedRedis.ephemeral() as own, client_of(own, None) as client:
         client.submit("Hello.", id="plain", max_tokens=3, seed=1)

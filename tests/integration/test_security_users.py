@@ -18,6 +18,7 @@ from tests.integration.processes import WorkerProcess, wait_until
 from tests.integration.servers import redis_on_a_port
 
 ROOT = Path(__file__).parents[2]
+QUEUE = keys.queue_lists("demo")[1]
 ACL = ROOT / "config" / "redis-users.acl"
 #: How SECURITY.md says to put passwords in: the first shell block that names the file.
 RECIPE = re.search(r"```sh\n(.*?redis-users\.acl.*?)```", (ROOT / "SECURITY.md").read_text(), re.DOTALL)
@@ -56,7 +57,17 @@ def url(port: int, passwords: dict[str, str]) -> Url:
 
 
 @pytest.fixture(scope="module")
-def worker(url: Url, directory: Path) -> Iterator[WorkerProcess]:
+def lost(url: Url) -> str:
+    """A job whose message a worker had that is no more."""
+    with Client(redis_url=url("client")) as client, connect(url("admin")) as admin:
+        job = client.submit("Hello.", max_tokens=5)
+        admin.hset(keys.unacked(), "lost", f'[{admin.rpop(QUEUE)}, "", "millrace.demo"]')
+        admin.zadd(keys.unacked_index(), {"lost": 1})
+        return job.id
+
+
+@pytest.fixture(scope="module")
+def worker(url: Url, directory: Path, lost: str) -> Iterator[WorkerProcess]:
     environment = {"MILLRACE_REDIS_URL": url("worker"), "MILLRACE_SLOTS": "2", "MILLRACE_LEASE_S": "3"}
     with WorkerProcess(directory / "worker.log", **environment) as process:
         process.wait_ready()
@@ -84,7 +95,7 @@ def test_as_it_is_shipped_no_server_takes_it(tmp_path: Path) -> None:
 
 
 def test_client_and_worker_do_all_they_do_with_the_rights_they_have(
-    client: Client, worker: WorkerProcess, url: Url, directory: Path
+    client: Client, worker: WorkerProcess, url: Url, lost: str
 ) -> None:
     assert client.submit("Hello.", max_tokens=5, temperature=0).result(60).text == '\n\n"I am'
     named = client.submit("Hello.", id="users:named", max_tokens=5, temperature=0, checkpoints="all")
@@ -96,14 +107,9 @@ def test_client_and_worker_do_all_they_do_with_the_rights_they_have(
     assert status.serves("demo")
     assert status.queues[0].bulk <= 2, "twenty jobs are two messages, and who may not look inside counts messages"
     assert {job.status() for job in client.as_completed(jobs, 60)} == {"succeeded", "cancelled"}
-    # Leases, the sweep for lost messages, and the return of jobs: a worker is killed, and one is told to stop.
-    with WorkerProcess(directory / "other.log", "-n", "other@%h", **_environment(worker)) as other:
-        other.wait_ready()
-        jobs = client.submit_many(["Hello."] * 4, max_tokens=300, ignore_eos=True)
-        jobs += [client.submit("Hello.", max_tokens=300, ignore_eos=True) for _ in range(4)]
-        wait_until(lambda: other.events("message.accepted"))
-        other.kill()
-    assert {job.result(90).usage.completion_tokens for job in jobs} == {300}
+    assert client.job(lost).result(60)
+    client._app.send_task("millrace.unheard", task_id="users:unheard")
+    wait_until(lambda: client._redis.exists(keys.result("users:unheard")))
     ignored = {(user, "client") for user in ("client", "worker")}  # redis-py says its name; it goes on without
     counted = {
         ("client", command) for command in ("lrange", "hlen", "hrandfield")
@@ -112,11 +118,6 @@ def test_client_and_worker_do_all_they_do_with_the_rights_they_have(
     assert "NoPermission" not in worker.text()
 
 
-def _environment(worker: WorkerProcess) -> dict[str, str]:
-    return {name: value for name, value in worker.environment.items() if name.startswith("MILLRACE_")}
-
-
-QUEUE = keys.queue_lists("demo")[1]
 SERVER = (
     ["FLUSHALL"],
     ["FLUSHDB"],

@@ -14,7 +14,8 @@ import redis
 from celery.exceptions import TaskRevokedError
 
 from client.errors import JobFailed
-from client.schema import Result, Timings, Usage, parse_request
+from client.schema import GenerateRequest, Result, Timings, Usage, parse_request
+from client.signing import sign
 from config import load_settings
 from worker.celery import make_app
 from worker.errors import EngineStopped
@@ -240,8 +241,19 @@ def test_what_is_not_signed_never_reaches_the_engine() -> None:
     class Engine:
         model_name = "demo"
 
-    keyed = Service(Engine(), MemoryStore(), checkpoint_max_bytes=10, signing_keys=(b"k" * 32,))  # type: ignore[arg-type]
+        def submit(self, request: GenerateRequest, **_: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_result(request.prompt)
+            return future
+
+    key = b"k" * 32
+    keyed, plain = (
+        Service(Engine(), MemoryStore(), checkpoint_max_bytes=10, signing_keys=own)  # type: ignore[arg-type]
+        for own in ((key,), ())
+    )
     for wire in (None, [], {"prompt": "x"}, {"prompt": "x", "signature": "0" * 64}):
         with pytest.raises(JobFailed) as caught:
             keyed.submit("a", wire).result(0)
         assert caught.value.code == "bad_signature"
+    for service in (keyed, plain):  # clients have a key before workers do
+        assert service.submit("a", sign(key, "a", "demo", {"prompt": "x"})).result(0) == "x"
