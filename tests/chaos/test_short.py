@@ -10,6 +10,7 @@ FAULTS = (
     Action(0.3, "stop_worker", worker=1, seconds=3.6),
     Action(0.8, "cut", salt=2),
     Action(1.5, "cancel", salt=1),
+    Action(1.8, "fill_redis", seconds=1.5),
     Action(4.2, "kill_worker", worker=0, seconds=0.0),
     Action(5.0, "kill_redis", seconds=0.5),
 )
