@@ -101,7 +101,7 @@ def test_client_and_worker_do_all_they_do_with_the_rights_they_have(
     named = client.submit("Hello.", id="users:named", max_tokens=5, temperature=0, checkpoints="all")
     assert named.result(60).text == '\n\n"I am'
     assert "logits" in named.checkpoints()
-    jobs = client.submit_many(["Hello."] * 20, max_tokens=300, ignore_eos=True, priority="bulk")
+    jobs = client.submit_many(["Hello."] * 20, max_tokens=100, ignore_eos=True, priority="bulk")
     assert jobs[-1].cancel()
     status = client.status()
     assert status.serves("demo")

@@ -125,18 +125,6 @@ def test_sigquit_ends_at_once_and_returns_everything(server: EmbeddedRedis, own_
     assert own_client.status().queues[0].normal == 8
 
 
-def test_a_killed_workers_jobs_go_to_the_next_one(server: EmbeddedRedis, own_client: Client, tmp_path: Path) -> None:
-    with worker_on(server, tmp_path) as worker:
-        worker.wait_ready()
-        jobs = own_client.submit_many(["Hello."] * 8, seed=7, max_tokens=300, ignore_eos=True)
-        wait_until(lambda: any(job.status() == "running" for job in jobs))
-        worker.kill()
-    with worker_on(server, tmp_path):
-        texts = {job.result(90).text for job in jobs}
-    assert len(texts) == 1, "the same seed gives the same text, however often it is computed"
-    wait_until(lambda: unacked(server) == 0)
-
-
 @pytest.mark.parametrize("window", ["open", "full"])
 def test_the_worker_outlives_a_redis_that_is_killed_and_restarted(
     server: EmbeddedRedis, own_client: Client, tmp_path: Path, window: str
