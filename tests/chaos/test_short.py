@@ -17,7 +17,7 @@ FAULTS = (
 
 
 def test_every_job_ends_once_and_rightly_whatever_happens_to_its_worker_and_to_redis() -> None:
-    ledger = balance(run(Plan(seed=1, jobs=80, span_s=6, requests=60, slots=4, lease_s=3, actions=FAULTS)))
+    ledger = balance(run(Plan(seed=1, jobs=80, span_s=6, requests=40, slots=4, lease_s=3, actions=FAULTS)))
     assert not ledger.wrong, table(ledger)
     assert ledger.submitted == 80
     assert ledger.ends["succeeded"] > 40
