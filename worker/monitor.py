@@ -54,7 +54,7 @@ class Monitor:
     def start(self) -> None:
         """Begin."""
         self._thread.start()
-        threading.Thread(target=self._watch, name="millrace-watch", daemon=True).start()
+        threading.Thread(target=self._watch_shutdown, name="millrace-watch", daemon=True).start()
 
     def stop(self) -> None:
         """End, and take the worker's record away."""
@@ -69,7 +69,7 @@ class Monitor:
         """A job got a slot; its record says so at the next tick. Called from the engine's thread."""
         self._started.append(job_id)
 
-    def _watch(self) -> None:
+    def _watch_shutdown(self) -> None:
         """End the process if it is to stop and Redis is silent for as long as a shutdown may take.
 
         Nothing can be handed back then. What was not stored is computed again where the leases run out.
@@ -111,7 +111,7 @@ class Monitor:
         if jobs:
             for job_id in self._store.cancelled(jobs).union(self._pool.revoked_jobs()):
                 self._pool.cancel(job_id)
-        self._watch()
+        self._look_at_engine()
         if deliveries and now >= self._renew_at and not self._stalled:
             self._store.renew([delivery.tag for delivery in deliveries if delivery.tag is not None])
             self._renew_at = now + self._settings.lease_s / 4
@@ -120,7 +120,7 @@ class Monitor:
             self._beat_at = now + BEAT_S
         return bool(jobs) or beat
 
-    def _watch(self) -> None:
+    def _look_at_engine(self) -> None:
         """See whether the engine comes on. While it does not, no lease is renewed: others do the jobs."""
         age_s = self._engine.stats().step_age_s
         stalled = age_s > self._settings.stall_s

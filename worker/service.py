@@ -195,19 +195,22 @@ def read_wire(wire: Any) -> GenerateRequest:
 def read_group(group: Any) -> dict[str, Any]:
     """The jobs of a message for `client.schema.GROUP_TASK_NAME`, which anybody may have written: request by id.
 
-    A member that names no job cannot fail either: nobody could ask for it. It is logged and left out, as are
-    repetitions of an id. What the requests are worth, `read_wire` says.
+    A member that names no job cannot fail either: nobody could ask for it. Such are left out, as are repetitions of an
+    id; one line in the log says how many. What the requests are worth, `read_wire` says.
     """
     jobs: dict[str, Any] = {}
     members = group if isinstance(group, (list, tuple)) else [group]
+    nameless = repeated = 0
     for member in members:
         job_id = member.get("id") if isinstance(member, dict) else None
         if not is_job_id(job_id):
-            log.error("job.refused", reason="a member of the message names no job", kind=type(member).__name__)
+            nameless += 1
         elif job_id in jobs:
-            log.error("job.refused", reason="the message names this job twice", job_id=job_id)
+            repeated += 1
         else:
             jobs[job_id] = member.get("request")
+    if nameless or repeated:
+        log.error("job.refused", reason="members of a message name no job, or one again", none=nameless, again=repeated)
     return jobs
 
 
