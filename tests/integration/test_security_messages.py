@@ -214,12 +214,12 @@ def test_headers_of_any_shape_end_no_worker(client: Client, worker: WorkerProces
 
 def test_the_largest_request_there_can_be_fits(client: Client) -> None:
     """What the client accepts no worker may refuse for its size."""
-    from client.schema import MAX_PROMPT_BYTES, MAX_PROMPT_TOKENS, MAX_STOP_BYTES
+    from client.schema import MAX_BIASES, MAX_PROMPT_BYTES, MAX_PROMPT_TOKENS, MAX_STOP_BYTES, TOKEN_IDS
 
     more = {
         "stop": ["\x01" * MAX_STOP_BYTES] * 16,
-        "logit_bias": {2**31 + i: -99.99999999999999 for i in range(1024)},
-        "stop_token_ids": [2**62] * 64,
+        "logit_bias": {TOKEN_IDS - 1 - i: -99.99999999999999 for i in range(MAX_BIASES)},
+        "stop_token_ids": [TOKEN_IDS - 1] * 64,
         "id": "x" * 128,
     }
     for prompt in ("\x01" * MAX_PROMPT_BYTES, [2**31 - 1] * MAX_PROMPT_TOKENS):
