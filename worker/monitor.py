@@ -42,7 +42,7 @@ class Monitor:
         self._pool, self._engine, self._store, self._settings = pool, engine, store, settings
         self.name = f"{socket.gethostname()}-{os.getpid()}"
         self._started: deque[str] = deque()
-        self._stop = threading.Event()
+        self._stop, self._over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, name="millrace-monitor", daemon=True)
         self._began_at = time.time()
         self._renew_at = self._beat_at = 0.0
@@ -64,19 +64,21 @@ class Monitor:
             self._store.withdraw(self.name)
         except redis.RedisError as error:
             log.warning("redis.unanswered", error=str(error))  # the record has a short life of its own
+        self._over.set()
 
     def note_started(self, job_id: str) -> None:
         """A job got a slot; its record says so at the next tick. Called from the engine's thread."""
         self._started.append(job_id)
 
     def _watch_shutdown(self) -> None:
-        """End the process if it is to stop and Redis is silent for as long as a shutdown may take.
+        """Until `stop` is over: end the process if it is to stop and Redis is silent for as long as that may take.
 
         Nothing can be handed back then. What was not stored is computed again where the leases run out.
         """
         asked_at = None
         while asked_at is None or time.monotonic() - max(asked_at, self._answered_at) < self._patience_s:
-            time.sleep(TICK_S)
+            if self._over.wait(TICK_S):
+                return
             if asked_at is None and stopping():
                 asked_at = time.monotonic()
         log.error("worker.abandoned", reason="Redis does not answer", jobs=len(self._pool.open_jobs()))
