@@ -29,7 +29,7 @@ test: $(VENV)/dev ## run the whole test suite
 properties: $(VENV)/dev ## run the property tests with 500 examples each
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest tests/checkpoints/test_properties.py --timeout 3600
 
-fuzz: $(VENV)/dev ## fuzz everything that comes from outside with 100,000 cases; a quarter of an hour
+fuzz: $(VENV)/dev ## fuzz everything that comes from outside with more than 100,000 cases
 	$(BIN)/python -m tests.fuzz
 
 chaos: $(VENV)/dev ## kill, stop, cut off and fill up workers and Redis for three minutes; CHAOS="--seed 2 --minutes 30"

@@ -13,7 +13,6 @@ No torch is imported before `on_start`: Celery imports this module to read its c
 
 from __future__ import annotations
 
-import functools
 import itertools
 import queue
 import signal
@@ -411,10 +410,13 @@ class EnginePool(BasePool):
             delivery = self._by_job.get(job_id)
         return job_id in state.revoked or (delivery is not None and delivery.verdict is not None)
 
+    def _count_attempts(self, job_ids: list[str]) -> bool:
+        return self._ask(lambda store: store.attempt(job_ids)) is not None
+
     def _let_in(self) -> None:
         """Give the engine the jobs whose turn it is. Their attempt is counted before: they may end this process."""
         while candidates := self._probation.admit():
-            if self._ask(functools.partial(_count_attempt, [candidate.job_id for candidate in candidates])) is None:
+            if not self._count_attempts([candidate.job_id for candidate in candidates]):
                 return
             for candidate in candidates:
                 if candidate.attempts:
@@ -641,7 +643,3 @@ class EnginePool(BasePool):
         if self._service is None:
             raise RuntimeError("the pool has not been started")
         return self._service
-
-
-def _count_attempt(job_ids: list[str], store: Store) -> list[int]:
-    return store.attempt(job_ids)

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from celery import Celery
 
 from client import Client
 from config import Settings, load_settings
 from tests.integration.processes import WorkerProcess
+from worker.celery import make_app
+from worker.embedded import EmbeddedRedis
 
 Reference = Callable[[list[int], int], list[int]]
 
@@ -32,6 +35,21 @@ def worker(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def client(settings: Settings) -> Iterator[Client]:
     with Client(settings=settings) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedRedis]:
+    """A Redis for the tests of one file, which may fill it, stop it or leave things in it."""
+    with EmbeddedRedis.ephemeral() as own:
+        yield own
+
+
+@pytest.fixture
+def app(server: EmbeddedRedis) -> Iterator[Celery]:
+    """A Celery that can write any message for that file's workers."""
+    made = make_app(load_settings(redis_url=server.url))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

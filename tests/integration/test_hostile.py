@@ -17,18 +17,10 @@ from celery import Celery
 
 from client import Client, JobFailed, keys
 from client.transport import connect
-from config import load_settings
 from tests.integration.processes import WorkerProcess, wait_until
-from worker.celery import make_app
 from worker.embedded import EmbeddedRedis
 
 MILLRACE = [sys.executable, "-m", "worker.cli"]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis.ephemeral() as own:
-        yield own
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +35,6 @@ def worker(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> I
 def client(server: EmbeddedRedis, worker: WorkerProcess) -> Iterator[Client]:
     with Client(redis_url=server.url) as made:
         yield made
-
-
-@pytest.fixture
-def app(server: EmbeddedRedis) -> Iterator[Celery]:
-    made = make_app(load_settings(redis_url=server.url))
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize(

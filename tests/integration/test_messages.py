@@ -26,12 +26,6 @@ NORMAL = keys.queue_lists("demo")[1]
 KILL = "import os, worker.broker\nworker.broker.Channel.{} = lambda *_: os.kill(os.getpid(), 9)"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis.ephemeral() as own:
-        yield own
-
-
 @pytest.fixture
 def connection(server: EmbeddedRedis) -> Iterator[redis.Redis]:
     made = connect(server.url)

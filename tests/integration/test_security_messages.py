@@ -17,9 +17,7 @@ from celery import Celery
 
 from client import Client, keys
 from client.transport import connect
-from config import load_settings
 from tests.integration.processes import WorkerProcess, wait_until
-from worker.celery import make_app
 from worker.embedded import EmbeddedRedis
 from worker.gate import MAX_GROUP_JOBS, MAX_MESSAGE_BYTES
 
@@ -44,12 +42,6 @@ class Touch:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis.ephemeral() as own:
-        yield own
-
-
-@pytest.fixture(scope="module")
 def worker(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
     log = tmp_path_factory.mktemp("messages") / "worker.log"
     environment = {"MILLRACE_REDIS_URL": server.url, "MILLRACE_SLOTS": "2", "MILLRACE_LOG_LEVEL": "debug"}
@@ -62,13 +54,6 @@ def worker(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> I
 def client(server: EmbeddedRedis, worker: WorkerProcess) -> Iterator[Client]:
     with Client(redis_url=server.url) as made:
         yield made
-
-
-@pytest.fixture
-def app(server: EmbeddedRedis) -> Iterator[Celery]:
-    made = make_app(load_settings(redis_url=server.url))
-    yield made
-    made.close()
 
 
 def put(client: Client, body: bytes, content_type: str = "application/json", **headers: Any) -> None:

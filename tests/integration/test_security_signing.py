@@ -15,18 +15,11 @@ from client.signing import sign
 from client.transport import connect
 from config import load_settings
 from tests.integration.processes import WorkerProcess, wait_until
-from worker.celery import make_app
 from worker.embedded import EmbeddedRedis
 
 NEW, OLD, FOREIGN = "new-key-" * 4, "old-key-" * 4, "else-key" * 4
 REQUEST = {"prompt": "Hello.", "max_tokens": 5, "temperature": 0}
 TEXT = '\n\n"I am'
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis.ephemeral() as own:
-        yield own
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +29,6 @@ def worker(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> I
     with WorkerProcess(log, **environment) as process:
         process.wait_ready()
         yield process
-
-
-@pytest.fixture
-def app(server: EmbeddedRedis) -> Iterator[Celery]:
-    made = make_app(load_settings(redis_url=server.url))
-    yield made
-    made.close()
 
 
 def client_of(server: EmbeddedRedis, key: str | None) -> Client:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,6 @@ import model.native
 from model.kernels import DecodeKernel, Rows, decode_kernel
 
 POSITIONS = 96
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def kernel(width: int, dtype: torch.dtype) -> DecodeKernel:

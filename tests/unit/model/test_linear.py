@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -13,13 +11,6 @@ import model.linear
 from model.linear import Linear, Packed, Plain, RowRange, matmul_rows, measure_rows, packing_works
 
 COUNTS = [*range(1, 41), 63, 64, 65, *range(120, 137), 191, 192, 193, 255, 256, 257, 258, 300, 511, 512, 513, 700]
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

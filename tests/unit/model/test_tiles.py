@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,13 +16,6 @@ from model.linear import Linear, Packed, packing_works
 from model.tiles import Tiled, tiles_work
 
 needs_unit = pytest.mark.skipif(not tiles_work("cpu", torch.bfloat16), reason="this CPU has no AMX, or no numba")
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
