@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.native import LIBERTIES, Team, cast, exponential, prefetch, round_to_bfloat16, team, team_functions
+from model import machine_code
+from model.machine_code import Kernel
+from model.native import LIBERTIES, cast, exponential, prefetch, round_to_bfloat16, team, team_functions
 
 log = logging.getLogger("millrace.model")
 
@@ -56,9 +58,8 @@ class Rows:
 class DecodeKernel:
     """Writes the new key and value of each row into its cache, then attends over all it has there."""
 
-    def __init__(self, function: Any, team: Team) -> None:
-        self._function = function  # numba's, which owns the code
-        self._team = team
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: Rows, scale: float) -> None:
         """q, k, v, out: [R, H, D], heads end to end, any distance between rows; `out` is written."""
@@ -71,7 +72,7 @@ class DecodeKernel:
         arguments += [number for tensor in (q, k, v, out) for number in (tensor.data_ptr(), tensor.stride(0))]
         arguments += [array.ctypes.data for array in where]
         packed = np.array(arguments, dtype=np.int64)
-        self._team.run(self._function.address, packed, len(rows.shares) - 1)
+        team().run(self._kernel.address, packed, len(rows.shares) - 1)
 
 
 @functools.cache
@@ -80,7 +81,8 @@ def decode_kernel(head_dim: int, dtype: torch.dtype, device: str) -> DecodeKerne
     if device != "cpu" or dtype not in (torch.float32, torch.bfloat16) or head_dim % 2:
         return None
     try:
-        kernel = DecodeKernel(_compiled(head_dim, dtype == torch.bfloat16), team())
+        half = dtype == torch.bfloat16
+        kernel = DecodeKernel(machine_code.kernel(f"attention {head_dim} {half}", lambda: _compiled(head_dim, half)))
         if not _right(kernel, head_dim, dtype):
             raise RuntimeError("it gives other numbers than the formula")
     except Exception as error:  # a speed-up must never be what keeps a model from running

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from model import machine_code
+from model.machine_code import Kernel
 from model.native import (
     LIBERTIES,
     assembly,
@@ -153,7 +155,11 @@ SHAPES = _shapes()
 
 
 @functools.cache
-def _kernel() -> Any:
+def _kernel() -> Kernel:
+    return machine_code.kernel("product", _compiled)
+
+
+def _compiled() -> Any:
     """The product as a C function of one pointer, to the int64 numbers that `Tiled` packs."""
     import numba
     from llvmlite import binding

@@ -1,0 +1,132 @@
+"""Compiled kernels kept on disk: the first process of a user compiles them, those after it start seconds sooner.
+
+numba has a cache of its own, but reads it with pickle. Here a kernel is a file of three parts: a digest, names as JSON,
+and the object code as LLVM wrote it. Whoever can write that file decides what this process runs, as with Python's own
+`__pycache__`; so it is read only where nobody but its owner, who is the user of this process, could have written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import stat
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.native import team
+
+log = logging.getLogger("millrace.model")
+
+#: No kernel of ours comes near it.
+MAX_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A C function of one pointer, to int64 numbers."""
+
+    address: int
+    #: numba's, which owns the code.
+    library: Any
+
+
+def kernel(name: str, compile_it: Callable[[], Any]) -> Kernel:
+    """What `compile_it`, which gives a `numba.cfunc`, compiled for this machine: now, or in an earlier process.
+
+    `name` tells apart what the same sources compile to. Raises what compiling raises.
+    """
+    team()  # the code calls OpenMP, and LLVM ends the process if it cannot find what code calls
+    path = cache_directory() / f"{_key(name)}.kernel"
+    found = _load(path)
+    if found is None:
+        function = compile_it()
+        found = Kernel(function.address, function._library)
+        _store(path, function)
+    return found
+
+
+def cache_directory() -> Path:
+    """Where kernels are kept: `$XDG_CACHE_HOME/millrace`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "millrace"
+
+
+def _key(name: str) -> str:
+    """A name for what these sources are compiled to by this compiler for this processor."""
+    import llvmlite
+    import numba
+
+    here = Path(__file__).parent
+    sources = [(here / source).read_bytes() for source in ("native.py", "kernels.py", "tiles.py")]
+    versions = (numba.__version__, llvmlite.__version__, platform.python_version(), *_codegen().magic_tuple())
+    return hashlib.sha256(b"\0".join([*sources, repr((name, versions)).encode()])).hexdigest()[:40]
+
+
+def _codegen() -> Any:
+    from numba.core.registry import cpu_target
+
+    return cpu_target.target_context.codegen()
+
+
+def _missing(symbol: str) -> bool:
+    """Whether LLVM would not find it, in this process or among what numba has told it: then it ends the process."""
+    from llvmlite import binding
+
+    return binding.address_of_symbol(symbol) is None
+
+
+def _load(path: Path) -> Kernel | None:
+    try:
+        data = _read(path)
+        if data is None:
+            return None
+        from numba.core.registry import cpu_target
+        from numba.core.runtime import rtsys
+
+        rtsys.initialize(cpu_target.target_context)  # tells LLVM of what allocates
+        digest, names, code = data.split(b"\n", 2)
+        if hashlib.sha256(names + code).hexdigest().encode() != digest:
+            raise ValueError("it is damaged")
+        about = json.loads(names)
+        parts = code[: about["object"]], code[about["object"] :]
+        if missing := [symbol for symbol in about["calls"] if _missing(symbol)]:
+            raise LookupError(f"it calls what is not there: {missing}")
+        library = _codegen().unserialize_library((about["name"], "object", parts))
+        return Kernel(library.get_pointer_to_function(about["function"]), library)
+    except Exception as error:  # compiling again is always right
+        log.warning("a kept kernel is not used, and compiled again: %s: %r", path, error)
+        return None
+
+
+def _read(path: Path) -> bytes | None:
+    """The file, if there is one that nobody else can have written."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    with os.fdopen(file, "rb") as stream:
+        for about in (path.parent.lstat(), os.fstat(file)):
+            if about.st_uid != os.getuid() or stat.S_IMODE(about.st_mode) & 0o022:
+                raise PermissionError("others could have written it")
+        return stream.read(MAX_BYTES)
+
+
+def _store(path: Path, function: Any) -> None:
+    """Keep a kernel. Where that cannot be done, a read-only home say, nothing is lost but time at the next start."""
+    name, _, (code, shared) = function._library.serialize_using_object_code()
+    calls = re.findall(r"^declare [^@]*@(?!llvm\.)([\w.]+)\(", function._library.get_llvm_str(), re.MULTILINE)
+    about = {"name": name, "function": function._wrapper_name, "object": len(code), "calls": calls}
+    names = json.dumps(about).encode()
+    digest = hashlib.sha256(names + code + shared).hexdigest().encode()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:  # only this user may read it
+            stream.write(b"\n".join((digest, names, code + shared)))
+        os.replace(stream.name, path)

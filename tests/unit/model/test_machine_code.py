@@ -1,0 +1,137 @@
+"""Kernels kept on disk: used again if they are whole and nobody else could have written them, else compiled anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model import machine_code, native
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "millrace"
+
+
+def adding(number: int) -> Callable[[], Any]:
+    """A kernel that adds a number to its first, and calls OpenMP as all of ours do."""
+
+    def compile_it() -> Any:
+        import numba
+        from numba import carray, types
+
+        thread, _ = native.team_functions()
+
+        @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
+        def kernel(arguments: Any) -> None:
+            if thread() == 0:
+                carray(arguments, 1)[0] += number
+
+        return kernel
+
+    return compile_it
+
+
+def never() -> Any:
+    raise AssertionError("it was compiled again")
+
+
+def result_of(kernel: machine_code.Kernel) -> int:
+    numbers = np.array([40], dtype=np.int64)
+    native.team().run(kernel.address, numbers, 2)
+    return int(numbers[0])
+
+
+def test_the_second_one_is_read_and_computes_the_same(cache: Path) -> None:
+    assert result_of(machine_code.kernel("two", adding(2))) == 42
+    assert result_of(machine_code.kernel("two", never)) == 42
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_each_name_has_a_kernel_of_its_own(cache: Path) -> None:
+    machine_code.kernel("two", adding(2))
+    assert result_of(machine_code.kernel("three", adding(3))) == 43
+
+
+def test_others_can_read_neither_file_nor_directory(cache: Path) -> None:
+    machine_code.kernel("two", adding(2))
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert next(cache.iterdir()).stat().st_mode & 0o777 == 0o600
+
+
+def writable_by_others(path: Path) -> None:
+    path.chmod(0o606)
+
+
+def in_a_directory_writable_by_others(path: Path) -> None:
+    path.parent.chmod(0o777)
+
+
+def a_link(path: Path) -> None:
+    path.rename(path.with_suffix(".real"))
+    path.symlink_to(path.with_suffix(".real"))
+
+
+def torn(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def changed(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-200] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [writable_by_others, in_a_directory_writable_by_others, a_link, torn, changed, empty],
+    ids=lambda f: f.__name__,
+)
+def test_what_cannot_be_trusted_is_compiled_again(cache: Path, harm: Callable[[Path], None]) -> None:
+    machine_code.kernel("two", adding(2))
+    harm(next(cache.iterdir()))
+    with pytest.raises(AssertionError, match="compiled again"):
+        machine_code.kernel("two", never)
+    assert result_of(machine_code.kernel("two", adding(2))) == 42
+
+
+def test_code_that_calls_what_is_not_there_is_not_loaded(cache: Path) -> None:
+    """LLVM would end the process."""
+    machine_code.kernel("two", adding(2))
+    path = next(cache.iterdir())
+    _, names, code = path.read_bytes().split(b"\n", 2)
+    about = json.loads(names)
+    assert "omp_get_thread_num" in about["calls"]
+    about["calls"].append("no_such_function")
+    names = json.dumps(about).encode()
+    digest = machine_code.hashlib.sha256(names + code).hexdigest().encode()
+    path.write_bytes(b"\n".join((digest, names, code)))
+    with pytest.raises(AssertionError, match="compiled again"):
+        machine_code.kernel("two", never)
+
+
+def test_without_a_place_to_keep_it_the_kernel_is_compiled_all_the_same(cache: Path) -> None:
+    cache.parent.joinpath("millrace").write_text("a file where the directory should be")
+    assert result_of(machine_code.kernel("two", adding(2))) == 42
+
+
+def test_another_source_compiler_or_processor_is_another_kernel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = machine_code._key("two")
+    monkeypatch.setattr("numba.__version__", "0.0.1")
+    assert machine_code._key("two") != before
+    monkeypatch.undo()
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b"#" * (path.name == "tiles.py"))
+    assert machine_code._key("two") != before
+    monkeypatch.undo()
+    assert machine_code._key("two") == before
