@@ -46,8 +46,8 @@ class Settings(BaseSettings):
         "separated by commas; make one with `openssl rand -hex 32`",
     )
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="'auto', 'float32', 'bfloat16' or 'float16'"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        "auto", description="'auto', 'float32', 'bfloat16', 'float16' or 'int8'"
     )
     slots: int = Field(64, description="a whole number from 1 to 4096", ge=1, le=4096)
     #: None: as many positions as the model has.

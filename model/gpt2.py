@@ -96,17 +96,27 @@ class Block:
 
 
 class GPT2:
-    """A GPT-2 with its weights. Build it with `model.load_model`; `weights` has the names of the files, unprefixed."""
+    """A GPT-2 with its weights. Build it with `model.load_model`; `weights` has the names of the files, unprefixed.
 
-    def __init__(self, config: GPT2Config, weights: Mapping[str, Tensor], *, digest: str = "") -> None:
+    With `int8` the matrices are rounded to 8 bits, from whatever type they come in; the rest is bfloat16 then.
+    """
+
+    def __init__(
+        self, config: GPT2Config, weights: Mapping[str, Tensor], *, digest: str = "", int8: bool = False
+    ) -> None:
+        matrices = weights
+        if int8:
+            weights = {
+                name: tensor.bfloat16() for name, tensor in weights.items() if tensor.dim() == 1 or name[0] == "w"
+            }
         self.config = config
         #: SHA-256 of the files the weights came from; empty for weights made in memory.
         self.digest = digest
         self.wte = weights["wte.weight"]  # [V, E]: embeds tokens, and is the head's weight
         self.wpe = weights["wpe.weight"]  # [n_positions, E]
-        self.blocks = [_block(config, weights, f"h.{i}.") for i in range(config.n_layer)]
+        self.blocks = [_block(config, weights, matrices, f"h.{i}.", int8) for i in range(config.n_layer)]
         self.ln_f = _norm(config, weights, "ln_f")
-        self.lm_head = Linear.of(self.wte.t())
+        self.lm_head = Linear.of(matrices["wte.weight"].t(), int8=int8)
 
     def padded_rows(self, count: int) -> int:
         """How many packed rows to run a step of `count` rows with, so that no product has to pad them by itself."""
@@ -114,7 +124,7 @@ class GPT2:
 
     @property
     def products(self) -> str:
-        """How matrix products are computed here: `tiled`, `packed` or `plain` (model/linear.py)."""
+        """How matrix products are computed here: `int8`, `tiled`, `packed` or `plain` (model/linear.py)."""
         return type(self.blocks[0].c_attn.product).__name__.lower()
 
     @property
@@ -124,7 +134,7 @@ class GPT2:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type the weights are held and multiplied in."""
+        """The type of what goes from layer to layer, and of the cache; matrices are held in it unless in int8."""
         return self.wte.dtype
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attention, traces: Sequence[Trace] = ()) -> Tensor:
@@ -208,9 +218,12 @@ def _norm(config: GPT2Config, weights: Mapping[str, Tensor], name: str) -> Norm:
     return Norm(weights[f"{name}.weight"], weights[f"{name}.bias"], config.layer_norm_epsilon)
 
 
-def _block(config: GPT2Config, weights: Mapping[str, Tensor], prefix: str) -> Block:
+def _block(
+    config: GPT2Config, weights: Mapping[str, Tensor], matrices: Mapping[str, Tensor], prefix: str, int8: bool
+) -> Block:
     def linear(name: str, *, gelu: bool = False) -> Linear:
-        return Linear.of(weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"], gelu=gelu)
+        weight, bias = matrices[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"]
+        return Linear.of(weight, bias, gelu=gelu, int8=int8)
 
     return Block(
         ln_1=_norm(config, weights, prefix + "ln_1"),

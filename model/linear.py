@@ -1,6 +1,7 @@
 """Matrix products in the fastest form the machine has, whose rows do not depend on how many rows there are.
 
-bfloat16 on a CPU with a matrix unit goes through model/tiles.py, which sums a row in one order whatever its company.
+bfloat16 on a CPU with a matrix unit goes through model/tiles.py, which sums a row in one order whatever its company;
+so does what is rounded to 8 bits (model/int8.py).
 
 On other CPUs, and for float32, the weight is packed once in the layout oneDNN's kernels read (the private operators
 behind `torch.compile`'s CPU backend, taken only where they give what `F.linear` gives); elsewhere it stays as the files
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from model.int8 import Int8
 from model.tiles import BLOCK, TILE, Tiled, tiles_work
 
 #: Rows of one product at most: more gain nothing, and their intermediate results leave the caches.
@@ -43,13 +45,18 @@ class RowRange:
 class Linear:
     """x @ weight + bias, then GELU (the tanh approximation) if asked for. [M, in] -> [M, out]."""
 
-    product: Plain | Packed | Tiled
+    product: Plain | Packed | Tiled | Int8
     #: None: a row's bits are the same among any number of rows.
     rows: RowRange | None
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Linear:
-        """Take in a weight [in, out], as the files of GPT-2 store it, and a bias [out]; both may be let go of then."""
+    def of(cls, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False, int8: bool = False) -> Linear:
+        """Take in a weight [in, out], as the files of GPT-2 store it, and a bias [out]; both may be let go of then.
+
+        With `int8` it is rounded to whole numbers, and rows are bfloat16; see `int8_works`.
+        """
+        if int8:
+            return cls(Int8.of(weight, bias, gelu), None)
         if weight.shape[0] % BLOCK == 0 and tiles_work(weight.device.type, weight.dtype):
             return cls(Tiled.of(weight, bias, gelu), None)
         product: Packed | Plain = Plain(weight, bias, gelu)

@@ -64,7 +64,7 @@ def _key(name: str) -> str:
     import numba
 
     here = Path(__file__).parent
-    sources = [(here / source).read_bytes() for source in ("native.py", "kernels.py", "tiles.py")]
+    sources = [(here / source).read_bytes() for source in ("native.py", "kernels.py", "tiles.py", "int8.py")]
     versions = (numba.__version__, llvmlite.__version__, platform.python_version(), *_codegen().magic_tuple())
     return hashlib.sha256(b"\0".join([*sources, repr((name, versions)).encode()])).hexdigest()[:40]
 

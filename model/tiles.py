@@ -17,6 +17,7 @@ import ctypes
 import functools
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,8 @@ TILE = 16
 #: Columns of a block, and rows of the weight in a step of it.
 BLOCK = 32
 STEP_BYTES = BLOCK * BLOCK * 2
+#: What a step reads of a row of x: 32 numbers of bfloat16, or 64 of int8.
+ROW_BYTES = 64
 #: As many rows of x as take this many bytes are multiplied with a block before the next one: they stay in the L2 cache.
 PANEL_BYTES = 3 * 2**18
 #: `arch_prctl` of Linux on x86-64: ask to use the tiles' registers; without it the first use ends the process.
@@ -87,13 +90,27 @@ class Tiled:
         if x.stride(1) != 1 or count % TILE:
             x = F.pad(x, (0, 0, 0, -count % TILE)).contiguous()
         out = x.new_empty(count, self.out)
-        blocks, steps = self.tiles.shape[:2]
-        panel = max(BLOCK, PANEL_BYTES // (steps * BLOCK * 2) // BLOCK * BLOCK)
-        threads = torch.get_num_threads()
-        numbers = [x.data_ptr(), x.stride(0) * 2, len(x), self.tiles.data_ptr(), steps, blocks, self.biases.data_ptr()]
-        numbers += [out.data_ptr(), self.out, count, panel, threads, SHAPES.ctypes.data, self.gelu]
-        team().run(_kernel().address, np.array(numbers, dtype=np.int64), threads)
+        multiply(x, self.tiles, self.biases, out, self.gelu)
         return out
+
+
+def multiply(x: Tensor, tiles: Tensor, biases: Tensor, out: Tensor, gelu: bool, scales: Sequence[Tensor] = ()) -> None:
+    """Write x @ weight + bias into `out`, with GELU if asked for.
+
+    Args:
+        x: bfloat16 or int8 [M, in], M a multiple of 16, any distance between rows.
+        tiles: the weight, in the type of x; blocks and steps are its first dimensions.
+        biases: float32, one for each column of each block.
+        out: bfloat16 [up to M, out]; rows of x beyond its end are not written.
+        scales: with int8, float32: what a row's whole numbers are to be multiplied by [M], and a column's [out].
+    """
+    blocks, steps = tiles.shape[:2]
+    panel = max(BLOCK, PANEL_BYTES // (steps * ROW_BYTES) // BLOCK * BLOCK)
+    threads = torch.get_num_threads()
+    numbers = [x.data_ptr(), x.stride(0) * x.itemsize, len(x), tiles.data_ptr(), steps, blocks, biases.data_ptr()]
+    numbers += [out.data_ptr(), out.shape[1], len(out), panel, threads, SHAPES.ctypes.data, gelu]
+    numbers += [scale.data_ptr() for scale in scales] or [0, 0]
+    team().run(_kernel(x.dtype == torch.int8).address, np.array(numbers, dtype=np.int64), threads)
 
 
 @functools.cache
@@ -155,12 +172,12 @@ SHAPES = _shapes()
 
 
 @functools.cache
-def _kernel() -> Kernel:
-    return machine_code.kernel("product", _compiled)
+def _kernel(whole: bool) -> Kernel:
+    return machine_code.kernel(f"product {whole}", lambda: _compiled(whole))
 
 
-def _compiled() -> Any:
-    """The product as a C function of one pointer, to the int64 numbers that `Tiled` packs."""
+def _compiled(whole: bool) -> Any:
+    """The product as a C function of one pointer, to the int64 numbers that `multiply` packs; of int8 if `whole`."""
     import numba
     from llvmlite import binding
     from numba import carray, types
@@ -169,14 +186,16 @@ def _compiled() -> Any:
     configure, saved_shapes = assembly("ldtilecfg ($0)", 1), assembly("sttilecfg ($0)", 1)
     release = assembly("tilerelease", 0)
     thread, threads = team_functions()
-    multiply, finish = _multiply(), _finish()
+    multiply, finish = _multiply(whole), _finish(whole)
+    kind = np.int32 if whole else np.float32
 
     @numba.njit
     def work(a: Any) -> None:
         """What one thread of the team does: its share of the blocks, or more than one share if the team is small."""
         x, x_row, count, tiles, steps, blocks, biases = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
         out, width, real, panel, shares, shapes = a[7], a[8], a[9], a[10], a[11], a[12]
-        sums, before = np.empty(BLOCK * BLOCK, np.float32), np.zeros(64, np.uint8)
+        sums, numbers = np.empty(BLOCK * BLOCK, kind), np.empty(BLOCK * BLOCK, np.float32)
+        before = np.zeros(64, np.uint8)
         saved_shapes(before.ctypes.data)  # other users of the unit look whether it is set up as they left it
         configure(shapes)
         for share in range(thread(), shares, threads()):
@@ -193,7 +212,8 @@ def _compiled() -> Any:
                         multiply(x + row * x_row, x_row, first, steps, ahead, skip, two, sums.ctypes.data)
                         place = out + (row * width + block * BLOCK) * 2
                         columns, left = min(BLOCK, width - block * BLOCK), min(BLOCK if two else TILE, real - row)
-                        finish(sums, biases + block * BLOCK * 4, place, width * 2, left, columns, a[13] != 0)
+                        scales = (a[14] + row * 4, a[15] + block * BLOCK * 4)
+                        finish(sums, numbers, scales, biases + block * BLOCK * 4, place, width, left, columns, a[13])
         if before[0] == 0:
             release()
         else:
@@ -201,13 +221,13 @@ def _compiled() -> Any:
 
     @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
     def kernel(arguments: Any) -> None:
-        work(carray(arguments, 14))
+        work(carray(arguments, 16))
 
     return kernel
 
 
-def _multiply() -> Any:
-    """32 rows of x, or 16, by a block, into float32 sums [32, 32]; asks for lines of the next block meanwhile."""
+def _multiply(whole: bool) -> Any:
+    """32 rows of x, or 16, by a block, into sums [32, 32]; asks for lines of the next block meanwhile."""
     import numba
 
     fetch = prefetch()
@@ -215,8 +235,9 @@ def _multiply() -> Any:
     load = [assembly(f"tileloadd ($0,$1,1), %tmm{i}", 2) for i in range(4, 8)]
     upper_x, lower_x, left_w, right_w = load
     # Registers 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 columns of the weight.
-    above = "tdpbf16ps %tmm6, %tmm4, %tmm0\ntdpbf16ps %tmm7, %tmm4, %tmm1"
-    below = "\ntdpbf16ps %tmm6, %tmm5, %tmm2\ntdpbf16ps %tmm7, %tmm5, %tmm3"
+    product = "tdpbssd" if whole else "tdpbf16ps"
+    above = f"{product} %tmm6, %tmm4, %tmm0\n{product} %tmm7, %tmm4, %tmm1"
+    below = f"\n{product} %tmm6, %tmm5, %tmm2\n{product} %tmm7, %tmm5, %tmm3"
     multiply_one, multiply_two = assembly(above, 0), assembly(above + below, 0)
     store_0, store_1, store_2, store_3 = (assembly(f"tilestored %tmm{i}, ($0,$1,1)", 2) for i in range(4))
 
@@ -242,7 +263,7 @@ def _multiply() -> Any:
                 multiply_two()
             else:
                 multiply_one()
-            x += BLOCK * 2
+            x += ROW_BYTES
             w += STEP_BYTES
         store_0(sums, BLOCK * 4)
         store_1(sums + 64, BLOCK * 4)
@@ -253,8 +274,8 @@ def _multiply() -> Any:
     return multiply
 
 
-def _finish() -> Any:
-    """Bias, GELU, and rounding of sums [32, 32] into the rows of the result; a block may have fewer columns."""
+def _finish(whole: bool) -> Any:
+    """Scales, bias, GELU, and rounding of sums [32, 32] into rows of the result; a block may have fewer columns."""
     import numba
     from numba import carray, types
 
@@ -277,19 +298,32 @@ def _finish() -> Any:
         return x * (s if u >= 0 else e * s) if x == x else x
 
     @numba.njit(fastmath=LIBERTIES, error_model="numpy")
-    def finish(sums: Any, biases: int, out: int, out_row: int, rows: int, columns: int, gelu: bool) -> None:
+    def finish(
+        sums: Any, numbers: Any, scales: Any, biases: int, out: int, width: int, rows: int, columns: int, gelu: int
+    ) -> None:
         bias = carray(floats(biases), BLOCK)
-        for row in range(rows if gelu else 0):
-            for column in range(BLOCK):
-                sums[row * BLOCK + column] = activation(sums[row * BLOCK + column] + bias[column])
+        if whole:
+            of_row, of_column = carray(floats(scales[0]), BLOCK), carray(floats(scales[1]), BLOCK)
+            for row in range(rows):
+                for column in range(BLOCK):
+                    scale = of_row[row] * of_column[column]
+                    numbers[row * BLOCK + column] = np.float32(sums[row * BLOCK + column]) * scale + bias[column]
+            if gelu:
+                for at in range(rows * BLOCK):
+                    numbers[at] = activation(numbers[at])
+        elif gelu:
+            for row in range(rows):
+                for column in range(BLOCK):
+                    numbers[row * BLOCK + column] = activation(sums[row * BLOCK + column] + bias[column])
+        done = whole or gelu != 0
+        begin = numbers.ctypes.data if done else sums.ctypes.data
         for row in range(rows):
-            at, to = sums.ctypes.data + row * BLOCK * 4, out + row * out_row
+            at, to = begin + row * BLOCK * 4, out + row * width * 2
             if columns < BLOCK:
-                place = carray(halves(to), BLOCK)
+                place, source = carray(halves(to), BLOCK), carray(floats(at), BLOCK)
                 for column in range(columns):
-                    number = sums[row * BLOCK + column]
-                    place[column] = rounded(number if gelu else number + bias[column])
-            elif gelu:
+                    place[column] = rounded(source[column] if done else source[column] + bias[column])
+            elif done:
                 round_row(at, to)
             else:
                 add_and_round_row(at, to, biases)

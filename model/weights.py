@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.gpt2 import GPT2, GPT2Config
+from model.int8 import STEP, int8_works
 from model.kernels import decode_kernel
 from model.tiles import tiles_work
 
@@ -36,7 +37,8 @@ HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "merges
 #: What is read at most of config.json and of an index. Parsed, JSON may take thirty times its size.
 MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 2**20, 2**24
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: What is computed in, by name.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.bfloat16}
 
 #: What a GPT-2 config may say about how to compute, and the only values this code computes.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -60,7 +62,8 @@ def load_model(
 
     Args:
         device: 'auto' is CUDA where there is one.
-        dtype: 'auto' is float32 on a CPU and bfloat16 on a GPU that has it.
+        dtype: 'auto' is float32 on a CPU and bfloat16 on a GPU that has it. 'int8' rounds the matrices to 8 bits (see
+            model/int8.py) and computes all else in bfloat16; it takes a CPU with a matrix unit.
 
     Raises:
         ModelError: not found, not reachable, not a GPT-2, or weights whose names or shapes do not fit the config.
@@ -68,7 +71,9 @@ def load_model(
     folder = find_model(name_or_path)
     config = read_config(folder / "config.json")
     device = _device(device)
-    wanted = _dtype(dtype, device)
+    wanted, int8 = _dtype(dtype, device), str(dtype) == "int8"
+    if int8:
+        _check_int8(folder, config, device)
     files = weight_files(folder)
     with ThreadPoolExecutor(3, thread_name_prefix="millrace-load") as beside:
         places = _places(folder, files, config)  # before anything is computed for a shape that the files may not have
@@ -76,9 +81,9 @@ def load_model(
         # Compiled while the files are read; numba compiles one thing at a time.
         products = beside.submit(tiles_work, device.type, wanted)
         beside.submit(decode_kernel, config.head_dim, wanted, device.type)
-        weights = {name: tensor.to(device, wanted) for name, tensor in _read(places)}
+        weights = {name: tensor.to(device, None if int8 else wanted) for name, tensor in _read(places)}
         products.result()  # else it would be compiled a second time below
-        return GPT2(config, weights, digest=digest.result())
+        return GPT2(config, weights, digest=digest.result(), int8=int8)
 
 
 def find_model(name_or_path: str | Path) -> Path:
@@ -350,6 +355,20 @@ def _device(device: str | torch.device) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {device} is asked for, and torch finds no CUDA device; use 'cpu' or 'auto'")
     return chosen
+
+
+def _check_int8(folder: Path, config: GPT2Config, device: torch.device) -> None:
+    if device.type != "cpu" or not int8_works(device.type):
+        raise ModelError(
+            f"dtype 'int8' on {device}: it takes Linux, numba, and a CPU that multiplies whole numbers in tiles ("
+            "Intel AMX, in Xeons since Sapphire Rapids); use MILLRACE_DTYPE=bfloat16"
+        )
+    for name, width in {"n_embd": config.n_embd, "n_inner": config.inner}.items():
+        if width % STEP:
+            raise ModelError(
+                f"{folder / 'config.json'}: {name} is {width}; in int8 it must be a multiple of {STEP}; use "
+                "MILLRACE_DTYPE=bfloat16"
+            )
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
