@@ -137,6 +137,9 @@ def assembly(text: str, operands: int, changes: str = "") -> Callable[..., Any]:
         lambda _, a: (signature, generate),  # noqa: ARG005
         lambda _, a, b: (signature, generate),  # noqa: ARG005
         lambda _, a, b, c: (signature, generate),  # noqa: ARG005
+        lambda _, a, b, c, d: (signature, generate),  # noqa: ARG005
+        lambda _, a, b, c, d, e: (signature, generate),  # noqa: ARG005
+        lambda _, a, b, c, d, e, f: (signature, generate),  # noqa: ARG005
     ]
     function: Callable[..., Any] = intrinsic(typed[operands])
     return function

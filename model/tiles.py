@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,12 +30,9 @@ from torch import Tensor
 from model import machine_code
 from model.machine_code import Kernel
 from model.native import (
-    LIBERTIES,
     assembly,
     cast,
-    exponential,
     prefetch,
-    round_to_bfloat16,
     team,
     team_functions,
     use_huge_pages,
@@ -109,7 +107,7 @@ def multiply(x: Tensor, tiles: Tensor, biases: Tensor, out: Tensor, gelu: bool, 
     threads = torch.get_num_threads()
     numbers = [x.data_ptr(), x.stride(0) * x.itemsize, len(x), tiles.data_ptr(), steps, blocks, biases.data_ptr()]
     numbers += [out.data_ptr(), out.shape[1], len(out), panel, threads, SHAPES.ctypes.data, gelu]
-    numbers += [scale.data_ptr() for scale in scales] or [0, 0]
+    numbers += [*([scale.data_ptr() for scale in scales] or [0, 0]), GELU_NUMBERS.ctypes.data]
     team().run(_kernel(x.dtype == torch.int8).address, np.array(numbers, dtype=np.int64), threads)
 
 
@@ -187,15 +185,13 @@ def _compiled(whole: bool) -> Any:
     release = assembly("tilerelease", 0)
     thread, threads = team_functions()
     multiply, finish = _multiply(whole), _finish(whole)
-    kind = np.int32 if whole else np.float32
 
     @numba.njit
     def work(a: Any) -> None:
         """What one thread of the team does: its share of the blocks, or more than one share if the team is small."""
         x, x_row, count, tiles, steps, blocks, biases = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
         out, width, real, panel, shares, shapes = a[7], a[8], a[9], a[10], a[11], a[12]
-        sums, numbers = np.empty(BLOCK * BLOCK, kind), np.empty(BLOCK * BLOCK, np.float32)
-        before = np.zeros(64, np.uint8)
+        sums, staged, before = np.empty(BLOCK * BLOCK, np.float32), np.empty(BLOCK, np.uint16), np.zeros(64, np.uint8)
         saved_shapes(before.ctypes.data)  # other users of the unit look whether it is set up as they left it
         configure(shapes)
         for share in range(thread(), shares, threads()):
@@ -212,8 +208,9 @@ def _compiled(whole: bool) -> Any:
                         multiply(x + row * x_row, x_row, first, steps, ahead, skip, two, sums.ctypes.data)
                         place = out + (row * width + block * BLOCK) * 2
                         columns, left = min(BLOCK, width - block * BLOCK), min(BLOCK if two else TILE, real - row)
-                        scales = (a[14] + row * 4, a[15] + block * BLOCK * 4)
-                        finish(sums, numbers, scales, biases + block * BLOCK * 4, place, width, left, columns, a[13])
+                        column = block * BLOCK * 4
+                        places = biases + column, a[15] + column, a[14] + row * 4, a[16], staged.ctypes.data
+                        finish(sums.ctypes.data, places, place, width, left, columns, a[13])
         if before[0] == 0:
             release()
         else:
@@ -221,7 +218,7 @@ def _compiled(whole: bool) -> Any:
 
     @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
     def kernel(arguments: Any) -> None:
-        work(carray(arguments, 16))
+        work(carray(arguments, 17))
 
     return kernel
 
@@ -279,53 +276,63 @@ def _finish(whole: bool) -> Any:
     import numba
     from numba import carray, types
 
-    floats, halves = (cast(types.int64, types.CPointer(kind)) for kind in (types.float32, types.uint16))
-    exp, rounded = exponential(), round_to_bfloat16()
-    changes = "~{xmm0},~{xmm1}"
-    loads = "vmovups ($0), %zmm0\nvmovups 64($0), %zmm1\n"
-    stores = "vcvtne2ps2bf16 %zmm0, %zmm1, %zmm0\nvmovups %zmm0, ($1)"
-    round_row = assembly(loads + stores, 2, changes)
-    adds = "vaddps ($2), %zmm0, %zmm0\nvaddps 64($2), %zmm1, %zmm1\n"
-    add_and_round_row = assembly(loads + adds + stores, 3, changes)
+    halves = cast(types.int64, types.CPointer(types.uint16))
+    registers = ",".join(f"~{{xmm{i}}}" for i in range(8))
+    plain_row, gelu_row = (assembly(_finish_row(whole, gelu), 6, registers) for gelu in (False, True))
 
-    # numpy's error model: Python's raises where a divisor is zero, and a loop that may raise is not made of vectors.
-    @numba.njit(inline="always", fastmath=LIBERTIES, error_model="numpy")
-    def activation(x: Any) -> Any:
-        """GELU by tanh, written as x times the logistic function of u, so that it takes one exponential."""
-        u = x * np.float32(1.5957691216057308) * (np.float32(1) + np.float32(0.044715) * x * x)
-        e = exp(-abs(u))
-        s = np.float32(1) / (np.float32(1) + e)
-        return x * (s if u >= 0 else e * s) if x == x else x
-
-    @numba.njit(fastmath=LIBERTIES, error_model="numpy")
-    def finish(
-        sums: Any, numbers: Any, scales: Any, biases: int, out: int, width: int, rows: int, columns: int, gelu: int
-    ) -> None:
-        bias = carray(floats(biases), BLOCK)
-        if whole:
-            of_row, of_column = carray(floats(scales[0]), BLOCK), carray(floats(scales[1]), BLOCK)
-            for row in range(rows):
-                for column in range(BLOCK):
-                    scale = of_row[row] * of_column[column]
-                    numbers[row * BLOCK + column] = np.float32(sums[row * BLOCK + column]) * scale + bias[column]
-            if gelu:
-                for at in range(rows * BLOCK):
-                    numbers[at] = activation(numbers[at])
-        elif gelu:
-            for row in range(rows):
-                for column in range(BLOCK):
-                    numbers[row * BLOCK + column] = activation(sums[row * BLOCK + column] + bias[column])
-        done = whole or gelu != 0
-        begin = numbers.ctypes.data if done else sums.ctypes.data
+    @numba.njit
+    def finish(sums: int, places: Any, out: int, width: int, rows: int, columns: int, gelu: int) -> None:
+        biases, of_columns, of_rows, numbers, staged = places
         for row in range(rows):
-            at, to = begin + row * BLOCK * 4, out + row * width * 2
-            if columns < BLOCK:
-                place, source = carray(halves(to), BLOCK), carray(floats(at), BLOCK)
-                for column in range(columns):
-                    place[column] = rounded(source[column] if done else source[column] + bias[column])
-            elif done:
-                round_row(at, to)
+            place = out + row * width * 2
+            to = place if columns == BLOCK else staged
+            if gelu:
+                gelu_row(sums + row * BLOCK * 4, to, biases, of_columns, of_rows + row * 4, numbers)
             else:
-                add_and_round_row(at, to, biases)
+                plain_row(sums + row * BLOCK * 4, to, biases, of_columns, of_rows + row * 4, numbers)
+            if columns < BLOCK:
+                wanted, computed = carray(halves(place), columns), carray(halves(staged), columns)
+                for column in range(columns):
+                    wanted[column] = computed[column]
 
     return finish
+
+
+#: GELU by tanh is x / (1 + 2**t) with t = x * (the first + the second * x**2). The others are those of a polynomial for
+#: 2**r, r from -1/2 to 1/2, from the highest power to the lowest; it is off by 4 in a million.
+GELU_NUMBERS = np.array(
+    [
+        -2 * math.sqrt(2 / math.pi) / math.log(2),
+        -2 * math.sqrt(2 / math.pi) / math.log(2) * 0.044715,
+        *(0.009666368515383477, 0.05592197584225006, 0.24022349038020416, 0.6931210452034274, 1.0),
+    ],
+    np.float32,
+)
+
+
+def _finish_row(whole: bool, gelu: bool) -> str:
+    """Instructions that turn 32 sums at $0 into bfloat16 at $1: scales at $3 and $4 if `whole`, bias at $2, GELU."""
+    lines = []
+    for half in (0, 1):
+        x, at = f"%zmm{half}", 64 * half
+        if whole:
+            lines += [f"vcvtdq2ps {at}($0), {x}", f"vmulps {at}($3), {x}, {x}", f"vmulps ($4){{1to16}}, {x}, {x}"]
+        else:
+            lines += [f"vmovups {at}($0), {x}"]
+        lines += [f"vaddps {at}($2), {x}, {x}"]
+        if gelu:
+            lines += _gelu(x, *(f"%zmm{2 + half + 2 * i}" for i in range(3)))
+    return "\n".join([*lines, "vcvtne2ps2bf16 %zmm0, %zmm1, %zmm0", "vmovups %zmm0, ($1)"])
+
+
+def _gelu(x: str, t: str, n: str, power: str) -> list[str]:
+    """x becomes GELU of x; the others are registers to work with. GELU_NUMBERS lie at $5.
+
+    Written out, because what a compiler makes of it takes several times as long, and longer than the product.
+    """
+    lines = [f"vmulps {x}, {x}, {t}", f"vbroadcastss 4($5), {n}", f"vfmadd213ps ($5){{1to16}}, {n}, {t}"]
+    lines += [f"vmulps {x}, {t}, {t}", f"vrndscaleps $$0, {t}, {n}", f"vsubps {n}, {t}, {t}"]  # t is r from here
+    lines += [f"vbroadcastss 8($5), {power}"]
+    lines += [f"vfmadd213ps {at}($5){{1to16}}, {t}, {power}" for at in range(12, 28, 4)]
+    lines += [f"vscalefps {n}, {power}, {power}", f"vaddps 24($5){{1to16}}, {power}, {power}"]
+    return [*lines, f"vrcp14ps {power}, {power}", f"vmulps {power}, {x}, {x}"]
