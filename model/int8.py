@@ -8,6 +8,7 @@ neither on its company nor on the number of threads. What is lost is in the roun
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from model import machine_code, tiles
 from model.machine_code import Kernel
 from model.native import cast, team, team_functions, use_huge_pages
 from model.tiles import BLOCK, TILE, tiles_work
+
+log = logging.getLogger("millrace.model")
 
 #: Rows of the weight in a step of a block.
 STEP = 64
@@ -71,12 +74,27 @@ class Int8:
 
 @functools.cache
 def int8_works(device: str) -> bool:
-    """Whether this machine multiplies whole numbers on its matrix unit; there is no other way for them here."""
+    """Whether this machine multiplies whole numbers on its matrix unit, and rightly; there is no other way for them.
+
+    Compiles the kernels.
+    """
     if not tiles_work(device, torch.bfloat16):
         return False
-    from llvmlite import binding
+    try:
+        from llvmlite import binding
 
-    return bool(binding.get_host_cpu_features().get("amx-int8"))
+        return bool(binding.get_host_cpu_features().get("amx-int8")) and _right()
+    except Exception as error:
+        log.warning("whole numbers are not multiplied: %r", error)
+        return False
+
+
+def _right() -> bool:
+    """Whether whole numbers, with nothing to round, come out exactly."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randint(-LARGEST, LARGEST + 1, s, generator=generator).float() for s in ((128, 80), (75, 128)))
+    weight[0], x[:, 0] = LARGEST, LARGEST
+    return bool(torch.equal(Int8.of(weight, None, False)(x.bfloat16()), (x @ weight).bfloat16()))
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,8 +34,8 @@ class Kernel:
     """A C function of one pointer, to int64 numbers."""
 
     address: int
-    #: numba's, which owns the code.
-    library: Any
+    #: What the code lives in.
+    owner: Any
 
 
 def kernel(name: str, compile_it: Callable[[], Any]) -> Kernel:
@@ -43,13 +43,16 @@ def kernel(name: str, compile_it: Callable[[], Any]) -> Kernel:
 
     `name` tells apart what the same sources compile to. Raises what compiling raises.
     """
+    from numba.core.compiler_lock import global_compiler_lock
+
     team()  # the code calls OpenMP, and LLVM ends the process if it cannot find what code calls
-    path = cache_directory() / f"{_key(name)}.kernel"
-    found = _load(path)
-    if found is None:
-        function = compile_it()
-        found = Kernel(function.address, function._library)
-        _store(path, function)
+    with global_compiler_lock:  # LLVM loads one thing at a time
+        path = cache_directory() / f"{_key(name)}.kernel"
+        found = _load(path)
+        if found is None:
+            function = compile_it()
+            found = Kernel(function.address, function._library)
+            _store(path, function)
     return found
 
 
@@ -62,17 +65,13 @@ def _key(name: str) -> str:
     """A name for what these sources are compiled to by this compiler for this processor."""
     import llvmlite
     import numba
+    from numba.core.registry import cpu_target
 
     here = Path(__file__).parent
     sources = [(here / source).read_bytes() for source in ("native.py", "kernels.py", "tiles.py", "int8.py")]
-    versions = (numba.__version__, llvmlite.__version__, platform.python_version(), *_codegen().magic_tuple())
+    processor = cpu_target.target_context.codegen().magic_tuple()
+    versions = (numba.__version__, llvmlite.__version__, platform.python_version(), *processor)
     return hashlib.sha256(b"\0".join([*sources, repr((name, versions)).encode()])).hexdigest()[:40]
-
-
-def _codegen() -> Any:
-    from numba.core.registry import cpu_target
-
-    return cpu_target.target_context.codegen()
 
 
 def _missing(symbol: str) -> bool:
@@ -95,14 +94,23 @@ def _load(path: Path) -> Kernel | None:
         if hashlib.sha256(names + code).hexdigest().encode() != digest:
             raise ValueError("it is damaged")
         about = json.loads(names)
-        parts = code[: about["object"]], code[about["object"] :]
         if missing := [symbol for symbol in about["calls"] if _missing(symbol)]:
             raise LookupError(f"it calls what is not there: {missing}")
-        library = _codegen().unserialize_library((about["name"], "object", parts))
-        return Kernel(library.get_pointer_to_function(about["function"]), library)
+        return _linked(code, about["function"])
     except Exception as error:  # compiling again is always right
         log.warning("a kept kernel is not used, and compiled again: %s: %r", path, error)
         return None
+
+
+def _linked(code: bytes, function: str) -> Kernel:
+    """Object code made callable, in a space of names of its own: what two processes compiled has names in common."""
+    from llvmlite import binding
+
+    machine = binding.Target.from_default_triple().create_target_machine(jit=True)
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return Kernel(engine.get_function_address(function), engine)
 
 
 def _read(path: Path) -> bytes | None:
@@ -120,13 +128,12 @@ def _read(path: Path) -> bytes | None:
 
 def _store(path: Path, function: Any) -> None:
     """Keep a kernel. Where that cannot be done, a read-only home say, nothing is lost but time at the next start."""
-    name, _, (code, shared) = function._library.serialize_using_object_code()
+    _, _, (code, _) = function._library.serialize_using_object_code()
     calls = re.findall(r"^declare [^@]*@(?!llvm\.)([\w.]+)\(", function._library.get_llvm_str(), re.MULTILINE)
-    about = {"name": name, "function": function._wrapper_name, "object": len(code), "calls": calls}
-    names = json.dumps(about).encode()
-    digest = hashlib.sha256(names + code + shared).hexdigest().encode()
+    names = json.dumps({"function": function._wrapper_name, "calls": calls}).encode()
+    digest = hashlib.sha256(names + code).hexdigest().encode()
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:  # only this user may read it
-            stream.write(b"\n".join((digest, names, code + shared)))
+            stream.write(b"\n".join((digest, names, code)))
         os.replace(stream.name, path)

@@ -73,16 +73,16 @@ def load_model(
     device = _device(device)
     wanted, int8 = _dtype(dtype, device), str(dtype) == "int8"
     if int8:
-        _check_int8(folder, config, device)
+        _check_widths(folder / "config.json", config)
     files = weight_files(folder)
     with ThreadPoolExecutor(3, thread_name_prefix="millrace-load") as beside:
         places = _places(folder, files, config)  # before anything is computed for a shape that the files may not have
         digest = beside.submit(_digest, files)
         # Compiled while the files are read; numba compiles one thing at a time.
-        products = beside.submit(tiles_work, device.type, wanted)
+        products = beside.submit(_need_int8, device) if int8 else beside.submit(tiles_work, device.type, wanted)
         beside.submit(decode_kernel, config.head_dim, wanted, device.type)
         weights = {name: tensor.to(device, None if int8 else wanted) for name, tensor in _read(places)}
-        products.result()  # else it would be compiled a second time below
+        products.result()  # else they would be compiled a second time below
         return GPT2(config, weights, digest=digest.result(), int8=int8)
 
 
@@ -357,18 +357,20 @@ def _device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def _check_int8(folder: Path, config: GPT2Config, device: torch.device) -> None:
-    if device.type != "cpu" or not int8_works(device.type):
+def _check_widths(path: Path, config: GPT2Config) -> None:
+    for name, width in {"n_embd": config.n_embd, "n_inner": config.inner}.items():
+        if width % STEP:
+            raise ModelError(
+                f"{path}: {name} is {width}; in int8 it must be a multiple of {STEP}; use MILLRACE_DTYPE=bfloat16"
+            )
+
+
+def _need_int8(device: torch.device) -> None:
+    if not int8_works(device.type):
         raise ModelError(
             f"dtype 'int8' on {device}: it takes Linux, numba, and a CPU that multiplies whole numbers in tiles ("
             "Intel AMX, in Xeons since Sapphire Rapids); use MILLRACE_DTYPE=bfloat16"
         )
-    for name, width in {"n_embd": config.n_embd, "n_inner": config.inner}.items():
-        if width % STEP:
-            raise ModelError(
-                f"{folder / 'config.json'}: {name} is {width}; in int8 it must be a multiple of {STEP}; use "
-                "MILLRACE_DTYPE=bfloat16"
-            )
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -87,6 +87,34 @@ def _compare_one(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> dict
     return found | {"max_abs": largest, "max_rel": largest / scale if scale else 0.0, "ok": largest <= tolerance}
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What a precision costs, over all positions of all prompts, where the reference computes in float32."""
+
+    positions: int
+    #: Kullback-Leibler divergence of the distribution of the next token from the reference's, in nats, on average.
+    divergence: float
+    #: Share of positions at which the likeliest token is the same.
+    agreement: float
+
+
+def loss(ours: Sequence[Tensors], theirs: Sequence[Tensors]) -> Loss | None:
+    """From the logits, [T, V] for each prompt; None if there are none."""
+    divergences, same = [], []
+    for mine, other in zip(ours, theirs, strict=True):
+        if "logits" in mine and "logits" in other:
+            p, q = (_log_softmax(tensors["logits"]) for tensors in (other, mine))
+            divergences += (np.exp(p) * (p - q)).sum(-1).tolist()
+            same += (p.argmax(-1) == q.argmax(-1)).tolist()
+    return Loss(len(same), float(np.mean(divergences)), float(np.mean(same))) if same else None
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    scores: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return scores
+
+
 def check_cache(ours: Tensors) -> Row:
     """Checkpoint 3 needs no reference: the cache holds exactly what checkpoint 2 wrote, and zero elsewhere."""
     row = Row(3, CHECKPOINTS[3][0], "cache with what k, v wrote", tolerance=0.0)

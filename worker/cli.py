@@ -176,7 +176,9 @@ def _print_result(result: Result) -> None:
     help="transformers, tinygrad, candle, or a file of tensors (safetensors, npz, npy); may be given several times; "
     "all that are installed by default",
 )
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16", "int8"]), default="float32", show_default=True
+)
 @click.option("--prompt", "prompts", multiple=True, help="check this prompt instead of the usual ones; may be repeated")
 @click.option("--plot", type=click.Path(dir_okay=False), help="draw the difference by layer and position into a PNG")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,22 @@ from model.tokenizer import Tokenizer, load_tokenizer
 from model.weights import find_model, read_config
 from worker import checkpoints
 from worker.causes import likely_cause
-from worker.checkpoints import CHECKPOINTS, Row
+from worker.checkpoints import CHECKPOINTS, Loss, Row
 from worker.references import REFERENCES, Reference, ReferenceUnavailable, load_reference
 from worker.references.files import read_weights
 
 #: The usual prompts: text, the empty prompt, one token, and (below) one that fills the context.
 PROMPTS = ("Hello.", "The quick brown", "Once upon a time", "", "The")
 NEW_TOKENS = 10
+#: What other precisions than float32 cost is measured on text: H. G. Wells, The Time Machine (1895), its beginning.
+PASSAGE = (
+    "The Time Traveller (for so it will be convenient to speak of him) was expounding a recondite matter to us. "
+    "His pale grey eyes shone and twinkled, and his usually pale face was flushed and animated. The fire burnt "
+    "brightly, and the soft radiance of the incandescent lights in the lilies of silver caught the bubbles that "
+    "flashed and passed in our glasses. Our chairs, being his patents, embraced and caressed us rather than "
+    "submitted to be sat upon, and there was that luxurious after-dinner atmosphere, when thought runs gracefully "
+    "free of the trammels of precision."
+)
 #: Logits of a prompt this long are 200 MB: they are looked at in the shorter ones.
 LOGITS_LIMIT = 256
 #: Company for the jobs that are looked at, so that they are computed in a batch.
@@ -59,6 +68,8 @@ class Report:
     rows: list[Row]
     cause: str = ""
     note: str = ""
+    #: Of other precisions than float32.
+    loss: Loss | None = None
 
     @property
     def ok(self) -> bool:
@@ -106,9 +117,10 @@ class Validation:
     def _cases(self, prompts: Sequence[str]) -> list[Case]:
         limit, ends = self.config.n_positions, self.tokenizer.end_of_text
         cases = []
-        for prompt in prompts or PROMPTS:
+        usual = PROMPTS if self.settings.dtype == "float32" else (*PROMPTS, PASSAGE)
+        for prompt in prompts or usual:
             tokens = self.tokenizer.encode(prompt) or ([] if ends is None else [ends])
-            if tokens and len(tokens) + NEW_TOKENS <= limit:
+            if self._fits(tokens):
                 cases.append(Case(tokens, NEW_TOKENS, sorted(CHECKPOINTS)))
         if not prompts:
             full = [(7919 * i) % self.tokenizer.vocab_size for i in range(limit - 1)]
@@ -152,7 +164,7 @@ class Validation:
             self._progress(f"computing with {reference.name}: {count}")
             theirs.append(self._trace(reference, case))
         self._traces[reference.name] = theirs
-        tolerances = self._tolerances(theirs)
+        tolerances = self._tolerances(reference, theirs)
         tables = [
             checkpoints.compare(case.tensors, tensors, reference=reference.name, tolerances=tolerances)
             for case, tensors in zip(self.cases, theirs, strict=True)
@@ -160,19 +172,31 @@ class Validation:
         if self.settings.dtype != "float32":
             tables = [self._forgive_near_ties(t, th, tolerances) for t, th in zip(tables, theirs, strict=True)]
         rows = [ready, *checkpoints.table(tables)]
-        return self._report(reference.name, fingerprint, rows, self._cause(tables, theirs))
+        report = self._report(reference.name, fingerprint, rows, self._cause(tables, theirs))
+        if self.settings.dtype == "float32":
+            return report
+        return replace(report, loss=checkpoints.loss([case.tensors for case in self.cases], theirs))
 
     def _trace(self, reference: Reference, case: Case) -> dict[str, np.ndarray]:
         tensors = dict(reference.trace(case.tokens))
         tokens = reference.generate(case.tokens, case.new_tokens)
         return tensors | {"tokens": np.array(tokens, dtype=np.int64)}
 
-    def _tolerances(self, exact: Sequence[Mapping[str, np.ndarray]]) -> dict[int, float]:
-        """In half precision: from what transformers differs from itself between the two types."""
+    def _tolerances(self, reference: Reference, exact: Sequence[Mapping[str, np.ndarray]]) -> dict[int, float]:
+        """In other precisions: from what transformers differs from itself between the two.
+
+        The usual prompts are looked at in any case: a single short one may happen to differ little.
+        """
         if self.settings.dtype == "float32":
             return {}
         half = load_reference("transformers", self.folder, self.settings.dtype)
-        return checkpoints.half_tolerances(exact, [half.trace(case.tokens) for case in self.cases])
+        others = [tokens for tokens in map(self.tokenizer.encode, (*PROMPTS, PASSAGE)) if self._fits(tokens)]
+        more = [reference.trace(tokens) for tokens in others]
+        rounded = [half.trace(tokens) for tokens in [*(case.tokens for case in self.cases), *others]]
+        return checkpoints.half_tolerances([*exact, *more], rounded)
+
+    def _fits(self, tokens: Sequence[int]) -> bool:
+        return 0 < len(tokens) <= self.config.n_positions - NEW_TOKENS
 
     def _forgive_near_ties(
         self, rows: list[Row], theirs: Mapping[str, np.ndarray], tolerances: Mapping[int, float]
@@ -253,7 +277,8 @@ def report_json(reports: Sequence[Report]) -> str:
 def _plain(report: Report) -> dict[str, Any]:
     fields = {name: getattr(report, name) for name in ("model", "dtype", "reference", "fingerprint", "prompts")}
     rows = [row.to_json() for row in report.rows]
-    return {**fields, "ok": report.ok, "cause": report.cause, "note": report.note, "rows": rows}
+    loss = asdict(report.loss) if report.loss is not None else None
+    return {**fields, "ok": report.ok, "cause": report.cause, "note": report.note, "loss": loss, "rows": rows}
 
 
 def report_text(reports: Sequence[Report]) -> str:
@@ -277,6 +302,12 @@ def _print(console: Console, report: Report) -> None:
         note = f"{verdict} {row.note}".strip()
         lines.add_row(str(row.number), row.name, row.compared, row.shape.replace("[", "\\["), *numbers, note)
     console.print(lines)
+    if report.loss is not None:
+        found = report.loss
+        console.print(
+            f"{report.dtype} costs, over {found.positions} positions: the next token's distribution is off by "
+            f"{found.divergence:.2g} nats (Kullback-Leibler); the likeliest token is the same at {found.agreement:.1%}"
+        )
     if report.cause:
         console.print(report.cause)
         console.print("next: millrace validate --prompt 'Hello.' --plot difference.png --reference transformers")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from model import load_model
+from model.int8 import int8_works
 
 
 def validate(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -60,11 +61,17 @@ def test_a_dump_with_a_mistake_fails_with_the_cause_and_the_next_command(dump: P
     assert "next: millrace validate" in done.stdout
 
 
-def test_half_precision_has_tolerances_of_its_own() -> None:
-    done = validate("--reference", "transformers", "--dtype", "bfloat16", "--json", "--prompt", "Once upon a time")
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_other_precisions_have_tolerances_of_their_own_and_say_what_they_cost(dtype: str) -> None:
+    if dtype == "int8" and not int8_works("cpu"):
+        pytest.skip("this CPU has no AMX for whole numbers")
+    done = validate("--reference", "transformers", "--dtype", dtype, "--json", "--prompt", "Once upon a time")
     assert done.returncode == 0, done.stdout + done.stderr
     (report,) = json.loads(done.stdout)
     rows = {row["number"]: row for row in report["rows"]}
     assert rows[8]["tolerance"] > 1e-2
     assert 0 < rows[8]["max_abs"] <= rows[8]["tolerance"]
     assert "bfloat16" in report["fingerprint"]
+    assert ("products-int8" in report["fingerprint"]) == (dtype == "int8")
+    assert report["loss"]["positions"] == 4
+    assert 0 < report["loss"]["divergence"] < (0.005 if dtype == "bfloat16" else 0.05)

@@ -13,7 +13,7 @@ from pathlib import Path
 from worker.references.base import Reference, ReferenceUnavailable
 
 REFERENCES = ("transformers", "tinygrad", "candle")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 __all__ = ["DTYPES", "REFERENCES", "Reference", "ReferenceUnavailable", "load_reference"]
 
@@ -22,7 +22,8 @@ def load_reference(name: str, folder: Path, dtype: str = "float32") -> Reference
     """A reference with the weights of a directory in Hugging Face form (config.json and safetensors).
 
     Args:
-        dtype: what it computes in; "bfloat16" and "float16" with transformers only.
+        dtype: what it computes in; others than "float32" with transformers only. "int8" is bfloat16 with what goes into
+            each product rounded to whole numbers of 8 bits, a row and a column each by a scale of its own.
 
     Raises:
         ValueError: unknown name or dtype; or a config that is not a plain GPT-2's.

@@ -79,7 +79,7 @@ def load(folder: Path, dtype: str) -> TransformersReference:
     with _without_progress_bar(library.logging):
         model, report = library.GPT2LMHeadModel.from_pretrained(
             folder,
-            dtype=getattr(torch, dtype),
+            dtype=torch.bfloat16 if dtype == "int8" else getattr(torch, dtype),
             attn_implementation="eager",
             local_files_only=True,
             use_safetensors=True,
@@ -88,7 +88,25 @@ def load(folder: Path, dtype: str) -> TransformersReference:
     # transformers makes up the weights that a file lacks, and goes on.
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder} has no weights named {', '.join(missing[:3])}")
+    if dtype == "int8":
+        _round_products(model, library.pytorch_utils.Conv1D)
     return TransformersReference(model.eval())
+
+
+def _round_products(model: Any, conv: type[torch.nn.Module]) -> None:
+    """Let every product have rows and columns that are whole numbers from -127 to 127, each times its scale."""
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # the embedding stays as it is
+    for module in model.modules():
+        if isinstance(module, (conv, torch.nn.Linear)):
+            summed = 0 if isinstance(module, conv) else 1  # theirs are [in, out], torch's own [out, in]
+            weight: Any = module.weight
+            weight.data = _rounded(weight.data, summed)
+            module.register_forward_pre_hook(lambda _, args: (_rounded(args[0], -1),))
+
+
+def _rounded(tensor: Tensor, dimension: int) -> Tensor:
+    scale = tensor.float().abs().amax(dimension, keepdim=True).clamp_min(1e-30) / 127
+    return ((tensor.float() / scale).round() * scale).to(tensor.dtype)
 
 
 @contextmanager

@@ -301,7 +301,7 @@ def test_a_cached_model_is_found_without_the_hub(unreachable_hub: Path, original
     assert torch.equal(load_model("gpt2-medium", device="cpu").logits(IDS), read(original).logits(IDS))
 
 
-@pytest.mark.parametrize(("option", "said"), [({"dtype": "int8"}, "dtype 'int8'"), ({"device": "cuda:0"}, "no CUDA")])
+@pytest.mark.parametrize(("option", "said"), [({"dtype": "int4"}, "dtype 'int4'"), ({"device": "cuda:0"}, "no CUDA")])
 def test_devices_and_types_that_cannot_be_are_refused(original: Path, option: dict[str, str], said: str) -> None:
     if "device" in option and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from worker.checkpoints import CHECKPOINTS, Row, check_cache, compare, half_tolerances, read_tensors, worst
+from worker.checkpoints import CHECKPOINTS, Row, check_cache, compare, half_tolerances, loss, read_tensors, worst
 
 
 def ours() -> dict[str, np.ndarray]:
@@ -129,3 +129,15 @@ def test_a_file_that_is_none_is_refused_by_name(tmp_path: Path, name: str) -> No
     np.savez(tmp_path / "other.npz", something=np.zeros(2))
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         read_tensors(tmp_path / name)
+
+
+def test_the_loss_of_a_precision_by_hand() -> None:
+    """Two positions of two tokens each: (1/2, 1/2) read as (1/4, 3/4), and (1/5, 4/5) read right."""
+    exact = {"logits": np.log(np.array([[0.5, 0.5], [0.2, 0.8]], dtype=np.float32))}
+    other = {"logits": np.log(np.array([[0.25, 0.75], [0.2, 0.8]], dtype=np.float32)) + 3}
+    found = loss([other, {}], [exact, exact])
+    assert found is not None
+    assert found.positions == 2
+    assert found.divergence == pytest.approx((0.5 * np.log(2) + 0.5 * np.log(2 / 3)) / 2, rel=1e-5)
+    assert found.agreement == 0.5  # of two equal ones the first is the likeliest
+    assert loss([{}], [exact]) is None

@@ -1,0 +1,137 @@
+"""Products of whole numbers of 8 bits: the numbers of the formula, worked out by torch in float64, in any company."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+import model.int8
+from model import load_model
+from model.int8 import Int8, int8_works, round_rows
+from model.weights import ModelError
+
+needs_unit = pytest.mark.skipif(not int8_works("cpu"), reason="this CPU has no AMX for whole numbers, or no numba")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def rounded(x: Tensor, dimension: int) -> Tensor:
+    """Each row, or column, as whole numbers from -127 to 127 times a scale, in float64."""
+    scale = x.double().abs().amax(dimension, keepdim=True) / 127
+    return torch.where(scale > 0, (x.double() / scale).round() * scale, 0.0)
+
+
+@needs_unit
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("inner", "outer"), [(64, 1), (64, 31), (192, 32), (64, 50), (768, 2304), (3072, 768)])
+def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
+    weight, bias, x = normal(inner, outer), normal(outer), normal(300, inner).bfloat16()
+    exact = rounded(x, 1) @ rounded(weight, 0) + bias.double()
+    if gelu:
+        exact = F.gelu(exact, approximate="tanh")
+    product = Int8.of(weight, bias, gelu)
+    # A number that lies halfway between two whole ones may go to either side: one step of 127 in each factor.
+    step = x.double().abs().amax() / 127 * weight.double().abs().amax() * 1.5
+    for count in (1, 15, 16, 17, 33, 64, 300):
+        found = product(x[:count])
+        assert found.shape == (count, outer)
+        assert found.dtype == torch.bfloat16
+        error = (found.double() - exact[:count]).abs() - exact[:count].abs() * 2.0**-8
+        assert error.max() < step, f"{count} rows"
+        assert error.clamp_min(0).mean() < step / 100
+    off = (product.weight.double() - rounded(weight, 0)).abs() > 1e-6
+    assert off.float().mean() < 1e-4  # those that lie halfway
+
+
+@needs_unit
+def test_what_is_already_whole_loses_nothing() -> None:
+    whole = torch.randint(-127, 128, (40, 64), generator=torch.Generator().manual_seed(1)).bfloat16()
+    whole[:, 0] = 127
+    weight = torch.randint(-127, 128, (64, 96), generator=torch.Generator().manual_seed(2)).float()
+    weight[0] = -127
+    found = Int8.of(weight, None, False)(whole)
+    assert torch.equal(found, (whole.double() @ weight.double()).bfloat16())
+
+
+@needs_unit
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: int) -> None:
+    product, x = Int8.of(normal(128, 200), None, True), normal(600, 128).bfloat16()
+    torch.set_num_threads(2)
+    expected = product(x)
+    torch.set_num_threads(threads)
+    for count in (*range(1, 35), 63, 64, 65, 511, 512, 513, 600):
+        assert torch.equal(product(x[:count]), expected[:count]), f"{count} rows"
+        assert torch.equal(product(x[600 - count :]), expected[600 - count :]), f"the last {count} rows"
+
+
+@needs_unit
+def test_rows_may_lie_apart_or_across() -> None:
+    product, x = Int8.of(normal(64, 96), None, False), normal(48, 256).bfloat16()
+    expected = product(x[:, 64:128].contiguous())
+    assert torch.equal(product(x[:, 64:128]), expected)
+    assert torch.equal(product(x[:, 64:128].t().contiguous().t()), expected)
+
+
+@needs_unit
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
+    product, x = Int8.of(normal(64, 96), normal(96), False), normal(40, 64).bfloat16()
+    clean = product(x)
+    broken = x.clone()
+    broken[7, 3] = bad
+    found = product(broken)
+    assert not found[7].isfinite().any()
+    assert torch.equal(found[:7], clean[:7])
+    assert torch.equal(found[8:], clean[8:])
+
+
+@needs_unit
+def test_rows_and_columns_of_zeros_give_the_bias() -> None:
+    weight, bias, x = normal(64, 40), normal(40), normal(3, 64).bfloat16()
+    weight[:, 5], x[1] = 0, 0
+    found = Int8.of(weight, bias, False)(x)
+    assert torch.equal(found[1], bias.bfloat16())
+    assert torch.equal(found[:, 5], bias[5].bfloat16().expand(3))
+
+
+@needs_unit
+def test_rows_are_rounded_to_the_nearest_and_to_even_between_two() -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, -0.5, -2.5, 3.0] + [0.0] * 58, [0.0] * 64]).bfloat16()
+    whole, scales = round_rows(x)
+    assert whole[0, :6].tolist() == [127, 0, 2, 0, -2, 3]
+    assert scales[:2].tolist() == [1.0, 0.0]
+
+
+@needs_unit
+def test_the_model_in_int8_holds_a_quarter_of_the_bytes_and_says_nearly_the_same() -> None:
+    exact, whole = load_model("demo", device="cpu", dtype="float32"), load_model("demo", device="cpu", dtype="int8")
+    assert whole.products == "int8"
+    assert whole.dtype == torch.bfloat16
+    assert exact.products != "int8"
+    block = whole.blocks[0].c_fc.product
+    assert isinstance(block, Int8)
+    assert block.tiles.nbytes * 4 == exact.blocks[0].c_fc.weight.nbytes
+    tokens = torch.tensor([[(7919 * i) % 50257 for i in range(60)]])
+    p, q = exact.logits(tokens)[0].log_softmax(-1), whole.logits(tokens)[0].log_softmax(-1)
+    divergence = (p.exp() * (p - q)).sum(-1).mean()
+    assert 0 < divergence < 0.05
+
+
+def test_a_machine_or_model_that_cannot_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("model.weights.int8_works", lambda _: False)
+    with pytest.raises(ModelError, match=r"dtype 'int8' on cpu: it takes .* MILLRACE_DTYPE=bfloat16"):
+        load_model("demo", device="cpu", dtype="int8")
+    monkeypatch.setattr("model.weights.int8_works", lambda _: True)
+    demo = Path(model.int8.__file__).parent / "demo"
+    config = (demo / "config.json").read_text().replace('"n_embd": 128', '"n_embd": 96')
+    (tmp_path / "config.json").write_text(config.replace('"n_head": 2', '"n_head": 4'))
+    (tmp_path / "model.safetensors").symlink_to(demo / "model.safetensors")
+    with pytest.raises(ModelError, match=r"n_embd is 96; in int8 it must be a multiple of 64"):
+        load_model(tmp_path, device="cpu", dtype="int8")
