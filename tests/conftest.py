@@ -21,6 +21,16 @@ if TEST_MODELS:
 for _name in [name for name in os.environ if name.startswith("MILLRACE_")]:
     del os.environ[_name]
 os.environ["HF_HUB_OFFLINE"] = "1"
+if SHARED := "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads that wait for each other by spinning take the cores from the tests beside them.
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the files (`pytest -n`), begin with those that wait most: they kill their Redis."""
+    if SHARED:
+        longest = {item.path for item in items if "own_server" in item.fixturenames}  # type: ignore[attr-defined]
+        items.sort(key=lambda item: (item.path not in longest, item.path.parent.name not in ("integration", "chaos")))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

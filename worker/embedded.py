@@ -83,8 +83,9 @@ class EmbeddedRedis:
     def ephemeral(cls, *, start_timeout_s: float = 30.0) -> EmbeddedRedis:
         """A private server in a new temporary directory, which `stop` deletes: for one command, or one test."""
         place = tempfile.gettempdir()
-        # /tmp where $TMPDIR is too long for a socket: 30 is more than the name of the directory and of the socket take.
-        short = place if len(os.fsencode(place)) + 30 <= LONGEST_SOCKET_PATH else "/tmp"  # noqa: S108
+        # /tmp where $TMPDIR is too long for a socket: mkdtemp puts 8 characters of its own in the directory's name.
+        rest = len("/millrace-run-12345678/redis.sock")
+        short = place if len(os.fsencode(place)) + rest <= LONGEST_SOCKET_PATH else "/tmp"  # noqa: S108
         directory = Path(tempfile.mkdtemp(prefix="millrace-run-", dir=short))
         socket = directory / "redis.sock"
         server = cls(directory=directory, socket=socket, start_timeout_s=start_timeout_s)

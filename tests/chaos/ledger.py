@@ -53,11 +53,17 @@ class JobFact:
 
 
 @dataclass(frozen=True)
-class Delivery:
-    """A message reached a worker."""
+class Event:
+    """Something happened to a worker process."""
 
     at: float
     pid: int
+
+
+@dataclass(frozen=True)
+class Delivery(Event):
+    """A message reached it."""
+
     jobs: tuple[str, ...]
 
 
@@ -73,11 +79,9 @@ class Computation:
 
 
 @dataclass(frozen=True)
-class Death:
-    """A worker process ended: `kill` and `end` were asked for, `poison` was to be expected, `own` never is."""
+class Death(Event):
+    """It ended: `kill` and `end` were asked for, `poison` was to be expected, `own` never is."""
 
-    at: float
-    pid: int
     why: str
     detail: str = ""
 

@@ -45,6 +45,19 @@ def server() -> Iterator[EmbeddedRedis]:
 
 
 @pytest.fixture
+def own_server() -> Iterator[EmbeddedRedis]:
+    """A Redis that the test may kill."""
+    with EmbeddedRedis.ephemeral() as own:
+        yield own
+
+
+@pytest.fixture
+def own_client(own_server: EmbeddedRedis) -> Iterator[Client]:
+    with Client(redis_url=own_server.url) as made:
+        yield made
+
+
+@pytest.fixture
 def app(server: EmbeddedRedis) -> Iterator[Celery]:
     """A Celery that can write any message for that file's workers."""
     made = make_app(load_settings(redis_url=server.url))

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from worker.embedded import EmbeddedRedis
+
 CELERY = "import sys; from celery.__main__ import main; sys.exit(main())"
 
 
@@ -78,6 +80,25 @@ class WorkerProcess:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
+
+
+def worker_on(server: EmbeddedRedis, log: Path, *flags: str, patch: str = "", **settings: str) -> WorkerProcess:
+    """A worker of a test's own, of few slots and with the shortest lease there is."""
+    defaults = {"MILLRACE_REDIS_URL": server.url, "MILLRACE_SLOTS": "4", "MILLRACE_LEASE_S": "3"}
+    return WorkerProcess(log, *flags, patch=patch, **{**defaults, **settings})
+
+
+def paced(step_s: float) -> str:
+    """A patch: each step waits so long first. Jobs then last for a time that does not hang on how fast a machine is."""
+    return f"""
+import time
+from worker.runner import Runner
+run = Runner.run
+def paced(self, step):
+    time.sleep({step_s})
+    return run(self, step)
+Runner.run = paced
+"""
 
 
 def wait_until(condition: Any, timeout: float = 20) -> None:

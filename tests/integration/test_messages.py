@@ -66,30 +66,45 @@ def relieve(connection: redis.Redis) -> None:
     connection.config_set("maxmemory", "0")
 
 
+@contextlib.contextmanager
+def asleep(worker: WorkerProcess) -> Iterator[None]:
+    """The worker takes nothing meanwhile."""
+    worker.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        worker.signal(signal.SIGCONT)
+
+
 @pytest.mark.parametrize("place", ["_take", "_hand_over"])
 def test_a_worker_killed_while_it_takes_a_message_loses_none(
-    client: Client, connection: redis.Redis, environment: dict[str, str], tmp_path: Path, place: str
+    client: Client,
+    connection: redis.Redis,
+    worker: WorkerProcess,
+    environment: dict[str, str],
+    tmp_path: Path,
+    place: str,
 ) -> None:
-    jobs = client.submit_many(["Hello."] * 16, max_tokens=2, priority="interactive")
-    jobs.append(client.submit("Hello.", max_tokens=2, priority="bulk"))
-    with WorkerProcess(tmp_path / "killed.log", patch=KILL.format(place), **environment) as killed:
-        assert killed.wait(60) == -9
-    waiting = sum(connection.llen(name) for name in keys.queue_lists("demo"))  # type: ignore[misc]
-    held = connection.hlen(keys.unacked())
-    assert (waiting, held) == ((2, 0) if place == "_take" else (1, 1))
-    assert connection.zcard(keys.unacked_index()) == held, "what is held has a lease"
-    with WorkerProcess(tmp_path / "next.log", **environment):
-        assert {job.result(60).usage.completion_tokens for job in jobs} == {2}
-        wait_until(lambda: not connection.hlen(keys.unacked()))
+    with asleep(worker):
+        jobs = client.submit_many(["Hello."] * 16, max_tokens=2, priority="interactive")
+        jobs.append(client.submit("Hello.", max_tokens=2, priority="bulk"))
+        with WorkerProcess(tmp_path / "killed.log", patch=KILL.format(place), **environment) as killed:
+            assert killed.wait(60) == -9
+        waiting = sum(connection.llen(name) for name in keys.queue_lists("demo"))  # type: ignore[misc]
+        held = connection.hlen(keys.unacked())
+        assert (waiting, held) == ((2, 0) if place == "_take" else (1, 1))
+        assert connection.zcard(keys.unacked_index()) == held, "what is held has a lease"
+    assert {job.result(60).usage.completion_tokens for job in jobs} == {2}
+    wait_until(lambda: not connection.hlen(keys.unacked()))
 
 
-def test_messages_are_taken_in_the_order_of_urgency_then_of_arrival(
-    client: Client, environment: dict[str, str], tmp_path: Path
-) -> None:
-    order = [client.submit("Hello.", max_tokens=1, priority=p).id for p in ("bulk", "normal", "interactive", "normal")]
-    with WorkerProcess(tmp_path / "worker.log", **environment) as worker:
-        worker.wait_for("message.accepted", 60, 4)
-        taken = [line["message_id"] for line in worker.events("message.accepted")]
+def test_messages_are_taken_in_the_order_of_urgency_then_of_arrival(client: Client, worker: WorkerProcess) -> None:
+    before = len(worker.events("message.accepted"))
+    with asleep(worker):
+        urgencies = ("bulk", "normal", "interactive", "normal")
+        order = [client.submit("Hello.", max_tokens=1, priority=urgency).id for urgency in urgencies]
+    worker.wait_for("message.accepted", count=before + 4)
+    taken = [line["message_id"] for line in worker.events("message.accepted")[before:]]
     assert taken == [order[2], order[1], order[3], order[0]]
 
 

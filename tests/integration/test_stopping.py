@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from client import Client, JobFailed, keys
 from client.transport import connect
-from tests.integration.processes import WorkerProcess, wait_until
+from tests.integration.processes import paced, wait_until, worker_on
 from worker.celery import make_app
 from worker.embedded import EmbeddedRedis
 
@@ -29,25 +28,9 @@ def deadly(self, step):
 Runner.run = deadly
 """
 
-#: Takes long where the likeliest tokens are asked for and drawn from.
-SLOW = {"max_tokens": 1000, "logprobs": 20, "top_p": 0.9, "n": 2, "ignore_eos": True}
-
-
-@pytest.fixture
-def server() -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis.ephemeral() as own:
-        yield own
-
-
-@pytest.fixture
-def client(server: EmbeddedRedis) -> Iterator[Client]:
-    with Client(redis_url=server.url) as made:
-        yield made
-
-
-def worker_on(server: EmbeddedRedis, log: Path, patch: str = "", **settings: str) -> WorkerProcess:
-    defaults = {"MILLRACE_REDIS_URL": server.url, "MILLRACE_SLOTS": "4", "MILLRACE_LEASE_S": "3"}
-    return WorkerProcess(log, patch=patch, **{**defaults, **settings})
+#: Jobs that last: each token of theirs takes a step, and each step 0.03 s.
+SLOWLY = paced(0.03)
+LONG = {"temperature": 0, "ignore_eos": True}
 
 
 def attempts(client: Client, job_id: str) -> int:
@@ -55,22 +38,20 @@ def attempts(client: Client, job_id: str) -> int:
 
 
 def test_a_prompt_that_kills_its_process_fails_and_takes_nobody_with_it(
-    server: EmbeddedRedis, client: Client, tmp_path: Path
+    own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
 ) -> None:
     prompts = ["Hello.", "Once", POISON, "The river", "Alice"]
-    group = client.submit_many(prompts, max_tokens=3, temperature=0)
-    alone = client.submit("Hello.", max_tokens=3, temperature=0)
+    group = own_client.submit_many(prompts, max_tokens=3, temperature=0)
+    alone = own_client.submit("Hello.", max_tokens=3, temperature=0)
     deaths = 0
-    while True:
-        with worker_on(server, tmp_path / f"{deaths}.log", DEADLY) as worker:
+    while group[2].status() != "failed":
+        with worker_on(own_server, tmp_path / f"{deaths}.log", patch=DEADLY) as worker:
             wait_until(lambda w=worker: not w.alive or group[2].status() == "failed", timeout=60)  # type: ignore[misc]
             if worker.alive:
-                break
-        deaths += 1
-        time.sleep(3.2)  # the lease of what the dead worker held
-    with worker_on(server, tmp_path / "last.log", DEADLY):
-        texts = [job.result(30).text for job in (*group[:2], *group[3:], alone)]
-        wait_until(lambda: connect(server.url).hlen(keys.unacked()) == 0)
+                texts = [job.result(30).text for job in (*group[:2], *group[3:], alone)]
+                wait_until(lambda: connect(own_server.url).hlen(keys.unacked()) == 0)
+            else:
+                deaths += 1
     assert deaths == 3
     assert texts[0] == texts[-1], "computed in other company, the text is the same"
     with pytest.raises(JobFailed, match="begun 3 times") as caught:
@@ -80,10 +61,10 @@ def test_a_prompt_that_kills_its_process_fails_and_takes_nobody_with_it(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT], ids=lambda n: n.name)
 def test_an_orderly_end_counts_no_attempt_and_waits_no_longer_than_the_rows(
-    server: EmbeddedRedis, client: Client, tmp_path: Path, number: signal.Signals
+    own_server: EmbeddedRedis, own_client: Client, tmp_path: Path, number: signal.Signals
 ) -> None:
-    jobs = [client.submit("Hello.", max_tokens=600, temperature=0, ignore_eos=True) for _ in range(8)]
-    with worker_on(server, tmp_path / "w.log", MILLRACE_SOFT_SHUTDOWN_S="300") as worker:
+    jobs = [own_client.submit("Hello.", **LONG, max_tokens=120) for _ in range(8)]
+    with worker_on(own_server, tmp_path / "w.log", patch=SLOWLY, MILLRACE_SOFT_SHUTDOWN_S="300") as worker:
         wait_until(lambda: sum(job.status() == "running" for job in jobs) == 4, timeout=60)
         worker.signal(number)
         worker.wait(60)
@@ -91,8 +72,8 @@ def test_an_orderly_end_counts_no_attempt_and_waits_no_longer_than_the_rows(
     states = [job.status() for job in jobs]
     assert states.count("succeeded") == 4
     assert states.count("queued") == 4
-    assert [attempts(client, job.id) for job in jobs if job.status() == "queued"] == [0] * 4
-    assert connect(server.url).hlen(keys.unacked()) == 0
+    assert [attempts(own_client, job.id) for job in jobs if job.status() == "queued"] == [0] * 4
+    assert connect(own_server.url).hlen(keys.unacked()) == 0
 
 
 @pytest.mark.parametrize(
@@ -101,10 +82,10 @@ def test_an_orderly_end_counts_no_attempt_and_waits_no_longer_than_the_rows(
     ids=["term", "int", "quit"],
 )
 def test_a_second_signal_hands_back_what_runs(
-    server: EmbeddedRedis, client: Client, tmp_path: Path, first: signal.Signals, second: signal.Signals
+    own_server: EmbeddedRedis, own_client: Client, tmp_path: Path, first: signal.Signals, second: signal.Signals
 ) -> None:
-    jobs = [client.submit("Hello.", **SLOW) for _ in range(2)]
-    with worker_on(server, tmp_path / "w.log", MILLRACE_SOFT_SHUTDOWN_S="300") as worker:
+    jobs = [own_client.submit("Hello.", **LONG, max_tokens=1000) for _ in range(2)]
+    with worker_on(own_server, tmp_path / "w.log", patch=SLOWLY, MILLRACE_SOFT_SHUTDOWN_S="300") as worker:
         wait_until(lambda: any(job.status() == "running" for job in jobs), timeout=60)
         worker.signal(first)
         time.sleep(2)
@@ -112,48 +93,48 @@ def test_a_second_signal_hands_back_what_runs(
         worker.signal(second)
         worker.wait(20)
         assert worker.events("worker.stopped")
-    assert [(job.status(), attempts(client, job.id)) for job in jobs] == [("queued", 0)] * 2
-    assert client.status().queues[0].normal == 2
+    assert [(job.status(), attempts(own_client, job.id)) for job in jobs] == [("queued", 0)] * 2
+    assert own_client.status().queues[0].normal == 2
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["gone", "silent"])
 def test_sigterm_without_redis_ends_in_time_and_the_jobs_end_elsewhere(
-    server: EmbeddedRedis, client: Client, tmp_path: Path, how: signal.Signals
+    own_server: EmbeddedRedis, own_client: Client, tmp_path: Path, how: signal.Signals
 ) -> None:
-    jobs = [client.submit("Hello.", **SLOW) for _ in range(2)]
-    with worker_on(server, tmp_path / "w.log", MILLRACE_SOFT_SHUTDOWN_S="2") as worker:
+    jobs = [own_client.submit("Hello.", **LONG, max_tokens=400) for _ in range(2)]
+    with worker_on(own_server, tmp_path / "w.log", patch=SLOWLY, MILLRACE_SOFT_SHUTDOWN_S="2") as worker:
         wait_until(lambda: all(job.status() == "running" for job in jobs), timeout=60)
         time.sleep(1.2)  # appendfsync everysec
-        assert server.pid is not None
-        os.kill(server.pid, how)
+        assert own_server.pid is not None
+        os.kill(own_server.pid, how)
         worker.signal(signal.SIGTERM)
         assert worker.wait(20) == 1
         assert "worker.abandoned" in worker.text()
     if how == signal.SIGSTOP:
-        os.kill(server.pid, signal.SIGCONT)
+        os.kill(own_server.pid, signal.SIGCONT)
     else:
-        server.start()
-    with worker_on(server, tmp_path / "next.log"):
-        assert {job.result(90).usage.completion_tokens for job in jobs} == {2000}
+        own_server.start()
+    with worker_on(own_server, tmp_path / "next.log"):
+        assert {job.result(90).usage.completion_tokens for job in jobs} == {400}
 
 
 def test_a_job_that_celerys_tracer_cannot_finish_ends_all_the_same(
-    server: EmbeddedRedis, client: Client, tmp_path: Path
+    own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
 ) -> None:
     """Alone, and while a group that names it too has adopted it: the group is neither lost nor computed again."""
-    patch = "from worker.backend import ResultBackend\nResultBackend.store_result = None"
-    request = {"prompt": "Hello.", "max_tokens": 1000, "temperature": 0, "ignore_eos": True}
-    app = make_app(client.settings)
-    with worker_on(server, tmp_path / "w.log", patch, MILLRACE_LOG_LEVEL="debug") as worker:
-        alone = client.submit(**request)
-        adopted = client.submit(**request, id="adopted")
+    patch = f"{SLOWLY}\nfrom worker.backend import ResultBackend\nResultBackend.store_result = None"
+    request = {**LONG, "prompt": "Hello.", "max_tokens": 150}
+    app = make_app(own_client.settings)
+    with worker_on(own_server, tmp_path / "w.log", patch=patch, MILLRACE_LOG_LEVEL="debug") as worker:
+        alone = own_client.submit(**request)
+        adopted = own_client.submit(**request, id="adopted")
         wait_until(lambda: adopted.status() != "queued", timeout=60)
         members = [{"id": name, "request": request} for name in ("adopted", "other")]
         app.send_task("millrace.generate_many", args=[members])
-        assert {job.result(60).usage.completion_tokens for job in (alone, adopted)} == {1000}
+        assert {job.result(60).usage.completion_tokens for job in (alone, adopted)} == {150}
         assert worker.events("message.adopted")
-        wait_until(lambda: client._redis.exists(keys.result("other")))
-        wait_until(lambda: client._redis.hlen(keys.unacked()) == 0)
+        wait_until(lambda: own_client._redis.exists(keys.result("other")))
+        wait_until(lambda: own_client._redis.hlen(keys.unacked()) == 0)
         assert worker.alive
         assert sorted(line["job_id"] for line in worker.events("job.finished")) == sorted(
             [alone.id, "adopted", "other"]

@@ -10,6 +10,7 @@ import socket as sockets
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -140,14 +141,19 @@ def test_ephemeral_leaves_nothing_behind() -> None:
     assert not directory.exists()
 
 
+@pytest.mark.parametrize("size", [60, 70, 71, 73, 90, 150])
 def test_ephemeral_finds_a_short_place_where_the_temporary_directory_has_a_long_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    long = tmp_path / ("long" * 30)
-    long.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(long))
-    with EmbeddedRedis.ephemeral() as server:
-        assert is_alive(server.socket)
+    """The name of the socket takes 33 bytes more, and 103 are all that a socket's path may have."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        long = Path(directory) / "".ljust(size - len(directory) - 1, "x")
+        long.mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(long))
+        with EmbeddedRedis.ephemeral() as server:
+            assert is_alive(server.socket)
+            assert (server.directory.parent == long) == (size <= 70)
+        monkeypatch.undo()
 
 
 def test_default_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
