@@ -22,8 +22,9 @@ for _name in [name for name in os.environ if name.startswith("MILLRACE_")]:
     del os.environ[_name]
 os.environ["HF_HUB_OFFLINE"] = "1"
 if SHARED := "PYTEST_XDIST_WORKER" in os.environ:
-    # Threads that wait for each other by spinning take the cores from the tests beside them.
-    os.environ["OMP_WAIT_POLICY"] = "passive"
+    # Threads that wait for each other by spinning take the cores from the tests beside them. Those of several threads
+    # ask for them; workers (tests/integration/processes.py) have as many as anywhere.
+    os.environ |= {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from worker.embedded import EmbeddedRedis
+from worker.embedded import EmbeddedRedis, die_with_parent
 
 CELERY = "import sys; from celery.__main__ import main; sys.exit(main())"
 
@@ -27,12 +27,13 @@ class WorkerProcess:
         start = [sys.executable, "-c", f"{patch}\n{CELERY}"] if patch else [sys.executable, "-m", "celery"]
         self.command = [*start, "-A", "worker", "worker", *flags]
         self.environment = {**os.environ, "MILLRACE_LOG_FORMAT": "json", **environment}
+        self.environment.pop("OMP_NUM_THREADS", None)  # tests/conftest.py
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> WorkerProcess:
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
-                self.command, env=self.environment, stdout=out, stderr=out, start_new_session=True
+                die_with_parent(self.command), env=self.environment, stdout=out, stderr=out, start_new_session=True
             )
         return self
 

@@ -154,16 +154,16 @@ def test_a_cut_connection_runs_no_job_twice(own_server: EmbeddedRedis, own_clien
 
 
 def test_a_job_longer_than_its_lease_runs_once(own_server: EmbeddedRedis, own_client: Client, tmp_path: Path) -> None:
-    """Two workers, jobs of 8 s and leases of 3: one would take the other's job if its lease were not renewed."""
-    slow = {"patch": SLOWLY, "MILLRACE_SLOTS": "64", "MILLRACE_LOG_LEVEL": "debug"}
+    """Two workers, jobs of 6 s and leases of 3: one would take the other's job if its lease were not renewed."""
+    slow = {"patch": SLOWLY, "MILLRACE_SLOTS": "8", "MILLRACE_LOG_LEVEL": "debug"}
     with (
         worker_on(own_server, tmp_path / "one.log", "-n", "one@%h", **slow) as one,
         worker_on(own_server, tmp_path / "two.log", "-n", "two@%h", **slow) as two,
     ):
         one.wait_ready()
         two.wait_ready()
-        jobs = own_client.submit_many(["Hello."] * 4, n=8, max_tokens=400, ignore_eos=True)
-        jobs += [own_client.submit("Hello.", n=8, max_tokens=400, ignore_eos=True) for _ in range(4)]
+        jobs = own_client.submit_many(["Hello."] * 4, max_tokens=300, ignore_eos=True)
+        jobs += [own_client.submit("Hello.", max_tokens=300, ignore_eos=True) for _ in range(4)]
         for job in jobs:
             job.result(120)
         assert len(one.events("job.finished")) + len(two.events("job.finished")) == 8
