@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from client import Client, keys
 from worker.embedded import EmbeddedRedis, die_with_parent
 
 CELERY = "import sys; from celery.__main__ import main; sys.exit(main())"
@@ -100,6 +101,11 @@ def paced(self, step):
     return run(self, step)
 Runner.run = paced
 """
+
+
+def attempts(client: Client, job_id: str) -> int:
+    """How often workers have begun a job, as its record says."""
+    return int(client._redis.hget(keys.job(job_id), "attempts") or 0)  # type: ignore[arg-type]
 
 
 def wait_until(condition: Any, timeout: float = 20) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from client import Client, JobFailed, keys
 from client.transport import connect
-from tests.integration.processes import paced, wait_until, worker_on
+from tests.integration.processes import attempts, paced, wait_until, worker_on
 from worker.celery import make_app
 from worker.embedded import EmbeddedRedis
 
@@ -31,10 +31,6 @@ Runner.run = deadly
 #: Jobs that last: each token of theirs takes a step, and each step 0.03 s.
 SLOWLY = paced(0.03)
 LONG = {"temperature": 0, "ignore_eos": True}
-
-
-def attempts(client: Client, job_id: str) -> int:
-    return int(client._redis.hget(keys.job(job_id), "attempts") or 0)  # type: ignore[arg-type]
 
 
 def test_a_prompt_that_kills_its_process_fails_and_takes_nobody_with_it(
@@ -60,14 +56,14 @@ def test_a_prompt_that_kills_its_process_fails_and_takes_nobody_with_it(
     assert caught.value.code == "max_attempts"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT], ids=lambda n: n.name)
-def test_an_orderly_end_counts_no_attempt_and_waits_no_longer_than_the_rows(
-    own_server: EmbeddedRedis, own_client: Client, tmp_path: Path, number: signal.Signals
+def test_sigquit_counts_no_attempt_and_waits_no_longer_than_the_rows(
+    own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
 ) -> None:
+    """As SIGTERM does (test_worker_process.py)."""
     jobs = [own_client.submit("Hello.", **LONG, max_tokens=120) for _ in range(8)]
     with worker_on(own_server, tmp_path / "w.log", patch=SLOWLY, MILLRACE_SOFT_SHUTDOWN_S="300") as worker:
         wait_until(lambda: sum(job.status() == "running" for job in jobs) == 4, timeout=60)
-        worker.signal(number)
+        worker.signal(signal.SIGQUIT)
         worker.wait(60)
         assert worker.events("worker.stopped")
     states = [job.status() for job in jobs]

@@ -12,7 +12,7 @@ import pytest
 from client import Client, keys
 from client.transport import connect
 from config import load_settings
-from tests.integration.processes import paced, wait_until, worker_on
+from tests.integration.processes import attempts, paced, wait_until, worker_on
 from worker.embedded import EmbeddedRedis
 
 #: Jobs that last: each token of theirs takes a step, and each step 0.02 s.
@@ -27,12 +27,11 @@ def unacked(server: EmbeddedRedis) -> int:
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"MILLRACE_MODEL": "/nowhere/at/all"}, ["/nowhere/at/all", "no such directory"]),
         ({"MILLRACE_KV_CACHE_BYTES": "1000"}, ["MILLRACE_KV_CACHE_BYTES is 1000", "Raise it"]),
         ({"MILLRACE_SLOTS": "none"}, ["MILLRACE_SLOTS is 'none'", "whole number from 1 to 4096"]),
         ({"MILLRACE_SLOT": "4"}, ["MILLRACE_SLOT is no setting", "MILLRACE_SLOTS"]),
     ],
-    ids=["model", "cache", "value", "name"],
+    ids=["cache", "value", "name"],
 )
 def test_a_worker_that_cannot_start_says_why_and_ends(
     own_server: EmbeddedRedis, tmp_path: Path, environment: dict[str, str], words: list[str]
@@ -44,14 +43,16 @@ def test_a_worker_that_cannot_start_says_why_and_ends(
         assert "Traceback" not in worker.text()
 
 
-def test_nothing_is_taken_from_the_queue_by_a_worker_that_cannot_load(
+def test_a_worker_that_cannot_load_says_why_and_takes_nothing_from_the_queue(
     own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
 ) -> None:
     job = own_client.submit("Hello.")
-    with worker_on(
-        own_server, tmp_path / "worker.log", MILLRACE_MODEL="/nowhere", MILLRACE_SERVED_NAME="demo"
-    ) as worker:
+    settings = {"MILLRACE_MODEL": "/nowhere/at/all", "MILLRACE_SERVED_NAME": "demo"}
+    with worker_on(own_server, tmp_path / "worker.log", **settings) as worker:
         assert worker.wait(60) != 0
+        assert "/nowhere/at/all" in worker.text()
+        assert "no such directory" in worker.text()
+        assert "Traceback" not in worker.text()
     assert job.status() == "queued"
     assert own_client.status().queues[0].normal == 1
 
@@ -59,15 +60,16 @@ def test_nothing_is_taken_from_the_queue_by_a_worker_that_cannot_load(
 def test_sigterm_finishes_what_runs_and_returns_the_rest(
     own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
 ) -> None:
-    with worker_on(own_server, tmp_path / "worker.log", patch=SLOWLY) as worker:
+    with worker_on(own_server, tmp_path / "worker.log", patch=SLOWLY, MILLRACE_SOFT_SHUTDOWN_S="300") as worker:
         worker.wait_ready()
         jobs = [own_client.submit("Hello.", **LONG) for _ in range(12)]
         wait_until(lambda: own_client.status().delivered >= 6 and any(job.status() == "running" for job in jobs))
         worker.signal(signal.SIGTERM)
         assert worker.wait(60) == 0
-    done = [job for job in jobs if job.status() == "succeeded"]
-    assert len(done) == 4
-    assert {job.status() for job in jobs} == {"succeeded", "queued"}
+        assert worker.events("worker.stopped")
+    returned = [job for job in jobs if job.status() == "queued"]
+    assert [attempts(own_client, job.id) for job in returned] == [0] * 8
+    assert {job.status() for job in jobs if job not in returned} == {"succeeded"}
     assert unacked(own_server) == 0
     assert own_client.status().queues[0].normal == 8
     assert own_client.status().workers == []

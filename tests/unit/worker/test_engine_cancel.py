@@ -101,7 +101,7 @@ def test_a_job_past_its_deadline_expires_waiting_or_running() -> None:
     engine = build(slots=1)
     now = time.time()
     past = engine.submit(ask("late", expires_at=now - 1))
-    running = engine.submit(ask(max_tokens=500, ignore_eos=True, expires_at=now + 0.2))
+    running = engine.submit(ask(max_tokens=1000, ignore_eos=True, expires_at=now + 0.5))
     waiting = engine.submit(ask("x", expires_at=now + 0.1))
     patient = engine.submit(ask("Next", expires_at=now + 3600))
     drive(engine, patient)
