@@ -26,6 +26,7 @@ from client.errors import (
     RedisUnreachable,
     ResultTimeout,
     UnknownJob,
+    UnreadableRecord,
 )
 from client.job import Job
 from client.schema import Choice, Result, SamplingParams
@@ -51,6 +52,7 @@ __all__ = [
     "SamplingParams",
     "Status",
     "UnknownJob",
+    "UnreadableRecord",
     "as_completed",
     "default_client",
     "job",

@@ -31,6 +31,7 @@ from client.errors import (
     RedisUnreachable,
     ResultTimeout,
     UnknownJob,
+    UnreadableRecord,
 )
 from client.job import Job
 from client.records import Outcome, parse_outcome
@@ -44,7 +45,7 @@ from client.schema import (
     is_job_id,
     parse_request,
 )
-from client.signing import sign
+from client.signing import mark, sign
 from client.status import Status, count_queued, read_status
 from client.transport import connect, producer_app, queue, resolve_url
 from config import Settings, load_settings
@@ -212,6 +213,7 @@ class Client:
     def _signed(self, draft: _Draft) -> _Draft:
         if signing_keys := self.settings.signing_keys:
             draft.wire = sign(signing_keys[0], draft.id, draft.model, draft.wire)
+            draft.mark = mark(signing_keys[0], draft.id)
         return draft
 
     def _queue(self, drafts: list[_Draft]) -> list[Job]:
@@ -273,7 +275,8 @@ class Client:
                 pipe.expire(keys.job(draft.id), keys.UNFINISHED_TTL_S)
         answers = pipe.execute()
         new = {draft.id: draft for draft in drafts}
-        for draft, (digest, published) in zip(named, answers[1 : 6 * len(named) : 6], strict=True):
+        step = 3 + len(drafts[0].record())  # answers for each
+        for draft, (digest, published) in zip(named, answers[1 : step * len(named) : step], strict=True):
             if digest != draft.digest:
                 raise _used(draft.id)
             if published:
@@ -322,10 +325,12 @@ class Client:
             pipe = self._redis.pipeline(transaction=False)
             pipe.get(keys.result(job_id))
             pipe.hget(keys.job(job_id), "state")
-            record, state = pipe.execute()
+            record, state = (_no_record(answer) for answer in pipe.execute(raise_on_error=False))
         outcome = parse_outcome(record)
         if outcome is None and state is None:
             raise UnknownJob(job_id)
+        if outcome is None and state not in ("queued", "running"):
+            raise UnreadableRecord(job_id)
         return outcome, cast("State", state or "queued")
 
     def _wait(self, job_id: str, timeout: float | None) -> Outcome:
@@ -431,7 +436,8 @@ class Client:
 
     def _model_of(self, job_id: str) -> str:
         with self._reachable():
-            return cast("str | None", self._redis.hget(keys.job(job_id), "model")) or self.model_name
+            model = cast("str | None", self._redis.hget(keys.job(job_id), "model"))
+        return model if model is not None and model == slug(model) else self.model_name
 
     @contextlib.contextmanager
     def _reachable(self) -> Iterator[None]:
@@ -454,10 +460,12 @@ class _Draft:
     def __init__(self, job_id: str, model: str, request: GenerateRequest, digest: str) -> None:
         self.id, self.model, self.request, self.digest = job_id, model, request, digest
         self.wire = request.to_wire()
+        self.mark: str | None = None
 
     def record(self) -> dict[Any, Any]:
         """The first fields of the job's record."""
-        return {"state": "queued", "model": self.model, "submitted_at": f"{time.time():.6f}"}
+        record = {"state": "queued", "model": self.model, "submitted_at": f"{time.time():.6f}"}
+        return record if self.mark is None else {**record, "mark": self.mark}
 
 
 def _groups(drafts: Iterable[_Draft]) -> Iterator[list[_Draft]]:
@@ -472,6 +480,15 @@ def _groups(drafts: Iterable[_Draft]) -> Iterator[list[_Draft]]:
         open_groups[place] = ([*group, draft], used + size)
     for group, _ in open_groups.values():
         yield group
+
+
+def _no_record(answer: Any) -> str | None:
+    """An answer of Redis's to a question for a record; "" for what is of another type than any record."""
+    if isinstance(answer, Exception):
+        if "WRONGTYPE" in str(answer):
+            return ""
+        raise answer
+    return cast("str | None", answer)
 
 
 def _digest(request: GenerateRequest, model: str) -> str:

@@ -6,6 +6,7 @@ MillraceError
 ├── RedisUnreachable (ConnectionError)  Redis did not answer
 ├── RedisRefused                        Redis answers, and refuses: it is full, read-only, or the user may not
 ├── UnknownJob (KeyError)               no job has this id, or its record has expired
+├── UnreadableRecord                    something else wrote where the job's record should be
 ├── NoCheckpoints (KeyError)            no tensors were kept for this job, or not any more
 ├── ResultTimeout (TimeoutError)        no result yet; the job goes on
 │   └── NoWorker                        ... and no worker serves the queue
@@ -117,6 +118,20 @@ class UnknownJob(MillraceError, KeyError):
         return (
             f"no job {self.job_id!r} on this Redis: the id is wrong, another MILLRACE_REDIS_URL is meant, "
             "or its record has expired (MILLRACE_RESULT_TTL_S)"
+        )
+
+
+class UnreadableRecord(MillraceError):
+    """Raised when what stands in place of a job's record is none of ours. The job may go on; its result is apart."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+    def __str__(self) -> str:
+        return (
+            f"the record of job {self.job_id} cannot be read: something else writes to the keys of millrace on this "
+            "Redis; see who may, config/redis-users.acl"
         )
 
 

@@ -25,6 +25,7 @@ def parse_outcome(record: str | None) -> Outcome | None:
     if record is None:
         return None
     try:
+        record.encode()  # no lone surrogates: bytes that were no text
         meta = json.loads(record)
         status, value = meta["status"], meta["result"]
         if status == "SUCCESS":

@@ -2,6 +2,8 @@
 
 A signature is an HMAC-SHA-256 over the job's id, the model whose queue it goes to, and the request exactly as it is
 sent, schema version included. It travels in the request's wire form under `SIGNATURE`. Without a key nothing is added.
+
+A job's record is marked as well: a job that somebody with the key has submitted is not failed for what others send.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ SIGNATURE = "signature"
 
 #: What is signed begins with this, so that a key used elsewhere too signs nothing that could pass here.
 _PURPOSE = "millrace job 1"
+_MARK_PURPOSE = "millrace record 1"
 
 
 def sign(key: bytes, job_id: str, model: str, wire: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,6 +37,18 @@ def verified(keys: Iterable[bytes], job_id: str, model: str, wire: Any) -> bool:
     except (TypeError, ValueError, RecursionError):  # holds what no client of ours sends: a NaN, a date, a deep nest
         return False
     return any(hmac.compare_digest(_digest(key, text), given) for key in keys)
+
+
+def mark(key: bytes, job_id: str) -> str:
+    """What the record of a job says if its submitter has the key."""
+    return _digest(key, json.dumps([_MARK_PURPOSE, job_id]).encode())
+
+
+def marked(keys: Iterable[bytes], job_id: str, given: str | None) -> bool:
+    """Whether a job's record was written by somebody with one of the keys."""
+    if given is None or not given.isascii():
+        return False
+    return any(hmac.compare_digest(mark(key, job_id), given) for key in keys)
 
 
 def unsigned(wire: Any) -> Any:

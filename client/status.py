@@ -81,7 +81,7 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
     pipe = connection.pipeline(transaction=False)
     for name in names:
         pipe.hgetall(keys.worker(name))
-    records = cast("list[dict[str, Any]]", pipe.execute())
+    records = pipe.execute(raise_on_error=False)  # what is of another type is no worker's
     # A worker that died has no record any more, though its name may still stand in the index.
     workers = [worker for name, record in zip(names, records, strict=True) if (worker := _worker(name, record))]
     models = sorted({model_name, *(worker.model for worker in workers)})
@@ -93,9 +93,9 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
     return Status(workers=workers, queues=queues, delivered=delivered, dead=dead)
 
 
-def _worker(name: str, record: dict[str, Any]) -> WorkerStatus | None:
+def _worker(name: str, record: Any) -> WorkerStatus | None:
     """What a worker said; None if it says nothing any more, or nothing that a worker would."""
-    if "model" not in record:
+    if not isinstance(record, dict) or "model" not in record:
         return None
     try:
         return WorkerStatus.model_validate({**record, "name": name})

@@ -63,10 +63,14 @@ def celery_url(url: str) -> str:
 
 
 def connect(url: str, *, text: bool = True) -> redis.Redis:
-    """A redis-py client that gives up on a silent server; it answers in `text` or bytes. Nothing is sent yet."""
+    """A redis-py client that gives up on a silent server; it answers in `text` or bytes. Nothing is sent yet.
+
+    Bytes that are no UTF-8 come as lone surrogates, in records that a stranger wrote; whoever reads them refuses those.
+    """
     connection: redis.Redis = redis.Redis.from_url(
         url,
         decode_responses=text,
+        encoding_errors="surrogateescape",
         socket_timeout=SOCKET_TIMEOUT_S,
         socket_connect_timeout=CONNECT_TIMEOUT_S,
         health_check_interval=25,

@@ -6,12 +6,23 @@ import base64
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import redis
 
-from client import Client, InvalidRequest, NoWorker, QueueFull, RedisRefused, RedisUnreachable, UnknownJob, keys
+from client import (
+    Client,
+    InvalidRequest,
+    JobFailed,
+    NoWorker,
+    QueueFull,
+    RedisRefused,
+    RedisUnreachable,
+    UnknownJob,
+    UnreadableRecord,
+    keys,
+)
 from client.client import GROUP_JOBS
 from client.status import QueueStatus
 from client.transport import celery_url, connect, resolve_url
@@ -227,6 +238,58 @@ def test_no_worker_and_unknown_job_differ(client: Client) -> None:
         client.cancel("nobody")
     with pytest.raises(KeyError):
         client.job("nobody").status()
+
+
+NOT_TEXT = b"\xff\xfe{"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda r, job: r.hset(keys.job(job), "state", "done"),
+        lambda r, job: r.hset(keys.job(job), "state", "succeeded"),
+        lambda r, job: r.hset(keys.job(job), "state", NOT_TEXT),
+        lambda r, job: r.delete(keys.job(job)) and r.set(keys.job(job), "x"),
+    ],
+    ids=["state", "end", "bytes", "type"],
+)
+def test_a_record_that_is_none_of_ours_is_an_error_that_says_so(
+    client: Client, connection: redis.Redis, spoil: Callable[[redis.Redis, str], object]
+) -> None:
+    job = client.submit("Hello.")
+    spoil(connection, job.id)
+    for ask in (job.status, job.cancel, lambda: job.result(0.05)):
+        with pytest.raises(UnreadableRecord, match=f"record of job {job.id} cannot be read"):
+            ask()
+
+
+@pytest.mark.parametrize("wrong", [NOT_TEXT, b'{"status": "SUCCESS", "result": "\xff"}', None], ids=repr)
+def test_a_result_that_is_none_of_ours_fails_its_job(
+    client: Client, connection: redis.Redis, wrong: bytes | None
+) -> None:
+    job = client.submit("Hello.")
+    if wrong is None:
+        connection.rpush(keys.result(job.id), "x")
+    else:
+        connection.set(keys.result(job.id), wrong)
+        with pytest.raises(JobFailed, match="cannot be read") as caught:
+            job.result(1)
+        assert caught.value.code == "unreadable_result"
+    assert client.job(job.id).status() == "failed"
+
+
+def test_strange_records_of_workers_and_models_harm_no_status(client: Client, connection: redis.Redis) -> None:
+    connection.zadd(keys.workers(), {"strange": 1, b"\xff": 1, "list": 1})
+    connection.hset(keys.worker("strange"), mapping={"model": NOT_TEXT, "slots": "x"})
+    connection.lpush(keys.worker("list"), "x")
+    job = client.submit("Hello.")
+    connection.hset(keys.job(job.id), "model", NOT_TEXT)
+    try:
+        assert not {"strange", "list"} & {worker.name for worker in client.status().workers}
+        with pytest.raises(NoWorker):
+            job.result(0.05)
+    finally:
+        connection.delete(keys.workers(), keys.worker("strange"), keys.worker("list"))
 
 
 def test_an_unreachable_redis_is_named_without_its_password() -> None:
