@@ -14,10 +14,11 @@ from celery.worker import state
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request
 
+from client.errors import JobFailed
 from client.schema import GROUP_TASK_NAME, TASK_NAME, is_job_id
 from worker.broker import CONNECTION_ERRORS, dead_letter, plain_client, transport_that_takes
-from worker.gate import MAX_MESSAGE_BYTES, forbid_compression, reason_to_refuse
-from worker.service import read_group
+from worker.gate import MAX_MESSAGE_BYTES, forbid_compression, reason_to_refuse, take_out_unsigned
+from worker.service import BAD_SIGNATURE, read_group
 from worker.tasks import argument
 
 log = structlog.get_logger("millrace.worker")
@@ -70,7 +71,7 @@ class SafeConsumer(Consumer):
         self._unsettled: dict[str, Callable[[Any], None]] = {}
         forbid_compression()
         super().__init__(take, *args, **kwargs)
-        self._signed_only = bool(self.app.millrace_settings.signing_keys)
+        self._signing_keys = self.app.millrace_settings.signing_keys
 
     def _own(self, request: Any) -> None:
         """Let a message be acknowledged or returned over the connection there is then."""
@@ -108,9 +109,9 @@ class SafeConsumer(Consumer):
 
         def receive(message: Any) -> None:
             try:
-                if reason := reason_to_refuse(message, signed_only=self._signed_only):
+                if reason := reason_to_refuse(message, signed_only=bool(self._signing_keys)):
                     self._refuse_read(message, reason)
-                else:
+                elif not self._signing_keys or self._turn_away_unsigned(message):
                     handle(message)
             except CONNECTION_ERRORS:
                 raise
@@ -118,6 +119,18 @@ class SafeConsumer(Consumer):
                 self._refuse_read(message, f"it is no task that can be read ({type(error).__name__})")
 
         return receive
+
+    def _turn_away_unsigned(self, message: Any) -> bool:
+        """Take the jobs that are not signed out of a message, and keep what it was. Says whether others stay in it."""
+        strangers, stay = take_out_unsigned(message, self._signing_keys, self.app.millrace_settings.model_name)
+        reason = f"{len(strangers)} of its {len(strangers) + stay} jobs have no signature that holds"
+        if strangers and hasattr(self.pool, "refuse"):
+            self.pool.refuse(strangers, JobFailed("bad_signature", BAD_SIGNATURE))
+        if not stay:
+            self._refuse(message.delivery_tag, *_as_it_came(message), reason)
+        elif strangers:
+            self._bury(message.delivery_tag, *_as_it_came(message), reason)
+        return bool(stay)
 
     # What Celery calls for messages that it cannot make a task of. Stock, it drops them.
 
@@ -139,18 +152,19 @@ class SafeConsumer(Consumer):
         for request in [request for request in state.requests.values() if request.message is message]:
             state.task_ready(request)
         if hasattr(self.pool, "refuse"):
-            self.pool.refuse(_named_jobs(message), reason)
-        raw = json.dumps(message._raw).encode()
-        self._refuse(message.delivery_tag, (message.delivery_info or {}).get("routing_key", ""), raw, reason)
+            error = JobFailed("unreadable_message", f"the message was refused: {reason}")
+            self.pool.refuse(_named_jobs(message), error)
+        self._refuse(message.delivery_tag, *_as_it_came(message), reason)
 
     def _refuse(self, tag: str, queue: str, message: bytes, reason: str) -> None:
+        self._bury(tag, queue, message, reason)
+        self._settle(tag, lambda channel: channel.basic_ack(tag))
+
+    def _bury(self, tag: str, queue: str, message: bytes, reason: str) -> None:
+        """Keep a message, or what was taken out of it, in the list of those refused; it is not acknowledged by this."""
         log.error("message.refused", reason=reason, queue=queue, bytes=len(message))
-
-        def bury(channel: Any) -> None:
-            dead_letter(plain_client(channel), queue, message, reason)
-            channel.basic_ack(tag)
-
-        self._settle(tag, bury)
+        # First in line: if it cannot be kept now, it is not acknowledged before it is.
+        self._settle(f"{tag} kept", lambda channel: dead_letter(plain_client(channel), queue, message, reason))
 
     def on_ready(self) -> None:
         """Called by Celery whenever it begins to consume, at the start and after each reconnect."""
@@ -206,6 +220,11 @@ def _pause_if_refused(error: BaseException) -> None:
     if isinstance(error, redis.ResponseError):
         log.warning("redis.refused", error=str(error))
         time.sleep(REFUSED_PAUSE_S)
+
+
+def _as_it_came(message: Any) -> tuple[str, bytes]:
+    """The queue of a message that kombu could read, and its text."""
+    return (message.delivery_info or {}).get("routing_key", ""), json.dumps(message._raw).encode()
 
 
 def _named_jobs(message: Any) -> list[str]:

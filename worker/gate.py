@@ -1,19 +1,23 @@
 """What a worker lets in. Anybody who reaches the queue may have written a message; Celery trusts what it reads.
 
 Refused before any of it is worked on: what is no JSON, is compressed, is too large, or holds too many jobs. Where
-requests are signed, also tasks that are not ours; and what Celery would do on the word of an unsigned envelope (wait,
-call other tasks afterwards) is left out. What is said of a message quotes nothing of its body.
+requests are signed, also tasks that are not ours, and jobs whose signature does not hold: nothing behind here, neither
+Celery nor the pool, hears of them, so they cannot take the place of a job that they name. What Celery would do on the
+word of an unsigned envelope (wait, store nothing, call other tasks afterwards) is left out. What is said of a message
+quotes nothing of its body.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import structlog
 from kombu import compression
 
-from client.schema import GROUP_TASK_NAME, TASK_NAME
+from client.schema import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME, is_job_id
+from client.signing import verified
 from worker.tasks import argument
 
 log = structlog.get_logger("millrace.worker")
@@ -22,6 +26,9 @@ log = structlog.get_logger("millrace.worker")
 MAX_MESSAGE_BYTES = 2**20
 #: Our client puts 16 jobs at most into a message.
 MAX_GROUP_JOBS = 256
+
+#: What is kept of an envelope that nobody signs.
+UNSIGNED_HEADERS = ("id", "task", "lang", "origin", "argsrepr", "kwargsrepr", JOBS_HEADER)
 
 
 def reason_to_refuse(message: Any, *, signed_only: bool) -> str | None:
@@ -49,6 +56,26 @@ def reason_to_refuse(message: Any, *, signed_only: bool) -> str | None:
     return None
 
 
+def take_out_unsigned(message: Any, keys: Iterable[bytes], model: str) -> tuple[list[str], int]:
+    """Take those jobs out of a message of ours that nobody with a key has signed for this model.
+
+    Returns their ids, as far as they have any, and how many jobs stay in the message.
+    """
+    args, kwargs, _ = message.payload
+    task, given = message.headers["task"], argument(message.headers["task"], args, kwargs)
+    if task == TASK_NAME:
+        job_id = message.headers["id"]
+        good = verified(keys, job_id, model, given)
+        return [job_id] if not good and is_job_id(job_id) else [], int(good)
+    members = [member for member in given if isinstance(member, dict)] if isinstance(given, list) else []
+    named = [member for member in members if is_job_id(member.get("id"))]
+    signed = [member for member in named if verified(keys, member["id"], model, member.get("request"))]
+    if len(signed) < len(named):
+        _write_body(message, [[signed], {}, {}])
+    ours = {member["id"] for member in signed}
+    return [member["id"] for member in named if member["id"] not in ours], len(signed)
+
+
 def forbid_compression() -> None:
     """Let no message be unpacked in this process: kombu would do so, to any size, before anybody sees it."""
     kombu: Any = compression  # it has no types
@@ -68,8 +95,12 @@ def _is_call(payload: Any) -> bool:
 
 
 def _leave_out_the_unsigned(message: Any, payload: list[Any]) -> None:
-    message.headers["eta"] = message.headers["expires"] = None
+    message.headers = {name: message.headers[name] for name in UNSIGNED_HEADERS if name in message.headers}
     if any(payload[2].values()):
         log.warning("message.trimmed", message_id=message.headers["id"][:128])
-        message.body, message.content_encoding = json.dumps([*payload[:2], {}]), "utf-8"
-        message._decoded_cache = None
+        _write_body(message, [*payload[:2], {}])
+
+
+def _write_body(message: Any, payload: list[Any]) -> None:
+    message.body, message.content_encoding = json.dumps(payload), "utf-8"
+    message._decoded_cache = None

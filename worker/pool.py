@@ -37,6 +37,7 @@ from kombu.asynchronous import Hub
 from client.errors import JobCancelled, JobError, JobExpired, JobFailed
 from client.records import outcome_state
 from client.schema import GROUP_TASK_NAME, TASK_NAME, Result
+from client.signing import marked
 from config import Settings
 from worker.errors import EngineStopped
 from worker.monitor import Monitor
@@ -105,6 +106,14 @@ class Delivery:
         return getattr(message, "delivery_tag", None)
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Jobs that a refused message named, and how they are to end."""
+
+    job_ids: Sequence[str]
+    error: JobFailed
+
+
 class EnginePool(BasePool):
     """Hands tasks to the engine and their outcomes to Celery's tracer.
 
@@ -126,7 +135,7 @@ class EnginePool(BasePool):
         self._probation = Probation(self.settings.slots, self.settings.max_attempts)
         self._deliveries: dict[int, Delivery] = {}
         self._by_job: dict[str, Delivery] = {}
-        self._intake: queue.SimpleQueue[Delivery | Literal["look", "stop"]] = queue.SimpleQueue()
+        self._intake: queue.SimpleQueue[Delivery | Refusal | Literal["look", "stop"]] = queue.SimpleQueue()
         self._main_calls: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
         self._closing = self._cold = self._ended = False
         #: When rows that have not finished are given up, by the monotonic clock.
@@ -207,10 +216,10 @@ class EnginePool(BasePool):
         with self._lock:
             return sum(len(delivery.open) for delivery in self._deliveries.values()) < int(self.limit)
 
-    def refuse(self, job_ids: Sequence[str], reason: str) -> None:
-        """Fail jobs whose message cannot be worked on."""
-        for job_id in job_ids:
-            self._writer.put(job_id, failed(JobFailed("unreadable_message", f"the message was refused: {reason}")))
+    def refuse(self, job_ids: Sequence[str], error: JobFailed) -> None:
+        """Fail jobs whose message is not worked on, as far as it is certain that they are not somebody else's."""
+        if job_ids:
+            self._intake.put(Refusal(job_ids, error))
 
     def revoke(self, request: Any, reason: str) -> None:
         """End the jobs of a message that was revoked, or that came too late for Celery; no neighbour notices.
@@ -333,6 +342,8 @@ class EnginePool(BasePool):
                 items.append(self._intake.get())
             going = "stop" not in items
             self._admit([item for item in items if isinstance(item, Delivery)])
+            for refusal in [item for item in items if isinstance(item, Refusal)]:
+                self._fail_refused(refusal)
             if going:
                 self._let_in()
 
@@ -403,6 +414,21 @@ class EnginePool(BasePool):
             log.info("jobs.finished_before", jobs=len(over))
             self._ask(lambda store: store.ended(over))
             self._settle(over)
+
+    def _fail_refused(self, refusal: Refusal) -> None:
+        """Tell who waits for the jobs of a refused message that nothing comes, and end nobody else's job.
+
+        Anybody may name any job in a message. One that is here goes on. Where jobs are signed, only those are failed
+        whose submitter wrote a record and has no key, and that nobody computes: it is his message that was refused.
+        """
+        with self._lock:
+            job_ids = [job_id for job_id in refusal.job_ids if job_id not in self._by_job]
+        if job_ids and (keys := self.settings.signing_keys):
+            claims = self._ask(lambda store: store.claim(job_ids)) or []
+            known = zip(job_ids, claims, strict=False)  # none where this process ends without Redis
+            job_ids = [job_id for job_id, c in known if c.state == "queued" and not marked(keys, job_id, c.mark)]
+        for job_id in job_ids:
+            self._writer.put(job_id, failed(refusal.error))
 
     def _is_revoked(self, job_id: str) -> bool:
         """Whether Celery was told to revoke the job, or the message that it came in."""

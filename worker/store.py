@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import redis
 from redis.client import Pipeline
@@ -30,6 +30,9 @@ class Claim:
     cancelled: bool
     #: How often it went to an engine that neither ended it nor handed it back.
     attempts: int = 0
+    #: What its record says: `state` of a job that has not ended, and the submitter's `client.signing.mark`.
+    state: str | None = None
+    mark: str | None = None
 
 
 class Store(Protocol):
@@ -96,11 +99,15 @@ class RedisStore:
         pipe.mget([keys.result(job_id) for job_id in job_ids])
         pipe.mget([keys.cancel(job_id) for job_id in job_ids])
         for job_id in job_ids:
-            pipe.hget(keys.job(job_id), "attempts")
-        records, cancels, *attempts = pipe.execute()
+            pipe.hmget(keys.job(job_id), "attempts", "state", "mark")
+        answers = pipe.execute(raise_on_error=False)
+        if spoilt := [j for j, fields in zip(job_ids, answers[2:], strict=True) if not _is_record(fields)]:
+            self._redis.delete(*map(keys.job, spoilt))  # or each attempt at them would fail, and they would wait here
+            return self.claim(job_ids)
+        records, cancels, *fields = answers
         return [
-            Claim(finished=parse_outcome(record) is not None, cancelled=bool(cancel), attempts=max(0, int(count or 0)))
-            for record, cancel, count in zip(records, cancels, attempts, strict=True)
+            Claim(parse_outcome(record) is not None, bool(cancel), max(0, int(attempts or 0)), state, mark)
+            for record, cancel, (attempts, state, mark) in zip(records, cancels, fields, strict=True)
         ]
 
     def attempt(self, job_ids: Sequence[str]) -> list[int]:
@@ -182,6 +189,16 @@ class RedisStore:
         pipe.execute()
 
 
+def _is_record(answer: Any) -> bool:
+    """Whether a job's record can be worked with. Raises what Redis answered if that has other reasons."""
+    if isinstance(answer, Exception):
+        if "WRONGTYPE" in str(answer):
+            return False
+        raise answer
+    attempts = answer[0] or "0"
+    return attempts.isascii() and attempts.removeprefix("-").isdecimal() and len(attempts) < 10
+
+
 @dataclass
 class MemoryStore:
     """The same in memory. Tests set `results` and `cancels` as a client and Celery's backend would."""
@@ -190,12 +207,16 @@ class MemoryStore:
     cancels: set[str] = field(default_factory=set)
     states: dict[str, str] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
+    marks: dict[str, str] = field(default_factory=dict)
     leases: dict[str, float] = field(default_factory=dict)
     workers: dict[str, dict[str, str | int | float]] = field(default_factory=dict)
     dumps: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
     def claim(self, job_ids: Sequence[str]) -> list[Claim]:
-        return [Claim(j in self.results, j in self.cancels, self.attempts.get(j, 0)) for j in job_ids]
+        return [
+            Claim(j in self.results, j in self.cancels, self.attempts.get(j, 0), self.states.get(j), self.marks.get(j))
+            for j in job_ids
+        ]
 
     def attempt(self, job_ids: Sequence[str]) -> list[int]:
         self.attempts.update({job_id: self.attempts.get(job_id, 0) + 1 for job_id in job_ids})

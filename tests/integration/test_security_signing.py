@@ -81,8 +81,36 @@ def test_of_a_group_each_job_is_judged_alone(server: EmbeddedRedis, worker: Work
     ]
     app.send_task("millrace.generate_many", args=[members])
     with client_of(server, NEW) as client:
-        codes = [outcome(client, f"each:{i}") for i in range(6)]
-    assert codes == [TEXT, "bad_signature", "bad_signature", "bad_signature", "bad_signature", TEXT]
+        assert [outcome(client, f"each:{i}") for i in (0, 5)] == [TEXT, TEXT]
+        wait_until(lambda: client._redis.hlen(keys.unacked()) == 0)
+        assert not any(client._redis.exists(keys.result(f"each:{i}")) for i in range(1, 5)), "nobody submitted these"
+    assert "4 of its 6 jobs" in worker.events("message.refused")[-1]["reason"]
+
+
+def test_who_has_no_key_ends_no_job_by_naming_it(server: EmbeddedRedis, worker: WorkerProcess, app: Celery) -> None:
+    """Not one that runs, not one that waits, not one that is yet to come; and what was sent is kept with its reason."""
+    refused = len(worker.events("message.refused"))
+    long = {**REQUEST, "max_tokens": 900, "ignore_eos": True}
+    forged = sign(FOREIGN.encode(), "victim:0", "demo", REQUEST)
+    with client_of(server, NEW) as client:
+        victims = [client.submit(id=f"victim:{i}", **long) for i in range(5)]  # one waits for a slot
+        wait_until(lambda: victims[0].status() == "running")
+        for name in (*(job.id for job in victims), "victim:later"):
+            app.send_task("millrace.generate", args=[REQUEST], task_id=name, priority=0)
+        app.send_task("millrace.generate_many", args=[[{"id": "victim:0", "request": forged}]], priority=0)
+        app.send_task("millrace.generate", args=[REQUEST], task_id="victim:0", time_limit="x", priority=0)
+        app.send_task("millrace.unheard", task_id="victim:0", priority=0)
+        worker.wait_for("message.refused", count=refused + 9)
+        assert victims[0].status() == "running"
+        assert client.submit(id="victim:later", **REQUEST).result(60).text == TEXT
+        assert {job.result(60).usage.completion_tokens for job in victims} == {900}
+        letters = [json.loads(text)["reason"] for text in client._redis.lrange(keys.dead(), 0, 8)]  # type: ignore[union-attr]
+        wait_until(lambda: client._redis.hlen(keys.unacked()) == 0)
+    assert sum("1 of its 1 jobs have no signature that holds" in reason for reason in letters) == 8
+    assert sum("only signed jobs" in reason for reason in letters) == 1
+    assert not worker.events("message.adopted")
+    ended = [(line["job_id"], line["state"]) for line in worker.events("job.finished") if "victim" in line["job_id"]]
+    assert sorted(ended) == sorted((job.id, "succeeded") for job in (*victims, client.job("victim:later")))
 
 
 def test_a_message_sent_again_is_one_result(server: EmbeddedRedis, worker: WorkerProcess) -> None:

@@ -141,3 +141,16 @@ def test_attempts_are_counted_and_taken_back(case: Case) -> None:
     assert case.store.attempt(["b"]) == [2]
     case.store.returned(["a", "b"], ["a"])
     assert [claim.attempts for claim in case.store.claim(["a", "b"])] == [0, 2]
+
+
+@pytest.mark.parametrize("attempts", ["many", "9" * 40, b"\xff", "1.5", None])
+def test_a_record_that_a_stranger_spoilt_holds_up_no_job(redis_url: str, attempts: str | bytes | None) -> None:
+    connection = connect(redis_url.replace("db=0", "db=6"))
+    store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=30)
+    connection.delete(keys.job("spoilt"))
+    if attempts is None:
+        connection.rpush(keys.job("spoilt"), "x")
+    else:
+        connection.hset(keys.job("spoilt"), "attempts", attempts)
+    assert [claim.attempts for claim in store.claim(["well", "spoilt"])] == [0, 0]
+    assert store.attempt(["spoilt"]) == [1]
