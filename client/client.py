@@ -47,7 +47,7 @@ from client.schema import (
 )
 from client.signing import mark, sign
 from client.status import Status, count_queued, read_status
-from client.transport import connect, producer_app, queue, resolve_url
+from client.transport import connect, explain, producer_app, queue, resolve_url
 from config import Settings, load_settings
 from config.settings import redact_url, slug
 
@@ -449,7 +449,7 @@ class Client:
                 raise
             if isinstance(error.__cause__, redis.ResponseError):  # kombu's, of a message that was refused
                 raise RedisRefused(redact_url(self.url), str(error)) from error
-            raise RedisUnreachable(redact_url(self.url), str(error) or type(error).__name__) from error
+            raise RedisUnreachable(redact_url(self.url), explain(self.url, error)) from error
         except redis.RedisError as error:
             raise RedisRefused(redact_url(self.url), str(error)) from error
 

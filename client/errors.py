@@ -82,6 +82,9 @@ class RedisUnreachable(_RedisFailed, ConnectionError):
         return self._with_accepted(f"Redis at {self.url} cannot be reached ({self.reason}); {advice}")
 
 
+#: What is found out about a server that understands nothing.
+NO_TLS, TLS = "the server has no TLS", "the server speaks TLS"
+
 #: What a connection's error says -> what to do about it, for errors that waiting does not mend.
 _ADVICE = {
     "certificate verify failed": "its certificate is not one that is trusted for this host: name the authority's file "
@@ -91,6 +94,8 @@ _ADVICE = {
     "authentication required": "put user and password into MILLRACE_REDIS_URL, redis://user:password@host",
     "wrong version number": "it does not speak TLS: redis:// is without",
     "record layer failure": "it does not speak TLS: redis:// is without",
+    NO_TLS.lower(): "switch TLS on there, or write redis:// in MILLRACE_REDIS_URL, and all goes in the clear",
+    TLS.lower(): "write rediss:// in MILLRACE_REDIS_URL, with ?ssl_ca_certs=/path/to/ca.pem if its authority is yours",
 }
 
 

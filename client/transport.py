@@ -12,15 +12,19 @@ from urllib.parse import parse_qs, quote, urlsplit
 import redis
 from celery import Celery
 from kombu.entity import Queue
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from client import keys
-from client.errors import RedisUnreachable, connection_advice
+from client.errors import NO_TLS, TLS, RedisUnreachable, connection_advice
 from config.settings import DEFAULT_REDIS_URL, Settings, embedded_socket, redact_url
 
 #: Seconds after which a silent connection is given up; None would wait on a dead one for ever. It must exceed the one
 #: second for which kombu's BRPOP waits.
 SOCKET_TIMEOUT_S = 30
 CONNECT_TIMEOUT_S = 5
+#: How long a server is asked whether it speaks TLS.
+PROBE_S = 2
 
 
 def resolve_url(settings: Settings) -> str:
@@ -78,6 +82,41 @@ def connect(url: str, *, text: bool = True) -> redis.Redis:
     return connection
 
 
+def explain(url: str, error: BaseException) -> str:
+    """What a failed connection says, and whether the server speaks TLS where the URL has none, or the other way round.
+
+    Each then waits for the other, or hangs up, and the error alone does not tell why. It takes `PROBE_S` at most.
+    """
+    reason, parts = str(error) or type(error).__name__, urlsplit(url)
+    signs = {"rediss": ("timeout",), "redis": ("reset", "closed", "protocol error")}.get(parts.scheme, ())
+    if not any(sign in reason.lower() for sign in signs):
+        return reason
+    with contextlib.suppress(OSError):
+        address = (parts.hostname or "localhost", parts.port or 6379)
+        with socket.create_connection(address, timeout=PROBE_S) as probe:
+            if parts.scheme == "rediss" and _answers_in_plain(probe):
+                return f"{reason}: {NO_TLS}"
+            if parts.scheme == "redis" and _answers_in_tls(probe):
+                return f"{reason}: {TLS}"
+    return reason
+
+
+def _answers_in_plain(probe: socket.socket) -> bool:
+    probe.sendall(b"PING\r\n")
+    return probe.recv(1) in (b"+", b"-")
+
+
+def _answers_in_tls(probe: socket.socket) -> bool:
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # nothing is sent over it
+    try:
+        context.wrap_socket(probe).close()
+    except ssl.SSLError as error:
+        return "ALERT" in (error.reason or "")
+    return True
+
+
 def check_access(url: str) -> None:
     """Connect once, and see whether certificates, user and password are right. Whether Redis runs does not matter.
 
@@ -85,11 +124,13 @@ def check_access(url: str) -> None:
         RedisUnreachable: they are not, and trying again will not help.
     """
     try:
-        with connect(url) as connection:
+        timeouts = {"socket_timeout": CONNECT_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
+        with redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **timeouts) as connection:
             connection.ping()
-    except redis.exceptions.ConnectionError as error:
-        if connection_advice(str(error)) is not None:
-            raise RedisUnreachable(redact_url(url), str(error)) from error
+    except (redis.ConnectionError, redis.TimeoutError) as error:
+        reason = explain(url, error)
+        if connection_advice(reason) is not None:
+            raise RedisUnreachable(redact_url(url), reason) from error
     except redis.RedisError:
         pass  # it answers; a server that is loading, say
 

@@ -40,11 +40,15 @@ class Arena:
         self.v = [empty] * config.n_layer
 
     def resize(self, capacity: int) -> None:
-        """Hold `capacity` slots and keep what the first ones contain; one layer at a time, so little is held twice."""
+        """Hold `capacity` slots and keep what the first ones contain; one layer at a time, so little is held twice.
+
+        If memory runs out in between, the arena holds as many slots as all of its layers do: the fewer of the two.
+        """
+        self.capacity, held = min(capacity, self.capacity), self.capacity
         for tensors in (self.k, self.v):
             for layer, old in enumerate(tensors):
                 new = use_huge_pages(old.new_empty(capacity, *old.shape[1:])).zero_()
-                kept = min(capacity, self.capacity)
+                kept = min(capacity, held)
                 new[:kept] = old[:kept]
                 tensors[layer] = new
         self.capacity = capacity

@@ -9,6 +9,7 @@ from celery.states import FAILURE, REVOKED, SUCCESS
 
 from client.errors import JobFailed
 from client.schema import Result
+from worker.access import is_forbidden
 
 
 class ResultBackend(RedisBackend):
@@ -18,8 +19,13 @@ class ResultBackend(RedisBackend):
     with an error of another kind, and a result that took minutes to compute would become a failure.
     """
 
+    #: Set by a pool that ends the process where the user lacks a right, and puts the message back.
+    gives_up = False
+
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Called by Celery after a failed operation, with `result_backend_always_retry`."""
+        if self.gives_up and is_forbidden(exc):
+            return False
         return isinstance(exc, (redis.RedisError, OSError))
 
     def record(self, job_id: str, outcome: Result | BaseException) -> str:

@@ -24,6 +24,7 @@ from kombu.transport import virtual
 from kombu.utils.json import loads
 
 from client import keys
+from worker.access import is_forbidden
 
 log = structlog.get_logger("millrace.worker")
 
@@ -34,15 +35,16 @@ CONNECTION_ERRORS = (redis.ConnectionError, redis.TimeoutError, OSError)
 
 #: KEYS: unacked, unacked_index, the hint, then lists in the order of urgency. ARGV: the delivery tag, the time, then
 #: the queue of each list as JSON. Gives the list's number from 0 and the message, or nothing. The hint is there
-#: afterwards if, and only if, there is more.
+#: afterwards if, and only if, there is more. A script that fails is not undone, so the message leaves its list last.
 TAKE = f"""
 local taken, more = false, false
 for i = 4, #KEYS do
     if not taken then
-        local message = redis.call('RPOP', KEYS[i])
+        local message = redis.call('LRANGE', KEYS[i], -1, -1)[1]
         if message then
             redis.call('HSET', KEYS[1], ARGV[1], '[' .. message .. ', "", ' .. ARGV[i - 1] .. ']')
             redis.call('ZADD', KEYS[2], ARGV[2], ARGV[1])
+            redis.call('RPOP', KEYS[i])
             taken = {{i - 4, message}}
         end
     end
@@ -105,7 +107,7 @@ class Channel:
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
-        if self._closing or not self._take():
+        if self._closing or not self.qos.can_consume() or not self._take():
             raise Empty
         return True
 
@@ -124,6 +126,8 @@ class Channel:
                 args=[tag, time.time(), *(json.dumps(queue) for queue, _ in lists)],
             )
         except redis.ResponseError as error:  # Redis is full, say; the message stays where it is
+            if is_forbidden(error):
+                raise
             log.warning("redis.refused", error=str(error))
             return False
         if answer is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 from typing import Any
 
 import redis
@@ -15,6 +16,7 @@ from client.errors import RedisUnreachable
 from client.transport import broker_settings, celery_url, check_access, connect, queue, resolve_url
 from config import Settings, SettingsError, load_settings
 from config.logging import setup_logging
+from worker.access import RightsMissing, check_rights
 from worker.tasks import add_tasks
 
 log = structlog.get_logger("millrace.worker")
@@ -92,7 +94,9 @@ def _find_redis(instance: Any, **_: Any) -> None:
         return
     try:
         check_access(settings.redis_url)  # Celery would try a wrong password or certificate for ever
-    except RedisUnreachable as error:
+        with contextlib.suppress(redis.RedisError), connect(settings.redis_url) as connection:
+            check_rights(connection, settings.model_name)
+    except (RedisUnreachable, RightsMissing) as error:
         raise SystemExit(f"millrace: {error}") from None
 
 

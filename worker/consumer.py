@@ -16,6 +16,7 @@ from celery.worker.request import Request
 
 from client.errors import JobFailed
 from client.schema import GROUP_TASK_NAME, TASK_NAME, is_job_id
+from worker.access import is_forbidden
 from worker.broker import CONNECTION_ERRORS, dead_letter, plain_client, transport_that_takes
 from worker.gate import MAX_MESSAGE_BYTES, forbid_compression, reason_to_refuse, take_out_unsigned
 from worker.service import BAD_SIGNATURE, read_group
@@ -181,7 +182,7 @@ class SafeConsumer(Consumer):
 
     def on_connection_error_before_connected(self, exc: BaseException) -> None:
         """Called by Celery before it tries to connect again."""
-        _pause_if_refused(exc)
+        self._face_refusal(exc)
         super().on_connection_error_before_connected(exc)
 
     def on_connection_error_after_connected(self, exc: BaseException) -> None:
@@ -190,8 +191,16 @@ class SafeConsumer(Consumer):
             qos = getattr(channel, "_qos", None)
             if qos is not None:
                 qos.restore_at_shutdown = False
-        _pause_if_refused(exc)
+        self._face_refusal(exc)
         super().on_connection_error_after_connected(exc)
+
+    def _face_refusal(self, error: BaseException) -> None:
+        """Celery waits for a Redis that is away, and not for one that answers and refuses."""
+        if is_forbidden(error) and hasattr(self.pool, "end_process"):
+            self.pool.end_process(error)
+        elif isinstance(error, redis.ResponseError):
+            log.warning("redis.refused", error=str(error))
+            time.sleep(REFUSED_PAUSE_S)
 
     def _channels(self) -> set[Any]:
         connection = self.connection
@@ -209,17 +218,12 @@ class SafeConsumer(Consumer):
             try:
                 action(self.task_consumer.channel)
             except Exception as error:
+                if is_forbidden(error) and hasattr(self.pool, "end_process"):
+                    self.pool.end_process(error)
                 log.info("ack.waiting", error=type(error).__name__, messages=len(self._unsettled))
                 self.timer.call_after(ACK_RETRY_S, self._settle_all)
                 return
             self._unsettled.pop(tag, None)
-
-
-def _pause_if_refused(error: BaseException) -> None:
-    """Celery waits for a Redis that is away, and not for one that answers and refuses."""
-    if isinstance(error, redis.ResponseError):
-        log.warning("redis.refused", error=str(error))
-        time.sleep(REFUSED_PAUSE_S)
 
 
 def _as_it_came(message: Any) -> tuple[str, bytes]:

@@ -20,6 +20,7 @@ from celery.platforms import EX_FAILURE
 from celery.worker import state
 
 from config import Settings
+from worker.access import is_forbidden
 from worker.store import WORKER_TTL_S, Store
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ class Monitor:
                     self._answered_at = time.monotonic()
                 self._down = False
             except redis.RedisError as error:
+                if is_forbidden(error):
+                    self._pool.end_process(error)
                 if not self._down:
                     log.warning("redis.unanswered", error=str(error))
                 self._down = True
@@ -129,6 +132,7 @@ class Monitor:
         if stalled != self._stalled:
             self._stalled = stalled
             self._renew_at = self._beat_at = 0.0  # at once
+            self._pool.take_messages(not stalled)
             if stalled:
                 log.error("engine.stalled", step_age_s=round(age_s, 1), limit_s=self._settings.stall_s)
             else:

@@ -38,7 +38,9 @@ from client.errors import JobCancelled, JobError, JobExpired, JobFailed
 from client.records import outcome_state
 from client.schema import GROUP_TASK_NAME, TASK_NAME, Result
 from client.signing import marked
+from client.transport import connect, resolve_url
 from config import Settings
+from worker.access import RightsMissing, check_rights, is_forbidden
 from worker.errors import EngineStopped
 from worker.monitor import Monitor
 from worker.probation import Candidate, Probation
@@ -137,7 +139,8 @@ class EnginePool(BasePool):
         self._by_job: dict[str, Delivery] = {}
         self._intake: queue.SimpleQueue[Delivery | Refusal | Literal["look", "stop"]] = queue.SimpleQueue()
         self._main_calls: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
-        self._closing = self._cold = self._ended = False
+        self._closing = self._cold = self._ended = self._forbidden = False
+        self._takes = True
         #: When rows that have not finished are given up, by the monotonic clock.
         self._rows_until = float("inf")
         #: The engine died: the process must not end as if all were well.
@@ -156,6 +159,7 @@ class EnginePool(BasePool):
             log.error("worker.model_failed", model=self.settings.model, error=str(error), kind=type(error).__name__)
             raise SystemExit(EX_FAILURE) from error
         self._service.engine.on_fatal = self._on_fatal
+        self._service.gives_up = self.app.backend.gives_up = True
         self.app.conf.worker_soft_shutdown_timeout = 0.0  # Celery would sleep it through; `finish_within` does not
         self._finishers = ThreadPoolExecutor(2, thread_name_prefix="millrace-finish")
         self._others = ThreadPoolExecutor(2, thread_name_prefix="millrace-other")
@@ -214,7 +218,12 @@ class EnginePool(BasePool):
     def has_room(self) -> bool:
         """Whether another message may be taken from the queue."""
         with self._lock:
-            return sum(len(delivery.open) for delivery in self._deliveries.values()) < int(self.limit)
+            return self._takes and sum(len(delivery.open) for delivery in self._deliveries.values()) < int(self.limit)
+
+    def take_messages(self, on: bool) -> None:
+        """Take messages from the queue, or none: those of an engine that does not come on would only wait here."""
+        self._takes = on
+        self._on_main(lambda: None)  # wakes the main loop, which then asks
 
     def refuse(self, job_ids: Sequence[str], error: JobFailed) -> None:
         """Fail jobs whose message is not worked on, as far as it is certain that they are not somebody else's."""
@@ -265,8 +274,6 @@ class EnginePool(BasePool):
 
     def on_terminate(self) -> None:
         """Cold shutdown: rows that run are finished if they are done in time."""
-        if self.failed:
-            self.finish_within(0)
         self._end()
 
     def _end(self) -> None:
@@ -285,6 +292,8 @@ class EnginePool(BasePool):
         if self._ended:
             return
         self._closing = self._ended = True
+        if self.failed:
+            self._rows_until = 0.0
         self._hurry_on_signals()
         self._intake.put("stop")
         self._taker.join()
@@ -300,7 +309,8 @@ class EnginePool(BasePool):
             delivery.give_back()
         open_jobs = {job_id for delivery in left for job_id in delivery.open}
         # Those that were inside when the engine died are what it may have died of.
-        attempted = set() if self.failed else self._probation.inside() & open_jobs
+        died = self.failed and not self._forbidden
+        attempted = set() if died else self._probation.inside() & open_jobs
         self._ask(lambda store: store.returned(open_jobs, attempted))
         self.monitor.stop()
         log.info("worker.stopped", returned=len(left), **self.finished)
@@ -470,6 +480,8 @@ class EnginePool(BasePool):
             except redis.RedisError as error:
                 if self._closing:
                     return None
+                if is_forbidden(error):
+                    raise
                 log.warning("redis.unanswered", error=str(error))
                 time.sleep(RETRY_S)
 
@@ -504,10 +516,27 @@ class EnginePool(BasePool):
             self._finishers.submit(self._finish, delivery, future)
 
     def _on_fatal(self, error: BaseException) -> None:
-        """The engine is dead: end the process, unacknowledged messages go to another worker."""
-        log.error("worker.failed", error=repr(error), trace=traceback.format_exc())
+        """The engine is dead, or a thread that all needs: unacknowledged messages go to another worker."""
+        self.end_process(error)
+
+    def end_process(self, error: BaseException) -> None:
+        """End this process, as it cannot go on. May be called from any thread, and again."""
+        known, self._forbidden = self._forbidden, is_forbidden(error)
         self.failed = True
-        state.should_terminate = EX_FAILURE
+        state.should_stop = EX_FAILURE  # of `should_terminate` Celery makes an exit code of 0
+        if not self._forbidden:
+            log.error("worker.failed", error=repr(error), trace=traceback.format_exc())
+        elif not known:
+            log.error("redis.forbidden", error=str(error), hint=self._missing_rights())
+
+    def _missing_rights(self) -> str:
+        """What to do about a right that was missing; it names all that are, where Redis still says."""
+        try:
+            with connect(resolve_url(self.settings)) as connection:
+                check_rights(connection, self.settings.model_name)
+        except (RightsMissing, redis.RedisError) as missing:
+            return str(missing)
+        return str(RightsMissing(["do that"]))
 
     # --- finisher threads and writer thread ------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from client.schema import SCHEMA_VERSION, GenerateRequest, Result, is_job_id, pa
 from client.signing import unsigned, verified
 from client.transport import connect, resolve_url
 from config import Settings
+from worker.access import is_forbidden
 from worker.errors import EngineStopped
 from worker.store import RedisStore, Store
 
@@ -53,6 +54,8 @@ class Service:
         self.store = store
         self._signing_keys = signing_keys
         self._checkpoint_max_bytes = checkpoint_max_bytes
+        #: Whether an error that says that the Redis user lacks a right is raised: the pool ends the process for it.
+        self.gives_up = False
         self._ready: dict[str, Future[Result]] = {}
         # By future, so that the tensors of a job that fails or is revoked go with it.
         self._dumps: weakref.WeakKeyDictionary[Future[Result], dict[str, bytes]] = weakref.WeakKeyDictionary()
@@ -113,11 +116,13 @@ class Service:
         return result
 
     def patiently(self, ask: Callable[[], T]) -> T:
-        """Ask the store until Redis answers, whatever it says meanwhile."""
+        """Ask the store until Redis answers, whatever it says meanwhile; but see `gives_up`."""
         while True:
             try:
                 return ask()
             except redis.RedisError as error:
+                if self.gives_up and is_forbidden(error):
+                    raise
                 log.warning("redis.unanswered", error=str(error))
                 time.sleep(RETRY_S)
 

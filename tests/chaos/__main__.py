@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import click
 
@@ -24,7 +28,7 @@ from tests.chaos.schedule import KINDS, WAVE_S
 @click.option("--lease", default=4, show_default=True, help="Seconds.")
 @click.option("--appendfsync", type=click.Choice(["always", "everysec"]), default="always", show_default=True)
 @click.option("--without", type=click.Choice(KINDS), multiple=True, help="Leave out this kind of fault.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a seed, on standard output.")
+@click.option("--json", "file", type=click.Path(dir_okay=False), help="Write the ledgers here; figures as it goes.")
 def main(
     seeds: tuple[int, ...],
     jobs: int,
@@ -34,7 +38,7 @@ def main(
     lease: int,
     appendfsync: str,
     without: tuple[str, ...],
-    as_json: bool,
+    file: str | None,
 ) -> None:
     """Kill, stop, cut off and fill up real workers and a real Redis, and see that every job ends once and rightly."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no worker, stopped perhaps, outlives this
@@ -42,6 +46,13 @@ def main(
         del os.environ[name]
     setup_logging(load_settings(log_level="error"))  # that Redis is away is no news here
     balanced = True
+    ledgers: list[dict[str, Any]] = []
+
+    def write(latest: dict[str, Any]) -> None:
+        if file is not None:
+            Path(f"{file}.new").write_text(json.dumps([*ledgers, latest], indent=1))
+            os.replace(f"{file}.new", file)
+
     for seed in seeds or (1,):
         plan = Plan(
             seed=seed,
@@ -53,9 +64,12 @@ def main(
             appendfsync=appendfsync,
             without=[kind for kind in KINDS if kind in without],
             say=lambda line: click.echo(line, err=True),
+            tell=lambda figures, seed=seed: write({"seed": seed, "over": False, **figures}),  # type: ignore[misc]
         )
         ledger = balance(run(plan))
-        click.echo(ledger.as_json() if as_json else table(ledger))
+        write(last := {"seed": seed, "over": True, "minutes": minutes, "balanced": not ledger.wrong, **asdict(ledger)})
+        ledgers.append(last)
+        click.echo(table(ledger))
         balanced &= not ledger.wrong
     sys.exit(0 if balanced else 1)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from tests.chaos.schedule import Kind
@@ -155,9 +154,6 @@ class Ledger:
     logged: dict[str, int] = field(default_factory=dict)
     memory_bytes: tuple[int, int] = (0, 0)
     wrong: list[str] = field(default_factory=list)
-
-    def as_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
 
 
 def balance(facts: Facts) -> Ledger:

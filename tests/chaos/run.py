@@ -31,6 +31,8 @@ TICK_S = 0.05
 SUBMIT_SHARE = 0.85
 #: A job that cannot be had within this time after the storm counts as lost, if none other ended for as long.
 PATIENCE_S = 45.0
+#: How often the figures so far are told.
+TELL_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Plan:
     without: Sequence[Kind] = ()
     actions: Sequence[Action] | None = None
     say: Callable[[str], None] = field(default=lambda _: None)
+    #: Told the figures so far every `TELL_S`.
+    tell: Callable[[dict[str, Any]], None] = field(default=lambda _: None)
 
     @property
     def settings(self) -> Settings:
@@ -117,6 +121,7 @@ class Run:
         self.aside = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="chaos-aside"))
         #: When the storm began: what was before is none of it.
         self.began = 0.0
+        self._tell_at = 0.0
         self.faults: list[Fault] = []
         #: Faults of workers that are over when the next process is ready: action, when it began, and the old process.
         self._returning: dict[int, tuple[Action, float, int]] = {}
@@ -161,6 +166,20 @@ class Run:
         while (rest := until - time.monotonic()) > 0:
             time.sleep(min(rest, TICK_S))
             self._supervise()
+            if self.began and time.monotonic() >= self._tell_at:
+                self._tell_at = time.monotonic() + TELL_S
+                self.what.tell(self._so_far())
+
+    def _so_far(self) -> dict[str, Any]:
+        seen = list(self.collector.seen.values())
+        return {
+            "seconds": round(time.time() - self.began),
+            "submitted": len(self.submitter.jobs),
+            "ended": dict(Counter(end.state for end in seen)),
+            "refusals": dict(self.submitter.refusals),
+            "actions": dict(Counter(fault.kind for fault in list(self.faults))),
+            "deaths": dict(Counter(death.why for worker in self.workers for death in worker.deaths)),
+        }
 
     def _supervise(self) -> None:
         for index, worker in enumerate(self.workers):

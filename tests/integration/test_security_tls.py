@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from client import Client, RedisUnreachable
+from client.transport import check_access
 from tests.integration.processes import WorkerProcess
-from tests.integration.servers import Authority, TlsProxy, redis_on_a_port
+from tests.integration.servers import Authority, TlsProxy, free_port, redis_on_a_port
 
 PASSWORD = "tls-p%40ssword-5519"
 ADVICE = r"certificate.*ssl_ca_certs=/path/to/ca\.pem"
@@ -108,7 +109,30 @@ def test_a_file_of_certificates_that_is_not_there_is_named(proxy: TlsProxy, tmp_
         client.submit("Hello.")
 
 
-def test_a_client_without_tls_is_not_let_in(proxy: TlsProxy) -> None:
+def test_who_speaks_no_tls_to_a_server_that_does_is_told(proxy: TlsProxy) -> None:
     plain = f"redis://:{PASSWORD}@localhost:{proxy.port}/0"
-    with Client(redis_url=plain) as client, pytest.raises(RedisUnreachable):
+    with Client(redis_url=plain) as client, pytest.raises(RedisUnreachable, match=r"speaks TLS.*write rediss://"):
         client.submit("Hello.")
+    with pytest.raises(RedisUnreachable, match=r"speaks TLS.*write rediss://"):
+        check_access(plain)
+
+
+def test_who_speaks_tls_to_a_server_that_does_not_is_told(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits for the other until a timeout, which is shorter here."""
+    monkeypatch.setattr("client.transport.SOCKET_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("client.transport.CONNECT_TIMEOUT_S", 0.5)
+    place = f"rediss://:{PASSWORD}@localhost:{port}/0"
+    with Client(redis_url=place) as client, pytest.raises(RedisUnreachable, match=r"no TLS.*write redis://"):
+        client.submit("Hello.")
+    with pytest.raises(RedisUnreachable, match=r"no TLS.*write redis://") as caught:
+        check_access(place)
+    assert "ssword-5519" not in str(caught.value)
+
+
+def test_a_server_that_is_away_or_does_not_answer_is_said_to_be_that(port: int) -> None:
+    """Nothing is said of TLS where nothing is known of it."""
+    for place in (f"rediss://localhost:{free_port()}/0", f"redis://localhost:{free_port()}/0"):
+        with Client(redis_url=place) as client, pytest.raises(RedisUnreachable, match="start it") as caught:
+            client.status()
+        assert "TLS" not in str(caught.value)
+        check_access(place)

@@ -16,6 +16,7 @@ from client import Client, RedisRefused, RedisUnreachable, keys
 from client.transport import connect
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.integration.servers import redis_on_a_port
+from worker.access import RightsMissing, check_rights, needed
 
 ROOT = Path(__file__).parents[2]
 QUEUE = keys.queue_lists("demo")[1]
@@ -209,6 +210,55 @@ def test_a_wrong_password_is_an_error_that_says_so(port: int, url: Url, tmp_path
         assert "Traceback" not in process.text()
     with Client(redis_url=url("admin").replace("admin", "client")) as made, pytest.raises(RedisUnreachable):
         made.submit("Hello.")
+
+
+def test_the_workers_user_has_all_the_rights_that_are_asked_for_and_any_that_is_missing_is_named(url: Url) -> None:
+    check_rights(connect(url("worker")), "demo")
+    admin, rules = connect(url("admin")), ACL.read_text().splitlines()[2].split()
+    place = url("worker").replace(url("worker").split("@")[0], "redis://probed:probed")
+    for command in needed("demo"):
+        shown, name = command[:2], command[0].lower()
+        if name == "evalsha":
+            shown = (command[0], command[3])
+        own = [rule for rule in rules[2:] if not rule.startswith("#")]
+        admin.execute_command("ACL", "SETUSER", "probed", *own, ">probed", f"-{name}")
+        with pytest.raises(RightsMissing, match=r"config/redis-users\.acl") as caught:
+            check_rights(connect(place), "demo")
+        assert " ".join(shown) in caught.value.commands
+        assert all(missing.startswith(command[0]) for missing in caught.value.commands)
+    admin.execute_command("ACL", "SETUSER", "probed", *own, ">probed", "resetkeys", "~millrace:job:*")
+    with pytest.raises(RightsMissing) as caught:
+        check_rights(connect(place), "demo")
+    assert f"BRPOP {keys.hint('demo')}" in caught.value.commands
+    assert not any("job:" in missing for missing in caught.value.commands)
+
+
+def test_a_worker_without_a_right_refuses_to_start_and_one_that_loses_it_ends_and_no_job_is_lost(
+    url: Url, tmp_path: Path, worker: WorkerProcess, client: Client
+) -> None:
+    """The right to write results; the message is then neither acknowledged nor forgotten."""
+    admin = connect(url("admin"))
+    own = ACL.read_text().splitlines()[2].replace("#WORKER-PASSWORD-SHA256", ">losing").split()[2:]
+    admin.execute_command("ACL", "SETUSER", "losing", *own)
+    place = url("worker").replace(url("worker").split("@")[0], "redis://losing:losing")
+    settings = {"MILLRACE_REDIS_URL": place, "MILLRACE_MODEL": "demo", "MILLRACE_SERVED_NAME": "losing"}
+    with WorkerProcess(tmp_path / "w.log", MILLRACE_LEASE_S="3", **settings) as losing:
+        losing.wait_ready()
+        admin.execute_command("ACL", "SETUSER", "losing", "-set", "-setex")
+        jobs = client.submit_many(["Hello."] * 3, model="losing", max_tokens=5, temperature=0)
+        jobs.append(client.submit("Hello.", model="losing", max_tokens=5, temperature=0))
+        assert losing.wait(30) == 1
+        (said,) = losing.events("redis.forbidden")
+        assert "SET millrace:celery-task-meta-" in said["hint"]
+        assert "config/redis-users.acl" in said["hint"]
+    assert admin.llen(keys.queue_lists("losing")[1]) == 2, "both messages are back"
+    assert {job.status() for job in jobs} == {"queued"}
+    assert [admin.hget(keys.job(job.id), "attempts") for job in jobs] == ["0"] * 4
+    with WorkerProcess(tmp_path / "refused.log", **settings) as refused:
+        assert refused.wait(30) == 1
+        assert "SET millrace:celery-task-meta-" in refused.text()
+        assert "Traceback" not in refused.text()
+        assert not refused.events("message.accepted")
 
 
 def test_a_right_that_is_missing_is_an_error_that_says_so(url: Url) -> None:

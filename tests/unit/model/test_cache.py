@@ -36,6 +36,35 @@ def test_growing_and_shrinking_keeps_the_first_slots_and_zeroes_new_ones() -> No
     assert not any(tensor.any() for tensor in (*grown.k, *grown.v))
 
 
+@pytest.mark.parametrize("target", [1, 2, 4])
+@pytest.mark.parametrize("done", range(4))
+def test_an_arena_for_which_memory_runs_out_in_between_holds_what_all_of_its_layers_do(
+    monkeypatch: pytest.MonkeyPatch, target: int, done: int
+) -> None:
+    """Shrinking takes memory too. What was said to be there must be there: the compiled kernel goes by addresses."""
+    cut = arena(3)
+    before = [tensor.clone() for tensor in (*cut.k, *cut.v)]
+    asked: list[Tensor] = []
+
+    def lacking(tensor: Tensor) -> Tensor:
+        asked.append(tensor)
+        if len(asked) > done:
+            raise MemoryError
+        return tensor
+
+    with monkeypatch.context() as patch:
+        patch.setattr("model.cache.use_huge_pages", lacking)
+        with pytest.raises(MemoryError):
+            cut.resize(target)
+    assert cut.capacity == min(target, 3)
+    assert all(len(tensor) >= cut.capacity for tensor in (*cut.k, *cut.v))
+    cut.resize(5)
+    kept = min(target, 3)
+    for new, old in zip((*cut.k, *cut.v), before, strict=True):
+        assert torch.equal(new[:kept], old[:kept])
+        assert not new[kept:].any()
+
+
 def test_layers_do_not_share_memory() -> None:
     grown = arena(2)
     assert len({tensor.data_ptr() for tensor in (*grown.k, *grown.v)}) == 4

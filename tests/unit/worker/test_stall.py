@@ -45,8 +45,13 @@ def go_on() -> threading.Event:
 def test_a_stalled_engines_leases_run_out_and_its_record_says_so(go_on: threading.Event) -> None:
     engine = build(runner=type("Blocked", (BlockedRunner,), {"go_on": go_on}))
     delivery = SimpleNamespace(tag="tag", time_limit_s=None, started_at=None, dropped=False)
+    takes: list[bool] = []
     pool: Any = SimpleNamespace(
-        deliveries=lambda: [delivery], open_jobs=lambda: ["a"], revoked_jobs=list, finished={"succeeded": 0}
+        deliveries=lambda: [delivery],
+        open_jobs=lambda: ["a"],
+        revoked_jobs=list,
+        finished={"succeeded": 0},
+        take_messages=takes.append,
     )
     store = MemoryStore(leases={"tag": 0.0})
     monitor = Monitor(pool, engine, store, Settings(model="demo", stall_s=1.0, lease_s=3))
@@ -68,6 +73,7 @@ def test_a_stalled_engines_leases_run_out_and_its_record_says_so(go_on: threadin
         status = Status(workers=[WorkerStatus(name="w", **record)], queues=[], delivered=0)  # type: ignore[arg-type]
         assert not status.serves("demo")
         assert status.stalled("demo") == ["w"]
+        assert takes == [False]
         go_on.set()
         future.result(timeout=10)
         monitor._tick()

@@ -1,0 +1,157 @@
+"""The pool between Celery and the engine, without either: messages go in by hand, and the store is in memory."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from client.errors import JobFailed
+from client.schema import GROUP_TASK_NAME
+from client.signing import mark
+from config import load_settings
+from tests.unit.worker.engine_helpers import build
+from tests.unit.worker.test_stall import BlockedRunner, until
+from worker.celery import make_app
+from worker.engine import Engine
+from worker.pool import EnginePool
+from worker.service import Service
+from worker.store import Claim, MemoryStore
+
+REQUEST = {"prompt": "Hello.", "max_tokens": 4, "temperature": 0}
+KEY = "key-" * 8
+
+Make = Callable[..., EnginePool]
+
+
+class Message:
+    """What Celery's Request is to the pool: a group of jobs."""
+
+    def __init__(self, *job_ids: str) -> None:
+        self.type, self.id = GROUP_TASK_NAME, f"message of {job_ids}"
+        members = [{"id": job_id, "request": REQUEST} for job_id in job_ids]
+        self.request_dict = {"args": [members], "kwargs": {}}
+        self.over = threading.Event()
+
+    def on_success(self, _: Any) -> None:
+        self.over.set()
+
+    def acknowledge(self) -> None:
+        self.over.set()
+
+    def reject(self, requeue: bool) -> None:
+        assert requeue
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    pools = []
+
+    def start(store: MemoryStore, engine: Engine | None = None, **settings: Any) -> EnginePool:
+        app = make_app(load_settings(redis_url="redis://localhost:1/0", slots=4, **settings))
+        engine = engine or build(slots=4)
+        engine.start()
+        pool = EnginePool(limit=6, app=app, service=Service(engine, store, checkpoint_max_bytes=0))
+        pool.on_start()
+        pools.append(pool)
+        return pool
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)}
+    yield start
+    for pool in pools:
+        pool.finish_within(0)
+        pool.on_terminate()
+        pool.app.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def deliver(pool: EnginePool, message: Message) -> Message:
+    pool.on_apply(None, (message.type, message.id, message.request_dict), callback=message.on_success)  # type: ignore[arg-type]
+    return message
+
+
+def test_a_job_that_ended_elsewhere_is_not_computed_when_its_message_comes_again(make: Make) -> None:
+    store = MemoryStore(results={"before": "as it ended"})
+    pool = make(store)
+    assert deliver(pool, Message("before", "new")).over.wait(10)
+    assert store.results["before"] == "as it ended"
+    assert json.loads(store.results["new"])["status"] == "SUCCESS"
+    assert store.attempts == {"new": 1}, "only one went to the engine"
+    assert pool.finished["succeeded"] == 1
+    assert deliver(pool, Message("before", "new")).over.wait(10)
+    assert pool.finished["succeeded"] == 1
+
+
+def test_revoking_while_redis_is_silent_does_not_hold_up_the_main_thread(make: Make) -> None:
+    """It would hang here: the store answers nothing until it is let."""
+
+    class Silent(MemoryStore):
+        answers = threading.Event()
+
+        def claim(self, job_ids: Any) -> list[Claim]:
+            assert self.answers.wait(30)
+            return super().claim(job_ids)
+
+        def finish(self, records: Any) -> None:
+            assert self.answers.wait(30)
+            super().finish(records)
+
+    store = Silent()
+    pool = make(store)
+    held, unheard = Message("a", "b"), Message("c")
+    deliver(pool, held)
+    pool.revoke(held, "terminated")
+    pool.revoke(unheard, "revoked")
+    assert not store.results
+    assert not held.over.is_set()
+    store.answers.set()
+    assert held.over.wait(10)
+    assert unheard.over.wait(10)
+    assert {json.loads(record)["status"] for record in store.results.values()} == {"REVOKED"}
+    assert sorted(store.results) == ["a", "b", "c"]
+
+
+def test_no_message_is_taken_while_the_engine_is_stalled(make: Make) -> None:
+    go_on = threading.Event()
+    engine = build(runner=type("Blocked", (BlockedRunner,), {"go_on": go_on}), slots=4)
+    pool = make(MemoryStore(), engine, stall_s=1.0)
+    message = deliver(pool, Message("a"))
+    assert pool.has_room()
+    until(lambda: not pool.has_room())
+    assert pool._engine_service.engine.stats().step_age_s > 1.0
+    go_on.set()
+    assert message.over.wait(10)
+    until(pool.has_room)
+
+
+def test_a_refused_message_ends_no_job_that_is_here_and_any_other_that_it_names(make: Make) -> None:
+    go_on = threading.Event()
+    engine = build(runner=type("Blocked", (BlockedRunner,), {"go_on": go_on}), slots=4)
+    store = MemoryStore()
+    pool = make(store, engine)
+    message = deliver(pool, Message("runs"))
+    until(lambda: pool.open_jobs() == ["runs"])
+    pool.refuse(["runs", "waits"], JobFailed("unreadable_message", "no task"))
+    until(lambda: "waits" in store.results)
+    go_on.set()
+    assert message.over.wait(10)
+    assert [json.loads(store.results[name])["status"] for name in ("runs", "waits")] == ["SUCCESS", "FAILURE"]
+
+
+def test_with_a_key_a_refused_message_fails_only_what_a_client_without_the_key_submitted(make: Make) -> None:
+    store = MemoryStore(
+        states={"unmarked": "queued", "ours": "queued", "theirs": "queued", "elsewhere": "running"},
+        marks={"ours": mark(KEY.encode(), "ours"), "theirs": mark(b"another", "theirs"), "unmarked": "\xe9"},
+    )
+    pool = make(store, signing_key=KEY)
+    names = ["unmarked", "ours", "theirs", "elsewhere", "nobody's"]
+    pool.refuse(names, JobFailed("bad_signature", "no signature"))
+    until(lambda: len(store.results) == 2)
+    pool.refuse(names, JobFailed("bad_signature", "no signature"))
+    until(lambda: pool.finished["failed"] == 4)
+    assert sorted(store.results) == ["theirs", "unmarked"]

@@ -1,0 +1,71 @@
+"""`millrace status` and its exit codes, which health checks go by, with workers that only say that they are there."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import pytest
+import redis
+from click.testing import CliRunner
+
+from client import keys
+from client.transport import connect
+from worker.cli import main
+from worker.store import RedisStore
+
+HERE = f"{socket.gethostname()}-7"
+STALLED = {"stalled": 1, "step_age_s": 99.0}
+
+
+@pytest.fixture
+def url(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    own = redis_url.replace("db=0", "db=8")
+    connect(own).flushdb()
+    monkeypatch.setenv("MILLRACE_REDIS_URL", own)
+    return own
+
+
+@pytest.mark.parametrize(
+    ("workers", "everywhere", "here"),
+    [
+        ({}, 3, 3),
+        ({HERE: {}}, 0, 0),
+        ({"elsewhere-7": {}}, 0, 3),
+        ({HERE: STALLED}, 1, 1),
+        ({HERE: {}, "elsewhere-7": STALLED}, 1, 0),
+        ({HERE: STALLED, "elsewhere-7": {}}, 1, 1),
+        ({HERE: {"model": "another"}}, 3, 3),
+        ({HERE: {}, f"{HERE.rpartition('-')[0]}-8": STALLED}, 1, 1),
+        ({f"{HERE.rpartition('-')[0]}-and-more-7": {}}, 0, 3),
+    ],
+    ids=["none", "one", "elsewhere", "stalled", "stalled elsewhere", "stalled here", "another model", "two", "host"],
+)
+def test_exit_codes_say_who_serves(
+    url: str, workers: dict[str, dict[str, str | int | float]], everywhere: int, here: int
+) -> None:
+    store = RedisStore(connect(url), result_ttl_s=60, checkpoint_ttl_s=60)
+    for name, record in workers.items():
+        store.announce(name, {"model": "demo", "slots": 4, "running": 0, "waiting": 0, "tokens_per_s": 0.0, **record})
+    for flags, code in (([], everywhere), (["--here"], here)):
+        shown = CliRunner().invoke(main, ["status", *flags])
+        assert shown.exit_code == code, shown.output
+        as_json = CliRunner().invoke(main, ["status", "--json", *flags])
+        assert as_json.exit_code == code
+        own = {name for name in workers if name.rpartition("-")[0] == HERE.rpartition("-")[0]}
+        assert {worker["name"] for worker in json.loads(as_json.stdout)["workers"]} == (own if flags else set(workers))
+        if code == 1:
+            assert "restart the worker" in shown.output
+
+
+def test_without_redis_it_is_code_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILLRACE_REDIS_URL", "redis://localhost:1/0")
+    shown = CliRunner().invoke(main, ["status", "--here"])
+    assert shown.exit_code == 3
+
+
+def test_a_worker_that_does_not_speak_any_more_is_gone(url: str) -> None:
+    connection: redis.Redis = connect(url)
+    RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=60).announce(HERE, {"model": "demo"})
+    connection.delete(keys.worker(HERE))  # as Redis does when its lifetime is over
+    assert CliRunner().invoke(main, ["status", "--here"]).exit_code == 3
