@@ -6,6 +6,7 @@ import base64
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -290,6 +291,32 @@ def test_strange_records_of_workers_and_models_harm_no_status(client: Client, co
             job.result(0.05)
     finally:
         connection.delete(keys.workers(), keys.worker("strange"), keys.worker("list"))
+
+
+def test_ten_thousand_jobs_are_waited_for_over_one_connection_and_no_channel(redis_url: str) -> None:
+    own = redis_url.replace("db=0", "db=7")
+    with Client(redis_url=own, model="unit-crowd") as client:
+        ids = [job.id for job in client.submit_many(["a"] * 10_000)]
+    with connect(redis_url) as admin, Client(redis_url=own, model="unit-crowd") as client:
+        over = threading.Event()
+
+        def there() -> set[str]:
+            return {entry["id"] for entry in admin.client_list() if entry["db"] == "7"}
+
+        before, seen = there(), set()  # kombu keeps what was published over, for this process
+
+        def look() -> None:
+            while not over.wait(0.02):
+                seen.update(there() - before)
+
+        watch = threading.Thread(target=look)
+        watch.start()
+        with pytest.raises(NoWorker):
+            list(client.as_completed(map(client.job, ids), timeout=0.7))
+        over.set()
+        watch.join()
+        assert len(seen) == 1
+        assert not [name for name in admin.pubsub_channels() if "task-meta" in name]
 
 
 def test_an_unreachable_redis_is_named_without_its_password() -> None:
