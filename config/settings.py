@@ -76,7 +76,8 @@ class Settings(BaseSettings):
     #: From 2: the first attempt is in company, and a job is failed only for one that it had alone.
     max_attempts: int = Field(3, description="a whole number from 2 to 100", ge=2, le=100)
     soft_shutdown_s: float = Field(20.0, description="a number of seconds, from 0 to 315360000", ge=0, le=MAX_SECONDS)
-    #: An engine that is at one step for longer is stalled: its jobs go to other workers, `millrace status` fails.
+    #: An engine that is at one step for longer is stalled: its jobs go to other workers, it takes no more messages, and
+    #: `millrace status` fails.
     stall_s: float = Field(60.0, description="a number of seconds, from 1 to 315360000", ge=1, le=MAX_SECONDS)
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="'debug', 'info', 'warning' or 'error'"
