@@ -60,6 +60,8 @@ class Settings(BaseSettings):
     step_tokens: int = Field(512, description="a whole number from 16 to 8192", ge=16, le=8192)
     #: Prompts are computed in pieces of this many tokens; a different value may change the last bits of a result.
     prefill_chunk: int = Field(128, description="a whole number from 16 to 1024", ge=16, le=1024)
+    #: Tokens of a text that are guessed at a time while few texts are computed; no result depends on it.
+    draft_tokens: int = Field(7, description="a whole number from 0 to 15", ge=0, le=15)
     max_queue: int = Field(1_000_000, description="a whole number from 1 to 2**50", ge=1, le=MAX_BYTES)
     result_ttl_s: int = Field(
         86_400, description="a whole number of seconds, from 60 to 315360000", ge=60, le=MAX_SECONDS

@@ -72,7 +72,10 @@ class KVCache:
         self._kernel_key = (config.head_dim, dtype, device.type)
 
     def decode_kernel(self) -> DecodeKernel | None:
-        """The compiled attention for this cache, if it can be had; compiled at the first call in a process."""
+        """The compiled attention for this cache, if it can be had; compiled at the first call in a process.
+
+        It reads no further than a row's own position, so what stands beyond a sequence's last one there is nobody's.
+        """
         return decode_kernel(*self._kernel_key)
 
 
@@ -89,11 +92,15 @@ class Chunk:
 
 @dataclass(frozen=True)
 class DecodeGroup:
-    """The decoding rows of one arena, one token each, at packed rows `row` and on, in the order of their slots."""
+    """The decoding rows of one arena, at packed rows `row` and on, in the order of their slots.
+
+    A slot has `counts` rows, one token each, at the position given and those that follow it.
+    """
 
     length_class: int
     slots: list[int]
     positions: list[int]
+    counts: list[int]
     row: int
 
 
@@ -124,13 +131,14 @@ class _CompiledDecode:
 
     def __init__(self, kernel: DecodeKernel, cache: KVCache, groups: Sequence[DecodeGroup]) -> None:
         self._kernel = kernel
-        self.rows = slice(groups[0].row, groups[-1].row + len(groups[-1].slots))
+        self.rows = slice(groups[0].row, groups[-1].row + sum(groups[-1].counts))
         arenas = [cache.arenas[group.length_class] for group in groups]
         self._where = Rows.of(
             k=np.concatenate([_addresses(a.k, g.slots) for a, g in zip(arenas, groups, strict=True)], axis=1),
             v=np.concatenate([_addresses(a.v, g.slots) for a, g in zip(arenas, groups, strict=True)], axis=1),
             head_stride=np.repeat([a.k[0].stride(1) for a in arenas], [len(g.slots) for g in groups]),
             lengths=np.concatenate([g.positions for g in groups]) + 1,
+            counts=np.concatenate([g.counts for g in groups]),
             heads=arenas[0].k[0].shape[1],
         )
 
@@ -149,9 +157,12 @@ class _Decode:
     over a plain slice of its front, padded to the longest row there.
 
     Slots in between that are not decoding (their prompt is still being computed) are carried along with a zero query.
+    A slot has one row here.
     """
 
     def __init__(self, arena: Arena, group: DecodeGroup) -> None:
+        if max(group.counts) > 1:
+            raise ValueError("several rows of one slot need the compiled kernel")
         device = arena.k[0].device
         count = group.slots[-1] + 1
         self.arena = arena

@@ -6,6 +6,8 @@ and runs in the threads that torch's own operators run in: threads of another po
 for their next operator by spinning.
 
 A row's bits depend on nothing but the row: a head of a row is computed by one thread, in the order of its positions.
+A slot may have several rows, at positions that follow each other. One thread computes a head for all of them, in that
+order, so each finds the keys and values that those before it have written.
 Where numba, or torch's OpenMP runtime, cannot be had, `decode_kernel` gives None and the caller uses torch.
 """
 
@@ -32,27 +34,37 @@ Array = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the keys and values of R decoding rows lie; made once for all layers of a step.
+    """Where the keys and values of the decoding rows of S slots lie; made once for all layers of a step.
 
     Args:
-        k, v: int64 [layers, R], addresses of the first position of the first head.
-        head_stride: int64 [R], numbers between one head and the next; positions lie end to end.
-        lengths: int64 [R], positions to be read, the new one included.
+        k, v: int64 [layers, S], addresses of the first position of the first head.
+        head_stride: int64 [S], numbers between one head and the next; positions lie end to end.
+        lengths: int64 [S], positions that a slot's first row reads, the new one included; the next reads one more.
+        counts: int64 [S], rows of each slot; slot after slot they are the rows of `DecodeKernel`.
     """
 
     k: Array
     v: Array
     head_stride: Array
     lengths: Array
-    #: int64 [threads + 1]: the heads of each thread, counted through all rows; about equally many positions for each.
+    counts: Array
+    #: int64 [S]: the first row of each slot.
+    first: Array
+    #: int64 [threads + 1]: the heads of each thread, counted through all slots; about equally many positions for each.
     shares: Array
 
     @classmethod
-    def of(cls, k: Array, v: Array, head_stride: Array, lengths: Array, heads: int) -> Rows:
+    def of(cls, k: Array, v: Array, head_stride: Array, lengths: Array, counts: Array, heads: int) -> Rows:
         """Shared out among as many threads as torch computes with."""
-        read, threads = np.cumsum(np.repeat(lengths, heads)), torch.get_num_threads()
+        read, threads = np.cumsum(np.repeat(lengths * counts, heads)), torch.get_num_threads()
         shares = np.searchsorted(read, read[-1] * np.arange(1, threads) / threads)
-        return cls(k, v, head_stride, lengths, np.array([0, *shares, len(read)], dtype=np.int64))
+        first = np.cumsum(counts) - counts
+        return cls(k, v, head_stride, lengths, counts, first, np.array([0, *shares, len(read)], dtype=np.int64))
+
+    @property
+    def longest(self) -> int:
+        """The most positions that a row reads."""
+        return int((self.lengths + self.counts).max()) - 1
 
 
 class DecodeKernel:
@@ -67,8 +79,8 @@ class DecodeKernel:
         for tensor in (q, k, v, out):
             if tensor.stride()[1:] != (width, 1):
                 raise ValueError(f"heads must lie end to end; strides are {tensor.stride()} of {tuple(tensor.shape)}")
-        where = [rows.k[layer], rows.v[layer], rows.head_stride, rows.lengths, rows.shares]
-        arguments = [len(rows.shares) - 1, heads, int(rows.lengths.max()), np.float64(scale).view(np.int64)]
+        where = [rows.k[layer], rows.v[layer], rows.head_stride, rows.lengths, rows.counts, rows.first, rows.shares]
+        arguments = [len(rows.shares) - 1, heads, rows.longest, np.float64(scale).view(np.int64)]
         arguments += [number for tensor in (q, k, v, out) for number in (tensor.data_ptr(), tensor.stride(0))]
         arguments += [array.ctypes.data for array in where]
         packed = np.array(arguments, dtype=np.int64)
@@ -92,20 +104,26 @@ def decode_kernel(head_dim: int, dtype: torch.dtype, device: str) -> DecodeKerne
 
 
 def _right(kernel: DecodeKernel, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether three rows of different lengths come out as the formula has it."""
+    """Whether four rows of three slots, of different lengths, come out as the formula has it."""
     generator = torch.Generator().manual_seed(0)
-    cache = torch.randn(2, 3, 2, 32, head_dim, generator=generator).to(dtype)  # [k/v, R, H, positions, D]
-    qkv = torch.randn(3, 3, 2, head_dim, generator=generator).to(dtype)  # [R, q/k/v, H, D]
-    lengths = np.array([1, 17, 32])
+    cache = torch.randn(2, 3, 2, 32, head_dim, generator=generator).to(dtype)  # [k/v, S, H, positions, D]
+    qkv = torch.randn(4, 3, 2, head_dim, generator=generator).to(dtype)  # [R, q/k/v, H, D]
     base = cache.data_ptr() + np.arange(6).reshape(2, 3) * (cache.stride(1) * dtype.itemsize)
-    out = torch.empty(3, 2, head_dim, dtype=dtype)
-    rows = Rows.of(base[:1], base[1:], np.full(3, cache.stride(2)), lengths, 2)
+    out = torch.empty(4, 2, head_dim, dtype=dtype)
+    rows = Rows.of(
+        base[:1],
+        base[1:],
+        np.full(3, cache.stride(2)),
+        lengths=np.array([1, 16, 32]),
+        counts=np.array([1, 2, 1]),
+        heads=2,
+    )
     kernel(0, qkv[:, 0], qkv[:, 1], qkv[:, 2], out, rows, 1 / math.sqrt(head_dim))
     k, v = cache.double()
-    for row, length in enumerate(lengths.tolist()):
-        k[row, :, length - 1], v[row, :, length - 1] = qkv[row, 1].double(), qkv[row, 2].double()
-        scores = k[row, :, :length] @ qkv[row, 0].double()[:, :, None] / math.sqrt(head_dim)  # [H, length, 1]
-        expected = (scores.softmax(1) * v[row, :, :length]).sum(1)
+    for row, (slot, length) in enumerate([(0, 1), (1, 16), (1, 17), (2, 32)]):
+        k[slot, :, length - 1], v[slot, :, length - 1] = qkv[row, 1].double(), qkv[row, 2].double()
+        scores = k[slot, :, :length] @ qkv[row, 0].double()[:, :, None] / math.sqrt(head_dim)  # [H, length, 1]
+        expected = (scores.softmax(1) * v[slot, :, :length]).sum(1)
         if not torch.allclose(out[row].double(), expected, atol=1e-5 if dtype == torch.float32 else 0.02):
             return False
     return torch.equal(cache.double(), torch.stack([k, v]))  # the new ones written, all others left alone
@@ -125,17 +143,19 @@ def _compiled(head_dim: int, half: bool) -> Any:
 
     @numba.njit(inline="always")
     def place(a: Any, unit: int) -> Any:
-        """Where the keys and values of a head of a row begin, and how many there are."""
-        row, head = unit // a[1], unit % a[1]
-        inside = carray(whole(a[14]), row + 1)[row] * size * head
-        k, v = carray(whole(a[12]), row + 1)[row] + inside, carray(whole(a[13]), row + 1)[row] + inside
-        return k, v, carray(whole(a[15]), row + 1)[row]
+        """Where the keys and values of a head of a slot begin, and how many there are for its first row."""
+        slot, head = unit // a[1], unit % a[1]
+        inside = carray(whole(a[14]), slot + 1)[slot] * size * head
+        k, v = carray(whole(a[12]), slot + 1)[slot] + inside, carray(whole(a[13]), slot + 1)[slot] + inside
+        return k, v, carray(whole(a[15]), slot + 1)[slot]
 
     @numba.njit
-    def compute(a: Any, unit: int, after: int, scores: Any, sums: Any, query: Any) -> None:
-        """One head of a row, while what the one after it needs is asked for."""
-        row, inside = unit // a[1], unit % a[1] * head_dim * size
-        scale, (k_at, v_at, length) = np.float32(real(a[3])), place(a, unit)
+    def compute(a: Any, unit: int, number: int, after: Any, scores: Any, sums: Any, query: Any) -> None:
+        """One head of a slot's row of this number, while what comes after it is asked for."""
+        slot, inside = unit // a[1], unit % a[1] * head_dim * size
+        row = carray(whole(a[17]), slot + 1)[slot] + number
+        scale, (k_at, v_at, least) = np.float32(real(a[3])), place(a, unit)
+        length = least + number
         k, v = carray(words(k_at), length * width), carray(words(v_at), length * width)
         q = carray(words(a[4] + row * a[5] * size + inside), width)
         new_k = carray(words(a[6] + row * a[7] * size + inside), width)
@@ -147,7 +167,7 @@ def _compiled(head_dim: int, half: bool) -> Any:
             query[d] = lower(q[d]) * scale
             if half:
                 query[width + d] = upper(q[d]) * scale
-        total = attend(query, k, v, length, place(a, after), scores, sums)
+        total = attend(query, k, v, length, after, scores, sums)
         for d in range(width):
             for part in range(parts):
                 out[parts * d + part] = store(sums[part * width + d] / total)
@@ -155,16 +175,19 @@ def _compiled(head_dim: int, half: bool) -> Any:
     @numba.njit
     def work(a: Any) -> None:
         """What one thread of the team does: a share of the heads, or more than one if the team is small."""
-        shares = carray(whole(a[16]), a[0] + 1)
+        shares = carray(whole(a[18]), a[0] + 1)
         scores, sums = np.empty(a[2], np.float32), np.empty(head_dim, np.float32)
         query = np.empty(head_dim, np.float32)
         for number in range(thread(), a[0], threads()):
             for unit in range(shares[number], shares[number + 1]):
-                compute(a, unit, min(unit + 1, shares[number + 1] - 1), scores, sums, query)
+                k, v, length = place(a, min(unit + 1, shares[number + 1] - 1))
+                last = carray(whole(a[16]), unit // a[1] + 1)[unit // a[1]] - 1
+                for i in range(last + 1):
+                    compute(a, unit, i, (k, v, length if i == last else 0), scores, sums, query)
 
     @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
     def kernel(arguments: Any) -> None:
-        work(carray(arguments, 17))
+        work(carray(arguments, 19))
 
     return kernel
 

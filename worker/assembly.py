@@ -45,7 +45,12 @@ def build_engine(settings: Settings) -> Engine:
         runner,
         tokenizer,
         Scheduler(
-            slots, max_rows=settings.slots, step_tokens=settings.step_tokens, prefill_chunk=settings.prefill_chunk
+            slots,
+            max_rows=settings.slots,
+            step_tokens=settings.step_tokens,
+            prefill_chunk=settings.prefill_chunk,
+            # Elsewhere a draft may change the last bits of a row, or cost as much as a row of its own.
+            draft_tokens=settings.draft_tokens if invariant and runner.takes_drafts else 0,
         ),
         model_name=settings.model_name,
         vocab_size=model.config.vocab_size,

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,6 +72,9 @@ class EngineStats:
     waiting: int
     tokens: int
     steps: int
+    #: Tokens that were guessed before they were drawn, and how many of them turned out right.
+    drafted: int
+    accepted: int
     cache_bytes: int
     #: Seconds since the step that is being computed last came on; 0 between steps.
     step_age_s: float
@@ -113,6 +116,8 @@ class Engine:
         self.on_fatal = on_fatal
         self.tokens = 0
         self.steps = 0
+        self.drafted = 0
+        self.accepted = 0
         self._inbox: deque[Generation] = deque()
         self._cancelled: deque[str | Generation] = deque()  # by name, or because the waiter cancelled its future
         self._wake = threading.Condition()
@@ -202,6 +207,8 @@ class Engine:
             waiting=self.scheduler.waiting + len(self._inbox),
             tokens=self.tokens,
             steps=self.steps,
+            drafted=self.drafted,
+            accepted=self.accepted,
             cache_bytes=slots.used_bytes,
             step_age_s=0.0 if alive_at is None else time.monotonic() - alive_at,
         )
@@ -384,8 +391,10 @@ class Engine:
                 self._rows.lower(max(1, min(self._rows.now, rows_of(part) // 2)))
                 log.warning("engine.step_out_of_memory", rows=rows_of(part), error=repr(fault))
                 pieces = [(piece, alone) for piece in split(part, self._rows.now)]
-                starved += part.sequences if len(pieces) == 1 else []
-                parts.extendleft(reversed(pieces if len(pieces) > 1 else []))
+                if len(pieces) == 1 and not part.drafts:  # what had drafts is tried without them
+                    starved += part.sequences
+                else:
+                    parts.extendleft(reversed(pieces))
             elif alone:
                 self._blame(part, fault)
             else:
@@ -406,6 +415,7 @@ class Engine:
                 for leader, group in part.followers.items()
                 if leader in here
             },
+            {sequence: drafts for sequence, drafts in part.drafts.items() if sequence in here},
         )
 
     def _compute(self, part: Step, done: Step, outcome: Outcome) -> Exception | None:
@@ -423,6 +433,7 @@ class Engine:
         done.decodes.extend(part.decodes)
         done.chunks.extend(part.chunks)
         done.followers.update(part.followers)
+        done.drafts.update(part.drafts)
         outcome.tokens.extend(result.tokens)
         outcome.prompt_scores.extend(result.prompt_scores)
         return None
@@ -473,7 +484,10 @@ class Engine:
             sequence.first_token_at = now
             if sequence.request.max_tokens == 0 and sequence in self._owner:
                 self._finish_scoring(sequence)
+        self._note_drafts(step, outcome)
         for sequence, score in outcome.tokens:
+            if sequence.finish_reason:
+                continue  # with a token before this one
             if score is None:
                 self._fail(sequence, "nan_logits", NAN_MESSAGE)
             elif sequence in self._owner:
@@ -481,6 +495,17 @@ class Engine:
                 sequence.append(score)
                 self._tell(sequence)
         return [s for s in (*step.decodes, *step.prefilled) if s.finish_reason and s in self._owner]
+
+    def _note_drafts(self, step: Step, outcome: Outcome) -> None:
+        """Count the drafts that turned out right: each gave its sequence a token more."""
+        if not step.drafts:
+            return
+        tokens = Counter(sequence for sequence, _ in outcome.tokens)
+        for sequence, drafts in step.drafts.items():
+            right = tokens[sequence] - 1
+            sequence.note_drafts(len(drafts), right)
+            self.drafted += len(drafts)
+            self.accepted += right
 
     def _finish_scoring(self, sequence: Sequence) -> None:
         """End a request for no new tokens. No draw has shown that its rows are free of NaN, so its slot is wiped."""

@@ -57,11 +57,16 @@ class Limit:
 
 def rows_of(step: Step) -> int:
     """Rows of the step's forward pass."""
-    return len(step.decodes) + sum(chunk.count for chunk in step.chunks)
+    return step.decode_rows + sum(chunk.count for chunk in step.chunks)
 
 
 def split(step: Step, rows: int) -> list[Step]:
-    """The step in parts of at most `rows` rows, in order; a chunk of a prompt is never cut, for its bits' sake."""
+    """The step in parts of at most `rows` rows, in order; a chunk of a prompt is never cut, for its bits' sake.
+
+    A step that is too large has no drafts any more: they may be left out.
+    """
+    if rows_of(step) <= rows:
+        return [step]
     parts, used = [Step()], 0
     items: list[Sequence | PromptChunk] = [*step.decodes, *step.chunks]
     for item in items:

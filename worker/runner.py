@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence as Rows
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -34,6 +35,11 @@ class Runner:
         """Bytes of cache that one position takes: keys and values of all layers."""
         config = self.model.config
         return 2 * config.n_layer * config.n_embd * self.model.dtype.itemsize
+
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether a step may have several rows of one sequence."""
+        return self.cache.decode_kernel() is not None
 
     def fit(self, capacity: dict[int, int]) -> None:
         """Bring every arena to the capacity the slot table asks for; those that shrink first."""
@@ -79,27 +85,31 @@ class Runner:
             self._trace_step(sequence, hidden[rows])
         prompt_scores = [self._score(chunk, hidden[rows]) for chunk, rows in batch.scored(step)]
         self._share_prefills(step)
-        outcome = Outcome(self._draw(step.drawing, hidden, batch.drawn_rows(step)), prompt_scores)
+        outcome = Outcome(self._draw(batch.drawn(step), hidden), prompt_scores)
         for sequence, _ in traced:
             sequence.trace.commit()
         return outcome
 
-    def _draw(
-        self, sequences: list[Sequence], hidden: Tensor, rows: list[int]
-    ) -> list[tuple[Sequence, TokenScore | None]]:
+    def _draw(self, drawn: list[_Drawn], hidden: Tensor) -> list[tuple[Sequence, TokenScore | None]]:
         """Next tokens; sequences that share a prefill share its last row, and the head runs once for it."""
-        if not sequences:
+        if not drawn:
             return []
+        rows = [each.row for each in drawn]
         at = {row: i for i, row in enumerate(dict.fromkeys(rows))}
         logits = self.model.head(hidden[torch.tensor(list(at), device=hidden.device)])
         if len(at) < len(rows):
             logits = logits[torch.tensor([at[row] for row in rows], device=hidden.device)]
-        tokens = sample(logits, [sequence.draw for sequence in sequences])
-        for i, sequence in enumerate(sequences):
+        tokens = sample(logits, [each.sequence.draw(each.drafts) for each in drawn])
+        for i, (sequence, _, _) in enumerate(drawn):
             if sequence.trace is not None and not sequence.output:
                 self._trace_last(sequence, logits[i].float())
-        scores = self._token_scores(sequences, logits, tokens)
-        return list(zip(sequences, scores, strict=True))
+        chosen: list[int] = tokens.tolist()
+        kept = _kept(drawn, chosen)
+        if len(kept) < len(drawn):
+            rest = torch.tensor(kept, device=logits.device)
+            logits, tokens = logits[rest], tokens[rest]
+        sequences = [drawn[i].sequence for i in kept]
+        return list(zip(sequences, self._token_scores(sequences, logits, tokens), strict=True))
 
     def _traced(self, step: Step, batch: _Batch) -> list[tuple[Sequence, slice]]:
         """The sequences whose tensors are asked for, with their rows; a new one gets a trace and an empty slot."""
@@ -179,6 +189,23 @@ def _scores(logits: Tensor, tokens: Tensor) -> list[TokenScore]:
     ]
 
 
+class _Drawn(NamedTuple):
+    """A packed row from which a sequence's token is drawn that follows these drafts."""
+
+    sequence: Sequence
+    row: int
+    drafts: list[int]
+
+
+def _kept(drawn: list[_Drawn], chosen: list[int]) -> list[int]:
+    """Which of the drawn tokens count: those that follow no draft, or a draft that was drawn and counts itself."""
+    kept: list[int] = []
+    for i, each in enumerate(drawn):
+        if not each.drafts or (kept[-1] == i - 1 and chosen[i - 1] == each.drafts[-1]):
+            kept.append(i)
+    return kept
+
+
 class _Batch:
     """A step laid out as packed rows: decoding sequences arena by arena in slot order, then the chunks of prompts."""
 
@@ -187,7 +214,8 @@ class _Batch:
         self.positions: list[int] = []
         self.groups: list[DecodeGroup] = []
         self.chunks: list[Chunk] = []
-        self._row_of: dict[Sequence, int] = {}  # the row whose logits give its next token
+        self._drafts = step.drafts
+        self._row_of: dict[Sequence, int] = {}  # the row whose logits give its next token; its drafts' rows follow
         self._chunk_rows: list[int] = []
         decodes = sorted((_slot(sequence), sequence.index, id(sequence), sequence) for sequence in step.decodes)
         for length_class, members in itertools.groupby(decodes, key=lambda item: item[0].length_class):
@@ -196,13 +224,15 @@ class _Batch:
             self._add_chunk(chunk)
 
     def _add_group(self, length_class: int, sequences: list[Sequence]) -> None:
-        positions = [len(s.prompt) + len(s.output) - 1 for s in sequences]
-        row = len(self.token_ids)
-        self.groups.append(DecodeGroup(length_class, [_slot(s).index for s in sequences], positions, row))
-        for offset, sequence in enumerate(sequences):
-            self._row_of[sequence] = row + offset
-        self.token_ids += [s.output[-1] for s in sequences]
-        self.positions += positions
+        first, slots = len(self.token_ids), [_slot(s).index for s in sequences]
+        starts = [len(s.prompt) + len(s.output) - 1 for s in sequences]
+        for sequence, start in zip(sequences, starts, strict=True):
+            self._row_of[sequence] = len(self.token_ids)
+            tokens = [sequence.output[-1], *self._drafts.get(sequence, ())]
+            self.token_ids += tokens
+            self.positions += range(start, start + len(tokens))
+        counts = [1 + len(self._drafts.get(s, ())) for s in sequences]
+        self.groups.append(DecodeGroup(length_class, slots, starts, counts, first))
 
     def _add_chunk(self, chunk: PromptChunk) -> None:
         slot, row, stop = _slot(chunk.sequence), len(self.token_ids), chunk.start + chunk.count
@@ -218,10 +248,14 @@ class _Batch:
         self.token_ids += [0] * missing
         self.positions += [0] * missing
 
-    def drawn_rows(self, step: Step) -> list[int]:
-        """For each of `step.drawing`, the packed row its token comes from."""
+    def drawn(self, step: Step) -> list[_Drawn]:
+        """The rows from which tokens are drawn: for each of `step.drawing` one, and those of its drafts after it."""
         leader_of = {follower: leader for leader, group in step.followers.items() for follower in group}
-        return [self._row_of[leader_of.get(sequence, sequence)] for sequence in step.drawing]
+        drawn = []
+        for sequence in step.drawing:
+            row, drafts = self._row_of[leader_of.get(sequence, sequence)], self._drafts.get(sequence, [])
+            drawn += [_Drawn(sequence, row + i, drafts[:i]) for i in range(len(drafts) + 1)]
+        return drawn
 
     def spans(self, step: Step) -> list[tuple[Sequence, slice]]:
         """Every sequence of the step with its packed rows; a prompt's chunks lie end to end."""

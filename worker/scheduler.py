@@ -11,6 +11,10 @@ from typing import NamedTuple
 from worker.sequence import Sequence, TokenScore
 from worker.slots import Move, SlotTable
 
+#: Rows up to which drafts are computed: a product of 16 rows takes hardly longer than one of a few, as both read the
+#: whole weight.
+DRAFT_ROWS = 16
+
 
 @dataclass(frozen=True)
 class PromptChunk:
@@ -42,9 +46,16 @@ class Step:
     chunks: list[PromptChunk] = field(default_factory=list)
     #: Sequence whose prompt is through in this step -> those that share its prefill.
     followers: dict[Sequence, list[Sequence]] = field(default_factory=dict)
+    #: Decoding sequence -> guesses at the tokens after the next one, each computed in a row of its own.
+    drafts: dict[Sequence, list[int]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
+
+    @property
+    def decode_rows(self) -> int:
+        """Rows of its decoding sequences."""
+        return len(self.decodes) + sum(map(len, self.drafts.values()))
 
     @property
     def prefilled(self) -> list[Sequence]:
@@ -63,7 +74,7 @@ class Step:
         return [*self.decodes, *dict.fromkeys(chunk.sequence for chunk in self.chunks)]
 
     def alone(self) -> Iterator[Step]:
-        """The same work one sequence at a time, to find the one that makes the step fail."""
+        """The same work one sequence at a time, without drafts, to find the one that makes the step fail."""
         for sequence in self.decodes:
             yield Step(decodes=[sequence])
         for _, chunks in itertools.groupby(self.chunks, key=lambda chunk: chunk.sequence):
@@ -72,7 +83,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step gave: a token for each drawing sequence (None: its logits hold a NaN), and scores of prompts."""
+    """What a step gave: a token for each drawing sequence (None: its logits hold a NaN), and scores of prompts.
+
+    A sequence has another token for each of its drafts that turned out right, in order.
+    """
 
     tokens: list[tuple[Sequence, TokenScore | None]]
     prompt_scores: list[tuple[Sequence, list[TokenScore]]]
@@ -82,11 +96,14 @@ class Scheduler:
     """Waiting and running sequences. Admission is by priority, then arrival, and never skips the first in line, so a
     long job cannot be starved by short ones."""
 
-    def __init__(self, slots: SlotTable, *, max_rows: int, step_tokens: int, prefill_chunk: int) -> None:
+    def __init__(
+        self, slots: SlotTable, *, max_rows: int, step_tokens: int, prefill_chunk: int, draft_tokens: int = 0
+    ) -> None:
         self.slots = slots
         self.max_rows = max_rows
         self.step_tokens = step_tokens
         self.prefill_chunk = prefill_chunk
+        self.draft_tokens = draft_tokens
         self.running: list[Sequence] = []
         self._waiting: list[tuple[int, int, Sequence]] = []
         self._gone: set[Sequence] = set()  # removed while waiting; skipped when their turn comes
@@ -167,7 +184,8 @@ class Scheduler:
         At least one chunk goes in, however many rows decode, and a chunk's borders depend on its prompt alone.
         """
         step = Step(decodes=[s for s in self.running if not s.prefilling])
-        room = self.step_tokens - len(step.decodes)
+        self._add_drafts(step)
+        room = self.step_tokens - step.decode_rows
         for sequence in self.running:
             if not sequence.prefilling or sequence.leader is not None:
                 continue
@@ -180,6 +198,15 @@ class Scheduler:
                 if chunk.last:
                     self._add_followers(step, sequence)
         return step
+
+    def _add_drafts(self, step: Step) -> None:
+        """Let few decoding sequences run ahead, in equal shares of the rows that cost little more than none."""
+        room = min(DRAFT_ROWS, self.step_tokens) - len(step.decodes)
+        for i, sequence in enumerate(step.decodes):
+            share = room // (len(step.decodes) - i)  # what one leaves, the others may use
+            if share > 0 and (drafts := sequence.draft_next(min(share, self.draft_tokens))):
+                step.drafts[sequence] = drafts
+                room -= len(drafts)
 
     def _add_followers(self, step: Step, leader: Sequence) -> None:
         if followers := [s for s in self.running if s.leader is leader and s.waits_for_whole]:

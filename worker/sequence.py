@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from client.schema import Choice, GenerateRequest, Result, Timings, TokenLogprob, TopLogprob, Usage
 from model.sampler import Draw, RowParams
 from model.tokenizer import Tokenizer
+from worker.drafts import Drafter
 
 FinishReason = Literal["stop", "length"]
 
@@ -77,6 +78,7 @@ class Sequence:
         params = {name: getattr(request, name) for name in RowParams.__dataclass_fields__ if name != "banned"}
         self._free = RowParams(**params)
         self._bound = RowParams(**params, banned=tuple(sorted(self._ends)))
+        self._drafter: Drafter | None = None  # made when there is room for drafts, which in a crowd there is not
         self._scan_from = 0  # stop strings are looked for from here on
         self._told_text = self._told_tokens = 0  # how much has been handed out as deltas
 
@@ -110,11 +112,26 @@ class Sequence:
         """Sequences with equal keys compute the same prefill; a traced one shares its own with nobody."""
         return tuple(self.prompt), self.scores_prompt, self if self.traced else None
 
-    @property
-    def draw(self) -> Draw:
-        """How its next token is drawn."""
-        params = self._bound if len(self.output) < self.request.min_tokens else self._free
-        return Draw(params, self.prompt, self.output, self.seed, self.index)
+    def draw(self, drafts: list[int]) -> Draw:
+        """How the token after these drafts is drawn if they turn out right; after none its next one is."""
+        output = [*self.output, *drafts] if drafts else self.output
+        params = self._bound if len(output) < self.request.min_tokens else self._free
+        return Draw(params, self.prompt, output, self.seed, self.index)
+
+    def draft_next(self, most: int) -> list[int]:
+        """Guesses at its next tokens, at most so many, and one fewer than it may still get. None for a traced one:
+        its tensors are those of its own tokens."""
+        most = min(most, self.request.max_tokens - len(self.output) - 1)
+        if most <= 0 or self.traced:
+            return []
+        if self._drafter is None:
+            self._drafter = Drafter(self.prompt)
+        return self._drafter.propose(self.output, most)
+
+    def note_drafts(self, drafted: int, right: int) -> None:
+        """How many of its last drafts turned out right."""
+        if self._drafter is not None:
+            self._drafter.note(drafted, right)
 
     def append(self, score: TokenScore) -> None:
         """Take the next token, and see whether it is the last. The log probability is kept where it was asked for."""

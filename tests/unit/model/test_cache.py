@@ -135,9 +135,19 @@ def test_decoding_rows_attend_over_their_own_slot_only(
     for slot, keys, values, n in zip(slots, k, v, last, strict=True):
         cache.arenas[64].k[0][slot, :, :n] = keys[:n].transpose(0, 1)
         cache.arenas[64].v[0][slot, :, :n] = values[:n].transpose(0, 1)
-    attend = CachedAttention(cache, CONFIG.scale, groups=[DecodeGroup(64, slots, last, 2)], chunks=[])
+    attend = CachedAttention(cache, CONFIG.scale, groups=[DecodeGroup(64, slots, last, [1] * len(slots), 2)], chunks=[])
     packed = [torch.cat([torch.zeros(2, 3, 8), *(x[-1:] for x in xs)]) for xs in (q, k, v)]
     out = attend(0, *packed)
     assert not out[:2].any(), "rows of no sequence are not zero"
     for i in range(len(slots)):
         assert torch.allclose(out[2 + i].double(), plain(q[i], k[i], v[i], CONFIG.scale)[-1], atol=1e-5)
+
+
+def test_several_rows_of_one_slot_are_refused_where_there_is_no_compiled_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(KVCache, "decode_kernel", lambda _: None)
+    cache = KVCache(CONFIG, lengths=[64], dtype=torch.float32, device=CPU)
+    cache.arenas[64].resize(1)
+    with pytest.raises(ValueError, match="compiled kernel"):
+        CachedAttention(cache, CONFIG.scale, groups=[DecodeGroup(64, [0], [5], [2], 0)], chunks=[])

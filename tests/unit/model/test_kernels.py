@@ -40,7 +40,8 @@ class Case:
         lengths = np.array([self.lengths[row] for row in rows])
         qkv = self.qkv[rows]
         out = torch.full((len(rows), heads, width), 7.0, dtype=self.cache.dtype)
-        where = Rows.of(k, v, np.full(len(rows), self.cache.stride(2)), lengths, heads)
+        counts = np.ones(len(rows), dtype=np.int64)
+        where = Rows.of(k, v, np.full(len(rows), self.cache.stride(2)), lengths, counts, heads)
         kernel(width, self.cache.dtype)(0, qkv[:, 0], qkv[:, 1], qkv[:, 2], out, where, 0.3)
         return out
 
@@ -98,10 +99,40 @@ def test_scores_far_apart_do_not_overflow() -> None:
 
 def test_heads_are_shared_out_by_the_positions_they_read() -> None:
     torch.set_num_threads(2)
-    where = Rows.of(np.zeros((1, 3)), np.zeros((1, 3)), np.zeros(3), np.array([10, 10, 40]), 2)
+    zeros = np.zeros((1, 3))
+    where = Rows.of(zeros, zeros, np.zeros(3), np.array([10, 10, 40]), np.array([1, 1, 1]), 2)
     assert where.shares.tolist() == [0, 4, 6]  # 20 + 20 + 80 positions: halves of 60 meet inside the last row
+    where = Rows.of(zeros, zeros, np.zeros(3), np.array([10, 10, 10]), np.array([4, 1, 1]), 2)
+    assert where.shares.tolist() == [0, 1, 6]  # 80 + 20 + 20: the second half begins inside the first slot
+    assert (where.first.tolist(), where.longest) == ([0, 4, 5], 13)
     torch.set_num_threads(1)
-    assert Rows.of(np.zeros((1, 1)), np.zeros((1, 1)), np.zeros(1), np.array([9]), 12).shares.tolist() == [0, 12]
+    one = np.ones(1, dtype=np.int64)
+    assert Rows.of(zeros[:, :1], zeros[:, :1], np.zeros(1), 9 * one, one, 12).shares.tolist() == [0, 12]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_rows_of_one_slot_have_the_bits_they_have_one_after_another(dtype: torch.dtype, threads: int) -> None:
+    counts, lengths, heads, width = np.array([1, 4, 2]), np.array([40, 17, 1]), 4, 16
+    one_by_one, at_once = (Case([0] * 7, heads=heads, width=width, dtype=dtype) for _ in range(2))
+
+    def run(case: Case, slots: list[int], lengths: Any, counts: Any, rows: list[int]) -> Tensor:
+        starts = np.array(slots) * case.cache.stride(1) * case.cache.itemsize
+        where = [(tensor.data_ptr() + starts)[None] for tensor in case.cache]
+        out, qkv = torch.empty(len(rows), heads, width, dtype=dtype), case.qkv[rows]
+        places = Rows.of(*where, np.full(len(slots), case.cache.stride(2)), lengths, counts, heads)
+        kernel(width, dtype)(0, qkv[:, 0], qkv[:, 1], qkv[:, 2], out, places, 0.3)
+        return out
+
+    torch.set_num_threads(1)
+    expected, row = [], 0
+    for slot, (length, count) in enumerate(zip(lengths.tolist(), counts.tolist(), strict=True)):
+        for i in range(count):
+            expected.append(run(one_by_one, [slot], np.array([length + i]), np.array([1]), [row + i])[0])
+        row += count
+    torch.set_num_threads(threads)
+    assert torch.equal(run(at_once, [0, 1, 2], lengths, counts, list(range(7))), torch.stack(expected))
+    assert torch.equal(at_once.cache, one_by_one.cache)
 
 
 def test_heads_that_do_not_lie_end_to_end_are_refused() -> None:

@@ -47,6 +47,7 @@ def build(
     slots: int = 64,
     step_tokens: int = 512,
     prefill_chunk: int = 128,
+    draft_tokens: int = 0,
     budget_positions: int = 64 * 1024,
     runner: type[Runner] = Runner,
     model: GPT2 | None = None,
@@ -62,7 +63,9 @@ def build(
     return Engine(
         tensors,
         demo_tokenizer(),
-        Scheduler(table, max_rows=slots, step_tokens=step_tokens, prefill_chunk=prefill_chunk),
+        Scheduler(
+            table, max_rows=slots, step_tokens=step_tokens, prefill_chunk=prefill_chunk, draft_tokens=draft_tokens
+        ),
         model_name="demo",
         vocab_size=gpt2.config.vocab_size,
         max_context=gpt2.config.n_positions,

@@ -102,10 +102,10 @@ def test_a_stop_token_is_named_and_its_text_left_out() -> None:
 
 def test_min_tokens_bans_ends_and_overlooks_stop_strings_until_then() -> None:
     each = sequence(min_tokens=6, stop=["stop"], stop_token_ids=[7])
-    assert each.draw.params.banned == (7, END)
+    assert each.draw([]).params.banned == (7, END)
     feed(each, spell("stop s"))
     assert (each.text, each.finish_reason) == ("stop s", None)
-    assert each.draw.params.banned == ()
+    assert each.draw([]).params.banned == ()
     feed(each, spell("top"))
     assert (each.text, each.finish_reason) == ("stop ", "stop")
 
