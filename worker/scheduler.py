@@ -202,6 +202,8 @@ class Scheduler:
     def _add_drafts(self, step: Step) -> None:
         """Let few decoding sequences run ahead, in equal shares of the rows that cost little more than none."""
         room = min(DRAFT_ROWS, self.step_tokens) - len(step.decodes)
+        if not self.draft_tokens or room <= 0:
+            return
         for i, sequence in enumerate(step.decodes):
             share = room // (len(step.decodes) - i)  # what one leaves, the others may use
             if share > 0 and (drafts := sequence.draft_next(min(share, self.draft_tokens))):

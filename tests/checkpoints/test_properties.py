@@ -39,10 +39,10 @@ def small_model() -> GPT2:
     return GPT2(config, weights)
 
 
-def engine(slots: int = 64, step_tokens: int = 512, chunk: int = 32) -> Engine:
+def engine(slots: int = 64, step_tokens: int = 512, chunk: int = 32, drafts: int = 0) -> Engine:
     runner = Runner(small_model(), [32, 64, POSITIONS])
     table = SlotTable([32, 64, POSITIONS], position_bytes=runner.position_bytes, budget_bytes=2**24)
-    scheduler = Scheduler(table, max_rows=slots, step_tokens=step_tokens, prefill_chunk=chunk)
+    scheduler = Scheduler(table, max_rows=slots, step_tokens=step_tokens, prefill_chunk=chunk, draft_tokens=drafts)
     names = {"model_name": "small", "vocab_size": VOCABULARY, "max_context": POSITIONS}
     return Engine(runner, gpt2_tokenizer(), scheduler, **names)
 
@@ -89,11 +89,12 @@ requests = st.fixed_dictionaries(
     slots=st.integers(1, 10),
     step_tokens=st.sampled_from([16, 40, 512]),
     chunk=st.sampled_from([16, 32, 64]),
+    drafts=st.sampled_from([0, 3, 15]),
 )
 def test_each_job_is_the_same_bits_in_any_crowd_as_alone(
-    jobs: list[tuple[dict[str, Any], int, bool]], slots: int, step_tokens: int, chunk: int
+    jobs: list[tuple[dict[str, Any], int, bool]], slots: int, step_tokens: int, chunk: int, drafts: int
 ) -> None:
-    crowd = engine(slots, step_tokens, chunk)
+    crowd = engine(slots, step_tokens, chunk, drafts)
     futures: list[Future[Result]] = []
     for i, (fields, steps_before, _) in enumerate(jobs):
         for _ in range(steps_before):
@@ -110,6 +111,23 @@ def test_each_job_is_the_same_bits_in_any_crowd_as_alone(
         else:
             assert cancelled
             assert isinstance(future.exception(), JobCancelled)
+
+
+@settings(deadline=None)
+@given(
+    jobs=st.lists(st.tuples(requests, st.integers(1, 40), st.integers(1, 3)), min_size=1, max_size=4),
+    slots=st.integers(1, 6),
+    drafts=st.integers(1, 15),
+)
+def test_each_job_is_the_same_bits_with_drafts_as_without(
+    jobs: list[tuple[dict[str, Any], int, int]], slots: int, drafts: int
+) -> None:
+    """Prompts that repeat themselves, so that there is something to guess."""
+    fields = [{**job, "prompt": job["prompt"][:20] * times, "max_tokens": count} for job, count, times in jobs]
+    crowd = engine(slots, drafts=drafts)
+    futures = [crowd.submit(parse_request(each)) for each in fields]
+    finish(crowd)
+    assert [future.result().choices for future in futures] == [alone(each) for each in fields]
 
 
 @settings(deadline=None)

@@ -52,18 +52,29 @@ def test_the_cache_takes_what_it_wants_but_no_more_than_a_quarter_of_what_is_fre
 def test_settings_reach_the_engine() -> None:
     settings = Settings(
         model="demo", served_name="mine", slots=3, max_context=300, step_tokens=99, prefill_chunk=48, threads=1,
-        kv_cache_bytes=10_000_000, device="cpu", dtype="float32",
+        kv_cache_bytes=10_000_000, draft_tokens=5, device="cpu", dtype="float32",
     )  # fmt: skip
     engine = build_engine(settings)
     slots = engine.scheduler.slots
     assert (engine.model_name, engine.max_context, engine.scheduler.max_rows) == ("mine", 300, 3)
     assert (engine.scheduler.step_tokens, engine.scheduler.prefill_chunk) == (99, 48)
+    assert engine.scheduler.draft_tokens == 5
     assert (list(slots.rows), slots.budget_bytes) == ([128, 256, 304], 10_000_000)
     assert torch.get_num_threads() == 1
     for part in ("float32", "threads-1", "chunk-48", f"torch-{torch.__version__}"):
         assert part in engine.fingerprint.split("/")
     (result,) = drive(engine, engine.submit(ask([1] * 290, max_tokens=10)))
     assert (result.model, result.fingerprint) == ("mine", engine.fingerprint)
+
+
+@pytest.mark.parametrize("missing", ["invariance", "kernel"])
+def test_there_are_no_drafts_where_a_row_could_feel_them(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if missing == "invariance":
+        monkeypatch.setattr("worker.assembly.batch_invariant", lambda *_: False)
+    else:
+        monkeypatch.setattr("model.cache.KVCache.decode_kernel", lambda _: None)
+    engine = build_engine(Settings(model="demo", device="cpu", dtype="float32"))
+    assert engine.scheduler.draft_tokens == 0
 
 
 def test_max_context_cannot_pass_the_models_positions() -> None:

@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 
 from model.tokenizer import gpt2_tokenizer
 from tests.unit.worker.engine_helpers import ask
+from worker.memory import rows_of, split
 from worker.scheduler import PromptChunk, Scheduler, Step
 from worker.sequence import Sequence, TokenScore
 from worker.slots import SlotTable
 
 
 def scheduler(
-    *, rows: int = 64, step_tokens: int = 512, chunk: int = 128, budget_positions: int = 64 * 1024
+    *, rows: int = 64, step_tokens: int = 512, chunk: int = 128, budget_positions: int = 64 * 1024, drafts: int = 0
 ) -> Scheduler:
     slots = SlotTable((128, 256, 512, 1024), position_bytes=1, budget_bytes=budget_positions)
-    return Scheduler(slots, max_rows=rows, step_tokens=step_tokens, prefill_chunk=chunk)
+    return Scheduler(slots, max_rows=rows, step_tokens=step_tokens, prefill_chunk=chunk, draft_tokens=drafts)
 
 
 def sequence(read: int, write: int = 4, first: int = 0, **fields: object) -> Sequence:
@@ -284,6 +285,74 @@ def test_a_step_taken_apart_has_each_sequence_once() -> None:
         ([], [0, 128]),
         ([], [0]),
     ]
+
+
+def repeating(write: int = 50, **fields: object) -> Sequence:
+    """A sequence whose text is token 5 again and again."""
+    return Sequence(ask([5] * 9, max_tokens=write, ignore_eos=True, **fields), [5] * 9, 0, 0, gpt2_tokenizer())
+
+
+def decoding(line: Scheduler, *sequences: Sequence) -> Step:
+    """The step in which these sequences decode for the first time."""
+    for each in sequences:
+        line.add(each, priority=0)
+    line.admit()
+    run(line, line.plan())
+    return line.plan()
+
+
+@pytest.mark.parametrize(
+    ("texts", "drafts", "counts"),
+    [
+        (1, 3, [3]),
+        (1, 15, [4]),  # 0.6**5 is less than a tenth
+        (3, 7, [4, 4, 4]),
+        (5, 7, [2, 2, 2, 2, 3]),  # what is left of 16 rows
+        (8, 7, [1] * 8),
+        (10, 7, [1] * 6),
+        (16, 7, []),
+        (40, 7, []),
+        (3, 0, []),
+    ],
+)
+def test_few_decoding_sequences_share_the_rows_for_drafts(texts: int, drafts: int, counts: list[int]) -> None:
+    step = decoding(scheduler(drafts=drafts), *(repeating() for _ in range(texts)))
+    assert len(step.decodes) == texts
+    assert [len(guesses) for guesses in step.drafts.values()] == counts
+    assert step.decode_rows == texts + sum(counts) <= max(16, texts)
+
+
+def test_who_has_nothing_to_guess_leaves_the_rows_to_the_others() -> None:
+    speechless = Sequence(ask([1, 2, 3], max_tokens=9), [1, 2, 3], 0, 0, gpt2_tokenizer())
+    eager = repeating()
+    line = scheduler(drafts=7)
+    step = decoding(line, speechless, eager)
+    eager.note_drafts(100, 100)
+    assert {each: len(guesses) for each, guesses in line.plan().drafts.items()} == {eager: 7}
+    assert step.drafts.keys() == {eager}
+
+
+@pytest.mark.parametrize(("write", "count"), [(2, 0), (3, 1), (4, 2), (50, 4)])
+def test_drafts_end_before_the_last_token_that_is_asked_for(write: int, count: int) -> None:
+    step = decoding(scheduler(drafts=7), repeating(write))
+    assert sum(map(len, step.drafts.values())) == count
+
+
+def test_a_traced_sequence_has_no_drafts() -> None:
+    assert not decoding(scheduler(drafts=7), repeating(checkpoints=[2])).drafts
+
+
+def test_drafts_count_against_the_step_and_are_left_out_where_it_is_taken_apart() -> None:
+    line = scheduler(drafts=7, step_tokens=130)
+    writing, reading = repeating(), sequence(300, first=3)
+    decoding(line, writing)
+    line.add(reading, priority=0)
+    line.admit()
+    step = line.plan()
+    assert (rows_of(step), len(step.drafts[writing])) == (133, 4)
+    assert split(step, 133) == [step]
+    assert [(part.decodes, part.drafts, len(part.chunks)) for part in split(step, 132)] == [([writing], {}, 1)]
+    assert [part.drafts for part in step.alone()] == [{}, {}]
 
 
 @settings(max_examples=40, deadline=None)
