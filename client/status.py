@@ -27,6 +27,9 @@ class WorkerStatus(BaseModel):
     running: int = 0
     waiting: int = 0
     tokens_per_s: float = 0.0
+    #: Tokens that were guessed since the worker began, and how many of them turned out right.
+    drafted: int = 0
+    accepted: int = 0
     started_at: float = 0.0
     beat_at: float = 0.0
     #: How long the engine had been at its present step; `stalled` if that is longer than MILLRACE_STALL_S.

@@ -163,6 +163,8 @@ class Monitor:
                 "running": stats.running,
                 "waiting": stats.waiting,
                 "tokens_per_s": round(rate, 1),
+                "drafted": stats.drafted,
+                "accepted": stats.accepted,
                 "started_at": self._began_at,
                 "step_age_s": round(stats.step_age_s, 1),
                 "stalled": int(self._stalled),

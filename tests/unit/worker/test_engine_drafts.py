@@ -52,17 +52,22 @@ def texts(engine: Engine, requests: list[GenerateRequest]) -> list[dict[str, Any
     return [substance(result) for result in drive(engine, *map(engine.submit, requests))]
 
 
+@functools.cache
+def without_drafts(dtype: str = "float32") -> list[dict[str, Any]]:
+    """What the requests give where nothing is guessed."""
+    return texts(build(model=half() if dtype == "bfloat16" else None), repetitive())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("slots", [1, 3, 12])
 def test_tokens_and_log_probabilities_are_the_same_bits_with_drafts(dtype: str, slots: int) -> None:
     model = half() if dtype == "bfloat16" else None
-    plain, ahead = build(model=model, slots=slots), build(model=model, slots=slots, draft_tokens=7)
-    assert texts(ahead, repetitive()) == texts(plain, repetitive())
-    assert idle(ahead)
-    assert ahead.tokens == plain.tokens
-    assert plain.stats().drafted == 0
-    assert 0 < ahead.stats().accepted < ahead.stats().drafted
-    assert ahead.steps < plain.steps
+    engine = build(model=model, slots=slots, draft_tokens=7)
+    expected = without_drafts(dtype)
+    assert texts(engine, repetitive()) == expected
+    assert idle(engine)
+    assert engine.tokens == sum(result["usage"]["completion_tokens"] for result in expected)
+    assert 0 < engine.stats().accepted < engine.stats().drafted
 
 
 @pytest.mark.parametrize("slots", [2, 9])
@@ -113,25 +118,27 @@ def test_a_traced_job_has_no_drafts_and_finds_its_slot_empty() -> None:
 
 
 def test_a_nan_that_only_a_draft_met_is_nobodys() -> None:
-    """Position 100 is poisoned; the first text stops before it, while its drafts reach beyond."""
+    """The position after those of the first text is poisoned, and its drafts reach it."""
+    meets = ask(CHANT, max_tokens=30, ignore_eos=True)
+    tokens = texts(build(), [meets])[0]["choices"][0]["token_ids"]
+    last = next(i for i in range(3, 30) if tokens[i] not in tokens[:i])
+    stops = ask(CHANT, max_tokens=30, stop_token_ids=[tokens[last]], logprobs=1)
+    beyond = len(CHANT) + last  # the last token itself is not read
+    later = ask(tokens_of(9), max_tokens=beyond - 9, logprobs=1, ignore_eos=True)
     model = load_model("demo", device="cpu", dtype="float32")
-    model.wpe[100] = float("nan")
-    prompt = (CHANT * 3)[:92]
-    stops = ask(prompt, max_tokens=30, stop_token_ids=[2677], min_tokens=6, logprobs=1)
-    meets = ask(prompt, max_tokens=30, ignore_eos=True)
-    later = ask(tokens_of(60), max_tokens=30, logprobs=1, ignore_eos=True)
-    partial = []
+    model.wpe[beyond] = float("nan")
+    expected, partial = texts(build(), [stops, later]), []
     for drafts in (0, 7):
         engine = build(model=model, draft_tokens=drafts, slots=1)
         reached: list[int] = []
         _watch(engine, reached)
-        first, bad, last = (engine.submit(request) for request in (stops, meets, later))
-        settle(engine, first, bad, last)
-        assert substance(first.result()) == texts(build(), [stops])[0]
-        assert substance(last.result()) == texts(build(), [later])[0]
+        first, bad, after = (engine.submit(request) for request in (stops, meets, later))
+        settle(engine, first, bad, after)
+        assert substance(first.result()) == expected[0]
+        assert substance(after.result()) == expected[1]
         assert failure(bad).code == "nan_logits"
         partial.append(failure(bad).partial)
-        assert bool(max(reached) >= 100) == bool(drafts), "the first job's rows"
+        assert (max(reached) >= beyond) == bool(drafts), "the first job's rows"
     assert partial[0] == partial[1]
 
 
@@ -158,7 +165,7 @@ def test_a_step_that_fails_with_drafts_is_computed_without_them() -> None:
             return super().run(step)
 
     engine = build(runner=NoDrafts, draft_tokens=7)
-    assert texts(engine, repetitive()) == texts(build(), repetitive())
+    assert texts(engine, repetitive()) == without_drafts()
     assert engine.stats().accepted == 0
 
 
@@ -170,5 +177,5 @@ def test_where_memory_holds_one_row_there_are_no_drafts_and_nobody_fails() -> No
             return super().run(step)
 
     engine = build(runner=OneRow, draft_tokens=7)
-    assert texts(engine, repetitive()) == texts(build(), repetitive())
+    assert texts(engine, repetitive()) == without_drafts()
     assert idle(engine)
