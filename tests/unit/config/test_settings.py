@@ -76,6 +76,7 @@ WRONG: dict[str, str | None] = {
     "threads": "0",
     "step_tokens": "15",
     "prefill_chunk": "1025",
+    "draft_tokens": "16",
     "max_queue": "0",
     "result_ttl_s": "59",
     "checkpoint_ttl_s": "0",

@@ -119,11 +119,10 @@ def test_a_traced_job_has_no_drafts_and_finds_its_slot_empty() -> None:
 
 def test_a_nan_that_only_a_draft_met_is_nobodys() -> None:
     """The position after those of the first text is poisoned, and its drafts reach it."""
-    meets = ask(CHANT, max_tokens=30, ignore_eos=True)
-    tokens = texts(build(), [meets])[0]["choices"][0]["token_ids"]
-    last = next(i for i in range(3, 30) if tokens[i] not in tokens[:i])
-    stops = ask(CHANT, max_tokens=30, stop_token_ids=[tokens[last]], logprobs=1)
-    beyond = len(CHANT) + last  # the last token itself is not read
+    meets = ask(CHANT, max_tokens=90, ignore_eos=True)
+    stops = ask(CHANT, max_tokens=90, min_tokens=60, stop=[" "], logprobs=1, ignore_eos=True)
+    written = texts(build(), [stops])[0]["usage"]["completion_tokens"]
+    beyond = len(CHANT) + written - 1  # the last token itself is not read
     later = ask(tokens_of(9), max_tokens=beyond - 9, logprobs=1, ignore_eos=True)
     model = load_model("demo", device="cpu", dtype="float32")
     model.wpe[beyond] = float("nan")
