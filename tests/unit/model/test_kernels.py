@@ -118,14 +118,15 @@ def test_rows_of_one_slot_have_the_bits_they_have_one_after_another(dtype: torch
 
     def run(case: Case, slots: list[int], lengths: Any, counts: Any, rows: list[int]) -> Tensor:
         starts = np.array(slots) * case.cache.stride(1) * case.cache.itemsize
-        where = [(tensor.data_ptr() + starts)[None] for tensor in case.cache]
+        k, v = ((tensor.data_ptr() + starts)[None] for tensor in case.cache)
         out, qkv = torch.empty(len(rows), heads, width, dtype=dtype), case.qkv[rows]
-        places = Rows.of(*where, np.full(len(slots), case.cache.stride(2)), lengths, counts, heads)
+        places = Rows.of(k, v, np.full(len(slots), case.cache.stride(2)), lengths, counts, heads)
         kernel(width, dtype)(0, qkv[:, 0], qkv[:, 1], qkv[:, 2], out, places, 0.3)
         return out
 
     torch.set_num_threads(1)
-    expected, row = [], 0
+    expected: list[Tensor] = []
+    row = 0
     for slot, (length, count) in enumerate(zip(lengths.tolist(), counts.tolist(), strict=True)):
         for i in range(count):
             expected.append(run(one_by_one, [slot], np.array([length + i]), np.array([1]), [row + i])[0])

@@ -79,7 +79,8 @@ def test_mixed_jobs_of_all_kinds_are_the_same_bits_with_drafts(slots: int) -> No
 def test_text_comes_in_the_same_pieces() -> None:
     told: list[list[TextDelta]] = []
     for drafts in (0, 7):
-        engine, deltas = build(draft_tokens=drafts), []
+        engine = build(draft_tokens=drafts)
+        deltas: list[TextDelta] = []
         request = ask(CHANT, max_tokens=40, stop=["King, King"], ignore_eos=True)
         drive(engine, engine.submit(request, on_text=deltas.append))
         told.append(deltas)
@@ -126,7 +127,8 @@ def test_a_nan_that_only_a_draft_met_is_nobodys() -> None:
     later = ask(tokens_of(9), max_tokens=beyond - 9, logprobs=1, ignore_eos=True)
     model = load_model("demo", device="cpu", dtype="float32")
     model.wpe[beyond] = float("nan")
-    expected, partial = texts(build(), [stops, later]), []
+    expected = texts(build(), [stops, later])
+    partial: list[list[str]] = []
     for drafts in (0, 7):
         engine = build(model=model, draft_tokens=drafts, slots=1)
         reached: list[int] = []
