@@ -28,9 +28,8 @@ from model.tiles import BLOCK, TILE, Tiled, tiles_work
 MAX_ROWS = 512
 #: What the full batch of the default 64 slots has; weights are packed for it.
 USUAL_ROWS = 64
-#: Numbers of rows that are looked at, and for the head, which is large and meets few rows.
-COUNTS = (*range(1, 34), *range(40, 64, 8), 63, 64, 65, 80, 96, 128, 129, 160, 192, 193, 256, 257, 320, 384, 448, 512)
-HEAD_COUNTS = (1, 2, 4, 8, 16, 33, 63, 64, 65, 127, 128)
+#: Of the head, which is large and meets few rows, so many at most are looked at.
+HEAD_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,8 @@ def matmul_rows(product: Callable[[Tensor], Tensor], x: Tensor, rows: RowRange) 
     """`product` of the rows of x, [M, in] -> [M, out], run only on numbers of rows inside the range."""
     count = len(x)
     if count > rows.most:
-        return torch.cat([product(tile) for tile in x.tensor_split(-(-count // rows.most))])
+        size = min(rows.most, padded_rows(-(-count // -(-count // rows.most))))  # near-equal parts, of sizes looked at
+        return torch.cat([matmul_rows(product, part, rows) for part in torch.split(x, size)])
     size = min(rows.most, max(rows.least, padded_rows(count)))
     return product(x) if size == count else product(F.pad(x, (0, 0, 0, size - count)))[:count]
 
@@ -171,12 +171,12 @@ def measured_rows(product: Packed | Plain, weight: Tensor) -> RowRange:
 
 
 def measure_rows(product: Callable[[Tensor], Tensor], width: int, out: int, dtype: torch.dtype) -> RowRange:
-    """A range of rows in which every number looked at gives a row the same bits; all numbers if there is none.
+    """A range of rows in which every number that is ever run gives a row the same bits; all numbers if there is none.
 
     product: [M, width] -> [M, out]. The range is the one around `USUAL_ROWS`, or around another number if that is too
     narrow to cut any number of rows into.
     """
-    counts = HEAD_COUNTS if out > 16 * width else COUNTS
+    counts = sorted({padded_rows(n) for n in range(1, 1 + (HEAD_ROWS if out > 16 * width else MAX_ROWS))})
     x = torch.randn(counts[-1], width, generator=torch.Generator().manual_seed(0)).to(dtype)
     for anchor in (USUAL_ROWS, 128, 16):
         found = _range_around(anchor, counts, product, x)

@@ -69,7 +69,7 @@ WRONG: dict[str, str | None] = {
     "redis_url": "http://localhost:6379",
     "signing_key": "thirty-one characters, one less",
     "device": "gpu",
-    "dtype": "int8",
+    "dtype": "int4",
     "slots": "0",
     "max_context": "1",
     "kv_cache_bytes": "0",
