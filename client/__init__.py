@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
+from client.bulk import BatchReport
 from client.client import Client
 from client.errors import (
+    InputChanged,
+    InvalidBatch,
     InvalidRequest,
     JobCancelled,
     JobError,
@@ -21,6 +25,7 @@ from client.errors import (
     MillraceError,
     NoCheckpoints,
     NoWorker,
+    OutputRefused,
     QueueFull,
     RedisRefused,
     RedisUnreachable,
@@ -33,8 +38,11 @@ from client.schema import Choice, Result, SamplingParams
 from client.status import Status
 
 __all__ = [
+    "BatchReport",
     "Choice",
     "Client",
+    "InputChanged",
+    "InvalidBatch",
     "InvalidRequest",
     "Job",
     "JobCancelled",
@@ -44,6 +52,7 @@ __all__ = [
     "MillraceError",
     "NoCheckpoints",
     "NoWorker",
+    "OutputRefused",
     "QueueFull",
     "RedisRefused",
     "RedisUnreachable",
@@ -54,8 +63,10 @@ __all__ = [
     "UnknownJob",
     "UnreadableRecord",
     "as_completed",
+    "batch",
     "default_client",
     "job",
+    "map",
     "status",
     "submit",
     "submit_many",
@@ -76,6 +87,16 @@ def submit(prompt: str | Sequence[int], **params: Any) -> Job:
 def submit_many(requests: Iterable[str | Sequence[int] | Mapping[str, Any]], **params: Any) -> list[Job]:
     """Queue many prompts; see `Client.submit_many`."""
     return default_client().submit_many(requests, **params)
+
+
+def batch(source: str | Path | IO[bytes] | Iterable[Any], output: str | Path, **options: Any) -> BatchReport:
+    """Compute all rows of a file or an iterable into a file; see `Client.batch`."""
+    return default_client().batch(source, output, **options)
+
+
+def map(prompts: Iterable[Any], **params: Any) -> Iterator[Any]:  # noqa: A001  # reads as `client.map`
+    """The results of prompts in their order; see `Client.map`."""
+    return default_client().map(prompts, **params)
 
 
 def job(job_id: str) -> Job:

@@ -15,13 +15,15 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import redis
 from kombu.exceptions import OperationalError
 
 from client import keys
+from client.bulk import MAX_INFLIGHT, Batch, BatchReport, map_prompts
 from client.errors import (
     InvalidRequest,
     NoCheckpoints,
@@ -150,6 +152,55 @@ class Client:
         if not drafts:
             raise InvalidRequest("requests", "an empty list", "at least one prompt")
         return self._queue(drafts)
+
+    def batch(
+        self,
+        source: str | Path | IO[bytes] | Iterable[Any],
+        output: str | Path,
+        *,
+        text: bool = False,
+        limit: int | None = None,
+        params: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> BatchReport:
+        """Compute all rows of a file or an iterable into a file, as `millrace batch` does; see its help, and README.
+
+        Args:
+            source: a path (JSON lines, gzipped or not; with `text` a prompt a line), or an iterable of prompts, token
+                ids and mappings with `prompt`, parameters and `custom_id`.
+            output: JSON lines in the form of the OpenAI Batch API, appended to as rows are done; zipped if its name
+                ends in `.gz`.
+            limit: only the first rows.
+            params: for rows that do not say otherwise.
+            options: those of `client.bulk.Batch.run`: errors, resume, retry_errors, overwrite, max_inflight, ordered.
+
+        Raises:
+            InvalidBatch: rows are wrong, or the output has other requests under the same names; nothing was queued.
+            OutputRefused: the output must not or cannot be written.
+        """
+        return Batch(self, source, params, text=text, limit=limit).run(output, **options)
+
+    def map(
+        self,
+        prompts: Iterable[Any],
+        *,
+        max_inflight: int = MAX_INFLIGHT,
+        return_exceptions: bool = False,
+        **params: Any,
+    ) -> Iterator[Any]:
+        """The results of prompts in their order, read from any iterable no further than `max_inflight` ahead.
+
+        Args:
+            prompts: texts, token ids, or mappings with `prompt` and parameters of their own, which may be wrapped as
+                pyarrow, numpy and pandas do: a column of a table, a data set, a generator.
+            return_exceptions: give an error in the place of a result, instead of raising it there.
+            params: for prompts that do not say otherwise.
+
+        Raises:
+            InvalidRequest, JobFailed, JobExpired, ...: at the prompt in question. What is outstanding is cancelled
+                then, as it is when the iterator is closed.
+        """
+        return map_prompts(self, prompts, params, max_inflight=max_inflight, return_exceptions=return_exceptions)
 
     def job(self, job_id: str) -> Job:
         """A handle on a job that was submitted anywhere. Nothing is asked of Redis yet."""

@@ -2,6 +2,9 @@
 
 MillraceError
 ├── InvalidRequest (ValueError)         refused by submit; nothing was queued
+├── InvalidBatch (ValueError)           lines of a batch are wrong; nothing was queued
+├── InputChanged                        the input of a batch changed while it was read
+├── OutputRefused                       a batch must not or cannot write there
 ├── QueueFull                           refused by submit; nothing was queued
 ├── RedisUnreachable (ConnectionError)  Redis did not answer
 ├── RedisRefused                        Redis answers, and refuses: it is full, read-only, or the user may not
@@ -18,7 +21,7 @@ MillraceError
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class MillraceError(Exception):
@@ -40,6 +43,47 @@ class InvalidRequest(MillraceError, ValueError):
 
     def __str__(self) -> str:
         return f"{self.field}: got {self.value}; expected {self.expected}"
+
+
+class Fault(NamedTuple):
+    """What is wrong in one line of a batch. Line 0 is the input as a whole."""
+
+    line: int
+    field: str
+    message: str
+
+
+class InvalidBatch(MillraceError, ValueError):
+    """Raised when lines of a batch are wrong; nothing was queued.
+
+    Attributes:
+        faults: the first of them, by line.
+        count: how many there are.
+    """
+
+    def __init__(self, faults: list[Fault], count: int | None = None) -> None:
+        self.faults, self.count = faults, len(faults) if count is None else count
+        super().__init__(faults, self.count)
+
+    def __str__(self) -> str:
+        lines = [f"line {fault.line}: {fault.message}" if fault.line else fault.message for fault in self.faults]
+        more = [f"and {self.count - len(self.faults)} more"] if self.count > len(self.faults) else []
+        return "\n".join(lines + more)
+
+
+class InputChanged(MillraceError):
+    """Raised when the input of a batch is not what it was when it was checked."""
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(line, reason)
+        self.line, self.reason = line, reason
+
+    def __str__(self) -> str:
+        return f"the input changed while it was read: line {self.line}: {self.reason}; resume when it is right again"
+
+
+class OutputRefused(MillraceError):
+    """Raised when the output of a batch exists, is the input, is in use, or is no output of a batch."""
 
 
 class QueueFull(MillraceError):

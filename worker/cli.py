@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import IO, Any, TypeVar, get_args
@@ -20,22 +16,20 @@ from rich.console import Console
 from rich.table import Table
 
 from client import Client, NoWorker, RedisUnreachable, Result, ResultTimeout, SamplingParams, Status
-from client.errors import InvalidRequest, MillraceError
+from client.bulk import MAX_INFLIGHT
+from client.errors import InvalidBatch, InvalidRequest, MillraceError, OutputRefused
 from client.keys import dead, queue
 from client.schema import parse_request
-from config import Settings, SettingsError, load_settings
-from worker.embedded import EmbeddedRedis, EmbeddedRedisError, die_with_parent
+from config import SettingsError, load_settings
+from worker.embedded import EmbeddedRedisError
+from worker.pair import NothingRuns, note, own_pair, serving
 
 #: Exit codes: 0 done, 1 the job ended without a result, 2 wrong input, 3 nothing to run it, 4 not in time.
 FAILED, WRONG_INPUT, NOT_RUNNING, TIMED_OUT, INTERRUPTED = 1, 2, 3, 4, 130
 
-#: The longest a worker may take to load its model when `generate` starts one.
-START_TIMEOUT_S = 300
-
 MANY = "may be given several times"
 
 F = TypeVar("F", bound=Callable[..., Any])
-note = Console(stderr=True, highlight=False)
 
 
 class CommandFailed(click.ClickException):
@@ -56,15 +50,11 @@ class CommandFailed(click.ClickException):
 
 
 def _exit_code(error: Exception) -> int:
-    if isinstance(error, (InvalidRequest, SettingsError)):
+    if isinstance(error, (InvalidRequest, InvalidBatch, OutputRefused, SettingsError)):
         return WRONG_INPUT
     if isinstance(error, (RedisUnreachable, NoWorker, EmbeddedRedisError, NothingRuns)):
         return NOT_RUNNING
     return TIMED_OUT if isinstance(error, ResultTimeout) else FAILED
-
-
-class NothingRuns(MillraceError):
-    """Raised when no worker serves the model, and none may or can be started."""
 
 
 @contextlib.contextmanager
@@ -133,8 +123,8 @@ def generate(prompt: str, timeout: float, as_json: bool, **params: Any) -> None:
     with _errors(as_json):
         given = _given(params)
         parse_request({"prompt": prompt, **given})  # before anything is started for it
-        with _serving(load_settings()) as client:
-            result = client.submit(prompt, **given).result(timeout)
+        with serving(load_settings()) as served:
+            result = served.client.submit(prompt, **given).result(timeout)
     if as_json:
         click.echo(result.model_dump_json())
     else:
@@ -151,6 +141,39 @@ def _given(params: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             raise InvalidRequest("logit_bias", repr(given["logit_bias"]), "ID=BIAS, for example 50256=-100") from None
     return given
+
+
+@main.command()
+@click.option(
+    "-i", "--input-file", "source", required=True, metavar="PATH", help="JSON lines, gzipped or not; - is stdin"
+)
+@click.option(
+    "-o", "--output-file", "output", required=True, metavar="PATH", help="zipped if it ends in .gz; - is stdout"
+)
+@click.option("-e", "--error-file", "errors", metavar="PATH", help="failures go here instead of into the output")
+@click.option("--text", is_flag=True, help="each line of the input is a prompt as it stands")
+@click.option("-p", "--params", multiple=True, metavar="NAME=VALUE", help=f"for rows that do not say it; {MANY}")
+@click.option("--resume", is_flag=True, help="compute only what the output does not have")
+@click.option("--retry-errors", is_flag=True, help="like --resume, and compute failures again")
+@click.option("--overwrite", is_flag=True, help="compute all again")
+@click.option("--max-inflight", type=int, default=MAX_INFLIGHT, show_default=True, help="rows queued at a time")
+@click.option("--ordered", is_flag=True, help="write rows in the order of the input, not as they end")
+@click.option("--limit", type=click.IntRange(min=1), help="only the first rows")
+@click.option("--json", "as_json", is_flag=True, help="print the summary as JSON")
+def batch(source: str, output: str, as_json: bool, **options: Any) -> None:
+    """Compute the requests of a file into another, each written when it is done.
+
+    Input lines are those of the OpenAI Batch API (custom_id, method, url, body), or {"prompt": ..., parameters}, or
+    with --text prompts; output lines are those of the Batch API. The whole input is checked before anything is queued.
+    After any kind of death, --resume goes on.
+
+    Uses the worker that serves MILLRACE_MODEL; if none runs and MILLRACE_REDIS_URL is not set, starts an embedded Redis
+    and a worker for this call. Exit code 0 if all rows succeeded, 1 if some failed, 2 if the input is wrong.
+    """
+    from worker.batch import run_batch
+
+    with _errors(as_json):
+        run_batch(source, output, as_json=as_json, **options)
 
 
 def _print_result(result: Result) -> None:
@@ -200,8 +223,8 @@ def validate(
 
         settings = load_settings(dtype=dtype, **({"model": model} if model else {}))
         validation = Validation(settings, references, prompts)
-        with _own_pair(settings) as client, note.status("comparing") as shown:
-            reports = validation.run(client, shown.update)
+        with own_pair(settings) as pair, note.status("comparing") as shown:
+            reports = validation.run(pair.client, shown.update)
         if plot:
             validation.draw(plot)
     click.echo(report_json(reports) if as_json else report_text(reports))
@@ -252,65 +275,6 @@ def _print_status(found: Status) -> None:
     console.print(workers, queues, f"{found.delivered} jobs are with workers")
     if found.dead:
         console.print(f"{found.dead} messages could not be understood; the list {dead()} says what they were")
-
-
-@contextlib.contextmanager
-def _serving(settings: Settings) -> Iterator[Client]:
-    """A client whose jobs will be served: by what runs, else by a Redis and a worker started for this call."""
-    with Client(settings=settings) as client:
-        try:
-            if client.status().serves(settings.model_name):
-                yield client
-                return
-            if settings.redis_url is not None:
-                raise NothingRuns(
-                    f"no worker serves {queue(settings.model_name)} on the Redis that MILLRACE_REDIS_URL names; "
-                    "start one with `celery -A worker worker`"
-                )
-        except RedisUnreachable:
-            if settings.redis_url is not None:
-                raise
-    with _own_pair(settings) as client:
-        yield client
-
-
-@contextlib.contextmanager
-def _own_pair(settings: Settings) -> Iterator[Client]:
-    """A client of a Redis and a worker that exist for this call only."""
-    with EmbeddedRedis.ephemeral() as server:
-        own = settings.model_copy(update={"redis_url": server.url})
-        with Client(settings=own) as client, _worker(own, client):
-            yield client
-
-
-@contextlib.contextmanager
-def _worker(settings: Settings, client: Client) -> Iterator[None]:
-    """A worker as our child process, ready when the block begins and gone when it ends."""
-    command = [sys.executable, "-m", "celery", "--quiet", "-A", "worker", "worker"]
-    ours = {name: getattr(settings, name) for name in ("redis_url", "model", "dtype")}
-    environment = {**os.environ, **{f"MILLRACE_{name.upper()}": str(value) for name, value in ours.items()}}
-    environment["MILLRACE_LOG_FORMAT"] = "console"
-    with tempfile.TemporaryFile() as output:
-        command = die_with_parent([*command, "--without-gossip", "--without-mingle"])
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)  # noqa: S603
-        try:
-            with note.status(f"no worker runs; starting one with model {settings.model_name} for this call"):
-                _wait_until_served(settings, client, process, output)
-            yield
-        finally:
-            process.kill()  # nobody else's jobs are on its Redis, which goes too
-            process.wait()
-
-
-def _wait_until_served(settings: Settings, client: Client, process: subprocess.Popen[bytes], output: IO[bytes]) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not client.status().serves(settings.model_name):
-        if process.poll() is not None or time.monotonic() > deadline:
-            output.seek(0)
-            last = output.read().decode(errors="replace").strip().splitlines()[-20:]
-            what = "ended" if process.poll() is not None else f"was not ready after {START_TIMEOUT_S} s"
-            raise NothingRuns("\n".join([f"the worker started for this call {what}; its last lines:", *last]))
-        time.sleep(0.05)
 
 
 def run() -> None:

@@ -1,0 +1,215 @@
+"""`millrace batch` on the terminal: what is checked, how far it is, and what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import shlex
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from client import Client
+from client.batch_output import STDOUT
+from client.bulk import Batch, BatchReport
+from client.errors import InvalidRequest, MillraceError
+from config import load_settings
+from worker.pair import note, serving
+
+#: Exit codes: rows failed; stopped by the user.
+FAILED, INTERRUPTED = 1, 130
+
+#: How often a line is written where there is no terminal.
+LINE_EVERY_S = 10.0
+#: Speed and the time that is left are those of so many seconds.
+RECENT_S = 30.0
+
+
+def read_params(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """`max_tokens=20` and the like as parameters: values are JSON, or else text. Raises InvalidRequest."""
+    params: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign or not name:
+            raise InvalidRequest("params", repr(pair)[:80], "NAME=VALUE, for example max_tokens=20")
+        try:
+            params[name] = json.loads(value)
+        except ValueError:
+            params[name] = value
+    return params
+
+
+def resume_command() -> str:
+    """What the user types to go on."""
+    words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--retry-errors")]
+    return shlex.join(["millrace", *words, *([] if "--resume" in words else ["--resume"])])
+
+
+class Screen:
+    """Progress on standard error: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._recent: deque[tuple[float, int, int]] = deque()  # time, rows done, tokens
+        self._said_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def showing(self) -> Iterator[None]:
+        """The bar is there during the block."""
+        if not self._console.is_terminal:
+            yield
+            return
+        columns = (TextColumn("{task.completed}/{task.total} rows"), BarColumn(), TextColumn("{task.fields[said]}"))
+        with Progress(*columns, console=self._console, transient=True) as self._bar:
+            self._task = self._bar.add_task("", total=None, said="")
+            yield
+        self._bar = None
+
+    def tell(self, line: str) -> None:
+        """A notice above the bar."""
+        self._console.print(line)
+
+    def checked(self, lines: int) -> None:
+        """So many lines of the input are checked."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=lines, said="checked")
+
+    def update(self, report: BatchReport) -> None:
+        """The batch has come so far."""
+        said = self._said(report)
+        done = report.rows - report.left
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=report.rows, said=said)
+        elif time.monotonic() - self._said_at >= LINE_EVERY_S:
+            self._said_at = time.monotonic()
+            self._console.print(f"{done}/{report.rows} rows  {said}")
+
+    def _said(self, report: BatchReport) -> str:
+        now, done = time.monotonic(), report.succeeded + report.failed
+        self._recent.append((now, done, report.completion_tokens))
+        while now - self._recent[0][0] > RECENT_S and len(self._recent) > 2:
+            self._recent.popleft()
+        began, done_then, tokens_then = self._recent[0]
+        took, new = now - began, done - done_then
+        parts = [f"{count} {code}" for code, count in report.failures.most_common(3)]
+        if took > 0 and new:
+            left_s = report.left * took / new
+            ends = time.strftime("%H:%M:%S" if left_s < 43_200 else "%a %H:%M", time.localtime(time.time() + left_s))
+            parts.append(
+                f"{(report.completion_tokens - tokens_then) / took:.0f} tokens/s, ends in {_time(left_s)} at {ends}"
+            )
+        return "  ".join(parts)
+
+
+def summary(report: BatchReport, output: str, errors: str | None) -> str:
+    """The last table, as mlx-lm prints it."""
+    seconds = max(report.seconds, 1e-9)
+    before = f", {report.before} were there before" if report.before else ""
+    lines = [
+        f"Rows: {report.succeeded} computed, {report.failed} failed{before}; {report.rows} in the input",
+        f"Prompt: {report.prompt_tokens} tokens, {report.prompt_tokens / seconds:.3f} tokens-per-sec",
+        f"Generation: {report.completion_tokens} tokens, {report.completion_tokens / seconds:.3f} tokens-per-sec",
+        f"Time: {_time(report.seconds)}",
+        f"Peak memory: {peak_memory() / 1e9:.3f} GB, of the client",
+    ]
+    if report.failed:
+        codes = ", ".join(f"{count} {code}" for code, count in report.failures.most_common())
+        lines.insert(1, f"Failed: {codes}; see {errors or output}, compute them again with --retry-errors")
+    return "\n".join(["=" * 10, *lines])
+
+
+def peak_memory() -> int:
+    """The most memory that this process had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if seconds >= 60 else f"{seconds:.1f} s"
+
+
+def run_batch(
+    source: str,
+    output: str,
+    *,
+    as_json: bool,
+    params: tuple[str, ...],
+    text: bool,
+    limit: int | None,
+    **options: Any,
+) -> None:
+    """Check, compute, report. `options` are those of `client.bulk.Batch.run`.
+
+    Raises:
+        SystemExit: rows failed, or the user stopped it.
+        MillraceError, SettingsError, EmbeddedRedisError: nothing, or nothing more, could be computed.
+    """
+    _check_options(output, as_json=as_json, **options)
+    settings, screen, report = load_settings(), Screen(note), BatchReport()
+    given: Any = sys.stdin.buffer if source == "-" else source
+    with Client(settings=settings) as client, screen.showing():
+        batch = Batch(
+            client, given, read_params(params), text=text, limit=limit, models=_models(client), on_line=screen.checked
+        )
+    with serving(settings) as served, screen.showing():
+        batch.client = served.client
+
+        def look(now: BatchReport) -> None:
+            nonlocal report
+            report = now
+            served.look()
+            screen.update(now)
+
+        try:
+            batch.run(output, tell=screen.tell, on_progress=look, **options)
+        except KeyboardInterrupt:
+            note.print(stopped(report, own=served.own), soft_wrap=True)
+            raise SystemExit(INTERRUPTED) from None
+    note.print(summary(report, output, options["errors"]), soft_wrap=True)
+    if as_json:
+        print_json(report)
+    if report.failed:
+        raise SystemExit(FAILED)
+
+
+def _check_options(output: str, *, as_json: bool, **options: Any) -> None:
+    going_on = options["resume"] or options["retry_errors"]
+    if output == STDOUT and (as_json or going_on or options["overwrite"]):
+        raise InvalidRequest("output-file", "'-'", "a file, for --json, --resume, --retry-errors and --overwrite")
+    if options["overwrite"] and going_on:
+        raise InvalidRequest("overwrite", "--resume beside it", "one of them")
+    if options["errors"] == STDOUT:
+        raise InvalidRequest("error-file", "'-'", "a file")
+
+
+def _models(client: Client) -> set[str]:
+    """What rows may name: the model that is set, and what is served now."""
+    models = {client.model_name}
+    with contextlib.suppress(MillraceError):
+        models |= {worker.model for worker in client.status().workers}
+    return models
+
+
+def stopped(report: BatchReport, *, own: bool) -> str:
+    """What is said after Ctrl-C."""
+    jobs = "are computed again then" if own else "stay in the queue and go on"
+    return (
+        f"stopped: {report.rows - report.left} of {report.rows} rows are done, {report.outstanding} jobs {jobs}; "
+        f"go on with\n  {resume_command()}"
+    )
+
+
+def print_json(report: BatchReport) -> None:
+    """The report as one line on standard output."""
+    click.echo(json.dumps({**report.as_dict(), "peak_memory_bytes": peak_memory()}))
