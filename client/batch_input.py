@@ -13,6 +13,7 @@ import io
 import json
 import struct
 import tempfile
+import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -90,6 +91,8 @@ class RowReader:
                 return None
         custom_id, own = _shape(plain(item))
         fields = {name: value for name, value in {**self._params, **own}.items() if value is not None}
+        if "stream" in fields:
+            raise InvalidRequest("stream", repr(fields["stream"])[:80], "no such parameter; a file takes whole results")
         model = self._model(fields)
         content = {name: value for name, value in fields.items() if name not in ("priority", "timeout_s")}
         name = f"row-{line}" if custom_id is None else custom_id
@@ -155,8 +158,9 @@ def _shape(item: Any) -> tuple[str | None, dict[str, Any]]:
 
 
 def _check_custom_id(value: Any) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_CUSTOM_ID:
-        raise InvalidRequest("custom_id", repr(value)[:80], f"a text of 1 to {MAX_CUSTOM_ID} characters")
+    surrogates = isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value)
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_CUSTOM_ID or surrogates:
+        raise InvalidRequest("custom_id", repr(value)[:80], f"text of 1 to {MAX_CUSTOM_ID} characters")
     return value
 
 
@@ -235,15 +239,21 @@ def _json_line(item: Any) -> bytes:
 
 
 def _spooled(pieces: Iterable[bytes]) -> Source:
-    copy = tempfile.TemporaryFile()  # noqa: SIM115  # it goes with the source
-    for piece in pieces:
-        copy.write(piece)
+    copy = tempfile.TemporaryFile()  # noqa: SIM115
+    try:
+        for piece in pieces:
+            copy.write(piece)
+    except BaseException:
+        copy.close()
+        raise
 
     def rewound() -> IO[bytes]:
         copy.seek(0)
         return _unzipped(io.BufferedReader(_Kept(copy)))
 
-    return FileSource(rewound)
+    source = FileSource(rewound)
+    weakref.finalize(source, copy.close)
+    return source
 
 
 class _Kept(io.RawIOBase):
@@ -274,7 +284,19 @@ def open_lines(path: Path) -> IO[bytes]:
 
 def _unzipped(file: io.BufferedReader) -> IO[bytes]:
     zipped = file.peek(2)[:2] == b"\x1f\x8b"
-    return cast("IO[bytes]", gzip.GzipFile(fileobj=file, mode="rb")) if zipped else file
+    return cast("IO[bytes]", _Unzipped(file)) if zipped else file
+
+
+class _Unzipped(gzip.GzipFile):
+    """Reads a gzip file, and closes it when it is closed, which GzipFile leaves to its maker."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(fileobj=file, mode="rb")
+        self._zipped_file = file
+
+    def close(self) -> None:
+        super().close()
+        self._zipped_file.close()
 
 
 def numbered_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -302,12 +324,15 @@ class Index:
     _ENTRY = struct.Struct("<QQQ")
 
     def __init__(self) -> None:
-        # Closed by `close`, or with this object.
         self._files = [tempfile.SpooledTemporaryFile(BUCKET_BYTES_IN_MEMORY) for _ in range(BUCKETS)]  # noqa: SIM115
+        for file in self._files:
+            weakref.finalize(self, file.close)
 
     def add(self, custom_id: str, digest: str, line: int) -> None:
         """Note a row; `digest` may be empty where it is not known."""
-        key = int.from_bytes(hashlib.blake2b(custom_id.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+        key = int.from_bytes(
+            hashlib.blake2b(custom_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+        )
         self._files[key % BUCKETS].write(self._ENTRY.pack(key, int(digest or "0", 16), line))
 
     def duplicates(self) -> Iterator[tuple[int, int]]:
@@ -325,11 +350,6 @@ class Index:
             for key, digest, line in mine:
                 if key in known:
                     yield line, known[key] in (0, digest)
-
-    def close(self) -> None:
-        """Delete the files."""
-        for file in self._files:
-            file.close()
 
     def _parts(self) -> Iterator[Iterator[tuple[int, int, int]]]:
         for file in self._files:

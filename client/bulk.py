@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from client import keys
 from client.batch_input import Checked, Row, RowReader, Source, check, open_source, plain, read_rows
@@ -30,7 +30,7 @@ from client.errors import (
     RedisUnreachable,
     connection_advice,
 )
-from client.records import Outcome
+from client.records import Outcome, parse_outcome
 from client.schema import Result
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ log = logging.getLogger("millrace.client")
 
 #: Enough for a few workers of 64 slots to always find work; vLLM's run-batch has the same.
 MAX_INFLIGHT = 1024
-#: Rows submitted at once.
+#: Rows submitted at once, and results asked for in one request.
 CHUNK = 256
 #: Results are asked for this often: at first, when none comes, and by which factor the pause grows.
 FIRST_POLL_S, LAST_POLL_S, POLL_GROWTH = 0.02, 0.5, 1.5
@@ -173,7 +173,7 @@ class Window(Generic[K]):
         if not self._waiting:
             return
         try:
-            found = self._client._fetch(list(self._waiting), turn)
+            found = self._fetch(turn)
         except (RedisUnreachable, RedisRefused) as error:
             self._lost_sight(error)
             return
@@ -183,6 +183,25 @@ class Window(Generic[K]):
             self._done[place] = (key, outcome)
         if found:
             self._news_at = self._reminded_at = time.monotonic()
+
+    def _fetch(self, turn: int) -> dict[str, Outcome]:
+        """Outcomes that are there. Jobs end about in the order they came: so the oldest are asked for, until a part of
+        them has none that ended, and one part beyond, another one each time.
+        """
+        job_ids, found = list(self._waiting), dict[str, Outcome]()
+        parts = [job_ids[start : start + CHUNK] for start in range(0, len(job_ids), CHUNK)]
+        going_on = True
+        with self._client._reachable():
+            for index, part in enumerate(parts):
+                if not going_on and index != turn % len(parts):
+                    continue
+                before = len(found)
+                records = cast("list[str | None]", self._client._redis.mget([keys.result(job_id) for job_id in part]))
+                for job_id, record in zip(part, records, strict=True):
+                    if (outcome := parse_outcome(record)) is not None:
+                        found[job_id] = outcome
+                going_on = going_on and len(found) > before
+        return found
 
     def _ready(self) -> list[tuple[K, Outcome | Exception]]:
         if not self._ordered:
@@ -390,7 +409,6 @@ class Batch:
                 message = "the output has this custom_id with another request, model or parameters; compute all again "
                 raise InvalidBatch([Fault(line, "custom_id", f"{message}(--overwrite) or write to another file")])
             done[line // 8] |= 1 << line % 8
-        there.close()
         return done
 
     def _draft(self, row: Row, run: str) -> _Draft:

@@ -1,0 +1,226 @@
+"""Rows out of lines, and the check of a whole input."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client import Client, InvalidBatch, InvalidRequest
+from client.batch_input import (
+    MAX_FAULTS,
+    MAX_LINE_BYTES,
+    Index,
+    Row,
+    RowReader,
+    check,
+    open_source,
+    read_rows,
+)
+from client.errors import InputChanged
+from config import Settings
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    """Nothing is sent: checking needs no Redis."""
+    with Client(settings=Settings(redis_url="redis://localhost:1/0")) as made:
+        yield made
+
+
+def rows_of(client: Client, source: Any, params: dict[str, Any] | None = None, **options: Any) -> list[Row]:
+    limit = options.pop("limit", None)
+    reader = RowReader(client.model_name, params or {}, **options)
+    opened = open_source(source)
+    check(opened, reader, client._prepare, limit=limit)
+    return list(read_rows(opened, reader, limit=limit))
+
+
+def as_lines(*items: Any) -> io.BytesIO:
+    return io.BytesIO("".join(json.dumps(item) + "\n" for item in items).encode())
+
+
+def test_a_line_of_the_batch_api_and_a_plain_one_mean_the_same(client: Client) -> None:
+    body = {"prompt": "Hello.", "max_tokens": 4, "user": "u", "stream": False, "best_of": 1, "suffix": None}
+    batch = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (first,) = rows_of(client, as_lines(batch))
+    (second,) = rows_of(client, as_lines({"custom_id": "a", "prompt": "Hello.", "max_tokens": 4}))
+    assert first == second
+    assert first.fields["prompt"] == "Hello."
+    assert first.fields["max_tokens"] == 4
+    assert first.fields["priority"] == "bulk"
+
+
+def test_plain_rows_are_named_by_their_line(client: Client) -> None:
+    source = io.BytesIO(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n  \n"b"\n[15496, 13]')
+    rows = rows_of(client, source)
+    assert [(row.custom_id, row.fields["prompt"]) for row in rows] == [
+        ("row-1", "a"),
+        ("row-4", "b"),
+        ("row-5", [15496, 13]),
+    ]
+
+
+def test_text_lines_are_prompts_as_they_stand(client: Client) -> None:
+    rows = rows_of(client, io.BytesIO(b'  {"prompt": 1}\n\nsecond \n'), text=True)
+    assert [row.fields["prompt"] for row in rows] == ['  {"prompt": 1}', "second "]
+
+
+def test_parameters_hold_for_rows_that_do_not_say_otherwise(client: Client) -> None:
+    rows = rows_of(client, [{"prompt": "a"}, {"prompt": "b", "max_tokens": 9}], {"max_tokens": 3, "priority": "normal"})
+    assert [row.fields["max_tokens"] for row in rows] == [3, 9]
+    assert rows[0].fields["priority"] == "normal"
+
+
+def test_seeds_follow_from_the_row_and_differ_between_rows(client: Client) -> None:
+    rows = rows_of(client, ["same", "same"])
+    again = rows_of(client, iter(["same", "same"]))
+    assert [row.fields["seed"] for row in rows] == [row.fields["seed"] for row in again]
+    assert rows[0].fields["seed"] != rows[1].fields["seed"]
+    assert rows_of(client, [{"prompt": "a", "seed": 7}])[0].fields["seed"] == 7
+
+
+def test_priority_and_patience_change_the_job_but_not_the_result(client: Client) -> None:
+    (plain,) = rows_of(client, ["a"])
+    (urgent,) = rows_of(client, ["a"], {"priority": "interactive", "timeout_s": 60})
+    (other,) = rows_of(client, ["a"], {"max_tokens": 2})
+    assert plain.digest == urgent.digest != other.digest
+    assert plain.job_id("run") != urgent.job_id("run")
+    assert plain.job_id("run") == rows_of(client, ["a"])[0].job_id("run") != plain.job_id("another")
+
+
+class Scalar:
+    """A value as a pyarrow array gives it."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def as_py(self) -> Any:
+        return self._value
+
+
+def test_columns_of_tables_give_prompts(client: Client) -> None:
+    import numpy as np
+
+    texts = ["one", "two"]
+    for column in (np.array(texts), np.array(texts, dtype=object), [Scalar("one"), Scalar("two")]):
+        assert [row.fields["prompt"] for row in rows_of(client, column)] == texts
+    tokens = np.array([[15496, 13], [464, 7850]])
+    assert [row.fields["prompt"] for row in rows_of(client, tokens)] == tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "part"),
+    [
+        (b"not json", "line", "--text"),
+        (b"{", "line", "no JSON"),
+        (b"[" * 100_000, "line", "no JSON"),
+        (b"\xff", "line", "UTF-8"),
+        (b"7", "line", "object"),
+        (b'{"prompt": "a", "max_tokens": 0}', "max_tokens", "at least 1"),
+        (b'{"prompt": "a", "max_new_tokens": 5}', "max_new_tokens", "max_tokens"),
+        (b'{"max_tokens": 5}', "prompt", "text"),
+        (b'{"prompt": "a", "id": "x"}', "id", "custom_id"),
+        (b'{"prompt": "a", "stream": true}', "stream", "whole results"),
+        (b'{"prompt": "a", "custom_id": 7}', "custom_id", "1 to 512"),
+        (b'{"prompt": "a", "custom_id": "\\ud800"}', "custom_id", "1 to 512"),
+        (b'{"body": {"prompt": "a"}}', "custom_id", "1 to 512"),
+        (b'{"custom_id": "a", "body": "a"}', "body", "object"),
+        (b'{"custom_id": "a", "url": "/v1/chat/completions", "body": {}}', "url", "/v1/completions"),
+        (b'{"custom_id": "a", "method": "GET", "body": {}}', "url", "POST"),
+        (b'{"custom_id": "a", "body": {}, "more": 1}', "more", "custom_id, method, url, body"),
+        (b'{"custom_id": "a", "body": {"prompt": "a", "best_of": 4}}', "best_of", "one of"),
+        (b'{"custom_id": "a", "body": {"prompt": "a", "model": "gpt-5"}}', "model", "demo"),
+    ],
+)
+def test_what_is_wrong_with_a_line_is_named(client: Client, line: bytes, field: str, part: str) -> None:
+    with pytest.raises(InvalidBatch) as caught:
+        rows_of(client, io.BytesIO(b'{"prompt": "right"}\n' + line + b"\n"), models={"demo"})
+    (fault,) = caught.value.faults
+    assert (fault.line, fault.field) == (2, field)
+    assert part in fault.message
+
+
+def test_every_fault_is_counted_and_the_first_are_listed_by_line(client: Client) -> None:
+    wrong = [{"prompt": "a", "top_p": 2, "custom_id": "same"} for _ in range(2 * MAX_FAULTS)]
+    with pytest.raises(InvalidBatch) as caught:
+        rows_of(client, ["right", *wrong])
+    error = caught.value
+    assert error.count == 4 * MAX_FAULTS - 1  # each parameter, and each name but the first
+    assert [fault.line for fault in error.faults] == sorted(fault.line for fault in error.faults)
+    assert len(error.faults) == MAX_FAULTS
+    assert error.faults[0].line == 2
+    assert str(error).endswith(f"and {3 * MAX_FAULTS - 1} more")
+
+
+def test_a_name_that_comes_twice_is_a_fault_that_says_where_it_was_first(client: Client) -> None:
+    with pytest.raises(InvalidBatch, match="line 3: custom_id: the same as in line 1"):
+        rows_of(client, [{"prompt": "a", "custom_id": "x"}, "b", {"prompt": "c", "custom_id": "x"}])
+    with pytest.raises(InvalidBatch, match="line 2: custom_id: the same as in line 1"):
+        rows_of(client, [{"prompt": "a", "custom_id": "row-2"}, "b"])
+
+
+def test_names_are_compared_beyond_what_is_kept_in_memory() -> None:
+    index = Index()
+    for line in range(1, 300_001):  # some 7 MB: most of it lies in files
+        index.add(f"name-{line % 299_998}", "0f", line)
+    assert sorted(index.duplicates()) == [(299_999, 1), (300_000, 2)]
+    there = Index()
+    there.add("name-5", "0f", 1)
+    there.add("name-6", "aa", 1)
+    there.add("name-7", "", 1)
+    assert sorted(index.matches(there)) == [(5, True), (6, False), (7, True)]
+
+
+def test_an_input_without_rows_is_a_fault(client: Client) -> None:
+    for source in (io.BytesIO(b"\n\n"), [], iter(())):
+        with pytest.raises(InvalidBatch, match="no rows"):
+            rows_of(client, source)
+
+
+def test_a_line_without_end_is_a_fault_and_is_not_read_into_memory(client: Client) -> None:
+    source = io.BytesIO(b"x" * (3 * MAX_LINE_BYTES) + b'\n{"prompt": "a"}\n{}\n')
+    with pytest.raises(InvalidBatch) as caught:
+        rows_of(client, source)
+    assert [fault.line for fault in caught.value.faults] == [1, 3]
+
+
+def test_only_the_first_rows_are_looked_at_where_a_limit_says_so(client: Client) -> None:
+    rows = rows_of(client, io.BytesIO(b'{"prompt": "a"}\n\n{"prompt": "b"}\nwrong\n'), limit=2)
+    assert [row.line for row in rows] == [1, 3]
+
+
+def test_files_are_read_zipped_or_not(client: Client, tmp_path: Path) -> None:
+    data = b'{"prompt": "a"}\n{"prompt": "b"}\n'
+    (tmp_path / "plain").write_bytes(data)
+    (tmp_path / "zipped").write_bytes(gzip.compress(data[:16]) + gzip.compress(data[16:]))
+    assert rows_of(client, tmp_path / "plain") == rows_of(client, str(tmp_path / "zipped"))
+    (tmp_path / "torn").write_bytes(gzip.compress(data)[:-9])
+    with pytest.raises(InvalidBatch, match="cannot be read on"):
+        rows_of(client, tmp_path / "torn")
+    with pytest.raises(InvalidBatch, match="cannot be read: No such file"):
+        rows_of(client, tmp_path / "none")
+
+
+def test_what_is_no_source_is_refused(client: Client) -> None:
+    for source in (7, {"prompt": "a"}):
+        with pytest.raises(InvalidRequest, match="source"):
+            rows_of(client, source)
+    with pytest.raises(InvalidRequest, match="prompts"):
+        rows_of(client, iter([object()]))
+
+
+def test_an_input_that_changes_between_the_readings_is_noticed(client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    reader = RowReader("demo", {})
+    source = open_source(path)
+    check(source, reader, client._prepare)
+    path.write_text('{"prompt": "a"}\n{"pro\n')
+    with pytest.raises(InputChanged, match="line 2"):
+        list(read_rows(source, reader))

@@ -1,0 +1,196 @@
+"""Output files: what is written, and what is made of what a dead process left."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from client.batch_input import Row
+from client.batch_output import Output, completion, output_line
+from client.errors import JobFailed, OutputRefused
+from client.schema import Choice, Result, Timings, TokenLogprob, TopLogprob, Usage
+
+
+def row(name: str, digest: str = "0123456789abcdef") -> Row:
+    return Row(1, name, {"prompt": "p"}, digest)
+
+
+def result(text: str = "out", logprobs: list[TokenLogprob] | None = None) -> Result:
+    choice = Choice(index=0, text=text, token_ids=[1], finish_reason="length", logprobs=logprobs)
+    usage = Usage(prompt_tokens=2, completion_tokens=1, total_tokens=3)
+    timings = Timings(waiting_s=0, prefill_s=0, decode_s=0)
+    return Result(id="j", model="demo", choices=[choice], usage=usage, seed=5, timings=timings, fingerprint="f")
+
+
+def write(path: Path, names: list[str], *, failed: tuple[str, ...] = (), **how: bool) -> None:
+    with contextlib.closing(Output(path)) as output:
+        output.done(retry_errors=how.get("retry", False))
+        output.open(overwrite=how.get("overwrite", False))
+        output.write([(row(name), JobFailed("bad", "why") if name in failed else result(name)) for name in names])
+        if how.get("finish"):
+            output.finish()
+
+
+def names_in(path: Path) -> list[str]:
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line)["custom_id"] for line in data.splitlines()]
+
+
+def test_a_line_is_as_the_batch_api_writes_it() -> None:
+    line = json.loads(output_line(row("a"), "job", result("Zürich")))
+    assert list(line) == ["id", "custom_id", "response", "error"]
+    assert line["custom_id"] == "a"
+    assert line["error"] is None
+    assert line["response"]["status_code"] == 200
+    body = line["response"]["body"]
+    assert body["object"] == "text_completion"
+    assert body["choices"][0]["text"] == "Zürich"
+    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
+    line = json.loads(output_line(row("a"), "job", JobFailed("context_length_exceeded", "too long")))
+    assert line["response"] is None
+    assert line["error"] == {"code": "context_length_exceeded", "message": "too long"}
+
+
+def test_log_probabilities_are_as_the_completions_api_writes_them() -> None:
+    first = TokenLogprob(token_id=1, token="He", logprob=None)
+    second = TokenLogprob(token_id=2, token="llo", logprob=-1.0, top=[TopLogprob(token_id=3, token="y", logprob=-0.5)])
+    scores = completion(result(logprobs=[first, second]))["choices"][0]["logprobs"]
+    assert scores == {
+        "tokens": ["He", "llo"],
+        "token_logprobs": [None, -1.0],
+        "top_logprobs": [None, {"llo": -1.0, "y": -0.5}],
+        "text_offset": [0, 2],
+    }
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz"])
+def test_rows_are_appended_after_every_kind_of_end(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    write(path, ["a", "b"])
+    whole = path.read_bytes()
+    write(path, ["c"])
+    assert names_in(path) == ["a", "b", "c"]
+    data = path.read_bytes()
+    for torn in (*range(len(whole), len(data), 7), len(data) - 1):  # the second process died at any byte
+        path.write_bytes(data[:torn])
+        write(path, ["d"])
+        assert names_in(path)[:2] == ["a", "b"]
+        assert names_in(path)[-1] == "d"
+    path.write_bytes(data + b"\0" * 4096)  # a power failure may leave such an end
+    write(path, ["d"])
+    assert names_in(path) == ["a", "b", "c", "d"]
+
+
+def test_each_row_can_be_read_before_the_file_is_closed(tmp_path: Path) -> None:
+    for name in ("out.jsonl", "out.jsonl.gz"):
+        output = Output(tmp_path / name)
+        output.open(overwrite=False)
+        output.write([(row("a"), result())])
+        with gzip.open(tmp_path / name) if name.endswith("gz") else (tmp_path / name).open("rb") as file:
+            assert json.loads(file.readline())["custom_id"] == "a"
+        output.close()
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz"])
+def test_failures_leave_the_file_when_they_are_to_be_computed_again(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    write(path, ["a", "b", "c"], failed=("b",))
+    run = json.loads((tmp_path / f"{name}.run").read_text())["run"]
+    write(path, ["b"], retry=True)
+    assert sorted(names_in(path)) == ["a", "b", "c"]
+    assert json.loads((tmp_path / f"{name}.run").read_text())["run"] != run  # so that they are new jobs
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name, f"{name}.run"]
+
+
+def test_failures_go_to_a_file_of_their_own(tmp_path: Path) -> None:
+    out, errors = tmp_path / "out.jsonl", tmp_path / "errors.jsonl"
+    with contextlib.closing(Output(out, errors)) as output:
+        output.open(overwrite=False)
+        output.write([(row("a"), result()), (row("b"), JobFailed("bad", "why"))])
+    assert names_in(out) == ["a"]
+    assert names_in(errors) == ["b"]
+    with contextlib.closing(Output(out, errors)) as output:
+        output.done(retry_errors=True)
+        output.open(overwrite=False)
+    assert names_in(errors) == []
+
+
+def test_inline_failures_keep_their_place(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    write(path, ["a", "b", "c"], failed=("a",))
+    assert names_in(path) == ["a", "b", "c"]
+
+
+def test_a_run_keeps_its_name_until_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    runs = []
+    for _ in range(2):
+        with contextlib.closing(Output(path)) as output:
+            output.open(overwrite=False)
+            runs.append(output.run)
+    assert runs[0] == runs[1]
+    write(path, [], finish=True)
+    assert not (tmp_path / "out.jsonl.run").exists()
+    with contextlib.closing(Output(path)) as output:
+        assert output.run != runs[0]
+
+
+def test_two_processes_cannot_write_to_one_output(tmp_path: Path) -> None:
+    first = Output(tmp_path / "out.jsonl")
+    with pytest.raises(OutputRefused, match="another process"):
+        Output(tmp_path / "out.jsonl")
+    first.close()
+    Output(tmp_path / "out.jsonl").close()
+
+
+def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    write(path, ["a"], finish=True)
+    before = path.read_bytes()
+    with pytest.raises(OutputRefused, match="--resume"):
+        Output(path).check_free(None, resume=False, overwrite=False)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+    with contextlib.closing(Output(path)) as output:
+        output.check_free(None, resume=False, overwrite=True)
+        output.open(overwrite=True)
+    assert path.read_bytes() == b""
+
+
+def test_the_input_is_not_written_to(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    (tmp_path / "link").symlink_to(path)
+    for name in ("in.jsonl", "link"):
+        with pytest.raises(OutputRefused, match="is the input"):
+            Output(tmp_path / name).check_free(str(path), resume=True, overwrite=False)
+    with pytest.raises(OutputRefused, match="is the input"):
+        Output(tmp_path / "out.jsonl", path).check_free(str(path), resume=True, overwrite=False)
+    assert path.read_text() == '{"prompt": "a"}\n'
+
+
+def test_a_file_of_something_else_is_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    for data in (b"my diary\nsecond line\n", output_line(row("a"), "j", result()) + b"x\n" + b"y\n"):
+        path.write_bytes(data)
+        with contextlib.closing(Output(path)) as output, contextlib.suppress(OutputRefused):
+            output.done(retry_errors=False)
+            if data.startswith(b"{"):
+                continue  # a torn end of several lines
+            pytest.fail("it was taken for an output")
+        assert path.read_bytes() == data
+    path.write_bytes(b"x\n" + output_line(row("a"), "j", result()))
+    with contextlib.closing(Output(path)) as output, pytest.raises(OutputRefused, match="no output of a batch"):
+        output.done(retry_errors=False)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OutputRefused, match=r"out\.jsonl\.run cannot be written: No such file"):
+        Output(tmp_path / "none" / "out.jsonl")
+    with contextlib.closing(Output(tmp_path / "out.jsonl", tmp_path / "none" / "errors.jsonl")) as output:
+        with pytest.raises(OutputRefused, match=r"errors\.jsonl cannot be written: No such file"):
+            output.open(overwrite=False)
