@@ -5,8 +5,25 @@ gpt2, tokenizer = load_model("demo"), load_tokenizer("demo")
 gpt2.logits(torch.tensor([tokenizer.encode("Hello.")]))     # [1, 2, 50257]
 """
 
-from model.gpt2 import GPT2, GPT2Config
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from model.files import ModelError
 from model.tokenizer import Tokenizer, load_tokenizer
-from model.weights import ModelError, load_model
+
+if TYPE_CHECKING:
+    from model.gpt2 import GPT2, GPT2Config
+    from model.weights import load_model
 
 __all__ = ["GPT2", "GPT2Config", "ModelError", "Tokenizer", "load_model", "load_tokenizer"]
+
+#: What brings torch, which takes a second and 200 MB: imported when it is asked for. Who counts tokens needs none.
+_HEAVY = {"GPT2": "model.gpt2", "GPT2Config": "model.gpt2", "load_model": "model.weights"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HEAVY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HEAVY[name]), name)

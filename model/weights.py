@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 import re
-import reprlib
-import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,24 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from model.files import MAX_CONFIG_BYTES, ModelError, find_model, read_json, shorter, shown, weight_files
 from model.gpt2 import GPT2, GPT2Config
 from model.int8 import STEP, int8_works
 from model.kernels import decode_kernel
 from model.tiles import tiles_work
-
-DEMO = Path(__file__).parent / "demo"
-
-#: Released sizes by name -> where the hub keeps them; the short name is tried in the local cache too.
-RELEASED = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-    "distilgpt2": "distilbert/distilgpt2",
-}
-HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "merges.txt", "vocab.json", "tokenizer.json"]
-#: What is read at most of config.json and of an index. Parsed, JSON may take thirty times its size.
-MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 2**20, 2**24
 
 #: What is computed in, by name.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.bfloat16}
@@ -49,10 +32,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-
-
-class ModelError(Exception):
-    """Raised when a model cannot be found, read or trusted; the message names the file or tensor and the way out."""
 
 
 def load_model(
@@ -84,45 +63,6 @@ def load_model(
         weights = {name: tensor.to(device, None if int8 else wanted) for name, tensor in _read(places)}
         products.result()  # else they would be compiled a second time below
         return GPT2(config, weights, digest=digest.result(), int8=int8)
-
-
-def find_model(name_or_path: str | Path) -> Path:
-    """The directory of a model, downloaded through huggingface_hub if it has to be.
-
-    Raises:
-        ModelError: there is no such directory, or the hub was needed and did not answer.
-    """
-    if str(name_or_path) == "demo":
-        return DEMO
-    path = Path(os.path.expanduser(name_or_path))
-    if os.path.isdir(path):  # unlike Path.is_dir it says no to a name too long to be one
-        return path
-    if path.is_absolute() or str(name_or_path).startswith((".", "~")) or str(name_or_path).count("/") > 1:
-        raise ModelError(f"model {shown(str(name_or_path))}: there is no such directory")
-    return _from_hub(str(name_or_path))
-
-
-def _from_hub(name: str) -> Path:
-    # Imported here: it takes a while, and the bundled model and local directories never need it.
-    from huggingface_hub import snapshot_download
-
-    repo = RELEASED.get(name, name)
-    for cached in dict.fromkeys((repo, name)):
-        try:
-            folder = Path(snapshot_download(cached, allow_patterns=HUB_FILES, local_files_only=True))
-            weight_files(folder)  # a cache of the tokenizer alone is not the model
-            return folder
-        except Exception:  # noqa: S112 - not cached, whatever the reason: ask the hub
-            continue
-    try:
-        return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
-    except Exception as error:
-        raise ModelError(
-            f"model {shown(name)} is neither a directory nor in the local hub cache, and the hub did not give it "
-            f"({type(error).__name__}). Three ways out: run `hf download {shorter(repo)}` where there is a network and "
-            "copy the cache here; point MILLRACE_MODEL at a directory with config.json and model.safetensors; "
-            "or use the bundled model, MILLRACE_MODEL=demo"
-        ) from error
 
 
 def read_config(path: Path) -> GPT2Config:
@@ -199,30 +139,6 @@ def _shape_of(name: str, config: GPT2Config) -> tuple[int, ...] | None:
     return outer.get(name) or ((e,) if name in ("ln_f.weight", "ln_f.bias") else None)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model directory: one, or the shards that its index names.
-
-    Raises:
-        ModelError: there are none, an index that names a missing or outside file, or only pickled weights.
-    """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        pickled = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"; {pickled[0]} is pickled and is never read, save it with safe_serialization=True" if pickled else ""
-        raise ModelError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there{hint}")
-    shards = read_json(index, MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise ModelError(f"{index}: weight_map must map tensor names to file names")
-    files = []
-    for name in sorted(set(shards.values())):
-        if Path(name).name != name or not os.path.isfile(folder / name):  # Path.is_file raises on long names
-            raise ModelError(f"{index}: it names {shown(name)}, which is no file in {folder}")
-        files.append(folder / name)
-    return files
-
-
 def _places(folder: Path, files: list[Path], config: GPT2Config) -> dict[str, tuple[Path, str]]:
     """Check all names and shapes: where each tensor lies, the file and its name there."""
     places: dict[str, tuple[Path, str]] = {}
@@ -296,47 +212,6 @@ def _tensor(path: Path, key: str) -> Tensor:
 
 def _broken(path: Path, error: Exception) -> ModelError:
     return ModelError(f"{path}: not a whole safetensors file ({shorter(str(error))}); copy it again")
-
-
-def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes. Raises ModelError, which names the file."""
-    try:
-        value = json.loads(read_text(path, limit))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON ({shorter(str(error))})") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: must hold a JSON object")
-    return value
-
-
-def read_text(path: Path, limit: int) -> str:
-    """What is in a file of at most `limit` bytes of UTF-8. Raises ModelError, which names the file."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited on for ever
-            raise ModelError(f"{path}: no file that can be read")
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: there is no such file") from None
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
-    if len(data) > limit:
-        raise ModelError(f"{path}: more than {limit} bytes")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ModelError(f"{path}: not UTF-8 ({error})") from None
-
-
-def shown(value: Any) -> str:
-    """A value out of a file for an error message: its beginning, however long or deep it is."""
-    return shorter(reprlib.repr(value))
-
-
-def shorter(text: str) -> str:
-    """The beginning of a text, in characters that can be written anywhere."""
-    text = text.encode(errors="backslashreplace").decode()
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _digest(files: list[Path]) -> str:

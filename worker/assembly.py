@@ -10,10 +10,11 @@ import torch
 
 from client.schema import GenerateRequest
 from config import Settings
+from model.files import ModelError
 from model.gpt2 import GPT2, GPT2Config
 from model.kernels import decode_kernel
 from model.tokenizer import Tokenizer, load_tokenizer
-from model.weights import ModelError, load_model
+from model.weights import load_model
 from worker.engine import LENGTH_CLASSES, Engine
 from worker.runner import Runner
 from worker.scheduler import PromptChunk, Scheduler, Step

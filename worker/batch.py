@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import resource
+import secrets
 import shlex
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from client import Client
+from client import Client, SamplingParams
+from client.batch_input import Row
 from client.batch_output import STDOUT
-from client.bulk import Batch, BatchReport
+from client.bulk import Batch, BatchReport, Window
 from client.errors import InvalidRequest, MillraceError
-from config import load_settings
+from config import Settings, load_settings
+from model.files import MAX_CONFIG_BYTES, find_model, read_json
+from model.tokenizer import load_tokenizer
 from worker.pair import note, serving
 
 #: Exit codes: rows failed; stopped by the user.
 FAILED, INTERRUPTED = 1, 130
 
+#: Rows that a dry run computes for their rate, and of them those that warm up.
+SAMPLE, WARM_UP = 128, 8
 #: How often a line is written where there is no terminal.
 LINE_EVERY_S = 10.0
 #: Speed and the time that is left are those of so many seconds.
@@ -140,9 +148,9 @@ def _time(seconds: float) -> str:
 
 
 def run_batch(
-    source: str,
-    output: str,
     *,
+    source: str,
+    output: str | None,
     as_json: bool,
     params: tuple[str, ...],
     text: bool,
@@ -155,13 +163,11 @@ def run_batch(
         SystemExit: rows failed, or the user stopped it.
         MillraceError, SettingsError, EmbeddedRedisError: nothing, or nothing more, could be computed.
     """
+    if output is None:
+        raise InvalidRequest("output-file", "none", "-o PATH, or --dry-run")
     _check_options(output, as_json=as_json, **options)
     settings, screen, report = load_settings(), Screen(note), BatchReport()
-    given: Any = sys.stdin.buffer if source == "-" else source
-    with Client(settings=settings) as client, screen.showing():
-        batch = Batch(
-            client, given, read_params(params), text=text, limit=limit, models=_models(client), on_line=screen.checked
-        )
+    batch = _checked(settings, screen, source, params, text=text, limit=limit)
     with serving(settings) as served, screen.showing():
         batch.client = served.client
 
@@ -183,6 +189,15 @@ def run_batch(
         raise SystemExit(FAILED)
 
 
+def _checked(
+    settings: Settings, screen: Screen, source: str, params: tuple[str, ...], *, text: bool, limit: int | None
+) -> Batch:
+    given: Any = sys.stdin.buffer if source == "-" else source
+    with Client(settings=settings) as client, screen.showing():
+        models = _models(client)
+        return Batch(client, given, read_params(params), text=text, limit=limit, models=models, on_line=screen.checked)
+
+
 def _check_options(output: str, *, as_json: bool, **options: Any) -> None:
     going_on = options["resume"] or options["retry_errors"]
     if output == STDOUT and (as_json or going_on or options["overwrite"]):
@@ -199,6 +214,97 @@ def _models(client: Client) -> set[str]:
     with contextlib.suppress(MillraceError):
         models |= {worker.model for worker in client.status().workers}
     return models
+
+
+@dataclass
+class Estimate:
+    """What a batch would take: tokens counted, time from the rate of a few rows."""
+
+    rows: int = 0
+    prompt_tokens: int = 0
+    longest_prompt: int = 0
+    #: If no row stops before its max_tokens.
+    most_new_tokens: int = 0
+    #: Rows that the model cannot read: they would fail.
+    too_long: int = 0
+    rows_measured: int = 0
+    tokens_per_s: float = 0.0
+    seconds: float = 0.0
+
+    def count(self, tokens: int, fields: dict[str, Any], max_context: int) -> bool:
+        """Add a row. Returns whether the model can compute it."""
+        new = fields.get("max_tokens", SamplingParams.model_fields["max_tokens"].default)
+        fits = tokens + new <= max_context
+        self.rows += 1
+        self.prompt_tokens += tokens
+        self.longest_prompt = max(self.longest_prompt, tokens)
+        self.most_new_tokens += new * fields.get("n", 1) if fits else 0
+        self.too_long += not fits
+        return fits
+
+    def as_text(self) -> str:
+        """The lines of the last table."""
+        lines = [
+            f"Rows: {self.rows}, of which {self.too_long} are longer than the model reads and would fail",
+            f"Prompt: {self.prompt_tokens} tokens, the longest {self.longest_prompt}",
+            f"Generation: at most {self.most_new_tokens} tokens",
+            f"Time: about {_time(self.seconds)}, from {self.rows_measured} rows at {self.tokens_per_s:.0f} tokens/s",
+            f"Peak memory: {peak_memory() / 1e9:.3f} GB, of the client",
+        ]
+        return "\n".join(["=" * 10, *lines])
+
+
+def estimate(
+    *, source: str, as_json: bool, params: tuple[str, ...], text: bool, limit: int | None, **options: Any
+) -> None:
+    """Check the input, count its tokens, compute a few of its rows for their rate, and say what all would take.
+
+    Raises:
+        MillraceError, SettingsError, EmbeddedRedisError, ModelError: it cannot be said.
+    """
+    settings, screen = load_settings(), Screen(note)
+    batch = _checked(settings, screen, source, params, text=text, limit=limit)
+    found, sample = _count(batch, settings)
+    if sample:
+        with serving(settings) as served:
+            _measure(served.client, sample[:WARM_UP], options["max_inflight"])
+            report = _measure(served.client, sample, options["max_inflight"])
+        found.rows_measured = report.succeeded + report.failed
+        found.tokens_per_s = report.completion_tokens / report.seconds
+        found.seconds = report.seconds * (found.rows - found.too_long) / found.rows_measured
+    if as_json:
+        click.echo(json.dumps({**asdict(found), "peak_memory_bytes": peak_memory()}))
+    else:
+        click.echo(found.as_text())
+
+
+def _count(batch: Batch, settings: Settings) -> tuple[Estimate, list[Row]]:
+    """Counts of all rows, and some of them drawn at random."""
+    tokenizer = load_tokenizer(settings.model)
+    config = read_json(find_model(settings.model) / "config.json", MAX_CONFIG_BYTES)
+    positions = config.get("n_positions", 1024)
+    max_context = min(settings.max_context or positions, positions)
+    found, sample, dice = Estimate(), list[Row](), random.Random(1)  # noqa: S311
+    for row in batch.rows():
+        prompt = row.fields["prompt"]
+        tokens = len(tokenizer.encode(prompt)) or 1 if isinstance(prompt, str) else len(prompt)
+        if not found.count(tokens, row.fields, max_context):
+            continue
+        if len(sample) < SAMPLE:
+            sample.append(row)
+        elif (place := dice.randrange(found.rows)) < SAMPLE:
+            sample[place] = row
+    return found, sample
+
+
+def _measure(client: Client, sample: list[Row], max_inflight: int) -> BatchReport:
+    """Compute rows, of which nothing is kept."""
+    report, run = BatchReport(rows=len(sample)), secrets.token_hex(6)
+    drafts = ((row, client._prepare({**row.fields, "id": row.job_id(run)})) for row in sample)
+    for pairs in Window[Row](client, size=max_inflight).run(drafts):
+        for _, outcome in pairs:
+            report.count(outcome)
+    return report
 
 
 def stopped(report: BatchReport, *, own: bool) -> str:

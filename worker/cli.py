@@ -147,9 +147,7 @@ def _given(params: dict[str, Any]) -> dict[str, Any]:
 @click.option(
     "-i", "--input-file", "source", required=True, metavar="PATH", help="JSON lines, gzipped or not; - is stdin"
 )
-@click.option(
-    "-o", "--output-file", "output", required=True, metavar="PATH", help="zipped if it ends in .gz; - is stdout"
-)
+@click.option("-o", "--output-file", "output", metavar="PATH", help="zipped if it ends in .gz; - is stdout")
 @click.option("-e", "--error-file", "errors", metavar="PATH", help="failures go here instead of into the output")
 @click.option("--text", is_flag=True, help="each line of the input is a prompt as it stands")
 @click.option("-p", "--params", multiple=True, metavar="NAME=VALUE", help=f"for rows that do not say it; {MANY}")
@@ -159,8 +157,9 @@ def _given(params: dict[str, Any]) -> dict[str, Any]:
 @click.option("--max-inflight", type=int, default=MAX_INFLIGHT, show_default=True, help="rows queued at a time")
 @click.option("--ordered", is_flag=True, help="write rows in the order of the input, not as they end")
 @click.option("--limit", type=click.IntRange(min=1), help="only the first rows")
+@click.option("--dry-run", is_flag=True, help="count tokens and estimate the time from a few rows; nothing is written")
 @click.option("--json", "as_json", is_flag=True, help="print the summary as JSON")
-def batch(source: str, output: str, as_json: bool, **options: Any) -> None:
+def batch(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Compute the requests of a file into another, each written when it is done.
 
     Input lines are those of the OpenAI Batch API (custom_id, method, url, body), or {"prompt": ..., parameters}, or
@@ -170,10 +169,13 @@ def batch(source: str, output: str, as_json: bool, **options: Any) -> None:
     Uses the worker that serves MILLRACE_MODEL; if none runs and MILLRACE_REDIS_URL is not set, starts an embedded Redis
     and a worker for this call. Exit code 0 if all rows succeeded, 1 if some failed, 2 if the input is wrong.
     """
-    from worker.batch import run_batch
+    from worker.batch import estimate, run_batch
 
     with _errors(as_json):
-        run_batch(source, output, as_json=as_json, **options)
+        if dry_run:
+            estimate(as_json=as_json, **options)
+        else:
+            run_batch(as_json=as_json, **options)
 
 
 def _print_result(result: Result) -> None:

@@ -16,8 +16,9 @@ from rich.table import Table
 from client import Client
 from client.errors import MillraceError
 from config import Settings
+from model.files import find_model
 from model.tokenizer import Tokenizer, load_tokenizer
-from model.weights import find_model, read_config
+from model.weights import read_config
 from worker import checkpoints
 from worker.causes import likely_cause
 from worker.checkpoints import CHECKPOINTS, Loss, Row

@@ -18,8 +18,8 @@ import model.cache
 import model.gpt2
 from client.schema import parse_request
 from config import Settings
+from model.files import DEMO
 from model.linear import Linear
-from model.weights import DEMO
 from worker.causes import likely_cause
 from worker.checkpoints import Row, compare
 from worker.engine import Engine

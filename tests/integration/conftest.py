@@ -71,7 +71,7 @@ def reference() -> Reference:
     import torch
     from transformers import GPT2LMHeadModel
 
-    from model.weights import DEMO
+    from model.files import DEMO
 
     gpt2 = GPT2LMHeadModel.from_pretrained(Path(DEMO), dtype=torch.float32).eval()
 

@@ -191,6 +191,7 @@ def test_a_file_of_something_else_is_not_touched(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(OutputRefused, match=r"out\.jsonl\.run cannot be written: No such file"):
         Output(tmp_path / "none" / "out.jsonl")
-    with contextlib.closing(Output(tmp_path / "out.jsonl", tmp_path / "none" / "errors.jsonl")) as output:
-        with pytest.raises(OutputRefused, match=r"errors\.jsonl cannot be written: No such file"):
-            output.open(overwrite=False)
+    output = Output(tmp_path / "out.jsonl", tmp_path / "none" / "errors.jsonl")
+    with pytest.raises(OutputRefused, match=r"errors\.jsonl cannot be written: No such file"):
+        output.open(overwrite=False)
+    output.close()

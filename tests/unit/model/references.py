@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model.weights import DEMO
+from model.files import DEMO
 
 
 @functools.cache

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import GPT2, ModelError, load_model
-from model.weights import RELEASED, expected_shapes, find_model, read_config
+from model.files import RELEASED, find_model
+from model.weights import expected_shapes, read_config
 from tests.unit.model.references import random_reference, saved
 
 

@@ -10,7 +10,7 @@ from transformers import GPT2LMHeadModel
 
 from client.errors import JobFailed
 from client.schema import MAX_LOGPROBS
-from model.weights import DEMO
+from model.files import DEMO
 from tests.unit.worker.engine_helpers import ask, build, demo_tokenizer, drive, idle, substance, tokens_of
 from worker.sequence import TextDelta
 

@@ -1,0 +1,311 @@
+"""Bulk: files and iterables in, results out, through a real Redis and a real worker."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client import Client, InvalidBatch, InvalidRequest, JobFailed, OutputRefused
+from client.batch_input import Row
+from client.bulk import Window
+from config import load_settings
+from tests.integration.conftest import Reference
+from worker.embedded import EmbeddedRedis
+
+MILLRACE = [sys.executable, "-m", "worker.cli", "batch"]
+pytestmark = pytest.mark.usefixtures("worker")
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def texts_of(path: Path) -> dict[str, str]:
+    return {row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in lines_of(path)}
+
+
+def prompts(count: int) -> list[dict[str, Any]]:
+    return [{"custom_id": f"p{i}", "prompt": f"The river {i}", "max_tokens": 2 + i % 3} for i in range(count)]
+
+
+def batch(redis_url: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, "MILLRACE_REDIS_URL": redis_url}
+    return subprocess.run([*MILLRACE, *arguments], env=environment, capture_output=True, timeout=60, **options)
+
+
+def test_rows_come_to_what_each_comes_to_alone(client: Client, tmp_path: Path, reference: Reference) -> None:
+    rows = [{"custom_id": "greedy", "prompt": [15496, 13], "temperature": 0, "max_tokens": 6}, *prompts(40)]
+    report = client.batch(iter(rows), tmp_path / "out.jsonl")
+    assert (report.rows, report.succeeded, report.failed, report.left) == (41, 41, 0, 0)
+    found = {row["custom_id"]: row["response"]["body"] for row in lines_of(tmp_path / "out.jsonl")}
+    assert len(found) == 41
+    assert report.completion_tokens == sum(body["usage"]["completion_tokens"] for body in found.values())
+    with_tokenizer = client.submit([15496, 13], temperature=0, max_tokens=6).result(60)
+    assert with_tokenizer.choices[0].token_ids == reference([15496, 13], 6)
+    assert found["greedy"]["choices"][0]["text"] == with_tokenizer.text
+    one = found["p7"]
+    assert client.submit("The river 7", max_tokens=3, seed=one["seed"]).result(60).text == one["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz"])
+def test_resume_computes_what_is_missing_and_nothing_else(client: Client, tmp_path: Path, name: str) -> None:
+    whole, out = tmp_path / "whole.jsonl", tmp_path / name
+    client.batch(prompts(30), whole)
+    client.batch(prompts(30), out)
+    before = lines_of(out)
+    data = out.read_bytes()
+    dice = random.Random(1)
+    for _ in range(3):
+        out.write_bytes(data[: dice.randrange(len(data))])
+        report = client.batch(prompts(30), out, resume=True)
+        rows = lines_of(out)
+        assert sorted(row["custom_id"] for row in rows) == sorted(f"p{i}" for i in range(30))
+        assert texts_of(out) == texts_of(whole)
+        assert rows[: report.before] == before[: report.before]
+        assert report.before + report.succeeded == 30
+    assert client.batch(prompts(30), out, resume=True).succeeded == 0
+    assert not (tmp_path / f"{name}.run").exists()
+
+
+def test_a_resumed_run_finds_the_jobs_of_the_one_that_died(client: Client, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+
+    class Killed(BaseException):
+        pass
+
+    def die(report: Any) -> None:
+        if report.succeeded:
+            raise Killed
+
+    with pytest.raises(Killed):
+        client.batch(prompts(30), out, on_progress=die)
+    run = json.loads((tmp_path / "out.jsonl.run").read_text())["run"]
+    client.batch(prompts(30), out, resume=True)
+    named = {row["response"]["request_id"] for row in lines_of(out)}
+    assert {job_id.split(".")[0] for job_id in named} == {run}
+    assert len(named) == 30
+
+
+def test_only_failures_are_computed_again(client: Client, tmp_path: Path) -> None:
+    out, errors = tmp_path / "out.jsonl", tmp_path / "errors.jsonl"
+    rows = [*prompts(3), {"custom_id": "long", "prompt": "a", "max_tokens": 5000}]
+    report = client.batch(rows, out, errors=errors)
+    assert report.failures == {"context_length_exceeded": 1}
+    assert [row["custom_id"] for row in lines_of(errors)] == ["long"]
+    with pytest.raises(OutputRefused, match="exists"):
+        client.batch(rows, out, errors=errors)
+    assert client.batch(rows, out, errors=errors, resume=True).before == 4
+    report = client.batch(rows, out, errors=errors, retry_errors=True)
+    assert (report.before, report.failed) == (3, 1)
+    assert [row["custom_id"] for row in lines_of(errors)] == ["long"]
+    transient = {"id": "batch_req_", "custom_id": "p3", "response": None, "error": {"code": "cancelled", "message": ""}}
+    with out.open("a") as file:
+        file.write(json.dumps(transient) + "\n")
+    report = client.batch(prompts(4), out, retry_errors=True)
+    assert (report.before, report.succeeded) == (3, 1)
+    assert set(texts_of(out)) == {"p0", "p1", "p2", "p3"}
+
+
+def test_an_output_of_other_requests_is_not_added_to(client: Client, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    client.batch(prompts(2), out)
+    before = out.read_bytes()
+    with pytest.raises(InvalidBatch, match="another request"):
+        client.batch(prompts(3), out, resume=True, params={"temperature": 0})
+    assert out.read_bytes() == before
+    assert client.batch(prompts(3), out, overwrite=True, params={"temperature": 0}).succeeded == 3
+
+
+def test_rows_are_written_in_order_where_that_is_asked(client: Client, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "max_tokens": 200 if i == 0 else 1, "ignore_eos": True} for i in range(40)]
+    client.batch(rows, tmp_path / "out.jsonl", ordered=True, max_inflight=16)
+    assert [row["custom_id"] for row in lines_of(tmp_path / "out.jsonl")] == [f"row-{i}" for i in range(1, 41)]
+    client.batch(rows, tmp_path / "other.jsonl", max_inflight=16)
+    assert lines_of(tmp_path / "other.jsonl")[0]["custom_id"] != "row-1"
+
+
+def test_a_queue_that_is_full_is_waited_for(redis_url: str, tmp_path: Path) -> None:
+    with Client(settings=load_settings(redis_url=redis_url, max_queue=3)) as narrow:
+        assert narrow.batch(prompts(40), tmp_path / "out.jsonl").succeeded == 40
+
+
+def test_jobs_that_redis_lost_are_queued_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.bulk.HEAL_S", 0.1)
+    with EmbeddedRedis.ephemeral() as server, Client(redis_url=server.url) as client:
+        row = Row(1, "a", {"prompt": "a"}, "")
+        counts: list[int] = []
+
+        class Enough(Exception):
+            pass
+
+        def tick() -> None:
+            counts.append(client.status().queues[0].bulk + client.status().queues[0].normal)
+            if counts.count(1) == 1:
+                client._redis.flushdb()  # all that is there, as a restart without its file would
+            elif counts.count(1) > 2:
+                raise Enough
+
+        window: Window[Row] = Window(client, tick=tick)
+        with pytest.raises(Enough):
+            list(window.run([(row, client._prepare({"prompt": "a", "id": "a"}))]))
+        assert counts[0] == 1
+        assert set(counts) <= {0, 1}  # and never twice
+
+
+class Scalar:
+    """A value as a pyarrow array gives it."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def as_py(self) -> Any:
+        return self._value
+
+
+def test_map_gives_results_in_order_and_reads_no_further_than_it_may(client: Client) -> None:
+    read = []
+
+    def column() -> Iterator[Any]:
+        for number in range(60):
+            read.append(number)
+            yield Scalar(f"The river {number}") if number % 2 else f"The river {number}"
+
+    given = 0
+    for number, result in enumerate(client.map(column(), max_inflight=10, max_tokens=2, temperature=0)):
+        given += 1
+        assert len(read) - number <= 10 + 1
+        if number in (0, 33):
+            assert result.text == client.submit(f"The river {number}", max_tokens=2, temperature=0).result(60).text
+    assert given == 60
+
+
+def test_map_takes_columns_of_arrays(client: Client) -> None:
+    import numpy as np
+
+    texts = np.array(["Hello.", "The river"])
+    tokens = np.array([[15496, 13], [464, 7850]])
+    options = {"max_tokens": 3, "temperature": 0}
+    assert [r.text for r in client.map(texts, **options)] == [r.text for r in client.map(tokens, **options)]
+
+
+def test_map_raises_at_the_prompt_that_fails(client: Client) -> None:
+    rows: list[Any] = ["a", {"prompt": "b", "max_tokens": 5000}, {"prompt": "c", "top_p": 7}, "d"]
+    results = client.map(rows, max_tokens=1)
+    assert next(results).text is not None
+    with pytest.raises(JobFailed, match="context_length_exceeded"):
+        next(results)
+    found = list(client.map(rows, max_tokens=1, return_exceptions=True))
+    assert isinstance(found[1], JobFailed)
+    assert isinstance(found[2], InvalidRequest)
+    assert found[2].field == "prompts[2].top_p"
+    assert found[3].usage.completion_tokens == 1
+    for wrong in ("text", {"prompt": "a"}, 7):
+        with pytest.raises(InvalidRequest, match="prompts"):
+            client.map(wrong)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="max_inflight"):
+        client.map(["a"], max_inflight=0)
+
+
+def test_what_map_left_behind_is_cancelled(client: Client) -> None:
+    long = {"prompt": "a", "max_tokens": 1000, "ignore_eos": True, "priority": "bulk"}
+    results = client.map([{"prompt": "a", "max_tokens": 1}, *[long] * 300])
+    next(results)
+    results.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 20
+    while client.status().queues[0].bulk or client.status().delivered:
+        assert time.monotonic() < deadline, client.status()
+        time.sleep(0.05)
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_standard_input_goes_to_standard_output(redis_url: str) -> None:
+    lines = gzip.compress(b"Hello.\n\nThe river\n")
+    done = batch(
+        redis_url, "-i", "-", "-o", "-", "--text", "--ordered", "-p", "max_tokens=3", "-p", "stop=x", input=lines
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["custom_id"] for row in rows] == ["row-1", "row-3"]
+    assert rows[0]["response"]["body"]["usage"]["completion_tokens"] <= 3
+    said = done.stderr.decode()
+    assert "Rows: 2 computed, 0 failed; 2 in the input" in said
+    assert "Generation: " in said
+
+
+def test_the_exit_code_says_what_came_of_it(redis_url: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", str(tmp_path / "out.jsonl")
+    source.write_text('{"prompt": "a", "max_tokens": 5000}\n{"prompt": "b"}\n')
+    done = batch(redis_url, "-i", str(source), "-o", out, "--json")
+    assert done.returncode == 1
+    summary = json.loads(done.stdout)
+    assert summary["failures"] == {"context_length_exceeded": 1}
+    assert (summary["rows"], summary["succeeded"], summary["left"]) == (2, 1, 0)
+    assert "1 context_length_exceeded; see" in done.stderr.decode()
+    done = batch(redis_url, "-i", str(source), "-o", out)
+    assert done.returncode == 2
+    assert "--resume" in done.stderr.decode()
+
+
+def test_every_fault_is_listed_and_nothing_is_queued(client: Client, redis_url: str, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "a"}\n{"prompt": "b", "top_p": 7}\nHello.\n{"prompt": "c", "model": "gpt-5"}\n')
+    done = batch(redis_url, "-i", str(source), "-o", str(tmp_path / "out.jsonl"))
+    assert done.returncode == 2
+    said = done.stderr.decode()
+    for part in ("line 2: top_p: got 7", "line 3: line: got no JSON", "line 4: model: got 'gpt-5'; expected one that"):
+        assert part in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
+    assert client.status().queues[0].total == 0
+
+
+def test_a_dry_run_counts_and_estimates_and_writes_nothing(redis_url: str, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    rows = [{"prompt": [1] * (i % 7 + 1), "max_tokens": 3} for i in range(300)] + [{"prompt": "a", "max_tokens": 5000}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = batch(redis_url, "-i", str(source), "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["rows"] == 301
+    assert said["prompt_tokens"] == sum(i % 7 + 1 for i in range(300)) + 1
+    assert said["longest_prompt"] == 7
+    assert said["most_new_tokens"] == 900
+    assert said["too_long"] == 1
+    assert said["rows_measured"] == 128
+    assert said["seconds"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_ctrl_c_says_how_to_go_on(redis_url: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({**row, "max_tokens": 60, "ignore_eos": True}) + "\n" for row in prompts(300)))
+    environment = {**os.environ, "MILLRACE_REDIS_URL": redis_url}
+    command = [*MILLRACE, "-i", str(source), "-o", str(out), "--max-inflight", "100"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 30
+    while not out.exists() or not out.stat().st_size:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=20)[1].decode()
+    assert process.returncode == 130
+    assert f"millrace batch -i {source} -o {out} --max-inflight 100 --resume" in said
+    before = len(lines_of(out))
+    assert 0 < before < 300
+    done = batch(redis_url, "-i", str(source), "-o", str(out), "--resume", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["before"] == before
+    assert len(texts_of(out)) == 300
