@@ -34,6 +34,7 @@ fuzz: $(VENV)/dev ## fuzz everything that comes from outside with more than 100,
 
 chaos: $(VENV)/dev ## kill, stop, cut off and fill up workers and Redis for three minutes; CHAOS="--seed 2 --minutes 30"
 	$(BIN)/python -m tests.chaos $(CHAOS)
+	$(BIN)/python -m tests.chaos.batch --lines 3000
 
 check: $(VENV)/dev ## lint, format check, types
 	$(BIN)/ruff check .

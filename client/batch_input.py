@@ -118,8 +118,10 @@ class RowReader:
             raise InvalidRequest("line", f"no JSON ({error})", "a JSON object; plain text lines need --text") from None
 
     def _model(self, fields: dict[str, Any]) -> str:
-        named = fields.get("model", self._model_name)
-        model = slug(named) if isinstance(named, str) and named else self._model_name
+        named = fields.get("model")
+        if not isinstance(named, str) or not named:  # what is no name is refused by the check of the request
+            return self._model_name
+        model = slug(named)
         if self._models is not None and model not in self._models:
             raise InvalidRequest("model", repr(model)[:80], f"one that is served: {', '.join(sorted(self._models))}")
         return model
@@ -158,10 +160,17 @@ def _shape(item: Any) -> tuple[str | None, dict[str, Any]]:
 
 
 def _check_custom_id(value: Any) -> str:
-    surrogates = isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value)
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_CUSTOM_ID or surrogates:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_CUSTOM_ID or not _is_unicode(value):
         raise InvalidRequest("custom_id", repr(value)[:80], f"text of 1 to {MAX_CUSTOM_ID} characters")
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -19,10 +19,11 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.
 
 
 @pytest.fixture
-def at_the_worker(worker: object, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a user's shell has: the address of a Redis with a worker on it."""
+def at_the_worker(worker: object, redis_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a user's shell has: the address of a Redis with a worker on it, and a directory to write to."""
     import client
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MILLRACE_REDIS_URL", redis_url)
     client.default_client.cache_clear()
 
