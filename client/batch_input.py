@@ -141,7 +141,7 @@ def _shape(item: Any) -> tuple[str | None, dict[str, Any]]:
         return None, {"prompt": list(item) if isinstance(item, tuple) else item}
     if not isinstance(item, Mapping):
         raise InvalidRequest("line", f"a {type(item).__name__}", "an object with `prompt`, or one of the Batch API")
-    fields = dict(item)
+    fields = {name: plain(value) for name, value in item.items()}
     if not fields.keys() & {"method", "url", "body"}:
         custom_id = fields.pop("custom_id", None)
         if "id" in fields:
@@ -154,7 +154,7 @@ def _shape(item: Any) -> tuple[str | None, dict[str, Any]]:
         raise InvalidRequest("url", repr(got)[:80], f"'POST {ENDPOINT}'")
     if not isinstance(fields.get("body"), Mapping):
         raise InvalidRequest("body", f"a {type(fields.get('body')).__name__}", "an object with prompt and parameters")
-    body = dict(fields["body"])
+    body = {name: plain(value) for name, value in fields["body"].items()}
     idle = [name for name, check in _IDLE.items() if name in body and (body[name] is None or check(body[name], body))]
     return _check_custom_id(fields.get("custom_id")), {k: v for k, v in body.items() if k not in idle}
 
@@ -174,9 +174,19 @@ def _is_unicode(text: str) -> bool:
 
 
 def _digest(content: dict[str, Any]) -> str:
-    # What JSON cannot hold is refused afterwards, by the check of the request; here it must only not raise.
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=repr, skipkeys=True)
+    try:
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=_unwrapped)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest("line", f"what JSON cannot hold ({error})", "texts, numbers, and lists of them") from None
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _unwrapped(value: Any) -> Any:
+    """For json: what an array or a scalar of a table holds."""
+    held = plain(value)
+    if held is value:
+        raise TypeError(f"a {type(value).__name__}")
+    return held
 
 
 # --- where items come from ---------------------------------------------------------------------------------------
@@ -240,7 +250,7 @@ def open_source(source: str | Path | IO[bytes] | Iterable[Any]) -> Source:
 def _json_line(item: Any) -> bytes:
     item = plain(item)
     try:
-        return json.dumps(item).encode() + b"\n"
+        return json.dumps(item, default=_unwrapped).encode() + b"\n"
     except (TypeError, ValueError) as error:
         raise InvalidRequest(
             "prompts", f"an item of type {type(item).__name__}", f"what JSON can hold ({error})"

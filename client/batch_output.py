@@ -306,6 +306,8 @@ class Output:
         self._run = RunFile(Path(path)) if str(path) != STDOUT else None
         self.run = self._run.run if self._run else secrets.token_hex(6)
         self._retrying = False
+        #: Failures that stand in the files and stay there; known after `done`.
+        self.failed_before = 0
 
     def check_free(self, source: object, *, resume: bool, overwrite: bool) -> None:
         """See that nothing is lost by writing here.
@@ -336,6 +338,7 @@ class Output:
                 if written.failed and retry_errors:
                     self._retrying = True
                 else:
+                    self.failed_before += written.failed
                     found.add(written.custom_id, written.digest, 1)
         return found
 

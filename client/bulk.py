@@ -273,10 +273,11 @@ class Window(Generic[K]):
 
 @dataclass
 class BatchReport:
-    """How far a batch is, and in the end what came of it. Counts of rows; those of `before` stood in the output."""
+    """How far a batch is, and in the end what came of it: counts of rows. `before` stood in the output."""
 
     rows: int = 0
     before: int = 0
+    failed_before: int = 0
     succeeded: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
@@ -310,6 +311,7 @@ class BatchReport:
         return {
             "rows": self.rows,
             "before": self.before,
+            "failed_before": self.failed_before,
             "succeeded": self.succeeded,
             "failed": self.failed,
             "failures": dict(self.failures),
@@ -382,7 +384,7 @@ class Batch:
         with contextlib.closing(Output(output, errors)) as sink:
             sink.check_free(self._given, resume=resume or retry_errors, overwrite=overwrite)
             done = bytearray() if overwrite else self._done(sink, retry_errors)
-            report.before = sum(map(int.bit_count, done))
+            report.before, report.failed_before = sum(map(int.bit_count, done)), sink.failed_before
             sink.open(overwrite=overwrite)
             missing = (row for row in self.rows() if not _is_set(done, row.line))
             drafts = ((row, self._draft(row, sink.run)) for row in missing)

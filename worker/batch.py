@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from client import Client, SamplingParams
 from client.batch_input import Row
-from client.batch_output import STDOUT
+from client.batch_output import STDOUT, Output
 from client.bulk import Batch, BatchReport, Window
 from client.errors import InvalidRequest, MillraceError
 from config import Settings, load_settings
@@ -122,6 +122,7 @@ def summary(report: BatchReport, output: str, errors: str | None) -> str:
     """The last table, as mlx-lm prints it."""
     seconds = max(report.seconds, 1e-9)
     before = f", {report.before} were there before" if report.before else ""
+    before += f" ({report.failed_before} of them failures)" if report.failed_before else ""
     lines = [
         f"Rows: {report.succeeded} computed, {report.failed} failed{before}; {report.rows} in the input",
         f"Prompt: {report.prompt_tokens} tokens, {report.prompt_tokens / seconds:.3f} tokens-per-sec",
@@ -165,7 +166,7 @@ def run_batch(
     """
     if output is None:
         raise InvalidRequest("output-file", "none", "-o PATH, or --dry-run")
-    _check_options(output, as_json=as_json, **options)
+    _check_options(source, output, as_json=as_json, **options)
     settings, screen, report = load_settings(), Screen(note), BatchReport()
     batch = _checked(settings, screen, source, params, text=text, limit=limit)
     with serving(settings) as served, screen.showing():
@@ -185,7 +186,7 @@ def run_batch(
     note.print(summary(report, output, options["errors"]), soft_wrap=True)
     if as_json:
         print_json(report)
-    if report.failed:
+    if report.failed or report.failed_before:
         raise SystemExit(FAILED)
 
 
@@ -198,7 +199,8 @@ def _checked(
         return Batch(client, given, read_params(params), text=text, limit=limit, models=models, on_line=screen.checked)
 
 
-def _check_options(output: str, *, as_json: bool, **options: Any) -> None:
+def _check_options(source: str, output: str, *, as_json: bool, **options: Any) -> None:
+    """Refuse before anything is read or started what cannot be done."""
     going_on = options["resume"] or options["retry_errors"]
     if output == STDOUT and (as_json or going_on or options["overwrite"]):
         raise InvalidRequest("output-file", "'-'", "a file, for --json, --resume, --retry-errors and --overwrite")
@@ -206,6 +208,9 @@ def _check_options(output: str, *, as_json: bool, **options: Any) -> None:
         raise InvalidRequest("overwrite", "--resume beside it", "one of them")
     if options["errors"] == STDOUT:
         raise InvalidRequest("error-file", "'-'", "a file")
+    with contextlib.closing(Output(output, options["errors"])) as sink:
+        sink.check_free(source, resume=going_on, overwrite=options["overwrite"])
+        sink.abandon()
 
 
 def _models(client: Client) -> set[str]:

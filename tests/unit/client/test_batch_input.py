@@ -112,6 +112,21 @@ def test_columns_of_tables_give_prompts(client: Client) -> None:
         assert [row.fields["prompt"] for row in rows_of(client, column)] == texts
     tokens = np.array([[15496, 13], [464, 7850]])
     assert [row.fields["prompt"] for row in rows_of(client, tokens)] == tokens.tolist()
+    long = np.arange(4000).reshape(2, 2000) + np.array([[0], [1]])
+    for source in ([{"prompt": row} for row in long], ({"prompt": list(row)} for row in long)):
+        rows = rows_of(client, source)
+        assert [list(row.fields["prompt"]) for row in rows] == long.tolist()
+        assert rows[0].digest != rows[1].digest
+
+
+def test_what_json_cannot_hold_is_a_fault_of_its_line(client: Client) -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    for wrong in ({"prompt": {1}}, {"prompt": "a", "logit_bias": {5: 1, "6": 1}}, {"prompt": "a", 5: 6}, deep):
+        with pytest.raises(InvalidBatch) as caught:
+            rows_of(client, ["right", wrong])
+        assert [fault.line for fault in caught.value.faults] == [2]
 
 
 @pytest.mark.parametrize(
