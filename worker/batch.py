@@ -76,30 +76,31 @@ class Screen:
         if not self._console.is_terminal:
             yield
             return
-        columns = (TextColumn("{task.completed}/{task.total} rows"), BarColumn(), TextColumn("{task.fields[said]}"))
-        with Progress(*columns, console=self._console, transient=True) as self._bar:
-            self._task = self._bar.add_task("", total=None, said="")
+        rows, said = (TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("rows", "said"))
+        with Progress(rows, BarColumn(), said, console=self._console, transient=True) as self._bar:
+            self._task = self._bar.add_task("", total=None, rows="", said="")
             yield
         self._bar = None
 
     def tell(self, line: str) -> None:
         """A notice above the bar."""
-        self._console.print(line)
+        self._console.print(line, markup=False, soft_wrap=True)
 
     def checked(self, lines: int) -> None:
         """So many lines of the input are checked."""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=lines, said="checked")
+            self._bar.update(self._task, completed=lines, rows=f"{lines} lines", said="checked")
 
     def update(self, report: BatchReport) -> None:
         """The batch has come so far."""
         said = self._said(report)
         done = report.rows - report.left
+        rows = f"{done}/{report.rows} rows"
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=report.rows, said=said)
+            self._bar.update(self._task, completed=done, total=report.rows, rows=rows, said=said)
         elif time.monotonic() - self._said_at >= LINE_EVERY_S:
             self._said_at = time.monotonic()
-            self._console.print(f"{done}/{report.rows} rows  {said}")
+            self.tell(f"{rows}  {said}")
 
     def _said(self, report: BatchReport) -> str:
         now, done = time.monotonic(), report.succeeded + report.failed
@@ -181,9 +182,9 @@ def run_batch(
         try:
             batch.run(output, tell=screen.tell, on_progress=look, **options)
         except KeyboardInterrupt:
-            note.print(stopped(report, own=served.own), soft_wrap=True)
+            note.print(stopped(report, own=served.own), soft_wrap=True, markup=False)
             raise SystemExit(INTERRUPTED) from None
-    note.print(summary(report, output, options["errors"]), soft_wrap=True)
+    note.print(summary(report, output, options["errors"]), soft_wrap=True, markup=False)
     if as_json:
         print_json(report)
     if report.failed or report.failed_before:

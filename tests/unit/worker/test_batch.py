@@ -1,0 +1,98 @@
+"""What `millrace batch` shows."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+
+import pytest
+from rich.console import Console
+
+from client import InvalidRequest
+from client.bulk import BatchReport
+from worker.batch import Estimate, Screen, read_params, resume_command, stopped, summary
+
+
+def report() -> BatchReport:
+    return BatchReport(
+        rows=100,
+        before=40,
+        failed_before=3,
+        succeeded=20,
+        failures=Counter(context_length_exceeded=4, cancelled=1),
+        prompt_tokens=500,
+        completion_tokens=1000,
+        seconds=10,
+        outstanding=9,
+    )
+
+
+def test_the_last_table_has_rows_failures_and_rates() -> None:
+    lines = summary(report(), "out.jsonl", None).splitlines()
+    assert lines[:5] == [
+        "==========",
+        "Rows: 20 computed, 5 failed, 40 were there before (3 of them failures); 100 in the input",
+        "Failed: 4 context_length_exceeded, 1 cancelled; see out.jsonl, compute them again with --retry-errors",
+        "Prompt: 500 tokens, 50.000 tokens-per-sec",
+        "Generation: 1000 tokens, 100.000 tokens-per-sec",
+    ]
+    assert lines[5] == "Time: 10.0 s"
+    assert lines[6].startswith("Peak memory: 0.")
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("worker.batch.time.monotonic", lambda: now[0])
+    written = io.StringIO()
+    screen = Screen(Console(file=written, width=200))
+    early = report()
+    early.succeeded, early.completion_tokens = 0, 0
+    with screen.showing():
+        screen.update(early)
+        now[0] += 20
+        screen.update(report())
+        screen.update(report())
+        screen.tell("Redis [is] away")
+    lines = written.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("65/100 rows  4 context_length_exceeded  1 cancelled  50 tokens/s, ends in 35.0 s at ")
+    assert lines[1] == "Redis [is] away"
+
+
+def test_on_a_terminal_it_is_a_bar() -> None:
+    written = io.StringIO()
+    screen = Screen(Console(file=written, force_terminal=True, width=150))
+    with screen.showing():
+        screen.checked(2000)
+        screen.update(report())
+    assert "65/100 rows" in written.getvalue()
+
+
+def test_ctrl_c_is_answered_with_the_command_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["millrace", "batch", "-i", "my file", "-o", "o", "--overwrite"])
+    assert resume_command() == "millrace batch -i 'my file' -o o --resume"
+    said = stopped(report(), own=False)
+    assert "65 of 100 rows are done, 9 jobs stay in the queue and go on" in said
+    assert "9 jobs are computed again" in stopped(report(), own=True)
+
+
+def test_parameters_are_json_or_text() -> None:
+    assert read_params(("max_tokens=5", "stop=a=b", "stop_token_ids=[1,2]", "echo=true")) == {
+        "max_tokens": 5,
+        "stop": "a=b",
+        "stop_token_ids": [1, 2],
+        "echo": True,
+    }
+    for wrong in ("max_tokens", "=5"):
+        with pytest.raises(InvalidRequest, match="NAME=VALUE"):
+            read_params((wrong,))
+
+
+def test_an_estimate_counts_what_the_model_can_read() -> None:
+    found = Estimate()
+    assert found.count(10, {"max_tokens": 5, "n": 3}, 16)
+    assert found.count(10, {"max_tokens": 6}, 16)
+    assert not found.count(10, {"max_tokens": 7}, 16)
+    assert found.count(0, {}, 16)  # 16 new ones, as without max_tokens
+    assert (found.rows, found.prompt_tokens, found.longest_prompt, found.most_new_tokens) == (4, 30, 10, 15 + 6 + 16)
+    assert found.too_long == 1
