@@ -135,6 +135,17 @@ def plain(item: Any) -> Any:
     return item
 
 
+def is_column(value: Any) -> bool:
+    """Whether it can be iterated, be it only by its places, and is no single row."""
+    if isinstance(value, (str, bytes, Mapping)):
+        return False
+    try:
+        iter(value)
+    except TypeError:
+        return False
+    return True
+
+
 def _shape(item: Any) -> tuple[str | None, dict[str, Any]]:
     """The custom id, if there is one, and the parameters, whichever form the row has."""
     if isinstance(item, (str, list, tuple)):
@@ -237,7 +248,7 @@ def open_source(source: str | Path | IO[bytes] | Iterable[Any]) -> Source:
         except OSError as error:
             raise InvalidBatch([Fault(0, "input", f"{path} cannot be read: {error.strerror or error}")]) from None
         return FileSource(lambda: open_lines(path))
-    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+    if not is_column(source):
         raise InvalidRequest("source", f"a {type(source).__name__}", "a path, a file, or an iterable of prompts")
     if hasattr(source, "read"):
         file = cast("IO[bytes]", source)

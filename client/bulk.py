@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from client import keys
-from client.batch_input import Checked, Row, RowReader, Source, check, open_source, plain, read_rows
+from client.batch_input import Checked, Row, RowReader, Source, check, is_column, open_source, plain, read_rows
 from client.batch_output import Output, failure_code
 from client.errors import (
     Fault,
@@ -433,7 +433,7 @@ def map_prompts(
     return_exceptions: bool = False,
 ) -> Iterator[Any]:
     """See `Client.map`."""
-    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+    if not is_column(prompts):
         raise InvalidRequest("prompts", f"a {type(prompts).__name__}", "an iterable of prompts; use submit for one")
     window: Window[int] = Window(client, size=max_inflight, ordered=True)
     return _mapped(window, _drafts(client, prompts, params), return_exceptions)

@@ -21,6 +21,8 @@ from worker.embedded import EmbeddedRedis, die_with_parent
 
 #: The longest a worker may take to load its model when a command starts one.
 START_TIMEOUT_S = 300
+#: Jobs of a worker of ours that died wait for so long at most: there is no other on that Redis.
+OWN_LEASE_S = 20
 #: Pauses before a worker of ours that died is started again: the first, and the longest.
 RESTART_S, LONGEST_RESTART_S = 0.5, 60.0
 
@@ -64,7 +66,7 @@ def serving(settings: Settings) -> Iterator[Serving]:
 def own_pair(settings: Settings) -> Iterator[Serving]:
     """A client of a Redis and a worker that exist for this call only. Start it in the main thread."""
     with EmbeddedRedis.ephemeral() as server:
-        own = settings.model_copy(update={"redis_url": server.url})
+        own = settings.model_copy(update={"redis_url": server.url, "lease_s": min(settings.lease_s, OWN_LEASE_S)})
         with Client(settings=own) as client, contextlib.closing(_Worker(own)) as worker:
             with note.status(f"no worker runs; starting one with model {settings.model_name} for this call"):
                 worker.wait_until_served(client)
@@ -81,7 +83,7 @@ class _Worker:
 
     def __init__(self, settings: Settings) -> None:
         self._model = settings.model_name
-        ours = {name: getattr(settings, name) for name in ("redis_url", "model", "dtype")}
+        ours = {name: getattr(settings, name) for name in ("redis_url", "model", "dtype", "lease_s")}
         self._environment = {**os.environ, **{f"MILLRACE_{name.upper()}": str(value) for name, value in ours.items()}}
         self._environment["MILLRACE_LOG_FORMAT"] = "console"
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,13 +192,36 @@ def test_map_gives_results_in_order_and_reads_no_further_than_it_may(client: Cli
     assert given == 60
 
 
-def test_map_takes_columns_of_arrays(client: Client) -> None:
+class Column:
+    """A column as tables give it: it has a length and places, and can be iterated as often as one likes."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, place: int) -> Any:
+        return self._values[place]
+
+
+def test_columns_of_tables_are_taken_as_they_are(client: Client, tmp_path: Path) -> None:
     import numpy as np
 
-    texts = np.array(["Hello.", "The river"])
-    tokens = np.array([[15496, 13], [464, 7850]])
+    texts = ["Hello.", "The river"]
+    columns = {
+        "datasets": Column(texts),
+        "pandas": Column(np.array(texts, dtype=object)),
+        "pyarrow": Column([Scalar(text) for text in texts]),
+        "numpy": np.array(texts),
+        "tokens": np.array([[15496, 13], [464, 7850]]),
+    }
     options = {"max_tokens": 3, "temperature": 0}
-    assert [r.text for r in client.map(texts, **options)] == [r.text for r in client.map(tokens, **options)]
+    expected = [client.submit(text, **options).result(60).text for text in texts]
+    for name, column in columns.items():
+        assert [result.text for result in client.map(column, **options)] == expected, name
+        client.batch(column, tmp_path / name, params=options)
+        assert list(texts_of(tmp_path / name).values()) in (expected, expected[::-1]), name
 
 
 def test_map_raises_at_the_prompt_that_fails(client: Client) -> None:
