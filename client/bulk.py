@@ -28,6 +28,7 @@ from client.errors import (
     QueueFull,
     RedisRefused,
     RedisUnreachable,
+    UnknownJob,
     connection_advice,
 )
 from client.records import Outcome, parse_outcome
@@ -128,9 +129,10 @@ class Window(Generic[K]):
 
     def drop(self) -> None:
         """Cancel what is outstanding: nobody will ask for it."""
-        with contextlib.suppress(MillraceError):
+        with contextlib.suppress(RedisUnreachable, RedisRefused):
             for job_id in list(self._waiting):
-                self._client.cancel(job_id)
+                with contextlib.suppress(UnknownJob):
+                    self._client.cancel(job_id)
 
     def _take(self, source: Iterator[tuple[K, _Draft | Exception]]) -> bool:
         """Fill the window from the input. Returns whether there may be more."""
@@ -215,8 +217,9 @@ class Window(Generic[K]):
         return ready
 
     def _lost_sight(self, error: RedisUnreachable | RedisRefused) -> None:
-        permanent = connection_advice(error.reason) or any(sign in error.reason.lower() for sign in _FOR_EVER)
-        if permanent:
+        # A unix socket that is not there is a server that is being started, and no path that has to be corrected.
+        advice = None if error.url.startswith("unix:") else connection_advice(error.reason)
+        if advice or any(sign in error.reason.lower() for sign in _FOR_EVER):
             raise error
         if self._silent_since is None:
             self._silent_since = time.monotonic()

@@ -179,6 +179,8 @@ def run_batch(
             served.look()
             screen.update(now)
 
+        if options["resume"] or options["retry_errors"]:
+            screen.tell(f"going on with {output}")
         try:
             batch.run(output, tell=screen.tell, on_progress=look, **options)
         except KeyboardInterrupt:

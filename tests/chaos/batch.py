@@ -71,6 +71,8 @@ class Verdict:
     lines: int
     deaths: Counter[str] = field(default_factory=Counter)
     starts: int = 0
+    #: Starts that ended at once, rightly, because Redis or the worker was not there.
+    refused: int = 0
     seconds: float = 0.0
     missing: int = 0
     repeated: int = 0
@@ -102,7 +104,6 @@ class Storm:
     def run(self) -> Verdict:
         """The undisturbed run, the disturbed one, and how they compare."""
         with Server("always") as server:
-            # An id of its own, so that no worker of the suite's other runs is meant.
             settings = load_settings(redis_url=server.url, lease_s=LEASE_S, slots=16)
             worker = Worker("one", self._directory, settings)
             worker.start()
@@ -168,14 +169,15 @@ class Storm:
         self._client = None
         if code in (0, 1):
             return code
-        if code == -signal.SIGKILL or code == 3:  # 3: Redis or the worker was not there when it began
+        if code == 3 and not self._has_begun():
+            self.verdict.refused += 1
             time.sleep(0.2)
             return None
         raise RuntimeError(f"the client ended with {code}:\n{self._said()}")
 
     def _start_client(self, url: str) -> subprocess.Popen[bytes]:
         self.verdict.starts += 1
-        with (self._directory / "client.log").open("ab") as log:
+        with (self._directory / "client.log").open("wb") as log:
             return subprocess.Popen(
                 die_with_parent(self._command(self._output, "--resume")),
                 env=self._environment(url),
@@ -183,11 +185,16 @@ class Storm:
                 stderr=log,
             )
 
+    def _has_begun(self) -> bool:
+        """Whether the process that ended last had found Redis and a worker: it says so before it computes."""
+        return "going on with" in (self._directory / "client.log").read_text(errors="replace")
+
     def _kill(self, victim: str, server: Server, worker: Worker) -> None:
         time.sleep(self._dice.random() * 0.05)
         if victim == "client" and self._client is not None:
             self._client.kill()
             self._client.wait()
+            self._client = None
         elif victim == "worker":
             worker.kill(self._dice.random())
         elif victim == "redis":
@@ -251,7 +258,8 @@ def main(lines: int, seed: int, deaths: int, zipped: bool) -> None:
     verdict = storm(lines, seed, deaths, zipped=zipped)
     died = ", ".join(f"{verdict.deaths[victim]} {victim}" for victim in VICTIMS)
     click.echo(
-        f"seed {seed}: {verdict.lines} lines, killed: {died}; {verdict.starts} starts of the client, "
+        f"seed {seed}: {verdict.lines} lines, killed: {died}; {verdict.starts} starts of the client "
+        f"({verdict.refused} found no Redis or worker), "
         f"{verdict.seconds:.0f} s; missing {verdict.missing}, repeated {verdict.repeated}, "
         f"different {verdict.different}: {'right' if verdict.right else 'WRONG'}"
     )
