@@ -152,7 +152,7 @@ class Storm:
                 moved_at, before = time.monotonic(), there
             if time.monotonic() - moved_at > PATIENCE_S:
                 raise TimeoutError(f"no line for {PATIENCE_S:g} s:\n{self._said()}")
-            while self._plan and there >= self._plan[0][0]:
+            while self._plan and there >= self._plan[0][0] and self._client is not None:
                 self._kill(self._plan.pop(0)[1], server, worker)
             time.sleep(0.01)
 
