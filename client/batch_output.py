@@ -122,10 +122,8 @@ class RowFile:
             else:
                 self._sound += len(line)
                 yield written
-        if self._torn and not self._sound:
-            with self._opened() as file:
-                if b"\n" in file.read(2**16):
-                    raise OutputRefused(f"{self.path} is no output of a batch: nothing in it is one of its lines")
+        if self._torn and not self._sound and any(line.endswith(b"\n") for line in self._lines()):
+            raise OutputRefused(f"{self.path} is no output of a batch: nothing in it is one of its lines")
 
     def _opened(self) -> IO[bytes]:
         return open_lines(self.path) if self._zipped else self.path.open("rb")

@@ -154,7 +154,7 @@ class Storm:
                 raise TimeoutError(f"no line for {PATIENCE_S:g} s:\n{self._said()}")
             while self._plan and there >= self._plan[0][0] and self._client is not None:
                 self._kill(self._plan.pop(0)[1], server, worker)
-            time.sleep(0.01)
+            time.sleep(0.03)
 
     def _step_client(self, server: Server) -> int | None:
         """Start it if it is not there; its exit code when it has ended by itself, with nobody to die any more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import os
@@ -318,7 +319,8 @@ def test_ctrl_c_says_how_to_go_on(redis_url: str, tmp_path: Path) -> None:
     source.write_text("".join(json.dumps({**row, "max_tokens": 60, "ignore_eos": True}) + "\n" for row in prompts(300)))
     environment = {**os.environ, "MILLRACE_REDIS_URL": redis_url}
     command = [*MILLRACE, "-i", str(source), "-o", str(out), "--max-inflight", "100"]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, preexec_fn=heed)
     deadline = time.monotonic() + 30
     while not out.exists() or not out.stat().st_size:
         assert time.monotonic() < deadline

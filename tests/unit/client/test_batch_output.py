@@ -80,6 +80,10 @@ def test_rows_are_appended_after_every_kind_of_end(tmp_path: Path, name: str) ->
         write(path, ["d"])
         assert names_in(path)[:2] == ["a", "b"]
         assert names_in(path)[-1] == "d"
+    for torn in range(0, len(whole), 11):  # or the first
+        path.write_bytes(whole[:torn])
+        write(path, ["d"])
+        assert names_in(path)[-1] == "d"
     path.write_bytes(data + b"\0" * 4096)  # a power failure may leave such an end
     write(path, ["d"])
     assert names_in(path) == ["a", "b", "c", "d"]
