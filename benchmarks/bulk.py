@@ -66,6 +66,9 @@ def write_lines(path: Path, count: int) -> int:
 #: Checks the file it is given: rate, and the most memory before and after. A process of its own, which loads no torch.
 CHECK = """
 import json, resource, sys, time
+from client import Client
+from client.bulk import Batch
+from config import load_settings
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
