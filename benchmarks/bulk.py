@@ -34,27 +34,7 @@ WORDS = "the river mill turns a wheel of stone and water runs on under grey morn
 def write_lines(path: Path, count: int) -> int:
     """A file in the Batch form, of about 60 words a prompt. Returns its bytes."""
     dice = random.Random(1)
-    words = [
-        "the",
-        "river",
-        "mill",
-        "turns",
-        "a",
-        "wheel",
-        "of",
-        "stone",
-        "and",
-        "water",
-        "runs",
-        "on",
-        "under",
-        "grey",
-        "morning",
-        "sky",
-        "while",
-        "people",
-        "wait",
-    ]
+    words = WORDS.split()
     with path.open("w") as file:
         for number in range(count):
             body = {"prompt": " ".join(dice.choices(words, k=60)), "max_tokens": 16, "temperature": 0}
@@ -65,13 +45,11 @@ def write_lines(path: Path, count: int) -> int:
 
 #: Checks the file it is given: rate, and the most memory before and after. A process of its own, which loads no torch.
 CHECK = """
-import json, resource, sys, time
+import json, sys, time
 from client import Client
 from client.bulk import Batch
 from config import load_settings
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from worker.batch import peak_memory as peak
 
 with Client(settings=load_settings(redis_url="redis://localhost:1/0")) as client:
     before, began = peak(), time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import resource
 import secrets
 import shlex
@@ -13,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -139,6 +141,9 @@ def summary(report: BatchReport, output: str, errors: str | None) -> str:
 
 def peak_memory() -> int:
     """The most memory that this process had, in bytes."""
+    with contextlib.suppress(OSError):  # Linux; what getrusage says there begins with the memory of our parent
+        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
