@@ -247,7 +247,7 @@ class Estimate:
     def count(self, tokens: int, fields: dict[str, Any], max_context: int) -> bool:
         """Add a row. Returns whether the model can compute it."""
         new = fields.get("max_tokens", SamplingParams.model_fields["max_tokens"].default)
-        fits = tokens + new <= max_context
+        fits = bool(tokens + new <= max_context)
         self.rows += 1
         self.prompt_tokens += tokens
         self.longest_prompt = max(self.longest_prompt, tokens)
