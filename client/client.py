@@ -1,13 +1,13 @@
 """The client: checks, publishes, polls. One connection however many jobs wait, and no channel for each of them.
 
 Jobs submitted together share messages, for a message costs more than a short job; all else of a job is its own.
+What waiting is, `client.watch` says; `client.aio` is the other face of the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import secrets
@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast, overload
 
 import redis
 from kombu.exceptions import OperationalError
@@ -35,7 +35,7 @@ from client.errors import (
     UnknownJob,
     UnreadableRecord,
 )
-from client.job import Job
+from client.job import Handle, Job
 from client.records import Outcome, parse_outcome
 from client.schema import (
     CHECKPOINT_TENSORS,
@@ -50,6 +50,7 @@ from client.schema import (
 from client.signing import mark, sign
 from client.status import Status, count_queued, read_status
 from client.transport import connect, explain, producer_app, queue, resolve_url
+from client.watch import LAST_POLL_S, News, Watch
 from config import Settings, load_settings
 from config.settings import redact_url, slug
 
@@ -58,18 +59,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("millrace.client")
 
-#: Polling starts often and slows down: a short job is seen at once, a long one costs a request a second.
-FIRST_POLL_S, LAST_POLL_S, POLL_GROWTH = 0.01, 1.0, 1.5
-#: The share of its time that a client spends asking, at most, unless that made it rest longer than this.
-POLL_SHARE, LONGEST_REST_S = 0.05, 0.1
-#: Results asked for in one request.
-MGET_KEYS = 250
-#: Job records written in one request.
+#: Job records written, or jobs cancelled, in one request.
 RECORD_JOBS = 512
 #: What one message holds at most: few jobs, so that several workers share a flood and a lost message costs little.
 GROUP_JOBS, GROUP_BYTES = 16, 65_536
-#: A wait goes on through a Redis that is away for at most this long; restarts take less.
-PATIENCE_S = 60.0
 #: How often a wait without end says that nobody serves the queue.
 REMIND_S = 30.0
 
@@ -117,8 +110,9 @@ class Client:
         Args:
             prompt: text, or token ids. The empty text stands for the end-of-text token.
             id: a name of your own for the job; submitting the same request again under it gives the same job.
-            params: sampling parameters (client.schema.SamplingParams), `priority`, `model`, and `timeout_s`, the
-                seconds after which nobody wants the result any more.
+            params: sampling parameters (client.schema.SamplingParams), `priority`, `model`, `stream` (True if
+                `Job.stream` is to give the text as it comes), and `timeout_s`, the seconds after which nobody wants
+                the result any more.
 
         Raises:
             InvalidRequest: a parameter is wrong; nothing was queued.
@@ -206,17 +200,25 @@ class Client:
         """A handle on a job that was submitted anywhere. Nothing is asked of Redis yet."""
         return Job(job_id, self)
 
-    def cancel(self, job_id: str) -> bool:
-        """Ask for a job to be cancelled; see `Job.cancel`."""
-        outcome, _ = self._look(job_id)
-        if outcome is not None:
-            return False
-        with self._reachable():
-            self._redis.set(keys.cancel(job_id), "1", ex=keys.UNFINISHED_TTL_S)
-            if self._look(job_id)[0] is not None:  # it has ended meanwhile, and nobody else would take the key away
-                self._redis.expire(keys.cancel(job_id), 0)  # not DEL, to which a client has no right
-                return False
-        return True
+    @overload
+    def cancel(self, jobs: str | Handle) -> bool: ...  # type: ignore[overload-overlap]
+    @overload
+    def cancel(self, jobs: Iterable[str | Handle]) -> list[bool]: ...
+    def cancel(self, jobs: str | Handle | Iterable[str | Handle]) -> bool | list[bool]:
+        """Ask for a job, or for many, to be cancelled; jobs or their ids. Many take a few requests, not a few each.
+
+        A running one stops at its next token and its slot is free, a queued one ends when a worker meets it. Returns
+        whether that could still have an effect: a bool, or for many a list of them.
+
+        Raises:
+            UnknownJob: there is no such job; of many, none was cancelled in whose part of RECORD_JOBS one is unknown.
+            RedisUnreachable, RedisRefused: Redis does not answer, or with an error.
+        """
+        if isinstance(jobs, (str, Handle)):
+            return self._cancel([_id_of(jobs)])[0]
+        job_ids = [_id_of(job) for job in jobs]
+        parts = [job_ids[start : start + RECORD_JOBS] for start in range(0, len(job_ids), RECORD_JOBS)]
+        return [flag for part in parts for flag in self._cancel(part)]
 
     def as_completed(self, jobs: Iterable[Job], timeout: float | None = None) -> Iterator[Job]:
         """The jobs as they end, in whatever way; `job.result()` then answers at once.
@@ -226,13 +228,11 @@ class Client:
             UnknownJob, RedisUnreachable: as for `Job.result`.
         """
         waiting = {job.id: job for job in jobs}
-        for job in waiting.values():
-            if job._client.url != self.url:
-                raise InvalidRequest("jobs", f"job {job.id} of another Redis", "jobs of this client")
+        check_home(waiting.values(), self.url)
         for job in [job for job in waiting.values() if job._outcome is not None]:
             yield waiting.pop(job.id)
-        for outcomes in self._poll(waiting, timeout):
-            for job_id, outcome in outcomes.items():
+        for news in self._watch(waiting, timeout):
+            for job_id, outcome in news.outcomes.items():
                 waiting[job_id]._outcome = outcome
                 yield waiting.pop(job_id)
 
@@ -372,86 +372,78 @@ class Client:
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def _look(self, job_id: str) -> tuple[Outcome | None, State]:
-        with self._reachable():
-            pipe = self._redis.pipeline(transaction=False)
-            pipe.get(keys.result(job_id))
-            pipe.hget(keys.job(job_id), "state")
-            record, state = (_no_record(answer) for answer in pipe.execute(raise_on_error=False))
-        outcome = parse_outcome(record)
-        if outcome is None and state is None:
-            raise UnknownJob(job_id)
+        ((outcome, state),) = self._look_at([job_id])
         if outcome is None and state not in ("queued", "running"):
-            raise UnreadableRecord(job_id)
+            raise UnreadableRecord(job_id).about(Job(job_id, self))
         return outcome, cast("State", state or "queued")
 
-    def _wait(self, job_id: str, timeout: float | None) -> Outcome:
-        for outcomes in self._poll([job_id], timeout):
-            if job_id in outcomes:
-                return outcomes[job_id]
-        raise AssertionError("polling ends with an outcome or an error")  # pragma: no cover
-
-    def _poll(self, job_ids: Iterable[str], timeout: float | None) -> Iterator[dict[str, Outcome]]:
-        """Outcomes as they are found, until there is one for each id."""
-        _check_timeout(timeout)
-        waiting = list(job_ids)
-        started = last_answer = time.monotonic()
-        pause, remind = FIRST_POLL_S, REMIND_S
-        for turn in itertools.count():
-            asked = time.monotonic()
-            try:
-                found = self._fetch(waiting, turn)
-                last_answer = time.monotonic()
-            except RedisUnreachable:
-                if turn == 0 or time.monotonic() - last_answer > PATIENCE_S:
-                    raise
-                found = {}
-            least = min((time.monotonic() - asked) / POLL_SHARE, LONGEST_REST_S)
-            if found:
-                pause = FIRST_POLL_S
-                yield found
-                waiting = [job_id for job_id in waiting if job_id not in found]
-            if not waiting:
-                return
-            elapsed = time.monotonic() - started
-            if not found and timeout is not None and elapsed >= timeout:
-                raise self._late(waiting[0], timeout)
-            if not found and timeout is None and elapsed > remind:
-                remind += REMIND_S
-                self._remind(waiting)
-            rest = max(pause, least)
-            time.sleep(rest if timeout is None else max(0.0, min(rest, timeout - elapsed)))
-            pause = min(pause * POLL_GROWTH, LAST_POLL_S)
-
-    def _fetch(self, job_ids: list[str], turn: int) -> dict[str, Outcome]:
-        """Outcomes that are there. In the first turn all jobs are asked for, and each must end or exist.
-
-        Jobs end about in the order they came. So later turns ask for the oldest until a part of them has none that
-        ended, and for one part beyond, another one each time.
-        """
-        found: dict[str, Outcome] = {}
-        parts = [job_ids[start : start + MGET_KEYS] for start in range(0, len(job_ids), MGET_KEYS)]
-        going_on = True
+    def _look_at(self, job_ids: list[str]) -> list[tuple[Outcome | None, str | None]]:
+        """Outcomes and states of jobs. Raises UnknownJob."""
         with self._reachable():
-            for index, part in enumerate(parts):
-                if turn and not going_on and index != turn % len(parts):
-                    continue
-                before = len(found)
-                records = cast("list[str | None]", self._redis.mget([keys.result(job_id) for job_id in part]))
-                for job_id, record in zip(part, records, strict=True):
-                    if (outcome := parse_outcome(record)) is not None:
-                        found[job_id] = outcome
-                going_on = going_on and len(found) > before
-            if turn == 0:
-                self._check_known([job_id for job_id in job_ids if job_id not in found])
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.mget([keys.result(job_id) for job_id in job_ids])
+            for job_id in job_ids:
+                pipe.hget(keys.job(job_id), "state")
+            records, *answers = pipe.execute(raise_on_error=False)
+            states = [_no_record(answer) for answer in answers]
+        found = [(parse_outcome(record), state) for record, state in zip(records, states, strict=True)]
+        for job_id, (outcome, state) in zip(job_ids, found, strict=True):
+            if outcome is None and state is None:
+                raise self._unknown(job_id)
         return found
 
-    def _check_known(self, job_ids: list[str]) -> None:
-        pipe = self._redis.pipeline(transaction=False)
+    def _cancel(self, job_ids: list[str]) -> list[bool]:
+        open_jobs = [j for j, (outcome, _) in zip(job_ids, self._look_at(job_ids), strict=True) if outcome is None]
+        ended = set(job_ids).difference(open_jobs)
+        if open_jobs:
+            with self._reachable():
+                pipe = self._redis.pipeline(transaction=False)
+                for job_id in open_jobs:
+                    pipe.set(keys.cancel(job_id), "1", ex=keys.UNFINISHED_TTL_S)
+                pipe.mget([keys.result(job_id) for job_id in open_jobs])
+                records = pipe.execute()[-1]
+                # Those that have ended meanwhile: nobody else would take the key away.
+                late = {j for j, record in zip(open_jobs, records, strict=True) if parse_outcome(record) is not None}
+                for job_id in late:
+                    pipe.expire(keys.cancel(job_id), 0)  # not DEL, to which a client has no right
+                pipe.execute()
+            ended |= late
+        return [job_id not in ended for job_id in job_ids]
+
+    def _watch(self, job_ids: Iterable[str], timeout: float | None, *, events: bool = False) -> Iterator[News]:
+        """News of jobs, with their events if asked, until the outcome of each has come."""
+        check_timeout(timeout)
+        watch = Watch()
         for job_id in job_ids:
-            pipe.exists(keys.job(job_id), keys.result(job_id))  # it may have ended since
-        for job_id, there in zip(job_ids, pipe.execute(), strict=True):
-            if not there:
-                raise UnknownJob(job_id)
+            watch.add(job_id, events=events)
+        started, remind = time.monotonic(), REMIND_S
+        while watch:
+            left = LAST_POLL_S if timeout is None else max(0.0, started + timeout - time.monotonic())
+            if news := self._turn(watch, left):
+                yield news
+            elif timeout is not None and time.monotonic() - started >= timeout:
+                raise self._late(next(iter(watch)), timeout)
+            elif timeout is None and time.monotonic() - started > remind:
+                remind += REMIND_S
+                self._remind(list(watch))
+            if watch:
+                time.sleep(min(watch.rest_s, left))
+
+    def _turn(self, watch: Watch, block_s: float) -> News:
+        """Ask once. Raises UnknownJob, and RedisUnreachable when it is time to give up."""
+        try:
+            with self._reachable():
+                pipe = self._redis.pipeline(transaction=False)
+                for command in watch.request(block_s):
+                    pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+                news = watch.answer(pipe.execute())
+        except RedisUnreachable:
+            if watch.failed():
+                raise
+            return News()
+        for job_id in news.unknown:
+            raise self._unknown(job_id)
+        return news
 
     def _checkpoints(self, job_id: str) -> dict[str, np.ndarray]:
         from safetensors import SafetensorError
@@ -460,20 +452,23 @@ class Client:
         with self._reachable(), connect(self.url, text=False) as connection:
             fields = cast("dict[bytes, bytes]", connection.hgetall(keys.checkpoint(job_id)))
         if not fields:
-            raise NoCheckpoints(job_id)
+            raise NoCheckpoints(job_id).about(Job(job_id, self))
         try:
             found = {name.decode(): load(data)["tensor"] for name, data in fields.items()}
         except (SafetensorError, KeyError, UnicodeDecodeError) as error:
-            raise NoCheckpoints(job_id) from error
+            raise NoCheckpoints(job_id).about(Job(job_id, self)) from error
         order = [name for names in CHECKPOINT_TENSORS.values() for name in names]
         return {name: found[name] for name in dict.fromkeys([*order, *sorted(found)]) if name in found}
+
+    def _unknown(self, job_id: str) -> UnknownJob:
+        return UnknownJob(job_id).about(Job(job_id, self))
 
     def _late(self, job_id: str, timeout: float) -> ResultTimeout:
         outcome, state = self._look(job_id)
         model = self._model_of(job_id)
         if outcome is None and not self.status().serves(model):
-            return NoWorker(job_id, timeout, state, keys.queue(model))
-        return ResultTimeout(job_id, timeout, state)
+            return NoWorker(job_id, timeout, state, keys.queue(model)).about(Job(job_id, self))
+        return ResultTimeout(job_id, timeout, state).about(Job(job_id, self))
 
     def _remind(self, waiting: list[str]) -> None:
         with contextlib.suppress(RedisUnreachable):
@@ -552,11 +547,26 @@ def _used(job_id: str) -> InvalidRequest:
     return InvalidRequest("id", repr(job_id), "an id that no other request has; this one was used already")
 
 
-def _check_timeout(timeout: Any) -> None:
+def check_timeout(timeout: Any) -> None:
+    """Refuse what is no timeout."""
     if timeout is None:
         return
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
         raise InvalidRequest("timeout", repr(timeout)[:80], "a number of seconds from 0, or None")
+
+
+def check_home(jobs: Iterable[Handle], url: str) -> None:
+    """Refuse jobs of another Redis."""
+    for job in jobs:
+        if job._url != url:
+            raise InvalidRequest("jobs", f"job {job.id} of another Redis", "jobs of this client")
+
+
+def _id_of(job: Any) -> str:
+    job_id = job.id if isinstance(job, Handle) else job
+    if not is_job_id(job_id):
+        raise InvalidRequest("job", repr(job_id)[:80], "a job, or its id")
+    return job_id
 
 
 def _check_id(job_id: Any) -> str:

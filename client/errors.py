@@ -11,6 +11,7 @@ MillraceError
 ├── UnknownJob (KeyError)               no job has this id, or its record has expired
 ├── UnreadableRecord                    something else wrote where the job's record should be
 ├── NoCheckpoints (KeyError)            no tensors were kept for this job, or not any more
+├── StreamChanged                       what was streamed is not what the job came to
 ├── ResultTimeout (TimeoutError)        no result yet; the job goes on
 │   └── NoWorker                        ... and no worker serves the queue
 └── JobError                            the job ended without a result
@@ -21,11 +22,24 @@ MillraceError
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 
 class MillraceError(Exception):
-    """The base of all errors of millrace."""
+    """The base of all errors of millrace.
+
+    Attributes:
+        code: a short fixed word for programs, for example `queue_full`; docs/client.md says what to do about each.
+        job: the `client.Job` (`client.AsyncJob`) it is about, where it is about one; else None.
+    """
+
+    code = "error"
+    job: Any = None
+
+    def about(self, job: Any) -> Self:
+        """The same error, of this job."""
+        self.job = job
+        return self
 
 
 class InvalidRequest(MillraceError, ValueError):
@@ -36,6 +50,8 @@ class InvalidRequest(MillraceError, ValueError):
         value: what was given, shortened; prompts are never quoted.
         expected: what would be right.
     """
+
+    code = "invalid_request"
 
     def __init__(self, field: str, value: str, expected: str) -> None:
         super().__init__(field, value, expected)
@@ -89,6 +105,8 @@ class OutputRefused(MillraceError):
 class QueueFull(MillraceError):
     """Raised when the queue already holds as many jobs as `MILLRACE_MAX_QUEUE` allows."""
 
+    code = "queue_full"
+
     def __init__(self, queue: str, depth: int, limit: int) -> None:
         super().__init__(queue, depth, limit)
         self.queue, self.depth, self.limit = queue, depth, limit
@@ -121,6 +139,8 @@ class _RedisFailed(MillraceError):
 class RedisUnreachable(_RedisFailed, ConnectionError):
     """Raised when Redis cannot be reached."""
 
+    code = "redis_unreachable"
+
     def __str__(self) -> str:
         advice = connection_advice(self.reason) or "start it, or set MILLRACE_REDIS_URL"
         return self._with_accepted(f"Redis at {self.url} cannot be reached ({self.reason}); {advice}")
@@ -151,6 +171,8 @@ def connection_advice(reason: str) -> str | None:
 class RedisRefused(_RedisFailed):
     """Raised when Redis answers with an error: it is out of memory, read-only, or the user has no right."""
 
+    code = "redis_refused"
+
     def __str__(self) -> str:
         advice = "see its memory limit, its disk, and the user's rights"
         return self._with_accepted(f"Redis at {self.url} refuses ({self.reason}); {advice}")
@@ -158,6 +180,8 @@ class RedisRefused(_RedisFailed):
 
 class UnknownJob(MillraceError, KeyError):
     """Raised when no job has this id: it was never submitted here, or its record has expired."""
+
+    code = "unknown_job"
 
     def __init__(self, job_id: str) -> None:
         super().__init__(job_id)
@@ -173,6 +197,8 @@ class UnknownJob(MillraceError, KeyError):
 class UnreadableRecord(MillraceError):
     """Raised when what stands in place of a job's record is none of ours. The job may go on; its result is apart."""
 
+    code = "unreadable_record"
+
     def __init__(self, job_id: str) -> None:
         super().__init__(job_id)
         self.job_id = job_id
@@ -187,6 +213,8 @@ class UnreadableRecord(MillraceError):
 class NoCheckpoints(MillraceError, KeyError):
     """Raised when a job has no checkpoint tensors: it did not ask, has not succeeded, or they have expired."""
 
+    code = "no_checkpoints"
+
     def __init__(self, job_id: str) -> None:
         super().__init__(job_id)
         self.job_id = job_id
@@ -198,8 +226,30 @@ class NoCheckpoints(MillraceError, KeyError):
         )
 
 
+class StreamChanged(MillraceError):
+    """Raised by `stream` when a job that was computed again came to another text than the one told so far.
+
+    The job itself is well: `job.result()` has its text. In float32 a job gives the same text wherever it is computed;
+    half precision on machines of different kinds may not.
+    """
+
+    code = "stream_changed"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+    def __str__(self) -> str:
+        return (
+            f"job {self.job_id} was computed again, on a machine that rounds differently, and its text is not the one "
+            "that was streamed so far; leave that out and take job.result()"
+        )
+
+
 class ResultTimeout(MillraceError, TimeoutError):
     """Raised when the wait for a result was longer than its timeout. The job goes on; ask again."""
+
+    code = "result_timeout"
 
     def __init__(self, job_id: str, timeout_s: float, state: str) -> None:
         super().__init__(job_id, timeout_s, state)
@@ -211,6 +261,8 @@ class ResultTimeout(MillraceError, TimeoutError):
 
 class NoWorker(ResultTimeout):
     """Raised like `ResultTimeout` when, on top, no worker serves the job's queue."""
+
+    code = "no_worker"
 
     def __init__(self, job_id: str, timeout_s: float, state: str, queue: str = "") -> None:
         super().__init__(job_id, timeout_s, state)
@@ -230,17 +282,13 @@ class JobError(MillraceError):
     Attributes:
         code: a short fixed word, for example `context_length_exceeded`.
         message: what happened and what to do.
-        job: the `client.Job`, where known.
         partial: the texts computed so far, one a sample; may be empty.
     """
-
-    code = "error"
 
     # The arguments are what Celery's JSON result record keeps, so an AsyncResult raises the same exception.
     def __init__(self, code: str = "", message: str = "", partial: list[str] | None = None) -> None:
         super().__init__(code or self.code, message, partial or [])
         self.code, self.message, self.partial = code or self.code, message, partial or []
-        self.job: Any = None
 
     def __str__(self) -> str:
         return f"{self.message} [{self.code}]"

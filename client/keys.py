@@ -63,6 +63,11 @@ def cancel(job_id: str) -> str:
     return f"{PREFIX}cancel:{job_id}"
 
 
+def events(job_id: str) -> str:
+    """Stream: the text of a job that asked for streaming, as it came; each entry a `client.schema.StreamEvent`."""
+    return f"{PREFIX}events:{job_id}"
+
+
 def checkpoint(job_id: str) -> str:
     """Hash: checkpoint tensor by name, as safetensors bytes."""
     return f"{PREFIX}checkpoint:{job_id}"

@@ -195,7 +195,8 @@ class GenerateRequest(SamplingParams):
     priority: Priority = Field("normal", description="'interactive', 'normal' or 'bulk'")
     #: Unix time after which nobody wants the result; None is never.
     expires_at: float | None = Field(None, ge=0, le=1e11, description="a Unix time in seconds, or None")
-
+    #: Whether text is written to the job's stream of events as it comes, for `Job.stream`.
+    stream: bool = Field(False, description="True or False")
     #: Checkpoints of the first sample whose tensors are kept for `Job.checkpoints`.
     checkpoints: Annotated[list[Int], BeforeValidator(_checkpoint_list)] = Field(
         default_factory=list, max_length=13, description="'all', or a list of checkpoint numbers from 0 to 12"
@@ -256,6 +257,28 @@ class Choice(BaseModel):
     #: The stop string or stop token id that ended it; None at end-of-text and at max_tokens.
     stop_reason: str | int | None = None
     logprobs: list[TokenLogprob] | None = None
+
+
+class StreamPiece(BaseModel):
+    """What one sample gained: tokens from number `at` of the choice on, text from character `text_at` on.
+
+    A job that is computed again writes the same positions again, cut differently; readers go by the positions.
+    """
+
+    index: int = Field(0, ge=0)
+    at: int = Field(0, ge=0)
+    text_at: int = Field(0, ge=0)
+    text: str = ""
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class StreamEvent(BaseModel):
+    """An entry of a job's stream of events. `end`: its result record has been written."""
+
+    pieces: list[StreamPiece] = []
+    end: bool = False
 
 
 class Usage(BaseModel):

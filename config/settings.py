@@ -66,6 +66,8 @@ class Settings(BaseSettings):
     result_ttl_s: int = Field(
         86_400, description="a whole number of seconds, from 60 to 315360000", ge=60, le=MAX_SECONDS
     )
+    #: Of the events of a job that streams, after the last one; what they tell is in the result too.
+    events_ttl_s: int = Field(3_600, description="a whole number of seconds, from 1 to 315360000", ge=1, le=MAX_SECONDS)
     checkpoint_ttl_s: int = Field(
         3_600, description="a whole number of seconds, from 1 to 315360000", ge=1, le=MAX_SECONDS
     )

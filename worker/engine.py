@@ -160,6 +160,7 @@ class Engine:
         job_id: str | None = None,
         on_start: Callable[[], None] | None = None,
         on_text: Callable[[TextDelta], None] | None = None,
+        text_every_s: float = 0.0,
         on_trace: Callable[[dict[str, bytes]], None] | None = None,
     ) -> Future[Result]:
         """Take a job. The future gives its Result, or raises a JobError; cancelling the future cancels the job.
@@ -168,6 +169,8 @@ class Engine:
             job_id: the job's name in results and for `cancel`; made up if not given.
             on_start: called when the job gets its first slot. It and `on_text` run in the engine's thread: be quick.
             on_text: called with each piece of text, in whole characters, as it comes.
+            text_every_s: seconds between two calls of `on_text` for a sample; what comes in between goes together. The
+                first and the last piece do not wait.
             on_trace: called before the future is done with the tensors of the checkpoints that the request asks for,
                 each as safetensors bytes by name.
 
@@ -181,6 +184,7 @@ class Engine:
             future.set_exception(error)
             return future
         generation.on_start, generation.on_text, generation.on_trace = on_start, on_text, on_trace
+        generation.text_every_s = text_every_s
         future.add_done_callback(lambda done: self._note_cancel(generation) if done.cancelled() else None)
         with self._wake:
             if self._stopping:
@@ -493,7 +497,7 @@ class Engine:
             elif sequence in self._owner:
                 self.tokens += 1
                 sequence.append(score)
-                self._tell(sequence)
+                self._tell(sequence, now)
         return [s for s in (*step.decodes, *step.prefilled) if s.finish_reason and s in self._owner]
 
     def _note_drafts(self, step: Step, outcome: Outcome) -> None:
@@ -517,9 +521,12 @@ class Engine:
             self.runner.clear(sequence.slot)
         sequence.finish_scoring()
 
-    def _tell(self, sequence: Sequence) -> None:
+    def _tell(self, sequence: Sequence, now: float) -> None:
         generation = self._owner[sequence]
-        if generation.on_text is not None and (delta := sequence.take_delta()):
+        if generation.on_text is None or (now < sequence.tell_at and not sequence.finish_reason):
+            return
+        if (delta := sequence.take_delta(generation.prompt_text)) is not None:
+            sequence.tell_at = now + generation.text_every_s
             self._guarded(generation, functools.partial(generation.on_text, delta))
 
     def _retire(self, finished: list[Sequence]) -> None:

@@ -5,6 +5,7 @@
     engine thread    computes; a finished future -> finisher or writer
     finisher thread  a message of one job: Celery's own tracer      stores its result, sends events
     writer thread    jobs that share a message                      worker/writer.py; all that wait in one request
+    events thread    text of jobs that stream, as it comes          worker/events.py; the same
     main thread      a message whose last job is stored             acknowledged; Celery's bookkeeping
     monitor thread   leases, cancels, time limits, heartbeat        worker/monitor.py
 
@@ -300,6 +301,7 @@ class EnginePool(BasePool):
         self._finish_rows()
         self._finishers.shutdown()
         self._writer.stop()
+        self._engine_service.events.stop()
         self._others.shutdown(cancel_futures=True)
         self._run_main_calls()
         if self._hub is not None:
@@ -590,6 +592,7 @@ class EnginePool(BasePool):
     def _settle(self, job_ids: Sequence[str], traced: tuple[bool, Any, float] | None = None) -> None:
         """Take jobs whose results are stored out of the books; a message ends with the last of its jobs."""
         over = []
+        self._engine_service.events.end(job_ids)
         # Only now: if the next one kills the process, an end that was not stored yet would be an attempt.
         if True in [self._probation.leave(job_id) for job_id in job_ids]:
             self._intake.put("look")

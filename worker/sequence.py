@@ -31,14 +31,21 @@ class TokenScore(NamedTuple):
     top: list[tuple[int, float]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Text that one sample gained, in whole characters, and the tokens it came from; a reason when it is the last."""
+    """Text that one sample gained, in whole characters, and the tokens it came from; a reason when it is the last.
+
+    All are cut out of the choice as it will be in the result, with `echo` from the prompt on: tokens and their log
+    probabilities from number `at` on, text from character `text_at` on.
+    """
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: FinishReason | None
+    at: int = 0
+    text_at: int = 0
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(eq=False)
@@ -81,6 +88,8 @@ class Sequence:
         self._drafter: Drafter | None = None  # made when there is room for drafts, which in a crowd there is not
         self._scan_from = 0  # stop strings are looked for from here on
         self._told_text = self._told_tokens = 0  # how much has been handed out as deltas
+        self.tell_at = 0.0  # when the next delta is due, by the monotonic clock
+        self._logprobs: list[TokenLogprob] = []  # of the tokens that have been handed out
 
     @property
     def longest(self) -> int:
@@ -175,16 +184,27 @@ class Sequence:
         self._finish("stop", stop)
         return True
 
-    def take_delta(self) -> TextDelta | None:
+    def take_delta(self, prompt_text: str = "") -> TextDelta | None:
         """What is new since the last call; text that may turn out to be the start of a stop string waits."""
         end = len(self.text) if self.finish_reason else len(self.text) - self._held_back()
         if end <= self._told_text and self.finish_reason is None:
             return None
-        delta = TextDelta(
-            self.index, self.text[self._told_text : end], self.output[self._told_tokens :], self.finish_reason
-        )
-        self._told_text, self._told_tokens = max(end, self._told_text), len(self.output)
-        return delta
+        at, text_at = self._told_tokens, self._told_text
+        text, tokens, logprobs = self.text[text_at:end], self.output[at:], self._logprobs_from(at)
+        self._told_text, self._told_tokens = max(end, text_at), len(self.output)
+        if self.request.echo and at:
+            at, text_at = at + len(self.prompt), text_at + len(prompt_text)
+        elif self.request.echo:
+            text, tokens = prompt_text + text, self.prompt + tokens
+            logprobs = None if logprobs is None else [*map(self._logprob, self.prompt_scores), *logprobs]
+        return TextDelta(self.index, text, tokens, self.finish_reason, at, text_at, logprobs)
+
+    def _logprobs_from(self, at: int) -> list[TokenLogprob] | None:
+        """Log probabilities of the new tokens from number `at` on, each made once; None if they were not asked for."""
+        if self.request.logprobs is None:
+            return None
+        self._logprobs.extend(map(self._logprob, self.scores[len(self._logprobs) :]))
+        return self._logprobs[at:]
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that is a beginning of a stop string."""
@@ -197,15 +217,16 @@ class Sequence:
 
     def choice(self, prompt_text: str) -> Choice:
         """This sample as it goes into the result."""
-        echo = self.request.echo
-        scores = (self.prompt_scores if echo else []) + self.scores
+        echo, logprobs = self.request.echo, self._logprobs_from(0)
+        if echo and logprobs is not None:
+            logprobs = [*map(self._logprob, self.prompt_scores), *logprobs]
         return Choice(
             index=self.index,
             text=(prompt_text if echo else "") + self.text,
             token_ids=(self.prompt if echo else []) + self.output,
             finish_reason=self.finish_reason or "length",
             stop_reason=self.stop_reason,
-            logprobs=None if self.request.logprobs is None else [self._logprob(score) for score in scores],
+            logprobs=logprobs,
         )
 
     def _logprob(self, score: TokenScore) -> TokenLogprob:
@@ -227,6 +248,7 @@ class Generation:
     arrived_at: float
     on_start: Callable[[], None] | None = None
     on_text: Callable[[TextDelta], None] | None = None
+    text_every_s: float = 0.0
     on_trace: Callable[[dict[str, bytes]], None] | None = None
 
     @property

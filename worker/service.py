@@ -23,6 +23,7 @@ from client.transport import connect, resolve_url
 from config import Settings
 from worker.access import is_forbidden
 from worker.errors import EngineStopped
+from worker.events import TELL_EVERY_S, EventWriter
 from worker.store import RedisStore, Store
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Service:
     ) -> None:
         self.engine = engine
         self.store = store
+        self.events = EventWriter(store)
         self._signing_keys = signing_keys
         self._checkpoint_max_bytes = checkpoint_max_bytes
         #: Whether an error that says that the Redis user lacks a right is raised: the pool ends the process for it.
@@ -86,6 +88,7 @@ class Service:
         for job_id, future in futures.items():
             record = {job_id: self.record(job_id, future, encode)}
             self.patiently(functools.partial(self.store.finish, record))
+            self.events.end([job_id])
 
     def end_revoked(self, group: Any, encode: Encode) -> None:
         """Celery let a message of several jobs go unread: end its jobs as it ends a task."""
@@ -137,7 +140,14 @@ class Service:
         except JobFailed as error:
             return failed(error)
         tensors: dict[str, bytes] = {}
-        future = self.engine.submit(request, job_id=job_id, on_start=on_start, on_trace=tensors.update)
+        future = self.engine.submit(
+            request,
+            job_id=job_id,
+            on_start=on_start,
+            on_text=self.events.begin(job_id) if request.stream else None,
+            text_every_s=TELL_EVERY_S,
+            on_trace=tensors.update,
+        )
         self._dumps[future] = tensors
         return future
 
@@ -234,7 +244,7 @@ def _build(settings: Settings) -> Service:
 
     engine = Engine.from_settings(settings)
     engine.start()
-    ttl = {"result_ttl_s": settings.result_ttl_s, "checkpoint_ttl_s": settings.checkpoint_ttl_s}
+    ttl = {name: getattr(settings, name) for name in ("result_ttl_s", "checkpoint_ttl_s", "events_ttl_s")}
     store = RedisStore(connect(resolve_url(settings)), **ttl)
     return Service(
         engine,
