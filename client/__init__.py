@@ -12,6 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from celery import Signature
+
+from client.aio import AsyncClient, AsyncJob
 from client.bulk import BatchReport
 from client.client import Client
 from client.errors import (
@@ -30,17 +33,22 @@ from client.errors import (
     RedisRefused,
     RedisUnreachable,
     ResultTimeout,
+    StreamChanged,
     UnknownJob,
     UnreadableRecord,
 )
 from client.job import Job
 from client.schema import Choice, Result, SamplingParams
 from client.status import Status
+from client.stream import Event
 
 __all__ = [
+    "AsyncClient",
+    "AsyncJob",
     "BatchReport",
     "Choice",
     "Client",
+    "Event",
     "InputChanged",
     "InvalidBatch",
     "InvalidRequest",
@@ -60,6 +68,7 @@ __all__ = [
     "ResultTimeout",
     "SamplingParams",
     "Status",
+    "StreamChanged",
     "UnknownJob",
     "UnreadableRecord",
     "as_completed",
@@ -67,6 +76,7 @@ __all__ = [
     "default_client",
     "job",
     "map",
+    "signature",
     "status",
     "submit",
     "submit_many",
@@ -107,6 +117,11 @@ def job(job_id: str) -> Job:
 def as_completed(jobs: Iterable[Job], timeout: float | None = None) -> Iterator[Job]:
     """The jobs as they end; see `Client.as_completed`."""
     return default_client().as_completed(jobs, timeout)
+
+
+def signature(prompt: str | Sequence[int], **params: Any) -> Signature:
+    """A job as a signature of Celery's; see `Client.signature`."""
+    return default_client().signature(prompt, **params)
 
 
 def status() -> Status:

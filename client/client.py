@@ -7,6 +7,7 @@ What waiting is, `client.watch` says; `client.aio` is the other face of the same
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, cast, overload
 
 import redis
+from celery import Celery, Signature
 from kombu.exceptions import OperationalError
 
 from client import keys
@@ -49,7 +51,7 @@ from client.schema import (
 )
 from client.signing import mark, sign
 from client.status import Status, count_queued, read_status
-from client.transport import connect, explain, producer_app, queue, resolve_url
+from client.transport import connect, explain, producer_app, queue, resolve_url, results_app
 from client.watch import LAST_POLL_S, News, Watch
 from config import Settings, load_settings
 from config.settings import redact_url, slug
@@ -103,6 +105,8 @@ class Client:
         """Close the connections. Jobs go on."""
         self._redis.close()
         self._app.close()
+        if "celery_app" in self.__dict__:
+            self.celery_app.close()
 
     def submit(self, prompt: str | Sequence[int], *, id: str | None = None, **params: Any) -> Job:  # noqa: A002
         """Queue one prompt.
@@ -235,6 +239,29 @@ class Client:
             for job_id, outcome in news.outcomes.items():
                 waiting[job_id]._outcome = outcome
                 yield waiting.pop(job_id)
+
+    def signature(self, prompt: str | Sequence[int], *, id: str | None = None, **params: Any) -> Signature:  # noqa: A002
+        """A job as a signature of Celery's, for `group`, `chord` and `chain`; docs/client.md has examples.
+
+        Takes what `submit` takes, checks it as `submit` does, and queues nothing; `timeout_s` counts from now on. It is
+        immutable: what a task before it in a chain returned is not handed to it. Its result is `client.Result` as JSON.
+        """
+        draft = self._prepare({"prompt": prompt, "id": id, **params})
+        return self.celery_app.signature(
+            TASK_NAME,
+            args=(draft.wire,),
+            immutable=True,
+            task_id=draft.id,
+            queue=keys.queue(draft.model),
+            priority=keys.PRIORITIES[draft.request.priority],
+            argsrepr="<redacted>",
+            kwargsrepr="{}",
+        )
+
+    @functools.cached_property
+    def celery_app(self) -> Celery:
+        """A Celery app on the same Redis: for `signature`s, for `AsyncResult(id, app=...)`, and for tasks of your own."""
+        return results_app(self.settings, self.url, self.model_name)
 
     def status(self) -> Status:
         """Queues, workers and slots, now. Raises RedisUnreachable."""

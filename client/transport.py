@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 import redis
+import redis.asyncio
 from celery import Celery
 from kombu.entity import Queue
 from redis.backoff import NoBackoff
@@ -25,6 +26,13 @@ SOCKET_TIMEOUT_S = 30
 CONNECT_TIMEOUT_S = 5
 #: How long a server is asked whether it speaks TLS.
 PROBE_S = 2
+_WAYS: dict[str, Any] = {
+    # Bytes that are no UTF-8 come as lone surrogates, in records that a stranger wrote; whoever reads them refuses those.
+    "encoding_errors": "surrogateescape",
+    "socket_timeout": SOCKET_TIMEOUT_S,
+    "socket_connect_timeout": CONNECT_TIMEOUT_S,
+    "health_check_interval": 25,
+}
 
 
 def resolve_url(settings: Settings) -> str:
@@ -67,18 +75,14 @@ def celery_url(url: str) -> str:
 
 
 def connect(url: str, *, text: bool = True) -> redis.Redis:
-    """A redis-py client that gives up on a silent server; it answers in `text` or bytes. Nothing is sent yet.
+    """A redis-py client that gives up on a silent server; it answers in `text` or bytes. Nothing is sent yet."""
+    connection: redis.Redis = redis.Redis.from_url(url, decode_responses=text, **_WAYS)
+    return connection
 
-    Bytes that are no UTF-8 come as lone surrogates, in records that a stranger wrote; whoever reads them refuses those.
-    """
-    connection: redis.Redis = redis.Redis.from_url(
-        url,
-        decode_responses=text,
-        encoding_errors="surrogateescape",
-        socket_timeout=SOCKET_TIMEOUT_S,
-        socket_connect_timeout=CONNECT_TIMEOUT_S,
-        health_check_interval=25,
-    )
+
+def connect_async(url: str) -> redis.asyncio.Redis:
+    """The same for asyncio, answering in text."""
+    connection: redis.asyncio.Redis = redis.asyncio.Redis.from_url(url, decode_responses=True, **_WAYS)
     return connection
 
 
@@ -165,8 +169,28 @@ def broker_settings(settings: Settings, url: str) -> dict[str, Any]:
 
 def queue(model_name: str) -> Queue:
     """The Celery queue of a model."""
-    name = keys.queue(model_name)
+    return queue_named(keys.queue(model_name))
+
+
+def queue_named(name: str) -> Queue:
+    """A Celery queue by its name."""
     return Queue(name, routing_key=name)  # type: ignore[no-untyped-call]
+
+
+def results_app(settings: Settings, url: str, model_name: str) -> Celery:
+    """A Celery app that publishes and reads results too; the tasks it is given may go to any queue."""
+    app = producer_app(settings, url)
+    app.conf.update(
+        result_backend=celery_url(url),
+        result_backend_transport_options={"global_keyprefix": keys.PREFIX},
+        redis_backend_use_ssl=app.conf.broker_use_ssl,
+        redis_socket_keepalive=urlsplit(url).scheme != "unix",
+        result_expires=settings.result_ttl_s,
+        task_queues=[queue(model_name)],
+        task_default_queue=keys.queue(model_name),
+        task_create_missing_queues=True,
+    )
+    return app
 
 
 def producer_app(settings: Settings, url: str) -> Celery:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -36,6 +36,21 @@ class News:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     #: Jobs that do not exist.
     unknown: list[str] = field(default_factory=list)
+    #: Jobs that Redis has answered for the first time.
+    known: list[str] = field(default_factory=list)
+
+    def jobs(self) -> Iterable[str]:
+        """All it is about."""
+        return dict.fromkeys((*self.events, *self.outcomes, *self.unknown, *self.known))
+
+    def take(self, other: News, job_id: str) -> None:
+        """Add what another says of a job."""
+        if job_id in other.events:
+            self.events[job_id] = other.events[job_id]
+        if job_id in other.outcomes:
+            self.outcomes[job_id] = other.outcomes[job_id]
+        if job_id in other.unknown:
+            self.unknown.append(job_id)
 
     def __bool__(self) -> bool:
         return bool(self.events or self.outcomes or self.unknown)
@@ -105,7 +120,7 @@ class Watch:
 
     def answer(self, replies: list[Any]) -> News:
         """What the replies to the last request say. Jobs that have ended, or do not exist, are waited for no more."""
-        news = News()
+        news = News(known=self._new)
         self._answered_at = time.monotonic()
         replies = list(replies)
         self._parts = 1

@@ -79,6 +79,7 @@ WRONG: dict[str, str | None] = {
     "draft_tokens": "16",
     "max_queue": "0",
     "result_ttl_s": "59",
+    "events_ttl_s": "0",
     "checkpoint_ttl_s": "0",
     "checkpoint_max_bytes": "-1",
     "lease_s": "2",

@@ -1,0 +1,168 @@
+"""The face for asyncio: the same verbs, one connection for all that waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from client import (
+    AsyncClient,
+    Client,
+    InvalidRequest,
+    JobCancelled,
+    JobFailed,
+    NoCheckpoints,
+    NoWorker,
+    RedisUnreachable,
+    UnknownJob,
+)
+from client.transport import connect
+from tests.integration.processes import wait_until
+from worker.embedded import EmbeddedRedis
+
+LONG = {"max_tokens": 900, "temperature": 0, "ignore_eos": True}
+JOBS = 10_000
+
+
+def run(redis_url: str, body: Callable[[AsyncClient], Awaitable[Any]], **options: Any) -> Any:
+    async def inside() -> Any:
+        async with AsyncClient(redis_url=redis_url, **options) as client:
+            return await body(client)
+
+    return asyncio.run(inside())
+
+
+@pytest.mark.usefixtures("worker")
+def test_every_verb_gives_what_the_other_face_gives(client: Client, redis_url: str) -> None:
+    plain = client.submit("Hello.", max_tokens=10, temperature=0).result(60)
+
+    async def body(own: AsyncClient) -> None:
+        job = await own.submit("Hello.", max_tokens=10, temperature=0, checkpoints=[10])
+        assert (await job.result(60)).choices == plain.choices
+        assert await job.wait() == await job.status() == "succeeded"
+        assert job == own.job(job.id)
+        assert set(await own.job(job.id).checkpoints()) == {"next_token"}
+        jobs = await own.submit_many([{"prompt": "Hello.", "max_tokens": n} for n in (200, 1, 30)], temperature=0)
+        ended = [job async for job in own.as_completed([*jobs, job], timeout=60)]
+        assert {job.id for job in ended} == {job.id for job in jobs} | {job.id}
+        assert ended[0] is job
+        assert (await own.status()).serves("demo")
+        texts = await asyncio.gather(*(own.job(job.id).result(60) for job in jobs))
+        assert [result.usage.completion_tokens for result in texts] == [200, 1, 30]
+
+    run(redis_url, body)
+
+
+@pytest.mark.usefixtures("worker")
+def test_jobs_are_cancelled_one_and_many(client: Client, redis_url: str) -> None:
+    async def body(own: AsyncClient) -> None:
+        one = await own.submit("Hello.", **LONG)
+        assert await one.cancel()
+        with pytest.raises(JobCancelled) as caught:
+            await one.result(30)
+        assert caught.value.job is one
+        many = await own.submit_many(["Hello."] * 20, **LONG)
+        assert await own.cancel([one, *many[:10], *(job.id for job in many[10:])]) == [False] + [True] * 20
+        assert {await job.wait(30) for job in many} == {"cancelled"}
+
+    run(redis_url, body)
+    many = client.submit_many(["Hello."] * 20, **LONG)  # type: ignore[arg-type]
+    assert client.cancel(many) == [True] * 20
+    assert {job.wait(30) for job in many} == {"cancelled"}
+    assert client.cancel([job.id for job in many]) == [False] * 20
+    with pytest.raises(UnknownJob):
+        client.cancel([many[0].id, "nobody"])
+    with pytest.raises(InvalidRequest):
+        client.cancel([many[0], 5])  # type: ignore[list-item]
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_cancelled_running_job_leaves_its_slot_to_the_next(client: Client) -> None:
+    full = client.submit_many(["Hello."] * 64, **LONG)  # type: ignore[arg-type]
+    wait_until(lambda: all(job.status() == "running" for job in full[::16]))
+    waiting = client.submit("Hello.", max_tokens=2, priority="interactive")
+    assert all(client.cancel(full))
+    assert waiting.wait(30) == "succeeded"
+    assert {job.wait(30) for job in full} <= {"cancelled", "succeeded"}
+
+
+@pytest.mark.usefixtures("worker")
+def test_errors_are_the_same_and_carry_the_job(redis_url: str) -> None:
+    async def body(own: AsyncClient) -> None:
+        bad = await own.submit([60_000])
+        assert await bad.wait(30) == "failed"
+        with pytest.raises(JobFailed) as failed:
+            await bad.result()
+        assert (failed.value.code, failed.value.job) == ("invalid_token_id", bad)
+        for ask in (own.job("nobody").result(1), own.job("nobody").status()):
+            with pytest.raises(UnknownJob) as unknown:
+                await ask
+            assert (unknown.value.code, unknown.value.job.id) == ("unknown_job", "nobody")
+        with pytest.raises(NoCheckpoints) as none:
+            await bad.checkpoints()
+        assert (none.value.code, none.value.job) == ("no_checkpoints", bad)
+        with pytest.raises(InvalidRequest, match="max_tokens"):
+            await own.submit("Hello.", max_new_tokens=3)
+        with pytest.raises(InvalidRequest, match="timeout"):
+            await bad._client.job("x").result(-1)
+        lonely = await own.submit("Hello.", model="nobody-serves")
+        with pytest.raises(NoWorker) as late:
+            await lonely.result(0)
+        assert late.value.job is not None
+        assert late.value.job.id == lonely.id
+
+    run(redis_url, body)
+
+
+def test_ten_thousand_outstanding_jobs_take_three_connections() -> None:
+    """One for all the waiting, one of redis-py and one of kombu for publishing."""
+    with EmbeddedRedis.ephemeral() as server:
+        connection = connect(server.url)
+        record = '{"status": "REVOKED", "result": null}'
+
+        async def body(own: AsyncClient) -> list[str]:
+            jobs = await own.submit_many(["Hello."] * JOBS, max_tokens=1)
+            waiting = [asyncio.create_task(job.wait(60)) for job in jobs]
+            done = asyncio.create_task(_collect(own, jobs))
+            await asyncio.sleep(0.5)
+            assert len(own._watch) == JOBS
+            assert len(connection.client_list()) - 1 <= 3
+            pipe = connection.pipeline(transaction=False)
+            for job in jobs:
+                pipe.set(f"millrace:celery-task-meta-{job.id}", record)
+            pipe.execute()
+            states = await asyncio.gather(*waiting)
+            assert await done == JOBS
+            assert len(own._watch) == 0
+            return states
+
+        assert set(run(server.url, body)) == {"cancelled"}
+
+
+async def _collect(client: AsyncClient, jobs: list[Any]) -> int:
+    return len([job async for job in client.as_completed([client.job(job.id) for job in jobs], timeout=60)])
+
+
+def test_a_redis_that_is_not_there_is_an_error_for_each_who_waits() -> None:
+    async def body(own: AsyncClient) -> None:
+        answers = await asyncio.gather(*(own.job(name).result(5) for name in "abc"), return_exceptions=True)
+        assert [type(answer) for answer in answers] == [RedisUnreachable] * 3
+        assert len({id(answer) for answer in answers}) == 3
+
+    run("redis://localhost:1/0", body)
+
+
+def test_closing_ends_what_waits(redis_url: str) -> None:
+    async def inside() -> None:
+        client = AsyncClient(redis_url=redis_url, model="nobody-serves")
+        job = await client.submit("Hello.")
+        waiting = asyncio.create_task(job.result())
+        await asyncio.sleep(0.1)
+        await client.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            await waiting
+
+    asyncio.run(inside())

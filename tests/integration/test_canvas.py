@@ -1,0 +1,70 @@
+"""Jobs in Celery's own canvases, with tasks of a user's own beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from celery import Celery, chain, chord, group
+from celery.contrib.testing.worker import start_worker
+from celery.result import AsyncResult
+
+from client import Client, InvalidRequest, JobFailed
+
+pytestmark = pytest.mark.usefixtures("worker")
+
+FIELDS = {"max_tokens": 5, "temperature": 0}
+TEXT = '\n\n"I am'
+
+
+@pytest.fixture
+def mine(client: Client) -> Iterator[Celery]:
+    """A user's app, with a task and a worker for it."""
+    app = client.celery_app
+
+    @app.task(name="mine.join", queue="mine")
+    def join(results: Any, last: str = "") -> str:
+        found = results if isinstance(results, list) else [results]
+        return "|".join(result["choices"][0]["text"] for result in found) + last
+
+    app.conf.worker_prefetch_multiplier = 1
+    with start_worker(app, pool="solo", queues=["mine"], perform_ping_check=False, shutdown_timeout=20):
+        yield app
+
+
+def test_a_group_gives_a_result_for_each(client: Client) -> None:
+    jobs = group(client.signature(prompt, **FIELDS) for prompt in ("Hello.", "Hello."))()
+    assert [result["choices"][0]["text"] for result in jobs.get(timeout=30)] == [TEXT, TEXT]
+
+
+def test_plain_async_result_by_id(client: Client) -> None:
+    job = client.submit("Hello.", **FIELDS)
+    assert AsyncResult(job.id, app=client.celery_app).get(timeout=30)["choices"][0]["text"] == TEXT
+    bad = client.submit([60_000])
+    with pytest.raises(JobFailed) as caught:
+        AsyncResult(bad.id, app=client.celery_app).get(timeout=30)
+    assert caught.value.code == "invalid_token_id"
+
+
+def test_a_signature_is_a_job_under_its_id(client: Client) -> None:
+    client.signature("Hello.", id="canvas:named", **FIELDS).apply_async()
+    assert AsyncResult("canvas:named", app=client.celery_app).get(timeout=30)["id"] == "canvas:named"
+    assert client.job("canvas:named").result(5).text == TEXT
+    assert "Hello" not in repr(client.signature("Hello.").options)
+    with pytest.raises(InvalidRequest, match="max_tokens"):
+        client.signature("Hello.", max_new_tokens=3)
+
+
+def test_a_chord_calls_a_task_of_ones_own_when_all_are_done(client: Client, mine: Celery) -> None:
+    join = mine.tasks["mine.join"].s(last="!")
+    done = chord([client.signature("Hello.", **FIELDS), client.signature("Hello.", **FIELDS)])(join)
+    assert done.get(timeout=30) == f"{TEXT}|{TEXT}!"
+    after = chain(client.signature("Hello.", **FIELDS), mine.tasks["mine.join"].s())()
+    assert after.get(timeout=30) == TEXT
+
+
+def test_a_chain_runs_jobs_in_their_order(client: Client) -> None:
+    last = chain(client.signature("Hello.", **FIELDS), client.signature([15496, 13], **FIELDS))()
+    assert last.get(timeout=30)["choices"][0]["text"] == TEXT
+    assert last.parent.get(timeout=5)["id"] == last.parent.id
