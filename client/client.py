@@ -260,7 +260,7 @@ class Client:
 
     @functools.cached_property
     def celery_app(self) -> Celery:
-        """A Celery app on the same Redis: for `signature`s, for `AsyncResult(id, app=...)`, and for tasks of your own."""
+        """A Celery app on the same Redis: for `signature`, for `AsyncResult(id, app=...)`, for tasks of your own."""
         return results_app(self.settings, self.url, self.model_name)
 
     def status(self) -> Status:

@@ -175,7 +175,6 @@ def test_n_samples_are_n_jobs_with_their_sample_index(fields: dict[str, Any], n:
 def test_streamed_pieces_are_the_text(fields: dict[str, Any]) -> None:
     pieces: dict[int, list[TextDelta]] = {}
     streaming = engine()
-    fields = {**fields, "echo": False}
     future = streaming.submit(parse_request(fields), on_text=lambda d: pieces.setdefault(d.index, []).append(d))
     finish(streaming)
     for choice in future.result().choices:

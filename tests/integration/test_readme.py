@@ -1,4 +1,4 @@
-"""The README's blocks run: Python against a real worker, shell commands as written, and the outputs it shows."""
+"""The blocks of README and docs run: Python at a real worker, shell commands as written, and the outputs shown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.DOTALL)
+DOCS = (ROOT / "docs" / "client.md").read_text()
+PATTERN = re.compile(r"```(\w*)\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
+BLOCKS = PATTERN.findall(README)
 
 
 @pytest.fixture
@@ -29,18 +31,21 @@ def at_the_worker(worker: object, redis_url: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("at_the_worker")
-def test_python_blocks_run_and_print_what_the_readme_shows() -> None:
+@pytest.mark.parametrize("text", [README, DOCS], ids=["README.md", "docs/client.md"])
+def test_python_blocks_run_and_print_what_is_shown(text: str) -> None:
     scope: dict[str, Any] = {}
-    blocks = [(code, shown) for language, code, shown in BLOCKS if language == "python"]
-    assert len(blocks) >= 6
+    blocks = [(code, shown) for language, code, shown in PATTERN.findall(text) if language == "python"]
+    assert len(blocks) >= 5
     for code, shown in blocks:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(code, "README.md", "exec"), scope)
+            exec(compile(code, "document", "exec"), scope)
         if shown:
             assert printed.getvalue() == shown
     import client
 
+    if "own" in scope:
+        scope["own"].close()
     client.default_client().close()
     client.default_client.cache_clear()
 

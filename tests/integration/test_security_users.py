@@ -102,6 +102,8 @@ def test_client_and_worker_do_all_they_do_with_the_rights_they_have(
     named = client.submit("Hello.", id="users:named", max_tokens=5, temperature=0, checkpoints="all")
     assert named.result(60).text == '\n\n"I am'
     assert "logits" in named.checkpoints()
+    streamed = list(client.submit("Hello.", max_tokens=5, temperature=0, stream=True).stream(60))
+    assert "".join(event.text for event in streamed) == '\n\n"I am'
     jobs = client.submit_many(["Hello."] * 20, max_tokens=100, ignore_eos=True, priority="bulk")
     assert jobs[-1].cancel()
     status = client.status()

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiktoken
 
-from model import GPT2, load_model
+from model import GPT2, Tokenizer, load_model
 from tests.unit.worker.engine_helpers import ask, build, drive, expected, failure, idle, settle, substance, tokens_of
 from worker.runner import Runner
 from worker.scheduler import Outcome, Step
@@ -170,3 +171,9 @@ def test_a_job_for_gigabytes_of_log_probabilities_is_refused(request_: dict[str,
     assert failure(future).code == "too_many_logprobs"
     assert f"ask for {scores} log probabilities" in str(failure(future))
     assert idle(engine)
+
+
+def test_the_empty_prompt_needs_a_token_to_begin_with() -> None:
+    engine = build()
+    engine.tokenizer = Tokenizer(tiktoken.Encoding("plain", pat_str="a", mergeable_ranks={b"a": 0}, special_tokens={}))
+    assert failure(engine.submit(ask(""))).code == "empty_prompt"

@@ -14,6 +14,7 @@ import redis
 from celery.exceptions import TaskRevokedError
 
 from client.errors import JobFailed
+from client.records import parse_outcome
 from client.schema import GenerateRequest, Result, Timings, Usage, parse_request
 from client.signing import sign
 from config import load_settings
@@ -257,3 +258,12 @@ def test_what_is_not_signed_never_reaches_the_engine() -> None:
         assert caught.value.code == "bad_signature"
     for service in (keyed, plain):  # clients have a key before workers do
         assert service.submit("a", sign(key, "a", "demo", {"prompt": "x"})).result(0) == "x"
+
+
+def test_a_result_that_redis_cannot_hold_fails_the_job() -> None:
+    app = make_app(load_settings(redis_url="redis://localhost:1/0"))
+    app.backend._MAX_STR_VALUE_SIZE = 500
+    outcome = parse_outcome(app.backend.record("a", result("a" * 600)))
+    assert isinstance(outcome, JobFailed)
+    assert outcome.code == "result_too_large"
+    app.close()

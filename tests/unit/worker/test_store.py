@@ -146,7 +146,7 @@ def test_attempts_are_counted_and_taken_back(case: Case) -> None:
 @pytest.mark.parametrize("attempts", ["many", "9" * 40, b"\xff", "1.5", None])
 def test_a_record_that_a_stranger_spoilt_holds_up_no_job(redis_url: str, attempts: str | bytes | None) -> None:
     connection = connect(redis_url.replace("db=0", "db=6"))
-    store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=30)
+    store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=30, events_ttl_s=40)
     connection.delete(keys.job("spoilt"))
     if attempts is None:
         connection.rpush(keys.job("spoilt"), "x")
@@ -154,3 +154,18 @@ def test_a_record_that_a_stranger_spoilt_holds_up_no_job(redis_url: str, attempt
         connection.hset(keys.job("spoilt"), "attempts", attempts)
     assert [claim.attempts for claim in store.claim(["well", "spoilt"])] == [0, 0]
     assert store.attempt(["spoilt"]) == [1]
+
+
+def test_events_are_appended_and_one_that_is_refused_holds_up_no_other(redis_url: str) -> None:
+    for connection in (fakeredis.FakeStrictRedis(decode_responses=True), connect(redis_url.replace("db=0", "db=5"))):
+        connection.flushall() if isinstance(connection, fakeredis.FakeStrictRedis) else connection.flushdb()
+        store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=30, events_ttl_s=40)
+        connection.set(keys.events("bad"), "not a stream")
+        assert store.tell({"a": "one", "bad": "x", "b": "two"}) == ["bad"]
+        assert store.tell({"a": "three"}) == []
+        entries = [fields for _, fields in connection.xrange(keys.events("a"))]  # type: ignore[union-attr]
+        assert entries == [{"event": "one"}, {"event": "three"}]
+        assert 0 < connection.ttl(keys.events("b")) <= 40  # type: ignore[operator]
+    memory = MemoryStore()
+    assert memory.tell({"a": "one"}) == memory.tell({"a": "two"}) == []
+    assert memory.events == {"a": ["one", "two"]}

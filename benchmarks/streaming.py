@@ -1,0 +1,134 @@
+"""What streaming costs the engine: 64 rows at once, with their text going to Redis as it comes and without, in turn.
+
+Starts a Redis of its own on the same machine, whose work counts too. Each pair of rounds gives a ratio; what is told is
+the median of these and how far the middle half of them spreads. `--jobs` counts the connections to Redis while one
+AsyncClient waits for that many jobs, and the share of a core that waiting takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+from benchmarks.models import random_model
+from client import AsyncClient, keys
+from client.schema import GenerateRequest, parse_request
+from client.transport import connect
+from config import load_settings
+from worker.embedded import EmbeddedRedis
+from worker.engine import Engine
+from worker.events import TELL_EVERY_S, EventWriter
+from worker.store import RedisStore
+
+ROWS = 64
+
+
+def requests(new_tokens: int) -> list[GenerateRequest]:
+    """Prompts of 16 tokens."""
+    rng = random.Random(1)
+    fields = {"max_tokens": new_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    return [parse_request({"prompt": [rng.randrange(50000) for _ in range(16)], **fields}) for _ in range(ROWS)]
+
+
+def round_s(engine: Engine, events: EventWriter | None, asked: list[GenerateRequest]) -> float:
+    """Seconds for all rows; with `events` they stream."""
+    started = time.perf_counter()
+    futures = []
+    for request in asked:
+        job_id = uuid.uuid4().hex
+        on_text = events.begin(job_id) if events else None
+        future = engine.submit(request, job_id=job_id, on_text=on_text, text_every_s=TELL_EVERY_S)
+        if events:
+            future.add_done_callback(lambda _, name=job_id: events.end([name]))  # type: ignore[misc]
+        futures.append(future)
+    for future in futures:
+        future.result()
+    return time.perf_counter() - started
+
+
+def measure(model: str, dtype: str, new_tokens: int, pairs: int) -> dict[str, float | str]:
+    """Tokens per second without streaming, and what streaming costs, in percent of it."""
+    asked = requests(new_tokens)
+    with (
+        EmbeddedRedis.ephemeral() as server,
+        Engine.from_settings(load_settings(model=model, dtype=dtype, device="cpu")) as engine,
+    ):
+        events = EventWriter(RedisStore(connect(server.url), result_ttl_s=600, checkpoint_ttl_s=600, events_ttl_s=60))
+        for warm in (None, events):
+            round_s(engine, warm, asked)
+        costs, plain = [], []
+        for pair in range(pairs):
+            order = (None, events) if pair % 2 else (events, None)
+            took = {which is not None: round_s(engine, which, asked) for which in order}
+            plain.append(took[False])
+            costs.append(100 * (took[True] / took[False] - 1))
+        events.stop()
+    quarters = statistics.quantiles(costs, n=4)
+    return {
+        "model": model,
+        "dtype": dtype,
+        "tokens_per_s": round(ROWS * new_tokens / statistics.median(plain)),
+        "cost_percent": round(statistics.median(costs), 2),
+        "middle_half_from": round(quarters[0], 2),
+        "middle_half_to": round(quarters[2], 2),
+        "pairs": pairs,
+    }
+
+
+async def outstanding(url: str, count: int, seconds: float) -> dict[str, float]:
+    """One AsyncClient that waits for `count` jobs that nobody computes."""
+    connection = connect(url)
+    async with AsyncClient(redis_url=url) as client:
+        started = time.perf_counter()
+        jobs = await client.submit_many(["Hello."] * count, max_tokens=1)
+        submitted = time.perf_counter() - started
+        waiting = [asyncio.create_task(job.wait()) for job in jobs]
+        await asyncio.sleep(1)
+        cpu, clock = time.process_time(), time.perf_counter()
+        await asyncio.sleep(seconds)
+        share = (time.process_time() - cpu) / (time.perf_counter() - clock)
+        connections = len(connection.client_list()) - 1
+        started = time.perf_counter()
+        pipe = connection.pipeline(transaction=False)
+        for job in jobs:
+            pipe.set(keys.result(job.id), '{"status": "REVOKED", "result": null}')
+        pipe.execute()
+        stored = time.perf_counter()
+        await asyncio.gather(*waiting)
+        return {
+            "jobs": count,
+            "connections": connections,
+            "submit_s": round(submitted, 2),
+            "core_percent": round(100 * share, 1),
+            "all_seen_s": round(time.perf_counter() - stored, 2),
+        }
+
+
+def main() -> None:
+    """Read the command line, measure, print JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="demo", help="a model, or 124M for its shape with random weights")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--jobs", type=int, default=0, help="measure the waiting for so many jobs instead")
+    given = parser.parse_args()
+    if given.jobs:
+        with EmbeddedRedis.ephemeral() as server:
+            print(json.dumps(asyncio.run(outstanding(server.url, given.jobs, 5))))
+        return
+    model = given.model
+    if model == "124M":
+        model = str(random_model("124M", Path(tempfile.gettempdir()) / "millrace-124M"))
+    print(json.dumps(measure(model, given.dtype, given.tokens, given.pairs)))
+
+
+if __name__ == "__main__":
+    main()
