@@ -261,7 +261,7 @@ class Client:
     @functools.cached_property
     def celery_app(self) -> Celery:
         """A Celery app on the same Redis: for `signature`, for `AsyncResult(id, app=...)`, for tasks of your own."""
-        return results_app(self.settings, self.url, self.model_name)
+        return results_app(self.settings, self.url)
 
     def status(self) -> Status:
         """Queues, workers and slots, now. Raises RedisUnreachable."""

@@ -169,25 +169,20 @@ def broker_settings(settings: Settings, url: str) -> dict[str, Any]:
 
 def queue(model_name: str) -> Queue:
     """The Celery queue of a model."""
-    return queue_named(keys.queue(model_name))
-
-
-def queue_named(name: str) -> Queue:
-    """A Celery queue by its name."""
+    name = keys.queue(model_name)
     return Queue(name, routing_key=name)  # type: ignore[no-untyped-call]
 
 
-def results_app(settings: Settings, url: str, model_name: str) -> Celery:
-    """A Celery app that publishes and reads results too; the tasks it is given may go to any queue."""
-    app = producer_app(settings, url)
+def results_app(settings: Settings, url: str) -> Celery:
+    """A Celery app that publishes and reads results: for canvases, and for a user's own tasks and worker."""
+    app = Celery("millrace-results", set_as_current=False)
     app.conf.update(
+        **broker_settings(settings, url),
         result_backend=celery_url(url),
         result_backend_transport_options={"global_keyprefix": keys.PREFIX},
         redis_backend_use_ssl=app.conf.broker_use_ssl,
         redis_socket_keepalive=urlsplit(url).scheme != "unix",
         result_expires=settings.result_ttl_s,
-        task_queues=[queue(model_name)],
-        task_default_queue=keys.queue(model_name),
         task_create_missing_queues=True,
     )
     return app

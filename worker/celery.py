@@ -9,14 +9,11 @@ from typing import Any
 import redis
 import structlog
 from celery import Celery, signals
-from celery.app import amqp
 from celery.platforms import EX_FAILURE
-from kombu import Queue
-from kombu.utils.functional import maybe_list
 
 from client import keys
 from client.errors import RedisUnreachable
-from client.transport import broker_settings, celery_url, check_access, connect, queue, queue_named, resolve_url
+from client.transport import broker_settings, celery_url, check_access, connect, queue, resolve_url
 from config import Settings, SettingsError, load_settings
 from config.logging import setup_logging
 from worker.access import RightsMissing, check_rights
@@ -25,29 +22,9 @@ from worker.tasks import add_tasks
 log = structlog.get_logger("millrace.worker")
 
 
-class Queues(amqp.Queues):
-    """Queues of others may be sent to, for the callbacks of canvases, and are never consumed."""
-
-    def __missing__(self, name: str) -> Queue:
-        return queue_named(name)
-
-    def select(self, include: Any) -> None:
-        """Called by Celery for -Q: the queues to consume."""
-        for name in maybe_list(include) or ():  # type: ignore[no-untyped-call]
-            if name not in self:
-                raise KeyError(name)
-        super().select(include)
-
-
-class AMQP(amqp.AMQP):
-    """Celery's, with those queues."""
-
-    queues_cls = Queues
-
-
 def make_app(settings: Settings) -> Celery:
     """A Celery app whose worker computes the settings' model. Nothing is connected or loaded yet."""
-    app = Celery("millrace", set_as_current=False, amqp=AMQP)
+    app = Celery("millrace", set_as_current=False)
     app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "worker.backend:ResultBackend")
     app.conf.update(worker_settings(settings))
     point_at(app, settings, resolve_url(settings))
@@ -81,6 +58,7 @@ def worker_settings(settings: Settings) -> dict[str, Any]:
         "task_acks_late": True,
         "task_acks_on_failure": True,
         "task_acks_on_timeout": True,
+        "task_create_missing_queues": True,  # callbacks of canvases go to queues of others; none of them is consumed
         "task_track_started": False,  # the job record says so
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,

@@ -266,8 +266,7 @@ def test_a_cancel_that_comes_as_the_job_ends_leaves_no_key(
 ) -> None:
     job = client.submit("Hello.", max_tokens=1)
     job.result(30)
-    look, answers = client._look, [(None, "running")]
-    monkeypatch.setattr(client, "_look", lambda job_id: answers.pop() if answers else look(job_id))
+    monkeypatch.setattr(client, "_look_at", lambda job_ids: [(None, "running")])
     assert not client.cancel(job.id)
     assert not connection.exists(keys.cancel(job.id))
 
