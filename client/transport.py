@@ -162,7 +162,6 @@ def broker_settings(settings: Settings, url: str) -> dict[str, Any]:
         "event_serializer": "json",
         "accept_content": ["json"],  # remote control goes by this and by task_serializer
         "result_accept_content": ["json"],
-        "task_create_missing_queues": False,
         "broker_connection_timeout": CONNECT_TIMEOUT_S,
     }
 
@@ -183,7 +182,6 @@ def results_app(settings: Settings, url: str) -> Celery:
         redis_backend_use_ssl=app.conf.broker_use_ssl,
         redis_socket_keepalive=urlsplit(url).scheme != "unix",
         result_expires=settings.result_ttl_s,
-        task_create_missing_queues=True,
     )
     return app
 

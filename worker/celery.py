@@ -58,7 +58,6 @@ def worker_settings(settings: Settings) -> dict[str, Any]:
         "task_acks_late": True,
         "task_acks_on_failure": True,
         "task_acks_on_timeout": True,
-        "task_create_missing_queues": True,  # callbacks of canvases go to queues of others; none of them is consumed
         "task_track_started": False,  # the job record says so
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,

@@ -277,7 +277,9 @@ def test_every_key_has_a_lifetime_that_ends_with_the_result(
     """But the queues, kombu's list of what is delivered, and its bindings, which are as many as there are queues."""
     app = make_app(client.settings)
     app.control.revoke("revoked")
-    named = [client.submit("Hello.", max_tokens=1, id=name, checkpoints=[1]) for name in ("named", "revoked")]
+    named = [
+        client.submit("Hello.", max_tokens=1, id=name, checkpoints=[1], stream=True) for name in ("named", "revoked")
+    ]
     many = client.submit_many(["Hello."] * 3, max_tokens=900, ignore_eos=True)
     assert many[0].cancel()
     app.control.revoke(many[1].id)

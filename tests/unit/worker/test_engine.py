@@ -191,6 +191,21 @@ def test_deltas_make_up_the_text_of_every_sample() -> None:
         assert mine[-1].finish_reason == choice.finish_reason
 
 
+def test_deltas_that_are_to_come_seldom_come_first_and_last() -> None:
+    deltas: list[TextDelta] = []
+    engine = build()
+    request = ask("Once upon", n=2, temperature=1, seed=2, max_tokens=25, echo=True, logprobs=1, ignore_eos=True)
+    (result,) = drive(engine, engine.submit(request, on_text=deltas.append, text_every_s=3600.0))
+    for choice in result.choices:
+        first, last = [delta for delta in deltas if delta.index == choice.index]
+        assert (first.at, first.text_at, last.at) == (0, 0, len(first.token_ids))
+        assert first.text.startswith("Once upon")
+        assert last.text_at == len(first.text)
+        assert first.text + last.text == choice.text
+        assert first.token_ids + last.token_ids == choice.token_ids
+        assert (first.logprobs or []) + (last.logprobs or []) == choice.logprobs
+
+
 def test_on_start_is_called_once_when_the_job_gets_its_first_slot() -> None:
     started: list[str] = []
     engine = build(slots=2)
