@@ -73,6 +73,7 @@ __all__ = [
     "UnreadableRecord",
     "as_completed",
     "batch",
+    "cancel",
     "default_client",
     "job",
     "map",
@@ -122,6 +123,11 @@ def as_completed(jobs: Iterable[Job], timeout: float | None = None) -> Iterator[
 def signature(prompt: str | Sequence[int], **params: Any) -> Signature:
     """A job as a signature of Celery's; see `Client.signature`."""
     return default_client().signature(prompt, **params)
+
+
+def cancel(jobs: Iterable[str | Job]) -> list[bool]:
+    """Ask for many jobs to be cancelled; see `Client.cancel`. One has `Job.cancel`."""
+    return default_client().cancel(jobs)
 
 
 def status() -> Status:
