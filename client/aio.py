@@ -88,12 +88,12 @@ class AsyncClient:
         return AsyncJob(job_id, self)
 
     @overload
-    async def cancel(self, jobs: str | Handle) -> bool: ...
+    async def cancel(self, jobs: str | Handle) -> bool: ...  # type: ignore[overload-overlap]
     @overload
     async def cancel(self, jobs: Iterable[str | Handle]) -> list[bool]: ...
     async def cancel(self, jobs: str | Handle | Iterable[str | Handle]) -> bool | list[bool]:
         """Ask for a job, or for many, to be cancelled; see `Client.cancel`."""
-        return await self._call(self._client.cancel, jobs)  # type: ignore[arg-type]
+        return await self._call(self._client.cancel, jobs)
 
     async def as_completed(self, jobs: Iterable[AsyncJob], timeout: float | None = None) -> AsyncIterator[AsyncJob]:
         """The jobs as they end, in whatever way; see `Client.as_completed`."""
