@@ -68,7 +68,7 @@ class AsyncClient:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-        self._give_up(list(self._watch), RuntimeError("the client was closed"))
+        self._give_up(list(self._watch), lambda: RuntimeError("the client was closed"))
         await self._redis.aclose()
         await self._call(self._client.close)
         self._thread.shutdown(wait=False)
@@ -185,9 +185,11 @@ class AsyncClient:
                         pipe.execute_command(*command)
                     self._deliver(self._watch.answer(await pipe.execute()))
             except RedisUnreachable as error:
-                self._give_up(self._watch.failed(), error)
+                url, reason = error.url, error.reason
+                self._give_up(self._watch.failed(), lambda: RedisUnreachable(url, reason))  # noqa: B023
             except Exception as error:
-                self._give_up(list(self._watch), error)
+                fault = error
+                self._give_up(list(self._watch), lambda: fault)  # noqa: B023
 
     def _deliver(self, news: News) -> None:
         parts: dict[Inbox, News] = {}
@@ -198,11 +200,10 @@ class AsyncClient:
         for job_id in (*news.outcomes, *news.unknown):
             self._inboxes.pop(job_id, None)
 
-    def _give_up(self, job_ids: list[str], error: BaseException) -> None:
+    def _give_up(self, job_ids: list[str], error: Callable[[], BaseException]) -> None:
+        """Tell those who wait for the jobs; each gets an error of its own, with a traceback of its own."""
         for inbox in {inbox: None for job_id in job_ids for inbox in self._inboxes.pop(job_id, ())}:
-            # One of its own for each: it gets a traceback of its own.
-            own = RedisUnreachable(error.url, error.reason) if isinstance(error, RedisUnreachable) else error
-            inbox.put_nowait(own)
+            inbox.put_nowait(error())
         for job_id in job_ids:
             self._watch.drop(job_id)
 
