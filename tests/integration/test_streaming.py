@@ -73,7 +73,9 @@ def both_faces(server: EmbeddedRedis) -> tuple[Stream, Stream]:
 
 
 def worker_on(server: EmbeddedRedis, log: Path, **settings: str) -> WorkerProcess:
-    return WorkerProcess(log, **{"MILLRACE_REDIS_URL": server.url, "MILLRACE_LEASE_S": "3", **settings})
+    # One thread: two that wait for each other are slow wherever other processes use the cores.
+    own = {"MILLRACE_REDIS_URL": server.url, "MILLRACE_LEASE_S": "3", "MILLRACE_THREADS": "1"}
+    return WorkerProcess(log, **{**own, **settings})
 
 
 def assembled(events: list[Event]) -> dict[int, tuple[str, list[int], Any, str | None]]:
