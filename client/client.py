@@ -400,23 +400,22 @@ class Client:
 
     def _look(self, job_id: str) -> tuple[Outcome | None, State]:
         ((outcome, state),) = self._look_at([job_id])
-        if outcome is None and state not in ("queued", "running"):
-            raise UnreadableRecord(job_id).about(Job(job_id, self))
-        return outcome, cast("State", state or "queued")
+        return outcome, cast("State", state)
 
     def _look_at(self, job_ids: list[str]) -> list[tuple[Outcome | None, str | None]]:
-        """Outcomes and states of jobs. Raises UnknownJob."""
+        """Outcomes and states of jobs. Raises UnknownJob, UnreadableRecord."""
         with self._reachable():
             pipe = self._redis.pipeline(transaction=False)
-            pipe.mget([keys.result(job_id) for job_id in job_ids])
             for job_id in job_ids:
+                pipe.get(keys.result(job_id))
                 pipe.hget(keys.job(job_id), "state")
-            records, *answers = pipe.execute(raise_on_error=False)
-            states = [_no_record(answer) for answer in answers]
-        found = [(parse_outcome(record), state) for record, state in zip(records, states, strict=True)]
+            answers = [_no_record(answer) for answer in pipe.execute(raise_on_error=False)]
+        found = [(parse_outcome(record), state) for record, state in zip(answers[::2], answers[1::2], strict=True)]
         for job_id, (outcome, state) in zip(job_ids, found, strict=True):
             if outcome is None and state is None:
                 raise self._unknown(job_id)
+            if outcome is None and state not in ("queued", "running"):
+                raise UnreadableRecord(job_id).about(Job(job_id, self))
         return found
 
     def _cancel(self, job_ids: list[str]) -> list[bool]:

@@ -77,6 +77,8 @@ class InvalidBatch(MillraceError, ValueError):
         count: how many there are.
     """
 
+    code = "invalid_batch"
+
     def __init__(self, faults: list[Fault], count: int | None = None) -> None:
         self.faults, self.count = faults, len(faults) if count is None else count
         super().__init__(faults, self.count)
@@ -90,6 +92,8 @@ class InvalidBatch(MillraceError, ValueError):
 class InputChanged(MillraceError):
     """Raised when the input of a batch is not what it was when it was checked."""
 
+    code = "input_changed"
+
     def __init__(self, line: int, reason: str) -> None:
         super().__init__(line, reason)
         self.line, self.reason = line, reason
@@ -100,6 +104,8 @@ class InputChanged(MillraceError):
 
 class OutputRefused(MillraceError):
     """Raised when the output of a batch exists, is the input, is in use, or is no output of a batch."""
+
+    code = "output_refused"
 
 
 class QueueFull(MillraceError):

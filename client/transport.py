@@ -27,7 +27,7 @@ CONNECT_TIMEOUT_S = 5
 #: How long a server is asked whether it speaks TLS.
 PROBE_S = 2
 _WAYS: dict[str, Any] = {
-    # Bytes that are no UTF-8, in records that a stranger wrote, come as lone surrogates: whoever reads them refuses those.
+    # Bytes that are no UTF-8, in records of a stranger's, come as lone surrogates: whoever reads them refuses those.
     "encoding_errors": "surrogateescape",
     "socket_timeout": SOCKET_TIMEOUT_S,
     "socket_connect_timeout": CONNECT_TIMEOUT_S,

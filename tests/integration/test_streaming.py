@@ -17,7 +17,7 @@ import redis
 from client import AsyncClient, Client, Event, JobCancelled, JobExpired, JobFailed, ResultTimeout, UnknownJob, keys
 from client.schema import Choice
 from client.transport import connect
-from tests.integration.processes import WorkerProcess, wait_until
+from tests.integration.processes import WorkerProcess, paced, wait_until, worker_on
 from worker.embedded import EmbeddedRedis
 
 LONG = {"max_tokens": 500, "temperature": 0, "ignore_eos": True, "stream": True}
@@ -32,7 +32,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def worker(server: EmbeddedRedis, directory: Path) -> Iterator[WorkerProcess]:
-    with worker_on(server, directory / "worker.log") as process:
+    # Long enough to be looked at in the middle, on a fast machine too.
+    with worker_on(server, directory / "worker.log", patch=paced(0.005), MILLRACE_DRAFT_TOKENS="0") as process:
         process.wait_ready()
         yield process
 
@@ -70,12 +71,6 @@ def both_faces(server: EmbeddedRedis) -> tuple[Stream, Stream]:
         return asyncio.run(awaited(job_id, [] if seen is None else seen, timeout))
 
     return plain, with_asyncio
-
-
-def worker_on(server: EmbeddedRedis, log: Path, **settings: str) -> WorkerProcess:
-    # One thread: two that wait for each other are slow wherever other processes use the cores.
-    own = {"MILLRACE_REDIS_URL": server.url, "MILLRACE_LEASE_S": "3", "MILLRACE_THREADS": "1"}
-    return WorkerProcess(log, **{**own, **settings})
 
 
 def assembled(events: list[Event]) -> dict[int, tuple[str, list[int], Any, str | None]]:
@@ -224,14 +219,15 @@ def test_a_redis_that_is_killed_and_comes_back(client: Client, server: EmbeddedR
 
 def test_a_worker_that_is_killed_in_the_middle(server: EmbeddedRedis, directory: Path) -> None:
     """Another begins again, and cuts the text elsewhere; who reads along does not notice, who comes later neither."""
+    own = {"MILLRACE_SERVED_NAME": "killed", "MILLRACE_DRAFT_TOKENS": "0"}
     with (
         Client(redis_url=server.url, model="killed") as client,
-        worker_on(server, directory / "first.log", MILLRACE_SERVED_NAME="killed") as first,
-        worker_on(server, directory / "second.log", MILLRACE_SERVED_NAME="killed") as second,
+        worker_on(server, directory / "first.log", patch=paced(0.01), **own) as first,
+        worker_on(server, directory / "second.log", patch=paced(0.01), **own) as second,
     ):
         first.wait_ready()
         second.wait_ready()
-        job = client.submit("Hello.", **{**LONG, "max_tokens": 900})
+        job = client.submit("Hello.", **{**LONG, "max_tokens": 150})
         seen: dict[Stream, list[Event]] = {face: [] for face in both_faces(server)}
         reading = [threading.Thread(target=face, args=(job.id, events)) for face, events in seen.items()]
         for thread in reading:
