@@ -20,7 +20,10 @@ from client.transport import connect
 from tests.integration.processes import WorkerProcess, paced, wait_until, worker_on
 from worker.embedded import EmbeddedRedis
 
-LONG = {"max_tokens": 500, "temperature": 0, "ignore_eos": True, "stream": True}
+#: Of workers here: jobs last long enough to be looked at in the middle, on a fast machine too. One thread: two that wait
+#: for each other are slow wherever other processes use the cores.
+SLOWLY = {"patch": paced(0.005), "MILLRACE_DRAFT_TOKENS": "0", "MILLRACE_THREADS": "1"}
+LONG = {"max_tokens": 250, "temperature": 0, "ignore_eos": True, "stream": True}
 
 Stream = Callable[..., list[Event]]
 
@@ -32,8 +35,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def worker(server: EmbeddedRedis, directory: Path) -> Iterator[WorkerProcess]:
-    # Long enough to be looked at in the middle, on a fast machine too.
-    with worker_on(server, directory / "worker.log", patch=paced(0.005), MILLRACE_DRAFT_TOKENS="0") as process:
+    with worker_on(server, directory / "worker.log", **SLOWLY) as process:
         process.wait_ready()
         yield process
 
@@ -219,11 +221,11 @@ def test_a_redis_that_is_killed_and_comes_back(client: Client, server: EmbeddedR
 
 def test_a_worker_that_is_killed_in_the_middle(server: EmbeddedRedis, directory: Path) -> None:
     """Another begins again, and cuts the text elsewhere; who reads along does not notice, who comes later neither."""
-    own = {"MILLRACE_SERVED_NAME": "killed", "MILLRACE_DRAFT_TOKENS": "0"}
+    own = {"MILLRACE_SERVED_NAME": "killed", **SLOWLY}
     with (
         Client(redis_url=server.url, model="killed") as client,
-        worker_on(server, directory / "first.log", patch=paced(0.01), **own) as first,
-        worker_on(server, directory / "second.log", patch=paced(0.01), **own) as second,
+        worker_on(server, directory / "first.log", **own) as first,
+        worker_on(server, directory / "second.log", **own) as second,
     ):
         first.wait_ready()
         second.wait_ready()
