@@ -73,7 +73,7 @@ class Entry:
 
 #: Name -> class, modules that must be installed, precisions it has.
 _KINDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "millrace": ("benchmarks.contenders:Millrace", (), ("float32", "bfloat16")),
+    "millrace": ("benchmarks.contenders:Millrace", (), ("float32", "bfloat16", "int8")),
     "transformers": ("benchmarks.peers.transformers:Padded", ("transformers",), ("float32", "bfloat16")),
     "transformers-continuous": (
         "benchmarks.peers.transformers:Continuous",
@@ -93,7 +93,10 @@ PEERS = [name for name in _KINDS if name != OURS]
 
 
 def entries(dtype: str, peers: Sequence[str]) -> list[Entry]:
-    """Ours in `dtype`, then the peers in the precisions that count against it: int8 counts where bfloat16 does."""
+    """Ours in `dtype`, then the peers in the precisions that count against it: int8 counts where bfloat16 does.
+
+    There ours in int8 runs as well.
+    """
     allowed = {dtype, "int8"} if dtype == "bfloat16" else {dtype}
     chosen = [OURS, *(name for name in PEERS if name in peers)]
     return [Entry(name, precision) for name in chosen for precision in _KINDS[name][2] if precision in allowed]

@@ -195,6 +195,7 @@ def figure(shape: str, dtype: str, workload: str, standings: dict[str, Standing]
     peers = {name: s.best for name, s in standings.items() if not name.startswith(OURS) and s.best}
     best = max(peers, key=peers.__getitem__) if peers else None
     tokens = sum(item.new_tokens for item in items)
+    whole = standings.get(f"{OURS} int8")
     return {
         "shape": shape,
         "dtype": dtype,
@@ -204,6 +205,7 @@ def figure(shape: str, dtype: str, workload: str, standings: dict[str, Standing]
         "contenders": {name: {"tokens_per_s": s.best, **asdict(s)} for name, s in standings.items()},
         "best_peer": best,
         "ratio": ours / peers[best] if best else None,
+        "ratio_int8": whole.best / peers[best] if best and whole and whole.best else None,
         "rates": asdict(rates),
         "bytes_read": bytes_read(numbers, items, BYTES[dtype]),
         "operations": operations(numbers, items),
@@ -216,6 +218,8 @@ def figure(shape: str, dtype: str, workload: str, standings: dict[str, Standing]
 def show(result: dict[str, Any]) -> None:
     """Print a figure as a table."""
     ratio = f", {result['ratio']:.2f} times the best peer" if result["ratio"] else ""
+    if result["ratio_int8"]:
+        ratio += f" ({result['ratio_int8']:.2f} in int8)"
     share = f"{result['share_of_limit']:.0%} of the machine's limit of {result['limit_tokens_per_s']:.0f} tokens/s"
     print(f"{result['shape']} {result['dtype']} {result['workload']}: {share}{ratio}")
     for name, standing in result["contenders"].items():

@@ -20,8 +20,8 @@ from client.transport import connect
 from tests.integration.processes import WorkerProcess, paced, wait_until, worker_on
 from worker.embedded import EmbeddedRedis
 
-#: Of workers here: jobs last long enough to be looked at in the middle, on a fast machine too. One thread: two that wait
-#: for each other are slow wherever other processes use the cores.
+#: Of workers here: jobs last long enough to be looked at in the middle, on a fast machine too. One thread: two that
+#: wait for each other are slow wherever other processes use the cores.
 SLOWLY = {"patch": paced(0.005), "MILLRACE_DRAFT_TOKENS": "0", "MILLRACE_THREADS": "1"}
 LONG = {"max_tokens": 250, "temperature": 0, "ignore_eos": True, "stream": True}
 
