@@ -31,6 +31,7 @@ def test_int8_counts_where_bfloat16_does() -> None:
     assert [entry.name for entry in entries("float32", ["llama.cpp"])] == ["millrace float32", "llama.cpp float32"]
     assert [entry.name for entry in entries("bfloat16", ["llama.cpp"])] == [
         "millrace bfloat16",
+        "millrace int8",
         "llama.cpp bfloat16",
         "llama.cpp int8",
     ]
