@@ -264,8 +264,8 @@ def test_reader_gives_the_stored_numbers(tiny: dict[str, Path]) -> None:
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="transformers, tinygrad, candle"):
         load_reference("mistral", DEMO)
-    with pytest.raises(ValueError, match="float32, bfloat16, float16"):
-        load_reference("transformers", DEMO, "int8")
+    with pytest.raises(ValueError, match="float32, bfloat16, float16, int8"):
+        load_reference("transformers", DEMO, "int4")
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
