@@ -7,7 +7,6 @@ and the object code as LLVM wrote it. Whoever can write that file decides what t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -128,12 +127,14 @@ def _read(path: Path) -> bytes | None:
 
 def _store(path: Path, function: Any) -> None:
     """Keep a kernel. Where that cannot be done, a read-only home say, nothing is lost but time at the next start."""
-    _, _, (code, _) = function._library.serialize_using_object_code()
-    calls = re.findall(r"^declare [^@]*@(?!llvm\.)([\w.]+)\(", function._library.get_llvm_str(), re.MULTILINE)
-    names = json.dumps({"function": function._wrapper_name, "calls": calls}).encode()
-    digest = hashlib.sha256(names + code).hexdigest().encode()
-    with contextlib.suppress(OSError):
+    try:
+        _, _, (code, _) = function._library.serialize_using_object_code()
+        calls = re.findall(r"^declare [^@]*@(?!llvm\.)([\w.]+)\(", function._library.get_llvm_str(), re.MULTILINE)
+        names = json.dumps({"function": function._wrapper_name, "calls": calls}).encode()
+        digest = hashlib.sha256(names + code).hexdigest().encode()
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:  # only this user may read it
             stream.write(b"\n".join((digest, names, code)))
         os.replace(stream.name, path)
+    except Exception as error:  # another numba may keep its object code elsewhere
+        log.debug("a compiled kernel is not kept: %s: %r", path, error)

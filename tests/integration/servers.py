@@ -31,7 +31,8 @@ def redis_on_a_port(directory: Path, *options: str) -> Iterator[int]:
         process = subprocess.Popen([*command, *options], stdout=out, stderr=out)
     try:
         deadline = time.monotonic() + 20
-        while not _listens(port):
+        # Not whether somebody listens there: it may be a neighbour who took the port a moment before.
+        while "Ready to accept connections" not in log.read_text():
             assert process.poll() is None, f"the server ended: {log.read_text()[-1500:]}"
             assert time.monotonic() < deadline, "the server does not listen"
             time.sleep(0.02)
@@ -39,11 +40,6 @@ def redis_on_a_port(directory: Path, *options: str) -> Iterator[int]:
     finally:
         process.terminate()
         process.wait(10)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 class Authority:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from client.schema import parse_request
 from config import Settings
 from model import GPT2, ModelError, load_model
 from tests.unit.worker.engine_helpers import ask, demo_engine, demo_model, demo_tokenizer, drive
@@ -131,3 +135,26 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused() -> None:
     with pytest.raises(ModelError, match="tokenizer has 50257 tokens and its embedding 50000"):
         check_vocabulary("x", config, demo_tokenizer())
     check_vocabulary("x", replace(config, vocab_size=50304), demo_tokenizer())
+
+
+def test_the_engines_thread_computes_in_as_many_threads_as_are_set_from_its_first_product_on() -> None:
+    """OpenMP has a number for each thread, and a new thread begins with OpenMP's own."""
+    seen: list[int] = []
+    engine = Engine.from_settings(Settings(model="demo", threads=3, device="cpu", dtype="float32", slots=2))
+    model: Any = engine.runner.model  # type: ignore[attr-defined]
+    forward = model.forward
+
+    def watched(*args: Any) -> Any:
+        seen.append(openmp_threads())
+        return forward(*args)
+
+    model.forward = watched
+    with engine:
+        engine.submit(parse_request({"prompt": "Hello.", "max_tokens": 1})).result()
+    assert seen == [3]
+
+
+def openmp_threads() -> int:
+    """The number that oneDNN goes by in this thread."""
+    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    return int(ctypes.CDLL(sorted(paths, key=lambda path: "torch" not in path)[0]).omp_get_max_threads())
