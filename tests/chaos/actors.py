@@ -52,7 +52,7 @@ def end_of(outcome: Outcome, at: float = 0.0) -> End:
     """What is compared of an outcome: of a success all that it says of its samples, log probabilities included."""
     if isinstance(outcome, Result):
         choices = [choice.model_dump(mode="json") for choice in outcome.choices]
-        text = json.dumps([choices, outcome.seed, outcome.fingerprint], sort_keys=True)
+        text = json.dumps([choices, outcome.seed], sort_keys=True)
         return End("succeeded", digest=hashlib.sha256(text.encode()).hexdigest()[:16], at=at)
     return End(outcome_state(outcome), outcome.code, at=at)
 
