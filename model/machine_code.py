@@ -3,6 +3,10 @@
 numba has a cache of its own, but reads it with pickle. Here a kernel is a file of three parts: a digest, names as JSON,
 and the object code as LLVM wrote it. Whoever can write that file decides what this process runs, as with Python's own
 `__pycache__`; so it is read only where nobody but its owner, who is the user of this process, could have written.
+
+The process that compiles runs the same object code as those after it. What numba made callable is not that: numba
+compiles every inner function by itself too, and LLVM takes the first it finds of two with one name, with another order
+of additions in it. Results would then hang on who compiled.
 """
 
 from __future__ import annotations
@@ -49,9 +53,9 @@ def kernel(name: str, compile_it: Callable[[], Any]) -> Kernel:
         path = cache_directory() / f"{_key(name)}.kernel"
         found = _load(path)
         if found is None:
-            function = compile_it()
-            found = Kernel(function.address, function._library)
-            _store(path, function)
+            data = _packed(compile_it())
+            found = _unpacked(data)
+            _store(path, data)
     return found
 
 
@@ -83,22 +87,32 @@ def _missing(symbol: str) -> bool:
 def _load(path: Path) -> Kernel | None:
     try:
         data = _read(path)
-        if data is None:
-            return None
-        from numba.core.registry import cpu_target
-        from numba.core.runtime import rtsys
-
-        rtsys.initialize(cpu_target.target_context)  # tells LLVM of what allocates
-        digest, names, code = data.split(b"\n", 2)
-        if hashlib.sha256(names + code).hexdigest().encode() != digest:
-            raise ValueError("it is damaged")
-        about = json.loads(names)
-        if missing := [symbol for symbol in about["calls"] if _missing(symbol)]:
-            raise LookupError(f"it calls what is not there: {missing}")
-        return _linked(code, about["function"])
+        return None if data is None else _unpacked(data)
     except Exception as error:  # compiling again is always right
         log.warning("a kept kernel is not used, and compiled again: %s: %r", path, error)
         return None
+
+
+def _packed(function: Any) -> bytes:
+    """A compiled `numba.cfunc` as it is kept."""
+    _, _, (code, _) = function._library.serialize_using_object_code()
+    calls = re.findall(r"^declare [^@]*@(?!llvm\.)([\w.]+)\(", function._library.get_llvm_str(), re.MULTILINE)
+    names = json.dumps({"function": function._wrapper_name, "calls": calls}).encode()
+    return b"\n".join((hashlib.sha256(names + code).hexdigest().encode(), names, code))
+
+
+def _unpacked(data: bytes) -> Kernel:
+    from numba.core.registry import cpu_target
+    from numba.core.runtime import rtsys
+
+    rtsys.initialize(cpu_target.target_context)  # tells LLVM of what allocates
+    digest, names, code = data.split(b"\n", 2)
+    if hashlib.sha256(names + code).hexdigest().encode() != digest:
+        raise ValueError("it is damaged")
+    about = json.loads(names)
+    if missing := [symbol for symbol in about["calls"] if _missing(symbol)]:
+        raise LookupError(f"it calls what is not there: {missing}")
+    return _linked(code, about["function"])
 
 
 def _linked(code: bytes, function: str) -> Kernel:
@@ -125,16 +139,12 @@ def _read(path: Path) -> bytes | None:
         return stream.read(MAX_BYTES)
 
 
-def _store(path: Path, function: Any) -> None:
+def _store(path: Path, data: bytes) -> None:
     """Keep a kernel. Where that cannot be done, a read-only home say, nothing is lost but time at the next start."""
     try:
-        _, _, (code, _) = function._library.serialize_using_object_code()
-        calls = re.findall(r"^declare [^@]*@(?!llvm\.)([\w.]+)\(", function._library.get_llvm_str(), re.MULTILINE)
-        names = json.dumps({"function": function._wrapper_name, "calls": calls}).encode()
-        digest = hashlib.sha256(names + code).hexdigest().encode()
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:  # only this user may read it
-            stream.write(b"\n".join((digest, names, code)))
+            stream.write(data)
         os.replace(stream.name, path)
-    except Exception as error:  # another numba may keep its object code elsewhere
+    except OSError as error:
         log.debug("a compiled kernel is not kept: %s: %r", path, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,20 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company(dtype: torch.dtype, th
     for rows in ([0, 1, 2, 3, 4, 5, 6], [6, 3, 1], [2, 4], [5]):
         for row, out in zip(rows, case.run(rows), strict=True):
             assert torch.equal(out, alone[row]), (row, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_process_that_compiles_has_the_bits_of_those_that_read_what_it_kept(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    case = Case([5, 80, 17, 96, 1, 40, 41], heads=4, width=64, dtype=dtype)
+    outs = []
+    for _ in range(2):
+        decode_kernel.cache_clear()
+        outs.append(case.run(list(range(7))))
+    assert len(list(tmp_path.glob("millrace/*.kernel"))) == 1
+    assert torch.equal(*outs)
 
 
 def test_a_broken_row_is_nan_and_its_neighbours_are_not() -> None:
