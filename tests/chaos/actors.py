@@ -49,11 +49,11 @@ BALLAST = "chaos:ballast"
 
 
 def end_of(outcome: Outcome, at: float = 0.0) -> End:
-    """What is compared of an outcome: of a success all that it says of its samples, log probabilities included."""
+    """What is compared of an outcome: of a success all that does not hang on when and where it was computed."""
     if isinstance(outcome, Result):
-        choices = [choice.model_dump(mode="json") for choice in outcome.choices]
-        text = json.dumps([choices, outcome.seed], sort_keys=True)
-        return End("succeeded", digest=hashlib.sha256(text.encode()).hexdigest()[:16], at=at)
+        says = outcome.model_dump(mode="json", exclude={"id", "timings"})
+        digest = hashlib.sha256(json.dumps(says, sort_keys=True).encode()).hexdigest()[:16]
+        return End("succeeded", digest=digest, at=at, says=says)
     return End(outcome_state(outcome), outcome.code, at=at)
 
 

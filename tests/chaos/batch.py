@@ -25,6 +25,7 @@ import click
 
 from config import load_settings
 from tests.chaos.actors import Server, Worker
+from tests.chaos.ledger import difference
 from worker.embedded import die_with_parent
 
 VICTIMS = ("client", "worker", "redis")
@@ -77,6 +78,8 @@ class Verdict:
     missing: int = 0
     repeated: int = 0
     different: int = 0
+    #: Of the first lines that are not as in the undisturbed run: what they say, and what they should.
+    examples: list[str] = field(default_factory=list)
     exit_code: int = 0
 
     @property
@@ -225,7 +228,11 @@ class Storm:
         count = Counter(row["custom_id"] for row in got)
         self.verdict.missing = len(wanted.keys() - count.keys())
         self.verdict.repeated = sum(1 for times in count.values() if times > 1)
-        self.verdict.different = sum(1 for row in got if wanted.get(row["custom_id"]) != row)
+        different = [row for row in got if wanted.get(row["custom_id"]) != row]
+        self.verdict.different = len(different)
+        self.verdict.examples = [
+            f"{row['custom_id']}{difference(wanted.get(row['custom_id']), row)}" for row in different[:5]
+        ]
         if len(wanted) != self.verdict.lines:
             raise RuntimeError(f"the undisturbed run has {len(wanted)} lines")
 
@@ -263,6 +270,8 @@ def main(lines: int, seed: int, deaths: int, zipped: bool) -> None:
         f"{verdict.seconds:.0f} s; missing {verdict.missing}, repeated {verdict.repeated}, "
         f"different {verdict.different}: {'right' if verdict.right else 'WRONG'}"
     )
+    for example in verdict.examples:
+        click.echo(f"WRONG {example}")
     sys.exit(0 if verdict.right else 1)
 
 

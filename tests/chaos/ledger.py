@@ -26,6 +26,8 @@ class End:
     digest: str = ""
     #: When the suite first saw it.
     at: float = 0.0
+    #: All that a success says; its digest is of this.
+    says: Any = None
 
     @property
     def what(self) -> tuple[str, str, str]:
@@ -210,7 +212,20 @@ def _judge_end(history: History, job_id: str, job: JobFact, end: End | None) -> 
     if end.code == "max_attempts" and history.crashes(job_id) >= max(1, history.facts.max_attempts):
         return None
     expected = job.expected or End("failed", "max_attempts")
-    return None if end.what == expected.what else f"ended as {end} and not as {expected}"
+    if end.what == expected.what:
+        return None
+    return f"ended as {end} and not as {expected}{difference(expected.says, end.says)}"
+
+
+def difference(expected: Any, got: Any) -> str:
+    """The first place where two things read from JSON differ, and what they have there."""
+    if isinstance(expected, dict) and isinstance(got, dict):
+        places: list[tuple[Any, Any, Any]] = [(k, expected.get(k), got.get(k)) for k in {**expected, **got}]
+    elif isinstance(expected, list) and isinstance(got, list) and len(expected) == len(got):
+        places = list(zip(range(len(got)), expected, got, strict=True))
+    else:
+        return "" if expected == got else f": {got!r:.200} and not {expected!r:.200}"
+    return next((f" {key}{found}" for key, one, other in places if (found := difference(one, other))), "")
 
 
 def _judge_remains(facts: Facts) -> Iterator[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 
@@ -87,6 +88,14 @@ def test_a_job_that_ended_in_two_ways(facts: Facts) -> None:
 def test_another_text_than_the_reference(facts: Facts) -> None:
     facts.seen["a"] = facts.final["a"] = End("succeeded", digest="xyz")
     assert wrong(facts) == "a ended as succeeded xyz and not as succeeded abc"
+
+
+def test_the_first_place_where_a_success_is_another_is_named(facts: Facts) -> None:
+    said: dict[str, Any] = {"seed": 1, "choices": [{"text": "so", "logprobs": [-1.0, -2.0]}]}
+    other = {"seed": 1, "choices": [{"text": "so", "logprobs": [-1.0, -2.5]}]}
+    facts.jobs["a"] = JobFact(replace(GOOD, says=said), [(0.0, 0.1)])
+    facts.final["a"] = facts.seen["a"] = End("succeeded", digest="xyz", says=other)
+    assert wrong(facts).endswith("not as succeeded abc choices 0 logprobs 1: -2.5 and not -2.0")
 
 
 @pytest.mark.parametrize(
