@@ -113,11 +113,13 @@ def _on_messages(model_name: str) -> list[tuple[str, ...]]:  # noqa: ARG001
 
 def _on_records(model_name: str) -> list[tuple[str, ...]]:  # noqa: ARG001
     job, result, cancel, tensors = (of("x") for of in (keys.job, keys.result, keys.cancel, keys.checkpoint))
+    events = keys.events("x")
     return [
         *(("HMGET", job, "state"), ("HINCRBY", job, "attempts", "1"), ("HSET", job, "state", "x"), ("DEL", job)),
         *(("EXPIRE", job, "1"), ("MGET", cancel), ("DEL", cancel), ("MGET", result), ("GET", result)),
         *(("SET", result, "x"), ("SETEX", result, "1", "x"), ("PUBLISH", result, "x")),
         *(("DEL", tensors), ("HSET", tensors, "x", "x"), ("EXPIRE", tensors, "1")),
+        *(("EVALSHA", "0" * 40, "1", events), ("XADD", events, "*", "x", "x"), ("EXPIRE", events, "1")),
     ]
 
 
