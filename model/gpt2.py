@@ -104,19 +104,15 @@ class GPT2:
     def __init__(
         self, config: GPT2Config, weights: Mapping[str, Tensor], *, digest: str = "", int8: bool = False
     ) -> None:
-        matrices = weights
-        if int8:
-            weights = {
-                name: tensor.bfloat16() for name, tensor in weights.items() if tensor.dim() == 1 or name[0] == "w"
-            }
+        dtype = torch.bfloat16 if int8 else weights["wte.weight"].dtype
         self.config = config
         #: SHA-256 of the files the weights came from; empty for weights made in memory.
         self.digest = digest
-        self.wte = weights["wte.weight"]  # [V, E]: embeds tokens, and is the head's weight
-        self.wpe = weights["wpe.weight"]  # [n_positions, E]
-        self.blocks = [_block(config, weights, matrices, f"h.{i}.", int8) for i in range(config.n_layer)]
-        self.ln_f = _norm(config, weights, "ln_f")
-        self.lm_head = Linear.of(matrices["wte.weight"].t(), int8=int8)
+        self.wte = weights["wte.weight"].to(dtype)  # [V, E]: embeds tokens, and is the head's weight
+        self.wpe = weights["wpe.weight"].to(dtype)  # [n_positions, E]
+        self.blocks = [_block(config, weights, f"h.{i}.", dtype, int8) for i in range(config.n_layer)]
+        self.ln_f = _norm(config, weights, "ln_f", dtype)
+        self.lm_head = Linear.of(weights["wte.weight"].t(), int8=int8)
 
     def padded_rows(self, count: int) -> int:
         """How many packed rows to run a step of `count` rows with, so that no product has to pad them by itself."""
@@ -214,22 +210,21 @@ class GPT2:
         return batch, length
 
 
-def _norm(config: GPT2Config, weights: Mapping[str, Tensor], name: str) -> Norm:
-    return Norm(weights[f"{name}.weight"], weights[f"{name}.bias"], config.layer_norm_epsilon)
+def _norm(config: GPT2Config, weights: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Norm:
+    weight, bias = (weights[f"{name}.{part}"].to(dtype) for part in ("weight", "bias"))
+    return Norm(weight, bias, config.layer_norm_epsilon)
 
 
-def _block(
-    config: GPT2Config, weights: Mapping[str, Tensor], matrices: Mapping[str, Tensor], prefix: str, int8: bool
-) -> Block:
+def _block(config: GPT2Config, weights: Mapping[str, Tensor], prefix: str, dtype: torch.dtype, int8: bool) -> Block:
     def linear(name: str, *, gelu: bool = False) -> Linear:
-        weight, bias = matrices[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"]
+        weight, bias = weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"].to(dtype)
         return Linear.of(weight, bias, gelu=gelu, int8=int8)
 
     return Block(
-        ln_1=_norm(config, weights, prefix + "ln_1"),
+        ln_1=_norm(config, weights, prefix + "ln_1", dtype),
         c_attn=linear("attn.c_attn"),
         c_proj=linear("attn.c_proj"),
-        ln_2=_norm(config, weights, prefix + "ln_2"),
+        ln_2=_norm(config, weights, prefix + "ln_2", dtype),
         c_fc=linear("mlp.c_fc", gelu=True),
         mlp_proj=linear("mlp.c_proj"),
         n_head=config.n_head,

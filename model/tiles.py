@@ -328,7 +328,7 @@ def _finish_row(whole: bool, gelu: bool) -> str:
 def _gelu(x: str, t: str, n: str, power: str) -> list[str]:
     """x becomes GELU of x; the others are registers to work with. GELU_NUMBERS lie at $5.
 
-    Written out, because what a compiler makes of it takes several times as long, and longer than the product.
+    Written out, because what a compiler makes of it takes several times as long: as long as the product, in int8.
     """
     lines = [f"vmulps {x}, {x}, {t}", f"vbroadcastss 4($5), {n}", f"vfmadd213ps ($5){{1to16}}, {n}, {t}"]
     lines += [f"vmulps {x}, {t}, {t}", f"vrndscaleps $$0, {t}, {n}", f"vsubps {n}, {t}, {t}"]  # t is r from here

@@ -70,9 +70,6 @@ class Runner:
     @torch.inference_mode()
     def run(self, step: Step) -> Outcome:
         """One forward pass over everything in the step, and a token for each sequence that is due one."""
-        # Asking makes torch pass its number of threads on to OpenMP in this thread. Else oneDNN could compute the first
-        # product here in as many as OpenMP likes, and its bits would be others.
-        torch.get_num_threads()
         batch = _Batch(step)
         batch.pad(self.model.padded_rows(len(batch.token_ids)))
         device = self.model.device
