@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
 
 from client import keys
 from client.batch_input import Checked, Row, RowReader, Source, check, is_column, open_source, plain, read_rows
@@ -31,8 +31,9 @@ from client.errors import (
     UnknownJob,
     connection_advice,
 )
-from client.records import Outcome, parse_outcome
+from client.records import Outcome
 from client.schema import Result
+from client.watch import Watch
 
 if TYPE_CHECKING:
     from client.client import Client, _Draft
@@ -41,11 +42,9 @@ log = logging.getLogger("millrace.client")
 
 #: Enough for a few workers of 64 slots to always find work; vLLM's run-batch has the same.
 MAX_INFLIGHT = 1024
-#: Rows submitted at once, and results asked for in one request.
+#: Rows submitted at once.
 CHUNK = 256
-#: Results are asked for this often: at first, when none comes, and by which factor the pause grows.
-FIRST_POLL_S, LAST_POLL_S, POLL_GROWTH = 0.02, 0.5, 1.5
-#: Pause before Redis is asked again after it refused or was away.
+#: Longest pause, and the one before Redis is asked again after it refused or was away.
 RETRY_S = 0.5
 #: Jobs without a result are submitted again this often, which changes nothing unless Redis has lost them.
 HEAL_S = 30.0
@@ -73,7 +72,7 @@ class Window(Generic[K]):
         size: jobs that have been taken from the input and not been given back.
         ordered: give them back in the order of the input; the first one that is not done holds back the others.
         tell: called with a line when there is something to know.
-        tick: called at least every LAST_POLL_S.
+        tick: called at least every RETRY_S.
     """
 
     def __init__(
@@ -88,7 +87,8 @@ class Window(Generic[K]):
         if type(size) is not int or size < 1:
             raise InvalidRequest("max_inflight", repr(size)[:80], "a whole number of at least 1")
         self._client, self._size, self._ordered, self._tell, self._tick = client, size, ordered, tell, tick
-        self._waiting: dict[str, tuple[int, K, _Draft]] = {}  # accepted jobs, oldest first
+        self._waiting: dict[str, tuple[int, K, _Draft]] = {}  # accepted jobs
+        self._watch = Watch()
         self._unsent: deque[tuple[int, K, _Draft]] = deque()
         self._done: dict[int, tuple[K, Outcome | Exception]] = {}  # by place in the input
         self._taken = self._given = 0
@@ -108,24 +108,20 @@ class Window(Generic[K]):
             RedisUnreachable, RedisRefused: for a reason that waiting does not mend.
         """
         source = iter(items)
-        pause, more = FIRST_POLL_S, True
-        for turn in itertools.count(1):
+        more = True
+        while True:
             more = self._take(source) if more else False
             self._submit()
-            asked = time.monotonic()
-            self._collect(turn)
-            took = time.monotonic() - asked
+            self._collect()
             if ready := self._ready():
-                pause = FIRST_POLL_S
                 yield ready
             elif not more and not self._waiting and not self._unsent:
                 return
-            else:
-                pause = min(pause * POLL_GROWTH, LAST_POLL_S)
             self._heal()
             self._remind()
             self._tick()
-            time.sleep(max(pause, min(took * 10, LAST_POLL_S)) if self._silent_since is None else RETRY_S)
+            refused = self._unsent or self._silent_since is not None
+            time.sleep(RETRY_S if refused else min(self._watch.rest_s, RETRY_S))
 
     def drop(self) -> None:
         """Cancel what is outstanding: nobody will ask for it."""
@@ -156,6 +152,7 @@ class Window(Generic[K]):
             for entry in part:
                 self._unsent.popleft()
                 self._waiting[entry[2].id] = entry
+                self._watch.add(entry[2].id)
             self._chunk = min(self._chunk * 2, CHUNK)
 
     def _send(self, drafts: list[_Draft]) -> bool:
@@ -171,39 +168,24 @@ class Window(Generic[K]):
         self._in_sight()
         return True
 
-    def _collect(self, turn: int) -> None:
+    def _collect(self) -> None:
         if not self._waiting:
             return
         try:
-            found = self._fetch(turn)
+            news = self._client._ask(self._watch)
         except (RedisUnreachable, RedisRefused) as error:
+            for job_id in self._watch.failed():
+                self._watch.add(job_id)  # here nobody is given up
             self._lost_sight(error)
             return
         self._in_sight()
-        for job_id, outcome in found.items():
+        for job_id, outcome in news.outcomes.items():
             place, key, _ = self._waiting.pop(job_id)
             self._done[place] = (key, outcome)
-        if found:
+        # Accepted and gone again: Redis has lost its last second.
+        self._unsent.extend(self._waiting.pop(job_id) for job_id in news.unknown)
+        if news.outcomes:
             self._news_at = self._reminded_at = time.monotonic()
-
-    def _fetch(self, turn: int) -> dict[str, Outcome]:
-        """Outcomes that are there. Jobs end about in the order they came: so the oldest are asked for, until a part of
-        them has none that ended, and one part beyond, another one each time.
-        """
-        job_ids, found = list(self._waiting), dict[str, Outcome]()
-        parts = [job_ids[start : start + CHUNK] for start in range(0, len(job_ids), CHUNK)]
-        going_on = True
-        with self._client._reachable():
-            for index, part in enumerate(parts):
-                if not going_on and index != turn % len(parts):
-                    continue
-                before = len(found)
-                records = cast("list[str | None]", self._client._redis.mget([keys.result(job_id) for job_id in part]))
-                for job_id, record in zip(part, records, strict=True):
-                    if (outcome := parse_outcome(record)) is not None:
-                        found[job_id] = outcome
-                going_on = going_on and len(found) > before
-        return found
 
     def _ready(self) -> list[tuple[K, Outcome | Exception]]:
         if not self._ordered:

@@ -455,14 +455,18 @@ class Client:
             if watch:
                 time.sleep(min(watch.rest_s, left))
 
+    def _ask(self, watch: Watch, block_s: float = 0.0) -> News:
+        """One round trip. Raises RedisUnreachable, RedisRefused."""
+        with self._reachable():
+            pipe = self._redis.pipeline(transaction=False)
+            for command in watch.request(block_s):
+                pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+            return watch.answer(pipe.execute())
+
     def _turn(self, watch: Watch, block_s: float) -> News:
         """Ask once. Raises UnknownJob, and RedisUnreachable when it is time to give up."""
         try:
-            with self._reachable():
-                pipe = self._redis.pipeline(transaction=False)
-                for command in watch.request(block_s):
-                    pipe.execute_command(*command)  # type: ignore[no-untyped-call]
-                news = watch.answer(pipe.execute())
+            news = self._ask(watch, block_s)
         except RedisUnreachable:
             if watch.failed():
                 raise
