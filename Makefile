@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test properties fuzz chaos check fmt bench peers clean
+.PHONY: help setup demo test properties fuzz chaos check docs fmt bench peers clean
 
 help: ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -23,7 +23,7 @@ setup: $(VENV)/dev ## create .venv with everything for development
 demo: $(VENV)/run ## generate text from the bundled model through an embedded Redis and a worker
 	$(BIN)/millrace generate "Hello." --max-tokens 24 --temperature 0
 
-test: $(VENV)/dev ## run the whole test suite, in three processes: what starts workers also waits
+test: $(VENV)/dev ## run the whole test suite, in four processes: what starts workers also waits
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 properties: $(VENV)/dev ## run the property tests with 500 examples each
@@ -32,14 +32,17 @@ properties: $(VENV)/dev ## run the property tests with 500 examples each
 fuzz: $(VENV)/dev ## fuzz everything that comes from outside with more than 100,000 cases
 	$(BIN)/python -m tests.fuzz
 
-chaos: $(VENV)/dev ## kill, stop, cut off and fill up workers and Redis for three minutes; CHAOS="--seed 2 --minutes 30"
+chaos: $(VENV)/dev ## three minutes of faults, then deaths during a batch of 3,000 lines; CHAOS="--seed 2 --minutes 30"
 	$(BIN)/python -m tests.chaos $(CHAOS)
 	$(BIN)/python -m tests.chaos.batch --lines 3000
 
-check: $(VENV)/dev ## lint, format check, types
+check: $(VENV)/dev docs ## lint, format check, types, links of the docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/dev ## build the guide and the reference into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 fmt: $(VENV)/dev ## format and fix what can be fixed
 	$(BIN)/ruff format .
@@ -52,4 +55,4 @@ peers: $(VENV)/dev ## install the peers of `make bench`; needs a C++ compiler
 	$(BIN)/pip install --constraint constraints.txt --editable '.[bench]'
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,9 +15,22 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-DOCS = (ROOT / "docs" / "client.md").read_text()
+#: The blocks of the page of examples are files, run in test_examples.py.
+PAGES = [ROOT / "README.md", *(page for page in sorted(ROOT.glob("docs/*.md")) if page.stem != "examples")]
 PATTERN = re.compile(r"```(\w*)\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
-BLOCKS = PATTERN.findall(README)
+
+
+def blocks(page: Path, language: str) -> list[tuple[str, str]]:
+    """Each block of a language, and the output that stands under it."""
+    return [(code, shown) for found, code, shown in PATTERN.findall(page.read_text()) if found == language]
+
+
+def with_blocks(language: str) -> list[Path]:
+    return [page for page in PAGES if blocks(page, language)]
+
+
+def name_of(page: Path) -> str:
+    return page.stem
 
 
 @pytest.fixture
@@ -31,12 +44,10 @@ def at_the_worker(worker: object, redis_url: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("at_the_worker")
-@pytest.mark.parametrize("text", [README, DOCS], ids=["README.md", "docs/client.md"])
-def test_python_blocks_run_and_print_what_is_shown(text: str) -> None:
+@pytest.mark.parametrize("page", with_blocks("python"), ids=name_of)
+def test_python_blocks_run_and_print_what_is_shown(page: Path) -> None:
     scope: dict[str, Any] = {}
-    blocks = [(code, shown) for language, code, shown in PATTERN.findall(text) if language == "python"]
-    assert len(blocks) >= 5
-    for code, shown in blocks:
+    for code, shown in blocks(page, "python"):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(code, "document", "exec"), scope)
@@ -51,21 +62,37 @@ def test_python_blocks_run_and_print_what_is_shown(text: str) -> None:
 
 
 @pytest.mark.usefixtures("at_the_worker")
-def test_shell_blocks_run() -> None:
+@pytest.mark.parametrize("page", with_blocks("sh"), ids=name_of)
+def test_shell_blocks_run(page: Path) -> None:
     bin_directory = str(Path(sys.executable).parent)
     environment = {**os.environ, "PATH": f"{bin_directory}{os.pathsep}{os.environ['PATH']}"}
-    commands = [line for language, code, _ in BLOCKS if language == "sh" for line in code.splitlines()]
-    assert len(commands) >= 3
+    commands = [line for code, _ in blocks(page, "sh") for line in code.splitlines()]
     for command in commands:
         done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"{command}: {done.stderr}"
 
 
-def test_the_settings_table_is_complete() -> None:
+def test_the_pages_have_blocks_to_run() -> None:
+    assert {"README", "client", "bulk", "determinism", "fidelity", "index"} <= {p.stem for p in with_blocks("python")}
+    assert {"README", "bulk"} <= {page.stem for page in with_blocks("sh")}
+
+
+def test_the_table_of_settings_is_complete_and_gives_the_defaults() -> None:
     from config import Settings
 
-    for name in Settings.model_fields:
-        assert f"`MILLRACE_{name.upper()}`" in README, name
+    page = (ROOT / "docs" / "settings.md").read_text()
+    table = dict(re.findall(r"^\| `MILLRACE_(\w+)` \| (.*?) \|", page, re.MULTILINE))
+    assert set(table) == {name.upper() for name in Settings.model_fields}
+    for name, field in Settings.model_fields.items():
+        if field.default is not None:
+            assert table[name.upper()].strip("`") == str(field.default)
+
+
+def test_the_settings_that_the_readme_names_exist() -> None:
+    from config import Settings
+
+    named = set(re.findall(r"`MILLRACE_([A-Z_]+)`", README))
+    assert named <= {name.upper() for name in Settings.model_fields}
 
 
 def test_the_files_it_names_exist() -> None:

@@ -1,0 +1,40 @@
+"""A service: a line of prompt in, its text out as it comes.
+
+`python examples/async_service.py 8700`, then `nc localhost 8700` and a prompt, any number of times at once.
+Each connection is a job that streams. Who hangs up cancels it, so that its slot goes to the next one.
+"""
+
+import asyncio
+import contextlib
+import sys
+
+import client
+
+
+async def serve(own: client.AsyncClient, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    prompt = (await reader.readline()).decode(errors="replace").strip()
+    try:
+        job = await own.submit(prompt, max_tokens=200, temperature=0, priority="interactive", stream=True)
+        try:
+            async for event in job.stream(timeout=60):
+                writer.write(event.text.encode())
+                await writer.drain()
+        except ConnectionError:
+            await job.cancel()
+    except client.MillraceError as error:
+        writer.write(f"{error}\n".encode())
+    finally:
+        writer.close()
+
+
+async def main(port: int) -> None:
+    async with client.AsyncClient() as own:
+        server = await asyncio.start_server(lambda reader, writer: serve(own, reader, writer), "127.0.0.1", port)
+        print("listening on port", server.sockets[0].getsockname()[1], flush=True)
+        async with server:
+            await server.serve_forever()
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(main(int(sys.argv[1])))

@@ -1,0 +1,25 @@
+"""A file of prompts into a file of results: `python examples/bulk_over_a_file.py prompts.jsonl results.jsonl`.
+
+Run it again after it was interrupted, in whatever way: what stands in the output is kept, the rest is computed.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import client
+
+
+def main(source: str, target: str) -> None:
+    report = client.batch(source, target, params={"max_tokens": 12, "temperature": 0}, resume=Path(target).exists())
+    print(f"{report.before} rows stood there, {report.succeeded} were computed, {report.failed} failed")
+    with open(target) as rows:
+        for row in map(json.loads, rows):
+            if row["error"]:
+                print(row["custom_id"], "failed:", row["error"]["message"])
+            else:
+                print(row["custom_id"], repr(row["response"]["body"]["choices"][0]["text"]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,40 @@
+"""Prompts from a column of a table, results into another: `datasets`, pandas and pyarrow.
+
+`client.map` takes any iterable. It gives results in order, and reads no further ahead than `max_inflight` rows, so that
+a table that does not fit into memory can be streamed through.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import datasets
+import pandas
+import pyarrow
+
+import client
+
+PROMPTS = ["The old house", "The river", "Alice was"]
+
+
+def texts(column: Iterable[Any]) -> list[str]:
+    return [result.text for result in client.map(column, max_tokens=6, temperature=0)]
+
+
+def main() -> None:
+    frame = pandas.DataFrame({"prompt": PROMPTS})
+    frame["text"] = texts(frame["prompt"])
+    print(frame.to_string(index=False))
+
+    table = pyarrow.table({"prompt": PROMPTS})
+    table = table.append_column("text", [texts(table["prompt"])])
+    print(table.column_names, table.num_rows)
+
+    dataset = datasets.Dataset.from_dict({"prompt": PROMPTS})
+    dataset = dataset.add_column("text", texts(dataset["prompt"]))
+    print(dataset[0])
+
+    assert frame["text"].tolist() == table["text"].to_pylist() == list(dataset["text"])
+
+
+if __name__ == "__main__":
+    main()

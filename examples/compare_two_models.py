@@ -1,0 +1,40 @@
+"""Where two models part, checkpoint by checkpoint: `python examples/compare_two_models.py gpt2 ./my-fine-tuned-gpt2`.
+
+No Redis and no worker: two engines in this process. Both get the same token ids, so their vocabularies must be one.
+"""
+
+import sys
+
+import torch
+from safetensors.torch import load
+
+from client.schema import CHECKPOINT_TENSORS, parse_request
+from config import load_settings
+from worker.engine import Engine
+
+NAMES = list(dict.fromkeys(name for names in CHECKPOINT_TENSORS.values() for name in names))
+
+
+def tensors_of(model: str, prompt: list[int]) -> dict[str, torch.Tensor]:
+    kept: dict[str, bytes] = {}
+    request = parse_request({"prompt": prompt, "max_tokens": 10, "temperature": 0, "checkpoints": "all"})
+    with Engine.from_settings(load_settings(model=model)) as engine:
+        engine.submit(request, on_trace=kept.update).result()
+    return {name: load(data)["tensor"].float() for name, data in kept.items()}
+
+
+def main(one: str, other: str) -> None:
+    prompt = [15496, 13]  # "Hello."
+    left, right = tensors_of(one, prompt), tensors_of(other, prompt)
+    for name in NAMES:
+        if name not in left or name not in right:
+            continue
+        a, b = left[name], right[name]
+        if a.shape != b.shape:
+            print(f"{name:12} {tuple(a.shape)} and {tuple(b.shape)}")
+        else:
+            print(f"{name:12} {(a - b).abs().max().item() if a.numel() else 0.0:.3g}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,21 @@
+"""Several samples of one prompt, and any of them again: a result names the seed it was drawn with."""
+
+import client
+
+
+def main() -> None:
+    first = client.submit("The miller said", n=4, temperature=0.9, max_tokens=10).result(timeout=60)
+    for choice in first.choices:
+        print(choice.index, repr(choice.text))
+
+    again = client.submit("The miller said", n=4, temperature=0.9, max_tokens=10, seed=first.seed).result(timeout=60)
+    assert [choice.text for choice in again.choices] == [choice.text for choice in first.choices]
+    print("the same again with seed", first.seed)
+
+    fewer = client.submit("The miller said", n=2, temperature=0.9, max_tokens=10, seed=first.seed).result(timeout=60)
+    assert [choice.text for choice in fewer.choices] == [choice.text for choice in first.choices[:2]]
+    print("and the first two of them, where only two are asked for")
+
+
+if __name__ == "__main__":
+    main()
