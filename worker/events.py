@@ -25,6 +25,8 @@ log = structlog.get_logger("millrace.worker")
 
 #: Seconds between two pieces of one sample, and between two requests. Each costs the engine, and people read slower.
 TELL_EVERY_S = WRITE_EVERY_S = 0.05
+#: Where many jobs stream, requests are so much further apart for each: events cost a core time that the engine needs.
+WRITE_EVERY_S_A_JOB = 0.003
 #: Pause before Redis is asked again after it failed to answer.
 RETRY_S = 0.5
 #: A larger event is not written, nor are those behind it of use: readers take the rest from the result.
@@ -103,7 +105,7 @@ class EventWriter:
             except Exception:  # the jobs go on, and their results come
                 self._pending.clear()
                 log.error("events.failed", trace=traceback.format_exc())
-            time.sleep(WRITE_EVERY_S)
+            time.sleep(max(WRITE_EVERY_S, len(self._streaming) * WRITE_EVERY_S_A_JOB))
         self._write()
 
     def _take(self) -> bool:

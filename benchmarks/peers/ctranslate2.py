@@ -88,7 +88,7 @@ def convert(folder: Path, target: Path) -> Path:
         encoder, merges = vocabulary_files()
         source = target.with_name(f"{target.name}-source")
         source.mkdir()
-        files = {name: folder / name for name in ("config.json", "model.safetensors")}
+        files = {file.name: file for file in (folder / "config.json", *folder.glob("*.safetensors*"))}
         for name, file in (files | {"vocab.json": encoder, "merges.txt": merges}).items():
             (source / name).symlink_to(file.resolve())
         (source / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')

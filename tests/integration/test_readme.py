@@ -85,7 +85,8 @@ def test_the_table_of_settings_is_complete_and_gives_the_defaults() -> None:
     assert set(table) == {name.upper() for name in Settings.model_fields}
     for name, field in Settings.model_fields.items():
         if field.default is not None:
-            assert table[name.upper()].strip("`") == str(field.default)
+            shown = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+            assert table[name.upper()].strip("`") == shown
 
 
 def test_the_settings_that_the_readme_names_exist() -> None:
