@@ -376,6 +376,9 @@ class Client:
             headers=None if alone else {JOBS_HEADER: len(group)},
             ignore_result=not alone,
             producer=producer,
+            # A list needs no declaration. If the connection is lost during one, kombu goes on with the channel that it
+            # has closed, and fails with an AttributeError.
+            declare=[],
         )
         self._announce(group)
 

@@ -65,6 +65,20 @@ def test_a_job_is_one_message_under_its_own_id(client: Client, connection: redis
     assert repr(job) == f"<Job {job.id}>"
 
 
+def test_no_queue_is_declared_that_a_lost_connection_could_leave_half_declared(
+    client: Client, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kombu 5.7 fails with an AttributeError then."""
+
+    def lost(*_: object) -> int:
+        monkeypatch.undo()
+        raise redis.ConnectionError("cut")
+
+    monkeypatch.setattr("kombu.transport.redis.Channel._size", lost)
+    job = client.submit("Hello.")
+    assert [message["headers"]["id"] for message in queued(client, connection)] == [job.id]  # type: ignore[index]
+
+
 @pytest.mark.parametrize(("priority", "place"), [("interactive", 0), ("normal", 1), ("bulk", 3)])
 def test_priorities_have_lists_of_their_own(client: Client, connection: redis.Redis, priority: str, place: int) -> None:
     client.submit("Hello.", priority=priority)
