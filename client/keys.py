@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 PREFIX = "millrace:"
 
 #: Celery's own prefix of result records, fixed there (celery.backends.base.KeyValueStoreBackend).
@@ -46,6 +48,11 @@ def hint_of(queue_name: str) -> str:
 def dead() -> str:
     """List: messages that could not be understood, newest first, each as JSON with the reason."""
     return f"{PREFIX}dead"
+
+
+def tag(job_id: str) -> str:
+    """What stands for a job where others may read: who knows an id may read the result and cancel."""
+    return hashlib.blake2b(job_id.encode(), digest_size=4).hexdigest()
 
 
 def job(job_id: str) -> str:

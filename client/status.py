@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import json
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import redis
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from client import keys
 from client.schema import JOBS_HEADER
 
 #: Messages that are looked into for how many jobs they hold; the others are taken to be like them.
 SAMPLE = 32
+
+
+class RowStatus(BaseModel):
+    """A sample that a worker computes: it reads its prompt, then it writes."""
+
+    #: `keys.tag` of its job.
+    job: str
+    #: Seconds since it got its slot.
+    age_s: float
+    #: Tokens of the prompt, and how many of them have been read.
+    prompt: int
+    read: int
+    #: New tokens, and the most there may be.
+    written: int
+    most: int
+
+
+class FailureStatus(BaseModel):
+    """A job that could not be computed: `keys.tag` of it, its code, and the Unix time."""
+
+    job: str
+    code: str
+    at: float
+
+
+def _parsed(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
 
 
 class WorkerStatus(BaseModel):
@@ -35,6 +62,10 @@ class WorkerStatus(BaseModel):
     #: How long the engine had been at its present step; `stalled` if that is longer than MILLRACE_STALL_S.
     step_age_s: float = 0.0
     stalled: bool = False
+    #: What is in its slots.
+    rows: Annotated[list[RowStatus], BeforeValidator(_parsed)] = []
+    #: The last jobs that failed there.
+    failures: Annotated[list[FailureStatus], BeforeValidator(_parsed)] = []
 
 
 class QueueStatus(BaseModel):

@@ -80,6 +80,19 @@ class EngineStats:
     step_age_s: float
 
 
+@dataclass(frozen=True)
+class RowStats:
+    """A running sample: the tokens of its prompt, read so far, its new tokens, and the most there may be."""
+
+    job_id: str
+    #: Seconds since it got its slot.
+    age_s: float
+    prompt: int
+    read: int
+    written: int
+    most: int
+
+
 class Engine:
     """Takes requests, gives futures. All work on sequences happens in `step`, in one thread.
 
@@ -216,6 +229,23 @@ class Engine:
             cache_bytes=slots.used_bytes,
             step_age_s=0.0 if alive_at is None else time.monotonic() - alive_at,
         )
+
+    def rows(self) -> list[RowStats]:
+        """The running samples; read without a lock, as `stats`."""
+        now = time.monotonic()
+        owned = [(sequence, self._owner.get(sequence)) for sequence in list(self.scheduler.running)]
+        return [
+            RowStats(
+                generation.id,
+                now - (sequence.admitted_at or now),
+                prompt=len(sequence.prompt),
+                read=sequence.prefilled,
+                written=len(sequence.output),
+                most=sequence.request.max_tokens,
+            )
+            for sequence, generation in owned
+            if generation is not None
+        ]
 
     def start(self) -> None:
         """Run steps in a thread of the engine's own until `stop`."""

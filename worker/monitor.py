@@ -5,6 +5,7 @@ Not on Celery's event loop: a main thread that is busy or reconnecting must not 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -19,19 +20,23 @@ import structlog
 from celery.platforms import EX_FAILURE
 from celery.worker import state
 
+from client import keys
 from config import Settings
 from worker.access import is_forbidden
 from worker.store import WORKER_TTL_S, Store
 
 if TYPE_CHECKING:
-    from worker.engine import Engine
+    from worker.engine import Engine, RowStats
     from worker.pool import EnginePool
 
 log = structlog.get_logger("millrace.worker")
 
 #: How often requests to cancel are looked for while jobs are here; and how often anything is done while none are.
 TICK_S, IDLE_TICK_S = 0.2, 1.0
-BEAT_S = WORKER_TTL_S / 3
+#: How often a worker says what it does: often enough to look at, and three times before it would count as gone.
+BEAT_S = min(2.0, WORKER_TTL_S / 3)
+#: Of more slots than that a worker's record does not say what is in them.
+SHOWN_ROWS = 256
 #: A shutdown waits at least so long for a Redis that is silent, whatever the settings say: it may only be slow.
 LEAST_PATIENCE_S = 5.0
 
@@ -168,9 +173,23 @@ class Monitor:
                 "started_at": self._began_at,
                 "step_age_s": round(stats.step_age_s, 1),
                 "stalled": int(self._stalled),
+                "rows": json.dumps([_row(row) for row in self._engine.rows()[:SHOWN_ROWS]]),
+                "failures": json.dumps(list(self._pool.failures)),
                 **self._pool.finished,
             },
         )
+
+
+def _row(row: RowStats) -> dict[str, str | int | float]:
+    """What the worker's record says of a running sample. It may be read by who may not read the job."""
+    return {
+        "job": keys.tag(row.job_id),
+        "age_s": round(row.age_s, 1),
+        "prompt": row.prompt,
+        "read": row.read,
+        "written": row.written,
+        "most": row.most,
+    }
 
 
 def stopping() -> bool:

@@ -36,6 +36,7 @@ from celery.worker import state
 from kombu.asynchronous import Hub
 
 from client.errors import JobCancelled, JobError, JobExpired, JobFailed
+from client.keys import tag
 from client.records import outcome_state
 from client.schema import GROUP_TASK_NAME, TASK_NAME, Result
 from client.signing import marked
@@ -59,6 +60,8 @@ INTAKE_BATCH = 128
 
 #: How often a shutdown looks whether it is to go faster.
 STOP_TICK_S = 0.1
+#: A worker's record tells of so many failures.
+SHOWN_FAILURES = 10
 
 MAX_ATTEMPTS = (
     "the job was begun {} times and each time the worker process ended before it did, the last time with no other job "
@@ -148,6 +151,8 @@ class EnginePool(BasePool):
         self.failed = False
         #: How many jobs ended in each state.
         self.finished: dict[str, int] = {"succeeded": 0, "failed": 0, "cancelled": 0, "expired": 0}
+        #: The last jobs that failed, as the worker's record tells of them.
+        self.failures: deque[dict[str, str | float]] = deque(maxlen=SHOWN_FAILURES)
 
     # --- Celery's side, in the main thread -------------------------------------------------------------------------
 
@@ -654,6 +659,8 @@ class EnginePool(BasePool):
             return  # it has been logged where it was met
         outcome = outcome_state(error if isinstance(error, JobError) else future.result())
         self.finished[outcome] += 1
+        if isinstance(error, JobFailed):
+            self.failures.append({"job": tag(job_id), "code": error.code, "at": round(time.time(), 1)})
         details |= {"job_id": job_id, "state": outcome}
         if isinstance(error, JobError):
             log.info("job.finished", **details, code=error.code)

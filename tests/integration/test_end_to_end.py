@@ -388,3 +388,22 @@ def test_a_job_keeps_its_checkpoints_when_asked_and_not_otherwise(client: Client
     plain.result(30)
     with pytest.raises(NoCheckpoints, match="checkpoints='all'"):
         plain.checkpoints()
+
+
+def test_the_status_shows_what_is_in_the_slots_and_what_failed_and_gives_no_id_away(client: Client) -> None:
+    failing = client.submit([60_000], max_tokens=1)
+    assert failing.wait(timeout=30) == "failed"
+    jobs = client.submit_many(["Hello."] * 90, max_tokens=900, ignore_eos=True)
+    tags = {keys.tag(job.id) for job in jobs}
+    deadline, rows = time.monotonic() + 30, []
+    while not rows and time.monotonic() < deadline:
+        rows = [row for row in client.status().workers[0].rows if row.job in tags]
+    record = client._redis.hgetall(keys.worker(client.status().workers[0].name))
+    client.cancel(jobs)
+    assert rows
+    assert all(row.prompt == 2 and row.most == 900 and row.written <= 900 for row in rows)
+    (failure,) = [f for f in client.status().workers[0].failures if f.job == keys.tag(failing.id)]
+    assert failure.code == "invalid_token_id"
+    assert not any(job.id in str(record) for job in (failing, *jobs))
+    for job in jobs:
+        job.wait(timeout=30)

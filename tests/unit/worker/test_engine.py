@@ -228,3 +228,17 @@ def test_timings_and_counts_are_told() -> None:
     assert 0 < timings.waiting_s + timings.prefill_s + timings.decode_s <= took
     stats = engine.stats()
     assert (stats.tokens, stats.steps, stats.running, stats.waiting) == (5, 5, 0, 0)
+
+
+def test_rows_say_how_far_each_sample_is() -> None:
+    engine = build(slots=2)
+    engine.submit(ask(tokens_of(200), max_tokens=9, ignore_eos=True), job_id="long")
+    engine.submit(ask(tokens_of(3), max_tokens=5, ignore_eos=True), job_id="short")
+    engine.submit(ask(tokens_of(4), max_tokens=5), job_id="waits")
+    for _ in range(3):
+        engine.step()
+    long, short = engine.rows()
+    assert (long.job_id, long.prompt, long.read, long.most) == ("long", 200, 200, 9)
+    assert (short.job_id, short.prompt, short.read, short.most) == ("short", 3, 3, 5)
+    assert 0 < long.written <= short.written < 5
+    assert 0 <= long.age_s < 60
