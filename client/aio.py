@@ -107,6 +107,29 @@ class AsyncClient:
                     waiting[job_id]._outcome = outcome
                     yield waiting.pop(job_id)
 
+    async def streams(
+        self, jobs: Iterable[AsyncJob], timeout: float | None = None
+    ) -> AsyncGenerator[tuple[AsyncJob, Event]]:
+        """The text of many jobs as it comes, each event with its job; see `Job.stream`. The first failure ends it."""
+        readers = {job.id: (job, Reader(job)) for job in jobs}
+        check_home([job for job, _ in readers.values()], self.url)
+        for job, reader in readers.values():
+            if job._outcome is not None:
+                for event in reader.finish(job._answer()):
+                    yield job, event
+        waiting = [job.id for job, _ in readers.values() if job._outcome is None]
+        async with contextlib.aclosing(self._news(waiting, timeout, events=True)) as all_news:
+            async for news in all_news:
+                for job_id in news.jobs():
+                    job, reader = readers[job_id]
+                    for entry in news.events.get(job_id, ()):
+                        for event in reader.take(entry):
+                            yield job, event
+                    if (outcome := news.outcomes.get(job_id)) is not None:
+                        job._outcome = outcome
+                        for event in reader.finish(job._answer()):
+                            yield job, event
+
     async def status(self) -> Status:
         """Queues, workers and slots, now. Raises RedisUnreachable."""
         return await self._call(self._client.status)
@@ -238,16 +261,9 @@ class AsyncJob(Handle):
 
     async def stream(self, timeout: float | None = None) -> AsyncIterator[Event]:
         """The text as it comes; see `Job.stream`."""
-        reader = Reader(self)
-        if self._outcome is None:
-            async with contextlib.aclosing(self._client._news([self.id], timeout, events=True)) as all_news:
-                async for news in all_news:
-                    self._outcome = news.outcomes.get(self.id)
-                    for entry in news.events.get(self.id, ()):
-                        for event in reader.take(entry):
-                            yield event
-        for event in reader.finish(self._answer()):
-            yield event
+        async with contextlib.aclosing(self._client.streams([self], timeout)) as events:
+            async for _, event in events:
+                yield event
 
     async def checkpoints(self) -> dict[str, np.ndarray]:
         """The tensors that the job kept; see `Job.checkpoints`."""

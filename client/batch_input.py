@@ -165,9 +165,14 @@ def _shape(item: Any) -> tuple[str | None, dict[str, Any]]:
         raise InvalidRequest("url", repr(got)[:80], f"'POST {ENDPOINT}'")
     if not isinstance(fields.get("body"), Mapping):
         raise InvalidRequest("body", f"a {type(fields.get('body')).__name__}", "an object with prompt and parameters")
-    body = {name: plain(value) for name, value in fields["body"].items()}
-    idle = [name for name, check in _IDLE.items() if name in body and (body[name] is None or check(body[name], body))]
-    return _check_custom_id(fields.get("custom_id")), {k: v for k, v in body.items() if k not in idle}
+    return _check_custom_id(fields.get("custom_id")), completion_fields(fields["body"])
+
+
+def completion_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A body of the completions API as what `Client.submit` takes, without the fields that change nothing."""
+    fields = {name: plain(value) for name, value in body.items()}
+    idle = [n for n, check in _IDLE.items() if n in fields and (fields[n] is None or check(fields[n], fields))]
+    return {name: value for name, value in fields.items() if name not in idle}
 
 
 def _check_custom_id(value: Any) -> str:

@@ -69,13 +69,14 @@ def completion(result: Result) -> dict[str, Any]:
 
 
 def _choice(choice: Choice) -> dict[str, Any]:
-    scores = None if choice.logprobs is None else _logprobs(choice.logprobs)
+    scores = None if choice.logprobs is None else logprobs_fields(choice.logprobs)
     fields = choice.model_dump(include={"index", "text", "finish_reason", "stop_reason"})
     return {**fields, "logprobs": scores}
 
 
-def _logprobs(scores: list[TokenLogprob]) -> dict[str, Any]:
-    offsets, at = [], 0
+def logprobs_fields(scores: list[TokenLogprob], at: int = 0) -> dict[str, Any]:
+    """Log probabilities as the completions API writes them, of tokens from character `at` of the text on."""
+    offsets = []
     for score in scores:
         offsets.append(at)
         at += len(score.token)

@@ -58,6 +58,10 @@ Tick = Callable[[], None]
 Tell = Callable[[str], None]
 
 
+class DropBatch(Exception):
+    """Raised by an `on_progress` of a user's own to end a batch: its jobs that are outstanding are cancelled."""
+
+
 def warn(message: str) -> None:
     """Where notices go that nobody else takes."""
     log.warning("%s", message)
@@ -377,12 +381,16 @@ class Batch:
                 self.client, size=max_inflight, ordered=ordered, tell=tell, tick=lambda: on_progress(report)
             )
             on_progress(report)
-            for pairs in window.run(drafts):
-                sink.write(pairs)
-                for _, outcome in pairs:
-                    report.count(outcome)
-                report.outstanding = window.outstanding
-                on_progress(report)
+            try:
+                for pairs in window.run(drafts):
+                    sink.write(pairs)
+                    for _, outcome in pairs:
+                        report.count(outcome)
+                    report.outstanding = window.outstanding
+                    on_progress(report)
+            except DropBatch:
+                window.drop()
+                raise
             sink.finish()
         return report
 

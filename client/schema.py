@@ -70,7 +70,11 @@ _ALIASES = {
     "details": "logprobs",
     "timeout": "timeout_s",
 }
-_ADVICE = {"do_sample": "temperature=0 is greedy, anything above samples"}
+_ADVICE = {
+    "do_sample": "temperature=0 is greedy, anything above samples",
+    "best_of": "all n samples are given back; choose among them by their logprobs",
+    "suffix": "GPT-2 only writes on behind the prompt",
+}
 
 
 def _plain(value: Any) -> Any:

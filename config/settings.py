@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "MILLRACE_"
@@ -22,6 +22,8 @@ MAX_NAME = 128
 MAX_BYTES, MAX_SECONDS = 2**50, 10 * 365 * 86_400
 #: As long as the digest that it keys: a shorter one could be guessed.
 SHORTEST_SIGNING_KEY = 32
+#: A key that goes over the network can be tried out only slowly.
+SHORTEST_API_KEY = 16
 
 
 class SettingsError(ValueError):
@@ -83,6 +85,14 @@ class Settings(BaseSettings):
     #: An engine that is at one step for longer is stalled: its jobs go to other workers, it takes no more messages, and
     #: `millrace status` fails.
     stall_s: float = Field(60.0, description="a number of seconds, from 1 to 315360000", ge=1, le=MAX_SECONDS)
+    #: Of `millrace serve`: who has one of them may use it. None: only this machine may.
+    api_keys: SecretStr | None = Field(
+        None,
+        description=f"a secret of at least {SHORTEST_API_KEY} characters without spaces, or several of them separated "
+        "by commas",
+    )
+    #: Of `millrace serve`: where uploaded files and batches lie. None: `data_dir()`.
+    files_dir: str | None = Field(None, description="a directory")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="'debug', 'info', 'warning' or 'error'"
     )
@@ -100,13 +110,12 @@ class Settings(BaseSettings):
             raise ValueError("a unix socket goes by its path; kombu knows no password there")
         return value
 
-    @field_validator("signing_key")
+    @field_validator("signing_key", "api_keys")
     @classmethod
-    def _long_keys(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None:
-            for key in value.get_secret_value().split(","):
-                if len(key.strip()) < SHORTEST_SIGNING_KEY or len(key.split()) != 1:
-                    raise ValueError("length")
+    def _long_keys(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        shortest = SHORTEST_SIGNING_KEY if info.field_name == "signing_key" else SHORTEST_API_KEY
+        if not all(is_key(key, shortest) for key in _split_keys(value)):
+            raise ValueError("length")
         return value
 
     @field_validator("served_name")
@@ -136,14 +145,26 @@ class Settings(BaseSettings):
     @property
     def signing_keys(self) -> tuple[bytes, ...]:
         """The keys of `signing_key`; the first is the one to sign with. Empty if nothing is signed."""
-        if self.signing_key is None:
-            return ()
-        return tuple(key.strip().encode() for key in self.signing_key.get_secret_value().split(","))
+        return tuple(key.encode() for key in _split_keys(self.signing_key))
+
+    @property
+    def api_key_list(self) -> list[str]:
+        """The keys of `api_keys`."""
+        return _split_keys(self.api_keys)
 
     @property
     def model_name(self) -> str:
         """The name under which the model is served: its queue is `millrace.<model_name>`."""
         return self.served_name or slug(self.model)
+
+
+def is_key(key: str, shortest: int) -> bool:
+    """Whether a secret is long enough and without spaces."""
+    return len(key) >= shortest and len(key.split()) == 1
+
+
+def _split_keys(value: SecretStr | None) -> list[str]:
+    return [] if value is None else [key.strip() for key in value.get_secret_value().split(",")]
 
 
 def slug(model: str) -> str:
@@ -177,7 +198,7 @@ def _explain(error: ValidationError) -> str:
     field = Settings.model_fields.get(name)
     if field is None:
         return f"{_shorter(name)} is no setting of millrace"
-    shown = {"redis_url": redact_url(str(first["input"])), "signing_key": "***"}
+    shown = {"redis_url": redact_url(str(first["input"])), "signing_key": "***", "api_keys": "***"}
     value = shown.get(name, first["input"])
     return f"{PREFIX}{name.upper()} is {_shorter(repr(value))}; it must be {field.description}"
 
@@ -193,6 +214,11 @@ def redact_url(url: str) -> str:
     # As far as the last @: a password may hold a / or an @ that ought to have been escaped.
     url = re.sub(r"^([\w+.-]+://[^:@/?#]*:|(?![\w+.-]+://)(?://)?[^:@/?#]*:).*@", r"\1***@", url, flags=re.DOTALL)
     return re.sub(r"([?&]password=)[^&]*", r"\1***", url)
+
+
+def data_dir() -> Path:
+    """Where `millrace serve` keeps files and batches: `$XDG_DATA_HOME/millrace`."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path("~/.local/share").expanduser()) / "millrace"
 
 
 def runtime_dir() -> Path:

@@ -193,6 +193,35 @@ def _print_result(result: Result) -> None:
 
 
 @main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="the address to listen at")
+@click.option("--port", type=click.IntRange(0, 65_535), default=8000, show_default=True, help="0 takes a free one")
+@click.option(
+    "--api-key", "api_keys", multiple=True, help=f"beside MILLRACE_API_KEYS, which no process list shows; {MANY}"
+)
+@click.option("--insecure", is_flag=True, help="without keys, answer everybody on the network")
+@click.option("--cors", multiple=True, metavar="ORIGIN", help=f"let pages of this origin ask; {MANY}")
+@click.option("--files", metavar="DIR", help="where files and batches lie; MILLRACE_FILES_DIR by default")
+@click.option("--timeout", type=click.FloatRange(min=1), help="seconds that a request may take; 600 by default")
+@click.option("--requests-per-minute", type=click.IntRange(min=1), help="with each key; no limit by default")
+@click.option("--max-body-bytes", type=click.IntRange(min=1), help="of a request; 4 MiB by default")
+@click.option("--max-file-bytes", type=click.IntRange(min=1), help="of an uploaded file; 200 MiB by default")
+@click.option("--max-files-bytes", type=click.IntRange(min=1), help="of all files together; 20 GiB by default")
+def serve(**options: Any) -> None:
+    """Answer HTTP as the OpenAI API does: completions, models, files, batches; /execute and /health.
+
+    Requests go to the queue, whatever workers there are; no model is loaded here. See docs/http.md.
+    """
+    with _errors(as_json=False):
+        try:
+            from client.http.serve import serve as run_server
+        except ModuleNotFoundError as error:
+            missing = f"millrace serve needs {error.name}, which comes with an extra: pip install 'millrace[http]'"
+            raise CommandFailed(NothingRuns(missing), as_json=False) from None
+        given = {name: value for name, value in options.items() if value is not None}
+        run_server(load_settings(), tell=lambda line: click.echo(line, err=True), **given)
+
+
+@main.command()
 @click.option("--model", help="the model to check; MILLRACE_MODEL by default")
 @click.option(
     "--reference",

@@ -149,7 +149,7 @@ def test_what_json_cannot_hold_is_a_fault_of_its_line(client: Client) -> None:
         (b'{"custom_id": "a", "url": "/v1/chat/completions", "body": {}}', "url", "/v1/completions"),
         (b'{"custom_id": "a", "method": "GET", "body": {}}', "url", "POST"),
         (b'{"custom_id": "a", "body": {}, "more": 1}', "more", "custom_id, method, url, body"),
-        (b'{"custom_id": "a", "body": {"prompt": "a", "best_of": 4}}', "best_of", "one of"),
+        (b'{"custom_id": "a", "body": {"prompt": "a", "best_of": 4}}', "best_of", "all n samples"),
         (b'{"custom_id": "a", "body": {"prompt": "a", "model": "gpt-5"}}', "model", "demo"),
     ],
 )

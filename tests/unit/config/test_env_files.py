@@ -12,6 +12,7 @@ from config.settings import PREFIX, Settings, SettingsError, load_settings
 
 CONFIG = Path(__file__).parents[3] / "config"
 FILES = ["dev.env", "prod.env.example"]
+SECRETS = ["MILLRACE_SIGNING_KEY", "MILLRACE_API_KEYS"]
 
 
 def assignments(file: str, *, commented_out: bool) -> dict[str, str]:
@@ -36,7 +37,8 @@ def test_every_setting_is_there_and_nothing_else(file: str) -> None:
 @pytest.mark.parametrize("commented_out", [False, True])
 def test_the_values_are_accepted(monkeypatch: pytest.MonkeyPatch, file: str, commented_out: bool) -> None:
     values = assignments(file, commented_out=commented_out)
-    values.pop("MILLRACE_SIGNING_KEY", None)  # its placeholder must not work: below
+    for name in SECRETS:
+        values.pop(name, None)  # their placeholders must not work: below
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     settings = load_settings().model_dump(mode="json")
@@ -63,6 +65,8 @@ def test_production_logs_for_programs_and_holds_no_real_password() -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_placeholder_of_the_signing_key_does_not_work(file: str) -> None:
-    with pytest.raises(SettingsError, match="MILLRACE_SIGNING_KEY"):
-        load_settings(signing_key=assignments(file, commented_out=True)["MILLRACE_SIGNING_KEY"])
+@pytest.mark.parametrize("name", SECRETS)
+def test_the_placeholders_of_secrets_do_not_work(file: str, name: str) -> None:
+    placeholder = assignments(file, commented_out=True)[name]
+    with pytest.raises(SettingsError, match=name):
+        load_settings(**{name.removeprefix(PREFIX).lower(): placeholder})

@@ -86,6 +86,8 @@ WRONG: dict[str, str | None] = {
     "max_attempts": "1",
     "soft_shutdown_s": "-1",
     "stall_s": "0.5",
+    "api_keys": "fifteen-letters",
+    "files_dir": None,
     "log_level": "verbose",
     "log_format": "xml",
 }
@@ -102,7 +104,7 @@ def test_a_wrong_value_is_named_with_what_is_right(monkeypatch: pytest.MonkeyPat
         load_settings()
     right = Settings.model_fields[name].description
     assert right
-    shown = "***" if name == "signing_key" else value
+    shown = "***" if name in ("signing_key", "api_keys") else value
     assert str(error.value) == f"{PREFIX}{name.upper()} is {shown!r}; it must be {right}"
 
 

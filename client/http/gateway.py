@@ -1,0 +1,255 @@
+"""Requests over HTTP to jobs of the queue and back: whoever hangs up cancels what nobody else waits for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from client.aio import AsyncClient, AsyncJob
+from client.errors import InvalidRequest, MillraceError, RedisRefused, RedisUnreachable
+from client.http.errors import CLIENT_GONE, RETRY_S, ApiError, translate
+from client.schema import Result
+from client.stream import Event
+
+T = TypeVar("T")
+
+#: What live workers serve is asked for this often at most.
+SERVED_S = 1.0
+#: How much longer than the job may take its end is waited for: an expired one is told by the worker.
+GRACE_S = 5.0
+#: After this long without an event a stream says that it is alive, and sends its headers if it has not yet: until then
+#: an error is an answer with a status of its own.
+QUIET_S = 10.0
+
+Prompt = str | list[int]
+
+
+class ClientGone(ApiError):
+    """Raised when the connection was closed. Nobody reads the answer."""
+
+    def __init__(self) -> None:
+        super().__init__(CLIENT_GONE, "client_gone", "the connection was closed")
+
+
+class Gateway:
+    """Jobs for requests.
+
+    Args:
+        timeout_s: no job is of use for longer.
+    """
+
+    def __init__(self, client: AsyncClient, timeout_s: float) -> None:
+        self._client, self._timeout_s = client, timeout_s
+        self._served: dict[str, int] = {}
+        self._served_at = -SERVED_S
+        self._asking = asyncio.Lock()
+        self._endings: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Wait until what was to be cancelled is."""
+        while self._endings:
+            await asyncio.wait(self._endings)
+
+    # --- models ------------------------------------------------------------------------------------------------------
+
+    async def served(self) -> dict[str, int]:
+        """The models that live workers serve, each with the Unix time since which. Raises RedisUnreachable."""
+        async with self._asking:
+            if time.monotonic() - self._served_at > SERVED_S:
+                found: dict[str, int] = {}
+                for worker in (await self._client.status()).workers:
+                    if not worker.stalled:
+                        since = int(worker.started_at)
+                        found[worker.model] = min(found.get(worker.model, since), since)
+                self._served, self._served_at = found, time.monotonic()
+        return self._served
+
+    async def find_model(self, named: Any) -> str:
+        """The model that a request means, the server's own if it names none. Raises ApiError if nobody serves it."""
+        own, served = self._client.model_name, await self.served()
+        if named is None:
+            named = own
+        if not isinstance(named, str):
+            raise ApiError(400, "invalid_request", "model: expected the name of a model", param="model")
+        for name in (named, named.replace("/", "-")):  # as `config.settings.slug` makes a hub id a name
+            if name in served:
+                return name
+        if named == own or not served:
+            raise ApiError(503, "no_worker", "no worker serves the model; try again later", retry_after_s=RETRY_S)
+        names = ", ".join(sorted(served))
+        raise ApiError(
+            404, "model_not_found", f"model: no worker serves {named[:80]!r}; served: {names}", param="model"
+        )
+
+    # --- jobs --------------------------------------------------------------------------------------------------------
+
+    async def submit(self, model: str, prompts: Sequence[Prompt], params: Mapping[str, Any]) -> list[AsyncJob]:
+        """Queue prompts that share parameters. Raises InvalidRequest, QueueFull, RedisUnreachable, RedisRefused;
+        nothing is left queued then.
+        """
+        if "id" in params:
+            raise InvalidRequest("id", "a name for the job", "no such parameter: jobs get theirs here")
+        allowed = params.get("timeout_s")
+        if allowed is None or (type(allowed) in (int, float) and allowed > self._timeout_s):
+            params = {**params, "timeout_s": self._timeout_s}
+        try:
+            if len(prompts) == 1:
+                return [await self._client.submit(prompts[0], model=model, **params)]
+            return await self._client.submit_many(prompts, model=model, **params)
+        except (RedisUnreachable, RedisRefused) as error:
+            self._cancel(error.accepted.values())
+            raise
+
+    @contextlib.contextmanager
+    def _held(self, jobs: Sequence[AsyncJob]) -> Iterator[None]:
+        """Jobs that have not ended when the block does are cancelled."""
+        try:
+            yield
+        finally:
+            self._cancel(job for job in jobs if job._outcome is None)
+
+    def _cancel(self, jobs: Iterable[AsyncJob]) -> None:
+        """Cancel jobs, without anybody waiting for it."""
+        if job_ids := [job.id for job in jobs]:
+            ending = asyncio.get_running_loop().create_task(self._end(job_ids))
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
+
+    async def _end(self, job_ids: list[str]) -> None:
+        with contextlib.suppress(MillraceError):
+            await self._client.cancel(job_ids)
+
+    @property
+    def _patience_s(self) -> float:
+        return self._timeout_s + GRACE_S
+
+    async def results(self, jobs: Sequence[AsyncJob]) -> list[Result]:
+        """The results in the order of the jobs. The first failure is raised, and what still runs is cancelled."""
+        with self._held(jobs):
+            async for job in self._client.as_completed(jobs, self._patience_s):
+                await job.result()
+            return [await job.result() for job in jobs]
+
+    async def events(self, jobs: Sequence[AsyncJob]) -> AsyncGenerator[tuple[int, Event]]:
+        """The text as it comes, each event with the place of its job. Errors are those of `results`."""
+        places = {job.id: place for place, job in enumerate(jobs)}
+        with self._held(jobs):
+            async with contextlib.aclosing(self._client.streams(jobs, self._patience_s)) as events:
+                async for job, event in events:
+                    yield places[job.id], event
+
+
+# --- connections -----------------------------------------------------------------------------------------------------
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+@contextlib.asynccontextmanager
+async def _ended(*tasks: asyncio.Task[Any] | None) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        await _end_tasks(tasks)
+
+
+async def _end_tasks(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
+    going = [task for task in tasks if task is not None]
+    for task in going:
+        task.cancel()
+    await asyncio.gather(*going, return_exceptions=True)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What the work comes to; it is cancelled when the connection closes. The body has to be read before.
+
+    Raises:
+        ClientGone: it did.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(request.receive))
+    async with _ended(task, gone):
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+
+
+class EventStream:
+    """An answer of server-sent events; it ends what it reads from when the connection closes.
+
+    Args:
+        events: the events as they are sent. An error before anything was sent is raised, with a status of its own.
+        failure: an error as an event.
+        at_once: send the headers before the first event is there.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes],
+        failure: Callable[[ApiError], bytes],
+        *,
+        at_once: bool = False,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        self._events, self._failure, self._started = events, failure, False
+        self._at_once = at_once
+        self._headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
+        self._headers |= {"x-accel-buffering": "no", **(headers or {})}  # nginx passes events on as they come
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """Called by Starlette."""
+        gone = asyncio.ensure_future(_hung_up(receive))
+        coming: asyncio.Task[bytes] | None = None
+        try:
+            if self._at_once:
+                await self._send(send, b"")
+            while True:
+                coming = coming or asyncio.ensure_future(_next(self._events))
+                await asyncio.wait({coming, gone}, timeout=QUIET_S, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done():
+                    return
+                if not coming.done():
+                    await self._send(send, b": still here\n\n")
+                    continue
+                event, last = self._taken(coming)
+                coming = None
+                await self._send(send, event, last=last)
+                if last:
+                    return
+        finally:
+            await _end_tasks((coming, gone))
+            await self._events.aclose()
+
+    def _taken(self, coming: asyncio.Task[bytes]) -> tuple[bytes, bool]:
+        """The event, and whether it is the last one."""
+        try:
+            event = coming.result()
+            return event, not event
+        except Exception as error:
+            if not self._started:
+                raise
+            return self._failure(translate(error)), True
+
+    async def _send(self, send: Send, data: bytes, *, last: bool = False) -> None:
+        if not self._started:
+            self._started = True
+            headers = [(name.encode(), value.encode()) for name, value in self._headers.items()]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": data, "more_body": not last})
+
+
+async def _next(events: AsyncGenerator[bytes]) -> bytes:
+    return await anext(events, b"")
+
+
+def sse(data: str, event: str = "") -> bytes:
+    """A server-sent event of one line of data."""
+    return (f"event: {event}\n" if event else "").encode() + f"data: {data}\n\n".encode()

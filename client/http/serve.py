@@ -1,0 +1,109 @@
+"""Starts the server: a socket, who may ask, and uvicorn."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from client.errors import InvalidRequest
+from client.http.app import TIMEOUT_S, make_app
+from client.http.files import MAX_TOTAL_BYTES, FileStore
+from client.http.guard import MAX_BODY_BYTES, MAX_FILE_BYTES, Limits, is_loopback
+from config import Settings
+from config.logging import setup_logging
+from config.settings import SHORTEST_API_KEY, data_dir, is_key
+
+#: Connections at a time; others are answered 503.
+MAX_CONNECTIONS = 1_000
+
+
+def serve(
+    settings: Settings,
+    *,
+    host: str,
+    port: int,
+    tell: Callable[[str], None],
+    api_keys: Sequence[str] = (),
+    insecure: bool = False,
+    cors: Sequence[str] = (),
+    files: str | None = None,
+    timeout: float = TIMEOUT_S,
+    requests_per_minute: int | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    max_files_bytes: int = MAX_TOTAL_BYTES,
+) -> None:
+    """Serve until SIGTERM or SIGINT; what is under way then has MILLRACE_SOFT_SHUTDOWN_S to end.
+
+    Raises:
+        InvalidRequest: the address cannot be had, or everybody on the network could use it.
+        DirectoryInUse: another server works in the directory of files.
+    """
+    keys = (*settings.api_key_list, *api_keys)
+    if not all(is_key(key, SHORTEST_API_KEY) for key in keys):
+        raise InvalidRequest("api-key", "a short one", f"at least {SHORTEST_API_KEY} characters without spaces")
+    if not keys and not insecure and not is_loopback(host):
+        expected = "MILLRACE_API_KEYS to be set, or --insecure if everybody on the network may use it"
+        raise InvalidRequest("host", f"{host} without keys", expected)
+    limits = Limits(
+        keys=keys,
+        origins=tuple(cors),
+        any_host=insecure,
+        requests_per_minute=requests_per_minute,
+        max_body_bytes=max_body_bytes,
+        max_file_bytes=max_file_bytes,
+    )
+    directory = Path(files or settings.files_dir or data_dir())
+    listener = _listen(host, port)
+    with contextlib.closing(listener):
+        store = FileStore(directory, max_files_bytes)
+        setup_logging(settings)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                make_app(settings, limits, store, directory, timeout_s=timeout),
+                lifespan="on",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                limit_concurrency=MAX_CONNECTIONS,
+                timeout_graceful_shutdown=max(1, round(settings.soft_shutdown_s)),
+            )
+        )
+        tell(f"millrace serves {_url(listener)}/v1 ({_who(keys, insecure=insecure)}); files in {directory}")
+        _run(server, listener)
+
+
+def _run(server: uvicorn.Server, listener: socket.socket) -> None:
+    """uvicorn raises the signal that ended it once more; it has been obeyed then."""
+    try:
+        server.run(sockets=[listener])
+    except (KeyboardInterrupt, SystemExit):
+        if not (server.started and server.should_exit):
+            raise
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise InvalidRequest(
+            "host", f"{host}, port {port}", f"an address that is free here ({error.strerror})"
+        ) from None
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _who(keys: Sequence[str], *, insecure: bool) -> str:
+    if keys:
+        return "with a key"
+    return "everybody, without a key" if insecure else "this machine only, without a key"
