@@ -195,9 +195,7 @@ def _print_result(result: Result) -> None:
 @main.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="the address to listen at")
 @click.option("--port", type=click.IntRange(0, 65_535), default=8000, show_default=True, help="0 takes a free one")
-@click.option(
-    "--api-key", "api_keys", multiple=True, help=f"beside MILLRACE_API_KEYS, which no process list shows; {MANY}"
-)
+@click.option("--api-key", "api_keys", multiple=True, help=f"beside MILLRACE_API_KEYS; {MANY}")
 @click.option("--insecure", is_flag=True, help="without keys, answer everybody on the network")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help=f"let pages of this origin ask; {MANY}")
 @click.option("--files", metavar="DIR", help="where files and batches lie; MILLRACE_FILES_DIR by default")

@@ -20,13 +20,13 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from client.aio import AsyncClient, AsyncJob
+from client.aio import AsyncClient
 from client.errors import InvalidRequest, MillraceError
 from client.http.batches import Batches
 from client.http.completions import Chunks, completions, named_after_field, read_order
 from client.http.errors import ApiError, not_found, translate
 from client.http.files import LIFE_S, SHORTEST_LIFE_S, FileStore
-from client.http.gateway import EventStream, Gateway, sse, while_connected
+from client.http.gateway import EventStream, Gateway, Submitted, sse, while_connected
 from client.http.guard import HEALTH, OWNER, UPLOAD, Guard, Limits
 from config import Settings
 
@@ -124,25 +124,26 @@ async def create_completion(request: Request) -> Any:
     """`POST /v1/completions`."""
     gateway, order = _parts(request).gateway, read_order(await _read_json(request))
     params = {**order.params, **({"stream": True} if order.stream else {})}
-    model = await gateway.find_model(params.pop("model", None))
     try:
-        jobs = await gateway.submit(model, order.prompts, params)
+        submitted = await gateway.submit(order.prompts, params)
     except InvalidRequest as error:
         raise named_after_field(error, listed=order.listed) from None
-    headers = {"x-request-id": jobs[0].id}
+    request_id = submitted.jobs[0].id
+    headers = {"x-request-id": request_id}
     if not order.stream:
-        results = await while_connected(request, gateway.results(jobs))
+        results = await while_connected(request, gateway.results(submitted))
         return JSONResponse(completions(results), headers=headers)
-    chunks = Chunks(jobs[0].id, model, order.params.get("n", 1), include_usage=order.include_usage)
-    return EventStream(_chunks(gateway, jobs, chunks), _chunk_of_failure, headers=headers)
+    samples = order.params.get("n", 1)
+    chunks = Chunks(request_id, submitted.model, samples, include_usage=order.include_usage)
+    return EventStream(_chunks(gateway, submitted, chunks), _chunk_of_failure, headers=headers)
 
 
-async def _chunks(gateway: Gateway, jobs: list[AsyncJob], chunks: Chunks) -> AsyncGenerator[bytes]:
-    async with contextlib.aclosing(gateway.events(jobs)) as events:
+async def _chunks(gateway: Gateway, submitted: Submitted, chunks: Chunks) -> AsyncGenerator[bytes]:
+    async with contextlib.aclosing(gateway.events(submitted)) as events:
         async for place, event in events:
             if event.result is None:
                 yield chunks.piece(place, event)
-    yield chunks.end([await job.result() for job in jobs])
+    yield chunks.end([await job.result() for job in submitted.jobs])
 
 
 def _chunk_of_failure(error: ApiError) -> bytes:
@@ -157,14 +158,13 @@ async def execute(request: Request) -> Any:
         raise InvalidRequest("stream", "another value", "True: events are what this address gives")
     if "prompt" not in fields:
         raise InvalidRequest("prompt", "nothing", "a text, or a list of token ids")
-    model = await gateway.find_model(fields.pop("model", None))
-    (job,) = await gateway.submit(model, [fields.pop("prompt")], {**fields, "stream": True})
-    return EventStream(_events(gateway, job, model), _event_of_failure, at_once=True)
+    submitted = await gateway.submit([fields.pop("prompt")], {**fields, "stream": True})
+    return EventStream(_events(gateway, submitted), _event_of_failure, at_once=True)
 
 
-async def _events(gateway: Gateway, job: AsyncJob, model: str) -> AsyncGenerator[bytes]:
-    yield sse(json.dumps({"id": job.id, "model": model}), "started")
-    async with contextlib.aclosing(gateway.events([job])) as events:
+async def _events(gateway: Gateway, submitted: Submitted) -> AsyncGenerator[bytes]:
+    yield sse(json.dumps({"id": submitted.jobs[0].id, "model": submitted.model}), "started")
+    async with contextlib.aclosing(gateway.events(submitted)) as events:
         async for _, event in events:
             if event.result is not None:
                 yield sse(event.result.model_dump_json(), "end")

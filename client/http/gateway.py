@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -22,7 +23,7 @@ T = TypeVar("T")
 #: What live workers serve is asked for this often at most.
 SERVED_S = 1.0
 #: How much longer than the job may take its end is waited for: an expired one is told by the worker.
-GRACE_S = 5.0
+GRACE_S = 2.0
 #: After this long without an event a stream says that it is alive, and sends its headers if it has not yet: until then
 #: an error is an answer with a status of its own.
 QUIET_S = 10.0
@@ -35,6 +36,15 @@ class ClientGone(ApiError):
 
     def __init__(self) -> None:
         super().__init__(CLIENT_GONE, "client_gone", "the connection was closed")
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The jobs of a request, one a prompt, and how long they are waited for."""
+
+    model: str
+    jobs: list[AsyncJob]
+    patience_s: float
 
 
 class Gateway:
@@ -89,22 +99,29 @@ class Gateway:
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
-    async def submit(self, model: str, prompts: Sequence[Prompt], params: Mapping[str, Any]) -> list[AsyncJob]:
-        """Queue prompts that share parameters. Raises InvalidRequest, QueueFull, RedisUnreachable, RedisRefused;
-        nothing is left queued then.
+    async def submit(self, prompts: Sequence[Prompt], params: Mapping[str, Any]) -> Submitted:
+        """Queue prompts that share parameters.
+
+        Raises:
+            ApiError: nobody serves the model.
+            InvalidRequest, QueueFull, RedisUnreachable, RedisRefused: as `Client.submit`; nothing is left queued.
         """
         if "id" in params:
             raise InvalidRequest("id", "a name for the job", "no such parameter: jobs get theirs here")
+        model = await self.find_model(params.get("model"))
         allowed = params.get("timeout_s")
         if allowed is None or (type(allowed) in (int, float) and allowed > self._timeout_s):
-            params = {**params, "timeout_s": self._timeout_s}
+            allowed = self._timeout_s
+        fields = {**params, "model": model, "timeout_s": allowed}
         try:
             if len(prompts) == 1:
-                return [await self._client.submit(prompts[0], model=model, **params)]
-            return await self._client.submit_many(prompts, model=model, **params)
+                jobs = [await self._client.submit(prompts[0], **fields)]
+            else:
+                jobs = await self._client.submit_many(prompts, **fields)
         except (RedisUnreachable, RedisRefused) as error:
             self._cancel(error.accepted.values())
             raise
+        return Submitted(model, jobs, allowed + GRACE_S)
 
     @contextlib.contextmanager
     def _held(self, jobs: Sequence[AsyncJob]) -> Iterator[None]:
@@ -125,22 +142,20 @@ class Gateway:
         with contextlib.suppress(MillraceError):
             await self._client.cancel(job_ids)
 
-    @property
-    def _patience_s(self) -> float:
-        return self._timeout_s + GRACE_S
-
-    async def results(self, jobs: Sequence[AsyncJob]) -> list[Result]:
+    async def results(self, submitted: Submitted) -> list[Result]:
         """The results in the order of the jobs. The first failure is raised, and what still runs is cancelled."""
+        jobs = submitted.jobs
         with self._held(jobs):
-            async for job in self._client.as_completed(jobs, self._patience_s):
+            async for job in self._client.as_completed(jobs, submitted.patience_s):
                 await job.result()
             return [await job.result() for job in jobs]
 
-    async def events(self, jobs: Sequence[AsyncJob]) -> AsyncGenerator[tuple[int, Event]]:
+    async def events(self, submitted: Submitted) -> AsyncGenerator[tuple[int, Event]]:
         """The text as it comes, each event with the place of its job. Errors are those of `results`."""
+        jobs = submitted.jobs
         places = {job.id: place for place, job in enumerate(jobs)}
         with self._held(jobs):
-            async with contextlib.aclosing(self._client.streams(jobs, self._patience_s)) as events:
+            async with contextlib.aclosing(self._client.streams(jobs, submitted.patience_s)) as events:
                 async for job, event in events:
                     yield places[job.id], event
 

@@ -1,0 +1,295 @@
+"""Files, batches, and connections that end early, at `millrace serve` and a worker that takes its time."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from client import Client
+from client.transport import connect
+from tests.integration.http_server import HttpServer
+from tests.integration.processes import WorkerProcess, paced, wait_until, worker_on
+from worker.embedded import EmbeddedRedis
+
+SLOWLY = {"patch": paced(0.005), "MILLRACE_DRAFT_TOKENS": "0", "MILLRACE_THREADS": "1", "MILLRACE_LEASE_S": "30"}
+ENDLESS: dict[str, Any] = {"model": "demo", "prompt": "Hello.", "max_tokens": 900, "extra_body": {"ignore_eos": True}}
+ENDED = ("completed", "failed", "cancelled", "expired")
+ROWS = 48
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("http")
+
+
+@pytest.fixture(scope="module")
+def worker(server: EmbeddedRedis, directory: Path) -> Iterator[WorkerProcess]:
+    with worker_on(server, directory / "worker.log", **SLOWLY) as process:
+        process.wait_ready()
+        yield process
+
+
+@pytest.fixture(scope="module")
+def http(worker: WorkerProcess, server: EmbeddedRedis, directory: Path) -> Iterator[HttpServer]:
+    with HttpServer(directory, server.url) as process:
+        yield process
+
+
+@pytest.fixture
+def api(http: HttpServer) -> Iterator[openai.OpenAI]:
+    with http.openai() as made:
+        yield made
+
+
+@pytest.fixture
+def client(server: EmbeddedRedis) -> Iterator[Client]:
+    with Client(redis_url=server.url) as made:
+        yield made
+
+
+def rows(count: int, **body: Any) -> bytes:
+    """An input file. Each row says its number in its prompt."""
+    lines = [
+        {
+            "custom_id": f"row {number}",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": "demo", "prompt": f"The river {number}", "max_tokens": 3, **body},
+        }
+        for number in range(count)
+    ]
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def begin(api: openai.OpenAI, content: bytes, **options: Any) -> Any:
+    file = api.files.create(file=("rows.jsonl", content), purpose="batch")
+    return api.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h", **options)
+
+
+def wait_ended(api: openai.OpenAI, batch_id: str, condition: Callable[[Any], bool] | None = None) -> Any:
+    deadline = time.monotonic() + 30
+    while True:
+        batch = api.batches.retrieve(batch_id)
+        if batch.status in ENDED or (condition is not None and condition(batch)):
+            return batch
+        assert time.monotonic() < deadline, batch
+        time.sleep(0.05)
+
+
+def lines_of(api: openai.OpenAI, file_id: str) -> dict[str, Any]:
+    lines = [json.loads(line) for line in api.files.content(file_id).text.splitlines()]
+    assert len({line["custom_id"] for line in lines}) == len(lines)
+    return {line["custom_id"]: line for line in lines}
+
+
+def test_a_file_is_kept_listed_read_and_deleted(api: openai.OpenAI) -> None:
+    made = [api.files.create(file=(f"{n}.jsonl", io.BytesIO(b"x" * n)), purpose="batch") for n in (1, 2, 3)]
+    assert [(file.bytes, file.filename, file.purpose) for file in made][2] == (3, "3.jsonl", "batch")
+    oldest = [file.id for file in api.files.list(order="asc", limit=1)]  # page by page
+    assert oldest == [file.id for file in api.files.list()][::-1]
+    assert {file.id for file in made} <= set(oldest)
+    assert api.files.retrieve(made[1].id) == made[1]
+    assert api.files.content(made[1].id).read() == b"xx"
+    assert api.files.delete(made[1].id).deleted
+    with pytest.raises(openai.NotFoundError):
+        api.files.content(made[1].id)
+    with pytest.raises(openai.BadRequestError, match="batch"):
+        api.files.create(file=("a", b"a"), purpose="vision")
+    short = api.files.create(file=("a", b"a"), purpose="batch", expires_after={"anchor": "created_at", "seconds": 3600})
+    assert short.expires_at == short.created_at + 3600
+    with pytest.raises(openai.BadRequestError, match="expires_after"):
+        api.files.create(file=("a", b"a"), purpose="batch", expires_after={"anchor": "created_at", "seconds": 5})
+
+
+def test_a_batch_comes_to_what_each_row_comes_to_alone(api: openai.OpenAI, client: Client) -> None:
+    content = rows(20) + rows(22, max_tokens=5000).splitlines(keepends=True)[20] + b"\n"
+    begun = begin(api, content, metadata={"for": "a test"})
+    assert begun.status in ("validating", "in_progress")
+    batch = wait_ended(api, begun.id)
+    assert (batch.status, batch.metadata, batch.errors) == ("completed", {"for": "a test"}, None)
+    counts = batch.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (21, 20, 1)
+    times = [batch.created_at, batch.in_progress_at, batch.finalizing_at, batch.completed_at]
+    assert times == sorted(times)
+    found = lines_of(api, batch.output_file_id)
+    assert found.keys() == {f"row {n}" for n in range(20)}
+    bodies = [line["response"]["body"] for line in found.values()]
+    assert batch.usage.output_tokens == sum(body["usage"]["completion_tokens"] for body in bodies)
+    one = found["row 7"]["response"]["body"]
+    alone = client.submit("The river 7", max_tokens=3, seed=one["seed"]).result(60)
+    assert one["choices"][0]["text"] == alone.text
+    (failure,) = lines_of(api, batch.error_file_id).values()
+    assert (failure["custom_id"], failure["error"]["code"]) == ("row 20", "context_length_exceeded")
+    assert batch.id in [each.id for each in api.batches.list(limit=1)]
+    assert api.files.retrieve(batch.output_file_id).purpose == "batch_output"
+    with pytest.raises(openai.ConflictError, match="completed"):
+        api.batches.cancel(batch.id)
+
+
+def test_a_batch_of_wrong_rows_fails_with_their_lines(api: openai.OpenAI) -> None:
+    batch = wait_ended(api, begin(api, rows(2) + rows(1, n=0) + b"no json\n" + rows(3, model="gpt-5")).id)
+    assert batch.status == "failed"
+    assert batch.output_file_id is None
+    errors = [(error.line, error.param) for error in batch.errors.data]
+    assert errors == [(3, "n"), (3, "custom_id"), (4, "line"), (5, "model"), (6, "model"), (7, "model")]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"endpoint": "/v1/chat/completions"}, "endpoint"),
+        ({"completion_window": "1h"}, "completion_window"),
+        ({"metadata": {"a": "b" * 513}}, "metadata"),
+        ({"extra_body": {"more": 1}}, "more"),
+    ],
+)
+def test_a_batch_that_cannot_be_is_refused(api: openai.OpenAI, change: dict[str, Any], param: str) -> None:
+    file = api.files.create(file=("rows.jsonl", rows(1)), purpose="batch")
+    asked: dict[str, Any] = {"endpoint": "/v1/completions", "completion_window": "24h", **change}
+    with pytest.raises(openai.BadRequestError) as caught:
+        api.batches.create(input_file_id=file.id, **asked)
+    assert caught.value.param == param
+    with pytest.raises(openai.NotFoundError):
+        api.batches.create(input_file_id="file-none", endpoint="/v1/completions", completion_window="24h")
+    with pytest.raises(openai.BadRequestError, match="zipped"):
+        begin(api, b"\x1f\x8b rest")
+
+
+def test_a_cancelled_batch_keeps_what_is_done_and_ends_its_jobs(api: openai.OpenAI, client: Client) -> None:
+    begun = begin(api, rows(400, max_tokens=20, ignore_eos=True))
+    with pytest.raises(openai.ConflictError, match="not complete"):
+        api.files.delete(begun.input_file_id)
+    wait_ended(api, begun.id, lambda batch: batch.request_counts.completed >= 4)
+    assert api.batches.cancel(begun.id).status in ("cancelling", "cancelled")
+    batch = wait_ended(api, begun.id)
+    assert (batch.status, batch.request_counts.total) == ("cancelled", 400)
+    assert 4 <= batch.request_counts.completed < 400
+    assert len(lines_of(api, batch.output_file_id)) == batch.request_counts.completed
+    wait_until(lambda: client.status().delivered == 0 and client.status().queues[0].total == 0)
+    api.files.delete(begun.input_file_id)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_server_that_ends_in_the_middle_of_a_batch_goes_on_with_it(
+    number: signal.Signals, worker: WorkerProcess, server: EmbeddedRedis, tmp_path: Path, client: Client
+) -> None:
+    with HttpServer(tmp_path, server.url) as own:
+        with own.openai() as api:
+            begun = begin(api, rows(ROWS, max_tokens=24, ignore_eos=True))
+            waiting = begin(api, rows(2))
+            wait_ended(api, begun.id, lambda batch: batch.request_counts.completed >= 4)
+        code = own.end(number)
+        assert code == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+        own.start()
+        with own.openai() as api:
+            batch = wait_ended(api, begun.id)
+            assert (batch.status, batch.request_counts.completed) == ("completed", ROWS)
+            found = lines_of(api, batch.output_file_id)
+            assert found.keys() == {f"row {n}" for n in range(ROWS)}
+            assert wait_ended(api, waiting.id).request_counts.completed == 2
+    for name in ("row 0", f"row {ROWS - 1}"):
+        body = found[name]["response"]["body"]
+        prompt = f"The river {name.removeprefix('row ')}"
+        alone = client.submit(prompt, max_tokens=24, ignore_eos=True, seed=body["seed"]).result(60)
+        assert alone.text == body["choices"][0]["text"]
+    assert batch.usage.output_tokens == 24 * ROWS
+
+
+def test_two_servers_do_not_share_a_directory(http: HttpServer, server: EmbeddedRedis, directory: Path) -> None:
+    with pytest.raises(AssertionError, match="another server works in"):
+        HttpServer(directory, server.url).start()
+
+
+# --- connections -----------------------------------------------------------------------------------------------------
+
+
+def unfinished(server: EmbeddedRedis) -> set[str]:
+    """Ids of jobs that have a record and no result."""
+    with connect(server.url) as connection:
+        return {
+            job_id
+            for job_id in (key.removeprefix("millrace:job:") for key in connection.scan_iter("millrace:job:*"))
+            if not connection.exists(f"millrace:celery-task-meta-{job_id}")
+        }
+
+
+def test_a_closed_stream_cancels_its_jobs(api: openai.OpenAI, server: EmbeddedRedis, client: Client) -> None:
+    stream = api.completions.create(**{**ENDLESS, "prompt": ["Hello.", "Good morning"]}, stream=True)
+    first = next(iter(stream))
+    jobs = unfinished(server)
+    assert first.id.removeprefix("cmpl-") in jobs
+    assert len(jobs) == 2
+    stream.close()
+    assert {client.job(job_id).wait(10) for job_id in jobs} == {"cancelled"}
+
+
+def test_a_closed_connection_cancels_what_waits_for_a_whole_completion(
+    http: HttpServer, server: EmbeddedRedis, client: Client
+) -> None:
+    body = {"prompt": "Hello.", "max_tokens": 900, "ignore_eos": True, "n": 4}
+    with http.http() as plain, pytest.raises(httpx.ReadTimeout):
+        plain.post("/v1/completions", json=body, timeout=0.5)
+    for job_id in unfinished(server):
+        assert client.job(job_id).wait(10) == "cancelled"
+    with http.http() as plain, plain.stream("POST", "/execute", json=body) as response:
+        assert next(response.iter_lines()) == "event: started"
+    jobs = unfinished(server)
+    assert {client.job(job_id).wait(10) for job_id in jobs} == {"cancelled"}
+
+
+def test_a_job_that_somebody_else_cancels_is_an_error(api: openai.OpenAI, client: Client) -> None:
+    stream = api.completions.create(**ENDLESS, stream=True)
+    job = client.job(next(iter(stream)).id.removeprefix("cmpl-"))
+    assert job.cancel()
+    with pytest.raises(openai.APIError) as caught:
+        list(stream)
+    assert caught.value.code == "cancelled"
+
+
+def test_what_is_not_done_in_time_is_a_504_and_is_not_asked_for_again(http: HttpServer) -> None:
+    with http.openai(max_retries=2) as patient:
+        began = time.monotonic()
+        with pytest.raises(openai.APIStatusError) as caught:
+            patient.completions.create(**{**ENDLESS, "extra_body": {"ignore_eos": True, "timeout_s": 0.5}})
+        assert (caught.value.status_code, caught.value.code) == (504, "expired")
+        assert time.monotonic() - began < 5
+
+
+def test_a_full_queue_and_a_silent_worker(
+    worker: WorkerProcess, server: EmbeddedRedis, tmp_path: Path, client: Client
+) -> None:
+    """The worker is stopped, so what is asked waits in the queue, which takes one job."""
+    with HttpServer(tmp_path, server.url, "--timeout", "1", MILLRACE_MAX_QUEUE="1") as own, own.openai() as api:
+        worker.signal(signal.SIGSTOP)
+        try:
+            answers: list[Any] = []
+            body: dict[str, Any] = {"model": "demo", "prompt": "Hello."}
+
+            def ask() -> None:
+                try:
+                    api.completions.create(**body)
+                except openai.APIStatusError as error:
+                    answers.append(error)
+
+            asking = threading.Thread(target=ask)
+            asking.start()
+            wait_until(lambda: client.status().queues[0].total >= 1)
+            with pytest.raises(openai.RateLimitError) as full:
+                api.completions.create(**body)
+            assert full.value.code == "queue_full"
+            assert full.value.response.headers["retry-after"] == "5"
+            asking.join()
+        finally:
+            worker.signal(signal.SIGCONT)
+        assert [error.status_code for error in answers] == [504]
+        assert answers[0].response.headers["x-should-retry"] == "false"

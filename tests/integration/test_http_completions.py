@@ -1,0 +1,269 @@
+"""The completions API of `millrace serve`, driven by the official `openai` package, against a real worker."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from client import Client, Result
+from model import load_tokenizer
+from tests.integration.conftest import Reference
+from tests.integration.http_server import HttpServer, events_of
+
+MODEL: dict[str, Any] = {"model": "demo"}
+SHORT: dict[str, Any] = {**MODEL, "prompt": "Hello.", "max_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def http(worker: object, redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
+    with HttpServer(tmp_path_factory.mktemp("http"), redis_url) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def api(http: HttpServer) -> Iterator[openai.OpenAI]:
+    with http.openai() as made:
+        yield made
+
+
+def texts(completion: Any) -> list[tuple[int, str, str]]:
+    return [(choice.index, choice.text, choice.finish_reason) for choice in completion.choices]
+
+
+def texts_of(*results: Result) -> list[tuple[int, str, str]]:
+    choices = [choice for result in results for choice in result.choices]
+    return [(index, choice.text, choice.finish_reason) for index, choice in enumerate(choices)]
+
+
+def test_a_completion_is_what_transformers_generates(api: openai.OpenAI, reference: Reference) -> None:
+    found = api.completions.create(**MODEL, prompt="Hello.", max_tokens=10, temperature=0)
+    assert texts(found) == [(0, load_tokenizer("demo").decode(reference([15496, 13], 10)), "length")]
+    assert found.id.startswith("cmpl-")
+    assert (found.object, found.model) == ("text_completion", "demo")
+    assert found.usage is not None
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (2, 10, 12)
+    assert found.system_fingerprint
+    assert found._request_id == found.id.removeprefix("cmpl-")
+
+
+PARAMETERS: list[dict[str, Any]] = [
+    {"temperature": 0.7, "top_p": 0.9, "seed": 11, "max_tokens": 12},
+    {"n": 3, "seed": 5, "presence_penalty": 0.5, "frequency_penalty": 0.5, "max_tokens": 8},
+    {"temperature": 0, "stop": ["am"], "max_tokens": 20},
+    {"temperature": 0, "stop": "not", "max_tokens": 20},
+    {"temperature": 0, "logit_bias": {"198": -100}, "max_tokens": 6},
+    {"seed": 3, "extra_body": {"top_k": 5, "min_p": 0.01, "repetition_penalty": 1.2, "min_tokens": 4}},
+    {"temperature": 0, "extra_body": {"ignore_eos": True, "stop_token_ids": [40], "priority": "interactive"}},
+    {
+        "seed": 9,
+        "user": "somebody",
+        "best_of": 1,
+        "stream": False,
+        "suffix": None,
+        "logprobs": None,
+        "max_tokens": None,
+    },
+    {"temperature": 0, "echo": True, "max_tokens": 3, "extra_body": {"timeout_s": 30}},
+]
+
+
+@pytest.mark.parametrize("given", PARAMETERS, ids=lambda given: "+".join(given))
+def test_every_parameter_does_what_it_does_in_the_client(
+    api: openai.OpenAI, client: Client, given: dict[str, Any]
+) -> None:
+    plain = {**given, **given.get("extra_body", {})}
+    for name in ("extra_body", "user", "best_of", "stream", "suffix"):
+        plain.pop(name, None)
+    found = api.completions.create(**MODEL, prompt="Hello.", **given)
+    assert texts(found) == texts_of(client.submit("Hello.", **plain).result(60))
+
+
+def test_choices_of_several_prompts_are_numbered_prompt_by_prompt(api: openai.OpenAI, client: Client) -> None:
+    same: dict[str, Any] = {"n": 2, "seed": 5, "max_tokens": 6}
+    prompts = ["The river", "The sea", "Hello."]
+    alone = [client.submit(prompt, **same).result(60) for prompt in prompts]
+    found = api.completions.create(**MODEL, prompt=prompts, **same)
+    assert texts(found) == texts_of(*alone)
+    assert found.usage is not None
+    assert found.usage.total_tokens == sum(result.usage.total_tokens for result in alone)
+    encode = load_tokenizer("demo").encode
+    assert texts(api.completions.create(**MODEL, prompt=[encode(p) for p in prompts], **same)) == texts(found)
+    assert texts(api.completions.create(**MODEL, prompt=encode("The sea"), **same)) == texts_of(alone[1])
+    one = api.completions.create(**MODEL, prompt=["The sea"], **same)
+    assert texts(one) == texts_of(alone[1])
+
+
+def test_an_echoed_prompt_is_scored(api: openai.OpenAI, client: Client) -> None:
+    found = api.completions.create(**MODEL, prompt="Hello. Hello.", echo=True, logprobs=2, max_tokens=0)
+    (choice,), scores = found.choices, found.choices[0].logprobs
+    assert scores is not None
+    assert choice.text == "Hello. Hello."
+    assert scores.tokens == ["Hello", ".", " Hello", "."]
+    assert scores.text_offset == [0, 5, 6, 12]
+    assert scores.token_logprobs is not None
+    assert scores.top_logprobs is not None
+    assert scores.token_logprobs[0] is None
+    assert scores.top_logprobs[0] is None
+    own = client.submit("Hello. Hello.", echo=True, logprobs=2, max_tokens=0).result(60).choices[0].logprobs
+    assert own is not None
+    assert scores.token_logprobs == [score.logprob for score in own]
+    for score, top in list(zip(own, scores.top_logprobs, strict=True))[1:]:
+        assert top == {score.token: score.logprob} | {other.token: other.logprob for other in score.top}
+
+
+def test_a_stream_is_the_completion_in_pieces(api: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {**MODEL, "prompt": ["The river", "The sea"], "n": 2, "seed": 5, "max_tokens": 30}
+    asked |= {"logprobs": 1, "echo": True}
+    whole = api.completions.create(**asked)
+    pieces: dict[int, list[Any]] = {}
+    chunks = list(api.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    for chunk in chunks[:-1]:
+        assert chunk.usage is None
+        for choice in chunk.choices:
+            pieces.setdefault(choice.index, []).append(choice)
+    assert sorted(pieces) == [0, 1, 2, 3]
+    for choice in whole.choices:
+        mine = pieces[choice.index]
+        assert "".join(piece.text for piece in mine) == choice.text
+        assert [piece.finish_reason for piece in mine[:-1]] == [None] * (len(mine) - 1)
+        assert mine[-1].finish_reason == choice.finish_reason
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            joined = [item for piece in mine if piece.logprobs for item in getattr(piece.logprobs, name)]
+            assert joined == getattr(choice.logprobs, name), name
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    assert {chunk.id for chunk in chunks} == {chunks[0].id}
+
+
+def test_a_stream_ends_as_openais_does(http: HttpServer) -> None:
+    asked = {**SHORT, "temperature": 0, "stream": True}
+    with http.http() as plain, plain.stream("POST", "/v1/completions", json=asked) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        data = [data for _, data in events_of(response)]
+    assert data[-1] == "[DONE]"
+    assert all("usage" not in json.loads(piece) for piece in data[:-1])
+
+
+def test_asyncio_streams_many_at_once(http: HttpServer, client: Client) -> None:
+    async def one(api: openai.AsyncOpenAI, seed: int) -> str:
+        stream = await api.completions.create(**SHORT, seed=seed, stream=True)
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def all_of_them() -> list[str]:
+        async with http.async_openai() as api:
+            return await asyncio.gather(*(one(api, seed) for seed in range(20)))
+
+    expected = [client.submit("Hello.", max_tokens=4, seed=seed) for seed in range(20)]
+    assert asyncio.run(all_of_them()) == [job.result(60).text for job in expected]
+
+
+WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
+    ({"prompt": "Hello.", "max_tokens": -1}, 400, "max_tokens", "max_tokens: got -1; expected a whole number"),
+    ({"prompt": "Hello.", "temperature": 3}, 400, "temperature", "0 (always the likeliest token) to 2"),
+    ({"prompt": "Hello.", "max_new_tokens": 3}, 400, "max_new_tokens", "did you mean max_tokens?"),
+    ({"prompt": "Hello.", "best_of": 3}, 400, "best_of", "all n samples are given back"),
+    ({"prompt": "Hello.", "suffix": "world"}, 400, "suffix", "behind the prompt"),
+    ({"prompt": "Hello.", "id": "mine"}, 400, "id", "no such parameter"),
+    ({"prompt": "Hello.", "stream": "yes"}, 400, "stream", "True or False"),
+    ({"prompt": "Hello.", "stream_options": {"include_usage": True}}, 400, "stream_options", "only with stream"),
+    ({"prompt": "Hello.", "stream": True, "stream_options": {"x": 1}}, 400, "stream_options.x", "include_usage"),
+    ({}, 400, "prompt", "got nothing"),
+    ({"prompt": []}, 400, "prompt", "an empty list"),
+    ({"prompt": ["a", [1]]}, 400, "prompt", "several kinds"),
+    ({"prompt": ["a", "\ud800"]}, 400, "prompt[1]", "surrogate"),
+    ({"prompt": [[15496], []]}, 400, "prompt[1]", "0 token ids"),
+    ({"prompt": ["a"] * 1025}, 400, "prompt", "at most 1024"),
+    ({"prompt": ["a", "b"], "top_p": 0}, 400, "top_p", "top_p: got 0"),
+    ({"prompt": "Hello.", "model": "gpt-5"}, 404, "model", "served: demo"),
+    ({"prompt": "Hello.", "model": 5}, 400, "model", "the name of a model"),
+    ({"prompt": [60_000]}, 400, "prompt", "60000"),
+    ({"prompt": "Hello.", "max_tokens": 5000}, 400, "prompt", "1024"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("body", "status", "param", "part"), WRONG, ids=[f"{i}" for i in range(len(WRONG))])
+def test_a_mistake_is_named_with_its_field(
+    http: HttpServer, body: dict[str, Any], status: int, param: str | None, part: str, stream: bool
+) -> None:
+    if stream and "stream" not in body:
+        body = {**body, "stream": True}
+        if "stream_options" in body:
+            return
+    with http.http() as plain:
+        response = plain.post("/v1/completions", content=json.dumps(body))
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["type"]) == (status, param, "invalid_request_error")
+    assert part in error["message"]
+
+
+def test_the_openai_package_raises_its_own_errors(api: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as wrong:
+        api.completions.create(**{**SHORT, "max_tokens": 5000})
+    assert (wrong.value.code, wrong.value.param) == ("context_length_exceeded", "prompt")
+    with pytest.raises(openai.NotFoundError) as unknown:
+        api.completions.create(**{**SHORT, "model": "gpt-5"})
+    assert unknown.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError) as chat:
+        api.chat.completions.create(model="demo", messages=[{"role": "user", "content": "Hello."}])
+    assert "/v1/completions" in chat.value.message
+
+
+def test_what_is_no_json_is_refused(http: HttpServer) -> None:
+    with http.http() as plain:
+        for content in (b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"prompt": ' + b"9" * 5000 + b"}"):
+            response = plain.post("/v1/completions", content=content)
+            assert response.status_code == 400, content[:20]
+            assert response.json()["error"]["type"] == "invalid_request_error"
+        assert plain.delete("/v1/completions").status_code == 405
+
+
+def test_models_are_those_that_workers_serve(api: openai.OpenAI) -> None:
+    (only,) = api.models.list().data
+    assert (only.id, only.object, only.owned_by) == ("demo", "model", "millrace")
+    assert only.created > 1_600_000_000
+    assert api.models.retrieve("demo") == only
+    with pytest.raises(openai.NotFoundError, match="served: demo"):
+        api.models.retrieve("openai/gpt2")
+
+
+def test_execute_tells_start_tokens_and_end(http: HttpServer, client: Client) -> None:
+    body = {"prompt": [15496, 13], "max_tokens": 10, "temperature": 0, "logprobs": 0}
+    with http.http() as plain, plain.stream("POST", "/execute", json=body) as response:
+        found = [(name, json.loads(data)) for name, data in events_of(response)]
+    names = [name for name, _ in found]
+    assert names == ["started", *["token"] * (len(found) - 2), "end"]
+    result = client.job(found[0][1]["id"]).result(10)
+    assert Result.model_validate(found[-1][1]) == result
+    tokens = [data for name, data in found if name == "token"]
+    assert "".join(token["text"] for token in tokens) == result.text
+    assert [i for token in tokens for i in token["token_ids"]] == result.choices[0].token_ids
+    assert len([score for token in tokens for score in token["logprobs"]]) == 10
+    assert tokens[-1]["finish_reason"] == "length"
+
+
+def test_execute_tells_errors(http: HttpServer) -> None:
+    with http.http() as plain:
+        refused = plain.post("/execute", json={"prompt": "Hello.", "n": 0})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+        failed = plain.post("/execute", json={"prompt": "Hello.", "max_tokens": 5000})
+    found = list(events_of(failed))
+    assert [name for name, _ in found] == ["started", "error"]
+    assert json.loads(found[1][1])["error"]["code"] == "context_length_exceeded"
+
+
+def test_health_and_the_log(http: HttpServer) -> None:
+    with http.http() as plain:
+        assert plain.get("/health").json() == {"status": "ok", "models": ["demo"]}
+        assert plain.post("/v1/completions", json={**SHORT, "prompt": "Zanzibar"}).status_code == 200
+        assert plain.get("/nowhere").json()["error"]["code"] == "unknown_url"
+    lines = [json.loads(line) for line in http.said().splitlines() if line.startswith("{")]
+    assert {"path": "/v1/completions", "method": "POST", "status": 200}.items() <= lines[-2].items()
+    assert "Zanzibar" not in http.said()
+    assert "Traceback" not in http.said()
+    assert not [line for line in lines if line["event"] == "http.failed"]

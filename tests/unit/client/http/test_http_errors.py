@@ -1,0 +1,95 @@
+"""Every failure as an answer: its status, and what the openai package makes of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from starlette.exceptions import HTTPException
+
+import client
+from client import JobFailed, MillraceError
+from client.http.errors import ApiError, translate
+
+ROOT = Path(__file__).parents[4]
+ROWS = re.findall(r"^\| `(\w+)` \| (.*?) \| .+ \|$", (ROOT / "docs" / "client.md").read_text(), re.MULTILINE)
+
+#: What each code is over HTTP; all others are 500.
+STATUS = {
+    "invalid_request": 400,
+    "queue_full": 429,
+    "redis_unreachable": 503,
+    "redis_refused": 503,
+    "result_timeout": 504,
+    "no_worker": 503,
+    "cancelled": 499,
+    "expired": 504,
+    "context_length_exceeded": 400,
+    "empty_prompt": 400,
+    "invalid_token_id": 400,
+    "too_many_logprobs": 400,
+    "checkpoints_off": 400,
+    "checkpoints_too_large": 400,
+    "result_too_large": 400,
+}
+
+ARGUMENTS: dict[str, tuple[object, ...]] = {
+    "InvalidRequest": ("top_p", "0", "more"),
+    "InvalidBatch": ([],),
+    "InputChanged": (3, "reason"),
+    "QueueFull": ("millrace.demo", 5, 5),
+    "RedisUnreachable": ("redis://internal:6379/0", "refused"),
+    "RedisRefused": ("redis://internal:6379/0", "OOM"),
+    "UnknownJob": ("id",),
+    "UnreadableRecord": ("id",),
+    "NoCheckpoints": ("id",),
+    "ResultTimeout": ("id", 5.0, "queued"),
+    "NoWorker": ("id", 5.0, "queued", "millrace.demo"),
+    "StreamChanged": ("id",),
+}
+
+
+def made(code: str, name: str) -> MillraceError:
+    error: MillraceError
+    error = (
+        JobFailed(code, "at /home/secret") if name == "JobFailed" else getattr(client, name)(*ARGUMENTS.get(name, ()))
+    )
+    return error
+
+
+@pytest.mark.parametrize(("code", "name"), [(code, n) for code, names in ROWS for n in re.findall(r"`(\w+)`", names)])
+def test_every_code_has_its_status(code: str, name: str) -> None:
+    found = translate(made(code, name))
+    assert (found.code, found.status) == (code, STATUS.get(code, 500))
+    body = json.loads(bytes(found.as_response().body))
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    if found.status >= 429:  # what is no mistake of the client's tells nothing of this side
+        assert "internal" not in found.message
+        assert "/home" not in found.message
+
+
+@pytest.mark.parametrize(("code", "name"), [(code, n) for code, names in ROWS for n in re.findall(r"`(\w+)`", names)])
+def test_only_what_may_come_right_is_asked_again(code: str, name: str) -> None:
+    headers = translate(made(code, name)).as_response().headers
+    may = code in ("queue_full", "redis_unreachable", "redis_refused", "no_worker")
+    assert ("retry-after" in headers) == may
+    assert (headers.get("x-should-retry") == "false") == (not may and STATUS.get(code, 500) != 400)
+
+
+def test_an_error_of_no_kind_we_know_says_nothing() -> None:
+    found = translate(ValueError("a prompt that somebody wrote"))
+    assert (found.status, found.code, found.kind) == (500, "internal_error", "server_error")
+    assert "prompt" not in found.message
+
+
+def test_addresses_that_are_not_there_name_those_that_are() -> None:
+    assert "/v1/completions" in translate(HTTPException(404)).message
+    assert translate(HTTPException(405)).status == 405
+
+
+def test_an_error_of_ours_stays_as_it_is() -> None:
+    error = ApiError(413, "too_large", "large")
+    assert translate(error) is error
+    assert error.kind == "invalid_request_error"

@@ -1,0 +1,93 @@
+"""Files and states of batches on disk."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from client.http.errors import ApiError
+from client.http.files import DirectoryInUse, FileStore, write_json
+
+
+def add(store: FileStore, content: bytes = b"line\n", owner: str = "me", **options: int) -> str:
+    return store.add(io.BytesIO(content), filename="in.jsonl", owner=owner, **options).id
+
+
+def test_files_are_there_after_a_restart(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    file_id = add(store)
+    hidden = store.new_id()
+    store.path(hidden).write_bytes(b"rows of a batch that is not complete")
+    (tmp_path / "files" / "file-1.part").write_bytes(b"half an upload")
+    (tmp_path / "files" / "file-2.json").write_text('{"half": ')
+    store.close()
+    again = FileStore(tmp_path)
+    assert [file.id for file in again.list("me")] == [file_id]
+    assert again.path(file_id).read_bytes() == b"line\n"
+    assert again.path(hidden).exists()
+    assert not (tmp_path / "files" / "file-1.part").exists()
+    assert tmp_path.stat().st_mode & 0o077 == 0 or (tmp_path / "files").stat().st_mode & 0o077 == 0
+    again.close()
+
+
+def test_a_directory_has_one_server(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    with pytest.raises(DirectoryInUse, match="another server"):
+        FileStore(tmp_path)
+    store.close()
+    FileStore(tmp_path).close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DirectoryInUse, match="cannot be written"):
+        FileStore(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["", "../lock", "file-", "x" * 1000, "\0", "file-" + "0" * 32])
+def test_only_ids_that_were_given_name_a_file(tmp_path: Path, name: str) -> None:
+    store = FileStore(tmp_path)
+    add(store)
+    with pytest.raises(ApiError) as caught:
+        store.get(name, "me")
+    assert caught.value.status == 404
+    store.close()
+
+
+def test_a_file_is_its_owners(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    file_id = add(store, owner="me")
+    assert store.get(file_id, "me").owner == "me"
+    assert "owner" not in store.get(file_id, "me").public()
+    assert store.list("other") == []
+    with pytest.raises(ApiError):
+        store.get(file_id, "other")
+    store.close()
+
+
+def test_a_full_directory_takes_no_more_until_something_is_deleted(tmp_path: Path) -> None:
+    store = FileStore(tmp_path, max_total_bytes=1_000)
+    file_id = add(store, b"a" * 1_000)
+    with pytest.raises(ApiError) as caught:
+        add(store)
+    assert (caught.value.status, caught.value.code) == (507, "no_room")
+    store.delete(file_id)
+    assert list((tmp_path / "files").iterdir()) == []
+    add(store)
+    store.close()
+
+
+def test_what_has_expired_goes_unless_it_is_needed(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    kept, needed, gone = add(store), add(store, life_s=-1), add(store, life_s=-1)
+    store.sweep({needed})
+    assert {file.id for file in store.list("me")} == {kept, needed}
+    assert not store.path(gone).exists()
+    store.close()
+
+
+def test_json_is_written_in_one_step(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert path.read_text() == '{"a": 1}'
