@@ -13,20 +13,23 @@ from typing import Any
 
 import pytest
 
+from tests.integration.http_server import HttpServer
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-#: The blocks of the page of examples are files, run in test_examples.py.
-PAGES = [ROOT / "README.md", *(page for page in sorted(ROOT.glob("docs/*.md")) if page.stem != "examples")]
+#: The blocks of the page of examples are files, run in test_examples.py; those of http need a server.
+APART = ("examples", "http")
+PAGES = [ROOT / "README.md", *(page for page in sorted(ROOT.glob("docs/*.md")) if page.stem not in APART)]
 PATTERN = re.compile(r"```(\w*)\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
 
 
-def blocks(page: Path, language: str) -> list[tuple[str, str]]:
+def blocks(text: str, language: str) -> list[tuple[str, str]]:
     """Each block of a language, and the output that stands under it."""
-    return [(code, shown) for found, code, shown in PATTERN.findall(page.read_text()) if found == language]
+    return [(code, shown) for found, code, shown in PATTERN.findall(text) if found == language]
 
 
 def with_blocks(language: str) -> list[Path]:
-    return [page for page in PAGES if blocks(page, language)]
+    return [page for page in PAGES if blocks(page.read_text(), language)]
 
 
 def name_of(page: Path) -> str:
@@ -43,16 +46,22 @@ def at_the_worker(worker: object, redis_url: str, monkeypatch: pytest.MonkeyPatc
     client.default_client.cache_clear()
 
 
-@pytest.mark.usefixtures("at_the_worker")
-@pytest.mark.parametrize("page", with_blocks("python"), ids=name_of)
-def test_python_blocks_run_and_print_what_is_shown(page: Path) -> None:
+def run_python(text: str) -> dict[str, Any]:
+    """Run the Python blocks of a document one after another, and compare what they print. Returns their names."""
     scope: dict[str, Any] = {}
-    for code, shown in blocks(page, "python"):
+    for code, shown in blocks(text, "python"):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(code, "document", "exec"), scope)
         if shown:
             assert printed.getvalue() == shown
+    return scope
+
+
+@pytest.mark.usefixtures("at_the_worker")
+@pytest.mark.parametrize("page", with_blocks("python"), ids=name_of)
+def test_python_blocks_run_and_print_what_is_shown(page: Path) -> None:
+    scope = run_python(page.read_text())
     import client
 
     if "own" in scope:
@@ -66,10 +75,18 @@ def test_python_blocks_run_and_print_what_is_shown(page: Path) -> None:
 def test_shell_blocks_run(page: Path) -> None:
     bin_directory = str(Path(sys.executable).parent)
     environment = {**os.environ, "PATH": f"{bin_directory}{os.pathsep}{os.environ['PATH']}"}
-    commands = [line for code, _ in blocks(page, "sh") for line in code.splitlines()]
+    commands = [line for code, _ in blocks(page.read_text(), "sh") for line in code.splitlines()]
     for command in commands:
         done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+def test_python_blocks_of_http_run_against_a_server(worker: object, redis_url: str, tmp_path: Path) -> None:
+    with HttpServer(tmp_path, redis_url) as server:
+        text = (ROOT / "docs" / "http.md").read_text().replace("http://127.0.0.1:8000", server.url)
+        assert len(blocks(text, "python")) >= 4
+        scope = run_python(text)
+        scope["api"].close()
 
 
 def test_the_pages_have_blocks_to_run() -> None:
