@@ -203,7 +203,7 @@ async def health(request: Request) -> Response:
     parts = _parts(request)
     try:
         served = await parts.gateway.served()
-    except MillraceError:
+    except ApiError:
         return JSONResponse({"status": "no_redis"}, 503)
     ok = parts.client.model_name in served
     return JSONResponse({"status": "ok" if ok else "no_worker", "models": sorted(served)}, 200 if ok else 503)

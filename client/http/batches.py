@@ -11,6 +11,7 @@ import json
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from client.batch_output import RowFile
 from client.bulk import Batch, BatchReport, DropBatch
 from client.client import Client
 from client.errors import Fault, InvalidBatch, MillraceError
@@ -318,8 +320,8 @@ class Batches:
     def _fail(self, batch_id: str, errors: list[dict[str, Any]]) -> None:
         try:
             self._finish(batch_id, "failed", errors={"object": "list", "data": errors})
-        except OSError as error:  # the disk is full, say: it is tried again when the server starts
-            log.error("batch.unsaved", batch=batch_id, error=error.strerror)
+        except (OSError, MillraceError) as error:  # the disk is full, say: it is tried again when the server starts
+            log.error("batch.unsaved", batch=batch_id, error=type(error).__name__)
 
     def _update(self, batch_id: str, **changes: Any) -> BatchState:
         with self._lock:
@@ -361,13 +363,13 @@ def _fault(fault: Fault, code: str = "invalid_request") -> dict[str, Any]:
 
 def _count(path: Path) -> tuple[int, dict[str, Any]]:
     """Rows in an output file, and the tokens that they took."""
+    written = RowFile(path)
+    deque(written.scan(), 0)
+    written.repair(without_failures=False)  # a death may have torn its end
     rows, totals = 0, {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         for line in file:
-            try:
-                response = json.loads(line)["response"]
-            except ValueError:  # the end that a death tore
-                break
+            response = json.loads(line)["response"]
             rows += 1
             for name in totals:
                 totals[name] += response["body"]["usage"][name] if response else 0

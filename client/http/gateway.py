@@ -57,6 +57,7 @@ class Gateway:
     def __init__(self, client: AsyncClient, timeout_s: float) -> None:
         self._client, self._timeout_s = client, timeout_s
         self._served: dict[str, int] = {}
+        self._fault: MillraceError | None = None
         self._served_at = -SERVED_S
         self._asking = asyncio.Lock()
         self._endings: set[asyncio.Task[None]] = set()
@@ -69,16 +70,25 @@ class Gateway:
     # --- models ------------------------------------------------------------------------------------------------------
 
     async def served(self) -> dict[str, int]:
-        """The models that live workers serve, each with the Unix time since which. Raises RedisUnreachable."""
+        """The models that live workers serve, each with the Unix time since which. Raises ApiError without Redis."""
         async with self._asking:
             if time.monotonic() - self._served_at > SERVED_S:
-                found: dict[str, int] = {}
-                for worker in (await self._client.status()).workers:
-                    if not worker.stalled:
-                        since = int(worker.started_at)
-                        found[worker.model] = min(found.get(worker.model, since), since)
-                self._served, self._served_at = found, time.monotonic()
+                try:
+                    self._served, self._fault = await self._ask(), None
+                except MillraceError as error:  # kept too: a Redis that is silent takes seconds to give up
+                    self._fault = error
+                self._served_at = time.monotonic()
+        if self._fault is not None:
+            raise translate(self._fault)
         return self._served
+
+    async def _ask(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for worker in (await self._client.status()).workers:
+            if not worker.stalled:
+                since = int(worker.started_at)
+                found[worker.model] = min(found.get(worker.model, since), since)
+        return found
 
     async def find_model(self, named: Any) -> str:
         """The model that a request means, the server's own if it names none. Raises ApiError if nobody serves it."""

@@ -89,13 +89,17 @@ def _run(server: uvicorn.Server, listener: socket.socket) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol is named so that asyncio knows what it is, and does not hold small pieces back for 40 ms.
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((host, port), family=family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(MAX_CONNECTIONS)
     except OSError as error:
-        raise InvalidRequest(
-            "host", f"{host}, port {port}", f"an address that is free here ({error.strerror})"
-        ) from None
+        listener.close()
+        expected = f"an address that is free here ({error.strerror})"
+        raise InvalidRequest("host", f"{host}, port {port}", expected) from None
+    return listener
 
 
 def _url(listener: socket.socket) -> str:
