@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 from client.aio import AsyncClient
 from client.errors import InvalidRequest, MillraceError
 from client.http.batches import Batches
-from client.http.completions import Chunks, completions, named_after_field, read_order
+from client.http.completions import Chunks, completions, read_order
 from client.http.errors import ApiError, not_found, translate
 from client.http.files import LIFE_S, SHORTEST_LIFE_S, FileStore
 from client.http.gateway import EventStream, Gateway, Submitted, sse, while_connected
@@ -76,7 +76,7 @@ def make_app(
                 await parts.gateway.close()
                 files.close()
 
-    app = Starlette(routes=ROUTES, lifespan=lifespan, exception_handlers=_HANDLERS)
+    app = Starlette(routes=ROUTES, lifespan=lifespan, exception_handlers=exception_handlers())
     guarded = Guard(app, limits)
     if not limits.origins:
         return guarded
@@ -94,7 +94,9 @@ async def _failed(_: Request, error: Exception) -> Response:
     return translate(error).as_response()
 
 
-_HANDLERS: Any = dict.fromkeys((ApiError, MillraceError, HTTPException, Exception), _failed)
+def exception_handlers() -> Any:
+    """What Starlette does with exceptions of routes: all become error objects."""
+    return dict.fromkeys((ApiError, MillraceError, HTTPException, Exception), _failed)
 
 
 def _parts(request: Request) -> Parts:
@@ -124,10 +126,7 @@ async def create_completion(request: Request) -> Any:
     """`POST /v1/completions`."""
     gateway, order = _parts(request).gateway, read_order(await _read_json(request))
     params = {**order.params, **({"stream": True} if order.stream else {})}
-    try:
-        submitted = await gateway.submit(order.prompts, params)
-    except InvalidRequest as error:
-        raise named_after_field(error, listed=order.listed) from None
+    submitted = await gateway.submit(order.prompts, params, listed=order.listed)
     request_id = submitted.jobs[0].id
     headers = {"x-request-id": request_id}
     if not order.stream:
@@ -244,7 +243,7 @@ def list_files(request: Request) -> Response:
     order, purpose = request.query_params.get("order", "desc"), request.query_params.get("purpose")
     if order not in ("asc", "desc"):
         raise ApiError(400, "invalid_request", "order: expected 'asc' or 'desc'", param="order")
-    files = [f for f in _parts(request).files.list(_owner(request)) if purpose in (None, f.purpose)]
+    files = [f for f in _parts(request).files.owned_by(_owner(request)) if purpose in (None, f.purpose)]
     if order == "desc":
         files.reverse()
     return JSONResponse(_page(request, [file.public() for file in files], 10_000, 10_000))
@@ -301,7 +300,7 @@ async def create_batch(request: Request) -> Response:
 
 def list_batches(request: Request) -> Response:
     """`GET /v1/batches`, the newest first."""
-    states = _parts(request).batches.list(_owner(request))
+    states = _parts(request).batches.owned_by(_owner(request))
     return JSONResponse(_page(request, [state.public() for state in reversed(states)], 20, 100))
 
 

@@ -166,7 +166,7 @@ class Batches:
             raise not_found("batch", batch_id[:80])
         return state
 
-    def list(self, owner: str) -> list[BatchState]:
+    def owned_by(self, owner: str) -> list[BatchState]:
         """The owner's batches, oldest first."""
         with self._lock:
             states = [state for state in self._states.values() if state.owner == owner]

@@ -80,16 +80,6 @@ def _include_usage(options: Any, *, stream: bool) -> bool:
     return bool(options.get("include_usage"))
 
 
-def named_after_field(error: InvalidRequest, *, listed: bool) -> InvalidRequest:
-    """The same where all prompts share their parameters: `requests[3].top_p` is `top_p`, only prompts have a number."""
-    place, _, name = error.field.rpartition(".")
-    if not place.startswith("requests["):
-        return error
-    if name == "prompt" and listed:
-        name = f"prompt{place.removeprefix('requests')}"
-    return InvalidRequest(name, error.value, error.expected)
-
-
 def completions(results: Sequence[Result]) -> dict[str, Any]:
     """The answer to prompts, one result each; choices are numbered prompt by prompt, as OpenAI does."""
     parts = [completion(result) for result in results]

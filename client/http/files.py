@@ -137,7 +137,7 @@ class FileStore:
             raise not_found("file", file_id[:80])
         return file
 
-    def list(self, owner: str) -> list[StoredFile]:
+    def owned_by(self, owner: str) -> list[StoredFile]:
         """The owner's files, oldest first."""
         with self._lock:
             files = [file for file in self._files.values() if file.owner == owner]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,6 +29,16 @@ GRACE_S = 2.0
 QUIET_S = 10.0
 
 Prompt = str | list[int]
+
+
+def named_after_field(error: InvalidRequest, *, listed: bool) -> InvalidRequest:
+    """The same where all prompts share their parameters: `requests[3].top_p` is `top_p`, only prompts have a number."""
+    place, _, name = error.field.rpartition("].")
+    if not place.startswith("requests["):
+        return error
+    if name == "prompt" and listed:
+        name = f"prompt{place.removeprefix('requests')}]"
+    return InvalidRequest(name, error.value, error.expected)
 
 
 class ClientGone(ApiError):
@@ -109,8 +119,8 @@ class Gateway:
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
-    async def submit(self, prompts: Sequence[Prompt], params: Mapping[str, Any]) -> Submitted:
-        """Queue prompts that share parameters.
+    async def submit(self, prompts: Sequence[Prompt], params: Mapping[str, Any], *, listed: bool = False) -> Submitted:
+        """Queue prompts that share parameters; `listed` if an error is to say which prompt is wrong.
 
         Raises:
             ApiError: nobody serves the model.
@@ -124,10 +134,10 @@ class Gateway:
             allowed = self._timeout_s
         fields = {**params, "model": model, "timeout_s": allowed}
         try:
-            if len(prompts) == 1:
-                jobs = [await self._client.submit(prompts[0], **fields)]
-            else:
-                jobs = await self._client.submit_many(prompts, **fields)
+            # As mappings: whatever a field is called, it is no argument of a function here.
+            jobs = await self._client.submit_many([{**fields, "prompt": prompt} for prompt in prompts])
+        except InvalidRequest as error:
+            raise named_after_field(error, listed=listed) from None
         except (RedisUnreachable, RedisRefused) as error:
             self._cancel(error.accepted.values())
             raise
@@ -178,14 +188,6 @@ async def _hung_up(receive: Receive) -> None:
         pass
 
 
-@contextlib.asynccontextmanager
-async def _ended(*tasks: asyncio.Task[Any] | None) -> AsyncIterator[None]:
-    try:
-        yield
-    finally:
-        await _end_tasks(tasks)
-
-
 async def _end_tasks(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
     going = [task for task in tasks if task is not None]
     for task in going:
@@ -200,11 +202,13 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         ClientGone: it did.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(request.receive))
-    async with _ended(task, gone):
+    try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientGone
         return task.result()
+    finally:
+        await _end_tasks((task, gone))
 
 
 class EventStream:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.fuzz import environment, files, jobs
+from tests.fuzz import environment, files, http, jobs
 
-TARGETS = [*jobs.TARGETS, *files.TARGETS, *environment.TARGETS]
+TARGETS = [*jobs.TARGETS, *files.TARGETS, *environment.TARGETS, *http.TARGETS]

@@ -169,6 +169,7 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"prompt": "Hello.", "best_of": 3}, 400, "best_of", "all n samples are given back"),
     ({"prompt": "Hello.", "suffix": "world"}, 400, "suffix", "behind the prompt"),
     ({"prompt": "Hello.", "id": "mine"}, 400, "id", "no such parameter"),
+    ({"prompt": "Hello.", "function": "f", "self": 1}, 400, "function", "expected one of"),
     ({"prompt": "Hello.", "stream": "yes"}, 400, "stream", "True or False"),
     ({"prompt": "Hello.", "stream_options": {"include_usage": True}}, 400, "stream_options", "only with stream"),
     ({"prompt": "Hello.", "stream": True, "stream_options": {"x": 1}}, 400, "stream_options.x", "include_usage"),

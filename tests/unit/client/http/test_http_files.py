@@ -24,7 +24,7 @@ def test_files_are_there_after_a_restart(tmp_path: Path) -> None:
     (tmp_path / "files" / "file-2.json").write_text('{"half": ')
     store.close()
     again = FileStore(tmp_path)
-    assert [file.id for file in again.list("me")] == [file_id]
+    assert [file.id for file in again.owned_by("me")] == [file_id]
     assert again.path(file_id).read_bytes() == b"line\n"
     assert again.path(hidden).exists()
     assert not (tmp_path / "files" / "file-1.part").exists()
@@ -58,7 +58,7 @@ def test_a_file_is_its_owners(tmp_path: Path) -> None:
     file_id = add(store, owner="me")
     assert store.get(file_id, "me").owner == "me"
     assert "owner" not in store.get(file_id, "me").public()
-    assert store.list("other") == []
+    assert store.owned_by("other") == []
     with pytest.raises(ApiError):
         store.get(file_id, "other")
     store.close()
@@ -80,7 +80,7 @@ def test_what_has_expired_goes_unless_it_is_needed(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
     kept, needed, gone = add(store), add(store, life_s=-1), add(store, life_s=-1)
     store.sweep({needed})
-    assert {file.id for file in store.list("me")} == {kept, needed}
+    assert {file.id for file in store.owned_by("me")} == {kept, needed}
     assert not store.path(gone).exists()
     store.close()
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from client.errors import InvalidRequest
-from client.http.completions import Chunks, completions, named_after_field, read_order
+from client.http.completions import Chunks, completions, read_order
+from client.http.gateway import named_after_field
 from client.schema import Choice, Result, Timings, TokenLogprob, Usage
 from client.stream import Event
 

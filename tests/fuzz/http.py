@@ -1,0 +1,113 @@
+"""Requests to `millrace serve`, as a stranger could send them."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+
+from client import AsyncClient, Client, QueueFull
+from client.http.app import ROUTES, Parts, exception_handlers
+from client.http.batches import Batches
+from client.http.files import FileStore
+from client.http.gateway import Gateway
+from client.http.guard import Guard, Limits
+from client.status import Status, WorkerStatus
+from config import load_settings
+from tests.fuzz.harness import LONGEST_MESSAGE, Target
+from tests.fuzz.jobs import GOOD
+from tests.fuzz.values import ANY_TEXT, JSON, objects
+
+PROMPTS = GOOD["prompt"] | st.lists(GOOD["prompt"], max_size=3)
+COMPLETIONS = objects(
+    {
+        **{name: good for name, good in GOOD.items() if name not in ("schema_version", "expires_at")},
+        "prompt": PROMPTS,
+        "model": st.sampled_from(["demo", "gpt-5", "a/b"]),
+        "stream": st.booleans(),
+        "stream_options": st.just({"include_usage": True}),
+        "user": st.just("u"),
+        "best_of": st.integers(0, 3),
+        "timeout_s": st.sampled_from([1, 0.5, 1e9]),
+        "self": JSON,
+        "function": JSON,
+        "requests": JSON,
+        "args": JSON,
+    },
+    needed=("prompt",),
+)
+BATCHES = objects(
+    {
+        "input_file_id": st.sampled_from(["file-0", "../lock", "\0"]) | ANY_TEXT,
+        "endpoint": st.just("/v1/completions"),
+        "completion_window": st.just("24h"),
+        "metadata": st.dictionaries(ANY_TEXT, ANY_TEXT, max_size=3),
+    },
+    needed=("input_file_id", "endpoint", "completion_window"),
+)
+BODIES = (COMPLETIONS | BATCHES | JSON).map(json.dumps).map(str.encode) | st.binary(max_size=40)
+PATHS = st.sampled_from(["/v1/completions", "/execute", "/v1/batches", "/v1/files"])
+
+
+class NoQueue:
+    """Checks what is submitted as a client does, and then has no room."""
+
+    model_name = "demo"
+
+    def __init__(self) -> None:
+        self._client = Client(redis_url="redis://localhost:1/0")
+
+    async def status(self) -> Status:
+        return Status(workers=[WorkerStatus(name="w", model="demo")], queues=[], delivered=0)
+
+    async def submit_many(self, requests: list[dict[str, Any]]) -> None:
+        for request in requests:
+            self._client._prepare(dict(request))
+        raise QueueFull("millrace.demo", 1, 1)
+
+
+@functools.cache
+def _app() -> Guard:
+    directory = Path(tempfile.mkdtemp())
+    files = FileStore(directory)
+    client = cast("AsyncClient", NoQueue())
+    app = Starlette(routes=ROUTES, exception_handlers=exception_handlers())
+    batches = Batches(directory, files, load_settings())
+    app.state.parts = Parts(client, Gateway(client, 600), files, batches)
+    return Guard(app, Limits(any_host=True))
+
+
+def check_body(case: tuple[str, bytes]) -> None:
+    """A body is refused with an error object that names what is wrong, or gets as far as the queue; never a 500."""
+    path, body = case
+    status, answer = asyncio.run(_post(path, body))
+    assert status in (400, 404, 413, 429), (status, answer)
+    error = json.loads(answer)["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert 0 < len(error["message"]) <= LONGEST_MESSAGE
+    if error["param"] is not None:
+        assert len(error["param"]) <= 120, error
+
+
+async def _post(path: str, body: bytes) -> tuple[int, bytes]:
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x")]
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+    await _app()(scope, receive, send)
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
+
+
+TARGETS = [Target("http", st.tuples(PATHS, BODIES), check_body, many=6_000, few=60)]
