@@ -21,6 +21,7 @@ from client.errors import (
     RedisUnreachable,
     ResultTimeout,
 )
+from client.schema import GenerateRequest
 
 #: Seconds after which it is worth asking again, where that hangs on others.
 RETRY_S = 5
@@ -113,7 +114,9 @@ def translate(error: Exception) -> ApiError:
 
 def _of_job(error: JobError) -> ApiError:
     if error.code in _ASKED:
-        return ApiError(400, error.code, error.message, param=_ASKED[error.code])
+        named = error.message.partition(" ")[0]  # an id may be wrong in more fields than one
+        param = named if named in GenerateRequest.model_fields else _ASKED[error.code]
+        return ApiError(400, error.code, error.message, param=param)
     return ApiError(500, error.code, f"the job failed: {error.code}")
 
 

@@ -183,6 +183,7 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"prompt": "Hello.", "model": "gpt-5"}, 404, "model", "served: demo"),
     ({"prompt": "Hello.", "model": 5}, 400, "model", "the name of a model"),
     ({"prompt": [60_000]}, 400, "prompt", "60000"),
+    ({"prompt": "Hello.", "logit_bias": {"60000": 1}}, 400, "logit_bias", "60000"),
     ({"prompt": "Hello.", "max_tokens": 5000}, 400, "prompt", "1024"),
 ]
 
