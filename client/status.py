@@ -123,7 +123,7 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
         delivered, dead = _count_delivered(connection), connection.llen(keys.dead())
     except redis.exceptions.NoPermissionError:
         delivered, dead = sum(worker.running + worker.waiting for worker in workers), None
-    queues = [_queue(connection, model) for model in models]
+    queues = [queue_status(connection, model) for model in models]
     return Status(workers=workers, queues=queues, delivered=delivered, dead=dead)
 
 
@@ -137,7 +137,8 @@ def _worker(name: str, record: Any) -> WorkerStatus | None:
         return None
 
 
-def _queue(connection: redis.Redis, model: str) -> QueueStatus:
+def queue_status(connection: redis.Redis, model: str) -> QueueStatus:
+    """Jobs that wait for a model, by priority."""
     first, second, third, fourth = count_queued(connection, model)  # step 6 is nobody's name and counts as bulk
     return QueueStatus(model=model, interactive=first, normal=second, bulk=third + fourth)
 

@@ -93,6 +93,11 @@ class Settings(BaseSettings):
     )
     #: Of `millrace serve`: where uploaded files and batches lie. None: `data_dir()`.
     files_dir: str | None = Field(None, description="a directory")
+    #: Of the worker's probes and metrics over HTTP; 0 is none.
+    metrics_port: int = Field(0, description="a port from 1 to 65535, or 0 for none", ge=0, le=65535)
+    metrics_host: str = Field(
+        "127.0.0.1", description="an address or a name of this machine, or 0.0.0.0 or :: for all", min_length=1
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="'debug', 'info', 'warning' or 'error'"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import redis
 from celery.backends.redis import RedisBackend
 from celery.exceptions import TaskRevokedError
@@ -21,12 +23,17 @@ class ResultBackend(RedisBackend):
 
     #: Set by a pool that ends the process where the user lacks a right, and puts the message back.
     gives_up = False
+    #: Called for each failed operation that is tried again.
+    on_retry: Callable[[], None] = staticmethod(lambda: None)
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Called by Celery after a failed operation, with `result_backend_always_retry`."""
         if self.gives_up and is_forbidden(exc):
             return False
-        return isinstance(exc, (redis.RedisError, OSError))
+        again = isinstance(exc, (redis.RedisError, OSError))
+        if again:
+            self.on_retry()
+        return again
 
     def record(self, job_id: str, outcome: Result | BaseException) -> str:
         """The result record of a job, exactly as this backend would store it for a task of that id."""

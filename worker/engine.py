@@ -71,11 +71,15 @@ class EngineStats:
     running: int
     waiting: int
     tokens: int
+    #: Of prompts: those computed, without those that were taken over from others.
+    prompt_tokens: int
     steps: int
     #: Tokens that were guessed before they were drawn, and how many of them turned out right.
     drafted: int
     accepted: int
     cache_bytes: int
+    #: Share of the cache's budget that running samples hold.
+    cache_usage: float
     #: Seconds since the step that is being computed last came on; 0 between steps.
     step_age_s: float
 
@@ -127,7 +131,7 @@ class Engine:
         self.max_context = max_context
         self.fingerprint = fingerprint
         self.on_fatal = on_fatal
-        self.tokens = 0
+        self.tokens = self.prompt_tokens = 0
         self.steps = 0
         self.drafted = 0
         self.accepted = 0
@@ -223,10 +227,12 @@ class Engine:
             running=len(self.scheduler.running),
             waiting=self.scheduler.waiting + len(self._inbox),
             tokens=self.tokens,
+            prompt_tokens=self.prompt_tokens,
             steps=self.steps,
             drafted=self.drafted,
             accepted=self.accepted,
             cache_bytes=slots.used_bytes,
+            cache_usage=slots.usage,
             step_age_s=0.0 if alive_at is None else time.monotonic() - alive_at,
         )
 
@@ -463,6 +469,7 @@ class Engine:
         finally:
             self._alive_at = time.monotonic()
         for chunk in part.chunks:
+            self.prompt_tokens += chunk.count
             self.scheduler.advance(chunk)  # now: if a later part fails, this row may move, with all it has computed
         done.decodes.extend(part.decodes)
         done.chunks.extend(part.chunks)

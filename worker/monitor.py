@@ -54,8 +54,10 @@ class Monitor:
         self._renew_at = self._beat_at = 0.0
         self._last_tokens, self._last_beat = 0, time.monotonic()
         self._down = False
-        self._stalled = False
-        self._answered_at = time.monotonic()
+        self._stalled = False  # as was last acted on
+        self._answered_at = float("-inf")
+        #: Jobs in the queue that no worker holds, by priority; counted at each heartbeat where somebody reads it.
+        self.queued: dict[str, int] = {}
 
     def start(self) -> None:
         """Begin."""
@@ -71,6 +73,32 @@ class Monitor:
         except redis.RedisError as error:
             log.warning("redis.unanswered", error=str(error))  # the record has a short life of its own
         self._over.set()
+
+    @property
+    def stalled_for_s(self) -> float:
+        """How long the engine has been at one step if that is longer than it may be, else 0."""
+        age_s = self._engine.stats().step_age_s
+        return age_s if age_s > self._settings.stall_s else 0.0
+
+    @property
+    def redis_answers(self) -> bool:
+        """Whether Redis took the last heartbeat, and not so long ago that another is missing."""
+        return not self._down and time.monotonic() - self._answered_at < WORKER_TTL_S
+
+    def why_not_alive(self) -> str:
+        """What a restart would mend; empty if there is nothing."""
+        age_s = self.stalled_for_s
+        return f"the engine has been at one step for {age_s:.0f} s" if age_s else ""
+
+    def why_not_ready(self) -> str:
+        """Why no job would be taken and computed now; empty if one would."""
+        if stopping() or self._stop.is_set():
+            return "the worker is stopping"
+        if not self.redis_answers:
+            return "Redis does not take the worker's heartbeat"
+        if not self._pool.consuming:
+            return "the queue is not being read yet"
+        return self.why_not_alive()
 
     def note_started(self, job_id: str) -> None:
         """A job got a slot; its record says so at the next tick. Called from the engine's thread."""
@@ -128,12 +156,14 @@ class Monitor:
         if beat := now >= self._beat_at or stopping():
             self._beat(now)
             self._beat_at = now + BEAT_S
+            if self._settings.metrics_port and not stopping():
+                self.queued = self._store.queued(self._settings.model_name)
         return bool(jobs) or beat
 
     def _look_at_engine(self) -> None:
         """See whether the engine comes on. While it does not, no lease is renewed: others do the jobs."""
-        age_s = self._engine.stats().step_age_s
-        stalled = age_s > self._settings.stall_s
+        age_s = self.stalled_for_s
+        stalled = age_s > 0
         if stalled != self._stalled:
             self._stalled = stalled
             self._renew_at = self._beat_at = 0.0  # at once

@@ -85,7 +85,8 @@ class _Worker:
         self._model = settings.model_name
         ours = {name: getattr(settings, name) for name in ("redis_url", "model", "dtype", "lease_s")}
         self._environment = {**os.environ, **{f"MILLRACE_{name.upper()}": str(value) for name, value in ours.items()}}
-        self._environment["MILLRACE_LOG_FORMAT"] = "console"
+        # No port: that of the environment may be another worker's.
+        self._environment |= {"MILLRACE_LOG_FORMAT": "console", "MILLRACE_METRICS_PORT": "0"}
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`
         self._pause, self._restart_at = RESTART_S, 0.0
         self._process = self._start()

@@ -8,6 +8,7 @@
     events thread    text of jobs that stream, as it comes          worker/events.py; the same
     main thread      a message whose last job is stored             acknowledged; Celery's bookkeeping
     monitor thread   leases, cancels, time limits, heartbeat        worker/monitor.py
+    probes thread    /livez, /readyz, /metrics, if there is a port  worker/probes.py
 
 No torch is imported before `on_start`: Celery imports this module to read its command line.
 """
@@ -46,6 +47,7 @@ from worker.access import RightsMissing, check_rights, is_forbidden
 from worker.errors import EngineStopped
 from worker.monitor import Monitor
 from worker.probation import Candidate, Probation
+from worker.probes import Probes, ProbesError, open_probes
 from worker.service import RETRY_S, Service, cancelled_early, failed, read_group, service_for
 from worker.store import Store
 from worker.tasks import argument
@@ -153,11 +155,17 @@ class EnginePool(BasePool):
         self.finished: dict[str, int] = {"succeeded": 0, "failed": 0, "cancelled": 0, "expired": 0}
         #: The last jobs that failed, as the worker's record tells of them.
         self.failures: deque[dict[str, str | float]] = deque(maxlen=SHOWN_FAILURES)
+        self._probes: Probes | None = None
 
     # --- Celery's side, in the main thread -------------------------------------------------------------------------
 
     def on_start(self) -> None:
         """Load the model. Celery connects to the broker after this, so nothing is taken from the queue before."""
+        try:
+            self._probes = open_probes(self.settings)
+        except ProbesError as error:
+            log.error("worker.probes_failed", error=str(error))
+            raise SystemExit(EX_FAILURE) from error
         try:
             self._service = self._service or service_for(self.settings)
         except Exception as error:
@@ -175,10 +183,19 @@ class EnginePool(BasePool):
         self._writer.start()
         self.monitor = Monitor(self, self._service.engine, self._service.store, self.settings)
         self.monitor.start()
+        if self._probes is not None:
+            self._probes.watch(self.monitor)
+            self._probes.metrics.watch(self, self._service, self.monitor)
+            self._service.on_retry = self.app.backend.on_retry = self._probes.metrics.retried
 
     def register_with_event_loop(self, hub: Hub) -> None:
         """Remember the loop of the main thread: Celery's accept and finish bookkeeping runs there."""
         self._hub = hub
+
+    @property
+    def consuming(self) -> bool:
+        """Whether Celery reads the queue: it makes its loop known just before it begins."""
+        return self._hub is not None
 
     def on_apply(
         self,
@@ -217,6 +234,8 @@ class EnginePool(BasePool):
             open=set(jobs),
             verdict=verdict,
         )
+        if self._probes is not None and headers.get("delivery_info", {}).get("redelivered"):
+            self._probes.metrics.redelivered()
         with self._lock:
             self._deliveries[delivery.handle] = delivery
         self._intake.put(delivery)
@@ -320,6 +339,8 @@ class EnginePool(BasePool):
         attempted = set() if died else self._probation.inside() & open_jobs
         self._ask(lambda store: store.returned(open_jobs, attempted))
         self.monitor.stop()
+        if self._probes is not None:
+            self._probes.stop()
         log.info("worker.stopped", returned=len(left), **self.finished)
 
     def _hurry_on_signals(self) -> None:
@@ -657,7 +678,10 @@ class EnginePool(BasePool):
             error = JobExpired(message="time limit")
         elif error is not None and not isinstance(error, JobError):
             return  # it has been logged where it was met
-        outcome = outcome_state(error if isinstance(error, JobError) else future.result())
+        ended = error if isinstance(error, JobError) else future.result()
+        if self._probes is not None:
+            self._probes.metrics.ended(ended)
+        outcome = outcome_state(ended)
         self.finished[outcome] += 1
         if isinstance(error, JobFailed):
             self.failures.append({"job": tag(job_id), "code": error.code, "at": round(time.time(), 1)})

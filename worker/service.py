@@ -58,6 +58,8 @@ class Service:
         self._checkpoint_max_bytes = checkpoint_max_bytes
         #: Whether an error that says that the Redis user lacks a right is raised: the pool ends the process for it.
         self.gives_up = False
+        #: Called each time that Redis did not take a result, or tensors, and is asked again.
+        self.on_retry: Callable[[], None] = lambda: None
         self._ready: dict[str, Future[Result]] = {}
         # By future, so that the tensors of a job that fails or is revoked go with it.
         self._dumps: weakref.WeakKeyDictionary[Future[Result], dict[str, bytes]] = weakref.WeakKeyDictionary()
@@ -127,6 +129,7 @@ class Service:
                 if self.gives_up and is_forbidden(error):
                     raise
                 log.warning("redis.unanswered", error=str(error))
+                self.on_retry()
                 time.sleep(RETRY_S)
 
     def submit(self, job_id: str, wire: Any, on_start: Callable[[], None] | None = None) -> Future[Result]:

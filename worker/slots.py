@@ -54,6 +54,11 @@ class SlotTable:
         """What the arenas take now, whether their slots are in use or not."""
         return sum(length * count * self.position_bytes for length, count in self.capacity.items())
 
+    @property
+    def usage(self) -> float:
+        """The share of the budget that slots in use take."""
+        return sum(length * len(rows) for length, rows in self.rows.items()) * self.position_bytes / self.budget_bytes
+
     def place(self, sequence: Sequence) -> bool:
         """Give the sequence a slot of the shortest class that holds it."""
         length = next((length for length in self.rows if length >= sequence.longest), None)

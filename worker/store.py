@@ -16,6 +16,7 @@ from redis.client import Pipeline
 
 from client import keys
 from client.records import parse_outcome
+from client.status import queue_status
 
 #: A worker that has not spoken for this long is gone.
 WORKER_TTL_S = 15
@@ -83,6 +84,10 @@ class Store(Protocol):
 
     def announce(self, worker: str, record: Mapping[str, str | int | float]) -> None:
         """Say that a worker lives and what it is doing."""
+        ...
+
+    def queued(self, model_name: str) -> dict[str, int]:
+        """How many jobs wait for a model that no worker holds, by priority; an estimate where they are many."""
         ...
 
     def withdraw(self, worker: str) -> None:
@@ -211,6 +216,9 @@ class RedisStore:
         pipe.expire(keys.workers(), 20 * WORKER_TTL_S)
         pipe.execute()
 
+    def queued(self, model_name: str) -> dict[str, int]:
+        return queue_status(self._redis, model_name).model_dump(exclude={"model"})
+
     def withdraw(self, worker: str) -> None:
         pipe = self._redis.pipeline()
         pipe.delete(keys.worker(worker))
@@ -283,6 +291,9 @@ class MemoryStore:
 
     def announce(self, worker: str, record: Mapping[str, str | int | float]) -> None:
         self.workers[worker] = dict(record)
+
+    def queued(self, model_name: str) -> dict[str, int]:  # noqa: ARG002
+        return {}
 
     def withdraw(self, worker: str) -> None:
         self.workers.pop(worker, None)

@@ -1,0 +1,141 @@
+"""Checkpoint 0: a worker is started, ready, healthy and takes a job; and what its probes say when it is not."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families as parse
+
+from client import Client
+from tests.integration.processes import attempts, paced, wait_until, worker_on
+from tests.integration.servers import free_port
+from worker.embedded import EmbeddedRedis
+
+LONG = {"max_tokens": 500, "temperature": 0, "ignore_eos": True}
+#: The second step of a job "Hello." never ends, as where a GPU hangs.
+STUCK = """
+import time
+from worker.runner import Runner
+run = Runner.run
+def stuck(self, step):
+    if any(s.prompt == [15496, 13] for s in step.decodes):
+        time.sleep(1000)
+    return run(self, step)
+Runner.run = stuck
+"""
+
+
+class Probed:
+    """What a worker's port says."""
+
+    def __init__(self, port: int) -> None:
+        self.base = f"http://127.0.0.1:{port}"
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and text; 0 while nothing listens."""
+        try:
+            with urllib.request.urlopen(self.base + path, timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    def samples(self) -> dict[str, float]:
+        """Sums over the labels of a name, so that each needs no more than its name."""
+        sums: dict[str, float] = {}
+        for family in parse(self.get("/metrics")[1]):
+            for sample in family.samples:
+                sums[sample.name] = sums.get(sample.name, 0) + sample.value
+        return sums
+
+
+def test_checkpoint_0_a_worker_starts_is_ready_and_healthy_and_takes_a_job(
+    own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
+) -> None:
+    probed = Probed(port := free_port())
+    settings = {"MILLRACE_METRICS_PORT": str(port), "MILLRACE_SOFT_SHUTDOWN_S": "300"}
+    with worker_on(own_server, tmp_path / "worker.log", patch=paced(0.02), **settings) as worker:
+        wait_until(lambda: probed.get("/livez")[0], timeout=60)
+        assert probed.get("/livez") == (200, "ok\n")
+        wait_until(lambda: probed.get("/readyz")[0] == 200, timeout=60)
+        assert own_client.submit("Hello.", max_tokens=10, temperature=0).result(30).usage.completion_tokens == 10
+        own_client.submit([60000]).wait(30)
+        wait_until(lambda: probed.samples()["millrace_request_failure_total"] == 1)
+        numbers = probed.samples()
+        assert numbers["millrace_request_success_total"] == 1
+        assert numbers["millrace_prompt_tokens_total"] == 2
+        assert numbers["millrace_generation_tokens_total"] == 10
+        assert numbers["millrace_request_generation_tokens_sum"] == 10
+        assert numbers["millrace_ready"] == numbers["millrace_engine_info"] == 1
+
+        with worker_on(own_server, tmp_path / "second.log", "-n", "second@%h", **settings) as second:
+            assert second.wait(60) != 0, "the port is the first one's"
+            assert f"port {port} (Address already in use)" in second.text()
+            assert "Traceback" not in second.text()
+
+        assert own_server.pid is not None
+        os.kill(own_server.pid, signal.SIGKILL)
+        wait_until(lambda: probed.get("/readyz") == (503, "Redis does not take the worker's heartbeat\n"))
+        assert probed.get("/livez") == (200, "ok\n")
+        own_server.start()
+        wait_until(lambda: probed.get("/readyz")[0] == 200)
+
+        jobs = own_client.submit_many(["The river"] * 8, **LONG)
+        wait_until(lambda: probed.samples()["millrace_num_requests_running"] == 4)
+        assert probed.samples()["millrace_num_requests_waiting"] == 4
+        assert probed.samples()["millrace_leases"] == 1
+        worker.signal(signal.SIGTERM)
+        wait_until(lambda: probed.get("/readyz") == (503, "the worker is stopping\n"))
+        assert probed.get("/livez") == (200, "ok\n"), "what runs is to be finished"
+        worker.signal(signal.SIGTERM)
+        assert worker.wait(30) == 0
+        assert probed.get("/livez") == (0, "")
+    assert all(job.status() != "failed" for job in jobs)
+
+
+def test_a_worker_whose_engine_is_stuck_is_not_alive(
+    own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
+) -> None:
+    probed = Probed(port := free_port())
+    settings = {"MILLRACE_METRICS_PORT": str(port), "MILLRACE_STALL_S": "1"}
+    with worker_on(own_server, tmp_path / "worker.log", patch=STUCK, **settings) as worker:
+        worker.wait_ready()
+        wait_until(lambda: probed.get("/readyz")[0] == 200)
+        job = own_client.submit("Hello.", max_tokens=10)
+        wait_until(lambda: probed.get("/livez")[0] == 503)
+        status, text = probed.get("/readyz")
+        assert status == 503
+        assert re.fullmatch(r"the engine has been at one step for \d+ s\n", text)
+        assert probed.samples()["millrace_last_step_age_seconds"] > 1
+        job.cancel()  # nobody waits for it
+
+
+def test_a_service_managers_signal_leaves_a_bounded_time_and_hands_back_the_rest(
+    own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
+) -> None:
+    """As in the deployment files: REMAP_SIGTERM of Celery's gives SIGTERM the meaning of SIGQUIT."""
+    settings = {"REMAP_SIGTERM": "SIGQUIT", "MILLRACE_SOFT_SHUTDOWN_S": "1"}
+    with worker_on(own_server, tmp_path / "worker.log", patch=paced(0.02), **settings) as worker:
+        worker.wait_ready()
+        short, long = own_client.submit("Hello.", max_tokens=30), own_client.submit("Hello.", **LONG)
+        wait_until(lambda: short.status() == long.status() == "running")
+        worker.signal(signal.SIGTERM)
+        began = time.monotonic()
+        worker.wait(30)
+        assert time.monotonic() - began < 9, "500 tokens take ten seconds"
+        assert worker.events("worker.stopped")[0]["returned"] == 1
+    assert short.status() == "succeeded"
+    assert long.status() == "queued"
+    assert attempts(own_client, long.id) == 0
+    probed = Probed(port := free_port())
+    with worker_on(own_server, tmp_path / "next.log", MILLRACE_METRICS_PORT=str(port)):
+        assert long.result(60).usage.completion_tokens == 500
+        assert probed.samples()["millrace_redeliveries_total"] == 1
