@@ -1,11 +1,15 @@
-"""Procfile, Dockerfile, compose files, the bundled model's card: what can be checked without a container engine."""
+"""Procfile, Dockerfile, compose files, systemd, Kubernetes, the bundled model's card: what can be checked without them."""
 
 from __future__ import annotations
 
+import configparser
 import hashlib
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -16,9 +20,14 @@ import pytest
 import yaml
 
 from config.settings import PREFIX, Settings, load_settings
+from worker.probes import Probes
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
+FILES = [path for path in DOCKER.rglob("*") if path.is_file()]
+KUBERNETES = DOCKER / "kubernetes"
+#: What is added to the time that rows have to finish: results are stored then, and messages handed back.
+MARGIN_S = 10
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -47,6 +56,16 @@ def is_console_script(command: str) -> bool:
     return bool(entry_points(group="console_scripts", name=command))
 
 
+def check_celery_command(words: list[str]) -> None:
+    """`celery -A worker worker`, with options that Celery's worker has."""
+    from celery.bin.worker import worker
+
+    assert is_console_script(Path(words[0]).name)
+    assert words[1:4] == ["-A", "worker", "worker"]
+    known = {name for option in worker.params for name in option.opts}
+    assert {word for word in words[4:] if word.startswith("-")} <= known
+
+
 def check_millrace_command(words: list[str]) -> None:
     """The subcommand exists and takes these options, whatever they would do."""
     from worker.cli import main
@@ -61,7 +80,7 @@ def check_millrace_command(words: list[str]) -> None:
 def test_the_procfile_starts_the_worker() -> None:
     processes = dict(line.split(": ", 1) for line in (ROOT / "Procfile").read_text().splitlines())
     assert processes == {"worker": "celery -A worker worker"}
-    assert is_console_script(shlex.split(processes["worker"])[0])
+    check_celery_command(shlex.split(processes["worker"]))
 
 
 # Dockerfile
@@ -112,14 +131,44 @@ def test_everything_copied_exists_and_gets_past_the_ignore_file() -> None:
 
 
 def test_environment_variables_are_settings() -> None:
-    for text in ((DOCKER / file).read_text() for file in ("Dockerfile", "compose.yaml", "compose.gpu.yaml")):
-        for name in re.findall(rf"\b{PREFIX}([A-Z_]+)\b", text):
-            assert name.lower() in Settings.model_fields
+    for path in FILES:
+        for name in re.findall(rf"\b{PREFIX}([A-Z_]+)\b", path.read_text()):
+            assert name.lower() in Settings.model_fields, f"{path}: {name}"
 
 
 def test_no_secret_is_written_down() -> None:
-    for path in DOCKER.iterdir():
-        assert not re.search(r"(?i)(password|token|secret)\s*[:=]\s*\S", path.read_text()), path
+    for path in FILES:
+        assert not re.search(r"(?i)(password|token|secret)\s*[:=]\s*(?!CHANGE-ME\b|false\b)\S", path.read_text()), path
+        assert not re.search(r"://[^/\s]*:(?!CHANGE-ME@)[^/\s@]+@", path.read_text()), path
+
+
+def test_the_rules_of_hadolint_that_apply() -> None:
+    """By their numbers at github.com/hadolint/hadolint."""
+    lines = instructions()
+    names, text = [name for name, _ in lines], (DOCKER / "Dockerfile").read_text()
+    for name, rest in lines:
+        if name == "WORKDIR":
+            assert rest.startswith("/"), "DL3000"
+        if name == "FROM":
+            assert re.fullmatch(r"\S+:(?!latest)[\w.-]+", rest), "DL3006, DL3007"
+        if name in ("CMD", "ENTRYPOINT"):
+            assert json.loads(rest), "DL3025"
+        if name == "RUN":
+            assert not re.search(r"\b(sudo|apt|apt-get|ssh|cd)\b", rest), "DL3003, DL3004, DL3008, DL3027"
+            assert "|" not in rest, "DL4006"
+            for command in re.findall(r"pip install [^&]*", rest):
+                assert "--constraint" in command or "--no-deps" in command, "DL3013"
+    assert "ADD" not in names, "DL3020"
+    assert "MAINTAINER" not in names, "DL4000"
+    assert names.count("CMD") == names.count("ENTRYPOINT") == names.count("HEALTHCHECK") == 1, "DL3012, DL4003"
+    assert "PIP_NO_CACHE_DIR=1" in text, "DL3042"
+    assert instruction("USER") != "root", "DL3002"
+
+
+def test_what_probes_and_metrics_need_is_in_the_image() -> None:
+    listing = next(rest for name, rest in instructions() if name == "RUN" and "tomllib" in rest)
+    assert "['optional-dependencies']['metrics']" in listing
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["metrics"]
 
 
 # Compose
@@ -127,10 +176,12 @@ def test_no_secret_is_written_down() -> None:
 
 def test_the_services() -> None:
     services = compose()["services"]
-    assert set(services) == {"redis", "worker", "client"}
+    assert set(services) == {"redis", "worker", "client", "prometheus"}
     assert services["worker"]["depends_on"]["redis"]["condition"] == "service_healthy"
     assert services["client"]["depends_on"]["worker"]["condition"] == "service_healthy"
     assert services["client"]["profiles"] == ["client"]
+    assert services["prometheus"]["profiles"] == ["metrics"]
+    assert all(port.startswith("127.0.0.1:") for service in services.values() for port in service.get("ports", []))
     assert "profiles" not in services["worker"]
 
 
@@ -146,7 +197,9 @@ def test_redis_keeps_what_it_is_given() -> None:
 def test_volumes_are_declared() -> None:
     loaded = compose()
     used = {volume.split(":")[0] for service in loaded["services"].values() for volume in service.get("volumes", [])}
-    assert used == set(loaded["volumes"])
+    files = {name for name in used if name.startswith("./")}
+    assert used - files == set(loaded["volumes"])
+    assert all((DOCKER / name).is_file() for name in files)
 
 
 @pytest.mark.parametrize("service", ["worker", "client"])
@@ -162,7 +215,8 @@ def test_the_environment_is_accepted(monkeypatch: pytest.MonkeyPatch, service: s
 
 def test_a_worker_has_time_to_finish() -> None:
     worker = compose()["services"]["worker"]
-    assert seconds(worker["stop_grace_period"]) >= float(worker["environment"]["MILLRACE_SOFT_SHUTDOWN_S"]) + 5
+    assert seconds(worker["stop_grace_period"]) >= float(worker["environment"]["MILLRACE_SOFT_SHUTDOWN_S"]) + MARGIN_S
+    assert worker["stop_signal"] == "SIGQUIT", "SIGTERM has no such limit"
 
 
 def test_the_client_runs_a_command_that_exists() -> None:
@@ -186,6 +240,210 @@ def test_the_gpu_file_only_adds_to_services_that_exist() -> None:
     assert set(added) <= set(compose()["services"])
     (device,) = added["worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
+
+
+# systemd
+
+
+def unit() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), comment_prefixes=("#",))
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.read_string((DOCKER / "systemd" / "millrace-worker@.service").read_text())
+    return parser
+
+
+def test_the_unit_runs_a_worker_with_a_name_and_settings_of_its_own() -> None:
+    service = unit()["Service"]
+    words = shlex.split(service["ExecStart"])
+    check_celery_command(words)
+    assert words[words.index("-n") + 1] == "%i@%%h", "systemd makes one % of two"
+    assert service["EnvironmentFile"] == "/etc/millrace/%i.env"
+    assert service["Restart"] == "always"
+
+
+def test_the_unit_leaves_a_worker_time_to_finish() -> None:
+    service = unit()["Service"]
+    example = (ROOT / "config" / "prod.env.example").read_text()
+    (set_there,) = re.findall(r"^MILLRACE_SOFT_SHUTDOWN_S=(\d+)$", example, re.MULTILINE)
+    longest = max(float(set_there), Settings().soft_shutdown_s)
+    assert service["KillSignal"] == "SIGQUIT", "SIGTERM has no limit"
+    assert float(service["TimeoutStopSec"]) >= longest + MARGIN_S
+
+
+def test_the_unit_takes_away_nothing_that_is_needed() -> None:
+    """A GPU's devices, and the right to run what was compiled a moment before."""
+    service = unit()["Service"]
+    assert not {"MemoryDenyWriteExecute", "PrivateDevices", "DeviceAllow", "PrivateNetwork"} & set(service)
+    assert "XDG_CACHE_HOME=%C" in service["Environment"]
+    assert service["CacheDirectory"] == "millrace"
+    assert service["CacheDirectoryMode"] == "0700"
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not here")
+def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path) -> None:
+    text = (DOCKER / "systemd" / "millrace-worker@.service").read_text()
+    celery = Path(sys.executable).with_name("celery")
+    named = tmp_path / "millrace-worker@gpu0.service"
+    named.write_text(text.replace("/opt/millrace/bin/celery", str(celery)))
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", named], capture_output=True, text=True, timeout=60)
+    assert named.name not in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+
+
+# Kubernetes
+
+
+def manifests(*names: str) -> list[dict[str, Any]]:
+    """The objects in these files, by default in all that the kustomization lists."""
+    listed = names or tuple(yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["resources"])
+    return [found for name in listed for found in yaml.safe_load_all((KUBERNETES / name).read_text())]
+
+
+def manifest(kind: str, *names: str) -> dict[str, Any]:
+    (found,) = [each for each in manifests(*names) if each["kind"] == kind]
+    return found
+
+
+def container(kind: str) -> dict[str, Any]:
+    (only,) = manifest(kind)["spec"]["template"]["spec"]["containers"]
+    found: dict[str, Any] = only
+    return found
+
+
+def environment_of(kind: str) -> dict[str, str]:
+    """A container's variables, with what stands in the Secret."""
+    secret = manifest("Secret")
+    values = {}
+    for variable in container(kind)["env"]:
+        reference = variable.get("valueFrom", {}).get("secretKeyRef")
+        if reference:
+            assert reference["name"] == secret["metadata"]["name"]
+        values[variable["name"]] = secret["stringData"][reference["key"]] if reference else variable["value"]
+    return values
+
+
+def size(quantity: str) -> int:
+    """Bytes of a quantity as Kubernetes and Redis write it."""
+    number, unit = re.fullmatch(r"(\d+)(\w*)", quantity).groups()  # type: ignore[union-attr]
+    return int(number) * {"": 1, "gi": 2**30, "gb": 2**30, "mi": 2**20, "mb": 2**20}[unit.lower()]
+
+
+def test_every_manifest_is_an_object_with_a_name() -> None:
+    files = {path.name for path in KUBERNETES.iterdir()}
+    listed = set(yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["resources"])
+    assert listed <= files
+    assert files - listed == {"kustomization.yaml", "keda.yaml", "podmonitor.yaml"}, "what needs more than Kubernetes"
+    for found in manifests(*(files - {"kustomization.yaml"})):
+        assert found["apiVersion"]
+        assert found["metadata"]["name"]
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not here")
+def test_kubectl_builds_them() -> None:
+    done = subprocess.run(["kubectl", "kustomize", KUBERNETES], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    built = list(yaml.safe_load_all(done.stdout))
+    assert sorted(each["kind"] for each in built) == sorted(each["kind"] for each in manifests())
+    (worker,) = [each for each in built if each["kind"] == "Deployment"]
+    assert re.fullmatch(r"\S+:(?!latest)\S+", worker["spec"]["template"]["spec"]["containers"][0]["image"])
+
+
+def test_the_workers_environment_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = environment_of("Deployment")
+    assert {name for name in values if not name.startswith(PREFIX)} == {"REMAP_SIGTERM"}, "which is Celery's"
+    for name, value in values.items():
+        assert isinstance(value, str), f"{name} needs quotes"
+        monkeypatch.setenv(name, value)
+    settings, limits = load_settings(), container("Deployment")["resources"]["limits"]
+    assert settings.metrics_host == "0.0.0.0", "the kubelet comes from outside the pod"
+    assert settings.threads == int(limits["cpu"])
+    assert settings.kv_cache_bytes is not None
+    assert settings.kv_cache_bytes <= size(limits["memory"]) / 2
+
+
+def test_the_probes_ask_what_the_worker_answers() -> None:
+    worker = container("Deployment")
+    ports = {port["name"]: port["containerPort"] for port in worker["ports"]}
+    assert ports == {"metrics": int(environment_of("Deployment")["MILLRACE_METRICS_PORT"])}
+    answers = Probes.answer
+    stub: Any = type("Loading", (), {"_monitor": None})()
+    paths = {name: worker[name]["httpGet"]["path"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}
+    assert {name: answers(stub, path, "")[0] for name, path in paths.items()} == {
+        "startupProbe": 200,
+        "livenessProbe": 200,
+        "readinessProbe": 503,
+    }
+    assert all(worker[name]["httpGet"]["port"] in ports for name in paths)
+    noted = manifest("Deployment")["spec"]["template"]["metadata"]["annotations"]
+    assert int(noted["prometheus.io/port"]) == ports["metrics"]
+    (read,) = manifest("PodMonitor", "podmonitor.yaml")["spec"]["podMetricsEndpoints"]
+    assert (read["port"], read["path"]) == ("metrics", "/metrics")
+
+
+def test_a_pod_has_time_to_finish_and_its_signal_a_limit() -> None:
+    from celery.apps import worker
+
+    spec, values = manifest("Deployment")["spec"]["template"]["spec"], environment_of("Deployment")
+    assert spec["terminationGracePeriodSeconds"] >= float(values["MILLRACE_SOFT_SHUTDOWN_S"]) + MARGIN_S
+    assert values["REMAP_SIGTERM"] == "SIGQUIT"
+    assert hasattr(worker, "REMAP_SIGTERM")
+    assert instruction("STOPSIGNAL") == "SIGTERM"
+    assert "lifecycle" not in container("Deployment")
+
+
+def test_labels_names_and_volumes_fit() -> None:
+    for kind in ("Deployment", "StatefulSet"):
+        spec = manifest(kind)["spec"]
+        labels, pod = spec["template"]["metadata"]["labels"], spec["template"]["spec"]
+        assert spec["selector"]["matchLabels"].items() <= labels.items()
+        volumes = {v["name"] for v in pod.get("volumes", [])}
+        volumes |= {v["metadata"]["name"] for v in spec.get("volumeClaimTemplates", [])}
+        assert {mount["name"] for mount in container(kind)["volumeMounts"]} == volumes
+    worker = manifest("Deployment")["spec"]["template"]["metadata"]["labels"]
+    for kind, file in (("PodDisruptionBudget", "worker.yaml"), ("PodMonitor", "podmonitor.yaml")):
+        assert manifest(kind, file)["spec"]["selector"]["matchLabels"].items() <= worker.items()
+    service, redis = manifest("Service"), manifest("StatefulSet")
+    assert service["spec"]["selector"].items() <= redis["spec"]["template"]["metadata"]["labels"].items()
+    assert redis["spec"]["serviceName"] == service["metadata"]["name"]
+
+
+def test_nobody_is_root_and_nothing_is_writable_but_volumes() -> None:
+    for kind in ("Deployment", "StatefulSet"):
+        pod = manifest(kind)["spec"]["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["automountServiceAccountToken"] is False
+        own = container(kind)["securityContext"]
+        assert own["readOnlyRootFilesystem"] is True
+        assert own["allowPrivilegeEscalation"] is False
+        assert own["capabilities"] == {"drop": ["ALL"]}
+    user = manifest("Deployment")["spec"]["template"]["spec"]["securityContext"]["runAsUser"]
+    home = next(rest for name, rest in instructions() if name == "RUN" and "useradd" in rest)
+    assert f"--uid {user} millrace" in home
+    mounts = {mount["mountPath"] for mount in container("Deployment")["volumeMounts"]}
+    assert mounts == {"/tmp", "/home/millrace/.cache"}
+
+
+def test_kubernetes_redis_keeps_what_it_is_given_and_asks_for_the_password() -> None:
+    redis, secret = container("StatefulSet"), manifest("Secret")["stringData"]
+    options = dict(zip(redis["command"][1::2], redis["command"][2::2], strict=True))
+    kept = {"--appendonly": "yes", "--appendfsync": "everysec", "--maxmemory-policy": "noeviction"}
+    assert kept.items() <= options.items()
+    assert size(options["--maxmemory"]) <= size(redis["resources"]["limits"]["memory"]) / 2
+    assert options["--requirepass"] == "$(REDISCLI_AUTH)"
+    (mount,) = redis["volumeMounts"]
+    assert mount["mountPath"] == "/data"
+    host = manifest("Service")["metadata"]["name"]
+    assert secret["redis-url"] == f"redis://:{secret['redis-password']}@{host}:6379/0"
+
+
+def test_keda_scales_the_worker_by_twice_its_slots() -> None:
+    scaled = manifest("ScaledObject", "keda.yaml")["spec"]
+    assert scaled["scaleTargetRef"]["name"] == manifest("Deployment")["metadata"]["name"]
+    (trigger,) = scaled["triggers"]
+    assert trigger["type"] == "prometheus"
+    assert trigger["metadata"]["threshold"] == str(2 * Settings().slots)
+    assert f'model_name="{environment_of("Deployment")["MILLRACE_MODEL"]}"' in trigger["metadata"]["query"]
+    assert scaled["minReplicaCount"] >= 1
 
 
 # The card of the bundled model

@@ -1,0 +1,42 @@
+"""The Procfile as it is used: honcho starts what it names, and stops it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from client import Client
+from tests.integration.processes import wait_until
+from worker.embedded import EmbeddedRedis, die_with_parent
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_honcho_brings_up_a_worker_that_does_a_job(
+    own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
+) -> None:
+    binaries = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+        "MILLRACE_REDIS_URL": own_server.url,
+        "MILLRACE_LOG_FORMAT": "json",
+    }
+    command = [str(binaries / "honcho"), "start", "-f", str(ROOT / "Procfile"), "-d", str(ROOT)]
+    with (tmp_path / "honcho.log").open("wb") as log:
+        process = subprocess.Popen(die_with_parent(command), env=environment, stdout=log, stderr=log)
+    try:
+        job = own_client.submit("Hello.", max_tokens=10, temperature=0)
+        assert job.result(60).usage.completion_tokens == 10
+        wait_until(lambda: own_client.status().serves("demo"))
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+        wait_until(lambda: own_client.status().workers == [])
+        assert "worker.stopped" in (tmp_path / "honcho.log").read_text()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(30)
