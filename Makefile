@@ -36,10 +36,11 @@ chaos: $(VENV)/dev ## three minutes of faults, then deaths during a batch of 3,0
 	$(BIN)/python -m tests.chaos $(CHAOS)
 	$(BIN)/python -m tests.chaos.batch --lines 3000
 
-check: $(VENV)/dev docs ## lint, format check, types, links of the docs
+check: $(VENV)/dev docs ## lint, format check, types, deployment files, links of the docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/unit/test_deployment_files.py tests/unit/test_monitoring_files.py
 
 docs: $(VENV)/dev ## build the guide and the reference into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

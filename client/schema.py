@@ -192,7 +192,7 @@ class SamplingParams(BaseModel):
 class GenerateRequest(SamplingParams):
     """One job as the worker gets it: a prompt, how to sample, and until when it is of use."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Int = Field(SCHEMA_VERSION, description="set by the client")
     prompt: Annotated[str | list[Int], BeforeValidator(_prompt)] = Field(
         description=f"text of at most {MAX_PROMPT_BYTES} bytes in UTF-8, or a list of 1 to {MAX_PROMPT_TOKENS} ids"
     )
@@ -205,6 +205,13 @@ class GenerateRequest(SamplingParams):
     checkpoints: Annotated[list[Int], BeforeValidator(_checkpoint_list)] = Field(
         default_factory=list, max_length=13, description="'all', or a list of checkpoint numbers from 0 to 12"
     )
+
+    @field_validator("schema_version")
+    @classmethod
+    def _check_version(cls, value: int) -> int:
+        if not is_readable(value):
+            raise ValueError("range")
+        return value
 
     @field_validator("checkpoints")
     @classmethod
@@ -341,6 +348,11 @@ def parse_request(fields: dict[str, Any]) -> GenerateRequest:
         name = str(first["loc"][0]) if first["loc"] else "request"
         value = fields.get(name, "nothing") if first["type"] == "missing" else _show(fields.get(name), name)
         raise InvalidRequest(name, str(value), _expected(name)) from None
+
+
+def is_readable(version: Any) -> bool:
+    """Whether a request of this schema version can be read here: of the present one and all before it."""
+    return isinstance(version, int) and 1 <= version <= SCHEMA_VERSION
 
 
 def is_job_id(value: Any) -> TypeGuard[str]:

@@ -17,7 +17,7 @@ import structlog
 from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 
 from client.errors import InvalidRequest, JobCancelled, JobError, JobFailed
-from client.schema import SCHEMA_VERSION, GenerateRequest, Result, is_job_id, parse_request
+from client.schema import SCHEMA_VERSION, GenerateRequest, Result, is_job_id, is_readable, parse_request
 from client.signing import unsigned, verified
 from client.transport import connect, resolve_url
 from config import Settings
@@ -198,10 +198,10 @@ def read_wire(wire: Any) -> GenerateRequest:
     """
     if not isinstance(wire, dict):
         raise JobFailed("invalid_request", f"the message holds a {type(wire).__name__} where a request should be")
-    if wire.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+    if not is_readable(wire.get("schema_version", SCHEMA_VERSION)):
         raise JobFailed(
             "unsupported_version",
-            f"the request is of schema version {str(wire['schema_version'])[:20]} and this worker reads "
+            f"the request is of schema version {str(wire['schema_version'])[:20]} and this worker reads none above "
             f"{SCHEMA_VERSION}; upgrade the workers before the clients",
         )
     try:

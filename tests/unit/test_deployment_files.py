@@ -1,4 +1,4 @@
-"""Procfile, Dockerfile, compose files, systemd, Kubernetes, the bundled model's card: what can be checked without them."""
+"""Procfile, Dockerfile, compose, systemd and Kubernetes files, the bundled model's card: checked without any engine."""
 
 from __future__ import annotations
 

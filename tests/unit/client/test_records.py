@@ -33,6 +33,17 @@ def test_a_success_is_a_result() -> None:
     assert outcome_state(outcome) == "succeeded"
 
 
+def test_a_result_of_a_later_worker_is_read_and_what_is_new_in_it_passed_over() -> None:
+    def more(value: Any) -> Any:
+        if isinstance(value, list):
+            return [more(item) for item in value]
+        return {**{k: more(v) for k, v in value.items()}, "colour": "red"} if isinstance(value, dict) else value
+
+    assert parse_outcome(record("SUCCESS", {**more(RESULT), "schema_version": 2})) == parse_outcome(
+        record("SUCCESS", {**RESULT, "schema_version": 2})
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "state"),
     [

@@ -75,6 +75,7 @@ def test_a_redis_that_refuses_the_tensors_fails_the_job_and_one_that_is_away_is_
         ({}, "invalid_request"),
         ({"prompt": "x", "schema_version": 2}, "unsupported_version"),
         ({"prompt": "x", "schema_version": {"deep": 1}}, "unsupported_version"),
+        ({"prompt": "x", "schema_version": 0}, "unsupported_version"),
         ({"prompt": "x", "max_tokens": 10**400}, "invalid_request"),
         ({"prompt": {"deep": [[[]]]}}, "invalid_request"),
         ({"prompt": "x", "__class__": "os.system"}, "invalid_request"),
@@ -89,6 +90,15 @@ def test_what_strangers_write_is_refused_with_a_code(wire: Any, code: str) -> No
 
 def test_a_good_request_is_read() -> None:
     assert read_wire({"prompt": "x", "schema_version": 1}) == parse_request({"prompt": "x"})
+
+
+def test_the_next_worker_reads_the_requests_of_this_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = parse_request({"prompt": "x", "max_tokens": 3}).to_wire()
+    for module in ("client.schema", "worker.service"):
+        monkeypatch.setattr(f"{module}.SCHEMA_VERSION", 2)
+    assert read_wire(stored).max_tokens == 3
+    with pytest.raises(JobFailed, match="reads none above 2"):
+        read_wire({**stored, "schema_version": 3})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,32 @@
+"""A worker and what a client of an earlier version has left for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client import Client, keys
+from client.transport import connect
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "queue-v1.json"
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_message_that_an_earlier_client_left_in_the_queue_is_computed(redis_url: str, client: Client) -> None:
+    """The file is what the first client put into Redis; it stays as it is when the format goes on."""
+    stored: dict[str, Any] = json.loads(GOLDEN.read_text())
+    with connect(redis_url) as connection:
+        connection.delete(*(key(job_id) for job_id in stored["records"] for key in (keys.job, keys.result)))
+        for job_id, record in stored["records"].items():
+            connection.hset(keys.job(job_id), mapping={**record, "colour": "a field that nobody knows"})
+        for entry in stored["queue"]:
+            entry["message"]["headers"]["colour"] = "red"
+            connection.lpush(entry["list"], json.dumps(entry["message"]))
+    single, first, second = (client.job(f"v1:{name}").result(60) for name in ("single", "first", "second"))
+    assert single.text == client.submit("Hello.", max_tokens=5, temperature=0).result(60).text
+    assert first.text == client.submit("The river", max_tokens=4, seed=7).result(60).text
+    assert [len(choice.token_ids) for choice in second.choices] == [3, 3]
+    assert [event.text for event in client.job("v1:single").stream(timeout=10)]
