@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import ssl
@@ -11,6 +12,8 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import redis
 import redis.asyncio
+import redis.asyncio.sentinel
+import redis.sentinel
 from celery import Celery
 from kombu.entity import Queue
 from redis.backoff import NoBackoff
@@ -18,6 +21,7 @@ from redis.retry import Retry
 
 from client import keys
 from client.errors import NO_TLS, TLS, RedisUnreachable, connection_advice
+from config.sentinel import SentinelUrl, is_sentinel, parse_sentinel
 from config.settings import DEFAULT_REDIS_URL, Settings, embedded_socket, redact_url
 
 #: Seconds after which a silent connection is given up; None would wait on a dead one for ever. It must exceed the one
@@ -33,6 +37,7 @@ _WAYS: dict[str, Any] = {
     "socket_connect_timeout": CONNECT_TIMEOUT_S,
     "health_check_interval": 25,
 }
+_SENTINEL_WAYS = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
 
 
 def resolve_url(settings: Settings) -> str:
@@ -67,6 +72,8 @@ def listening(path: str) -> bool:
 
 def celery_url(url: str) -> str:
     """The same Redis as kombu writes it: unix sockets are `redis+socket://` with the database as `virtual_host`."""
+    if is_sentinel(url):
+        return parse_sentinel(url).for_celery()
     parts = urlsplit(url)
     if parts.scheme != "unix":
         return url
@@ -76,14 +83,34 @@ def celery_url(url: str) -> str:
 
 def connect(url: str, *, text: bool = True) -> redis.Redis:
     """A redis-py client that gives up on a silent server; it answers in `text` or bytes. Nothing is sent yet."""
+    if is_sentinel(url):
+        address = parse_sentinel(url)
+        return _sentinel(address, redis.sentinel.Sentinel).master_for(
+            address.master, db=address.database, decode_responses=text, **address.login, **_WAYS
+        )
     connection: redis.Redis = redis.Redis.from_url(url, decode_responses=text, **_WAYS)
     return connection
 
 
 def connect_async(url: str) -> redis.asyncio.Redis:
     """The same for asyncio, answering in text."""
+    if is_sentinel(url):
+        address = parse_sentinel(url)
+        return _sentinel(address, redis.asyncio.sentinel.Sentinel).master_for(
+            address.master, db=address.database, decode_responses=True, **address.login, **_WAYS
+        )
     connection: redis.asyncio.Redis = redis.asyncio.Redis.from_url(url, decode_responses=True, **_WAYS)
     return connection
+
+
+def _sentinel(address: SentinelUrl, kind: Any) -> Any:
+    """The Sentinels. Whoever is silent is passed over soon: another may answer."""
+    return kind(list(address.hosts), sentinel_kwargs=_SENTINEL_WAYS)
+
+
+def sentinel_options(url: str) -> dict[str, Any]:
+    """What Celery's transports must know beside the URL; nothing unless Sentinels stand in it."""
+    return {"master_name": parse_sentinel(url).master, "sentinel_kwargs": _SENTINEL_WAYS} if is_sentinel(url) else {}
 
 
 def explain(url: str, error: BaseException) -> str:
@@ -129,7 +156,8 @@ def check_access(url: str) -> None:
     """
     try:
         timeouts = {"socket_timeout": CONNECT_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
-        with redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **timeouts) as connection:
+        once = functools.partial(redis.Redis.from_url, retry=Retry(NoBackoff(), 0), **timeouts)
+        with connect(url) if is_sentinel(url) else once(url) as connection:
             connection.ping()
     except (redis.ConnectionError, redis.TimeoutError) as error:
         reason = explain(url, error)
@@ -155,6 +183,7 @@ def broker_settings(settings: Settings, url: str) -> dict[str, Any]:
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
             "socket_keepalive": urlsplit(url).scheme != "unix",
             "health_check_interval": 25,
+            **sentinel_options(url),
         },
         "visibility_timeout": settings.lease_s,
         "task_serializer": "json",
@@ -178,7 +207,7 @@ def results_app(settings: Settings, url: str) -> Celery:
     app.conf.update(
         **broker_settings(settings, url),
         result_backend=celery_url(url),
-        result_backend_transport_options={"global_keyprefix": keys.PREFIX},
+        result_backend_transport_options={"global_keyprefix": keys.PREFIX, **sentinel_options(url)},
         redis_backend_use_ssl=app.conf.broker_use_ssl,
         redis_socket_keepalive=urlsplit(url).scheme != "unix",
         result_expires=settings.result_ttl_s,

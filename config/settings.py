@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from config.sentinel import is_sentinel, parse_sentinel
+
 PREFIX = "MILLRACE_"
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
 URL_SCHEMES = ("redis", "rediss", "unix")
@@ -40,7 +42,11 @@ class Settings(BaseSettings):
     model: str = Field("demo", description="'demo', a GPT-2 size by name, a hub id, or a directory", min_length=1)
     served_name: str | None = Field(None, description="a name of letters, digits, '.', '_' and '-'")
     #: None: the embedded server if one runs, else DEFAULT_REDIS_URL.
-    redis_url: str | None = Field(None, description="a URL as redis://host:6379/0, rediss://... or unix:///path")
+    redis_url: str | None = Field(
+        None,
+        description="a URL as redis://host:6379/0, rediss://..., unix:///path or "
+        "sentinel://host:26379,host:26379/0?master=name",
+    )
     #: Several, separated by commas, are all accepted by workers; clients sign with the first. None: nothing is signed.
     signing_key: SecretStr | None = Field(
         None,
@@ -108,6 +114,9 @@ class Settings(BaseSettings):
     def _url_scheme(cls, value: str | None) -> str | None:
         if value is None:
             return None
+        if is_sentinel(value):
+            parse_sentinel(value)
+            return value
         parts = urlsplit(value)  # parts.port raises ValueError where it is no number
         if parts.scheme not in URL_SCHEMES or (parts.port is None and parts.netloc.endswith(":")):
             raise ValueError("scheme or port")

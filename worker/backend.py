@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import redis
-from celery.backends.redis import RedisBackend
+from celery.backends.redis import RedisBackend, SentinelBackend
 from celery.exceptions import TaskRevokedError
 from celery.states import FAILURE, REVOKED, SUCCESS
 
@@ -48,3 +48,7 @@ class ResultBackend(RedisBackend):
         if len(record) > self._MAX_STR_VALUE_SIZE:
             return self.record(job_id, JobFailed("result_too_large", "the result is larger than Redis takes"))
         return record
+
+
+class SentinelResultBackend(ResultBackend, SentinelBackend):
+    """The same where Sentinels say which Redis to write to."""

@@ -13,7 +13,7 @@ from celery.platforms import EX_FAILURE
 
 from client import keys
 from client.errors import RedisUnreachable
-from client.transport import broker_settings, celery_url, check_access, connect, queue, resolve_url
+from client.transport import broker_settings, celery_url, check_access, connect, queue, resolve_url, sentinel_options
 from config import Settings, SettingsError, load_settings
 from config.logging import setup_logging
 from worker.access import RightsMissing, check_rights
@@ -26,6 +26,7 @@ def make_app(settings: Settings) -> Celery:
     """A Celery app whose worker computes the settings' model. Nothing is connected or loaded yet."""
     app = Celery("millrace", set_as_current=False)
     app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "worker.backend:ResultBackend")
+    app.loader.override_backends["sentinel"] = "worker.backend:SentinelResultBackend"
     app.conf.update(worker_settings(settings))
     point_at(app, settings, resolve_url(settings))
     app.conf.update(
@@ -64,6 +65,7 @@ def worker_settings(settings: Settings) -> dict[str, Any]:
         "broker_channel_error_retry": True,  # a Redis that is full, say, is as good as one that is away
         "result_backend_transport_options": {
             "global_keyprefix": keys.PREFIX,
+            **sentinel_options(resolve_url(settings)),
             "visibility_timeout": settings.lease_s,
             "retry_policy": {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.2, "interval_max": 1},
         },

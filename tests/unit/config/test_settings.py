@@ -88,6 +88,8 @@ WRONG: dict[str, str | None] = {
     "stall_s": "0.5",
     "api_keys": "fifteen-letters",
     "files_dir": None,
+    "metrics_port": "65536",
+    "metrics_host": None,  # whether it is one of the machine's is known at the start
     "log_level": "verbose",
     "log_format": "xml",
 }

@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.unit.worker.engine_helpers import build
 from tests.unit.worker.test_stall import BlockedRunner, until
 from worker.celery import make_app
 from worker.engine import Engine
+from worker.metrics import Metrics
 from worker.pool import EnginePool
 from worker.service import Service
 from worker.store import Claim, MemoryStore
@@ -85,6 +87,20 @@ def test_a_job_that_ended_elsewhere_is_not_computed_when_its_message_comes_again
     assert pool.finished["succeeded"] == 1
     assert deliver(pool, Message("before", "new")).over.wait(10)
     assert pool.finished["succeeded"] == 1
+
+
+def test_what_ends_and_what_comes_again_is_counted_once(make: Make) -> None:
+    metrics = Metrics("demo")
+    pool = make(MemoryStore(results={"before": "as it ended"}))
+    pool._probes = SimpleNamespace(metrics=metrics, stop=lambda: None)  # type: ignore[assignment]
+    again = Message("before", "new")
+    again.request_dict["delivery_info"] = {"redelivered": True}  # type: ignore[assignment]
+    for message in (again, Message("other")):
+        assert deliver(pool, message).over.wait(10)
+    text = metrics.render()[1].decode()
+    assert 'millrace_redeliveries_total{model_name="demo"} 1.0' in text
+    assert 'millrace_request_success_total{finished_reason="length",model_name="demo"} 2.0' in text
+    assert 'millrace_request_generation_tokens_sum{model_name="demo"} 8.0' in text
 
 
 def test_revoking_while_redis_is_silent_does_not_hold_up_the_main_thread(make: Make) -> None:
