@@ -27,7 +27,8 @@ from client.http.completions import Chunks, completions, read_order
 from client.http.errors import ApiError, not_found, translate
 from client.http.files import LIFE_S, SHORTEST_LIFE_S, FileStore
 from client.http.gateway import EventStream, Gateway, Submitted, sse, while_connected
-from client.http.guard import HEALTH, OWNER, UPLOAD, Guard, Limits
+from client.http.guard import HEALTH, OWNER, PAGE, UPLOAD, Guard, Limits
+from client.http.page import Overview, page
 from config import Settings
 
 #: No job of a request is of use for longer; the openai package waits as long.
@@ -43,6 +44,7 @@ class Parts:
     gateway: Gateway
     files: FileStore
     batches: Batches
+    overview: Overview
 
 
 def make_app(
@@ -64,14 +66,16 @@ def make_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with AsyncClient(settings=settings) as client:
-            parts = Parts(client, Gateway(client, timeout_s), files, Batches(directory, files, settings))
+            gateway, batches = Gateway(client, timeout_s), Batches(directory, files, settings)
+            parts = Parts(client, gateway, files, batches, Overview(client))
             app.state.parts = parts
             parts.batches.start()
-            sweeping = asyncio.create_task(_sweep(parts.batches))
+            background = [asyncio.create_task(work) for work in (_sweep(parts.batches), parts.overview.watch())]
             try:
                 yield
             finally:
-                sweeping.cancel()
+                for task in background:
+                    task.cancel()
                 await asyncio.to_thread(parts.batches.stop)
                 await parts.gateway.close()
                 files.close()
@@ -208,6 +212,16 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok" if ok else "no_worker", "models": sorted(served)}, 200 if ok else 503)
 
 
+async def show_page(_: Request) -> Response:
+    """`GET /`."""
+    return page()
+
+
+async def tell_status(request: Request) -> Response:
+    """`GET /status.json`: what the page shows."""
+    return JSONResponse(await _parts(request).overview.tell())
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -333,4 +347,6 @@ ROUTES = [
     _route("POST", "/v1/batches/{id}/cancel", cancel_batch),
     _route("POST", "/execute", execute),
     _route("GET", HEALTH, health),
+    _route("GET", PAGE, show_page),
+    _route("GET", "/status.json", tell_status),
 ]

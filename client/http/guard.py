@@ -30,7 +30,9 @@ FORM_BYTES = 2**16
 #: Read, beyond what is allowed, so that who sends too much reads our answer instead of a broken connection.
 DRAIN_BYTES = 8 * 2**20
 
-HEALTH, UPLOAD = "/health", "/v1/files"
+HEALTH, UPLOAD, PAGE = "/health", "/v1/files", "/"
+#: Addresses that tell nothing that is anybody's; they need no key.
+OPEN = (HEALTH, PAGE)
 #: Where the guard leaves the name of a request's owner.
 OWNER = "millrace.owner"
 
@@ -102,7 +104,7 @@ class Guard:
 
     def _admit(self, path: str, headers: Headers) -> str:
         """The owner of what the request makes. Raises ApiError."""
-        if path == HEALTH:
+        if path in OPEN:
             return ""
         owner = self._owner(headers.get("authorization", ""))
         if not self._digests:
