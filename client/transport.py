@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import socket
 import ssl
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qs, quote, urlsplit
 
 import redis
 import redis.asyncio
+import redis.asyncio.retry
 import redis.asyncio.sentinel
 import redis.sentinel
 from celery import Celery
@@ -21,7 +21,7 @@ from redis.retry import Retry
 
 from client import keys
 from client.errors import NO_TLS, TLS, RedisUnreachable, connection_advice
-from config.sentinel import SentinelUrl, is_sentinel, parse_sentinel
+from config.sentinel import is_sentinel, parse_sentinel
 from config.settings import DEFAULT_REDIS_URL, Settings, embedded_socket, redact_url
 
 #: Seconds after which a silent connection is given up; None would wait on a dead one for ever. It must exceed the one
@@ -37,7 +37,7 @@ _WAYS: dict[str, Any] = {
     "socket_connect_timeout": CONNECT_TIMEOUT_S,
     "health_check_interval": 25,
 }
-_SENTINEL_WAYS = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
+_SENTINEL_WAYS: dict[str, Any] = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
 
 
 def resolve_url(settings: Settings) -> str:
@@ -84,10 +84,7 @@ def celery_url(url: str) -> str:
 def connect(url: str, *, text: bool = True) -> redis.Redis:
     """A redis-py client that gives up on a silent server; it answers in `text` or bytes. Nothing is sent yet."""
     if is_sentinel(url):
-        address = parse_sentinel(url)
-        return _sentinel(address, redis.sentinel.Sentinel).master_for(
-            address.master, db=address.database, decode_responses=text, **address.login, **_WAYS
-        )
+        return cast("redis.Redis", _primary(url, redis.sentinel.Sentinel, redis.Redis, text, Retry(NoBackoff(), 0)))
     connection: redis.Redis = redis.Redis.from_url(url, decode_responses=text, **_WAYS)
     return connection
 
@@ -95,22 +92,37 @@ def connect(url: str, *, text: bool = True) -> redis.Redis:
 def connect_async(url: str) -> redis.asyncio.Redis:
     """The same for asyncio, answering in text."""
     if is_sentinel(url):
-        address = parse_sentinel(url)
-        return _sentinel(address, redis.asyncio.sentinel.Sentinel).master_for(
-            address.master, db=address.database, decode_responses=True, **address.login, **_WAYS
-        )
+        once = redis.asyncio.retry.Retry(NoBackoff(), 0)
+        found = _primary(url, redis.asyncio.sentinel.Sentinel, _ByAsyncSentinel, True, once)
+        return cast("redis.asyncio.Redis", found)
     connection: redis.asyncio.Redis = redis.asyncio.Redis.from_url(url, decode_responses=True, **_WAYS)
     return connection
 
 
-def _sentinel(address: SentinelUrl, kind: Any) -> Any:
-    """The Sentinels. Whoever is silent is passed over soon: another may answer."""
-    return kind(list(address.hosts), sentinel_kwargs=_SENTINEL_WAYS)
+def _primary(url: str, sentinel: Any, client: Any, text: bool, once: Any) -> Any:
+    """A client of the Redis that Sentinels name. One that is away is asked `once`: the next one knows as much."""
+    address = parse_sentinel(url)
+    asked = sentinel(list(address.hosts), sentinel_kwargs={**_SENTINEL_WAYS, "retry": once})
+    login = {**address.login, "db": address.database}
+    return asked.master_for(address.master, redis_class=client, decode_responses=text, **login, **_WAYS)
+
+
+class _ByAsyncSentinel(redis.asyncio.Redis):
+    """redis-py leaves the connections to the Sentinels open."""
+
+    async def aclose(self, *args: Any, **kwargs: Any) -> None:
+        await super().aclose(*args, **kwargs)
+        pool: Any = self.connection_pool
+        for asked in pool.sentinel_manager.sentinels:
+            await asked.aclose()
 
 
 def sentinel_options(url: str) -> dict[str, Any]:
     """What Celery's transports must know beside the URL; nothing unless Sentinels stand in it."""
-    return {"master_name": parse_sentinel(url).master, "sentinel_kwargs": _SENTINEL_WAYS} if is_sentinel(url) else {}
+    if not is_sentinel(url):
+        return {}
+    ways = {**_SENTINEL_WAYS, "retry": Retry(NoBackoff(), 0)}
+    return {"master_name": parse_sentinel(url).master, "sentinel_kwargs": ways}
 
 
 def explain(url: str, error: BaseException) -> str:
@@ -155,9 +167,7 @@ def check_access(url: str) -> None:
         RedisUnreachable: they are not, and trying again will not help.
     """
     try:
-        timeouts = {"socket_timeout": CONNECT_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
-        once = functools.partial(redis.Redis.from_url, retry=Retry(NoBackoff(), 0), **timeouts)
-        with connect(url) if is_sentinel(url) else once(url) as connection:
+        with connect(url) if is_sentinel(url) else _impatient(url) as connection:
             connection.ping()
     except (redis.ConnectionError, redis.TimeoutError) as error:
         reason = explain(url, error)
@@ -165,6 +175,12 @@ def check_access(url: str) -> None:
             raise RedisUnreachable(redact_url(url), reason) from error
     except redis.RedisError:
         pass  # it answers; a server that is loading, say
+
+
+def _impatient(url: str) -> redis.Redis:
+    ways: dict[str, Any] = {"socket_timeout": CONNECT_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
+    connection: redis.Redis = redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **ways)
+    return connection
 
 
 def broker_settings(settings: Settings, url: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def test_checkpoint_0_a_worker_starts_is_ready_and_healthy_and_takes_a_job(
 ) -> None:
     probed = Probed(port := free_port())
     settings = {"MILLRACE_METRICS_PORT": str(port), "MILLRACE_DRAFT_TOKENS": "0"}
-    with worker_on(own_server, tmp_path / "worker.log", patch=paced(0.02), **settings) as worker:
+    with worker_on(own_server, tmp_path / "worker.log", patch=paced(0.05), **settings) as worker:
         wait_until(lambda: probed.get("/livez")[0], timeout=60)
         assert probed.get("/livez") == (200, "ok\n")
         wait_until(lambda: probed.get("/readyz")[0] == 200, timeout=60)
@@ -88,7 +88,7 @@ def test_checkpoint_0_a_worker_starts_is_ready_and_healthy_and_takes_a_job(
         own_server.start()
         wait_until(lambda: probed.get("/readyz")[0] == 200)
 
-        jobs = own_client.submit_many(["The river"] * 8, max_tokens=150, ignore_eos=True)
+        jobs = own_client.submit_many(["The river"] * 8, max_tokens=50, ignore_eos=True)
         wait_until(lambda: probed.samples()["millrace_num_requests_running"] == 4)
         assert probed.samples()["millrace_num_requests_waiting"] == 4
         assert probed.samples()["millrace_leases"] == 1
