@@ -199,7 +199,7 @@ def _print_result(result: Result) -> None:
 @click.option("--insecure", is_flag=True, help="without keys, answer everybody on the network")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help=f"let pages of this origin ask; {MANY}")
 @click.option("--files", metavar="DIR", help="where files and batches lie; MILLRACE_FILES_DIR by default")
-@click.option("--timeout", type=click.FloatRange(min=1), help="seconds that a request may take; 600 by default")
+@click.option("--timeout", type=click.FloatRange(min=0.1), help="seconds that a request may take; 600 by default")
 @click.option("--requests-per-minute", type=click.IntRange(min=1), help="with each key; no limit by default")
 @click.option("--max-body-bytes", type=click.IntRange(min=1), help="of a request; 4 MiB by default")
 @click.option("--max-file-bytes", type=click.IntRange(min=1), help="of an uploaded file; 200 MiB by default")

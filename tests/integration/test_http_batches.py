@@ -24,7 +24,7 @@ from worker.embedded import EmbeddedRedis
 SLOWLY = {"patch": paced(0.005), "MILLRACE_DRAFT_TOKENS": "0", "MILLRACE_THREADS": "1", "MILLRACE_LEASE_S": "30"}
 ENDLESS: dict[str, Any] = {"model": "demo", "prompt": "Hello.", "max_tokens": 900, "extra_body": {"ignore_eos": True}}
 ENDED = ("completed", "failed", "cancelled", "expired")
-ROWS = 48
+ROWS = 64
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_a_server_that_ends_in_the_middle_of_a_batch_goes_on_with_it(
 ) -> None:
     with HttpServer(tmp_path, server.url) as own:
         with own.openai() as api:
-            begun = begin(api, rows(ROWS, max_tokens=24, ignore_eos=True))
+            begun = begin(api, rows(ROWS, max_tokens=12, ignore_eos=True))
             waiting = begin(api, rows(2))
             wait_ended(api, begun.id, lambda batch: batch.request_counts.completed >= 4)
         code = own.end(number)
@@ -200,9 +200,9 @@ def test_a_server_that_ends_in_the_middle_of_a_batch_goes_on_with_it(
     for name in ("row 0", f"row {ROWS - 1}"):
         body = found[name]["response"]["body"]
         prompt = f"The river {name.removeprefix('row ')}"
-        alone = client.submit(prompt, max_tokens=24, ignore_eos=True, seed=body["seed"]).result(60)
+        alone = client.submit(prompt, max_tokens=12, ignore_eos=True, seed=body["seed"]).result(60)
         assert alone.text == body["choices"][0]["text"]
-    assert batch.usage.output_tokens == 24 * ROWS
+    assert batch.usage.output_tokens == 12 * ROWS
 
 
 def test_two_servers_do_not_share_a_directory(http: HttpServer, server: EmbeddedRedis, directory: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_full_queue_and_a_silent_worker(
     worker: WorkerProcess, server: EmbeddedRedis, tmp_path: Path, client: Client
 ) -> None:
     """The worker is stopped, so what is asked waits in the queue, which takes one job."""
-    with HttpServer(tmp_path, server.url, "--timeout", "1", MILLRACE_MAX_QUEUE="1") as own, own.openai() as api:
+    with HttpServer(tmp_path, server.url, "--timeout", "0.5", MILLRACE_MAX_QUEUE="1") as own, own.openai() as api:
         worker.signal(signal.SIGSTOP)
         try:
             answers: list[Any] = []

@@ -12,17 +12,28 @@ import pytest
 
 from client import Client, Result
 from model import load_tokenizer
-from tests.integration.conftest import Reference
 from tests.integration.http_server import HttpServer, events_of
+from tests.integration.processes import worker_on
+from worker.embedded import EmbeddedRedis
 
 MODEL: dict[str, Any] = {"model": "demo"}
 SHORT: dict[str, Any] = {**MODEL, "prompt": "Hello.", "max_tokens": 4}
 
 
 @pytest.fixture(scope="module")
-def http(worker: object, redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
-    with HttpServer(tmp_path_factory.mktemp("http"), redis_url) as server:
-        yield server
+def http(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
+    """With a worker of one thread: two that wait for each other are slow where other processes use the cores."""
+    directory = tmp_path_factory.mktemp("http")
+    with worker_on(server, directory / "worker.log", MILLRACE_THREADS="1", MILLRACE_LEASE_S="30") as worker:
+        worker.wait_ready()
+        with HttpServer(directory, server.url) as process:
+            yield process
+
+
+@pytest.fixture
+def client(server: EmbeddedRedis) -> Iterator[Client]:
+    with Client(redis_url=server.url) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +51,10 @@ def texts_of(*results: Result) -> list[tuple[int, str, str]]:
     return [(index, choice.text, choice.finish_reason) for index, choice in enumerate(choices)]
 
 
-def test_a_completion_is_what_transformers_generates(api: openai.OpenAI, reference: Reference) -> None:
+def test_a_completion_has_what_openais_has(api: openai.OpenAI) -> None:
+    """The text is what transformers gives, in other tests; it stands in the README too."""
     found = api.completions.create(**MODEL, prompt="Hello.", max_tokens=10, temperature=0)
-    assert texts(found) == [(0, load_tokenizer("demo").decode(reference([15496, 13], 10)), "length")]
+    assert texts(found) == [(0, '\n\n"I am not going to see,"', "length")]
     assert found.id.startswith("cmpl-")
     assert (found.object, found.model) == ("text_completion", "demo")
     assert found.usage is not None
