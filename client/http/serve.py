@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,6 +63,8 @@ def serve(
     with contextlib.closing(listener):
         store = FileStore(directory, max_files_bytes)
         setup_logging(settings)
+        # What is wrong with an upload is told to who sent it; a line of the log for each bad byte helps nobody.
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)
         server = uvicorn.Server(
             uvicorn.Config(
                 make_app(settings, limits, store, directory, timeout_s=timeout),

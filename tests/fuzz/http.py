@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any, cast
@@ -51,7 +52,7 @@ BATCHES = objects(
     },
     needed=("input_file_id", "endpoint", "completion_window"),
 )
-BODIES = (COMPLETIONS | BATCHES | JSON).map(json.dumps).map(str.encode) | st.binary(max_size=40)
+BODIES = COMPLETIONS | BATCHES | JSON | st.binary(max_size=40)
 PATHS = st.sampled_from(["/v1/completions", "/execute", "/v1/batches", "/v1/files"])
 
 
@@ -74,6 +75,7 @@ class NoQueue:
 
 @functools.cache
 def _app() -> Guard:
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # as the server does
     directory = Path(tempfile.mkdtemp())
     files = FileStore(directory)
     client = cast("AsyncClient", NoQueue())
@@ -83,10 +85,14 @@ def _app() -> Guard:
     return Guard(app, Limits(any_host=True))
 
 
-def check_body(case: tuple[str, bytes]) -> None:
+def check_body(case: tuple[str, Any]) -> None:
     """A body is refused with an error object that names what is wrong, or gets as far as the queue; never a 500."""
     path, body = case
-    status, answer = asyncio.run(_post(path, body))
+    try:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    except RecursionError:  # how deep Python gets hangs on who asks
+        content = b"[" * 5_000
+    status, answer = asyncio.run(_post(path, content))
     assert status in (400, 404, 413, 429), (status, answer)
     error = json.loads(answer)["error"]
     assert error.keys() == {"message", "type", "param", "code"}
