@@ -247,6 +247,17 @@ def test_a_closed_connection_cancels_what_waits_for_a_whole_completion(
     assert {client.job(job_id).wait(10) for job_id in jobs} == {"cancelled"}
 
 
+def test_a_server_that_stops_cancels_what_does_not_end_in_time(
+    worker: WorkerProcess, server: EmbeddedRedis, tmp_path: Path, client: Client
+) -> None:
+    with HttpServer(tmp_path, server.url, MILLRACE_SOFT_SHUTDOWN_S="1") as own, own.openai() as api:
+        stream = api.completions.create(**ENDLESS, stream=True)
+        job = client.job(next(iter(stream)).id.removeprefix("cmpl-"))
+        assert own.end(signal.SIGTERM) == 0
+        assert job.wait(10) == "cancelled"
+        stream.close()
+
+
 def test_a_job_that_somebody_else_cancels_is_an_error(api: openai.OpenAI, client: Client) -> None:
     stream = api.completions.create(**ENDLESS, stream=True)
     job = client.job(next(iter(stream)).id.removeprefix("cmpl-"))

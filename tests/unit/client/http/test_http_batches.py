@@ -1,0 +1,101 @@
+"""Batches that a server finds when it starts, without a queue."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.http.batches import Batches, BatchState
+from client.http.errors import ApiError
+from client.http.files import FileStore, write_json
+from config import load_settings
+
+USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+ROW = {
+    "id": "batch_req_0123456789abcdef",
+    "custom_id": "a",
+    "response": {"status_code": 200, "request_id": "x", "body": {"usage": USAGE}},
+    "error": None,
+}
+FAILURE = {**ROW, "custom_id": "b", "response": None, "error": {"code": "nan_logits", "message": "m"}}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Any:
+    store = FileStore(tmp_path)
+    yield store
+    store.close()
+
+
+def left_behind(directory: Path, files: FileStore, **fields: Any) -> BatchState:
+    """A batch as a server that was killed leaves it: two rows done, and a third one half written."""
+    source = files.add(io.BytesIO(b'{"custom_id": "a", "prompt": "a"}\n'), filename="in", owner="me")
+    now = int(time.time())
+    state = BatchState(
+        id="batch_1",
+        input_file_id=source.id,
+        created_at=now,
+        expires_at=now + 60,
+        owner="me",
+        rows_id=files.new_id(),
+        failures_id=files.new_id(),
+    ).model_copy(update=fields)
+    (directory / "batches").mkdir()
+    write_json(directory / "batches" / "batch_1.json", state.model_dump())
+    files.path(state.rows_id).write_bytes(json.dumps(ROW).encode() + b'\n{"id": "batch_req_01')
+    files.path(state.failures_id).write_bytes(json.dumps(FAILURE).encode() + b"\n")
+    files.path(f"{state.rows_id}.run").write_text('{"run": "abc"}')
+    return state
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"status": "in_progress", "in_progress_at": 5, "expires_at": 10}, "expired"),
+        ({"status": "validating", "expires_at": 10}, "expired"),
+        ({"status": "cancelling", "in_progress_at": 5, "cancelling_at": 6}, "cancelled"),
+    ],
+)
+def test_what_was_done_is_in_the_files_of_a_batch_that_goes_no_further(
+    tmp_path: Path, files: FileStore, fields: dict[str, Any], status: str
+) -> None:
+    left = left_behind(tmp_path, files, **fields)
+    batches = Batches(tmp_path, files, load_settings(redis_url="redis://localhost:1/0"))
+    batches.start()
+    deadline = time.monotonic() + 10
+    while (state := batches.get("batch_1", "me")).status != status:
+        assert time.monotonic() < deadline, state
+        time.sleep(0.01)
+    batches.stop()
+    assert (state.request_counts.completed, state.request_counts.failed) == (1, 1)
+    assert state.usage is not None
+    assert (state.usage["input_tokens"], state.usage["output_tokens"], state.usage["total_tokens"]) == (3, 4, 7)
+    assert state.output_file_id == left.rows_id
+    assert files.get(left.rows_id, "me").bytes == len(json.dumps(ROW)) + 1
+    assert not files.path(f"{left.rows_id}.run").exists()
+    assert getattr(state, f"{status}_at") >= left.created_at
+    assert Batches(tmp_path, files, load_settings()).get("batch_1", "me") == state  # it is on disk
+
+
+def test_a_batch_that_waits_is_cancelled_at_once_and_then_no_more(tmp_path: Path, files: FileStore) -> None:
+    left = left_behind(tmp_path, files)
+    batches = Batches(tmp_path, files, load_settings())
+    assert batches.uses(left.input_file_id)
+    assert batches.cancel("batch_1", "me").status == "cancelled"
+    assert not batches.uses(left.input_file_id)
+    for owner, status in (("me", 409), ("other", 404)):
+        with pytest.raises(ApiError) as caught:
+            batches.cancel("batch_1", owner)
+        assert caught.value.status == status
+    batches.stop()
+
+
+def test_what_only_the_server_has_to_know_is_not_told(tmp_path: Path, files: FileStore) -> None:
+    told = left_behind(tmp_path, files).public()
+    assert not {"owner", "rows_id", "failures_id"} & told.keys()
+    assert told["object"] == "batch"
