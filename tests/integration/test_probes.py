@@ -76,11 +76,6 @@ def test_checkpoint_0_a_worker_starts_is_ready_and_healthy_and_takes_a_job(
         assert numbers["millrace_request_generation_tokens_sum"] == 10
         assert numbers["millrace_ready"] == numbers["millrace_engine_info"] == 1
 
-        with worker_on(own_server, tmp_path / "second.log", "-n", "second@%h", **settings) as second:
-            assert second.wait(60) != 0, "the port is the first one's"
-            assert f"port {port} (Address already in use)" in second.text()
-            assert "Traceback" not in second.text()
-
         assert own_server.pid is not None
         os.kill(own_server.pid, signal.SIGKILL)
         wait_until(lambda: probed.get("/readyz") == (503, "Redis does not take the worker's heartbeat\n"))
@@ -88,7 +83,7 @@ def test_checkpoint_0_a_worker_starts_is_ready_and_healthy_and_takes_a_job(
         own_server.start()
         wait_until(lambda: probed.get("/readyz")[0] == 200)
 
-        jobs = own_client.submit_many(["The river"] * 8, max_tokens=50, ignore_eos=True)
+        jobs = own_client.submit_many(["The river"] * 8, max_tokens=30, ignore_eos=True)
         wait_until(lambda: probed.samples()["millrace_num_requests_running"] == 4)
         assert probed.samples()["millrace_num_requests_waiting"] == 4
         assert probed.samples()["millrace_leases"] == 1
@@ -121,14 +116,14 @@ def test_a_service_managers_signal_leaves_a_bounded_time_and_hands_back_the_rest
     own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
 ) -> None:
     """As in the deployment files: REMAP_SIGTERM of Celery's gives SIGTERM the meaning of SIGQUIT."""
-    settings = {"REMAP_SIGTERM": "SIGQUIT", "MILLRACE_SOFT_SHUTDOWN_S": "3", "MILLRACE_DRAFT_TOKENS": "0"}
+    settings = {"REMAP_SIGTERM": "SIGQUIT", "MILLRACE_SOFT_SHUTDOWN_S": "2", "MILLRACE_DRAFT_TOKENS": "0"}
     with worker_on(own_server, tmp_path / "worker.log", patch=paced(0.05), **settings) as worker:
         worker.wait_ready()
         short = own_client.submit("Hello.", max_tokens=8, ignore_eos=True)
         long = own_client.submit("Hello.", max_tokens=900, ignore_eos=True)  # 45 s and more
         wait_until(lambda: short.status() != "queued" and long.status() == "running")
         worker.signal(signal.SIGTERM)
-        worker.wait(30)
+        assert worker.wait(30) == 0
         assert worker.events("worker.stopped")[0]["returned"] == 1
     assert short.status() == "succeeded"
     assert long.status() == "queued"

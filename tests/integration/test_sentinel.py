@@ -67,7 +67,7 @@ def test_no_accepted_job_is_lost_when_a_replica_becomes_the_primary(
         worker = WorkerProcess(tmp_path / "worker.log", patch=paced(0.05), **environment, MILLRACE_LEASE_S="10")
         with worker, Client(redis_url=url) as client, connect(f"redis://127.0.0.1:{primary}") as first:
             worker.wait_ready()
-            jobs = client.submit_many(["Hello."] * 3, max_tokens=60, temperature=0, ignore_eos=True)
+            jobs = client.submit_many(["Hello."] * 3, max_tokens=40, temperature=0, ignore_eos=True)
             jobs += [client.submit("Hello.", max_tokens=20, temperature=0, ignore_eos=True) for _ in range(3)]
             wait_until(lambda: any(job.status() == "running" for job in jobs))
             assert first.wait(1, 5000) == 1, "the replica has what was accepted"
@@ -78,7 +78,7 @@ def test_no_accepted_job_is_lost_when_a_replica_becomes_the_primary(
                 connect(f"redis://127.0.0.1:{replica}") as second,
             ):
                 wait_until(lambda: decides.sentinel_master("jobs")["port"] == replica)
-                assert {job.result(60).usage.completion_tokens for job in jobs} == {60, 20}
+                assert {job.result(60).usage.completion_tokens for job in jobs} == {40, 20}
                 assert client.submit("Hello.", max_tokens=2).result(30)
                 wait_until(lambda: second.hlen(keys.unacked()) == 0)
             assert worker.alive

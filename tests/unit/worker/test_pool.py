@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -87,6 +88,19 @@ def test_a_job_that_ended_elsewhere_is_not_computed_when_its_message_comes_again
     assert pool.finished["succeeded"] == 1
     assert deliver(pool, Message("before", "new")).over.wait(10)
     assert pool.finished["succeeded"] == 1
+
+
+def test_a_worker_whose_port_is_taken_ends_before_it_loads_a_model(capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        app = make_app(load_settings(redis_url="redis://localhost:1/0", model="/nowhere", metrics_port=port))
+        with pytest.raises(SystemExit) as ended:
+            EnginePool(limit=6, app=app).on_start()
+        app.close()
+    assert ended.value.code == 1
+    said = "".join(capfd.readouterr())
+    assert f"port {port} (Address already in use)" in said
+    assert "nowhere" not in said
 
 
 def test_what_ends_and_what_comes_again_is_counted_once(make: Make) -> None:
