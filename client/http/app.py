@@ -202,14 +202,14 @@ async def get_model(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """`GET /health`: 200 if a worker serves the server's own model, else 503 with what is missing."""
+    """`GET /health`: 200 if a worker serves the server's own model, else 503 with what is missing. Needs no key."""
     parts = _parts(request)
     try:
         served = await parts.gateway.served()
     except ApiError:
         return JSONResponse({"status": "no_redis"}, 503)
     ok = parts.client.model_name in served
-    return JSONResponse({"status": "ok" if ok else "no_worker", "models": sorted(served)}, 200 if ok else 503)
+    return JSONResponse({"status": "ok" if ok else "no_worker"}, 200 if ok else 503)
 
 
 async def show_page(_: Request) -> Response:
