@@ -15,87 +15,27 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from client.batch_output import RowFile
 from client.bulk import Batch, BatchReport, DropBatch
 from client.client import Client
 from client.errors import Fault, InvalidBatch, MillraceError
+from client.http.batch_state import OPEN, WINDOW_S, BatchState, Counts, Status, fault_object, read_batch_request
 from client.http.errors import ApiError, not_found
 from client.http.files import LIFE_S, FileStore, read_all, write_json
 from config import Settings
 
 log = structlog.get_logger("millrace.http")
 
-ENDPOINT, WINDOW, WINDOW_S = "/v1/completions", "24h", 86_400
 #: Rows of a batch; that of the OpenAI API.
 MAX_ROWS = 50_000
 #: Batches that are computed at a time, and that may wait.
 AT_ONCE, MAX_OPEN = 2, 1_000
 #: How often Redis is asked again when it was away.
 RETRY_S = 0.5
-
-Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
-OPEN = ("validating", "in_progress", "finalizing", "cancelling")
-
-
-class Counts(BaseModel):
-    """Rows."""
-
-    total: int = 0
-    completed: int = 0
-    failed: int = 0
-
-
-class BatchState(BaseModel):
-    """OpenAI's batch object, and what only this server has to know."""
-
-    model_config = ConfigDict(frozen=True)
-
-    id: str
-    object: Literal["batch"] = "batch"
-    endpoint: str = ENDPOINT
-    completion_window: str = WINDOW
-    input_file_id: str
-    status: Status = "validating"
-    created_at: int
-    expires_at: int
-    in_progress_at: int | None = None
-    finalizing_at: int | None = None
-    completed_at: int | None = None
-    failed_at: int | None = None
-    expired_at: int | None = None
-    cancelling_at: int | None = None
-    cancelled_at: int | None = None
-    output_file_id: str | None = None
-    error_file_id: str | None = None
-    errors: dict[str, Any] | None = None
-    request_counts: Counts = Counts()
-    usage: dict[str, Any] | None = None
-    metadata: dict[str, str] | None = None
-
-    owner: str = Field("", repr=False)
-    #: Where rows and failures are written; they become files when it ends.
-    rows_id: str
-    failures_id: str
-
-    def public(self) -> dict[str, Any]:
-        """For the client."""
-        return self.model_dump(exclude={"owner", "rows_id", "failures_id"})
-
-
-class BatchRequest(BaseModel):
-    """The body of `POST /v1/batches`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    input_file_id: str
-    endpoint: str
-    completion_window: str
-    metadata: dict[str, str] | None = Field(None, max_length=16)
 
 
 class _Leave(Exception):
@@ -133,7 +73,7 @@ class Batches:
 
     def create(self, body: Mapping[str, Any], owner: str) -> BatchState:
         """Accept a batch. Raises ApiError."""
-        request = _checked(body)
+        request = read_batch_request(body)
         file = self._files.get(request.input_file_id, owner)
         with self._files.path(file.id).open("rb") as opened:
             if opened.read(2) == b"\x1f\x8b":
@@ -215,13 +155,13 @@ class Batches:
         except _Leave:
             return
         except InvalidBatch as error:
-            self._fail(batch_id, [_fault(fault) for fault in error.faults])
+            self._fail(batch_id, [fault_object(fault) for fault in error.faults])
         except MillraceError as error:
             log.error("batch.failed", batch=batch_id, error=error.code)
-            self._fail(batch_id, [_fault(Fault(0, "", "it cannot be computed"), error.code)])
+            self._fail(batch_id, [fault_object(Fault(0, "", "it cannot be computed"), error.code)])
         except Exception as error:
             log.error("batch.failed", batch=batch_id, error=type(error).__name__)
-            self._fail(batch_id, [_fault(Fault(0, "", "something failed here"), "internal_error")])
+            self._fail(batch_id, [fault_object(Fault(0, "", "something failed here"), "internal_error")])
         finally:
             with self._lock:
                 self._running.discard(batch_id)
@@ -335,30 +275,8 @@ class Batches:
             write_json(self._directory / f"{state.id}.json", state.model_dump())
 
 
-def _checked(body: Mapping[str, Any]) -> BatchRequest:
-    try:
-        request = BatchRequest.model_validate(dict(body))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(map(str, first["loc"]))[:80]
-        raise ApiError(400, "invalid_request", f"{field}: {first['msg']}", param=field) from None
-    if any(len(name) > 64 or len(value) > 512 for name, value in (request.metadata or {}).items()):
-        raise ApiError(
-            400, "invalid_request", "metadata: names have 64 characters at most, values 512", param="metadata"
-        )
-    for name, right in (("endpoint", ENDPOINT), ("completion_window", WINDOW)):
-        if getattr(request, name) != right:
-            raise ApiError(400, "invalid_request", f"{name}: only {right!r} is offered here", param=name)
-    return request
-
-
 def _too_long() -> InvalidBatch:
     return InvalidBatch([Fault(0, "input", f"a batch has at most {MAX_ROWS} rows; make several of it")])
-
-
-def _fault(fault: Fault, code: str = "invalid_request") -> dict[str, Any]:
-    """OpenAI's form of what is wrong in a line."""
-    return {"code": code, "line": fault.line or None, "message": fault.message, "param": fault.field or None}
 
 
 def _count(path: Path) -> tuple[int, dict[str, Any]]:

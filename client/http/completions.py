@@ -14,7 +14,8 @@ from typing import Any
 from client.batch_input import completion_fields
 from client.batch_output import completion, logprobs_fields
 from client.errors import InvalidRequest
-from client.http.gateway import Prompt, sse
+from client.http.connections import sse
+from client.http.gateway import Prompt
 from client.schema import Result
 from client.stream import Event
 

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from starlette.applications import Starlette
 
 from client import AsyncClient, Client, QueueFull
-from client.http.app import ROUTES, Parts, exception_handlers
+from client.http.app import ROUTES, exception_handlers
 from client.http.batches import Batches
 from client.http.files import FileStore
 from client.http.gateway import Gateway
 from client.http.guard import Guard, Limits
+from client.http.parts import Parts
 from client.status import Status, WorkerStatus
 from config import load_settings
 from tests.fuzz.harness import LONGEST_MESSAGE, Target

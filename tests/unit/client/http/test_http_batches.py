@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from client.http.batches import Batches, BatchState
+from client.http.batch_state import BatchState
+from client.http.batches import Batches
 from client.http.errors import ApiError
 from client.http.files import FileStore, write_json
 from config import load_settings

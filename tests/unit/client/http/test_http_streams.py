@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from client.http import gateway
+from client.http import connections
+from client.http.connections import EventStream, sse
 from client.http.errors import ApiError
-from client.http.gateway import EventStream, sse
 
 
 class Connection:
@@ -85,7 +85,7 @@ def test_a_later_error_is_the_last_event(options: dict[str, Any]) -> None:
 
 
 def test_a_quiet_stream_says_that_it_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway, "QUIET_S", 0.05)
+    monkeypatch.setattr(connections, "QUIET_S", 0.05)
     found = answered(Source(0.2, b"a\n\n"), Connection())
     comments = found.body.count(b": still here\n\n")
     assert comments >= 2
