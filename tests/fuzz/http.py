@@ -19,6 +19,7 @@ from client.http.batches import Batches
 from client.http.files import FileStore
 from client.http.gateway import Gateway
 from client.http.guard import Guard, Limits
+from client.http.page import Overview
 from client.http.parts import Parts
 from client.status import Status, WorkerStatus
 from config import load_settings
@@ -82,7 +83,7 @@ def _app() -> Guard:
     client = cast("AsyncClient", NoQueue())
     app = Starlette(routes=ROUTES, exception_handlers=exception_handlers())
     batches = Batches(directory, files, load_settings())
-    app.state.parts = Parts(client, Gateway(client, 600), files, batches)
+    app.state.parts = Parts(client, Gateway(client, 600), files, batches, Overview(client))
     return Guard(app, Limits(any_host=True))
 
 

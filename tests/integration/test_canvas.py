@@ -23,7 +23,7 @@ def mine(client: Client) -> Iterator[Celery]:
     """A user's app, with a task and a worker for it."""
     app = client.celery_app
 
-    @app.task(name="mine.join")
+    @app.task(name="canvas.join")
     def join(results: Any, last: str = "") -> str:
         found = results if isinstance(results, list) else [results]
         return "|".join(result["choices"][0]["text"] for result in found) + last
@@ -57,7 +57,7 @@ def test_a_signature_is_a_job_under_its_id(client: Client) -> None:
 
 
 def test_a_chord_calls_a_task_of_ones_own_when_all_are_done(client: Client, mine: Celery) -> None:
-    join = mine.tasks["mine.join"]
+    join = mine.tasks["canvas.join"]
     done = chord([client.signature("Hello.", **FIELDS), client.signature("Hello.", **FIELDS)])(
         join.s(last="!").set(queue="mine")
     )

@@ -179,7 +179,7 @@ def test_a_generate_that_is_ended_leaves_no_process_behind(tmp_path: Path, numbe
     wait_until(lambda: len(family()) >= 2)  # Redis and the worker
     started = family()
     process.send_signal(number)
-    process.wait(15)
+    process.wait(30)
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), timeout=10)
 
 

@@ -277,7 +277,8 @@ def test_health_and_the_log(http: HttpServer) -> None:
         assert plain.post("/v1/completions", json={**SHORT, "prompt": "Zanzibar"}).status_code == 200
         assert plain.get("/nowhere").json()["error"]["code"] == "unknown_url"
     lines = [json.loads(line) for line in http.said().splitlines() if line.startswith("{")]
-    assert {"path": "/v1/completions", "method": "POST", "status": 200}.items() <= lines[-2].items()
+    wanted = {"path": "/v1/completions", "method": "POST", "status": 200}
+    assert any(wanted.items() <= line.items() for line in lines[-3:])  # that of the test before may end late
     assert "Zanzibar" not in http.said()
     assert "Traceback" not in http.said()
     assert not [line for line in lines if line["event"] == "http.failed"]

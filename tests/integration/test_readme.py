@@ -48,7 +48,7 @@ def at_the_worker(worker: object, redis_url: str, monkeypatch: pytest.MonkeyPatc
 
 def run_python(text: str) -> dict[str, Any]:
     """Run the Python blocks of a document one after another, and compare what they print. Returns their names."""
-    scope: dict[str, Any] = {}
+    scope: dict[str, Any] = {"__name__": "document"}
     for code, shown in blocks(text, "python"):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):

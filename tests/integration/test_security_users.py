@@ -111,7 +111,7 @@ def test_client_and_worker_do_all_they_do_with_the_rights_they_have(
     assert status.queues[0].bulk <= 2, "twenty jobs are two messages, and who may not look inside counts messages"
     assert {job.status() for job in client.as_completed(jobs, 60)} == {"succeeded", "cancelled"}
     assert client.job(lost).result(60)
-    client._app.send_task("millrace.unheard", task_id="users:unheard")
+    client._app.send_task("millrace.unheard", task_id="users:unheard", declare=[])
     wait_until(lambda: client._redis.exists(keys.result("users:unheard")))
     ignored = {(user, "client") for user in ("client", "worker")}  # redis-py says its name; it goes on without
     counted = {

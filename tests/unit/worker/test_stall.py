@@ -51,6 +51,7 @@ def test_a_stalled_engines_leases_run_out_and_its_record_says_so(go_on: threadin
         open_jobs=lambda: ["a"],
         revoked_jobs=list,
         finished={"succeeded": 0},
+        failures=[],
         take_messages=takes.append,
     )
     store = MemoryStore(leases={"tag": 0.0})
