@@ -1,4 +1,6 @@
-"""The two common sizes, with random weights as transformers itself writes them, one file and sharded.
+"""The two common sizes, the larger with a quarter of its layers, and random weights as transformers itself writes them.
+
+One is in one file, the other in several.
 
 Twenty prompts of mixed lengths in one batch must come out as transformers' greedy tokens, one prompt at a time.
 """
@@ -16,7 +18,7 @@ from client.schema import parse_request
 from config import Settings
 from worker.engine import Engine
 
-SHAPES = {"124M": (12, 12, 768, "5GB"), "355M": (24, 16, 1024, "400MB")}
+SHAPES = {"124M": (12, 12, 768, "5GB"), "355M": (6, 16, 1024, "400MB")}
 NEW_TOKENS = 3
 
 
