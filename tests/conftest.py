@@ -23,7 +23,7 @@ for _name in [name for name in os.environ if name.startswith("MILLRACE_")]:
 os.environ["HF_HUB_OFFLINE"] = "1"
 if SHARED := "PYTEST_XDIST_WORKER" in os.environ:
     # Threads that wait for each other by spinning take the cores from the tests beside them. Those of several threads
-    # ask for them; workers (tests/integration/processes.py) have as many as anywhere.
+    # ask for them; workers have one too (tests/integration/processes.py).
     os.environ |= {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
 
 

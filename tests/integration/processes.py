@@ -27,7 +27,8 @@ class WorkerProcess:
         self.log = log
         start = [sys.executable, "-c", f"{patch}\n{CELERY}"] if patch else [sys.executable, "-m", "celery"]
         self.command = [*start, "-A", "worker", "worker", *flags]
-        self.environment = {**os.environ, "MILLRACE_LOG_FORMAT": "json", **environment}
+        # One thread: where several workers share two cores, threads that wait for each other take minutes for seconds.
+        self.environment = {**os.environ, "MILLRACE_LOG_FORMAT": "json", "MILLRACE_THREADS": "1", **environment}
         self.environment.pop("OMP_NUM_THREADS", None)  # tests/conftest.py
         self.process: subprocess.Popen[bytes] | None = None
 
