@@ -33,8 +33,8 @@ log = structlog.get_logger("millrace.worker")
 
 #: How often requests to cancel are looked for while jobs are here; and how often anything is done while none are.
 TICK_S, IDLE_TICK_S = 0.2, 1.0
-#: How often a worker says what it does: often enough to look at, and three times before it would count as gone.
-BEAT_S = min(2.0, WORKER_TTL_S / 3)
+#: How often a worker says what it does: often enough to look at, and long before it would count as gone.
+BEAT_S = 2.0
 #: Of more slots than that a worker's record does not say what is in them.
 SHOWN_ROWS = 256
 #: A shutdown waits at least so long for a Redis that is silent, whatever the settings say: it may only be slow.

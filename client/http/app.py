@@ -55,7 +55,7 @@ def make_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with AsyncClient(settings=settings) as client:
             gateway, batches = Gateway(client, timeout_s), Batches(directory, files, settings)
-            parts = Parts(client, gateway, files, batches, Overview(client))
+            parts = Parts(client, gateway, files, batches, Overview(gateway))
             app.state.parts = parts
             parts.batches.start()
             background = [asyncio.create_task(work) for work in (_sweep(parts.batches), parts.overview.watch())]

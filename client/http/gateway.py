@@ -13,12 +13,14 @@ from client.aio import AsyncClient, AsyncJob
 from client.errors import InvalidRequest, MillraceError, RedisRefused, RedisUnreachable
 from client.http.errors import RETRY_S, ApiError, translate
 from client.schema import Result
+from client.status import Status
 from client.stream import Event
 
-#: What live workers serve is asked for this often at most.
-SERVED_S = 1.0
+#: The status is asked for this often at most.
+STATUS_S = 1.0
 #: How much longer than the job may take its end is waited for: an expired one is told by the worker.
 GRACE_S = 2.0
+
 Prompt = str | list[int]
 
 
@@ -50,9 +52,8 @@ class Gateway:
 
     def __init__(self, client: AsyncClient, timeout_s: float) -> None:
         self._client, self._timeout_s = client, timeout_s
-        self._served: dict[str, int] = {}
-        self._fault: MillraceError | None = None
-        self._served_at = -SERVED_S
+        self._known: Status | MillraceError | None = None
+        self._known_at = -STATUS_S
         self._asking = asyncio.Lock()
         self._endings: set[asyncio.Task[None]] = set()
 
@@ -61,24 +62,25 @@ class Gateway:
         while self._endings:
             await asyncio.wait(self._endings)
 
+    async def status(self) -> Status:
+        """Workers and queues, as they were a moment ago. Raises ApiError without Redis."""
+        async with self._asking:
+            if self._known is None or time.monotonic() - self._known_at > STATUS_S:
+                try:
+                    self._known = await self._client.status()
+                except MillraceError as error:  # kept too: a Redis that is silent takes seconds to give up
+                    self._known = error
+                self._known_at = time.monotonic()
+            if isinstance(self._known, MillraceError):
+                raise translate(self._known)
+            return self._known
+
     # --- models ------------------------------------------------------------------------------------------------------
 
     async def served(self) -> dict[str, int]:
         """The models that live workers serve, each with the Unix time since which. Raises ApiError without Redis."""
-        async with self._asking:
-            if time.monotonic() - self._served_at > SERVED_S:
-                try:
-                    self._served, self._fault = await self._ask(), None
-                except MillraceError as error:  # kept too: a Redis that is silent takes seconds to give up
-                    self._fault = error
-                self._served_at = time.monotonic()
-        if self._fault is not None:
-            raise translate(self._fault)
-        return self._served
-
-    async def _ask(self) -> dict[str, int]:
         found: dict[str, int] = {}
-        for worker in (await self._client.status()).workers:
+        for worker in (await self.status()).workers:
             if not worker.stalled:
                 since = int(worker.started_at)
                 found[worker.model] = min(found.get(worker.model, since), since)

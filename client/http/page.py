@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import re
 import time
@@ -13,10 +14,8 @@ from typing import Any
 
 from starlette.responses import Response
 
-from client.aio import AsyncClient
-from client.errors import MillraceError
-from client.http.errors import translate
-from client.status import Status
+from client.http.errors import ApiError
+from client.http.gateway import Gateway
 
 #: How often the workers are looked at: as often as they say what they do.
 LOOK_S = 2.0
@@ -48,33 +47,21 @@ def page() -> Response:
 
 
 class Overview:
-    """What `/status.json` tells, looked up in the background however many look at the page."""
+    """What `/status.json` tells: the status, and tokens per second of the last minutes, noted whoever looks."""
 
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
-        self._status: Status | None = None
-        self._fault: MillraceError | None = None
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
         self._rates: deque[tuple[float, float]] = deque(maxlen=round(CHART_S / LOOK_S))
 
     async def watch(self) -> None:
-        """Look again and again, until cancelled."""
+        """Note the rate again and again, until cancelled."""
         while True:
-            await self._look()
+            with contextlib.suppress(ApiError):
+                rate = sum(worker.tokens_per_s for worker in (await self._gateway.status()).workers)
+                self._rates.append((round(time.time(), 1), round(rate, 1)))
             await asyncio.sleep(LOOK_S)
 
-    async def _look(self) -> None:
-        try:
-            self._status, self._fault = await self._client.status(), None
-        except MillraceError as error:
-            self._fault = error
-            return
-        rate = sum(worker.tokens_per_s for worker in self._status.workers)
-        self._rates.append((round(time.time(), 1), round(rate, 1)))
-
     async def tell(self) -> dict[str, Any]:
-        """Workers with their slots, queues, and tokens per second of the last ten minutes. Raises ApiError."""
-        if self._status is None and self._fault is None:
-            await self._look()
-        if self._fault is not None or self._status is None:
-            raise translate(self._fault or MillraceError("nothing is known yet"))
-        return {"now": round(time.time(), 1), **self._status.model_dump(mode="json"), "rates": list(self._rates)}
+        """Workers with their slots, queues, and rates. Raises ApiError."""
+        status = (await self._gateway.status()).model_dump(mode="json")
+        return {"now": round(time.time(), 1), **status, "rates": list(self._rates)}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from client.errors import InvalidRequest
 from client.http.app import TIMEOUT_S, make_app
@@ -44,12 +45,7 @@ def serve(
         InvalidRequest: the address cannot be had, or everybody on the network could use it.
         DirectoryInUse: another server works in the directory of files.
     """
-    keys = (*settings.api_key_list, *api_keys)
-    if not all(is_key(key, SHORTEST_API_KEY) for key in keys):
-        raise InvalidRequest("api-key", "a short one", f"at least {SHORTEST_API_KEY} characters without spaces")
-    if not keys and not insecure and not is_loopback(host):
-        expected = "MILLRACE_API_KEYS to be set, or --insecure if everybody on the network may use it"
-        raise InvalidRequest("host", f"{host} without keys", expected)
+    keys = _keys(settings, api_keys, host, insecure=insecure)
     limits = Limits(
         keys=keys,
         origins=tuple(cors),
@@ -65,21 +61,35 @@ def serve(
         setup_logging(settings)
         # What is wrong with an upload is told to who sent it; a line of the log for each bad byte helps nobody.
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_app(settings, limits, store, directory, timeout_s=timeout),
-                lifespan="on",
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                limit_concurrency=MAX_CONNECTIONS,
-                timeout_graceful_shutdown=max(1, round(settings.soft_shutdown_s)),
-            )
-        )
+        app = make_app(settings, limits, store, directory, timeout_s=timeout)
+        server = uvicorn.Server(_config(app, settings))
         tell(f"millrace serves {_url(listener)}/v1 ({_who(keys, insecure=insecure)}); files in {directory}")
         _run(server, listener)
+
+
+def _keys(settings: Settings, more: Sequence[str], host: str, *, insecure: bool) -> tuple[str, ...]:
+    """The keys of which a request needs one; none are needed if there are none. Raises InvalidRequest."""
+    keys = (*settings.api_key_list, *more)
+    if not all(is_key(key, SHORTEST_API_KEY) for key in keys):
+        raise InvalidRequest("api-key", "a short one", f"at least {SHORTEST_API_KEY} characters without spaces")
+    if not keys and not insecure and not is_loopback(host):
+        expected = "MILLRACE_API_KEYS to be set, or --insecure if everybody on the network may use it"
+        raise InvalidRequest("host", f"{host} without keys", expected)
+    return keys
+
+
+def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=max(1, round(settings.soft_shutdown_s)),
+    )
 
 
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:

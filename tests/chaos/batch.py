@@ -26,12 +26,11 @@ import click
 from config import load_settings
 from tests.chaos.actors import Server, Worker
 from tests.chaos.ledger import difference
+from tests.patience import PATIENCE_S
 from worker.embedded import die_with_parent
 
 VICTIMS = ("client", "worker", "redis")
 LEASE_S = 3
-#: A batch that does not come on for so long is stuck.
-PATIENCE_S = 60.0
 
 _TEXT = "the river mill turns a wheel of stone and water runs on under grey morning sky while people wait"
 

@@ -24,13 +24,12 @@ from tests.chaos.actors import Collector, Server, Submitter, Worker, end_of, err
 from tests.chaos.jobs import catalogue, plan, poison
 from tests.chaos.ledger import Computation, Delivery, End, Facts, Fault, Remains
 from tests.chaos.schedule import Action, Kind, storm
+from tests.patience import PATIENCE_S
 
 #: How often the run looks at its workers.
 TICK_S = 0.05
 #: Share of the storm in which jobs are submitted.
 SUBMIT_SHARE = 0.85
-#: A job that cannot be had within this time after the storm counts as lost, if none other ended for as long.
-PATIENCE_S = 45.0
 #: How often the figures so far are told.
 TELL_S = 10.0
 
@@ -250,7 +249,7 @@ class Run:
     # --- calm ------------------------------------------------------------------------------------------------------
 
     def _drain(self) -> None:
-        """Wait until all jobs have ended, or none has for `PATIENCE_S`; and until all messages are acknowledged."""
+        """Wait until all jobs have ended and all messages are acknowledged; a job counts as lost when no more end."""
         self.what.say("calm")
         left, last_progress = -1, time.monotonic()
         while not self.submitter.done or self.collector.waiting or self._returning:
@@ -275,7 +274,7 @@ class Run:
         with Client(settings=self.settings) as client:
             jobs = [client.submit("Hello.", max_tokens=2) for _ in self.workers]
             for job in jobs:
-                job.result(60)
+                job.result(PATIENCE_S)
         self._wait(lambda: self._unacked() == (0, 0), 10)
 
     def _unacked(self) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from config import Settings, load_settings
 from model import load_tokenizer
 from tests.integration.conftest import Reference
 from tests.integration.conftest import reference as reference  # the fixture
+from tests.patience import PATIENCE_S
 from worker.celery import make_app
 from worker.pool import EnginePool
 
@@ -46,7 +47,7 @@ def client(fake_settings: Settings) -> Iterator[Client]:
 
 
 def test_hello_gives_the_ten_tokens_that_transformers_gives(client: Client, reference: Reference) -> None:
-    result = client.submit("Hello.", max_tokens=10, temperature=0).result(timeout=60)
+    result = client.submit("Hello.", max_tokens=10, temperature=0).result(timeout=PATIENCE_S)
     assert load_tokenizer("demo").encode("Hello.") == [15496, 13]
     assert result.choices[0].token_ids == reference([15496, 13], 10)
     assert result.text == load_tokenizer("demo").decode(reference([15496, 13], 10))
@@ -57,4 +58,4 @@ def test_jobs_together_over_fakeredis_equal_transformers(client: Client, referen
     prompts = ["The quick brown", "Once upon a time", "What is the answer to life, the universe, and everything?"]
     jobs = client.submit_many(prompts, max_tokens=10, temperature=0, ignore_eos=True)
     for prompt, job in zip(prompts, jobs, strict=True):
-        assert job.result(60).choices[0].token_ids == reference(load_tokenizer("demo").encode(prompt), 10)
+        assert job.result(PATIENCE_S).choices[0].token_ids == reference(load_tokenizer("demo").encode(prompt), 10)

@@ -16,6 +16,7 @@ from client import Client
 from model import ModelError
 from model.weights import find_model, read_config
 from tests.integration.processes import WorkerProcess
+from tests.patience import PATIENCE_S
 from worker.embedded import EmbeddedRedis
 
 pytestmark = pytest.mark.openai_weights
@@ -46,18 +47,18 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         EmbeddedRedis.ephemeral() as server,
         WorkerProcess(log, MILLRACE_REDIS_URL=server.url, **environment) as worker,
     ):
-        worker.wait_ready(180)
+        worker.wait_ready()
         with Client(redis_url=server.url, model="gpt2-medium") as made:
             yield made
 
 
 def test_hello(client: Client) -> None:
-    result = client.submit("Hello.", max_tokens=10, temperature=0, echo=True).result(120)
+    result = client.submit("Hello.", max_tokens=10, temperature=0, echo=True).result(PATIENCE_S)
     assert result.text == "Hello. I'm a little late to the party, but"
     assert result.choices[0].token_ids == [15496, 13, 314, 1101, 257, 1310, 2739, 284, 262, 2151, 11, 475]
 
 
 def test_the_answer(client: Client) -> None:
     prompt = "What is the answer to life, the universe, and everything?"
-    result = client.submit(prompt, max_tokens=10, temperature=0).result(120)
+    result = client.submit(prompt, max_tokens=10, temperature=0).result(PATIENCE_S)
     assert result.text == "\n\nThe answer is that we are all one"

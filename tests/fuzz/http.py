@@ -83,7 +83,8 @@ def _app() -> Guard:
     client = cast("AsyncClient", NoQueue())
     app = Starlette(routes=ROUTES, exception_handlers=exception_handlers())
     batches = Batches(directory, files, load_settings())
-    app.state.parts = Parts(client, Gateway(client, 600), files, batches, Overview(client))
+    gateway = Gateway(client, 600)
+    app.state.parts = Parts(client, gateway, files, batches, Overview(gateway))
     return Guard(app, Limits(any_host=True))
 
 

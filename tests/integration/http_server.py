@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import openai
 
+from tests.patience import PATIENCE_S
 from worker.embedded import die_with_parent
 
 
@@ -43,7 +44,7 @@ class HttpServer:
             self._process = subprocess.Popen(
                 die_with_parent(self._command), env=self._environment, stdout=out, stderr=out
             )
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while self.said().count("millrace serves ") == known:
             assert self._process.poll() is None, self.said()
             assert time.monotonic() < deadline, f"it does not listen: {self.said()}"
@@ -62,7 +63,7 @@ class HttpServer:
         assert self._process is not None
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
-        return self._process.wait(20)
+        return self._process.wait(PATIENCE_S)
 
     def said(self) -> str:
         """All it has written so far."""
@@ -70,15 +71,19 @@ class HttpServer:
 
     def openai(self, key: str = "none-is-needed", **options: Any) -> openai.OpenAI:
         """The official client. It repeats nothing unless asked: a test wants the first answer."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, "timeout": 60, **options})
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, "timeout": PATIENCE_S, **options}
+        )
 
     def async_openai(self) -> openai.AsyncOpenAI:
         """The same for asyncio."""
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none-is-needed", max_retries=0, timeout=60)
+        return openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key="none-is-needed", max_retries=0, timeout=PATIENCE_S
+        )
 
     def http(self, **headers: str) -> httpx.Client:
         """A plain client."""
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=PATIENCE_S)
 
 
 def events_of(response: httpx.Response) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from client import Client, keys
+from tests.patience import PATIENCE_S
 from worker.embedded import EmbeddedRedis, die_with_parent
 
 CELERY = "import sys; from celery.__main__ import main; sys.exit(main())"
@@ -49,10 +50,10 @@ class WorkerProcess:
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def wait_ready(self, timeout: float = 60) -> None:
+    def wait_ready(self, timeout: float = PATIENCE_S) -> None:
         self.wait_for("worker.ready", timeout)
 
-    def wait_for(self, event: str, timeout: float = 30, count: int = 1) -> None:
+    def wait_for(self, event: str, timeout: float = PATIENCE_S, count: int = 1) -> None:
         """Wait until the log holds this many lines of an event."""
         deadline = time.monotonic() + timeout
         while len(self.events(event)) < count:
@@ -73,7 +74,7 @@ class WorkerProcess:
         assert self.process is not None
         os.kill(self.process.pid, number)
 
-    def wait(self, timeout: float = 30) -> int:
+    def wait(self, timeout: float = PATIENCE_S) -> int:
         """The exit code."""
         assert self.process is not None
         return self.process.wait(timeout)
@@ -109,7 +110,7 @@ def attempts(client: Client, job_id: str) -> int:
     return int(client._redis.hget(keys.job(job_id), "attempts") or 0)  # type: ignore[arg-type]
 
 
-def wait_until(condition: Any, timeout: float = 20) -> None:
+def wait_until(condition: Any, timeout: float = PATIENCE_S) -> None:
     """Wait for a condition that another process brings about."""
     deadline = time.monotonic() + timeout
     while not condition():

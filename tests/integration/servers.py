@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.patience import PATIENCE_S
 from worker.embedded import find_server
 
 
@@ -30,7 +31,7 @@ def redis_on_a_port(directory: Path, *options: str) -> Iterator[int]:
     with log.open("wb") as out:
         process = subprocess.Popen([*command, *options], stdout=out, stderr=out)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         # Not whether somebody listens there: it may be a neighbour who took the port a moment before.
         while "Ready to accept connections" not in log.read_text():
             assert process.poll() is None, f"the server ended: {log.read_text()[-1500:]}"
@@ -39,7 +40,7 @@ def redis_on_a_port(directory: Path, *options: str) -> Iterator[int]:
         yield port
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(PATIENCE_S)
 
 
 class Authority:

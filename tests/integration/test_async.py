@@ -21,6 +21,7 @@ from client import (
 )
 from client.transport import connect
 from tests.integration.processes import wait_until
+from tests.patience import PATIENCE_S
 from worker.embedded import EmbeddedRedis
 
 LONG = {"max_tokens": 900, "temperature": 0, "ignore_eos": True}
@@ -37,20 +38,20 @@ def run(redis_url: str, body: Callable[[AsyncClient], Awaitable[Any]], **options
 
 @pytest.mark.usefixtures("worker")
 def test_every_verb_gives_what_the_other_face_gives(client: Client, redis_url: str) -> None:
-    plain = client.submit("Hello.", max_tokens=10, temperature=0).result(60)
+    plain = client.submit("Hello.", max_tokens=10, temperature=0).result(PATIENCE_S)
 
     async def body(own: AsyncClient) -> None:
         job = await own.submit("Hello.", max_tokens=10, temperature=0, checkpoints=[10])
-        assert (await job.result(60)).choices == plain.choices
+        assert (await job.result(PATIENCE_S)).choices == plain.choices
         assert await job.wait() == await job.status() == "succeeded"
         assert job == own.job(job.id)
         assert set(await own.job(job.id).checkpoints()) == {"next_token"}
         jobs = await own.submit_many([{"prompt": "Hello.", "max_tokens": n} for n in (200, 1, 30)], temperature=0)
-        ended = [job async for job in own.as_completed([*jobs, job], timeout=60)]
+        ended = [job async for job in own.as_completed([*jobs, job], timeout=PATIENCE_S)]
         assert {job.id for job in ended} == {job.id for job in jobs} | {job.id}
         assert ended[0] is job
         assert (await own.status()).serves("demo")
-        texts = await asyncio.gather(*(own.job(job.id).result(60) for job in jobs))
+        texts = await asyncio.gather(*(own.job(job.id).result(PATIENCE_S) for job in jobs))
         assert [result.usage.completion_tokens for result in texts] == [200, 1, 30]
 
     run(redis_url, body)
@@ -62,16 +63,16 @@ def test_jobs_are_cancelled_one_and_many(client: Client, redis_url: str) -> None
         one = await own.submit("Hello.", **LONG)
         assert await one.cancel()
         with pytest.raises(JobCancelled) as caught:
-            await one.result(30)
+            await one.result(PATIENCE_S)
         assert caught.value.job is one
         many = await own.submit_many(["Hello."] * 20, **LONG)
         assert await own.cancel([one, *many[:10], *(job.id for job in many[10:])]) == [False] + [True] * 20
-        assert {await job.wait(30) for job in many} == {"cancelled"}
+        assert {await job.wait(PATIENCE_S) for job in many} == {"cancelled"}
 
     run(redis_url, body)
     many = client.submit_many(["Hello."] * 20, **LONG)  # type: ignore[arg-type]
     assert client.cancel(many) == [True] * 20
-    assert {job.wait(30) for job in many} == {"cancelled"}
+    assert {job.wait(PATIENCE_S) for job in many} == {"cancelled"}
     assert client.cancel([job.id for job in many]) == [False] * 20
     with pytest.raises(UnknownJob):
         client.cancel([many[0].id, "nobody"])
@@ -85,15 +86,15 @@ def test_a_cancelled_running_job_leaves_its_slot_to_the_next(client: Client) -> 
     wait_until(lambda: all(job.status() == "running" for job in full[::16]))
     waiting = client.submit("Hello.", max_tokens=2, priority="interactive")
     assert all(client.cancel(full))
-    assert waiting.wait(30) == "succeeded"
-    assert {job.wait(30) for job in full} <= {"cancelled", "succeeded"}
+    assert waiting.wait(PATIENCE_S) == "succeeded"
+    assert {job.wait(PATIENCE_S) for job in full} <= {"cancelled", "succeeded"}
 
 
 @pytest.mark.usefixtures("worker")
 def test_errors_are_the_same_and_carry_the_job(redis_url: str) -> None:
     async def body(own: AsyncClient) -> None:
         bad = await own.submit([60_000])
-        assert await bad.wait(30) == "failed"
+        assert await bad.wait(PATIENCE_S) == "failed"
         with pytest.raises(JobFailed) as failed:
             await bad.result()
         assert (failed.value.code, failed.value.job) == ("invalid_token_id", bad)
@@ -126,7 +127,7 @@ def test_ten_thousand_outstanding_jobs_take_one_connection() -> None:
         async def body(own: AsyncClient) -> list[str]:
             jobs = await own.submit_many(["Hello."] * JOBS, max_tokens=1)
             before = len(connection.client_list())
-            waiting = [asyncio.create_task(job.wait(60)) for job in jobs]
+            waiting = [asyncio.create_task(job.wait(PATIENCE_S)) for job in jobs]
             done = asyncio.create_task(_collect(own, jobs))
             await asyncio.sleep(0.5)
             assert len(own._watch) == JOBS
@@ -144,7 +145,7 @@ def test_ten_thousand_outstanding_jobs_take_one_connection() -> None:
 
 
 async def _collect(client: AsyncClient, jobs: list[Any]) -> int:
-    return len([job async for job in client.as_completed([client.job(job.id) for job in jobs], timeout=60)])
+    return len([job async for job in client.as_completed([client.job(job.id) for job in jobs], timeout=PATIENCE_S)])
 
 
 def test_a_redis_that_is_not_there_is_an_error_for_each_who_waits() -> None:

@@ -22,6 +22,7 @@ from client.batch_input import Row
 from client.bulk import Window
 from config import load_settings
 from tests.integration.conftest import Reference
+from tests.patience import PATIENCE_S
 from worker.embedded import EmbeddedRedis
 
 MILLRACE = [sys.executable, "-m", "worker.cli", "batch"]
@@ -43,7 +44,7 @@ def prompts(count: int) -> list[dict[str, Any]]:
 
 def batch(redis_url: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
     environment = {**os.environ, "MILLRACE_REDIS_URL": redis_url}
-    return subprocess.run([*MILLRACE, *arguments], env=environment, capture_output=True, timeout=60, **options)
+    return subprocess.run([*MILLRACE, *arguments], env=environment, capture_output=True, timeout=PATIENCE_S, **options)
 
 
 def test_rows_come_to_what_each_comes_to_alone(client: Client, tmp_path: Path, reference: Reference) -> None:
@@ -53,11 +54,14 @@ def test_rows_come_to_what_each_comes_to_alone(client: Client, tmp_path: Path, r
     found = {row["custom_id"]: row["response"]["body"] for row in lines_of(tmp_path / "out.jsonl")}
     assert len(found) == 41
     assert report.completion_tokens == sum(body["usage"]["completion_tokens"] for body in found.values())
-    with_tokenizer = client.submit([15496, 13], temperature=0, max_tokens=6).result(60)
+    with_tokenizer = client.submit([15496, 13], temperature=0, max_tokens=6).result(PATIENCE_S)
     assert with_tokenizer.choices[0].token_ids == reference([15496, 13], 6)
     assert found["greedy"]["choices"][0]["text"] == with_tokenizer.text
     one = found["p7"]
-    assert client.submit("The river 7", max_tokens=3, seed=one["seed"]).result(60).text == one["choices"][0]["text"]
+    assert (
+        client.submit("The river 7", max_tokens=3, seed=one["seed"]).result(PATIENCE_S).text
+        == one["choices"][0]["text"]
+    )
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz"])
@@ -189,7 +193,9 @@ def test_map_gives_results_in_order_and_reads_no_further_than_it_may(client: Cli
         given += 1
         assert len(read) - number <= 10 + 1
         if number in (0, 33):
-            assert result.text == client.submit(f"The river {number}", max_tokens=2, temperature=0).result(60).text
+            assert (
+                result.text == client.submit(f"The river {number}", max_tokens=2, temperature=0).result(PATIENCE_S).text
+            )
     assert given == 60
 
 
@@ -218,7 +224,7 @@ def test_columns_of_tables_are_taken_as_they_are(client: Client, tmp_path: Path)
         "tokens": np.array([[15496, 13], [464, 7850]]),
     }
     options = {"max_tokens": 3, "temperature": 0}
-    expected = [client.submit(text, **options).result(60).text for text in texts]
+    expected = [client.submit(text, **options).result(PATIENCE_S).text for text in texts]
     for name, column in columns.items():
         assert [result.text for result in client.map(column, **options)] == expected, name
         client.batch(column, tmp_path / name, params=options)
@@ -248,7 +254,7 @@ def test_what_map_left_behind_is_cancelled(client: Client) -> None:
     results = client.map([{"prompt": "a", "max_tokens": 1}, *[long] * 300])
     next(results)
     results.close()  # type: ignore[attr-defined]
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while client.status().queues[0].bulk or client.status().delivered:
         assert time.monotonic() < deadline, client.status()
         time.sleep(0.05)
@@ -321,12 +327,12 @@ def test_ctrl_c_says_how_to_go_on(redis_url: str, tmp_path: Path) -> None:
     command = [*MILLRACE, "-i", str(source), "-o", str(out), "--max-inflight", "16"]
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, preexec_fn=heed)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while not out.exists() or not out.stat().st_size:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=20)[1].decode()
+    said = process.communicate(timeout=PATIENCE_S)[1].decode()
     assert process.returncode == 130
     assert f"millrace batch -i {source} -o {out} --max-inflight 16 --resume" in said
     before = len(lines_of(out))

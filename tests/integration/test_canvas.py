@@ -11,6 +11,7 @@ from celery.contrib.testing.worker import start_worker
 from celery.result import AsyncResult
 
 from client import Client, InvalidRequest, JobFailed
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.usefixtures("worker")
 
@@ -35,21 +36,21 @@ def mine(client: Client) -> Iterator[Celery]:
 
 def test_a_group_gives_a_result_for_each(client: Client) -> None:
     jobs = group(client.signature(prompt, **FIELDS) for prompt in ("Hello.", "Hello."))()
-    assert [result["choices"][0]["text"] for result in jobs.get(timeout=30)] == [TEXT, TEXT]
+    assert [result["choices"][0]["text"] for result in jobs.get(timeout=PATIENCE_S)] == [TEXT, TEXT]
 
 
 def test_plain_async_result_by_id(client: Client) -> None:
     job = client.submit("Hello.", **FIELDS)
-    assert AsyncResult(job.id, app=client.celery_app).get(timeout=30)["choices"][0]["text"] == TEXT
+    assert AsyncResult(job.id, app=client.celery_app).get(timeout=PATIENCE_S)["choices"][0]["text"] == TEXT
     bad = client.submit([60_000])
     with pytest.raises(JobFailed) as caught:
-        AsyncResult(bad.id, app=client.celery_app).get(timeout=30)
+        AsyncResult(bad.id, app=client.celery_app).get(timeout=PATIENCE_S)
     assert caught.value.code == "invalid_token_id"
 
 
 def test_a_signature_is_a_job_under_its_id(client: Client) -> None:
     client.signature("Hello.", id="canvas:named", **FIELDS).apply_async()
-    assert AsyncResult("canvas:named", app=client.celery_app).get(timeout=30)["id"] == "canvas:named"
+    assert AsyncResult("canvas:named", app=client.celery_app).get(timeout=PATIENCE_S)["id"] == "canvas:named"
     assert client.job("canvas:named").result(5).text == TEXT
     assert "Hello" not in repr(client.signature("Hello.").options)
     with pytest.raises(InvalidRequest, match="max_tokens"):
@@ -61,12 +62,12 @@ def test_a_chord_calls_a_task_of_ones_own_when_all_are_done(client: Client, mine
     done = chord([client.signature("Hello.", **FIELDS), client.signature("Hello.", **FIELDS)])(
         join.s(last="!").set(queue="mine")
     )
-    assert done.get(timeout=30) == f"{TEXT}|{TEXT}!"
+    assert done.get(timeout=PATIENCE_S) == f"{TEXT}|{TEXT}!"
     after = chain(client.signature("Hello.", **FIELDS), join.s().set(queue="mine"))()
-    assert after.get(timeout=30) == TEXT
+    assert after.get(timeout=PATIENCE_S) == TEXT
 
 
 def test_a_chain_runs_jobs_in_their_order(client: Client) -> None:
     last = chain(client.signature("Hello.", **FIELDS), client.signature([15496, 13], **FIELDS))()
-    assert last.get(timeout=30)["choices"][0]["text"] == TEXT
+    assert last.get(timeout=PATIENCE_S)["choices"][0]["text"] == TEXT
     assert last.parent.get(timeout=5)["id"] == last.parent.id

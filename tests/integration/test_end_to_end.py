@@ -29,6 +29,7 @@ from config import Settings
 from model import load_tokenizer
 from tests.integration.conftest import Reference
 from tests.integration.processes import WorkerProcess, wait_until
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.usefixtures("worker")
 
@@ -50,7 +51,7 @@ def connection(redis_url: str) -> redis.Redis:
 
 
 def test_checkpoint_12_with_a_real_redis(client: Client, reference: Reference) -> None:
-    result = client.submit("Hello.", max_tokens=10, temperature=0).result(timeout=60)
+    result = client.submit("Hello.", max_tokens=10, temperature=0).result(timeout=PATIENCE_S)
     expected = reference([15496, 13], 10)
     assert result.choices[0].token_ids == expected
     assert result.text == load_tokenizer("demo").decode(expected)
@@ -92,8 +93,8 @@ def test_sixty_four_mixed_jobs_at_once_equal_the_same_jobs_one_by_one(client: Cl
         }
         for i in range(64)
     ]
-    together = [job.result(60) for job in client.submit_many(requests)]
-    alone = [client.submit(**request).result(60) for request in requests]
+    together = [job.result(PATIENCE_S) for job in client.submit_many(requests)]
+    alone = [client.submit(**request).result(PATIENCE_S) for request in requests]
     assert [result.choices for result in together] == [result.choices for result in alone]
 
 
@@ -102,19 +103,21 @@ def test_prompts_of_every_size_equal_transformers(
     client: Client, reference: Reference, prompt: str | list[int]
 ) -> None:
     ids = (load_tokenizer("demo").encode(prompt) or [50256]) if isinstance(prompt, str) else prompt
-    result = client.submit(prompt, max_tokens=6, temperature=0, ignore_eos=True).result(60)
+    result = client.submit(prompt, max_tokens=6, temperature=0, ignore_eos=True).result(PATIENCE_S)
     assert result.choices[0].token_ids == reference(ids, 6)
 
 
 def test_a_prompt_that_fills_the_context(client: Client, reference: Reference) -> None:
     prompt = load_tokenizer("demo").encode("The sea was calm and the night was long. " * 200)[:1023]
-    assert client.submit(prompt, max_tokens=1, temperature=0).result(60).choices[0].token_ids == reference(prompt, 1)
+    assert client.submit(prompt, max_tokens=1, temperature=0).result(PATIENCE_S).choices[0].token_ids == reference(
+        prompt, 1
+    )
 
 
 def test_a_prompt_over_the_context_fails_with_both_numbers(client: Client) -> None:
     job = client.submit([464] * 1020, max_tokens=10)
     with pytest.raises(JobFailed, match=r"1020 tokens and max_tokens is 10.*at most 1024") as caught:
-        job.result(60)
+        job.result(PATIENCE_S)
     assert caught.value.code == "context_length_exceeded"
     assert caught.value.job is job
     assert job.status() == "failed"
@@ -122,7 +125,7 @@ def test_a_prompt_over_the_context_fails_with_both_numbers(client: Client) -> No
 
 def test_a_token_id_outside_the_vocabulary_fails_the_job(client: Client) -> None:
     with pytest.raises(JobFailed, match=r"50257.*50256") as caught:
-        client.submit([50257], max_tokens=1).result(60)
+        client.submit([50257], max_tokens=1).result(PATIENCE_S)
     assert caught.value.code == "invalid_token_id"
 
 
@@ -130,7 +133,7 @@ def test_states_from_queued_to_succeeded(client: Client) -> None:
     job = client.submit("Hello.", **LONG)
     wait_until(lambda: job.status() != "queued")
     assert job.status() in ("running", "succeeded")
-    assert client.job(job.id).result(60).usage.completion_tokens == 900
+    assert client.job(job.id).result(PATIENCE_S).usage.completion_tokens == 900
     assert client.job(job.id).status() == "succeeded"
 
 
@@ -139,7 +142,7 @@ def test_cancelling_a_running_job_ends_it_with_its_text_so_far(client: Client) -
     wait_until(lambda: job.status() == "running")
     assert job.cancel()
     with pytest.raises(JobCancelled) as caught:
-        job.result(30)
+        job.result(PATIENCE_S)
     assert caught.value.partial
     assert job.status() == "cancelled"
     assert not job.cancel()
@@ -148,7 +151,7 @@ def test_cancelling_a_running_job_ends_it_with_its_text_so_far(client: Client) -
 def test_a_job_cancelled_before_a_worker_meets_it_is_never_computed(client: Client, connection: redis.Redis) -> None:
     connection.set(keys.cancel("cancelled-early"), "1")
     with pytest.raises(JobCancelled, match="before it started"):
-        client.submit("Hello.", id="cancelled-early").result(30)
+        client.submit("Hello.", id="cancelled-early").result(PATIENCE_S)
 
 
 def test_celerys_own_revoke_stops_one_row(settings: Settings, client: Client) -> None:
@@ -159,8 +162,8 @@ def test_celerys_own_revoke_stops_one_row(settings: Settings, client: Client) ->
     wait_until(lambda: job.status() == "running")
     app.control.revoke(job.id, terminate=True)
     with pytest.raises(JobCancelled):
-        job.result(30)
-    assert neighbour.result(30).usage.completion_tokens == 200
+        job.result(PATIENCE_S)
+    assert neighbour.result(PATIENCE_S).usage.completion_tokens == 200
     assert app.control.ping(timeout=2)
     app.close()
 
@@ -179,15 +182,15 @@ def test_jobs_of_one_message_are_cancelled_revoked_and_fail_alone(settings: Sett
     assert cancelled.cancel()
     app.control.revoke(revoked.id)
     with pytest.raises(JobCancelled) as caught:
-        cancelled.result(30)
+        cancelled.result(PATIENCE_S)
     assert caught.value.partial
     with pytest.raises(JobCancelled, match="revoked through Celery"):
-        revoked.result(30)
+        revoked.result(PATIENCE_S)
     with pytest.raises(JobFailed, match="60000"):
-        bad.result(30)
-    assert good.result(30).usage.completion_tokens == 200
+        bad.result(PATIENCE_S)
+    assert good.result(PATIENCE_S).usage.completion_tokens == 200
     with pytest.raises(JobExpired):
-        expired.result(30)
+        expired.result(PATIENCE_S)
     assert AsyncResult(good.id, app=app).get(timeout=5)["usage"]["completion_tokens"] == 200
     assert [AsyncResult(job.id, app=app).state for job in (revoked, bad)] == ["REVOKED", "FAILURE"]
     with pytest.raises(JobFailed, match="60000"):
@@ -206,7 +209,7 @@ def test_revoking_a_message_ends_all_its_jobs(settings: Settings, client: Client
     app.control.revoke(message, terminate=True)
     for job in jobs:
         with pytest.raises(JobCancelled, match="revoked through Celery"):
-            job.result(30)
+            job.result(PATIENCE_S)
     waits = uuid.uuid4().hex
     app.control.revoke(waits)
     late = [{"id": f"{waits}:{i}", "request": {"prompt": "Hello."}} for i in range(2)]
@@ -226,7 +229,7 @@ def test_an_async_result_hears_of_the_end_of_a_job_in_a_group(settings: Settings
     waiting = [AsyncResult(name, app=app) for name in names]
     app.backend.result_consumer.start(names[0])
     client.submit_many([{"prompt": "Hello.", "id": name, "max_tokens": 3, "ignore_eos": True} for name in names])
-    assert [result.get(timeout=30)["usage"]["completion_tokens"] for result in waiting] == [3, 3]
+    assert [result.get(timeout=PATIENCE_S)["usage"]["completion_tokens"] for result in waiting] == [3, 3]
     app.backend.result_consumer.stop()
     app.backend.client.close()
     app.close()
@@ -235,7 +238,7 @@ def test_an_async_result_hears_of_the_end_of_a_job_in_a_group(settings: Settings
 def test_a_job_past_its_timeout_is_expired(client: Client) -> None:
     job = client.submit("Hello.", timeout_s=0.3, **LONG)
     with pytest.raises(JobExpired):
-        job.result(30)
+        job.result(PATIENCE_S)
     assert job.status() == "expired"
 
 
@@ -246,7 +249,7 @@ def test_celerys_own_time_limit_is_kept(settings: Settings, client: Client) -> N
     request = {"prompt": "Hello.", **LONG, "max_tokens": 1000}
     job = sent_by_celery(client, app, [request], time_limit=0.2)
     with pytest.raises(JobExpired, match="time limit"):
-        job.result(30)
+        job.result(PATIENCE_S)
     app.close()
 
 
@@ -256,10 +259,11 @@ def test_plain_celery_gets_the_result_and_the_exception(settings: Settings, clie
     app = make_app(settings)
     good, bad = client.submit("Hello.", max_tokens=3, temperature=0), client.submit([60000])
     assert (
-        AsyncResult(good.id, app=app).get(timeout=30)["choices"][0]["token_ids"] == good.result().choices[0].token_ids
+        AsyncResult(good.id, app=app).get(timeout=PATIENCE_S)["choices"][0]["token_ids"]
+        == good.result().choices[0].token_ids
     )
     with pytest.raises(JobFailed, match="60000"):
-        AsyncResult(bad.id, app=app).get(timeout=30)
+        AsyncResult(bad.id, app=app).get(timeout=PATIENCE_S)
     app.close()
 
 
@@ -275,7 +279,7 @@ def test_a_message_nobody_could_have_submitted_fails_plainly(settings: Settings,
     ]
     for args, code in cases:
         with pytest.raises(JobFailed) as caught:
-            sent_by_celery(client, app, args).result(30)
+            sent_by_celery(client, app, args).result(PATIENCE_S)
         assert caught.value.code == code
     app.close()
 
@@ -299,7 +303,7 @@ def test_unknown_job_no_worker_and_too_late_are_three_errors(settings: Settings,
 
 def test_as_completed_gives_each_job_once_as_it_ends(client: Client) -> None:
     jobs = client.submit_many([{"prompt": "Hello.", "max_tokens": n, "temperature": 0} for n in (200, 1, 30)])
-    ended = list(client.as_completed(jobs, timeout=60))
+    ended = list(client.as_completed(jobs, timeout=PATIENCE_S))
     assert sorted(job.id for job in ended) == sorted(job.id for job in jobs)
     assert ended[-1] is jobs[0]
     assert all(job.result(0).usage.completion_tokens for job in ended)
@@ -307,8 +311,8 @@ def test_as_completed_gives_each_job_once_as_it_ends(client: Client) -> None:
 
 def test_the_same_id_and_request_is_the_same_job(client: Client) -> None:
     first = client.submit("Hello.", id="mine", max_tokens=4)
-    seed = first.result(30).seed
-    assert client.submit("Hello.", id="mine", max_tokens=4).result(30).seed == seed
+    seed = first.result(PATIENCE_S).seed
+    assert client.submit("Hello.", id="mine", max_tokens=4).result(PATIENCE_S).seed == seed
 
 
 def test_waiting_for_many_jobs_takes_one_connection_and_no_channel(client: Client, connection: redis.Redis) -> None:
@@ -318,7 +322,7 @@ def test_waiting_for_many_jobs_takes_one_connection_and_no_channel(client: Clien
     before, channels = ours(), set(connection.pubsub_channels())
     jobs = client.submit_many(["Hello."] * 50, max_tokens=100, temperature=0, ignore_eos=True)
     submitted = ours()
-    for job in client.as_completed(jobs, timeout=60):
+    for job in client.as_completed(jobs, timeout=PATIENCE_S):
         assert len(ours() - before) <= 2  # kombu's for publishing, redis-py's for reading
         assert job.status() == "succeeded"
     assert len(submitted - before) <= 2
@@ -329,9 +333,9 @@ def test_priority_goes_first(client: Client) -> None:
     """A worker that is full takes an interactive job before bulk jobs that came earlier."""
     bulk = client.submit_many(["Hello."] * 200, max_tokens=60, ignore_eos=True, temperature=0, priority="bulk")
     urgent = client.submit("Hello.", max_tokens=1, priority="interactive")
-    urgent.result(60)
+    urgent.result(PATIENCE_S)
     assert sum(job.status() == "succeeded" for job in bulk) < 190
-    for _ in client.as_completed(bulk, timeout=60):
+    for _ in client.as_completed(bulk, timeout=PATIENCE_S):
         pass
 
 
@@ -342,14 +346,14 @@ def test_status_shows_the_worker_and_its_slots(client: Client) -> None:
 
 
 def test_nothing_is_left_unacknowledged(client: Client, connection: redis.Redis) -> None:
-    client.submit("Hello.", max_tokens=2).result(30)
+    client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
     wait_until(lambda: connection.hlen(keys.unacked()) == 0)
     assert connection.zcard(keys.unacked_index()) == 0
 
 
 def test_the_log_says_what_happened_and_no_text(client: Client, worker: WorkerProcess) -> None:
     job = client.submit("Peculiar zebra 7312", max_tokens=5, temperature=0)
-    text = job.result(30).text
+    text = job.result(PATIENCE_S).text
     wait_until(lambda: any(line["job_id"] == job.id for line in worker.events("job.finished")))
     log = worker.text()
     assert "zebra 7312" not in log
@@ -357,7 +361,7 @@ def test_the_log_says_what_happened_and_no_text(client: Client, worker: WorkerPr
 
 
 def test_every_key_has_a_lifetime(client: Client, connection: redis.Redis) -> None:
-    client.submit("Hello.", max_tokens=2).result(30)
+    client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
     time.sleep(0.3)
     ours = [
         key
@@ -373,7 +377,7 @@ def test_every_key_has_a_lifetime(client: Client, connection: redis.Redis) -> No
 
 def test_a_job_keeps_its_checkpoints_when_asked_and_not_otherwise(client: Client, connection: redis.Redis) -> None:
     asked = client.submit("Hello.", max_tokens=3, temperature=0, checkpoints=[2, 10])
-    tokens = asked.result(30).choices[0].token_ids
+    tokens = asked.result(PATIENCE_S).choices[0].token_ids
     tensors = client.job(asked.id).checkpoints()
     assert {name: tensor.shape for name, tensor in tensors.items()} == {
         **dict.fromkeys("qkv", (2, 2, 64)),
@@ -382,20 +386,20 @@ def test_a_job_keeps_its_checkpoints_when_asked_and_not_otherwise(client: Client
     assert int(tensors["next_token"]) == tokens[0]
     assert 0 < connection.ttl(keys.checkpoint(asked.id)) <= 3600  # type: ignore[operator]
     among = client.submit_many([{"prompt": "Hello.", "checkpoints": [10]}, "Hello."], max_tokens=3, temperature=0)
-    among[0].result(30)
+    among[0].result(PATIENCE_S)
     assert int(among[0].checkpoints()["next_token"]) == tokens[0]
     plain = client.submit("Hello.", max_tokens=3)
-    plain.result(30)
+    plain.result(PATIENCE_S)
     with pytest.raises(NoCheckpoints, match="checkpoints='all'"):
         plain.checkpoints()
 
 
 def test_the_status_shows_what_is_in_the_slots_and_what_failed_and_gives_no_id_away(client: Client) -> None:
     failing = client.submit([60_000], max_tokens=1)
-    assert failing.wait(timeout=30) == "failed"
+    assert failing.wait(timeout=PATIENCE_S) == "failed"
     jobs = client.submit_many(["Hello."] * 90, max_tokens=900, ignore_eos=True)
     tags = {keys.tag(job.id) for job in jobs}
-    deadline, rows = time.monotonic() + 30, []
+    deadline, rows = time.monotonic() + PATIENCE_S, []
     while not rows and time.monotonic() < deadline:
         rows = [row for row in client.status().workers[0].rows if row.job in tags]
     record = client._redis.hgetall(keys.worker(client.status().workers[0].name))
@@ -406,4 +410,4 @@ def test_the_status_shows_what_is_in_the_slots_and_what_failed_and_gives_no_id_a
     assert failure.code == "invalid_token_id"
     assert not any(job.id in str(record) for job in (failing, *jobs))
     for job in jobs:
-        job.wait(timeout=30)
+        job.wait(timeout=PATIENCE_S)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from client import Client
 from model.files import find_model
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -31,7 +32,7 @@ def environment(worker: object, redis_url: str, tmp_path: Path) -> dict[str, str
 
 def run(name: str, *arguments: str, env: dict[str, str]) -> str:
     command = [sys.executable, str(EXAMPLES / name), *arguments]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -89,8 +90,8 @@ def service(environment: dict[str, str]) -> Iterator[int]:
 
 
 def test_the_service_answers_many_at_once_and_outlives_who_hangs_up(service: int, client: Client) -> None:
-    expected = client.submit("The river", max_tokens=200, temperature=0).result(timeout=60).text
-    connections = [socket.create_connection(("127.0.0.1", service), timeout=60) for _ in range(3)]
+    expected = client.submit("The river", max_tokens=200, temperature=0).result(timeout=PATIENCE_S).text
+    connections = [socket.create_connection(("127.0.0.1", service), timeout=PATIENCE_S) for _ in range(3)]
     for connection in connections:
         connection.sendall(b"The river\n")
     assert connections[0].recv(1)

@@ -18,6 +18,7 @@ from celery import Celery
 from client import Client, JobFailed, keys
 from client.transport import connect
 from tests.integration.processes import WorkerProcess, wait_until
+from tests.patience import PATIENCE_S
 from worker.embedded import EmbeddedRedis
 
 MILLRACE = [sys.executable, "-m", "worker.cli"]
@@ -53,7 +54,7 @@ def client(server: EmbeddedRedis, worker: WorkerProcess) -> Iterator[Client]:
 def test_a_strange_message_harms_nobody(client: Client, worker: WorkerProcess, call: dict[str, object]) -> None:
     # Not through `app`: its result backend would refuse a strange id before it is sent.
     client._app.send_task("millrace.generate", **call)
-    assert client.submit("Hello.", max_tokens=2).result(20)
+    assert client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
     assert worker.alive
     wait_until(lambda: connect(client.url).hlen(keys.unacked()) == 0)
 
@@ -73,7 +74,7 @@ def test_a_strange_message_harms_nobody(client: Client, worker: WorkerProcess, c
 )
 def test_a_strange_group_harms_nobody(client: Client, worker: WorkerProcess, call: dict[str, object]) -> None:
     client._app.send_task("millrace.generate_many", **call)
-    assert client.submit("Hello.", max_tokens=2).result(20)
+    assert client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
     assert worker.alive
     wait_until(lambda: connect(client.url).hlen(keys.unacked()) == 0)
 
@@ -109,7 +110,7 @@ def test_copies_of_a_group_and_of_its_jobs_are_one_result_each(
     for part in (names, names[:2], names[2:]):
         app.send_task("millrace.generate_many", args=[[{"id": name, "request": request} for name in part]])
     app.send_task("millrace.generate", args=[request], task_id=names[0])
-    assert {job.result(60).usage.completion_tokens for job in jobs} == {150}
+    assert {job.result(PATIENCE_S).usage.completion_tokens for job in jobs} == {150}
     wait_until(lambda: connect(client.url).hlen(keys.unacked()) == 0)
     active, reserved = (
         ask() for ask in (app.control.inspect(timeout=2).active, app.control.inspect(timeout=2).reserved)
@@ -126,8 +127,8 @@ def test_a_redis_that_is_full_for_a_while_costs_no_job(client: Client, server: E
     connection.config_set("maxmemory", "1")
     time.sleep(3)
     connection.config_set("maxmemory", "0")
-    assert {job.result(60).usage.completion_tokens for job in jobs} == {300}
-    assert client.submit("Hello.", max_tokens=2).result(30)
+    assert {job.result(PATIENCE_S).usage.completion_tokens for job in jobs} == {300}
+    assert client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
 
 
 def test_inspect_shows_no_prompt(client: Client, app: Celery) -> None:
@@ -151,7 +152,7 @@ def test_five_messages_of_one_job_are_one_result(client: Client, app: Celery) ->
     job = client.submit("Hello.", id="five", max_tokens=200, temperature=0, ignore_eos=True)
     for _ in range(4):
         app.send_task("millrace.generate", args=[{"prompt": "Hello.", "max_tokens": 200}], task_id="five")
-    assert job.result(30).usage.completion_tokens == 200
+    assert job.result(PATIENCE_S).usage.completion_tokens == 200
     wait_until(lambda: connect(client.url).hlen(keys.unacked()) == 0)
 
 
@@ -179,8 +180,8 @@ def test_a_generate_that_is_ended_leaves_no_process_behind(tmp_path: Path, numbe
     wait_until(lambda: len(family()) >= 2)  # Redis and the worker
     started = family()
     process.send_signal(number)
-    process.wait(30)
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), timeout=10)
+    process.wait(PATIENCE_S)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_a_generate_that_is_ended_leaves_no_process_behind(tmp_path: Path, numbe
 )
 def test_every_error_with_json_is_one_object_and_an_exit_code(arguments: list[str], code: int) -> None:
     environment = {**os.environ, "MILLRACE_REDIS_URL": "redis://localhost:1/0"}
-    done = subprocess.run([*MILLRACE, *arguments], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*MILLRACE, *arguments], env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == code
     assert json.loads(done.stdout)["error"]["message"]
     assert "Traceback" not in done.stderr

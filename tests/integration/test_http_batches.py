@@ -19,9 +19,10 @@ from client import Client
 from client.transport import connect
 from tests.integration.http_server import HttpServer, events_of
 from tests.integration.processes import WorkerProcess, paced, wait_until, worker_on
+from tests.patience import PATIENCE_S
 from worker.embedded import EmbeddedRedis
 
-SLOWLY = {"patch": paced(0.005), "MILLRACE_DRAFT_TOKENS": "0", "MILLRACE_THREADS": "1", "MILLRACE_LEASE_S": "30"}
+SLOWLY = {"patch": paced(0.005), "MILLRACE_DRAFT_TOKENS": "0", "MILLRACE_LEASE_S": "30"}
 ENDLESS: dict[str, Any] = {"model": "demo", "prompt": "Hello.", "max_tokens": 900, "extra_body": {"ignore_eos": True}}
 ENDED = ("completed", "failed", "cancelled", "expired")
 ROWS = 64
@@ -77,7 +78,7 @@ def begin(api: openai.OpenAI, content: bytes, **options: Any) -> Any:
 
 
 def wait_ended(api: openai.OpenAI, batch_id: str, condition: Callable[[Any], bool] | None = None) -> Any:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         batch = api.batches.retrieve(batch_id)
         if batch.status in ENDED or (condition is not None and condition(batch)):
@@ -126,7 +127,7 @@ def test_a_batch_comes_to_what_each_row_comes_to_alone(api: openai.OpenAI, clien
     bodies = [line["response"]["body"] for line in found.values()]
     assert batch.usage.output_tokens == sum(body["usage"]["completion_tokens"] for body in bodies)
     one = found["row 7"]["response"]["body"]
-    alone = client.submit("The river 7", max_tokens=3, seed=one["seed"]).result(60)
+    alone = client.submit("The river 7", max_tokens=3, seed=one["seed"]).result(PATIENCE_S)
     assert one["choices"][0]["text"] == alone.text
     (failure,) = lines_of(api, batch.error_file_id).values()
     assert (failure["custom_id"], failure["error"]["code"]) == ("row 20", "context_length_exceeded")
@@ -200,7 +201,7 @@ def test_a_server_that_ends_in_the_middle_of_a_batch_goes_on_with_it(
     for name in ("row 0", f"row {ROWS - 1}"):
         body = found[name]["response"]["body"]
         prompt = f"The river {name.removeprefix('row ')}"
-        alone = client.submit(prompt, max_tokens=12, ignore_eos=True, seed=body["seed"]).result(60)
+        alone = client.submit(prompt, max_tokens=12, ignore_eos=True, seed=body["seed"]).result(PATIENCE_S)
         assert alone.text == body["choices"][0]["text"]
     assert batch.usage.output_tokens == 12 * ROWS
 
@@ -227,7 +228,7 @@ def test_a_closed_stream_cancels_its_jobs(api: openai.OpenAI, server: EmbeddedRe
     assert first.id.removeprefix("cmpl-") in jobs
     assert len(jobs) == 2
     stream.close()
-    assert {client.job(job_id).wait(10) for job_id in jobs} == {"cancelled"}
+    assert {client.job(job_id).wait(PATIENCE_S) for job_id in jobs} == {"cancelled"}
 
 
 def test_a_closed_connection_cancels_what_waits_for_a_whole_completion(
@@ -238,11 +239,11 @@ def test_a_closed_connection_cancels_what_waits_for_a_whole_completion(
     with http.http() as plain, pytest.raises(httpx.ReadTimeout):
         plain.post("/v1/completions", json=body, timeout=0.5)
     (whole,) = job_ids(server) - before
-    assert client.job(whole).wait(10) == "cancelled"
+    assert client.job(whole).wait(PATIENCE_S) == "cancelled"
     with http.http() as plain, plain.stream("POST", "/execute", json=body) as response:
         name, data = next(events_of(response))
     assert name == "started"
-    assert client.job(json.loads(data)["id"]).wait(10) == "cancelled"
+    assert client.job(json.loads(data)["id"]).wait(PATIENCE_S) == "cancelled"
 
 
 def test_a_server_that_stops_cancels_what_does_not_end_in_time(
@@ -252,7 +253,7 @@ def test_a_server_that_stops_cancels_what_does_not_end_in_time(
         stream = api.completions.create(**ENDLESS, stream=True)
         job = client.job(next(iter(stream)).id.removeprefix("cmpl-"))
         assert own.end(signal.SIGTERM) == 0
-        assert job.wait(10) == "cancelled"
+        assert job.wait(PATIENCE_S) == "cancelled"
         stream.close()
 
 

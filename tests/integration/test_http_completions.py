@@ -14,6 +14,7 @@ from client import Client, Result
 from model import load_tokenizer
 from tests.integration.http_server import HttpServer, events_of
 from tests.integration.processes import worker_on
+from tests.patience import PATIENCE_S
 from worker.embedded import EmbeddedRedis
 
 MODEL: dict[str, Any] = {"model": "demo"}
@@ -22,9 +23,8 @@ SHORT: dict[str, Any] = {**MODEL, "prompt": "Hello.", "max_tokens": 4}
 
 @pytest.fixture(scope="module")
 def http(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
-    """With a worker of one thread: two that wait for each other are slow where other processes use the cores."""
     directory = tmp_path_factory.mktemp("http")
-    with worker_on(server, directory / "worker.log", MILLRACE_THREADS="1", MILLRACE_LEASE_S="30") as worker:
+    with worker_on(server, directory / "worker.log", MILLRACE_LEASE_S="30") as worker:
         worker.wait_ready()
         with HttpServer(directory, server.url) as process:
             yield process
@@ -92,13 +92,13 @@ def test_every_parameter_does_what_it_does_in_the_client(
     for name in ("extra_body", "user", "best_of", "stream", "suffix"):
         plain.pop(name, None)
     found = api.completions.create(**MODEL, prompt="Hello.", **given)
-    assert texts(found) == texts_of(client.submit("Hello.", **plain).result(60))
+    assert texts(found) == texts_of(client.submit("Hello.", **plain).result(PATIENCE_S))
 
 
 def test_choices_of_several_prompts_are_numbered_prompt_by_prompt(api: openai.OpenAI, client: Client) -> None:
     same: dict[str, Any] = {"n": 2, "seed": 5, "max_tokens": 6}
     prompts = ["The river", "The sea", "Hello."]
-    alone = [client.submit(prompt, **same).result(60) for prompt in prompts]
+    alone = [client.submit(prompt, **same).result(PATIENCE_S) for prompt in prompts]
     found = api.completions.create(**MODEL, prompt=prompts, **same)
     assert texts(found) == texts_of(*alone)
     assert found.usage is not None
@@ -121,7 +121,7 @@ def test_an_echoed_prompt_is_scored(api: openai.OpenAI, client: Client) -> None:
     assert scores.top_logprobs is not None
     assert scores.token_logprobs[0] is None
     assert scores.top_logprobs[0] is None
-    own = client.submit("Hello. Hello.", echo=True, logprobs=2, max_tokens=0).result(60).choices[0].logprobs
+    own = client.submit("Hello. Hello.", echo=True, logprobs=2, max_tokens=0).result(PATIENCE_S).choices[0].logprobs
     assert own is not None
     assert scores.token_logprobs == [score.logprob for score in own]
     for score, top in list(zip(own, scores.top_logprobs, strict=True))[1:]:
@@ -171,7 +171,7 @@ def test_asyncio_streams_many_at_once(http: HttpServer, client: Client) -> None:
             return await asyncio.gather(*(one(api, seed) for seed in range(20)))
 
     expected = [client.submit("Hello.", max_tokens=4, seed=seed) for seed in range(20)]
-    assert asyncio.run(all_of_them()) == [job.result(60).text for job in expected]
+    assert asyncio.run(all_of_them()) == [job.result(PATIENCE_S).text for job in expected]
 
 
 WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
@@ -252,7 +252,7 @@ def test_execute_tells_start_tokens_and_end(http: HttpServer, client: Client) ->
         found = [(name, json.loads(data)) for name, data in events_of(response)]
     names = [name for name, _ in found]
     assert names == ["started", *["token"] * (len(found) - 2), "end"]
-    result = client.job(found[0][1]["id"]).result(10)
+    result = client.job(found[0][1]["id"]).result(PATIENCE_S)
     assert Result.model_validate(found[-1][1]) == result
     tokens = [data for name, data in found if name == "token"]
     assert "".join(token["text"] for token in tokens) == result.text

@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from tests.integration.http_server import HttpServer
+from tests.patience import PATIENCE_S
 from worker.embedded import EmbeddedRedis
 
 KEYS = ("first-key-0123456789", "second-key-0123456789")
@@ -138,17 +139,19 @@ def test_without_keys_no_page_in_a_browser_may_ask(open_http: HttpServer) -> Non
     ],
 )
 def test_a_start_that_would_open_the_door_is_refused(tmp_path: Path, flags: list[str], part: str) -> None:
-    done = subprocess.run([*SERVE, "--files", str(tmp_path), *flags], capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        [*SERVE, "--files", str(tmp_path), *flags], capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert (done.returncode, part in done.stderr) == (2, True), done.stderr
 
 
 def test_without_the_extra_the_error_names_it() -> None:
     hidden = "import sys; sys.modules['uvicorn'] = None; from worker.cli import run; sys.argv[1:] = ['serve']; run()"
-    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 3
     assert "pip install 'millrace[http]'" in done.stderr
 
 
 def test_the_server_loads_no_model() -> None:
     code = "import client.http.serve, sys; assert not {'torch', 'numba', 'worker'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)

@@ -13,6 +13,7 @@ import pytest
 
 from client import Client, keys
 from tests.integration.http_server import HttpServer
+from tests.patience import PATIENCE_S
 
 KEY = "a-key-of-more-than-16"
 
@@ -45,10 +46,10 @@ def test_the_status_needs_a_key(http: HttpServer) -> None:
 
 def test_the_status_shows_slots_queues_rates_and_failures(http: HttpServer, client: Client) -> None:
     failing = client.submit([60_000], max_tokens=1)
-    assert failing.wait(timeout=30) == "failed"
+    assert failing.wait(timeout=PATIENCE_S) == "failed"
     jobs = client.submit_many(["The river"] * 90, max_tokens=900, ignore_eos=True)
     tags = {keys.tag(job.id) for job in jobs}
-    deadline, rows = time.monotonic() + 30, []
+    deadline, rows = time.monotonic() + PATIENCE_S, []
     with http.http(authorization=f"Bearer {KEY}") as plain:
         while not rows and time.monotonic() < deadline:
             status = plain.get("/status.json").json()
@@ -64,7 +65,7 @@ def test_the_status_shows_slots_queues_rates_and_failures(http: HttpServer, clie
         assert (keys.tag(failing.id), "invalid_token_id") in failures
         assert not any(job.id in plain.get("/status.json").text for job in (failing, *jobs))
     for job in jobs:
-        job.wait(timeout=30)
+        job.wait(timeout=PATIENCE_S)
 
 
 def test_without_redis_the_status_says_so(tmp_path: Path) -> None:

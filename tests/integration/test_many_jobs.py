@@ -9,6 +9,7 @@ import pytest
 
 from client import Client
 from tests.integration.processes import WorkerProcess
+from tests.patience import PATIENCE_S
 
 JOBS = 2000
 
@@ -29,7 +30,7 @@ def test_two_thousand_jobs_all_finish_and_memory_does_not_grow(client: Client, w
     jobs = client.submit_many(requests, ignore_eos=True)
     assert worker.process is not None
     sizes = []
-    for job, _ in zip(client.as_completed(jobs, timeout=200), range(JOBS), strict=True):
+    for job, _ in zip(client.as_completed(jobs, timeout=PATIENCE_S), range(JOBS), strict=True):
         sizes.append(resident_bytes(worker.process.pid))
         assert job.status() == "succeeded"
     quarter = JOBS // 4

@@ -17,6 +17,7 @@ import redis
 from client import Client, JobFailed, keys
 from client.transport import connect
 from tests.integration.processes import WorkerProcess, wait_until
+from tests.patience import PATIENCE_S
 from worker.celery import make_app
 from worker.embedded import EmbeddedRedis
 
@@ -89,12 +90,12 @@ def test_a_worker_killed_while_it_takes_a_message_loses_none(
         jobs = client.submit_many(["Hello."] * 16, max_tokens=2, priority="interactive")
         jobs.append(client.submit("Hello.", max_tokens=2, priority="bulk"))
         with WorkerProcess(tmp_path / "killed.log", patch=KILL.format(place), **environment) as killed:
-            assert killed.wait(60) == -9
+            assert killed.wait() == -9
         waiting = sum(connection.llen(name) for name in keys.queue_lists("demo"))  # type: ignore[misc]
         held = connection.hlen(keys.unacked())
         assert (waiting, held) == ((2, 0) if place == "_take" else (1, 1))
         assert connection.zcard(keys.unacked_index()) == held, "what is held has a lease"
-    assert {job.result(60).usage.completion_tokens for job in jobs} == {2}
+    assert {job.result(PATIENCE_S).usage.completion_tokens for job in jobs} == {2}
     wait_until(lambda: not connection.hlen(keys.unacked()))
 
 
@@ -115,7 +116,7 @@ def test_a_worker_that_starts_while_redis_is_full_works_when_it_is_not(
     with full(connection), WorkerProcess(tmp_path / "worker.log", **environment) as worker:
         worker.wait_for("redis.refused", 60, count=2)
         relieve(connection)
-        assert job.result(30)
+        assert job.result(PATIENCE_S)
         wait_until(lambda: not connection.hlen(keys.unacked()))
 
 
@@ -136,7 +137,7 @@ def test_a_message_is_neither_lost_nor_in_the_way_while_redis_is_full(
         refused = len(worker.events("redis.refused"))
         connection.client_kill_filter(_type="normal", skipme=True)
         worker.wait_for("redis.refused", count=refused + 1)
-    assert job.result(30)
+    assert job.result(PATIENCE_S)
     assert worker.alive
     wait_until(lambda: not connection.hlen(keys.unacked()))
 
@@ -144,7 +145,7 @@ def test_a_message_is_neither_lost_nor_in_the_way_while_redis_is_full(
 def test_a_message_is_served_with_and_without_a_hint(
     client: Client, connection: redis.Redis, worker: WorkerProcess
 ) -> None:
-    assert client.submit("Hello.", max_tokens=1).result(30)
+    assert client.submit("Hello.", max_tokens=1).result(PATIENCE_S)
     wait_until(lambda: not connection.exists(keys.hint("demo")))
     client._app.send_task("millrace.generate", args=[{"prompt": "x", "max_tokens": 1}], task_id="unhinted")
     wait_until(lambda: connection.exists(keys.result("unhinted")))
@@ -218,7 +219,7 @@ def test_a_message_that_nobody_can_read_is_put_aside_and_the_worker_goes_on(
     assert abs(letter["at"] - time.time()) < 60
     assert len(letter["message"]) <= keys.DEAD_TEXT_BYTES
     assert 0 < connection.ttl(keys.dead()) <= keys.DEAD_TTL_S  # type: ignore[operator]
-    assert client.submit("Hello.", max_tokens=1).result(30)
+    assert client.submit("Hello.", max_tokens=1).result(PATIENCE_S)
     assert worker.alive
 
 
@@ -257,7 +258,7 @@ def test_an_unreadable_message_of_a_dead_worker_does_not_hide_the_others(
     held = {"one": "[hello]", "two": "[null]", "three": '[null, "", "q"]', "good": f'[{good}, "", "millrace.demo"]'}
     connection.hset(keys.unacked(), mapping=held)
     connection.zadd(keys.unacked_index(), {tag: number + 1 for number, tag in enumerate(reversed(held))})
-    wait_until(lambda: connection.exists(keys.result("behind")), timeout=30)
+    wait_until(lambda: connection.exists(keys.result("behind")))
     wait_until(lambda: not connection.hlen(keys.unacked()))
     assert client.status().dead == 3
 
@@ -266,7 +267,7 @@ def test_a_cancel_that_comes_as_the_job_ends_leaves_no_key(
     client: Client, connection: redis.Redis, worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = client.submit("Hello.", max_tokens=1)
-    job.result(30)
+    job.result(PATIENCE_S)
     monkeypatch.setattr(client, "_look_at", lambda job_ids: [(None, "running")])
     assert not client.cancel(job.id)
     assert not connection.exists(keys.cancel(job.id))

@@ -16,6 +16,7 @@ from client import Client, keys
 from client.transport import connect
 from tests.integration.processes import attempts, paced, wait_until, worker_on
 from tests.integration.servers import free_port
+from tests.patience import PATIENCE_S
 from worker.embedded import EmbeddedRedis
 
 #: The second step of one job takes four seconds, as where a GPU hangs for a while.
@@ -63,11 +64,13 @@ def test_checkpoint_0_a_worker_starts_takes_a_job_and_says_when_it_is_unwell(
     probed = Probed(port := free_port())
     settings = {"MILLRACE_METRICS_PORT": str(port), "MILLRACE_STALL_S": "2", "MILLRACE_DRAFT_TOKENS": "0"}
     with worker_on(own_server, tmp_path / "worker.log", patch=paced(0.05) + STUCK, **settings) as worker:
-        wait_until(lambda: probed.get("/livez")[0], timeout=60)
+        wait_until(lambda: probed.get("/livez")[0])
         assert probed.get("/livez") == (200, "ok\n")
-        wait_until(lambda: probed.get("/readyz")[0] == 200, timeout=60)
-        assert own_client.submit("Hello.", max_tokens=10, temperature=0).result(30).usage.completion_tokens == 10
-        own_client.submit([60000]).wait(30)
+        wait_until(lambda: probed.get("/readyz")[0] == 200)
+        assert (
+            own_client.submit("Hello.", max_tokens=10, temperature=0).result(PATIENCE_S).usage.completion_tokens == 10
+        )
+        own_client.submit([60000]).wait(PATIENCE_S)
         wait_until(lambda: probed.samples()["millrace_request_failure_total"] == 1)
         numbers = probed.samples()
         assert numbers["millrace_request_success_total"] == 1
@@ -89,7 +92,7 @@ def test_checkpoint_0_a_worker_starts_takes_a_job_and_says_when_it_is_unwell(
         assert status == 503
         assert re.fullmatch(r"the engine has been at one step for \d+ s\n", text)
         assert probed.samples()["millrace_last_step_age_seconds"] > 2
-        assert stuck.result(30).usage.completion_tokens == 3
+        assert stuck.result(PATIENCE_S).usage.completion_tokens == 3
         wait_until(lambda: probed.get("/readyz") == probed.get("/livez") == (200, "ok\n"))
 
         jobs = own_client.submit_many(["The river"] * 8, max_tokens=30, ignore_eos=True)
@@ -99,7 +102,7 @@ def test_checkpoint_0_a_worker_starts_takes_a_job_and_says_when_it_is_unwell(
         worker.signal(signal.SIGTERM)
         wait_until(lambda: probed.get("/readyz") == (503, "the worker is stopping\n"))
         assert probed.get("/livez") == (200, "ok\n"), "what runs is to be finished"
-        assert worker.wait(30) == 0
+        assert worker.wait() == 0
         assert probed.get("/livez") == (0, "")
     assert [job.status() for job in jobs].count("succeeded") == 4
 
@@ -117,7 +120,7 @@ def test_sigterm_remapped_to_sigquit_finishes_what_it_may_and_hands_back_the_res
         worker.signal(signal.SIGTERM)
         wait_until(lambda: short.status() == "succeeded")
         worker.signal(signal.SIGTERM)  # enough was waited for
-        assert worker.wait(30) == 0
+        assert worker.wait() == 0
         assert worker.events("worker.stopped")[0]["returned"] == 1
     assert long.status() == "queued"
     assert attempts(own_client, long.id) == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from client import Client
 from tests.integration.processes import wait_until
+from tests.patience import PATIENCE_S
 from worker.embedded import EmbeddedRedis, die_with_parent
 
 ROOT = Path(__file__).parents[2]
@@ -30,13 +31,13 @@ def test_honcho_brings_up_a_worker_that_does_a_job(
         process = subprocess.Popen(die_with_parent(command), env=environment, stdout=log, stderr=log)
     try:
         job = own_client.submit("Hello.", max_tokens=10, temperature=0)
-        assert job.result(60).usage.completion_tokens == 10
+        assert job.result(PATIENCE_S).usage.completion_tokens == 10
         wait_until(lambda: own_client.status().serves("demo"))
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        process.wait(PATIENCE_S)
         wait_until(lambda: own_client.status().workers == [])
         assert "worker.stopped" in (tmp_path / "honcho.log").read_text()
     finally:
         if process.poll() is None:
             process.terminate()
-            process.wait(30)
+            process.wait(PATIENCE_S)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.integration.http_server import HttpServer
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -77,7 +78,7 @@ def test_shell_blocks_run(page: Path) -> None:
     environment = {**os.environ, "PATH": f"{bin_directory}{os.pathsep}{os.environ['PATH']}"}
     commands = [line for code, _ in blocks(page.read_text(), "sh") for line in code.splitlines()]
     for command in commands:
-        done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
         assert done.returncode == 0, f"{command}: {done.stderr}"
 
 
@@ -104,6 +105,16 @@ def test_the_table_of_settings_is_complete_and_gives_the_defaults() -> None:
         if field.default is not None:
             shown = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
             assert table[name.upper()].strip("`") == shown
+
+
+def test_the_table_of_checkpoints_has_their_tolerances() -> None:
+    from worker.checkpoints import CHECKPOINTS
+
+    page = (ROOT / "docs" / "fidelity.md").read_text()
+    table = dict(re.findall(r"^\| (\d+) \|.*\| (\S*) \|$", page, re.MULTILINE))
+    assert set(table) == {str(number) for number in CHECKPOINTS}
+    for number, (_, _, tolerance) in CHECKPOINTS.items():
+        assert float(table[str(number)].replace("exact", "0") or 0) == tolerance
 
 
 def test_the_settings_that_the_readme_names_exist() -> None:

@@ -22,6 +22,7 @@ from client.transport import connect
 from config import load_settings
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.integration.servers import redis_on_a_port
+from tests.patience import PATIENCE_S
 from worker.celery import make_app
 
 PROMPT, PASSWORD, KEY, WRONG_KEY = (
@@ -69,7 +70,7 @@ class Ear(threading.Thread):
 def ended(job: Any, error: io.StringIO) -> None:
     """Wait for a job; what its error says is kept."""
     try:
-        job.result(60)
+        job.result(PATIENCE_S)
     except MillraceError as failure:
         print(repr(failure), failure, file=error)
 

@@ -18,6 +18,7 @@ from celery import Celery
 from client import Client, keys
 from client.transport import connect
 from tests.integration.processes import WorkerProcess, wait_until
+from tests.patience import PATIENCE_S
 from worker.embedded import EmbeddedRedis
 from worker.gate import MAX_GROUP_JOBS, MAX_MESSAGE_BYTES
 
@@ -82,7 +83,7 @@ def arguments(request: Any) -> bytes:
 def assert_refused(client: Client, worker: WorkerProcess, before: int, reason: str) -> None:
     worker.wait_for("message.refused", count=before + 1)
     assert reason in worker.events("message.refused")[-1]["reason"]
-    assert client.submit("Hello.", max_tokens=2).result(30)
+    assert client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
     wait_until(lambda: client._redis.hlen(keys.unacked()) == 0)
 
 
@@ -150,7 +151,7 @@ def test_all_four_places_read_and_write_json_alone(app: Celery) -> None:
 def test_no_class_is_ever_looked_up_for_pickle_in_a_worker(client: Client, worker: WorkerProcess, app: Celery) -> None:
     """The whole of a worker's life so far, its start and all the messages above; and checkpoints."""
     job = client.submit("Hello.", max_tokens=3, checkpoints="all")
-    assert job.result(30)
+    assert job.result(PATIENCE_S)
     assert job.checkpoints()
     assert app.control.inspect(timeout=3, limit=1).stats()
     assert "HEARD" not in worker.text()
@@ -192,7 +193,7 @@ def test_a_group_that_is_too_large_is_refused(client: Client, worker: WorkerProc
 )
 def test_headers_of_any_shape_end_no_worker(client: Client, worker: WorkerProcess, headers: dict[str, Any]) -> None:
     put(client, arguments({"prompt": "x", "max_tokens": 1}), **headers)
-    assert client.submit("Hello.", max_tokens=2).result(15)
+    assert client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
     wait_until(lambda: client._redis.hlen(keys.unacked()) == 0)
     assert worker.alive
 

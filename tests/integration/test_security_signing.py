@@ -15,6 +15,7 @@ from client.signing import sign
 from client.transport import connect
 from config import load_settings
 from tests.integration.processes import WorkerProcess, wait_until
+from tests.patience import PATIENCE_S
 from worker.embedded import EmbeddedRedis
 
 NEW, OLD, FOREIGN = "new-key-" * 4, "old-key-" * 4, "else-key" * 4
@@ -50,7 +51,7 @@ def test_what_is_signed_with_a_key_of_the_worker_is_computed(
 ) -> None:
     with client_of(server, key) as client:
         jobs = [client.submit(**REQUEST), *client.submit_many([REQUEST] * 3)]
-        assert [job.result(60).text for job in jobs] == [TEXT] * 4
+        assert [job.result(PATIENCE_S).text for job in jobs] == [TEXT] * 4
 
 
 @pytest.mark.parametrize("key", [None, FOREIGN, f"{FOREIGN},{NEW}"], ids=["none", "foreign", "foreign first"])
@@ -62,7 +63,7 @@ def test_anything_else_fails_and_is_never_computed(
         jobs = [client.submit(**REQUEST), *client.submit_many([REQUEST] * 3)]
         for job in jobs:
             with pytest.raises(JobFailed, match="MILLRACE_SIGNING_KEY") as caught:
-                job.result(60)
+                job.result(PATIENCE_S)
             assert caught.value.code == "bad_signature"
             assert job.status() == "failed"
     finished = worker.events("job.finished")[started:]
@@ -102,8 +103,8 @@ def test_who_has_no_key_ends_no_job_by_naming_it(server: EmbeddedRedis, worker: 
         app.send_task("millrace.unheard", task_id="victim:0", priority=0)
         worker.wait_for("message.refused", count=refused + 9)
         assert victims[0].status() == "running"
-        assert client.submit(id="victim:later", **REQUEST).result(60).text == TEXT
-        assert {job.result(60).usage.completion_tokens for job in victims} == {900}
+        assert client.submit(id="victim:later", **REQUEST).result(PATIENCE_S).text == TEXT
+        assert {job.result(PATIENCE_S).usage.completion_tokens for job in victims} == {900}
         letters = [json.loads(text)["reason"] for text in client._redis.lrange(keys.dead(), 0, 8)]  # type: ignore[union-attr]
         wait_until(lambda: client._redis.hlen(keys.unacked()) == 0)
     assert sum("1 of its 1 jobs have no signature that holds" in reason for reason in letters) == 8
@@ -117,12 +118,12 @@ def test_a_message_sent_again_is_one_result(server: EmbeddedRedis, worker: Worke
     """Who overhears a signed message can send it again: it is known by its id, and nothing is computed."""
     with client_of(server, NEW) as client:
         job = client.submit(id="again", **REQUEST)
-        first = job.result(60)
+        first = job.result(PATIENCE_S)
         before = client._redis.get(keys.result("again"))
         wire = client._prepare({"id": "again", **REQUEST, "seed": first.seed}).wire
         client._app.send_task("millrace.generate", args=[wire], task_id="again")
         client._app.send_task("millrace.generate_many", args=[[{"id": "again", "request": wire}]])
-        assert client.submit(**REQUEST).result(60)  # those before it have been looked at
+        assert client.submit(**REQUEST).result(PATIENCE_S)  # those before it have been looked at
         wait_until(lambda: client._redis.hlen(keys.unacked()) == 0)
         assert client._redis.get(keys.result("again")) == before
     assert [line["state"] for line in worker.events("job.finished") if line["job_id"] == "again"] == ["succeeded"]

@@ -16,6 +16,7 @@ from client import Client, RedisRefused, RedisUnreachable, keys
 from client.transport import connect
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.integration.servers import redis_on_a_port
+from tests.patience import PATIENCE_S
 from worker.access import RightsMissing, check_rights, needed
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +40,7 @@ def passwords(directory: Path) -> dict[str, str]:
     assert RECIPE is not None
     (directory / "config").mkdir()
     (directory / "config" / ACL.name).write_text(ACL.read_text())
-    done = subprocess.run(["sh", "-euc", RECIPE[1]], cwd=directory, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["sh", "-euc", RECIPE[1]], cwd=directory, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     found = dict(re.findall(r"^millrace-(\w+): (\w{32,})$", done.stdout, re.MULTILINE))
     assert set(found) == {"client", "worker", "admin"}
@@ -98,11 +99,11 @@ def test_as_it_is_shipped_no_server_takes_it(tmp_path: Path) -> None:
 def test_client_and_worker_do_all_they_do_with_the_rights_they_have(
     client: Client, worker: WorkerProcess, url: Url, lost: str
 ) -> None:
-    assert client.submit("Hello.", max_tokens=5, temperature=0).result(60).text == '\n\n"I am'
+    assert client.submit("Hello.", max_tokens=5, temperature=0).result(PATIENCE_S).text == '\n\n"I am'
     named = client.submit("Hello.", id="users:named", max_tokens=5, temperature=0, checkpoints="all")
-    assert named.result(60).text == '\n\n"I am'
+    assert named.result(PATIENCE_S).text == '\n\n"I am'
     assert "logits" in named.checkpoints()
-    streamed = list(client.submit("Hello.", max_tokens=5, temperature=0, stream=True).stream(60))
+    streamed = list(client.submit("Hello.", max_tokens=5, temperature=0, stream=True).stream(PATIENCE_S))
     assert "".join(event.text for event in streamed) == '\n\n"I am'
     jobs = client.submit_many(["Hello."] * 20, max_tokens=100, ignore_eos=True, priority="bulk")
     assert jobs[-1].cancel()
@@ -110,7 +111,7 @@ def test_client_and_worker_do_all_they_do_with_the_rights_they_have(
     assert status.serves("demo")
     assert status.queues[0].bulk <= 2, "twenty jobs are two messages, and who may not look inside counts messages"
     assert {job.status() for job in client.as_completed(jobs, 60)} == {"succeeded", "cancelled"}
-    assert client.job(lost).result(60)
+    assert client.job(lost).result(PATIENCE_S)
     client._app.send_task("millrace.unheard", task_id="users:unheard", declare=[])
     wait_until(lambda: client._redis.exists(keys.result("users:unheard")))
     ignored = {(user, "client") for user in ("client", "worker")}  # redis-py says its name; it goes on without
@@ -206,7 +207,7 @@ def test_a_wrong_password_is_an_error_that_says_so(port: int, url: Url, tmp_path
         made.submit("Hello.")
     assert "not-it" not in str(caught.value)
     with WorkerProcess(tmp_path / "worker.log", MILLRACE_REDIS_URL=wrong) as process:
-        assert process.wait(60) != 0
+        assert process.wait(PATIENCE_S) != 0
         assert "user and password" in process.text()
         assert "not-it" not in process.text()
         assert "Traceback" not in process.text()
@@ -249,7 +250,7 @@ def test_a_worker_without_a_right_refuses_to_start_and_one_that_loses_it_ends_an
         admin.execute_command("ACL", "SETUSER", "losing", "-set", "-setex")
         jobs = client.submit_many(["Hello."] * 3, model="losing", max_tokens=5, temperature=0)
         jobs.append(client.submit("Hello.", model="losing", max_tokens=5, temperature=0))
-        assert losing.wait(30) == 1
+        assert losing.wait() == 1
         (said,) = losing.events("redis.forbidden")
         assert "SET millrace:celery-task-meta-" in said["hint"]
         assert "config/redis-users.acl" in said["hint"]
@@ -257,7 +258,7 @@ def test_a_worker_without_a_right_refuses_to_start_and_one_that_loses_it_ends_an
     assert {job.status() for job in jobs} == {"queued"}
     assert [admin.hget(keys.job(job.id), "attempts") for job in jobs] == ["0"] * 4
     with WorkerProcess(tmp_path / "refused.log", **settings) as refused:
-        assert refused.wait(30) == 1
+        assert refused.wait() == 1
         assert "SET millrace:celery-task-meta-" in refused.text()
         assert "Traceback" not in refused.text()
         assert not refused.events("message.accepted")

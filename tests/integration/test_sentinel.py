@@ -15,6 +15,7 @@ from client import AsyncClient, Client, keys
 from client.transport import connect
 from tests.integration.processes import WorkerProcess, paced, wait_until
 from tests.integration.servers import free_port, redis_on_a_port
+from tests.patience import PATIENCE_S
 from worker.embedded import find_server
 
 
@@ -36,7 +37,7 @@ def sentinel_on_a_port(directory: Path, primary: int) -> Iterator[int]:
         yield port
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(PATIENCE_S)
 
 
 def _knows_a_replica(sentinel: redis.Redis) -> bool:
@@ -78,8 +79,8 @@ def test_no_accepted_job_is_lost_when_a_replica_becomes_the_primary(
                 connect(f"redis://127.0.0.1:{replica}") as second,
             ):
                 wait_until(lambda: decides.sentinel_master("jobs")["port"] == replica)
-                assert {job.result(60).usage.completion_tokens for job in jobs} == {40, 20}
-                assert client.submit("Hello.", max_tokens=2).result(30)
+                assert {job.result(PATIENCE_S).usage.completion_tokens for job in jobs} == {40, 20}
+                assert client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
                 wait_until(lambda: second.hlen(keys.unacked()) == 0)
             assert worker.alive
             assert len(worker.events("worker.ready")) == 1
@@ -87,6 +88,6 @@ def test_no_accepted_job_is_lost_when_a_replica_becomes_the_primary(
             async def ask() -> int:
                 async with AsyncClient(redis_url=url) as own:
                     job = await own.submit("Hello.", max_tokens=3, ignore_eos=True)
-                    return (await job.result(timeout=30)).usage.completion_tokens
+                    return (await job.result(timeout=PATIENCE_S)).usage.completion_tokens
 
             assert asyncio.run(ask()) == 3

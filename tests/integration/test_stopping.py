@@ -12,6 +12,7 @@ import pytest
 from client import Client, JobFailed, keys
 from client.transport import connect
 from tests.integration.processes import attempts, paced, wait_until, worker_on
+from tests.patience import PATIENCE_S
 from worker.celery import make_app
 from worker.embedded import EmbeddedRedis
 
@@ -43,9 +44,9 @@ def test_a_prompt_that_kills_its_process_fails_and_takes_nobody_with_it(
     while group[2].status() != "failed":
         log = tmp_path / f"{deaths}.log"
         with worker_on(own_server, log, patch=DEADLY, MILLRACE_MAX_ATTEMPTS="2") as worker:
-            wait_until(lambda w=worker: not w.alive or group[2].status() == "failed", timeout=60)  # type: ignore[misc]
+            wait_until(lambda w=worker: not w.alive or group[2].status() == "failed")  # type: ignore[misc]
             if worker.alive:
-                texts = [job.result(30).text for job in (*group[:2], *group[3:], alone)]
+                texts = [job.result(PATIENCE_S).text for job in (*group[:2], *group[3:], alone)]
                 wait_until(lambda: connect(own_server.url).hlen(keys.unacked()) == 0)
             else:
                 deaths += 1
@@ -62,9 +63,9 @@ def test_sigquit_counts_no_attempt_and_waits_no_longer_than_the_rows(
     """As SIGTERM does (test_worker_process.py)."""
     jobs = [own_client.submit("Hello.", **LONG, max_tokens=120) for _ in range(8)]
     with worker_on(own_server, tmp_path / "w.log", patch=SLOWLY, MILLRACE_SOFT_SHUTDOWN_S="300") as worker:
-        wait_until(lambda: sum(job.status() == "running" for job in jobs) == 4, timeout=60)
+        wait_until(lambda: sum(job.status() == "running" for job in jobs) == 4)
         worker.signal(signal.SIGQUIT)
-        worker.wait(60)
+        worker.wait()
         assert worker.events("worker.stopped")
     states = [job.status() for job in jobs]
     assert states.count("succeeded") == 4
@@ -83,12 +84,12 @@ def test_a_second_signal_hands_back_what_runs(
 ) -> None:
     jobs = [own_client.submit("Hello.", **LONG, max_tokens=1000) for _ in range(2)]
     with worker_on(own_server, tmp_path / "w.log", patch=SLOWLY, MILLRACE_SOFT_SHUTDOWN_S="300") as worker:
-        wait_until(lambda: any(job.status() == "running" for job in jobs), timeout=60)
+        wait_until(lambda: any(job.status() == "running" for job in jobs))
         worker.signal(first)
         time.sleep(2)
         assert worker.alive
         worker.signal(second)
-        worker.wait(20)
+        worker.wait()
         assert worker.events("worker.stopped")
     assert [(job.status(), attempts(own_client, job.id)) for job in jobs] == [("queued", 0)] * 2
     assert own_client.status().queues[0].normal == 2
@@ -100,12 +101,12 @@ def test_sigterm_without_redis_ends_in_time_and_the_jobs_end_elsewhere(
 ) -> None:
     jobs = [own_client.submit("Hello.", **LONG, max_tokens=400) for _ in range(2)]
     with worker_on(own_server, tmp_path / "w.log", patch=SLOWLY, MILLRACE_SOFT_SHUTDOWN_S="2") as worker:
-        wait_until(lambda: all(job.status() == "running" for job in jobs), timeout=60)
+        wait_until(lambda: all(job.status() == "running" for job in jobs))
         time.sleep(1.2)  # appendfsync everysec
         assert own_server.pid is not None
         os.kill(own_server.pid, how)
         worker.signal(signal.SIGTERM)
-        assert worker.wait(20) == 1
+        assert worker.wait() == 1
         assert "worker.abandoned" in worker.text()
     if how == signal.SIGSTOP:
         os.kill(own_server.pid, signal.SIGCONT)
@@ -125,10 +126,10 @@ def test_a_job_that_celerys_tracer_cannot_finish_ends_all_the_same(
     with worker_on(own_server, tmp_path / "w.log", patch=patch, MILLRACE_LOG_LEVEL="debug") as worker:
         alone = own_client.submit(**request)
         adopted = own_client.submit(**request, id="adopted")
-        wait_until(lambda: adopted.status() != "queued", timeout=60)
+        wait_until(lambda: adopted.status() != "queued")
         members = [{"id": name, "request": request} for name in ("adopted", "other")]
         app.send_task("millrace.generate_many", args=[members])
-        assert {job.result(60).usage.completion_tokens for job in (alone, adopted)} == {150}
+        assert {job.result(PATIENCE_S).usage.completion_tokens for job in (alone, adopted)} == {150}
         assert worker.events("message.adopted")
         wait_until(lambda: own_client._redis.exists(keys.result("other")))
         wait_until(lambda: own_client._redis.hlen(keys.unacked()) == 0)

@@ -18,11 +18,11 @@ from client import AsyncClient, Client, Event, JobCancelled, JobExpired, JobFail
 from client.schema import Choice
 from client.transport import connect
 from tests.integration.processes import WorkerProcess, paced, wait_until, worker_on
+from tests.patience import PATIENCE_S
 from worker.embedded import EmbeddedRedis
 
-#: Of workers here: jobs last long enough to be looked at in the middle, on a fast machine too. One thread: two that
-#: wait for each other are slow wherever other processes use the cores.
-SLOWLY = {"patch": paced(0.005), "MILLRACE_DRAFT_TOKENS": "0", "MILLRACE_THREADS": "1"}
+#: Of workers here: jobs last long enough to be looked at in the middle, on a fast machine too.
+SLOWLY = {"patch": paced(0.005), "MILLRACE_DRAFT_TOKENS": "0"}
 LONG = {"max_tokens": 250, "temperature": 0, "ignore_eos": True, "stream": True}
 
 Stream = Callable[..., list[Event]]
@@ -56,7 +56,7 @@ def stream(request: pytest.FixtureRequest, server: EmbeddedRedis) -> Stream:
 def both_faces(server: EmbeddedRedis) -> tuple[Stream, Stream]:
     """What `stream` gives, with Client and with AsyncClient."""
 
-    def plain(job_id: str, seen: list[Event] | None = None, timeout: float = 30) -> list[Event]:
+    def plain(job_id: str, seen: list[Event] | None = None, timeout: float = PATIENCE_S) -> list[Event]:
         seen = [] if seen is None else seen
         with Client(redis_url=server.url) as own:
             for event in own.job(job_id).stream(timeout):
@@ -69,7 +69,7 @@ def both_faces(server: EmbeddedRedis) -> tuple[Stream, Stream]:
                 seen.append(event)
         return seen
 
-    def with_asyncio(job_id: str, seen: list[Event] | None = None, timeout: float = 30) -> list[Event]:
+    def with_asyncio(job_id: str, seen: list[Event] | None = None, timeout: float = PATIENCE_S) -> list[Event]:
         return asyncio.run(awaited(job_id, [] if seen is None else seen, timeout))
 
     return plain, with_asyncio
@@ -121,7 +121,7 @@ def test_the_pieces_are_the_result_and_streaming_changes_nothing(
     job = client.submit("Hello.", stream=True, seed=3, **fields)
     events = stream(job.id)
     check(events)
-    plain = client.submit("Hello.", seed=3, **fields).result(30)
+    plain = client.submit("Hello.", seed=3, **fields).result(PATIENCE_S)
     assert of_result(plain.choices) == assembled(events)
 
 
@@ -247,7 +247,7 @@ def test_a_worker_that_is_killed_in_the_middle(server: EmbeddedRedis, directory:
 
 def test_events_have_a_lifetime(client: Client, server: EmbeddedRedis) -> None:
     job = client.submit("Hello.", max_tokens=3, stream=True)
-    job.result(30)
+    job.result(PATIENCE_S)
     connection: redis.Redis = connect(server.url)
     wait_until(lambda: connection.exists(keys.events(job.id)))
     assert 0 < connection.ttl(keys.events(job.id)) <= 3600  # type: ignore[operator]

@@ -10,6 +10,7 @@ import pytest
 
 from client import Client, keys
 from client.transport import connect
+from tests.patience import PATIENCE_S
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "queue-v1.json"
 
@@ -25,8 +26,8 @@ def test_a_message_that_an_earlier_client_left_in_the_queue_is_computed(redis_ur
         for entry in stored["queue"]:
             entry["message"]["headers"]["colour"] = "red"
             connection.lpush(entry["list"], json.dumps(entry["message"]))
-    single, first, second = (client.job(f"v1:{name}").result(60) for name in ("single", "first", "second"))
-    assert single.text == client.submit("Hello.", max_tokens=5, temperature=0).result(60).text
-    assert first.text == client.submit("The river", max_tokens=4, seed=7).result(60).text
+    single, first, second = (client.job(f"v1:{name}").result(PATIENCE_S) for name in ("single", "first", "second"))
+    assert single.text == client.submit("Hello.", max_tokens=5, temperature=0).result(PATIENCE_S).text
+    assert first.text == client.submit("The river", max_tokens=4, seed=7).result(PATIENCE_S).text
     assert [len(choice.token_ids) for choice in second.choices] == [3, 3]
-    assert [event.text for event in client.job("v1:single").stream(timeout=10)]
+    assert [event.text for event in client.job("v1:single").stream(timeout=PATIENCE_S)]

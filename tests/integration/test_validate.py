@@ -14,12 +14,13 @@ import torch
 
 from model import load_model
 from model.int8 import int8_works
+from tests.patience import PATIENCE_S
 
 
 def validate(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "NO_COLOR": "1"}
     command = [sys.executable, "-m", "worker.cli", "validate", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from client import Client, keys
 from client.transport import connect
 from config import load_settings
 from tests.integration.processes import attempts, paced, wait_until, worker_on
+from tests.patience import PATIENCE_S
 from worker.embedded import EmbeddedRedis
 
 #: Jobs that last: each token of theirs takes a step, and each step 0.02 s.
@@ -37,7 +38,7 @@ def test_a_worker_that_cannot_start_says_why_and_ends(
     own_server: EmbeddedRedis, tmp_path: Path, environment: dict[str, str], words: list[str]
 ) -> None:
     with worker_on(own_server, tmp_path / "worker.log", **environment) as worker:
-        assert worker.wait(60) != 0
+        assert worker.wait() != 0
         for word in words:
             assert word in worker.text()
         assert "Traceback" not in worker.text()
@@ -49,7 +50,7 @@ def test_a_worker_that_cannot_load_says_why_and_takes_nothing_from_the_queue(
     job = own_client.submit("Hello.")
     settings = {"MILLRACE_MODEL": "/nowhere/at/all", "MILLRACE_SERVED_NAME": "demo"}
     with worker_on(own_server, tmp_path / "worker.log", **settings) as worker:
-        assert worker.wait(60) != 0
+        assert worker.wait() != 0
         assert "/nowhere/at/all" in worker.text()
         assert "no such directory" in worker.text()
         assert "Traceback" not in worker.text()
@@ -65,7 +66,7 @@ def test_sigterm_finishes_what_runs_and_returns_the_rest(
         jobs = [own_client.submit("Hello.", **LONG) for _ in range(12)]
         wait_until(lambda: own_client.status().delivered >= 6 and any(job.status() == "running" for job in jobs))
         worker.signal(signal.SIGTERM)
-        assert worker.wait(60) == 0
+        assert worker.wait() == 0
         assert worker.events("worker.stopped")
     returned = [job for job in jobs if job.status() == "queued"]
     assert [attempts(own_client, job.id) for job in returned] == [0] * 8
@@ -74,7 +75,7 @@ def test_sigterm_finishes_what_runs_and_returns_the_rest(
     assert own_client.status().queues[0].normal == 8
     assert own_client.status().workers == []
     with worker_on(own_server, tmp_path / "worker.log") as worker:
-        assert {job.result(60).usage.completion_tokens for job in jobs} == {200}
+        assert {job.result(PATIENCE_S).usage.completion_tokens for job in jobs} == {200}
 
 
 def test_a_group_that_is_returned_in_the_middle_is_finished_elsewhere_and_nothing_runs_twice(
@@ -88,13 +89,13 @@ def test_a_group_that_is_returned_in_the_middle_is_finished_elsewhere_and_nothin
         wait_until(lambda: sum(job.status() == "succeeded" for job in jobs) >= 3)
         assert (own_client.status().delivered, own_client.status().queues[0].normal) == (16, 4)
         worker.signal(signal.SIGTERM)
-        assert worker.wait(60) == 0
+        assert worker.wait() == 0
         assert unacked(own_server) == 0
         assert {job.status() for job in jobs} == {"succeeded", "queued"}
         assert own_client.status().queues[0].normal == 20, "a message counts whole"
     with worker_on(own_server, tmp_path / "worker.log", MILLRACE_LOG_LEVEL="debug") as worker:
         for job, request in zip(jobs, requests, strict=True):
-            assert job.result(60).usage.completion_tokens == request["max_tokens"]
+            assert job.result(PATIENCE_S).usage.completion_tokens == request["max_tokens"]
         wait_until(lambda: unacked(own_server) == 0)
         computed = [line["job_id"] for line in worker.events("job.finished")]  # of both: they share the file
         assert sorted(computed) == sorted(job.id for job in jobs)
@@ -108,7 +109,7 @@ def test_sigquit_ends_at_once_and_returns_everything(
         jobs = own_client.submit_many(["Hello."] * 8, **LONG)
         wait_until(lambda: any(job.status() == "running" for job in jobs))
         worker.signal(signal.SIGQUIT)
-        worker.wait(20)
+        worker.wait()
     assert unacked(own_server) == 0
     assert own_client.status().queues[0].normal == 8
 
@@ -134,7 +135,7 @@ def test_the_worker_outlives_a_redis_that_is_killed_and_restarted(
         own_server.start()
         assert {job.result(90).usage.completion_tokens for job in jobs} == {200}
         assert worker.alive
-        assert own_client.submit("Hello.", max_tokens=2).result(60)
+        assert own_client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
         wait_until(lambda: unacked(own_server) == 0)
         assert len(worker.events("job.finished")) == count + 1, "no job was computed twice"
 
@@ -149,10 +150,10 @@ def test_a_cut_connection_runs_no_job_twice(own_server: EmbeddedRedis, own_clien
         for entry in connection.client_list():
             if "blocked" not in entry and entry["cmd"] != "client|list":
                 connection.client_kill_filter(_id=entry["id"], skipme=True)
-        assert {job.result(60).usage.completion_tokens for job in jobs} == {200}
+        assert {job.result(PATIENCE_S).usage.completion_tokens for job in jobs} == {200}
         wait_until(lambda: unacked(own_server) == 0)
         assert len(worker.events("job.finished")) == 3
-        assert own_client.submit("Hello.", max_tokens=2).result(60)
+        assert own_client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
 
 
 def test_a_job_longer_than_its_lease_runs_once(own_server: EmbeddedRedis, own_client: Client, tmp_path: Path) -> None:
@@ -167,7 +168,7 @@ def test_a_job_longer_than_its_lease_runs_once(own_server: EmbeddedRedis, own_cl
         jobs = own_client.submit_many(["Hello."] * 4, max_tokens=300, ignore_eos=True)
         jobs += [own_client.submit("Hello.", max_tokens=300, ignore_eos=True) for _ in range(4)]
         for job in jobs:
-            job.result(120)
+            job.result(PATIENCE_S)
         assert len(one.events("job.finished")) + len(two.events("job.finished")) == 8
 
 
@@ -179,7 +180,7 @@ def test_the_task_runs_under_celerys_own_pools(
         worker.wait_ready()
         jobs = own_client.submit_many(["Hello."] * 4, max_tokens=5, temperature=0)
         bad = own_client.submit([60000])
-        assert {job.result(60).text for job in jobs} == {'\n\n"I am'}
+        assert {job.result(PATIENCE_S).text for job in jobs} == {'\n\n"I am'}
         wait_until(lambda: bad.status() == "failed")
 
 

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from config.settings import PREFIX, Settings, load_settings
+from tests.patience import PATIENCE_S
 from worker.probes import Probes
 
 ROOT = Path(__file__).parents[2]
@@ -285,7 +286,9 @@ def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path) -> None:
     celery = Path(sys.executable).with_name("celery")
     named = tmp_path / "millrace-worker@gpu0.service"
     named.write_text(text.replace("/opt/millrace/bin/celery", str(celery)))
-    done = subprocess.run(["systemd-analyze", "verify", "--man=no", named], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", named], capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert named.name not in done.stderr, done.stderr
     assert done.returncode == 0, done.stderr
 
@@ -340,7 +343,7 @@ def test_every_manifest_is_an_object_with_a_name() -> None:
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not here")
 def test_kubectl_builds_them() -> None:
-    done = subprocess.run(["kubectl", "kustomize", KUBERNETES], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["kubectl", "kustomize", KUBERNETES], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     built = list(yaml.safe_load_all(done.stdout))
     assert sorted(each["kind"] for each in built) == sorted(each["kind"] for each in manifests())

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.processes import Failed, Remote, TooSlow
+from tests.patience import PATIENCE_S
 
 
 class Worker:
@@ -57,7 +58,7 @@ def test_calls_are_computed_in_another_process(remote: Remote) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_between_calls_the_process_is_stopped(remote: Remote) -> None:
     pid = remote.call("pid")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while state(pid) != "T" and time.monotonic() < deadline:
         time.sleep(0.01)
     assert state(pid) == "T"

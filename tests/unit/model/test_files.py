@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from tests.patience import PATIENCE_S
+
 
 def test_counting_tokens_loads_no_torch() -> None:
     code = (
@@ -13,5 +15,5 @@ def test_counting_tokens_loads_no_torch() -> None:
         "assert 'torch' not in sys.modules; "
         "from model import GPT2; assert GPT2.__module__ == 'model.gpt2' and 'torch' in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr

@@ -22,6 +22,7 @@ import pytest
 import redis
 
 from config import settings
+from tests.patience import PATIENCE_S
 from worker import embedded
 from worker.embedded import EmbeddedRedis, EmbeddedRedisError, data_dir, find_server, is_alive
 
@@ -265,7 +266,7 @@ def test_the_watcher_for_other_systems_ends_a_process_with_us() -> None:
         assert sleeper.poll() is None
         assert watcher.stdin is not None
         watcher.stdin.close()  # as the system does when we end
-        assert sleeper.wait(10) == -signal.SIGTERM
+        assert sleeper.wait(PATIENCE_S) == -signal.SIGTERM
 
 
 def test_started_in_a_thread_it_stops_like_any_other(server: EmbeddedRedis) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from client.errors import JobCancelled, JobExpired
+from tests.patience import PATIENCE_S
 from tests.unit.worker.engine_helpers import ask, build, drive, expected, idle, substance, tokens_of
 from worker.engine import Engine
 from worker.runner import Runner
@@ -74,7 +75,7 @@ def test_cancelled_futures_in_front_do_not_hold_up_the_line() -> None:
     for future in gone:
         future.cancel()
     with engine:
-        assert last.result(timeout=20).text
+        assert last.result(timeout=PATIENCE_S).text
 
 
 def test_a_future_cancelled_beside_a_first_admission_in_a_new_arena_harms_nobody() -> None:
@@ -156,7 +157,7 @@ def test_many_threads_may_submit_and_cancel_at_once() -> None:
         futures = [engine.submit(ask("Next"), job_id=f"{threading.get_ident()}-{i}") for i in range(10)]
         for i in range(1, 10, 2):
             engine.cancel(f"{threading.get_ident()}-{i}")
-        results.append([substance(future.result(timeout=30)) for future in futures[::2]])
+        results.append([substance(future.result(timeout=PATIENCE_S)) for future in futures[::2]])
 
     with build(slots=8) as engine:
         threads = [threading.Thread(target=work, args=(engine,)) for _ in range(4)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.patience import PATIENCE_S
 from tests.unit.worker.engine_helpers import ask, build
 from worker.engine import EngineStopped
 from worker.runner import Runner
@@ -41,7 +42,7 @@ def test_a_fatal_error_reaches_every_waiter_and_the_owner() -> None:
     engine.start()
     for future in futures:
         with pytest.raises(EngineStopped, match="device-side assert"):
-            future.result(timeout=10)
+            future.result(timeout=PATIENCE_S)
     engine.stop()
     assert [type(error) for error in fatal] == [AcceleratorError]
     with pytest.raises(EngineStopped):
@@ -57,7 +58,7 @@ def test_an_error_outside_the_steps_reaches_every_waiter_too() -> None:
     engine = build(runner=NoRoom, on_fatal=fatal.append)
     future = engine.submit(ask())
     with engine, pytest.raises(EngineStopped, match="no room"):
-        future.result(timeout=10)
+        future.result(timeout=PATIENCE_S)
     assert len(fatal) == 1
 
 

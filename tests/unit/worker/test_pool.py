@@ -11,11 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from client.errors import JobFailed
 from client.schema import GROUP_TASK_NAME
 from client.signing import mark
 from config import load_settings
+from tests.patience import PATIENCE_S
 from tests.unit.worker.engine_helpers import build
 from tests.unit.worker.test_stall import BlockedRunner, until
 from worker.celery import make_app
@@ -81,26 +83,25 @@ def deliver(pool: EnginePool, message: Message) -> Message:
 def test_a_job_that_ended_elsewhere_is_not_computed_when_its_message_comes_again(make: Make) -> None:
     store = MemoryStore(results={"before": "as it ended"})
     pool = make(store)
-    assert deliver(pool, Message("before", "new")).over.wait(10)
+    assert deliver(pool, Message("before", "new")).over.wait(PATIENCE_S)
     assert store.results["before"] == "as it ended"
     assert json.loads(store.results["new"])["status"] == "SUCCESS"
     assert store.attempts == {"new": 1}, "only one went to the engine"
     assert pool.finished["succeeded"] == 1
-    assert deliver(pool, Message("before", "new")).over.wait(10)
+    assert deliver(pool, Message("before", "new")).over.wait(PATIENCE_S)
     assert pool.finished["succeeded"] == 1
 
 
-def test_a_worker_whose_port_is_taken_ends_before_it_loads_a_model(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_whose_port_is_taken_ends_before_it_loads_a_model() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         app = make_app(load_settings(redis_url="redis://localhost:1/0", model="/nowhere", metrics_port=port))
-        with pytest.raises(SystemExit) as ended:
+        with capture_logs() as lines, pytest.raises(SystemExit) as ended:
             EnginePool(limit=6, app=app).on_start()
         app.close()
     assert ended.value.code == 1
-    said = "".join(capfd.readouterr())
-    assert f"port {port} (Address already in use)" in said
-    assert "nowhere" not in said
+    (line,) = lines
+    assert f"port {port} (Address already in use)" in line["error"]
 
 
 def test_what_ends_and_what_comes_again_is_counted_once(make: Make) -> None:
@@ -110,7 +111,7 @@ def test_what_ends_and_what_comes_again_is_counted_once(make: Make) -> None:
     again = Message("before", "new")
     again.request_dict["delivery_info"] = {"redelivered": True}  # type: ignore[assignment]
     for message in (again, Message("other")):
-        assert deliver(pool, message).over.wait(10)
+        assert deliver(pool, message).over.wait(PATIENCE_S)
     text = metrics.render()[1].decode()
     assert 'millrace_redeliveries_total{model_name="demo"} 1.0' in text
     assert 'millrace_request_success_total{finished_reason="length",model_name="demo"} 2.0' in text
@@ -124,11 +125,11 @@ def test_revoking_while_redis_is_silent_does_not_hold_up_the_main_thread(make: M
         answers = threading.Event()
 
         def claim(self, job_ids: Any) -> list[Claim]:
-            assert self.answers.wait(30)
+            assert self.answers.wait(PATIENCE_S)
             return super().claim(job_ids)
 
         def finish(self, records: Any) -> None:
-            assert self.answers.wait(30)
+            assert self.answers.wait(PATIENCE_S)
             super().finish(records)
 
     store = Silent()
@@ -140,8 +141,8 @@ def test_revoking_while_redis_is_silent_does_not_hold_up_the_main_thread(make: M
     assert not store.results
     assert not held.over.is_set()
     store.answers.set()
-    assert held.over.wait(10)
-    assert unheard.over.wait(10)
+    assert held.over.wait(PATIENCE_S)
+    assert unheard.over.wait(PATIENCE_S)
     assert {json.loads(record)["status"] for record in store.results.values()} == {"REVOKED"}
     assert sorted(store.results) == ["a", "b", "c"]
 
@@ -155,7 +156,7 @@ def test_no_message_is_taken_while_the_engine_is_stalled(make: Make) -> None:
     until(lambda: not pool.has_room())
     assert pool._engine_service.engine.stats().step_age_s > 1.0
     go_on.set()
-    assert message.over.wait(10)
+    assert message.over.wait(PATIENCE_S)
     until(pool.has_room)
 
 
@@ -169,7 +170,7 @@ def test_a_refused_message_ends_no_job_that_is_here_and_any_other_that_it_names(
     pool.refuse(["runs", "waits"], JobFailed("unreadable_message", "no task"))
     until(lambda: "waits" in store.results)
     go_on.set()
-    assert message.over.wait(10)
+    assert message.over.wait(PATIENCE_S)
     assert [json.loads(store.results[name])["status"] for name in ("runs", "waits")] == ["SUCCESS", "FAILURE"]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from config import load_settings
+from tests.patience import PATIENCE_S
 from worker.metrics import Metrics
 from worker.probes import LOADING, Probes, ProbesError, open_probes
 
@@ -27,7 +28,7 @@ def probes() -> Iterator[Probes]:
 
 def get(probes: Probes, path: str) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{probes.port}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{probes.port}{path}", timeout=PATIENCE_S) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -58,7 +59,7 @@ def test_other_paths_and_methods_are_refused(probes: Probes) -> None:
     status, text = get(probes, "/../etc/passwd")
     assert status == 404
     assert "/livez" in text
-    connection = http.client.HTTPConnection("127.0.0.1", probes.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", probes.port, timeout=PATIENCE_S)
     connection.request("HEAD", "/livez")
     answer = connection.getresponse()
     assert (answer.status, answer.read()) == (200, b"")

@@ -18,6 +18,7 @@ from client.records import parse_outcome
 from client.schema import GenerateRequest, Result, Timings, Usage, parse_request
 from client.signing import sign
 from config import load_settings
+from tests.patience import PATIENCE_S
 from worker.celery import make_app
 from worker.errors import EngineStopped
 from worker.service import Service, failed, read_group, read_wire
@@ -208,7 +209,7 @@ def test_the_writer_stores_in_batches_through_an_outage(monkeypatch: pytest.Monk
     writer = Writer(service(store), told, lambda ended: stored.extend(name for name, _ in ended), pytest.fail)  # type: ignore[arg-type]
     writer.start()
     writer.put("a", done("a"))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while len(stored) < 4:
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -13,6 +13,7 @@ import pytest
 from client.errors import JobExpired
 from client.status import Status, WorkerStatus
 from config import Settings
+from tests.patience import PATIENCE_S
 from tests.unit.worker.engine_helpers import ask, build
 from worker.monitor import Monitor
 from worker.runner import Runner
@@ -26,12 +27,12 @@ class BlockedRunner(Runner):
     go_on: threading.Event
 
     def run(self, step: Step) -> Outcome:
-        assert self.go_on.wait(30)
+        assert self.go_on.wait(PATIENCE_S)
         return super().run(step)
 
 
 def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -76,7 +77,7 @@ def test_a_stalled_engines_leases_run_out_and_its_record_says_so(go_on: threadin
         assert status.stalled("demo") == ["w"]
         assert takes == [False]
         go_on.set()
-        future.result(timeout=10)
+        future.result(timeout=PATIENCE_S)
         monitor._tick()
         assert store.leases["tag"] > 0
         assert store.workers[monitor.name]["stalled"] == 0
@@ -94,5 +95,5 @@ def test_jobs_whose_time_ran_out_during_a_long_step_end_with_it(go_on: threading
         go_on.set()
         for future in (running, waiting):
             with pytest.raises(JobExpired):
-                future.result(timeout=10)
-        assert other.result(timeout=10).text
+                future.result(timeout=PATIENCE_S)
+        assert other.result(timeout=PATIENCE_S).text

@@ -15,6 +15,7 @@ from client.http.batches import Batches
 from client.http.errors import ApiError
 from client.http.files import FileStore, write_json
 from config import load_settings
+from tests.patience import PATIENCE_S
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
 ROW = {
@@ -68,7 +69,7 @@ def test_what_was_done_is_in_the_files_of_a_batch_that_goes_no_further(
     left = left_behind(tmp_path, files, **fields)
     batches = Batches(tmp_path, files, load_settings(redis_url="redis://localhost:1/0"))
     batches.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while (state := batches.get("batch_1", "me")).status != status:
         assert time.monotonic() < deadline, state
         time.sleep(0.01)
