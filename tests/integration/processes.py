@@ -12,32 +12,37 @@ from pathlib import Path
 from typing import Any
 
 from client import Client, keys
+from tests.integration.warm import WarmProcess
 from tests.patience import PATIENCE_S
 from worker.embedded import EmbeddedRedis, die_with_parent
-
-CELERY = "import sys; from celery.__main__ import main; sys.exit(main())"
 
 
 class WorkerProcess:
     """A `celery -A worker worker` in a process group of its own, writing JSON lines to `log`.
 
-    `patch` is Python that runs in it first, to bring about what a user cannot.
+    `patch` is Python that runs in it first, to bring about what a user cannot. Unless it is `bare`, it is forked from a
+    process that is warm already (tests/integration/warm.py).
     """
 
-    def __init__(self, log: Path, *flags: str, patch: str = "", **environment: str) -> None:
+    def __init__(self, log: Path, *flags: str, patch: str = "", bare: bool = False, **environment: str) -> None:
         self.log = log
-        start = [sys.executable, "-c", f"{patch}\n{CELERY}"] if patch else [sys.executable, "-m", "celery"]
-        self.command = [*start, "-A", "worker", "worker", *flags]
+        self.flags = ["-A", "worker", "worker", *flags]
+        self.patch, self.bare = patch, bare
         # One thread: where several workers share two cores, threads that wait for each other take minutes for seconds.
         self.environment = {**os.environ, "MILLRACE_LOG_FORMAT": "json", "MILLRACE_THREADS": "1", **environment}
         self.environment.pop("OMP_NUM_THREADS", None)  # tests/conftest.py
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | WarmProcess | None = None
 
     def start(self) -> WorkerProcess:
-        with self.log.open("ab") as out:
-            self.process = subprocess.Popen(
-                die_with_parent(self.command), env=self.environment, stdout=out, stderr=out, start_new_session=True
-            )
+        if self.bare:
+            assert not self.patch, "a process of its own runs what users run"
+            command = die_with_parent([sys.executable, "-m", "celery", *self.flags])
+            with self.log.open("ab") as out:
+                self.process = subprocess.Popen(
+                    command, env=self.environment, stdout=out, stderr=out, start_new_session=True
+                )
+        else:
+            self.process = WarmProcess(self.flags, self.environment, self.log, self.patch)
         return self
 
     def __enter__(self) -> WorkerProcess:
@@ -86,10 +91,12 @@ class WorkerProcess:
             self.process.wait()
 
 
-def worker_on(server: EmbeddedRedis, log: Path, *flags: str, patch: str = "", **settings: str) -> WorkerProcess:
+def worker_on(
+    server: EmbeddedRedis, log: Path, *flags: str, patch: str = "", bare: bool = False, **settings: str
+) -> WorkerProcess:
     """A worker of a test's own, of few slots and with the shortest lease there is."""
     defaults = {"MILLRACE_REDIS_URL": server.url, "MILLRACE_SLOTS": "4", "MILLRACE_LEASE_S": "3"}
-    return WorkerProcess(log, *flags, patch=patch, **{**defaults, **settings})
+    return WorkerProcess(log, *flags, patch=patch, bare=bare, **{**defaults, **settings})
 
 
 def paced(step_s: float) -> str:
@@ -107,7 +114,7 @@ Runner.run = paced
 
 def attempts(client: Client, job_id: str) -> int:
     """How often workers have begun a job, as its record says."""
-    return int(client._redis.hget(keys.job(job_id), "attempts") or 0)  # type: ignore[arg-type]
+    return int(client._redis.hget(keys.job(job_id), "attempts") or 0)
 
 
 def wait_until(condition: Any, timeout: float = PATIENCE_S) -> None:

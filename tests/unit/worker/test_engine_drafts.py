@@ -58,8 +58,7 @@ def without_drafts(dtype: str = "float32") -> list[dict[str, Any]]:
     return texts(build(model=half() if dtype == "bfloat16" else None), repetitive())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("slots", [1, 3, 12])
+@pytest.mark.parametrize(("dtype", "slots"), [("float32", 1), ("float32", 12), ("bfloat16", 3)])
 def test_tokens_and_log_probabilities_are_the_same_bits_with_drafts(dtype: str, slots: int) -> None:
     model = half() if dtype == "bfloat16" else None
     engine = build(model=model, slots=slots, draft_tokens=7)

@@ -79,7 +79,7 @@ def test_as_much_as_before_is_tried_again_when_memory_is_back() -> None:
     engine = build(runner=small(rows=2))
     runner = engine.runner
     assert isinstance(runner, SmallRunner)
-    futures = [engine.submit(ask([seed], max_tokens=700, ignore_eos=True)) for seed in range(1, 9)]
+    futures = [engine.submit(ask([seed], max_tokens=250, ignore_eos=True)) for seed in range(1, 9)]
     for _ in range(3):
         engine.step()
     assert max(runner.computed) == 2
