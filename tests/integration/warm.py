@@ -83,6 +83,8 @@ def _run(argv: list[str], environment: dict[str, str], log: str, patch: str) -> 
         code = main()
     except SystemExit as end:
         code = end.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
     finally:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
