@@ -107,15 +107,21 @@ class DecodeGroup:
 class CachedAttention:
     """Attention of one step: writes the new keys and values, then attends over what each row may see."""
 
-    def __init__(self, cache: KVCache, scale: float, *, groups: Sequence[DecodeGroup], chunks: Sequence[Chunk]) -> None:
-        self.scale = scale
+    def __init__(self, scale: float, parts: Sequence[_CompiledDecode | Decode | _Prefill]) -> None:
+        self.scale, self._parts = scale, parts
+
+    @classmethod
+    def of(
+        cls, cache: KVCache, scale: float, *, groups: Sequence[DecodeGroup], chunks: Sequence[Chunk]
+    ) -> CachedAttention:
+        """That of decoding rows and chunks of prompts, by the compiled kernel if there is one."""
         kernel = cache.decode_kernel() if groups else None
-        self._parts: list[_CompiledDecode | _Decode | _Prefill] = []
+        parts: list[_CompiledDecode | Decode | _Prefill] = []
         if kernel is not None:
-            self._parts.append(_CompiledDecode(kernel, cache, groups))
+            parts.append(_CompiledDecode(kernel, cache, groups))
         else:
-            self._parts += [_Decode(cache.arenas[g.length_class], g) for g in groups]
-        self._parts += [_Prefill(cache.arenas[c.length_class], c) for c in chunks]
+            parts += [Decode.of(cache.arenas[g.length_class], g) for g in groups]
+        return cls(scale, [*parts, *(_Prefill(cache.arenas[c.length_class], c) for c in chunks)])
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v: [M, H, D] -> [M, H, D]; rows of no sequence give zeros."""
@@ -152,36 +158,51 @@ def _addresses(tensors: Sequence[Tensor], slots: Sequence[int]) -> np.ndarray[An
     return starts[:, None] + np.array(slots, dtype=np.int64) * (tensors[0].stride(0) * tensors[0].itemsize)
 
 
-class _Decode:
+class Decode:
     """The same by torch's operators, where there is no compiled kernel: one call for all decoding rows of an arena,
     over a plain slice of its front, padded to the longest row there.
 
     Slots in between that are not decoding (their prompt is still being computed) are carried along with a zero query.
-    A slot has one row here.
+    A slot has one row here: `slots` and `positions` are [rows], the packed rows begin at `row`, `front` slots are read
+    over `keys` positions. Rows that are not `active` ([rows], all if None) write nothing. No value of a tensor is
+    looked at, so that the work can be recorded (model/graphs.py).
     """
 
-    def __init__(self, arena: Arena, group: DecodeGroup) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        slots: Tensor,
+        positions: Tensor,
+        *,
+        row: int,
+        front: int,
+        keys: int,
+        active: Tensor | None = None,
+    ) -> None:
+        device = arena.k[0].device
+        self.arena, self.slots, self.positions, self.front, self.keys = arena, slots, positions, front, keys
+        self.active = None if active is None else active[:, None, None]
+        self.rows = slice(row, row + len(slots))
+        self.dense = front == len(slots)
+        last = torch.zeros(front, dtype=torch.long, device=device).index_copy_(0, slots, positions)
+        unseen = torch.arange(keys, device=device) > last[:, None]  # [front, keys]
+        self.mask = torch.zeros(front, 1, 1, keys, dtype=arena.k[0].dtype, device=device)
+        self.mask.masked_fill_(unseen[:, None, None], float("-inf"))
+
+    @classmethod
+    def of(cls, arena: Arena, group: DecodeGroup) -> Decode:
+        """Raises ValueError where a slot has several rows."""
         if max(group.counts) > 1:
             raise ValueError("several rows of one slot need the compiled kernel")
-        device = arena.k[0].device
-        count = group.slots[-1] + 1
-        self.arena = arena
-        self.rows = slice(group.row, group.row + len(group.slots))
-        self.front = count
-        self.dense = count == len(group.slots)
-        self.slots = torch.tensor(group.slots, device=device)
-        self.positions = torch.tensor(group.positions, device=device)
-        self.keys = min(arena.length, -(-(max(group.positions) + 1) // KEY_STEP) * KEY_STEP)
-        last = torch.zeros(count, dtype=torch.long, device=device)
-        last[self.slots] = self.positions
-        unseen = torch.arange(self.keys, device=device) > last[:, None]  # [count, keys]
-        self.mask = torch.zeros(count, 1, 1, self.keys, dtype=arena.k[0].dtype, device=device)
-        self.mask.masked_fill_(unseen[:, None, None], float("-inf"))
+        slots, positions = (torch.tensor(x, device=arena.k[0].device) for x in (group.slots, group.positions))
+        keys = min(arena.length, -(-(max(group.positions) + 1) // KEY_STEP) * KEY_STEP)
+        return cls(arena, slots, positions, row=group.row, front=group.slots[-1] + 1, keys=keys)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
         keys, values = self.arena.k[layer], self.arena.v[layer]  # [capacity, H, length, D]
-        keys[self.slots, :, self.positions] = k
-        values[self.slots, :, self.positions] = v
+        at = self.slots, slice(None), self.positions
+        keys[at] = k if self.active is None else torch.where(self.active, k, keys[at])
+        values[at] = v if self.active is None else torch.where(self.active, v, values[at])
         if not self.dense:
             q = q.new_zeros(self.front, *q.shape[1:]).index_copy_(0, self.slots, q)
         seen_k, seen_v = keys[: self.front, :, : self.keys], values[: self.front, :, : self.keys]

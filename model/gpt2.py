@@ -175,7 +175,7 @@ class GPT2:
         length = len(token_ids)
         cache = KVCache(self.config, lengths=(length,), dtype=self.dtype, device=self.device)
         cache.arenas[length].resize(1)
-        attend = CachedAttention(cache, self.config.scale, groups=[], chunks=[Chunk(length, 0, 0, length, 0)])
+        attend = CachedAttention.of(cache, self.config.scale, groups=[], chunks=[Chunk(length, 0, 0, length, 0)])
         trace = Trace(self.config.scale, length)
         hidden = self.forward(token_ids, torch.arange(length, device=self.device), attend, [trace])
         logits = self.head(hidden).float()

@@ -13,6 +13,7 @@ from torch import Tensor
 from client.schema import CHECKPOINT_TENSORS, MAX_LOGPROBS
 from model.cache import CachedAttention, Chunk, DecodeGroup, KVCache
 from model.gpt2 import GPT2
+from model.graphs import decode_graphs
 from model.sampler import Draw, RowParams, filtered, sample, top_logprobs
 from model.trace import PROBS_TEMPERATURE, Trace
 from worker.scheduler import Copy, Outcome, PromptChunk, Step
@@ -29,6 +30,7 @@ class Runner:
     def __init__(self, model: GPT2, lengths: Rows[int]) -> None:
         self.model = model
         self.cache = KVCache(model.config, lengths=lengths, dtype=model.dtype, device=model.device)
+        self.graphs = decode_graphs(model, self.cache)
 
     @property
     def position_bytes(self) -> int:
@@ -45,6 +47,7 @@ class Runner:
         """Bring every arena to the capacity the slot table asks for; those that shrink first."""
         for length, count in sorted(capacity.items(), key=lambda item: item[1] - self.cache.arenas[item[0]].capacity):
             if self.cache.arenas[length].capacity != count:
+                self.graphs.forget()  # they hold the addresses of the arenas
                 self.cache.arenas[length].resize(count)
 
     def move(self, move: Move) -> None:
@@ -71,16 +74,12 @@ class Runner:
     def run(self, step: Step) -> Outcome:
         """One forward pass over everything in the step, and a token for each sequence that is due one."""
         batch = _Batch(step)
-        batch.pad(self.model.padded_rows(len(batch.token_ids)))
-        device = self.model.device
-        attend = CachedAttention(self.cache, self.model.config.scale, groups=batch.groups, chunks=batch.chunks)
         traced = self._traced(step, batch)
-        hidden = self.model.forward(
-            torch.tensor(batch.token_ids, device=device),
-            torch.tensor(batch.positions, device=device),
-            attend,
-            [sequence.trace.at(rows) for sequence, rows in traced],
-        )
+        hidden = None
+        if not batch.chunks and not traced:
+            hidden = self.graphs.forward(batch.token_ids, batch.groups)
+        if hidden is None:
+            hidden = self._forward(batch, [sequence.trace.at(rows) for sequence, rows in traced])
         for sequence, rows in traced:
             self._trace_step(sequence, hidden[rows])
         prompt_scores = [self._score(chunk, hidden[rows]) for chunk, rows in batch.scored(step)]
@@ -89,6 +88,12 @@ class Runner:
         for sequence, _ in traced:
             sequence.trace.commit()
         return outcome
+
+    def _forward(self, batch: _Batch, traces: list[Trace]) -> Tensor:
+        batch.pad(self.model.padded_rows(len(batch.token_ids)))
+        tokens, positions = (torch.tensor(x, device=self.model.device) for x in (batch.token_ids, batch.positions))
+        attend = CachedAttention.of(self.cache, self.model.config.scale, groups=batch.groups, chunks=batch.chunks)
+        return self.model.forward(tokens, positions, attend, traces)
 
     def _draw(self, drawn: list[_Drawn], hidden: Tensor) -> list[tuple[Sequence, TokenScore | None]]:
         """Next tokens; sequences that share a prefill share its last row, and the head runs once for it."""
