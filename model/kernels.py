@@ -29,6 +29,9 @@ from model.native import LIBERTIES, cast, exponential, prefetch, round_to_bfloat
 
 log = logging.getLogger("millrace.model")
 
+#: Numbers in a line of the caches: what a thread writes for itself begins with one, and shares none with others.
+LINE = 16
+
 Array = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -80,11 +83,13 @@ class DecodeKernel:
             if tensor.stride()[1:] != (width, 1):
                 raise ValueError(f"heads must lie end to end; strides are {tensor.stride()} of {tuple(tensor.shape)}")
         where = [rows.k[layer], rows.v[layer], rows.head_stride, rows.lengths, rows.counts, rows.first, rows.shares]
-        arguments = [len(rows.shares) - 1, heads, rows.longest, np.float64(scale).view(np.int64)]
+        longest, threads = rows.longest, len(rows.shares) - 1
+        where += [np.empty(threads * (longest + 2 * width + LINE) + LINE, dtype=np.float32)]
+        arguments = [threads, heads, longest, np.float64(scale).view(np.int64)]
         arguments += [number for tensor in (q, k, v, out) for number in (tensor.data_ptr(), tensor.stride(0))]
         arguments += [array.ctypes.data for array in where]
         packed = np.array(arguments, dtype=np.int64)
-        team().run(self._kernel.address, packed, len(rows.shares) - 1)
+        team().run(self._kernel.address, packed, threads)
 
 
 @functools.cache
@@ -137,6 +142,7 @@ def _compiled(head_dim: int, half: bool) -> Any:
     thread, threads = team_functions()
     numbers = cast(types.int64, types.CPointer(types.uint16 if half else types.float32))
     words = cast(types.int64, types.CPointer(types.uint32 if half else types.float32))
+    floats = cast(types.int64, types.CPointer(types.float32))
     whole, real = cast(types.int64, types.CPointer(types.int64)), cast(types.int64, types.float64)
     lower, upper, store, attend = *_numbers(half), _attention(head_dim, half)
     size, width, parts = (2, head_dim // 2, 2) if half else (4, head_dim, 1)
@@ -149,7 +155,7 @@ def _compiled(head_dim: int, half: bool) -> Any:
         k, v = carray(whole(a[12]), slot + 1)[slot] + inside, carray(whole(a[13]), slot + 1)[slot] + inside
         return k, v, carray(whole(a[15]), slot + 1)[slot]
 
-    @numba.njit
+    @numba.njit(error_model="numpy")
     def compute(a: Any, unit: int, number: int, after: Any, scores: Any, sums: Any, query: Any) -> None:
         """One head of a slot's row of this number, while what comes after it is asked for."""
         slot, inside = unit // a[1], unit % a[1] * head_dim * size
@@ -172,12 +178,13 @@ def _compiled(head_dim: int, half: bool) -> Any:
             for part in range(parts):
                 out[parts * d + part] = store(sums[part * width + d] / total)
 
-    @numba.njit
+    @numba.njit(error_model="numpy")
     def work(a: Any) -> None:
         """What one thread of the team does: a share of the heads, or more than one if the team is small."""
         shares = carray(whole(a[18]), a[0] + 1)
-        scores, sums = np.empty(a[2], np.float32), np.empty(head_dim, np.float32)
-        query = np.empty(head_dim, np.float32)
+        own = (a[19] // 64 + thread() * ((a[2] + 2 * head_dim) // LINE + 1) + 1) * 64
+        query, sums = carray(floats(own), head_dim), carray(floats(own + head_dim * 4), head_dim)
+        scores = carray(floats(own + head_dim * 8), a[2])
         for number in range(thread(), a[0], threads()):
             for unit in range(shares[number], shares[number + 1]):
                 k, v, length = place(a, min(unit + 1, shares[number + 1] - 1))
@@ -187,7 +194,7 @@ def _compiled(head_dim: int, half: bool) -> Any:
 
     @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
     def kernel(arguments: Any) -> None:
-        work(carray(arguments, 19))
+        work(carray(arguments, 20))
 
     return kernel
 

@@ -7,10 +7,14 @@ and the object code as LLVM wrote it. Whoever can write that file decides what t
 The process that compiles runs the same object code as those after it. What numba made callable is not that: numba
 compiles every inner function by itself too, and LLVM takes the first it finds of two with one name, with another order
 of additions in it. Results would then hang on who compiled.
+
+A kernel allocates nothing and raises nothing, so that numba, whose import takes a third of a second, is needed by the
+process that compiles alone. Code for errors is there all the same; if it ever ran, it would end the process.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import logging
@@ -19,8 +23,10 @@ import platform
 import re
 import stat
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +36,10 @@ log = logging.getLogger("millrace.model")
 
 #: No kernel of ours comes near it.
 MAX_BYTES = 2**22
+#: How the names begin of what numba's runtime has; and of those parts of it that give memory.
+RUNTIME, ALLOCATES = ("NRT_", "numba_"), ("NRT_MemInfo_alloc", "NRT_Allocate")
+#: LLVM compiles and loads one thing at a time.
+_one_at_a_time = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -46,10 +56,8 @@ def kernel(name: str, compile_it: Callable[[], Any]) -> Kernel:
 
     `name` tells apart what the same sources compile to. Raises what compiling raises.
     """
-    from numba.core.compiler_lock import global_compiler_lock
-
     team()  # the code calls OpenMP, and LLVM ends the process if it cannot find what code calls
-    with global_compiler_lock:  # LLVM loads one thing at a time
+    with _one_at_a_time:
         path = cache_directory() / f"{_key(name)}.kernel"
         found = _load(path)
         if found is None:
@@ -66,22 +74,13 @@ def cache_directory() -> Path:
 
 def _key(name: str) -> str:
     """A name for what these sources are compiled to by this compiler for this processor."""
-    import llvmlite
-    import numba
-    from numba.core.registry import cpu_target
+    from llvmlite import binding
 
     here = Path(__file__).parent
     sources = [(here / source).read_bytes() for source in ("native.py", "kernels.py", "tiles.py", "int8.py")]
-    processor = cpu_target.target_context.codegen().magic_tuple()
-    versions = (numba.__version__, llvmlite.__version__, platform.python_version(), *processor)
+    processor = binding.get_process_triple(), binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
+    versions = (version("numba"), version("llvmlite"), platform.python_version(), *processor)
     return hashlib.sha256(b"\0".join([*sources, repr((name, versions)).encode()])).hexdigest()[:40]
-
-
-def _missing(symbol: str) -> bool:
-    """Whether LLVM would not find it, in this process or among what numba has told it: then it ends the process."""
-    from llvmlite import binding
-
-    return binding.address_of_symbol(symbol) is None
 
 
 def _load(path: Path) -> Kernel | None:
@@ -97,33 +96,41 @@ def _packed(function: Any) -> bytes:
     """A compiled `numba.cfunc` as it is kept."""
     _, _, (code, _) = function._library.serialize_using_object_code()
     calls = re.findall(r"^declare [^@]*@(?!llvm\.)([\w.]+)\(", function._library.get_llvm_str(), re.MULTILINE)
+    if allocating := [symbol for symbol in calls if symbol.startswith(ALLOCATES)]:
+        raise LookupError(f"a kernel may not allocate: {allocating}")
     names = json.dumps({"function": function._wrapper_name, "calls": calls}).encode()
     return b"\n".join((hashlib.sha256(names + code).hexdigest().encode(), names, code))
 
 
 def _unpacked(data: bytes) -> Kernel:
-    from numba.core.registry import cpu_target
-    from numba.core.runtime import rtsys
+    """Object code made callable, in a space of names of its own: what two processes compiled has names in common."""
+    from llvmlite import binding
 
-    rtsys.initialize(cpu_target.target_context)  # tells LLVM of what allocates
     digest, names, code = data.split(b"\n", 2)
     if hashlib.sha256(names + code).hexdigest().encode() != digest:
         raise ValueError("it is damaged")
     about = json.loads(names)
-    if missing := [symbol for symbol in about["calls"] if _missing(symbol)]:
-        raise LookupError(f"it calls what is not there: {missing}")
-    return _linked(code, about["function"])
-
-
-def _linked(code: bytes, function: str) -> Kernel:
-    """Object code made callable, in a space of names of its own: what two processes compiled has names in common."""
-    from llvmlite import binding
-
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
     machine = binding.Target.from_default_triple().create_target_machine(jit=True)
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)  # finds what this process has, from now
+    if missing := [symbol for symbol in about["calls"] if not _found(symbol)]:
+        raise LookupError(f"it calls what is not there: {missing}")
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    return Kernel(engine.get_function_address(function), engine)
+    return Kernel(engine.get_function_address(about["function"]), engine)
+
+
+def _found(symbol: str) -> bool:
+    """Whether LLVM knows where it is; it would end the process if it did not.
+
+    For what numba's runtime has stands what ends the process too, but only if it is called, and until numba is there.
+    """
+    from llvmlite import binding
+
+    if binding.address_of_symbol(symbol) is None and symbol.startswith(RUNTIME):
+        binding.add_symbol(symbol, ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value)
+    return binding.address_of_symbol(symbol) is not None
 
 
 def _read(path: Path) -> bytes | None:

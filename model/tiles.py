@@ -47,6 +47,8 @@ BLOCK = 32
 STEP_BYTES = BLOCK * BLOCK * 2
 #: What a step reads of a row of x: 32 numbers of bfloat16, or 64 of int8.
 ROW_BYTES = 64
+#: What each thread writes for itself: the sums of a block, a row of its result, how the unit was set up before.
+SCRATCH = BLOCK * BLOCK * 4 + 128
 #: As many rows of x as take this many bytes are multiplied with a block before the next one: they stay in the L2 cache.
 PANEL_BYTES = 3 * 2**18
 #: `arch_prctl` of Linux on x86-64: ask to use the tiles' registers; without it the first use ends the process.
@@ -107,7 +109,8 @@ def multiply(x: Tensor, tiles: Tensor, biases: Tensor, out: Tensor, gelu: bool, 
     threads = torch.get_num_threads()
     numbers = [x.data_ptr(), x.stride(0) * x.itemsize, len(x), tiles.data_ptr(), steps, blocks, biases.data_ptr()]
     numbers += [out.data_ptr(), out.shape[1], len(out), panel, threads, SHAPES.ctypes.data, gelu]
-    numbers += [*([scale.data_ptr() for scale in scales] or [0, 0]), GELU_NUMBERS.ctypes.data]
+    scratch = np.empty((threads, SCRATCH), np.uint8)
+    numbers += [*([scale.data_ptr() for scale in scales] or [0, 0]), GELU_NUMBERS.ctypes.data, scratch.ctypes.data]
     team().run(_kernel(x.dtype == torch.int8).address, np.array(numbers, dtype=np.int64), threads)
 
 
@@ -185,14 +188,16 @@ def _compiled(whole: bool) -> Any:
     release = assembly("tilerelease", 0)
     thread, threads = team_functions()
     multiply, finish = _multiply(whole), _finish(whole)
+    octets = cast(types.int64, types.CPointer(types.uint8))
 
-    @numba.njit
+    @numba.njit(error_model="numpy")
     def work(a: Any) -> None:
         """What one thread of the team does: its share of the blocks, or more than one share if the team is small."""
         x, x_row, count, tiles, steps, blocks, biases = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
         out, width, real, panel, shares, shapes = a[7], a[8], a[9], a[10], a[11], a[12]
-        sums, staged, before = np.empty(BLOCK * BLOCK, np.float32), np.empty(BLOCK, np.uint16), np.zeros(64, np.uint8)
-        saved_shapes(before.ctypes.data)  # other users of the unit look whether it is set up as they left it
+        sums = a[17] + thread() * SCRATCH
+        staged, before = sums + BLOCK * BLOCK * 4, sums + BLOCK * BLOCK * 4 + 64
+        saved_shapes(before)  # other users of the unit look whether it is set up as they left it
         configure(shapes)
         for share in range(thread(), shares, threads()):
             for start in range(0, count, panel):
@@ -205,20 +210,20 @@ def _compiled(whole: bool) -> Any:
                         row = start + done
                         two = done + BLOCK <= rows
                         skip = min(done // BLOCK * steps * ahead, steps * 8)
-                        multiply(x + row * x_row, x_row, first, steps, ahead, skip, two, sums.ctypes.data)
+                        multiply(x + row * x_row, x_row, first, steps, ahead, skip, two, sums)
                         place = out + (row * width + block * BLOCK) * 2
                         columns, left = min(BLOCK, width - block * BLOCK), min(BLOCK if two else TILE, real - row)
                         column = block * BLOCK * 4
-                        places = biases + column, a[15] + column, a[14] + row * 4, a[16], staged.ctypes.data
-                        finish(sums.ctypes.data, places, place, width, left, columns, a[13])
-        if before[0] == 0:
+                        places = biases + column, a[15] + column, a[14] + row * 4, a[16], staged
+                        finish(sums, places, place, width, left, columns, a[13])
+        if carray(octets(before), 64)[0] == 0:
             release()
         else:
-            configure(before.ctypes.data)
+            configure(before)
 
     @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
     def kernel(arguments: Any) -> None:
-        work(carray(arguments, 17))
+        work(carray(arguments, 18))
 
     return kernel
 

@@ -164,7 +164,10 @@ def test_types_and_widths_it_is_not_made_for_are_left_to_torch() -> None:
     assert decode_kernel(64, torch.bfloat16, "cuda") is None
 
 
-def test_without_numba_or_openmp_or_with_wrong_numbers_it_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_or_openmp_or_with_wrong_numbers_it_is_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a kernel that is kept needs no numba
     import_ = builtins.__import__
 
     def no_numba(name: str, *rest: Any) -> Any:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 
 from model import machine_code, native
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -120,6 +124,54 @@ def test_code_that_calls_what_is_not_there_is_not_loaded(cache: Path) -> None:
         machine_code.kernel("two", never)
 
 
+def test_a_kernel_that_asks_for_memory_is_refused(cache: Path) -> None:
+    def compile_it() -> Any:
+        import numba
+        from numba import carray, types
+
+        @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
+        def kernel(arguments: Any) -> None:
+            own = np.ones(carray(arguments, 1)[0])
+            carray(arguments, 1)[0] = own.sum()
+
+        return kernel
+
+    with pytest.raises(LookupError, match="may not allocate"):
+        machine_code.kernel("greedy", compile_it)
+    assert not list(cache.glob("*.kernel"))
+
+
+#: In a process of its own: a kept kernel first, and what numba compiles afterwards.
+AFTERWARDS = """
+import sys, numpy as np, torch
+from model import machine_code, native
+from tests.patience import PATIENCE_S
+from model.kernels import decode_kernel
+assert decode_kernel(8, torch.float32, "cpu") is not None
+print("numba" in sys.modules)
+import numba
+@numba.njit
+def count(n):
+    return [i for i in range(n)], np.ones(n).sum()
+assert count(3) == ([0, 1, 2], 3.0)
+try:
+    numba.njit(lambda i: [1][i])(5)
+except IndexError:
+    print("raised")
+"""
+
+
+def test_numba_is_not_needed_by_who_reads_a_kernel_and_works_after_it(cache: Path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache.parent)}
+    said = []
+    for _ in range(2):
+        command = [sys.executable, "-c", AFTERWARDS]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.split())
+    assert said == [["True", "raised"], ["False", "raised"]]
+
+
 def test_without_a_place_to_keep_it_the_kernel_is_compiled_all_the_same(cache: Path) -> None:
     cache.parent.joinpath("millrace").write_text("a file where the directory should be")
     assert result_of(machine_code.kernel("two", adding(2))) == 42
@@ -127,7 +179,7 @@ def test_without_a_place_to_keep_it_the_kernel_is_compiled_all_the_same(cache: P
 
 def test_another_source_compiler_or_processor_is_another_kernel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = machine_code._key("two")
-    monkeypatch.setattr("numba.__version__", "0.0.1")
+    monkeypatch.setattr("model.machine_code.version", lambda _: "0.0.1")
     assert machine_code._key("two") != before
     monkeypatch.undo()
     real = Path.read_bytes

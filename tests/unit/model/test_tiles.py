@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,7 +101,10 @@ def test_a_width_that_is_no_multiple_of_a_tiles_is_multiplied_by_torch() -> None
     assert isinstance(Linear.of(normal(64, 48)).product, Tiled)
 
 
-def test_without_the_unit_or_numba_or_with_wrong_numbers_it_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_unit_or_numba_or_with_wrong_numbers_it_is_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a kernel that is kept needs no numba
     fresh = tiles_work.__wrapped__
     assert not fresh("cuda", torch.bfloat16)
     assert not fresh("cpu", torch.float32)
