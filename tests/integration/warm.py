@@ -20,7 +20,6 @@ from pathlib import Path
 #: Nothing of this reads settings, opens a connection or starts a thread.
 MODULES = (
     "torch",
-    "numba",
     "celery.bin.celery",
     "celery.bin.worker",
     "celery.fixups.django",
