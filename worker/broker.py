@@ -29,7 +29,7 @@ from worker.access import is_forbidden
 log = structlog.get_logger("millrace.worker")
 
 #: How long a worker with room waits for the hint before it looks by itself.
-WAIT_S = 0.25
+WAIT_S = 0.5
 #: Errors that say something about the connection, and nothing about the message in hand. kombu counts KeyError too.
 CONNECTION_ERRORS = (redis.ConnectionError, redis.TimeoutError, OSError)
 

@@ -208,8 +208,8 @@ class RedisStore:
     def announce(self, worker: str, record: Mapping[str, str | int | float]) -> None:
         now = time.time()
         pipe = self._redis.pipeline()
-        for name, value in {**record, "beat_at": now}.items():
-            pipe.hset(keys.worker(worker), name, value)
+        fields: dict[Any, Any] = {**record, "beat_at": now}
+        pipe.hset(keys.worker(worker), mapping=fields)
         pipe.expire(keys.worker(worker), WORKER_TTL_S)
         pipe.zadd(keys.workers(), {worker: now})
         pipe.zremrangebyscore(keys.workers(), 0, now - 20 * WORKER_TTL_S)
