@@ -83,7 +83,7 @@ def _run(argv: list[str], environment: dict[str, str], log: str, patch: str) -> 
     except SystemExit as end:
         code = end.code
         if isinstance(code, str):
-            print(code, file=sys.stderr)
+            sys.stderr.write(f"{code}\n")
     finally:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
