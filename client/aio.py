@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -137,10 +138,10 @@ class AsyncClient:
     # --- waiting ---------------------------------------------------------------------------------------------------
 
     async def _call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Let the client do something in its thread; jobs in errors become ours."""
-        loop = asyncio.get_running_loop()
+        """Let the client do something in its thread, in this context (of traces); jobs in errors become ours."""
+        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
         try:
-            return await loop.run_in_executor(self._thread, functools.partial(function, *args, **kwargs))
+            return await loop.run_in_executor(self._thread, functools.partial(context.run, function, *args, **kwargs))
         except MillraceError as error:
             if error.job is not None:
                 error.job = AsyncJob(error.job.id, self)

@@ -51,6 +51,7 @@ from client.schema import (
 )
 from client.signing import mark, sign
 from client.status import Status, count_queued, read_status
+from client.tracing import sending
 from client.transport import connect, explain, producer_app, queue, resolve_url, results_app
 from client.watch import LAST_POLL_S, News, Watch
 from config import Settings, load_settings
@@ -365,21 +366,22 @@ class Client:
         """Send one message: a job alone goes as itself, so that Celery knows it by its id."""
         first, alone = group[0], len(group) == 1
         wires = [{"id": draft.id, "request": draft.wire} for draft in group]
-        self._app.send_task(
-            TASK_NAME if alone else GROUP_TASK_NAME,
-            args=[first.wire if alone else wires],
-            task_id=first.id if alone else uuid.uuid4().hex,
-            queue=queue(first.model),
-            priority=keys.PRIORITIES[first.request.priority],
-            argsrepr="<redacted>",  # it goes into headers and events, and the prompt must not
-            kwargsrepr="{}",
-            headers=None if alone else {JOBS_HEADER: len(group)},
-            ignore_result=not alone,
-            producer=producer,
-            # A list needs no declaration. If the connection is lost during one, kombu goes on with the channel that it
-            # has closed, and fails with an AttributeError.
-            declare=[],
-        )
+        with sending([draft.id for draft in group], keys.queue(first.model)) as headers:
+            self._app.send_task(
+                TASK_NAME if alone else GROUP_TASK_NAME,
+                args=[first.wire if alone else wires],
+                task_id=first.id if alone else uuid.uuid4().hex,
+                queue=queue(first.model),
+                priority=keys.PRIORITIES[first.request.priority],
+                argsrepr="<redacted>",  # it goes into headers and events, and the prompt must not
+                kwargsrepr="{}",
+                headers=headers if alone else {**headers, JOBS_HEADER: len(group)},
+                ignore_result=not alone,
+                producer=producer,
+                # A list needs no declaration. If the connection is lost during one, kombu goes on with the channel that
+                # it has closed, and fails with an AttributeError.
+                declare=[],
+            )
         self._announce(group)
 
     def _announce(self, group: list[_Draft]) -> None:

@@ -104,6 +104,8 @@ class Settings(BaseSettings):
     metrics_host: str = Field(
         "127.0.0.1", description="an address or a name of this machine, or 0.0.0.0 or :: for all", min_length=1
     )
+    #: Programs of ours set OpenTelemetry up, by the OTEL_* variables; where somebody else has, spans go there anyhow.
+    otel: bool = Field(False, description="1 or 0")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="'debug', 'info', 'warning' or 'error'"
     )

@@ -18,6 +18,7 @@ from kombu import compression
 
 from client.schema import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME, is_job_id
 from client.signing import verified
+from client.tracing import CONTEXT_HEADERS, TRACES_HEADER
 from worker.tasks import argument
 
 log = structlog.get_logger("millrace.worker")
@@ -28,7 +29,10 @@ MAX_MESSAGE_BYTES = 2**20
 MAX_GROUP_JOBS = 256
 
 #: What is kept of an envelope that nobody signs.
-UNSIGNED_HEADERS = ("id", "task", "lang", "origin", "argsrepr", "kwargsrepr", JOBS_HEADER)
+UNSIGNED_HEADERS = (
+    *("id", "task", "lang", "origin", "argsrepr", "kwargsrepr"),
+    *(JOBS_HEADER, TRACES_HEADER, *CONTEXT_HEADERS),
+)
 
 
 def reason_to_refuse(message: Any, *, signed_only: bool) -> str | None:

@@ -17,6 +17,7 @@ from client import Client, RedisUnreachable
 from client.errors import MillraceError
 from client.keys import queue
 from config import Settings
+from config.tracing import setup_tracing
 from worker.embedded import EmbeddedRedis, die_with_parent
 
 #: The longest a worker may take to load its model when a command starts one.
@@ -45,21 +46,23 @@ class Serving(NamedTuple):
 @contextlib.contextmanager
 def serving(settings: Settings) -> Iterator[Serving]:
     """Use what runs, else start a Redis and a worker for this call. Raises NothingRuns, RedisUnreachable."""
-    with Client(settings=settings) as client:
-        try:
-            if client.status().serves(settings.model_name):
-                yield Serving(client, lambda: None, own=False)
-                return
-            if settings.redis_url is not None:
-                raise NothingRuns(
-                    f"no worker serves {queue(settings.model_name)} on the Redis that MILLRACE_REDIS_URL names; "
-                    "start one with `celery -A worker worker`"
-                )
-        except RedisUnreachable:
-            if settings.redis_url is not None:
-                raise
-    with own_pair(settings) as pair:
-        yield pair
+    with contextlib.ExitStack() as stack:
+        stack.callback(setup_tracing(settings, "millrace"))
+        with Client(settings=settings) as client:
+            try:
+                if client.status().serves(settings.model_name):
+                    yield Serving(client, lambda: None, own=False)
+                    return
+                if settings.redis_url is not None:
+                    raise NothingRuns(
+                        f"no worker serves {queue(settings.model_name)} on the Redis that MILLRACE_REDIS_URL names; "
+                        "start one with `celery -A worker worker`"
+                    )
+            except RedisUnreachable:
+                if settings.redis_url is not None:
+                    raise
+        with own_pair(settings) as pair:
+            yield pair
 
 
 @contextlib.contextmanager

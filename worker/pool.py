@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import redis
 import structlog
@@ -42,7 +42,8 @@ from client.records import outcome_state
 from client.schema import GROUP_TASK_NAME, TASK_NAME, Result
 from client.signing import marked
 from client.transport import connect, resolve_url
-from config import Settings
+from config import Settings, SettingsError
+from config.tracing import find_tracer, setup_tracing
 from worker.access import RightsMissing, check_rights, is_forbidden
 from worker.errors import EngineStopped
 from worker.monitor import Monitor
@@ -52,6 +53,9 @@ from worker.service import RETRY_S, Service, cancelled_early, failed, read_group
 from worker.store import Store
 from worker.tasks import argument
 from worker.writer import Ended, Writer
+
+if TYPE_CHECKING:
+    from worker.tracing import JobTraces
 
 log = structlog.get_logger("millrace.worker")
 
@@ -156,6 +160,7 @@ class EnginePool(BasePool):
         #: The last jobs that failed, as the worker's record tells of them.
         self.failures: deque[dict[str, str | float]] = deque(maxlen=SHOWN_FAILURES)
         self._probes: Probes | None = None
+        self._traces: JobTraces | None = None
 
     # --- Celery's side, in the main thread -------------------------------------------------------------------------
 
@@ -166,6 +171,7 @@ class EnginePool(BasePool):
         except ProbesError as error:
             log.error("worker.probes_failed", error=str(error))
             raise SystemExit(EX_FAILURE) from error
+        self._open_traces()
         try:
             self._service = self._service or service_for(self.settings)
         except Exception as error:
@@ -187,6 +193,17 @@ class EnginePool(BasePool):
             self._probes.watch(self.monitor)
             self._probes.metrics.watch(self, self._service, self.monitor)
             self._service.on_retry = self.app.backend.on_retry = self._probes.metrics.retried
+
+    def _open_traces(self) -> None:
+        try:
+            self._flush_traces = setup_tracing(self.settings, "millrace-worker")
+        except SettingsError as error:
+            log.error("worker.traces_failed", error=str(error))
+            raise SystemExit(EX_FAILURE) from error
+        if (tracer := find_tracer()) is not None:
+            from worker.tracing import JobTraces
+
+            self._traces = JobTraces(tracer, self.settings.model_name)
 
     def register_with_event_loop(self, hub: Hub) -> None:
         """Remember the loop of the main thread: Celery's accept and finish bookkeeping runs there."""
@@ -341,6 +358,9 @@ class EnginePool(BasePool):
         self.monitor.stop()
         if self._probes is not None:
             self._probes.stop()
+        if self._traces is not None:
+            self._traces.returned(open_jobs)
+        self._flush_traces()
         log.info("worker.stopped", returned=len(left), **self.finished)
 
     def _hurry_on_signals(self) -> None:
@@ -442,7 +462,9 @@ class EnginePool(BasePool):
         for (job_id, wire), claim in zip(arrived.items(), claims, strict=True):
             if claim.finished:
                 over.append(job_id)
-            elif claim.cancelled or self._is_revoked(job_id):
+                continue
+            self._trace(job_id, wire, claim.attempts)
+            if claim.cancelled or self._is_revoked(job_id):
                 self._on_outcome(job_id, failed(cancelled_early()))
             elif claim.attempts >= self.settings.max_attempts:
                 self._on_outcome(job_id, failed(JobFailed("max_attempts", MAX_ATTEMPTS.format(claim.attempts))))
@@ -452,6 +474,19 @@ class EnginePool(BasePool):
             log.info("jobs.finished_before", jobs=len(over))
             self._ask(lambda store: store.ended(over))
             self._settle(over)
+
+    def _trace(self, job_id: str, wire: Any, attempts: int) -> None:
+        with self._lock:
+            delivery = self._by_job.get(job_id)
+        if self._traces is not None and delivery is not None:
+            self._traces.arrived(
+                job_id,
+                wire,
+                delivery.args[2],
+                grouped=delivery.grouped,
+                ago_s=time.monotonic() - delivery.received_at,
+                attempt=attempts + 1,
+            )
 
     def _fail_refused(self, refusal: Refusal) -> None:
         """Tell who waits for the jobs of a refused message that nothing comes, and end nobody else's job.
@@ -521,6 +556,8 @@ class EnginePool(BasePool):
             delivery = self._by_job.get(job_id)
         if delivery is not None:
             self.monitor.note_started(job_id)
+            if self._traces is not None:
+                self._traces.started(job_id)
             if delivery.started_at is None:
                 self._accepted(delivery)
 
@@ -532,6 +569,8 @@ class EnginePool(BasePool):
             delivery = self._by_job.get(job_id)
         if delivery is None:
             return
+        if self._traces is not None:
+            self._traces.computed(job_id)
         verdict = delivery.verdict if isinstance(error, JobCancelled) else None
         if verdict is None and isinstance(error, JobCancelled) and delivery.grouped and job_id in state.revoked:
             verdict = TaskRevokedError("revoked")
@@ -676,7 +715,9 @@ class EnginePool(BasePool):
             error = JobCancelled(message="revoked")
         elif isinstance(error, TimeLimitExceeded):
             error = JobExpired(message="time limit")
-        elif error is not None and not isinstance(error, JobError):
+        if self._traces is not None and (trace_id := self._traces.ended(job_id, error or future.result())):
+            details["trace_id"] = trace_id
+        if error is not None and not isinstance(error, JobError):
             return  # it has been logged where it was met
         ended = error if isinstance(error, JobError) else future.result()
         if self._probes is not None:

@@ -28,6 +28,7 @@ from client.http.guard import HEALTH, PAGE, Guard, Limits
 from client.http.page import Overview, page
 from client.http.parts import Parts, parts_of, read_json, route
 from client.http.storage import ROUTES as STORAGE
+from client.http.traced import Traced
 from config import Settings
 
 #: No job of a request is of use for longer; the openai package waits as long.
@@ -69,7 +70,7 @@ def make_app(
                 files.close()
 
     app = Starlette(routes=ROUTES, lifespan=lifespan, exception_handlers=exception_handlers())
-    guarded = Guard(app, limits)
+    guarded = Guard(Traced(app), limits)
     if not limits.origins:
         return guarded
     headers = ["authorization", "content-type"]

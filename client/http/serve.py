@@ -18,6 +18,7 @@ from client.http.guard import MAX_BODY_BYTES, MAX_FILE_BYTES, Limits, is_loopbac
 from config import Settings
 from config.logging import setup_logging
 from config.settings import SHORTEST_API_KEY, data_dir, is_key
+from config.tracing import setup_tracing
 
 #: Connections at a time; others are answered 503.
 MAX_CONNECTIONS = 1_000
@@ -44,6 +45,7 @@ def serve(
     Raises:
         InvalidRequest: the address cannot be had, or everybody on the network could use it.
         DirectoryInUse: another server works in the directory of files.
+        SettingsError: packages for traces are missing.
     """
     keys = _keys(settings, api_keys, host, insecure=insecure)
     limits = Limits(
@@ -55,6 +57,7 @@ def serve(
         max_file_bytes=max_file_bytes,
     )
     directory = Path(files or settings.files_dir or data_dir())
+    flush_traces = setup_tracing(settings, "millrace-serve")
     listener = _listen(host, port)
     with contextlib.closing(listener):
         store = FileStore(directory, max_files_bytes)
@@ -64,7 +67,10 @@ def serve(
         app = make_app(settings, limits, store, directory, timeout_s=timeout)
         server = uvicorn.Server(_config(app, settings))
         tell(f"millrace serves {_url(listener)}/v1 ({_who(keys, insecure=insecure)}); files in {directory}")
-        _run(server, listener)
+        try:
+            _run(server, listener)
+        finally:
+            flush_traces()
 
 
 def _keys(settings: Settings, more: Sequence[str], host: str, *, insecure: bool) -> tuple[str, ...]:
