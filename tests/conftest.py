@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings as hypothesis_settings
 
 from worker.embedded import EmbeddedRedis
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 hypothesis_settings.register_profile("quick", max_examples=30, derandomize=True)
 hypothesis_settings.register_profile("full", max_examples=500)
@@ -46,3 +50,18 @@ def redis_url() -> Iterator[str]:
     """A real Redis server of our own, for the whole session. It fails, and never skips, where there is no server."""
     with EmbeddedRedis.ephemeral() as server:
         yield server.url
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    """OpenTelemetry, as a program sets it up, for one test: what is exported."""
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    # `set_tracer_provider` takes one for each process, and other tests are to have none.
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", provider)
+    return exporter

@@ -1,0 +1,89 @@
+"""What Celery's own tools are told of jobs: events as Flower reads them, `inspect`, `ping`; one slot, and a queue."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.events.state import State
+
+from client import Client
+from tests.integration.processes import paced, wait_until, worker_on
+from tests.patience import PATIENCE_S
+from worker.embedded import EmbeddedRedis
+
+STEP_S = 0.02
+JOB: dict[str, Any] = {"prompt": "Hello.", "max_tokens": 50, "temperature": 0, "ignore_eos": True}
+#: A job takes at least so long: each of its tokens takes a step.
+JOB_S = 50 * STEP_S
+#: Between what the worker's engine notes and what Celery is told lie a few calls, and a result to store.
+NEAR_S = 0.5
+
+
+@pytest.fixture
+def state(app: Celery) -> Iterator[State]:
+    """What Celery's events say, as they come; it is what Flower keeps."""
+    found, stop = State(), threading.Event()
+    with app.connection() as connection:
+        receiver = app.events.Receiver(connection, handlers={"*": found.event})
+        # kombu notes a subscription at its first turn: what is sent before is not seen.
+        with receiver.consumer_context(no_ack=True):
+
+            def listen() -> None:
+                while not stop.is_set():
+                    try:
+                        connection.drain_events(timeout=0.2)
+                    except TimeoutError:
+                        continue
+
+            thread = threading.Thread(target=listen)
+            thread.start()
+            yield found
+            stop.set()
+            thread.join()
+
+
+def test_celery_is_told_when_jobs_really_began_and_how_long_they_took(
+    server: EmbeddedRedis, app: Celery, state: State, tmp_path: Path
+) -> None:
+    """With one slot the second job is received while the first is computed, and begins when it has ended."""
+    inspect = app.control.inspect(timeout=10, limit=1)
+    settings = {"MILLRACE_SLOTS": "1", "MILLRACE_DRAFT_TOKENS": "0"}
+    with (
+        Client(redis_url=server.url) as client,
+        worker_on(server, tmp_path / "worker.log", patch=paced(STEP_S), **settings) as worker,
+    ):
+        worker.wait_ready()
+        sent_at = time.time()
+        first, second = client.submit(**JOB), client.submit(**JOB)
+        group = client.submit_many([JOB] * 2)
+        wait_until(lambda: first.id in state.tasks and state.tasks[first.id].started)
+        ((active,),) = inspect.active().values()
+        assert active["id"] == first.id
+        assert sent_at <= active["time_start"] <= time.time()
+        assert active["time_start"] == pytest.approx(state.tasks[first.id].started, abs=NEAR_S)
+        assert inspect.ping()
+        (stats,) = inspect.stats().values()
+        assert (stats["pool"]["slots"], stats["pool"]["running"]) == (1, 1)
+        (waiting,) = inspect.reserved().values()
+        assert second.id in {task["id"] for task in waiting}
+        timings = {job.id: job.result(PATIENCE_S).timings for job in (first, second, *group)}
+        wait_until(lambda: sum(task.state == "SUCCESS" for task in state.tasks.values()) == 3)
+
+    one, two = state.tasks[first.id], state.tasks[second.id]
+    for task in (one, two):
+        took = timings[task.uuid].prefill_s + timings[task.uuid].decode_s
+        assert JOB_S <= took <= task.runtime + 0.01
+        assert task.runtime == pytest.approx(took, abs=NEAR_S)
+        assert task.succeeded - task.started == pytest.approx(task.runtime, abs=NEAR_S)
+        assert task.started - task.received == pytest.approx(timings[task.uuid].waiting_s, abs=NEAR_S)
+    assert two.received < one.succeeded
+    assert two.started - two.received >= JOB_S / 2, "it had to wait for the slot"
+    (several,) = [task for task in state.tasks.values() if task.name == "millrace.generate_many"]
+    assert several.runtime >= 2 * JOB_S, "the jobs of a message were computed one after the other"
+    assert (one.args, one.result) == ("<redacted>", "'<redacted>'")
