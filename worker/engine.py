@@ -481,10 +481,10 @@ class Engine:
 
     def _blame(self, part: Step, error: Exception) -> None:
         """End the jobs of a part that cannot be computed: it is of one sequence."""
-        ids = [self._owner[s].id for s in part.sequences]
-        log.error("job.step_failed", job_id=ids, trace="".join(traceback.format_exception(error)))
+        trace = "".join(traceback.format_exception(error))
         message = f"computing this job failed: {type(error).__name__}; the worker's log has the details"
         for sequence in part.sequences:
+            log.error("job.step_failed", job_id=self._owner[sequence].id, trace=trace)
             self._fail(sequence, "internal_error", message)
 
     def _note_memory(self, progress: bool, starved: list[Sequence]) -> None:

@@ -29,6 +29,7 @@ from client.http.page import Overview, page
 from client.http.parts import Parts, parts_of, read_json, route
 from client.http.storage import ROUTES as STORAGE
 from client.http.traced import Traced
+from client.tracing import CONTEXT_HEADERS
 from config import Settings
 
 #: No job of a request is of use for longer; the openai package waits as long.
@@ -73,7 +74,7 @@ def make_app(
     guarded = Guard(Traced(app), limits)
     if not limits.origins:
         return guarded
-    headers = ["authorization", "content-type"]
+    headers = ["authorization", "content-type", *CONTEXT_HEADERS]
     return CORSMiddleware(guarded, allow_origins=limits.origins, allow_methods=["*"], allow_headers=headers)
 
 

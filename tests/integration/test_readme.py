@@ -103,7 +103,7 @@ def test_the_table_of_settings_is_complete_and_gives_the_defaults() -> None:
     assert set(table) == {name.upper() for name in Settings.model_fields}
     for name, field in Settings.model_fields.items():
         if field.default is not None:
-            shown = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+            shown = f"{field.default:g}" if isinstance(field.default, float | bool) else str(field.default)
             assert table[name.upper()].strip("`") == shown
 
 
