@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.trace import Tracer
 
-#: Of a message of one job. The propagator reads no longer ones than W3C allows.
+#: Of a message of one job.
 CONTEXT_HEADERS = ("traceparent", "tracestate")
+#: Longer ones are not read: as long as W3C asks that a `tracestate` be passed on.
+MAX_CHARS = 512
 #: Of a message of several: {job id: the two above}.
 TRACES_HEADER = "traces"
 
@@ -80,7 +82,8 @@ def context_of(carrier: Any) -> Context:
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     given = carrier if isinstance(carrier, Mapping) else {}
-    texts = {name: given[name] for name in CONTEXT_HEADERS if isinstance(given.get(name), str)}
+    values = {name: given.get(name) for name in CONTEXT_HEADERS}
+    texts = {name: text for name, text in values.items() if isinstance(text, str) and len(text) <= MAX_CHARS}
     return TraceContextTextMapPropagator().extract(texts)
 
 

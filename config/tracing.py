@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from config.settings import Settings, SettingsError
 
@@ -76,7 +76,7 @@ def setup_tracing(settings: Settings, service: str) -> Callable[[], None]:
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
-    return functools.partial(_flush, cast("Callable[[], None]", provider.shutdown))
+    return functools.partial(_flush, provider.shutdown)
 
 
 def _flush(shutdown: Callable[[], None]) -> None:

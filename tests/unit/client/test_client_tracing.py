@@ -39,7 +39,7 @@ def parent_in(span: ReadableSpan) -> str:
     """The traceparent that names a span, as W3C writes it."""
     context = span.get_span_context()
     assert context is not None
-    return f"00-{format_trace_id(context.trace_id)}-{format_span_id(context.span_id)}-01"
+    return f"00-{format_trace_id(context.trace_id)}-{format_span_id(context.span_id)}-{context.trace_flags:02x}"
 
 
 def test_a_job_is_sent_within_the_callers_span(client: Client, spans: InMemorySpanExporter) -> None:
@@ -88,11 +88,11 @@ def test_a_job_that_could_not_be_sent_has_a_span_with_the_code(spans: InMemorySp
         assert span.events == (), "what the error says may be somebody's words"
 
 
-def test_a_program_without_opentelemetry_does_not_import_it(client: Client) -> None:
+def test_a_program_without_opentelemetry_submits(client: Client) -> None:
+    """An import would raise; redis-py tries one itself."""
     code = (
-        "import sys; from client import Client; "
-        f"Client(redis_url={client.url!r}, model={client.model_name!r}).submit('Hello.'); "
-        "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
+        "import sys; sys.modules['opentelemetry'] = None; from client import Client; "
+        f"Client(redis_url={client.url!r}, model={client.model_name!r}).submit('Hello.')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
     (headers,) = headers_of(client)

@@ -89,6 +89,7 @@ WRONG: dict[str, str | None] = {
     "api_keys": "fifteen-letters",
     "files_dir": None,
     "metrics_port": "65536",
+    "otel": "otlp",
     "metrics_host": None,  # whether it is one of the machine's is known at the start
     "log_level": "verbose",
     "log_format": "xml",
