@@ -166,10 +166,11 @@ def test_the_rules_of_hadolint_that_apply() -> None:
     assert instruction("USER") != "root", "DL3002"
 
 
-def test_what_probes_and_metrics_need_is_in_the_image() -> None:
+@pytest.mark.parametrize("extra", ["metrics", "otel"])
+def test_what_metrics_and_traces_need_is_in_the_image(extra: str) -> None:
     listing = next(rest for name, rest in instructions() if name == "RUN" and "tomllib" in rest)
-    assert "['optional-dependencies']['metrics']" in listing
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["metrics"]
+    assert f"['optional-dependencies']['{extra}']" in listing
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][extra]
 
 
 # Compose
