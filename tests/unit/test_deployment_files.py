@@ -166,10 +166,11 @@ def test_the_rules_of_hadolint_that_apply() -> None:
     assert instruction("USER") != "root", "DL3002"
 
 
-@pytest.mark.parametrize("extra", ["metrics", "otel"])
-def test_what_metrics_and_traces_need_is_in_the_image(extra: str) -> None:
+@pytest.mark.parametrize("extra", ["http", "metrics", "otel"])
+def test_what_http_metrics_and_traces_need_is_in_the_image(extra: str) -> None:
     listing = next(rest for name, rest in instructions() if name == "RUN" and "tomllib" in rest)
-    assert f"['optional-dependencies']['{extra}']" in listing
+    assert "extras = project['project']['optional-dependencies']" in listing
+    assert f"*extras['{extra}']" in listing
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][extra]
 
 
@@ -178,11 +179,12 @@ def test_what_metrics_and_traces_need_is_in_the_image(extra: str) -> None:
 
 def test_the_services() -> None:
     services = compose()["services"]
-    assert set(services) == {"redis", "worker", "client", "prometheus"}
+    assert set(services) == {"redis", "worker", "client", "http", "prometheus"}
     assert services["worker"]["depends_on"]["redis"]["condition"] == "service_healthy"
     assert services["client"]["depends_on"]["worker"]["condition"] == "service_healthy"
     assert services["client"]["profiles"] == ["client"]
     assert services["prometheus"]["profiles"] == ["metrics"]
+    assert services["http"]["profiles"] == ["http"]
     assert all(port.startswith("127.0.0.1:") for service in services.values() for port in service.get("ports", []))
     assert "profiles" not in services["worker"]
 
@@ -204,12 +206,13 @@ def test_volumes_are_declared() -> None:
     assert all((DOCKER / name).is_file() for name in files)
 
 
-@pytest.mark.parametrize("service", ["worker", "client"])
+@pytest.mark.parametrize("service", ["worker", "client", "http"])
 def test_the_environment_is_accepted(monkeypatch: pytest.MonkeyPatch, service: str) -> None:
     environment = compose()["services"][service]["environment"]
     for name, value in environment.items():
         assert isinstance(value, str), f"{name} needs quotes"
-        monkeypatch.setenv(name, re.sub(r"\$\{\w+:-(.*)\}", r"\1", value))
+        given = "0123456789abcdef" * 2 if "KEYS" in name else r"\1"
+        monkeypatch.setenv(name, re.sub(r"\$\{\w+:-(.*)\}", given, value))
     settings = load_settings()
     assert settings.redis_url == "redis://redis:6379/0"
     assert settings.model == "demo"
@@ -226,6 +229,19 @@ def test_the_client_runs_a_command_that_exists() -> None:
     assert client["entrypoint"] == ["millrace"]
     assert is_console_script("millrace")
     check_millrace_command(client["command"])
+
+
+def test_the_server_keeps_its_files_and_is_asked_where_it_listens() -> None:
+    server = compose()["services"]["http"]
+    assert server["entrypoint"] == ["millrace"]
+    check_millrace_command(server["command"])
+    port = server["command"][server["command"].index("--port") + 1]
+    assert f":{port}/health" in server["healthcheck"]["test"][-1]
+    assert server["ports"] == [f"127.0.0.1:{port}:{port}"]
+    (volume,) = server["volumes"]
+    assert volume.split(":")[1] == server["environment"]["MILLRACE_FILES_DIR"]
+    made = next(rest for name, rest in instructions() if name == "RUN" and rest.startswith("mkdir"))
+    assert volume.split("/")[-1] in made.split(), "or the volume would belong to root"
 
 
 def test_the_build_finds_its_files() -> None:
@@ -247,10 +263,10 @@ def test_the_gpu_file_only_adds_to_services_that_exist() -> None:
 # systemd
 
 
-def unit() -> configparser.ConfigParser:
+def unit(name: str = "millrace-worker@.service") -> configparser.ConfigParser:
     parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), comment_prefixes=("#",))
     parser.optionxform = str  # type: ignore[assignment, method-assign]
-    parser.read_string((DOCKER / "systemd" / "millrace-worker@.service").read_text())
+    parser.read_string((DOCKER / "systemd" / name).read_text())
     return parser
 
 
@@ -261,6 +277,15 @@ def test_the_unit_runs_a_worker_with_a_name_and_settings_of_its_own() -> None:
     assert words[words.index("-n") + 1] == "%i@%%h", "systemd makes one % of two"
     assert service["EnvironmentFile"] == "/etc/millrace/%i.env"
     assert service["Restart"] == "always"
+
+
+def test_the_unit_of_the_server_keeps_files_and_leaves_it_time_to_finish() -> None:
+    service = unit("millrace-serve.service")["Service"]
+    words = shlex.split(service["ExecStart"])
+    assert Path(words[0]).name == "millrace"
+    check_millrace_command(words[1:])
+    assert service["Environment"] == f"MILLRACE_FILES_DIR=%S/{service['StateDirectory']}"
+    assert float(service["TimeoutStopSec"]) >= Settings().soft_shutdown_s + MARGIN_S
 
 
 def test_the_unit_leaves_a_worker_time_to_finish() -> None:
@@ -282,11 +307,11 @@ def test_the_unit_takes_away_nothing_that_is_needed() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not here")
-def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path) -> None:
-    text = (DOCKER / "systemd" / "millrace-worker@.service").read_text()
-    celery = Path(sys.executable).with_name("celery")
-    named = tmp_path / "millrace-worker@gpu0.service"
-    named.write_text(text.replace("/opt/millrace/bin/celery", str(celery)))
+@pytest.mark.parametrize("name", ["millrace-worker@.service", "millrace-serve.service"])
+def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path, name: str) -> None:
+    text = (DOCKER / "systemd" / name).read_text()
+    named = tmp_path / name.replace("@", "@gpu0")
+    named.write_text(text.replace("/opt/millrace/bin", str(Path(sys.executable).parent)))
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", named], capture_output=True, text=True, timeout=PATIENCE_S
     )
@@ -336,7 +361,9 @@ def test_every_manifest_is_an_object_with_a_name() -> None:
     files = {path.name for path in KUBERNETES.iterdir()}
     listed = set(yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["resources"])
     assert listed <= files
-    assert files - listed == {"kustomization.yaml", "keda.yaml", "podmonitor.yaml"}, "what needs more than Kubernetes"
+    assert files - listed == {"kustomization.yaml", "keda.yaml", "podmonitor.yaml", "serve.yaml"}, (
+        "what not everybody has or wants"
+    )
     for found in manifests(*(files - {"kustomization.yaml"})):
         assert found["apiVersion"]
         assert found["metadata"]["name"]
@@ -382,6 +409,32 @@ def test_the_probes_ask_what_the_worker_answers() -> None:
     assert int(noted["prometheus.io/port"]) == ports["metrics"]
     (read,) = manifest("PodMonitor", "podmonitor.yaml")["spec"]["podMetricsEndpoints"]
     assert (read["port"], read["path"]) == ("metrics", "/metrics")
+
+
+def test_the_server_has_its_keys_its_files_and_time_to_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = manifest("Deployment", "serve.yaml")["spec"]
+    assert (spec["replicas"], spec["strategy"]["type"]) == (1, "Recreate"), "one process may use the directory"
+    pod, labels = spec["template"]["spec"], spec["template"]["metadata"]["labels"]
+    (server,) = pod["containers"]
+    assert server["command"][0] == "millrace"
+    check_millrace_command(server["command"][1:])
+    (port,) = [port["containerPort"] for port in server["ports"]]
+    assert str(port) in server["command"]
+    variables = {variable["name"]: variable for variable in server["env"]}
+    secret = manifest("Secret")["stringData"]
+    assert {v["valueFrom"]["secretKeyRef"]["key"] for v in variables.values() if "valueFrom" in v} <= set(secret)
+    mounts = {mount["mountPath"]: mount["name"] for mount in server["volumeMounts"]}
+    claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "emptyDir" not in v}
+    claim = manifest("PersistentVolumeClaim", "serve.yaml")["metadata"]["name"]
+    assert claims[mounts[variables["MILLRACE_FILES_DIR"]["value"]]] == claim
+    for name, variable in variables.items():
+        monkeypatch.setenv(name, variable.get("value") or "0123456789abcdef" * 2)
+    monkeypatch.setenv("MILLRACE_REDIS_URL", secret["redis-url"])
+    assert pod["terminationGracePeriodSeconds"] >= load_settings().soft_shutdown_s + MARGIN_S
+    assert spec["selector"]["matchLabels"].items() <= labels.items()
+    assert manifest("Service", "serve.yaml")["spec"]["selector"].items() <= labels.items()
+    assert server["securityContext"]["readOnlyRootFilesystem"] is True
+    assert pod["securityContext"]["runAsNonRoot"] is True
 
 
 def test_a_pod_has_time_to_finish_and_its_signal_a_limit() -> None:
