@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import redis
 from celery.backends.redis import RedisBackend, SentinelBackend
 from celery.exceptions import TaskRevokedError
-from celery.states import FAILURE, REVOKED, SUCCESS
+from celery.states import FAILURE, READY_STATES, REVOKED, SUCCESS
 
 from client.errors import JobFailed
 from client.schema import Result
@@ -34,6 +35,16 @@ class ResultBackend(RedisBackend):
         if again:
             self.on_retry()
         return again
+
+    def _store_result(self, task_id: str, result: Any, state: str, *args: Any, **named: Any) -> Any:
+        """Called by Celery for each change of a task. One that has ended stays as it ended.
+
+        Stock Celery lets only a success stand: a worker that was cut off from Redis would put its success in the place
+        of the cancelling that another has stored meanwhile.
+        """
+        if state in READY_STATES and self._get_task_meta_for(task_id)["status"] in READY_STATES:
+            return result
+        return super()._store_result(task_id, result, state, *args, **named)
 
     def record(self, job_id: str, outcome: Result | BaseException) -> str:
         """The result record of a job, exactly as this backend would store it for a task of that id."""

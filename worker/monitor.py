@@ -27,7 +27,7 @@ from worker.store import WORKER_TTL_S, Store
 
 if TYPE_CHECKING:
     from worker.engine import Engine, RowStats
-    from worker.pool import EnginePool
+    from worker.pool import Delivery, EnginePool
 
 log = structlog.get_logger("millrace.worker")
 
@@ -52,6 +52,8 @@ class Monitor:
         self._thread = threading.Thread(target=self._loop, name="millrace-monitor", daemon=True)
         self._began_at = time.time()
         self._renew_at = self._beat_at = 0.0
+        self._renewed_at = float("-inf")
+        self._doubtful: set[str] = set()  # jobs whose lease may have run out: others may end them
         self._last_tokens, self._last_beat = 0, time.monotonic()
         self._down = False
         self._stalled = False  # as was last acted on
@@ -151,14 +153,27 @@ class Monitor:
                 self._pool.cancel(job_id)
         self._look_at_engine()
         if deliveries and now >= self._renew_at and not self._stalled:
-            self._store.renew([delivery.tag for delivery in deliveries if delivery.tag is not None])
-            self._renew_at = now + self._settings.lease_s / 4
+            self._renew(deliveries, now)
         if beat := now >= self._beat_at or stopping():
             self._beat(now)
             self._beat_at = now + BEAT_S
             if self._settings.metrics_port and not stopping():
                 self.queued = self._store.queued(self._settings.model_name)
         return bool(jobs) or beat
+
+    def _renew(self, deliveries: list[Delivery], now: float) -> None:
+        """Renew the leases. Jobs whose lease may have run out before are let go of when others have ended them."""
+        self._store.renew([delivery.tag for delivery in deliveries if delivery.tag is not None])
+        late = now - self._settings.lease_s / 2  # half: the clocks of two machines differ, and asking costs little
+        for delivery in deliveries:
+            if max(delivery.received_at, self._renewed_at) < late:
+                self._doubtful.update(list(delivery.open))
+        self._renewed_at, self._renew_at = now, now + self._settings.lease_s / 4
+        self._doubtful.intersection_update(self._pool.open_jobs())
+        if doubtful := list(self._doubtful):
+            claims = zip(doubtful, self._store.claim(doubtful), strict=True)
+            if over := [job_id for job_id, claim in claims if claim.finished]:
+                self._pool.let_go(over)
 
     def _look_at_engine(self) -> None:
         """See whether the engine comes on. While it does not, no lease is renewed: others do the jobs."""

@@ -752,6 +752,16 @@ class EnginePool(BasePool):
             held = list(self._by_job.items())
         return [job_id for job_id, d in held if d.verdict is not None or (d.grouped and job_id in state.revoked)]
 
+    def let_go(self, job_ids: Sequence[str]) -> None:
+        """Jobs that others have ended, after the lease here ran out: they are computed no further, and nothing of them
+        is stored. Raises redis.RedisError, and has done nothing then.
+        """
+        self._engine_service.store.ended(job_ids)
+        log.info("jobs.finished_before", jobs=len(job_ids))
+        self._settle(job_ids)  # first: what the engine says of them from now on is about nobody's job
+        for job_id in job_ids:
+            self.cancel(job_id)
+
     def time_out(self, delivery: Delivery) -> None:
         """Celery's time limit of the task has passed."""
         self._end_jobs(delivery, TimeLimitExceeded(delivery.time_limit_s))

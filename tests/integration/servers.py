@@ -65,6 +65,82 @@ def _openssl(*arguments: str | Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+class Link:
+    """The way to a server on a port of this machine. It can be cut as a network is: nobody is told, all goes silent.
+
+    What is sent meanwhile is not lost, for whoever sent it sends it again until it arrives, as TCP does: when the link
+    heals it comes through, however late, and from connections that have been closed since. New connections are not
+    answered (Linux) or answered and then silent.
+    """
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._ready = selectors.DefaultSelector()
+        self._ready.register(self._listener, selectors.EVENT_READ)
+        self._whole, self._silent, self._closing = threading.Event(), threading.Event(), False
+        self._whole.set()
+        self._fillers: list[socket.socket] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing = True
+        self.heal()
+        self._thread.join()
+        for key in list(self._ready.get_map().values()):
+            key.fileobj.close()  # type: ignore[union-attr]
+        self._ready.close()
+
+    def cut(self) -> None:
+        """Nothing passes from now on, in either direction."""
+        self._silent.clear()
+        self._whole.clear()
+        assert self._silent.wait(PATIENCE_S)
+        self._listener.listen(0)  # with one connection that nobody takes, Linux drops all others' packets
+        self._fillers = [socket.create_connection(("127.0.0.1", self.port))]
+
+    def heal(self) -> None:
+        """Everything passes again, and first what was sent meanwhile."""
+        for filler in self._fillers:
+            filler.close()
+        self._fillers = []
+        self._listener.listen()
+        self._whole.set()
+
+    def _run(self) -> None:
+        while not self._closing:
+            if not self._whole.is_set():
+                self._silent.set()
+                self._whole.wait()
+            for key, _ in self._ready.select(0.02):
+                if key.fileobj is self._listener:
+                    self._accept()
+                elif key.fileobj.fileno() >= 0:  # type: ignore[union-attr]  # not closed by its other end just now
+                    self._forward(key.fileobj, key.data)  # type: ignore[arg-type]
+
+    def _accept(self) -> None:
+        outer, _ = self._listener.accept()
+        inner = socket.create_connection(("127.0.0.1", self._target))
+        self._ready.register(outer, selectors.EVENT_READ, inner)
+        self._ready.register(inner, selectors.EVENT_READ, outer)
+
+    def _forward(self, source: socket.socket, target: socket.socket) -> None:
+        try:
+            data = source.recv(65_536)
+            target.sendall(data)
+        except OSError:
+            data = b""
+        if not data:
+            for end in (source, target):
+                self._ready.unregister(end)
+                end.close()
+
+
 class TlsProxy:
     """Ends TLS in front of a Redis whose own build has none, as stunnel or a cloud's load balancer does."""
 

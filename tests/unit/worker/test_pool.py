@@ -6,11 +6,13 @@ import json
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import redis
 from structlog.testing import capture_logs
 
 from client.errors import JobFailed
@@ -158,6 +160,32 @@ def test_no_message_is_taken_while_the_engine_is_stalled(make: Make) -> None:
     go_on.set()
     assert message.over.wait(PATIENCE_S)
     until(pool.has_room)
+
+
+def test_jobs_that_others_ended_while_redis_could_not_be_reached_are_let_go_of(make: Make) -> None:
+    class Away(MemoryStore):
+        away = False
+
+        def renew(self, delivery_tags: Any) -> None:
+            if self.away:
+                raise redis.ConnectionError("no route")
+
+    go_on = threading.Event()
+    engine = build(runner=type("Blocked", (BlockedRunner,), {"go_on": go_on}), slots=4)
+    store = Away()
+    pool = make(store, engine, lease_s=3)
+    message = deliver(pool, Message("a", "b"))
+    until(lambda: engine.stats().running == 2)
+    store.away = True
+    time.sleep(2)  # over half of the lease
+    store.results["a"] = "as it ended"
+    store.away = False
+    until(lambda: pool.open_jobs() == ["b"])
+    go_on.set()
+    assert message.over.wait(PATIENCE_S)
+    assert store.results["a"] == "as it ended"
+    assert json.loads(store.results["b"])["status"] == "SUCCESS"
+    assert pool.finished == {"succeeded": 1, "failed": 0, "cancelled": 0, "expired": 0}
 
 
 def test_a_refused_message_ends_no_job_that_is_here_and_any_other_that_it_names(make: Make) -> None:

@@ -185,6 +185,22 @@ def test_records_are_those_that_celerys_backend_stores(outcome: Any) -> None:
     app.close()
 
 
+@pytest.mark.parametrize("ended", [result("a"), JobFailed("nan_logits", "no numbers"), TaskRevokedError("revoked")])
+def test_a_result_that_is_there_stays_whoever_comes_later(ended: Any) -> None:
+    app = make_app(load_settings(redis_url="redis://localhost:1/0"))
+    kept = {app.backend.get_key_for_task("a"): app.backend.record("a", ended)}
+    before = dict(kept)
+    app.backend.get = kept.get
+    app.backend._set_with_state = lambda key, value, state: kept.update({key: value})
+    app.backend.mark_as_done("a", result("a").model_dump(mode="json"))
+    app.backend.mark_as_failure("a", JobFailed("internal_error", "later"))
+    app.backend.mark_as_revoked("a", "later")
+    assert kept == before
+    app.backend.mark_as_done("b", result("b").model_dump(mode="json"))
+    assert len(kept) == 2, "another's is stored"
+    app.close()
+
+
 def test_the_writer_stores_in_batches_through_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     class Away(MemoryStore):
         """A Redis that is gone at first; while it is, more jobs end."""

@@ -45,7 +45,7 @@ def go_on() -> threading.Event:
 
 def test_a_stalled_engines_leases_run_out_and_its_record_says_so(go_on: threading.Event) -> None:
     engine = build(runner=type("Blocked", (BlockedRunner,), {"go_on": go_on}))
-    delivery = SimpleNamespace(tag="tag", time_limit_s=None, started_at=None, dropped=False)
+    delivery = SimpleNamespace(tag="tag", time_limit_s=None, started_at=None, received_at=time.monotonic(), open={"a"})
     takes: list[bool] = []
     pool: Any = SimpleNamespace(
         deliveries=lambda: [delivery],
