@@ -1,0 +1,85 @@
+"""A worker whose device is modelled: a step takes a fixed time and no arithmetic, and all else is what users run.
+
+    MODELLED_STEP_MS=100 celery -A benchmarks.modelled worker
+
+Scheduler, slots, pool, broker, leases and results are the real ones, so that many workers fit on a machine that could
+not compute for them, and what is seen is what they cost each other and Redis.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from config import Settings
+from model.tokenizer import load_tokenizer
+from worker.celery import app
+from worker.engine import LENGTH_CLASSES, Engine
+from worker.scheduler import Copy, Outcome, Scheduler, Step
+from worker.sequence import Sequence, Slot, TokenScore
+from worker.slots import Move, SlotTable
+
+__all__ = ["ModelledRunner", "app", "echo", "modelled_engine"]
+
+
+def echo(prompt: list[int], count: int) -> list[int]:
+    """The tokens that the device gives after a prompt: the prompt, again and again."""
+    return [prompt[i % len(prompt)] for i in range(count)]
+
+
+class ModelledRunner:
+    """A device that computes any step in the same time, and has room for everything.
+
+    Args:
+        step_s: that time, in seconds. It counts as one that the device takes: the processor is free meanwhile.
+    """
+
+    def __init__(self, step_s: float) -> None:
+        self.step_s = step_s
+
+    def run(self, step: Step) -> Outcome:
+        """A token for each sequence that is due one."""
+        if self.step_s:
+            time.sleep(self.step_s)
+        return Outcome([(s, TokenScore(s.prompt[len(s.output) % len(s.prompt)], None, [])) for s in step.drawing], [])
+
+    def fit(self, capacity: dict[int, int]) -> None:
+        """There is no cache."""
+
+    def move(self, move: Move) -> None:
+        """There is no cache."""
+
+    def copy(self, copy: Copy) -> None:
+        """There is no cache."""
+
+    def clear(self, slot: Slot) -> None:
+        """There is no cache."""
+
+    def collect(self, sequence: Sequence) -> dict[str, bytes]:  # noqa: ARG002
+        """There are no tensors."""
+        return {}
+
+
+def modelled_engine(settings: Settings) -> Engine:
+    """What `Engine.from_settings` gives, with the device of MODELLED_STEP_MS (default 100) in place of the model."""
+    step_ms = float(os.environ.get("MODELLED_STEP_MS", "100"))
+    tokenizer = load_tokenizer("demo")
+    longest = LENGTH_CLASSES[-1]
+    return Engine(
+        ModelledRunner(step_ms / 1000),
+        tokenizer,
+        Scheduler(
+            SlotTable(LENGTH_CLASSES, position_bytes=1, budget_bytes=settings.slots * longest),
+            max_rows=settings.slots,
+            step_tokens=settings.step_tokens,
+            prefill_chunk=settings.prefill_chunk,
+        ),
+        model_name=settings.model_name,
+        vocab_size=tokenizer.vocab_size,
+        max_context=longest,
+        fingerprint=f"modelled/step-{step_ms:g}-ms/process-{os.getpid()}",  # says who computed a job
+    )
+
+
+# Only in this process: the pool and the tasks both ask for their engine here, and must get one and the same.
+Engine.from_settings = staticmethod(modelled_engine)  # type: ignore[method-assign, assignment]
