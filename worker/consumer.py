@@ -71,7 +71,8 @@ class SafeConsumer(Consumer):
 
         self._unsettled: dict[str, Callable[[Any], None]] = {}
         forbid_compression()
-        super().__init__(take, *args, **kwargs)
+        # Else every worker is told of every heartbeat of every other one, and does nothing with it.
+        super().__init__(take, *args, **{**kwargs, "without_gossip": True})
         self._signing_keys = self.app.millrace_settings.signing_keys
 
     def _own(self, request: Any) -> None:

@@ -351,6 +351,15 @@ def test_nothing_is_left_unacknowledged(client: Client, connection: redis.Redis)
     assert connection.zcard(keys.unacked_index()) == 0
 
 
+def test_a_workers_heartbeat_is_heard_by_no_other_worker(connection: redis.Redis, worker: WorkerProcess) -> None:
+    """Where all listen, what Redis sends grows with the square of their number."""
+    with connection.pubsub() as here:
+        here.psubscribe("*")
+        heard = (message["channel"] for message in here.listen() if message["type"] == "pmessage")
+        channel = next(channel for channel in heard if "heartbeat" in channel)
+        assert connection.publish(channel, "{}") == 1, "only this test"
+
+
 def test_the_log_says_what_happened_and_no_text(client: Client, worker: WorkerProcess) -> None:
     job = client.submit("Peculiar zebra 7312", max_tokens=5, temperature=0)
     text = job.result(PATIENCE_S).text
