@@ -266,9 +266,9 @@ class AsyncJob(Handle):
             async for _, event in events:
                 yield event
 
-    async def checkpoints(self) -> dict[str, np.ndarray]:
-        """The tensors that the job kept; see `Job.checkpoints`."""
-        return await self._client._call(self._client._client._checkpoints, self.id)
+    async def checkpoints(self, *, max_bytes: int | None = None) -> dict[str, np.ndarray]:
+        """The tensors that the job kept; see `Job.checkpoints`. InvalidRequest if they take more than `max_bytes`."""
+        return await self._client._call(self._client._client._checkpoints, self.id, max_bytes)
 
     async def cancel(self) -> bool:
         """Ask for the job to be cancelled; see `Job.cancel`."""

@@ -480,12 +480,16 @@ class Client:
             raise self._unknown(job_id)
         return news
 
-    def _checkpoints(self, job_id: str) -> dict[str, np.ndarray]:
+    def _checkpoints(self, job_id: str, max_bytes: int | None = None) -> dict[str, np.ndarray]:
+        """With `max_bytes` only tensors that are known by name, and InvalidRequest where they take more together."""
         from safetensors import SafetensorError
         from safetensors.numpy import load  # numpy takes a while to import, and few need it
 
         with self._reachable(), connect(self.url, text=False) as connection:
-            fields = cast("dict[bytes, bytes]", connection.hgetall(keys.checkpoint(job_id)))
+            if max_bytes is None:
+                fields = cast("dict[bytes, bytes]", connection.hgetall(keys.checkpoint(job_id)))
+            else:
+                fields = _read_dump(connection, job_id, max_bytes)
         if not fields:
             raise NoCheckpoints(job_id).about(Job(job_id, self))
         try:
@@ -561,6 +565,20 @@ def _groups(drafts: Iterable[_Draft]) -> Iterator[list[_Draft]]:
         open_groups[place] = ([*group, draft], used + size)
     for group, _ in open_groups.values():
         yield group
+
+
+def _read_dump(connection: redis.Redis, job_id: str, max_bytes: int) -> dict[bytes, bytes]:
+    """A job's tensors one by one, as far as they are allowed; what is in Redis may be of any size."""
+    fields, size = {}, 0
+    for name in dict.fromkeys(name for names in CHECKPOINT_TENSORS.values() for name in names):
+        data = cast("bytes | None", connection.hget(keys.checkpoint(job_id), name))
+        if data is not None:
+            fields[name.encode()] = data
+            size += len(data)
+        if size > max_bytes:
+            expected = f"{max_bytes} at most; ask for fewer (8, the logits, is the largest), or shorten the prompt"
+            raise InvalidRequest("checkpoints", f"over {max_bytes} bytes of tensors of job {job_id}", expected)
+    return fields
 
 
 def _no_record(answer: Any) -> str | None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from client import Client
+from client.checkpoints import CHECKPOINTS, Row, compare
 from client.errors import MillraceError
 from config import Settings
 from model.files import find_model
@@ -21,7 +22,7 @@ from model.tokenizer import Tokenizer, load_tokenizer
 from model.weights import read_config
 from worker import checkpoints
 from worker.causes import likely_cause
-from worker.checkpoints import CHECKPOINTS, Loss, Row
+from worker.checkpoints import Loss
 from worker.references import REFERENCES, Reference, ReferenceUnavailable, load_reference
 from worker.references.files import read_weights
 
@@ -167,7 +168,7 @@ class Validation:
         self._traces[reference.name] = theirs
         tolerances = self._tolerances(reference, theirs)
         tables = [
-            checkpoints.compare(case.tensors, tensors, reference=reference.name, tolerances=tolerances)
+            compare(case.tensors, tensors, reference=reference.name, tolerances=tolerances)
             for case, tensors in zip(self.cases, theirs, strict=True)
         ]
         if self.settings.dtype != "float32":
@@ -223,7 +224,7 @@ class Validation:
     def _against_file(self, name: str, theirs: dict[str, np.ndarray], ready: Row, fingerprint: str) -> Report:
         """Another implementation's dump of the first prompt."""
         case = self.cases[0]
-        rows = checkpoints.compare(case.tensors, theirs, reference=Path(name).name, tolerances={})
+        rows = compare(case.tensors, theirs, reference=Path(name).name, tolerances={})
         return self._report(name, fingerprint, [ready, *rows], self._cause([rows], [theirs]))
 
     def _among_references(self) -> list[Report]:
@@ -233,8 +234,7 @@ class Validation:
         for other in names[1:]:
             pairs = zip(self._traces[names[0]], self._traces[other], strict=True)
             tables = [
-                [row for row in checkpoints.compare(a, b, reference=other, tolerances={}) if row.number != 3]
-                for a, b in pairs
+                [row for row in compare(a, b, reference=other, tolerances={}) if row.number != 3] for a, b in pairs
             ]
             rows = checkpoints.table(tables)
             reports.append(self._report(f"{names[0]} beside {other}", "", rows, ""))

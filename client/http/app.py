@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 from client.aio import AsyncClient
 from client.errors import InvalidRequest, MillraceError
 from client.http.batches import Batches
+from client.http.comparison import Comparison
 from client.http.completions import Chunks, completions, read_order
 from client.http.connections import EventStream, sse, while_connected
 from client.http.errors import ApiError, translate
@@ -57,7 +58,7 @@ def make_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with AsyncClient(settings=settings) as client:
             gateway, batches = Gateway(client, timeout_s), Batches(directory, files, settings)
-            parts = Parts(client, gateway, files, batches, Overview(gateway))
+            parts = Parts(client, gateway, files, batches, Overview(gateway), Comparison(client))
             app.state.parts = parts
             parts.batches.start()
             background = [asyncio.create_task(work) for work in (_sweep(parts.batches), parts.overview.watch())]
@@ -192,6 +193,11 @@ async def tell_status(request: Request) -> Response:
     return JSONResponse(await parts_of(request).overview.tell())
 
 
+async def tell_checkpoints(request: Request) -> Response:
+    """`GET /checkpoints.json?job=ID&reference=ID`: how far the tensors of two jobs are apart."""
+    return JSONResponse(await parts_of(request).comparison.tell(request.query_params))
+
+
 ROUTES = [
     *STORAGE,
     route("POST", "/v1/completions", create_completion),
@@ -201,4 +207,5 @@ ROUTES = [
     route("GET", HEALTH, health),
     route("GET", PAGE, show_page),
     route("GET", "/status.json", tell_status),
+    route("GET", "/checkpoints.json", tell_checkpoints),
 ]

@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from client.aio import AsyncClient
 from client.http.batches import Batches
+from client.http.comparison import Comparison
 from client.http.errors import ApiError
 from client.http.files import FileStore
 from client.http.gateway import Gateway
@@ -28,6 +29,7 @@ class Parts:
     files: FileStore
     batches: Batches
     overview: Overview
+    comparison: Comparison
 
 
 def parts_of(request: Request) -> Parts:

@@ -16,12 +16,12 @@ from safetensors.numpy import load
 
 import model.cache
 import model.gpt2
+from client.checkpoints import Row, compare
 from client.schema import parse_request
 from config import Settings
 from model.files import DEMO
 from model.linear import Linear
 from worker.causes import likely_cause
-from worker.checkpoints import Row, compare
 from worker.engine import Engine
 from worker.references import Reference, load_reference
 from worker.references.files import read_weights

@@ -9,9 +9,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
+import numpy as np
 import pytest
 
-from client import Client, keys
+from client import Client, InvalidRequest, Job, keys
 from tests.integration.http_server import HttpServer
 from tests.patience import PATIENCE_S
 
@@ -66,6 +68,76 @@ def test_the_status_shows_slots_queues_rates_and_failures(http: HttpServer, clie
         assert not any(job.id in plain.get("/status.json").text for job in (failing, *jobs))
     for job in jobs:
         job.wait(timeout=PATIENCE_S)
+
+
+def asked(http: HttpServer, job: str, reference: str) -> httpx.Response:
+    with http.http(authorization=f"Bearer {KEY}") as plain:
+        return plain.get("/checkpoints.json", params={"job": job, "reference": reference})
+
+
+@pytest.fixture(scope="module")
+def traced(worker: object, redis_url: str) -> dict[str, Job]:
+    """Jobs that kept their tensors: two of one prompt, one of another as long, one of a longer one, one of few."""
+    prompts = {"one": "Hello.", "same": "Hello.", "other": "Help!", "longer": "Hello there.", "few": "Hello."}
+    with Client(redis_url=redis_url) as client:
+        jobs = {
+            name: client.submit(prompt, max_tokens=3, temperature=0, checkpoints=[1, 2] if name == "few" else "all")
+            for name, prompt in prompts.items()
+        }
+        for job in jobs.values():
+            job.result(timeout=PATIENCE_S)
+    return jobs
+
+
+def test_two_jobs_of_one_prompt_have_the_same_tensors(http: HttpServer, traced: dict[str, Job]) -> None:
+    answer = asked(http, traced["one"].id, traced["same"].id)
+    assert answer.status_code == 200
+    found = answer.json()
+    assert found["ok"] is True
+    assert [row["number"] for row in found["rows"]] == list(range(1, 13))
+    assert {row["max_abs"] for row in found["rows"]} == {0.0}, "the same bits in any company"
+
+
+def test_the_rows_are_the_differences_of_the_tensors(http: HttpServer, client: Client, traced: dict[str, Job]) -> None:
+    ours, theirs = (client.job(traced[name].id).checkpoints() for name in ("one", "other"))
+    found = asked(http, traced["one"].id, traced["other"].id).json()
+    rows = {row["number"]: row for row in found["rows"]}
+    assert found["ok"] is False
+    for number, name in {4: "scores", 6: "mlp", 8: "logits", 11: "probs"}.items():
+        assert rows[number]["max_abs"] == pytest.approx(float(np.abs(ours[name] - theirs[name]).max()), rel=1e-5)
+        assert rows[number]["ok"] is False
+    assert rows[8]["tolerance"] == 1e-3
+    assert rows[3]["ok"] is True, "each cache holds what its own job wrote"
+
+
+def test_shapes_that_differ_and_tensors_that_one_does_not_have_are_said(
+    http: HttpServer, traced: dict[str, Job]
+) -> None:
+    longer = asked(http, traced["one"].id, traced["longer"].id).json()["rows"][7]
+    assert (longer["number"], longer["ok"], longer["max_abs"]) == (8, False, None)
+    assert "the reference has shape [3, " in longer["note"]
+    few = {row["number"]: row["ok"] for row in asked(http, traced["few"].id, traced["one"].id).json()["rows"]}
+    assert [number for number, ok in few.items() if ok] == [1, 2]
+    assert few[8] is None
+
+
+def test_jobs_that_cannot_be_compared_say_why(http: HttpServer, client: Client, traced: dict[str, Job]) -> None:
+    plain = client.submit("Hello.", max_tokens=1)
+    plain.result(timeout=PATIENCE_S)
+    one = traced["one"].id
+    for job, reference, status, code, param in [
+        ("nobody-knows-it", one, 404, "not_found", "job"),
+        (one, plain.id, 404, "no_checkpoints", "reference"),
+        ("", one, 400, "invalid_request", "job"),
+        (one, "a b", 400, "invalid_request", "reference"),
+    ]:
+        answer = asked(http, job, reference)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
+    with http.http() as stranger:
+        assert stranger.get("/checkpoints.json").status_code == 401
+    with pytest.raises(InvalidRequest, match="over 1000 bytes of tensors"):
+        client._checkpoints(one, 1000)
 
 
 def test_without_redis_the_status_says_so(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_the_table_of_settings_is_complete_and_gives_the_defaults() -> None:
 
 
 def test_the_table_of_checkpoints_has_their_tolerances() -> None:
-    from worker.checkpoints import CHECKPOINTS
+    from client.checkpoints import CHECKPOINTS
 
     page = (ROOT / "docs" / "fidelity.md").read_text()
     table = {number: cell.strip() for number, cell in re.findall(r"^\| (\d+) \|.*\|([^|]*)\|$", page, re.MULTILINE)}

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from worker.checkpoints import CHECKPOINTS, Row, check_cache, compare, half_tolerances, loss, read_tensors, worst
+from client.checkpoints import CHECKPOINTS, Row, check_cache, compare, worst
+from worker.checkpoints import half_tolerances, loss, read_tensors
 
 
 def ours() -> dict[str, np.ndarray]:
