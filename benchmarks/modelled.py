@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 
+from benchmarks.workloads import echo
 from config import Settings
 from model.tokenizer import load_tokenizer
 from worker.celery import app
@@ -19,12 +20,7 @@ from worker.scheduler import Copy, Outcome, Scheduler, Step
 from worker.sequence import Sequence, Slot, TokenScore
 from worker.slots import Move, SlotTable
 
-__all__ = ["ModelledRunner", "app", "echo", "modelled_engine"]
-
-
-def echo(prompt: list[int], count: int) -> list[int]:
-    """The tokens that the device gives after a prompt: the prompt, again and again."""
-    return [prompt[i % len(prompt)] for i in range(count)]
+__all__ = ["ModelledRunner", "app", "modelled_engine"]
 
 
 class ModelledRunner:
@@ -41,7 +37,7 @@ class ModelledRunner:
         """A token for each sequence that is due one."""
         if self.step_s:
             time.sleep(self.step_s)
-        return Outcome([(s, TokenScore(s.prompt[len(s.output) % len(s.prompt)], None, [])) for s in step.drawing], [])
+        return Outcome([(s, TokenScore(echo(s.prompt, len(s.output)), None, [])) for s in step.drawing], [])
 
     def fit(self, capacity: dict[int, int]) -> None:
         """There is no cache."""

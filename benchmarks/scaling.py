@@ -26,16 +26,15 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import redis
 
 from benchmarks.conditions import conditions
-from benchmarks.modelled import echo
-from benchmarks.workloads import Item
+from benchmarks.workloads import Item, echo
 from client import Client
 from client.transport import connect
 from worker.embedded import EmbeddedRedis, die_with_parent
@@ -220,20 +219,17 @@ class Visitor:
                     self.seconds.append(time.perf_counter() - began)
 
 
-def rate_in_the_middle(arrivals: Sequence[tuple[float, int]]) -> float:
-    """Tokens per second while the second and third quarter of them came, without the beginning and the end of a run.
+def rate_in_the_middle(spans: Sequence[tuple[float, float, int]], began: float) -> float:
+    """Tokens per second in the middle half of a run, in which it neither fills its slots nor runs out of jobs.
 
     Args:
-        arrivals: the time and the tokens of each result, in order of time.
+        spans: of each job when it ended, how long it had its slot, over which its tokens are spread, and these.
+        began: when the run did.
     """
-    total, come = sum(tokens for _, tokens in arrivals), 0
-    marks: list[tuple[float, int]] = []
-    for at, tokens in arrivals:
-        come += tokens
-        if come >= total * (1 + 2 * len(marks)) / 4 and len(marks) < 2:
-            marks.append((at, come))
-    (first, before), (last, after) = marks[0], marks[-1]
-    return (after - before) / (last - first) if last > first else float("nan")
+    ended = max(end for end, _, _ in spans)
+    first, last = began + (ended - began) / 4, began + (ended - began) * 3 / 4
+    made = sum(tokens * max(0.0, min(end, last) - max(end - took, first)) / took for end, took, tokens in spans)
+    return made / (last - first)
 
 
 def run(fleet: Fleet, items: Sequence[Item], *, together: bool = True, every_s: float | None = None) -> dict[str, Any]:
@@ -244,16 +240,18 @@ def run(fleet: Fleet, items: Sequence[Item], *, together: bool = True, every_s: 
         every_s: how often somebody comes with an interactive job; None if nobody does.
     """
     wanted = [request(item, priority="bulk") for item in items]
-    arrivals: list[tuple[float, int]] = []
+    spans: list[tuple[float, float, int]] = []
     with Visitor(fleet, every_s) if every_s else contextlib.nullcontext() as visitor:
         before = fleet.read()
         jobs = fleet.client.submit_many(wanted) if together else [fleet.client.submit(**fields) for fields in wanted]
         submitted = fleet.read()
         for job in fleet.client.as_completed(jobs, timeout=3600):
-            arrivals.append((time.perf_counter(), job.result(0).usage.completion_tokens))
+            result = job.result(0)
+            took = result.timings.prefill_s + result.timings.decode_s
+            spans.append((time.perf_counter(), max(took, 1e-6), result.usage.completion_tokens))
         used = fleet.read() - before
     for item, job in zip(items, jobs, strict=True):
-        if job.result(0).choices[0].token_ids != echo(item.prompt, item.new_tokens):
+        if job.result(0).choices[0].token_ids != [echo(item.prompt, i) for i in range(item.new_tokens)]:
             raise SystemExit(f"job {job.id} has tokens that its device did not give")
     tokens = sum(item.new_tokens for item in items)
     shares = Counter(job.result(0).fingerprint for job in jobs)
@@ -264,7 +262,7 @@ def run(fleet: Fleet, items: Sequence[Item], *, together: bool = True, every_s: 
         "submitted_per_s": len(jobs) / (submitted - before).at,
         "jobs_per_s": len(jobs) / used.at,
         "tokens_per_s": tokens / used.at,
-        "tokens_per_s_in_the_middle": rate_in_the_middle(arrivals),
+        "tokens_per_s_in_the_middle": rate_in_the_middle(spans, before.at),
         "ideal_tokens_per_s": fleet.ideal_tokens_per_s if fleet.step_ms else None,
         "jobs_by_worker": [0] * (len(fleet._workers) - len(shares)) + sorted(shares.values()),
         "interactive_s": visitor.seconds if visitor else [],
@@ -363,13 +361,11 @@ def memory(fleet: Fleet, jobs: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What Redis spends, as measured: on a job, and each second on a worker that is busy."""
+    """What Redis spends: milliseconds of its core, bytes in and bytes out."""
 
-    job_cpu_ms: float
-    worker_cpu_ms_per_s: float
-    job_bytes_in: float
-    job_bytes_out: float
-    worker_connections: float
+    cpu_ms: float
+    bytes_in: float
+    bytes_out: float
 
 
 @dataclass(frozen=True)
@@ -385,26 +381,57 @@ class Needs:
     connections: float
 
 
-def needs(gpus: int, gpu_tokens_per_s: float, job_tokens: float, cost: Cost) -> Needs:
-    """The arithmetic from one job and one worker to many; it assumes that both costs stay what they are."""
+def needs(gpus: int, gpu_tokens_per_s: float, job_tokens: float, job: Cost, worker: Cost, connections: float) -> Needs:
+    """The arithmetic from one job and one worker to many; it assumes that what each costs stays as it is.
+
+    Args:
+        job: for each job.
+        worker: for each second of a busy worker, beside its jobs.
+        connections: of each worker.
+    """
     jobs_per_s = gpus * gpu_tokens_per_s / job_tokens
-    cores = (jobs_per_s * cost.job_cpu_ms + gpus * cost.worker_cpu_ms_per_s) / 1000
+    cores = (jobs_per_s * job.cpu_ms + gpus * worker.cpu_ms) / 1000
     return Needs(
         jobs_per_s=jobs_per_s,
         redis_cores=cores,
         servers=max(1, -int(-cores // 0.5)),
-        mbit_in=jobs_per_s * cost.job_bytes_in * 8 / 1e6,
-        mbit_out=jobs_per_s * cost.job_bytes_out * 8 / 1e6,
-        connections=gpus * cost.worker_connections,
+        mbit_in=(jobs_per_s * job.bytes_in + gpus * worker.bytes_in) * 8 / 1e6,
+        mbit_out=(jobs_per_s * job.bytes_out + gpus * worker.bytes_out) * 8 / 1e6,
+        connections=gpus * connections,
     )
 
 
-@contextlib.contextmanager
-def fleet_for(kind: str, options: argparse.Namespace) -> Iterator[Fleet]:
-    """The workers that a kind of measurement needs."""
+def costs(figures: dict[str, Any]) -> tuple[Cost, Cost]:
+    """Of a job, from `saturate`, where next to nothing else happens; and of a worker, which is the rest of `scale`."""
+
+    def cost(row: dict[str, Any]) -> Cost:
+        per_job = row["per_job"]
+        return Cost(per_job["redis_cpu_ms"], per_job["redis_bytes_in"], per_job["redis_bytes_out"])
+
+    job = cost([row for row in figures["saturate"] if row["together"]][-1])
+    busy, row = cost(figures["scale"][-1]), figures["scale"][-1]
+    share = row["jobs_per_s"] / row["workers"]
+    rest = [share * (one - other) for one, other in zip(astuple(busy), astuple(job), strict=True)]
+    return job, Cost(*rest)
+
+
+def paper(figures: dict[str, Any], gpus: int, rates: Sequence[float]) -> None:
+    """Print what so many GPUs of each rate would need, with jobs of 64 new tokens."""
+    job, worker = costs(figures)
+    row = figures["scale"][-1]
+    print(f"a job: {job}\na busy worker, each second: {worker}")
+    for rate in rates:
+        found = needs(gpus, rate, 64, job, worker, row["connections"] / row["workers"])
+        print(f"{gpus} GPUs at {rate:g} tokens/s: {found}")
+
+
+def measure(kind: str, options: argparse.Namespace) -> Any:
+    """One of `scale`, `saturate` and `memory`, with workers of its own."""
     step_ms = options.step_ms if kind == "scale" else 0.0
     with Fleet(step_ms=step_ms, slots=options.slots, flags=options.flag) as fleet:
-        yield fleet
+        if kind == "scale":
+            return scale(fleet, options.workers, waves=options.waves, idle_s=options.idle, every_s=options.every)
+        return saturate(fleet, options.workers, options.jobs) if kind == "saturate" else memory(fleet, options.jobs)
 
 
 def main() -> None:
@@ -419,18 +446,15 @@ def main() -> None:
     parser.add_argument("--flag", action="append", default=[], help="for each worker, as --flag=--without-gossip")
     parser.add_argument("--only", nargs="+", choices=["scale", "saturate", "memory"], help="leave the rest out")
     parser.add_argument("--json", "--output", type=Path, dest="json", help="write the figures as JSON")
+    parser.add_argument("--paper", type=Path, nargs="+", help="measure nothing; 1,000 GPUs from the JSON of these runs")
     options = parser.parse_args()
+    if options.paper:
+        read = [json.loads(path.read_text()) for path in options.paper]
+        paper({kind: rows for figures in read for kind, rows in figures.items()}, 1000, (1_000, 5_000, 20_000))
+        return
     figures: dict[str, Any] = {"conditions": conditions(1) | {"cores": os.cpu_count(), "options": vars(options)}}
     for kind in options.only or ["scale", "saturate", "memory"]:
-        with fleet_for(kind, options) as fleet:
-            if kind == "scale":
-                figures[kind] = scale(
-                    fleet, options.workers, waves=options.waves, idle_s=options.idle, every_s=options.every
-                )
-            elif kind == "saturate":
-                figures[kind] = saturate(fleet, options.workers, options.jobs)
-            else:
-                figures[kind] = memory(fleet, options.jobs)
+        figures[kind] = measure(kind, options)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2, default=str))
 

@@ -42,6 +42,11 @@ def one_row() -> list[Item]:
     return [Item([rng.randrange(50000) for _ in range(32)], 64)]
 
 
+def echo(prompt: list[int], index: int) -> int:
+    """The new token of this number after a prompt where the device is modelled: the prompt, again and again."""
+    return prompt[index % len(prompt)]
+
+
 WORKLOADS = {
     "ragged": lambda: w64(uniform=False),
     "uniform": lambda: w64(uniform=True),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
-from benchmarks.scaling import Cost, Reading, busy_s, long_jobs, needs, processor_s, rate_in_the_middle
+from benchmarks.scaling import Cost, Reading, busy_s, costs, long_jobs, needs, processor_s, rate_in_the_middle
 
 
 def test_what_a_job_takes_is_the_difference_of_two_readings() -> None:
@@ -25,11 +26,10 @@ def test_what_a_job_takes_is_the_difference_of_two_readings() -> None:
     assert used.shares() == {"redis": 0.25, "workers": 0.75, "client": 0.5, "others": 0.5}
 
 
-def test_the_rate_leaves_out_the_first_and_the_last_quarter() -> None:
-    # 10 s until the first, then one of 5 tokens each second, and the last one late: 4 of them between 25 % and 75 %.
-    arrivals = [(10.0 + i, 5) for i in range(8)]
-    arrivals[-1] = (60.0, 5)
-    assert rate_in_the_middle(arrivals) == 5.0
+def test_the_rate_is_that_of_the_middle_half() -> None:
+    # A run from 100 to 120, so from 105 to 115: all of the first job, half of the second, nothing of the last.
+    spans = [(110.0, 4.0, 40), (117.0, 4.0, 20), (120.0, 2.0, 1000)]
+    assert rate_in_the_middle(spans, 100.0) == (40 + 10) / 10
 
 
 def test_jobs_have_64_tokens_in_the_mean() -> None:
@@ -38,14 +38,24 @@ def test_jobs_have_64_tokens_in_the_mean() -> None:
 
 
 def test_what_a_thousand_gpus_need() -> None:
-    cost = Cost(job_cpu_ms=0.2, worker_cpu_ms_per_s=1.0, job_bytes_in=2000, job_bytes_out=1000, worker_connections=8)
-    found = needs(1000, gpu_tokens_per_s=6400, job_tokens=64, cost=cost)
+    job, worker = Cost(cpu_ms=0.2, bytes_in=2000, bytes_out=1000), Cost(cpu_ms=1, bytes_in=10_000, bytes_out=5_000)
+    found = needs(1000, 6400, 64, job, worker, connections=8)
     assert found.jobs_per_s == 100_000
     assert found.redis_cores == pytest.approx(20 + 1)
     assert found.servers == 42
-    assert found.mbit_in == pytest.approx(1600)
-    assert found.mbit_out == pytest.approx(800)
+    assert found.mbit_in == pytest.approx(1600 + 80)
+    assert found.mbit_out == pytest.approx(800 + 40)
     assert found.connections == 8000
+
+
+def test_what_is_not_the_jobs_is_the_workers() -> None:
+    def row(cpu_ms: float, bytes_in: float, bytes_out: float, **rest: float) -> dict[str, Any]:
+        cost = {"redis_cpu_ms": cpu_ms, "redis_bytes_in": bytes_in, "redis_bytes_out": bytes_out}
+        return {"per_job": cost, "together": True, **rest}
+
+    figures = {"saturate": [row(0.1, 100, 50)], "scale": [row(0.5, 300, 150, jobs_per_s=80.0, workers=16)]}
+    # 5 jobs a second for each worker, and of each the part beyond what a job costs alone.
+    assert costs(figures) == (Cost(0.1, 100, 50), Cost(pytest.approx(2.0), 1000, 500))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="reads /proc")
