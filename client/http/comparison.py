@@ -22,14 +22,14 @@ REFERENCE = "the reference"
 
 
 class Comparison:
-    """Compares two jobs at a time and no more: each takes some hundred megabytes meanwhile."""
+    """Compares one pair of jobs after the other: each pair takes some hundred megabytes meanwhile."""
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
         self._turn = asyncio.Lock()
 
     async def tell(self, query: QueryParams) -> dict[str, Any]:
-        """The rows, worst first to be seen in `ok`. Raises ApiError."""
+        """The rows, and whether all that were compared are within their tolerances. Raises ApiError."""
         job_id, reference_id = (_asked(query, name) for name in ("job", "reference"))
         async with self._turn:
             ours = await self._tensors("job", job_id)
