@@ -267,7 +267,7 @@ class AsyncJob(Handle):
                 yield event
 
     async def checkpoints(self, *, max_bytes: int | None = None) -> dict[str, np.ndarray]:
-        """The tensors that the job kept; see `Job.checkpoints`. InvalidRequest if they take more than `max_bytes`."""
+        """The tensors that the job kept; see `Job.checkpoints`."""
         return await self._client._call(self._client._client._checkpoints, self.id, max_bytes)
 
     async def cancel(self) -> bool:

@@ -103,16 +103,20 @@ class Job(Handle):
                     yield from reader.take(entry)
         yield from reader.finish(self._answer())
 
-    def checkpoints(self) -> dict[str, np.ndarray]:
+    def checkpoints(self, *, max_bytes: int | None = None) -> dict[str, np.ndarray]:
         """The tensors that the job kept because it was submitted with `checkpoints`, by name; needs numpy, not torch.
 
         Arrays named as in `client.schema.CHECKPOINT_TENSORS`, in float32 whatever the model computes in.
 
+        Args:
+            max_bytes: what is read at most; None reads all there is, which may be hundreds of megabytes.
+
         Raises:
             NoCheckpoints: there are none, or not any more.
+            InvalidRequest: they take more than `max_bytes`.
             RedisUnreachable: Redis does not answer.
         """
-        return self._client._checkpoints(self.id)
+        return self._client._checkpoints(self.id, max_bytes)
 
     def cancel(self) -> bool:
         """Ask for the job to be cancelled. A running one stops at its next token, a queued one when a worker meets it.

@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from client import AsyncClient, Client, QueueFull
 from client.http.app import ROUTES, exception_handlers
 from client.http.batches import Batches
+from client.http.comparison import Comparison
 from client.http.files import FileStore
 from client.http.gateway import Gateway
 from client.http.guard import Guard, Limits
@@ -84,7 +85,7 @@ def _app() -> Guard:
     app = Starlette(routes=ROUTES, exception_handlers=exception_handlers())
     batches = Batches(directory, files, load_settings())
     gateway = Gateway(client, 600)
-    app.state.parts = Parts(client, gateway, files, batches, Overview(gateway))
+    app.state.parts = Parts(client, gateway, files, batches, Overview(gateway), Comparison(client))
     return Guard(app, Limits(any_host=True))
 
 

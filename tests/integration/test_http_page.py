@@ -137,7 +137,8 @@ def test_jobs_that_cannot_be_compared_say_why(http: HttpServer, client: Client, 
     with http.http() as stranger:
         assert stranger.get("/checkpoints.json").status_code == 401
     with pytest.raises(InvalidRequest, match="over 1000 bytes of tensors"):
-        client._checkpoints(one, 1000)
+        client.job(one).checkpoints(max_bytes=1000)
+    assert len(client.job(one).checkpoints(max_bytes=2**24)) == len(client.job(one).checkpoints())
 
 
 def test_without_redis_the_status_says_so(tmp_path: Path) -> None:
