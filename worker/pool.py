@@ -759,6 +759,8 @@ class EnginePool(BasePool):
         self._engine_service.store.ended(job_ids)
         log.info("jobs.finished_before", jobs=len(job_ids))
         self._settle(job_ids)  # first: what the engine says of them from now on is about nobody's job
+        if self._traces is not None:
+            self._traces.returned(job_ids)
         for job_id in job_ids:
             self.cancel(job_id)
 
