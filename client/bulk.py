@@ -456,6 +456,9 @@ def _drafts(
         item = plain(item)
         own = item if isinstance(item, Mapping) else {"prompt": item}
         try:
-            yield index, client._prepare({**params, **own, "id": f"{run}.{index}"})
+            draft = client._prepare({**params, **own, "id": f"{run}.{index}"})
+            with contextlib.suppress(RedisUnreachable, RedisRefused):  # the window waits for a Redis that is away
+                client._check_served([draft])
+            yield index, draft
         except InvalidRequest as error:
             yield index, InvalidRequest(f"prompts[{index}].{error.field}", error.value, error.expected)

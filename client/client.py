@@ -50,7 +50,7 @@ from client.schema import (
     parse_request,
 )
 from client.signing import mark, sign
-from client.status import Status, count_queued, read_status
+from client.status import Served, Status, count_queued, read_served, read_status
 from client.tracing import sending
 from client.transport import connect, explain, producer_app, queue, resolve_url, results_app
 from client.watch import LAST_POLL_S, News, Watch
@@ -68,6 +68,8 @@ RECORD_JOBS = 512
 GROUP_JOBS, GROUP_BYTES = 16, 65_536
 #: How often a wait without end says that nobody serves the queue.
 REMIND_S = 30.0
+#: How long it is taken for true which models are served.
+SERVED_S = 1.0
 
 
 class Client:
@@ -75,7 +77,7 @@ class Client:
 
     Args:
         redis_url: MILLRACE_REDIS_URL if not given, else an embedded server that runs, else localhost.
-        model: the model whose queue jobs go to; MILLRACE_MODEL if not given.
+        model: the model whose queue jobs go to that name none; the first of MILLRACE_MODEL if not given.
         settings: all settings at once, instead of the environment.
 
     Raises:
@@ -91,6 +93,9 @@ class Client:
         self.settings = settings
         self.url = resolve_url(settings)
         self.model_name = slug(model) if model is not None else settings.model_name
+        self._own_models = {self.model_name, *settings.models}
+        self._served: Served | None = None
+        self._served_at = -SERVED_S
         self._redis = connect(self.url)
         self._app = producer_app(settings, self.url)
 
@@ -120,12 +125,15 @@ class Client:
                 the result any more.
 
         Raises:
-            InvalidRequest: a parameter is wrong; nothing was queued.
+            InvalidRequest: a parameter is wrong, or there are workers and none of them serves the model that it names,
+                nor has for a day; nothing was queued.
             QueueFull: the queue takes no more; nothing was queued.
             RedisUnreachable: Redis does not answer; nothing was accepted, so far as is known.
             RedisRefused: Redis answers with an error; nothing was accepted.
         """
-        return self._queue([self._prepare({"prompt": prompt, "id": id, **params})])[0]
+        draft = self._prepare({"prompt": prompt, "id": id, **params})
+        self._check_served([draft])
+        return self._queue([draft])[0]
 
     def submit_many(self, requests: Iterable[str | Sequence[int] | Mapping[str, Any]], **params: Any) -> list[Job]:
         """Queue many prompts: each a text, token ids, or a mapping with `prompt` and parameters of its own.
@@ -150,6 +158,7 @@ class Client:
                 raise InvalidRequest(f"requests[{index}].{error.field}", error.value, error.expected) from None
         if not drafts:
             raise InvalidRequest("requests", "an empty list", "at least one prompt")
+        self._check_served(drafts)
         return self._queue(drafts)
 
     def batch(
@@ -177,7 +186,10 @@ class Client:
             InvalidBatch: rows are wrong, or the output has other requests under the same names; nothing was queued.
             OutputRefused: the output must not or cannot be written.
         """
-        return Batch(self, source, params, text=text, limit=limit).run(output, **options)
+        named: set[str] | None = None
+        with contextlib.suppress(RedisUnreachable, RedisRefused):  # the batch waits for a Redis that is away
+            named = self.models() if (served := self._look_who_serves()) and served.now else None
+        return Batch(self, source, params, text=text, limit=limit, models=named).run(output, **options)
 
     def map(
         self,
@@ -269,6 +281,14 @@ class Client:
         with self._reachable():
             return read_status(self._redis, self.model_name)
 
+    def models(self) -> set[str]:
+        """The models that jobs may name: those of this client, and those that are served, or were within a day.
+
+        While no worker lives, jobs may name any. Raises RedisUnreachable.
+        """
+        served = self._look_who_serves()
+        return self._own_models if served is None else self._own_models | served.now | served.lately
+
     # --- submitting ------------------------------------------------------------------------------------------------
 
     def _prepare(self, fields: dict[str, Any]) -> _Draft:
@@ -294,6 +314,21 @@ class Client:
             draft.wire = sign(signing_keys[0], draft.id, draft.model, draft.wire)
             draft.mark = mark(signing_keys[0], draft.id)
         return draft
+
+    def _look_who_serves(self) -> Served | None:
+        if time.monotonic() - self._served_at >= SERVED_S:
+            with self._reachable():
+                self._served = read_served(self._redis)
+            self._served_at = time.monotonic()
+        return self._served
+
+    def _check_served(self, drafts: Iterable[_Draft]) -> None:
+        """Refuse models that are spelt wrong. This client's own may wait for a worker; others too, while none lives."""
+        others = {draft.model for draft in drafts} - self._own_models
+        served = self._look_who_serves() if others else None
+        if served and served.now and (unknown := sorted(others - served.now - served.lately)):
+            expected = f"one that is served: {', '.join(sorted(served.now))}"
+            raise InvalidRequest("model", repr(unknown[0]), expected)
 
     def _queue(self, drafts: list[_Draft]) -> list[Job]:
         accepted: set[str] = set()

@@ -18,6 +18,9 @@ UNFINISHED_TTL_S = 30 * 86_400
 #: Messages that could not be understood: how many are kept, how long after the last one, and how much of each.
 DEAD_ENTRIES, DEAD_TTL_S, DEAD_TEXT_BYTES = 1_000, 7 * 86_400, 4_096
 
+#: A model that some worker served is known for so long: jobs for it wait where no worker serves it now.
+KNOWN_MODEL_S = 86_400
+
 #: Hints that messages wait: how long they last, and how many at most.
 HINT_TTL_S, HINTS = 60, 64
 
@@ -27,6 +30,11 @@ _STEP_SEPARATOR = "\x06\x16"  # kombu's, between a queue's name and its priority
 def queue(model_name: str) -> str:
     """The Celery queue of a model, as Celery names it (without `PREFIX`)."""
     return f"millrace.{model_name}"
+
+
+def model_of(queue_name: str) -> str:
+    """The model of a queue, as Celery names it."""
+    return queue_name.removeprefix(queue(""))
 
 
 def queue_lists(model_name: str) -> list[str]:
@@ -85,9 +93,19 @@ def worker(name: str) -> str:
     return f"{PREFIX}worker:{name}"
 
 
+def worker_of(name: str, model_name: str) -> str:
+    """The name that the record of a worker has which tells of one of several models."""
+    return f"{name}@{model_name}"
+
+
 def workers() -> str:
     """Sorted set: names of workers by the time of their last word."""
     return f"{PREFIX}workers"
+
+
+def models() -> str:
+    """Sorted set: names of models by the time when a worker last said that it serves them."""
+    return f"{PREFIX}models"
 
 
 def unacked() -> str:

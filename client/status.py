@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import redis
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from client import keys
 from client.schema import JOBS_HEADER
+from config.settings import slug
 
 #: Messages that are looked into for how many jobs they hold; the others are taken to be like them.
 SAMPLE = 32
@@ -43,12 +44,14 @@ def _parsed(value: Any) -> Any:
 
 
 class WorkerStatus(BaseModel):
-    """What a worker last said of itself."""
+    """What a worker last said of itself. One that serves several models speaks of each apart, as HOST-PID@MODEL."""
 
     model_config = ConfigDict(extra="ignore")
 
     name: str
     model: str
+    #: False while the model is out of memory because nobody asked for it.
+    loaded: bool = True
     fingerprint: str = ""
     slots: int = 0
     running: int = 0
@@ -66,6 +69,11 @@ class WorkerStatus(BaseModel):
     rows: Annotated[list[RowStatus], BeforeValidator(_parsed)] = []
     #: The last jobs that failed there.
     failures: Annotated[list[FailureStatus], BeforeValidator(_parsed)] = []
+
+    @property
+    def host(self) -> str:
+        """The machine it runs on."""
+        return self.name.partition("@")[0].rpartition("-")[0]
 
 
 class QueueStatus(BaseModel):
@@ -125,6 +133,28 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
         delivered, dead = sum(worker.running + worker.waiting for worker in workers), None
     queues = [queue_status(connection, model) for model in models]
     return Status(workers=workers, queues=queues, delivered=delivered, dead=dead)
+
+
+class Served(NamedTuple):
+    """Models by name: those of live workers, and those that some worker served within `keys.KNOWN_MODEL_S`."""
+
+    now: set[str]
+    lately: set[str]
+
+
+def read_served(connection: redis.Redis) -> Served | None:
+    """What is served; None if the user may not know. Raises redis.RedisError."""
+    try:
+        pipe = connection.pipeline(transaction=False)
+        pipe.zrange(keys.workers(), 0, -1)
+        pipe.zrange(keys.models(), 0, -1)
+        names, lately = pipe.execute()
+        for name in names:
+            pipe.hget(keys.worker(name), "model")
+        found = pipe.execute(raise_on_error=False)
+    except redis.exceptions.NoPermissionError:
+        return None
+    return Served({model for model in found if isinstance(model, str) and model == slug(model)}, set(lately))
 
 
 def _worker(name: str, record: Any) -> WorkerStatus | None:

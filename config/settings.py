@@ -39,8 +39,17 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
     )
 
-    model: str = Field("demo", description="'demo', a GPT-2 size by name, a hub id, or a directory", min_length=1)
-    served_name: str | None = Field(None, description="a name of letters, digits, '.', '_' and '-'")
+    #: One, or several with commas between them. `models` has them apart.
+    model: str = Field(
+        "demo",
+        description="'demo', a GPT-2 size by name, a hub id, or a directory; or several under different names, with "
+        "commas between them, where NAME=MODEL gives one a name",
+    )
+    served_name: str | None = Field(
+        None,
+        description="a name of letters, digits, '.', '_' and '-', and is only for one model; of several in "
+        "MILLRACE_MODEL each can have its own there, NAME=MODEL",
+    )
     #: None: the embedded server if one runs, else DEFAULT_REDIS_URL.
     redis_url: str | None = Field(
         None,
@@ -60,7 +69,8 @@ class Settings(BaseSettings):
     slots: int = Field(64, description="a whole number from 1 to 4096", ge=1, le=4096)
     #: None: as many positions as the model has.
     max_context: int | None = Field(None, description="a whole number from 2 to 2**50", ge=2, le=MAX_BYTES)
-    #: None: room for every slot at full length, but at most a quarter of the memory that is free at start.
+    #: Of all models together, in equal parts. None: room for every slot at full length, but at most a quarter of the
+    #: memory that is free when a model is loaded.
     kv_cache_bytes: int | None = Field(None, description="a whole number of bytes, from 1 to 2**50", ge=1, le=MAX_BYTES)
     #: None: what torch finds, the physical cores.
     threads: int | None = Field(None, description="a whole number from 1 to 4096", ge=1, le=4096)
@@ -70,6 +80,8 @@ class Settings(BaseSettings):
     prefill_chunk: int = Field(128, description="a whole number from 16 to 1024", ge=16, le=1024)
     #: Tokens of a text that are guessed at a time while few texts are computed; no result depends on it.
     draft_tokens: int = Field(7, description="a whole number from 0 to 15", ge=0, le=15)
+    #: 0: never. Else all but the first model are loaded when a job for them comes.
+    idle_unload_s: float = Field(0.0, description="a number of seconds, from 0 to 315360000", ge=0, le=MAX_SECONDS)
     max_queue: int = Field(1_000_000, description="a whole number from 1 to 2**50", ge=1, le=MAX_BYTES)
     result_ttl_s: int = Field(
         86_400, description="a whole number of seconds, from 60 to 315360000", ge=60, le=MAX_SECONDS
@@ -134,10 +146,16 @@ class Settings(BaseSettings):
             raise ValueError("length")
         return value
 
+    @field_validator("model")
+    @classmethod
+    def _different_names(cls, value: str) -> str:
+        parse_models(value)
+        return value
+
     @field_validator("served_name")
     @classmethod
-    def _plain_name(cls, value: str | None) -> str | None:
-        if value is not None and value != slug(value):
+    def _plain_name(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and (value != slug(value) or len(parse_models(info.data.get("model", "demo"))) > 1):
             raise ValueError("name")
         return value
 
@@ -169,9 +187,21 @@ class Settings(BaseSettings):
         return _split_keys(self.api_keys)
 
     @property
+    def models(self) -> dict[str, str]:
+        """What is served: the model, as `model.load_model` takes it, by the name of it that results and queues have."""
+        found = parse_models(self.model)
+        return found if self.served_name is None else {self.served_name: next(iter(found.values()))}
+
+    @property
     def model_name(self) -> str:
-        """The name under which the model is served: its queue is `millrace.<model_name>`."""
-        return self.served_name or slug(self.model)
+        """The name of the first model, to which jobs go that name none: its queue is `millrace.<model_name>`."""
+        return next(iter(self.models))
+
+    def only(self, name: str) -> Settings:
+        """The same with only this one of the models."""
+        if len(self.models) == 1:
+            return self
+        return self.model_copy(update={"model": f"{name}={self.models[name]}", "served_name": None})
 
 
 def is_key(key: str, shortest: int) -> bool:
@@ -187,8 +217,28 @@ def slug(model: str) -> str:
     """A model's name for queues and results: a directory goes by its last part, `org/name` becomes `org-name`."""
     path = os.path.expanduser(model)
     local = os.path.isabs(path) or model.startswith((".", "~")) or os.path.isdir(path)
-    name = os.path.basename(os.path.realpath(path.replace("\0", ""))) if local else model
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:MAX_NAME] or "model"
+    return _as_name(os.path.basename(os.path.realpath(path.replace("\0", ""))) if local else model)
+
+
+def _as_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:MAX_NAME] or "model"
+
+
+def parse_models(value: str) -> dict[str, str]:
+    """The models of a list such as `demo,gpt2,chat=/models/v2` by their names, in its order.
+
+    Raises:
+        ValueError: one is empty, or two have the same name.
+    """
+    models: dict[str, str] = {}
+    for item in map(str.strip, value.split(",")):
+        name, named, model = map(str.strip, item.partition("="))
+        if not named or name != _as_name(name):  # a directory may have an = in its path
+            name, model = slug(item), item
+        if not model or name in models:
+            raise ValueError("model")
+        models[name] = model
+    return models
 
 
 def load_settings(**overrides: Any) -> Settings:

@@ -6,6 +6,7 @@ Redis refuses for want of one later, the process ends: jobs stay in the queue, o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import redis
@@ -46,7 +47,7 @@ def is_forbidden(error: BaseException) -> bool:
     return isinstance(error, redis.ResponseError) and any(words in str(error) for words in _IN_SCRIPTS)
 
 
-def check_rights(connection: redis.Redis, model_name: str) -> None:
+def check_rights(connection: redis.Redis, model_names: Iterable[str]) -> None:
     """See whether the user may run what a worker runs, on the keys it runs it on. Nothing is carried out.
 
     Redis checks rights when it queues a command of a transaction, and this one is never executed.
@@ -57,7 +58,7 @@ def check_rights(connection: redis.Redis, model_name: str) -> None:
     """
     asked = connection.connection_pool.get_connection()
     try:
-        if missing := _refused(asked, [("MULTI",)]) or _refused(asked, needed(model_name)):
+        if missing := _refused(asked, [("MULTI",)]) or _refused(asked, needed(model_names)):
             raise RightsMissing(missing)
     finally:
         asked.disconnect()  # type: ignore[no-untyped-call]  # the transaction goes with it
@@ -84,10 +85,10 @@ def _shown(command: tuple[str, ...]) -> tuple[str, ...]:
     return command[:2]
 
 
-def needed(model_name: str) -> list[tuple[str, ...]]:
+def needed(model_names: Iterable[str]) -> list[tuple[str, ...]]:
     """What a worker runs, each command once for each kind of key it is run on."""
-    own = [_on_queue, _on_messages, _on_records, _on_itself]
-    return [command for commands in own for command in commands(model_name)]
+    queues = [command for name in model_names for command in _on_queue(name)]
+    return [*queues, *_on_messages(), *_on_records(), *_on_itself()]
 
 
 def _on_queue(model_name: str) -> list[tuple[str, ...]]:
@@ -99,7 +100,7 @@ def _on_queue(model_name: str) -> list[tuple[str, ...]]:
     return [*commands, ("BRPOP", hint, "1"), ("DEL", hint), ("LPUSH", hint, "1"), ("EXPIRE", hint, "1")]
 
 
-def _on_messages(model_name: str) -> list[tuple[str, ...]]:  # noqa: ARG001
+def _on_messages() -> list[tuple[str, ...]]:
     unacked, index, mutex = keys.unacked(), keys.unacked_index(), f"{keys.PREFIX}unacked_mutex"
     binding = f"{keys.PREFIX}_kombu.binding.millrace"
     return [
@@ -111,7 +112,7 @@ def _on_messages(model_name: str) -> list[tuple[str, ...]]:  # noqa: ARG001
     ]
 
 
-def _on_records(model_name: str) -> list[tuple[str, ...]]:  # noqa: ARG001
+def _on_records() -> list[tuple[str, ...]]:
     job, result, cancel, tensors = (of("x") for of in (keys.job, keys.result, keys.cancel, keys.checkpoint))
     events = keys.events("x")
     return [
@@ -123,10 +124,11 @@ def _on_records(model_name: str) -> list[tuple[str, ...]]:  # noqa: ARG001
     ]
 
 
-def _on_itself(model_name: str) -> list[tuple[str, ...]]:  # noqa: ARG001
-    name, names = keys.worker("x"), keys.workers()
+def _on_itself() -> list[tuple[str, ...]]:
+    name, names, models = keys.worker("x"), keys.workers(), keys.models()
     return [
         *(("HSET", name, "x", "x"), ("EXPIRE", name, "1"), ("DEL", name), ("ZADD", names, "1", "x")),
         *(("ZREMRANGEBYSCORE", names, "0", "1"), ("EXPIRE", names, "1"), ("ZREM", names, "x")),
+        *(("ZADD", models, "1", "x"), ("ZREMRANGEBYSCORE", models, "0", "1"), ("EXPIRE", models, "1")),
         *(("PUBLISH", f"{keys.PREFIX}/0.celeryev/worker.heartbeat", "x"),),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from importlib.metadata import version
 
@@ -27,19 +28,22 @@ log = structlog.get_logger("millrace.engine")
 CACHE_SHARE = 0.25
 
 
-def build_engine(settings: Settings) -> Engine:
+def build_engine(settings: Settings, name: str | None = None) -> Engine:
     """The engine that `Engine.from_settings` promises, not started yet."""
+    name = name or settings.model_name
+    source, parts = settings.models[name], len(settings.models)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
-    tokenizer = load_tokenizer(settings.model)
-    check_vocabulary(settings.model, model.config, tokenizer)
+    model = load_model(source, device=settings.device, dtype=settings.dtype)
+    tokenizer = load_tokenizer(source)
+    check_vocabulary(source, model.config, tokenizer)
     max_context = min(settings.max_context or model.config.n_positions, model.config.n_positions)
     lengths = length_classes(max_context)
     runner = Runner(model, lengths)
-    budget = settings.kv_cache_bytes or default_budget(
-        settings.slots * lengths[-1] * runner.position_bytes, model.device
-    )
+    if settings.kv_cache_bytes:
+        budget = settings.kv_cache_bytes // parts
+    else:
+        budget = default_budget(settings.slots * lengths[-1] * runner.position_bytes, model.device, parts)
     slots = SlotTable(lengths, position_bytes=runner.position_bytes, budget_bytes=budget)
     invariant = batch_invariant(model, tokenizer)
     engine = Engine(
@@ -53,12 +57,12 @@ def build_engine(settings: Settings) -> Engine:
             # Elsewhere a draft may change the last bits of a row, or cost as much as a row of its own.
             draft_tokens=settings.draft_tokens if invariant and runner.takes_drafts else 0,
         ),
-        model_name=settings.model_name,
+        model_name=name,
         vocab_size=model.config.vocab_size,
         max_context=max_context,
         fingerprint=fingerprint(model, settings.prefill_chunk, invariant),
     )
-    log.info("model.loaded", model=settings.model_name, fingerprint=engine.fingerprint, cache_bytes=budget)
+    log.info("model.loaded", model=name, fingerprint=engine.fingerprint, cache_bytes=budget)
     return engine
 
 
@@ -68,13 +72,22 @@ def length_classes(max_context: int) -> list[int]:
     return [length for length in LENGTH_CLASSES if length < last] + [last]
 
 
-def default_budget(wanted: int, device: torch.device) -> int:
-    """Room for every slot at full length, but no more than a quarter of the memory that is free now, in bytes."""
+def release_memory() -> None:
+    """Give back what an engine held that nobody has a reference to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def default_budget(wanted: int, device: torch.device, parts: int = 1) -> int:
+    """Room for every slot at full length, in bytes; of a quarter of the memory that is free now no more than one of so
+    many equal parts.
+    """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(wanted, int(free * CACHE_SHARE))
+    return min(wanted, int(free * CACHE_SHARE / parts))
 
 
 def check_vocabulary(name: str, config: GPT2Config, tokenizer: Tokenizer) -> None:

@@ -26,10 +26,10 @@ from client.batch_input import Row
 from client.batch_output import STDOUT, Output
 from client.bulk import Batch, BatchReport, Window
 from client.errors import InvalidRequest, MillraceError
-from config import Settings, load_settings
+from config import Settings
 from model.files import MAX_CONFIG_BYTES, find_model, read_json
 from model.tokenizer import load_tokenizer
-from worker.pair import note, serving
+from worker.pair import note, serving, settings_for
 
 #: Exit codes: rows failed; stopped by the user.
 FAILED, INTERRUPTED = 1, 130
@@ -159,6 +159,7 @@ def run_batch(
     source: str,
     output: str | None,
     as_json: bool,
+    model: str | None,
     params: tuple[str, ...],
     text: bool,
     limit: int | None,
@@ -173,7 +174,7 @@ def run_batch(
     if output is None:
         raise InvalidRequest("output-file", "none", "-o PATH, or --dry-run")
     _check_options(source, output, as_json=as_json, **options)
-    settings, screen, report = load_settings(), Screen(note), BatchReport()
+    settings, screen, report = settings_for(model), Screen(note), BatchReport()
     batch = _checked(settings, screen, source, params, text=text, limit=limit)
     with serving(settings) as served, screen.showing():
         batch.client = served.client
@@ -222,11 +223,10 @@ def _check_options(source: str, output: str, *, as_json: bool, **options: Any) -
 
 
 def _models(client: Client) -> set[str]:
-    """What rows may name: the model that is set, and what is served now."""
-    models = {client.model_name}
+    """What rows may name: the models that are set, and what is served."""
     with contextlib.suppress(MillraceError):
-        models |= {worker.model for worker in client.status().workers}
-    return models
+        return client.models()
+    return set(client.settings.models)
 
 
 @dataclass
@@ -268,14 +268,21 @@ class Estimate:
 
 
 def estimate(
-    *, source: str, as_json: bool, params: tuple[str, ...], text: bool, limit: int | None, **options: Any
+    *,
+    source: str,
+    as_json: bool,
+    model: str | None,
+    params: tuple[str, ...],
+    text: bool,
+    limit: int | None,
+    **options: Any,
 ) -> None:
     """Check the input, count its tokens, compute a few of its rows for their rate, and say what all would take.
 
     Raises:
         MillraceError, SettingsError, EmbeddedRedisError, ModelError: it cannot be said.
     """
-    settings, screen = load_settings(), Screen(note)
+    settings, screen = settings_for(model), Screen(note)
     batch = _checked(settings, screen, source, params, text=text, limit=limit)
     found, sample = _count(batch, settings)
     if sample:
@@ -293,8 +300,9 @@ def estimate(
 
 def _count(batch: Batch, settings: Settings) -> tuple[Estimate, list[Row]]:
     """Counts of all rows, and some of them drawn at random."""
-    tokenizer = load_tokenizer(settings.model)
-    config = read_json(find_model(settings.model) / "config.json", MAX_CONFIG_BYTES)
+    source = settings.models[settings.model_name]
+    tokenizer = load_tokenizer(source)
+    config = read_json(find_model(source) / "config.json", MAX_CONFIG_BYTES)
     positions = config.get("n_positions", 1024)
     max_context = min(settings.max_context or positions, positions)
     found, sample, dice = Estimate(), list[Row](), random.Random(1)  # noqa: S311

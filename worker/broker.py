@@ -33,33 +33,39 @@ WAIT_S = 0.5
 #: Errors that say something about the connection, and nothing about the message in hand. kombu counts KeyError too.
 CONNECTION_ERRORS = (redis.ConnectionError, redis.TimeoutError, OSError)
 
-#: KEYS: unacked, unacked_index, the hint, then lists in the order of urgency. ARGV: the delivery tag, the time, then
-#: the queue of each list as JSON. Gives the list's number from 0 and the message, or nothing. The hint is there
-#: afterwards if, and only if, there is more. A script that fails is not undone, so the message leaves its list last.
+#: KEYS: unacked, unacked_index, the hint of each queue, then for each priority, the most urgent first, the list of each
+#: queue. ARGV: the delivery tag, the time, then each queue as JSON. Gives the queue's number from 0 and the message, or
+#: nothing. The hint of a queue is there afterwards if, and only if, there is more in it. A script that fails is not
+#: undone, so the message leaves its list last.
 TAKE = f"""
-local taken, more = false, false
-for i = 4, #KEYS do
+local queues, taken, more = #ARGV - 2, false, {{}}
+for i = 3 + queues, #KEYS do
+    local queue = (i - 3) % queues
     if not taken then
         local message = redis.call('LRANGE', KEYS[i], -1, -1)[1]
         if message then
-            redis.call('HSET', KEYS[1], ARGV[1], '[' .. message .. ', "", ' .. ARGV[i - 1] .. ']')
+            redis.call('HSET', KEYS[1], ARGV[1], '[' .. message .. ', "", ' .. ARGV[3 + queue] .. ']')
             redis.call('ZADD', KEYS[2], ARGV[2], ARGV[1])
             redis.call('RPOP', KEYS[i])
-            taken = {{i - 4, message}}
+            taken = {{queue, message}}
         end
     end
-    more = more or redis.call('EXISTS', KEYS[i]) == 1
+    more[queue] = more[queue] or redis.call('EXISTS', KEYS[i]) == 1
 end
-redis.call('DEL', KEYS[3])
-if more then
-    redis.call('LPUSH', KEYS[3], '1')
-    redis.call('EXPIRE', KEYS[3], {keys.HINT_TTL_S})
+for queue = 0, queues - 1 do
+    redis.call('DEL', KEYS[3 + queue])
+    if more[queue] then
+        redis.call('LPUSH', KEYS[3 + queue], '1')
+        redis.call('EXPIRE', KEYS[3 + queue], {keys.HINT_TTL_S})
+    end
 end
 return taken
 """
 
 #: What to do with a message that cannot be understood: its delivery tag, queue and text, and why.
 Refuse = Callable[[str, str, bytes, str], None]
+#: Whether a message of a queue may be taken now.
+HasRoom = Callable[[str], bool]
 
 
 class QoS(kombu_redis.QoS):
@@ -86,6 +92,8 @@ class Channel:
     """Mixed into a channel of kombu's. All its queues are consumed with acknowledgements."""
 
     refuse: Refuse
+    has_room: HasRoom
+    _left_out: list[str] | tuple[()] = ()
     QoS = QoS
     #: A worker that is killed in its sweep holds up those of the others for so long; kombu would let it be 5 minutes.
     unacked_mutex_expire = 10
@@ -94,7 +102,9 @@ class Channel:
         """Called by kombu when there is room for another message: begin to wait for the hint."""
         self._in_poll = self.client.connection
         self._brpop_sent_at = time.monotonic()
-        hints = [self.global_keyprefix + keys.hint_of(queue) for queue in self.active_queues]
+        ready = [queue for queue in self.active_queues if self.has_room(queue)]
+        self._left_out = [queue for queue in self.active_queues if queue not in ready]
+        hints = [self.global_keyprefix + keys.hint_of(queue) for queue in ready or self.active_queues]
         self.client.connection.send_command("BRPOP", *hints, WAIT_S)
 
     def _brpop_read(self: Any, **options: Any) -> bool:
@@ -111,19 +121,29 @@ class Channel:
             raise Empty
         return True
 
-    def _take(self: Any) -> bool:
+    def catch_up(self: Any) -> None:
+        """Take from queues for which there was no room when the wait for a hint began, and there is now."""
+        for queue in list(self._left_out):
+            while not self._closing and self.has_room(queue) and self.qos.can_consume():
+                if not self._take(queue):
+                    self._left_out.remove(queue)  # the next wait is for it too
+                    break
+
+    def _take(self: Any, only: str | None = None) -> bool:
         """Take the most urgent message and give it to its consumer. Says whether there was one."""
-        queues = self._queue_cycle.consume(len(self.active_queues))
+        queues = [queue for queue in self._queue_cycle.consume(len(self.active_queues)) if self.has_room(queue)]
+        if only is not None:
+            queues = [queue for queue in queues if queue == only]
         if not queues:  # the worker is told to stop
             return False
-        lists = [(queue, self._q_for_pri(queue, step)) for step in self.priority_steps for queue in queues]
-        names = [self.unacked_key, self.unacked_index_key, keys.hint_of(queues[0]), *(name for _, name in lists)]
+        lists = [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
+        names = [self.unacked_key, self.unacked_index_key, *map(keys.hint_of, queues), *lists]
         tag = self._next_delivery_tag()
         script = plain_client(self).register_script(TAKE)
         try:
             answer = script(
                 keys=[self.global_keyprefix + name for name in names],
-                args=[tag, time.time(), *(json.dumps(queue) for queue, _ in lists)],
+                args=[tag, time.time(), *map(json.dumps, queues)],
             )
         except redis.ResponseError as error:  # Redis is full, say; the message stays where it is
             if is_forbidden(error):
@@ -133,8 +153,8 @@ class Channel:
         if answer is None:
             return False
         number, message = answer
-        queue = lists[number][0]
-        self._queue_cycle.rotate(queue)
+        queue = queues[number]
+        self._queue_cycle.rotate(queue)  # among those of one priority each has its turn
         self._hand_over(tag, queue, message)
         return True
 
@@ -142,6 +162,8 @@ class Channel:
         try:
             envelope = read_envelope(message)
             envelope["properties"]["delivery_tag"] = tag
+            # Where it waited says which model it is for, whatever it says itself.
+            envelope["properties"]["delivery_info"]["routing_key"] = queue
             self.connection._deliver(envelope, queue)
         except CONNECTION_ERRORS:
             raise
@@ -150,9 +172,10 @@ class Channel:
             self.refuse(tag, queue, message, reason)
 
 
-def transport_that_takes(stock: type, refuse: Refuse) -> type:
+def transport_that_takes(stock: type, refuse: Refuse, has_room: HasRoom) -> type:
     """kombu's transport class for Redis or Sentinel, with channels that take messages in one step."""
-    channel = type("Channel", (Channel, stock.Channel), {"refuse": staticmethod(refuse)})  # type: ignore[attr-defined]
+    own = {"refuse": staticmethod(refuse), "has_room": staticmethod(has_room)}
+    channel = type("Channel", (Channel, stock.Channel), own)  # type: ignore[attr-defined]
     return type("Transport", (stock,), {"Channel": channel})
 
 

@@ -23,14 +23,14 @@ log = structlog.get_logger("millrace.worker")
 
 
 def make_app(settings: Settings) -> Celery:
-    """A Celery app whose worker computes the settings' model. Nothing is connected or loaded yet."""
+    """A Celery app whose worker computes the settings' models. Nothing is connected or loaded yet."""
     app = Celery("millrace", set_as_current=False)
     app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "worker.backend:ResultBackend")
     app.loader.override_backends["sentinel"] = "worker.backend:SentinelResultBackend"
     app.conf.update(worker_settings(settings))
     point_at(app, settings, resolve_url(settings))
     app.conf.update(
-        task_queues=[queue(settings.model_name)],
+        task_queues=[queue(name) for name in settings.models],
         task_default_queue=keys.queue(settings.model_name),
     )
     add_tasks(app, settings)
@@ -53,8 +53,9 @@ def worker_settings(settings: Settings) -> dict[str, Any]:
     return {
         "worker_pool": "worker.pool:EnginePool",
         "worker_consumer": "worker.consumer:SafeConsumer",
-        # The window of messages a worker holds: enough to refill a slot at once, few enough to leave to others.
-        "worker_concurrency": settings.slots + max(2, settings.slots // 4),
+        # The window of jobs a worker holds for each model: enough to refill a slot at once, few enough to leave to
+        # others.
+        "worker_concurrency": (settings.slots + max(2, settings.slots // 4)) * len(settings.models),
         "worker_prefetch_multiplier": 1,
         "task_acks_late": True,
         "task_acks_on_failure": True,
@@ -97,7 +98,7 @@ def _find_redis(instance: Any, **_: Any) -> None:
     try:
         check_access(settings.redis_url)  # Celery would try a wrong password or certificate for ever
         with contextlib.suppress(redis.RedisError), connect(settings.redis_url) as connection:
-            check_rights(connection, settings.model_name)
+            check_rights(connection, settings.models)
     except (RedisUnreachable, RightsMissing) as error:
         raise SystemExit(f"millrace: {error}") from None
 
@@ -129,7 +130,7 @@ def _tell_failure(sender: Any, **_: Any) -> None:
 
 @signals.worker_ready.connect  # type: ignore[untyped-decorator]
 def _say_ready(sender: Any, **_: Any) -> None:
-    """The model is loaded (Celery starts its pool first) and the queue is being read: a job would be served now."""
+    """The pool has started, with the model loaded, and the queues are being read: a job would be served now."""
     log.info("worker.ready", queues=[queue.name for queue in sender.app.amqp.queues.consume_from.values()])
 
 

@@ -22,12 +22,13 @@ from client.keys import dead, queue
 from client.schema import parse_request
 from config import SettingsError, load_settings
 from worker.embedded import EmbeddedRedisError
-from worker.pair import NothingRuns, note, own_pair, serving
+from worker.pair import NothingRuns, note, own_pair, serving, settings_for
 
 #: Exit codes: 0 done, 1 the job ended without a result, 2 wrong input, 3 nothing to run it, 4 not in time.
 FAILED, WRONG_INPUT, NOT_RUNNING, TIMED_OUT, INTERRUPTED = 1, 2, 3, 4, 130
 
 MANY = "may be given several times"
+MODEL = "a model by name, as MILLRACE_MODEL; the first of those by default"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -109,13 +110,14 @@ def _option_help(name: str) -> str:
 
 @main.command()
 @click.argument("prompt")
+@click.option("--model", help=MODEL)
 @sampling_options
 @click.option("--timeout", type=float, default=300, show_default=True, help="seconds to wait for the result")
 @click.option("--json", "as_json", is_flag=True, help="print the whole result as JSON")
-def generate(prompt: str, timeout: float, as_json: bool, **params: Any) -> None:
+def generate(prompt: str, model: str | None, timeout: float, as_json: bool, **params: Any) -> None:
     """Generate text after PROMPT ('-' reads it from standard input).
 
-    Uses the worker that serves MILLRACE_MODEL; if none runs and MILLRACE_REDIS_URL is not set, starts an embedded Redis
+    Uses the worker that serves the model; if none runs and MILLRACE_REDIS_URL is not set, starts an embedded Redis
     and a worker for this call.
     """
     if prompt == "-":
@@ -123,7 +125,8 @@ def generate(prompt: str, timeout: float, as_json: bool, **params: Any) -> None:
     with _errors(as_json):
         given = _given(params)
         parse_request({"prompt": prompt, **given})  # before anything is started for it
-        with serving(load_settings()) as served:
+        settings = settings_for(model)
+        with serving(settings.only(settings.model_name)) as served:
             result = served.client.submit(prompt, **given).result(timeout)
     if as_json:
         click.echo(result.model_dump_json())
@@ -149,6 +152,7 @@ def _given(params: dict[str, Any]) -> dict[str, Any]:
 )
 @click.option("-o", "--output-file", "output", metavar="PATH", help="zipped if it ends in .gz; - is stdout")
 @click.option("-e", "--error-file", "errors", metavar="PATH", help="failures go here instead of into the output")
+@click.option("--model", help=f"{MODEL}, for rows that name none")
 @click.option("--text", is_flag=True, help="each line of the input is a prompt as it stands")
 @click.option("-p", "--params", multiple=True, metavar="NAME=VALUE", help=f"for rows that do not say it; {MANY}")
 @click.option("--resume", is_flag=True, help="compute only what the output does not have")
@@ -166,8 +170,8 @@ def batch(dry_run: bool, as_json: bool, **options: Any) -> None:
     with --text prompts; output lines are those of the Batch API. The whole input is checked before anything is queued.
     After any kind of death, --resume goes on.
 
-    Uses the worker that serves MILLRACE_MODEL; if none runs and MILLRACE_REDIS_URL is not set, starts an embedded Redis
-    and a worker for this call. Exit code 0 if all rows succeeded, 1 if some failed, 2 if the input is wrong.
+    Uses the worker that serves the model; if none runs and MILLRACE_REDIS_URL is not set, starts an embedded Redis and
+    a worker for this call. Exit code 0 if all rows succeeded, 1 if some failed, 2 if the input is wrong.
     """
     from worker.batch import estimate, run_batch
 
@@ -220,7 +224,7 @@ def serve(**options: Any) -> None:
 
 
 @main.command()
-@click.option("--model", help="the model to check; MILLRACE_MODEL by default")
+@click.option("--model", help=MODEL)
 @click.option(
     "--reference",
     "references",
@@ -250,7 +254,8 @@ def validate(
     with _errors(as_json):
         from worker.validate import Validation, report_json, report_text
 
-        settings = load_settings(dtype=dtype, **({"model": model} if model else {}))
+        settings = settings_for(model, dtype=dtype)
+        settings = settings.only(settings.model_name)
         validation = Validation(settings, references, prompts)
         with own_pair(settings) as pair, note.status("comparing") as shown:
             reports = validation.run(pair.client, shown.update)
@@ -267,27 +272,27 @@ def validate(
 def status(here: bool, as_json: bool) -> None:
     """Show queues, workers and slots.
 
-    Exit code 0 if a worker serves MILLRACE_MODEL and none that does is stalled, 1 if one is stalled, 3 if none serves
-    it.
+    Exit code 0 if workers serve all of MILLRACE_MODEL and none that does is stalled, 1 if one is stalled, 3 if none
+    serves one of the models.
     """
     with _errors(as_json):
         settings = load_settings()
         with Client(settings=settings) as client:
             found = client.status()
     if here:
-        own = [worker for worker in found.workers if worker.name.rpartition("-")[0] == socket.gethostname()]
+        own = [worker for worker in found.workers if worker.host == socket.gethostname()]
         found = found.model_copy(update={"workers": own})
     if as_json:
         click.echo(found.model_dump_json())
     else:
         _print_status(found)
-    if stalled := found.stalled(settings.model_name):
+    if stalled := [worker for name in settings.models for worker in found.stalled(name)]:
         if not as_json:
             note.print(f"stalled: {', '.join(stalled)}; the engine is stuck in a step, restart the worker")
         raise SystemExit(FAILED)
-    if not found.serves(settings.model_name):
+    if missing := [name for name in settings.models if not found.serves(name)]:
         if not as_json:
-            note.print(f"no worker serves {queue(settings.model_name)}; start one with `celery -A worker worker`")
+            note.print(f"no worker serves {queue(missing[0])}; start one with `celery -A worker worker`")
         raise SystemExit(NOT_RUNNING)
 
 
@@ -296,7 +301,8 @@ def _print_status(found: Status) -> None:
     columns = ("worker", "model", "slots", "running", "waiting", "tokens/s")
     workers = Table(*columns, title="Workers", title_justify="left")
     for w in found.workers:
-        speed = f"stalled for {w.step_age_s:.0f} s" if w.stalled else f"{w.tokens_per_s:.0f}"
+        speed = f"{w.tokens_per_s:.0f}" if w.loaded else "not loaded"
+        speed = f"stalled for {w.step_age_s:.0f} s" if w.stalled else speed
         workers.add_row(w.name, w.model, str(w.slots), str(w.running), str(w.waiting), speed)
     queues = Table("model", "interactive", "normal", "bulk", title="Queues", title_justify="left")
     for q in found.queues:

@@ -14,13 +14,14 @@ from celery.worker import state
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request
 
+from client import keys
 from client.errors import JobFailed
 from client.schema import GROUP_TASK_NAME, TASK_NAME, is_job_id
 from worker.access import is_forbidden
 from worker.broker import CONNECTION_ERRORS, dead_letter, plain_client, transport_that_takes
 from worker.gate import MAX_MESSAGE_BYTES, forbid_compression, reason_to_refuse, take_out_unsigned
 from worker.service import BAD_SIGNATURE, read_group
-from worker.tasks import argument
+from worker.tasks import argument, model_of
 
 log = structlog.get_logger("millrace.worker")
 
@@ -101,9 +102,12 @@ class SafeConsumer(Consumer):
     def connection_for_read(self, *args: Any, **kwargs: Any) -> Any:
         """Called by Celery for the connection that messages come by."""
         connection = self.app.connection_for_read(*args, **kwargs)
-        own = transport_that_takes(connection.get_transport_cls(), self._refuse)
+        own = transport_that_takes(connection.get_transport_cls(), self._refuse, self._has_room)
         connection.get_transport_cls = lambda: own  # `transport_cls` itself is shown by remote control, as JSON
         return self.ensure_connected(connection)
+
+    def _has_room(self, queue: str) -> bool:
+        return not hasattr(self.pool, "has_room") or self.pool.has_room(keys.model_of(queue))
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         """Called by Celery for the function that every message is given to."""
@@ -124,7 +128,8 @@ class SafeConsumer(Consumer):
 
     def _turn_away_unsigned(self, message: Any) -> bool:
         """Take the jobs that are not signed out of a message, and keep what it was. Says whether others stay in it."""
-        strangers, stay = take_out_unsigned(message, self._signing_keys, self.app.millrace_settings.model_name)
+        model = model_of(message.delivery_info) or self.app.millrace_settings.model_name
+        strangers, stay = take_out_unsigned(message, self._signing_keys, model)
         reason = f"{len(strangers)} of its {len(strangers) + stay} jobs have no signature that holds"
         if strangers and hasattr(self.pool, "refuse"):
             self.pool.refuse(strangers, JobFailed("bad_signature", BAD_SIGNATURE))
@@ -180,6 +185,12 @@ class SafeConsumer(Consumer):
         qos = self.task_consumer.channel.qos  # this connection's; `worker_disable_prefetch` of Celery does it so too
         has_credit = qos.can_consume
         qos.can_consume = lambda: self.pool.has_room() and has_credit()
+        self.hub.on_tick.add(self._catch_up)  # a set
+
+    def _catch_up(self) -> None:
+        channel = getattr(self.task_consumer, "channel", None)
+        if channel is not None and not channel.closed:
+            channel.catch_up()
 
     def on_connection_error_before_connected(self, exc: BaseException) -> None:
         """Called by Celery before it tries to connect again."""

@@ -1,4 +1,4 @@
-"""The engine: one thread, one model, any number of jobs at once. Usable without Celery:
+"""The engine: one model, any number of jobs at once, in a thread that other engines may share. Usable without Celery:
 
 engine = Engine.from_settings(Settings(model="demo"))
 with engine:
@@ -19,7 +19,7 @@ import traceback
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
@@ -36,6 +36,7 @@ from worker.memory import CACHE_MESSAGE, STEP_MESSAGE, Limit, out_of_memory, row
 from worker.scheduler import Copy, Outcome, Scheduler, Step
 from worker.sequence import Generation, Sequence, Slot, TextDelta
 from worker.slots import Move
+from worker.turns import Turns
 
 log = structlog.get_logger("millrace.engine")
 
@@ -137,7 +138,7 @@ class Engine:
         self.accepted = 0
         self._inbox: deque[Generation] = deque()
         self._cancelled: deque[str | Generation] = deque()  # by name, or because the waiter cancelled its future
-        self._wake = threading.Condition()
+        self._lock = threading.Lock()
         self._stopping = False  # takes no more jobs
         self._dropping = False  # lets go of jobs without a slot
         self._abandoning = False  # ends after the present step, whatever is left
@@ -146,27 +147,37 @@ class Engine:
         self._owner: dict[Sequence, Generation] = {}
         self._deadlines: list[tuple[float, int, Generation]] = []
         self._tie = itertools.count()
-        self._thread: threading.Thread | None = None
+        self._turns: Turns | None = None
+        #: It computes nothing any more, and everybody has been told.
+        self.over = threading.Event()
         self._rows = Limit(scheduler.max_rows + scheduler.step_tokens)
         self._cache = Limit(scheduler.slots.budget_bytes)
         self._taken_back = 0  # how often sequences were put back in line
         self._alive_at: float | None = None  # when the present step last came on
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> Engine:
-        """Load the model the settings name and build an engine around it.
+    def from_settings(cls, settings: Settings, name: str | None = None) -> Engine:
+        """Load a model that the settings name, the first one if no `name` is given, and build an engine around it.
 
         Raises:
             ModelError: the model cannot be found, read or trusted.
-            ValueError: the cache budget does not hold one sequence.
+            ValueError: the model's share of the cache budget does not hold one sequence.
         """
         from worker.assembly import build_engine  # torch is loaded here and not before
+
+        loaded: Future[Engine] = Future()
+
+        def load() -> None:
+            try:
+                loaded.set_result(build_engine(settings, name))
+            except BaseException as error:
+                loaded.set_exception(error)
 
         # In a thread that ends: OpenMP gives each thread that computes a team of its own, and where the teams together
         # have more threads than there are cores, all of them sleep where they would wait for a neighbour for a moment.
         # Measured: an engine's thread beside a main thread that has computed is 1.6 times slower.
-        with ThreadPoolExecutor(1, thread_name_prefix="millrace-load") as loader:
-            return loader.submit(build_engine, settings).result()
+        threading.Thread(target=load, name="millrace-load", daemon=True).start()
+        return loaded.result()
 
     # --- from any thread -------------------------------------------------------------------------------------------
 
@@ -203,11 +214,11 @@ class Engine:
         generation.on_start, generation.on_text, generation.on_trace = on_start, on_text, on_trace
         generation.text_every_s = text_every_s
         future.add_done_callback(lambda done: self._note_cancel(generation) if done.cancelled() else None)
-        with self._wake:
+        with self._lock:
             if self._stopping:
                 raise EngineStopped("the engine has stopped and takes no more jobs")
             self._inbox.append(generation)
-            self._wake.notify()
+        self._wake()
         return future
 
     def cancel(self, job_id: str) -> None:
@@ -215,9 +226,13 @@ class Engine:
         self._note_cancel(job_id)
 
     def _note_cancel(self, job: str | Generation) -> None:
-        with self._wake:
+        with self._lock:
             self._cancelled.append(job)
-            self._wake.notify()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._turns is not None:
+            self._turns.wake()
 
     def stats(self) -> EngineStats:
         """Numbers for status and metrics; read without a lock, each right at about the same moment."""
@@ -253,27 +268,27 @@ class Engine:
             if generation is not None
         ]
 
-    def start(self) -> None:
-        """Run steps in a thread of the engine's own until `stop`."""
-        self._thread = threading.Thread(target=self._loop, name="millrace-engine", daemon=True)
-        self._thread.start()
+    def start(self, turns: Turns | None = None) -> None:
+        """Run steps until `stop`, in turn with those of the other engines in `turns`, or in a thread of its own."""
+        self._turns = turns or Turns()
+        self._turns.join(self)
 
-    def stop(self, *, finish: bool = False, drop_waiting: bool = False) -> None:
-        """End the thread: after the present step, or with `finish` after all jobs are done.
+    def stop(self, *, finish: bool = False, drop_waiting: bool = False, wait: bool = True) -> None:
+        """End: after the present step, or with `finish` after all jobs are done. `wait` until it has.
 
-        `drop_waiting` leaves out the jobs that have no slot yet. Those not done get EngineStopped. Without a thread
+        `drop_waiting` leaves out the jobs that have no slot yet. Those not done get EngineStopped. Before `start`
         nothing more is computed, whatever `finish` says.
         """
-        with self._wake:
+        with self._lock:
             self._stopping = True
             self._dropping |= drop_waiting
             self._abandoning |= not finish
-            self._wake.notify()
-        if self._thread is None:
+        if self._turns is None:
             self._abandon(STOPPED_MESSAGE)
-        elif self._thread is not threading.current_thread():
-            self._thread.join()
-            self._thread = None
+            return
+        self._turns.wake()
+        if wait and not self._turns.here():
+            self.over.wait()
 
     def __enter__(self) -> Engine:
         self.start()
@@ -286,24 +301,33 @@ class Engine:
 
     # --- in the engine's thread ------------------------------------------------------------------------------------
 
-    def _loop(self) -> None:
+    def turn(self) -> float:
+        """Called by `Turns`: a step. Returns the seconds for which there is no other to do unless something comes."""
+        rest = None
         try:
-            while not self._abandoning:
-                if self.step():
-                    continue
-                with self._wake:
-                    idle = not self._inbox and not self._cancelled and not self._abandoning
-                    if idle and self._stopping:
-                        break
-                    if idle:
-                        self._wake.wait(self._until_deadline())
-            self._abandon(STOPPED_MESSAGE)
+            rest = self._step_or_rest()
         except BaseException as error:
             log.error("engine.failed", error=repr(error), trace=traceback.format_exc())
             self._stopping = True
             self._abandon(f"the engine failed: {error!r}")
             if self.on_fatal is not None:
                 self.on_fatal(error)
+        finally:
+            if rest is None:
+                self.over.set()
+        return rest or 0.0
+
+    def _step_or_rest(self) -> float | None:
+        """The seconds to rest; None at the end."""
+        if not self._abandoning and self.step():
+            return 0.0
+        with self._lock:
+            idle = not self._inbox and not self._cancelled
+            ends = self._abandoning or (idle and self._stopping)
+        if not ends:
+            return self._until_deadline() if idle else 0.0
+        self._abandon(STOPPED_MESSAGE)
+        return None
 
     def step(self) -> bool:
         """One round: admit, run, emit, retire. Returns whether there was anything to do."""
@@ -323,7 +347,7 @@ class Engine:
 
     def _take_in(self) -> None:
         """New jobs get in line; cancelled and overdue ones, waiting or running, are out before the step."""
-        with self._wake:
+        with self._lock:
             arrived, cancelled = list(self._inbox), set(self._cancelled)
             self._inbox.clear()
             self._cancelled.clear()
@@ -618,15 +642,15 @@ class Engine:
 
     def _abandon(self, reason: str) -> None:
         """The end: tell everybody. The cache is left as it is, for the device may not answer any more."""
-        with self._wake:
+        with self._lock:
             left = [*self._jobs, *self._inbox]
             self._inbox.clear()
         self._jobs.clear()
         for generation in left:
             _settle(generation.future, EngineStopped(reason))
 
-    def _until_deadline(self) -> float | None:
-        return min(LONGEST_WAIT_S, max(0.0, self._deadlines[0][0] - time.time())) if self._deadlines else None
+    def _until_deadline(self) -> float:
+        return min(LONGEST_WAIT_S, max(0.0, self._deadlines[0][0] - time.time())) if self._deadlines else LONGEST_WAIT_S
 
     # --- building a job --------------------------------------------------------------------------------------------
 

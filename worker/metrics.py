@@ -18,9 +18,10 @@ from client.errors import JobError
 from client.schema import Result
 
 if TYPE_CHECKING:
+    from worker.engine import Engine
+    from worker.models import Models
     from worker.monitor import Monitor
     from worker.pool import EnginePool
-    from worker.service import Service
 
 PREFIX = "millrace_"
 
@@ -52,11 +53,12 @@ HISTOGRAMS: dict[str, tuple[tuple[float, ...], str]] = {
 
 #: Read when somebody asks.
 GAUGES = {
+    "model_loaded": "1 if the model is in memory, else 0: it was idle, and will be loaded when a job comes.",
     "num_requests_running": "Samples that have a slot.",
-    "num_requests_waiting": "Samples that wait in this worker for a slot.",
+    "num_requests_waiting": "Samples that wait in this worker for a slot, or jobs that wait for the model.",
     "kv_cache_usage_perc": "Share of the cache's memory that running samples hold; 1 is all of it.",
     "slots": "Samples that can have a slot at a time.",
-    "leases": "Messages that this worker holds; it renews their leases.",
+    "leases": "Messages of the model that this worker holds; it renews their leases.",
     "last_step_age_seconds": "Seconds since the step that the engine is at last came on; 0 between steps.",
     "ready": "1 if the worker takes jobs, else 0; as /readyz.",
     "redis_up": "1 if Redis took the worker's last heartbeat, else 0.",
@@ -73,9 +75,9 @@ COUNTERS = {
 class Metrics:
     """The numbers of one worker, all with the label `model_name`. Its methods may be called from any thread."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, *model_names: str) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody asks for
-        self._model_name = model_name
+        self._model_names = model_names
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._histograms = {name: self._histogram(name) for name in HISTOGRAMS}
@@ -85,47 +87,50 @@ class Metrics:
         self._failed = self._counter(
             "request_failure", "Jobs that ended otherwise: `cancelled`, `expired`, or a failure's code.", "code"
         )
-        for reason in ("stop", "length"):
-            self._succeeded.labels(model_name, reason)  # 0 from the start: a rate needs two values
-        self._exceeded = self._counter("attempts_exceeded", "Jobs that failed with `max_attempts`.").labels(model_name)
-        self._redelivered = self._counter("redeliveries", "Messages that came after a worker had had them.").labels(
-            model_name
+        self._exceeded = self._counter("attempts_exceeded", "Jobs that failed with `max_attempts`.")
+        self._redelivered = self._counter("redeliveries", "Messages that came after a worker had had them.")
+        self._retried = self._counter(
+            "result_write_retries", "Times that Redis did not take results, of whatever model: it is under the first."
         )
-        self._retried = self._counter("result_write_retries", "Times that Redis did not take results.").labels(
-            model_name
-        )
+        self._retried.labels(model_names[0])
+        for name in model_names:  # 0 from the start: a rate needs two values
+            self._succeeded.labels(name, "stop")
+            self._succeeded.labels(name, "length")
+            self._exceeded.labels(name)
+            self._redelivered.labels(name)
+            for histogram in self._histograms.values():
+                histogram.labels(name)
 
     def _histogram(self, name: str) -> Histogram:
         buckets, text = HISTOGRAMS[name]
-        made = Histogram(PREFIX + name, text, ["model_name"], buckets=buckets, registry=self._registry)
-        return made.labels(self._model_name)
+        return Histogram(PREFIX + name, text, ["model_name"], buckets=buckets, registry=self._registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(PREFIX + name, text, ["model_name", *labels], registry=self._registry)
 
-    def watch(self, pool: EnginePool, service: Service, monitor: Monitor) -> None:
+    def watch(self, pool: EnginePool, models: Models, monitor: Monitor) -> None:
         """Show what these say too, whenever somebody asks."""
-        self._registry.register(_Live(self._model_name, pool, service, monitor))
+        self._registry.register(_Live(self._model_names, pool, models, monitor))
 
-    def ended(self, outcome: Result | JobError) -> None:
-        """A job ended so."""
+    def ended(self, outcome: Result | JobError, model_name: str) -> None:
+        """A job for the model ended so."""
         if isinstance(outcome, JobError):
-            self._failed.labels(self._model_name, outcome.code).inc()
+            self._failed.labels(model_name, outcome.code).inc()
             if outcome.code == "max_attempts":
-                self._exceeded.inc()
+                self._exceeded.labels(model_name).inc()
             return
         reasons = [choice.finish_reason for choice in outcome.choices]
-        self._succeeded.labels(self._model_name, "length" if "length" in reasons else "stop").inc()
+        self._succeeded.labels(model_name, "length" if "length" in reasons else "stop").inc()
         for name, value in observed(outcome).items():
-            self._histograms[name].observe(value)
+            self._histograms[name].labels(model_name).observe(value)
 
-    def redelivered(self) -> None:
-        """A message came that a worker had before."""
-        self._redelivered.inc()
+    def redelivered(self, model_name: str) -> None:
+        """A message for the model came that a worker had before."""
+        self._redelivered.labels(model_name).inc()
 
     def retried(self) -> None:
         """Redis did not take a result, and is asked again."""
-        self._retried.inc()
+        self._retried.labels(self._model_names[0]).inc()
 
     def render(self, accept: str = "") -> tuple[str, bytes]:
         """Content type and text, in the format that the header `Accept` asks for."""
@@ -154,45 +159,56 @@ def observed(result: Result) -> dict[str, float]:
 class _Live:
     """Numbers that are read when somebody asks: Prometheus calls `collect`."""
 
-    def __init__(self, model_name: str, pool: EnginePool, service: Service, monitor: Monitor) -> None:
-        self._model_name, self._pool, self._service, self._monitor = model_name, pool, service, monitor
+    def __init__(self, model_names: tuple[str, ...], pool: EnginePool, models: Models, monitor: Monitor) -> None:
+        self._model_names, self._pool, self._models, self._monitor = model_names, pool, models, monitor
 
     def collect(self) -> Iterator[Metric]:
         """Called by prometheus_client."""
-        values = self._values()
+        engines = self._models.loaded
+        values = {model: self._values(model, engines.get(model)) for model in self._model_names}
         for kind, texts in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
             for name, text in texts.items():
                 family = kind(PREFIX + name, text, labels=["model_name"])
-                family.add_metric([self._model_name], values[name])
+                for model in [model for model in values if name in values[model]]:
+                    family.add_metric([model], values[model][name])
                 yield family
         queued = GaugeMetricFamily(
             f"{PREFIX}num_requests_queued",
             "Jobs in the queue that no worker holds. All workers of a model say the same: take the maximum.",
             labels=["model_name", "priority"],
         )
-        for priority, count in self._monitor.queued.items():
-            queued.add_metric([self._model_name, priority], count)
+        for model, counts in self._monitor.queued.items():
+            for priority, count in counts.items():
+                queued.add_metric([model, priority], count)
         yield queued
         info = GaugeMetricFamily(
             f"{PREFIX}engine_info", "Always 1.", labels=["model_name", "worker", "version", "fingerprint"]
         )
-        info.add_metric(
-            [self._model_name, self._monitor.name, version("millrace"), self._service.engine.fingerprint], 1
-        )
+        for model, engine in engines.items():
+            info.add_metric([model, self._monitor.name, version("millrace"), engine.fingerprint], 1)
         yield info
 
-    def _values(self) -> dict[str, float]:
-        stats, monitor = self._service.engine.stats(), self._monitor
+    def _values(self, model: str, engine: Engine | None) -> dict[str, float]:
+        """All values of a model; of its engine only what is known without one if it is not loaded."""
+        monitor = self._monitor
+        of_process = {
+            "leases": sum(delivery.model == model for delivery in self._pool.deliveries()),
+            "ready": not monitor.why_not_ready(),
+            "redis_up": monitor.redis_answers,
+        }
+        if engine is None:
+            waiting = self._pool.held(model)
+            return {**of_process, "model_loaded": 0, "num_requests_running": 0, "num_requests_waiting": waiting}
+        stats = engine.stats()
         return {
+            **of_process,
+            "model_loaded": 1,
             "num_requests_running": stats.running,
             "num_requests_waiting": stats.waiting,
             "kv_cache_usage_perc": stats.cache_usage,
             "slots": stats.slots,
-            "leases": len(self._pool.deliveries()),
             "last_step_age_seconds": stats.step_age_s,
-            "ready": not monitor.why_not_ready(),
-            "redis_up": monitor.redis_answers,
-            "selftest_ok": "batch-invariant" in self._service.engine.fingerprint.split("/"),
+            "selftest_ok": "batch-invariant" in engine.fingerprint.split("/"),
             "prompt_tokens": stats.prompt_tokens,
             "generation_tokens": stats.tokens,
             "spec_decode_num_draft_tokens": stats.drafted,

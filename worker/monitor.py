@@ -27,6 +27,7 @@ from worker.store import WORKER_TTL_S, Store
 
 if TYPE_CHECKING:
     from worker.engine import Engine, RowStats
+    from worker.models import Models
     from worker.pool import Delivery, EnginePool
 
 log = structlog.get_logger("millrace.worker")
@@ -37,6 +38,14 @@ TICK_S, IDLE_TICK_S = 0.2, 1.0
 BEAT_S = 2.0
 #: Of more slots than that a worker's record does not say what is in them.
 SHOWN_ROWS = 256
+#: What a record says of an engine that is not there. As a record is a hash, what is not written stays.
+NOT_LOADED: dict[str, str | int | float] = {
+    "fingerprint": "",
+    "running": 0,
+    "tokens_per_s": 0.0,
+    "step_age_s": 0.0,
+    "rows": "[]",
+}
 #: A shutdown waits at least so long for a Redis that is silent, whatever the settings say: it may only be slow.
 LEAST_PATIENCE_S = 5.0
 
@@ -44,8 +53,8 @@ LEAST_PATIENCE_S = 5.0
 class Monitor:
     """Looks after the pool's deliveries. Redis being away is logged once and otherwise waited out."""
 
-    def __init__(self, pool: EnginePool, engine: Engine, store: Store, settings: Settings) -> None:
-        self._pool, self._engine, self._store, self._settings = pool, engine, store, settings
+    def __init__(self, pool: EnginePool, models: Models, store: Store, settings: Settings) -> None:
+        self._pool, self._models, self._store, self._settings = pool, models, store, settings
         self.name = f"{socket.gethostname()}-{os.getpid()}"
         self._started: deque[str] = deque()
         self._stop, self._over = threading.Event(), threading.Event()
@@ -54,12 +63,14 @@ class Monitor:
         self._renew_at = self._beat_at = 0.0
         self._renewed_at = float("-inf")
         self._doubtful: set[str] = set()  # jobs whose lease may have run out: others may end them
-        self._last_tokens, self._last_beat = 0, time.monotonic()
+        self._last_tokens: dict[str, int] = {}
+        self._last_beat = time.monotonic()
         self._down = False
         self._stalled = False  # as was last acted on
         self._answered_at = float("-inf")
-        #: Jobs in the queue that no worker holds, by priority; counted at each heartbeat where somebody reads it.
-        self.queued: dict[str, int] = {}
+        #: Jobs in the queue of each model that no worker holds, by priority; counted at each heartbeat where somebody
+        #: reads it.
+        self.queued: dict[str, dict[str, int]] = {}
 
     def start(self) -> None:
         """Begin."""
@@ -67,19 +78,24 @@ class Monitor:
         threading.Thread(target=self._watch_shutdown, name="millrace-watch", daemon=True).start()
 
     def stop(self) -> None:
-        """End, and take the worker's record away."""
+        """End, and take the worker's records away."""
         self._stop.set()
         self._thread.join()
         try:
-            self._store.withdraw(self.name)
+            for model in self._models.names:
+                self._store.withdraw(self._record(model))
         except redis.RedisError as error:
             log.warning("redis.unanswered", error=str(error))  # the record has a short life of its own
         self._over.set()
 
+    def _record(self, model: str) -> str:
+        """The name of the record that tells of a model."""
+        return self.name if len(self._models.names) == 1 else keys.worker_of(self.name, model)
+
     @property
     def stalled_for_s(self) -> float:
-        """How long the engine has been at one step if that is longer than it may be, else 0."""
-        age_s = self._engine.stats().step_age_s
+        """How long an engine has been at one step if that is longer than it may be, else 0. The others wait for it."""
+        age_s = max((stats.step_age_s for stats in self._models.stats().values()), default=0.0)
         return age_s if age_s > self._settings.stall_s else 0.0
 
     @property
@@ -151,14 +167,16 @@ class Monitor:
         if jobs:
             for job_id in self._store.cancelled(jobs).union(self._pool.revoked_jobs()):
                 self._pool.cancel(job_id)
-        self._look_at_engine()
+        self._look_at_engines()
+        if self._models.unloads and not stopping():
+            self._pool.look()
         if deliveries and now >= self._renew_at and not self._stalled:
             self._renew(deliveries, now)
         if beat := now >= self._beat_at or stopping():
             self._beat(now)
             self._beat_at = now + BEAT_S
             if self._settings.metrics_port and not stopping():
-                self.queued = self._store.queued(self._settings.model_name)
+                self.queued = {model: self._store.queued(model) for model in self._models.names}
         return bool(jobs) or beat
 
     def _renew(self, deliveries: list[Delivery], now: float) -> None:
@@ -175,8 +193,8 @@ class Monitor:
             if over := [job_id for job_id, claim in claims if claim.finished]:
                 self._pool.let_go(over)
 
-    def _look_at_engine(self) -> None:
-        """See whether the engine comes on. While it does not, no lease is renewed: others do the jobs."""
+    def _look_at_engines(self) -> None:
+        """See whether the engines come on. While one does not, no lease is renewed: others do the jobs."""
         age_s = self.stalled_for_s
         stalled = age_s > 0
         if stalled != self._stalled:
@@ -201,28 +219,39 @@ class Monitor:
                 self._pool.time_out(delivery)
 
     def _beat(self, now: float) -> None:
-        stats = self._engine.stats()
-        rate = (stats.tokens - self._last_tokens) / max(1e-9, now - self._last_beat)
-        self._last_tokens, self._last_beat = stats.tokens, now
-        self._store.announce(
-            self.name,
-            {
-                "model": self._settings.model_name,
-                "fingerprint": self._engine.fingerprint,
-                "slots": stats.slots,
-                "running": stats.running,
-                "waiting": stats.waiting,
-                "tokens_per_s": round(rate, 1),
-                "drafted": stats.drafted,
-                "accepted": stats.accepted,
-                "started_at": self._began_at,
-                "step_age_s": round(stats.step_age_s, 1),
-                "stalled": int(self._stalled),
-                "rows": json.dumps([_row(row) for row in self._engine.rows()[:SHOWN_ROWS]]),
-                "failures": json.dumps(list(self._pool.failures)),
-                **self._pool.finished,
-            },
-        )
+        """Write a record for each model: whoever reads them sees as many workers of one model each."""
+        engines, passed_s = self._models.loaded, max(1e-9, now - self._last_beat)
+        self._last_beat = now
+        for model in self._models.names:
+            self._store.announce(
+                self._record(model),
+                {
+                    "model": model,
+                    "slots": self._settings.slots,
+                    "started_at": self._began_at,
+                    "stalled": int(self._stalled),
+                    "loaded": int(model in engines),
+                    "failures": json.dumps(list(self._pool.failures[model])),
+                    **self._of_engine(model, engines.get(model), passed_s),
+                },
+            )
+
+    def _of_engine(self, model: str, engine: Engine | None, passed_s: float) -> dict[str, str | int | float]:
+        if engine is None:
+            return {**NOT_LOADED, "waiting": self._pool.held(model)}
+        stats = engine.stats()
+        rate = max(0, stats.tokens - self._last_tokens.get(model, 0)) / passed_s
+        self._last_tokens[model] = stats.tokens
+        return {
+            "fingerprint": engine.fingerprint,
+            "running": stats.running,
+            "waiting": stats.waiting,
+            "tokens_per_s": round(rate, 1),
+            "drafted": stats.drafted,
+            "accepted": stats.accepted,
+            "step_age_s": round(self.stalled_for_s or stats.step_age_s, 1),
+            "rows": json.dumps([_row(row) for row in engine.rows()[:SHOWN_ROWS]]),
+        }
 
 
 def _row(row: RowStats) -> dict[str, str | int | float]:

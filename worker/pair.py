@@ -9,14 +9,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from rich.console import Console
 
 from client import Client, RedisUnreachable
 from client.errors import MillraceError
 from client.keys import queue
-from config import Settings
+from config import Settings, load_settings
 from config.tracing import setup_tracing
 from worker.embedded import EmbeddedRedis, die_with_parent
 
@@ -28,6 +28,16 @@ OWN_LEASE_S = 20
 RESTART_S, LONGEST_RESTART_S = 0.5, 60.0
 
 note = Console(stderr=True, highlight=False)
+
+
+def settings_for(model: str | None, **overrides: Any) -> Settings:
+    """The settings of a command that may name a model: one of MILLRACE_MODEL by its name, or any other."""
+    settings = load_settings(**overrides)
+    if model is None:
+        return settings
+    if model in settings.models:
+        return settings.only(model)
+    return load_settings(**overrides, model=model, served_name=None)
 
 
 class NothingRuns(MillraceError):
@@ -50,13 +60,15 @@ def serving(settings: Settings) -> Iterator[Serving]:
         stack.callback(setup_tracing(settings, "millrace"))
         with Client(settings=settings) as client:
             try:
-                if client.status().serves(settings.model_name):
+                status = client.status()
+                if status.serves(settings.model_name):
                     yield Serving(client, lambda: None, own=False)
                     return
                 if settings.redis_url is not None:
+                    served = ", ".join(sorted({worker.model for worker in status.workers})) or "nothing"
                     raise NothingRuns(
                         f"no worker serves {queue(settings.model_name)} on the Redis that MILLRACE_REDIS_URL names; "
-                        "start one with `celery -A worker worker`"
+                        f"start one with `celery -A worker worker`. Served there: {served}"
                     )
             except RedisUnreachable:
                 if settings.redis_url is not None:
@@ -86,8 +98,9 @@ class _Worker:
 
     def __init__(self, settings: Settings) -> None:
         self._model = settings.model_name
-        ours = {name: getattr(settings, name) for name in ("redis_url", "model", "dtype", "lease_s")}
-        self._environment = {**os.environ, **{f"MILLRACE_{name.upper()}": str(value) for name, value in ours.items()}}
+        ours = {name: getattr(settings, name) for name in ("redis_url", "model", "served_name", "dtype", "lease_s")}
+        given = {f"MILLRACE_{name.upper()}": "" if value is None else str(value) for name, value in ours.items()}
+        self._environment = {**os.environ, **given}
         # No port: that of the environment may be another worker's.
         self._environment |= {"MILLRACE_LOG_FORMAT": "console", "MILLRACE_METRICS_PORT": "0"}
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`

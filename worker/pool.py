@@ -2,6 +2,7 @@
 
     main thread      on_apply -> intake queue                       returns at once
     intake thread    known already? -> probation -> Service.submit  one request to Redis for many messages
+    load thread      a model that is not loaded and has jobs        while it lasts; worker/models.py
     engine thread    computes; a finished future -> finisher or writer
     finisher thread  a message of one job: Celery's own tracer      stores its result, sends events
     writer thread    jobs that share a message                      worker/writer.py; all that wait in one request
@@ -21,7 +22,7 @@ import signal
 import threading
 import time
 import traceback
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,16 +46,17 @@ from client.transport import connect, resolve_url
 from config import Settings, SettingsError
 from config.tracing import find_tracer, setup_tracing
 from worker.access import RightsMissing, check_rights, is_forbidden
-from worker.errors import EngineStopped
+from worker.errors import EngineStopped, ModelUnavailable
 from worker.monitor import Monitor
 from worker.probation import Candidate, Probation
 from worker.probes import Probes, ProbesError, open_probes
 from worker.service import RETRY_S, Service, cancelled_early, failed, read_group, service_for
 from worker.store import Store
-from worker.tasks import argument
+from worker.tasks import argument, model_of
 from worker.writer import Ended, Writer
 
 if TYPE_CHECKING:
+    from worker.models import Models
     from worker.tracing import JobTraces
 
 log = structlog.get_logger("millrace.worker")
@@ -88,6 +90,8 @@ class Delivery:
     on_accepted: Callable[[int, float], None] | None
     time_limit_s: float | None
     received_at: float
+    #: Of all its jobs.
+    model: str
     #: What the message asks for, by job.
     jobs: Mapping[str, Any]
     #: The jobs that have not ended, as far as no newer message stands for them.
@@ -129,8 +133,8 @@ class Refusal:
 class EnginePool(BasePool):
     """Hands tasks to the engine and their outcomes to Celery's tracer.
 
-    `-c` is the number of jobs held, running and waiting together; slots are MILLRACE_SLOTS. A message is taken while
-    fewer are held, so that those of the last one may be too many.
+    `-c` is the number of jobs held, running and waiting together, in equal parts for each model; slots are
+    MILLRACE_SLOTS. A message is taken while fewer are held, so that those of the last one may be too many.
     """
 
     body_can_be_buffer = True
@@ -149,7 +153,7 @@ class EnginePool(BasePool):
         self._by_job: dict[str, Delivery] = {}
         self._intake: queue.SimpleQueue[Delivery | Refusal | Literal["look", "stop"]] = queue.SimpleQueue()
         self._main_calls: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
-        self._closing = self._cold = self._ended = self._forbidden = False
+        self._closing = self._cold = self._ended = self._forbidden = self._blameless = False
         self._takes = True
         #: When rows that have not finished are given up, by the monotonic clock.
         self._rows_until = float("inf")
@@ -157,28 +161,36 @@ class EnginePool(BasePool):
         self.failed = False
         #: How many jobs ended in each state.
         self.finished: dict[str, int] = {"succeeded": 0, "failed": 0, "cancelled": 0, "expired": 0}
-        #: The last jobs that failed, as the worker's record tells of them.
-        self.failures: deque[dict[str, str | float]] = deque(maxlen=SHOWN_FAILURES)
+        #: The last jobs that failed, as the worker's record tells of them, by model.
+        self.failures: defaultdict[str, deque[dict[str, str | float]]] = defaultdict(
+            lambda: deque(maxlen=SHOWN_FAILURES)
+        )
         self._probes: Probes | None = None
         self._traces: JobTraces | None = None
+
+    @property
+    def models(self) -> Models:
+        """The models that this process serves."""
+        return self._engine_service.models
 
     # --- Celery's side, in the main thread -------------------------------------------------------------------------
 
     def on_start(self) -> None:
-        """Load the model. Celery connects to the broker after this, so nothing is taken from the queue before."""
+        """Load the models. Celery connects to the broker after this, so nothing is taken from the queues before."""
         try:
             self._probes = open_probes(self.settings)
         except ProbesError as error:
             log.error("worker.probes_failed", error=str(error))
             raise SystemExit(EX_FAILURE) from error
         self._open_traces()
+        self._service = self._service or service_for(self.settings)
+        self._service.models.on_fatal = self._on_fatal
         try:
-            self._service = self._service or service_for(self.settings)
-        except Exception as error:
+            self._service.models.start()
+        except ModelUnavailable as error:
             # ModelError and the like say what to do; the process ends with that line and no traceback.
-            log.error("worker.model_failed", model=self.settings.model, error=str(error), kind=type(error).__name__)
+            self._tell_unavailable(error)
             raise SystemExit(EX_FAILURE) from error
-        self._service.engine.on_fatal = self._on_fatal
         self._service.gives_up = self.app.backend.gives_up = True
         self.app.conf.worker_soft_shutdown_timeout = 0.0  # Celery would sleep it through; `finish_within` does not
         self._finishers = ThreadPoolExecutor(2, thread_name_prefix="millrace-finish")
@@ -187,11 +199,11 @@ class EnginePool(BasePool):
         self._taker.start()
         self._writer = Writer(self._service, self.app.backend.record, self._on_stored, self._on_fatal)
         self._writer.start()
-        self.monitor = Monitor(self, self._service.engine, self._service.store, self.settings)
+        self.monitor = Monitor(self, self._service.models, self._service.store, self.settings)
         self.monitor.start()
         if self._probes is not None:
             self._probes.watch(self.monitor)
-            self._probes.metrics.watch(self, self._service, self.monitor)
+            self._probes.metrics.watch(self, self._service.models, self.monitor)
             self._service.on_retry = self.app.backend.on_retry = self._probes.metrics.retried
 
     def _open_traces(self) -> None:
@@ -203,7 +215,7 @@ class EnginePool(BasePool):
         if (tracer := find_tracer()) is not None:
             from worker.tracing import JobTraces
 
-            self._traces = JobTraces(tracer, self.settings.model_name)
+            self._traces = JobTraces(tracer)
 
     def register_with_event_loop(self, hub: Hub) -> None:
         """Remember the loop of the main thread: Celery's accept and finish bookkeeping runs there."""
@@ -247,20 +259,30 @@ class EnginePool(BasePool):
             on_accepted=accept_callback,
             time_limit_s=None if grouped else timeout,
             received_at=time.monotonic(),
+            model=self._engine_service.model_named(model_of(headers.get("delivery_info"))),
             jobs=jobs,
             open=set(jobs),
             verdict=verdict,
         )
         if self._probes is not None and headers.get("delivery_info", {}).get("redelivered"):
-            self._probes.metrics.redelivered()
+            self._probes.metrics.redelivered(delivery.model)
         with self._lock:
             self._deliveries[delivery.handle] = delivery
         self._intake.put(delivery)
 
-    def has_room(self) -> bool:
-        """Whether another message may be taken from the queue."""
+    def has_room(self, model: str | None = None) -> bool:
+        """Whether another message may be taken from the queue of a model, or of any.
+
+        Each model has a window of its own: jobs that wait here for one engine must not keep those of another out.
+        """
+        names = self.models.names
+        window = max(1, int(self.limit) // len(names))
+        return self._takes and any(self.held(name) < window for name in ([model] if model else names))
+
+    def held(self, model: str) -> int:
+        """How many jobs of a model are here, running or not."""
         with self._lock:
-            return self._takes and sum(len(delivery.open) for delivery in self._deliveries.values()) < int(self.limit)
+            return sum(len(delivery.open) for delivery in self._deliveries.values() if delivery.model == model)
 
     def take_messages(self, on: bool) -> None:
         """Take messages from the queue, or none: those of an engine that does not come on would only wait here."""
@@ -289,11 +311,11 @@ class EnginePool(BasePool):
         """Called by Celery to stop a task that is not ours, say chord_unlock: they end by themselves, and soon."""
 
     def grow(self, n: int = 1) -> None:
-        """Not possible: one process is one model."""
+        """Not possible: one process is one engine for each model."""
         raise NotImplementedError("EnginePool cannot grow: set MILLRACE_SLOTS, or start another worker")
 
     def shrink(self, n: int = 1) -> None:
-        """Not possible: one process is one model."""
+        """Not possible: one process is one engine for each model."""
         raise NotImplementedError("EnginePool cannot shrink: set MILLRACE_SLOTS, or stop a worker")
 
     def on_close(self) -> None:
@@ -352,7 +374,7 @@ class EnginePool(BasePool):
             delivery.give_back()
         open_jobs = {job_id for delivery in left for job_id in delivery.open}
         # Those that were inside when the engine died are what it may have died of.
-        died = self.failed and not self._forbidden
+        died = self.failed and not self._blameless
         attempted = set() if died else self._probation.inside() & open_jobs
         self._ask(lambda store: store.returned(open_jobs, attempted))
         self.monitor.stop()
@@ -370,19 +392,20 @@ class EnginePool(BasePool):
                 signal.signal(number, lambda *_: self.finish_within(0))
 
     def _finish_rows(self) -> None:
-        engine = self._engine_service.engine
-        finishing = threading.Thread(target=engine.stop, kwargs={"finish": True, "drop_waiting": True}, daemon=True)
+        stop = self.models.stop
+        finishing = threading.Thread(target=stop, kwargs={"finish": True, "drop_waiting": True}, daemon=True)
         finishing.start()
         while finishing.is_alive() and time.monotonic() < self._rows_until:
             finishing.join(STOP_TICK_S)
         if finishing.is_alive():
-            threading.Thread(target=engine.stop, daemon=True).start()  # two may wait for the end of the engine's thread
+            threading.Thread(target=stop, daemon=True).start()  # two may wait for the end
             finishing.join()
 
     def _get_info(self) -> dict[str, Any]:
         info: dict[str, Any] = super()._get_info()
-        stats = self._engine_service.engine.stats()
-        return info | {"slots": stats.slots, "running": stats.running, "waiting": stats.waiting}
+        stats = self.models.stats().values()
+        counts = {name: sum(getattr(each, name) for each in stats) for name in ("slots", "running", "waiting")}
+        return info | counts
 
     # --- intake thread ---------------------------------------------------------------------------------------------
 
@@ -403,7 +426,12 @@ class EnginePool(BasePool):
             for refusal in [item for item in items if isinstance(item, Refusal)]:
                 self._fail_refused(refusal)
             if going:
+                self.models.unload_idle({delivery.model for delivery in self.deliveries()})
                 self._let_in()
+
+    def look(self) -> None:
+        """Let in whose model has been loaded, and unload what has been idle."""
+        self._intake.put("look")
 
     def _adopt(self, delivery: Delivery) -> list[str]:
         """Let the message stand for its jobs. Returns those that are new here.
@@ -446,20 +474,20 @@ class EnginePool(BasePool):
             self._on_main(old.request.acknowledge)  # another copy, not the same one delivered again
 
     def _admit(self, batch: list[Delivery]) -> None:
-        arrived: dict[str, Any] = {}
+        arrived: dict[str, tuple[Any, str]] = {}
         for delivery in batch:
             if delivery.task not in (TASK_NAME, GROUP_TASK_NAME):  # Celery's own, say chord_unlock
                 if self._adopt(delivery):
                     self._accepted(delivery)
                     self._others.submit(self._finish, delivery)
                 continue
-            arrived |= {job_id: delivery.jobs[job_id] for job_id in self._adopt(delivery)}
+            arrived |= {job_id: (delivery.jobs[job_id], delivery.model) for job_id in self._adopt(delivery)}
             log.info("message.accepted", message_id=delivery.args[1], jobs=len(delivery.jobs))
         claims = self._ask(lambda store: store.claim(list(arrived))) if arrived else []
         if claims is None:
             return  # shutting down without Redis: the messages keep their leases and go to another worker
         over = []
-        for (job_id, wire), claim in zip(arrived.items(), claims, strict=True):
+        for (job_id, (wire, model)), claim in zip(arrived.items(), claims, strict=True):
             if claim.finished:
                 over.append(job_id)
                 continue
@@ -469,7 +497,7 @@ class EnginePool(BasePool):
             elif claim.attempts >= self.settings.max_attempts:
                 self._on_outcome(job_id, failed(JobFailed("max_attempts", MAX_ATTEMPTS.format(claim.attempts))))
             else:
-                self._probation.put(Candidate(job_id, wire, claim.attempts))
+                self._probation.put(Candidate(job_id, wire, claim.attempts, model))
         if over:
             log.info("jobs.finished_before", jobs=len(over))
             self._ask(lambda store: store.ended(over))
@@ -483,6 +511,7 @@ class EnginePool(BasePool):
                 job_id,
                 wire,
                 delivery.args[2],
+                model=delivery.model,
                 grouped=delivery.grouped,
                 ago_s=time.monotonic() - delivery.received_at,
                 attempt=attempts + 1,
@@ -513,24 +542,26 @@ class EnginePool(BasePool):
         return self._ask(lambda store: store.attempt(job_ids)) is not None
 
     def _let_in(self) -> None:
-        """Give the engine the jobs whose turn it is. Their attempt is counted before: they may end this process."""
-        while candidates := self._probation.admit():
+        """Give the engines the jobs whose turn it is. Their attempt is counted before: they may end this process."""
+        self.models.fetch(self._probation.models(), self.look)
+        while candidates := self._probation.admit(self.models.loaded):
             if not self._count_attempts([candidate.job_id for candidate in candidates]):
                 return
             for candidate in candidates:
                 if candidate.attempts:
                     log.warning("job.on_trial", job_id=candidate.job_id, attempts=candidate.attempts)
                 try:
-                    self._begin(candidate.job_id, candidate.wire)
+                    self._begin(candidate)
                 except Exception as error:
                     job_id = candidate.job_id
                     log.error("job.intake_failed", job_id=job_id, error=repr(error), trace=traceback.format_exc())
                     message = f"the message cannot be worked on: {type(error).__name__}"
                     self._on_outcome(job_id, failed(JobFailed("invalid_request", message)))
 
-    def _begin(self, job_id: str, wire: Any) -> None:
+    def _begin(self, candidate: Candidate) -> None:
+        job_id, model = candidate.job_id, candidate.model
         try:
-            future = self._engine_service.submit(job_id, wire, lambda: self._on_start(job_id))
+            future = self._engine_service.submit(job_id, candidate.wire, model, lambda: self._on_start(job_id))
         except EngineStopped:
             return  # `_end` gives the message back
         future.add_done_callback(lambda done: self._on_outcome(job_id, done))
@@ -589,18 +620,25 @@ class EnginePool(BasePool):
     def end_process(self, error: BaseException) -> None:
         """End this process, as it cannot go on. May be called from any thread, and again."""
         known, self._forbidden = self._forbidden, is_forbidden(error)
+        self._blameless = self._forbidden or isinstance(error, ModelUnavailable)
         self.failed = True
         state.should_stop = EX_FAILURE  # of `should_terminate` Celery makes an exit code of 0
-        if not self._forbidden:
+        if isinstance(error, ModelUnavailable):
+            self._tell_unavailable(error)
+        elif not self._forbidden:
             log.error("worker.failed", error=repr(error), trace=traceback.format_exc())
         elif not known:
             log.error("redis.forbidden", error=str(error), hint=self._missing_rights())
+
+    def _tell_unavailable(self, error: ModelUnavailable) -> None:
+        model, kind = self.settings.models.get(error.name, error.name), type(error.reason).__name__
+        log.error("worker.model_failed", model=model, error=str(error), kind=kind)
 
     def _missing_rights(self) -> str:
         """What to do about a right that was missing; it names all that are, where Redis still says."""
         try:
             with connect(resolve_url(self.settings)) as connection:
-                check_rights(connection, self.settings.model_name)
+                check_rights(connection, self.models.names)
         except (RightsMissing, redis.RedisError) as missing:
             return str(missing)
         return str(RightsMissing(["do that"]))
@@ -720,19 +758,25 @@ class EnginePool(BasePool):
         if error is not None and not isinstance(error, JobError):
             return  # it has been logged where it was met
         ended = error if isinstance(error, JobError) else future.result()
+        model = self._model_of(job_id)
         if self._probes is not None:
-            self._probes.metrics.ended(ended)
+            self._probes.metrics.ended(ended, model)
         outcome = outcome_state(ended)
         self.finished[outcome] += 1
         if isinstance(error, JobFailed):
-            self.failures.append({"job": tag(job_id), "code": error.code, "at": round(time.time(), 1)})
-        details |= {"job_id": job_id, "state": outcome}
+            self.failures[model].append({"job": tag(job_id), "code": error.code, "at": round(time.time(), 1)})
+        details |= {"job_id": job_id, "state": outcome, "model": model}
         if isinstance(error, JobError):
             log.info("job.finished", **details, code=error.code)
         else:
             usage = future.result().usage
             details |= {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
             log_success("job.finished", **details)
+
+    def _model_of(self, job_id: str) -> str:
+        with self._lock:
+            delivery = self._by_job.get(job_id)
+        return self.models.names[0] if delivery is None else delivery.model
 
     # --- read by the monitor ---------------------------------------------------------------------------------------
 
@@ -778,7 +822,7 @@ class EnginePool(BasePool):
         if self._probation.withdraw(job_id):
             self._on_outcome(job_id, failed(cancelled_early()))
         else:
-            self._engine_service.engine.cancel(job_id)
+            self.models.cancel(job_id)
 
     @property
     def _engine_service(self) -> Service:

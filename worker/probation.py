@@ -6,7 +6,7 @@ there may be the cause. Therefore:
 
 - jobs without attempts are computed together, and never beside one that has some;
 - jobs that have some are computed in small groups, those with fewest first, and before their last attempt, alone;
-- only the attempts of jobs that went to the engine are counted: what waits here is not.
+- only the attempts of jobs that went to the engine are counted: what waits here, or for its model, is not.
 
 A job is failed for its attempts only if its last one, which it had alone, did not end. A neighbour of a killer loses at
 most the attempts it had in company with it; alone, it ends. A worker that is killed for other reasons (by the kernel,
@@ -16,6 +16,7 @@ by an operator) costs some time, as its jobs are computed in smaller company, an
 from __future__ import annotations
 
 import threading
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,12 @@ TRIAL_SHARE = 8
 
 @dataclass(frozen=True)
 class Candidate:
-    """A job that is to go to the engine, and how many attempts at it have not ended."""
+    """A job that is to go to the engine of its model, and how many attempts at it have not ended."""
 
     job_id: str
     wire: Any
     attempts: int
+    model: str
 
 
 class Probation:
@@ -48,23 +50,31 @@ class Probation:
         with self._lock:
             (self._suspects if candidate.attempts else self._new)[candidate.job_id] = candidate
 
-    def admit(self) -> list[Candidate]:
-        """The jobs that are to go to the engine now. They count as inside until `leave`."""
+    def admit(self, models: Container[str]) -> list[Candidate]:
+        """The jobs that are to go to these models' engines now. They count as inside until `leave`."""
         with self._lock:
-            if self._inside and (self._suspects or self._trial):
+            suspects, new = (
+                [candidate for candidate in line.values() if candidate.model in models]
+                for line in (self._suspects, self._new)
+            )
+            if self._inside and (suspects or self._trial):
                 return []
-            self._trial = bool(self._suspects)
-            line = self._suspects if self._trial else self._new
-            admitted = self._next_group() if self._trial else list(line.values())
+            self._trial = bool(suspects)
+            admitted = self._next_group(suspects) if suspects else new
             for candidate in admitted:
-                del line[candidate.job_id]
+                self.withdraw(candidate.job_id)
                 self._inside.add(candidate.job_id)
             return admitted
 
-    def _next_group(self) -> list[Candidate]:
-        fewest = min(candidate.attempts for candidate in self._suspects.values())
+    def _next_group(self, suspects: list[Candidate]) -> list[Candidate]:
+        fewest = min(candidate.attempts for candidate in suspects)
         size = 1 if fewest + 1 >= self._max_attempts else self._group
-        return [candidate for candidate in self._suspects.values() if candidate.attempts == fewest][:size]
+        return [candidate for candidate in suspects if candidate.attempts == fewest][:size]
+
+    def models(self) -> set[str]:
+        """The models of those in line."""
+        with self._lock:
+            return {candidate.model for line in (self._suspects, self._new) for candidate in line.values()}
 
     def leave(self, job_id: str) -> bool:
         """A job has ended, and its end is stored. Says whether it is time to ask for others."""

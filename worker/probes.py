@@ -48,7 +48,7 @@ def open_probes(settings: Settings) -> Probes | None:
         from worker.metrics import Metrics
     except ImportError as error:
         raise ProbesError(MISSING) from error
-    return Probes(settings.metrics_host, settings.metrics_port, Metrics(settings.model_name))
+    return Probes(settings.metrics_host, settings.metrics_port, Metrics(*settings.models))
 
 
 class Probes:

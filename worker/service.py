@@ -1,4 +1,4 @@
-"""The engine as tasks see it: one for each process, whichever pool runs the tasks."""
+"""The models as tasks see them: one service for each process, whichever pool runs the tasks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from worker.events import TELL_EVERY_S, EventWriter
 from worker.store import RedisStore, Store
 
 if TYPE_CHECKING:
-    from worker.engine import Engine
+    from worker.models import Models
 
 log = structlog.get_logger("millrace.worker")
 
@@ -46,12 +46,12 @@ RETRY_S = 0.5
 
 
 class Service:
-    """A started engine, and the outcomes that tasks are about to pick up."""
+    """The models' engines, and the outcomes that tasks are about to pick up."""
 
     def __init__(
-        self, engine: Engine, store: Store, *, checkpoint_max_bytes: int, signing_keys: tuple[bytes, ...] = ()
+        self, models: Models, store: Store, *, checkpoint_max_bytes: int, signing_keys: tuple[bytes, ...] = ()
     ) -> None:
-        self.engine = engine
+        self.models = models
         self.store = store
         self.events = EventWriter(store)
         self._signing_keys = signing_keys
@@ -64,29 +64,29 @@ class Service:
         # By future, so that the tensors of a job that fails or is revoked go with it.
         self._dumps: weakref.WeakKeyDictionary[Future[Result], dict[str, bytes]] = weakref.WeakKeyDictionary()
 
-    def generate(self, job_id: str | None, wire: dict[str, Any]) -> dict[str, Any]:
-        """The result of a job as JSON: the one that is ready, else computed now.
+    def generate(self, job_id: str | None, wire: dict[str, Any], model: str | None = None) -> dict[str, Any]:
+        """The result of a job as JSON: the one that is ready, else computed now, by the first model if none is named.
 
         Raises:
             JobError: the job ended without a result.
-            EngineStopped: the engine ended first; another worker may do the job.
+            EngineStopped, ModelUnavailable: another worker may do the job.
         """
         job_id = job_id or uuid.uuid4().hex
-        future = self._ready.pop(job_id, None) or self.submit(job_id, wire)
+        future = self._ready.pop(job_id, None) or self.submit(job_id, wire, model)
         return self._result(job_id, future).model_dump(mode="json")
 
-    def generate_many(self, group: Any, encode: Encode) -> None:
+    def generate_many(self, group: Any, encode: Encode, model: str | None = None) -> None:
         """Compute the jobs of a message and store a result for each: what a pool without an engine of its own does.
 
         Raises:
-            EngineStopped: the engine ended first; the results stored so far stand.
+            EngineStopped, ModelUnavailable: there is no engine any more, or none yet; the results stored so far stand.
         """
         jobs = read_group(group)
         claims = self.patiently(lambda: self.store.claim(list(jobs)))
         futures: dict[str, Future[Result]] = {}
         for (job_id, wire), claim in zip(jobs.items(), claims, strict=True):
             if not claim.finished:
-                futures[job_id] = failed(cancelled_early()) if claim.cancelled else self.submit(job_id, wire)
+                futures[job_id] = failed(cancelled_early()) if claim.cancelled else self.submit(job_id, wire, model)
         for job_id, future in futures.items():
             record = {job_id: self.record(job_id, future, encode)}
             self.patiently(functools.partial(self.store.finish, record))
@@ -132,10 +132,13 @@ class Service:
                 self.on_retry()
                 time.sleep(RETRY_S)
 
-    def submit(self, job_id: str, wire: Any, on_start: Callable[[], None] | None = None) -> Future[Result]:
-        """Give a job from a message to the engine; a request that cannot be read is a future that failed."""
+    def submit(
+        self, job_id: str, wire: Any, model: str | None = None, on_start: Callable[[], None] | None = None
+    ) -> Future[Result]:
+        """Give a job from a message to its model's engine; a request that cannot be read is a future that failed."""
+        model = self.model_named(model)
         try:
-            if self._signing_keys and not verified(self._signing_keys, job_id, self.engine.model_name, wire):
+            if self._signing_keys and not verified(self._signing_keys, job_id, model, wire):
                 raise JobFailed("bad_signature", BAD_SIGNATURE)
             request = read_wire(unsigned(wire))
             if request.checkpoints and not self._checkpoint_max_bytes:
@@ -143,7 +146,7 @@ class Service:
         except JobFailed as error:
             return failed(error)
         tensors: dict[str, bytes] = {}
-        future = self.engine.submit(
+        future = self.models.get(model).submit(
             request,
             job_id=job_id,
             on_start=on_start,
@@ -153,6 +156,10 @@ class Service:
         )
         self._dumps[future] = tensors
         return future
+
+    def model_named(self, name: str | None) -> str:
+        """The model for a job of that queue; the first one if it came by no queue of ours."""
+        return name if name in self.models.names else self.models.names[0]
 
     def _keep(self, job_id: str, tensors: dict[str, bytes]) -> None:
         """Store checkpoint tensors before the result says that they are there."""
@@ -236,21 +243,19 @@ _lock = threading.Lock()
 
 
 def service_for(settings: Settings) -> Service:
-    """This process's service; the model is loaded at the first call. Raises like `Engine.from_settings`."""
-    with _lock:  # two first tasks in two threads must not load the model twice
+    """This process's service. A model is loaded when it is first asked for."""
+    with _lock:
         return _build(settings)
 
 
 @functools.cache
 def _build(settings: Settings) -> Service:
-    from worker.engine import Engine  # brings torch, which the command line does not need
+    from worker.models import Models  # brings what computes, which the command line does not need
 
-    engine = Engine.from_settings(settings)
-    engine.start()
     ttl = {name: getattr(settings, name) for name in ("result_ttl_s", "checkpoint_ttl_s", "events_ttl_s")}
     store = RedisStore(connect(resolve_url(settings)), **ttl)
     return Service(
-        engine,
+        Models.from_settings(settings),
         store,
         checkpoint_max_bytes=settings.checkpoint_max_bytes,
         signing_keys=settings.signing_keys,

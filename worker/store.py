@@ -83,7 +83,7 @@ class Store(Protocol):
         ...
 
     def announce(self, worker: str, record: Mapping[str, str | int | float]) -> None:
-        """Say that a worker lives and what it is doing."""
+        """Say that a worker lives, what it is doing, and that it serves the record's `model`."""
         ...
 
     def queued(self, model_name: str) -> dict[str, int]:
@@ -214,6 +214,9 @@ class RedisStore:
         pipe.zadd(keys.workers(), {worker: now})
         pipe.zremrangebyscore(keys.workers(), 0, now - 20 * WORKER_TTL_S)
         pipe.expire(keys.workers(), 20 * WORKER_TTL_S)
+        pipe.zadd(keys.models(), {str(record["model"]): now})
+        pipe.zremrangebyscore(keys.models(), 0, now - keys.KNOWN_MODEL_S)
+        pipe.expire(keys.models(), keys.KNOWN_MODEL_S)
         pipe.execute()
 
     def queued(self, model_name: str) -> dict[str, int]:

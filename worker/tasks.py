@@ -7,6 +7,7 @@ from typing import Any
 from celery import Celery, Task, signals
 from celery.exceptions import Reject
 
+from client import keys
 from client.errors import JobError
 from client.schema import GROUP_TASK_NAME, TASK_NAME
 from config import Settings
@@ -22,15 +23,16 @@ def add_tasks(app: Celery, settings: Settings) -> None:
     @app.task(bind=True, name=TASK_NAME, shared=False, throws=(JobError,), resultrepr_maxsize=1)  # type: ignore[untyped-decorator]
     def generate(self: Task, request: dict[str, Any]) -> dict[str, Any]:
         try:
-            return service_for(settings).generate(self.request.id, request)
+            return service_for(settings).generate(self.request.id, request, model_of(self.request.delivery_info))
         except EngineStopped as stopped:
             raise Reject(str(stopped), requeue=True) from stopped
 
     # The results are those of its jobs, under their ids; the message itself has none.
-    @app.task(name=GROUP_TASK_NAME, shared=False, ignore_result=True)  # type: ignore[untyped-decorator]
-    def generate_many(jobs: list[dict[str, Any]]) -> None:
+    @app.task(bind=True, name=GROUP_TASK_NAME, shared=False, ignore_result=True)  # type: ignore[untyped-decorator]
+    def generate_many(self: Task, jobs: list[dict[str, Any]]) -> None:
         try:
-            service_for(settings).generate_many(jobs, app.backend.record)
+            model = model_of(self.request.delivery_info)
+            service_for(settings).generate_many(jobs, app.backend.record, model)
         except EngineStopped as stopped:
             raise Reject(str(stopped), requeue=True) from stopped
 
@@ -38,6 +40,12 @@ def add_tasks(app: Celery, settings: Settings) -> None:
         service_for(settings).end_revoked(argument(GROUP_TASK_NAME, request.args, request.kwargs), app.backend.record)
 
     signals.task_revoked.connect(end_jobs, sender=generate_many, weak=False)
+
+
+def model_of(delivery_info: Any) -> str | None:
+    """The model of the queue by which a message came, if it came by one; anybody may have written the message."""
+    queue = delivery_info.get("routing_key") if isinstance(delivery_info, dict) else None
+    return keys.model_of(queue) if isinstance(queue, str) else None
 
 
 def argument(task: str, args: Any, kwargs: Any) -> Any:

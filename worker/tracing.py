@@ -53,6 +53,7 @@ class _Visit:
     """A job while it is here. Times are Unix times in nanoseconds."""
 
     context: Context
+    model: str
     request: Any
     attempt: int
     redelivered: bool
@@ -64,17 +65,26 @@ class _Visit:
 class JobTraces:
     """Notes when what happened to a job, and makes its spans. Its methods may be called from any thread."""
 
-    def __init__(self, tracer: Tracer, model_name: str) -> None:
-        self._tracer, self._model_name = tracer, model_name
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
         self._lock = threading.Lock()
         self._visits: dict[str, _Visit] = {}
 
     def arrived(
-        self, job_id: str, request: Any, headers: Mapping[str, Any], *, grouped: bool, ago_s: float, attempt: int
+        self,
+        job_id: str,
+        request: Any,
+        headers: Mapping[str, Any],
+        *,
+        model: str,
+        grouped: bool,
+        ago_s: float,
+        attempt: int,
     ) -> None:
         """A job came that is to be computed here.
 
         Args:
+            model: what it is for.
             request: as it was sent, which need not be right.
             headers: those of its message, as Celery hands them on.
             grouped: its message has several jobs.
@@ -87,6 +97,7 @@ class JobTraces:
         redelivered = bool(isinstance(place, dict) and place.get("redelivered"))
         visit = _Visit(
             carried(headers, job_id, grouped=grouped),
+            model,
             request,
             attempt,
             redelivered,
@@ -128,7 +139,7 @@ class JobTraces:
 
     def _tell(self, job_id: str, visit: _Visit, outcome: Result | BaseException | None, now: int) -> str | None:
         span = self._tracer.start_span(
-            f"text_completion {self._model_name}",
+            f"text_completion {visit.model}",
             visit.context,
             SpanKind.CONSUMER,
             self._asked(job_id, visit),
@@ -150,12 +161,12 @@ class JobTraces:
         return {
             "gen_ai.operation.name": "text_completion",
             "gen_ai.provider.name": "millrace",
-            "gen_ai.request.model": self._model_name,
+            "gen_ai.request.model": visit.model,
             **{told: given[name] for name, told in PARAMETERS.items() if _is_number(given.get(name))},
             "messaging.system": "celery",
             "messaging.operation.type": "process",
             "messaging.operation.name": "process",
-            "messaging.destination.name": queue(self._model_name),
+            "messaging.destination.name": queue(visit.model),
             "millrace.job_id": job_id,
             "millrace.attempt": visit.attempt,
             "millrace.redelivered": visit.redelivered,

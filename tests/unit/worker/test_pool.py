@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import redis
+from celery.worker import state
 from structlog.testing import capture_logs
 
 from client.errors import JobFailed
@@ -25,6 +26,7 @@ from tests.unit.worker.test_stall import BlockedRunner, until
 from worker.celery import make_app
 from worker.engine import Engine
 from worker.metrics import Metrics
+from worker.models import Models
 from worker.pool import EnginePool
 from worker.service import Service
 from worker.store import Claim, MemoryStore
@@ -36,13 +38,13 @@ Make = Callable[..., EnginePool]
 
 
 class Message:
-    """What Celery's Request is to the pool: a group of jobs."""
+    """What Celery's Request is to the pool: a group of jobs, and the queue that it came by."""
 
-    def __init__(self, *job_ids: str) -> None:
+    def __init__(self, *job_ids: str, queue: str = "millrace.demo") -> None:
         self.type, self.id = GROUP_TASK_NAME, f"message of {job_ids}"
         members = [{"id": job_id, "request": REQUEST} for job_id in job_ids]
-        self.request_dict = {"args": [members], "kwargs": {}}
-        self.over = threading.Event()
+        self.request_dict: dict[str, Any] = {"args": [members], "kwargs": {}, "delivery_info": {"routing_key": queue}}
+        self.over, self.returned = threading.Event(), threading.Event()
 
     def on_success(self, _: Any) -> None:
         self.over.set()
@@ -52,17 +54,19 @@ class Message:
 
     def reject(self, requeue: bool) -> None:
         assert requeue
+        self.returned.set()
 
 
 @pytest.fixture
 def make() -> Iterator[Make]:
     pools = []
 
-    def start(store: MemoryStore, engine: Engine | None = None, **settings: Any) -> EnginePool:
+    def start(
+        store: MemoryStore, engine: Engine | None = None, models: Models | None = None, **settings: Any
+    ) -> EnginePool:
         app = make_app(load_settings(redis_url="redis://localhost:1/0", slots=4, **settings))
-        engine = engine or build(slots=4)
-        engine.start()
-        pool = EnginePool(limit=6, app=app, service=Service(engine, store, checkpoint_max_bytes=0))
+        models = models or Models(["demo"], lambda _: engine or build(slots=4))
+        pool = EnginePool(limit=6, app=app, service=Service(models, store, checkpoint_max_bytes=0))
         pool.on_start()
         pools.append(pool)
         return pool
@@ -111,7 +115,7 @@ def test_what_ends_and_what_comes_again_is_counted_once(make: Make) -> None:
     pool = make(MemoryStore(results={"before": "as it ended"}))
     pool._probes = SimpleNamespace(metrics=metrics, stop=lambda: None)  # type: ignore[assignment]
     again = Message("before", "new")
-    again.request_dict["delivery_info"] = {"redelivered": True}  # type: ignore[assignment]
+    again.request_dict["delivery_info"] = {"redelivered": True}
     for message in (again, Message("other")):
         assert deliver(pool, message).over.wait(PATIENCE_S)
     text = metrics.render()[1].decode()
@@ -156,7 +160,7 @@ def test_no_message_is_taken_while_the_engine_is_stalled(make: Make) -> None:
     message = deliver(pool, Message("a"))
     assert pool.has_room()
     until(lambda: not pool.has_room())
-    assert pool._engine_service.engine.stats().step_age_s > 1.0
+    assert engine.stats().step_age_s > 1.0
     go_on.set()
     assert message.over.wait(PATIENCE_S)
     until(pool.has_room)
@@ -214,3 +218,98 @@ def test_with_a_key_a_refused_message_fails_only_what_a_client_without_the_key_s
     pool.refuse(names, JobFailed("bad_signature", "no signature"))
     until(lambda: pool.finished["failed"] == 4)
     assert sorted(store.results) == ["theirs", "unmarked"]
+
+
+class Loading:
+    """Loads engines of the bundled model under other names, as fast as it is let."""
+
+    def __init__(self, *held_up: str) -> None:
+        self.loaded: list[str] = []
+        self.go_on = {name: threading.Event() for name in held_up}
+
+    def __call__(self, name: str) -> Engine:
+        if name in self.go_on:
+            assert self.go_on[name].wait(PATIENCE_S)
+        self.loaded.append(name)
+        engine = build(slots=4)
+        engine.model_name = name
+        return engine
+
+
+def model_of(store: MemoryStore, job_id: str) -> str:
+    return str(json.loads(store.results[job_id])["result"]["model"])
+
+
+def test_jobs_go_to_the_model_of_their_queue_and_have_windows_of_their_own(make: Make) -> None:
+    store, go_on = MemoryStore(), threading.Event()
+    stuck = build(runner=type("Blocked", (BlockedRunner,), {"go_on": go_on}), slots=4)
+    other = build(slots=4)
+    other.model_name = "other"
+    pool = make(store, models=Models(["demo", "other"], {"demo": stuck, "other": other}.__getitem__))
+    first = deliver(pool, Message("a", "b", "c"))
+    assert not pool.has_room("demo"), "half of the six that the pool may hold"
+    assert pool.has_room("other")
+    assert pool.has_room()
+    assert pool.held("demo") == 3
+    deliver(pool, Message("d", queue="millrace.other"))
+    until(lambda: pool._intake.empty())
+    go_on.set()  # one thread computes for both
+    deliver(pool, Message("e", queue="celery"))
+    until(lambda: len(store.results) == 5)
+    assert first.over.wait(PATIENCE_S)
+    assert [model_of(store, name) for name in "abcde"] == ["demo", "demo", "demo", "other", "demo"]
+
+
+def test_a_model_is_loaded_for_its_first_job_and_again_after_it_was_idle(make: Make) -> None:
+    store, load = MemoryStore(), Loading("other")
+    pool = make(store, models=Models(["demo", "other"], load, idle_s=0.2))
+    assert load.loaded == ["demo"]
+    waits = deliver(pool, Message("w", queue="millrace.other"))
+    for name in "ab":
+        assert deliver(pool, Message(name)).over.wait(PATIENCE_S), "the others go on meanwhile"
+    assert not waits.over.is_set()
+    assert "w" not in store.attempts
+    load.go_on["other"].set()
+    assert waits.over.wait(PATIENCE_S)
+    assert model_of(store, "w") == "other"
+    until(lambda: not pool.models.loaded)  # the monitor sees to that
+    assert {record["loaded"] for record in store.workers.values()} <= {0, 1}
+    again = [deliver(pool, Message("x", queue="millrace.other")), deliver(pool, Message("y"))]
+    assert all(message.over.wait(PATIENCE_S) for message in again)
+    assert sorted(load.loaded) == ["demo", "demo", "other", "other"]
+    assert pool.finished["succeeded"] == 5
+    until(lambda: any(record["loaded"] == 0 for record in store.workers.values()))
+    names = {pool.monitor.name + "@demo": "demo", pool.monitor.name + "@other": "other"}
+    assert {name: record["model"] for name, record in store.workers.items()} == names
+
+
+def test_a_job_is_cancelled_while_its_model_is_being_loaded(make: Make) -> None:
+    store, load = MemoryStore(), Loading("other")
+    pool = make(store, models=Models(["demo", "other"], load, idle_s=60))
+    waits = deliver(pool, Message("w", queue="millrace.other"))
+    until(lambda: pool._probation.models() == {"other"})
+    store.cancels.add("w")
+    assert waits.over.wait(PATIENCE_S)
+    assert pool.finished["cancelled"] == 1
+    load.go_on["other"].set()
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_process_and_no_job(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Engine:
+        if name == "other":
+            raise OSError("its files are gone")
+        return build(slots=4)
+
+    monkeypatch.setattr(state, "should_stop", None)
+    store = MemoryStore()
+    pool = make(store, models=Models(["demo", "other"], load, idle_s=60))
+    with capture_logs() as lines:
+        waits = deliver(pool, Message("w", queue="millrace.other"))
+        until(lambda: pool.failed)
+        pool.on_stop()
+    assert state.should_stop == 1
+    assert waits.returned.is_set()
+    assert not store.results
+    assert "w" not in store.attempts
+    (line,) = [line for line in lines if line["event"] == "worker.model_failed"]
+    assert (line["error"], line["kind"]) == ("its files are gone", "OSError")

@@ -11,11 +11,11 @@ from worker.probation import Candidate, Probation
 
 def line_up(probation: Probation, attempts: dict[str, int]) -> None:
     for job_id, count in attempts.items():
-        probation.put(Candidate(job_id, None, count))
+        probation.put(Candidate(job_id, None, count, "demo"))
 
 
 def admitted(probation: Probation) -> list[str]:
-    return [candidate.job_id for candidate in probation.admit()]
+    return [candidate.job_id for candidate in probation.admit({"demo"})]
 
 
 def test_new_jobs_go_in_together_and_later_ones_beside_them() -> None:
@@ -64,6 +64,21 @@ def test_groups_shrink_to_one_before_the_last_attempt(
         for job_id in group:
             probation.leave(job_id)
     assert sizes == groups
+
+
+def test_those_whose_model_is_not_loaded_wait_and_hold_up_nobody() -> None:
+    probation = Probation(8, 3)
+    probation.put(Candidate("new", None, 0, "large"))
+    probation.put(Candidate("suspect", None, 1, "large"))
+    line_up(probation, {"a": 0})
+    assert admitted(probation) == ["a"]
+    assert probation.models() == {"large"}
+    assert probation.admit({"demo", "large"}) == [], "the suspect waits for an empty engine"
+    assert probation.leave("a")
+    for expected in ("suspect", "new"):
+        assert [candidate.job_id for candidate in probation.admit({"demo", "large"})] == [expected]
+        probation.leave(expected)
+    assert probation.models() == set()
 
 
 def test_a_job_is_taken_out_of_the_line_once() -> None:

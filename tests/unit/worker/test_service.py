@@ -19,6 +19,7 @@ from client.schema import GenerateRequest, Result, Timings, Usage, parse_request
 from client.signing import sign
 from config import load_settings
 from tests.patience import PATIENCE_S
+from tests.unit.worker.engine_helpers import models_of
 from worker.celery import make_app
 from worker.errors import EngineStopped
 from worker.service import Service, failed, read_group, read_wire
@@ -27,7 +28,7 @@ from worker.writer import Writer
 
 
 def service(store: MemoryStore, limit: int = 10) -> Service:
-    return Service(engine=None, store=store, checkpoint_max_bytes=limit)  # type: ignore[arg-type]
+    return Service(models_of(None), store=store, checkpoint_max_bytes=limit)
 
 
 def test_tensors_within_the_cap_are_kept() -> None:
@@ -143,7 +144,7 @@ def told(job_id: str, outcome: Any) -> str:
 
 def test_a_group_without_the_pool_stores_each_job_and_leaves_those_that_ended_alone() -> None:
     store = MemoryStore(results={"before": "as it ended"}, cancels={"cancelled"})
-    running = Service(Scripted(), store, checkpoint_max_bytes=10)  # type: ignore[arg-type]
+    running = Service(models_of(Scripted()), store, checkpoint_max_bytes=10)
     jobs = {"good": "x", "bad": "fail", "before": "x", "cancelled": "x"}
     group: list[Any] = [{"id": name, "request": {"prompt": prompt}} for name, prompt in jobs.items()]
     running.generate_many([*group, {"id": "unread", "request": [1]}, 5], told)
@@ -158,7 +159,7 @@ def test_a_group_without_the_pool_stores_each_job_and_leaves_those_that_ended_al
 
 def test_a_group_whose_engine_stops_keeps_the_results_it_has() -> None:
     store = MemoryStore()
-    running = Service(Scripted(), store, checkpoint_max_bytes=10)  # type: ignore[arg-type]
+    running = Service(models_of(Scripted()), store, checkpoint_max_bytes=10)
     with pytest.raises(EngineStopped):
         running.generate_many([{"id": n, "request": {"prompt": n}} for n in ("x", "stop", "y")], told)
     assert store.results == {"x": "x Result"}
@@ -250,7 +251,7 @@ def test_the_tensors_of_a_job_are_kept_if_it_succeeds_and_gone_from_memory_in_an
             return future
 
     store = MemoryStore()
-    running = Service(Computed(), store, checkpoint_max_bytes=10)  # type: ignore[arg-type]
+    running = Service(models_of(Computed()), store, checkpoint_max_bytes=10)
     with contextlib.suppress(JobFailed):
         running.generate("a", {"prompt": "x", "checkpoints": [2]})
     gc.collect()
@@ -267,8 +268,6 @@ def test_a_worker_that_keeps_no_tensors_says_so_before_it_computes_any() -> None
 
 def test_what_is_not_signed_never_reaches_the_engine() -> None:
     class Engine:
-        model_name = "demo"
-
         def submit(self, request: GenerateRequest, **_: Any) -> Future[Any]:
             future: Future[Any] = Future()
             future.set_result(request.prompt)
@@ -276,8 +275,7 @@ def test_what_is_not_signed_never_reaches_the_engine() -> None:
 
     key = b"k" * 32
     keyed, plain = (
-        Service(Engine(), MemoryStore(), checkpoint_max_bytes=10, signing_keys=own)  # type: ignore[arg-type]
-        for own in ((key,), ())
+        Service(models_of(Engine()), MemoryStore(), checkpoint_max_bytes=10, signing_keys=own) for own in ((key,), ())
     )
     for wire in (None, [], {"prompt": "x"}, {"prompt": "x", "signature": "0" * 64}):
         with pytest.raises(JobFailed) as caught:

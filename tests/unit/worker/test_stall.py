@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from client.errors import JobExpired
 from client.status import Status, WorkerStatus
 from config import Settings
 from tests.patience import PATIENCE_S
-from tests.unit.worker.engine_helpers import ask, build
+from tests.unit.worker.engine_helpers import ask, build, models_of
 from worker.monitor import Monitor
 from worker.runner import Runner
 from worker.scheduler import Outcome, Step
@@ -52,11 +53,11 @@ def test_a_stalled_engines_leases_run_out_and_its_record_says_so(go_on: threadin
         open_jobs=lambda: ["a"],
         revoked_jobs=list,
         finished={"succeeded": 0},
-        failures=[],
+        failures=defaultdict(list),
         take_messages=takes.append,
     )
     store = MemoryStore(leases={"tag": 0.0})
-    monitor = Monitor(pool, engine, store, Settings(model="demo", stall_s=1.0, lease_s=3))
+    monitor = Monitor(pool, models_of(engine), store, Settings(model="demo", stall_s=1.0, lease_s=3))
     assert engine.stats().step_age_s == 0.0
     with engine:
         future = engine.submit(ask())

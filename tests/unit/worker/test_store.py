@@ -129,7 +129,9 @@ def test_the_redis_records_have_their_fields_and_lifetimes(redis_url: str) -> No
     assert 0 < connection.ttl(keys.result("b")) <= 60  # type: ignore[operator]
     assert (heard.get_message(timeout=1) or {})["data"] == "{}"
     heard.close()
-    store.announce("w", {"slots": 4})
+    store.announce("w", {"slots": 4, "model": "demo"})
+    assert connection.zrange(keys.models(), 0, -1) == ["demo"]
+    assert keys.KNOWN_MODEL_S - 60 < connection.ttl(keys.models()) <= keys.KNOWN_MODEL_S  # type: ignore[operator]
     assert 0 < connection.ttl(keys.worker("w")) <= 15  # type: ignore[operator]
     store.withdraw("w")
     assert connection.zcard(keys.workers()) == 0
