@@ -102,7 +102,7 @@ class Channel:
         """Called by kombu when there is room for another message: begin to wait for the hint."""
         self._in_poll = self.client.connection
         self._brpop_sent_at = time.monotonic()
-        ready = [queue for queue in self.active_queues if self.has_room(queue)]
+        ready = self._with_room(self.active_queues)
         self._left_out = [queue for queue in self.active_queues if queue not in ready]
         hints = [self.global_keyprefix + keys.hint_of(queue) for queue in ready or self.active_queues]
         self.client.connection.send_command("BRPOP", *hints, WAIT_S)
@@ -121,6 +121,10 @@ class Channel:
             raise Empty
         return True
 
+    def _with_room(self: Any, queues: list[str]) -> list[str]:
+        """Those from which a message may be taken; where there is but one, that has been asked."""
+        return queues if len(queues) < 2 else [queue for queue in queues if self.has_room(queue)]
+
     def catch_up(self: Any) -> None:
         """Take from queues for which there was no room when the wait for a hint began, and there is now."""
         for queue in list(self._left_out):
@@ -131,9 +135,7 @@ class Channel:
 
     def _take(self: Any, only: str | None = None) -> bool:
         """Take the most urgent message and give it to its consumer. Says whether there was one."""
-        queues = [queue for queue in self._queue_cycle.consume(len(self.active_queues)) if self.has_room(queue)]
-        if only is not None:
-            queues = [queue for queue in queues if queue == only]
+        queues = [only] if only else self._with_room(self._queue_cycle.consume(len(self.active_queues)))
         if not queues:  # the worker is told to stop
             return False
         lists = [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
