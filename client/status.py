@@ -154,7 +154,12 @@ def read_served(connection: redis.Redis) -> Served | None:
         found = pipe.execute(raise_on_error=False)
     except redis.exceptions.NoPermissionError:
         return None
-    return Served({model for model in found if isinstance(model, str) and model == slug(model)}, set(lately))
+    return Served(_named(found), _named(lately))
+
+
+def _named(models: list[Any]) -> set[str]:
+    """Without what is no name of a model, which a stranger wrote."""
+    return {model for model in models if isinstance(model, str) and model == slug(model)}
 
 
 def _worker(name: str, record: Any) -> WorkerStatus | None:

@@ -184,8 +184,9 @@ class _Live:
         info = GaugeMetricFamily(
             f"{PREFIX}engine_info", "Always 1.", labels=["model_name", "worker", "version", "fingerprint"]
         )
-        for model, engine in engines.items():
-            info.add_metric([model, self._monitor.name, version("millrace"), engine.fingerprint], 1)
+        for model in self._model_names:
+            fingerprint = engines[model].fingerprint if model in engines else ""
+            info.add_metric([model, self._monitor.name, version("millrace"), fingerprint], 1)
         yield info
 
     def _values(self, model: str, engine: Engine | None) -> dict[str, float]:

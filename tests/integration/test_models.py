@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from client import Client, InvalidRequest, Job, NoWorker, keys
+from client import Client, InvalidRequest, Job, keys
 from client.schema import Result, parse_request
 from config import load_settings
 from tests.integration.processes import WorkerProcess, paced, wait_until, worker_on
@@ -88,7 +88,7 @@ def both(
     settings = {
         "MILLRACE_MODEL": f"demo,tiny={tiny}",
         "MILLRACE_IDLE_UNLOAD_S": "2",
-        "MILLRACE_METRICS_PORT": str(probed.port),
+        "MILLRACE_METRICS_PORT": probed.base.rpartition(":")[2],
     }
     with worker_on(server, log, **settings) as worker:
         worker.wait_ready()
@@ -177,10 +177,7 @@ def test_models_are_swapped_while_jobs_run_and_none_is_lost(
     with worker_of(f"tiny={tiny}", "tiny.log") as second:
         second.wait_ready()
         mine = answers_of({"tiny": jobs["tiny"]})
-        left = unfinished("demo")
-        assert left, "nobody serves their model: they wait"
-        with pytest.raises(NoWorker, match=r"millrace\.demo"):
-            next(job for job in jobs["demo"] if job.status() in ("queued", "running")).result(0.1)
+        assert unfinished("demo"), "nobody serves their model: they wait"
         jobs["tiny"] += [own_client.submit(**job, id=f"late-{i}", model="tiny") for i, job in enumerate(JOBS)]
         wait_until(lambda: any(job.status() == "running" for job in jobs["tiny"]))
         second.signal(signal.SIGQUIT)
