@@ -135,6 +135,10 @@ class AsyncClient:
         """Queues, workers and slots, now. Raises RedisUnreachable."""
         return await self._call(self._client.status)
 
+    async def models(self) -> set[str]:
+        """The models that jobs may name; see `Client.models`."""
+        return await self._call(self._client.models)
+
     # --- waiting ---------------------------------------------------------------------------------------------------
 
     async def _call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

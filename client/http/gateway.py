@@ -96,12 +96,19 @@ class Gateway:
         for name in (named, named.replace("/", "-")):  # as `config.settings.slug` makes a hub id a name
             if name in served:
                 return name
-        if named == own or not served:
+        if named == own or not served or named in await self._named_lately():
             raise ApiError(503, "no_worker", "no worker serves the model; try again later", retry_after_s=RETRY_S)
         names = ", ".join(sorted(served))
         raise ApiError(
             404, "model_not_found", f"model: no worker serves {named[:80]!r}; served: {names}", param="model"
         )
+
+    async def _named_lately(self) -> set[str]:
+        """Models whose workers are away, being restarted say. Raises ApiError without Redis."""
+        try:
+            return await self._client.models()
+        except MillraceError as error:
+            raise translate(error) from error
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 

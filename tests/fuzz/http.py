@@ -67,6 +67,9 @@ class NoQueue:
     def __init__(self) -> None:
         self._client = Client(redis_url="redis://localhost:1/0")
 
+    async def models(self) -> set[str]:
+        return {"demo"}
+
     async def status(self) -> Status:
         return Status(workers=[WorkerStatus(name="w", model="demo")], queues=[], delivered=0)
 

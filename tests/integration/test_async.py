@@ -109,9 +109,12 @@ def test_errors_are_the_same_and_carry_the_job(redis_url: str) -> None:
             await own.submit("Hello.", max_new_tokens=3)
         with pytest.raises(InvalidRequest, match="timeout"):
             await bad._client.job("x").result(-1)
-        lonely = await own.submit("Hello.", model="nobody-serves")
-        with pytest.raises(NoWorker) as late:
-            await lonely.result(0)
+        with pytest.raises(InvalidRequest, match="model: got 'nobody-serves'; expected one that is served: demo"):
+            await own.submit("Hello.", model="nobody-serves")
+        async with AsyncClient(redis_url=redis_url, model="nobody-serves") as elsewhere:
+            lonely = await elsewhere.submit("Hello.")
+            with pytest.raises(NoWorker) as late:
+                await lonely.result(0)
         assert late.value.job is not None
         assert late.value.job.id == lonely.id
 

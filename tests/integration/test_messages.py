@@ -286,7 +286,8 @@ def test_every_key_has_a_lifetime_that_ends_with_the_result(
     assert many[0].cancel()
     app.control.revoke(many[1].id)
     connection.lpush(NORMAL, "null")
-    waiting = {client.submit("Hello.", max_tokens=1, model="nobody-serves").id}
+    with Client(settings=client.settings, model="nobody-serves") as elsewhere:
+        waiting = {elsewhere.submit("Hello.", max_tokens=1).id}
     wait_until(lambda: {job.status() for job in (*named, *many)} == {"succeeded", "cancelled"})
     wait_until(lambda: client.status().dead == 1 and not connection.hlen(keys.unacked()))
     endless = {*keys.queue_lists("demo"), *keys.queue_lists("nobody-serves"), keys.unacked(), keys.unacked_index()}
