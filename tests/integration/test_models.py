@@ -159,10 +159,10 @@ def test_an_unknown_model_is_refused_with_the_list_of_those_that_are_served(
 def test_models_are_swapped_while_jobs_run_and_none_is_lost(
     own_server: EmbeddedRedis, own_client: Client, tiny: Path, alone: Answers, tmp_path: Path
 ) -> None:
-    slow = paced(0.02)
+    slow = {"MILLRACE_DRAFT_TOKENS": "0", "MILLRACE_SOFT_SHUTDOWN_S": "0"}
 
     def worker_of(model: str, log: str) -> WorkerProcess:
-        return worker_on(own_server, tmp_path / log, patch=slow, MILLRACE_MODEL=model)
+        return worker_on(own_server, tmp_path / log, patch=paced(0.04), MILLRACE_MODEL=model, **slow)
 
     def unfinished(name: str) -> int:
         return sum(job.status() in ("queued", "running") for job in jobs[name])
@@ -180,7 +180,6 @@ def test_models_are_swapped_while_jobs_run_and_none_is_lost(
         assert unfinished("demo"), "nobody serves their model: they wait"
         jobs["tiny"] += [own_client.submit(**job, id=f"late-{i}", model="tiny") for i, job in enumerate(JOBS)]
         wait_until(lambda: any(job.status() == "running" for job in jobs["tiny"]))
-        second.signal(signal.SIGQUIT)
         second.signal(signal.SIGQUIT)  # what runs goes back too
         assert second.wait() == 0
     assert unfinished("tiny")
