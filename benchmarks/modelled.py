@@ -56,7 +56,7 @@ class ModelledRunner:
         return {}
 
 
-def modelled_engine(settings: Settings) -> Engine:
+def modelled_engine(settings: Settings, name: str | None = None) -> Engine:
     """What `Engine.from_settings` gives, with the device of MODELLED_STEP_MS (default 100) in place of the model."""
     step_ms = float(os.environ.get("MODELLED_STEP_MS", "100"))
     tokenizer = load_tokenizer("demo")
@@ -70,7 +70,7 @@ def modelled_engine(settings: Settings) -> Engine:
             step_tokens=settings.step_tokens,
             prefill_chunk=settings.prefill_chunk,
         ),
-        model_name=settings.model_name,
+        model_name=name or settings.model_name,
         vocab_size=tokenizer.vocab_size,
         max_context=longest,
         fingerprint=f"modelled/step-{step_ms:g}-ms/process-{os.getpid()}",  # says who computed a job

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from importlib.metadata import version
 
 import structlog
@@ -17,6 +16,7 @@ from model.kernels import decode_kernel
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.weights import load_model
 from worker.engine import LENGTH_CLASSES, Engine
+from worker.limits import free_memory
 from worker.runner import Runner
 from worker.scheduler import PromptChunk, Scheduler, Step
 from worker.sequence import Sequence, TokenScore
@@ -83,10 +83,7 @@ def default_budget(wanted: int, device: torch.device, parts: int = 1) -> int:
     """Room for every slot at full length, in bytes; of a quarter of the memory that is free now no more than one of so
     many equal parts.
     """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     return min(wanted, int(free * CACHE_SHARE / parts))
 
 
