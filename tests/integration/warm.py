@@ -8,6 +8,7 @@ worker starts as users start it, tests begin it as a program of its own (`Worker
 from __future__ import annotations
 
 import atexit
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -65,6 +66,8 @@ class WarmProcess:
 
 def _run(argv: list[str], environment: dict[str, str], log: str, patch: str) -> None:
     """In the new process: become `celery -A worker worker`."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: its parent ends with the tests
     os.setsid()
     out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.dup2(out, 1)
