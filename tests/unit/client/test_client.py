@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -150,7 +151,13 @@ def test_jobs_submitted_together_share_messages_in_order(client: Client, connect
     assert {job.status() for job in jobs} == {"queued"}
 
 
+def make_known(connection: redis.Redis, *models: str) -> None:
+    """As if they had been served a moment ago: a worker of other tests may live, and others would be refused."""
+    connection.zadd(keys.models(), dict.fromkeys(models, time.time()))
+
+
 def test_a_message_holds_one_priority_and_one_model(client: Client, connection: redis.Redis) -> None:
+    make_known(connection, "unit-one", "unit-two")
     client.submit_many([{"prompt": "x", "priority": ("bulk", "normal")[i % 2]} for i in range(8)])
     client.submit_many([{"prompt": "x", "model": ("unit-one", "unit-two")[i % 2]} for i in range(8)])
     assert [len(jobs_in(message)) for message in queued(client, connection)] == [4, 4]
@@ -213,7 +220,8 @@ def test_ids_that_clash_are_refused_before_anything_is_queued(client: Client, co
     assert len(queued(client, connection)) == 1
 
 
-def test_the_same_id_for_another_model_is_another_request(client: Client) -> None:
+def test_the_same_id_for_another_model_is_another_request(client: Client, connection: redis.Redis) -> None:
+    make_known(connection, "other")
     client.submit("Hello.", id=f"{client.model_name}:5")
     with pytest.raises(InvalidRequest, match="used already"):
         client.submit("Hello.", id=f"{client.model_name}:5", model="other")

@@ -36,13 +36,23 @@ class Player:
 
 def test_turns_alternate_until_one_is_over() -> None:
     said: list[str] = []
-    go_on = threading.Event()
-    gate = Player("gate", 1, [])
-    gate.turn = lambda: (go_on.wait(PATIENCE_S), gate.over.set(), 0.0)[-1]  # type: ignore[assignment,return-value]
-    turns, players = Turns(), [Player("a", 3, said), Player("b", 5, said)]
-    for player in (gate, *players):
-        turns.join(player)  # type: ignore[arg-type]
-    go_on.set()
+
+    class Gate(Player):
+        """Has a turn for itself until the others have joined."""
+
+        inside, go_on = threading.Event(), threading.Event()
+
+        def turn(self) -> float:
+            self.inside.set()
+            self.go_on.wait(PATIENCE_S)
+            return super().turn()
+
+    turns, gate, players = Turns(), Gate("gate", 1, []), [Player("a", 3, said), Player("b", 5, said)]
+    turns.join(gate)
+    assert gate.inside.wait(PATIENCE_S)
+    for player in players:
+        turns.join(player)
+    gate.go_on.set()
     assert all(player.over.wait(PATIENCE_S) for player in players)
     assert "".join(said) == "abababbb"
 
