@@ -235,7 +235,7 @@ def parse_models(value: str) -> dict[str, str]:
         name, named, model = map(str.strip, item.partition("="))
         if not named or name != _as_name(name):  # a directory may have an = in its path
             name, model = slug(item), item
-        if not model or name in models:
+        if not model or model.startswith("=") or name in models:
             raise ValueError("model")
         models[name] = model
     return models

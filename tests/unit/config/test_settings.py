@@ -245,7 +245,7 @@ def test_several_models_have_names_of_their_own(value: str, models: dict[str, st
 
 
 @pytest.mark.parametrize(
-    "value", [",", "demo,", "demo,,gpt2", "demo,demo", "a=gpt2,a=demo", "gpt2=", "/a/gpt2,/b/gpt2"]
+    "value", [",", "demo,", "demo,,gpt2", "demo,demo", "a=gpt2,a=demo", "gpt2=", "=gpt2", "/a/gpt2,/b/gpt2"]
 )
 def test_models_without_a_name_or_with_the_same_are_refused(value: str) -> None:
     with pytest.raises(SettingsError, match=f"MILLRACE_MODEL is '{value}'; it must be .* under different names"):
