@@ -130,12 +130,12 @@ class Window(Generic[K]):
     def drop(self) -> None:
         """Cancel what is outstanding: nobody will ask for it."""
         with contextlib.suppress(RedisUnreachable, RedisRefused):
-            while self._waiting:
-                try:
-                    self._client.cancel(self._waiting)
-                    return
-                except UnknownJob as error:  # Redis has lost it
-                    del self._waiting[error.job_id]
+            try:
+                self._client.cancel(self._waiting)
+            except UnknownJob:  # Redis has lost some, and others of their part were not cancelled
+                for job_id in self._waiting:
+                    with contextlib.suppress(UnknownJob):
+                        self._client.cancel(job_id)
 
     def _take(self, source: Iterator[tuple[K, _Draft | Exception]]) -> bool:
         """Fill the window from the input. Returns whether there may be more."""

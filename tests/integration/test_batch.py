@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from client import Client, InvalidBatch, InvalidRequest, JobFailed, OutputRefused
+from client import Client, InvalidBatch, InvalidRequest, JobFailed, OutputRefused, keys
 from client.batch_input import Row
 from client.bulk import Window
 from config import load_settings
@@ -258,6 +258,23 @@ def test_what_map_left_behind_is_cancelled(client: Client) -> None:
     while client.status().queues[0].bulk or client.status().delivered:
         assert time.monotonic() < deadline, client.status()
         time.sleep(0.05)
+
+
+def test_what_redis_has_lost_keeps_none_of_the_others_from_being_cancelled(redis_url: str) -> None:
+    class Enough(Exception):
+        pass
+
+    def tick() -> None:
+        raise Enough
+
+    ids = [f"left-behind:{number}" for number in range(3)]
+    with Client(redis_url=redis_url, model="left-behind") as own:
+        window: Window[str] = Window(own, tick=tick)
+        with pytest.raises(Enough):
+            list(window.run((name, own._prepare({"prompt": "a", "id": name})) for name in ids))
+        own._redis.delete(keys.job(ids[1]))
+        window.drop()
+        assert [bool(own._redis.exists(keys.cancel(name))) for name in ids] == [True, False, True]
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_a_worker_that_starts_while_redis_is_full_works_when_it_is_not(
 ) -> None:
     job = client.submit("Hello.", max_tokens=1)
     with full(connection), WorkerProcess(tmp_path / "worker.log", **environment) as worker:
-        worker.wait_for("redis.refused", 60, count=2)
+        worker.wait_for("redis.refused", count=2)
         relieve(connection)
         assert job.result(PATIENCE_S)
         wait_until(lambda: not connection.hlen(keys.unacked()))

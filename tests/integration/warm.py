@@ -74,8 +74,8 @@ def _run(argv: list[str], environment: dict[str, str], log: str, patch: str) -> 
     os.dup2(out, 2)
     os.environ.clear()
     os.environ.update(environment)
-    for number in (signal.SIGINT, signal.SIGCHLD):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the fork server ignores
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     sys.argv = ["celery", *argv]
     code: object = 1
     try:
