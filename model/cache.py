@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from model.kernels import DecodeKernel, Rows, decode_kernel
+from model.kernels import Calls, DecodeKernel, Rows, decode_kernel
 from model.native import use_huge_pages
 
 if TYPE_CHECKING:
@@ -123,6 +123,13 @@ class CachedAttention:
             parts += [Decode.of(cache.arenas[g.length_class], g) for g in groups]
         return cls(scale, [*parts, *(_Prefill(cache.arenas[c.length_class], c) for c in chunks)])
 
+    def calls(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Calls | None:
+        """For the same q, k, v and `out` in every layer: what computes it, if the compiled kernel is all there is."""
+        part = self._parts[0] if len(self._parts) == 1 else None
+        if not isinstance(part, _CompiledDecode) or part.rows != slice(0, len(q)):
+            return None
+        return part.calls(q, k, v, out, self.scale)
+
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v: [M, H, D] -> [M, H, D]; rows of no sequence give zeros."""
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -136,7 +143,7 @@ class _CompiledDecode:
     """All decoding rows of a step at once, each over exactly the positions it has. Their packed rows lie end to end."""
 
     def __init__(self, kernel: DecodeKernel, cache: KVCache, groups: Sequence[DecodeGroup]) -> None:
-        self._kernel = kernel
+        self._kernel, self._cache = kernel, cache  # whose addresses are read
         self.rows = slice(groups[0].row, groups[-1].row + sum(groups[-1].counts))
         arenas = [cache.arenas[group.length_class] for group in groups]
         self._where = Rows.of(
@@ -150,6 +157,9 @@ class _CompiledDecode:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
         self._kernel(layer, q, k, v, out, self._where, scale)
+
+    def calls(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> Calls:
+        return self._kernel.calls(q, k, v, out, self._where, scale)
 
 
 def _addresses(tensors: Sequence[Tensor], slots: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model.cache import CachedAttention, Chunk, KVCache
 from model.linear import Linear
+from model.passes import Passes
 from model.trace import Trace, probabilities
 
 
@@ -112,6 +113,7 @@ class GPT2:
         self.wpe = weights["wpe.weight"].to(dtype)  # [n_positions, E]
         self.blocks = [_block(config, weights, f"h.{i}.", dtype, int8) for i in range(config.n_layer)]
         self.ln_f = _norm(config, weights, "ln_f", dtype)
+        self._passes = Passes.of(self.blocks)
         self.lm_head = Linear.of(weights["wte.weight"].t(), int8=int8)
 
     def padded_rows(self, count: int) -> int:
@@ -139,9 +141,17 @@ class GPT2:
         for trace in traces:
             trace.record(embeddings=x)
             trace.record_hidden(0, x)
+        if (passes := self._current_passes()) is not None:
+            return self.ln_f(passes(x, attend, traces))
         for layer, block in enumerate(self.blocks):
             x = block(layer, x, attend, traces)
         return self.ln_f(x)
+
+    def _current_passes(self) -> Passes | None:
+        """The blocks as chains of products, if they can be; made anew where one has been replaced."""
+        if self._passes is not None and not self._passes.of_blocks(self.blocks):
+            self._passes = Passes.of(self.blocks)
+        return self._passes
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of rows that went through `forward`. [R, E] -> [R, V], in the type of the weights."""

@@ -16,8 +16,9 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ log = logging.getLogger("millrace.model")
 
 #: Numbers in a line of the caches: what a thread writes for itself begins with one, and shares none with others.
 LINE = 16
+#: Where among the arguments the addresses of keys and values lie, one for each slot.
+KEYS, VALUES = 12, 13
 
 Array = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -40,7 +43,7 @@ class Rows:
     """Where the keys and values of the decoding rows of S slots lie; made once for all layers of a step.
 
     Args:
-        k, v: int64 [layers, S], addresses of the first position of the first head.
+        k, v: int64 [layers, S], end to end, addresses of the first position of the first head.
         head_stride: int64 [S], numbers between one head and the next; positions lie end to end.
         lengths: int64 [S], positions that a slot's first row reads, the new one included; the next reads one more.
         counts: int64 [S], rows of each slot; slot after slot they are the rows of `DecodeKernel`.
@@ -70,6 +73,14 @@ class Rows:
         return int((self.lengths + self.counts).max()) - 1
 
 
+class Calls(NamedTuple):
+    """A C function of one pointer, and for each layer what that points to."""
+
+    address: int
+    arguments: Array  # int64 [layers, ...]
+    scratch: np.ndarray[Any, Any]  # what they name besides; to be kept as long
+
+
 class DecodeKernel:
     """Writes the new key and value of each row into its cache, then attends over all it has there."""
 
@@ -78,18 +89,32 @@ class DecodeKernel:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: Rows, scale: float) -> None:
         """q, k, v, out: [R, H, D], heads end to end, any distance between rows; `out` is written."""
+        packed, _scratch = self._arguments([layer], q, k, v, out, rows, scale)
+        team().run(self._kernel.address, packed[0], len(rows.shares) - 1)
+
+    def calls(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: Rows, scale: float) -> Calls:
+        """The same for all layers, to be called by the threads of a team."""
+        return Calls(self._kernel.address, *self._arguments(range(len(rows.k)), q, k, v, out, rows, scale))
+
+    def _arguments(
+        self, layers: Sequence[int], q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: Rows, scale: float
+    ) -> tuple[Array, np.ndarray[Any, Any]]:
+        """What the C function is given for each layer, [layers, 20], and the memory in it that nobody else holds."""
         _, heads, width = q.shape
         for tensor in (q, k, v, out):
             if tensor.stride()[1:] != (width, 1):
                 raise ValueError(f"heads must lie end to end; strides are {tensor.stride()} of {tuple(tensor.shape)}")
-        where = [rows.k[layer], rows.v[layer], rows.head_stride, rows.lengths, rows.counts, rows.first, rows.shares]
         longest, threads = rows.longest, len(rows.shares) - 1
-        where += [np.empty(threads * (longest + 2 * width + LINE) + LINE, dtype=np.float32)]
+        scratch = np.empty(threads * (longest + 2 * width + LINE) + LINE, dtype=np.float32)
+        where: list[np.ndarray[Any, Any]] = [rows.k, rows.v, rows.head_stride, rows.lengths, rows.counts, rows.first]
+        where += [rows.shares, scratch]
         arguments = [threads, heads, longest, np.float64(scale).view(np.int64)]
         arguments += [number for tensor in (q, k, v, out) for number in (tensor.data_ptr(), tensor.stride(0))]
         arguments += [array.ctypes.data for array in where]
-        packed = np.array(arguments, dtype=np.int64)
-        team().run(self._kernel.address, packed, threads)
+        packed = np.array([arguments] * len(layers), dtype=np.int64)
+        packed[:, KEYS] += np.array(layers) * rows.k.strides[0]
+        packed[:, VALUES] += np.array(layers) * rows.v.strides[0]
+        return packed, scratch
 
 
 @functools.cache

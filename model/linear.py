@@ -1,11 +1,11 @@
 """Matrix products in the fastest form the machine has, whose rows do not depend on how many rows there are.
 
-bfloat16 on a CPU with a matrix unit goes through model/tiles.py, which sums a row in one order whatever its company;
-so does what is rounded to 8 bits (model/int8.py).
+On a CPU with AVX-512, float32 goes through model/floats.py; bfloat16 on one with a matrix unit through model/tiles.py,
+and what is rounded to 8 bits through model/int8.py. They sum a row in one order whatever its company.
 
-On other CPUs, and for float32, the weight is packed once in the layout oneDNN's kernels read (the private operators
-behind `torch.compile`'s CPU backend, taken only where they give what `F.linear` gives); elsewhere it stays as the files
-store it. There a kernel is picked by the number of rows M, and kernels add in different orders, so a row's last bits
+On other CPUs the weight is packed once in the layout oneDNN's kernels read (the private operators behind
+`torch.compile`'s CPU backend, taken only where they give what `F.linear` gives); elsewhere it stays as the files store
+it. There a kernel is picked by the number of rows M, and kernels add in different orders, so a row's last bits
 change with its company. Which M agree is measured when a weight is taken in (`measure_rows`), and a product is never
 run outside that range: few rows are padded up, many are cut into near-equal parts.
 """
@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from model.chain import Streamed
+from model.floats import Floats, floats_work
 from model.int8 import Int8
-from model.tiles import BLOCK, TILE, Tiled, tiles_work
+from model.tiles import Tiled, tiles_work
 
 #: Rows of one product at most: more gain nothing, and their intermediate results leave the caches.
 MAX_ROWS = 512
@@ -44,7 +46,7 @@ class RowRange:
 class Linear:
     """x @ weight + bias, then GELU (the tanh approximation) if asked for. [M, in] -> [M, out]."""
 
-    product: Plain | Packed | Tiled | Int8
+    product: Plain | Packed | Streamed
     #: None: a row's bits are the same among any number of rows.
     rows: RowRange | None
 
@@ -56,8 +58,9 @@ class Linear:
         """
         if int8:
             return cls(Int8.of(weight, bias, gelu), None)
-        if weight.shape[0] % BLOCK == 0 and tiles_work(weight.device.type, weight.dtype):
-            return cls(Tiled.of(weight, bias, gelu), None)
+        ours = own_products(weight.device.type, weight.dtype)
+        if ours is not None and weight.shape[0] % ours.step == 0:
+            return cls(ours.of(weight, bias, gelu), None)
         product: Packed | Plain = Plain(weight, bias, gelu)
         if packing_works(weight.device.type, weight.dtype):
             product = Packed.of(weight, bias, gelu)
@@ -75,10 +78,17 @@ class Linear:
 
     def padded_rows(self, count: int) -> int:
         """The number of rows at which `count` of them need no padding here."""
-        return -(-count // TILE) * TILE if self.rows is None else padded_rows(count)
+        return count if self.rows is None else padded_rows(count)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.product(x) if self.rows is None else matmul_rows(self.product, x, self.rows)
+
+
+def own_products(device: str, dtype: torch.dtype) -> type[Tiled | Floats] | None:
+    """The products of ours for this type on this machine, tried out; None where torch computes them."""
+    if tiles_work(device, dtype):
+        return Tiled
+    return Floats if floats_work(device, dtype) else None
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,25 @@ def prefetch() -> Any:
     return fetch
 
 
+def call() -> Any:
+    """A function for compiled code that calls a C function of one pointer: its address, and the pointer."""
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+
+    @intrinsic
+    def function(_: Any, _address: Any, _argument: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
+            word = ir.IntType(64).as_pointer()
+            kind = ir.FunctionType(ir.VoidType(), [word]).as_pointer()
+            builder.call(builder.inttoptr(values[0], kind), [builder.inttoptr(values[1], word)])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return function
+
+
 def assembly(text: str, operands: int, changes: str = "") -> Callable[..., Any]:
     """A function for compiled code of so many int64 operands, $0 and on, that is these instructions (AT&T's order).
 

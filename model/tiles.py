@@ -1,4 +1,4 @@
-"""x @ weight + bias in bfloat16 on a CPU's matrix unit (Intel AMX), reading the weight at the speed of memory.
+"""Products in bfloat16 on a CPU's matrix unit (Intel AMX), reading the weight at the speed of memory.
 
 The unit multiplies tiles: 16 rows of x by 32 numbers, with 32 numbers by 16 columns of the weight, summed in float32.
 The weight is stored once as the stream of tiles in which it is read:
@@ -7,8 +7,8 @@ The weight is stored once as the stream of tiles in which it is read:
         step k   32 of the weight's rows: one tile for each 16 columns, 2 KiB together
 
 A block is asked for while the one before it is multiplied, from four places at a time: one stream of requests does not
-fill the way to memory. A result is summed in the order of k whatever the other rows are, so a row's bits do not depend
-on how many there are.
+fill the way to memory. Meanwhile the sums before it are finished: the matrix unit and the vector units work side by
+side. Products are run by model/chain.py.
 """
 
 from __future__ import annotations
@@ -16,54 +16,54 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from model import machine_code
-from model.machine_code import Kernel
-from model.native import (
-    assembly,
-    cast,
-    prefetch,
-    team,
-    team_functions,
-    use_huge_pages,
+from model.chain import (
+    BLOCKS,
+    CONSTANTS,
+    GELU_NUMBERS,
+    PACKED,
+    PANEL_BYTES,
+    ROWS,
+    SHARES,
+    STEPS,
+    WEIGHT,
+    Kind,
+    Parts,
+    Streamed,
+    finisher,
+    padded,
 )
+from model.native import assembly, cast, prefetch, use_huge_pages
 
 log = logging.getLogger("millrace.model")
 
-#: Rows of x in a tile; x is padded to a multiple of it.
+#: Rows of x in a tile.
 TILE = 16
+TILE_BYTES = 1024
 #: Columns of a block, and rows of the weight in a step of it.
 BLOCK = 32
-STEP_BYTES = BLOCK * BLOCK * 2
-#: What a step reads of a row of x: 32 numbers of bfloat16, or 64 of int8.
-ROW_BYTES = 64
-#: What each thread writes for itself: the sums of a block, a row of its result, how the unit was set up before.
-SCRATCH = BLOCK * BLOCK * 4 + 128
-#: As many rows of x as take this many bytes are multiplied with a block before the next one: they stay in the L2 cache.
-PANEL_BYTES = 3 * 2**18
+STEP_BYTES = 2 * TILE_BYTES
+#: What a thread has for itself: the sums of two blocks, a row of a result, how the unit was set up before.
+BLOCK_SUMS = BLOCK * BLOCK * 4
+STAGED, BEFORE, OWN_BYTES = 2 * BLOCK_SUMS, 2 * BLOCK_SUMS + 64, 2 * BLOCK_SUMS + 128
 #: `arch_prctl` of Linux on x86-64: ask to use the tiles' registers; without it the first use ends the process.
 SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
 
 
-@dataclass(frozen=True)
-class Tiled:
-    """A weight [in, out] as tiles."""
+class Tiled(Streamed):
+    """A weight [in, out] as tiles, bfloat16 [blocks, in/32, 2, 16, 16, 2]: block, step, tile, pair of rows, column, row
+    of the pair.
+    """
 
-    tiles: Tensor  # bfloat16 [blocks, in/32, 2, 16, 16, 2]: block, step, tile, pair of rows, column, row of the pair
-    biases: Tensor  # float32 [blocks * 32], zero where there is none
-    bias: Tensor | None  # [out]
-    out: int
-    gelu: bool
+    #: `in` is a multiple of it.
+    step: ClassVar = BLOCK
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tiled:
@@ -71,52 +71,20 @@ class Tiled:
         width, out = weight.shape
         blocks, steps = -(-out // BLOCK), width // BLOCK
         tiles = use_huge_pages(torch.empty(blocks, steps, 2, 16, 16, 2, dtype=weight.dtype))
-        padded = F.pad(weight, (0, blocks * BLOCK - out)) if out % BLOCK else weight
-        tiles.copy_(padded.view(steps, 16, 2, blocks, 2, 16).permute(3, 0, 4, 1, 5, 2))
-        biases = torch.zeros(blocks * BLOCK)
-        if bias is not None:
-            biases[:out] = bias
-        return cls(tiles, biases, bias, out, gelu)
+        whole = F.pad(weight, (0, blocks * BLOCK - out)) if out % BLOCK else weight
+        tiles.copy_(whole.view(steps, 16, 2, blocks, 2, 16).permute(3, 0, 4, 1, 5, 2))
+        return cls(TILES, tiles, torch.ones(0), padded(bias, blocks * BLOCK), bias, out, gelu)
 
     @property
     def weight(self) -> Tensor:
         """As it came, [in, out]; a copy."""
-        blocks, steps = self.tiles.shape[:2]
-        return self.tiles.permute(1, 3, 5, 0, 2, 4).reshape(steps * BLOCK, blocks * BLOCK)[:, : self.out]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[M, in] -> [M, out], with GELU (the tanh approximation) if asked for."""
-        count = len(x)
-        if x.stride(1) != 1 or count % TILE:
-            x = F.pad(x, (0, 0, 0, -count % TILE)).contiguous()
-        out = x.new_empty(count, self.out)
-        multiply(x, self.tiles, self.biases, out, self.gelu)
-        return out
-
-
-def multiply(x: Tensor, tiles: Tensor, biases: Tensor, out: Tensor, gelu: bool, scales: Sequence[Tensor] = ()) -> None:
-    """Write x @ weight + bias into `out`, with GELU if asked for.
-
-    Args:
-        x: bfloat16 or int8 [M, in], M a multiple of 16, any distance between rows.
-        tiles: the weight, in the type of x; blocks and steps are its first dimensions.
-        biases: float32, one for each column of each block.
-        out: bfloat16 [up to M, out]; rows of x beyond its end are not written.
-        scales: with int8, float32: what a row's whole numbers are to be multiplied by [M], and a column's [out].
-    """
-    blocks, steps = tiles.shape[:2]
-    panel = max(BLOCK, PANEL_BYTES // (steps * ROW_BYTES) // BLOCK * BLOCK)
-    threads = torch.get_num_threads()
-    numbers = [x.data_ptr(), x.stride(0) * x.itemsize, len(x), tiles.data_ptr(), steps, blocks, biases.data_ptr()]
-    numbers += [out.data_ptr(), out.shape[1], len(out), panel, threads, SHAPES.ctypes.data, gelu]
-    scratch = np.empty((threads, SCRATCH), np.uint8)
-    numbers += [*([scale.data_ptr() for scale in scales] or [0, 0]), GELU_NUMBERS.ctypes.data, scratch.ctypes.data]
-    team().run(_kernel(x.dtype == torch.int8).address, np.array(numbers, dtype=np.int64), threads)
+        blocks, steps = self.stream.shape[:2]
+        return self.stream.permute(1, 3, 5, 0, 2, 4).reshape(steps * BLOCK, blocks * BLOCK)[:, : self.out]
 
 
 @functools.cache
 def tiles_work(device: str, dtype: torch.dtype) -> bool:
-    """Whether this machine has the unit and lets this process use it, and what it gives is right. Compiles the kernel.
+    """Whether this machine has the unit and lets this process use it, and what it gives is right. Compiles the code.
 
     Where it cannot be had, products are computed by torch.
     """
@@ -160,76 +128,121 @@ def _right() -> bool:
     return True
 
 
-def _shapes() -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """What the unit is told before it is used: eight tiles of 16 rows of 64 bytes."""
+def _constants() -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The numbers of GELU; then what the unit is told before it is used: eight tiles of 16 rows of 64 bytes."""
     shapes = np.zeros(64, np.uint8)
     shapes[0] = 1  # the only palette there is
     shapes[16:32:2] = 64
     shapes[48:56] = TILE
-    return shapes
+    return np.concatenate([GELU_NUMBERS.view(np.uint8), np.zeros(SHAPES - GELU_NUMBERS.nbytes, np.uint8), shapes])
 
 
-SHAPES = _shapes()
+#: Where the shapes lie among the constants.
+SHAPES = 128
 
 
-@functools.cache
-def _kernel(whole: bool) -> Kernel:
-    return machine_code.kernel(f"product {whole}", lambda: _compiled(whole))
-
-
-def _compiled(whole: bool) -> Any:
-    """The product as a C function of one pointer, to the int64 numbers that `multiply` packs; of int8 if `whole`."""
+def _pack() -> Any:
+    """A row of x into its tiles: those of 16 rows after those of 16 rows, step after step."""
     import numba
-    from llvmlite import binding
     from numba import carray, types
 
-    binding.initialize_native_asmparser()
-    configure, saved_shapes = assembly("ldtilecfg ($0)", 1), assembly("sttilecfg ($0)", 1)
-    release = assembly("tilerelease", 0)
-    thread, threads = team_functions()
-    multiply, finish = _multiply(whole), _finish(whole)
-    octets = cast(types.int64, types.CPointer(types.uint8))
+    words = cast(types.int64, types.CPointer(types.uint64))
 
     @numba.njit(error_model="numpy")
-    def work(a: Any) -> None:
-        """What one thread of the team does: its share of the blocks, or more than one share if the team is small."""
-        x, x_row, count, tiles, steps, blocks, biases = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
-        out, width, real, panel, shares, shapes = a[7], a[8], a[9], a[10], a[11], a[12]
-        sums = a[17] + thread() * SCRATCH
-        staged, before = sums + BLOCK * BLOCK * 4, sums + BLOCK * BLOCK * 4 + 64
-        saved_shapes(before)  # other users of the unit look whether it is set up as they left it
-        configure(shapes)
-        for share in range(thread(), shares, threads()):
-            for start in range(0, count, panel):
-                rows = min(count - start, panel)
-                for block in range(blocks * share // shares, blocks * (share + 1) // shares):
-                    # Of the next block so many lines from each quarter in each step that all are there at the end.
-                    ahead = -(-8 // ((rows + BLOCK - 1) // BLOCK)) if start == 0 else 0
-                    first = tiles + block * steps * STEP_BYTES
-                    for done in range(0, rows, BLOCK):
-                        row = start + done
-                        two = done + BLOCK <= rows
-                        skip = min(done // BLOCK * steps * ahead, steps * 8)
-                        multiply(x + row * x_row, x_row, first, steps, ahead, skip, two, sums)
-                        place = out + (row * width + block * BLOCK) * 2
-                        columns, left = min(BLOCK, width - block * BLOCK), min(BLOCK if two else TILE, real - row)
-                        column = block * BLOCK * 4
-                        places = biases + column, a[15] + column, a[14] + row * 4, a[16], staged
-                        finish(sums, places, place, width, left, columns, a[13])
-        if carray(octets(before), 64)[0] == 0:
+    def pack(h: Any, d: Any, row: int, source: int) -> None:
+        steps = d[STEPS]
+        target = carray(words(tile_row(h, d, row)), steps * 128)
+        if source == 0:
+            for step in range(steps):
+                for word in range(8):
+                    target[step * 128 + word] = np.uint64(0)
+            return
+        x = carray(words(source), steps * 8)
+        for step in range(steps):
+            for word in range(8):
+                target[step * 128 + word] = x[step * 8 + word]
+
+    tile_row = row_of_tiles()
+    return pack
+
+
+def row_of_tiles() -> Any:
+    """Where a row begins among the packed rows; its next 64 bytes are 1 KiB further."""
+    import numba
+
+    @numba.njit(inline="always")
+    def tile_row(h: Any, d: Any, row: int) -> Any:
+        return h[PACKED] + row // TILE * d[STEPS] * TILE_BYTES + row % TILE * 64
+
+    return tile_row
+
+
+def set_up() -> tuple[Any, Any]:
+    """What a thread does before and after it uses the unit; other users look whether it is set up as they left it."""
+    import numba
+    from numba import carray, types
+
+    configure, save = assembly("ldtilecfg ($0)", 1), assembly("sttilecfg ($0)", 1)
+    release = assembly("tilerelease", 0)
+    octets = cast(types.int64, types.CPointer(types.uint8))
+
+    @numba.njit
+    def begin(h: Any, own: int) -> None:
+        save(own + BEFORE)
+        configure(h[CONSTANTS] + SHAPES)
+
+    @numba.njit
+    def end(h: Any, own: int) -> None:  # noqa: ARG001
+        if carray(octets(own + BEFORE), 64)[0] == 0:
             release()
         else:
-            configure(before)
+            configure(own + BEFORE)
 
-    @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
-    def kernel(arguments: Any) -> None:
-        work(carray(arguments, 18))
-
-    return kernel
+    return begin, end
 
 
-def _multiply(whole: bool) -> Any:
-    """32 rows of x, or 16, by a block, into sums [32, 32]; asks for lines of the next block meanwhile."""
+def multiplier(*, whole: bool) -> Any:
+    """All rows by a share of the blocks, in bfloat16, or of int8 if `whole`."""
+    import numba
+
+    finish = finisher(BLOCK, half=True, whole=whole)
+    multiply = _multiply(whole, finish)
+
+    @numba.njit(error_model="numpy")
+    def multiply_share(h: Any, d: Any, after: Any, share: int, own: int) -> None:
+        steps, shares, staged = d[STEPS], h[SHARES], own + STAGED
+        first, last = d[BLOCKS] * share // shares, d[BLOCKS] * (share + 1) // shares
+        size, count = steps * STEP_BYTES, (h[ROWS] + TILE - 1) // TILE * TILE
+        panel = max(BLOCK, PANEL_BYTES // (steps * 64) // BLOCK * BLOCK)
+        sums, other, due = own, own + BLOCK_SUMS, (own, 0, 0, 0)
+        for start in range(0, count, panel):
+            rows = min(count - start, panel)
+            # Of the next block so many lines from each quarter in each step that all are there at the end.
+            ahead = -(-8 // ((rows + BLOCK - 1) // BLOCK))
+            for block in range(first, last):
+                w = d[WEIGHT] + block * size
+                soon, quarter = w + size, size // 4
+                if block + 1 == last:
+                    quarter = after[STEPS] * STEP_BYTES // 4
+                    soon = after[WEIGHT] + after[BLOCKS] * share // shares * quarter * 4
+                wanted = quarter // 64 if start + panel >= count or (start == 0 and block + 1 < last) else 0
+                for done in range(0, rows, BLOCK):
+                    row, skip = start + done, min(done // BLOCK * steps * ahead, wanted)
+                    next_ = soon + skip * 64, quarter, wanted - skip, ahead
+                    x = h[PACKED] + row * steps * 64
+                    multiply(h, d, x, w, done + BLOCK <= rows, next_, sums, due, staged)
+                    due = sums, row, min(BLOCK, h[ROWS] - row), block
+                    sums, other = other, sums
+        finish(h, d, due, 0, BLOCK, staged)
+
+    return multiply_share
+
+
+def _multiply(whole: bool, finish: Any) -> Any:
+    """32 rows of x, or 16, by a block, into sums [32, 32].
+
+    Meanwhile it asks for lines of the next block, and finishes the sums before, row by row.
+    """
     import numba
 
     fetch = prefetch()
@@ -243,12 +256,12 @@ def _multiply(whole: bool) -> Any:
     multiply_one, multiply_two = assembly(above, 0), assembly(above + below, 0)
     store_0, store_1, store_2, store_3 = (assembly(f"tilestored %tmm{i}, ($0,$1,1)", 2) for i in range(4))
 
-    @numba.njit
-    def multiply(x: int, x_row: int, w: int, steps: int, ahead: int, skip: int, two: bool, sums: int) -> None:
-        quarter = steps * STEP_BYTES // 4
-        soon, left = w + steps * STEP_BYTES + skip * 64, steps * 8 - skip
+    @numba.njit(error_model="numpy")
+    def multiply(h: Any, d: Any, x: int, w: int, two: bool, next_: Any, sums: int, due: Any, staged: int) -> None:
+        steps, (soon, quarter, left, ahead) = d[STEPS], next_
+        rows = -(-BLOCK // steps)
         clear()
-        for _ in range(steps):
+        for step in range(steps):
             now = min(ahead, left)
             left -= now
             for _ in range(now):
@@ -258,14 +271,15 @@ def _multiply(whole: bool) -> Any:
                 fetch(soon + 3 * quarter)
                 soon += 64
             left_w(w, 64)
-            right_w(w + STEP_BYTES // 2, 64)
-            upper_x(x, x_row)
+            right_w(w + TILE_BYTES, 64)
+            upper_x(x, 64)
             if two:
-                lower_x(x + TILE * x_row, x_row)
+                lower_x(x + steps * TILE_BYTES, 64)
                 multiply_two()
             else:
                 multiply_one()
-            x += ROW_BYTES
+            finish(h, d, due, step * rows, rows, staged)
+            x += TILE_BYTES
             w += STEP_BYTES
         store_0(sums, BLOCK * 4)
         store_1(sums + 64, BLOCK * 4)
@@ -276,68 +290,9 @@ def _multiply(whole: bool) -> Any:
     return multiply
 
 
-def _finish(whole: bool) -> Any:
-    """Scales, bias, GELU, and rounding of sums [32, 32] into rows of the result; a block may have fewer columns."""
-    import numba
-    from numba import carray, types
-
-    halves = cast(types.int64, types.CPointer(types.uint16))
-    registers = ",".join(f"~{{xmm{i}}}" for i in range(8))
-    plain_row, gelu_row = (assembly(_finish_row(whole, gelu), 6, registers) for gelu in (False, True))
-
-    @numba.njit
-    def finish(sums: int, places: Any, out: int, width: int, rows: int, columns: int, gelu: int) -> None:
-        biases, of_columns, of_rows, numbers, staged = places
-        for row in range(rows):
-            place = out + row * width * 2
-            to = place if columns == BLOCK else staged
-            if gelu:
-                gelu_row(sums + row * BLOCK * 4, to, biases, of_columns, of_rows + row * 4, numbers)
-            else:
-                plain_row(sums + row * BLOCK * 4, to, biases, of_columns, of_rows + row * 4, numbers)
-            if columns < BLOCK:
-                wanted, computed = carray(halves(place), columns), carray(halves(staged), columns)
-                for column in range(columns):
-                    wanted[column] = computed[column]
-
-    return finish
+def _parts() -> Parts:
+    begin, end = set_up()
+    return Parts(begin, end, _pack(), multiplier(whole=False))
 
 
-#: GELU by tanh is x / (1 + 2**t) with t = x * (the first + the second * x**2). The others are those of a polynomial for
-#: 2**r, r from -1/2 to 1/2, from the highest power to the lowest; it is off by 4 in a million.
-GELU_NUMBERS = np.array(
-    [
-        -2 * math.sqrt(2 / math.pi) / math.log(2),
-        -2 * math.sqrt(2 / math.pi) / math.log(2) * 0.044715,
-        *(0.009666368515383477, 0.05592197584225006, 0.24022349038020416, 0.6931210452034274, 1.0),
-    ],
-    np.float32,
-)
-
-
-def _finish_row(whole: bool, gelu: bool) -> str:
-    """Instructions that turn 32 sums at $0 into bfloat16 at $1: scales at $3 and $4 if `whole`, bias at $2, GELU."""
-    lines = []
-    for half in (0, 1):
-        x, at = f"%zmm{half}", 64 * half
-        if whole:
-            lines += [f"vcvtdq2ps {at}($0), {x}", f"vmulps {at}($3), {x}, {x}", f"vmulps ($4){{1to16}}, {x}, {x}"]
-        else:
-            lines += [f"vmovups {at}($0), {x}"]
-        lines += [f"vaddps {at}($2), {x}, {x}"]
-        if gelu:
-            lines += _gelu(x, *(f"%zmm{2 + half + 2 * i}" for i in range(3)))
-    return "\n".join([*lines, "vcvtne2ps2bf16 %zmm0, %zmm1, %zmm0", "vmovups %zmm0, ($1)"])
-
-
-def _gelu(x: str, t: str, n: str, power: str) -> list[str]:
-    """x becomes GELU of x; the others are registers to work with. GELU_NUMBERS lie at $5.
-
-    Written out, because what a compiler makes of it takes several times as long: as long as the product, in int8.
-    """
-    lines = [f"vmulps {x}, {x}, {t}", f"vbroadcastss 4($5), {n}", f"vfmadd213ps ($5){{1to16}}, {n}, {t}"]
-    lines += [f"vmulps {x}, {t}, {t}", f"vrndscaleps $$0, {t}, {n}", f"vsubps {n}, {t}, {t}"]  # t is r from here
-    lines += [f"vbroadcastss 8($5), {power}"]
-    lines += [f"vfmadd213ps {at}($5){{1to16}}, {t}, {power}" for at in range(12, 28, 4)]
-    lines += [f"vscalefps {n}, {power}, {power}", f"vaddps 24($5){{1to16}}, {power}, {power}"]
-    return [*lines, f"vrcp14ps {power}, {power}", f"vmulps {power}, {x}, {x}"]
+TILES = Kind("bfloat16", torch.bfloat16, 2, BLOCK, BLOCK, TILE, OWN_BYTES, _constants(), _parts)

@@ -18,7 +18,7 @@ from model.files import MAX_CONFIG_BYTES, ModelError, find_model, read_json, sho
 from model.gpt2 import GPT2, GPT2Config
 from model.int8 import STEP, int8_works
 from model.kernels import decode_kernel
-from model.tiles import tiles_work
+from model.linear import own_products
 
 #: What is computed in, by name.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.bfloat16}
@@ -58,7 +58,7 @@ def load_model(
         places = _places(folder, files, config)  # before anything is computed for a shape that the files may not have
         digest = beside.submit(_digest, files)
         # Compiled while the files are read; numba compiles one thing at a time.
-        products = beside.submit(_need_int8, device) if int8 else beside.submit(tiles_work, device.type, wanted)
+        products = beside.submit(_need_int8, device) if int8 else beside.submit(own_products, device.type, wanted)
         beside.submit(decode_kernel, config.head_dim, wanted, device.type)
         weights = {name: tensor.to(device, None if int8 else wanted) for name, tensor in _read(places)}
         products.result()  # else they would be compiled a second time below

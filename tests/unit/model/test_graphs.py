@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from model.cache import CachedAttention, DecodeGroup, KVCache
 from model.graphs import MAX_SHAPES, DecodeGraphs, decode_graphs
-from tests.unit.worker.engine_helpers import ask, build, demo_model, drive, tokens_of
+from tests.unit.worker.engine_helpers import ask, build, drive, tokens_of, torch_model
 from worker.engine import Engine
 from worker.runner import Runner
 
@@ -41,12 +41,13 @@ class Recordings:
 
 @pytest.fixture(autouse=True)
 def _no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All by torch's operators, as on CUDA."""
     monkeypatch.setattr(KVCache, "decode_kernel", lambda _: None)
 
 
 def filled(capacity: int = 6) -> KVCache:
     """A cache in which every slot belongs to somebody."""
-    cache = KVCache(demo_model().config, lengths=LENGTHS, dtype=torch.float32, device=CPU)
+    cache = KVCache(torch_model().config, lengths=LENGTHS, dtype=torch.float32, device=CPU)
     generator = torch.Generator().manual_seed(3)
     for arena in cache.arenas.values():
         arena.resize(capacity)
@@ -56,7 +57,7 @@ def filled(capacity: int = 6) -> KVCache:
 
 
 def plainly(cache: KVCache, tokens: Sequence[int], groups: Sequence[DecodeGroup]) -> Tensor:
-    model = demo_model()
+    model = torch_model()
     positions = [position for group in groups for position in group.positions]
     attend = CachedAttention.of(cache, model.config.scale, groups=groups, chunks=[])
     return model.forward(torch.tensor(tokens), torch.tensor(positions), attend)
@@ -71,7 +72,7 @@ def group_of(length_class: int, positions: list[int], row: int = 0) -> DecodeGro
 def test_a_replay_is_the_pass_and_writes_nothing_else() -> None:
     record = Recordings()
     recorded, plain = filled(), filled()
-    graphs = DecodeGraphs(demo_model(), recorded, record)
+    graphs = DecodeGraphs(torch_model(), recorded, record)
     for step in range(5):
         tokens = [11 + step, 200 + step, 3000 + step, 40 + step]
         groups = [group_of(32, [9 + step, 0 + step, 3 + step]), group_of(64, [20 + step], row=3)]
@@ -94,7 +95,7 @@ def test_a_replay_is_the_pass_and_writes_nothing_else() -> None:
 def test_what_is_recorded_for_which_step() -> None:
     record = Recordings()
     cache = filled()
-    graphs = DecodeGraphs(demo_model(), cache, record)
+    graphs = DecodeGraphs(torch_model(), cache, record)
 
     def seen(*positions: int, times: int = 2) -> int:
         for _ in range(times):
@@ -109,12 +110,12 @@ def test_what_is_recorded_for_which_step() -> None:
     graphs.forget()
     assert seen(1, 2, 3, times=1) == 3
     assert seen(1, 2, 3, times=1) == 4
-    assert DecodeGraphs(demo_model(), cache, None).forward([1], [group_of(32, [1])]) is None
+    assert DecodeGraphs(torch_model(), cache, None).forward([1], [group_of(32, [1])]) is None
 
 
 @torch.inference_mode()
 def test_recordings_are_few() -> None:
-    graphs = DecodeGraphs(demo_model(), filled(), Recordings())
+    graphs = DecodeGraphs(torch_model(), filled(), Recordings())
     known = graphs._known
     known.update({((64, i, 16),): None for i in range(MAX_SHAPES)})  # type: ignore[misc]
     graphs.forward([1], [group_of(32, [1])])
@@ -139,7 +140,7 @@ def test_an_engine_that_replays_gives_the_same_texts() -> None:
             super().__init__(*arguments)  # type: ignore[arg-type]
             self.graphs = DecodeGraphs(self.model, self.cache, record)
 
-    assert crowd(build(runner=Recorded)) == crowd(build())
+    assert crowd(build(model=torch_model(), runner=Recorded)) == crowd(build(model=torch_model()))
     assert record.made >= 2
     assert record.replayed >= 30
 

@@ -29,6 +29,7 @@ def linear(inner: int, outer: int, *, gelu: bool = False) -> Linear:
 def test_a_row_has_the_same_bits_for_every_number_of_rows(
     inner: int, outer: int, threads: int, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(model.linear, "floats_work", lambda *_: False)
     monkeypatch.setattr(model.linear, "packing_works", lambda *_: packed)
     torch.set_num_threads(threads)
     product = linear(inner, outer, gelu=outer > inner)
@@ -41,7 +42,12 @@ def test_a_row_has_the_same_bits_for_every_number_of_rows(
 
 
 @pytest.mark.parametrize("width", [128, 768])
-def test_the_head_has_the_same_bits_for_every_number_of_rows(width: int) -> None:
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_head_has_the_same_bits_for_every_number_of_rows(
+    width: int, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not ours:
+        monkeypatch.setattr(model.linear, "floats_work", lambda *_: False)
     head = Linear.of(normal(50257, width).t())
     x = normal(200, width)
     expected = head(x)
@@ -51,7 +57,13 @@ def test_the_head_has_the_same_bits_for_every_number_of_rows(width: int) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gelu", [False, True])
-def test_the_product_is_the_product(dtype: torch.dtype, gelu: bool) -> None:
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_product_is_the_product(
+    dtype: torch.dtype, gelu: bool, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not ours:
+        monkeypatch.setattr(model.linear, "floats_work", lambda *_: False)
+        monkeypatch.setattr(model.linear, "tiles_work", lambda *_: False)
     weight, bias, x = normal(64, 48), normal(48), normal(701, 64)
     product = Linear.of(weight.to(dtype), bias.to(dtype), gelu=gelu)
     expected = x.to(dtype).double() @ weight.to(dtype).double() + bias.to(dtype).double()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import model.tiles
 from model.linear import Linear, Packed, packing_works
-from model.tiles import Tiled, tiles_work
+from model.tiles import TILES, Tiled, tiles_work
 
 needs_unit = pytest.mark.skipif(not tiles_work("cpu", torch.bfloat16), reason="this CPU has no AMX, or no numba")
 
@@ -121,7 +121,7 @@ def test_without_the_unit_or_numba_or_with_wrong_numbers_it_is_left_to_torch(
     for missing in ("numba", "llvmlite"):
         with monkeypatch.context() as patch:
             patch.setattr(builtins, "__import__", without(missing))
-            model.tiles._kernel.cache_clear()
+            patch.delitem(TILES.__dict__, "kernel", raising=False)
             assert not fresh("cpu", torch.bfloat16)
     with monkeypatch.context() as patch:
         patch.setattr(model.tiles, "_permitted", lambda: False)

@@ -12,7 +12,7 @@ import pytest
 from client.errors import JobFailed
 from client.schema import GenerateRequest, Result, parse_request
 from config import Settings
-from model import GPT2, Tokenizer
+from model import GPT2, Tokenizer, load_model
 from worker.assembly import length_classes
 from worker.engine import Engine
 from worker.runner import Runner
@@ -37,6 +37,14 @@ def demo_model() -> GPT2:
     runner = demo_engine().runner
     assert isinstance(runner, Runner)
     return runner.model
+
+
+@functools.cache
+def torch_model() -> GPT2:
+    """The bundled model as on a device for which there are no products of ours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.linear.floats_work", lambda *_: False)
+        return load_model("demo", device="cpu", dtype="float32")
 
 
 def demo_tokenizer() -> Tokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -11,8 +12,19 @@ import pytest
 import torch
 
 from client.schema import GenerateRequest
-from model.weights import load_model
-from tests.unit.worker.engine_helpers import WORDS, ask, build, demo_tokenizer, drive, idle, substance, tokens_of
+from model import GPT2, load_model
+from tests.unit.worker.engine_helpers import (
+    WORDS,
+    ask,
+    build,
+    demo_model,
+    demo_tokenizer,
+    drive,
+    idle,
+    substance,
+    tokens_of,
+    torch_model,
+)
 from worker.scheduler import Outcome, Step
 from worker.sequence import Sequence
 
@@ -74,15 +86,15 @@ def test_64_mixed_jobs_at_once_give_the_same_bits_as_one_by_one(shape: dict[str,
     assert idle(engine)
 
 
-@pytest.mark.parametrize("threads", [2])
-def test_more_threads_keep_the_promise_too(threads: int) -> None:
+@pytest.mark.parametrize(("threads", "gpt2"), [(2, demo_model), (1, torch_model)])
+def test_more_threads_and_products_by_torch_keep_the_promise_too(threads: int, gpt2: Callable[[], GPT2]) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         requests = mixed_requests()[2:7]
-        single = build()
+        single = build(model=gpt2())
         expected = [substance(drive(single, single.submit(request))[0]) for request in requests]
-        crowd = build()
+        crowd = build(model=gpt2())
         assert [substance(r) for r in drive(crowd, *map(crowd.submit, requests))] == expected
     finally:
         torch.set_num_threads(before)

@@ -1,0 +1,133 @@
+"""Products of float32 by the vector unit: the numbers of the formula, in the same bits whatever the company."""
+
+from __future__ import annotations
+
+import builtins
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from model.floats import FLOATS, Floats, floats_work
+from model.linear import Linear
+
+needs_unit = pytest.mark.skipif(not floats_work("cpu", torch.float32), reason="this CPU has no AVX-512, or no numba")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+@needs_unit
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(
+    ("inner", "outer"), [(4, 1), (20, 47), (96, 48), (64, 50), (100, 200), (388, 96), (768, 2304), (3072, 768)]
+)
+def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
+    weight, bias, x = normal(inner, outer), normal(outer), normal(301, inner)
+    exact = x.double() @ weight.double() + bias.double()
+    sizes = x.double().abs() @ weight.double().abs() + bias.double().abs()  # what rounding is in proportion to
+    if gelu:
+        exact = F.gelu(exact, approximate="tanh")
+    product = Floats.of(weight, bias, gelu)
+    for count in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 24, 64, 127, 128, 129, 301):
+        found = product(x[:count])
+        assert found.shape == (count, outer)
+        assert found.dtype == torch.float32
+        error = (found.double() - exact[:count]).abs() / sizes[:count]
+        assert error.max() < 2.0**-24 * 4 * (1 + inner**0.5 / 4), f"{count} rows"
+    assert torch.equal(product.weight, weight)
+
+
+@needs_unit
+def test_it_is_as_near_to_the_exact_product_as_torchs() -> None:
+    weight, x = normal(3072, 768), normal(64, 3072)
+    exact = x.double() @ weight.double()
+    theirs, ours = (
+        (found.double() - exact).square().mean() for found in (x @ weight, Floats.of(weight, None, False)(x))
+    )
+    assert ours < theirs * 1.5
+
+
+@needs_unit
+def test_gelu_is_that_of_float32_from_the_smallest_to_the_largest() -> None:
+    sizes = torch.cat([torch.logspace(-30, 4, 2000), torch.linspace(0, 12, 2000)])
+    x = torch.cat([sizes, -sizes])[:, None]
+    found = Floats.of(torch.tensor([[1.0], [0], [0], [0]]), None, True)(F.pad(x, (0, 3)))
+    exact = F.gelu(x.double(), approximate="tanh")
+    assert ((found.double() - exact).abs() <= 1e-6 * exact.abs() + 1e-7 * (x.abs() > 3)).all()
+
+
+@needs_unit
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: int) -> None:
+    weight, x = normal(500, 200), normal(600, 500)
+    product = Floats.of(weight, None, True)
+    torch.set_num_threads(2)
+    expected = product(x)
+    torch.set_num_threads(threads)
+    for count in (*range(1, 40), 63, 64, 65, 127, 128, 129, 255, 256, 257, 512, 600):
+        assert torch.equal(product(x[:count]), expected[:count]), f"{count} rows"
+        assert torch.equal(product(x[600 - count :]), expected[600 - count :]), f"the last {count} rows"
+
+
+@needs_unit
+def test_rows_may_lie_apart_or_across() -> None:
+    weight, x = normal(64, 96), normal(48, 256)
+    product = Floats.of(weight, None, False)
+    expected = product(x[:, 64:128].contiguous())
+    assert torch.equal(product(x[:, 64:128]), expected)
+    assert torch.equal(product(x[:, 64:128].t().contiguous().t()), expected)
+
+
+@needs_unit
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
+    weight, x = normal(64, 96), normal(40, 64)
+    for gelu in (False, True):
+        product = Floats.of(weight, normal(96), gelu)
+        clean = product(x)
+        broken = x.clone()
+        broken[7, 3] = bad
+        found = product(broken)
+        assert not found[7].isfinite().all()
+        assert math.isinf(bad) or found[7].isnan().all()
+        assert torch.equal(found[:7], clean[:7])
+        assert torch.equal(found[8:], clean[8:])
+
+
+@needs_unit
+def test_a_width_that_is_no_multiple_of_a_step_is_multiplied_by_torch() -> None:
+    assert not isinstance(Linear.of(normal(33, 48)).product, Floats)
+    assert isinstance(Linear.of(normal(36, 48)).product, Floats)
+
+
+def test_without_the_unit_or_numba_or_with_wrong_numbers_it_is_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a kernel that is kept needs no numba
+    fresh = floats_work.__wrapped__
+    assert not fresh("cuda", torch.float32)
+    assert not fresh("cpu", torch.bfloat16)
+    import_ = builtins.__import__
+
+    def without(missing: str) -> Any:
+        def found(name: str, *rest: Any) -> Any:
+            if name.startswith(missing):
+                raise ImportError(f"No module named {missing!r}")
+            return import_(name, *rest)
+
+        return found
+
+    for missing in ("numba", "llvmlite"):
+        with monkeypatch.context() as patch:
+            patch.setattr(builtins, "__import__", without(missing))
+            patch.delitem(FLOATS.__dict__, "kernel", raising=False)
+            assert not fresh("cpu", torch.float32)
+    call = Floats.__call__
+    monkeypatch.setattr(Floats, "__call__", lambda self, x: call(self, x) + 1)
+    assert not fresh("cpu", torch.float32)

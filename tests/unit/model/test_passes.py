@@ -1,0 +1,167 @@
+"""Chains of products: a pass computes what its blocks compute one by one, and a row's bits know nothing of the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import model.linear
+from model.cache import CachedAttention, Chunk, DecodeGroup, KVCache
+from model.gpt2 import GPT2, GPT2Config
+from model.int8 import int8_works
+from model.passes import Passes
+from model.trace import Trace
+from model.weights import expected_shapes
+
+CPU = torch.device("cpu")
+CONFIG = GPT2Config(n_layer=3, n_head=4, n_embd=64, n_positions=64, vocab_size=90)
+#: How far apart two orders of computing may be, beside a residual stream whose numbers are around 1.
+CLOSE = {"float32": 1e-4, "bfloat16": 0.12, "int8": 0.6}
+DTYPES = ["float32", "bfloat16", *(["int8"] if int8_works("cpu") else [])]
+
+
+def made(dtype: str, config: GPT2Config = CONFIG) -> GPT2:
+    """A model of random weights, whose norms are no mere copies."""
+    generator = torch.Generator().manual_seed(1)
+    weights = {}
+    for name, shape in expected_shapes(config).items():
+        tensor = torch.randn(shape, generator=generator) * (0.5 if len(shape) == 1 else shape[0] ** -0.5)
+        weights[name] = tensor + (".ln_" in name or name.startswith("ln_f")) * name.endswith("weight")
+    half = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    return GPT2(config, weights if dtype == "float32" else half, int8=dtype == "int8")
+
+
+def by_blocks(gpt2: GPT2, x: Tensor, attend: CachedAttention) -> Tensor:
+    for layer, block in enumerate(gpt2.blocks):
+        x = block(layer, x, attend, [])
+    return x
+
+
+class Stage:
+    """Two slots of one arena, the second with a few positions that were computed before."""
+
+    def __init__(self, gpt2: GPT2) -> None:
+        self.gpt2 = gpt2
+        self.cache = KVCache(gpt2.config, lengths=(32,), dtype=gpt2.dtype, device=CPU)
+        self.cache.arenas[32].resize(3)
+        generator = torch.Generator().manual_seed(2)
+        for tensor in (*self.cache.arenas[32].k, *self.cache.arenas[32].v):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+
+    def attention(self, decodes: list[int], chunk: int = 0) -> CachedAttention:
+        """Slots that decode, at positions 9, 10, ...; and a chunk of the slot after them."""
+        count = len(decodes)
+        groups = [DecodeGroup(32, decodes, [9 + i for i in decodes], [1] * count, 0)] if decodes else []
+        chunks = [Chunk(32, 2, 0, chunk, count)] if chunk else []
+        return CachedAttention.of(self.cache, self.gpt2.config.scale, groups=groups, chunks=chunks)
+
+
+def rows(gpt2: GPT2, count: int) -> Tensor:
+    return torch.randn(count, gpt2.config.n_embd, generator=torch.Generator().manual_seed(3)).to(gpt2.dtype)
+
+
+def passes(gpt2: GPT2) -> Passes:
+    found = Passes.of(gpt2.blocks)
+    if found is None:
+        pytest.skip("this CPU has no products of ours in this type")
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("inner", [None, 192])
+def test_a_pass_computes_what_its_blocks_do(dtype: str, width: int, inner: int | None) -> None:
+    gpt2 = made(dtype, GPT2Config(n_layer=3, n_head=4, n_embd=width, n_positions=64, vocab_size=90, n_inner=inner))
+    for decodes, chunk in (([0, 1], 0), ([], 20), ([0, 1], 20)):
+        count = len(decodes) + chunk
+        expected = by_blocks(gpt2, rows(gpt2, count), Stage(gpt2).attention(decodes, chunk)).float()
+        found = passes(gpt2)(rows(gpt2, count), Stage(gpt2).attention(decodes, chunk), []).float()
+        assert expected.std() > 1
+        assert (found - expected).abs().max() < CLOSE[dtype] * expected.std()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_decoding_row_has_the_same_bits_alone_beside_others_and_beside_a_prompt(dtype: str, threads: int) -> None:
+    """Alone and beside decoding rows a pass is one call; beside a prompt it is one call a layer."""
+    torch.set_num_threads(threads)
+    gpt2 = made(dtype)
+    run, x = passes(gpt2), rows(gpt2, 22)
+    alone, stage = Stage(gpt2), Stage(gpt2)
+    expected = run(x[:1].clone(), alone.attention([0]), [])
+    assert torch.equal(run(x[:2].clone(), Stage(gpt2).attention([0, 1]), [])[:1], expected)
+    assert torch.equal(run(x.clone(), stage.attention([0, 1], 20), [])[:1], expected)
+    written, other = (tensors.cache.arenas[32].k[2][0, :, 9] for tensors in (alone, stage))
+    assert torch.equal(written, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pass_that_is_traced_has_the_same_bits(dtype: str) -> None:
+    gpt2 = made(dtype)
+    run, x = passes(gpt2), rows(gpt2, 2)
+    expected = run(x.clone(), Stage(gpt2).attention([0, 1]), [])
+    trace = Trace(gpt2.config.scale, 1).at(slice(0, 1))
+    assert torch.equal(run(x.clone(), Stage(gpt2).attention([0, 1]), [trace]), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_traced_is_what_the_blocks_have(dtype: str) -> None:
+    gpt2, ids = made(dtype), torch.tensor([[5, 17, 3, 88, 0, 41]])
+    passes(gpt2)
+    found = gpt2.trace(ids)
+    gpt2._passes = None
+    expected = gpt2.trace(ids)
+    assert found.keys() == expected.keys()
+    for name in found.keys() - {"next_token"}:
+        ours, theirs = found[name].float(), expected[name].float()
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() <= CLOSE[dtype] * theirs.std(), name
+
+
+def test_norms_are_those_of_the_formula() -> None:
+    """Rows far from zero and of small and large spread, in which a variance from sums of squares would drown."""
+    gpt2 = made("float32")
+    x = (
+        torch.randn(6, 64, generator=torch.Generator().manual_seed(4))
+        * torch.tensor([1e-4, 1e-2, 1, 1e2, 1, 1])[:, None]
+    )
+    x = x + torch.tensor([0, 0, 0, 0, 300, -3000])[:, None]
+    trace = Trace(1.0, 6).at(slice(0, 6))
+    trace.record(embeddings=x)
+    trace.record_hidden(0, x)
+    passes(gpt2)(x.clone(), Stage(gpt2).attention([], 6), [trace])
+    trace.commit()
+    centred = x.double() - x.double().mean(1, keepdim=True)
+    norm = gpt2.blocks[0].ln_1
+    exact = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt() * norm.weight.double() + norm.bias.double()
+    off = (trace.finish()["ln_1"].double() - exact).abs().amax(1)
+    assert (off < torch.tensor([1e-5, 1e-5, 1e-5, 1e-5, 1e-4, 1e-3])).all(), off
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_number_stays_in_its_row(dtype: str) -> None:
+    gpt2 = made(dtype)
+    x = rows(gpt2, 2)
+    expected = passes(gpt2)(x.clone(), Stage(gpt2).attention([0, 1]), [])
+    x[1, 5] = float("nan")
+    found = passes(gpt2)(x, Stage(gpt2).attention([0, 1]), [])
+    assert torch.equal(found[0], expected[0])
+    assert found[1].isnan().any()
+
+
+def test_a_block_that_is_replaced_is_the_one_that_runs() -> None:
+    gpt2, ids = made("float32"), torch.tensor([[1, 2, 3]])
+    before = gpt2.logits(ids)
+    kept, gpt2.blocks[1] = gpt2.blocks[1], gpt2.blocks[2]
+    assert not torch.equal(gpt2.logits(ids), before)
+    gpt2.blocks[1] = kept
+    assert torch.equal(gpt2.logits(ids), before)
+
+
+def test_without_products_of_ours_there_are_no_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = made("float32").logits(torch.tensor([[1, 2, 3]]))
+    monkeypatch.setattr(model.linear, "floats_work", lambda *_: False)
+    gpt2 = made("float32")
+    assert Passes.of(gpt2.blocks) is None
+    assert (gpt2.logits(torch.tensor([[1, 2, 3]])) - expected).abs().max() < 1e-4
