@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from model.largest import largest
+
 NEVER = float("-inf")
 
 
@@ -64,7 +66,7 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     Logits may come in the type of the weights: their order is the same in float32, in which all else is computed.
     """
     logits = adjust(logits, draws)
-    best, chosen = logits.max(dim=-1)  # of equal logits the lowest id, as torch documents
+    best, chosen = largest(logits)
     rows = [i for i, draw in enumerate(draws) if not draw.params.greedy]
     if rows:
         picked = torch.tensor(rows, device=logits.device)

@@ -247,7 +247,8 @@ def _multiply(whole: bool, finish: Any) -> Any:
 
     fetch = prefetch()
     clear = assembly("\n".join(f"tilezero %tmm{i}" for i in range(4)), 0)
-    load = [assembly(f"tileloadd ($0,$1,1), %tmm{i}", 2) for i in range(4, 8)]
+    # T1: read once, or again only after much else; so they leave the L1 cache to the sums.
+    load = [assembly(f"tileloaddt1 ($0,$1,1), %tmm{i}", 2) for i in range(4, 8)]
     upper_x, lower_x, left_w, right_w = load
     # Registers 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 columns of the weight.
     product = "tdpbssd" if whole else "tdpbf16ps"
