@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Keys are read up to a multiple of this: the padding within it does not change a row's bits, other lengths may.
 KEY_STEP = 16
+#: Prompts of up to so many tokens are computed as decoding rows are: torch takes longer for them.
+SHORT = 128
 
 
 class Arena:
@@ -107,7 +109,7 @@ class DecodeGroup:
 class CachedAttention:
     """Attention of one step: writes the new keys and values, then attends over what each row may see."""
 
-    def __init__(self, scale: float, parts: Sequence[_CompiledDecode | Decode | _Prefill]) -> None:
+    def __init__(self, scale: float, parts: Sequence[_Compiled | Decode | _Prefill]) -> None:
         self.scale, self._parts = scale, parts
 
     @classmethod
@@ -115,18 +117,18 @@ class CachedAttention:
         cls, cache: KVCache, scale: float, *, groups: Sequence[DecodeGroup], chunks: Sequence[Chunk]
     ) -> CachedAttention:
         """That of decoding rows and chunks of prompts, by the compiled kernel if there is one."""
-        kernel = cache.decode_kernel() if groups else None
-        parts: list[_CompiledDecode | Decode | _Prefill] = []
-        if kernel is not None:
-            parts.append(_CompiledDecode(kernel, cache, groups))
-        else:
-            parts += [Decode.of(cache.arenas[g.length_class], g) for g in groups]
-        return cls(scale, [*parts, *(_Prefill(cache.arenas[c.length_class], c) for c in chunks)])
+        kernel = cache.decode_kernel()
+        if kernel is None:
+            parts: list[_Compiled | Decode | _Prefill] = [Decode.of(cache.arenas[g.length_class], g) for g in groups]
+            return cls(scale, [*parts, *(_Prefill(cache.arenas[c.length_class], c) for c in chunks)])
+        short = [chunk for chunk in chunks if chunk.start + chunk.count <= SHORT]
+        prefills = [_Prefill(cache.arenas[c.length_class], c) for c in chunks if c.start + c.count > SHORT]
+        return cls(scale, [_Compiled(kernel, cache, groups, short), *prefills] if groups or short else prefills)
 
     def calls(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Calls | None:
         """For the same q, k, v and `out` in every layer: what computes it, if the compiled kernel is all there is."""
         part = self._parts[0] if len(self._parts) == 1 else None
-        if not isinstance(part, _CompiledDecode) or part.rows != slice(0, len(q)):
+        if not isinstance(part, _Compiled) or part.count != len(q):
             return None
         return part.calls(q, k, v, out, self.scale)
 
@@ -139,21 +141,31 @@ class CachedAttention:
         return out
 
 
-class _CompiledDecode:
-    """All decoding rows of a step at once, each over exactly the positions it has. Their packed rows lie end to end."""
+class _Compiled:
+    """All decoding rows of a step, and the rows of short prompts, at once: each over exactly the positions it has."""
 
-    def __init__(self, kernel: DecodeKernel, cache: KVCache, groups: Sequence[DecodeGroup]) -> None:
-        self._kernel, self._cache = kernel, cache  # whose addresses are read
-        self.rows = slice(groups[0].row, groups[-1].row + sum(groups[-1].counts))
+    def __init__(
+        self, kernel: DecodeKernel, cache: KVCache, groups: Sequence[DecodeGroup], chunks: Sequence[Chunk]
+    ) -> None:
+        self._kernel = kernel
+        self.rows = slice(None)
+        groups = [*groups, *(DecodeGroup(c.length_class, [c.slot], [c.start], [c.count], c.row) for c in chunks)]
         arenas = [cache.arenas[group.length_class] for group in groups]
+        self._read = [(*arena.k, *arena.v) for arena in arenas]  # by address, so they must not go meanwhile
         self._where = Rows.of(
             k=np.concatenate([_addresses(a.k, g.slots) for a, g in zip(arenas, groups, strict=True)], axis=1),
             v=np.concatenate([_addresses(a.v, g.slots) for a, g in zip(arenas, groups, strict=True)], axis=1),
             head_stride=np.repeat([a.k[0].stride(1) for a in arenas], [len(g.slots) for g in groups]),
             lengths=np.concatenate([g.positions for g in groups]) + 1,
             counts=np.concatenate([g.counts for g in groups]),
+            first=np.concatenate([g.row + np.cumsum([0, *g.counts[:-1]]) for g in groups]),
             heads=arenas[0].k[0].shape[1],
         )
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return int(self._where.counts.sum())
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
         self._kernel(layer, q, k, v, out, self._where, scale)

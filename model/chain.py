@@ -26,7 +26,18 @@ from torch import Tensor
 
 from model import machine_code
 from model.machine_code import Kernel
-from model.native import LIBERTIES, Numbers, assembly, call, cast, prefetch, round_to_bfloat16, team, team_functions
+from model.native import (
+    LIBERTIES,
+    Numbers,
+    assembly,
+    call,
+    cast,
+    clean_up,
+    prefetch,
+    round_to_bfloat16,
+    team,
+    team_functions,
+)
 
 #: The fields of a product: addresses, 0 for what is not wanted, but for bytes between rows, the steps of a block, how
 #: many blocks and columns there are, 1 for GELU, and the bits of a float64 for epsilon. Instead of a product, CALL is a
@@ -54,8 +65,6 @@ FIELDS = 18
 ) = range(FIELDS)
 #: What all products of a call have in common.
 TABLE, COUNT, ROWS, SHARES, OWN, OWN_BYTES, PACKED, ROW_SCALES, CONSTANTS = range(9)
-#: As many rows as take so many bytes are multiplied with a block before the next one: they stay in the L2 cache.
-PANEL_BYTES = 3 * 2**18
 #: Of a weight that comes after a call so much is asked for by each thread while it waits for the others.
 ASKED_BYTES = 2**16
 
@@ -128,8 +137,18 @@ class Streamed:
         numbers[COLUMNS], numbers[GELU] = self.out, self.gelu
         return numbers
 
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError for rows of another width or type: what reads them goes by addresses."""
+        if x.dim() != 2 or x.shape[1] != self.width or x.dtype != self.kind.dtype or x.device.type != "cpu":
+            raise ValueError(f"rows are {x.dtype} {list(x.shape)}; they must be {self.kind.dtype} [M, {self.width}]")
+
+    def __deepcopy__(self, _: dict[int, object]) -> Streamed:
+        """Itself, for it never changes. A copy of `numbers` would hold addresses of the original."""
+        return self
+
     def __call__(self, x: Tensor) -> Tensor:
-        """[M, in] -> [M, out], with GELU (the tanh approximation) if asked for."""
+        """[M, in] -> [M, out], with GELU (the tanh approximation) if asked for. Raises ValueError like `check`."""
+        self.check(x)
         if x.stride(1) != 1:
             x = x.contiguous()
         out = x.new_empty(len(x), self.out)
@@ -169,14 +188,13 @@ class Workspace:
 def _compiled(kind: Kind) -> Any:
     """The products as a C function of one pointer, to the numbers of a `Workspace`."""
     import numba
-    from llvmlite import binding
     from numba import carray, types
 
-    binding.initialize_native_asmparser()
     thread, threads = team_functions()
     barrier = types.ExternalFunction("GOMP_barrier", types.void())
     whole = cast(types.int64, types.CPointer(types.int64))
     begin, end, pack, multiply = kind.parts()
+    clean = clean_up()
     run, fetch, line_bytes = call(), prefetch(), kind.step * kind.block * kind.itemsize
     norm, group = _norm(kind.dtype == torch.bfloat16, kind.step), kind.group
     row_at = kind.own_bytes
@@ -219,6 +237,7 @@ def _compiled(kind: Kind) -> Any:
                     multiply(h, d, after, share, own)
             barrier()
         end(h, own)
+        clean()
 
     @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
     def kernel(arguments: Any) -> None:

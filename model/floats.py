@@ -46,7 +46,8 @@ BLOCK = 48
 STEP = 4
 LINE_BYTES = BLOCK * 4
 STEP_BYTES = STEP * LINE_BYTES
-#: Steps of a block that are multiplied by all rows of a panel before the next ones: at most so many, 72 KiB.
+#: Steps of a block that are multiplied by all rows of a panel before the next ones: at most so many, 72 KiB, and no
+#: more than half of all. Each part is summed by itself: the error of two short sums is less than that of a long one.
 PART = 96
 #: Rows of a panel; their sums lie in a thread's own memory, with a row of a result after them.
 PANEL = 128
@@ -142,12 +143,12 @@ def _multiplier() -> Any:
     @numba.njit(error_model="numpy")
     def begin(h: Any, after: Any, share: int) -> Any:
         """Where a share of the next product begins, and how many steps its first part has."""
-        parts = (after[STEPS] + PART - 1) // PART
+        parts = min(max(2, (after[STEPS] + PART - 1) // PART), after[STEPS])
         return after[WEIGHT] + after[BLOCKS] * share // h[SHARES] * after[STEPS] * STEP_BYTES, after[STEPS] // parts
 
     @numba.njit(error_model="numpy")
     def multiply_share(h: Any, d: Any, after: Any, share: int, own: int) -> None:
-        steps, rows, parts = d[STEPS], h[ROWS], (d[STEPS] + PART - 1) // PART
+        steps, rows, parts = d[STEPS], h[ROWS], min(max(2, (d[STEPS] + PART - 1) // PART), d[STEPS])
         first, last = d[BLOCKS] * share // h[SHARES], d[BLOCKS] * (share + 1) // h[SHARES]
         for start in range(0, rows, PANEL):
             stop = min(start + PANEL, rows)
@@ -179,7 +180,7 @@ def _multiply() -> Any:
     """Up to 8 rows by a part of a block, onto their sums [rows, 48], while lines of what comes next are asked for."""
     import numba
 
-    registers = [*(f"xmm{i}" for i in range(32)), "rax", "rcx", "rdx", "rsi", "rdi", "cc"]
+    registers = [*(f"xmm{i}" for i in range(32)), "rax", "rcx", "rdx", "rsi", "rdi", "flags"]
     changes = ",".join(f"~{{{register}}}" for register in registers)
     one, two, four, eight = (assembly(_instructions(rows, 1), 6, changes) for rows in (1, 2, 4, 8))
     one_fast, two_fast, four_fast, eight_fast = (assembly(_instructions(rows, 3), 6, changes) for rows in (1, 2, 4, 8))

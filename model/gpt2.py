@@ -72,7 +72,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block: attention, then feed-forward, each on a normed copy and added back."""
+    """One transformer block: attention, then feed-forward, each on a normed copy and added back.
+
+    Called where torch computes products; with those of ours all blocks are run together (model/passes.py).
+    """
 
     ln_1: Norm
     c_attn: Linear  # E -> 3E: q, k, v side by side
@@ -113,7 +116,7 @@ class GPT2:
         self.wpe = weights["wpe.weight"].to(dtype)  # [n_positions, E]
         self.blocks = [_block(config, weights, f"h.{i}.", dtype, int8) for i in range(config.n_layer)]
         self.ln_f = _norm(config, weights, "ln_f", dtype)
-        self._passes = Passes.of(self.blocks)
+        self._passes_of, self._passes = list(self.blocks), Passes.of(self.blocks)
         self.lm_head = Linear.of(weights["wte.weight"].t(), int8=int8)
 
     def padded_rows(self, count: int) -> int:
@@ -122,7 +125,7 @@ class GPT2:
 
     @property
     def products(self) -> str:
-        """How matrix products are computed here: `int8`, `tiled`, `packed` or `plain` (model/linear.py)."""
+        """How matrix products are computed here: `int8`, `tiled`, `floats`, `packed` or `plain` (model/linear.py)."""
         return type(self.blocks[0].c_attn.product).__name__.lower()
 
     @property
@@ -149,8 +152,9 @@ class GPT2:
 
     def _current_passes(self) -> Passes | None:
         """The blocks as chains of products, if they can be; made anew where one has been replaced."""
-        if self._passes is not None and not self._passes.of_blocks(self.blocks):
-            self._passes = Passes.of(self.blocks)
+        known, now = self._passes_of, self.blocks
+        if len(known) != len(now) or any(a is not b for a, b in zip(known, now, strict=True)):
+            self._passes_of, self._passes = list(now), Passes.of(now)
         return self._passes
 
     def head(self, hidden: Tensor) -> Tensor:

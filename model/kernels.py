@@ -1,9 +1,9 @@
-"""Attention of decoding rows on a CPU, as one pass over exactly the keys and values that each row has.
+"""Attention of decoding rows and short prompts on a CPU, over exactly the keys and values that each row has.
 
 torch has no operator for one query each over caches of different lengths: what there is reads all rows to the length of
 the longest, and takes a microsecond for every head besides. This one is compiled by numba when it is first asked for,
-and runs in the threads that torch's own operators run in: threads of another pool would fight with those, which wait
-for their next operator by spinning.
+its loops written out where the CPU has AVX-512 (model/vectors.py), and runs in the threads that torch's own operators
+run in: threads of another pool would fight with those, which wait for their next operator by spinning.
 
 A row's bits depend on nothing but the row: a head of a row is computed by one thread, in the order of its positions.
 A slot may have several rows, at positions that follow each other. One thread computes a head for all of them, in that
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import machine_code
+from model import machine_code, vectors
 from model.machine_code import Kernel
 from model.native import LIBERTIES, cast, exponential, prefetch, round_to_bfloat16, team, team_functions
 
@@ -40,13 +40,13 @@ Array = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the keys and values of the decoding rows of S slots lie; made once for all layers of a step.
+    """Where the keys and values of the rows of S slots lie; made once for all layers of a step.
 
     Args:
         k, v: int64 [layers, S], end to end, addresses of the first position of the first head.
         head_stride: int64 [S], numbers between one head and the next; positions lie end to end.
         lengths: int64 [S], positions that a slot's first row reads, the new one included; the next reads one more.
-        counts: int64 [S], rows of each slot; slot after slot they are the rows of `DecodeKernel`.
+        counts: int64 [S], rows of each slot.
     """
 
     k: Array
@@ -54,18 +54,28 @@ class Rows:
     head_stride: Array
     lengths: Array
     counts: Array
-    #: int64 [S]: the first row of each slot.
+    #: int64 [S]: the first row of each slot among those of `DecodeKernel`; the others follow it.
     first: Array
     #: int64 [threads + 1]: the heads of each thread, counted through all slots; about equally many positions for each.
     shares: Array
 
     @classmethod
-    def of(cls, k: Array, v: Array, head_stride: Array, lengths: Array, counts: Array, heads: int) -> Rows:
-        """Shared out among as many threads as torch computes with."""
-        read, threads = np.cumsum(np.repeat(lengths * counts, heads)), torch.get_num_threads()
+    def of(
+        cls,
+        k: Array,
+        v: Array,
+        head_stride: Array,
+        lengths: Array,
+        counts: Array,
+        heads: int,
+        first: Array | None = None,
+    ) -> Rows:
+        """Shared out among as many threads as torch computes with. Without `first` the rows lie end to end."""
+        reads = counts * (2 * lengths + counts - 1) // 2  # each row one more than the one before
+        read, threads = np.cumsum(np.repeat(reads, heads)), torch.get_num_threads()
         shares = np.searchsorted(read, read[-1] * np.arange(1, threads) / threads)
-        first = np.cumsum(counts) - counts
-        return cls(k, v, head_stride, lengths, counts, first, np.array([0, *shares, len(read)], dtype=np.int64))
+        at = np.cumsum(counts) - counts if first is None else first
+        return cls(k, v, head_stride, lengths, counts, at, np.array([0, *shares, len(read)], dtype=np.int64))
 
     @property
     def longest(self) -> int:
@@ -105,7 +115,7 @@ class DecodeKernel:
             if tensor.stride()[1:] != (width, 1):
                 raise ValueError(f"heads must lie end to end; strides are {tensor.stride()} of {tuple(tensor.shape)}")
         longest, threads = rows.longest, len(rows.shares) - 1
-        scratch = np.empty(threads * (longest + 2 * width + LINE) + LINE, dtype=np.float32)
+        scratch = np.empty(threads * (longest + 2 * width + 2 * LINE) + LINE, dtype=np.float32)
         where: list[np.ndarray[Any, Any]] = [rows.k, rows.v, rows.head_stride, rows.lengths, rows.counts, rows.first]
         where += [rows.shares, scratch]
         arguments = [threads, heads, longest, np.float64(scale).view(np.int64)]
@@ -165,57 +175,47 @@ def _compiled(head_dim: int, half: bool) -> Any:
     from numba import carray, types
 
     thread, threads = team_functions()
-    numbers = cast(types.int64, types.CPointer(types.uint16 if half else types.float32))
     words = cast(types.int64, types.CPointer(types.uint32 if half else types.float32))
-    floats = cast(types.int64, types.CPointer(types.float32))
     whole, real = cast(types.int64, types.CPointer(types.int64)), cast(types.int64, types.float64)
-    lower, upper, store, attend = *_numbers(half), _attention(head_dim, half)
-    size, width, parts = (2, head_dim // 2, 2) if half else (4, head_dim, 1)
+    attend = vectors.attention(head_dim, half) if vectors.can_attend(head_dim, half) else _attention(head_dim, half)
+    size, width = (2, head_dim // 2) if half else (4, head_dim)
 
     @numba.njit(inline="always")
-    def place(a: Any, unit: int) -> Any:
+    def place(a: Any, slot: int, head: int) -> Any:
         """Where the keys and values of a head of a slot begin, and how many there are for its first row."""
-        slot, head = unit // a[1], unit % a[1]
         inside = carray(whole(a[14]), slot + 1)[slot] * size * head
         k, v = carray(whole(a[12]), slot + 1)[slot] + inside, carray(whole(a[13]), slot + 1)[slot] + inside
         return k, v, carray(whole(a[15]), slot + 1)[slot]
 
     @numba.njit(error_model="numpy")
-    def compute(a: Any, unit: int, number: int, after: Any, scores: Any, sums: Any, query: Any) -> None:
+    def compute(a: Any, here: Any, row: int, inside: int, number: int, after: Any, own: int) -> None:
         """One head of a slot's row of this number, while what comes after it is asked for."""
-        slot, inside = unit // a[1], unit % a[1] * head_dim * size
-        row = carray(whole(a[17]), slot + 1)[slot] + number
-        scale, (k_at, v_at, least) = np.float32(real(a[3])), place(a, unit)
+        k_at, v_at, least = here
         length = least + number
         k, v = carray(words(k_at), length * width), carray(words(v_at), length * width)
-        q = carray(words(a[4] + row * a[5] * size + inside), width)
         new_k = carray(words(a[6] + row * a[7] * size + inside), width)
         new_v = carray(words(a[8] + row * a[9] * size + inside), width)
-        out = carray(numbers(a[10] + row * a[11] * size + inside), head_dim)
         for d in range(width):
             k[(length - 1) * width + d] = new_k[d]
             v[(length - 1) * width + d] = new_v[d]
-            query[d] = lower(q[d]) * scale
-            if half:
-                query[width + d] = upper(q[d]) * scale
-        total = attend(query, k, v, length, after, scores, sums)
-        for d in range(width):
-            for part in range(parts):
-                out[parts * d + part] = store(sums[part * width + d] / total)
+        q, out = a[4] + row * a[5] * size + inside, a[10] + row * a[11] * size + inside
+        attend(q, k_at, v_at, out, length, after, own, np.float32(real(a[3])))
 
     @numba.njit(error_model="numpy")
     def work(a: Any) -> None:
         """What one thread of the team does: a share of the heads, or more than one if the team is small."""
-        shares = carray(whole(a[18]), a[0] + 1)
-        own = (a[19] // 64 + thread() * ((a[2] + 2 * head_dim) // LINE + 1) + 1) * 64
-        query, sums = carray(floats(own), head_dim), carray(floats(own + head_dim * 4), head_dim)
-        scores = carray(floats(own + head_dim * 8), a[2])
+        heads, shares = a[1], carray(whole(a[18]), a[0] + 1)
+        own = (a[19] // 64 + thread() * ((a[2] + 2 * head_dim) // LINE + 2) + 1) * 64
         for number in range(thread(), a[0], threads()):
+            slot, head = shares[number] // heads, shares[number] % heads
             for unit in range(shares[number], shares[number + 1]):
-                k, v, length = place(a, min(unit + 1, shares[number + 1] - 1))
-                last = carray(whole(a[16]), unit // a[1] + 1)[unit // a[1]] - 1
-                for i in range(last + 1):
-                    compute(a, unit, i, (k, v, length if i == last else 0), scores, sums, query)
+                here, inside = place(a, slot, head), head * head_dim * size
+                first, count = carray(whole(a[17]), slot + 1)[slot], carray(whole(a[16]), slot + 1)[slot]
+                if unit + 1 < shares[number + 1]:
+                    slot, head = (slot, head + 1) if head + 1 < heads else (slot + 1, 0)
+                k, v, length = place(a, slot, head)
+                for i in range(count):
+                    compute(a, here, first + i, inside, i, (k, v, length if i + 1 == count else 0), own)
 
     @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
     def kernel(arguments: Any) -> None:
@@ -225,21 +225,35 @@ def _compiled(head_dim: int, half: bool) -> Any:
 
 
 def _attention(head_dim: int, half: bool) -> Any:
-    """One query over the keys and values of one head: sums the weighted values, gives the sum of the weights.
+    """One query over the keys and values of one head.
+
+    attend(q, k, v, out, length, after, own, scale): addresses, but for the number of positions and what scores are
+    multiplied by. `own` is a thread's memory: D numbers for a query, D for the sums, then scores, with a line to spare.
 
     `after` says where the keys and values lie that are needed next, and how many. All memory is read once, so it is
     asked for long before: within a head no hardware looks far enough ahead, and one stream of requests is too slow.
     A query and the sums of bfloat16 have the even places first.
     """
     import numba
+    from numba import carray, types
 
-    lower, upper, _ = _numbers(half)
+    numbers = cast(types.int64, types.CPointer(types.uint16 if half else types.float32))
+    words = cast(types.int64, types.CPointer(types.uint32 if half else types.float32))
+    floats = cast(types.int64, types.CPointer(types.float32))
+    (lower, upper, store), parts = _numbers(half), 2 if half else 1
     exp, fetch = exponential(), prefetch()
     width, row_bytes = (head_dim // 2, head_dim * 2) if half else (head_dim, head_dim * 4)
 
     @numba.njit(fastmath=LIBERTIES)
-    def attend(query: Any, k: Any, v: Any, length: int, after: Any, scores: Any, sums: Any) -> Any:
+    def attend(q: int, k_at: int, v_at: int, out_at: int, length: int, after: Any, own: int, scale: Any) -> None:
         next_k, next_v, positions = after
+        given, k, v = carray(words(q), width), carray(words(k_at), length * width), carray(words(v_at), length * width)
+        query, sums = carray(floats(own), head_dim), carray(floats(own + head_dim * 4), head_dim)
+        scores = carray(floats(own + head_dim * 8), length)
+        for d in range(width):
+            query[d] = lower(given[d]) * scale
+            if half:
+                query[width + d] = upper(given[d]) * scale
         top = np.float32(-np.inf)
         for t in range(length):
             if t < positions:
@@ -271,7 +285,10 @@ def _attention(head_dim: int, half: bool) -> Any:
                 sums[d] += weight * lower(word)
                 if half:
                     sums[width + d] += weight * upper(word)
-        return total
+        out = carray(numbers(out_at), head_dim)
+        for d in range(width):
+            for part in range(parts):
+                out[parts * d + part] = store(sums[part * width + d] / total)
 
     return attend
 

@@ -37,7 +37,7 @@ log = logging.getLogger("millrace.model")
 #: No kernel of ours comes near it.
 MAX_BYTES = 2**22
 #: What kernels are made of.
-SOURCES = ("native", "kernels", "chain", "tiles", "int8", "floats", "largest")
+SOURCES = ("native", "kernels", "chain", "tiles", "int8", "floats", "largest", "vectors")
 #: How the names begin of what numba's runtime has; and of those parts of it that give memory.
 RUNTIME, ALLOCATES = ("NRT_", "numba_"), ("NRT_MemInfo_alloc", "NRT_Allocate")
 #: LLVM compiles and loads one thing at a time.

@@ -135,12 +135,16 @@ def call() -> Any:
 def assembly(text: str, operands: int, changes: str = "") -> Callable[..., Any]:
     """A function for compiled code of so many int64 operands, $0 and on, that is these instructions (AT&T's order).
 
-    `changes` names the registers they change, as LLVM does: "~{xmm0}".
+    `changes` names the registers they change, as LLVM does: "~{xmm0}"; "~{flags}" for those that arithmetic and
+    comparisons set. Raises ValueError for "cc", which LLVM takes and does not heed.
     """
-    from llvmlite import ir
+    from llvmlite import binding, ir
     from numba import types
     from numba.extending import intrinsic
 
+    if "~{cc}" in changes:
+        raise ValueError("flags are called ~{flags}")
+    binding.initialize_native_asmparser()
     word = ir.IntType(64)
     constraints = ",".join(["r"] * operands + [part for part in (changes, "~{memory}") if part])
 
@@ -162,6 +166,13 @@ def assembly(text: str, operands: int, changes: str = "") -> Callable[..., Any]:
     ]
     function: Callable[..., Any] = intrinsic(typed[operands])
     return function
+
+
+def clean_up() -> Any:
+    """For the end of code that has used assembly: lets go of the upper halves of registers, which the compiler would do
+    had it used them itself. What is left in them slows other code, and is saved whenever threads change.
+    """
+    return assembly("vzeroupper", 0, ",".join(f"~{{xmm{i}}}" for i in range(16)))
 
 
 def exponential() -> Any:

@@ -3,8 +3,8 @@
     norm, q k v of the first layer
     each layer: attention | projection onto x | norm, feed-forward | projection onto x | norm, q k v of the next layer
 
-A pass in which sequences only decode is one call, attention included. In others attention is torch's in part, and what
-lies between two attentions is a call. The same code computes both, so a row has the same bits in either.
+A pass of decoding rows and short prompts is one call, attention included. Beside longer prompts attention is torch's in
+part, and what lies between two attentions is a call. The same code computes both, so a row has the same bits in either.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Passes:
         self._blocks, self._products = list(blocks), products
         norms = {FEED: [block.ln_2 for block in blocks], QKV: [block.ln_1 for block in blocks]}
         # Norms are computed in float32.
-        self._norms = {at: [(norm.weight.float(), norm.bias.float()) for norm in norms[at]] for at in norms}
+        self._norms = {at: [tuple(map(_floats, (norm.weight, norm.bias))) for norm in norms[at]] for at in norms}
         #: What does not change from pass to pass, [layers + 1, 5, FIELDS]; of the first row only QKV is run, which the
         #: last has not.
         self._table = np.zeros((len(blocks) + 1, 5, FIELDS), dtype=np.int64)
@@ -57,13 +57,16 @@ class Passes:
         streamed = {at: [product for product in products[at] if isinstance(product, Streamed)] for at in names}
         return cls(blocks, streamed) if all(len(streamed[at]) == len(blocks) for at in names) else None
 
-    def of_blocks(self, blocks: Sequence[Block]) -> bool:
-        """Whether it is still these blocks that it runs."""
-        return all(ours is theirs for ours, theirs in zip(self._blocks, blocks, strict=True))
+    def __deepcopy__(self, _: dict[int, object]) -> Passes:
+        """Itself: a copy would hold addresses of the original's tensors."""
+        return self
 
     def __call__(self, x: Tensor, attend: Attention, traces: Sequence[Trace]) -> Tensor:
-        """The residual stream [M, E] after the embeddings -> after the last block, in the same memory."""
+        """The residual stream [M, E] after the embeddings, end to end -> after the last block, in the same memory."""
         rows, width = x.shape
+        self._products[QKV][0].check(x)
+        if not x.is_contiguous():
+            raise ValueError(f"rows must lie end to end; strides are {x.stride()}")
         first = {at: self._products[at][0] for at in self._products}
         qkv, fed = x.new_empty(rows, first[QKV].out), x.new_empty(rows, first[FEED].out)
         table = self._placed(x, qkv, fed)
@@ -81,7 +84,7 @@ class Passes:
         for layer, block in enumerate(self._blocks):
             for trace in traces if layer == 0 else ():
                 trace.record(ln_1=normed, q=q, k=k, v=v)
-            attended = attend(layer, q, k, v).view(rows, width)
+            attended = attend(layer, q, k, v).reshape(rows, width).contiguous()
             table[layer + 1, PROJECTION, chain.SOURCE] = attended.data_ptr()
             workspace.run(table[layer + 1, PROJECTION : QKV + (layer + 1 < len(self._blocks))])
             for trace in traces:
@@ -105,3 +108,7 @@ class Passes:
         table[1:, ATTENTION, chain.CALL], table[1:, ATTENTION, chain.ARGUMENT] = calls.address, arguments
         table[1:, PROJECTION, chain.SOURCE] = attended.data_ptr()
         workspace.run(table.reshape(-1, FIELDS)[QKV:-1])
+
+
+def _floats(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous()

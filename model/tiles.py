@@ -29,7 +29,6 @@ from model.chain import (
     CONSTANTS,
     GELU_NUMBERS,
     PACKED,
-    PANEL_BYTES,
     ROWS,
     SHARES,
     STEPS,
@@ -53,6 +52,8 @@ STEP_BYTES = 2 * TILE_BYTES
 #: What a thread has for itself: the sums of two blocks, a row of a result, how the unit was set up before.
 BLOCK_SUMS = BLOCK * BLOCK * 4
 STAGED, BEFORE, OWN_BYTES = 2 * BLOCK_SUMS, 2 * BLOCK_SUMS + 64, 2 * BLOCK_SUMS + 128
+#: As many rows as take so many bytes are multiplied with a block before the next one: they stay in the L2 cache.
+PANEL_BYTES = 3 * 2**18
 #: `arch_prctl` of Linux on x86-64: ask to use the tiles' registers; without it the first use ends the process.
 SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
 

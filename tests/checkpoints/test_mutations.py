@@ -89,6 +89,7 @@ def cache_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
         keys[:, 1 : len(k) + 1] = k.transpose(0, 1)
 
     patch.setattr(model.cache._Prefill, "attend", shifted)
+    patch.setattr(model.cache, "SHORT", 0)
 
 
 def unbiased_variance(patch: pytest.MonkeyPatch, engine: Engine) -> None:
@@ -120,6 +121,7 @@ def mask_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
         return attention(q, k, v, attn_mask=attn_mask, scale=scale)
 
     patch.setattr(model.cache.F, "scaled_dot_product_attention", leaky)
+    patch.setattr(model.cache, "SHORT", 0)
 
 
 MUTATIONS: list[tuple[Plant, int, str]] = [

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import gc
+
 import pytest
 import torch
 from torch import Tensor
 
+import model.cache
 import model.linear
 from model.cache import CachedAttention, Chunk, DecodeGroup, KVCache
 from model.gpt2 import GPT2, GPT2Config
 from model.int8 import int8_works
+from model.linear import Linear, Plain, RowRange
 from model.passes import Passes
 from model.trace import Trace
 from model.weights import expected_shapes
@@ -71,7 +77,11 @@ def passes(gpt2: GPT2) -> Passes:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("inner", [None, 192])
-def test_a_pass_computes_what_its_blocks_do(dtype: str, width: int, inner: int | None) -> None:
+@pytest.mark.parametrize("short", [0, 64])
+def test_a_pass_computes_what_its_blocks_do(
+    dtype: str, width: int, inner: int | None, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.cache, "SHORT", short)
     gpt2 = made(dtype, GPT2Config(n_layer=3, n_head=4, n_embd=width, n_positions=64, vocab_size=90, n_inner=inner))
     for decodes, chunk in (([0, 1], 0), ([], 20), ([0, 1], 20)):
         count = len(decodes) + chunk
@@ -83,8 +93,12 @@ def test_a_pass_computes_what_its_blocks_do(dtype: str, width: int, inner: int |
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_decoding_row_has_the_same_bits_alone_beside_others_and_beside_a_prompt(dtype: str, threads: int) -> None:
-    """Alone and beside decoding rows a pass is one call; beside a prompt it is one call a layer."""
+@pytest.mark.parametrize("short", [0, 64])
+def test_a_decoding_row_has_the_same_bits_alone_beside_others_and_beside_a_prompt(
+    dtype: str, threads: int, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone and beside decoding rows or a short prompt a pass is one call; beside another prompt it is one a layer."""
+    monkeypatch.setattr(model.cache, "SHORT", short)
     torch.set_num_threads(threads)
     gpt2 = made(dtype)
     run, x = passes(gpt2), rows(gpt2, 22)
@@ -157,6 +171,41 @@ def test_a_block_that_is_replaced_is_the_one_that_runs() -> None:
     assert not torch.equal(gpt2.logits(ids), before)
     gpt2.blocks[1] = kept
     assert torch.equal(gpt2.logits(ids), before)
+    last = gpt2.blocks.pop()
+    assert not torch.equal(gpt2.logits(ids), before)
+    gpt2.blocks.append(last)
+    assert torch.equal(gpt2.logits(ids), before)
+
+
+def test_blocks_that_torch_computes_and_then_not_any_more_leave_no_trace() -> None:
+    gpt2, ids = made("float32"), torch.tensor([[1, 2, 3]])
+    before, kept = gpt2.logits(ids), gpt2.blocks[1]
+    torchs = Linear(Plain(kept.c_fc.weight, kept.c_fc.bias, True), RowRange())
+    gpt2.blocks[1] = dataclasses.replace(kept, c_fc=torchs)
+    assert (gpt2.logits(ids) - before).abs().max() < 1e-4
+    gpt2.blocks[1] = kept
+    assert torch.equal(gpt2.logits(ids), before)
+
+
+def test_a_copy_outlives_the_original() -> None:
+    gpt2, ids = made("float32"), torch.tensor([[1, 2, 3]])
+    before, copied = gpt2.logits(ids), copy.deepcopy(gpt2)
+    del gpt2
+    gc.collect()
+    assert torch.equal(copied.logits(ids), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_another_width_or_type_are_refused(dtype: str) -> None:
+    gpt2 = made(dtype)
+    run, product = passes(gpt2), gpt2.blocks[0].c_fc
+    for wrong in (rows(gpt2, 2)[:, :32], rows(gpt2, 2).half(), rows(gpt2, 2)[0]):
+        with pytest.raises(ValueError, match=r"rows are torch\..*; they must be torch\..* \[M, 64\]"):
+            product(wrong)
+        with pytest.raises(ValueError, match="rows are"):
+            run(wrong.reshape(-1, wrong.shape[-1])[:, :40], Stage(gpt2).attention([0, 1]), [])
+    with pytest.raises(ValueError, match="end to end"):
+        run(rows(gpt2, 4)[::2], Stage(gpt2).attention([0, 1]), [])
 
 
 def test_without_products_of_ours_there_are_no_passes(monkeypatch: pytest.MonkeyPatch) -> None:
