@@ -16,6 +16,8 @@ import model.native
 from model.kernels import DecodeKernel, Rows, decode_kernel
 
 POSITIONS = 96
+#: Compiled loops, and those written out in instructions where the CPU has them.
+WAYS = [(8, torch.float32), (64, torch.float32), (64, torch.bfloat16)]
 
 
 def kernel(width: int, dtype: torch.dtype) -> DecodeKernel:
@@ -71,9 +73,13 @@ def test_it_computes_the_formula_and_keeps_the_new_key_and_value(width: int, dty
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_row_has_the_same_bits_alone_and_in_any_company(dtype: torch.dtype, threads: int) -> None:
-    lengths = [5, 80, 17, 96, 1, 40, 41]
-    case = Case(lengths, heads=4, width=16, dtype=dtype)
+@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize("longest", [95, 96])
+def test_a_row_has_the_same_bits_alone_and_in_any_company(
+    dtype: torch.dtype, threads: int, width: int, longest: int
+) -> None:
+    lengths = [5, 80, 17, longest, 1, 15, 47]
+    case = Case(lengths, heads=4, width=width, dtype=dtype)
     torch.set_num_threads(1)
     alone = [case.run([row])[0] for row in range(len(lengths))]
     torch.set_num_threads(threads)
@@ -96,17 +102,20 @@ def test_the_process_that_compiles_has_the_bits_of_those_that_read_what_it_kept(
     assert torch.equal(*outs)
 
 
-def test_a_broken_row_is_nan_and_its_neighbours_are_not() -> None:
+@pytest.mark.parametrize(("width", "dtype"), WAYS)
+def test_a_broken_row_is_nan_and_its_neighbours_are_not(width: int, dtype: torch.dtype) -> None:
     for broken in (float("nan"), float("inf")):
-        case = Case([20, 20, 20], heads=2, width=8, dtype=torch.float32)
+        case = Case([20, 20, 20], heads=2, width=width, dtype=dtype)
         case.cache[0, 1, 1, 3, 5] = broken
         out = case.run([0, 1, 2])
         assert out[1, 1].isnan().all()
         assert not out[[0, 2]].isnan().any()
 
 
-def test_scores_far_apart_do_not_overflow() -> None:
-    case = Case([3], heads=1, width=8, dtype=torch.float32)
+@pytest.mark.parametrize(("width", "dtype"), WAYS)
+@pytest.mark.parametrize("length", [3, 40])
+def test_scores_far_apart_do_not_overflow(width: int, dtype: torch.dtype, length: int) -> None:
+    case = Case([length], heads=1, width=width, dtype=dtype)
     case.cache[0, 0, 0, :2] = torch.tensor([[500.0], [-500.0]])
     case.qkv[0, 0] = 1.0
     assert torch.allclose(case.run([0])[0], case.cache[1, 0, :, 0], atol=1e-6)
@@ -127,8 +136,11 @@ def test_heads_are_shared_out_by_the_positions_they_read() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_rows_of_one_slot_have_the_bits_they_have_one_after_another(dtype: torch.dtype, threads: int) -> None:
-    counts, lengths, heads, width = np.array([1, 4, 2]), np.array([40, 17, 1]), 4, 16
+@pytest.mark.parametrize("width", [16, 64])
+def test_rows_of_one_slot_have_the_bits_they_have_one_after_another(
+    dtype: torch.dtype, threads: int, width: int
+) -> None:
+    counts, lengths, heads = np.array([1, 4, 2]), np.array([40, 14, 1]), 4
     one_by_one, at_once = (Case([0] * 7, heads=heads, width=width, dtype=dtype) for _ in range(2))
 
     def run(case: Case, slots: list[int], lengths: Any, counts: Any, rows: list[int]) -> Tensor:

@@ -187,3 +187,8 @@ def test_another_source_compiler_or_processor_is_another_kernel(cache: Path, mon
     assert machine_code._key("two") != before
     monkeypatch.undo()
     assert machine_code._key("two") == before
+
+
+def test_flags_are_named_as_llvm_heeds_it() -> None:
+    with pytest.raises(ValueError, match="flags"):
+        native.assembly("decq %rax", 0, "~{rax},~{cc}")
