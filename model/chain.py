@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from model import machine_code
@@ -165,6 +166,25 @@ def padded(values: Tensor | None, count: int) -> Tensor:
     if values is not None:
         out[: len(values)] = values
     return out
+
+
+def right(
+    of: Callable[[Tensor, Tensor | None, bool], Streamed], dtype: torch.dtype, *, rtol: float, atol: float
+) -> bool:
+    """Whether products come out as the formula has them, and a row's bits alone as among others; else RuntimeError."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(*s, generator=generator).to(dtype) for s in ((96, 80), (80,), (75, 96)))
+    for gelu in (False, True):
+        product = of(weight, bias, gelu)
+        expected = torch.addmm(bias.double(), x.double(), weight.double())
+        if gelu:
+            expected = F.gelu(expected, approximate="tanh")
+        found = product(x)
+        if not torch.allclose(found.double(), expected, rtol=rtol, atol=atol):
+            raise RuntimeError("they come out wrong")
+        if not all(torch.equal(product(x[at : at + 1])[0], found[at]) for at in (0, 20, 50, 74)):
+            raise RuntimeError("a row's bits depend on the others")
+    return True
 
 
 class Workspace:

@@ -35,6 +35,7 @@ from model.chain import (
     Streamed,
     finisher,
     padded,
+    right,
 )
 from model.native import assembly, cast, use_huge_pages
 
@@ -87,27 +88,10 @@ def floats_work(device: str, dtype: torch.dtype) -> bool:
     try:
         from llvmlite import binding
 
-        return bool(binding.get_host_cpu_features().get("avx512f")) and _right()
+        return bool(binding.get_host_cpu_features().get("avx512f")) and right(Floats.of, dtype, rtol=1e-5, atol=1e-4)
     except Exception as error:  # a speed-up must never be what keeps a model from running
         log.warning("products are computed by torch's operators, more slowly: %r", error)
         return False
-
-
-def _right() -> bool:
-    """Whether products come out as the formula has them, and a row's bits alone as among others."""
-    generator = torch.Generator().manual_seed(0)
-    weight, bias, x = (torch.randn(*s, generator=generator) for s in ((96, 80), (80,), (75, 96)))
-    for gelu in (False, True):
-        product = Floats.of(weight, bias, gelu)
-        expected = torch.addmm(bias.double(), x.double(), weight.double())
-        if gelu:
-            expected = F.gelu(expected, approximate="tanh")
-        found = product(x)
-        if not torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-4):
-            raise RuntimeError("they come out wrong")
-        if not all(torch.equal(product(x[at : at + 1])[0], found[at]) for at in (0, 20, 50, 74)):
-            raise RuntimeError("a row's bits depend on the others")
-    return True
 
 
 def _pack() -> Any:
@@ -182,21 +166,27 @@ def _multiply() -> Any:
 
     registers = [*(f"xmm{i}" for i in range(32)), "rax", "rcx", "rdx", "rsi", "rdi", "flags"]
     changes = ",".join(f"~{{{register}}}" for register in registers)
-    one, two, four, eight = (assembly(_instructions(rows, 1), 6, changes) for rows in (1, 2, 4, 8))
-    one_fast, two_fast, four_fast, eight_fast = (assembly(_instructions(rows, 3), 6, changes) for rows in (1, 2, 4, 8))
+    slow, fast = (_by_rows(lines, changes) for lines in (1, 3))
 
     @numba.njit(error_model="numpy")
-    def multiply(rows: int, fast: bool, x: int, w: int, steps: int, sums: int, soon: int, quarter: int) -> None:
-        if fast:
-            if rows == 1:
-                one_fast(x, w, steps, sums, soon, quarter)
-            elif rows == 2:
-                two_fast(x, w, steps, sums, soon, quarter)
-            elif rows <= 4:
-                four_fast(x, w, steps, sums, soon, quarter)
-            else:
-                eight_fast(x, w, steps, sums, soon, quarter)
-        elif rows == 1:
+    def multiply(rows: int, all_lines: bool, x: int, w: int, steps: int, sums: int, soon: int, quarter: int) -> None:
+        if all_lines:
+            fast(rows, x, w, steps, sums, soon, quarter)
+        else:
+            slow(rows, x, w, steps, sums, soon, quarter)
+
+    return multiply
+
+
+def _by_rows(lines: int, changes: str) -> Any:
+    """The instructions for at least so many rows as there are: 1, 2, 4 or 8."""
+    import numba
+
+    one, two, four, eight = (assembly(_instructions(rows, lines), 6, changes) for rows in (1, 2, 4, 8))
+
+    @numba.njit(error_model="numpy")
+    def multiply(rows: int, x: int, w: int, steps: int, sums: int, soon: int, quarter: int) -> None:
+        if rows == 1:
             one(x, w, steps, sums, soon, quarter)
         elif rows == 2:
             two(x, w, steps, sums, soon, quarter)

@@ -38,6 +38,7 @@ from model.chain import (
     Streamed,
     finisher,
     padded,
+    right,
 )
 from model.native import assembly, cast, prefetch, use_huge_pages
 
@@ -92,7 +93,7 @@ def tiles_work(device: str, dtype: torch.dtype) -> bool:
     if device != "cpu" or dtype != torch.bfloat16 or not _permitted():
         return False
     try:
-        return _right()
+        return right(Tiled.of, dtype, rtol=2.0**-8, atol=1e-3)
     except Exception as error:  # a speed-up must never be what keeps a model from running
         log.warning("products are computed by torch's operators, more slowly: %r", error)
         return False
@@ -110,23 +111,6 @@ def _permitted() -> bool:
         return int(libc.syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA)) == 0
     except (ImportError, AttributeError, RuntimeError):  # no numba for this Python, or another LLVM
         return False
-
-
-def _right() -> bool:
-    """Whether products come out as the formula has them, and a row's bits alone as among others."""
-    generator = torch.Generator().manual_seed(0)
-    weight, bias, x = (torch.randn(*s, generator=generator).bfloat16() for s in ((96, 80), (80,), (75, 96)))
-    for gelu in (False, True):
-        product = Tiled.of(weight, bias, gelu)
-        expected = torch.addmm(bias.double(), x.double(), weight.double())
-        if gelu:
-            expected = F.gelu(expected, approximate="tanh")
-        found = product(x)
-        if not torch.allclose(found.double(), expected, rtol=2.0**-8, atol=1e-3):
-            raise RuntimeError("they come out wrong")
-        if not all(torch.equal(product(x[at : at + 1])[0], found[at]) for at in (0, 20, 50, 74)):
-            raise RuntimeError("a row's bits depend on the others")
-    return True
 
 
 def _constants() -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from model.floats import FLOATS, Floats, floats_work
 from model.linear import Linear
+from tests.unit.model.streamed import check_apart, check_broken, check_company
 
 needs_unit = pytest.mark.skipif(not floats_work("cpu", torch.float32), reason="this CPU has no AVX-512, or no numba")
 
@@ -65,39 +65,19 @@ def test_gelu_is_that_of_float32_from_the_smallest_to_the_largest() -> None:
 @needs_unit
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: int) -> None:
-    weight, x = normal(500, 200), normal(600, 500)
-    product = Floats.of(weight, None, True)
-    torch.set_num_threads(2)
-    expected = product(x)
-    torch.set_num_threads(threads)
-    for count in (*range(1, 40), 63, 64, 65, 127, 128, 129, 255, 256, 257, 512, 600):
-        assert torch.equal(product(x[:count]), expected[:count]), f"{count} rows"
-        assert torch.equal(product(x[600 - count :]), expected[600 - count :]), f"the last {count} rows"
+    counts = [*range(1, 40), 63, 64, 65, 127, 128, 129, 255, 256, 257, 512, 600]
+    check_company(Floats.of(normal(500, 200), None, True), normal(600, 500), threads, counts)
 
 
 @needs_unit
 def test_rows_may_lie_apart_or_across() -> None:
-    weight, x = normal(64, 96), normal(48, 256)
-    product = Floats.of(weight, None, False)
-    expected = product(x[:, 64:128].contiguous())
-    assert torch.equal(product(x[:, 64:128]), expected)
-    assert torch.equal(product(x[:, 64:128].t().contiguous().t()), expected)
+    check_apart(Floats.of(normal(64, 96), None, False), normal(48, 256))
 
 
 @needs_unit
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
-    weight, x = normal(64, 96), normal(40, 64)
-    for gelu in (False, True):
-        product = Floats.of(weight, normal(96), gelu)
-        clean = product(x)
-        broken = x.clone()
-        broken[7, 3] = bad
-        found = product(broken)
-        assert not found[7].isfinite().all()
-        assert math.isinf(bad) or found[7].isnan().all()
-        assert torch.equal(found[:7], clean[:7])
-        assert torch.equal(found[8:], clean[8:])
+    check_broken(lambda gelu: Floats.of(normal(64, 96), normal(96), gelu), normal(40, 64), bad)
 
 
 @needs_unit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 import model.tiles
 from model.linear import Linear, Packed, packing_works
 from model.tiles import TILES, Tiled, tiles_work
+from tests.unit.model.streamed import check_apart, check_broken, check_company
 
 needs_unit = pytest.mark.skipif(not tiles_work("cpu", torch.bfloat16), reason="this CPU has no AMX, or no numba")
 
@@ -45,39 +45,19 @@ def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
 @needs_unit
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: int) -> None:
-    weight, x = normal(96, 200), normal(600, 96)
-    product = Tiled.of(weight, None, True)
-    torch.set_num_threads(2)
-    expected = product(x)
-    torch.set_num_threads(threads)
-    for count in (*range(1, 40), 63, 64, 65, 127, 128, 129, 511, 512, 513, 600):
-        assert torch.equal(product(x[:count]), expected[:count]), f"{count} rows"
-        assert torch.equal(product(x[600 - count :]), expected[600 - count :]), f"the last {count} rows"
+    counts = [*range(1, 40), 63, 64, 65, 127, 128, 129, 511, 512, 513, 600]
+    check_company(Tiled.of(normal(96, 200), None, True), normal(600, 96), threads, counts)
 
 
 @needs_unit
 def test_rows_may_lie_apart_or_across() -> None:
-    weight, x = normal(64, 96), normal(48, 256)
-    product = Tiled.of(weight, None, False)
-    expected = product(x[:, 64:128].contiguous())
-    assert torch.equal(product(x[:, 64:128]), expected)
-    assert torch.equal(product(x[:, 64:128].t().contiguous().t()), expected)
+    check_apart(Tiled.of(normal(64, 96), None, False), normal(48, 256))
 
 
 @needs_unit
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
-    weight, x = normal(64, 96), normal(40, 64)
-    for gelu in (False, True):
-        product = Tiled.of(weight, normal(96), gelu)
-        clean = product(x)
-        broken = x.clone()
-        broken[7, 3] = bad
-        found = product(broken)
-        assert not found[7].isfinite().all()
-        assert math.isinf(bad) or found[7].isnan().all()
-        assert torch.equal(found[:7], clean[:7])
-        assert torch.equal(found[8:], clean[8:])
+    check_broken(lambda gelu: Tiled.of(normal(64, 96), normal(96), gelu), normal(40, 64), bad)
 
 
 @needs_unit

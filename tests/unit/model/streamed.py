@@ -1,0 +1,42 @@
+"""What every product of ours must do, whatever its type."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from model.chain import Streamed
+
+
+def check_company(product: Streamed, x: Tensor, threads: int, counts: Sequence[int]) -> None:
+    """A row has the same bits for every number of rows and threads."""
+    torch.set_num_threads(2)
+    expected = product(x)
+    torch.set_num_threads(threads)
+    for count in counts:
+        assert torch.equal(product(x[:count]), expected[:count]), f"{count} rows"
+        assert torch.equal(product(x[len(x) - count :]), expected[len(x) - count :]), f"the last {count} rows"
+
+
+def check_apart(product: Streamed, x: Tensor) -> None:
+    """Rows may lie apart or across. x: [M, more than 128], `in` is 64."""
+    expected = product(x[:, 64:128].contiguous())
+    assert torch.equal(product(x[:, 64:128]), expected)
+    assert torch.equal(product(x[:, 64:128].t().contiguous().t()), expected)
+
+
+def check_broken(made: Callable[[bool], Streamed], x: Tensor, bad: float) -> None:
+    """What is no number stays in its row and is seen, with and without GELU."""
+    for gelu in (False, True):
+        product = made(gelu)
+        clean = product(x)
+        broken = x.clone()
+        broken[7, 3] = bad
+        found = product(broken)
+        assert not found[7].isfinite().all()
+        assert math.isinf(bad) or found[7].isnan().all()
+        assert torch.equal(found[:7], clean[:7])
+        assert torch.equal(found[8:], clean[8:])
