@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import secrets
@@ -337,8 +338,9 @@ class Client:
                 self._check_room(drafts)
                 self._check_ids(drafts)
                 with self._app.producer_pool.acquire(block=True) as producer:
+                    ordered = sorted(drafts, key=_urgency)
                     for start in range(0, len(drafts), RECORD_JOBS):
-                        part = drafts[start : start + RECORD_JOBS]
+                        part = ordered[start : start + RECORD_JOBS]
                         new = self._record(part)
                         accepted |= {draft.id for draft in part} - new.keys()
                         for group in _groups(new.values()):
@@ -588,18 +590,24 @@ class _Draft:
         return record if self.mark is None else {**record, "mark": self.mark}
 
 
+def _urgency(draft: _Draft) -> int:
+    """The less, the sooner. What is sent first may fill a worker's slots before it hears of the rest."""
+    return keys.PRIORITIES[draft.request.priority]
+
+
 def _groups(drafts: Iterable[_Draft]) -> Iterator[list[_Draft]]:
-    """The jobs of each message: of one queue and priority, in the order they came."""
-    open_groups: dict[tuple[str, str], tuple[list[_Draft], int]] = {}
-    for draft in drafts:
-        place, size = (draft.model, draft.request.priority), len(json.dumps(draft.wire))
-        group, used = open_groups.get(place, ([], 0))
-        if group and (len(group) == GROUP_JOBS or used + size > GROUP_BYTES):
+    """The jobs of each message: of one queue and priority, in the order they came. They come sorted by urgency."""
+    for _, same in itertools.groupby(drafts, _urgency):
+        open_groups: dict[str, tuple[list[_Draft], int]] = {}
+        for draft in same:
+            group, used = open_groups.get(draft.model, ([], 0))
+            size = len(json.dumps(draft.wire))
+            if group and (len(group) == GROUP_JOBS or used + size > GROUP_BYTES):
+                yield group
+                group, used = [], 0
+            open_groups[draft.model] = ([*group, draft], used + size)
+        for group, _ in open_groups.values():
             yield group
-            group, used = [], 0
-        open_groups[place] = ([*group, draft], used + size)
-    for group, _ in open_groups.values():
-        yield group
 
 
 def _read_dump(connection: redis.Redis, job_id: str, max_bytes: int) -> dict[bytes, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import subprocess
 import sys
@@ -163,6 +164,17 @@ def test_a_message_holds_one_priority_and_one_model(client: Client, connection: 
     assert [len(jobs_in(message)) for message in queued(client, connection)] == [4, 4]
     for model in ("unit-one", "unit-two"):
         assert sum(connection.llen(name) for name in keys.queue_lists(model)) == 1  # type: ignore[misc]
+
+
+def test_urgent_jobs_of_a_list_are_sent_first(client: Client, connection: redis.Redis) -> None:
+    """Else those before them may fill a worker's slots."""
+    priorities = ["bulk"] * (GROUP_JOBS + 1) + ["normal", "interactive"]
+    lists = [name.encode("unicode_escape").decode() for name in keys.queue_lists(client.model_name)]
+    with connection.monitor() as monitor:
+        jobs = client.submit_many([{"prompt": "x", "priority": priority} for priority in priorities])
+        sent = (line.split()[1] for line in (each["command"] for each in monitor.listen()) if line.startswith("LPUSH"))
+        assert list(itertools.islice((name for name in sent if name in lists), 4)) == [*lists[:2], lists[-1], lists[-1]]
+    assert [job.id for job in jobs[:GROUP_JOBS]] == [job["id"] for job in jobs_in(queued(client, connection)[-1])]
 
 
 def test_long_prompts_do_not_pile_up_in_one_message(client: Client, connection: redis.Redis) -> None:
