@@ -24,7 +24,7 @@ demo: $(VENV)/run ## generate text from the bundled model through an embedded Re
 	$(BIN)/millrace generate "Hello." --max-tokens 24 --temperature 0
 
 test: $(VENV)/dev ## run the whole test suite, in three processes: what starts workers also waits
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 properties: $(VENV)/dev ## run the property tests with 500 examples each
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest tests/checkpoints/test_properties.py --timeout 3600

@@ -26,7 +26,7 @@ def settings(redis_url: str) -> Settings:
 def worker(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
     """`celery -A worker worker`, with no flags, ready."""
     log = tmp_path_factory.mktemp("worker") / "worker.log"
-    with WorkerProcess(log, bare=True, MILLRACE_REDIS_URL=redis_url) as process:
+    with WorkerProcess(log, MILLRACE_REDIS_URL=redis_url) as process:
         process.wait_ready()
         yield process
 

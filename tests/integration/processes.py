@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ class WorkerProcess:
     def __init__(self, log: Path, *flags: str, patch: str = "", bare: bool = False, **environment: str) -> None:
         self.log = log
         self.flags = ["-A", "worker", "worker", *flags]
-        self.patch, self.bare = patch, bare
+        self._slow = log.with_suffix(".slow")
+        self.patch, self.bare = "" if bare else _slowly_while(self._slow) + patch, bare
         # One thread: where several workers share two cores, threads that wait for each other take minutes for seconds.
         self.environment = {**os.environ, "MILLRACE_LOG_FORMAT": "json", "MILLRACE_THREADS": "1", **environment}
         self.environment.pop("OMP_NUM_THREADS", None)  # tests/conftest.py
@@ -35,7 +38,6 @@ class WorkerProcess:
 
     def start(self) -> WorkerProcess:
         if self.bare:
-            assert not self.patch, "a process of its own runs what users run"
             command = die_with_parent([sys.executable, "-m", "celery", *self.flags])
             with self.log.open("ab") as out:
                 self.process = subprocess.Popen(
@@ -50,6 +52,16 @@ class WorkerProcess:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+
+    @contextlib.contextmanager
+    def slowly(self) -> Iterator[None]:
+        """Meanwhile its jobs go on for long: a test can look at one that runs, however fast the machine is."""
+        assert not self.bare, "a program of its own runs what users run"
+        self._slow.touch()
+        try:
+            yield
+        finally:
+            self._slow.unlink()
 
     @property
     def alive(self) -> bool:
@@ -91,12 +103,10 @@ class WorkerProcess:
             self.process.wait()
 
 
-def worker_on(
-    server: EmbeddedRedis, log: Path, *flags: str, patch: str = "", bare: bool = False, **settings: str
-) -> WorkerProcess:
+def worker_on(server: EmbeddedRedis, log: Path, *flags: str, patch: str = "", **settings: str) -> WorkerProcess:
     """A worker of a test's own, of few slots and with the shortest lease there is."""
     defaults = {"MILLRACE_REDIS_URL": server.url, "MILLRACE_SLOTS": "4", "MILLRACE_LEASE_S": "3"}
-    return WorkerProcess(log, *flags, patch=patch, bare=bare, **{**defaults, **settings})
+    return WorkerProcess(log, *flags, patch=patch, **{**defaults, **settings})
 
 
 def paced(step_s: float) -> str:
@@ -109,6 +119,20 @@ def paced(self, step):
     time.sleep({step_s})
     return run(self, step)
 Runner.run = paced
+"""
+
+
+def _slowly_while(file: Path) -> str:
+    """A patch: each step waits while this file is there."""
+    return f"""
+import os, time
+from worker.runner import Runner
+run = Runner.run
+def slowly(self, step, run=run):
+    if os.path.exists({str(file)!r}):
+        time.sleep(0.05)
+    return run(self, step)
+Runner.run = slowly
 """
 
 

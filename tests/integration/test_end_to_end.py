@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,10 +31,10 @@ from model import load_tokenizer
 from tests.integration.conftest import Reference
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.patience import PATIENCE_S
+from worker.embedded import EmbeddedRedis
 
 pytestmark = pytest.mark.usefixtures("worker")
 
-#: Drawn, since a greedy text repeats itself, and what repeats itself is soon over.
 LONG = {"max_tokens": 900, "temperature": 1, "seed": 7, "ignore_eos": True}
 
 
@@ -50,8 +51,12 @@ def connection(redis_url: str) -> redis.Redis:
     return connect(redis_url)
 
 
-def test_checkpoint_12_with_a_real_redis(client: Client, reference: Reference) -> None:
-    result = client.submit("Hello.", max_tokens=10, temperature=0).result(timeout=PATIENCE_S)
+def test_checkpoint_12_with_a_real_redis(
+    own_server: EmbeddedRedis, own_client: Client, reference: Reference, tmp_path: Path
+) -> None:
+    """By a worker that is a program of its own, as a user's is."""
+    with WorkerProcess(tmp_path / "worker.log", bare=True, MILLRACE_REDIS_URL=own_server.url):
+        result = own_client.submit("Hello.", max_tokens=10, temperature=0).result(timeout=PATIENCE_S)
     expected = reference([15496, 13], 10)
     assert result.choices[0].token_ids == expected
     assert result.text == load_tokenizer("demo").decode(expected)
@@ -129,20 +134,22 @@ def test_a_token_id_outside_the_vocabulary_fails_the_job(client: Client) -> None
     assert caught.value.code == "invalid_token_id"
 
 
-def test_states_from_queued_to_succeeded(client: Client) -> None:
-    job = client.submit("Hello.", **LONG)
-    wait_until(lambda: job.status() != "queued")
-    assert job.status() in ("running", "succeeded")
+def test_states_from_queued_to_succeeded(client: Client, worker: WorkerProcess) -> None:
+    with worker.slowly():
+        job = client.submit("Hello.", **LONG)
+        wait_until(lambda: job.status() != "queued")
+        assert job.status() == "running"
     assert client.job(job.id).result(PATIENCE_S).usage.completion_tokens == 900
     assert client.job(job.id).status() == "succeeded"
 
 
-def test_cancelling_a_running_job_ends_it_with_its_text_so_far(client: Client) -> None:
-    job = client.submit("Hello.", **LONG)
-    wait_until(lambda: job.status() == "running")
-    assert job.cancel()
-    with pytest.raises(JobCancelled) as caught:
-        job.result(PATIENCE_S)
+def test_cancelling_a_running_job_ends_it_with_its_text_so_far(client: Client, worker: WorkerProcess) -> None:
+    with worker.slowly():
+        job = client.submit("Hello.", **LONG)
+        wait_until(lambda: job.status() == "running")
+        assert job.cancel()
+        with pytest.raises(JobCancelled) as caught:
+            job.result(PATIENCE_S)
     assert caught.value.partial
     assert job.status() == "cancelled"
     assert not job.cancel()
@@ -154,43 +161,47 @@ def test_a_job_cancelled_before_a_worker_meets_it_is_never_computed(client: Clie
         client.submit("Hello.", id="cancelled-early").result(PATIENCE_S)
 
 
-def test_celerys_own_revoke_stops_one_row(settings: Settings, client: Client) -> None:
+def test_celerys_own_revoke_stops_one_row(settings: Settings, client: Client, worker: WorkerProcess) -> None:
     from worker.celery import make_app
 
     app = make_app(settings)
-    job, neighbour = client.submit("Hello.", **LONG), client.submit("Hello.", **{**LONG, "max_tokens": 200})
-    wait_until(lambda: job.status() == "running")
-    app.control.revoke(job.id, terminate=True)
-    with pytest.raises(JobCancelled):
-        job.result(PATIENCE_S)
+    with worker.slowly():
+        job, neighbour = client.submit("Hello.", **LONG), client.submit("Hello.", **{**LONG, "max_tokens": 200})
+        wait_until(lambda: job.status() == "running")
+        app.control.revoke(job.id, terminate=True)
+        with pytest.raises(JobCancelled):
+            job.result(PATIENCE_S)
     assert neighbour.result(PATIENCE_S).usage.completion_tokens == 200
     assert app.control.ping(timeout=2)
     app.close()
 
 
-def test_jobs_of_one_message_are_cancelled_revoked_and_fail_alone(settings: Settings, client: Client) -> None:
+def test_jobs_of_one_message_are_cancelled_revoked_and_fail_alone(
+    settings: Settings, client: Client, worker: WorkerProcess
+) -> None:
     from worker.celery import make_app
 
     app = make_app(settings)
     requests: list[dict[str, Any]] = [{"prompt": "Hello."} for _ in range(5)]
     requests[3] = {"prompt": [60000]}
     requests[4] = {"prompt": "Hello.", "max_tokens": 200}
-    cancelled, revoked, expired, bad, good = client.submit_many(
-        [{**LONG, **request, "timeout_s": 0.3 if i == 2 else None} for i, request in enumerate(requests)]
-    )
-    wait_until(lambda: cancelled.status() == revoked.status() == "running")
-    assert cancelled.cancel()
-    app.control.revoke(revoked.id)
-    with pytest.raises(JobCancelled) as caught:
-        cancelled.result(PATIENCE_S)
-    assert caught.value.partial
-    with pytest.raises(JobCancelled, match="revoked through Celery"):
-        revoked.result(PATIENCE_S)
-    with pytest.raises(JobFailed, match="60000"):
-        bad.result(PATIENCE_S)
+    with worker.slowly():
+        cancelled, revoked, expired, bad, good = client.submit_many(
+            [{**LONG, **request, "timeout_s": 0.3 if i == 2 else None} for i, request in enumerate(requests)]
+        )
+        wait_until(lambda: cancelled.status() == revoked.status() == "running")
+        assert cancelled.cancel()
+        app.control.revoke(revoked.id)
+        with pytest.raises(JobCancelled) as caught:
+            cancelled.result(PATIENCE_S)
+        assert caught.value.partial
+        with pytest.raises(JobCancelled, match="revoked through Celery"):
+            revoked.result(PATIENCE_S)
+        with pytest.raises(JobFailed, match="60000"):
+            bad.result(PATIENCE_S)
+        with pytest.raises(JobExpired):
+            expired.result(PATIENCE_S)
     assert good.result(PATIENCE_S).usage.completion_tokens == 200
-    with pytest.raises(JobExpired):
-        expired.result(PATIENCE_S)
     assert AsyncResult(good.id, app=app).get(timeout=5)["usage"]["completion_tokens"] == 200
     assert [AsyncResult(job.id, app=app).state for job in (revoked, bad)] == ["REVOKED", "FAILURE"]
     with pytest.raises(JobFailed, match="60000"):
@@ -198,18 +209,19 @@ def test_jobs_of_one_message_are_cancelled_revoked_and_fail_alone(settings: Sett
     app.close()
 
 
-def test_revoking_a_message_ends_all_its_jobs(settings: Settings, client: Client) -> None:
+def test_revoking_a_message_ends_all_its_jobs(settings: Settings, client: Client, worker: WorkerProcess) -> None:
     from worker.celery import make_app
 
     app = make_app(settings)
-    jobs = client.submit_many(["Hello."] * 3, **LONG)
-    wait_until(lambda: all(job.status() == "running" for job in jobs))
-    (active,) = app.control.inspect(timeout=5, limit=1).active().values()
-    (message,) = [task["id"] for task in active if task["name"] == "millrace.generate_many"]
-    app.control.revoke(message, terminate=True)
-    for job in jobs:
-        with pytest.raises(JobCancelled, match="revoked through Celery"):
-            job.result(PATIENCE_S)
+    with worker.slowly():
+        jobs = client.submit_many(["Hello."] * 3, **LONG)
+        wait_until(lambda: all(job.status() == "running" for job in jobs))
+        (active,) = app.control.inspect(timeout=5, limit=1).active().values()
+        (message,) = [task["id"] for task in active if task["name"] == "millrace.generate_many"]
+        app.control.revoke(message, terminate=True)
+        for job in jobs:
+            with pytest.raises(JobCancelled, match="revoked through Celery"):
+                job.result(PATIENCE_S)
     waits = uuid.uuid4().hex
     app.control.revoke(waits)
     late = [{"id": f"{waits}:{i}", "request": {"prompt": "Hello."}} for i in range(2)]
@@ -235,21 +247,22 @@ def test_an_async_result_hears_of_the_end_of_a_job_in_a_group(settings: Settings
     app.close()
 
 
-def test_a_job_past_its_timeout_is_expired(client: Client) -> None:
-    job = client.submit("Hello.", timeout_s=0.3, **LONG)
-    with pytest.raises(JobExpired):
-        job.result(PATIENCE_S)
+def test_a_job_past_its_timeout_is_expired(client: Client, worker: WorkerProcess) -> None:
+    with worker.slowly():
+        job = client.submit("Hello.", timeout_s=0.3, **LONG)
+        with pytest.raises(JobExpired):
+            job.result(PATIENCE_S)
     assert job.status() == "expired"
 
 
-def test_celerys_own_time_limit_is_kept(settings: Settings, client: Client) -> None:
+def test_celerys_own_time_limit_is_kept(settings: Settings, client: Client, worker: WorkerProcess) -> None:
     from worker.celery import make_app
 
     app = make_app(settings)
-    request = {"prompt": "Hello.", **LONG, "max_tokens": 1000}
-    job = sent_by_celery(client, app, [request], time_limit=0.2)
-    with pytest.raises(JobExpired, match="time limit"):
-        job.result(PATIENCE_S)
+    with worker.slowly():
+        job = sent_by_celery(client, app, [{"prompt": "Hello.", **LONG}], time_limit=0.2)
+        with pytest.raises(JobExpired, match="time limit"):
+            job.result(PATIENCE_S)
     app.close()
 
 
@@ -284,7 +297,9 @@ def test_a_message_nobody_could_have_submitted_fails_plainly(settings: Settings,
     app.close()
 
 
-def test_unknown_job_no_worker_and_too_late_are_three_errors(settings: Settings, client: Client) -> None:
+def test_unknown_job_no_worker_and_too_late_are_three_errors(
+    settings: Settings, client: Client, worker: WorkerProcess
+) -> None:
     with pytest.raises(UnknownJob, match="never-was"):
         client.job("never-was").result(1)
     with pytest.raises(UnknownJob):
@@ -294,11 +309,12 @@ def test_unknown_job_no_worker_and_too_late_are_three_errors(settings: Settings,
         with pytest.raises(NoWorker, match=r"millrace\.unserved.*celery -A worker worker"):
             job.result(0.2)
         assert job.status() == "queued"
-    slow = client.submit("Hello.", **LONG)
-    with pytest.raises(ResultTimeout, match="it goes on") as caught:
-        slow.result(0.05)
-    assert not isinstance(caught.value, NoWorker)
-    slow.cancel()
+    with worker.slowly():
+        slow = client.submit("Hello.", **LONG)
+        with pytest.raises(ResultTimeout, match="it goes on") as caught:
+            slow.result(0.05)
+        assert not isinstance(caught.value, NoWorker)
+        slow.cancel()
 
 
 def test_as_completed_gives_each_job_once_as_it_ends(client: Client) -> None:
@@ -403,16 +419,19 @@ def test_a_job_keeps_its_checkpoints_when_asked_and_not_otherwise(client: Client
         plain.checkpoints()
 
 
-def test_the_status_shows_what_is_in_the_slots_and_what_failed_and_gives_no_id_away(client: Client) -> None:
+def test_the_status_shows_what_is_in_the_slots_and_what_failed_and_gives_no_id_away(
+    client: Client, worker: WorkerProcess
+) -> None:
     failing = client.submit([60_000], max_tokens=1)
     assert failing.wait(timeout=PATIENCE_S) == "failed"
-    jobs = client.submit_many(["Hello."] * 90, max_tokens=900, ignore_eos=True)
-    tags = {keys.tag(job.id) for job in jobs}
-    deadline, rows = time.monotonic() + PATIENCE_S, []
-    while not rows and time.monotonic() < deadline:
-        rows = [row for row in client.status().workers[0].rows if row.job in tags]
-    record = client._redis.hgetall(keys.worker(client.status().workers[0].name))
-    client.cancel(jobs)
+    with worker.slowly():
+        jobs = client.submit_many(["Hello."] * 90, max_tokens=900, ignore_eos=True)
+        tags = {keys.tag(job.id) for job in jobs}
+        deadline, rows = time.monotonic() + PATIENCE_S, []
+        while not rows and time.monotonic() < deadline:
+            rows = [row for row in client.status().workers[0].rows if row.job in tags]
+        record = client._redis.hgetall(keys.worker(client.status().workers[0].name))
+        client.cancel(jobs)
     assert rows
     assert all(row.prompt == 2 and row.most == 900 and row.written <= 900 for row in rows)
     (failure,) = [f for f in client.status().workers[0].failures if f.job == keys.tag(failing.id)]

@@ -118,34 +118,36 @@ def test_copies_of_a_group_and_of_its_jobs_are_one_result_each(
     assert [*active.values(), *reserved.values()] == [[], []]
 
 
-def test_a_redis_that_is_full_for_a_while_costs_no_job(client: Client, server: EmbeddedRedis) -> None:
+def test_a_redis_that_is_full_for_a_while_costs_no_job(
+    client: Client, server: EmbeddedRedis, worker: WorkerProcess
+) -> None:
     """Results cannot be stored meanwhile; they are when there is room again, and the worker goes on."""
     connection = connect(server.url)
-    jobs = client.submit_many(["Hello."] * 3, max_tokens=300, ignore_eos=True, temperature=0)
-    jobs.append(client.submit("Hello.", max_tokens=300, ignore_eos=True, temperature=0))
-    wait_until(lambda: any(job.status() == "running" for job in jobs))
-    connection.config_set("maxmemory", "1")
+    with worker.slowly():
+        jobs = client.submit_many(["Hello."] * 3, max_tokens=300, ignore_eos=True, temperature=0)
+        jobs.append(client.submit("Hello.", max_tokens=300, ignore_eos=True, temperature=0))
+        wait_until(lambda: any(job.status() == "running" for job in jobs))
+        connection.config_set("maxmemory", "1")
     time.sleep(3)
     connection.config_set("maxmemory", "0")
     assert {job.result(PATIENCE_S).usage.completion_tokens for job in jobs} == {300}
     assert client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
 
 
-def test_inspect_shows_no_prompt(client: Client, app: Celery) -> None:
-    # A step takes long where the likeliest tokens are asked for and drawn from.
-    long: dict[str, Any] = {"max_tokens": 1000, "logprobs": 20, "top_p": 0.9, "ignore_eos": True}
-    job, *pair = (
-        client.submit("Peculiar zebra 7312", **long),
-        *client.submit_many(["Peculiar zebra 7312"] * 2, **long),
-    )
-    wait_until(lambda: all(one.status() == "running" for one in (job, pair[0])))
-    assert pair[1].status() == "queued", "with two slots, the second of the pair is to wait"
-    shown = json.dumps(app.control.inspect(timeout=3).active() or {})
-    assert job.id in shown
-    assert "millrace.generate_many" in shown
-    assert "zebra" not in shown
-    for one in (job, *pair):
-        one.cancel()
+def test_inspect_shows_no_prompt(client: Client, app: Celery, worker: WorkerProcess) -> None:
+    long: dict[str, Any] = {"max_tokens": 1000, "ignore_eos": True}
+    with worker.slowly():
+        job, *pair = (
+            client.submit("Peculiar zebra 7312", **long),
+            *client.submit_many(["Peculiar zebra 7312"] * 2, **long),
+        )
+        wait_until(lambda: all(one.status() == "running" for one in (job, pair[0])))
+        assert pair[1].status() == "queued", "with two slots, the second of the pair is to wait"
+        shown = json.dumps(app.control.inspect(timeout=3).active() or {})
+        assert job.id in shown
+        assert "millrace.generate_many" in shown
+        assert "zebra" not in shown
+        assert client.cancel([job, *pair]) == [True] * 3
 
 
 def test_five_messages_of_one_job_are_one_result(client: Client, app: Celery) -> None:

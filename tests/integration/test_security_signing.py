@@ -94,15 +94,16 @@ def test_who_has_no_key_ends_no_job_by_naming_it(server: EmbeddedRedis, worker: 
     long = {**REQUEST, "max_tokens": 900, "ignore_eos": True}
     forged = sign(FOREIGN.encode(), "victim:0", "demo", REQUEST)
     with client_of(server, NEW) as client:
-        victims = [client.submit(id=f"victim:{i}", **long) for i in range(5)]  # one waits for a slot
-        wait_until(lambda: victims[0].status() == "running")
-        for name in (*(job.id for job in victims), "victim:later"):
-            app.send_task("millrace.generate", args=[REQUEST], task_id=name, priority=0)
-        app.send_task("millrace.generate_many", args=[[{"id": "victim:0", "request": forged}]], priority=0)
-        app.send_task("millrace.generate", args=[REQUEST], task_id="victim:0", time_limit="x", priority=0)
-        app.send_task("millrace.unheard", task_id="victim:0", priority=0)
-        worker.wait_for("message.refused", count=refused + 9)
-        assert victims[0].status() == "running"
+        with worker.slowly():
+            victims = [client.submit(id=f"victim:{i}", **long) for i in range(5)]  # one waits for a slot
+            wait_until(lambda: victims[0].status() == "running")
+            for name in (*(job.id for job in victims), "victim:later"):
+                app.send_task("millrace.generate", args=[REQUEST], task_id=name, priority=0)
+            app.send_task("millrace.generate_many", args=[[{"id": "victim:0", "request": forged}]], priority=0)
+            app.send_task("millrace.generate", args=[REQUEST], task_id="victim:0", time_limit="x", priority=0)
+            app.send_task("millrace.unheard", task_id="victim:0", priority=0)
+            worker.wait_for("message.refused", count=refused + 9)
+            assert victims[0].status() == "running"
         assert client.submit(id="victim:later", **REQUEST).result(PATIENCE_S).text == TEXT
         assert {job.result(PATIENCE_S).usage.completion_tokens for job in victims} == {900}
         letters = [json.loads(text)["reason"] for text in client._redis.lrange(keys.dead(), 0, 8)]  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from client import Client, RedisUnreachable
+from client import Client, RedisUnreachable, transport
 from client.transport import check_access
 from tests.integration.processes import WorkerProcess
 from tests.integration.servers import Authority, TlsProxy, free_port, redis_on_a_port
@@ -120,8 +120,9 @@ def test_who_speaks_no_tls_to_a_server_that_does_is_told(proxy: TlsProxy) -> Non
 
 def test_who_speaks_tls_to_a_server_that_does_not_is_told(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each waits for the other until a timeout, which is shorter here."""
-    monkeypatch.setattr("client.transport.SOCKET_TIMEOUT_S", 0.5)
-    monkeypatch.setattr("client.transport.CONNECT_TIMEOUT_S", 0.5)
+    monkeypatch.setitem(transport._WAYS, "socket_timeout", 0.5)
+    monkeypatch.setattr(transport, "SOCKET_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(transport, "CONNECT_TIMEOUT_S", 0.5)
     place = f"rediss://:{PASSWORD}@localhost:{port}/0"
     with Client(redis_url=place) as client, pytest.raises(RedisUnreachable, match=r"no TLS.*write redis://"):
         client.submit("Hello.")
