@@ -30,6 +30,8 @@ class ModelledRunner:
         step_s: that time, in seconds. It counts as one that the device takes: the processor is free meanwhile.
     """
 
+    dense = False
+
     def __init__(self, step_s: float) -> None:
         self.step_s = step_s
 

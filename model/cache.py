@@ -2,7 +2,7 @@
 
 A sequence knows its longest length when it arrives, so it gets a slot in the arena of its length class and keeps it:
 
-    arena 128   k[layer]  [capacity, H, 128, D]     slot 0 | slot 1 | slot 2 | ...     running rows lie at the front
+    arena 128   k[layer]  [capacity, H, 128, D]     slot 0 | slot 1 | slot 2 | ...
     arena 256   k[layer]  [capacity, H, 256, D]     slot 0 | ...
 
 Which sequence has which slot is decided elsewhere (worker/scheduler.py); here are only the tensors.

@@ -56,6 +56,8 @@ STOPPED_MESSAGE = "the engine was stopped before the job was done"
 class StepRunner(Protocol):
     """What the engine asks of the tensor side (`worker.runner.Runner`); tests pass others in."""
 
+    @property
+    def dense(self) -> bool: ...
     def run(self, step: Step) -> Outcome: ...
     def fit(self, capacity: dict[int, int]) -> None: ...
     def move(self, move: Move) -> None: ...
@@ -392,7 +394,7 @@ class Engine:
             before = dict(slots.capacity)
             admitted = self.scheduler.admit()
             try:
-                self.runner.fit(slots.capacity)
+                self._fit()
                 if admitted or not self._kept_out():
                     return admitted
                 slots.budget_bytes = self._cache.full
@@ -402,6 +404,15 @@ class Engine:
                     raise
             # Out of the handler: the error holds what was being computed.
             self._take_back(admitted, before)
+
+    def _fit(self) -> None:
+        """Let the cache be as the slots are now."""
+        slots = self.scheduler.slots
+        if self.runner.dense:
+            slots.compact()
+        for move in slots.take_moves():
+            self.runner.move(move)
+        self.runner.fit(slots.capacity)
 
     def _kept_out(self) -> bool:
         """Whether those in line wait for nothing but room that the cache might have after all."""
@@ -414,7 +425,7 @@ class Engine:
         If nobody else has a slot and the first in line cannot have even one, it never can, and fails.
         """
         slots, wanted = self.scheduler.slots, self.scheduler.slots.used_bytes
-        for sequence in reversed(admitted):  # the last of an arena first, so that no row moves
+        for sequence in admitted:
             self.scheduler.remove(sequence)
         self._taken_back += 1
         for sequence in admitted:  # in front of those of the same priority that came later
@@ -494,7 +505,7 @@ class Engine:
             self._alive_at = time.monotonic()
         for chunk in part.chunks:
             self.prompt_tokens += chunk.count
-            self.scheduler.advance(chunk)  # now: if a later part fails, this row may move, with all it has computed
+            self.scheduler.advance(chunk)  # now: it is in the cache, whatever comes of later parts
         done.decodes.extend(part.decodes)
         done.chunks.extend(part.chunks)
         done.followers.update(part.followers)
@@ -526,12 +537,13 @@ class Engine:
         """Let go of the slots that nobody uses. Returns whether there were any."""
         slots = self.scheduler.slots
         before = slots.used_bytes
+        slots.compact()
         slots.capacity = {length: len(rows) for length, rows in slots.rows.items()}
         if slots.used_bytes == before:
             return False
         self._cache.lower(slots.used_bytes)
         try:
-            self.runner.fit(slots.capacity)
+            self._fit()
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -598,7 +610,7 @@ class Engine:
             if sequence.trace is not None and generation.on_trace is not None:
                 self._guarded(generation, functools.partial(self._hand_over, sequence, generation.on_trace))
             if self._owner.pop(sequence, None) is not None:
-                self._free(sequence)
+                self.scheduler.remove(sequence)
             if generation.finished and generation in self._jobs:
                 self._guarded(generation, functools.partial(self._complete, generation))
 
@@ -633,12 +645,8 @@ class Engine:
             self.runner.clear(slot)
         for sequence in generation.sequences:
             if self._owner.pop(sequence, None) is not None:
-                self._free(sequence)
+                self.scheduler.remove(sequence)
         _settle(generation.future, error(generation.partial))
-
-    def _free(self, sequence: Sequence) -> None:
-        if (move := self.scheduler.remove(sequence)) is not None:
-            self.runner.move(move)
 
     def _abandon(self, reason: str) -> None:
         """The end: tell everybody. The cache is left as it is, for the device may not answer any more."""

@@ -43,6 +43,11 @@ class Runner:
         """Whether a step may have several rows of one sequence."""
         return self.cache.decode_kernel() is not None
 
+    @property
+    def dense(self) -> bool:
+        """Whether the slots in use should be the first of their arena: torch's attention reads all up to the last."""
+        return self.cache.decode_kernel() is None
+
     def fit(self, capacity: dict[int, int]) -> None:
         """Bring every arena to the capacity the slot table asks for; those that shrink first."""
         for length, count in sorted(capacity.items(), key=lambda item: item[1] - self.cache.arenas[item[0]].capacity):
@@ -51,7 +56,7 @@ class Runner:
                 self.cache.arenas[length].resize(count)
 
     def move(self, move: Move) -> None:
-        """Fill the hole that a finished sequence left. Nothing stays behind: an unfinished prompt may hold NaN."""
+        """Bring a sequence to another slot. Nothing stays behind: an unfinished prompt may hold NaN."""
         arena = self.cache.arenas[move.length_class]
         arena.copy(move.source, move.target, move.length)
         arena.clear(move.source, move.length)

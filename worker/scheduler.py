@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from worker.sequence import Sequence, TokenScore
-from worker.slots import Move, SlotTable
+from worker.slots import SlotTable
 
 #: Rows up to which drafts are computed: a product of 16 rows takes hardly longer than one of a few, as both read the
 #: whole weight.
@@ -230,14 +230,14 @@ class Scheduler:
                 if follower.leader is sequence and follower.waits_for_whole:
                     follower.leader, follower.prefilled = None, sequence.prefilled
 
-    def remove(self, sequence: Sequence) -> Move | None:
-        """Take a sequence out, finished or not. Returns what the cache has to move."""
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, finished or not."""
         if sequence.slot is None:
             self._gone.add(sequence)
-            return None
+            return
         self.running.remove(sequence)
         if self._leaders.get(sequence.share_key) is sequence:
             del self._leaders[sequence.share_key]
         for follower in [s for s in self.running if s.leader is sequence]:
             self._join(follower)  # the first starts over for the others
-        return self.slots.free(sequence)
+        self.slots.free(sequence)

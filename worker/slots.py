@@ -1,8 +1,8 @@
 """Which sequence has which slot of the cache: plain numbers, no tensors.
 
-Each length class is a list of its running sequences; a sequence's place in the list is its slot, so the running rows of
-an arena always lie at its front. Memory is counted against one budget: a class grows in blocks, and one that holds
-unused slots gives them back when another needs room.
+Each length class is a list of its running sequences; a sequence's place in the list is its slot. Who leaves makes a
+hole, which the next one fills. Memory is counted against one budget: a class grows in blocks, and one that holds unused
+slots gives them back when another needs room. Then, or where rows should lie at the front, the last ones fill holes.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ class SlotTable:
     """
 
     def __init__(self, lengths: Iterable[int], *, position_bytes: int, budget_bytes: int) -> None:
-        self.rows: dict[int, list[Sequence]] = {length: [] for length in sorted(lengths)}
+        #: The last of a list is always a sequence.
+        self.rows: dict[int, list[Sequence | None]] = {length: [] for length in sorted(lengths)}
         self.capacity = dict.fromkeys(self.rows, 0)
+        self._moves: list[Move] = []
         self.position_bytes = position_bytes
         self.budget_bytes = budget_bytes
         least = max(self.rows) * position_bytes
@@ -57,7 +59,10 @@ class SlotTable:
     @property
     def usage(self) -> float:
         """The share of the budget that slots in use take."""
-        return sum(length * len(rows) for length, rows in self.rows.items()) * self.position_bytes / self.budget_bytes
+        return sum(length * self._used(length) for length in self.rows) * self.position_bytes / self.budget_bytes
+
+    def _used(self, length: int) -> int:
+        return sum(each is not None for each in self.rows[length])
 
     def place(self, sequence: Sequence) -> bool:
         """Give the sequence a slot of the shortest class that holds it."""
@@ -65,26 +70,46 @@ class SlotTable:
         if length is None or not self._make_room(length):
             return False
         rows = self.rows[length]
-        sequence.slot = Slot(length, len(rows))
-        rows.append(sequence)
+        if None not in rows:
+            rows.append(None)
+        sequence.slot = Slot(length, rows.index(None))
+        rows[sequence.slot.index] = sequence
         return True
 
-    def free(self, sequence: Sequence) -> Move | None:
-        """Take the sequence's slot back; the last one of its arena moves into the hole."""
+    def free(self, sequence: Sequence) -> None:
+        """Take the sequence's slot back."""
         if sequence.slot is None:
-            return None
-        length, index = sequence.slot.length_class, sequence.slot.index
-        rows, sequence.slot = self.rows[length], None
-        last = rows.pop()
-        if last is sequence:
-            return None
-        rows[index] = last
-        last.slot = Slot(length, index)
-        return Move(length, source=len(rows), target=index, length=min(length, last.prefilled + len(last.output)))
+            return
+        rows, index, sequence.slot = self.rows[sequence.slot.length_class], sequence.slot.index, None
+        rows[index] = None
+        _drop_holes_at_end(rows)
+
+    def compact(self) -> None:
+        """Let the running rows lie at the front of their arenas. `take_moves` says what the cache must do."""
+        for length in self.rows:
+            self._fit_into(length, self._used(length))
+
+    def take_moves(self) -> list[Move]:
+        """What the cache must move, in this order, before anything of it shrinks or is written; forgets it."""
+        moves, self._moves = self._moves, []
+        return moves
+
+    def _fit_into(self, length: int, count: int) -> None:
+        """Let the last ones fill holes until no slot beyond `count` is used."""
+        rows = self.rows[length]
+        while len(rows) > count:
+            last = rows.pop()
+            if last is None:
+                continue
+            target = rows.index(None)
+            rows[target], last.slot = last, Slot(length, target)
+            if written := min(length, last.prefilled + len(last.output)):
+                self._moves.append(Move(length, len(rows), target, written))
+        _drop_holes_at_end(rows)
 
     def _make_room(self, length: int) -> bool:
         """See that the class has a free slot, if the budget allows."""
-        if len(self.rows[length]) < self.capacity[length]:
+        if self._used(length) < self.capacity[length]:
             return True
         slot_bytes = length * self.position_bytes
         if self.budget_bytes - self.used_bytes < slot_bytes:
@@ -95,11 +120,17 @@ class SlotTable:
 
     def _give_back(self, needed: int, keep: int) -> None:
         """Shrink other classes' unused slots, just enough; not at all if that would not be enough."""
-        unused = {length: self.capacity[length] - len(rows) for length, rows in self.rows.items() if length != keep}
+        unused = {length: self.capacity[length] - self._used(length) for length in self.rows if length != keep}
         missing = needed - (self.budget_bytes - self.used_bytes)
         if missing > sum(length * count for length, count in unused.items()) * self.position_bytes:
             return
         for length, count in unused.items():
             given = min(count, max(0, -(-missing // (length * self.position_bytes))))
             self.capacity[length] -= given
+            self._fit_into(length, self.capacity[length])
             missing -= given * length * self.position_bytes
+
+
+def _drop_holes_at_end(rows: list[Sequence | None]) -> None:
+    while rows and rows[-1] is None:
+        rows.pop()

@@ -55,25 +55,60 @@ def test_an_arena_grows_by_less_where_the_budget_ends() -> None:
     assert late.slot is None
 
 
-def test_the_last_row_moves_into_the_hole() -> None:
+def test_the_next_one_fills_the_hole_and_nobody_moves() -> None:
     slots = table(100_000)
     first, second, third = placed(slots, 100, 100, 100)
-    third.prefilled, third.output = 40, [0, 0]
-    assert slots.free(first) == Move(128, source=2, target=0, length=42)
-    assert (first.slot, second.slot, third.slot) == (None, Slot(128, 1), Slot(128, 0))
-    assert slots.free(second) is None
-    assert slots.free(second) is None, "a second time is no error"
-    assert slots.free(third) is None
+    slots.free(first)
+    slots.free(first)  # a second time is no error
+    (late, later) = placed(slots, 100, 100)
+    assert [s.slot for s in (first, second, third, late, later)] == [None, *(Slot(128, i) for i in (1, 2, 0, 3))]
+    assert slots.take_moves() == []
+    for each in (third, second, late, later):
+        slots.free(each)
     assert slots.rows[128] == []
+
+
+def test_the_last_rows_move_into_holes_where_that_is_asked() -> None:
+    slots = table(100_000)
+    first, second, third, fourth = placed(slots, 100, 100, 100, 100)
+    for each in (second, third, fourth):
+        each.prefilled, each.output = 40, [0, 0]
+    slots.free(first)
+    slots.free(third)
+    slots.compact()
+    assert slots.take_moves() == [Move(128, source=3, target=0, length=42)]
+    assert slots.take_moves() == []
+    assert (second.slot, fourth.slot) == (Slot(128, 1), Slot(128, 0))
+    assert slots.rows[128] == [fourth, second]
+
+
+def test_a_row_with_nothing_in_the_cache_needs_no_move() -> None:
+    slots = table(100_000)
+    first, second = placed(slots, 100, 100)
+    slots.free(first)
+    slots.compact()
+    assert (second.slot, slots.take_moves()) == (Slot(128, 0), [])
 
 
 def test_a_move_copies_no_more_than_the_arena_is_long() -> None:
     slots = table(100_000)
     first, second = placed(slots, 128, 128)
     second.prefilled, second.output = 100, [0] * 29
-    move = slots.free(first)
-    assert move is not None
-    assert move.length == 128
+    slots.free(first)
+    slots.compact()
+    assert [move.length for move in slots.take_moves()] == [128]
+
+
+def test_rows_move_when_their_arena_must_give_back_the_slots_they_have() -> None:
+    slots = table(1024)
+    short = placed(slots, *[100] * 8)
+    for each in short:
+        each.prefilled = 10
+    for each in short[:4]:
+        slots.free(each)
+    placed(slots, 200)  # two of the short slots
+    assert slots.capacity == {128: 6, 256: 1, 512: 0, 1024: 0}
+    assert slots.take_moves() == [Move(128, source=7, target=0, length=10), Move(128, source=6, target=1, length=10)]
 
 
 def test_unused_slots_are_given_back_when_another_class_needs_them() -> None:
@@ -139,10 +174,13 @@ class SlotsMachine(RuleBasedStateMachine):
         if not hasattr(self, "slots"):
             self.slots = table(2500)
         each = sequence(longest)
-        if self.slots.place(each):
+        done = self.slots.place(each)
+        self.follow_moves()
+        if done:
             assert each.slot is not None
             assert each.slot.length_class >= longest
             assert each.slot not in self.contents
+            each.prefilled = 1  # it has something in the cache
             self.running.append(each)
             self.contents[each.slot] = each
         else:
@@ -154,20 +192,31 @@ class SlotsMachine(RuleBasedStateMachine):
         gone = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
         assert gone.slot is not None
         del self.contents[gone.slot]
-        move = self.slots.free(gone)
-        if move is not None:
+        self.slots.free(gone)
+
+    @precondition(lambda self: self.running)
+    @rule()
+    def compact(self) -> None:
+        self.slots.compact()
+        self.follow_moves()
+        assert [each for rows in self.slots.rows.values() for each in rows if each is None] == []
+
+    def follow_moves(self) -> None:
+        for move in self.slots.take_moves():
             mover = self.contents.pop(Slot(move.length_class, move.source))
             assert Slot(move.length_class, move.target) not in self.contents
             self.contents[Slot(move.length_class, move.target)] = mover
+            assert move.length == mover.prefilled
 
     @invariant()
-    def slots_are_dense_unique_and_inside_the_budget(self) -> None:
+    def slots_are_unique_and_inside_the_budget(self) -> None:
         if not hasattr(self, "slots"):
             return
         assert {each.slot: each for each in self.running} == self.contents
         for length, rows in self.slots.rows.items():
-            assert [each.slot for each in rows] == [Slot(length, i) for i in range(len(rows))]
+            assert all(each is None or each.slot == Slot(length, i) for i, each in enumerate(rows))
             assert len(rows) <= self.slots.capacity[length]
+            assert not rows or rows[-1] is not None
         assert self.slots.used_bytes <= self.slots.budget_bytes
 
 
