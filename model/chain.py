@@ -41,9 +41,10 @@ from model.native import (
 )
 
 #: The fields of a product: addresses, 0 for what is not wanted, but for bytes between rows, the steps of a block, how
-#: many blocks and columns there are, 1 for GELU, and the bits of a float64 for epsilon. Instead of a product, CALL is a
-#: C function of one pointer that every thread calls with ARGUMENT.
-FIELDS = 18
+#: many blocks and columns there are, 1 for GELU, and the bits of a float64 for epsilon. READY is 1 where the rows at
+#: SOURCE are packed, HAND_ON where those at OUT shall be, for the next product. Instead of a product, CALL is a C
+#: function of one pointer that every thread calls with ARGUMENT.
+FIELDS = 20
 (
     SOURCE,
     SOURCE_ROW,
@@ -61,6 +62,8 @@ FIELDS = 18
     OUT_ROW,
     COLUMNS,
     GELU,
+    READY,
+    HAND_ON,
     CALL,
     ARGUMENT,
 ) = range(FIELDS)
@@ -97,6 +100,8 @@ class Kind:
     group: int
     #: What a thread has for itself, sums and what else is needed, before the room for a row; a multiple of 64.
     own_bytes: int
+    #: Whether a result can be packed as it is finished: a row of a block is then what a step reads of it.
+    hands_on: bool
     #: Numbers that the code reads.
     constants: np.ndarray[Any, np.dtype[Any]]
     parts: Callable[[], Parts]
@@ -250,9 +255,10 @@ def _compiled(kind: Kind) -> Any:
                 run(d[CALL], d[ARGUMENT])
                 ask(h, after, thread())
             else:
-                for share in range(thread(), h[SHARES], threads()):
-                    take_in(h, d, share, own)
-                barrier()
+                if d[READY] == 0:
+                    for share in range(thread(), h[SHARES], threads()):
+                        take_in(h, d, share, own)
+                    barrier()
                 for share in range(thread(), h[SHARES], threads()):
                     multiply(h, d, after, share, own)
             barrier()
@@ -314,11 +320,12 @@ def _norm(half: bool, step: int) -> Any:
     return norm
 
 
-def finisher(block: int, *, half: bool, whole: bool) -> Any:
+def finisher(block: int, *, half: bool, whole: bool, group: int = 0) -> Any:
     """Scales, bias, GELU or residual, and rounding of some rows of sums [rows, block] into the result.
 
     finish(h, d, due, first, count, staged): `due` is the address of the sums, the row of the first of them, how many
-    rows there are, and the block's number. `staged` is room for a row, for a last block that has fewer columns.
+    rows there are, and the block's number. `staged` is room for a row, for a last block that has fewer columns. Results
+    can be handed on, packed by so many rows as `group` says, unless that is 0.
     """
     import numba
     from numba import carray, types
@@ -338,6 +345,9 @@ def finisher(block: int, *, half: bool, whole: bool) -> Any:
         for row in range(first, min(first + count, rows)):
             inside = (start + row) * d[OUT_ROW] + column * size
             place, onto, of_row = d[OUT] + inside, d[RESIDUAL] + inside, h[ROW_SCALES] + (start + row) * 4
+            if group and d[HAND_ON] != 0:
+                of_all, among = (start + row) // group, (start + row) % group
+                place = d[OUT] + ((of_all * d[BLOCKS] + number) * group + among) * block * size
             to, line = place, sums + row * block * 4
             if columns < block:
                 to = staged

@@ -231,4 +231,4 @@ def _parts() -> Parts:
     return Parts(nothing, nothing, _pack(), _multiplier())
 
 
-FLOATS = Kind("float32", torch.float32, 4, STEP, BLOCK, GROUP, STAGED + LINE_BYTES, GELU_NUMBERS, _parts)
+FLOATS = Kind("float32", torch.float32, 4, STEP, BLOCK, GROUP, STAGED + LINE_BYTES, False, GELU_NUMBERS, _parts)

@@ -119,4 +119,4 @@ def _parts() -> Parts:
     return Parts(begin, end, _pack(), multiplier(whole=True))
 
 
-WHOLE = Kind("int8", torch.bfloat16, 1, STEP, BLOCK, TILE, TILES.own_bytes, TILES.constants, _parts)
+WHOLE = Kind("int8", torch.bfloat16, 1, STEP, BLOCK, TILE, TILES.own_bytes, False, TILES.constants, _parts)

@@ -68,9 +68,12 @@ class Passes:
         if not x.is_contiguous():
             raise ValueError(f"rows must lie end to end; strides are {x.stride()}")
         first = {at: self._products[at][0] for at in self._products}
-        qkv, fed = x.new_empty(rows, first[QKV].out), x.new_empty(rows, first[FEED].out)
+        kind = first[QKV].kind
+        qkv, fed = x.new_empty(rows, first[QKV].out), x.new_empty(-(-rows // kind.group) * kind.group, first[FEED].out)
         table = self._placed(x, qkv, fed)
-        workspace = Workspace(first[QKV].kind, rows, max(width, fed.shape[1]))
+        if kind.hands_on and not traces:  # `fed` is nobody else's then
+            table[:, FEED, chain.HAND_ON] = table[:, FEED_PROJECTION, chain.READY] = 1
+        workspace = Workspace(kind, rows, max(width, fed.shape[1]))
         q, k, v = qkv.view(rows, 3, self._blocks[0].n_head, -1).unbind(1)  # [M, H, D] each
         attended = torch.empty_like(x)
         calls = attend.calls(q, k, v, attended.view(q.shape)) if isinstance(attend, CachedAttention) else None
@@ -89,7 +92,7 @@ class Passes:
             workspace.run(table[layer + 1, PROJECTION : QKV + (layer + 1 < len(self._blocks))])
             for trace in traces:
                 if layer == 0:
-                    trace.record(attn=block.c_proj(attended), mlp=block.mlp_proj(fed), block_0=x)
+                    trace.record(attn=block.c_proj(attended), mlp=block.mlp_proj(fed[:rows]), block_0=x)
                 trace.record_hidden(layer + 1, x)
         return x
 

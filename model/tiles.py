@@ -29,8 +29,10 @@ from model.chain import (
     CONSTANTS,
     GELU_NUMBERS,
     PACKED,
+    READY,
     ROWS,
     SHARES,
+    SOURCE,
     STEPS,
     WEIGHT,
     Kind,
@@ -190,7 +192,7 @@ def multiplier(*, whole: bool) -> Any:
     """All rows by a share of the blocks, in bfloat16, or of int8 if `whole`."""
     import numba
 
-    finish = finisher(BLOCK, half=True, whole=whole)
+    finish = finisher(BLOCK, half=True, whole=whole, group=0 if whole else TILE)
     multiply = _multiply(whole, finish)
 
     @numba.njit(error_model="numpy")
@@ -200,6 +202,7 @@ def multiplier(*, whole: bool) -> Any:
         size, count = steps * STEP_BYTES, (h[ROWS] + TILE - 1) // TILE * TILE
         panel = max(BLOCK, PANEL_BYTES // (steps * 64) // BLOCK * BLOCK)
         sums, other, due = own, own + BLOCK_SUMS, (own, 0, 0, 0)
+        packed = d[SOURCE] if d[READY] != 0 else h[PACKED]
         for start in range(0, count, panel):
             rows = min(count - start, panel)
             # Of the next block so many lines from each quarter in each step that all are there at the end.
@@ -214,7 +217,7 @@ def multiplier(*, whole: bool) -> Any:
                 for done in range(0, rows, BLOCK):
                     row, skip = start + done, min(done // BLOCK * steps * ahead, wanted)
                     next_ = soon + skip * 64, quarter, wanted - skip, ahead
-                    x = h[PACKED] + row * steps * 64
+                    x = packed + row * steps * 64
                     multiply(h, d, x, w, done + BLOCK <= rows, next_, sums, due, staged)
                     due = sums, row, min(BLOCK, h[ROWS] - row), block
                     sums, other = other, sums
@@ -281,4 +284,4 @@ def _parts() -> Parts:
     return Parts(begin, end, _pack(), multiplier(whole=False))
 
 
-TILES = Kind("bfloat16", torch.bfloat16, 2, BLOCK, BLOCK, TILE, OWN_BYTES, _constants(), _parts)
+TILES = Kind("bfloat16", torch.bfloat16, 2, BLOCK, BLOCK, TILE, OWN_BYTES, True, _constants(), _parts)
