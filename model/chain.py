@@ -320,12 +320,14 @@ def _norm(half: bool, step: int) -> Any:
     return norm
 
 
-def finisher(block: int, *, half: bool, whole: bool, group: int = 0) -> Any:
-    """Scales, bias, GELU or residual, and rounding of some rows of sums [rows, block] into the result.
+def finisher(block: int, *, half: bool, whole: bool, group: int = 0) -> tuple[Any, Any]:
+    """Scales, bias, GELU or residual, and rounding of sums [rows, block] into the result: two functions.
 
-    finish(h, d, due, first, count, staged): `due` is the address of the sums, the row of the first of them, how many
-    rows there are, and the block's number. `staged` is room for a row, for a last block that has fewer columns. Results
-    can be handed on, packed by so many rows as `group` says, unless that is 0.
+    aim(h, d, sums, start, rows, number): where sums go, for the other; `sums` is their address, `start` the row of the
+    first of them, `number` the block's. Results can be handed on, packed by so many rows as `group` says, unless that
+    is 0; `start` is a multiple of it.
+    finish(h, due, first, count, staged): some of the rows. `due` is what `aim` gave, and `staged` room for a row, for a
+    last block that has fewer columns.
     """
     import numba
     from numba import carray, types
@@ -336,29 +338,37 @@ def finisher(block: int, *, half: bool, whole: bool, group: int = 0) -> Any:
     text = ["\n".join(_finish_row(block // 16, half, whole, then)) for then in ("", "gelu", "residual")]
     plain, gelu, residual = (assembly(each, 6, changes) for each in text)
 
-    @numba.njit(error_model="numpy")
-    def finish(h: Any, d: Any, due: Any, first: int, count: int, staged: int) -> None:
-        sums, start, rows, number = due
+    @numba.njit(error_model="numpy", forceinline=True)
+    def aim(h: Any, d: Any, sums: int, start: int, rows: int, number: int) -> Any:
         column = number * block
+        place, apart, onto = start * d[OUT_ROW] + column * size, d[OUT_ROW], 0
+        jump = apart * group
+        if group and d[HAND_ON] != 0:
+            apart, jump = block * size, d[BLOCKS] * group * block * size
+            place = start // group * jump + number * group * apart
+        if d[RESIDUAL] != 0:
+            onto = d[RESIDUAL] - d[OUT]
+        then = RESIDUAL if d[RESIDUAL] != 0 else GELU if d[GELU] != 0 else 0
         columns = min(block, d[COLUMNS] - column)
-        biases, scales = d[BIASES] + column * 4, d[SCALES] + column * 4
+        biases, scales, of_rows = d[BIASES] + column * 4, d[SCALES] + column * 4, h[ROW_SCALES] + start * 4
+        return sums, rows, columns, d[OUT] + place, apart, jump, onto, biases, scales, of_rows, then
+
+    @numba.njit(error_model="numpy", forceinline=True)
+    def finish(h: Any, due: Any, first: int, count: int, staged: int) -> None:
+        sums, rows, columns, begin, apart, jump, away, biases, scales, of_rows, then = due
         for row in range(first, min(first + count, rows)):
-            inside = (start + row) * d[OUT_ROW] + column * size
-            place, onto, of_row = d[OUT] + inside, d[RESIDUAL] + inside, h[ROW_SCALES] + (start + row) * 4
-            if group and d[HAND_ON] != 0:
-                of_all, among = (start + row) // group, (start + row) % group
-                place = d[OUT] + ((of_all * d[BLOCKS] + number) * group + among) * block * size
-            to, line = place, sums + row * block * 4
+            place = begin + (row // group * jump + row % group * apart if group else row * apart)
+            to, onto, line, of_row = place, place + away, sums + row * block * 4, of_rows + row * 4
             if columns < block:
                 to = staged
-                if d[RESIDUAL] != 0:
+                if then == RESIDUAL:
                     given, copy = carray(numbers(onto), columns), carray(numbers(staged), columns)
                     for i in range(columns):
                         copy[i] = given[i]
                     onto = staged
-            if d[RESIDUAL] != 0:
+            if then == RESIDUAL:
                 residual(line, to, biases, scales, of_row, onto)
-            elif d[GELU] != 0:
+            elif then == GELU:
                 gelu(line, to, biases, scales, of_row, h[CONSTANTS])
             else:
                 plain(line, to, biases, scales, of_row, 0)
@@ -367,7 +377,7 @@ def finisher(block: int, *, half: bool, whole: bool, group: int = 0) -> Any:
                 for i in range(columns):
                     wanted[i] = computed[i]
 
-    return finish
+    return aim, finish
 
 
 def _finish_row(vectors: int, half: bool, whole: bool, then: str) -> list[str]:

@@ -122,7 +122,7 @@ def _multiplier() -> Any:
     from numba import carray, types
 
     floats = cast(types.int64, types.CPointer(types.float32))
-    finish, multiply = finisher(BLOCK, half=False, whole=False), _multiply()
+    (aim, finish), multiply = finisher(BLOCK, half=False, whole=False), _multiply()
 
     @numba.njit(error_model="numpy")
     def begin(h: Any, after: Any, share: int) -> Any:
@@ -155,7 +155,7 @@ def _multiplier() -> Any:
                         next_ = soon + group * (end - at) * 64 if group < (1 if fast else 3) else w
                         to = own + (row - start) * LINE_BYTES
                         multiply(min(GROUP, stop - row), fast and group == 0, x, w, end - at, to, next_, quarter)
-                finish(h, d, (own, start, stop - start, block), 0, stop - start, own + STAGED)
+                finish(h, aim(h, d, own, start, stop - start, block), 0, stop - start, own + STAGED)
 
     return multiply_share
 

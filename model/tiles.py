@@ -192,7 +192,7 @@ def multiplier(*, whole: bool) -> Any:
     """All rows by a share of the blocks, in bfloat16, or of int8 if `whole`."""
     import numba
 
-    finish = finisher(BLOCK, half=True, whole=whole, group=0 if whole else TILE)
+    aim, finish = finisher(BLOCK, half=True, whole=whole, group=0 if whole else TILE)
     multiply = _multiply(whole, finish)
 
     @numba.njit(error_model="numpy")
@@ -201,7 +201,7 @@ def multiplier(*, whole: bool) -> Any:
         first, last = d[BLOCKS] * share // shares, d[BLOCKS] * (share + 1) // shares
         size, count = steps * STEP_BYTES, (h[ROWS] + TILE - 1) // TILE * TILE
         panel = max(BLOCK, PANEL_BYTES // (steps * 64) // BLOCK * BLOCK)
-        sums, other, due = own, own + BLOCK_SUMS, (own, 0, 0, 0)
+        sums, other, due = own, own + BLOCK_SUMS, aim(h, d, own, 0, 0, 0)
         packed = d[SOURCE] if d[READY] != 0 else h[PACKED]
         for start in range(0, count, panel):
             rows = min(count - start, panel)
@@ -219,9 +219,9 @@ def multiplier(*, whole: bool) -> Any:
                     next_ = soon + skip * 64, quarter, wanted - skip, ahead
                     x = packed + row * steps * 64
                     multiply(h, d, x, w, done + BLOCK <= rows, next_, sums, due, staged)
-                    due = sums, row, min(BLOCK, h[ROWS] - row), block
+                    due = aim(h, d, sums, row, min(BLOCK, h[ROWS] - row), block)
                     sums, other = other, sums
-        finish(h, d, due, 0, BLOCK, staged)
+        finish(h, due, 0, BLOCK, staged)
 
     return multiply_share
 
@@ -245,7 +245,7 @@ def _multiply(whole: bool, finish: Any) -> Any:
     multiply_one, multiply_two = assembly(above, 0), assembly(above + below, 0)
     store_0, store_1, store_2, store_3 = (assembly(f"tilestored %tmm{i}, ($0,$1,1)", 2) for i in range(4))
 
-    @numba.njit(error_model="numpy")
+    @numba.njit(error_model="numpy", forceinline=True)
     def multiply(h: Any, d: Any, x: int, w: int, two: bool, next_: Any, sums: int, due: Any, staged: int) -> None:
         steps, (soon, quarter, left, ahead) = d[STEPS], next_
         rows = -(-BLOCK // steps)
@@ -267,7 +267,7 @@ def _multiply(whole: bool, finish: Any) -> Any:
                 multiply_two()
             else:
                 multiply_one()
-            finish(h, d, due, step * rows, rows, staged)
+            finish(h, due, step * rows, rows, staged)
             x += TILE_BYTES
             w += STEP_BYTES
         store_0(sums, BLOCK * 4)
