@@ -23,7 +23,7 @@ setup: $(VENV)/dev ## create .venv with everything for development
 demo: $(VENV)/run ## generate text from the bundled model through an embedded Redis and a worker
 	$(BIN)/millrace generate "Hello." --max-tokens 24 --temperature 0
 
-test: $(VENV)/dev ## run the whole test suite, in three processes: what starts workers also waits
+test: $(VENV)/dev ## run the whole test suite, in four processes: what starts workers also waits
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 properties: $(VENV)/dev ## run the property tests with 500 examples each

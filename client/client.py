@@ -140,7 +140,8 @@ class Client:
         """Queue many prompts: each a text, token ids, or a mapping with `prompt` and parameters of its own.
 
         All are checked before the first is queued. `params` hold for those that do not say otherwise. Up to GROUP_JOBS
-        of them travel in one message; each has an id, a state and a result of its own, and is cancelled alone.
+        of them travel in one message; each has an id, a state and a result of its own, and is cancelled alone. The
+        urgent ones are sent first.
 
         Raises:
             InvalidRequest: one is wrong, `requests[3].top_p` say, or there are none; nothing was queued.

@@ -393,8 +393,9 @@ class Engine:
         while True:
             before = dict(slots.capacity)
             admitted = self.scheduler.admit()
+            self._move()
             try:
-                self._fit()
+                self.runner.fit(slots.capacity)
                 if admitted or not self._kept_out():
                     return admitted
                 slots.budget_bytes = self._cache.full
@@ -405,14 +406,12 @@ class Engine:
             # Out of the handler: the error holds what was being computed.
             self._take_back(admitted, before)
 
-    def _fit(self) -> None:
-        """Let the cache be as the slots are now."""
-        slots = self.scheduler.slots
+    def _move(self) -> None:
+        """Bring rows to where their slots are now, before anything of the cache shrinks. An error here is the end."""
         if self.runner.dense:
-            slots.compact()
-        for move in slots.take_moves():
+            self.scheduler.slots.compact()
+        for move in self.scheduler.slots.take_moves():
             self.runner.move(move)
-        self.runner.fit(slots.capacity)
 
     def _kept_out(self) -> bool:
         """Whether those in line wait for nothing but room that the cache might have after all."""
@@ -542,8 +541,9 @@ class Engine:
         if slots.used_bytes == before:
             return False
         self._cache.lower(slots.used_bytes)
+        self._move()
         try:
-            self._fit()
+            self.runner.fit(slots.capacity)
         except Exception as error:
             if not out_of_memory(error):
                 raise

@@ -56,8 +56,10 @@ class Runner:
                 self.cache.arenas[length].resize(count)
 
     def move(self, move: Move) -> None:
-        """Bring a sequence to another slot. Nothing stays behind: an unfinished prompt may hold NaN."""
+        """Bring a sequence to another slot. Nothing stays there of who had it, for a trace tells what the cache holds;
+        and nothing stays behind: an unfinished prompt may hold NaN."""
         arena = self.cache.arenas[move.length_class]
+        arena.clear(move.target)
         arena.copy(move.source, move.target, move.length)
         arena.clear(move.source, move.length)
 
@@ -128,6 +130,7 @@ class Runner:
             if sequence.traced:
                 if sequence.trace is None:
                     sequence.trace = Trace(self.model.config.scale, len(sequence.prompt))
+                if not sequence.prefilled:  # perhaps not for the first time: in between it may have been moved
                     self.clear(_slot(sequence))
                 traced.append((sequence, rows))
         return traced

@@ -24,7 +24,7 @@ def settings(redis_url: str) -> Settings:
 
 @pytest.fixture(scope="session")
 def worker(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
-    """`celery -A worker worker`, with no flags, ready."""
+    """`celery -A worker worker` with no flags, ready, forked from a warm process."""
     log = tmp_path_factory.mktemp("worker") / "worker.log"
     with WorkerProcess(log, MILLRACE_REDIS_URL=redis_url) as process:
         process.wait_ready()

@@ -1,4 +1,4 @@
-"""Worker processes for tests: started as a user starts them, and always gone in the end."""
+"""Worker processes for tests, always gone in the end."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class WorkerProcess:
     def __init__(self, log: Path, *flags: str, patch: str = "", bare: bool = False, **environment: str) -> None:
         self.log = log
         self.flags = ["-A", "worker", "worker", *flags]
+        assert not (bare and patch), "a program of its own runs what users run"
         self._slow = log.with_suffix(".slow")
         self.patch, self.bare = "" if bare else _slowly_while(self._slow) + patch, bare
         # One thread: where several workers share two cores, threads that wait for each other take minutes for seconds.

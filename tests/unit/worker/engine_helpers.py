@@ -47,12 +47,6 @@ def torch_model() -> GPT2:
         return load_model("demo", device="cpu", dtype="float32")
 
 
-class DenseRunner(Runner):
-    """Its rows lie at the front of their arena, as where attention is torch's."""
-
-    dense = True
-
-
 def demo_tokenizer() -> Tokenizer:
     return demo_engine().tokenizer
 

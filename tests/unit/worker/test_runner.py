@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from model import GPT2, load_model
 from model.cache import Arena
@@ -93,13 +94,26 @@ def test_a_step_writes_its_own_slots_and_positions_only() -> None:
 def test_a_moved_row_goes_on_with_the_same_bits_and_leaves_nothing_behind() -> None:
     made, still = runner(), runner()
     moved, stays = (sequence(tokens_of(20), Slot(128, 3), logprobs=3) for _ in range(2))
-    take(made, whole(moved))
+    take(made, whole(moved, sequence(tokens_of(40, seed=2), Slot(128, 0))))
     take(still, whole(stays))
     made.move(Move(128, source=3, target=0, length=20))
     moved.slot = Slot(128, 0)
     assert not any(tensor[3].any() for tensor in contents(made.cache.arenas[128]))
+    assert not any(tensor[0, :, 20:].any() for tensor in contents(made.cache.arenas[128])), "of who had the slot before"
     for _ in range(4):
         assert [*take(made, Step(decodes=[moved])).values()] == [*take(still, Step(decodes=[stays])).values()]
+
+
+def test_a_trace_that_begins_again_elsewhere_tells_of_its_own_slot_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, traced = runner(), sequence(tokens_of(20), Slot(128, 1), checkpoints=[3])
+    take(made, whole(sequence(tokens_of(40, seed=2), Slot(128, 2))))
+    with monkeypatch.context() as patch:
+        patch.delattr(Runner, "_forward")
+        with pytest.raises(AttributeError):
+            made.run(whole(traced))
+    traced.slot = Slot(128, 2)  # with nothing in the cache it is moved without a copy
+    take(made, whole(traced))
+    assert load(made.collect(traced)["cache_rest"])["tensor"] == 0
 
 
 @pytest.mark.parametrize("target", [Slot(128, 3), Slot(256, 2)])
