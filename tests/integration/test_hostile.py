@@ -123,12 +123,16 @@ def test_a_redis_that_is_full_for_a_while_costs_no_job(
 ) -> None:
     """Results cannot be stored meanwhile; they are when there is room again, and the worker goes on."""
     connection = connect(server.url)
+    refused: dict[str, Any] = {"rejected_calls": 0}  # of SETEX, with which Celery stores a result
+    before = connection.info("commandstats").get("cmdstat_setex", refused)["rejected_calls"]
     with worker.slowly():
         jobs = client.submit_many(["Hello."] * 3, max_tokens=300, ignore_eos=True, temperature=0)
         jobs.append(client.submit("Hello.", max_tokens=300, ignore_eos=True, temperature=0))
         wait_until(lambda: any(job.status() == "running" for job in jobs))
         connection.config_set("maxmemory", "1")
     time.sleep(3)
+    wait_until(lambda: connection.info("commandstats").get("cmdstat_setex", refused)["rejected_calls"] > before)
+    assert not any(connection.exists(keys.result(job.id)) for job in jobs)
     connection.config_set("maxmemory", "0")
     assert {job.result(PATIENCE_S).usage.completion_tokens for job in jobs} == {300}
     assert client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
