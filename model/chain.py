@@ -320,23 +320,16 @@ def _norm(half: bool, step: int) -> Any:
     return norm
 
 
-def finisher(block: int, *, half: bool, whole: bool, group: int = 0) -> tuple[Any, Any]:
-    """Scales, bias, GELU or residual, and rounding of sums [rows, block] into the result: two functions.
+def aimer(block: int, *, half: bool, group: int = 0) -> Any:
+    """Where sums [rows, block] go, for `finisher`.
 
-    aim(h, d, sums, start, rows, number): where sums go, for the other; `sums` is their address, `start` the row of the
-    first of them, `number` the block's. Results can be handed on, packed by so many rows as `group` says, unless that
-    is 0; `start` is a multiple of it.
-    finish(h, due, first, count, staged): some of the rows. `due` is what `aim` gave, and `staged` room for a row, for a
-    last block that has fewer columns.
+    aim(h, d, sums, start, rows, number): `sums` is their address, `start` the row of the first of them, `number` the
+    block's. Results can be handed on, packed by so many rows as `group` says, unless that is 0; `start` is a multiple
+    of it.
     """
     import numba
-    from numba import carray, types
 
     size = 2 if half else 4
-    numbers = cast(types.int64, types.CPointer(types.uint16 if half else types.float32))
-    changes = ",".join(f"~{{xmm{i}}}" for i in range(12))
-    text = ["\n".join(_finish_row(block // 16, half, whole, then)) for then in ("", "gelu", "residual")]
-    plain, gelu, residual = (assembly(each, 6, changes) for each in text)
 
     @numba.njit(error_model="numpy", forceinline=True)
     def aim(h: Any, d: Any, sums: int, start: int, rows: int, number: int) -> Any:
@@ -352,6 +345,23 @@ def finisher(block: int, *, half: bool, whole: bool, group: int = 0) -> tuple[An
         columns = min(block, d[COLUMNS] - column)
         biases, scales, of_rows = d[BIASES] + column * 4, d[SCALES] + column * 4, h[ROW_SCALES] + start * 4
         return sums, rows, columns, d[OUT] + place, apart, jump, onto, biases, scales, of_rows, then
+
+    return aim
+
+
+def finisher(block: int, *, half: bool, whole: bool, group: int = 0) -> Any:
+    """Scales, bias, GELU or residual, and rounding of some rows of sums [rows, block] into the result.
+
+    finish(h, due, first, count, staged): `due` is what `aim` gave (see `aimer`), and `staged` room for a row, for a
+    last block that has fewer columns.
+    """
+    import numba
+    from numba import carray, types
+
+    numbers = cast(types.int64, types.CPointer(types.uint16 if half else types.float32))
+    changes = ",".join(f"~{{xmm{i}}}" for i in range(12))
+    text = ["\n".join(_finish_row(block // 16, half, whole, then)) for then in ("", "gelu", "residual")]
+    plain, gelu, residual = (assembly(each, 6, changes) for each in text)
 
     @numba.njit(error_model="numpy", forceinline=True)
     def finish(h: Any, due: Any, first: int, count: int, staged: int) -> None:
@@ -377,7 +387,7 @@ def finisher(block: int, *, half: bool, whole: bool, group: int = 0) -> tuple[An
                 for i in range(columns):
                     wanted[i] = computed[i]
 
-    return aim, finish
+    return finish
 
 
 def _finish_row(vectors: int, half: bool, whole: bool, then: str) -> list[str]:

@@ -33,6 +33,7 @@ from model.chain import (
     Kind,
     Parts,
     Streamed,
+    aimer,
     finisher,
     padded,
     right,
@@ -122,17 +123,21 @@ def _multiplier() -> Any:
     from numba import carray, types
 
     floats = cast(types.int64, types.CPointer(types.float32))
-    (aim, finish), multiply = finisher(BLOCK, half=False, whole=False), _multiply()
+    aim, finish, multiply = aimer(BLOCK, half=False), finisher(BLOCK, half=False, whole=False), _multiply()
+
+    @numba.njit(inline="always")
+    def parts_of(steps: int) -> int:
+        return min(max(2, (steps + PART - 1) // PART), steps)
 
     @numba.njit(error_model="numpy")
     def begin(h: Any, after: Any, share: int) -> Any:
         """Where a share of the next product begins, and how many steps its first part has."""
-        parts = min(max(2, (after[STEPS] + PART - 1) // PART), after[STEPS])
-        return after[WEIGHT] + after[BLOCKS] * share // h[SHARES] * after[STEPS] * STEP_BYTES, after[STEPS] // parts
+        first = after[BLOCKS] * share // h[SHARES] * after[STEPS] * STEP_BYTES
+        return after[WEIGHT] + first, after[STEPS] // parts_of(after[STEPS])
 
     @numba.njit(error_model="numpy")
     def multiply_share(h: Any, d: Any, after: Any, share: int, own: int) -> None:
-        steps, rows, parts = d[STEPS], h[ROWS], min(max(2, (d[STEPS] + PART - 1) // PART), d[STEPS])
+        steps, rows, parts = d[STEPS], h[ROWS], parts_of(d[STEPS])
         first, last = d[BLOCKS] * share // h[SHARES], d[BLOCKS] * (share + 1) // h[SHARES]
         for start in range(0, rows, PANEL):
             stop = min(start + PANEL, rows)

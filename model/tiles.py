@@ -38,6 +38,7 @@ from model.chain import (
     Kind,
     Parts,
     Streamed,
+    aimer,
     finisher,
     padded,
     right,
@@ -192,7 +193,8 @@ def multiplier(*, whole: bool) -> Any:
     """All rows by a share of the blocks, in bfloat16, or of int8 if `whole`."""
     import numba
 
-    aim, finish = finisher(BLOCK, half=True, whole=whole, group=0 if whole else TILE)
+    group = 0 if whole else TILE
+    aim, finish = aimer(BLOCK, half=True, group=group), finisher(BLOCK, half=True, whole=whole, group=group)
     multiply = _multiply(whole, finish)
 
     @numba.njit(error_model="numpy")
