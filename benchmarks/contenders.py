@@ -26,14 +26,14 @@ class Contender(Protocol):
         """Whatever a server would do once before it takes prompts; the function returned is what is timed."""
 
 
-class Millrace:
+class Headrace:
     """The engine, driven step by step in this thread: no Celery, no Redis."""
 
     def __init__(self, folder: Path, precision: str, threads: int, scratch: Path) -> None:  # noqa: ARG002
         import structlog
 
-        from config import Settings
-        from worker.engine import Engine
+        from headrace.config import Settings
+        from headrace.worker.engine.engine import Engine
 
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
         # No drafts: random weights repeat themselves, so nearly every guess is right, as no real text would have it.
@@ -47,7 +47,7 @@ class Millrace:
         return lambda: self._run(items)
 
     def _run(self, items: Sequence[Item]) -> Tokens:
-        from client.schema import parse_request
+        from headrace.client.wire.requests import parse_request
 
         wanted = [
             {"prompt": item.prompt, "max_tokens": item.new_tokens, "temperature": 0, "ignore_eos": True}
@@ -73,7 +73,7 @@ class Entry:
 
 #: Name -> class, modules that must be installed, precisions it has.
 _KINDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "millrace": ("benchmarks.contenders:Millrace", (), ("float32", "bfloat16", "int8")),
+    "headrace": ("benchmarks.contenders:Headrace", (), ("float32", "bfloat16", "int8")),
     "transformers": ("benchmarks.peers.transformers:Padded", ("transformers",), ("float32", "bfloat16")),
     "transformers-continuous": (
         "benchmarks.peers.transformers:Continuous",
@@ -88,7 +88,7 @@ _KINDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "llama.cpp": ("benchmarks.peers.llama:LlamaCpp", ("llama_cpp", "gguf"), ("float32", "bfloat16", "int8")),
 }
 
-OURS = "millrace"
+OURS = "headrace"
 PEERS = [name for name in _KINDS if name != OURS]
 
 

@@ -12,13 +12,13 @@ import os
 import time
 
 from benchmarks.workloads import echo
-from config import Settings
-from model.tokenizer import load_tokenizer
-from worker.celery import app
-from worker.engine import LENGTH_CLASSES, Engine
-from worker.scheduler import Copy, Outcome, Scheduler, Step
-from worker.sequence import Sequence, Slot, TokenScore
-from worker.slots import Move, SlotTable
+from headrace.config import Settings
+from headrace.model.tokenizer import load_tokenizer
+from headrace.worker.celery import app
+from headrace.worker.engine.cache_slots import Move, SlotTable
+from headrace.worker.engine.engine import LENGTH_CLASSES, Engine
+from headrace.worker.engine.scheduler import Copy, Outcome, Scheduler, Step
+from headrace.worker.engine.sequence import Sequence, Slot, TokenScore
 
 __all__ = ["ModelledRunner", "app", "modelled_engine"]
 

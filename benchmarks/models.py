@@ -23,7 +23,7 @@ def random_model(shape: str, folder: Path) -> Path:
 
 
 def demo_model() -> Path:
-    """The small trained model that comes with millrace."""
-    import model
+    """The small trained model that comes with headrace."""
+    from headrace import model
 
     return Path(model.__file__).parent / "demo"

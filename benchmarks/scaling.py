@@ -35,9 +35,9 @@ import redis
 
 from benchmarks.conditions import conditions
 from benchmarks.workloads import Item, echo
-from client import Client
-from client.transport import connect
-from worker.embedded import EmbeddedRedis, die_with_parent
+from headrace.client import Client
+from headrace.client.wire.redis import connect
+from headrace.worker.redis_server import EmbeddedRedis, die_with_parent
 
 MODEL = "modelled"
 NOBODY = "nobody-serves-this"
@@ -150,10 +150,10 @@ class Fleet:
     def _start(self, number: int) -> subprocess.Popen[bytes]:
         environment = {
             **os.environ,
-            "MILLRACE_REDIS_URL": self.server.url,
-            "MILLRACE_SERVED_NAME": MODEL,
-            "MILLRACE_SLOTS": str(self.slots),
-            "MILLRACE_LOG_FORMAT": "json",
+            "HEADRACE_REDIS_URL": self.server.url,
+            "HEADRACE_SERVED_NAME": MODEL,
+            "HEADRACE_SLOTS": str(self.slots),
+            "HEADRACE_LOG_FORMAT": "json",
             "MODELLED_STEP_MS": str(self.step_ms),
             "OMP_NUM_THREADS": "1",
         }

@@ -18,14 +18,15 @@ import uuid
 from pathlib import Path
 
 from benchmarks.models import random_model
-from client import AsyncClient, keys
-from client.schema import GenerateRequest, parse_request
-from client.transport import connect
-from config import load_settings
-from worker.embedded import EmbeddedRedis
-from worker.engine import Engine
-from worker.events import TELL_EVERY_S, EventWriter
-from worker.store import RedisStore
+from headrace.client import AsyncClient
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
+from headrace.client.wire.requests import GenerateRequest, parse_request
+from headrace.config import load_settings
+from headrace.worker.engine.engine import Engine
+from headrace.worker.jobs.store import RedisStore
+from headrace.worker.jobs.stream_writer import TELL_EVERY_S, EventWriter
+from headrace.worker.redis_server import EmbeddedRedis
 
 ROWS = 64
 
@@ -126,7 +127,7 @@ def main() -> None:
         return
     model = given.model
     if model == "124M":
-        model = str(random_model("124M", Path(tempfile.gettempdir()) / "millrace-124M"))
+        model = str(random_model("124M", Path(tempfile.gettempdir()) / "headrace-124M"))
     print(json.dumps(measure(model, given.dtype, given.tokens, given.pairs)))
 
 

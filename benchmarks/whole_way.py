@@ -24,11 +24,11 @@ from typing import Any
 import torch
 
 from benchmarks.workloads import WORKLOADS, Item
-from client import Client
-from client.schema import parse_request
-from config import load_settings
-from worker.embedded import EmbeddedRedis, die_with_parent
-from worker.engine import Engine
+from headrace.client import Client
+from headrace.client.wire.requests import parse_request
+from headrace.config import load_settings
+from headrace.worker.engine.engine import Engine
+from headrace.worker.redis_server import EmbeddedRedis, die_with_parent
 
 FLOOD_JOBS = 5_000
 QUEUED_JOBS = 100_000
@@ -99,10 +99,10 @@ class WholeWay:
 @contextmanager
 def whole_way(model: str, dtype: str, threads: int) -> Iterator[WholeWay]:
     """A Redis and a worker that are ready, gone at the end of the block."""
-    settings = {"MILLRACE_MODEL": model, "MILLRACE_DTYPE": dtype, "MILLRACE_THREADS": str(threads)}
-    settings["MILLRACE_DRAFT_TOKENS"] = "0"  # random token ids, and often random weights: drafts would flatter
+    settings = {"HEADRACE_MODEL": model, "HEADRACE_DTYPE": dtype, "HEADRACE_THREADS": str(threads)}
+    settings["HEADRACE_DRAFT_TOKENS"] = "0"  # random token ids, and often random weights: drafts would flatter
     with EmbeddedRedis.ephemeral() as server, tempfile.NamedTemporaryFile() as log:
-        environment = {**os.environ, **settings, "MILLRACE_REDIS_URL": server.url, "MILLRACE_DEVICE": "cpu"}
+        environment = {**os.environ, **settings, "HEADRACE_REDIS_URL": server.url, "HEADRACE_DEVICE": "cpu"}
         command = die_with_parent([sys.executable, "-m", "celery", "-A", "worker", "worker"])
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
@@ -178,7 +178,7 @@ def crowded(way: WholeWay, count: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="demo", help="a directory, or a name as in MILLRACE_MODEL")
+    parser.add_argument("--model", default="demo", help="a directory, or a name as in HEADRACE_MODEL")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=2)

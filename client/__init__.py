@@ -1,6 +1,6 @@
-"""Submit prompts to millrace and get their text back. Imports no torch.
+"""Submit prompts to headrace and get their text back. Imports no torch.
 
-import client
+from headrace import client
 job = client.submit("Hello.", max_tokens=10, temperature=0)
 print(job.result(timeout=60).text)
 """
@@ -14,10 +14,14 @@ from typing import IO, Any
 
 from celery import Signature
 
-from client.aio import AsyncClient, AsyncJob
-from client.bulk import BatchReport
-from client.client import Client
-from client.errors import (
+from headrace.client.async_client import AsyncClient, AsyncJob
+from headrace.client.batch.run import BatchReport
+from headrace.client.client import Client
+from headrace.client.jobs.handle import Job
+from headrace.client.jobs.status import Status
+from headrace.client.jobs.stream import Event
+from headrace.client.wire.errors import (
+    HeadraceError,
     InputChanged,
     InvalidBatch,
     InvalidRequest,
@@ -25,7 +29,6 @@ from client.errors import (
     JobError,
     JobExpired,
     JobFailed,
-    MillraceError,
     NoCheckpoints,
     NoWorker,
     OutputRefused,
@@ -37,10 +40,7 @@ from client.errors import (
     UnknownJob,
     UnreadableRecord,
 )
-from client.job import Job
-from client.schema import Choice, Result, SamplingParams
-from client.status import Status
-from client.stream import Event
+from headrace.client.wire.requests import Choice, Result, SamplingParams
 
 __all__ = [
     "AsyncClient",
@@ -49,6 +49,7 @@ __all__ = [
     "Choice",
     "Client",
     "Event",
+    "HeadraceError",
     "InputChanged",
     "InvalidBatch",
     "InvalidRequest",
@@ -57,7 +58,6 @@ __all__ = [
     "JobError",
     "JobExpired",
     "JobFailed",
-    "MillraceError",
     "NoCheckpoints",
     "NoWorker",
     "OutputRefused",

@@ -1,7 +1,7 @@
 """The client: checks, publishes, polls. One connection however many jobs wait, and no channel for each of them.
 
 Jobs submitted together share messages, for a message costs more than a short job; all else of a job is its own.
-What waiting is, `client.watch` says; `client.aio` is the other face of the same.
+What waiting is, `client.jobs.polling` says; `client.async_client` is the other face of the same.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ import redis
 from celery import Celery, Signature
 from kombu.exceptions import OperationalError
 
-from client import keys
-from client.bulk import MAX_INFLIGHT, Batch, BatchReport, map_prompts
-from client.errors import (
+from headrace.client.batch.run import MAX_INFLIGHT, Batch, BatchReport, map_prompts
+from headrace.client.jobs.handle import Handle, Job
+from headrace.client.jobs.polling import LAST_POLL_S, News, Watch
+from headrace.client.jobs.status import Served, Status, count_queued, read_served, read_status
+from headrace.client.wire import keys
+from headrace.client.wire.errors import (
     InvalidRequest,
     NoCheckpoints,
     NoWorker,
@@ -38,9 +41,8 @@ from client.errors import (
     UnknownJob,
     UnreadableRecord,
 )
-from client.job import Handle, Job
-from client.records import Outcome, parse_outcome
-from client.schema import (
+from headrace.client.wire.redis import connect, explain, producer_app, queue, resolve_url, results_app
+from headrace.client.wire.requests import (
     CHECKPOINT_TENSORS,
     GROUP_TASK_NAME,
     JOBS_HEADER,
@@ -50,18 +52,16 @@ from client.schema import (
     is_job_id,
     parse_request,
 )
-from client.signing import mark, sign
-from client.status import Served, Status, count_queued, read_served, read_status
-from client.tracing import sending
-from client.transport import connect, explain, producer_app, queue, resolve_url, results_app
-from client.watch import LAST_POLL_S, News, Watch
-from config import Settings, load_settings
-from config.settings import redact_url, slug
+from headrace.client.wire.results import Outcome, parse_outcome
+from headrace.client.wire.signing import mark, sign
+from headrace.client.wire.tracing import sending
+from headrace.config import Settings, load_settings
+from headrace.config.settings import redact_url, slug
 
 if TYPE_CHECKING:
     import numpy as np
 
-log = logging.getLogger("millrace.client")
+log = logging.getLogger("headrace.client")
 
 #: Job records written, or jobs cancelled, in one request.
 RECORD_JOBS = 512
@@ -77,8 +77,8 @@ class Client:
     """Submits jobs to one Redis and reads what became of them. Use it as a context manager, or call `close`.
 
     Args:
-        redis_url: MILLRACE_REDIS_URL if not given, else an embedded server that runs, else localhost.
-        model: the model whose queue jobs go to that name none; the first of MILLRACE_MODEL if not given.
+        redis_url: HEADRACE_REDIS_URL if not given, else an embedded server that runs, else localhost.
+        model: the model whose queue jobs go to that name none; the first of HEADRACE_MODEL if not given.
         settings: all settings at once, instead of the environment.
 
     Raises:
@@ -121,7 +121,7 @@ class Client:
         Args:
             prompt: text, or token ids. The empty text stands for the end-of-text token.
             id: a name of your own for the job; submitting the same request again under it gives the same job.
-            params: sampling parameters (client.schema.SamplingParams), `priority`, `model`, `stream` (True if
+            params: sampling parameters (client.wire.requests.SamplingParams), `priority`, `model`, `stream` (True if
                 `Job.stream` is to give the text as it comes), and `timeout_s`, the seconds after which nobody wants
                 the result any more.
 
@@ -173,7 +173,7 @@ class Client:
         params: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> BatchReport:
-        """Compute all rows of a file or an iterable into a file, as `millrace batch` does; see its help, and README.
+        """Compute all rows of a file or an iterable into a file, as `headrace batch` does; see its help, and README.
 
         Args:
             source: a path (JSON lines, gzipped or not; with `text` a prompt a line), or an iterable of prompts, token

@@ -1,5 +1,5 @@
-"""Settings and logging, shared by every process of millrace."""
+"""Settings and logging, shared by every process of headrace."""
 
-from config.settings import Settings, SettingsError, load_settings
+from headrace.config.settings import Settings, SettingsError, load_settings
 
 __all__ = ["Settings", "SettingsError", "load_settings"]

@@ -11,9 +11,9 @@ from typing import Any
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from config.settings import Settings
+from headrace.config.settings import Settings
 
-_HANDLER = "millrace"
+_HANDLER = "headrace"
 
 # As far as the last @ of the word: a password may hold an @ or a / that ought to have been escaped.
 _PASSWORD = re.compile(r"((?:rediss?|redis\+socket|unix|sentinel)://[^\s:/?#@]*:)\S*@")
@@ -99,6 +99,6 @@ def _renderer(settings: Settings) -> Processor:
 
 def _set_levels(settings: Settings) -> None:
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
-    logging.getLogger("millrace").setLevel(level)
+    logging.getLogger("headrace").setLevel(level)
     for name, opens in _FOREIGN.items():
         logging.getLogger(name).setLevel(logging.DEBUG if opens and level == logging.DEBUG else logging.WARNING)

@@ -1,4 +1,4 @@
-"""Settings, read once from `MILLRACE_*` environment variables. `config/dev.env` lists them with comments."""
+"""Settings, read once from `HEADRACE_*` environment variables. `config/dev.env` lists them with comments."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from config.sentinel import is_sentinel, parse_sentinel
+from headrace.config.sentinel import is_sentinel, parse_sentinel
 
-PREFIX = "MILLRACE_"
+PREFIX = "HEADRACE_"
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
 URL_SCHEMES = ("redis", "rediss", "unix")
 #: Characters of a model's name in queues and results.
@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     served_name: str | None = Field(
         None,
         description="a name of letters, digits, '.', '_' and '-', and is only for one model; of several in "
-        "MILLRACE_MODEL each can have its own there, NAME=MODEL",
+        "HEADRACE_MODEL each can have its own there, NAME=MODEL",
     )
     #: None: the embedded server if one runs, else DEFAULT_REDIS_URL.
     redis_url: str | None = Field(
@@ -101,15 +101,15 @@ class Settings(BaseSettings):
     max_attempts: int = Field(3, description="a whole number from 2 to 100", ge=2, le=100)
     soft_shutdown_s: float = Field(20.0, description="a number of seconds, from 0 to 315360000", ge=0, le=MAX_SECONDS)
     #: An engine that is at one step for longer is stalled: its jobs go to other workers, it takes no more messages, and
-    #: `millrace status` fails.
+    #: `headrace status` fails.
     stall_s: float = Field(60.0, description="a number of seconds, from 1 to 315360000", ge=1, le=MAX_SECONDS)
-    #: Of `millrace serve`: who has one of them may use it. None: only this machine may.
+    #: Of `headrace serve`: who has one of them may use it. None: only this machine may.
     api_keys: SecretStr | None = Field(
         None,
         description=f"a secret of at least {SHORTEST_API_KEY} characters without spaces, or several of them separated "
         "by commas",
     )
-    #: Of `millrace serve`: where uploaded files and batches lie. None: `data_dir()`.
+    #: Of `headrace serve`: where uploaded files and batches lie. None: `data_dir()`.
     files_dir: str | None = Field(None, description="a directory")
     #: Of the worker's probes and metrics over HTTP; 0 is none.
     metrics_port: int = Field(0, description="a port from 1 to 65535, or 0 for none", ge=0, le=65535)
@@ -194,7 +194,7 @@ class Settings(BaseSettings):
 
     @property
     def model_name(self) -> str:
-        """The name of the first model, to which jobs go that name none: its queue is `millrace.<model_name>`."""
+        """The name of the first model, to which jobs go that name none: its queue is `headrace.<model_name>`."""
         return next(iter(self.models))
 
     def only(self, name: str) -> Settings:
@@ -245,13 +245,13 @@ def load_settings(**overrides: Any) -> Settings:
     """Settings from the environment, with `overrides` on top.
 
     Raises:
-        SettingsError: a `MILLRACE_` variable that does not exist, or a value out of range.
+        SettingsError: a `HEADRACE_` variable that does not exist, or a value out of range.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise SettingsError(f"{_shorter(name)} is no setting of millrace; the nearest is {near}")
+            raise SettingsError(f"{_shorter(name)} is no setting of headrace; the nearest is {near}")
     try:
         return Settings(**overrides)
     except ValidationError as error:
@@ -263,7 +263,7 @@ def _explain(error: ValidationError) -> str:
     name = str(first["loc"][0])
     field = Settings.model_fields.get(name)
     if field is None:
-        return f"{_shorter(name)} is no setting of millrace"
+        return f"{_shorter(name)} is no setting of headrace"
     shown = {"redis_url": redact_url(str(first["input"])), "signing_key": "***", "api_keys": "***"}
     value = shown.get(name, first["input"])
     return f"{PREFIX}{name.upper()} is {_shorter(repr(value))}; it must be {field.description}"
@@ -283,16 +283,16 @@ def redact_url(url: str) -> str:
 
 
 def data_dir() -> Path:
-    """Where `millrace serve` keeps files and batches: `$XDG_DATA_HOME/millrace`."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path("~/.local/share").expanduser()) / "millrace"
+    """Where `headrace serve` keeps files and batches: `$XDG_DATA_HOME/headrace`."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path("~/.local/share").expanduser()) / "headrace"
 
 
 def runtime_dir() -> Path:
     """Where the embedded server's socket lies while it runs; one place for each user, so that clients find it."""
     base = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(base) / "millrace" if base else Path(tempfile.gettempdir()) / f"millrace-{os.getuid()}"
+    return Path(base) / "headrace" if base else Path(tempfile.gettempdir()) / f"headrace-{os.getuid()}"
 
 
 def embedded_socket() -> Path:
-    """The unix socket of the embedded server that `millrace up` starts."""
+    """The unix socket of the embedded server that `headrace up` starts."""
     return runtime_dir() / "redis.sock"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from config.settings import Settings, SettingsError
+from headrace.config.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer, TracerProvider
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 FLUSH_S = 3.0
 
 MISSING = (
-    "MILLRACE_OTEL is set, and that needs packages of OpenTelemetry; install them with `pip install 'millrace[otel]'`, "
-    "or unset MILLRACE_OTEL"
+    "HEADRACE_OTEL is set, and that needs packages of OpenTelemetry; install them with `pip install 'headrace[otel]'`, "
+    "or unset HEADRACE_OTEL"
 )
 
 
@@ -40,7 +40,7 @@ def find_tracer() -> Tracer | None:
 
 @functools.lru_cache(1)
 def _tracer_of(provider: TracerProvider) -> Tracer:
-    return provider.get_tracer("millrace", version("millrace"))
+    return provider.get_tracer("headrace", version("headrace"))
 
 
 def setup_tracing(settings: Settings, service: str) -> Callable[[], None]:
@@ -69,7 +69,7 @@ def setup_tracing(settings: Settings, service: str) -> Callable[[], None]:
         raise SettingsError(MISSING) from error
     own = {
         "service.name": service,
-        "service.version": version("millrace"),
+        "service.version": version("headrace"),
         "service.instance.id": f"{socket.gethostname()}-{os.getpid()}",
     }
     resource = Resource.create(own | dict(OTELResourceDetector().detect().attributes))
@@ -81,6 +81,6 @@ def setup_tracing(settings: Settings, service: str) -> Callable[[], None]:
 
 def _flush(shutdown: Callable[[], None]) -> None:
     """A collector that is away must not hold up the end: OpenTelemetry itself would wait half a minute for it."""
-    ending = threading.Thread(target=shutdown, name="millrace-spans", daemon=True)
+    ending = threading.Thread(target=shutdown, name="headrace-spans", daemon=True)
     ending.start()
     ending.join(FLUSH_S)

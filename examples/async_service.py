@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import sys
 
-import client
+from headrace import client
 
 
 async def serve(own: client.AsyncClient, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -21,7 +21,7 @@ async def serve(own: client.AsyncClient, reader: asyncio.StreamReader, writer: a
                 await writer.drain()
         except ConnectionError:
             await job.cancel()
-    except client.MillraceError as error:
+    except client.HeadraceError as error:
         writer.write(f"{error}\n".encode())
     finally:
         writer.close()

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-import client
+from headrace import client
 
 
 def main(source: str, target: str) -> None:

@@ -11,7 +11,7 @@ import datasets
 import pandas
 import pyarrow
 
-import client
+from headrace import client
 
 PROMPTS = ["The old house", "The river", "Alice was"]
 

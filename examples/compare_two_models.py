@@ -8,9 +8,9 @@ import sys
 import torch
 from safetensors.torch import load
 
-from client.schema import CHECKPOINT_TENSORS, parse_request
-from config import load_settings
-from worker.engine import Engine
+from headrace.client.wire.requests import CHECKPOINT_TENSORS, parse_request
+from headrace.config import load_settings
+from headrace.worker.engine.engine import Engine
 
 NAMES = list(dict.fromkeys(name for names in CHECKPOINT_TENSORS.values() for name in names))
 

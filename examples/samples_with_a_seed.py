@@ -1,6 +1,6 @@
 """Several samples of one prompt, and any of them again: a result names the seed it was drawn with."""
 
-import client
+from headrace import client
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from model.cache import CachedAttention, Chunk, KVCache
-from model.linear import Linear
-from model.passes import Passes
-from model.trace import Trace, probabilities
+from headrace.model.activations import Trace, probabilities
+from headrace.model.fused_decoder import Passes
+from headrace.model.kv_cache import CachedAttention, Chunk, KVCache
+from headrace.model.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Norm:
 class Block:
     """One transformer block: attention, then feed-forward, each on a normed copy and added back.
 
-    Called where torch computes products; with those of ours all blocks are run together (model/passes.py).
+    Called where torch computes products; with those of ours all blocks are run together (model/fused_decoder.py).
     """
 
     ln_1: Norm

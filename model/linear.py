@@ -1,7 +1,7 @@
 """Matrix products in the fastest form the machine has, whose rows do not depend on how many rows there are.
 
-On a CPU with AVX-512, float32 goes through model/floats.py; bfloat16 on one with a matrix unit through model/tiles.py,
-and what is rounded to 8 bits through model/int8.py. They sum a row in one order whatever its company.
+On a CPU with AVX-512, float32 goes through model/kernels/gemm_fp32_avx512.py; bfloat16 on one with a matrix unit through model/kernels/gemm_bf16_amx.py,
+and what is rounded to 8 bits through model/kernels/gemm_int8_amx.py. They sum a row in one order whatever its company.
 
 On other CPUs the weight is packed once in the layout oneDNN's kernels read (the private operators behind
 `torch.compile`'s CPU backend, taken only where they give what `F.linear` gives); elsewhere it stays as the files store
@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from model.chain import Streamed
-from model.floats import Floats, floats_work
-from model.int8 import Int8
-from model.tiles import Tiled, tiles_work
+from headrace.model.kernels.gemm_bf16_amx import Tiled, tiles_work
+from headrace.model.kernels.gemm_fp32_avx512 import Floats, floats_work
+from headrace.model.kernels.gemm_int8_amx import Int8
+from headrace.model.kernels.program import Streamed
 
 #: Rows of one product at most: more gain nothing, and their intermediate results leave the caches.
 MAX_ROWS = 512

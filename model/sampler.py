@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model.largest import largest
+from headrace.model.kernels.argmax import largest
 
 NEVER = float("-inf")
 

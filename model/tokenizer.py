@@ -18,7 +18,7 @@ from typing import Any
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from model.files import ModelError, find_model, read_json, read_text, shorter, shown
+from headrace.model.hub import ModelError, find_model, read_json, read_text, shorter, shown
 
 END_OF_TEXT = "<|endoftext|>"
 #: How text is cut before merging; the pattern of the GPT-2 release (encoder.py), in tiktoken's possessive form.

@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.files import MAX_CONFIG_BYTES, ModelError, find_model, read_json, shorter, shown, weight_files
-from model.gpt2 import GPT2, GPT2Config
-from model.int8 import STEP, int8_works
-from model.kernels import decode_kernel
-from model.linear import own_products
+from headrace.model.gpt2 import GPT2, GPT2Config
+from headrace.model.hub import MAX_CONFIG_BYTES, ModelError, find_model, read_json, shorter, shown, weight_files
+from headrace.model.kernels.attention import decode_kernel
+from headrace.model.kernels.gemm_int8_amx import STEP, int8_works
+from headrace.model.linear import own_products
 
 #: What is computed in, by name.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.bfloat16}
@@ -42,7 +42,7 @@ def load_model(
     Args:
         device: 'auto' is CUDA where there is one.
         dtype: 'auto' is float32 on a CPU and bfloat16 on a GPU that has it. 'int8' rounds the matrices to 8 bits (see
-            model/int8.py) and computes all else in bfloat16; it takes a CPU with a matrix unit.
+            model/kernels/gemm_int8_amx.py) and computes all else in bfloat16; it takes a CPU with a matrix unit.
 
     Raises:
         ModelError: not found, not reachable, not a GPT-2, or weights whose names or shapes do not fit the config.
@@ -54,7 +54,7 @@ def load_model(
     if int8:
         _check_widths(folder / "config.json", config)
     files = weight_files(folder)
-    with ThreadPoolExecutor(3, thread_name_prefix="millrace-load") as beside:
+    with ThreadPoolExecutor(3, thread_name_prefix="headrace-load") as beside:
         places = _places(folder, files, config)  # before anything is computed for a shape that the files may not have
         digest = beside.submit(_digest, files)
         # Compiled while the files are read; numba compiles one thing at a time.
@@ -236,7 +236,7 @@ def _check_widths(path: Path, config: GPT2Config) -> None:
     for name, width in {"n_embd": config.n_embd, "n_inner": config.inner}.items():
         if width % STEP:
             raise ModelError(
-                f"{path}: {name} is {width}; in int8 it must be a multiple of {STEP}; use MILLRACE_DTYPE=bfloat16"
+                f"{path}: {name} is {width}; in int8 it must be a multiple of {STEP}; use HEADRACE_DTYPE=bfloat16"
             )
 
 
@@ -244,7 +244,7 @@ def _need_int8(device: torch.device) -> None:
     if not int8_works(device.type):
         raise ModelError(
             f"dtype 'int8' on {device}: it takes Linux, numba, and a CPU that multiplies whole numbers in tiles ("
-            "Intel AMX, in Xeons since Sapphire Rapids); use MILLRACE_DTYPE=bfloat16"
+            "Intel AMX, in Xeons since Sapphire Rapids); use HEADRACE_DTYPE=bfloat16"
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings as hypothesis_settings
 
-from worker.embedded import EmbeddedRedis
+from headrace.worker.redis_server import EmbeddedRedis
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -19,10 +19,10 @@ hypothesis_settings.register_profile("full", max_examples=500)
 hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 # A developer's own settings must not reach the tests; and no test may go out to the hub.
-TEST_MODELS = os.environ.pop("MILLRACE_TEST_MODELS", None)
+TEST_MODELS = os.environ.pop("HEADRACE_TEST_MODELS", None)
 if TEST_MODELS:
     os.environ["TEST_MODELS_DIRECTORY"] = TEST_MODELS
-for _name in [name for name in os.environ if name.startswith("MILLRACE_")]:
+for _name in [name for name in os.environ if name.startswith("HEADRACE_")]:
     del os.environ[_name]
 os.environ["HF_HUB_OFFLINE"] = "1"
 if SHARED := "PYTEST_XDIST_WORKER" in os.environ:

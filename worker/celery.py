@@ -11,22 +11,30 @@ import structlog
 from celery import Celery, signals
 from celery.platforms import EX_FAILURE
 
-from client import keys
-from client.errors import RedisUnreachable
-from client.transport import broker_settings, celery_url, check_access, connect, queue, resolve_url, sentinel_options
-from config import Settings, SettingsError, load_settings
-from config.logging import setup_logging
-from worker.access import RightsMissing, check_rights
-from worker.tasks import add_tasks
+from headrace.client.wire import keys
+from headrace.client.wire.errors import RedisUnreachable
+from headrace.client.wire.redis import (
+    broker_settings,
+    celery_url,
+    check_access,
+    connect,
+    queue,
+    resolve_url,
+    sentinel_options,
+)
+from headrace.config import Settings, SettingsError, load_settings
+from headrace.config.logging import setup_logging
+from headrace.worker.queue.permissions import RightsMissing, check_rights
+from headrace.worker.tasks import add_tasks
 
-log = structlog.get_logger("millrace.worker")
+log = structlog.get_logger("headrace.worker")
 
 
 def make_app(settings: Settings) -> Celery:
     """A Celery app whose worker computes the settings' models. Nothing is connected or loaded yet."""
-    app = Celery("millrace", set_as_current=False)
-    app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "worker.backend:ResultBackend")
-    app.loader.override_backends["sentinel"] = "worker.backend:SentinelResultBackend"
+    app = Celery("headrace", set_as_current=False)
+    app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "headrace.worker.queue.backend:ResultBackend")
+    app.loader.override_backends["sentinel"] = "headrace.worker.queue.backend:SentinelResultBackend"
     app.conf.update(worker_settings(settings))
     point_at(app, settings, resolve_url(settings))
     app.conf.update(
@@ -34,7 +42,7 @@ def make_app(settings: Settings) -> Celery:
         task_default_queue=keys.queue(settings.model_name),
     )
     add_tasks(app, settings)
-    app.millrace_settings = settings  # the pool and the command line read it from here
+    app.headrace_settings = settings  # the pool and the command line read it from here
     return app
 
 
@@ -51,8 +59,8 @@ def point_at(app: Celery, settings: Settings, url: str) -> None:
 def worker_settings(settings: Settings) -> dict[str, Any]:
     """Celery's settings of the worker, beside the broker's."""
     return {
-        "worker_pool": "worker.pool:EnginePool",
-        "worker_consumer": "worker.consumer:SafeConsumer",
+        "worker_pool": "headrace.worker.jobs.pool:EnginePool",
+        "worker_consumer": "headrace.worker.queue.consumer:SafeConsumer",
         # The window of jobs a worker holds for each model: enough to refill a slot at once, few enough to leave to
         # others.
         "worker_concurrency": (settings.slots + max(2, settings.slots // 4)) * len(settings.models),
@@ -91,7 +99,7 @@ def worker_settings(settings: Settings) -> dict[str, Any]:
 @signals.celeryd_init.connect  # type: ignore[untyped-decorator]
 def _find_redis(instance: Any, **_: Any) -> None:
     """Where no Redis is set and none runs here, the worker brings its own, so that it works with no flags at all."""
-    settings: Settings = getattr(instance.app, "millrace_settings", None) or load_settings()
+    settings: Settings = getattr(instance.app, "headrace_settings", None) or load_settings()
     if settings.redis_url is None:
         start_embedded_if_alone(instance.app, settings)
         return
@@ -100,12 +108,12 @@ def _find_redis(instance: Any, **_: Any) -> None:
         with contextlib.suppress(redis.RedisError), connect(settings.redis_url) as connection:
             check_rights(connection, settings.models)
     except (RedisUnreachable, RightsMissing) as error:
-        raise SystemExit(f"millrace: {error}") from None
+        raise SystemExit(f"headrace: {error}") from None
 
 
 def start_embedded_if_alone(app: Celery, settings: Settings) -> None:
     """Start an embedded Redis for this process if neither one of ours nor one on the default port answers."""
-    from worker.embedded import EmbeddedRedis, EmbeddedRedisError
+    from headrace.worker.redis_server import EmbeddedRedis, EmbeddedRedisError
 
     url = resolve_url(settings)
     try:
@@ -115,10 +123,10 @@ def start_embedded_if_alone(app: Celery, settings: Settings) -> None:
         try:
             server.start()
         except EmbeddedRedisError as error:
-            raise SystemExit(f"millrace: no Redis at {url}, and none of our own: {error}") from None
+            raise SystemExit(f"headrace: no Redis at {url}, and none of our own: {error}") from None
         atexit.register(server.stop)
         point_at(app, settings, server.url)
-        log.warning("redis.embedded", tried=url, url=server.url, hint="set MILLRACE_REDIS_URL to use a Redis of yours")
+        log.warning("redis.embedded", tried=url, url=server.url, hint="set HEADRACE_REDIS_URL to use a Redis of yours")
 
 
 @signals.worker_shutdown.connect  # type: ignore[untyped-decorator]
@@ -142,4 +150,4 @@ def _configure_logging(**_: Any) -> None:
 try:
     app = make_app(load_settings())
 except SettingsError as error:
-    raise SystemExit(f"millrace: {error}") from None
+    raise SystemExit(f"headrace: {error}") from None

@@ -7,16 +7,16 @@ from typing import Any
 from celery import Celery, Task, signals
 from celery.exceptions import Reject
 
-from client import keys
-from client.errors import JobError
-from client.schema import GROUP_TASK_NAME, TASK_NAME
-from config import Settings
-from worker.errors import EngineStopped
-from worker.service import service_for
+from headrace.client.wire import keys
+from headrace.client.wire.errors import JobError
+from headrace.client.wire.requests import GROUP_TASK_NAME, TASK_NAME
+from headrace.config import Settings
+from headrace.worker.engine.errors import EngineStopped
+from headrace.worker.jobs.service import service_for
 
 
 def add_tasks(app: Celery, settings: Settings) -> None:
-    """Register `millrace.generate` and `millrace.generate_many` with the app."""
+    """Register `headrace.generate` and `headrace.generate_many` with the app."""
 
     # `shared=False`: another app in this process must not get a task that is bound to this one's settings.
     # `throws`: a failed job is an outcome, not an accident of the worker; Celery logs it without a traceback.

@@ -16,22 +16,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from client.aio import AsyncClient
-from client.errors import InvalidRequest, MillraceError
-from client.http.batches import Batches
-from client.http.comparison import Comparison
-from client.http.completions import Chunks, completions, read_order
-from client.http.connections import EventStream, sse, while_connected
-from client.http.errors import ApiError, translate
-from client.http.files import FileStore
-from client.http.gateway import Gateway, Submitted
-from client.http.guard import HEALTH, PAGE, Guard, Limits
-from client.http.page import Overview, page
-from client.http.parts import Parts, parts_of, read_json, route
-from client.http.storage import ROUTES as STORAGE
-from client.http.traced import Traced
-from client.tracing import CONTEXT_HEADERS
-from config import Settings
+from headrace.client.async_client import AsyncClient
+from headrace.client.http.auth import HEALTH, PAGE, Guard, Limits
+from headrace.client.http.batches import Batches
+from headrace.client.http.comparison import Comparison
+from headrace.client.http.context import Parts, parts_of, read_json, route
+from headrace.client.http.errors import ApiError, translate
+from headrace.client.http.file_store import FileStore
+from headrace.client.http.jobs import Gateway, Submitted
+from headrace.client.http.page import Overview, page
+from headrace.client.http.routes.completions import Chunks, completions, read_order
+from headrace.client.http.routes.files import ROUTES as STORAGE
+from headrace.client.http.sse import EventStream, sse, while_connected
+from headrace.client.http.tracing import Traced
+from headrace.client.wire.errors import HeadraceError, InvalidRequest
+from headrace.client.wire.tracing import CONTEXT_HEADERS
+from headrace.config import Settings
 
 #: No job of a request is of use for longer; the openai package waits as long.
 TIMEOUT_S = 600.0
@@ -91,7 +91,7 @@ async def _failed(_: Request, error: Exception) -> Response:
 
 def exception_handlers() -> Any:
     """What Starlette does with exceptions of routes: all become error objects."""
-    return dict.fromkeys((ApiError, MillraceError, HTTPException, Exception), _failed)
+    return dict.fromkeys((ApiError, HeadraceError, HTTPException, Exception), _failed)
 
 
 # --- completions -------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def _event_of_failure(error: ApiError) -> bytes:
 
 
 def _model(name: str, since: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": since, "owned_by": "millrace"}
+    return {"id": name, "object": "model", "created": since, "owned_by": "headrace"}
 
 
 async def list_models(request: Request) -> Response:

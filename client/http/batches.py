@@ -1,4 +1,4 @@
-"""`/v1/batches`: files of requests, computed in the background by what `millrace batch` uses (`client.bulk`).
+"""`/v1/batches`: files of requests, computed in the background by what `headrace batch` uses (`client.batch.run`).
 
 What is known of a batch is on disk, and so are its rows that are done, each written when it ended. A server that starts
 goes on with the batches that are not complete: jobs that are still queued or done in Redis are found again.
@@ -19,16 +19,24 @@ from typing import Any
 
 import structlog
 
-from client.batch_output import RowFile
-from client.bulk import Batch, BatchReport, DropBatch
-from client.client import Client
-from client.errors import Fault, InvalidBatch, MillraceError
-from client.http.batch_state import OPEN, WINDOW_S, BatchState, Counts, Status, fault_object, read_batch_request
-from client.http.errors import ApiError, not_found
-from client.http.files import LIFE_S, FileStore, read_all, write_json
-from config import Settings
+from headrace.client.batch.output import RowFile
+from headrace.client.batch.run import Batch, BatchReport, DropBatch
+from headrace.client.client import Client
+from headrace.client.http.batch_objects import (
+    OPEN,
+    WINDOW_S,
+    BatchState,
+    Counts,
+    Status,
+    fault_object,
+    read_batch_request,
+)
+from headrace.client.http.errors import ApiError, not_found
+from headrace.client.http.file_store import LIFE_S, FileStore, read_all, write_json
+from headrace.client.wire.errors import Fault, HeadraceError, InvalidBatch
+from headrace.config import Settings
 
-log = structlog.get_logger("millrace.http")
+log = structlog.get_logger("headrace.http")
 
 #: Rows of a batch; that of the OpenAI API.
 MAX_ROWS = 50_000
@@ -55,7 +63,7 @@ class Batches:
         self._lock = threading.RLock()
         self._leaving = threading.Event()
         self._running: set[str] = set()
-        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="millrace-batch")
+        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="headrace-batch")
         self._states = {state.id: state for state in read_all(self._directory, BatchState)}
 
     def start(self) -> None:
@@ -156,7 +164,7 @@ class Batches:
             return
         except InvalidBatch as error:
             self._fail(batch_id, [fault_object(fault) for fault in error.faults])
-        except MillraceError as error:
+        except HeadraceError as error:
             log.error("batch.failed", batch=batch_id, error=error.code)
             self._fail(batch_id, [fault_object(Fault(0, "", "it cannot be computed"), error.code)])
         except Exception as error:
@@ -206,7 +214,7 @@ class Batches:
         while True:
             try:
                 return client.models()
-            except MillraceError:
+            except HeadraceError:
                 self._look(batch_id)
                 time.sleep(RETRY_S)
 
@@ -260,7 +268,7 @@ class Batches:
     def _fail(self, batch_id: str, errors: list[dict[str, Any]]) -> None:
         try:
             self._finish(batch_id, "failed", errors={"object": "list", "data": errors})
-        except (OSError, MillraceError) as error:  # the disk is full, say: it is tried again when the server starts
+        except (OSError, HeadraceError) as error:  # the disk is full, say: it is tried again when the server starts
             log.error("batch.unsaved", batch=batch_id, error=type(error).__name__)
 
     def _update(self, batch_id: str, **changes: Any) -> BatchState:

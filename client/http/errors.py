@@ -10,7 +10,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from client.errors import (
+from headrace.client.wire.errors import (
     InvalidRequest,
     JobCancelled,
     JobError,
@@ -21,7 +21,7 @@ from client.errors import (
     RedisUnreachable,
     ResultTimeout,
 )
-from client.schema import GenerateRequest
+from headrace.client.wire.requests import GenerateRequest
 
 #: Seconds after which it is worth asking again, where that hangs on others.
 RETRY_S = 5

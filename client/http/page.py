@@ -14,8 +14,8 @@ from typing import Any
 
 from starlette.responses import Response
 
-from client.http.errors import ApiError
-from client.http.gateway import Gateway
+from headrace.client.http.errors import ApiError
+from headrace.client.http.jobs import Gateway
 
 #: How often the workers are looked at: as often as they say what they do.
 LOOK_S = 2.0

@@ -11,14 +11,14 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
-from client.errors import InvalidRequest
-from client.http.app import TIMEOUT_S, make_app
-from client.http.files import MAX_TOTAL_BYTES, FileStore
-from client.http.guard import MAX_BODY_BYTES, MAX_FILE_BYTES, Limits, is_loopback
-from config import Settings
-from config.logging import setup_logging
-from config.settings import SHORTEST_API_KEY, data_dir, is_key
-from config.tracing import setup_tracing
+from headrace.client.http.app import TIMEOUT_S, make_app
+from headrace.client.http.auth import MAX_BODY_BYTES, MAX_FILE_BYTES, Limits, is_loopback
+from headrace.client.http.file_store import MAX_TOTAL_BYTES, FileStore
+from headrace.client.wire.errors import InvalidRequest
+from headrace.config import Settings
+from headrace.config.logging import setup_logging
+from headrace.config.settings import SHORTEST_API_KEY, data_dir, is_key
+from headrace.config.tracing import setup_tracing
 
 #: Connections at a time; others are answered 503.
 MAX_CONNECTIONS = 1_000
@@ -40,7 +40,7 @@ def serve(
     max_file_bytes: int = MAX_FILE_BYTES,
     max_files_bytes: int = MAX_TOTAL_BYTES,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; what is under way then has MILLRACE_SOFT_SHUTDOWN_S to end.
+    """Serve until SIGTERM or SIGINT; what is under way then has HEADRACE_SOFT_SHUTDOWN_S to end.
 
     Raises:
         InvalidRequest: the address cannot be had, or everybody on the network could use it.
@@ -57,7 +57,7 @@ def serve(
         max_file_bytes=max_file_bytes,
     )
     directory = Path(files or settings.files_dir or data_dir())
-    flush_traces = setup_tracing(settings, "millrace-serve")
+    flush_traces = setup_tracing(settings, "headrace-serve")
     listener = _listen(host, port)
     with contextlib.closing(listener):
         store = FileStore(directory, max_files_bytes)
@@ -66,7 +66,7 @@ def serve(
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
         app = make_app(settings, limits, store, directory, timeout_s=timeout)
         server = uvicorn.Server(_config(app, settings))
-        tell(f"millrace serves {_url(listener)}/v1 ({_who(keys, insecure=insecure)}); files in {directory}")
+        tell(f"headrace serves {_url(listener)}/v1 ({_who(keys, insecure=insecure)}); files in {directory}")
         try:
             _run(server, listener)
         finally:
@@ -79,7 +79,7 @@ def _keys(settings: Settings, more: Sequence[str], host: str, *, insecure: bool)
     if not all(is_key(key, SHORTEST_API_KEY) for key in keys):
         raise InvalidRequest("api-key", "a short one", f"at least {SHORTEST_API_KEY} characters without spaces")
     if not keys and not insecure and not is_loopback(host):
-        expected = "MILLRACE_API_KEYS to be set, or --insecure if everybody on the network may use it"
+        expected = "HEADRACE_API_KEYS to be set, or --insecure if everybody on the network may use it"
         raise InvalidRequest("host", f"{host} without keys", expected)
     return keys
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from config import load_settings
-from config.logging import setup_logging
+from headrace.config import load_settings
+from headrace.config.logging import setup_logging
 from tests.chaos.ledger import balance, table
 from tests.chaos.run import Plan, run
 from tests.chaos.schedule import KINDS, WAVE_S
@@ -42,7 +42,7 @@ def main(
 ) -> None:
     """Kill, stop, cut off and fill up real workers and a real Redis, and see that every job ends once and rightly."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no worker, stopped perhaps, outlives this
-    for name in [name for name in os.environ if name.startswith("MILLRACE_")]:
+    for name in [name for name in os.environ if name.startswith("HEADRACE_")]:
         del os.environ[name]
     setup_logging(load_settings(log_level="error"))  # that Redis is away is no news here
     balanced = True

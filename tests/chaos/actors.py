@@ -25,13 +25,14 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from client import Client, Job, JobError, MillraceError, RedisRefused, RedisUnreachable, Result, keys
-from client.records import Outcome, outcome_state, parse_outcome
-from client.transport import connect
-from config import Settings
+from headrace.client import Client, HeadraceError, Job, JobError, RedisRefused, RedisUnreachable, Result
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
+from headrace.client.wire.results import Outcome, outcome_state, parse_outcome
+from headrace.config import Settings
+from headrace.worker.redis_server import EmbeddedRedis, die_with_parent
 from tests.chaos.jobs import Batch, Draft
 from tests.chaos.ledger import Death, End, JobFact
-from worker.embedded import EmbeddedRedis, die_with_parent
 
 #: A submission that raised is tried again after this time.
 RETRY_S = 0.5
@@ -150,7 +151,7 @@ class Worker:
         command = [sys.executable, "-m", "tests.chaos.startup", str(self._directory)]
         command += ["worker", "-n", f"{self.name}@%h", "--without-gossip", "--without-mingle"]
         ours = self._settings.model_dump(exclude_unset=True)
-        environment = {**os.environ, **{f"MILLRACE_{name.upper()}": str(value) for name, value in ours.items()}}
+        environment = {**os.environ, **{f"HEADRACE_{name.upper()}": str(value) for name, value in ours.items()}}
         with self.log.open("ab") as out:
             self._process = subprocess.Popen(
                 die_with_parent(command), env=environment, stdout=out, stderr=out, start_new_session=True
@@ -293,7 +294,7 @@ class Submitter:
             began = time.time()
             try:
                 accepted = dict(enumerate(self._call(left)))
-            except MillraceError as error:
+            except HeadraceError as error:
                 self.refusals[type(error).__name__] += 1
                 # With ids of their own all are submitted again, as a caller would who knows nothing.
                 failed = isinstance(error, (RedisRefused, RedisUnreachable))

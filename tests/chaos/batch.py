@@ -23,11 +23,11 @@ from typing import Any
 
 import click
 
-from config import load_settings
+from headrace.config import load_settings
+from headrace.worker.redis_server import die_with_parent
 from tests.chaos.actors import Server, Worker
 from tests.chaos.ledger import difference
 from tests.patience import PATIENCE_S
-from worker.embedded import die_with_parent
 
 VICTIMS = ("client", "worker", "redis")
 LEASE_S = 3
@@ -130,11 +130,20 @@ class Storm:
             time.sleep(0.05)
 
     def _command(self, output: Path, *flags: str) -> list[str]:
-        command = [sys.executable, "-m", "worker.cli", "batch", "-i", str(self._source), "-o", str(output)]
+        command = [
+            sys.executable,
+            "-m",
+            "headrace.worker.cli.main",
+            "batch",
+            "-i",
+            str(self._source),
+            "-o",
+            str(output),
+        ]
         return [*command, "--max-inflight", "64", *flags]
 
     def _environment(self, url: str) -> dict[str, str]:
-        return {**os.environ, "MILLRACE_REDIS_URL": url, "MILLRACE_LEASE_S": str(LEASE_S)}
+        return {**os.environ, "HEADRACE_REDIS_URL": url, "HEADRACE_LEASE_S": str(LEASE_S)}
 
     def _undisturbed(self, url: str, output: Path) -> None:
         done = subprocess.run(self._command(output), env=self._environment(url), capture_output=True, timeout=600)
@@ -259,7 +268,7 @@ def storm(lines: int, seed: int, deaths: int, *, zipped: bool = False) -> Verdic
 def main(lines: int, seed: int, deaths: int, zipped: bool) -> None:
     """Kill client, worker and Redis during a batch and see that its output is whole and right."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    for name in [name for name in os.environ if name.startswith("MILLRACE_")]:
+    for name in [name for name in os.environ if name.startswith("HEADRACE_")]:
         del os.environ[name]
     verdict = storm(lines, seed, deaths, zipped=zipped)
     died = ", ".join(f"{verdict.deaths[victim]} {victim}" for victim in VICTIMS)

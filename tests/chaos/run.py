@@ -17,9 +17,10 @@ from typing import Any
 
 import redis
 
-from client import Client, JobError, MillraceError, keys
-from client.schema import parse_request
-from config import Settings, load_settings
+from headrace.client import Client, HeadraceError, JobError
+from headrace.client.wire import keys
+from headrace.client.wire.requests import parse_request
+from headrace.config import Settings, load_settings
 from tests.chaos.actors import Collector, Server, Submitter, Worker, end_of, errors_in, final_ends, read_notes
 from tests.chaos.jobs import catalogue, plan, poison
 from tests.chaos.ledger import Computation, Delivery, End, Facts, Fault, Remains
@@ -70,7 +71,7 @@ def reference_ends(requests: list[dict[str, Any]], settings: Settings) -> list[E
     """How each request ends in an engine of this process that nothing disturbs."""
     import torch
 
-    from worker.engine import Engine
+    from headrace.worker.engine.engine import Engine
 
     threads = torch.get_num_threads()
     ends = []
@@ -90,7 +91,7 @@ def reference_ends(requests: list[dict[str, Any]], settings: Settings) -> list[E
 def run(what: Plan) -> Facts:
     """Make the facts of a run. Takes its span, and about as long as the jobs that are left then need."""
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millrace-chaos-")))
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headrace-chaos-")))
         server = stack.enter_context(Server(what.appendfsync))
         return Run(what, server, directory, stack).carry_out()
 
@@ -238,7 +239,7 @@ class Run:
         waiting = self.collector.waiting
         for job_id in random.Random(f"cancel {action.salt}").sample(waiting, min(3, len(waiting))):
             self.submitter.jobs[job_id].cancel_asked = True
-            with suppress(MillraceError):
+            with suppress(HeadraceError):
                 self.canceller.cancel(job_id)
         self._note(action, began)
 

@@ -20,13 +20,13 @@ from typing import Any
 from celery.__main__ import main
 from celery.signals import worker_ready
 
-from client.schema import GROUP_TASK_NAME
+from headrace.client.wire.requests import GROUP_TASK_NAME
+from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.errors import EngineStopped
+from headrace.worker.jobs.pool import EnginePool
+from headrace.worker.jobs.store import RedisStore
+from headrace.worker.tasks import argument
 from tests.chaos.jobs import POISON_PROMPT
-from worker.engine import Engine
-from worker.errors import EngineStopped
-from worker.pool import EnginePool
-from worker.store import RedisStore
-from worker.tasks import argument
 
 
 class Notes:

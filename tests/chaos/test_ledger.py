@@ -204,19 +204,19 @@ def test_a_worker_that_ended_by_itself(facts: Facts) -> None:
 
 def test_what_is_left_in_redis(facts: Facts) -> None:
     facts.unacked = (1, 0)
-    facts.without_lifetime = ["millrace:job:a"]
+    facts.without_lifetime = ["headrace:job:a"]
     facts.before = Remains({"bindings": 2, "old": 1}, 1_000_000)
     facts.after = Remains({"bindings": 3, "new": 1}, 3_000_000)
     assert balance(facts).wrong == [
         "left in unacked and unacked_index: (1, 0)",
-        "millrace:job:a has no lifetime",
+        "headrace:job:a has no lifetime",
         "bindings had 2 elements and has 3",
         "new had 0 elements and has 1",
         "old had 1 elements and has 0",
         "Redis holds 2000000 bytes more than before",
     ]
     facts.after = Remains(dict(facts.before.keys), 1_900_000)
-    assert balance(facts).wrong == ["left in unacked and unacked_index: (1, 0)", "millrace:job:a has no lifetime"]
+    assert balance(facts).wrong == ["left in unacked and unacked_index: (1, 0)", "headrace:job:a has no lifetime"]
 
 
 def test_the_figures(facts: Facts) -> None:

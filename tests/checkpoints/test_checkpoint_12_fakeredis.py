@@ -13,14 +13,14 @@ import pytest
 from celery.contrib.testing.worker import start_worker
 from fakeredis import TcpFakeServer
 
-from client import Client
-from config import Settings, load_settings
-from model import load_tokenizer
+from headrace.client import Client
+from headrace.config import Settings, load_settings
+from headrace.model import load_tokenizer
+from headrace.worker.celery import make_app
+from headrace.worker.jobs.pool import EnginePool
 from tests.integration.conftest import Reference
 from tests.integration.conftest import reference as reference  # the fixture
 from tests.patience import PATIENCE_S
-from worker.celery import make_app
-from worker.pool import EnginePool
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from safetensors.numpy import load
 
-import model.cache
-import model.gpt2
-from client.checkpoints import Row, compare
-from client.schema import parse_request
-from config import Settings
-from model.files import DEMO
-from model.linear import Linear
-from worker.causes import likely_cause
-from worker.engine import Engine
-from worker.references import Reference, load_reference
-from worker.references.files import read_weights
+import headrace.model.gpt2
+import headrace.model.kv_cache
+from headrace.client.wire.activations import Row, compare
+from headrace.client.wire.requests import parse_request
+from headrace.config import Settings
+from headrace.model.hub import DEMO
+from headrace.model.linear import Linear
+from headrace.worker.engine.engine import Engine
+from headrace.worker.fidelity.diagnosis import likely_cause
+from headrace.worker.fidelity.references import Reference, load_reference
+from headrace.worker.fidelity.references.files import read_weights
 
 PROMPT = [464, 2068, 7586, 21831, 11687, 625]
 Plant = Callable[[pytest.MonkeyPatch, Engine], None]
@@ -60,7 +60,7 @@ def erf_gelu(patch: pytest.MonkeyPatch, engine: Engine) -> None:
 
 
 def unscaled_scores(patch: pytest.MonkeyPatch, engine: Engine) -> None:
-    patch.setattr(model.gpt2.GPT2Config, "scale", 1.0)
+    patch.setattr(headrace.model.gpt2.GPT2Config, "scale", 1.0)
 
 
 def replace_in_block_0(engine: Engine, **parts: Any) -> None:
@@ -81,15 +81,15 @@ def transposed_projection(patch: pytest.MonkeyPatch, engine: Engine) -> None:
 
 def cache_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
     """Keys are written one row further than they belong."""
-    attend = model.cache._Prefill.attend
+    attend = headrace.model.kv_cache._Prefill.attend
 
     def shifted(self: Any, layer: int, q: Any, k: Any, v: Any, *rest: Any) -> None:
         attend(self, layer, q, k, v, *rest)
         keys = self.arena.k[layer][self.slot]
         keys[:, 1 : len(k) + 1] = k.transpose(0, 1)
 
-    patch.setattr(model.cache._Prefill, "attend", shifted)
-    patch.setattr(model.cache, "SHORT", 0)
+    patch.setattr(headrace.model.kv_cache._Prefill, "attend", shifted)
+    patch.setattr(headrace.model.kv_cache, "SHORT", 0)
 
 
 def unbiased_variance(patch: pytest.MonkeyPatch, engine: Engine) -> None:
@@ -97,18 +97,18 @@ def unbiased_variance(patch: pytest.MonkeyPatch, engine: Engine) -> None:
         centred = x - x.mean(-1, keepdim=True)
         return centred / torch.sqrt(x.var(-1, keepdim=True, correction=1) + self.epsilon) * self.weight + self.bias
 
-    patch.setattr(model.gpt2.Norm, "__call__", norm)
+    patch.setattr(headrace.model.gpt2.Norm, "__call__", norm)
     patch.setattr(engine.runner.model, "_passes", None)  # type: ignore[attr-defined]  # which compute norms themselves
 
 
 def positions_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
-    forward = model.gpt2.GPT2.forward
-    patch.setattr(model.gpt2.GPT2, "forward", lambda self, t, p, *rest: forward(self, t, p + 1, *rest))
+    forward = headrace.model.gpt2.GPT2.forward
+    patch.setattr(headrace.model.gpt2.GPT2, "forward", lambda self, t, p, *rest: forward(self, t, p + 1, *rest))
 
 
 def untied_head(patch: pytest.MonkeyPatch, engine: Engine) -> None:
     other = torch.randn(50257, 128, generator=torch.Generator().manual_seed(0)) * 0.1
-    patch.setattr(model.gpt2.GPT2, "head", lambda self, hidden: hidden @ other.T)
+    patch.setattr(headrace.model.gpt2.GPT2, "head", lambda self, hidden: hidden @ other.T)
 
 
 def mask_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
@@ -120,8 +120,8 @@ def mask_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
             attn_mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(1)
         return attention(q, k, v, attn_mask=attn_mask, scale=scale)
 
-    patch.setattr(model.cache.F, "scaled_dot_product_attention", leaky)
-    patch.setattr(model.cache, "SHORT", 0)
+    patch.setattr(headrace.model.kv_cache.F, "scaled_dot_product_attention", leaky)
+    patch.setattr(headrace.model.kv_cache, "SHORT", 0)
 
 
 MUTATIONS: list[tuple[Plant, int, str]] = [

@@ -1,6 +1,6 @@
 """OpenAI's own weights give the texts that the specification names, through client, queue and worker.
 
-They are looked for in the directory MILLRACE_TEST_MODELS (as <directory>/gpt2-medium) and in the local hub cache, and
+They are looked for in the directory HEADRACE_TEST_MODELS (as <directory>/gpt2-medium) and in the local hub cache, and
 never replaced by something that looks like them; the test summary says when they were not at hand.
 """
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from client import Client
-from model import ModelError
-from model.weights import find_model, read_config
+from headrace.client import Client
+from headrace.model import ModelError
+from headrace.model.weights import find_model, read_config
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess
 from tests.patience import PATIENCE_S
-from worker.embedded import EmbeddedRedis
 
 pytestmark = pytest.mark.openai_weights
 
@@ -38,14 +38,14 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     folder = gpt2_medium()
     if folder is None:
         pytest.skip(
-            "gpt2-medium is not at hand: set MILLRACE_TEST_MODELS or `hf download openai-community/gpt2-medium`"
+            "gpt2-medium is not at hand: set HEADRACE_TEST_MODELS or `hf download openai-community/gpt2-medium`"
         )
     assert read_config(folder / "config.json").n_layer == 24
     log = tmp_path_factory.mktemp("medium") / "worker.log"
-    environment = {"MILLRACE_MODEL": str(folder), "MILLRACE_SERVED_NAME": "gpt2-medium"}
+    environment = {"HEADRACE_MODEL": str(folder), "HEADRACE_SERVED_NAME": "gpt2-medium"}
     with (
         EmbeddedRedis.ephemeral() as server,
-        WorkerProcess(log, MILLRACE_REDIS_URL=server.url, **environment) as worker,
+        WorkerProcess(log, HEADRACE_REDIS_URL=server.url, **environment) as worker,
     ):
         worker.wait_ready()
         with Client(redis_url=server.url, model="gpt2-medium") as made:

@@ -14,16 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.errors import JobCancelled
-from client.schema import Choice, Result, parse_request
-from model.gpt2 import GPT2, GPT2Config
-from model.tokenizer import gpt2_tokenizer
-from model.weights import expected_shapes
-from worker.engine import Engine
-from worker.runner import Runner
-from worker.scheduler import Scheduler
-from worker.sequence import TextDelta
-from worker.slots import SlotTable
+from headrace.client.wire.errors import JobCancelled
+from headrace.client.wire.requests import Choice, Result, parse_request
+from headrace.model.gpt2 import GPT2, GPT2Config
+from headrace.model.tokenizer import gpt2_tokenizer
+from headrace.model.weights import expected_shapes
+from headrace.worker.engine.cache_slots import SlotTable
+from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.scheduler import Scheduler
+from headrace.worker.engine.sequence import TextDelta
 
 VOCABULARY, POSITIONS = 512, 128
 

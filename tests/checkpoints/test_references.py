@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from model import GPT2, load_model
+from headrace.model import GPT2, load_model
+from headrace.worker.fidelity.references import REFERENCES, Reference, ReferenceUnavailable, load_reference
+from headrace.worker.fidelity.references.base import PACKAGES, probabilities
+from headrace.worker.fidelity.references.files import read_weights
 from tests.golden.make_golden import CASES, DEMO, HERE, LIBRARIES, record, weights_sha256
-from worker.references import REFERENCES, Reference, ReferenceUnavailable, load_reference
-from worker.references.base import PACKAGES, probabilities
-from worker.references.files import read_weights
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -278,7 +278,7 @@ def test_missing_library_is_named(name: str, monkeypatch: pytest.MonkeyPatch) ->
     package, version = PACKAGES[name]
     with pytest.raises(ReferenceUnavailable, match=rf"{package}=={version}") as caught:
         load_reference(name, DEMO)
-    assert "pip install 'millrace[references]'" in str(caught.value)
+    assert "pip install 'headrace[references]'" in str(caught.value)
 
 
 def test_tinygrad_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

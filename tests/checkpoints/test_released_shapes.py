@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from client.schema import parse_request
-from config import Settings
-from worker.engine import Engine
+from headrace.client.wire.requests import parse_request
+from headrace.config import Settings
+from headrace.worker.engine.engine import Engine
 
 SHAPES = {"124M": (12, 12, 768, "5GB"), "355M": (6, 16, 1024, "400MB")}
 NEW_TOKENS = 3

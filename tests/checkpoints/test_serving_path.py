@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from client.schema import CHECKPOINT_TENSORS, parse_request
-from config import Settings
-from model.gpt2 import GPT2
-from worker.engine import Engine
+from headrace.client.wire.requests import CHECKPOINT_TENSORS, parse_request
+from headrace.config import Settings
+from headrace.model.gpt2 import GPT2
+from headrace.worker.engine.engine import Engine
 
 CROWD = [{"prompt": "The house " * n, "max_tokens": 12, "ignore_eos": True, "seed": n} for n in (1, 3, 40, 90)]
 

@@ -1,4 +1,4 @@
-"""Settings from the environment, and what workers and messages in Redis say to `millrace status`."""
+"""Settings from the environment, and what workers and messages in Redis say to `headrace status`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from unittest import mock
 
 from hypothesis import strategies as st
 
-from client.status import WorkerStatus, _jobs_in, _scaled, _worker
-from config.settings import PREFIX, Settings, SettingsError, load_settings
+from headrace.client.jobs.status import WorkerStatus, _jobs_in, _scaled, _worker
+from headrace.config.settings import PREFIX, Settings, SettingsError, load_settings
 from tests.fuzz.harness import Target, is_plain
 from tests.fuzz.values import ANY_TEXT, JSON, NUMBERS, objects
 

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from client.checkpoints import CHECKPOINTS, compare
-from model import GPT2, ModelError, load_model, load_tokenizer
-from model.gpt2 import GPT2Config
-from model.tokenizer import END_OF_TEXT, _byte_alphabet
-from model.weights import expected_shapes
+from headrace.client.wire.activations import CHECKPOINTS, compare
+from headrace.model import GPT2, ModelError, load_model, load_tokenizer
+from headrace.model.gpt2 import GPT2Config
+from headrace.model.tokenizer import END_OF_TEXT, _byte_alphabet
+from headrace.model.weights import expected_shapes
+from headrace.worker.fidelity.report import read_tensors
 from tests.fuzz.harness import Target, is_plain
 from tests.fuzz.values import ANY_TEXT, JSON, NUMBERS, objects
-from worker.checkpoints import read_tensors
 
 CONFIG: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 4, "n_positions": 8, "vocab_size": 8}
 SHAPES = expected_shapes(GPT2Config(**CONFIG))

@@ -1,4 +1,4 @@
-"""Requests to `millrace serve`, as a stranger could send them."""
+"""Requests to `headrace serve`, as a stranger could send them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any, cast
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 
-from client import AsyncClient, Client, QueueFull
-from client.http.app import ROUTES, exception_handlers
-from client.http.batches import Batches
-from client.http.comparison import Comparison
-from client.http.files import FileStore
-from client.http.gateway import Gateway
-from client.http.guard import Guard, Limits
-from client.http.page import Overview
-from client.http.parts import Parts
-from client.status import Status, WorkerStatus
-from config import load_settings
+from headrace.client import AsyncClient, Client, QueueFull
+from headrace.client.http.app import ROUTES, exception_handlers
+from headrace.client.http.auth import Guard, Limits
+from headrace.client.http.batches import Batches
+from headrace.client.http.comparison import Comparison
+from headrace.client.http.context import Parts
+from headrace.client.http.file_store import FileStore
+from headrace.client.http.jobs import Gateway
+from headrace.client.http.page import Overview
+from headrace.client.jobs.status import Status, WorkerStatus
+from headrace.config import load_settings
 from tests.fuzz.harness import LONGEST_MESSAGE, Target
 from tests.fuzz.jobs import GOOD
 from tests.fuzz.values import ANY_TEXT, JSON, objects
@@ -76,7 +76,7 @@ class NoQueue:
     async def submit_many(self, requests: list[dict[str, Any]]) -> None:
         for request in requests:
             self._client._prepare(dict(request))
-        raise QueueFull("millrace.demo", 1, 1)
+        raise QueueFull("headrace.demo", 1, 1)
 
 
 @functools.cache

@@ -10,16 +10,16 @@ from typing import Any
 import tiktoken
 from hypothesis import strategies as st
 
-from client.errors import InvalidRequest, JobError, JobFailed
-from client.records import outcome_state, parse_outcome
-from client.schema import GenerateRequest, Result, is_job_id, parse_request
-from model.tokenizer import END_OF_TEXT, PATTERN, Tokenizer
+from headrace.client.wire.errors import InvalidRequest, JobError, JobFailed
+from headrace.client.wire.requests import GenerateRequest, Result, is_job_id, parse_request
+from headrace.client.wire.results import outcome_state, parse_outcome
+from headrace.model.tokenizer import END_OF_TEXT, PATTERN, Tokenizer
+from headrace.worker.engine.engine import Engine
+from headrace.worker.jobs.service import read_group, read_wire
 from tests.checkpoints.test_properties import VOCABULARY
 from tests.checkpoints.test_properties import engine as small_engine
 from tests.fuzz.harness import Target, is_plain
 from tests.fuzz.values import ANY_TEXT, GIANT, JSON, NUMBERS, nested, objects
-from worker.engine import Engine
-from worker.service import read_group, read_wire
 
 FIELDS = tuple(GenerateRequest.model_fields)
 IDS = st.integers(0, VOCABULARY - 1)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from worker.references import Reference, load_reference
+from headrace.worker.fidelity.references import Reference, load_reference
 
 HERE = Path(__file__).parent
 DEMO = HERE.parents[1] / "model" / "demo"

@@ -62,7 +62,7 @@ class Collector:
     def settings(self) -> dict[str, str]:
         """The environment of a program that is to send its spans here, and soon."""
         delay = {"OTEL_BSP_SCHEDULE_DELAY": "100"}
-        return {"MILLRACE_OTEL": "1", "OTEL_EXPORTER_OTLP_ENDPOINT": self.url, **delay}
+        return {"HEADRACE_OTEL": "1", "OTEL_EXPORTER_OTLP_ENDPOINT": self.url, **delay}
 
     def take(self, body: bytes) -> None:
         """Decode the body of a request."""
@@ -77,7 +77,7 @@ class Collector:
 
     def of_job(self, job_id: str) -> list[Collected]:
         """The spans that workers made of a job, in the order they came."""
-        return [s for s in self.spans if s.attributes.get("millrace.job_id") == job_id and s.kind == 5]
+        return [s for s in self.spans if s.attributes.get("headrace.job_id") == job_id and s.kind == 5]
 
 
 def _attributes(pairs: Any) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from celery import Celery
 
-from client import Client
-from config import Settings, load_settings
+from headrace.client import Client
+from headrace.config import Settings, load_settings
+from headrace.worker.celery import make_app
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess
-from worker.celery import make_app
-from worker.embedded import EmbeddedRedis
 
 Reference = Callable[[list[int], int], list[int]]
 
@@ -26,7 +26,7 @@ def settings(redis_url: str) -> Settings:
 def worker(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
     """`celery -A worker worker` with no flags, ready, forked from a warm process."""
     log = tmp_path_factory.mktemp("worker") / "worker.log"
-    with WorkerProcess(log, MILLRACE_REDIS_URL=redis_url) as process:
+    with WorkerProcess(log, HEADRACE_REDIS_URL=redis_url) as process:
         process.wait_ready()
         yield process
 
@@ -71,7 +71,7 @@ def reference() -> Reference:
     import torch
     from transformers import GPT2LMHeadModel
 
-    from model.files import DEMO
+    from headrace.model.hub import DEMO
 
     gpt2 = GPT2LMHeadModel.from_pretrained(Path(DEMO), dtype=torch.float32).eval()
 

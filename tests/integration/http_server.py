@@ -1,4 +1,4 @@
-"""`millrace serve` for tests: started as a user starts it, on a port of its own, and always gone in the end."""
+"""`headrace serve` for tests: started as a user starts it, on a port of its own, and always gone in the end."""
 
 from __future__ import annotations
 
@@ -16,21 +16,30 @@ from typing import Any
 import httpx
 import openai
 
+from headrace.worker.redis_server import die_with_parent
 from tests.patience import PATIENCE_S
-from worker.embedded import die_with_parent
 
 
 class HttpServer:
     """A server that keeps files in `directory` and writes what it says to `directory`/server.log."""
 
     def __init__(self, directory: Path, redis_url: str, *flags: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "worker.cli", "serve", "--port", "0", "--files", str(directory / "store")]
+        command = [
+            sys.executable,
+            "-m",
+            "headrace.worker.cli.main",
+            "serve",
+            "--port",
+            "0",
+            "--files",
+            str(directory / "store"),
+        ]
         self._command = [*command, *flags]
         self._environment = {
             **os.environ,
-            "MILLRACE_REDIS_URL": redis_url,
-            "MILLRACE_LOG_FORMAT": "json",
-            "MILLRACE_SOFT_SHUTDOWN_S": "2",
+            "HEADRACE_REDIS_URL": redis_url,
+            "HEADRACE_LOG_FORMAT": "json",
+            "HEADRACE_SOFT_SHUTDOWN_S": "2",
             **environment,
         }
         self.log = directory / "server.log"
@@ -39,17 +48,17 @@ class HttpServer:
 
     def start(self) -> HttpServer:
         """Start it, and wait until it listens."""
-        known = self.said().count("millrace serves ")
+        known = self.said().count("headrace serves ")
         with self.log.open("ab") as out:
             self._process = subprocess.Popen(
                 die_with_parent(self._command), env=self._environment, stdout=out, stderr=out
             )
         deadline = time.monotonic() + PATIENCE_S
-        while self.said().count("millrace serves ") == known:
+        while self.said().count("headrace serves ") == known:
             assert self._process.poll() is None, self.said()
             assert time.monotonic() < deadline, f"it does not listen: {self.said()}"
             time.sleep(0.02)
-        self.url = re.findall(r"millrace serves (http://\S+)/v1 ", self.said())[-1]
+        self.url = re.findall(r"headrace serves (http://\S+)/v1 ", self.said())[-1]
         return self
 
     def __enter__(self) -> HttpServer:

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from client import Client, keys
+from headrace.client import Client
+from headrace.client.wire import keys
+from headrace.worker.redis_server import EmbeddedRedis, die_with_parent
 from tests.integration.warm import WarmProcess
 from tests.patience import PATIENCE_S
-from worker.embedded import EmbeddedRedis, die_with_parent
 
 
 class WorkerProcess:
@@ -33,7 +34,7 @@ class WorkerProcess:
         self._slow = log.with_suffix(".slow")
         self.patch, self.bare = "" if bare else _slowly_while(self._slow) + patch, bare
         # One thread: where several workers share two cores, threads that wait for each other take minutes for seconds.
-        self.environment = {**os.environ, "MILLRACE_LOG_FORMAT": "json", "MILLRACE_THREADS": "1", **environment}
+        self.environment = {**os.environ, "HEADRACE_LOG_FORMAT": "json", "HEADRACE_THREADS": "1", **environment}
         self.environment.pop("OMP_NUM_THREADS", None)  # tests/conftest.py
         self.process: subprocess.Popen[bytes] | WarmProcess | None = None
 
@@ -106,7 +107,7 @@ class WorkerProcess:
 
 def worker_on(server: EmbeddedRedis, log: Path, *flags: str, patch: str = "", **settings: str) -> WorkerProcess:
     """A worker of a test's own, of few slots and with the shortest lease there is."""
-    defaults = {"MILLRACE_REDIS_URL": server.url, "MILLRACE_SLOTS": "4", "MILLRACE_LEASE_S": "3"}
+    defaults = {"HEADRACE_REDIS_URL": server.url, "HEADRACE_SLOTS": "4", "HEADRACE_LEASE_S": "3"}
     return WorkerProcess(log, *flags, patch=patch, **{**defaults, **settings})
 
 
@@ -114,7 +115,7 @@ def paced(step_s: float) -> str:
     """A patch: each step waits so long first. Jobs then last for a time that does not hang on how fast a machine is."""
     return f"""
 import time
-from worker.runner import Runner
+from headrace.worker.engine.model_runner import Runner
 run = Runner.run
 def paced(self, step):
     time.sleep({step_s})
@@ -127,7 +128,7 @@ def _slowly_while(file: Path) -> str:
     """A patch: each step waits while this file is there."""
     return f"""
 import os, time
-from worker.runner import Runner
+from headrace.worker.engine.model_runner import Runner
 run = Runner.run
 def slowly(self, step, run=run):
     if os.path.exists({str(file)!r}):

@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from headrace.worker.redis_server import find_server
 from tests.patience import PATIENCE_S
-from worker.embedded import find_server
 
 
 def free_port() -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from client import (
+from headrace.client import (
     AsyncClient,
     Client,
     InvalidRequest,
@@ -19,10 +19,10 @@ from client import (
     RedisUnreachable,
     UnknownJob,
 )
-from client.transport import connect
+from headrace.client.wire.redis import connect
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.patience import PATIENCE_S
-from worker.embedded import EmbeddedRedis
 
 LONG = {"max_tokens": 900, "temperature": 0, "ignore_eos": True}
 JOBS = 10_000
@@ -137,7 +137,7 @@ def test_ten_thousand_outstanding_jobs_take_one_connection() -> None:
             assert len(connection.client_list()) - before <= 1
             pipe = connection.pipeline(transaction=False)
             for job in jobs:
-                pipe.set(f"millrace:celery-task-meta-{job.id}", record)
+                pipe.set(f"headrace:celery-task-meta-{job.id}", record)
             pipe.execute()
             states = await asyncio.gather(*waiting)
             assert await done == JOBS

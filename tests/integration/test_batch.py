@@ -17,15 +17,16 @@ from typing import Any
 
 import pytest
 
-from client import Client, InvalidBatch, InvalidRequest, JobFailed, OutputRefused, keys
-from client.batch_input import Row
-from client.bulk import Window
-from config import load_settings
+from headrace.client import Client, InvalidBatch, InvalidRequest, JobFailed, OutputRefused
+from headrace.client.batch.rows import Row
+from headrace.client.batch.run import Window
+from headrace.client.wire import keys
+from headrace.config import load_settings
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.conftest import Reference
 from tests.patience import PATIENCE_S
-from worker.embedded import EmbeddedRedis
 
-MILLRACE = [sys.executable, "-m", "worker.cli", "batch"]
+HEADRACE = [sys.executable, "-m", "headrace.worker.cli.main", "batch"]
 pytestmark = pytest.mark.usefixtures("worker")
 
 
@@ -43,8 +44,8 @@ def prompts(count: int) -> list[dict[str, Any]]:
 
 
 def batch(redis_url: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
-    environment = {**os.environ, "MILLRACE_REDIS_URL": redis_url}
-    return subprocess.run([*MILLRACE, *arguments], env=environment, capture_output=True, timeout=PATIENCE_S, **options)
+    environment = {**os.environ, "HEADRACE_REDIS_URL": redis_url}
+    return subprocess.run([*HEADRACE, *arguments], env=environment, capture_output=True, timeout=PATIENCE_S, **options)
 
 
 def test_rows_come_to_what_each_comes_to_alone(client: Client, tmp_path: Path, reference: Reference) -> None:
@@ -148,7 +149,7 @@ def test_a_queue_that_is_full_is_waited_for(redis_url: str, tmp_path: Path) -> N
 
 
 def test_jobs_that_redis_lost_are_queued_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.bulk.HEAL_S", 0.1)
+    monkeypatch.setattr("headrace.client.batch.run.HEAL_S", 0.1)
     with EmbeddedRedis.ephemeral() as server, Client(redis_url=server.url) as client:
         row = Row(1, "a", {"prompt": "a"}, "")
         counts: list[int] = []
@@ -340,8 +341,8 @@ def test_a_dry_run_counts_and_estimates_and_writes_nothing(redis_url: str, tmp_p
 def test_ctrl_c_says_how_to_go_on(redis_url: str, tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in prompts(600)))
-    environment = {**os.environ, "MILLRACE_REDIS_URL": redis_url}
-    command = [*MILLRACE, "-i", str(source), "-o", str(out), "--max-inflight", "16"]
+    environment = {**os.environ, "HEADRACE_REDIS_URL": redis_url}
+    command = [*HEADRACE, "-i", str(source), "-o", str(out), "--max-inflight", "16"]
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, preexec_fn=heed)
     deadline = time.monotonic() + PATIENCE_S
@@ -351,7 +352,7 @@ def test_ctrl_c_says_how_to_go_on(redis_url: str, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=PATIENCE_S)[1].decode()
     assert process.returncode == 130
-    assert f"millrace batch -i {source} -o {out} --max-inflight 16 --resume" in said
+    assert f"headrace batch -i {source} -o {out} --max-inflight 16 --resume" in said
     before = len(lines_of(out))
     assert 0 < before < 600
     done = batch(redis_url, "-i", str(source), "-o", str(out), "--resume", "--json")

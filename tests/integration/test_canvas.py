@@ -10,7 +10,7 @@ from celery import Celery, chain, chord, group
 from celery.contrib.testing.worker import start_worker
 from celery.result import AsyncResult
 
-from client import Client, InvalidRequest, JobFailed
+from headrace.client import Client, InvalidRequest, JobFailed
 from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.usefixtures("worker")

@@ -13,10 +13,10 @@ import pytest
 from celery import Celery
 from celery.events.state import State
 
-from client import Client
+from headrace.client import Client
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import paced, wait_until, worker_on
 from tests.patience import PATIENCE_S
-from worker.embedded import EmbeddedRedis
 
 #: Each token of a job takes a step, so that a job takes at least so long as its tokens say.
 STEP_S = 0.02
@@ -51,7 +51,7 @@ def test_celery_is_told_when_jobs_really_began_and_how_long_they_took(
 ) -> None:
     """With one slot the second job is received while the first is computed, and begins when it has ended."""
     inspect = app.control.inspect(timeout=10, limit=1)
-    settings = {"MILLRACE_SLOTS": "1", "MILLRACE_DRAFT_TOKENS": "0"}
+    settings = {"HEADRACE_SLOTS": "1", "HEADRACE_DRAFT_TOKENS": "0"}
     with (
         Client(redis_url=server.url) as client,
         worker_on(server, tmp_path / "worker.log", patch=paced(STEP_S), **settings) as worker,
@@ -82,6 +82,6 @@ def test_celery_is_told_when_jobs_really_began_and_how_long_they_took(
         assert task.started - task.received == pytest.approx(timings[task.uuid].waiting_s, abs=NEAR_S)
     assert two.received < one.succeeded
     assert two.started - one.started >= LONG * STEP_S, "it had to wait for the slot"
-    (several,) = [task for task in state.tasks.values() if task.name == "millrace.generate_many"]
+    (several,) = [task for task in state.tasks.values() if task.name == "headrace.generate_many"]
     assert several.runtime >= 2 * SHORT * STEP_S, "the jobs of a message were computed one after the other"
     assert (one.args, one.result) == ("<redacted>", "<redacted>")

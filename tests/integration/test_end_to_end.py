@@ -13,7 +13,7 @@ import redis
 from celery import Celery
 from celery.result import AsyncResult
 
-from client import (
+from headrace.client import (
     Client,
     Job,
     JobCancelled,
@@ -23,15 +23,15 @@ from client import (
     NoWorker,
     ResultTimeout,
     UnknownJob,
-    keys,
 )
-from client.transport import connect
-from config import Settings
-from model import load_tokenizer
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
+from headrace.config import Settings
+from headrace.model import load_tokenizer
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.conftest import Reference
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.patience import PATIENCE_S
-from worker.embedded import EmbeddedRedis
 
 pytestmark = pytest.mark.usefixtures("worker")
 
@@ -41,7 +41,7 @@ LONG = {"max_tokens": 900, "temperature": 1, "seed": 7, "ignore_eos": True}
 def sent_by_celery(client: Client, app: Celery, args: list[object], **options: object) -> Job:
     """A job that did not come through our client: it has no record until a worker meets it."""
     job_id = uuid.uuid4().hex
-    app.send_task("millrace.generate", args=args, task_id=job_id, **options)
+    app.send_task("headrace.generate", args=args, task_id=job_id, **options)
     wait_until(lambda: client._redis.exists(keys.result(job_id)))
     return client.job(job_id)
 
@@ -55,7 +55,7 @@ def test_checkpoint_12_with_a_real_redis(
     own_server: EmbeddedRedis, own_client: Client, reference: Reference, tmp_path: Path
 ) -> None:
     """By a worker that is a program of its own, as a user's is."""
-    with WorkerProcess(tmp_path / "worker.log", bare=True, MILLRACE_REDIS_URL=own_server.url):
+    with WorkerProcess(tmp_path / "worker.log", bare=True, HEADRACE_REDIS_URL=own_server.url):
         result = own_client.submit("Hello.", max_tokens=10, temperature=0).result(timeout=PATIENCE_S)
     expected = reference([15496, 13], 10)
     assert result.choices[0].token_ids == expected
@@ -162,7 +162,7 @@ def test_a_job_cancelled_before_a_worker_meets_it_is_never_computed(client: Clie
 
 
 def test_celerys_own_revoke_stops_one_row(settings: Settings, client: Client, worker: WorkerProcess) -> None:
-    from worker.celery import make_app
+    from headrace.worker.celery import make_app
 
     app = make_app(settings)
     with worker.slowly():
@@ -179,7 +179,7 @@ def test_celerys_own_revoke_stops_one_row(settings: Settings, client: Client, wo
 def test_jobs_of_one_message_are_cancelled_revoked_and_fail_alone(
     settings: Settings, client: Client, worker: WorkerProcess
 ) -> None:
-    from worker.celery import make_app
+    from headrace.worker.celery import make_app
 
     app = make_app(settings)
     requests: list[dict[str, Any]] = [{"prompt": "Hello."} for _ in range(5)]
@@ -210,14 +210,14 @@ def test_jobs_of_one_message_are_cancelled_revoked_and_fail_alone(
 
 
 def test_revoking_a_message_ends_all_its_jobs(settings: Settings, client: Client, worker: WorkerProcess) -> None:
-    from worker.celery import make_app
+    from headrace.worker.celery import make_app
 
     app = make_app(settings)
     with worker.slowly():
         jobs = client.submit_many(["Hello."] * 3, **LONG)
         wait_until(lambda: all(job.status() == "running" for job in jobs))
         (active,) = app.control.inspect(timeout=5, limit=1).active().values()
-        (message,) = [task["id"] for task in active if task["name"] == "millrace.generate_many"]
+        (message,) = [task["id"] for task in active if task["name"] == "headrace.generate_many"]
         app.control.revoke(message, terminate=True)
         for job in jobs:
             with pytest.raises(JobCancelled, match="revoked through Celery"):
@@ -225,7 +225,7 @@ def test_revoking_a_message_ends_all_its_jobs(settings: Settings, client: Client
     waits = uuid.uuid4().hex
     app.control.revoke(waits)
     late = [{"id": f"{waits}:{i}", "request": {"prompt": "Hello."}} for i in range(2)]
-    app.send_task("millrace.generate_many", args=[late], task_id=waits)
+    app.send_task("headrace.generate_many", args=[late], task_id=waits)
     for entry in late:
         wait_until(lambda name=entry["id"]: client._redis.exists(keys.result(name)))
         with pytest.raises(JobCancelled):
@@ -234,7 +234,7 @@ def test_revoking_a_message_ends_all_its_jobs(settings: Settings, client: Client
 
 
 def test_an_async_result_hears_of_the_end_of_a_job_in_a_group(settings: Settings, client: Client) -> None:
-    from worker.celery import make_app
+    from headrace.worker.celery import make_app
 
     app = make_app(settings)
     names = [uuid.uuid4().hex for _ in range(2)]
@@ -256,7 +256,7 @@ def test_a_job_past_its_timeout_is_expired(client: Client, worker: WorkerProcess
 
 
 def test_celerys_own_time_limit_is_kept(settings: Settings, client: Client, worker: WorkerProcess) -> None:
-    from worker.celery import make_app
+    from headrace.worker.celery import make_app
 
     app = make_app(settings)
     with worker.slowly():
@@ -267,7 +267,7 @@ def test_celerys_own_time_limit_is_kept(settings: Settings, client: Client, work
 
 
 def test_plain_celery_gets_the_result_and_the_exception(settings: Settings, client: Client) -> None:
-    from worker.celery import make_app
+    from headrace.worker.celery import make_app
 
     app = make_app(settings)
     good, bad = client.submit("Hello.", max_tokens=3, temperature=0), client.submit([60000])
@@ -281,7 +281,7 @@ def test_plain_celery_gets_the_result_and_the_exception(settings: Settings, clie
 
 
 def test_a_message_nobody_could_have_submitted_fails_plainly(settings: Settings, client: Client) -> None:
-    from worker.celery import make_app
+    from headrace.worker.celery import make_app
 
     app = make_app(settings)
     cases = [
@@ -306,7 +306,7 @@ def test_unknown_job_no_worker_and_too_late_are_three_errors(
         client.job("never-was").status()
     with Client(settings=settings, model="unserved") as elsewhere:
         job = elsewhere.submit("Hello.")
-        with pytest.raises(NoWorker, match=r"millrace\.unserved.*celery -A worker worker"):
+        with pytest.raises(NoWorker, match=r"headrace\.unserved.*celery -A worker worker"):
             job.result(0.2)
         assert job.status() == "queued"
     with worker.slowly():

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from client import Client
-from model.files import find_model
+from headrace.client import Client
+from headrace.model.hub import find_model
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 @pytest.fixture
 def environment(worker: object, redis_url: str, tmp_path: Path) -> dict[str, str]:
-    return {**os.environ, **OFFLINE, "HF_HOME": str(tmp_path / "hf"), "MILLRACE_REDIS_URL": redis_url}
+    return {**os.environ, **OFFLINE, "HF_HOME": str(tmp_path / "hf"), "HEADRACE_REDIS_URL": redis_url}
 
 
 def run(name: str, *arguments: str, env: dict[str, str]) -> str:

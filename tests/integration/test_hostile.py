@@ -15,19 +15,20 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from client import Client, JobFailed, keys
-from client.transport import connect
+from headrace.client import Client, JobFailed
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.patience import PATIENCE_S
-from worker.embedded import EmbeddedRedis
 
-MILLRACE = [sys.executable, "-m", "worker.cli"]
+HEADRACE = [sys.executable, "-m", "headrace.worker.cli.main"]
 
 
 @pytest.fixture(scope="module")
 def worker(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
     log = tmp_path_factory.mktemp("hostile") / "worker.log"
-    with WorkerProcess(log, MILLRACE_REDIS_URL=server.url, MILLRACE_SLOTS="2", MILLRACE_LEASE_S="4") as process:
+    with WorkerProcess(log, HEADRACE_REDIS_URL=server.url, HEADRACE_SLOTS="2", HEADRACE_LEASE_S="4") as process:
         process.wait_ready()
         yield process
 
@@ -53,7 +54,7 @@ def client(server: EmbeddedRedis, worker: WorkerProcess) -> Iterator[Client]:
 )
 def test_a_strange_message_harms_nobody(client: Client, worker: WorkerProcess, call: dict[str, object]) -> None:
     # Not through `app`: its result backend would refuse a strange id before it is sent.
-    client._app.send_task("millrace.generate", **call)
+    client._app.send_task("headrace.generate", **call)
     assert client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
     assert worker.alive
     wait_until(lambda: connect(client.url).hlen(keys.unacked()) == 0)
@@ -73,7 +74,7 @@ def test_a_strange_message_harms_nobody(client: Client, worker: WorkerProcess, c
     ids=["number", "nothing", "empty", "members", "lists", "keyword", "id"],
 )
 def test_a_strange_group_harms_nobody(client: Client, worker: WorkerProcess, call: dict[str, object]) -> None:
-    client._app.send_task("millrace.generate_many", **call)
+    client._app.send_task("headrace.generate_many", **call)
     assert client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
     assert worker.alive
     wait_until(lambda: connect(client.url).hlen(keys.unacked()) == 0)
@@ -89,7 +90,7 @@ def test_of_a_strange_group_each_job_that_has_a_name_gets_its_own_end(client: Cl
         {"id": "group:version", "request": {"prompt": "x", "schema_version": 9}},
         {"id": "not a name", "request": good},
     ]
-    client._app.send_task("millrace.generate_many", args=[members])
+    client._app.send_task("headrace.generate_many", args=[members])
     wait_until(lambda: client._redis.exists(keys.result("group:good")))
     assert client.job("group:good").result(5).usage.completion_tokens == 2
     codes = {"none": "invalid_request", "list": "invalid_request", "version": "unsupported_version"}
@@ -108,8 +109,8 @@ def test_copies_of_a_group_and_of_its_jobs_are_one_result_each(
     names = [f"copies:{i}" for i in range(4)]
     jobs = client.submit_many([{**request, "id": name} for name in names])
     for part in (names, names[:2], names[2:]):
-        app.send_task("millrace.generate_many", args=[[{"id": name, "request": request} for name in part]])
-    app.send_task("millrace.generate", args=[request], task_id=names[0])
+        app.send_task("headrace.generate_many", args=[[{"id": name, "request": request} for name in part]])
+    app.send_task("headrace.generate", args=[request], task_id=names[0])
     assert {job.result(PATIENCE_S).usage.completion_tokens for job in jobs} == {150}
     wait_until(lambda: connect(client.url).hlen(keys.unacked()) == 0)
     active, reserved = (
@@ -149,7 +150,7 @@ def test_inspect_shows_no_prompt(client: Client, app: Celery, worker: WorkerProc
         assert pair[1].status() == "queued", "with two slots, the second of the pair is to wait"
         shown = json.dumps(app.control.inspect(timeout=3).active() or {})
         assert job.id in shown
-        assert "millrace.generate_many" in shown
+        assert "headrace.generate_many" in shown
         assert "zebra" not in shown
         assert client.cancel([job, *pair]) == [True] * 3
 
@@ -157,13 +158,13 @@ def test_inspect_shows_no_prompt(client: Client, app: Celery, worker: WorkerProc
 def test_five_messages_of_one_job_are_one_result(client: Client, app: Celery) -> None:
     job = client.submit("Hello.", id="five", max_tokens=200, temperature=0, ignore_eos=True)
     for _ in range(4):
-        app.send_task("millrace.generate", args=[{"prompt": "Hello.", "max_tokens": 200}], task_id="five")
+        app.send_task("headrace.generate", args=[{"prompt": "Hello.", "max_tokens": 200}], task_id="five")
     assert job.result(PATIENCE_S).usage.completion_tokens == 200
     wait_until(lambda: connect(client.url).hlen(keys.unacked()) == 0)
 
 
 def test_a_failed_job_says_what_was_wrong_with_its_message(client: Client, app: Celery) -> None:
-    app.send_task("millrace.generate", args=[{"prompt": "x", "top_p": 7}], task_id="strange")
+    app.send_task("headrace.generate", args=[{"prompt": "x", "top_p": 7}], task_id="strange")
     wait_until(lambda: client._redis.exists(keys.result("strange")))
     with pytest.raises(JobFailed, match=r"top_p: got 7; expected a number above 0"):
         client.job("strange").result(1)
@@ -172,7 +173,7 @@ def test_a_failed_job_says_what_was_wrong_with_its_message(client: Client, app: 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT], ids=lambda n: n.name)
 def test_a_generate_that_is_ended_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
-    command = [*MILLRACE, "generate", "Hello.", "--max-tokens", "1000", "--ignore-eos"]
+    command = [*HEADRACE, "generate", "Hello.", "--max-tokens", "1000", "--ignore-eos"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def family() -> set[int]:
@@ -204,8 +205,8 @@ def test_a_generate_that_is_ended_leaves_no_process_behind(tmp_path: Path, numbe
     ],
 )
 def test_every_error_with_json_is_one_object_and_an_exit_code(arguments: list[str], code: int) -> None:
-    environment = {**os.environ, "MILLRACE_REDIS_URL": "redis://localhost:1/0"}
-    done = subprocess.run([*MILLRACE, *arguments], env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    environment = {**os.environ, "HEADRACE_REDIS_URL": "redis://localhost:1/0"}
+    done = subprocess.run([*HEADRACE, *arguments], env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == code
     assert json.loads(done.stdout)["error"]["message"]
     assert "Traceback" not in done.stderr

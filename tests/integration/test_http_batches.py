@@ -1,4 +1,4 @@
-"""Files, batches, and connections that end early, at `millrace serve` and a worker that takes its time."""
+"""Files, batches, and connections that end early, at `headrace serve` and a worker that takes its time."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import httpx
 import openai
 import pytest
 
-from client import Client
-from client.transport import connect
+from headrace.client import Client
+from headrace.client.wire.redis import connect
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.http_server import HttpServer, events_of
 from tests.integration.processes import WorkerProcess, paced, wait_until, worker_on
 from tests.patience import PATIENCE_S
-from worker.embedded import EmbeddedRedis
 
-SLOWLY = {"patch": paced(0.005), "MILLRACE_DRAFT_TOKENS": "0", "MILLRACE_LEASE_S": "30"}
+SLOWLY = {"patch": paced(0.005), "HEADRACE_DRAFT_TOKENS": "0", "HEADRACE_LEASE_S": "30"}
 ENDLESS: dict[str, Any] = {"model": "demo", "prompt": "Hello.", "max_tokens": 900, "extra_body": {"ignore_eos": True}}
 ENDED = ("completed", "failed", "cancelled", "expired")
 ROWS = 64
@@ -217,7 +217,7 @@ def test_two_servers_do_not_share_a_directory(http: HttpServer, server: Embedded
 def job_ids(server: EmbeddedRedis) -> set[str]:
     """All jobs that have a record."""
     with connect(server.url) as connection:
-        return {key.removeprefix("millrace:job:") for key in connection.scan_iter("millrace:job:*")}
+        return {key.removeprefix("headrace:job:") for key in connection.scan_iter("headrace:job:*")}
 
 
 def test_a_closed_stream_cancels_its_jobs(api: openai.OpenAI, server: EmbeddedRedis, client: Client) -> None:
@@ -249,7 +249,7 @@ def test_a_closed_connection_cancels_what_waits_for_a_whole_completion(
 def test_a_server_that_stops_cancels_what_does_not_end_in_time(
     worker: WorkerProcess, server: EmbeddedRedis, tmp_path: Path, client: Client
 ) -> None:
-    with HttpServer(tmp_path, server.url, MILLRACE_SOFT_SHUTDOWN_S="1") as own, own.openai() as api:
+    with HttpServer(tmp_path, server.url, HEADRACE_SOFT_SHUTDOWN_S="1") as own, own.openai() as api:
         stream = api.completions.create(**ENDLESS, stream=True)
         job = client.job(next(iter(stream)).id.removeprefix("cmpl-"))
         assert own.end(signal.SIGTERM) == 0
@@ -279,7 +279,7 @@ def test_a_full_queue_and_a_silent_worker(
     worker: WorkerProcess, server: EmbeddedRedis, tmp_path: Path, client: Client
 ) -> None:
     """The worker is stopped, so what is asked waits in the queue, which takes one job."""
-    with HttpServer(tmp_path, server.url, "--timeout", "0.5", MILLRACE_MAX_QUEUE="1") as own, own.openai() as api:
+    with HttpServer(tmp_path, server.url, "--timeout", "0.5", HEADRACE_MAX_QUEUE="1") as own, own.openai() as api:
         worker.signal(signal.SIGSTOP)
         try:
             answers: list[Any] = []

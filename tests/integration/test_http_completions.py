@@ -1,4 +1,4 @@
-"""The completions API of `millrace serve`, driven by the official `openai` package, against a real worker."""
+"""The completions API of `headrace serve`, driven by the official `openai` package, against a real worker."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import openai
 import pytest
 
-from client import Client, Result
-from model import load_tokenizer
+from headrace.client import Client, Result
+from headrace.model import load_tokenizer
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.http_server import HttpServer, events_of
 from tests.integration.processes import worker_on
 from tests.patience import PATIENCE_S
-from worker.embedded import EmbeddedRedis
 
 MODEL: dict[str, Any] = {"model": "demo"}
 SHORT: dict[str, Any] = {**MODEL, "prompt": "Hello.", "max_tokens": 4}
@@ -24,7 +24,7 @@ SHORT: dict[str, Any] = {**MODEL, "prompt": "Hello.", "max_tokens": 4}
 @pytest.fixture(scope="module")
 def http(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
     directory = tmp_path_factory.mktemp("http")
-    with worker_on(server, directory / "worker.log", MILLRACE_LEASE_S="30") as worker:
+    with worker_on(server, directory / "worker.log", HEADRACE_LEASE_S="30") as worker:
         worker.wait_ready()
         with HttpServer(directory, server.url) as process:
             yield process
@@ -239,7 +239,7 @@ def test_what_is_no_json_is_refused(http: HttpServer) -> None:
 
 def test_models_are_those_that_workers_serve(api: openai.OpenAI) -> None:
     (only,) = api.models.list().data
-    assert (only.id, only.object, only.owned_by) == ("demo", "model", "millrace")
+    assert (only.id, only.object, only.owned_by) == ("demo", "model", "headrace")
     assert only.created > 1_600_000_000
     assert api.models.retrieve("demo") == only
     with pytest.raises(openai.NotFoundError, match="served: demo"):

@@ -1,4 +1,4 @@
-"""Who may ask `millrace serve`, how often and how much; and what it says where nobody can compute."""
+"""Who may ask `headrace serve`, how often and how much; and what it says where nobody can compute."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import httpx
 import openai
 import pytest
 
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.http_server import HttpServer
 from tests.patience import PATIENCE_S
-from worker.embedded import EmbeddedRedis
 
 KEYS = ("first-key-0123456789", "second-key-0123456789")
-SERVE = [sys.executable, "-m", "worker.cli", "serve", "--port", "0"]
+SERVE = [sys.executable, "-m", "headrace.worker.cli.main", "serve", "--port", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def http(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """With keys and small limits; no worker serves its Redis."""
     flags = ["--api-key", KEYS[1], "--max-body-bytes", "2000", "--max-file-bytes", "3000", "--max-files-bytes", "5000"]
     flags += ["--requests-per-minute", "60", "--cors", "https://page.example"]
-    with HttpServer(tmp_path_factory.mktemp("http"), server.url, *flags, MILLRACE_API_KEYS=KEYS[0]) as process:
+    with HttpServer(tmp_path_factory.mktemp("http"), server.url, *flags, HEADRACE_API_KEYS=KEYS[0]) as process:
         yield process
 
 
@@ -133,7 +133,7 @@ def test_without_keys_no_page_in_a_browser_may_ask(open_http: HttpServer) -> Non
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
-        (["--host", "0.0.0.0"], "MILLRACE_API_KEYS"),
+        (["--host", "0.0.0.0"], "HEADRACE_API_KEYS"),
         (["--host", "192.0.2.7", "--insecure"], "free here"),
         (["--api-key", "short"], "at least 16"),
     ],
@@ -146,10 +146,10 @@ def test_a_start_that_would_open_the_door_is_refused(tmp_path: Path, flags: list
 
 
 def test_without_the_extra_the_error_names_it() -> None:
-    hidden = "import sys; sys.modules['uvicorn'] = None; from worker.cli import run; sys.argv[1:] = ['serve']; run()"
+    hidden = "import sys; sys.modules['uvicorn'] = None; from headrace.worker.cli.main import run; sys.argv[1:] = ['serve']; run()"
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 3
-    assert "pip install 'millrace[http]'" in done.stderr
+    assert "pip install 'headrace[http]'" in done.stderr
 
 
 def test_the_server_loads_no_model() -> None:

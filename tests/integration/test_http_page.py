@@ -1,4 +1,4 @@
-"""The page of `millrace serve`: what it is made of, and what it shows."""
+"""The page of `headrace serve`: what it is made of, and what it shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import httpx
 import numpy as np
 import pytest
 
-from client import Client, InvalidRequest, Job, keys
+from headrace.client import Client, InvalidRequest, Job
+from headrace.client.wire import keys
 from tests.integration.http_server import HttpServer
 from tests.patience import PATIENCE_S
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from client import Client
+from headrace.client import Client
 from tests.integration.processes import WorkerProcess
 from tests.patience import PATIENCE_S
 

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import redis
 
-from client import Client, JobFailed, keys
-from client.transport import connect
+from headrace.client import Client, JobFailed
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
+from headrace.worker.celery import make_app
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.patience import PATIENCE_S
-from worker.celery import make_app
-from worker.embedded import EmbeddedRedis
 
 NORMAL = keys.queue_lists("demo")[1]
 
@@ -43,7 +44,7 @@ def client(server: EmbeddedRedis, connection: redis.Redis) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def environment(server: EmbeddedRedis) -> dict[str, str]:
-    return {"MILLRACE_REDIS_URL": server.url, "MILLRACE_SLOTS": "2", "MILLRACE_LEASE_S": "3"}
+    return {"HEADRACE_REDIS_URL": server.url, "HEADRACE_SLOTS": "2", "HEADRACE_LEASE_S": "3"}
 
 
 @pytest.fixture(scope="module")
@@ -147,15 +148,15 @@ def test_a_message_is_served_with_and_without_a_hint(
 ) -> None:
     assert client.submit("Hello.", max_tokens=1).result(PATIENCE_S)
     wait_until(lambda: not connection.exists(keys.hint("demo")))
-    client._app.send_task("millrace.generate", args=[{"prompt": "x", "max_tokens": 1}], task_id="unhinted")
+    client._app.send_task("headrace.generate", args=[{"prompt": "x", "max_tokens": 1}], task_id="unhinted")
     wait_until(lambda: connection.exists(keys.result("unhinted")))
 
 
 def envelope(body: str = "W10=", **changes: Any) -> dict[str, Any]:
     """A message as kombu writes it."""
-    properties = {"delivery_tag": "t", "delivery_info": {"exchange": "", "routing_key": "millrace.demo"}}
+    properties = {"delivery_tag": "t", "delivery_info": {"exchange": "", "routing_key": "headrace.demo"}}
     properties |= {"body_encoding": "base64", "priority": 3, "correlation_id": "x"}
-    headers = {"id": "x", "task": "millrace.generate", "lang": "py"}
+    headers = {"id": "x", "task": "headrace.generate", "lang": "py"}
     made = {"body": body, "content-encoding": "utf-8", "content-type": "application/json", "headers": headers}
     return {**made, "properties": properties, **changes}
 
@@ -192,7 +193,7 @@ BAD: dict[str, str] = {
     "body empty": task(""),
     "body of protocol 1": task({"args": [1]}),
     "another task": task(task="os.system"),
-    "task list": task(task=["millrace.generate"]),
+    "task list": task(task=["headrace.generate"]),
     "no task": task(task=None),
     "no id": task(id=None),
     "id number": task(id=7),
@@ -200,8 +201,8 @@ BAD: dict[str, str] = {
     "eta": task(eta="soon"),
     "expires": task(expires="soon"),
     "limits": task(timelimit="abc"),
-    "group": task([[[]], {}, {}], task="millrace.generate_many"),
-    "members": task([[[1, {"id": 7}]], {}, {}], task="millrace.generate_many"),
+    "group": task([[[]], {}, {}], task="headrace.generate_many"),
+    "members": task([[[1, {"id": 7}]], {}, {}], task="headrace.generate_many"),
 }
 
 
@@ -215,7 +216,7 @@ def test_a_message_that_nobody_can_read_is_put_aside_and_the_worker_goes_on(
     (text,) = connection.lrange(keys.dead(), 0, -1)  # type: ignore[misc]
     letter = json.loads(text)
     assert letter["reason"]
-    assert letter["queue"] == "millrace.demo"
+    assert letter["queue"] == "headrace.demo"
     assert abs(letter["at"] - time.time()) < 60
     assert len(letter["message"]) <= keys.DEAD_TEXT_BYTES
     assert 0 < connection.ttl(keys.dead()) <= keys.DEAD_TTL_S  # type: ignore[operator]
@@ -226,9 +227,9 @@ def test_a_message_that_nobody_can_read_is_put_aside_and_the_worker_goes_on(
 @pytest.mark.parametrize(
     ("message", "job_id"),
     [
-        (task(task="millrace.generate_images", id="of-tomorrow"), "of-tomorrow"),
+        (task(task="headrace.generate_images", id="of-tomorrow"), "of-tomorrow"),
         (task(timelimit="abc", id="limited"), "limited"),
-        (task([[[{"id": "member", "request": {}}]], {}, {}], timelimit="abc", task="millrace.generate_many"), "member"),
+        (task([[[{"id": "member", "request": {}}]], {}, {}], timelimit="abc", task="headrace.generate_many"), "member"),
     ],
     ids=["task", "limits", "group"],
 )
@@ -255,7 +256,7 @@ def test_an_unreadable_message_of_a_dead_worker_does_not_hide_the_others(
 ) -> None:
     """kombu's sweep goes by the time of the leases, and one entry that it cannot read would end it each time."""
     good = task(id="behind")
-    held = {"one": "[hello]", "two": "[null]", "three": '[null, "", "q"]', "good": f'[{good}, "", "millrace.demo"]'}
+    held = {"one": "[hello]", "two": "[null]", "three": '[null, "", "q"]', "good": f'[{good}, "", "headrace.demo"]'}
     connection.hset(keys.unacked(), mapping=held)
     connection.zadd(keys.unacked_index(), {tag: number + 1 for number, tag in enumerate(reversed(held))})
     wait_until(lambda: connection.exists(keys.result("behind")))

@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from client import Client, InvalidRequest, Job, keys
-from client.schema import Result, parse_request
-from config import load_settings
+from headrace.client import Client, InvalidRequest, Job
+from headrace.client.wire import keys
+from headrace.client.wire.requests import Result, parse_request
+from headrace.config import load_settings
+from headrace.worker.cli.main import main
+from headrace.worker.engine.engine import Engine
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, paced, wait_until, worker_on
 from tests.integration.servers import free_port
 from tests.integration.test_probes import Probed
 from tests.patience import PATIENCE_S
-from worker.cli import main
-from worker.embedded import EmbeddedRedis
-from worker.engine import Engine
 
 #: Of a few kinds; each twice, for one model and for the other.
 JOBS: list[dict[str, Any]] = [
@@ -86,9 +87,9 @@ def both(
     """A worker of both models that unloads one that is idle for two seconds."""
     log = tmp_path_factory.mktemp("both") / "worker.log"
     settings = {
-        "MILLRACE_MODEL": f"demo,tiny={tiny}",
-        "MILLRACE_IDLE_UNLOAD_S": "2",
-        "MILLRACE_METRICS_PORT": probed.base.rpartition(":")[2],
+        "HEADRACE_MODEL": f"demo,tiny={tiny}",
+        "HEADRACE_IDLE_UNLOAD_S": "2",
+        "HEADRACE_METRICS_PORT": probed.base.rpartition(":")[2],
     }
     with worker_on(server, log, **settings) as worker:
         worker.wait_ready()
@@ -124,7 +125,7 @@ def test_an_idle_model_is_unloaded_and_comes_back_for_the_next_job(
         wait_until(lambda name=name: count(both, "model.unloaded", name) == count(both, "model.loaded", name))
     wait_until(lambda: not any(worker.loaded for worker in client.status().workers))
     assert client.status().serves("tiny"), "it takes jobs all the same"
-    assert probed.samples()["millrace_model_loaded"] == 0
+    assert probed.samples()["headrace_model_loaded"] == 0
     assert probed.get("/readyz") == (200, "ok\n")
     before = count(both, "model.loaded", "tiny")
     again = client.submit(**JOBS[0], model="tiny").result(PATIENCE_S)
@@ -145,24 +146,24 @@ def test_an_unknown_model_is_refused_with_the_list_of_those_that_are_served(
 ) -> None:
     with pytest.raises(InvalidRequest, match=r"model: got 'tyni'; expected one that is served: demo, tiny"):
         client.submit("Hello.", model="tyni")
-    monkeypatch.setenv("MILLRACE_REDIS_URL", server.url)
+    monkeypatch.setenv("HEADRACE_REDIS_URL", server.url)
     refused = CliRunner().invoke(main, ["generate", "Hello.", "--model", "tyni"])
     assert refused.exit_code == 3
-    assert "no worker serves millrace.tyni" in refused.stderr
+    assert "no worker serves headrace.tyni" in refused.stderr
     assert "Served there: demo, tiny" in refused.stderr
     done = CliRunner().invoke(main, ["generate", "Hello.", "--model", "tiny", "--max-tokens", "3", "--json"])
     assert '"model":"tiny"' in done.stdout
-    assert CliRunner().invoke(main, ["status"], env={"MILLRACE_MODEL": "demo,tiny=/there"}).exit_code == 0
-    assert CliRunner().invoke(main, ["status"], env={"MILLRACE_MODEL": "demo,tyni"}).exit_code == 3
+    assert CliRunner().invoke(main, ["status"], env={"HEADRACE_MODEL": "demo,tiny=/there"}).exit_code == 0
+    assert CliRunner().invoke(main, ["status"], env={"HEADRACE_MODEL": "demo,tyni"}).exit_code == 3
 
 
 def test_models_are_swapped_while_jobs_run_and_none_is_lost(
     own_server: EmbeddedRedis, own_client: Client, tiny: Path, alone: Answers, tmp_path: Path
 ) -> None:
-    slow = {"MILLRACE_DRAFT_TOKENS": "0", "MILLRACE_SOFT_SHUTDOWN_S": "0"}
+    slow = {"HEADRACE_DRAFT_TOKENS": "0", "HEADRACE_SOFT_SHUTDOWN_S": "0"}
 
     def worker_of(model: str, log: str) -> WorkerProcess:
-        return worker_on(own_server, tmp_path / log, patch=paced(0.03), MILLRACE_MODEL=model, **slow)
+        return worker_on(own_server, tmp_path / log, patch=paced(0.03), HEADRACE_MODEL=model, **slow)
 
     def unfinished(name: str) -> int:
         return sum(job.status() in ("queued", "running") for job in jobs[name])

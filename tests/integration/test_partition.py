@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from client import Client, Job, keys
-from client.transport import connect
+from headrace.client import Client, Job
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
 from tests.integration.processes import WorkerProcess, paced, wait_until
 from tests.integration.servers import Link, redis_on_a_port
 from tests.patience import PATIENCE_S
@@ -31,9 +32,9 @@ REQUESTS: list[dict[str, Any]] = [
 @contextlib.contextmanager
 def cut_off_worker(port: int, log: Path, step_s: float) -> Iterator[tuple[WorkerProcess, Link]]:
     """A worker that takes so long for each token, and its own way to Redis."""
-    settings = {"MILLRACE_SLOTS": "16", "MILLRACE_LEASE_S": str(LEASE_S), "MILLRACE_LOG_LEVEL": "debug"}
+    settings = {"HEADRACE_SLOTS": "16", "HEADRACE_LEASE_S": str(LEASE_S), "HEADRACE_LOG_LEVEL": "debug"}
     with Link(port) as link:
-        settings["MILLRACE_REDIS_URL"] = f"redis://127.0.0.1:{link.port}/0"
+        settings["HEADRACE_REDIS_URL"] = f"redis://127.0.0.1:{link.port}/0"
         flags = ("-n", f"{log.stem}@%h")
         with WorkerProcess(log, *flags, patch=paced(step_s), **settings) as worker:
             yield worker, link

@@ -12,17 +12,18 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from client import Client, keys
-from client.transport import connect
+from headrace.client import Client
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import attempts, paced, wait_until, worker_on
 from tests.integration.servers import free_port
 from tests.patience import PATIENCE_S
-from worker.embedded import EmbeddedRedis
 
 #: The second step of one job takes four seconds, as where a GPU hangs for a while.
 STUCK = """
 import time
-from worker.runner import Runner
+from headrace.worker.engine.model_runner import Runner
 go = Runner.run
 def stuck(self, step):
     if any(s.prompt == [15496, 11] and len(s.output) == 1 for s in step.decodes):
@@ -62,7 +63,7 @@ def test_checkpoint_0_a_worker_starts_takes_a_job_and_says_when_it_is_unwell(
     own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
 ) -> None:
     probed = Probed(port := free_port())
-    settings = {"MILLRACE_METRICS_PORT": str(port), "MILLRACE_STALL_S": "2", "MILLRACE_DRAFT_TOKENS": "0"}
+    settings = {"HEADRACE_METRICS_PORT": str(port), "HEADRACE_STALL_S": "2", "HEADRACE_DRAFT_TOKENS": "0"}
     with worker_on(own_server, tmp_path / "worker.log", patch=paced(0.05) + STUCK, **settings) as worker:
         wait_until(lambda: probed.get("/livez")[0])
         assert probed.get("/livez") == (200, "ok\n")
@@ -71,13 +72,13 @@ def test_checkpoint_0_a_worker_starts_takes_a_job_and_says_when_it_is_unwell(
             own_client.submit("Hello.", max_tokens=10, temperature=0).result(PATIENCE_S).usage.completion_tokens == 10
         )
         own_client.submit([60000]).wait(PATIENCE_S)
-        wait_until(lambda: probed.samples()["millrace_request_failure_total"] == 1)
+        wait_until(lambda: probed.samples()["headrace_request_failure_total"] == 1)
         numbers = probed.samples()
-        assert numbers["millrace_request_success_total"] == 1
-        assert numbers["millrace_prompt_tokens_total"] == 2
-        assert numbers["millrace_generation_tokens_total"] == 10
-        assert numbers["millrace_request_generation_tokens_sum"] == 10
-        assert numbers["millrace_ready"] == numbers["millrace_engine_info"] == 1
+        assert numbers["headrace_request_success_total"] == 1
+        assert numbers["headrace_prompt_tokens_total"] == 2
+        assert numbers["headrace_generation_tokens_total"] == 10
+        assert numbers["headrace_request_generation_tokens_sum"] == 10
+        assert numbers["headrace_ready"] == numbers["headrace_engine_info"] == 1
 
         assert own_server.pid is not None
         os.kill(own_server.pid, signal.SIGKILL)
@@ -91,14 +92,14 @@ def test_checkpoint_0_a_worker_starts_takes_a_job_and_says_when_it_is_unwell(
         status, text = probed.get("/readyz")
         assert status == 503
         assert re.fullmatch(r"the engine has been at one step for \d+ s\n", text)
-        assert probed.samples()["millrace_last_step_age_seconds"] > 2
+        assert probed.samples()["headrace_last_step_age_seconds"] > 2
         assert stuck.result(PATIENCE_S).usage.completion_tokens == 3
         wait_until(lambda: probed.get("/readyz") == probed.get("/livez") == (200, "ok\n"))
 
         jobs = own_client.submit_many(["The river"] * 8, max_tokens=30, ignore_eos=True)
-        wait_until(lambda: probed.samples()["millrace_num_requests_running"] == 4)
-        assert probed.samples()["millrace_num_requests_waiting"] == 4
-        assert probed.samples()["millrace_leases"] == 1
+        wait_until(lambda: probed.samples()["headrace_num_requests_running"] == 4)
+        assert probed.samples()["headrace_num_requests_waiting"] == 4
+        assert probed.samples()["headrace_leases"] == 1
         worker.signal(signal.SIGTERM)
         wait_until(lambda: probed.get("/readyz") == (503, "the worker is stopping\n"))
         assert probed.get("/livez") == (200, "ok\n"), "what runs is to be finished"
@@ -111,7 +112,7 @@ def test_sigterm_remapped_to_sigquit_finishes_what_it_may_and_hands_back_the_res
     own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
 ) -> None:
     """As the Kubernetes manifests have it; REMAP_SIGTERM is Celery's."""
-    settings = {"REMAP_SIGTERM": "SIGQUIT", "MILLRACE_SOFT_SHUTDOWN_S": "300", "MILLRACE_DRAFT_TOKENS": "0"}
+    settings = {"REMAP_SIGTERM": "SIGQUIT", "HEADRACE_SOFT_SHUTDOWN_S": "300", "HEADRACE_DRAFT_TOKENS": "0"}
     with worker_on(own_server, tmp_path / "worker.log", patch=paced(0.05), **settings) as worker:
         worker.wait_ready()
         short = own_client.submit("Hello.", max_tokens=40, ignore_eos=True)

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from client import Client
+from headrace.client import Client
+from headrace.worker.redis_server import EmbeddedRedis, die_with_parent
 from tests.integration.processes import wait_until
 from tests.patience import PATIENCE_S
-from worker.embedded import EmbeddedRedis, die_with_parent
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,8 +23,8 @@ def test_honcho_brings_up_a_worker_that_does_a_job(
     environment = {
         **os.environ,
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
-        "MILLRACE_REDIS_URL": own_server.url,
-        "MILLRACE_LOG_FORMAT": "json",
+        "HEADRACE_REDIS_URL": own_server.url,
+        "HEADRACE_LOG_FORMAT": "json",
     }
     command = [str(binaries / "honcho"), "start", "-f", str(ROOT / "Procfile"), "-d", str(ROOT)]
     with (tmp_path / "honcho.log").open("wb") as log:

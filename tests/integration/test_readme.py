@@ -40,10 +40,10 @@ def name_of(page: Path) -> str:
 @pytest.fixture
 def at_the_worker(worker: object, redis_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What a user's shell has: the address of a Redis with a worker on it, and a directory to write to."""
-    import client
+    from headrace import client
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MILLRACE_REDIS_URL", redis_url)
+    monkeypatch.setenv("HEADRACE_REDIS_URL", redis_url)
     client.default_client.cache_clear()
 
 
@@ -63,7 +63,7 @@ def run_python(text: str) -> dict[str, Any]:
 @pytest.mark.parametrize("page", with_blocks("python"), ids=name_of)
 def test_python_blocks_run_and_print_what_is_shown(page: Path) -> None:
     scope = run_python(page.read_text())
-    import client
+    from headrace import client
 
     if "own" in scope:
         scope["own"].close()
@@ -96,10 +96,10 @@ def test_the_pages_have_blocks_to_run() -> None:
 
 
 def test_the_table_of_settings_is_complete_and_gives_the_defaults() -> None:
-    from config import Settings
+    from headrace.config import Settings
 
     page = (ROOT / "docs" / "settings.md").read_text()
-    table = dict(re.findall(r"^\| `MILLRACE_(\w+)` \| (.*?) \|", page, re.MULTILINE))
+    table = dict(re.findall(r"^\| `HEADRACE_(\w+)` \| (.*?) \|", page, re.MULTILINE))
     assert set(table) == {name.upper() for name in Settings.model_fields}
     for name, field in Settings.model_fields.items():
         if field.default is not None:
@@ -108,7 +108,7 @@ def test_the_table_of_settings_is_complete_and_gives_the_defaults() -> None:
 
 
 def test_the_table_of_checkpoints_has_their_tolerances() -> None:
-    from client.checkpoints import CHECKPOINTS
+    from headrace.client.wire.activations import CHECKPOINTS
 
     page = (ROOT / "docs" / "fidelity.md").read_text()
     table = {number: cell.strip() for number, cell in re.findall(r"^\| (\d+) \|.*\|([^|]*)\|$", page, re.MULTILINE)}
@@ -118,9 +118,9 @@ def test_the_table_of_checkpoints_has_their_tolerances() -> None:
 
 
 def test_the_settings_that_the_readme_names_exist() -> None:
-    from config import Settings
+    from headrace.config import Settings
 
-    named = set(re.findall(r"`MILLRACE_([A-Z_]+)`", README))
+    named = set(re.findall(r"`HEADRACE_([A-Z_]+)`", README))
     assert named <= {name.upper() for name in Settings.model_fields}
 
 

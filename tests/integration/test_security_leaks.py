@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 import redis
 
-from client import Client, MillraceError, keys
-from client.transport import connect
-from config import load_settings
+from headrace.client import Client, HeadraceError
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
+from headrace.config import load_settings
+from headrace.worker.celery import make_app
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.integration.servers import redis_on_a_port
 from tests.patience import PATIENCE_S
-from worker.celery import make_app
 
 PROMPT, PASSWORD, KEY, WRONG_KEY = (
     "Zanzibar-prompt-4417",
@@ -58,7 +59,7 @@ class Ear(threading.Thread):
         super().__init__(daemon=True)
         self.heard: list[str] = []
         self._listener = connection.pubsub(ignore_subscribe_messages=True)
-        self._listener.psubscribe("millrace:/0.celeryev/*")
+        self._listener.psubscribe("headrace:/0.celeryev/*")
 
     def run(self) -> None:
         with contextlib.suppress(redis.RedisError, OSError, ValueError):
@@ -71,7 +72,7 @@ def ended(job: Any, error: io.StringIO) -> None:
     """Wait for a job; what its error says is kept."""
     try:
         job.result(PATIENCE_S)
-    except MillraceError as failure:
+    except HeadraceError as failure:
         print(repr(failure), failure, file=error)
 
 
@@ -80,7 +81,7 @@ def everything_that_can_happen(place: str, worker: WorkerProcess, errors: io.Str
     with Client(settings=load_settings(redis_url=place, signing_key=KEY)) as client:
         print(client.settings, repr(client.settings), file=errors)
         for request in ({"top_p": 7}, {"stop": [""]}, {"max_tokenz": 1}, {"schema_version": 3}):
-            with pytest.raises(MillraceError) as refused:
+            with pytest.raises(HeadraceError) as refused:
                 client.submit(PROMPT, **request)
             print(refused.value, file=errors)
         jobs = [client.submit(PROMPT, max_tokens=3), *client.submit_many([PROMPT] * 3, max_tokens=3)]
@@ -109,10 +110,10 @@ def everything_that_can_happen(place: str, worker: WorkerProcess, errors: io.Str
         with Client(settings=load_settings(redis_url=place, signing_key=key)) as stranger:
             for job in (stranger.submit(PROMPT), *stranger.submit_many([PROMPT] * 2)):
                 ended(job, errors)
-            stranger._app.send_task("millrace.generate", args=[{"prompt": PROMPT}], argsrepr="-", compression="zlib")
-            stranger._app.send_task("millrace.unheard", args=[{"prompt": PROMPT}], argsrepr="-")
-            stranger._app.send_task("millrace.generate", args=[{"prompt": PROMPT}, 2, 3], argsrepr="-")
-    with pytest.raises(MillraceError) as unreachable:
+            stranger._app.send_task("headrace.generate", args=[{"prompt": PROMPT}], argsrepr="-", compression="zlib")
+            stranger._app.send_task("headrace.unheard", args=[{"prompt": PROMPT}], argsrepr="-")
+            stranger._app.send_task("headrace.generate", args=[{"prompt": PROMPT}, 2, 3], argsrepr="-")
+    with pytest.raises(HeadraceError) as unreachable:
         Client(redis_url=place.replace(place.split(":")[-1], "1/0")).submit(PROMPT)
     print(unreachable.value, repr(unreachable.value), file=errors)
 
@@ -123,8 +124,8 @@ def test_nothing_of_it_is_anywhere_else(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         port = stack.enter_context(redis_on_a_port(tmp_path, "--requirepass", PASSWORD))
         place = f"redis://:{PASSWORD}@localhost:{port}/0"
-        environment = {"MILLRACE_REDIS_URL": place, "MILLRACE_SIGNING_KEY": KEY, "MILLRACE_LOG_LEVEL": "debug"}
-        worker = WorkerProcess(log, "-E", "-l", "DEBUG", MILLRACE_SLOTS="2", **environment)
+        environment = {"HEADRACE_REDIS_URL": place, "HEADRACE_SIGNING_KEY": KEY, "HEADRACE_LOG_LEVEL": "debug"}
+        worker = WorkerProcess(log, "-E", "-l", "DEBUG", HEADRACE_SLOTS="2", **environment)
         with worker, redirect_stderr(spoken):
             worker.wait_ready()
             ear = Ear(connect(place))

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from client import Client, keys
-from client.transport import connect
+from headrace.client import Client
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
+from headrace.worker.queue.validation import MAX_GROUP_JOBS, MAX_MESSAGE_BYTES
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.patience import PATIENCE_S
-from worker.embedded import EmbeddedRedis
-from worker.gate import MAX_GROUP_JOBS, MAX_MESSAGE_BYTES
 
 #: An ear on the interpreter: every class or function that pickle looks up is written down.
 LISTENING = """
@@ -45,7 +46,7 @@ class Touch:
 @pytest.fixture(scope="module")
 def worker(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
     log = tmp_path_factory.mktemp("messages") / "worker.log"
-    environment = {"MILLRACE_REDIS_URL": server.url, "MILLRACE_SLOTS": "2", "MILLRACE_LOG_LEVEL": "debug"}
+    environment = {"HEADRACE_REDIS_URL": server.url, "HEADRACE_SLOTS": "2", "HEADRACE_LOG_LEVEL": "debug"}
     with WorkerProcess(log, "-E", patch=LISTENING, **environment) as process:
         process.wait_ready()
         yield process
@@ -65,7 +66,7 @@ def put(client: Client, body: bytes, content_type: str = "application/json", **h
         "body": base64.b64encode(body).decode(),
         "content-encoding": "binary" if "json" not in content_type else "utf-8",
         "content-type": content_type,
-        "headers": {"lang": "py", "task": "millrace.generate", "id": "stranger", **headers},
+        "headers": {"lang": "py", "task": "headrace.generate", "id": "stranger", **headers},
         "properties": {
             "body_encoding": "base64",
             "delivery_info": delivery,
@@ -129,7 +130,7 @@ def test_remote_control_and_results_are_json_too(
             "properties": {"body_encoding": "base64", "delivery_tag": "x", "delivery_info": {"exchange": "x"}},
         }
         before = len(worker.events("message.refused"))
-        assert client._redis.publish("millrace:/0.celery.pidbox", json.dumps(envelope)) == 1
+        assert client._redis.publish("headrace:/0.celery.pidbox", json.dumps(envelope)) == 1
         worker.wait_for("message.refused", count=before + 1)
     else:
         connection = connect(client.url, text=False)
@@ -175,7 +176,7 @@ def test_a_message_that_is_too_large_is_refused_before_it_is_read(client: Client
 
 def test_a_group_that_is_too_large_is_refused(client: Client, worker: WorkerProcess, app: Celery) -> None:
     before = len(worker.events("message.refused"))
-    app.send_task("millrace.generate_many", args=[[{"id": f"many:{i}"} for i in range(MAX_GROUP_JOBS + 1)]])
+    app.send_task("headrace.generate_many", args=[[{"id": f"many:{i}"} for i in range(MAX_GROUP_JOBS + 1)]])
     assert_refused(client, worker, before, f"at most {MAX_GROUP_JOBS} are read")
 
 
@@ -200,7 +201,7 @@ def test_headers_of_any_shape_end_no_worker(client: Client, worker: WorkerProces
 
 def test_the_largest_request_there_can_be_fits(client: Client) -> None:
     """What the client accepts no worker may refuse for its size."""
-    from client.schema import MAX_BIASES, MAX_PROMPT_BYTES, MAX_PROMPT_TOKENS, MAX_STOP_BYTES, TOKEN_IDS
+    from headrace.client.wire.requests import MAX_BIASES, MAX_PROMPT_BYTES, MAX_PROMPT_TOKENS, MAX_STOP_BYTES, TOKEN_IDS
 
     more = {
         "stop": ["\x01" * MAX_STOP_BYTES] * 16,

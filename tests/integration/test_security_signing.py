@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from client import Client, JobFailed, keys
-from client.errors import JobError
-from client.signing import sign
-from client.transport import connect
-from config import load_settings
+from headrace.client import Client, JobFailed
+from headrace.client.wire import keys
+from headrace.client.wire.errors import JobError
+from headrace.client.wire.redis import connect
+from headrace.client.wire.signing import sign
+from headrace.config import load_settings
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.patience import PATIENCE_S
-from worker.embedded import EmbeddedRedis
 
 NEW, OLD, FOREIGN = "new-key-" * 4, "old-key-" * 4, "else-key" * 4
 REQUEST = {"prompt": "Hello.", "max_tokens": 5, "temperature": 0}
@@ -26,7 +27,7 @@ TEXT = '\n\n"I am'
 @pytest.fixture(scope="module")
 def worker(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
     log = tmp_path_factory.mktemp("signing") / "worker.log"
-    environment = {"MILLRACE_REDIS_URL": server.url, "MILLRACE_SIGNING_KEY": f"{NEW},{OLD}", "MILLRACE_SLOTS": "4"}
+    environment = {"HEADRACE_REDIS_URL": server.url, "HEADRACE_SIGNING_KEY": f"{NEW},{OLD}", "HEADRACE_SLOTS": "4"}
     with WorkerProcess(log, **environment) as process:
         process.wait_ready()
         yield process
@@ -62,7 +63,7 @@ def test_anything_else_fails_and_is_never_computed(
     with client_of(server, key) as client:
         jobs = [client.submit(**REQUEST), *client.submit_many([REQUEST] * 3)]
         for job in jobs:
-            with pytest.raises(JobFailed, match="MILLRACE_SIGNING_KEY") as caught:
+            with pytest.raises(JobFailed, match="HEADRACE_SIGNING_KEY") as caught:
                 job.result(PATIENCE_S)
             assert caught.value.code == "bad_signature"
             assert job.status() == "failed"
@@ -80,7 +81,7 @@ def test_of_a_group_each_job_is_judged_alone(server: EmbeddedRedis, worker: Work
         {"id": "each:4", "request": REQUEST},
         {"id": "each:5", "request": good[5]},
     ]
-    app.send_task("millrace.generate_many", args=[members])
+    app.send_task("headrace.generate_many", args=[members])
     with client_of(server, NEW) as client:
         assert [outcome(client, f"each:{i}") for i in (0, 5)] == [TEXT, TEXT]
         wait_until(lambda: client._redis.hlen(keys.unacked()) == 0)
@@ -98,10 +99,10 @@ def test_who_has_no_key_ends_no_job_by_naming_it(server: EmbeddedRedis, worker: 
             victims = [client.submit(id=f"victim:{i}", **long) for i in range(5)]  # one waits for a slot
             wait_until(lambda: victims[0].status() == "running")
             for name in (*(job.id for job in victims), "victim:later"):
-                app.send_task("millrace.generate", args=[REQUEST], task_id=name, priority=0)
-            app.send_task("millrace.generate_many", args=[[{"id": "victim:0", "request": forged}]], priority=0)
-            app.send_task("millrace.generate", args=[REQUEST], task_id="victim:0", time_limit="x", priority=0)
-            app.send_task("millrace.unheard", task_id="victim:0", priority=0)
+                app.send_task("headrace.generate", args=[REQUEST], task_id=name, priority=0)
+            app.send_task("headrace.generate_many", args=[[{"id": "victim:0", "request": forged}]], priority=0)
+            app.send_task("headrace.generate", args=[REQUEST], task_id="victim:0", time_limit="x", priority=0)
+            app.send_task("headrace.unheard", task_id="victim:0", priority=0)
             worker.wait_for("message.refused", count=refused + 9)
             assert victims[0].status() == "running"
         assert client.submit(id="victim:later", **REQUEST).result(PATIENCE_S).text == TEXT
@@ -122,8 +123,8 @@ def test_a_message_sent_again_is_one_result(server: EmbeddedRedis, worker: Worke
         first = job.result(PATIENCE_S)
         before = client._redis.get(keys.result("again"))
         wire = client._prepare({"id": "again", **REQUEST, "seed": first.seed}).wire
-        client._app.send_task("millrace.generate", args=[wire], task_id="again")
-        client._app.send_task("millrace.generate_many", args=[[{"id": "again", "request": wire}]])
+        client._app.send_task("headrace.generate", args=[wire], task_id="again")
+        client._app.send_task("headrace.generate_many", args=[[{"id": "again", "request": wire}]])
         assert client.submit(**REQUEST).result(PATIENCE_S)  # those before it have been looked at
         wait_until(lambda: client._redis.hlen(keys.unacked()) == 0)
         assert client._redis.get(keys.result("again")) == before
@@ -134,7 +135,7 @@ def test_what_an_envelope_asks_for_beside_the_request_is_left_out(
     server: EmbeddedRedis, worker: WorkerProcess, app: Celery
 ) -> None:
     """Nobody signs Celery's envelope: not the tasks it calls afterwards, nor when it is to run."""
-    follower = app.tasks["millrace.generate"].signature(args=[REQUEST], task_id="follower")
+    follower = app.tasks["headrace.generate"].signature(args=[REQUEST], task_id="follower")
     for name, more in {
         "envelope:link": {"link": follower},
         "envelope:error": {"link_error": follower},
@@ -142,7 +143,7 @@ def test_what_an_envelope_asks_for_beside_the_request_is_left_out(
         "envelope:late": {"countdown": 10_000},
         "envelope:expired": {"expires": 0.001},
     }.items():
-        app.send_task("millrace.generate", args=[sign(NEW.encode(), name, "demo", REQUEST)], task_id=name, **more)
+        app.send_task("headrace.generate", args=[sign(NEW.encode(), name, "demo", REQUEST)], task_id=name, **more)
         with client_of(server, NEW) as client:
             assert outcome(client, name) == TEXT, name
     assert not connect(server.url).exists(keys.result("follower"))
@@ -151,9 +152,9 @@ def test_what_an_envelope_asks_for_beside_the_request_is_left_out(
 @pytest.mark.parametrize(
     ("task", "args"),
     [
-        ("celery.map", [{"task": "millrace.generate"}, [REQUEST]]),
-        ("celery.starmap", [{"task": "millrace.generate"}, [[REQUEST]]]),
-        ("celery.chord_unlock", ["group", {"task": "millrace.generate"}]),
+        ("celery.map", [{"task": "headrace.generate"}, [REQUEST]]),
+        ("celery.starmap", [{"task": "headrace.generate"}, [[REQUEST]]]),
+        ("celery.chord_unlock", ["group", {"task": "headrace.generate"}]),
         ("celery.backend_cleanup", []),
     ],
 )

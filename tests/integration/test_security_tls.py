@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from client import Client, RedisUnreachable, transport
-from client.transport import check_access
+from headrace.client import Client, RedisUnreachable
+from headrace.client.wire import redis as transport
+from headrace.client.wire.redis import check_access
 from tests.integration.processes import WorkerProcess
 from tests.integration.servers import Authority, TlsProxy, free_port, redis_on_a_port
 from tests.patience import PATIENCE_S
@@ -60,7 +61,7 @@ def test_the_whole_way_goes_over_tls_with_a_certificate_on_each_side(
         files = f"&ssl_certfile={quoted(ours.cert)}&ssl_keyfile={quoted(ours.key)}"
         place = url(proxy, f"?ssl_ca_certs={quoted(ours.ca)}{files}")
         log = tmp_path / "worker.log"
-        with WorkerProcess(log, MILLRACE_REDIS_URL=place) as worker, Client(redis_url=place) as client:
+        with WorkerProcess(log, HEADRACE_REDIS_URL=place) as worker, Client(redis_url=place) as client:
             worker.wait_ready()
             before = proxy.connections
             assert client.submit("Hello.", max_tokens=5, temperature=0).result(PATIENCE_S).text == '\n\n"I am'
@@ -96,7 +97,7 @@ def test_a_worker_that_is_shown_a_wrong_certificate_ends_and_says_so(
     proxy: TlsProxy, theirs: Authority, tmp_path: Path
 ) -> None:
     place = url(proxy, f"?ssl_ca_certs={quoted(theirs.ca)}")
-    with WorkerProcess(tmp_path / "worker.log", MILLRACE_REDIS_URL=place) as worker:
+    with WorkerProcess(tmp_path / "worker.log", HEADRACE_REDIS_URL=place) as worker:
         assert worker.wait() != 0
         assert re.search(ADVICE, worker.text())
         assert "Traceback" not in worker.text()

@@ -12,12 +12,13 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from client import Client, RedisRefused, RedisUnreachable, keys
-from client.transport import connect
+from headrace.client import Client, RedisRefused, RedisUnreachable
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
+from headrace.worker.queue.permissions import RightsMissing, check_rights, needed
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.integration.servers import redis_on_a_port
 from tests.patience import PATIENCE_S
-from worker.access import RightsMissing, check_rights, needed
 
 ROOT = Path(__file__).parents[2]
 QUEUE = keys.queue_lists("demo")[1]
@@ -42,7 +43,7 @@ def passwords(directory: Path) -> dict[str, str]:
     (directory / "config" / ACL.name).write_text(ACL.read_text())
     done = subprocess.run(["sh", "-euc", RECIPE[1]], cwd=directory, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
-    found = dict(re.findall(r"^millrace-(\w+): (\w{32,})$", done.stdout, re.MULTILINE))
+    found = dict(re.findall(r"^headrace-(\w+): (\w{32,})$", done.stdout, re.MULTILINE))
     assert set(found) == {"client", "worker", "admin"}
     return found
 
@@ -55,7 +56,7 @@ def port(directory: Path, passwords: dict[str, str]) -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def url(port: int, passwords: dict[str, str]) -> Url:
-    return lambda user: f"redis://millrace-{user}:{passwords[user]}@127.0.0.1:{port}/0"
+    return lambda user: f"redis://headrace-{user}:{passwords[user]}@127.0.0.1:{port}/0"
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +64,14 @@ def lost(url: Url) -> str:
     """A job whose message a worker had that is no more."""
     with Client(redis_url=url("client")) as client, connect(url("admin")) as admin:
         job = client.submit("Hello.", max_tokens=5)
-        admin.hset(keys.unacked(), "lost", f'[{admin.rpop(QUEUE)}, "", "millrace.demo"]')
+        admin.hset(keys.unacked(), "lost", f'[{admin.rpop(QUEUE)}, "", "headrace.demo"]')
         admin.zadd(keys.unacked_index(), {"lost": 1})
         return job.id
 
 
 @pytest.fixture(scope="module")
 def worker(url: Url, directory: Path, lost: str) -> Iterator[WorkerProcess]:
-    environment = {"MILLRACE_REDIS_URL": url("worker"), "MILLRACE_SLOTS": "2", "MILLRACE_LEASE_S": "3"}
+    environment = {"HEADRACE_REDIS_URL": url("worker"), "HEADRACE_SLOTS": "2", "HEADRACE_LEASE_S": "3"}
     with WorkerProcess(directory / "worker.log", **environment) as process:
         process.wait_ready()
         yield process
@@ -84,7 +85,7 @@ def client(url: Url) -> Iterator[Client]:
 
 def denied(url: Url) -> set[tuple[str, str]]:
     entries = connect(url("admin")).acl_log()
-    return {(entry["username"].removeprefix("millrace-"), entry["object"]) for entry in entries}
+    return {(entry["username"].removeprefix("headrace-"), entry["object"]) for entry in entries}
 
 
 def test_as_it_is_shipped_no_server_takes_it(tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_client_and_worker_do_all_they_do_with_the_rights_they_have(
     assert status.queues[0].bulk <= 2, "twenty jobs are two messages, and who may not look inside counts messages"
     assert {job.status() for job in client.as_completed(jobs, 60)} == {"succeeded", "cancelled"}
     assert client.job(lost).result(PATIENCE_S)
-    client._app.send_task("millrace.unheard", task_id="users:unheard", declare=[])
+    client._app.send_task("headrace.unheard", task_id="users:unheard", declare=[])
     wait_until(lambda: client._redis.exists(keys.result("users:unheard")))
     ignored = {(user, "client") for user in ("client", "worker")}  # redis-py says its name; it goes on without
     counted = {
@@ -165,11 +166,11 @@ READERS = (
     ["EVAL", "return 1", "0"],
     ["EVALSHA", "0" * 40, "0"],
     ["SCRIPT", "LOAD", "return 1"],
-    ["SUBSCRIBE", "millrace:celery-task-meta-x"],
+    ["SUBSCRIBE", "headrace:celery-task-meta-x"],
     ["PSUBSCRIBE", "*"],
-    ["PUBLISH", "millrace:/0.celery.pidbox", "x"],
+    ["PUBLISH", "headrace:/0.celery.pidbox", "x"],
     ["HSCAN", keys.job("x"), "0"],
-    ["SADD", "millrace:_kombu.binding.x", "x"],
+    ["SADD", "headrace:_kombu.binding.x", "x"],
 )
 
 
@@ -195,18 +196,18 @@ def test_nobody_gets_in_without_a_password(port: int) -> None:
     once = Retry(NoBackoff(), 0)
     with pytest.raises(redis.exceptions.AuthenticationError):
         redis.Redis(port=port, retry=once).ping()
-    for user in ("millrace-client", "millrace-worker", "millrace-admin", "default"):
+    for user in ("headrace-client", "headrace-worker", "headrace-admin", "default"):
         for password in ("x", user, "CHANGE-ME", "CLIENT-PASSWORD-SHA256", "WORKER-PASSWORD-SHA256"):
             with pytest.raises(redis.exceptions.AuthenticationError):
                 redis.Redis(port=port, username=user, password=password, retry=once).ping()
 
 
 def test_a_wrong_password_is_an_error_that_says_so(port: int, url: Url, tmp_path: Path) -> None:
-    wrong = f"redis://millrace-client:not-it-7312@127.0.0.1:{port}/0"
+    wrong = f"redis://headrace-client:not-it-7312@127.0.0.1:{port}/0"
     with Client(redis_url=wrong) as made, pytest.raises(RedisUnreachable, match="user and password") as caught:
         made.submit("Hello.")
     assert "not-it" not in str(caught.value)
-    with WorkerProcess(tmp_path / "worker.log", MILLRACE_REDIS_URL=wrong) as process:
+    with WorkerProcess(tmp_path / "worker.log", HEADRACE_REDIS_URL=wrong) as process:
         assert process.wait(PATIENCE_S) != 0
         assert "user and password" in process.text()
         assert "not-it" not in process.text()
@@ -229,7 +230,7 @@ def test_the_workers_user_has_all_the_rights_that_are_asked_for_and_any_that_is_
             check_rights(connect(place), ["demo"])
         assert " ".join(shown) in caught.value.commands
         assert all(missing.startswith(command[0]) for missing in caught.value.commands)
-    admin.execute_command("ACL", "SETUSER", "probed", *own, ">probed", "resetkeys", "~millrace:job:*")
+    admin.execute_command("ACL", "SETUSER", "probed", *own, ">probed", "resetkeys", "~headrace:job:*")
     with pytest.raises(RightsMissing) as caught:
         check_rights(connect(place), ["demo"])
     assert f"BRPOP {keys.hint('demo')}" in caught.value.commands
@@ -244,22 +245,22 @@ def test_a_worker_without_a_right_refuses_to_start_and_one_that_loses_it_ends_an
     own = ACL.read_text().splitlines()[2].replace("#WORKER-PASSWORD-SHA256", ">losing").split()[2:]
     admin.execute_command("ACL", "SETUSER", "losing", *own)
     place = url("worker").replace(url("worker").split("@")[0], "redis://losing:losing")
-    settings = {"MILLRACE_REDIS_URL": place, "MILLRACE_MODEL": "demo", "MILLRACE_SERVED_NAME": "losing"}
-    with WorkerProcess(tmp_path / "w.log", MILLRACE_LEASE_S="3", **settings) as losing:
+    settings = {"HEADRACE_REDIS_URL": place, "HEADRACE_MODEL": "demo", "HEADRACE_SERVED_NAME": "losing"}
+    with WorkerProcess(tmp_path / "w.log", HEADRACE_LEASE_S="3", **settings) as losing:
         losing.wait_ready()
         admin.execute_command("ACL", "SETUSER", "losing", "-set", "-setex")
         jobs = client.submit_many(["Hello."] * 3, model="losing", max_tokens=5, temperature=0)
         jobs.append(client.submit("Hello.", model="losing", max_tokens=5, temperature=0))
         assert losing.wait() == 1
         (said,) = losing.events("redis.forbidden")
-        assert "SET millrace:celery-task-meta-" in said["hint"]
+        assert "SET headrace:celery-task-meta-" in said["hint"]
         assert "config/redis-users.acl" in said["hint"]
     assert admin.llen(keys.queue_lists("losing")[1]) == 2, "both messages are back"
     assert {job.status() for job in jobs} == {"queued"}
     assert [admin.hget(keys.job(job.id), "attempts") for job in jobs] == ["0"] * 4
     with WorkerProcess(tmp_path / "refused.log", **settings) as refused:
         assert refused.wait() == 1
-        assert "SET millrace:celery-task-meta-" in refused.text()
+        assert "SET headrace:celery-task-meta-" in refused.text()
         assert "Traceback" not in refused.text()
         assert not refused.events("message.accepted")
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import redis
 
-from client import AsyncClient, Client, keys
-from client.transport import connect
+from headrace.client import AsyncClient, Client
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
+from headrace.worker.redis_server import find_server
 from tests.integration.processes import WorkerProcess, paced, wait_until
 from tests.integration.servers import free_port, redis_on_a_port
 from tests.patience import PATIENCE_S
-from worker.embedded import find_server
 
 
 @contextlib.contextmanager
@@ -64,8 +65,8 @@ def test_no_accepted_job_is_lost_when_a_replica_becomes_the_primary(
         sentinel_on_a_port(directories["sentinel"], primary) as sentinel,
     ):
         url = f"sentinel://127.0.0.1:1,127.0.0.1:{sentinel}/0?master=jobs"  # the first one is away
-        environment = {"MILLRACE_REDIS_URL": url, "MILLRACE_SLOTS": "2", "MILLRACE_DRAFT_TOKENS": "0"}
-        worker = WorkerProcess(tmp_path / "worker.log", patch=paced(0.05), **environment, MILLRACE_LEASE_S="10")
+        environment = {"HEADRACE_REDIS_URL": url, "HEADRACE_SLOTS": "2", "HEADRACE_DRAFT_TOKENS": "0"}
+        worker = WorkerProcess(tmp_path / "worker.log", patch=paced(0.05), **environment, HEADRACE_LEASE_S="10")
         with worker, Client(redis_url=url) as client, connect(f"redis://127.0.0.1:{primary}") as first:
             worker.wait_ready()
             jobs = client.submit_many(["Hello."] * 3, max_tokens=40, temperature=0, ignore_eos=True)

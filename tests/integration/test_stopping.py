@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from client import Client, JobFailed, keys
-from client.transport import connect
+from headrace.client import Client, JobFailed
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
+from headrace.worker.celery import make_app
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import attempts, paced, wait_until, worker_on
 from tests.patience import PATIENCE_S
-from worker.celery import make_app
-from worker.embedded import EmbeddedRedis
 
 #: A prompt that kills the process when it is computed, in whatever company.
 POISON = [13, 13, 13]
 DEADLY = f"""
 import os
-from worker.runner import Runner
+from headrace.worker.engine.model_runner import Runner
 run = Runner.run
 def deadly(self, step):
     if any(sequence.prompt == {POISON} for sequence in step.sequences):
@@ -43,7 +44,7 @@ def test_a_prompt_that_kills_its_process_fails_and_takes_nobody_with_it(
     deaths = 0
     while group[2].status() != "failed":
         log = tmp_path / f"{deaths}.log"
-        with worker_on(own_server, log, patch=DEADLY, MILLRACE_MAX_ATTEMPTS="2") as worker:
+        with worker_on(own_server, log, patch=DEADLY, HEADRACE_MAX_ATTEMPTS="2") as worker:
             wait_until(lambda w=worker: not w.alive or group[2].status() == "failed")  # type: ignore[misc]
             if worker.alive:
                 texts = [job.result(PATIENCE_S).text for job in (*group[:2], *group[3:], alone)]
@@ -62,7 +63,7 @@ def test_sigquit_counts_no_attempt_and_waits_no_longer_than_the_rows(
 ) -> None:
     """As SIGTERM does (test_worker_process.py)."""
     jobs = [own_client.submit("Hello.", **LONG, max_tokens=120) for _ in range(8)]
-    with worker_on(own_server, tmp_path / "w.log", patch=SLOWLY, MILLRACE_SOFT_SHUTDOWN_S="300") as worker:
+    with worker_on(own_server, tmp_path / "w.log", patch=SLOWLY, HEADRACE_SOFT_SHUTDOWN_S="300") as worker:
         wait_until(lambda: sum(job.status() == "running" for job in jobs) == 4)
         worker.signal(signal.SIGQUIT)
         worker.wait()
@@ -83,7 +84,7 @@ def test_a_second_signal_hands_back_what_runs(
     own_server: EmbeddedRedis, own_client: Client, tmp_path: Path, first: signal.Signals, second: signal.Signals
 ) -> None:
     jobs = [own_client.submit("Hello.", **LONG, max_tokens=1000) for _ in range(2)]
-    with worker_on(own_server, tmp_path / "w.log", patch=SLOWLY, MILLRACE_SOFT_SHUTDOWN_S="300") as worker:
+    with worker_on(own_server, tmp_path / "w.log", patch=SLOWLY, HEADRACE_SOFT_SHUTDOWN_S="300") as worker:
         wait_until(lambda: any(job.status() == "running" for job in jobs))
         worker.signal(first)
         time.sleep(2)
@@ -100,7 +101,7 @@ def test_sigterm_without_redis_ends_in_time_and_the_jobs_end_elsewhere(
     own_server: EmbeddedRedis, own_client: Client, tmp_path: Path, how: signal.Signals
 ) -> None:
     jobs = [own_client.submit("Hello.", **LONG, max_tokens=400) for _ in range(2)]
-    with worker_on(own_server, tmp_path / "w.log", patch=SLOWLY, MILLRACE_SOFT_SHUTDOWN_S="2") as worker:
+    with worker_on(own_server, tmp_path / "w.log", patch=SLOWLY, HEADRACE_SOFT_SHUTDOWN_S="2") as worker:
         wait_until(lambda: all(job.status() == "running" for job in jobs))
         time.sleep(1.2)  # appendfsync everysec
         assert own_server.pid is not None
@@ -120,15 +121,15 @@ def test_a_job_that_celerys_tracer_cannot_finish_ends_all_the_same(
     own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
 ) -> None:
     """Alone, and while a group that names it too has adopted it: the group is neither lost nor computed again."""
-    patch = f"{SLOWLY}\nfrom worker.backend import ResultBackend\nResultBackend.store_result = None"
+    patch = f"{SLOWLY}\nfrom worker.queue.backend import ResultBackend\nResultBackend.store_result = None"
     request = {**LONG, "prompt": "Hello.", "max_tokens": 150}
     app = make_app(own_client.settings)
-    with worker_on(own_server, tmp_path / "w.log", patch=patch, MILLRACE_LOG_LEVEL="debug") as worker:
+    with worker_on(own_server, tmp_path / "w.log", patch=patch, HEADRACE_LOG_LEVEL="debug") as worker:
         alone = own_client.submit(**request)
         adopted = own_client.submit(**request, id="adopted")
         wait_until(lambda: adopted.status() != "queued")
         members = [{"id": name, "request": request} for name in ("adopted", "other")]
-        app.send_task("millrace.generate_many", args=[members])
+        app.send_task("headrace.generate_many", args=[members])
         assert {job.result(PATIENCE_S).usage.completion_tokens for job in (alone, adopted)} == {150}
         assert worker.events("message.adopted")
         wait_until(lambda: own_client._redis.exists(keys.result("other")))

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import redis
 
-from client import AsyncClient, Client, Event, JobCancelled, JobExpired, JobFailed, ResultTimeout, UnknownJob, keys
-from client.schema import Choice
-from client.transport import connect
+from headrace.client import AsyncClient, Client, Event, JobCancelled, JobExpired, JobFailed, ResultTimeout, UnknownJob
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
+from headrace.client.wire.requests import Choice
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, paced, wait_until, worker_on
 from tests.patience import PATIENCE_S
-from worker.embedded import EmbeddedRedis
 
 #: Of workers here: jobs last long enough to be looked at in the middle, on a fast machine too.
-SLOWLY = {"patch": paced(0.015), "MILLRACE_DRAFT_TOKENS": "0"}
+SLOWLY = {"patch": paced(0.015), "HEADRACE_DRAFT_TOKENS": "0"}
 LONG = {"max_tokens": 120, "temperature": 0, "ignore_eos": True, "stream": True}
 
 Stream = Callable[..., list[Event]]
@@ -221,7 +222,7 @@ def test_a_redis_that_is_killed_and_comes_back(client: Client, server: EmbeddedR
 
 def test_a_worker_that_is_killed_in_the_middle(server: EmbeddedRedis, directory: Path) -> None:
     """Another begins again, and cuts the text elsewhere; who reads along does not notice, who comes later neither."""
-    own = {"MILLRACE_SERVED_NAME": "killed", **SLOWLY}
+    own = {"HEADRACE_SERVED_NAME": "killed", **SLOWLY}
     with (
         Client(redis_url=server.url, model="killed") as client,
         worker_on(server, directory / "first.log", **own) as first,

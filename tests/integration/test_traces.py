@@ -12,12 +12,12 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import format_span_id, format_trace_id
 
-from client import Client, JobFailed
+from headrace.client import Client, JobFailed
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.collector import Collector
 from tests.integration.http_server import HttpServer
 from tests.integration.processes import WorkerProcess, attempts, paced, wait_until, worker_on
 from tests.patience import PATIENCE_S
-from worker.embedded import EmbeddedRedis
 
 KEY = "key-" * 8
 #: The example of W3C's Trace Context.
@@ -33,13 +33,13 @@ def collector() -> Iterator[Collector]:
 @pytest.fixture
 def client(server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     """One that signs: nobody signs the context."""
-    monkeypatch.setenv("MILLRACE_SIGNING_KEY", KEY)
+    monkeypatch.setenv("HEADRACE_SIGNING_KEY", KEY)
     with Client(redis_url=server.url) as made:
         yield made
 
 
 def traced_worker(server: EmbeddedRedis, collector: Collector, log: Path, patch: str = "") -> WorkerProcess:
-    return worker_on(server, log, patch=patch, MILLRACE_SIGNING_KEY=KEY, **collector.settings)
+    return worker_on(server, log, patch=patch, HEADRACE_SIGNING_KEY=KEY, **collector.settings)
 
 
 def test_a_job_is_one_trace_from_submit_to_result_through_a_worker_that_dies(
@@ -57,7 +57,7 @@ def test_a_job_is_one_trace_from_submit_to_result_through_a_worker_that_dies(
             bad.result(PATIENCE_S)
         for one in group:
             one.result(PATIENCE_S)
-        with HttpServer(tmp_path, server.url, MILLRACE_SIGNING_KEY=KEY, **collector.settings) as http:
+        with HttpServer(tmp_path, server.url, HEADRACE_SIGNING_KEY=KEY, **collector.settings) as http:
             headers = {"traceparent": f"00-{TRACE}-{SPAN}-01"}
             body = {"model": "demo", "prompt": "Hello.", "max_tokens": 2}
             answer = httpx.post(f"{http.url}/v1/completions", json=body, headers=headers, timeout=PATIENCE_S)
@@ -67,13 +67,13 @@ def test_a_job_is_one_trace_from_submit_to_result_through_a_worker_that_dies(
         assert second.wait() == 0  # the last spans are sent by then
         logged = {line["job_id"]: line["trace_id"] for line in second.events("job.finished")}
 
-    sent = {(s.attributes or {}).get("millrace.job_id"): s.get_span_context() for s in spans.get_finished_spans()}
+    sent = {(s.attributes or {}).get("headrace.job_id"): s.get_span_context() for s in spans.get_finished_spans()}
     assert None not in sent.values()
     (again,) = collector.of_job(job.id)
     assert again.trace_id == format_trace_id(caller.get_span_context().trace_id) == logged[job.id]
     assert again.parent_id == format_span_id(sent[job.id].span_id)  # type: ignore[union-attr]
-    assert (again.attributes["millrace.attempt"], again.attributes["millrace.redelivered"]) == (2, True)
-    assert again.service == "millrace-worker"
+    assert (again.attributes["headrace.attempt"], again.attributes["headrace.redelivered"]) == (2, True)
+    assert again.service == "headrace-worker"
     inside = [span for span in collector.spans if span.parent_id == again.span_id]
     assert [span.name for span in sorted(inside, key=lambda s: s.start)] == ["wait", "prefill", "decode", "store"]
     (failed,) = collector.of_job(bad.id)
@@ -91,6 +91,6 @@ def _check_request(collector: Collector) -> None:
     by_id = {span.span_id: span for span in collector.spans}
     sent = by_id[visit.parent_id]
     asked = by_id[sent.parent_id]
-    assert (asked.name, asked.parent_id, asked.service) == ("POST /v1/completions", SPAN, "millrace-serve")
+    assert (asked.name, asked.parent_id, asked.service) == ("POST /v1/completions", SPAN, "headrace-serve")
     assert asked.attributes["http.response.status_code"] == 200
     assert asked.start <= sent.start <= visit.start <= visit.end <= asked.end

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from client import Client, keys
-from client.transport import connect
+from headrace.client import Client
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
 from tests.patience import PATIENCE_S
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "queue-v1.json"

@@ -1,4 +1,4 @@
-"""`millrace validate` as a user runs it: tables, files from elsewhere, pictures, exit codes."""
+"""`headrace validate` as a user runs it: tables, files from elsewhere, pictures, exit codes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from model import load_model
-from model.int8 import int8_works
+from headrace.model import load_model
+from headrace.model.kernels.gemm_int8_amx import int8_works
 from tests.patience import PATIENCE_S
 
 
 def validate(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "worker.cli", "validate", *arguments]
+    command = [sys.executable, "-m", "headrace.worker.cli.main", "validate", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
@@ -51,7 +51,7 @@ def test_a_dump_with_a_mistake_fails_with_the_cause_and_the_next_command(dump: P
     assert done.returncode == 1
     assert "FAILED" in done.stdout
     assert "checkpoint 4 fails first: the scores are not scaled" in done.stdout
-    assert "next: millrace validate" in done.stdout
+    assert "next: headrace validate" in done.stdout
 
 
 def test_other_precisions_have_tolerances_of_their_own_and_say_what_they_cost() -> None:

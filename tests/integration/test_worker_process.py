@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from client import Client, keys
-from client.transport import connect
-from config import load_settings
+from headrace.client import Client
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
+from headrace.config import load_settings
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import attempts, paced, wait_until, worker_on
 from tests.patience import PATIENCE_S
-from worker.embedded import EmbeddedRedis
 
 #: Jobs that last: each token of theirs takes a step, and each step 0.02 s.
 SLOWLY = paced(0.02)
@@ -28,9 +29,9 @@ def unacked(server: EmbeddedRedis) -> int:
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"MILLRACE_KV_CACHE_BYTES": "1000"}, ["MILLRACE_KV_CACHE_BYTES is 1000", "Raise it"]),
-        ({"MILLRACE_SLOTS": "none"}, ["MILLRACE_SLOTS is 'none'", "whole number from 1 to 4096"]),
-        ({"MILLRACE_SLOT": "4"}, ["MILLRACE_SLOT is no setting", "MILLRACE_SLOTS"]),
+        ({"HEADRACE_KV_CACHE_BYTES": "1000"}, ["HEADRACE_KV_CACHE_BYTES is 1000", "Raise it"]),
+        ({"HEADRACE_SLOTS": "none"}, ["HEADRACE_SLOTS is 'none'", "whole number from 1 to 4096"]),
+        ({"HEADRACE_SLOT": "4"}, ["HEADRACE_SLOT is no setting", "HEADRACE_SLOTS"]),
     ],
     ids=["cache", "value", "name"],
 )
@@ -48,7 +49,7 @@ def test_a_worker_that_cannot_load_says_why_and_takes_nothing_from_the_queue(
     own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
 ) -> None:
     job = own_client.submit("Hello.")
-    settings = {"MILLRACE_MODEL": "/nowhere/at/all", "MILLRACE_SERVED_NAME": "demo"}
+    settings = {"HEADRACE_MODEL": "/nowhere/at/all", "HEADRACE_SERVED_NAME": "demo"}
     with worker_on(own_server, tmp_path / "worker.log", **settings) as worker:
         assert worker.wait() != 0
         assert "/nowhere/at/all" in worker.text()
@@ -61,7 +62,7 @@ def test_a_worker_that_cannot_load_says_why_and_takes_nothing_from_the_queue(
 def test_sigterm_finishes_what_runs_and_returns_the_rest(
     own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
 ) -> None:
-    with worker_on(own_server, tmp_path / "worker.log", patch=SLOWLY, MILLRACE_SOFT_SHUTDOWN_S="300") as worker:
+    with worker_on(own_server, tmp_path / "worker.log", patch=SLOWLY, HEADRACE_SOFT_SHUTDOWN_S="300") as worker:
         worker.wait_ready()
         jobs = [own_client.submit("Hello.", **LONG) for _ in range(12)]
         wait_until(lambda: own_client.status().delivered >= 6 and any(job.status() == "running" for job in jobs))
@@ -82,7 +83,7 @@ def test_a_group_that_is_returned_in_the_middle_is_finished_elsewhere_and_nothin
     own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
 ) -> None:
     """Six jobs are the window of 4 slots: one message of 16 jobs is more than that, and no second one is taken."""
-    with worker_on(own_server, tmp_path / "worker.log", patch=SLOWLY, MILLRACE_LOG_LEVEL="debug") as worker:
+    with worker_on(own_server, tmp_path / "worker.log", patch=SLOWLY, HEADRACE_LOG_LEVEL="debug") as worker:
         worker.wait_ready()
         requests = [{"prompt": "Hello.", "max_tokens": 2 if i < 3 else 100} for i in range(20)]
         jobs = own_client.submit_many(requests, temperature=0, ignore_eos=True)
@@ -93,7 +94,7 @@ def test_a_group_that_is_returned_in_the_middle_is_finished_elsewhere_and_nothin
         assert unacked(own_server) == 0
         assert {job.status() for job in jobs} == {"succeeded", "queued"}
         assert own_client.status().queues[0].normal == 20, "a message counts whole"
-    with worker_on(own_server, tmp_path / "worker.log", MILLRACE_LOG_LEVEL="debug") as worker:
+    with worker_on(own_server, tmp_path / "worker.log", HEADRACE_LOG_LEVEL="debug") as worker:
         for job, request in zip(jobs, requests, strict=True):
             assert job.result(PATIENCE_S).usage.completion_tokens == request["max_tokens"]
         wait_until(lambda: unacked(own_server) == 0)
@@ -104,7 +105,7 @@ def test_a_group_that_is_returned_in_the_middle_is_finished_elsewhere_and_nothin
 def test_sigquit_ends_at_once_and_returns_everything(
     own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
 ) -> None:
-    with worker_on(own_server, tmp_path / "worker.log", patch=SLOWLY, MILLRACE_SOFT_SHUTDOWN_S="0") as worker:
+    with worker_on(own_server, tmp_path / "worker.log", patch=SLOWLY, HEADRACE_SOFT_SHUTDOWN_S="0") as worker:
         worker.wait_ready()
         jobs = own_client.submit_many(["Hello."] * 8, **LONG)
         wait_until(lambda: any(job.status() == "running" for job in jobs))
@@ -119,7 +120,7 @@ def test_the_worker_outlives_a_redis_that_is_killed_and_restarted(
     own_server: EmbeddedRedis, own_client: Client, tmp_path: Path, window: str
 ) -> None:
     count = 3 if window == "open" else 6  # 4 slots and a look-ahead of 2
-    settings = {"MILLRACE_LEASE_S": "60", "MILLRACE_LOG_LEVEL": "debug"}
+    settings = {"HEADRACE_LEASE_S": "60", "HEADRACE_LOG_LEVEL": "debug"}
     with worker_on(own_server, tmp_path / "worker.log", patch=SLOWLY, **settings) as worker:
         worker.wait_ready()
         if window == "open":
@@ -141,7 +142,7 @@ def test_the_worker_outlives_a_redis_that_is_killed_and_restarted(
 
 
 def test_a_cut_connection_runs_no_job_twice(own_server: EmbeddedRedis, own_client: Client, tmp_path: Path) -> None:
-    with worker_on(own_server, tmp_path / "worker.log", patch=SLOWLY, MILLRACE_LOG_LEVEL="debug") as worker:
+    with worker_on(own_server, tmp_path / "worker.log", patch=SLOWLY, HEADRACE_LOG_LEVEL="debug") as worker:
         worker.wait_ready()
         jobs = own_client.submit_many(["Hello."] * 2, **LONG)
         jobs.append(own_client.submit("Hello.", **LONG))
@@ -158,7 +159,7 @@ def test_a_cut_connection_runs_no_job_twice(own_server: EmbeddedRedis, own_clien
 
 def test_a_job_longer_than_its_lease_runs_once(own_server: EmbeddedRedis, own_client: Client, tmp_path: Path) -> None:
     """Two workers, jobs of 6 s and leases of 3: one would take the other's job if its lease were not renewed."""
-    slow = {"patch": SLOWLY, "MILLRACE_SLOTS": "8", "MILLRACE_LOG_LEVEL": "debug"}
+    slow = {"patch": SLOWLY, "HEADRACE_SLOTS": "8", "HEADRACE_LOG_LEVEL": "debug"}
     with (
         worker_on(own_server, tmp_path / "one.log", "-n", "one@%h", **slow) as one,
         worker_on(own_server, tmp_path / "two.log", "-n", "two@%h", **slow) as two,
@@ -185,22 +186,22 @@ def test_the_task_runs_under_celerys_own_pools(
 
 
 def test_the_task_runs_eagerly() -> None:
-    from worker.celery import make_app
+    from headrace.worker.celery import make_app
 
     app = make_app(load_settings(redis_url="redis://localhost:1/0"))
     app.conf.update(task_always_eager=True, task_eager_propagates=True)
-    task = app.tasks["millrace.generate"]
+    task = app.tasks["headrace.generate"]
     result = task.delay({"prompt": "Hello.", "max_tokens": 5, "temperature": 0}).get()
     assert result["choices"][0]["text"] == '\n\n"I am'
     app.close()
 
 
 def test_a_group_runs_eagerly_and_its_results_are_stored(own_server: EmbeddedRedis, own_client: Client) -> None:
-    from worker.celery import make_app
+    from headrace.worker.celery import make_app
 
     app = make_app(load_settings(redis_url=own_server.url))
     app.conf.update(task_always_eager=True, task_eager_propagates=True)
     request = {"prompt": "Hello.", "max_tokens": 5, "temperature": 0}
-    app.tasks["millrace.generate_many"].delay([{"id": name, "request": request} for name in ("a", "b")]).get()
+    app.tasks["headrace.generate_many"].delay([{"id": name, "request": request} for name in ("a", "b")]).get()
     assert {own_client.job(name).result(1).text for name in ("a", "b")} == {'\n\n"I am'}
     app.close()

@@ -24,8 +24,8 @@ MODULES = (
     "celery.bin.celery",
     "celery.bin.worker",
     "celery.fixups.django",
-    "worker.pool",
-    "worker.assembly",
+    "headrace.worker.jobs.pool",
+    "headrace.worker.engine.build",
 )
 
 _parent = multiprocessing.get_context("forkserver")

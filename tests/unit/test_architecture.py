@@ -15,7 +15,7 @@ ALLOWED = {
     "worker": {"worker", "client", "config", "model"},
 }
 #: The modules of the worker that may know tensors.
-TENSORS = {"worker/runner.py", "worker/assembly.py", "worker/references/transformers.py"}
+TENSORS = {"worker/engine/model_runner.py", "worker/engine/build.py", "worker/fidelity/references/transformers.py"}
 
 
 def imports(path: Path) -> set[str]:

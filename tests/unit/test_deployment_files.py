@@ -19,9 +19,9 @@ import click
 import pytest
 import yaml
 
-from config.settings import PREFIX, Settings, load_settings
+from headrace.config.settings import PREFIX, Settings, load_settings
+from headrace.worker.observability.probes import Probes
 from tests.patience import PATIENCE_S
-from worker.probes import Probes
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -67,9 +67,9 @@ def check_celery_command(words: list[str]) -> None:
     assert {word for word in words[4:] if word.startswith("-")} <= known
 
 
-def check_millrace_command(words: list[str]) -> None:
+def check_headrace_command(words: list[str]) -> None:
     """The subcommand exists and takes these options, whatever they would do."""
-    from worker.cli import main
+    from headrace.worker.cli.main import main
 
     subcommand = main.commands[words[0]]
     subcommand.make_context(words[0], words[1:], parent=click.Context(main))
@@ -102,9 +102,9 @@ def test_the_container_runs_the_worker_without_a_shell_in_between() -> None:
 def test_the_health_check_is_a_command_of_ours() -> None:
     options, _, command = instruction("HEALTHCHECK").partition(" CMD ")
     words = json.loads(command)
-    assert words == ["millrace", "status", "--here", "--json"]
+    assert words == ["headrace", "status", "--here", "--json"]
     assert is_console_script(words[0])
-    check_millrace_command(words[1:])
+    check_headrace_command(words[1:])
     assert "--start-period=" in options
 
 
@@ -220,26 +220,26 @@ def test_the_environment_is_accepted(monkeypatch: pytest.MonkeyPatch, service: s
 
 def test_a_worker_has_time_to_finish() -> None:
     worker = compose()["services"]["worker"]
-    assert seconds(worker["stop_grace_period"]) >= float(worker["environment"]["MILLRACE_SOFT_SHUTDOWN_S"]) + MARGIN_S
+    assert seconds(worker["stop_grace_period"]) >= float(worker["environment"]["HEADRACE_SOFT_SHUTDOWN_S"]) + MARGIN_S
     assert worker["stop_signal"] == "SIGQUIT", "SIGTERM has no such limit"
 
 
 def test_the_client_runs_a_command_that_exists() -> None:
     client = compose()["services"]["client"]
-    assert client["entrypoint"] == ["millrace"]
-    assert is_console_script("millrace")
-    check_millrace_command(client["command"])
+    assert client["entrypoint"] == ["headrace"]
+    assert is_console_script("headrace")
+    check_headrace_command(client["command"])
 
 
 def test_the_server_keeps_its_files_and_is_asked_where_it_listens() -> None:
     server = compose()["services"]["http"]
-    assert server["entrypoint"] == ["millrace"]
-    check_millrace_command(server["command"])
+    assert server["entrypoint"] == ["headrace"]
+    check_headrace_command(server["command"])
     port = server["command"][server["command"].index("--port") + 1]
     assert f":{port}/health" in server["healthcheck"]["test"][-1]
     assert server["ports"] == [f"127.0.0.1:{port}:{port}"]
     (volume,) = server["volumes"]
-    assert volume.split(":")[1] == server["environment"]["MILLRACE_FILES_DIR"]
+    assert volume.split(":")[1] == server["environment"]["HEADRACE_FILES_DIR"]
     made = next(rest for name, rest in instructions() if name == "RUN" and rest.startswith("mkdir"))
     assert volume.split("/")[-1] in made.split(), "or the volume would belong to root"
 
@@ -263,7 +263,7 @@ def test_the_gpu_file_only_adds_to_services_that_exist() -> None:
 # systemd
 
 
-def unit(name: str = "millrace-worker@.service") -> configparser.ConfigParser:
+def unit(name: str = "headrace-worker@.service") -> configparser.ConfigParser:
     parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), comment_prefixes=("#",))
     parser.optionxform = str  # type: ignore[assignment, method-assign]
     parser.read_string((DOCKER / "systemd" / name).read_text())
@@ -275,23 +275,23 @@ def test_the_unit_runs_a_worker_with_a_name_and_settings_of_its_own() -> None:
     words = shlex.split(service["ExecStart"])
     check_celery_command(words)
     assert words[words.index("-n") + 1] == "%i@%%h", "systemd makes one % of two"
-    assert service["EnvironmentFile"] == "/etc/millrace/%i.env"
+    assert service["EnvironmentFile"] == "/etc/headrace/%i.env"
     assert service["Restart"] == "always"
 
 
 def test_the_unit_of_the_server_keeps_files_and_leaves_it_time_to_finish() -> None:
-    service = unit("millrace-serve.service")["Service"]
+    service = unit("headrace-serve.service")["Service"]
     words = shlex.split(service["ExecStart"])
-    assert Path(words[0]).name == "millrace"
-    check_millrace_command(words[1:])
-    assert service["Environment"] == f"MILLRACE_FILES_DIR=%S/{service['StateDirectory']}"
+    assert Path(words[0]).name == "headrace"
+    check_headrace_command(words[1:])
+    assert service["Environment"] == f"HEADRACE_FILES_DIR=%S/{service['StateDirectory']}"
     assert float(service["TimeoutStopSec"]) >= Settings().soft_shutdown_s + MARGIN_S
 
 
 def test_the_unit_leaves_a_worker_time_to_finish() -> None:
     service = unit()["Service"]
     example = (ROOT / "config" / "prod.env.example").read_text()
-    (set_there,) = re.findall(r"^MILLRACE_SOFT_SHUTDOWN_S=(\d+)$", example, re.MULTILINE)
+    (set_there,) = re.findall(r"^HEADRACE_SOFT_SHUTDOWN_S=(\d+)$", example, re.MULTILINE)
     longest = max(float(set_there), Settings().soft_shutdown_s)
     assert service["KillSignal"] == "SIGQUIT", "SIGTERM has no limit"
     assert float(service["TimeoutStopSec"]) >= longest + MARGIN_S
@@ -302,16 +302,16 @@ def test_the_unit_takes_away_nothing_that_is_needed() -> None:
     service = unit()["Service"]
     assert not {"MemoryDenyWriteExecute", "PrivateDevices", "DeviceAllow", "PrivateNetwork"} & set(service)
     assert "XDG_CACHE_HOME=%C" in service["Environment"]
-    assert service["CacheDirectory"] == "millrace"
+    assert service["CacheDirectory"] == "headrace"
     assert service["CacheDirectoryMode"] == "0700"
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not here")
-@pytest.mark.parametrize("name", ["millrace-worker@.service", "millrace-serve.service"])
+@pytest.mark.parametrize("name", ["headrace-worker@.service", "headrace-serve.service"])
 def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path, name: str) -> None:
     text = (DOCKER / "systemd" / name).read_text()
     named = tmp_path / name.replace("@", "@gpu0")
-    named.write_text(text.replace("/opt/millrace/bin", str(Path(sys.executable).parent)))
+    named.write_text(text.replace("/opt/headrace/bin", str(Path(sys.executable).parent)))
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", named], capture_output=True, text=True, timeout=PATIENCE_S
     )
@@ -395,7 +395,7 @@ def test_the_workers_environment_is_accepted(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_probes_ask_what_the_worker_answers() -> None:
     worker = container("Deployment")
     ports = {port["name"]: port["containerPort"] for port in worker["ports"]}
-    assert ports == {"metrics": int(environment_of("Deployment")["MILLRACE_METRICS_PORT"])}
+    assert ports == {"metrics": int(environment_of("Deployment")["HEADRACE_METRICS_PORT"])}
     answers = Probes.answer
     stub: Any = type("Loading", (), {"_monitor": None})()
     paths = {name: worker[name]["httpGet"]["path"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}
@@ -416,8 +416,8 @@ def test_the_server_has_its_keys_its_files_and_time_to_finish(monkeypatch: pytes
     assert (spec["replicas"], spec["strategy"]["type"]) == (1, "Recreate"), "one process may use the directory"
     pod, labels = spec["template"]["spec"], spec["template"]["metadata"]["labels"]
     (server,) = pod["containers"]
-    assert server["command"][0] == "millrace"
-    check_millrace_command(server["command"][1:])
+    assert server["command"][0] == "headrace"
+    check_headrace_command(server["command"][1:])
     (port,) = [port["containerPort"] for port in server["ports"]]
     assert str(port) in server["command"]
     variables = {variable["name"]: variable for variable in server["env"]}
@@ -426,10 +426,10 @@ def test_the_server_has_its_keys_its_files_and_time_to_finish(monkeypatch: pytes
     mounts = {mount["mountPath"]: mount["name"] for mount in server["volumeMounts"]}
     claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "emptyDir" not in v}
     claim = manifest("PersistentVolumeClaim", "serve.yaml")["metadata"]["name"]
-    assert claims[mounts[variables["MILLRACE_FILES_DIR"]["value"]]] == claim
+    assert claims[mounts[variables["HEADRACE_FILES_DIR"]["value"]]] == claim
     for name, variable in variables.items():
         monkeypatch.setenv(name, variable.get("value") or "0123456789abcdef" * 2)
-    monkeypatch.setenv("MILLRACE_REDIS_URL", secret["redis-url"])
+    monkeypatch.setenv("HEADRACE_REDIS_URL", secret["redis-url"])
     assert pod["terminationGracePeriodSeconds"] >= load_settings().soft_shutdown_s + MARGIN_S
     assert spec["selector"]["matchLabels"].items() <= labels.items()
     assert manifest("Service", "serve.yaml")["spec"]["selector"].items() <= labels.items()
@@ -441,7 +441,7 @@ def test_a_pod_has_time_to_finish_and_its_signal_a_limit() -> None:
     from celery.apps import worker
 
     spec, values = manifest("Deployment")["spec"]["template"]["spec"], environment_of("Deployment")
-    assert spec["terminationGracePeriodSeconds"] >= float(values["MILLRACE_SOFT_SHUTDOWN_S"]) + MARGIN_S
+    assert spec["terminationGracePeriodSeconds"] >= float(values["HEADRACE_SOFT_SHUTDOWN_S"]) + MARGIN_S
     assert values["REMAP_SIGTERM"] == "SIGQUIT"
     assert hasattr(worker, "REMAP_SIGTERM")
     assert instruction("STOPSIGNAL") == "SIGTERM"
@@ -475,9 +475,9 @@ def test_nobody_is_root_and_nothing_is_writable_but_volumes() -> None:
         assert own["capabilities"] == {"drop": ["ALL"]}
     user = manifest("Deployment")["spec"]["template"]["spec"]["securityContext"]["runAsUser"]
     home = next(rest for name, rest in instructions() if name == "RUN" and "useradd" in rest)
-    assert f"--uid {user} millrace" in home
+    assert f"--uid {user} headrace" in home
     mounts = {mount["mountPath"] for mount in container("Deployment")["volumeMounts"]}
-    assert mounts == {"/tmp", "/home/millrace/.cache"}
+    assert mounts == {"/tmp", "/home/headrace/.cache"}
 
 
 def test_kubernetes_redis_keeps_what_it_is_given_and_asks_for_the_password() -> None:
@@ -499,7 +499,7 @@ def test_keda_scales_the_worker_by_twice_its_slots() -> None:
     (trigger,) = scaled["triggers"]
     assert trigger["type"] == "prometheus"
     assert trigger["metadata"]["threshold"] == str(2 * Settings().slots)
-    assert f'model_name="{environment_of("Deployment")["MILLRACE_MODEL"]}"' in trigger["metadata"]["query"]
+    assert f'model_name="{environment_of("Deployment")["HEADRACE_MODEL"]}"' in trigger["metadata"]["query"]
     assert scaled["minReplicaCount"] >= 1
 
 

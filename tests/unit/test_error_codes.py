@@ -6,9 +6,9 @@ import ast
 import re
 from pathlib import Path
 
-import client
-from client import JobCancelled, JobExpired, JobFailed, MillraceError
-from client.errors import JobError
+from headrace import client
+from headrace.client import HeadraceError, JobCancelled, JobExpired, JobFailed
+from headrace.client.wire.errors import JobError
 
 ROOT = Path(__file__).parents[2]
 ROWS = re.findall(r"^\| `(\w+)` \| (.*?) \| (.+) \|$", (ROOT / "docs" / "client.md").read_text(), re.MULTILINE)
@@ -16,9 +16,9 @@ ROWS = re.findall(r"^\| `(\w+)` \| (.*?) \| (.+) \|$", (ROOT / "docs" / "client.
 FAILING = {"JobFailed": 0, "_fail": 1}
 
 
-def classes(base: type[MillraceError] = MillraceError) -> set[type[MillraceError]]:
+def classes(base: type[HeadraceError] = HeadraceError) -> set[type[HeadraceError]]:
     """Those that a user can meet; the worker has one more for itself."""
-    ours = [child for child in base.__subclasses__() if child.__module__ == "client.errors"]
+    ours = [child for child in base.__subclasses__() if child.__module__ == "headrace.client.wire.errors"]
     return {found for child in ours for found in classes(child)} or {base}
 
 

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from client.errors import JobFailed
-from worker.engine import EngineStats
-from worker.metrics import Metrics
+from headrace.client.wire.errors import JobFailed
+from headrace.worker.engine.engine import EngineStats
+from headrace.worker.observability.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -52,7 +52,7 @@ def queries() -> dict[str, str]:
 @pytest.mark.parametrize(("place", "query"), queries().items(), ids=list(queries()))
 def test_a_query_names_metrics_and_labels_that_exist(place: str, query: str) -> None:
     there = samples()
-    named = set(re.findall(r"\b(?:millrace|process)_\w+", query))
+    named = set(re.findall(r"\b(?:headrace|process)_\w+", query))
     assert named
     assert named <= there.keys(), sorted(named - there.keys())
     labels = set().union(*(there[name] for name in named)) | ADDED
@@ -61,19 +61,19 @@ def test_a_query_names_metrics_and_labels_that_exist(place: str, query: str) -> 
     assert set(re.findall(r"(\w+)=\"", query)) <= labels
     assert query.count("(") == query.count(")")
     if "histogram_quantile" in query:
-        assert re.search(r"sum by \(le\) \(rate\(millrace_\w+_bucket\{", query), place
+        assert re.search(r"sum by \(le\) \(rate\(headrace_\w+_bucket\{", query), place
     for name in re.findall(r"(?:rate|increase)\((\w+)", query):
         assert name.endswith(("_total", "_bucket")), f"{name} is no counter"
 
 
 def test_the_dashboard_shows_every_metric_of_a_worker() -> None:
     asked = " ".join(query for place, query in queries().items() if place != "KEDA")
-    plain = {re.sub(r"_(bucket|sum|count)$", "", name) for name in samples() if name.startswith("millrace_")}
+    plain = {re.sub(r"_(bucket|sum|count)$", "", name) for name in samples() if name.startswith("headrace_")}
     assert [name for name in sorted(plain) if name not in asked] == []
 
 
 def test_the_dashboard_can_be_loaded() -> None:
-    assert DASHBOARD["title"] == "millrace"
+    assert DASHBOARD["title"] == "headrace"
     variables = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
     assert set(variables) == {"datasource", "model"}
     metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variables["model"]["definition"]).groups()  # type: ignore[union-attr]
@@ -100,7 +100,7 @@ def test_prometheus_reads_the_workers_of_compose() -> None:
     services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
     (job,) = config["scrape_configs"]
     (found,) = job["dns_sd_configs"]
-    assert found["port"] == int(services["worker"]["environment"]["MILLRACE_METRICS_PORT"])
+    assert found["port"] == int(services["worker"]["environment"]["HEADRACE_METRICS_PORT"])
     assert set(found["names"]) <= set(services)
     mounted = {Path(volume.split(":")[1]).name for volume in services["prometheus"]["volumes"]}
     assert {"prometheus.yaml", *config["rule_files"]} <= mounted

@@ -28,10 +28,10 @@ def test_peers_compute_the_same_tokens_in_float32(peer: str, tmp_path: Path) -> 
 
 
 def test_int8_counts_where_bfloat16_does() -> None:
-    assert [entry.name for entry in entries("float32", ["llama.cpp"])] == ["millrace float32", "llama.cpp float32"]
+    assert [entry.name for entry in entries("float32", ["llama.cpp"])] == ["headrace float32", "llama.cpp float32"]
     assert [entry.name for entry in entries("bfloat16", ["llama.cpp"])] == [
-        "millrace bfloat16",
-        "millrace int8",
+        "headrace bfloat16",
+        "headrace int8",
         "llama.cpp bfloat16",
         "llama.cpp int8",
     ]

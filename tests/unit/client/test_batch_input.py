@@ -11,19 +11,10 @@ from typing import Any
 
 import pytest
 
-from client import Client, InvalidBatch, InvalidRequest
-from client.batch_input import (
-    MAX_FAULTS,
-    MAX_LINE_BYTES,
-    Index,
-    Row,
-    RowReader,
-    check,
-    open_source,
-    read_rows,
-)
-from client.errors import InputChanged
-from config import Settings
+from headrace.client import Client, InvalidBatch, InvalidRequest
+from headrace.client.batch.rows import MAX_FAULTS, MAX_LINE_BYTES, Index, Row, RowReader, check, open_source, read_rows
+from headrace.client.wire.errors import InputChanged
+from headrace.config import Settings
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from client.batch_input import Row
-from client.batch_output import Output, completion, output_line
-from client.errors import JobFailed, OutputRefused
-from client.schema import Choice, Result, Timings, TokenLogprob, TopLogprob, Usage
+from headrace.client.batch.output import Output, completion, output_line
+from headrace.client.batch.rows import Row
+from headrace.client.wire.errors import JobFailed, OutputRefused
+from headrace.client.wire.requests import Choice, Result, Timings, TokenLogprob, TopLogprob, Usage
 
 
 def row(name: str, digest: str = "0123456789abcdef") -> Row:

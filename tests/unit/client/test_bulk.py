@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from client import Client, QueueFull, RedisRefused, RedisUnreachable
-from client.bulk import MAX_INFLIGHT, Window
+from headrace.client import Client, QueueFull, RedisRefused, RedisUnreachable
+from headrace.client.batch.run import MAX_INFLIGHT, Window
 
 
 class Enough(Exception):
@@ -33,7 +33,7 @@ def wait(client: Client, turns: int = 3) -> list[str]:
 
 
 def test_a_redis_that_is_away_is_waited_for_and_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.bulk.RETRY_S", 0.0)
+    monkeypatch.setattr("headrace.client.batch.run.RETRY_S", 0.0)
     with Client(redis_url=f"unix://{tmp_path}/redis.sock?db=0") as client:
         (said,) = wait(client)
     assert "cannot be reached" in said
@@ -51,11 +51,11 @@ def failing(error: Exception) -> Client:
 
 
 def test_a_redis_that_is_full_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.bulk.RETRY_S", 0.0)
+    monkeypatch.setattr("headrace.client.batch.run.RETRY_S", 0.0)
     with failing(RedisRefused("redis://localhost:1/0", "OOM command not allowed")) as full:
         (said,) = wait(full)
     assert "OOM" in said
-    with failing(QueueFull("millrace.demo", 9, 9)) as queue_full:
+    with failing(QueueFull("headrace.demo", 9, 9)) as queue_full:
         assert wait(queue_full) == []  # it is nothing unusual; said when it lasts
 
 

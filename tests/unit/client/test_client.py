@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from client import (
+from headrace.client import (
     Client,
     InvalidBatch,
     InvalidRequest,
@@ -26,15 +26,15 @@ from client import (
     RedisUnreachable,
     UnknownJob,
     UnreadableRecord,
-    keys,
 )
-from client.client import GROUP_JOBS
-from client.status import QueueStatus
-from client.transport import celery_url, connect, resolve_url
-from config import load_settings
-from config.settings import DEFAULT_REDIS_URL
-from worker.embedded import EmbeddedRedis
-from worker.store import RedisStore
+from headrace.client.client import GROUP_JOBS
+from headrace.client.jobs.status import QueueStatus
+from headrace.client.wire import keys
+from headrace.client.wire.redis import celery_url, connect, resolve_url
+from headrace.config import load_settings
+from headrace.config.settings import DEFAULT_REDIS_URL
+from headrace.worker.jobs.store import RedisStore
+from headrace.worker.redis_server import EmbeddedRedis
 
 
 @pytest.fixture
@@ -291,7 +291,7 @@ def served(redis_url: str) -> Iterator[Callable[[str, str], None]]:
 def test_a_model_that_no_worker_serves_is_refused_with_those_that_are_served(
     redis_url: str, served: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("client.client.SERVED_S", 0.0)
+    monkeypatch.setattr("headrace.client.client.SERVED_S", 0.0)
     own = redis_url.replace("db=0", "db=9")
     with Client(redis_url=own) as client:
         client.submit("Hello.", model="anything")  # without any worker nobody can say what is right
@@ -472,7 +472,7 @@ def test_an_embedded_server_is_found_only_while_it_answers(
     place = tmp_path_factory.mktemp("r")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
     assert resolve_url(load_settings()) == DEFAULT_REDIS_URL
-    with EmbeddedRedis(directory=place / "data", socket=place / "millrace" / "redis.sock") as server:
+    with EmbeddedRedis(directory=place / "data", socket=place / "headrace" / "redis.sock") as server:
         assert resolve_url(load_settings()) == server.url
     assert resolve_url(load_settings()) == DEFAULT_REDIS_URL
     assert resolve_url(load_settings(redis_url="redis://elsewhere/0")) == "redis://elsewhere/0"

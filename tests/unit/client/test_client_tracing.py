@@ -15,10 +15,11 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_trace_id
 
-from client import AsyncClient, Client, QueueFull, keys
-from client.tracing import TRACES_HEADER, carried, context_of, sending
-from client.transport import connect
-from config.tracing import find_tracer
+from headrace.client import AsyncClient, Client, QueueFull
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
+from headrace.client.wire.tracing import TRACES_HEADER, carried, context_of, sending
+from headrace.config.tracing import find_tracer
 
 
 @pytest.fixture
@@ -46,14 +47,14 @@ def test_a_job_is_sent_within_the_callers_span(client: Client, spans: InMemorySp
     with trace.get_tracer("caller").start_as_current_span("caller"):
         job = client.submit("a secret", stop="secret")
     sent, caller = spans.get_finished_spans()
-    assert (sent.name, sent.kind) == (f"send millrace.{client.model_name}", SpanKind.PRODUCER)
+    assert (sent.name, sent.kind) == (f"send headrace.{client.model_name}", SpanKind.PRODUCER)
     assert sent.parent == caller.get_span_context()
     assert dict(sent.attributes or {}) == {
         "messaging.system": "celery",
         "messaging.operation.type": "send",
         "messaging.operation.name": "send",
-        "messaging.destination.name": f"millrace.{client.model_name}",
-        "millrace.job_id": job.id,
+        "messaging.destination.name": f"headrace.{client.model_name}",
+        "headrace.job_id": job.id,
     }
     (headers,) = headers_of(client)
     assert headers["traceparent"] == parent_in(sent)
@@ -62,7 +63,7 @@ def test_a_job_is_sent_within_the_callers_span(client: Client, spans: InMemorySp
 
 def test_each_job_of_a_message_has_a_context_of_its_own(client: Client, spans: InMemorySpanExporter) -> None:
     jobs = client.submit_many(["Hello."] * 20)
-    sent = {(span.attributes or {})["millrace.job_id"]: span for span in spans.get_finished_spans()}
+    sent = {(span.attributes or {})["headrace.job_id"]: span for span in spans.get_finished_spans()}
     assert len({span.context.trace_id for span in sent.values() if span.context}) == 20, "a trace a job"
     found = [headers[TRACES_HEADER] for headers in headers_of(client)]
     assert [len(traces) for traces in found] == [16, 4]
@@ -81,8 +82,8 @@ def test_the_client_for_asyncio_takes_part_in_the_callers_trace(client: Client, 
 
 
 def test_a_job_that_could_not_be_sent_has_a_span_with_the_code(spans: InMemorySpanExporter) -> None:
-    with pytest.raises(QueueFull), sending(["a", "b"], "millrace.demo"):
-        raise QueueFull("millrace.demo", 2, 2)
+    with pytest.raises(QueueFull), sending(["a", "b"], "headrace.demo"):
+        raise QueueFull("headrace.demo", 2, 2)
     for span in spans.get_finished_spans():
         assert (span.status.status_code, (span.attributes or {})["error.type"]) == (StatusCode.ERROR, "queue_full")
         assert span.events == (), "what the error says may be somebody's words"
@@ -91,7 +92,7 @@ def test_a_job_that_could_not_be_sent_has_a_span_with_the_code(spans: InMemorySp
 def test_a_program_without_opentelemetry_submits(client: Client) -> None:
     """An import would raise; redis-py tries one itself."""
     code = (
-        "import sys; sys.modules['opentelemetry'] = None; from client import Client; "
+        "import sys; sys.modules['opentelemetry'] = None; from headrace.client import Client; "
         f"Client(redis_url={client.url!r}, model={client.model_name!r}).submit('Hello.')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

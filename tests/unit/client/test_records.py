@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from client.errors import JobCancelled, JobError, JobExpired, JobFailed
-from client.records import outcome_state, parse_outcome
-from client.schema import Result
+from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobFailed
+from headrace.client.wire.requests import Result
+from headrace.client.wire.results import outcome_state, parse_outcome
 
 RESULT = {
     "id": "a", "model": "demo", "seed": 1,
@@ -24,7 +24,7 @@ def record(status: str, result: Any) -> str:
 
 
 def failure(name: str, *args: Any) -> str:
-    return record("FAILURE", {"exc_type": name, "exc_message": list(args), "exc_module": "client.errors"})
+    return record("FAILURE", {"exc_type": name, "exc_message": list(args), "exc_module": "headrace.client.wire.errors"})
 
 
 def test_a_success_is_a_result() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.errors import InvalidRequest
-from client.schema import GenerateRequest, Result, SamplingParams, parse_request
+from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.requests import GenerateRequest, Result, SamplingParams, parse_request
 
 GOOD = {"prompt": "Hello."}
 

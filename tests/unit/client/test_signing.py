@@ -11,17 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client import Client, InvalidRequest
-from client.schema import parse_request
-from client.signing import sign, unsigned, verified
-from config import load_settings
+from headrace.client import Client, InvalidRequest
+from headrace.client.wire.requests import parse_request
+from headrace.client.wire.signing import sign, unsigned, verified
+from headrace.config import load_settings
 
 KEY, OLD = b"a key of this many characters or more", b"the key that was used until last week"
 WIRE = {"schema_version": 1, "prompt": "Hello.", "max_tokens": 5}
 
 
 def test_the_signature_is_the_hmac_of_a_text_written_out_by_hand() -> None:
-    text = '["millrace job 1","job-1","demo",{"max_tokens":5,"prompt":"Gr\\u00fc\\u00dfe","schema_version":1}]'
+    text = '["headrace job 1","job-1","demo",{"max_tokens":5,"prompt":"Gr\\u00fc\\u00dfe","schema_version":1}]'
     wire = {"schema_version": 1, "prompt": "Grüße", "max_tokens": 5}
     assert sign(KEY, "job-1", "demo", wire)["signature"] == hmac.digest(KEY, text.encode(), "sha256").hex()
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client import Event, StreamChanged
-from client.job import Handle
-from client.schema import Choice, Result, StreamEvent, StreamPiece, Timings, TokenLogprob, Usage
-from client.stream import Reader
+from headrace.client import Event, StreamChanged
+from headrace.client.jobs.handle import Handle
+from headrace.client.jobs.stream import Reader
+from headrace.client.wire.requests import Choice, Result, StreamEvent, StreamPiece, Timings, TokenLogprob, Usage
 
 TEXTS = ["He", "ll", "o", " w", "", "", "é", "!"]  # of eight tokens; two in the middle have no character of their own
 LOGPROBS = [TokenLogprob(token_id=i, token=text, logprob=-float(i)) for i, text in enumerate(TEXTS)]

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from client import keys, watch
-from client.errors import JobCancelled
-from client.watch import MGET_KEYS, Command, Watch
+from headrace.client.jobs import polling as watch
+from headrace.client.jobs.polling import MGET_KEYS, Command, Watch
+from headrace.client.wire import keys
+from headrace.client.wire.errors import JobCancelled
 
 REVOKED = '{"status": "REVOKED", "result": null}'
 

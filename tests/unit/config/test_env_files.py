@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from config.settings import PREFIX, Settings, SettingsError, load_settings
+from headrace.config.settings import PREFIX, Settings, SettingsError, load_settings
 
 CONFIG = Path(__file__).parents[3] / "config"
 FILES = ["dev.env", "prod.env.example"]
-SECRETS = ["MILLRACE_SIGNING_KEY", "MILLRACE_API_KEYS"]
+SECRETS = ["HEADRACE_SIGNING_KEY", "HEADRACE_API_KEYS"]
 
 
 def assignments(file: str, *, commented_out: bool) -> dict[str, str]:
@@ -60,8 +60,8 @@ def test_every_setting_is_explained(file: str) -> None:
 
 def test_production_logs_for_programs_and_holds_no_real_password() -> None:
     values = assignments("prod.env.example", commented_out=False)
-    assert values["MILLRACE_LOG_FORMAT"] == "json"
-    assert ":CHANGE-ME@" in values["MILLRACE_REDIS_URL"]
+    assert values["HEADRACE_LOG_FORMAT"] == "json"
+    assert ":CHANGE-ME@" in values["HEADRACE_REDIS_URL"]
 
 
 @pytest.mark.parametrize("file", FILES)

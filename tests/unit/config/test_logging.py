@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import structlog
 
-from config.logging import setup_logging
-from config.settings import Settings, load_settings
+from headrace.config.logging import setup_logging
+from headrace.config.settings import Settings, load_settings
 
 
 class Terminal(io.StringIO):
@@ -25,11 +25,11 @@ class Terminal(io.StringIO):
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
     """Logging belongs to the whole process: put back what these tests change."""
-    names = ("millrace", "celery", "kombu", "celery.app.trace", "celery.pool")
+    names = ("headrace", "celery", "kombu", "celery.app.trace", "celery.pool")
     levels = {name: logging.getLogger(name).level for name in names}
     yield
     root = logging.getLogger()
-    for handler in [one for one in root.handlers if one.get_name() == "millrace"]:
+    for handler in [one for one in root.handlers if one.get_name() == "headrace"]:
         root.removeHandler(handler)
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
@@ -57,14 +57,14 @@ def fail_with_a_local_variable() -> None:
 def test_both_kinds_of_loggers_give_the_same_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = start(monkeypatch)
     structlog.contextvars.bind_contextvars(job_id="j1")
-    structlog.get_logger("millrace.engine").info("job.finished", tokens=3)
+    structlog.get_logger("headrace.engine").info("job.finished", tokens=3)
     logging.getLogger("celery.worker").warning("lost %d of %s", 1, "them")
     ours, theirs = lines(stream)
     assert ours == {
         "event": "job.finished",
         "job_id": "j1",
         "level": "info",
-        "logger": "millrace.engine",
+        "logger": "headrace.engine",
         "timestamp": ours["timestamp"],
         "tokens": 3,
     }
@@ -81,13 +81,13 @@ def test_both_kinds_of_loggers_give_the_same_fields(monkeypatch: pytest.MonkeyPa
 
 def test_arguments_in_the_old_style_are_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = start(monkeypatch)
-    structlog.get_logger("millrace.x").info("took %s of %s", 1, 2)
+    structlog.get_logger("headrace.x").info("took %s of %s", 1, 2)
     assert lines(stream)[0]["event"] == "took 1 of 2"
 
 
 def test_a_second_setup_does_not_double_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     start(monkeypatch)
-    logger = structlog.get_logger("millrace.x")
+    logger = structlog.get_logger("headrace.x")
     logger.info("before")
     stream = start(monkeypatch)
     logger.info("after")
@@ -115,7 +115,7 @@ def test_other_handlers_stay(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
 def test_levels(monkeypatch: pytest.MonkeyPatch, log_level: str, seen: list[str]) -> None:
     stream = start(monkeypatch, log_level=log_level)
     loggers = {
-        "ours": structlog.get_logger("millrace.x"),
+        "ours": structlog.get_logger("headrace.x"),
         "celery": logging.getLogger("celery.worker"),
         # Celery's tracer logs results at the level info, and they are what somebody had written.
         "trace": logging.getLogger("celery.app.trace"),
@@ -135,7 +135,7 @@ def test_levels(monkeypatch: pytest.MonkeyPatch, log_level: str, seen: list[str]
 )
 def test_format(monkeypatch: pytest.MonkeyPatch, log_format: str, terminal: bool, is_json: bool) -> None:
     stream = start(monkeypatch, Terminal() if terminal else io.StringIO(), log_format=log_format)
-    structlog.get_logger("millrace.x").info("job.accepted", job_id="j1")
+    structlog.get_logger("headrace.x").info("job.accepted", job_id="j1")
     assert stream.getvalue().startswith("{") == is_json
     assert "job.accepted" in stream.getvalue()
 
@@ -146,7 +146,7 @@ def test_colors_only_on_a_terminal_that_wants_them(
 ) -> None:
     monkeypatch.setenv("NO_COLOR", no_color)
     stream = start(monkeypatch, Terminal() if terminal else io.StringIO(), log_format="console")
-    structlog.get_logger("millrace.x").info("job.accepted")
+    structlog.get_logger("headrace.x").info("job.accepted")
     assert ("\x1b[" in stream.getvalue()) == colors
 
 
@@ -154,7 +154,7 @@ def test_colors_only_on_a_terminal_that_wants_them(
 
 
 @pytest.mark.parametrize("log_format", ["console", "json"])
-@pytest.mark.parametrize("logger", [structlog.get_logger("millrace.x"), logging.getLogger("celery.worker")])
+@pytest.mark.parametrize("logger", [structlog.get_logger("headrace.x"), logging.getLogger("celery.worker")])
 def test_tracebacks_show_no_local_variables(monkeypatch: pytest.MonkeyPatch, log_format: str, logger: Any) -> None:
     stream = start(monkeypatch, log_format=log_format)
     try:
@@ -170,7 +170,7 @@ def test_tracebacks_show_no_local_variables(monkeypatch: pytest.MonkeyPatch, log
 
 def test_a_traceback_is_one_string_in_json(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = start(monkeypatch, log_format="json")
-    structlog.get_logger("millrace.x").error("job.failed", exc_info=ValueError("why"))
+    structlog.get_logger("headrace.x").error("job.failed", exc_info=ValueError("why"))
     (line,) = lines(stream)
     assert line["exception"] == "ValueError: why"
     assert "exc_info" not in line
@@ -196,7 +196,7 @@ def test_passwords_are_replaced_wherever_they_stand(
     monkeypatch: pytest.MonkeyPatch, log_format: str, url: str, shown: str
 ) -> None:
     stream = start(monkeypatch, log_format=log_format)
-    logger = structlog.get_logger("millrace.x")
+    logger = structlog.get_logger("headrace.x")
     error = ConnectionError(f"cannot connect to {url} now")
     logger.info(f"connecting to {url} now")
     logger.info("connecting", url=url, options={"urls": [url, (url,)]}, error=error)
@@ -211,7 +211,7 @@ def test_passwords_are_replaced_wherever_they_stand(
 def test_settings_in_a_field_keep_their_password_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = start(monkeypatch)
     settings = Settings(redis_url="redis://:secret@host/0", slots=5)
-    structlog.get_logger("millrace.x").info("worker.started", settings=settings, nothing=None, yes=True, ratio=0.5)
+    structlog.get_logger("headrace.x").info("worker.started", settings=settings, nothing=None, yes=True, ratio=0.5)
     (line,) = lines(stream)
     assert "secret" not in line["settings"]
     assert "slots=5" in line["settings"]

@@ -6,10 +6,10 @@ import pytest
 from kombu import Connection
 from kombu.utils.url import parse_url
 
-from client.transport import celery_url, sentinel_options
-from config import SettingsError, load_settings
-from config.sentinel import SentinelUrl, parse_sentinel
-from config.settings import redact_url
+from headrace.client.wire.redis import celery_url, sentinel_options
+from headrace.config import SettingsError, load_settings
+from headrace.config.sentinel import SentinelUrl, parse_sentinel
+from headrace.config.settings import redact_url
 
 FULL = "sentinel://us%40er:p%2Fw@one:26380,two:26379,three/4?master=jobs"
 
@@ -38,7 +38,7 @@ def test_all_parts_are_read() -> None:
     ],
 )
 def test_what_cannot_be_is_refused(url: str) -> None:
-    with pytest.raises(SettingsError, match=r"MILLRACE_REDIS_URL.*master=name"):
+    with pytest.raises(SettingsError, match=r"HEADRACE_REDIS_URL.*master=name"):
         load_settings(redis_url=url)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from config.settings import (
+from headrace.config.settings import (
     PREFIX,
     Settings,
     SettingsError,
@@ -42,8 +42,8 @@ def test_defaults() -> None:
 
 
 def test_the_environment_counts_and_arguments_count_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MILLRACE_SLOTS", "3")
-    monkeypatch.setenv("MILLRACE_THREADS", "2")
+    monkeypatch.setenv("HEADRACE_SLOTS", "3")
+    monkeypatch.setenv("HEADRACE_THREADS", "2")
     settings = load_settings(slots=5)
     assert (settings.slots, settings.threads) == (5, 2)
 
@@ -114,35 +114,35 @@ def test_a_wrong_value_is_named_with_what_is_right(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("value", ["many", "1.5", "1e3", "5000"])
 def test_numbers_are_whole_and_in_range(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    monkeypatch.setenv("MILLRACE_SLOTS", value)
-    with pytest.raises(SettingsError, match=r"MILLRACE_SLOTS is .* a whole number from 1 to 4096"):
+    monkeypatch.setenv("HEADRACE_SLOTS", value)
+    with pytest.raises(SettingsError, match=r"HEADRACE_SLOTS is .* a whole number from 1 to 4096"):
         load_settings()
 
 
 @pytest.mark.parametrize("value", ["cuda:x", "cuda:", "CPU ", "cuda:0,1", "mps"])
 def test_devices_that_do_not_exist(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    monkeypatch.setenv("MILLRACE_DEVICE", value)
-    with pytest.raises(SettingsError, match="MILLRACE_DEVICE"):
+    monkeypatch.setenv("HEADRACE_DEVICE", value)
+    with pytest.raises(SettingsError, match="HEADRACE_DEVICE"):
         load_settings()
 
 
 @pytest.mark.parametrize(
     ("misspelt", "nearest"),
     [
-        ("MILLRACE_SLOT", "MILLRACE_SLOTS"),
-        ("MILLRACE_REDISURL", "MILLRACE_REDIS_URL"),
-        ("MILLRACE_LOGLEVEL", "MILLRACE_LOG_LEVEL"),
-        ("MILLRACE_MAXCONTEXT", "MILLRACE_MAX_CONTEXT"),
+        ("HEADRACE_SLOT", "HEADRACE_SLOTS"),
+        ("HEADRACE_REDISURL", "HEADRACE_REDIS_URL"),
+        ("HEADRACE_LOGLEVEL", "HEADRACE_LOG_LEVEL"),
+        ("HEADRACE_MAXCONTEXT", "HEADRACE_MAX_CONTEXT"),
     ],
 )
 def test_a_misspelt_variable_names_the_nearest(monkeypatch: pytest.MonkeyPatch, misspelt: str, nearest: str) -> None:
     monkeypatch.setenv(misspelt, "1")
-    with pytest.raises(SettingsError, match=f"^{misspelt} is no setting of millrace; the nearest is {nearest}$"):
+    with pytest.raises(SettingsError, match=f"^{misspelt} is no setting of headrace; the nearest is {nearest}$"):
         load_settings()
 
 
 def test_an_unknown_argument_is_refused() -> None:
-    with pytest.raises(SettingsError, match="slotz is no setting of millrace"):
+    with pytest.raises(SettingsError, match="slotz is no setting of headrace"):
         load_settings(slotz=3)
 
 
@@ -162,9 +162,9 @@ def test_a_password_is_never_shown(show: Any) -> None:
 
 
 def test_a_wrong_url_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MILLRACE_REDIS_URL", "http://user:secret@host")
+    monkeypatch.setenv("HEADRACE_REDIS_URL", "http://user:secret@host")
     with pytest.raises(
-        SettingsError, match=r"MILLRACE_REDIS_URL is 'http://user:\*\*\*@host'; it must be a URL"
+        SettingsError, match=r"HEADRACE_REDIS_URL is 'http://user:\*\*\*@host'; it must be a URL"
     ) as error:
         load_settings()
     assert error.value.__cause__ is None, "the cause quotes the URL as it was given"
@@ -187,7 +187,7 @@ def test_redact_url(url: str, shown: str) -> None:
 
 def test_the_embedded_socket_has_one_place_for_each_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert embedded_socket() == tmp_path / "millrace" / "redis.sock"
+    assert embedded_socket() == tmp_path / "headrace" / "redis.sock"
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert str(os.getuid()) in runtime_dir().name
 
@@ -248,13 +248,13 @@ def test_several_models_have_names_of_their_own(value: str, models: dict[str, st
     "value", [",", "demo,", "demo,,gpt2", "demo,demo", "a=gpt2,a=demo", "gpt2=", "=gpt2", "/a/gpt2,/b/gpt2"]
 )
 def test_models_without_a_name_or_with_the_same_are_refused(value: str) -> None:
-    with pytest.raises(SettingsError, match=f"MILLRACE_MODEL is '{value}'; it must be .* under different names"):
+    with pytest.raises(SettingsError, match=f"HEADRACE_MODEL is '{value}'; it must be .* under different names"):
         load_settings(model=value)
 
 
 def test_a_served_name_is_for_one_model() -> None:
     assert load_settings(model="a=gpt2", served_name="chat").models == {"chat": "gpt2"}
-    with pytest.raises(SettingsError, match=r"MILLRACE_SERVED_NAME is 'chat'; .*NAME=MODEL"):
+    with pytest.raises(SettingsError, match=r"HEADRACE_SERVED_NAME is 'chat'; .*NAME=MODEL"):
         load_settings(model="demo,gpt2", served_name="chat")
 
 

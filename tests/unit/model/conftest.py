@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from model import GPT2, load_model
+from headrace.model import GPT2, load_model
 
 
 @pytest.fixture(scope="package", autouse=True)

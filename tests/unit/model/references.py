@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model.files import DEMO
+from headrace.model.hub import DEMO
 
 
 @functools.cache

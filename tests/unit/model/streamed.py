@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from model.chain import Streamed
+from headrace.model.kernels.program import Streamed
 
 
 def check_company(product: Streamed, x: Tensor, threads: int, counts: Sequence[int]) -> None:

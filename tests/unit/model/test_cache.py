@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.cache import Arena, CachedAttention, Chunk, DecodeGroup, KVCache
-from model.gpt2 import GPT2Config
+from headrace.model.gpt2 import GPT2Config
+from headrace.model.kv_cache import Arena, CachedAttention, Chunk, DecodeGroup, KVCache
 
 CONFIG = GPT2Config(n_layer=2, n_head=3, n_embd=24, n_positions=64)
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def test_an_arena_for_which_memory_runs_out_in_between_holds_what_all_of_its_lay
         return tensor
 
     with monkeypatch.context() as patch:
-        patch.setattr("model.cache.use_huge_pages", lacking)
+        patch.setattr("headrace.model.kv_cache.use_huge_pages", lacking)
         with pytest.raises(MemoryError):
             cut.resize(target)
     assert cut.capacity == min(target, 3)

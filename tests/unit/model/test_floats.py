@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from model.floats import FLOATS, Floats, floats_work
-from model.linear import Linear
+from headrace.model.kernels.gemm_fp32_avx512 import FLOATS, Floats, floats_work
+from headrace.model.linear import Linear
 from tests.unit.model.streamed import check_apart, check_broken, check_company
 
 needs_unit = pytest.mark.skipif(not floats_work("cpu", torch.float32), reason="this CPU has no AVX-512, or no numba")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from model import GPT2, GPT2Config, load_model
+from headrace.model import GPT2, GPT2Config, load_model
 from tests.unit.model.references import demo_reference, inner_tensors, random_reference, saved
 
 SHAPES: list[dict[str, Any]] = [

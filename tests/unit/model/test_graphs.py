@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from model.cache import CachedAttention, DecodeGroup, KVCache
-from model.graphs import MAX_SHAPES, DecodeGraphs, decode_graphs
+from headrace.model.cuda_graphs import MAX_SHAPES, DecodeGraphs, decode_graphs
+from headrace.model.kv_cache import CachedAttention, DecodeGroup, KVCache
+from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.model_runner import Runner
 from tests.unit.worker.engine_helpers import ask, build, drive, tokens_of, torch_model
-from worker.engine import Engine
-from worker.runner import Runner
 
 CPU = torch.device("cpu")
 LENGTHS = (32, 64)
@@ -148,7 +148,7 @@ def test_an_engine_that_replays_gives_the_same_texts() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_graphs_give_the_texts_of_plain_steps() -> None:  # pragma: no cover - needs a GPU
-    from model import load_model
+    from headrace.model import load_model
 
     model = load_model("demo", device="cuda", dtype="float32")
     plain = build(model=model)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-import model.int8
-from model import load_model
-from model.int8 import Int8, int8_works
-from model.weights import ModelError
+import headrace.model.kernels.gemm_int8_amx
+from headrace.model import load_model
+from headrace.model.kernels.gemm_int8_amx import Int8, int8_works
+from headrace.model.weights import ModelError
 
 needs_unit = pytest.mark.skipif(not int8_works("cpu"), reason="this CPU has no AMX for whole numbers, or no numba")
 
@@ -125,11 +125,11 @@ def test_the_model_in_int8_holds_a_quarter_of_the_bytes_and_says_nearly_the_same
 
 
 def test_a_machine_or_model_that_cannot_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("model.weights.int8_works", lambda _: False)
-    with pytest.raises(ModelError, match=r"dtype 'int8' on cpu: it takes .* MILLRACE_DTYPE=bfloat16"):
+    monkeypatch.setattr("headrace.model.weights.int8_works", lambda _: False)
+    with pytest.raises(ModelError, match=r"dtype 'int8' on cpu: it takes .* HEADRACE_DTYPE=bfloat16"):
         load_model("demo", device="cpu", dtype="int8")
-    monkeypatch.setattr("model.weights.int8_works", lambda _: True)
-    demo = Path(model.int8.__file__).parent / "demo"
+    monkeypatch.setattr("headrace.model.weights.int8_works", lambda _: True)
+    demo = Path(headrace.model.kernels.gemm_int8_amx.__file__).parent / "demo"
     config = (demo / "config.json").read_text().replace('"n_embd": 128', '"n_embd": 96')
     (tmp_path / "config.json").write_text(config.replace('"n_head": 2', '"n_head": 4'))
     (tmp_path / "model.safetensors").symlink_to(demo / "model.safetensors")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import model.kernels
-import model.native
-from model.kernels import DecodeKernel, Rows, decode_kernel
+import headrace.model.kernels.attention
+import headrace.model.kernels.intrinsics
+from headrace.model.kernels.attention import DecodeKernel, Rows, decode_kernel
 
 POSITIONS = 96
 #: Compiled loops, and those written out in instructions where the CPU has them.
@@ -98,7 +98,7 @@ def test_the_process_that_compiles_has_the_bits_of_those_that_read_what_it_kept(
     for _ in range(2):
         decode_kernel.cache_clear()
         outs.append(case.run(list(range(7))))
-    assert len(list(tmp_path.glob("millrace/*.kernel"))) == 1
+    assert len(list(tmp_path.glob("headrace/*.kernel"))) == 1
     assert torch.equal(*outs)
 
 
@@ -192,8 +192,8 @@ def test_without_numba_or_openmp_or_with_wrong_numbers_it_is_left_to_torch(
         patch.setattr(builtins, "__import__", no_numba)
         assert fresh(8, torch.float32, "cpu") is None
     with monkeypatch.context() as patch:
-        patch.setattr(model.native.Path, "read_text", lambda *_, **__: "")
-        patch.setattr(model.kernels, "team", model.native.team.__wrapped__)
+        patch.setattr(headrace.model.kernels.intrinsics.Path, "read_text", lambda *_, **__: "")
+        patch.setattr(headrace.model.kernels.attention, "team", headrace.model.kernels.intrinsics.team.__wrapped__)
         assert fresh(8, torch.float32, "cpu") is None
     call = DecodeKernel.__call__
     monkeypatch.setattr(DecodeKernel, "__call__", lambda self, *a: (call(self, *a), a[4].add_(1))[0])

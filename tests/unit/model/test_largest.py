@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-import model.largest
-from model.largest import largest
+import headrace.model.kernels.argmax
+from headrace.model.kernels.argmax import largest
 
 NAN, INF = float("nan"), float("inf")
 
@@ -59,7 +59,7 @@ def test_without_numba_or_with_wrong_ones_it_is_torchs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a kernel that is kept needs no numba
-    fresh = model.largest._kernel.__wrapped__
+    fresh = headrace.model.kernels.argmax._kernel.__wrapped__
     import_ = builtins.__import__
 
     def without(name: str, *rest: Any) -> Any:
@@ -70,9 +70,11 @@ def test_without_numba_or_with_wrong_ones_it_is_torchs(
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "__import__", without)
         assert fresh(dtype) is None
-    run = model.largest._run
+    run = headrace.model.kernels.argmax._run
     with monkeypatch.context() as patch:
-        patch.setattr(model.largest, "_run", lambda kernel, x: (run(kernel, x)[0], run(kernel, x)[1] + 1))
+        patch.setattr(
+            headrace.model.kernels.argmax, "_run", lambda kernel, x: (run(kernel, x)[0], run(kernel, x)[1] + 1)
+        )
         assert fresh(dtype) is None
-    monkeypatch.setattr(model.largest, "_kernel", lambda _: None)
+    monkeypatch.setattr(headrace.model.kernels.argmax, "_kernel", lambda _: None)
     assert largest(torch.tensor([[1.0, 3.0, 2.0]], dtype=dtype))[1].tolist() == [1]

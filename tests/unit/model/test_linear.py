@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-import model.linear
-from model.linear import Linear, Packed, Plain, RowRange, matmul_rows, measure_rows, packing_works
+import headrace.model.linear
+from headrace.model.linear import Linear, Packed, Plain, RowRange, matmul_rows, measure_rows, packing_works
 
 COUNTS = [*range(1, 41), 63, 64, 65, *range(120, 137), 191, 192, 193, 255, 256, 257, 258, 300, 511, 512, 513, 700]
 
@@ -29,8 +29,8 @@ def linear(inner: int, outer: int, *, gelu: bool = False) -> Linear:
 def test_a_row_has_the_same_bits_for_every_number_of_rows(
     inner: int, outer: int, threads: int, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model.linear, "floats_work", lambda *_: False)
-    monkeypatch.setattr(model.linear, "packing_works", lambda *_: packed)
+    monkeypatch.setattr(headrace.model.linear, "floats_work", lambda *_: False)
+    monkeypatch.setattr(headrace.model.linear, "packing_works", lambda *_: packed)
     torch.set_num_threads(threads)
     product = linear(inner, outer, gelu=outer > inner)
     assert isinstance(product.product, Packed if packed else Plain)
@@ -47,7 +47,7 @@ def test_the_head_has_the_same_bits_for_every_number_of_rows(
     width: int, ours: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not ours:
-        monkeypatch.setattr(model.linear, "floats_work", lambda *_: False)
+        monkeypatch.setattr(headrace.model.linear, "floats_work", lambda *_: False)
     head = Linear.of(normal(50257, width).t())
     x = normal(200, width)
     expected = head(x)
@@ -62,8 +62,8 @@ def test_the_product_is_the_product(
     dtype: torch.dtype, gelu: bool, ours: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not ours:
-        monkeypatch.setattr(model.linear, "floats_work", lambda *_: False)
-        monkeypatch.setattr(model.linear, "tiles_work", lambda *_: False)
+        monkeypatch.setattr(headrace.model.linear, "floats_work", lambda *_: False)
+        monkeypatch.setattr(headrace.model.linear, "tiles_work", lambda *_: False)
     weight, bias, x = normal(64, 48), normal(48), normal(701, 64)
     product = Linear.of(weight.to(dtype), bias.to(dtype), gelu=gelu)
     expected = x.to(dtype).double() @ weight.to(dtype).double() + bias.to(dtype).double()

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model import machine_code, native
+from headrace.model.kernels import intrinsics as native
+from headrace.model.kernels import object_cache as machine_code
 from tests.patience import PATIENCE_S
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "millrace"
+    return tmp_path / "headrace"
 
 
 def adding(number: int) -> Callable[[], Any]:
@@ -144,9 +145,9 @@ def test_a_kernel_that_asks_for_memory_is_refused(cache: Path) -> None:
 #: In a process of its own: a kept kernel first, and what numba compiles afterwards.
 AFTERWARDS = """
 import sys, numpy as np, torch
-from model import machine_code, native
+from headrace.model import machine_code, native
 from tests.patience import PATIENCE_S
-from model.kernels import decode_kernel
+from headrace.model.kernels.attention import decode_kernel
 assert decode_kernel(8, torch.float32, "cpu") is not None
 print("numba" in sys.modules)
 import numba
@@ -173,13 +174,13 @@ def test_numba_is_not_needed_by_who_reads_a_kernel_and_works_after_it(cache: Pat
 
 
 def test_without_a_place_to_keep_it_the_kernel_is_compiled_all_the_same(cache: Path) -> None:
-    cache.parent.joinpath("millrace").write_text("a file where the directory should be")
+    cache.parent.joinpath("headrace").write_text("a file where the directory should be")
     assert result_of(machine_code.kernel("two", adding(2))) == 42
 
 
 def test_another_source_compiler_or_processor_is_another_kernel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = machine_code._key("two")
-    monkeypatch.setattr("model.machine_code.version", lambda _: "0.0.1")
+    monkeypatch.setattr("headrace.model.kernels.object_cache.version", lambda _: "0.0.1")
     assert machine_code._key("two") != before
     monkeypatch.undo()
     real = Path.read_bytes

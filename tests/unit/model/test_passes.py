@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import model.cache
-import model.linear
-from model.cache import CachedAttention, Chunk, DecodeGroup, KVCache
-from model.gpt2 import GPT2, GPT2Config
-from model.int8 import int8_works
-from model.linear import Linear, Plain, RowRange
-from model.passes import Passes
-from model.trace import Trace
-from model.weights import expected_shapes
+import headrace.model.kv_cache
+import headrace.model.linear
+from headrace.model.activations import Trace
+from headrace.model.fused_decoder import Passes
+from headrace.model.gpt2 import GPT2, GPT2Config
+from headrace.model.kernels.gemm_int8_amx import int8_works
+from headrace.model.kv_cache import CachedAttention, Chunk, DecodeGroup, KVCache
+from headrace.model.linear import Linear, Plain, RowRange
+from headrace.model.weights import expected_shapes
 
 CPU = torch.device("cpu")
 CONFIG = GPT2Config(n_layer=3, n_head=4, n_embd=64, n_positions=64, vocab_size=90)
@@ -81,7 +81,7 @@ def passes(gpt2: GPT2) -> Passes:
 def test_a_pass_computes_what_its_blocks_do(
     dtype: str, width: int, inner: int | None, short: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model.cache, "SHORT", short)
+    monkeypatch.setattr(headrace.model.kv_cache, "SHORT", short)
     gpt2 = made(dtype, GPT2Config(n_layer=3, n_head=4, n_embd=width, n_positions=64, vocab_size=90, n_inner=inner))
     for decodes, chunk in (([0, 1], 0), ([], 20), ([0, 1], 20)):
         count = len(decodes) + chunk
@@ -98,7 +98,7 @@ def test_a_decoding_row_has_the_same_bits_alone_beside_others_and_beside_a_promp
     dtype: str, threads: int, short: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alone and beside decoding rows or a short prompt a pass is one call; beside another prompt it is one a layer."""
-    monkeypatch.setattr(model.cache, "SHORT", short)
+    monkeypatch.setattr(headrace.model.kv_cache, "SHORT", short)
     torch.set_num_threads(threads)
     gpt2 = made(dtype)
     run, x = passes(gpt2), rows(gpt2, 22)
@@ -210,7 +210,7 @@ def test_rows_of_another_width_or_type_are_refused(dtype: str) -> None:
 
 def test_without_products_of_ours_there_are_no_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = made("float32").logits(torch.tensor([[1, 2, 3]]))
-    monkeypatch.setattr(model.linear, "floats_work", lambda *_: False)
+    monkeypatch.setattr(headrace.model.linear, "floats_work", lambda *_: False)
     gpt2 = made("float32")
     assert Passes.of(gpt2.blocks) is None
     assert (gpt2.logits(torch.tensor([[1, 2, 3]])) - expected).abs().max() < 1e-4

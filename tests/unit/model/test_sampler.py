@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from model.sampler import (
+from headrace.model.sampler import (
     NEVER,
     Draw,
     RowParams,

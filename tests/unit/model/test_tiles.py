@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-import model.tiles
-from model.linear import Linear, Packed, packing_works
-from model.tiles import TILES, Tiled, tiles_work
+import headrace.model.kernels.gemm_bf16_amx
+from headrace.model.kernels.gemm_bf16_amx import TILES, Tiled, tiles_work
+from headrace.model.linear import Linear, Packed, packing_works
 from tests.unit.model.streamed import check_apart, check_broken, check_company
 
 needs_unit = pytest.mark.skipif(not tiles_work("cpu", torch.bfloat16), reason="this CPU has no AMX, or no numba")
@@ -104,7 +104,7 @@ def test_without_the_unit_or_numba_or_with_wrong_numbers_it_is_left_to_torch(
             patch.delitem(TILES.__dict__, "kernel", raising=False)
             assert not fresh("cpu", torch.bfloat16)
     with monkeypatch.context() as patch:
-        patch.setattr(model.tiles, "_permitted", lambda: False)
+        patch.setattr(headrace.model.kernels.gemm_bf16_amx, "_permitted", lambda: False)
         assert not fresh("cpu", torch.bfloat16)
     call = Tiled.__call__
     monkeypatch.setattr(Tiled, "__call__", lambda self, x: call(self, x) + 1)

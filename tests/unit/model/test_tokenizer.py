@@ -19,8 +19,8 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import GPT2Tokenizer
 
-from model import ModelError, Tokenizer, load_tokenizer
-from model.tokenizer import END_OF_TEXT, gpt2_tokenizer
+from headrace.model import ModelError, Tokenizer, load_tokenizer
+from headrace.model.tokenizer import END_OF_TEXT, gpt2_tokenizer
 
 TEXTS = [
     "Hello.",

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model import GPT2, ModelError, load_model
-from model.files import RELEASED, find_model
-from model.weights import expected_shapes, read_config
+from headrace.model import GPT2, ModelError, load_model
+from headrace.model.hub import RELEASED, find_model
+from headrace.model.weights import expected_shapes, read_config
 from tests.unit.model.references import random_reference, saved
 
 
@@ -289,7 +289,7 @@ def test_an_unreachable_hub_is_answered_with_three_ways_out(unreachable_hub: Pat
         load_model(name)
     said = str(caught.value)
     assert repr(name) in said
-    for way in (f"hf download {RELEASED.get(name, name)}", "MILLRACE_MODEL at a directory", "MILLRACE_MODEL=demo"):
+    for way in (f"hf download {RELEASED.get(name, name)}", "HEADRACE_MODEL at a directory", "HEADRACE_MODEL=demo"):
         assert way in said
 
 

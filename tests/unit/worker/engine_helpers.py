@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from client.errors import JobFailed
-from client.schema import GenerateRequest, Result, parse_request
-from config import Settings
-from model import GPT2, Tokenizer, load_model
-from worker.assembly import length_classes
-from worker.engine import Engine
-from worker.runner import Runner
-from worker.scheduler import Scheduler
-from worker.slots import SlotTable
+from headrace.client.wire.errors import JobFailed
+from headrace.client.wire.requests import GenerateRequest, Result, parse_request
+from headrace.config import Settings
+from headrace.model import GPT2, Tokenizer, load_model
+from headrace.worker.engine.build import length_classes
+from headrace.worker.engine.cache_slots import SlotTable
+from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.scheduler import Scheduler
 
 WORDS = (
     "the king and his people had gone out to see what was in the house of a man who would not say where he came from"
@@ -43,7 +43,7 @@ def demo_model() -> GPT2:
 def torch_model() -> GPT2:
     """The bundled model as on a device for which there are no products of ours."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.linear.floats_work", lambda *_: False)
+        patch.setattr("headrace.model.linear.floats_work", lambda *_: False)
         return load_model("demo", device="cpu", dtype="float32")
 
 

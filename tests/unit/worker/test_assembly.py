@@ -12,12 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.schema import parse_request
-from config import Settings
-from model import GPT2, ModelError, load_model
+from headrace.client.wire.requests import parse_request
+from headrace.config import Settings
+from headrace.model import GPT2, ModelError, load_model
+from headrace.worker.engine.build import (
+    batch_invariant,
+    build_engine,
+    check_vocabulary,
+    default_budget,
+    fingerprint,
+    length_classes,
+)
+from headrace.worker.engine.engine import Engine
 from tests.unit.worker.engine_helpers import ask, demo_engine, demo_model, demo_tokenizer, drive
-from worker.assembly import batch_invariant, build_engine, check_vocabulary, default_budget, fingerprint, length_classes
-from worker.engine import Engine
 
 
 @pytest.fixture(autouse=True)
@@ -74,9 +81,9 @@ def test_settings_reach_the_engine() -> None:
 @pytest.mark.parametrize("missing", ["invariance", "kernel"])
 def test_there_are_no_drafts_where_a_row_could_feel_them(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if missing == "invariance":
-        monkeypatch.setattr("worker.assembly.batch_invariant", lambda *_: False)
+        monkeypatch.setattr("headrace.worker.engine.build.batch_invariant", lambda *_: False)
     else:
-        monkeypatch.setattr("model.cache.KVCache.decode_kernel", lambda _: None)
+        monkeypatch.setattr("headrace.model.kv_cache.KVCache.decode_kernel", lambda _: None)
     engine = build_engine(Settings(model="demo", device="cpu", dtype="float32"))
     assert engine.scheduler.draft_tokens == 0
 
@@ -87,7 +94,7 @@ def test_max_context_cannot_pass_the_models_positions() -> None:
 
 
 def test_a_budget_that_does_not_hold_one_sequence_is_refused() -> None:
-    with pytest.raises(ValueError, match="MILLRACE_KV_CACHE_BYTES is 1000; one sequence of 1024 tokens needs 4194304"):
+    with pytest.raises(ValueError, match="HEADRACE_KV_CACHE_BYTES is 1000; one sequence of 1024 tokens needs 4194304"):
         build_engine(Settings(model="demo", kv_cache_bytes=1000, device="cpu", dtype="float32"))
 
 

@@ -1,4 +1,4 @@
-"""What `millrace batch` shows."""
+"""What `headrace batch` shows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 from rich.console import Console
 
-from client import InvalidRequest
-from client.bulk import BatchReport
-from worker.batch import Estimate, Screen, read_params, resume_command, stopped, summary
+from headrace.client import InvalidRequest
+from headrace.client.batch.run import BatchReport
+from headrace.worker.cli.bulk import Estimate, Screen, read_params, resume_command, stopped, summary
 
 
 def report() -> BatchReport:
@@ -43,7 +43,7 @@ def test_the_last_table_has_rows_failures_and_rates() -> None:
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("worker.batch.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("headrace.worker.cli.bulk.time.monotonic", lambda: now[0])
     written = io.StringIO()
     screen = Screen(Console(file=written, width=200))
     early = report()
@@ -70,8 +70,8 @@ def test_on_a_terminal_it_is_a_bar() -> None:
 
 
 def test_ctrl_c_is_answered_with_the_command_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["millrace", "batch", "-i", "my file", "-o", "o", "--overwrite"])
-    assert resume_command() == "millrace batch -i 'my file' -o o --resume"
+    monkeypatch.setattr("sys.argv", ["headrace", "batch", "-i", "my file", "-o", "o", "--overwrite"])
+    assert resume_command() == "headrace batch -i 'my file' -o o --resume"
     said = stopped(report(), own=False)
     assert "65 of 100 rows are done, 9 jobs stay in the queue and go on" in said
     assert "9 jobs are computed again" in stopped(report(), own=True)

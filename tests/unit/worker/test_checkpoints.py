@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from client.checkpoints import CHECKPOINTS, Row, check_cache, compare, worst
-from worker.checkpoints import half_tolerances, loss, read_tensors
+from headrace.client.wire.activations import CHECKPOINTS, Row, check_cache, compare, worst
+from headrace.worker.fidelity.report import half_tolerances, loss, read_tensors
 
 
 def ours() -> dict[str, np.ndarray]:

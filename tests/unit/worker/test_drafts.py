@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from worker.drafts import RETRY, WORTH, Drafter
+from headrace.worker.engine.ngram_proposer import RETRY, WORTH, Drafter
 
 
 def test_what_followed_the_last_two_tokens_is_proposed() -> None:

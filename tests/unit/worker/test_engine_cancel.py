@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from client.errors import JobCancelled, JobExpired
+from headrace.client.wire.errors import JobCancelled, JobExpired
+from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.scheduler import Outcome, Step
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine_helpers import ask, build, drive, expected, idle, substance, tokens_of
-from worker.engine import Engine
-from worker.runner import Runner
-from worker.scheduler import Outcome, Step
 
 
 def test_cancelling_a_running_job_frees_its_slots_before_the_next_step() -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from client.schema import GenerateRequest
-from model import GPT2, load_model
+from headrace.client.wire.requests import GenerateRequest
+from headrace.model import GPT2, load_model
+from headrace.worker.engine.scheduler import Outcome, Step
+from headrace.worker.engine.sequence import Sequence
 from tests.unit.worker.engine_helpers import (
     WORDS,
     ask,
@@ -25,8 +27,6 @@ from tests.unit.worker.engine_helpers import (
     tokens_of,
     torch_model,
 )
-from worker.scheduler import Outcome, Step
-from worker.sequence import Sequence
 
 
 @functools.cache

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from client.schema import GenerateRequest
-from model import GPT2, load_model
+from headrace.client.wire.requests import GenerateRequest
+from headrace.model import GPT2, load_model
+from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.oom import rows_of
+from headrace.worker.engine.scheduler import Outcome, Step
+from headrace.worker.engine.sequence import TextDelta
 from tests.unit.worker.engine_helpers import ask, build, drive, failure, idle, settle, substance, tokens_of
 from tests.unit.worker.test_engine_crowd import alone, mixed_requests
-from worker.engine import Engine
-from worker.memory import rows_of
-from worker.runner import Runner
-from worker.scheduler import Outcome, Step
-from worker.sequence import TextDelta
 
 #: " said the King, said the King, ...": the bundled model goes on so, and drafts are mostly right.
 CHANT = [531, 262, 2677, 11] * 8

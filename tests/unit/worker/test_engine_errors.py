@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import tiktoken
 
-from model import GPT2, Tokenizer, load_model
-from model.cache import KVCache
+from headrace.model import GPT2, Tokenizer, load_model
+from headrace.model.kv_cache import KVCache
+from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.scheduler import Outcome, Step
+from headrace.worker.engine.sequence import Sequence, Slot
 from tests.unit.worker.engine_helpers import ask, build, drive, expected, failure, idle, settle, substance, tokens_of
-from worker.runner import Runner
-from worker.scheduler import Outcome, Step
-from worker.sequence import Sequence, Slot
 
 #: A job whose prompt or output holds this token is guilty.
 GUILTY = 4242

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from headrace.worker.engine.cache_slots import Move
+from headrace.worker.engine.engine import EngineStopped
+from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.scheduler import Outcome, Step
+from headrace.worker.engine.sequence import Slot
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine_helpers import ask, build
-from worker.engine import EngineStopped
-from worker.runner import Runner
-from worker.scheduler import Outcome, Step
-from worker.sequence import Slot
-from worker.slots import Move
 
 
 class AcceleratorError(RuntimeError):

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 import pytest
 import redis
 
-from client.job import Handle
-from client.schema import StreamEvent
-from client.stream import Reader
+from headrace.client.jobs.handle import Handle
+from headrace.client.jobs.stream import Reader
+from headrace.client.wire.requests import StreamEvent
+from headrace.worker.engine.sequence import TextDelta
+from headrace.worker.jobs import stream_writer as events
+from headrace.worker.jobs.store import MemoryStore
+from headrace.worker.jobs.stream_writer import EventWriter
 from tests.integration.processes import wait_until
-from worker import events
-from worker.events import EventWriter
-from worker.sequence import TextDelta
-from worker.store import MemoryStore
 
 
 def delta(at: int, text: str, index: int = 0, reason: str | None = None) -> TextDelta:

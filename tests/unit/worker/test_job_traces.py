@@ -12,14 +12,14 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from client.tracing import TRACES_HEADER
-from config import SettingsError, load_settings
-from config.tracing import setup_tracing
+from headrace.client.wire.tracing import TRACES_HEADER
+from headrace.config import SettingsError, load_settings
+from headrace.config.tracing import setup_tracing
+from headrace.worker.jobs.store import MemoryStore
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine_helpers import build
 from tests.unit.worker.test_pool import Make, Message, deliver, make
 from tests.unit.worker.test_stall import BlockedRunner, until
-from worker.store import MemoryStore
 
 __all__ = ["make"]  # the fixture
 
@@ -41,9 +41,9 @@ def message(*job_ids: str, sampled: bool = True, **request: Any) -> Message:
 def visits(spans: InMemorySpanExporter) -> dict[Any, ReadableSpan]:
     """The spans of jobs, by job."""
     return {
-        span.attributes["millrace.job_id"]: span
+        span.attributes["headrace.job_id"]: span
         for span in spans.get_finished_spans()
-        if span.attributes and "millrace.job_id" in span.attributes
+        if span.attributes and "headrace.job_id" in span.attributes
     }
 
 
@@ -71,7 +71,7 @@ def test_a_job_is_a_span_under_its_clients_with_what_the_time_went_to(make: Make
         assert (marks[0], marks[-1]) == (span.start_time, span.end_time)
     assert dict(found["a"].attributes or {}) == {
         "gen_ai.operation.name": "text_completion",
-        "gen_ai.provider.name": "millrace",
+        "gen_ai.provider.name": "headrace",
         "gen_ai.request.model": "demo",
         "gen_ai.request.max_tokens": 4,
         "gen_ai.request.temperature": 0,
@@ -84,11 +84,11 @@ def test_a_job_is_a_span_under_its_clients_with_what_the_time_went_to(make: Make
         "messaging.system": "celery",
         "messaging.operation.type": "process",
         "messaging.operation.name": "process",
-        "messaging.destination.name": "millrace.demo",
-        "millrace.job_id": "a",
-        "millrace.attempt": 1,
-        "millrace.redelivered": False,
-        "millrace.state": "succeeded",
+        "messaging.destination.name": "headrace.demo",
+        "headrace.job_id": "a",
+        "headrace.attempt": 1,
+        "headrace.redelivered": False,
+        "headrace.state": "succeeded",
     }
     everything = "".join(span.to_json() for span in spans.get_finished_spans())
     assert "Hello" not in everything
@@ -100,7 +100,7 @@ def test_a_job_that_fails_has_status_error_and_the_code(make: Make, spans: InMem
     span = visits(spans)["a"]
     assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, "invalid_token_id")
     assert span.attributes is not None
-    assert (span.attributes["error.type"], span.attributes["millrace.state"]) == ("invalid_token_id", "failed")
+    assert (span.attributes["error.type"], span.attributes["headrace.state"]) == ("invalid_token_id", "failed")
     assert [part.name for part in parts(spans, span)] == ["wait", "store"]
 
 
@@ -110,7 +110,7 @@ def test_a_job_that_comes_again_says_which_attempt_it_is(make: Make, spans: InMe
     assert deliver(make(MemoryStore(attempts={"a": 1})), again).over.wait(PATIENCE_S)
     attributes = visits(spans)["a"].attributes
     assert attributes is not None
-    assert (attributes["millrace.attempt"], attributes["millrace.redelivered"]) == (2, True)
+    assert (attributes["headrace.attempt"], attributes["headrace.redelivered"]) == (2, True)
 
 
 def test_a_job_that_goes_back_says_so(make: Make, spans: InMemorySpanExporter) -> None:
@@ -124,7 +124,7 @@ def test_a_job_that_goes_back_says_so(make: Make, spans: InMemorySpanExporter) -
     threading.Timer(0.2, go_on.set).start()
     pool.on_terminate()
     span = visits(spans)["a"]
-    assert (span.attributes or {})["millrace.state"] == "returned"
+    assert (span.attributes or {})["headrace.state"] == "returned"
     assert [part.name for part in parts(spans, span)] == ["wait", "compute"]
 
 
@@ -132,7 +132,7 @@ def test_a_job_that_was_cancelled_is_no_error(make: Make, spans: InMemorySpanExp
     assert deliver(make(MemoryStore(cancels={"a"})), message("a")).over.wait(PATIENCE_S)
     span = visits(spans)["a"]
     assert span.status.status_code == StatusCode.UNSET
-    assert (span.attributes or {})["millrace.state"] == "cancelled"
+    assert (span.attributes or {})["headrace.state"] == "cancelled"
 
 
 def test_what_the_client_does_not_sample_is_not_recorded(make: Make, spans: InMemorySpanExporter) -> None:
@@ -155,7 +155,7 @@ def test_headers_of_a_strangers_harm_nobody(make: Make, spans: InMemorySpanExpor
 
 def test_without_its_packages_the_setting_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
-    with pytest.raises(SettingsError, match=r"pip install 'millrace\[otel\]'"):
+    with pytest.raises(SettingsError, match=r"pip install 'headrace\[otel\]'"):
         setup_tracing(load_settings(otel=True), "test")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from worker import limits
+from headrace.worker.engine import cgroups as limits
 
 GIB = 2**30
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.oom import FIRST_WAIT, Limit, out_of_memory, rows_of
+from headrace.worker.engine.scheduler import Outcome, Step
 from tests.unit.worker.engine_helpers import ask, build, drive, expected, failure, idle, settle, substance, tokens_of
 from tests.unit.worker.test_engine_errors import GUILTY
-from worker.memory import FIRST_WAIT, Limit, out_of_memory, rows_of
-from worker.runner import Runner
-from worker.scheduler import Outcome, Step
 
 
 class OutOfMemoryError(RuntimeError):
@@ -101,7 +101,7 @@ def test_a_job_that_fits_nowhere_fails_with_what_to_set_and_harms_no_other() -> 
     settle(engine, first, bad, second)
     assert [substance(f.result()) for f in (first, second)] == expected(*good)
     assert failure(bad).code == "out_of_memory"
-    assert "MILLRACE_" in failure(bad).message
+    assert "HEADRACE_" in failure(bad).message
     assert idle(engine)
 
 

@@ -12,10 +12,10 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from client.errors import JobCancelled, JobExpired, JobFailed
-from client.schema import Choice, Result, Timings, Usage
+from headrace.client.wire.errors import JobCancelled, JobExpired, JobFailed
+from headrace.client.wire.requests import Choice, Result, Timings, Usage
+from headrace.worker.observability.metrics import COUNTERS, GAUGES, HISTOGRAMS, Metrics
 from tests.unit.worker.engine_helpers import ask, build, drive, models_of, tokens_of
-from worker.metrics import COUNTERS, GAUGES, HISTOGRAMS, Metrics
 
 Sample = tuple[str, tuple[tuple[str, str], ...]]
 
@@ -39,7 +39,7 @@ def shown(metrics: Metrics) -> dict[Sample, float]:
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float:
-    return shown(metrics)["millrace_" + name, tuple(sorted(labels.items()))]
+    return shown(metrics)["headrace_" + name, tuple(sorted(labels.items()))]
 
 
 def result(*reasons: Any, tokens: int, waiting: float = 0.0, prefill: float = 0.0, decode: float = 0.0) -> Result:
@@ -148,9 +148,9 @@ def test_gauges_say_what_the_engine_does(watched: tuple[Metrics, Any, Any]) -> N
 def test_who_computes_and_whether_the_self_test_held(watched: tuple[Metrics, Any, Any]) -> None:
     metrics, engine, _ = watched
     assert value(metrics, "selftest_ok") == 0
-    engine.fingerprint = "millrace-0/float32/batch-invariant"
+    engine.fingerprint = "headrace-0/float32/batch-invariant"
     assert value(metrics, "selftest_ok") == 1
-    ((_, labels),) = [sample for sample in shown(metrics) if sample[0] == "millrace_engine_info"]
+    ((_, labels),) = [sample for sample in shown(metrics) if sample[0] == "headrace_engine_info"]
     assert dict(labels)["fingerprint"] == engine.fingerprint
     assert dict(labels)["worker"] == "host-1"
 
@@ -158,8 +158,8 @@ def test_who_computes_and_whether_the_self_test_held(watched: tuple[Metrics, Any
 def test_all_names_are_there_with_help_and_one_label(watched: tuple[Metrics, Any, Any]) -> None:
     metrics, _, _ = watched
     families = {family.name: family for family in parse(metrics.render()[1].decode())}
-    ours = {name: family for name, family in families.items() if name.startswith("millrace_")}
-    names = {f"millrace_{name.removesuffix('_total')}" for name in (*OF_VLLM, *GAUGES, *COUNTERS, *HISTOGRAMS)}
+    ours = {name: family for name, family in families.items() if name.startswith("headrace_")}
+    names = {f"headrace_{name.removesuffix('_total')}" for name in (*OF_VLLM, *GAUGES, *COUNTERS, *HISTOGRAMS)}
     assert names <= set(ours)
     for family in ours.values():
         assert family.documentation.endswith(".")
@@ -173,13 +173,13 @@ def test_openmetrics_is_given_to_who_asks_for_it(watched: tuple[Metrics, Any, An
     content_type, text = metrics.render("application/openmetrics-text; version=1.0.0; charset=utf-8")
     assert content_type.startswith("application/openmetrics-text")
     names = {family.name for family in parse_openmetrics(text.decode())}
-    assert {"millrace_num_requests_running", "millrace_prompt_tokens"} <= names
+    assert {"headrace_num_requests_running", "headrace_prompt_tokens"} <= names
 
 
 def test_the_guide_lists_every_metric(watched: tuple[Metrics, Any, Any]) -> None:
     guide = (Path(__file__).parents[3] / "docs" / "deployment.md").read_text()
-    listed = set(re.findall(r"`millrace_(\w+)`", guide))
+    listed = set(re.findall(r"`headrace_(\w+)`", guide))
     for name in shown(watched[0]):
-        if name[0].startswith("millrace_"):
-            plain = re.sub(r"_(bucket|sum|count)$", "", name[0].removeprefix("millrace_"))
-            assert plain in listed or name[0].removeprefix("millrace_") in listed, name[0]
+        if name[0].startswith("headrace_"):
+            plain = re.sub(r"_(bucket|sum|count)$", "", name[0].removeprefix("headrace_"))
+            assert plain in listed or name[0].removeprefix("headrace_") in listed, name[0]

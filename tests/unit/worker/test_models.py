@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from config import Settings
+from headrace.config import Settings
+from headrace.worker.engine.build import default_budget
+from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.errors import EngineStopped, ModelUnavailable
+from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.registry import Models
+from headrace.worker.engine.step_loop import Turns
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine_helpers import ask, build, expected, substance, tokens_of
 from tests.unit.worker.test_stall import until
-from worker.assembly import default_budget
-from worker.engine import Engine
-from worker.errors import EngineStopped, ModelUnavailable
-from worker.models import Models
-from worker.runner import Runner
-from worker.turns import Turns
 
 
 class Player:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from client import InvalidRequest, JobFailed
-from client.schema import parse_request
-from worker.offline import LLM, SamplingParams
+from headrace.client import InvalidRequest, JobFailed
+from headrace.client.wire.requests import parse_request
+from headrace.worker.engine.offline import LLM, SamplingParams
 
 PROMPTS = ["Hello, my name is", "The river", "The capital of France is"]
 
@@ -19,7 +19,7 @@ PROMPTS = ["Hello, my name is", "The river", "The capital of France is"]
 def _leave_logging_alone() -> Iterator[None]:
     """The suite has a log of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("worker.offline.setup_logging", lambda settings: None)
+        patch.setattr("headrace.worker.engine.offline.setup_logging", lambda settings: None)
         yield
 
 
@@ -34,14 +34,14 @@ def reference() -> Any:
     import torch
     from transformers import GPT2LMHeadModel
 
-    from model.files import DEMO
+    from headrace.model.hub import DEMO
 
     return GPT2LMHeadModel.from_pretrained(DEMO, dtype=torch.float32).eval()
 
 
 def test_a_script_written_for_vllm_runs_with_the_import_changed(capsys: pytest.CaptureFixture[str]) -> None:
     script = """
-from worker.offline import LLM, SamplingParams
+from headrace.worker.engine.offline import LLM, SamplingParams
 prompts = ["Hello, my name is", "The future of AI is"]
 sampling_params = SamplingParams(temperature=0.8, top_p=0.95)
 llm = LLM(model="demo", enforce_eager=True, max_model_len=256)

@@ -16,20 +16,20 @@ import redis
 from celery.worker import state
 from structlog.testing import capture_logs
 
-from client.errors import JobFailed
-from client.schema import GROUP_TASK_NAME
-from client.signing import mark
-from config import load_settings
+from headrace.client.wire.errors import JobFailed
+from headrace.client.wire.requests import GROUP_TASK_NAME
+from headrace.client.wire.signing import mark
+from headrace.config import load_settings
+from headrace.worker.celery import make_app
+from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.registry import Models
+from headrace.worker.jobs.pool import EnginePool
+from headrace.worker.jobs.service import Service
+from headrace.worker.jobs.store import Claim, MemoryStore
+from headrace.worker.observability.metrics import Metrics
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine_helpers import build
 from tests.unit.worker.test_stall import BlockedRunner, until
-from worker.celery import make_app
-from worker.engine import Engine
-from worker.metrics import Metrics
-from worker.models import Models
-from worker.pool import EnginePool
-from worker.service import Service
-from worker.store import Claim, MemoryStore
 
 REQUEST = {"prompt": "Hello.", "max_tokens": 4, "temperature": 0}
 KEY = "key-" * 8
@@ -40,7 +40,7 @@ Make = Callable[..., EnginePool]
 class Message:
     """What Celery's Request is to the pool: a group of jobs, and the queue that it came by."""
 
-    def __init__(self, *job_ids: str, queue: str = "millrace.demo") -> None:
+    def __init__(self, *job_ids: str, queue: str = "headrace.demo") -> None:
         self.type, self.id = GROUP_TASK_NAME, f"message of {job_ids}"
         members = [{"id": job_id, "request": REQUEST} for job_id in job_ids]
         self.request_dict: dict[str, Any] = {"args": [members], "kwargs": {}, "delivery_info": {"routing_key": queue}}
@@ -119,9 +119,9 @@ def test_what_ends_and_what_comes_again_is_counted_once(make: Make) -> None:
     for message in (again, Message("other")):
         assert deliver(pool, message).over.wait(PATIENCE_S)
     text = metrics.render()[1].decode()
-    assert 'millrace_redeliveries_total{model_name="demo"} 1.0' in text
-    assert 'millrace_request_success_total{finished_reason="length",model_name="demo"} 2.0' in text
-    assert 'millrace_request_generation_tokens_sum{model_name="demo"} 8.0' in text
+    assert 'headrace_redeliveries_total{model_name="demo"} 1.0' in text
+    assert 'headrace_request_success_total{finished_reason="length",model_name="demo"} 2.0' in text
+    assert 'headrace_request_generation_tokens_sum{model_name="demo"} 8.0' in text
 
 
 def test_revoking_while_redis_is_silent_does_not_hold_up_the_main_thread(make: Make) -> None:
@@ -251,7 +251,7 @@ def test_jobs_go_to_the_model_of_their_queue_and_have_windows_of_their_own(make:
     assert pool.has_room("other")
     assert pool.has_room()
     assert pool.held("demo") == 3
-    deliver(pool, Message("d", queue="millrace.other"))
+    deliver(pool, Message("d", queue="headrace.other"))
     until(lambda: pool._intake.empty())
     go_on.set()  # one thread computes for both
     deliver(pool, Message("e", queue="celery"))
@@ -264,7 +264,7 @@ def test_a_model_is_loaded_for_its_first_job_and_again_after_it_was_idle(make: M
     store, load = MemoryStore(), Loading("other")
     pool = make(store, models=Models(["demo", "other"], load, idle_s=0.2))
     assert load.loaded == ["demo"]
-    waits = deliver(pool, Message("w", queue="millrace.other"))
+    waits = deliver(pool, Message("w", queue="headrace.other"))
     for name in "ab":
         assert deliver(pool, Message(name)).over.wait(PATIENCE_S), "the others go on meanwhile"
     assert not waits.over.is_set()
@@ -274,7 +274,7 @@ def test_a_model_is_loaded_for_its_first_job_and_again_after_it_was_idle(make: M
     assert model_of(store, "w") == "other"
     until(lambda: not pool.models.loaded)  # the monitor sees to that
     assert {record["loaded"] for record in store.workers.values()} <= {0, 1}
-    again = [deliver(pool, Message("x", queue="millrace.other")), deliver(pool, Message("y"))]
+    again = [deliver(pool, Message("x", queue="headrace.other")), deliver(pool, Message("y"))]
     assert all(message.over.wait(PATIENCE_S) for message in again)
     assert sorted(load.loaded) == ["demo", "demo", "other", "other"]
     assert pool.finished["succeeded"] == 5
@@ -286,7 +286,7 @@ def test_a_model_is_loaded_for_its_first_job_and_again_after_it_was_idle(make: M
 def test_a_job_is_cancelled_while_its_model_is_being_loaded(make: Make) -> None:
     store, load = MemoryStore(), Loading("other")
     pool = make(store, models=Models(["demo", "other"], load, idle_s=60))
-    waits = deliver(pool, Message("w", queue="millrace.other"))
+    waits = deliver(pool, Message("w", queue="headrace.other"))
     until(lambda: pool._probation.models() == {"other"})
     store.cancels.add("w")
     assert waits.over.wait(PATIENCE_S)
@@ -304,7 +304,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_process_and_no_job(make: Make, m
     store = MemoryStore()
     pool = make(store, models=Models(["demo", "other"], load, idle_s=60))
     with capture_logs() as lines:
-        waits = deliver(pool, Message("w", queue="millrace.other"))
+        waits = deliver(pool, Message("w", queue="headrace.other"))
         until(lambda: pool.failed)
         pool.on_stop()
     assert state.should_stop == 1

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.probation import Candidate, Probation
+from headrace.worker.jobs.quarantine import Candidate, Probation
 
 
 def line_up(probation: Probation, attempts: dict[str, int]) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from config import load_settings
+from headrace.config import load_settings
+from headrace.worker.observability.metrics import Metrics
+from headrace.worker.observability.probes import LOADING, Probes, ProbesError, open_probes
 from tests.patience import PATIENCE_S
-from worker.metrics import Metrics
-from worker.probes import LOADING, Probes, ProbesError, open_probes
 
 
 @pytest.fixture
@@ -77,12 +77,12 @@ def test_who_asks_slowly_holds_up_nobody(probes: Probes) -> None:
 
 def test_a_port_that_is_taken_is_named_and_what_to_do(probes: Probes) -> None:
     settings = load_settings(metrics_port=probes.port)
-    with pytest.raises(ProbesError, match=rf"port {probes.port} \(Address already in use\).*MILLRACE_METRICS_PORT"):
+    with pytest.raises(ProbesError, match=rf"port {probes.port} \(Address already in use\).*HEADRACE_METRICS_PORT"):
         open_probes(settings)
 
 
 def test_an_address_that_is_none_of_this_machine_is_named() -> None:
-    with pytest.raises(ProbesError, match=r"192\.0\.2\.1.*MILLRACE_METRICS_HOST"):
+    with pytest.raises(ProbesError, match=r"192\.0\.2\.1.*HEADRACE_METRICS_HOST"):
         Probes("192.0.2.1", 0, Metrics("demo"))
 
 
@@ -100,7 +100,9 @@ def test_it_listens_at_ipv6_too() -> None:
 
 
 def test_nothing_listens_unless_a_port_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "worker.metrics", None)  # as where prometheus_client is not installed
+    monkeypatch.setitem(
+        sys.modules, "headrace.worker.observability.metrics", None
+    )  # as where prometheus_client is not installed
     assert open_probes(load_settings()) is None
-    with pytest.raises(ProbesError, match=r"pip install 'millrace\[metrics\]'"):
+    with pytest.raises(ProbesError, match=r"pip install 'headrace\[metrics\]'"):
         open_probes(load_settings(metrics_port=1))

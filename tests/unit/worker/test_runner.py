@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from model import GPT2, load_model
-from model.cache import Arena
+from headrace.model import GPT2, load_model
+from headrace.model.kv_cache import Arena
+from headrace.worker.engine.cache_slots import Move
+from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.scheduler import PromptChunk, Step
+from headrace.worker.engine.sequence import Sequence, Slot, TokenScore
 from tests.unit.worker.engine_helpers import ask, demo_model, demo_tokenizer, tokens_of
-from worker.runner import Runner
-from worker.scheduler import PromptChunk, Step
-from worker.sequence import Sequence, Slot, TokenScore
-from worker.slots import Move
 
 
 def runner(capacity: int = 4, model: GPT2 | None = None) -> Runner:

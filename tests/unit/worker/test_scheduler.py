@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.tokenizer import gpt2_tokenizer
+from headrace.model.tokenizer import gpt2_tokenizer
+from headrace.worker.engine.cache_slots import SlotTable
+from headrace.worker.engine.oom import rows_of, split
+from headrace.worker.engine.scheduler import PromptChunk, Scheduler, Step
+from headrace.worker.engine.sequence import Sequence, TokenScore
 from tests.unit.worker.engine_helpers import ask
-from worker.memory import rows_of, split
-from worker.scheduler import PromptChunk, Scheduler, Step
-from worker.sequence import Sequence, TokenScore
-from worker.slots import SlotTable
 
 
 def scheduler(

@@ -9,9 +9,9 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.tokenizer import PATTERN, Tokenizer
+from headrace.model.tokenizer import PATTERN, Tokenizer
+from headrace.worker.engine.sequence import Generation, Sequence, TextDelta, TokenScore
 from tests.unit.worker.engine_helpers import ask
-from worker.sequence import Generation, Sequence, TextDelta, TokenScore
 
 END = 300
 #: 256 tokens of one byte, some of several, and the end of text.

@@ -13,18 +13,18 @@ import pytest
 import redis
 from celery.exceptions import TaskRevokedError
 
-from client.errors import JobFailed
-from client.records import parse_outcome
-from client.schema import GenerateRequest, Result, Timings, Usage, parse_request
-from client.signing import sign
-from config import load_settings
+from headrace.client.wire.errors import JobFailed
+from headrace.client.wire.requests import GenerateRequest, Result, Timings, Usage, parse_request
+from headrace.client.wire.results import parse_outcome
+from headrace.client.wire.signing import sign
+from headrace.config import load_settings
+from headrace.worker.celery import make_app
+from headrace.worker.engine.errors import EngineStopped
+from headrace.worker.jobs.result_writer import Writer
+from headrace.worker.jobs.service import Service, failed, read_group, read_wire
+from headrace.worker.jobs.store import MemoryStore
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine_helpers import models_of
-from worker.celery import make_app
-from worker.errors import EngineStopped
-from worker.service import Service, failed, read_group, read_wire
-from worker.store import MemoryStore
-from worker.writer import Writer
 
 
 def service(store: MemoryStore, limit: int = 10) -> Service:
@@ -58,7 +58,7 @@ def test_a_redis_that_refuses_the_tensors_fails_the_job_and_one_that_is_away_is_
                 raise error
             super().dump(job_id, tensors)
 
-    monkeypatch.setattr("worker.service.RETRY_S", 0.0)
+    monkeypatch.setattr("headrace.worker.jobs.service.RETRY_S", 0.0)
     store = Flaky(redis.ConnectionError("away"), None)
     service(store)._keep("a", {"q": b"1"})
     assert store.dumps == {"a": {"q": b"1"}}
@@ -96,7 +96,7 @@ def test_a_good_request_is_read() -> None:
 
 def test_the_next_worker_reads_the_requests_of_this_client(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = parse_request({"prompt": "x", "max_tokens": 3}).to_wire()
-    for module in ("client.schema", "worker.service"):
+    for module in ("headrace.client.wire.requests", "headrace.worker.jobs.service"):
         monkeypatch.setattr(f"{module}.SCHEMA_VERSION", 2)
     assert read_wire(stored).max_tokens == 3
     with pytest.raises(JobFailed, match="reads none above 2"):
@@ -221,7 +221,7 @@ def test_the_writer_stores_in_batches_through_an_outage(monkeypatch: pytest.Monk
         future.set_result(result(job_id))
         return future
 
-    monkeypatch.setattr("worker.service.RETRY_S", 0.0)
+    monkeypatch.setattr("headrace.worker.jobs.service.RETRY_S", 0.0)
     store, stored = Away(), []
     writer = Writer(service(store), told, lambda ended: stored.extend(name for name, _ in ended), pytest.fail)  # type: ignore[arg-type]
     writer.start()
@@ -261,7 +261,7 @@ def test_the_tensors_of_a_job_are_kept_if_it_succeeds_and_gone_from_memory_in_an
 
 def test_a_worker_that_keeps_no_tensors_says_so_before_it_computes_any() -> None:
     future = service(MemoryStore(), limit=0).submit("a", {"prompt": "x", "checkpoints": [8]})
-    with pytest.raises(JobFailed, match="MILLRACE_CHECKPOINT_MAX_BYTES is 0") as caught:
+    with pytest.raises(JobFailed, match="HEADRACE_CHECKPOINT_MAX_BYTES is 0") as caught:
         future.result(0)
     assert caught.value.code == "checkpoints_off"
 

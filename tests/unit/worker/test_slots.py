@@ -9,10 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from model.tokenizer import gpt2_tokenizer
+from headrace.model.tokenizer import gpt2_tokenizer
+from headrace.worker.engine.cache_slots import BLOCK, Move, SlotTable
+from headrace.worker.engine.sequence import Sequence, Slot
 from tests.unit.worker.engine_helpers import ask
-from worker.sequence import Sequence, Slot
-from worker.slots import BLOCK, Move, SlotTable
 
 CLASSES = (128, 256, 512, 1024)
 
@@ -156,7 +156,7 @@ def test_a_sequence_longer_than_every_class_has_no_place() -> None:
 
 
 def test_a_budget_below_one_longest_sequence_is_refused_with_both_numbers() -> None:
-    with pytest.raises(ValueError, match=r"MILLRACE_KV_CACHE_BYTES is 10230.*1024 tokens needs 10240"):
+    with pytest.raises(ValueError, match=r"HEADRACE_KV_CACHE_BYTES is 10230.*1024 tokens needs 10240"):
         table(1023)
     table(1024)
 

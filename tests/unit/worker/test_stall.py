@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from client.errors import JobExpired
-from client.status import Status, WorkerStatus
-from config import Settings
+from headrace.client.jobs.status import Status, WorkerStatus
+from headrace.client.wire.errors import JobExpired
+from headrace.config import Settings
+from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.scheduler import Outcome, Step
+from headrace.worker.jobs.heartbeat import Monitor
+from headrace.worker.jobs.store import MemoryStore
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine_helpers import ask, build, models_of
-from worker.monitor import Monitor
-from worker.runner import Runner
-from worker.scheduler import Outcome, Step
-from worker.store import MemoryStore
 
 
 class BlockedRunner(Runner):

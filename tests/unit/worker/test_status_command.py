@@ -1,4 +1,4 @@
-"""`millrace status` and its exit codes, which health checks go by, with workers that only say that they are there."""
+"""`headrace status` and its exit codes, which health checks go by, with workers that only say that they are there."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import redis
 from click.testing import CliRunner
 
-from client import keys
-from client.transport import connect
-from worker.cli import main
-from worker.store import RedisStore
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
+from headrace.worker.cli.main import main
+from headrace.worker.jobs.store import RedisStore
 
 HERE = f"{socket.gethostname()}-7"
 STALLED = {"stalled": 1, "step_age_s": 99.0}
@@ -22,7 +22,7 @@ STALLED = {"stalled": 1, "step_age_s": 99.0}
 def url(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
     own = redis_url.replace("db=0", "db=8")
     connect(own).flushdb()
-    monkeypatch.setenv("MILLRACE_REDIS_URL", own)
+    monkeypatch.setenv("HEADRACE_REDIS_URL", own)
     return own
 
 
@@ -59,7 +59,7 @@ def test_exit_codes_say_who_serves(
 
 
 def test_without_redis_it_is_code_3(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MILLRACE_REDIS_URL", "redis://localhost:1/0")
+    monkeypatch.setenv("HEADRACE_REDIS_URL", "redis://localhost:1/0")
     shown = CliRunner().invoke(main, ["status", "--here"])
     assert shown.exit_code == 3
 

@@ -9,9 +9,9 @@ import fakeredis
 import pytest
 import redis
 
-from client import keys
-from client.transport import connect
-from worker.store import MemoryStore, RedisStore, Store
+from headrace.client.wire import keys
+from headrace.client.wire.redis import connect
+from headrace.worker.jobs.store import MemoryStore, RedisStore, Store
 
 
 @dataclass

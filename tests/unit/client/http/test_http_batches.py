@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from client.http.batch_state import BatchState
-from client.http.batches import Batches
-from client.http.errors import ApiError
-from client.http.files import FileStore, write_json
-from config import load_settings
+from headrace.client.http.batch_objects import BatchState
+from headrace.client.http.batches import Batches
+from headrace.client.http.errors import ApiError
+from headrace.client.http.file_store import FileStore, write_json
+from headrace.config import load_settings
 from tests.patience import PATIENCE_S
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}

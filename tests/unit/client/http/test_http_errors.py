@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from starlette.exceptions import HTTPException
 
-import client
-from client import JobFailed, MillraceError
-from client.http.errors import ApiError, translate
+from headrace import client
+from headrace.client import HeadraceError, JobFailed
+from headrace.client.http.errors import ApiError, translate
 
 ROOT = Path(__file__).parents[4]
 ROWS = re.findall(r"^\| `(\w+)` \| (.*?) \| .+ \|$", (ROOT / "docs" / "client.md").read_text(), re.MULTILINE)
@@ -39,20 +39,20 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "InvalidRequest": ("top_p", "0", "more"),
     "InvalidBatch": ([],),
     "InputChanged": (3, "reason"),
-    "QueueFull": ("millrace.demo", 5, 5),
+    "QueueFull": ("headrace.demo", 5, 5),
     "RedisUnreachable": ("redis://10.1.2.3:6379/0", "refused"),
     "RedisRefused": ("redis://10.1.2.3:6379/0", "OOM"),
     "UnknownJob": ("id",),
     "UnreadableRecord": ("id",),
     "NoCheckpoints": ("id",),
     "ResultTimeout": ("id", 5.0, "queued"),
-    "NoWorker": ("id", 5.0, "queued", "millrace.demo"),
+    "NoWorker": ("id", 5.0, "queued", "headrace.demo"),
     "StreamChanged": ("id",),
 }
 
 
-def made(code: str, name: str) -> MillraceError:
-    error: MillraceError
+def made(code: str, name: str) -> HeadraceError:
+    error: HeadraceError
     error = (
         JobFailed(code, "at /home/secret") if name == "JobFailed" else getattr(client, name)(*ARGUMENTS.get(name, ()))
     )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from client.http.errors import ApiError
-from client.http.files import DirectoryInUse, FileStore, write_json
+from headrace.client.http.errors import ApiError
+from headrace.client.http.file_store import DirectoryInUse, FileStore, write_json
 
 
 def add(store: FileStore, content: bytes = b"line\n", owner: str = "me", **options: int) -> str:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from client.errors import InvalidRequest
-from client.http.completions import Chunks, completions, read_order
-from client.http.gateway import named_after_field
-from client.schema import Choice, Result, Timings, TokenLogprob, Usage
-from client.stream import Event
+from headrace.client.http.jobs import named_after_field
+from headrace.client.http.routes.completions import Chunks, completions, read_order
+from headrace.client.jobs.stream import Event
+from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.requests import Choice, Result, Timings, TokenLogprob, Usage
 
 
 def result(number: int, samples: int = 2) -> Result:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from client.http.guard import OWNER, Guard, Limits, is_loopback
+from headrace.client.http.auth import OWNER, Guard, Limits, is_loopback
 
 KEYS = ("first-key-0123456789", "second-key-0123456789")
 
@@ -92,7 +92,7 @@ def test_a_body_is_counted_as_it_comes_and_by_what_it_says() -> None:
 
 
 async def refusing_as_starlette_does(scope: Any, receive: Any, send: Any) -> None:
-    from client.http.errors import ApiError
+    from headrace.client.http.errors import ApiError
 
     try:
         await echo(scope, receive, send)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from client.http import connections
-from client.http.connections import EventStream, sse
-from client.http.errors import ApiError
+from headrace.client.http import sse as connections
+from headrace.client.http.errors import ApiError
+from headrace.client.http.sse import EventStream, sse
 
 
 class Connection:

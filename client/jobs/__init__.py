@@ -1,0 +1,1 @@
+"""One job from the caller's side: submit, poll, read, stream."""

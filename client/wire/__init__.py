@@ -1,0 +1,1 @@
+"""What client and worker agree on: requests, results, errors, keys in Redis, signatures."""

@@ -1,0 +1,1 @@
+"""GPT-2 behind a Celery queue: a client, a worker, a model."""

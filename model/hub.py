@@ -1,0 +1,132 @@
+"""Where a model's files are, and how they are read: bounded, and refused by name. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+import stat
+from pathlib import Path
+from typing import Any
+
+DEMO = Path(__file__).parent / "demo"
+
+#: Released sizes by name -> where the hub keeps them; the short name is tried in the local cache too.
+RELEASED = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "distilgpt2": "distilbert/distilgpt2",
+}
+HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "merges.txt", "vocab.json", "tokenizer.json"]
+#: What is read at most of config.json and of an index. Parsed, JSON may take thirty times its size.
+MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 2**20, 2**24
+
+
+class ModelError(Exception):
+    """Raised when a model cannot be found, read or trusted; the message names the file or tensor and the way out."""
+
+
+def find_model(name_or_path: str | Path) -> Path:
+    """The directory of a model, downloaded through huggingface_hub if it has to be.
+
+    Raises:
+        ModelError: there is no such directory, or the hub was needed and did not answer.
+    """
+    if str(name_or_path) == "demo":
+        return DEMO
+    path = Path(os.path.expanduser(name_or_path))
+    if os.path.isdir(path):  # unlike Path.is_dir it says no to a name too long to be one
+        return path
+    if path.is_absolute() or str(name_or_path).startswith((".", "~")) or str(name_or_path).count("/") > 1:
+        raise ModelError(f"model {shown(str(name_or_path))}: there is no such directory")
+    return _from_hub(str(name_or_path))
+
+
+def _from_hub(name: str) -> Path:
+    # Imported here: it takes a while, and the bundled model and local directories never need it.
+    from huggingface_hub import snapshot_download
+
+    repo = RELEASED.get(name, name)
+    for cached in dict.fromkeys((repo, name)):
+        try:
+            folder = Path(snapshot_download(cached, allow_patterns=HUB_FILES, local_files_only=True))
+            weight_files(folder)  # a cache of the tokenizer alone is not the model
+            return folder
+        except Exception:  # noqa: S112 - not cached, whatever the reason: ask the hub
+            continue
+    try:
+        return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
+    except Exception as error:
+        raise ModelError(
+            f"model {shown(name)} is neither a directory nor in the local hub cache, and the hub did not give it "
+            f"({type(error).__name__}). Three ways out: run `hf download {shorter(repo)}` where there is a network and "
+            "copy the cache here; point HEADRACE_MODEL at a directory with config.json and model.safetensors; "
+            "or use the bundled model, HEADRACE_MODEL=demo"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model directory: one, or the shards that its index names.
+
+    Raises:
+        ModelError: there are none, an index that names a missing or outside file, or only pickled weights.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f"; {pickled[0]} is pickled and is never read, save it with safe_serialization=True" if pickled else ""
+        raise ModelError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there{hint}")
+    shards = read_json(index, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ModelError(f"{index}: weight_map must map tensor names to file names")
+    files = []
+    for name in sorted(set(shards.values())):
+        if Path(name).name != name or not os.path.isfile(folder / name):  # Path.is_file raises on long names
+            raise ModelError(f"{index}: it names {shown(name)}, which is no file in {folder}")
+        files.append(folder / name)
+    return files
+
+
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes. Raises ModelError, which names the file."""
+    try:
+        value = json.loads(read_text(path, limit))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not JSON ({shorter(str(error))})") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: must hold a JSON object")
+    return value
+
+
+def read_text(path: Path, limit: int) -> str:
+    """What is in a file of at most `limit` bytes of UTF-8. Raises ModelError, which names the file."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited on for ever
+            raise ModelError(f"{path}: no file that can be read")
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(data) > limit:
+        raise ModelError(f"{path}: more than {limit} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path}: not UTF-8 ({error})") from None
+
+
+def shown(value: Any) -> str:
+    """A value out of a file for an error message: its beginning, however long or deep it is."""
+    return shorter(reprlib.repr(value))
+
+
+def shorter(text: str) -> str:
+    """The beginning of a text, in characters that can be written anywhere."""
+    text = text.encode(errors="backslashreplace").decode()
+    return text if len(text) <= 120 else text[:117] + "..."

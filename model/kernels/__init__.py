@@ -1,0 +1,1 @@
+"""Compiled CPU kernels. Imports nothing else of `model`."""

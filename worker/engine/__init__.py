@@ -1,0 +1,1 @@
+"""Prompts to tokens. Usable without Celery and Redis."""

@@ -1,0 +1,1 @@
+"""`headrace validate`: the model's tensors compared with reference implementations."""

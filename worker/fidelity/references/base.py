@@ -1,0 +1,114 @@
+"""What every reference has in common: its interface, its errors, and the checkpoints that follow from the logits."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+#: Name of a reference -> (its package on PyPI, the version the recorded outputs were made with).
+PACKAGES = {
+    "transformers": ("transformers", "5.23.0"),
+    "tinygrad": ("tinygrad", "0.14.0"),
+    "candle": ("candle-nn", "0.4.2"),
+}
+#: Checkpoint 11 is taken at this temperature.
+PROBS_TEMPERATURE = 0.8
+
+
+class ReferenceUnavailable(RuntimeError):
+    """Raised when a reference cannot run here; the message says what to install."""
+
+
+class Reference(Protocol):
+    """GPT-2 as another library computes it."""
+
+    @property
+    def name(self) -> str:
+        """Library and version: "transformers 5.23.0"."""
+        ...
+
+    def trace(self, token_ids: Sequence[int]) -> dict[str, Array]:
+        """The checkpoint tensors of T tokens, float32 and without a batch dimension.
+
+        `embeddings`, `ln_1`, `attn`, `mlp`, `block_0` [T, E]; `q`, `k`, `v` [T, H, D]; `scores` [H, T, T], scaled and
+        before the mask; `logits` [T, V]; `last_logits`, `probs` [V]; `next_token` [], int64. Also `hidden`
+        [n_layer + 1, T, E]: the residual stream after the embeddings and after each block.
+
+        Raises:
+            ValueError: no tokens, more than the model has positions, or an id outside the vocabulary.
+        """
+        ...
+
+    def generate(self, token_ids: Sequence[int], count: int) -> list[int]:
+        """`count` more tokens by argmax; end of text does not stop it. Raises ValueError like `trace`."""
+        ...
+
+
+def import_library(reference: str, module: str) -> ModuleType:
+    """A module of the reference's library.
+
+    Raises:
+        ReferenceUnavailable: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package, tested = PACKAGES[reference]
+        raise ReferenceUnavailable(
+            f"The reference {reference!r} needs the package {package} (tested with {tested}): "
+            f"pip install 'headrace[references]' or pip install {package}=={tested}. ({error})"
+        ) from error
+
+
+def library_name(reference: str) -> str:
+    """Library and version, as installed."""
+    try:
+        return f"{reference} {version(PACKAGES[reference][0])}"
+    except PackageNotFoundError:
+        return reference
+
+
+def check_tokens(token_ids: Sequence[int], *, count: int = 0, n_positions: int, vocab_size: int) -> list[int]:
+    """The tokens as ints, once they and `count` more fit the model.
+
+    Raises:
+        ValueError: they do not.
+    """
+    ids = [int(token) for token in token_ids]
+    # The last new token is never fed back, so it needs no position.
+    needed = len(ids) + max(count - 1, 0)
+    if not ids:
+        raise ValueError("there are no tokens; an empty prompt stands for the one token 50256")
+    if needed > n_positions:
+        raise ValueError(f"{needed} tokens are more than the model's {n_positions} positions")
+    wrong = [token for token in ids if not 0 <= token < vocab_size]
+    if wrong:
+        raise ValueError(f"token id {wrong[0]} is outside the vocabulary, 0 to {vocab_size - 1}")
+    return ids
+
+
+def with_outcome(tensors: dict[str, Array]) -> dict[str, Array]:
+    """Add what follows from `logits` [T, V]: `last_logits`, `next_token` and `probs`."""
+    last = tensors["logits"][-1]
+    return tensors | {
+        "last_logits": last,
+        "next_token": np.array(last.argmax(), np.int64),
+        "probs": probabilities(last),
+    }
+
+
+def probabilities(logits: Array) -> Array:
+    """Softmax at checkpoint 11's temperature. [V] -> float32 [V]."""
+    # In float64: the checkpoint allows 1e-6, a float32 sum over 50,257 numbers is worse than that.
+    scaled = logits.astype(np.float64) / PROBS_TEMPERATURE
+    weights = np.exp(scaled - scaled.max())
+    probs: Array = weights / weights.sum()
+    return probs.astype(np.float32)

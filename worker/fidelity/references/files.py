@@ -1,0 +1,126 @@
+"""A directory in Hugging Face form, for the references that have no reader of their own for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headrace.worker.fidelity.references.base import Array
+
+INDEX = "model.safetensors.index.json"
+
+#: What the references here compute, by the names of config.json; a file that does not say means the first.
+_COMPUTED: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+#: Names of a safetensors header -> how numpy reads them. It has no bfloat16: those are the upper halves of float32.
+_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of config.json."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_positions: int
+    vocab_size: int
+    epsilon: float
+
+
+def read_shape(folder: Path) -> Shape:
+    """The numbers of config.json.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not one of a GPT-2, or asks for a variant that the references do not compute.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    for name, allowed in _COMPUTED.items():
+        if config.get(name, allowed[0]) not in allowed:
+            raise ValueError(
+                f"{folder / 'config.json'}: {name} is {config[name]!r}; the references compute {allowed[0]!r}"
+            )
+    try:
+        return Shape(
+            n_layer=config["n_layer"],
+            n_head=config["n_head"],
+            n_embd=config["n_embd"],
+            n_positions=config.get("n_positions", 1024),
+            vocab_size=config["vocab_size"],
+            epsilon=config.get("layer_norm_epsilon", 1e-5),
+        )
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} does not say {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, in the order of their names.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    if (folder / INDEX).is_file():
+        names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    else:
+        names = {"model.safetensors"}
+    files = [folder / Path(name).name for name in sorted(names)]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} has no {file.name}")
+    return files
+
+
+def read_weights(folder: Path) -> dict[str, Array]:
+    """All weights as float32, by their names without `transformer.`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a weight is in a format that is not read here.
+    """
+    return {plain_name(name): array for file in weight_files(folder) for name, array in read_file(file) if wanted(name)}
+
+
+def plain_name(name: str) -> str:
+    """The name of a tensor without the prefix that some files put before it."""
+    return name.removeprefix("transformer.")
+
+
+def wanted(name: str) -> bool:
+    """Whether a tensor is a weight: old files also keep the causal mask, and the head that is the embedding again."""
+    return not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))
+
+
+def read_file(file: Path) -> Iterator[tuple[str, Array]]:
+    """The tensors of one safetensors file as float32.
+
+    Format: https://huggingface.co/docs/safetensors. Eight bytes with the length of the header, the header in JSON, then
+    the tensors where the header says.
+    """
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header: Mapping[str, Any] = json.loads(stream.read(size))
+        for name, entry in header.items():
+            if name != "__metadata__" and wanted(name):
+                begin, end = entry["data_offsets"]
+                stream.seek(8 + size + begin)
+                yield name, _as_float32(name, entry["dtype"], stream.read(end - begin)).reshape(entry["shape"])
+
+
+def _as_float32(name: str, dtype: str, data: bytes) -> Array:
+    if dtype not in _DTYPES:
+        raise ValueError(f"the weight {name} is stored as {dtype}; {', '.join(_DTYPES)} are read")
+    stored = np.frombuffer(data, _DTYPES[dtype])
+    if dtype == "BF16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32)

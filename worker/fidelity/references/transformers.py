@@ -1,0 +1,200 @@
+"""transformers' own GPT2LMHeadModel, read through hooks. Nothing of GPT-2 is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from headrace.worker.fidelity.references.base import Array, check_tokens, import_library, library_name, with_outcome
+from headrace.worker.fidelity.references.files import read_shape, weight_files
+
+
+class TransformersReference:
+    """Hugging Face's model, in eager attention: the only kind that makes its scores as a tensor."""
+
+    def __init__(self, model: Any) -> None:
+        self.name = library_name("transformers")
+        self.model = model
+
+    def trace(self, token_ids: Sequence[int]) -> dict[str, Array]:
+        """See `Reference.trace`."""
+        taps = _Taps()
+        body = self.model.transformer
+        block = body.h[0]
+        with ExitStack() as hooks:
+            for name, module in {
+                "ln_1": block.ln_1,
+                "qkv": block.attn.c_attn,
+                "attn": block.attn,
+                "mlp": block.mlp,
+            }.items():
+                hooks.enter_context(taps.output(name, module))
+            # What enters a block is the sum of all before it; what enters the final norm, the sum of everything.
+            for layer, module in enumerate([*body.h, body.ln_f]):
+                hooks.enter_context(taps.input(f"hidden_{layer}", module))
+            scores = hooks.enter_context(_reading_scores(block.attn))
+            logits = self._logits(token_ids)
+        tensors = {name: taps.tensors[name] for name in ("ln_1", "attn", "mlp")}
+        tensors |= {"embeddings": taps.tensors["hidden_0"], "block_0": taps.tensors["hidden_1"]}
+        tensors |= {"scores": scores.first, "logits": logits, **self._heads(taps.tensors["qkv"])}
+        tensors["hidden"] = torch.stack([taps.tensors[f"hidden_{layer}"] for layer in range(len(body.h) + 1)])
+        return with_outcome({name: tensor.float().numpy() for name, tensor in tensors.items()})
+
+    def generate(self, token_ids: Sequence[int], count: int) -> list[int]:
+        """See `Reference.generate`."""
+        ids = list(token_ids)
+        self._check(ids, count=count)
+        for _ in range(count):
+            ids.append(int(self._logits(ids, rows=1)[-1].argmax()))
+        return ids[len(token_ids) :]
+
+    @torch.inference_mode()
+    def _logits(self, token_ids: Sequence[int], *, rows: int = 0) -> Tensor:
+        """The last `rows` rows of the logits, all by default. -> [rows, V]."""
+        ids = torch.tensor([self._check(token_ids)])
+        logits: Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits
+        return logits[0]
+
+    def _heads(self, qkv: Tensor) -> dict[str, Tensor]:
+        """[T, 3E] -> q, k, v: [T, H, D] each."""
+        parts = qkv.view(len(qkv), 3, self.model.config.n_head, -1).unbind(1)
+        return dict(zip("qkv", parts, strict=True))
+
+    def _check(self, token_ids: Sequence[int], *, count: int = 0) -> list[int]:
+        config = self.model.config
+        return check_tokens(token_ids, count=count, n_positions=config.n_positions, vocab_size=config.vocab_size)
+
+
+def load(folder: Path, dtype: str) -> TransformersReference:
+    """The reference with the weights of a directory. Raises what `load_reference` does."""
+    library = import_library("transformers", "transformers")
+    read_shape(folder)  # refuses the same directories as the other references do
+    weight_files(folder)
+    with _without_progress_bar(library.logging):
+        model, report = library.GPT2LMHeadModel.from_pretrained(
+            folder,
+            dtype=torch.bfloat16 if dtype == "int8" else getattr(torch, dtype),
+            attn_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    # transformers makes up the weights that a file lacks, and goes on.
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{folder} has no weights named {', '.join(missing[:3])}")
+    if dtype == "int8":
+        _round_products(model, library.pytorch_utils.Conv1D)
+    return TransformersReference(model.eval())
+
+
+def _round_products(model: Any, conv: type[torch.nn.Module]) -> None:
+    """Let every product have rows and columns that are whole numbers from -127 to 127, each times its scale."""
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # the embedding stays as it is
+    for module in model.modules():
+        if isinstance(module, (conv, torch.nn.Linear)):
+            summed = 0 if isinstance(module, conv) else 1  # theirs are [in, out], torch's own [out, in]
+            weight: Any = module.weight
+            weight.data = _rounded(weight.data, summed)
+            module.register_forward_pre_hook(lambda _, args: (_rounded(args[0], -1),))
+
+
+def _rounded(tensor: Tensor, dimension: int) -> Tensor:
+    scale = tensor.float().abs().amax(dimension, keepdim=True).clamp_min(1e-30) / 127
+    return ((tensor.float() / scale).round() * scale).to(tensor.dtype)
+
+
+@contextmanager
+def _without_progress_bar(logging: Any) -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+class _Taps:
+    """Keeps what goes into and comes out of modules, without its batch dimension of one."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    @contextmanager
+    def output(self, name: str, module: torch.nn.Module) -> Iterator[None]:
+        """Keep what comes out of the module; of a tuple, the first."""
+
+        def keep(_module: object, _args: object, output: Any) -> None:
+            self.tensors[name] = (output[0] if isinstance(output, tuple) else output)[0].clone()
+
+        handle = module.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def input(self, name: str, module: torch.nn.Module) -> Iterator[None]:
+        """Keep the first argument of the module."""
+
+        def keep(_module: object, args: tuple[Any, ...]) -> None:
+            self.tensors[name] = args[0][0].clone()
+
+        handle = module.register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class _Products(TorchFunctionMode):
+    """Keeps the first four-dimensional product `tensor * number` made while it listens.
+
+    In eager attention that is `torch.matmul(query, key.transpose(-1, -2)) * scaling`: the scores, before the mask is
+    added. They are in no module's output, so hooks alone cannot see them.
+    """
+
+    def __init__(self) -> None:
+        self.listening = False
+        self.kept: Tensor | None = None
+
+    @property
+    def first(self) -> Tensor:
+        """[H, T, T]."""
+        if self.kept is None:
+            raise RuntimeError("this version of transformers no longer multiplies its attention scores by a number")
+        return self.kept
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.listening and self.kept is None and func is Tensor.mul and result.dim() == 4:
+            self.kept = result[0].clone()
+        return result
+
+
+@contextmanager
+def _reading_scores(attention: torch.nn.Module) -> Iterator[_Products]:
+    """Listens while that one module runs."""
+    products = _Products()
+
+    def start(_module: object, _args: object) -> None:
+        products.listening = True
+
+    def stop(_module: object, _args: object, _output: object) -> None:
+        products.listening = False
+
+    handles = [attention.register_forward_pre_hook(start), attention.register_forward_hook(stop)]
+    try:
+        with products:
+            yield products
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,217 @@
+"""What a worker tells Prometheus of itself. The names are vLLM's under our prefix: its dashboards port by renaming.
+
+Counters and histograms are told once for each job that ended, everything else is read when somebody asks, so the engine
+does nothing for it. One process, so no multiprocess mode. Needs prometheus_client, the extra `metrics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+
+from headrace.client.wire.errors import JobError
+from headrace.client.wire.requests import Result
+
+if TYPE_CHECKING:
+    from headrace.worker.engine.engine import Engine
+    from headrace.worker.engine.registry import Models
+    from headrace.worker.jobs.heartbeat import Monitor
+    from headrace.worker.jobs.pool import EnginePool
+
+PREFIX = "headrace_"
+
+# Upper ends of buckets in seconds and in tokens: vLLM's (v1/metrics/loggers.py), with shorter ones in front, as small
+# models need.
+_FIRST_TOKEN_S: tuple[float, ...] = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
+)
+_TOKEN_S: tuple[float, ...] = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
+)
+_REQUEST_S: tuple[float, ...] = (
+    *(0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960),
+    *(1920, 7680),
+)
+_TOKENS: tuple[float, ...] = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+
+#: Histograms, told of each job that succeeded: buckets and help.
+HISTOGRAMS: dict[str, tuple[tuple[float, ...], str]] = {
+    "time_to_first_token_seconds": (_FIRST_TOKEN_S, "From a job's arrival in the engine to its first token."),
+    "time_per_output_token_seconds": (_TOKEN_S, "From one token of a sample to the next, on average over a job."),
+    "e2e_request_latency_seconds": (_REQUEST_S, "From a job's arrival in the engine to its last token."),
+    "request_queue_time_seconds": (_REQUEST_S, "From a job's arrival in the engine to its slot."),
+    "request_prefill_time_seconds": (_REQUEST_S, "From a job's slot to its first token."),
+    "request_decode_time_seconds": (_REQUEST_S, "From a job's first token to its last."),
+    "request_prompt_tokens": (_TOKENS, "Tokens of a job's prompt."),
+    "request_generation_tokens": (_TOKENS, "New tokens of a job, all its samples together."),
+}
+
+#: Read when somebody asks.
+GAUGES = {
+    "model_loaded": "1 if the model is in memory, else 0: it was idle, and will be loaded when a job comes.",
+    "num_requests_running": "Samples that have a slot.",
+    "num_requests_waiting": "Samples that wait in this worker for a slot, or jobs that wait for the model.",
+    "kv_cache_usage_perc": "Share of the cache's memory that running samples hold; 1 is all of it.",
+    "slots": "Samples that can have a slot at a time.",
+    "leases": "Messages of the model that this worker holds; it renews their leases.",
+    "last_step_age_seconds": "Seconds since the step that the engine is at last came on; 0 between steps.",
+    "ready": "1 if the worker takes jobs, else 0; as /readyz.",
+    "redis_up": "1 if Redis took the worker's last heartbeat, else 0.",
+    "selftest_ok": "1 if rows had the same bits alone and in a crowd when the worker began, else 0.",
+}
+COUNTERS = {
+    "prompt_tokens": "Tokens of prompts computed; those taken over from a prompt that begins alike are not counted.",
+    "generation_tokens": "New tokens, of all jobs however they end.",
+    "spec_decode_num_draft_tokens": "Tokens that were guessed before they were drawn.",
+    "spec_decode_num_accepted_tokens": "Guessed tokens that turned out right.",
+}
+
+
+class Metrics:
+    """The numbers of one worker, all with the label `model_name`. Its methods may be called from any thread."""
+
+    def __init__(self, *model_names: str) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody asks for
+        self._model_names = model_names
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._histograms = {name: self._histogram(name) for name in HISTOGRAMS}
+        self._succeeded = self._counter(
+            "request_success", "Jobs that succeeded; `length` if any sample ended so.", "finished_reason"
+        )
+        self._failed = self._counter(
+            "request_failure", "Jobs that ended otherwise: `cancelled`, `expired`, or a failure's code.", "code"
+        )
+        self._exceeded = self._counter("attempts_exceeded", "Jobs that failed with `max_attempts`.")
+        self._redelivered = self._counter("redeliveries", "Messages that came after a worker had had them.")
+        self._retried = self._counter(
+            "result_write_retries", "Times that Redis did not take results, of whatever model: it is under the first."
+        )
+        self._retried.labels(model_names[0])
+        for name in model_names:  # 0 from the start: a rate needs two values
+            self._succeeded.labels(name, "stop")
+            self._succeeded.labels(name, "length")
+            self._exceeded.labels(name)
+            self._redelivered.labels(name)
+            for histogram in self._histograms.values():
+                histogram.labels(name)
+
+    def _histogram(self, name: str) -> Histogram:
+        buckets, text = HISTOGRAMS[name]
+        return Histogram(PREFIX + name, text, ["model_name"], buckets=buckets, registry=self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(PREFIX + name, text, ["model_name", *labels], registry=self._registry)
+
+    def watch(self, pool: EnginePool, models: Models, monitor: Monitor) -> None:
+        """Show what these say too, whenever somebody asks."""
+        self._registry.register(_Live(self._model_names, pool, models, monitor))
+
+    def ended(self, outcome: Result | JobError, model_name: str) -> None:
+        """A job for the model ended so."""
+        if isinstance(outcome, JobError):
+            self._failed.labels(model_name, outcome.code).inc()
+            if outcome.code == "max_attempts":
+                self._exceeded.labels(model_name).inc()
+            return
+        reasons = [choice.finish_reason for choice in outcome.choices]
+        self._succeeded.labels(model_name, "length" if "length" in reasons else "stop").inc()
+        for name, value in observed(outcome).items():
+            self._histograms[name].labels(model_name).observe(value)
+
+    def redelivered(self, model_name: str) -> None:
+        """A message for the model came that a worker had before."""
+        self._redelivered.labels(model_name).inc()
+
+    def retried(self) -> None:
+        """Redis did not take a result, and is asked again."""
+        self._retried.labels(self._model_names[0]).inc()
+
+    def render(self, accept: str = "") -> tuple[str, bytes]:
+        """Content type and text, in the format that the header `Accept` asks for."""
+        encode, content_type = choose_encoder(accept)
+        return content_type, encode(self._registry)
+
+
+def observed(result: Result) -> dict[str, float]:
+    """What the histograms are told of a job."""
+    timings, usage = result.timings, result.usage
+    each = usage.completion_tokens / len(result.choices)
+    values = {
+        "time_to_first_token_seconds": timings.waiting_s + timings.prefill_s,
+        "e2e_request_latency_seconds": timings.waiting_s + timings.prefill_s + timings.decode_s,
+        "request_queue_time_seconds": timings.waiting_s,
+        "request_prefill_time_seconds": timings.prefill_s,
+        "request_decode_time_seconds": timings.decode_s,
+        "request_prompt_tokens": usage.prompt_tokens,
+        "request_generation_tokens": usage.completion_tokens,
+    }
+    if each > 1:
+        values["time_per_output_token_seconds"] = timings.decode_s / (each - 1)
+    return values
+
+
+class _Live:
+    """Numbers that are read when somebody asks: Prometheus calls `collect`."""
+
+    def __init__(self, model_names: tuple[str, ...], pool: EnginePool, models: Models, monitor: Monitor) -> None:
+        self._model_names, self._pool, self._models, self._monitor = model_names, pool, models, monitor
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by prometheus_client."""
+        engines = self._models.loaded
+        values = {model: self._values(model, engines.get(model)) for model in self._model_names}
+        for kind, texts in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
+            for name, text in texts.items():
+                family = kind(PREFIX + name, text, labels=["model_name"])
+                for model in [model for model in values if name in values[model]]:
+                    family.add_metric([model], values[model][name])
+                yield family
+        queued = GaugeMetricFamily(
+            f"{PREFIX}num_requests_queued",
+            "Jobs in the queue that no worker holds. All workers of a model say the same: take the maximum.",
+            labels=["model_name", "priority"],
+        )
+        for model, counts in self._monitor.queued.items():
+            for priority, count in counts.items():
+                queued.add_metric([model, priority], count)
+        yield queued
+        info = GaugeMetricFamily(
+            f"{PREFIX}engine_info", "Always 1.", labels=["model_name", "worker", "version", "fingerprint"]
+        )
+        for model in self._model_names:
+            fingerprint = engines[model].fingerprint if model in engines else ""
+            info.add_metric([model, self._monitor.name, version("headrace"), fingerprint], 1)
+        yield info
+
+    def _values(self, model: str, engine: Engine | None) -> dict[str, float]:
+        """All values of a model; of its engine only what is known without one if it is not loaded."""
+        monitor = self._monitor
+        of_process = {
+            "leases": sum(delivery.model == model for delivery in self._pool.deliveries()),
+            "ready": not monitor.why_not_ready(),
+            "redis_up": monitor.redis_answers,
+        }
+        if engine is None:
+            waiting = self._pool.held(model)
+            return {**of_process, "model_loaded": 0, "num_requests_running": 0, "num_requests_waiting": waiting}
+        stats = engine.stats()
+        return {
+            **of_process,
+            "model_loaded": 1,
+            "num_requests_running": stats.running,
+            "num_requests_waiting": stats.waiting,
+            "kv_cache_usage_perc": stats.cache_usage,
+            "slots": stats.slots,
+            "last_step_age_seconds": stats.step_age_s,
+            "selftest_ok": "batch-invariant" in engine.fingerprint.split("/"),
+            "prompt_tokens": stats.prompt_tokens,
+            "generation_tokens": stats.tokens,
+            "spec_decode_num_draft_tokens": stats.drafted,
+            "spec_decode_num_accepted_tokens": stats.accepted,
+        }

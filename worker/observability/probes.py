@@ -1,0 +1,147 @@
+"""HTTP for whoever looks after a worker: is it alive, is it ready, and its numbers. For a network of one's own: anybody
+who reaches the port may read, and nobody can change anything.
+
+    /livez    200, or 503 where a restart would help: the engine is stuck in a step (HEADRACE_STALL_S)
+    /readyz   200, or 503 and why no job would be taken now
+    /metrics  for Prometheus
+"""
+
+from __future__ import annotations
+
+import http.server
+import socket
+import socketserver
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from headrace.config import Settings
+
+if TYPE_CHECKING:
+    from headrace.worker.jobs.heartbeat import Monitor
+    from headrace.worker.observability.metrics import Metrics
+
+log = structlog.get_logger("headrace.worker")
+
+#: Who says nothing for so long is cut off.
+REQUEST_TIMEOUT_S = 5.0
+PLAIN = "text/plain; charset=utf-8"
+LOADING = "the model is being loaded"
+
+MISSING = (
+    "HEADRACE_METRICS_PORT is set, and that needs the package prometheus_client; install it with "
+    "`pip install 'headrace[metrics]'`, or unset HEADRACE_METRICS_PORT"
+)
+
+
+class ProbesError(RuntimeError):
+    """Raised when the port cannot be opened, or a package for it is missing; the message says what to do."""
+
+
+def open_probes(settings: Settings) -> Probes | None:
+    """Listen where the settings say; None if they say nowhere. Raises ProbesError."""
+    if not settings.metrics_port:
+        return None
+    try:
+        from headrace.worker.observability.metrics import Metrics
+    except ImportError as error:
+        raise ProbesError(MISSING) from error
+    return Probes(settings.metrics_host, settings.metrics_port, Metrics(*settings.models))
+
+
+class Probes:
+    """Listens from the moment it is made, so that a port that is taken is known before a model is loaded.
+
+    Args:
+        host: the address to listen at, or a name of it.
+        port: 0 is any that is free.
+        metrics: what `/metrics` shows.
+
+    Raises:
+        ProbesError: nothing can listen there.
+    """
+
+    def __init__(self, host: str, port: int, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self._monitor: Monitor | None = None
+        try:
+            self._server = _Server(host, port, self)
+        except OSError as error:
+            raise ProbesError(
+                f"cannot listen at {host}, port {port} ({error.strerror or error}); set HEADRACE_METRICS_HOST to an "
+                "address of this machine and HEADRACE_METRICS_PORT to a free port, one for each worker, or to 0"
+            ) from error
+        self._thread = threading.Thread(target=self._server.serve_forever, name="headrace-probes", daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """The port."""
+        return int(self._server.server_address[1])
+
+    def watch(self, monitor: Monitor) -> None:
+        """The model is loaded: from now on, this says how the worker is."""
+        self._monitor = monitor
+
+    def stop(self) -> None:
+        """Listen no more."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def answer(self, path: str, accept: str) -> tuple[int, str, bytes]:
+        """Status, content type and body for a path."""
+        if path == "/metrics":
+            return 200, *self.metrics.render(accept)
+        monitor = self._monitor
+        if path == "/livez":
+            fault = monitor.why_not_alive() if monitor else ""
+        elif path == "/readyz":
+            fault = monitor.why_not_ready() if monitor else LOADING
+        else:
+            return 404, PLAIN, b"there are /livez, /readyz and /metrics\n"
+        return 503 if fault else 200, PLAIN, f"{fault or 'ok'}\n".encode()
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    """A thread for each request: one who asks slowly must not make a worker look dead."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, host: str, port: int, probes: Probes) -> None:
+        self.probes = probes
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        self.address_family, address = found[0][0], found[0][4]
+        super().__init__(address[:2], _Handler)  # type: ignore[arg-type]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        """Called in the handler of an exception."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):  # such as who hung up
+            log.error("probes.failed", error=repr(error))
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: _Server
+    server_version, sys_version = "headrace", ""
+    timeout = REQUEST_TIMEOUT_S
+
+    def do_GET(self) -> None:
+        """Called by http.server."""
+        path = self.path.partition("?")[0]
+        status, content_type, body = self.server.probes.answer(path, self.headers.get("Accept", ""))
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: Any) -> None:
+        """A line for each probe would bury the others."""

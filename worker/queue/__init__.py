@@ -1,0 +1,1 @@
+"""Messages out of Redis, safely: consume, validate, acknowledge."""

