@@ -24,6 +24,6 @@ def random_model(shape: str, folder: Path) -> Path:
 
 def demo_model() -> Path:
     """The small trained model that comes with headrace."""
-    from headrace import model
+    from headrace.model.hub import DEMO
 
-    return Path(model.__file__).parent / "demo"
+    return DEMO

@@ -5,18 +5,22 @@ job = client.submit("Hello.", max_tokens=10, temperature=0)
 print(job.result(timeout=60).text)
 """
 
-from __future__ import annotations
-
-import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import IO, Any
-
-from celery import Signature
-
+from headrace import __version__
 from headrace.client.async_client import AsyncClient, AsyncJob
 from headrace.client.batch.run import BatchReport
 from headrace.client.client import Client
+from headrace.client.default import (
+    as_completed,
+    batch,
+    cancel,
+    default_client,
+    job,
+    map,  # noqa: A004  # reads as `client.map`
+    signature,
+    status,
+    submit,
+    submit_many,
+)
 from headrace.client.jobs.handle import Job
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event
@@ -41,6 +45,7 @@ from headrace.client.wire.errors import (
     UnreadableRecord,
 )
 from headrace.client.wire.requests import Choice, Result, SamplingParams
+from headrace.short_names import refuse_submodules as _refuse_submodules
 
 __all__ = [
     "AsyncClient",
@@ -71,6 +76,7 @@ __all__ = [
     "StreamChanged",
     "UnknownJob",
     "UnreadableRecord",
+    "__version__",
     "as_completed",
     "batch",
     "cancel",
@@ -83,53 +89,4 @@ __all__ = [
     "submit_many",
 ]
 
-
-@functools.cache
-def default_client() -> Client:
-    """The client that the functions of this module use: made from the environment when first needed."""
-    return Client()
-
-
-def submit(prompt: str | Sequence[int], **params: Any) -> Job:
-    """Queue one prompt; see `Client.submit`."""
-    return default_client().submit(prompt, **params)
-
-
-def submit_many(requests: Iterable[str | Sequence[int] | Mapping[str, Any]], **params: Any) -> list[Job]:
-    """Queue many prompts; see `Client.submit_many`."""
-    return default_client().submit_many(requests, **params)
-
-
-def batch(source: str | Path | IO[bytes] | Iterable[Any], output: str | Path, **options: Any) -> BatchReport:
-    """Compute all rows of a file or an iterable into a file; see `Client.batch`."""
-    return default_client().batch(source, output, **options)
-
-
-def map(prompts: Iterable[Any], **params: Any) -> Iterator[Any]:  # noqa: A001  # reads as `client.map`
-    """The results of prompts in their order; see `Client.map`."""
-    return default_client().map(prompts, **params)
-
-
-def job(job_id: str) -> Job:
-    """A handle on a job that was submitted anywhere; see `Client.job`."""
-    return default_client().job(job_id)
-
-
-def as_completed(jobs: Iterable[Job], timeout: float | None = None) -> Iterator[Job]:
-    """The jobs as they end; see `Client.as_completed`."""
-    return default_client().as_completed(jobs, timeout)
-
-
-def signature(prompt: str | Sequence[int], **params: Any) -> Signature:
-    """A job as a signature of Celery's; see `Client.signature`."""
-    return default_client().signature(prompt, **params)
-
-
-def cancel(jobs: Iterable[str | Job]) -> list[bool]:
-    """Ask for many jobs to be cancelled; see `Client.cancel`. One has `Job.cancel`."""
-    return default_client().cancel(jobs)
-
-
-def status() -> Status:
-    """Queues, workers and slots; see `Client.status`."""
-    return default_client().status()
+_refuse_submodules(__name__)

@@ -11,9 +11,9 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from headrace import __version__
 from headrace.config.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def find_tracer() -> Tracer | None:
 
 @functools.lru_cache(1)
 def _tracer_of(provider: TracerProvider) -> Tracer:
-    return provider.get_tracer("headrace", version("headrace"))
+    return provider.get_tracer("headrace", __version__)
 
 
 def setup_tracing(settings: Settings, service: str) -> Callable[[], None]:
@@ -69,7 +69,7 @@ def setup_tracing(settings: Settings, service: str) -> Callable[[], None]:
         raise SettingsError(MISSING) from error
     own = {
         "service.name": service,
-        "service.version": version("headrace"),
+        "service.version": __version__,
         "service.instance.id": f"{socket.gethostname()}-{os.getpid()}",
     }
     resource = Resource.create(own | dict(OTELResourceDetector().detect().attributes))

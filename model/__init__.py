@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.model.hub import ModelError
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
+from headrace.short_names import refuse_submodules as _refuse_submodules
 
 if TYPE_CHECKING:
     from headrace.model.gpt2 import GPT2, GPT2Config
@@ -21,6 +22,8 @@ __all__ = ["GPT2", "GPT2Config", "ModelError", "Tokenizer", "load_model", "load_
 
 #: What brings torch, which takes a second and 200 MB: imported when it is asked for. Who counts tokens needs none.
 _HEAVY = {"GPT2": "headrace.model.gpt2", "GPT2Config": "headrace.model.gpt2", "load_model": "headrace.model.weights"}
+
+_refuse_submodules(__name__)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """Matrix products in the fastest form the machine has, whose rows do not depend on how many rows there are.
 
-On a CPU with AVX-512, float32 goes through model/kernels/gemm_fp32_avx512.py; bfloat16 on one with a matrix unit through model/kernels/gemm_bf16_amx.py,
-and what is rounded to 8 bits through model/kernels/gemm_int8_amx.py. They sum a row in one order whatever its company.
+On a CPU with AVX-512, float32 goes through kernels/gemm_fp32_avx512.py; bfloat16 on one with a matrix unit through
+kernels/gemm_bf16_amx.py, and what is rounded to 8 bits through kernels/gemm_int8_amx.py. They sum a row in one
+order whatever its company.
 
 On other CPUs the weight is packed once in the layout oneDNN's kernels read (the private operators behind
 `torch.compile`'s CPU backend, taken only where they give what `F.linear` gives); elsewhere it stays as the files store

@@ -79,7 +79,7 @@ def cancel(job_id: str) -> str:
 
 
 def events(job_id: str) -> str:
-    """Stream: the text of a job that asked for streaming, as it came; each entry a `client.wire.requests.StreamEvent`."""
+    """Stream: the text of a job that asked for streaming, as it came; each entry a `StreamEvent`."""
     return f"{PREFIX}events:{job_id}"
 
 

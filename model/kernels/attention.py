@@ -2,8 +2,8 @@
 
 torch has no operator for one query each over caches of different lengths: what there is reads all rows to the length of
 the longest, and takes a microsecond for every head besides. This one is compiled by numba when it is first asked for,
-its loops written out where the CPU has AVX-512 (model/kernels/attention_avx512.py), and runs in the threads that torch's own operators
-run in: threads of another pool would fight with those, which wait for their next operator by spinning.
+its loops written out where the CPU has AVX-512 (attention_avx512.py), and runs in the threads that torch's
+own operators run in: threads of another pool would fight with those, which wait for their next operator by spinning.
 
 A row's bits depend on nothing but the row: a head of a row is computed by one thread, in the order of its positions.
 A slot may have several rows, at positions that follow each other. One thread computes a head for all of them, in that

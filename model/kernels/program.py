@@ -7,9 +7,9 @@ each asks for the beginning of the next one's weight while it multiplies its own
     table    one row of numbers for each product, see the fields below
     thread   packs its share of the rows, normed if asked for | waits | multiplies all rows by its blocks | waits | next
 
-How a weight is stored, rows are packed and a block is multiplied depends on the type: model/kernels/gemm_bf16_amx.py for bfloat16,
-model/kernels/gemm_int8_amx.py and model/kernels/gemm_fp32_avx512.py. All sum a row's products in one order whatever the other rows are, so a row's bits
-do not depend on how many there are, nor on the number of threads.
+How a weight is stored, rows are packed and a block is multiplied depends on the type: see the `gemm_*` modules. All sum
+a row's products in one order whatever the other rows are, so a row's bits do not depend on how many there are, nor on
+the number of threads.
 """
 
 from __future__ import annotations

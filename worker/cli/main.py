@@ -8,13 +8,13 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from typing import IO, Any, TypeVar, get_args
 
 import click
 from rich.console import Console
 from rich.table import Table
 
+from headrace import __version__
 from headrace.client import Client, NoWorker, RedisUnreachable, Result, ResultTimeout, SamplingParams, Status
 from headrace.client.batch.run import MAX_INFLIGHT
 from headrace.client.wire.errors import HeadraceError, InvalidBatch, InvalidRequest, OutputRefused
@@ -67,7 +67,7 @@ def _errors(as_json: bool) -> Iterator[None]:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version("headrace"), prog_name="headrace")
+@click.version_option(__version__, prog_name="headrace")
 def main() -> None:
     """Turn a queue of prompts into text with GPT-2, many at a time.
 

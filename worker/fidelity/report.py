@@ -1,6 +1,7 @@
 """What `headrace validate` needs around `client.wire.activations`: several prompts, half precision, files. numpy only.
 
-Ours come out of the path that serves jobs (`Job.checkpoints`), the others from `worker.fidelity.references` or from a file.
+Ours come out of the path that serves jobs (`Job.checkpoints`), the others from `worker.fidelity.references`
+or from a file.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     load thread      a model that is not loaded and has jobs        while it lasts; worker/engine/registry.py
     engine thread    computes; a finished future -> finisher or writer
     finisher thread  a message of one job: Celery's own tracer      stores its result, sends events
-    writer thread    jobs that share a message                      worker/jobs/result_writer.py; all that wait in one request
-    events thread    text of jobs that stream, as it comes          worker/jobs/stream_writer.py; the same
+    writer thread    jobs that share a message                      result_writer.py; all that wait in one request
+    events thread    text of jobs that stream, as it comes          stream_writer.py; the same
     main thread      a message whose last job is stored             acknowledged; Celery's bookkeeping
     monitor thread   leases, cancels, time limits, heartbeat        worker/jobs/heartbeat.py
     probes thread    /livez, /readyz, /metrics, if there is a port  worker/observability/probes.py

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-import headrace.model.kernels.gemm_int8_amx
 from headrace.model import load_model
+from headrace.model.hub import DEMO
 from headrace.model.kernels.gemm_int8_amx import Int8, int8_works
 from headrace.model.weights import ModelError
 
@@ -129,9 +129,8 @@ def test_a_machine_or_model_that_cannot_is_told_so(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ModelError, match=r"dtype 'int8' on cpu: it takes .* HEADRACE_DTYPE=bfloat16"):
         load_model("demo", device="cpu", dtype="int8")
     monkeypatch.setattr("headrace.model.weights.int8_works", lambda _: True)
-    demo = Path(headrace.model.kernels.gemm_int8_amx.__file__).parent / "demo"
-    config = (demo / "config.json").read_text().replace('"n_embd": 128', '"n_embd": 96')
+    config = (DEMO / "config.json").read_text().replace('"n_embd": 128', '"n_embd": 96')
     (tmp_path / "config.json").write_text(config.replace('"n_head": 2', '"n_head": 4'))
-    (tmp_path / "model.safetensors").symlink_to(demo / "model.safetensors")
+    (tmp_path / "model.safetensors").symlink_to(DEMO / "model.safetensors")
     with pytest.raises(ModelError, match=r"n_embd is 96; in int8 it must be a multiple of 64"):
         load_model(tmp_path, device="cpu", dtype="int8")
