@@ -130,16 +130,7 @@ class Storm:
             time.sleep(0.05)
 
     def _command(self, output: Path, *flags: str) -> list[str]:
-        command = [
-            sys.executable,
-            "-m",
-            "headrace.worker.cli.main",
-            "batch",
-            "-i",
-            str(self._source),
-            "-o",
-            str(output),
-        ]
+        command = [sys.executable, "-m", "worker.cli", "batch", "-i", str(self._source), "-o", str(output)]
         return [*command, "--max-inflight", "64", *flags]
 
     def _environment(self, url: str) -> dict[str, str]:

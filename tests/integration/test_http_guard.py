@@ -16,7 +16,7 @@ from tests.integration.http_server import HttpServer
 from tests.patience import PATIENCE_S
 
 KEYS = ("first-key-0123456789", "second-key-0123456789")
-SERVE = [sys.executable, "-m", "headrace.worker.cli.main", "serve", "--port", "0"]
+SERVE = [sys.executable, "-m", "worker.cli", "serve", "--port", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_a_start_that_would_open_the_door_is_refused(tmp_path: Path, flags: list
 
 
 def test_without_the_extra_the_error_names_it() -> None:
-    hidden = "import sys; sys.modules['uvicorn'] = None; from headrace.worker.cli.main import run; sys.argv[1:] = ['serve']; run()"
+    hidden = "import sys; sys.modules['uvicorn'] = None; from headrace.worker.cli import run; sys.argv[1:] = ['serve']; run()"
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 3
     assert "pip install 'headrace[http]'" in done.stderr

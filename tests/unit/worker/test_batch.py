@@ -7,11 +7,11 @@ import re
 from collections import Counter
 
 import pytest
+from headrace.worker.batch import Estimate, Screen, read_params, resume_command, stopped, summary
 from rich.console import Console
 
 from headrace.client import InvalidRequest
 from headrace.client.batch.run import BatchReport
-from headrace.worker.cli.bulk import Estimate, Screen, read_params, resume_command, stopped, summary
 
 
 def report() -> BatchReport:
@@ -43,7 +43,7 @@ def test_the_last_table_has_rows_failures_and_rates() -> None:
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("headrace.worker.cli.bulk.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("worker.batch.time.monotonic", lambda: now[0])
     written = io.StringIO()
     screen = Screen(Console(file=written, width=200))
     early = report()

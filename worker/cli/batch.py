@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from headrace.worker.pair import note, serving, settings_for
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
@@ -29,7 +30,6 @@ from headrace.client.wire.errors import HeadraceError, InvalidRequest
 from headrace.config import Settings
 from headrace.model.hub import MAX_CONFIG_BYTES, find_model, read_json
 from headrace.model.tokenizer import load_tokenizer
-from headrace.worker.cli.local_stack import note, serving, settings_for
 
 #: Exit codes: rows failed; stopped by the user.
 FAILED, INTERRUPTED = 1, 130

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import IO, Any, TypeVar, get_args
 
 import click
+from headrace.worker.pair import NothingRuns, note, own_pair, serving, settings_for
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +22,6 @@ from headrace.client.wire.errors import HeadraceError, InvalidBatch, InvalidRequ
 from headrace.client.wire.keys import dead, queue
 from headrace.client.wire.requests import parse_request
 from headrace.config import SettingsError, load_settings
-from headrace.worker.cli.local_stack import NothingRuns, note, own_pair, serving, settings_for
 from headrace.worker.redis_server import EmbeddedRedisError
 
 #: Exit codes: 0 done, 1 the job ended without a result, 2 wrong input, 3 nothing to run it, 4 not in time.
@@ -173,7 +173,7 @@ def batch(dry_run: bool, as_json: bool, **options: Any) -> None:
     Uses the worker that serves the model; if none runs and HEADRACE_REDIS_URL is not set, starts an embedded Redis and
     a worker for this call. Exit code 0 if all rows succeeded, 1 if some failed, 2 if the input is wrong.
     """
-    from headrace.worker.cli.bulk import estimate, run_batch
+    from headrace.worker.batch import estimate, run_batch
 
     with _errors(as_json):
         if dry_run:
