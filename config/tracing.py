@@ -11,10 +11,11 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from headrace.config.extras import how_to_install
 from headrace.config.settings import Settings, SettingsError
+from headrace.config.version import project_version
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer, TracerProvider
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 FLUSH_S = 3.0
 
 MISSING = (
-    "HEADRACE_OTEL is set, and that needs packages of OpenTelemetry; install them with `pip install 'headrace[otel]'`, "
+    f"HEADRACE_OTEL is set, and that needs packages of OpenTelemetry; to install them {how_to_install('otel')}, "
     "or unset HEADRACE_OTEL"
 )
 
@@ -40,7 +41,7 @@ def find_tracer() -> Tracer | None:
 
 @functools.lru_cache(1)
 def _tracer_of(provider: TracerProvider) -> Tracer:
-    return provider.get_tracer("headrace", version("headrace"))
+    return provider.get_tracer("headrace", project_version())
 
 
 def setup_tracing(settings: Settings, service: str) -> Callable[[], None]:
@@ -69,7 +70,7 @@ def setup_tracing(settings: Settings, service: str) -> Callable[[], None]:
         raise SettingsError(MISSING) from error
     own = {
         "service.name": service,
-        "service.version": version("headrace"),
+        "service.version": project_version(),
         "service.instance.id": f"{socket.gethostname()}-{os.getpid()}",
     }
     resource = Resource.create(own | dict(OTELResourceDetector().detect().attributes))

@@ -24,7 +24,16 @@ class HttpServer:
     """A server that keeps files in `directory` and writes what it says to `directory`/server.log."""
 
     def __init__(self, directory: Path, redis_url: str, *flags: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "worker.cli", "serve", "--port", "0", "--files", str(directory / "store")]
+        command = [
+            sys.executable,
+            "-m",
+            "headrace.worker.cli",
+            "serve",
+            "--port",
+            "0",
+            "--files",
+            str(directory / "store"),
+        ]
         self._command = [*command, *flags]
         self._environment = {
             **os.environ,

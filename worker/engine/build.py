@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-from importlib.metadata import version
 
 import structlog
 import torch
 
 from headrace.client.wire.requests import GenerateRequest
 from headrace.config import Settings
+from headrace.config.version import project_version
 from headrace.model.gpt2 import GPT2, GPT2Config
 from headrace.model.hub import ModelError
 from headrace.model.kernels.attention import decode_kernel
@@ -105,7 +105,7 @@ def fingerprint(model: GPT2, prefill_chunk: int, invariant: bool) -> str:
         else torch.backends.cpu.get_cpu_capability()
     )
     parts = (
-        f"headrace-{version('headrace')}",
+        f"headrace-{project_version()}",
         f"torch-{torch.__version__}",
         device.replace(" ", "-"),
         str(model.dtype).removeprefix("torch."),

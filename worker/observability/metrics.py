@@ -7,7 +7,6 @@ does nothing for it. One process, so no multiprocess mode. Needs prometheus_clie
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
@@ -16,6 +15,7 @@ from prometheus_client.exposition import choose_encoder
 
 from headrace.client.wire.errors import JobError
 from headrace.client.wire.requests import Result
+from headrace.config.version import project_version
 
 if TYPE_CHECKING:
     from headrace.worker.engine.engine import Engine
@@ -186,7 +186,7 @@ class _Live:
         )
         for model in self._model_names:
             fingerprint = engines[model].fingerprint if model in engines else ""
-            info.add_metric([model, self._monitor.name, version("headrace"), fingerprint], 1)
+            info.add_metric([model, self._monitor.name, project_version(), fingerprint], 1)
         yield info
 
     def _values(self, model: str, engine: Engine | None) -> dict[str, float]:
