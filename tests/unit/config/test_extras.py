@@ -17,9 +17,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NAMES = "|".join({re.escape(PROJECT["name"]), "headrace"})
 #: The name as an argument of an installer, alone or with an extra or a version; a path that contains it is none.
 INSTALLED_BY_NAME = re.compile(
-    rf"\b(?:install|add|inject|run|download)\b[^\n]*?(?<![\w/.@-])(?:{NAMES})(?=[\[\s'\"`=<>~!)]|$)"
+    rf"\b(?:install|add|inject|run|download)\b[^\n]*?(?<![\w/.@-])(?:{NAMES})(?=[\[\s'\"=<>~!]|$)"
 )
-INSTALLER = re.compile(r"\b(?:pip3?|uv|pipx|poetry|pdm|conda|rye)\b[^\n]*")
+#: A command ends with its line, or with the backtick that closes it.
+INSTALLER = re.compile(r"\b(?:pip3?|uv|pipx|poetry|pdm|conda|rye)\b[^\n`]*")
 WITH_EXTRA = re.compile(rf"\b(?:{NAMES})\[[a-z]")
 
 
@@ -32,9 +33,8 @@ def texts() -> list[Path]:
 
 def by_name(line: str) -> bool:
     """Whether a line tells somebody to install the project by a name."""
-    return any(INSTALLED_BY_NAME.search(command) for command in INSTALLER.findall(line)) or bool(
-        WITH_EXTRA.search(line)
-    )
+    commands = INSTALLER.findall(line)
+    return any(INSTALLED_BY_NAME.search(command) for command in commands) or bool(WITH_EXTRA.search(line))
 
 
 @pytest.mark.parametrize(

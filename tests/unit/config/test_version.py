@@ -31,7 +31,9 @@ def test_without_a_project_file_of_ours_it_is_unknown(tmp_path: Path, text: str 
 def test_the_command_tells_it_where_no_distribution_is_installed() -> None:
     hidden = (
         "import importlib.metadata as m, sys; real = m.version\n"
-        f"def version(name):\n    if name == {DISTRIBUTION!r}: raise m.PackageNotFoundError(name)\n    return real(name)\n"
+        "def version(name):\n"
+        f"    if name == {DISTRIBUTION!r}: raise m.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
         "m.version = version\n"
         "from headrace.worker.cli import run; sys.argv[1:] = ['--version']; run()"
     )
