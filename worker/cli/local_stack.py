@@ -54,7 +54,9 @@ class ServingStack(NamedTuple):
 
 
 @contextlib.contextmanager
-def find_or_start_stack(settings: Settings) -> Iterator[ServingStack]:
+def find_or_start_stack(
+    settings: Settings, open_client: Callable[[Settings], Client] = lambda settings: Client(settings=settings)
+) -> Iterator[ServingStack]:
     """A client of the workers that serve the model, else of a local stack that exists during the block.
 
     Raises:
@@ -63,23 +65,29 @@ def find_or_start_stack(settings: Settings) -> Iterator[ServingStack]:
     """
     with contextlib.ExitStack() as at_exit:
         at_exit.callback(setup_tracing(settings, "headrace"))
-        with Client(settings=settings) as client:
-            try:
-                status = client.status()
-                if status.serves(settings.model_name):
-                    yield ServingStack(client, lambda: None, local=False)
-                    return
-                if settings.redis_url is not None:
-                    served = ", ".join(sorted({worker.model for worker in status.workers})) or "nothing"
-                    raise NothingRuns(
-                        f"no worker serves {queue(settings.model_name)} on the Redis that HEADRACE_REDIS_URL names; "
-                        f"start one with `celery -A worker worker`. Served there: {served}"
-                    )
-            except RedisUnreachable:
-                if settings.redis_url is not None:
-                    raise
+        with open_client(settings) as client:
+            if _is_served(client, settings):
+                yield ServingStack(client, lambda: None, local=False)
+                return
         with start_local_stack(settings) as stack:
             yield stack
+
+
+def _is_served(client: Client, settings: Settings) -> bool:
+    """Whether workers serve the model; an error if none does on a Redis that the settings name."""
+    try:
+        status = client.status()
+    except RedisUnreachable:
+        if settings.redis_url is not None:
+            raise
+        return False
+    if not status.serves(settings.model_name) and settings.redis_url is not None:
+        served = ", ".join(sorted({worker.model for worker in status.workers})) or "nothing"
+        raise NothingRuns(
+            f"no worker serves {queue(settings.model_name)} on the Redis that HEADRACE_REDIS_URL names; "
+            f"start one with `celery -A worker worker`. Served there: {served}"
+        )
+    return status.serves(settings.model_name)
 
 
 @contextlib.contextmanager
