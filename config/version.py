@@ -17,7 +17,7 @@ def project_version() -> str:
     try:
         return version(DISTRIBUTION)
     except PackageNotFoundError:
-        return version_of_clone(Path(__file__).parents[1])
+        return version_of_clone(Path(__file__).resolve().parents[1])
 
 
 def version_of_clone(folder: Path) -> str:

@@ -17,7 +17,7 @@ import log_events  # noqa: E402
 from mkdocs.exceptions import PluginError  # noqa: E402
 
 from headrace.client.error_codes import ERRORS, JOB_FAILURES  # noqa: E402
-from headrace.client.wire import errors  # noqa: E402
+from headrace.client.wire.errors import HeadraceError  # noqa: E402
 from headrace.config.settings import PREFIX, Settings  # noqa: E402
 from headrace.config.settings_help import HELP, SettingHelp  # noqa: E402
 
@@ -52,14 +52,14 @@ def _as_code(text: str) -> str:
 
 def errors_table() -> str:
     """The classes of errors by their codes, except `JobFailed`, whose code varies."""
-    kinds = {kind.code: kind.__name__ for kind in _error_classes(errors.HeadraceError)}
+    kinds = {kind.code: kind.__name__ for kind in _error_classes(HeadraceError)}
     rows = [f"| `{code}` | `{kinds[code]}` | {advice} |" for code, advice in ERRORS.items()]
     return "\n".join(["| code | class | what to do |", "|---|---|---|", *rows])
 
 
-def _error_classes(base: type[errors.HeadraceError]) -> Iterator[type[errors.HeadraceError]]:
+def _error_classes(base: type[HeadraceError]) -> Iterator[type[HeadraceError]]:
     for kind in base.__subclasses__():
-        if kind.__module__ == errors.__name__:
+        if kind.__module__ == base.__module__:
             if "code" in vars(kind):
                 yield kind
             yield from _error_classes(kind)
