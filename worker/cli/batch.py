@@ -26,7 +26,7 @@ from headrace.worker.cli.options import MODEL, REPEATABLE
 )
 @click.option("-o", "--output-file", "output", metavar="PATH", help="gzipped if it ends in .gz; - is stdout")
 @click.option("-e", "--error-file", "errors", metavar="PATH", help="write failed rows here, not into the output")
-@click.option("--model", help=f"{MODEL}, for rows that name none")
+@click.option("--model", help=f"for rows that name none: {MODEL}")
 @click.option("--text", is_flag=True, help="each line of the input is a prompt, not JSON")
 @click.option(
     "-p", "--params", multiple=True, metavar="NAME=VALUE", help=f"parameter of rows that do not set it; {REPEATABLE}"
