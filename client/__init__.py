@@ -8,6 +8,7 @@ print(job.result(timeout=60).text)
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -41,6 +42,8 @@ from headrace.client.wire.errors import (
     UnreadableRecord,
 )
 from headrace.client.wire.requests import Choice, Result, SamplingParams
+from headrace.config.directories import redis_dir
+from headrace.config.settings import PREFIX
 
 __all__ = [
     "AsyncClient",
@@ -84,9 +87,17 @@ __all__ = [
 ]
 
 
-@functools.cache
 def default_client() -> Client:
-    """The client that the functions of this module use: made from the environment when first needed."""
+    """The client that the functions of this module use, made from the environment.
+
+    The same object is returned until a `HEADRACE_*` variable or the data directory changes.
+    """
+    settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith(PREFIX)))
+    return _client_for(settings, redis_dir())
+
+
+@functools.lru_cache(maxsize=1)
+def _client_for(settings: tuple[tuple[str, str], ...], directory: Path) -> Client:  # noqa: ARG001  # the cache's key
     return Client()
 
 

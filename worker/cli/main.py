@@ -21,7 +21,7 @@ from headrace.client.wire.errors import HeadraceError, InvalidBatch, InvalidRequ
 from headrace.client.wire.keys import dead, queue
 from headrace.client.wire.requests import parse_request
 from headrace.config import SettingsError, load_settings
-from headrace.worker.cli.local_stack import NothingRuns, note, own_pair, serving, settings_for
+from headrace.worker.cli.local_stack import NothingRuns, note, own_pair, run_worker, serving, settings_for
 from headrace.worker.redis_server import EmbeddedRedisError
 
 #: Exit codes: 0 done, 1 the job ended without a result, 2 wrong input, 3 nothing to run it, 4 not in time.
@@ -80,9 +80,7 @@ def up() -> None:
     """Run a worker in the foreground, with an embedded Redis unless one is set or runs here."""
     with _errors(as_json=False):
         load_settings()
-    from headrace.worker.celery import app
-
-    app.worker_main(["worker", "--without-gossip", "--without-mingle"])
+        raise SystemExit(run_worker())
 
 
 def sampling_options(command: F) -> F:
