@@ -35,6 +35,9 @@ from headrace.worker.tasks import add_tasks
 
 log = structlog.get_logger("headrace.worker")
 
+#: How long to wait for the embedded Redis server that another process is starting.
+OTHERS_START_S = 60.0
+
 
 def make_app(settings: Settings) -> Celery:
     """A Celery app whose worker computes the settings' models. Nothing is connected or loaded yet."""
@@ -113,28 +116,31 @@ def _find_redis(instance: Any, **_: Any) -> None:
         raise SystemExit(f"headrace: {error}") from None
 
 
-def start_redis_if_none(settings: Settings, *, patience_s: float = 60.0) -> None:
-    """Start an embedded server that ends with this process, unless a Redis answers where the settings look for one.
-
-    Where another process is just starting one, this waits until that one answers.
-    """
+def start_redis_if_none(settings: Settings) -> None:
+    """Start an embedded server that ends with this process, unless a Redis answers where the settings look for one."""
     url = resolve_url(settings)
     tried = current_url(url)
-    deadline = time.monotonic() + patience_s
-    while not answers(url):
-        server = EmbeddedRedis()
-        try:
-            server.start()
-        except EmbeddedRedisError as error:
-            if not isinstance(error, AlreadyRunning) or time.monotonic() > deadline:
-                raise SystemExit(f"headrace: no Redis at {tried}, and no embedded one can run: {error}") from None
-            time.sleep(0.1)
-            continue
+    try:
+        server = _start_embedded(url)
+    except EmbeddedRedisError as error:
+        raise SystemExit(f"headrace: no Redis at {tried}, and no embedded one can run: {error}") from None
+    if server is not None:
         atexit.register(server.stop)
-        log.warning(
-            "redis.embedded", tried=tried, url=server.url, hint="set HEADRACE_REDIS_URL to use a Redis of yours"
-        )
-        return
+        hint = "set HEADRACE_REDIS_URL to use a Redis of yours"
+        log.warning("redis.embedded", tried=tried, url=server.url, hint=hint)
+
+
+def _start_embedded(url: str) -> EmbeddedRedis | None:
+    """The server that was started; None if a Redis answers, if need be after another process has started it."""
+    deadline = time.monotonic() + OTHERS_START_S
+    while not answers(url):
+        try:
+            return EmbeddedRedis().start()
+        except AlreadyRunning:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+    return None
 
 
 @signals.worker_shutdown.connect  # type: ignore[untyped-decorator]
