@@ -26,6 +26,8 @@ from headrace.config.directories import read_address
 from headrace.config.settings import DEFAULT_REDIS_URL
 
 SCHEME = "embedded"
+#: What connecting to the socket of a server that does not run raises. Other errors come from one that runs.
+NOT_RUNNING = (FileNotFoundError, ConnectionRefusedError)
 
 #: The last socket at which this process has reached the server of a data directory. A process that has used an embedded
 #: server waits until it is back, and does not continue on another Redis, which knows nothing of its jobs.
@@ -84,15 +86,14 @@ def _socket_of(directory: str) -> str | None:
     return address.socket if address is not None and _is_ours(address.socket) else None
 
 
-def _check_fallback(directory: str, error: OSError | None) -> None:
+def _check_fallback(directory: str) -> None:
     """See that the default port may be tried: not where this process has used the embedded server.
 
     Raises:
-        OSError: it has, and that server is away.
+        ConnectionRefusedError: it has, and that server is away.
     """
     if directory in _reached:
-        path = _reached[directory]
-        raise error or ConnectionRefusedError(f"the embedded Redis server, last at {path}, does not run")
+        raise ConnectionRefusedError("the embedded Redis server does not run")
 
 
 class EmbeddedConnection(redis.Connection):
@@ -103,13 +104,10 @@ class EmbeddedConnection(redis.Connection):
         self.directory = directory
 
     def _connect(self) -> Any:
-        error = None
         if (path := _socket_of(self.directory)) is not None:
-            try:
+            with contextlib.suppress(*NOT_RUNNING):
                 return self._connect_to(path)
-            except OSError as caught:
-                error = caught
-        _check_fallback(self.directory, error)
+        _check_fallback(self.directory)
         return super()._connect()  # type: ignore[no-untyped-call]
 
     def _connect_to(self, path: str) -> socket.socket:
@@ -136,17 +134,13 @@ class AsyncEmbeddedConnection(redis.asyncio.Connection):
         self.directory = directory
 
     async def _connect(self) -> None:
-        error = None
         if (path := _socket_of(self.directory)) is not None:
-            try:
+            with contextlib.suppress(*NOT_RUNNING):
                 async with asyncio.timeout(self.socket_connect_timeout):
                     self._reader, self._writer = await asyncio.open_unix_connection(path)
-            except OSError as caught:
-                error = caught
-            else:
                 _reached[self.directory] = path
                 return
-        _check_fallback(self.directory, error)
+        _check_fallback(self.directory)
         await super()._connect()  # type: ignore[no-untyped-call]
 
     def _host_error(self) -> str:
