@@ -20,11 +20,11 @@ from headrace.config import Settings
 from headrace.model.hub import find_model
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
 from headrace.model.weights import read_config
-from headrace.worker.fidelity import report as checkpoints
+from headrace.worker.fidelity import tensor_files as checkpoints
 from headrace.worker.fidelity.diagnosis import likely_cause
 from headrace.worker.fidelity.references import REFERENCES, Reference, ReferenceUnavailable, load_reference
 from headrace.worker.fidelity.references.files import read_weights
-from headrace.worker.fidelity.report import Loss
+from headrace.worker.fidelity.tensor_files import Loss
 
 #: The usual prompts: text, the empty prompt, one token, and (below) one that fills the context.
 PROMPTS = ("Hello.", "The quick brown", "Once upon a time", "", "The")
