@@ -236,7 +236,7 @@ def serve(**options: Any) -> None:
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16", "int8"]), default="float32", show_default=True
 )
 @click.option("--prompt", "prompts", multiple=True, help="check this prompt instead of the usual ones; may be repeated")
-@click.option("--plot", type=click.Path(dir_okay=False), help="draw the difference by layer and position into a PNG")
+@click.option("--plot", type=click.Path(dir_okay=False), help="draw the error by layer and position into a PNG")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 def validate(
     model: str | None,
@@ -246,13 +246,15 @@ def validate(
     plot: str | None,
     as_json: bool,
 ) -> None:
-    """Compare the model, tensor by tensor, with other implementations: the thirteen checkpoints.
+    """Measure the model's error, tensor by tensor, against float64: the thirteen checkpoints.
 
-    Starts an embedded Redis and a worker of its own, so that the tensors come from the path that serves jobs. Exit code
-    0 only if every checkpoint holds.
+    Starts an embedded Redis and a worker of its own, so that the tensors come from the path that serves jobs. The
+    errors of libraries are reported beside it; a file of tensors is judged like the model. Exit code 0 only if every
+    checkpoint of the model, and of the files, holds.
     """
     with _errors(as_json):
-        from headrace.worker.fidelity.validate import Validation, report_json, report_text
+        from headrace.worker.fidelity.report import passed, report_json, report_text
+        from headrace.worker.fidelity.validate import Validation
 
         settings = settings_for(model, dtype=dtype)
         settings = settings.only(settings.model_name)
@@ -262,7 +264,7 @@ def validate(
         if plot:
             validation.draw(plot)
     click.echo(report_json(reports) if as_json else report_text(reports))
-    if not all(report.ok for report in reports):
+    if not passed(reports):
         raise SystemExit(FAILED)
 
 

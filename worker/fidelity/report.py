@@ -1,0 +1,103 @@
+"""What `headrace validate` found, as JSON and as tables."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from headrace.client.wire.activations import Row
+from headrace.worker.fidelity.references.float64 import NAME
+from headrace.worker.fidelity.tensor_files import Loss
+
+
+@dataclass(frozen=True)
+class Report:
+    """One implementation's thirteen checkpoints, measured against float64."""
+
+    model: str
+    dtype: str
+    #: Whose tensors these are: "headrace", a library and its version, or a file.
+    subject: str
+    fingerprint: str
+    prompts: int
+    rows: list[Row]
+    cause: str = ""
+    note: str = ""
+    #: Whether an error over the tolerance fails the validation. A library's own error is only reported.
+    judged: bool = True
+    #: Of other precisions than float32.
+    loss: Loss | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that was compared holds, and something was."""
+        return all(row.ok is not False for row in self.rows) and any(row.ok for row in self.rows if 0 < row.number < 12)
+
+
+def passed(reports: Sequence[Report]) -> bool:
+    """Whether everything that is judged holds."""
+    return all(report.ok for report in reports if report.judged)
+
+
+def report_json(reports: Sequence[Report]) -> str:
+    """All reports as one JSON array."""
+    return json.dumps([_plain(report) for report in reports])
+
+
+def _plain(report: Report) -> dict[str, Any]:
+    fields = {name: getattr(report, name) for name in ("model", "dtype", "subject", "fingerprint", "prompts", "judged")}
+    rows = [row.to_json() for row in report.rows]
+    loss = asdict(report.loss) if report.loss is not None else None
+    result = {
+        "reference": NAME,
+        "ok": report.ok,
+        "cause": report.cause,
+        "note": report.note,
+        "loss": loss,
+        "rows": rows,
+    }
+    return fields | result
+
+
+def report_text(reports: Sequence[Report]) -> str:
+    """All reports as tables."""
+    out = io.StringIO()
+    console = Console(file=out, width=150, highlight=False)
+    for report in reports:
+        _print(console, report)
+    note = next((report.note for report in reports if report.note), "")
+    if note:
+        console.print(f"not compared: {note}")
+    return out.getvalue().rstrip()
+
+
+def _print(console: Console, report: Report) -> None:
+    title = (
+        f"{report.subject} measured against {NAME}: {report.model} in {report.dtype}, worst of {report.prompts} prompts"
+    )
+    lines = Table("#", "checkpoint", "compared", "shape", "max abs", "max rel", "tolerance", "", title=title)
+    verdicts = {True: "ok", False: "FAILED" if report.judged else "over the tolerance", None: "-"}
+    for row in report.rows:
+        numbers = ["" if v is None else f"{v:.2g}" for v in (row.max_abs, row.max_rel, row.tolerance)]
+        note = f"{verdicts[row.ok]} {row.note}".strip()
+        lines.add_row(str(row.number), row.name, row.compared, row.shape.replace("[", "\\["), *numbers, note)
+    console.print(lines)
+    if report.loss is not None:
+        found = report.loss
+        console.print(
+            f"{report.dtype} costs, over {found.positions} positions: the next token's distribution is off by "
+            f"{found.divergence:.2g} nats (Kullback-Leibler); the likeliest token is the same at {found.agreement:.1%}"
+        )
+    over = ", ".join(str(row.number) for row in report.rows if row.ok is False)
+    if over and not report.judged:
+        console.print(f"{report.subject}'s own error is over the tolerance at checkpoint {over}; this fails nothing")
+    if report.cause:
+        console.print(report.cause)
+        file = "" if report.subject == "headrace" else f" --reference {report.subject}"
+        console.print(f"next: headrace validate --prompt 'Hello.' --plot difference.png{file}")
