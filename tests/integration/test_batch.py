@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from headrace.client import Client, InvalidBatch, InvalidRequest, JobFailed, OutputRefused
+from headrace.client.batch import run as batch_run
 from headrace.client.batch.rows import Row
 from headrace.client.batch.run import Window
 from headrace.client.wire import keys
@@ -149,7 +150,7 @@ def test_a_queue_that_is_full_is_waited_for(redis_url: str, tmp_path: Path) -> N
 
 
 def test_jobs_that_redis_lost_are_queued_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headrace.client.batch.run.HEAL_S", 0.1)
+    monkeypatch.setattr(batch_run, "HEAL_S", 0.1)
     with EmbeddedRedis.ephemeral() as server, Client(redis_url=server.url) as client:
         row = Row(1, "a", {"prompt": "a"}, "")
         counts: list[int] = []
