@@ -23,9 +23,9 @@ MAX_NAME = 128
 #: No setting that is a number may be larger: beyond it Redis, torch and clocks refuse numbers one by one, at work.
 MAX_BYTES, MAX_SECONDS = 2**50, 10 * 365 * 86_400
 #: As long as the digest that it keys: a shorter one could be guessed.
-SHORTEST_SIGNING_KEY = 32
+MIN_SIGNING_KEY_LENGTH = 32
 #: A key that goes over the network can be tried out only slowly.
-SHORTEST_API_KEY = 16
+MIN_API_KEY_LENGTH = 16
 
 
 class SettingsError(ValueError):
@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     #: Several, separated by commas, are all accepted by workers; clients sign with the first. None: nothing is signed.
     signing_key: SecretStr | None = Field(
         None,
-        description=f"a secret of at least {SHORTEST_SIGNING_KEY} characters without spaces, or several of them "
+        description=f"a secret of at least {MIN_SIGNING_KEY_LENGTH} characters without spaces, or several of them "
         "separated by commas; make one with `openssl rand -hex 32`",
     )
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -106,7 +106,7 @@ class Settings(BaseSettings):
     #: Of `headrace serve`: who has one of them may use it. None: only this machine may.
     api_keys: SecretStr | None = Field(
         None,
-        description=f"a secret of at least {SHORTEST_API_KEY} characters without spaces, or several of them separated "
+        description=f"a secret of at least {MIN_API_KEY_LENGTH} characters without spaces, or several of them separated "
         "by commas",
     )
     #: Of `headrace serve`: where uploaded files and batches lie. None: `data_dir()`.
@@ -141,7 +141,7 @@ class Settings(BaseSettings):
     @field_validator("signing_key", "api_keys")
     @classmethod
     def _long_keys(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
-        shortest = SHORTEST_SIGNING_KEY if info.field_name == "signing_key" else SHORTEST_API_KEY
+        shortest = MIN_SIGNING_KEY_LENGTH if info.field_name == "signing_key" else MIN_API_KEY_LENGTH
         if not all(is_key(key, shortest) for key in _split_keys(value)):
             raise ValueError("length")
         return value
