@@ -156,5 +156,7 @@ def test_without_the_extra_the_error_names_it() -> None:
 
 
 def test_the_server_loads_no_model() -> None:
-    code = "import client.http.serve, sys; assert not {'torch', 'numba', 'worker'} & sys.modules.keys()"
+    code = (
+        "import headrace.client.http.serve, sys; assert not {'torch', 'numba', 'headrace.worker'} & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)
