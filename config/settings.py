@@ -35,20 +35,21 @@ class SettingsError(ValueError):
 class Settings(BaseSettings):
     """All settings. Immutable; change a copy with `model_copy(update=...)`.
 
-    The description of a field lists its valid values and completes the sentence "it must be ...".
+    The description of a field lists its valid values and completes the sentence "it must be ...". `settings_help.py`
+    has the documentation for users, with the names of the same settings in vLLM.
     """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
     )
 
-    #: The model to serve, or several separated by commas; see the property `models`. vLLM: `model`.
+    #: The model to serve, or several separated by commas; see the property `models`.
     model: str = Field(
         "demo",
         description="'demo', the name of a GPT-2 size, a Hugging Face id, or a directory; or several of these under "
         "different names, separated by commas, where NAME=MODEL sets a name",
     )
-    #: The name of the model in queues and results; derived from `model` by default. vLLM: `served_model_name`.
+    #: The name of the model in queues and results; derived from `model` by default.
     served_name: str | None = Field(
         None,
         description="a name of letters, digits, '.', '_' and '-', and can only be set for one model; with several, "
@@ -66,29 +67,29 @@ class Settings(BaseSettings):
         description=f"a secret of at least {MIN_SIGNING_KEY_LENGTH} characters without spaces, or several of them "
         "separated by commas; generate one with `openssl rand -hex 32`",
     )
-    #: The device that computes; 'auto' is the first GPU, or the CPU if there is none. vLLM: `device`.
+    #: The device that computes; 'auto' is the first GPU, or the CPU if there is none.
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    #: The number format of the weights and of the matrix products. vLLM: `dtype`, `quantization` for int8.
+    #: The number format of the weights and of the matrix products.
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto", description="'auto', 'float32', 'bfloat16', 'float16' or 'int8'"
     )
-    #: The largest number of sequences in a batch (continuous batching). vLLM: `max_num_seqs`.
+    #: The largest number of sequences in a batch (continuous batching).
     slots: int = Field(64, description="a whole number from 1 to 4096", ge=1, le=4096)
-    #: The longest prompt and generated text together, in tokens. None: the model's maximum. vLLM: `max_model_len`.
+    #: The longest prompt and generated text together, in tokens. None: the model's maximum.
     max_context: int | None = Field(None, description="a whole number from 2 to 2**50", ge=2, le=MAX_BYTES)
     #: Memory for the key/value caches, in bytes; several models get equal parts. None: enough for every slot at full
-    #: length, but at most a quarter of the memory that is free when a model is loaded. vLLM: `kv_cache_memory_bytes`.
+    #: length, but at most a quarter of the memory that is free when a model is loaded.
     kv_cache_bytes: int | None = Field(None, description="a whole number of bytes from 1 to 2**50", ge=1, le=MAX_BYTES)
-    #: CPU threads. None: torch's default, one for each physical core. vLLM on CPUs: `VLLM_CPU_OMP_THREADS_BIND`.
+    #: CPU threads. None: torch's default, one for each physical core.
     threads: int | None = Field(None, description="a whole number from 1 to 4096", ge=1, le=4096)
     #: The largest number of tokens in one forward pass. Limits how long a sequence that is generating waits for the
-    #: prefill of another. vLLM: `max_num_batched_tokens`.
+    #: prefill of another.
     step_tokens: int = Field(512, description="a whole number from 16 to 8192", ge=16, le=8192)
     #: Chunked prefill: a prompt is computed in chunks of this many tokens. A different value may change the last bits
-    #: of a result. vLLM: `long_prefill_token_threshold`.
+    #: of a result.
     prefill_chunk: int = Field(128, description="a whole number from 16 to 1024", ge=16, le=1024)
     #: N-gram speculative decoding: tokens proposed for each sequence while few sequences are running; 0 turns it off.
-    #: Results do not depend on it. vLLM: `num_speculative_tokens`.
+    #: Results do not depend on it.
     draft_tokens: int = Field(7, description="a whole number from 0 to 15", ge=0, le=15)
     #: Unload a model that had no job for this long, and load it again for the next job; the first model always stays
     #: loaded. 0: never unload.
@@ -120,7 +121,7 @@ class Settings(BaseSettings):
     #: An engine that spends longer in one step counts as stalled: its jobs are delivered to other workers, it accepts
     #: no more, and `headrace status` exits with 1.
     stall_s: float = Field(60.0, description="a number of seconds from 1 to 315360000", ge=1, le=MAX_SECONDS)
-    #: `headrace serve`: every request must send one of these keys. None: only this machine may. vLLM: `api_key`.
+    #: `headrace serve`: every request must send one of these keys. None: only this machine may.
     api_keys: SecretStr | None = Field(
         None,
         description=f"a secret of at least {MIN_API_KEY_LENGTH} characters without spaces, or several of them "
@@ -135,7 +136,7 @@ class Settings(BaseSettings):
         "127.0.0.1", description="an address or a name of this machine, or 0.0.0.0 or :: for all", min_length=1
     )
     #: Export OpenTelemetry spans as the OTEL_* variables say. In a program that has set up OpenTelemetry itself, spans
-    #: are exported regardless of this setting. vLLM: `otlp_traces_endpoint`.
+    #: are exported regardless of this setting.
     otel: bool = Field(False, description="1 or 0")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="'debug', 'info', 'warning' or 'error'"
