@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import filelock
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from headrace.client.http.errors import ApiError, not_found
@@ -72,9 +72,9 @@ class FileStore:
             self._directory = directory / "files"
             self._directory.mkdir(mode=0o700, exist_ok=True)
             # Not thread-local: the application closes the store in another thread than the one that opened it.
-            self._directory_lock = filelock.FileLock(directory / "lock", mode=0o600, thread_local=False)
+            self._directory_lock = FileLock(directory / "lock", mode=0o600, thread_local=False)
             self._directory_lock.acquire(blocking=False)
-        except filelock.Timeout:
+        except Timeout:  # a subclass of OSError
             raise DirectoryInUse(
                 f"another server uses {directory}; choose another directory with --files DIR"
             ) from None

@@ -40,11 +40,9 @@ def name_of(page: Path) -> str:
 @pytest.fixture
 def at_the_worker(worker: object, redis_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What a user's shell has: the address of a Redis with a worker on it, and a directory to write to."""
-    from headrace import client
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HEADRACE_REDIS_URL", redis_url)
-    client.default_client.cache_clear()
 
 
 def run_python(text: str) -> dict[str, Any]:
@@ -68,7 +66,6 @@ def test_python_blocks_run_and_print_what_is_shown(page: Path) -> None:
     if "own" in scope:
         scope["own"].close()
     client.default_client().close()
-    client.default_client.cache_clear()
 
 
 @pytest.mark.usefixtures("at_the_worker")

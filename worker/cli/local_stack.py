@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -128,7 +129,7 @@ class _WorkerProcess:
         given = {f"HEADRACE_{name.upper()}": "" if value is None else str(value) for name, value in ours.items()}
         self._environment = {**os.environ, **given}
         # No port: that of the environment may be another worker's.
-        self._environment |= {"HEADRACE_LOG_FORMAT": "console", "HEADRACE_METRICS_PORT": "0"}
+        self._environment |= {"HEADRACE_LOG_FORMAT": "json", "HEADRACE_METRICS_PORT": "0"}
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`
         self._pause, self._restart_at = RESTART_S, 0.0
         self._process = self._start()
@@ -142,9 +143,11 @@ class _WorkerProcess:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not client.status().serves(self._model):
             if self._process.poll() is not None or time.monotonic() > deadline:
+                if (reason := self._model_failure()) is not None:
+                    raise NothingRuns(reason)
                 what = "ended" if self._process.poll() is not None else f"was not ready after {START_TIMEOUT_S} s"
                 raise NothingRuns(
-                    "\n".join([f"the worker started for this call {what}; its last lines:", *self._last()])
+                    "\n".join([f"the worker started for this call {what}; its last lines:", *self._lines()[-20:]])
                 )
             time.sleep(0.05)
 
@@ -164,6 +167,15 @@ class _WorkerProcess:
         self._process.wait()
         self._output.close()
 
-    def _last(self) -> list[str]:
+    def _lines(self) -> list[str]:
         self._output.seek(0)
-        return self._output.read().decode(errors="replace").strip().splitlines()[-20:]
+        return self._output.read().decode(errors="replace").strip().splitlines()
+
+    def _model_failure(self) -> str | None:
+        """Why the worker could not load its model; None if it ended for another reason."""
+        for line in self._lines():
+            with contextlib.suppress(ValueError):
+                event = json.loads(line) if line.startswith("{") else {}
+                if event.get("event") == "worker.model_failed":
+                    return str(event.get("error"))
+        return None
