@@ -1,6 +1,7 @@
-"""Where two models part, checkpoint by checkpoint: `python examples/compare_two_models.py gpt2 ./my-fine-tuned-gpt2`.
+"""Find where two models differ, checkpoint by checkpoint: `python examples/compare_two_models.py gpt2 ./my-fine-tuned-gpt2`.
 
-No Redis and no worker: two engines in this process. Both get the same token ids, so their vocabularies must be one.
+Runs two engines in this process, without Redis and worker. Both models get the same token ids, so they must have the same
+vocabulary.
 """
 
 import sys
