@@ -1,7 +1,7 @@
-"""Find where two models differ, checkpoint by checkpoint: `python examples/compare_two_models.py gpt2 ./my-fine-tuned-gpt2`.
+"""Show how much two models differ at each checkpoint.
 
-Runs two engines in this process, without Redis and worker. Both models get the same token ids, so they must have the same
-vocabulary.
+Run `python examples/compare_two_models.py gpt2 ./my-fine-tuned-gpt2`. It needs neither Redis nor a worker: two engines
+run in this process. Both get the same token ids, so the models must have the same vocabulary.
 """
 
 import sys
