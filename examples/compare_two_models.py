@@ -1,6 +1,7 @@
-"""Where two models part, checkpoint by checkpoint: `python examples/compare_two_models.py gpt2 ./my-fine-tuned-gpt2`.
+"""Show how much two models differ at each checkpoint.
 
-No Redis and no worker: two engines in this process. Both get the same token ids, so their vocabularies must be one.
+Run `python examples/compare_two_models.py gpt2 ./my-fine-tuned-gpt2`. It needs neither Redis nor a worker: two engines
+run in this process. Both get the same token ids, so the models must have the same vocabulary.
 """
 
 import sys
