@@ -12,16 +12,9 @@ from celery import Celery, signals
 from celery.platforms import EX_FAILURE
 
 from headrace.client.wire import keys
+from headrace.client.wire.celery import broker_settings, celery_url, queue, sentinel_options
 from headrace.client.wire.errors import RedisUnreachable
-from headrace.client.wire.redis import (
-    broker_settings,
-    celery_url,
-    check_access,
-    connect,
-    queue,
-    resolve_url,
-    sentinel_options,
-)
+from headrace.client.wire.redis import check_access, connect, resolve_url
 from headrace.config import Settings, SettingsError, load_settings
 from headrace.config.logging import setup_logging
 from headrace.worker.queue.permissions import RightsMissing, check_rights

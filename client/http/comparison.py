@@ -14,7 +14,7 @@ from headrace.client.wire.errors import InvalidRequest, NoCheckpoints, UnknownJo
 from headrace.client.wire.requests import is_job_id
 
 if TYPE_CHECKING:
-    from headrace.client.wire.activations import Row, Tensors
+    from headrace.client.wire.comparison import Row, Tensors
 
 #: Tensors of each of the two jobs; all of GPT-2 124M at 100 tokens take half of it. They are worked on in float64.
 MAX_BYTES = 64 * 2**20
@@ -72,7 +72,7 @@ def _asked(query: QueryParams, name: str) -> str:
 
 
 def _compare(ours: Tensors, theirs: Tensors) -> list[dict[str, Any]]:
-    from headrace.client.wire.activations import compare  # numpy takes a while to import, and few need it
+    from headrace.client.wire.comparison import compare
 
     try:
         rows = compare(ours, theirs, reference=REFERENCE, tolerances={})

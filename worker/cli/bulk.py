@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from headrace.client import Client, SamplingParams
+from headrace.client.batch.items import Row
 from headrace.client.batch.output import STDOUT, Output
-from headrace.client.batch.rows import Row
-from headrace.client.batch.run import Batch, BatchReport, Window
+from headrace.client.batch.run import Batch, BatchReport
+from headrace.client.batch.window import Window
 from headrace.client.wire.errors import HeadraceError, InvalidRequest
 from headrace.config import Settings
 from headrace.model.hub import MAX_CONFIG_BYTES, find_model, read_json
@@ -217,9 +218,8 @@ def _check_options(source: str, output: str, *, as_json: bool, **options: Any) -
         raise InvalidRequest("overwrite", "--resume beside it", "one of them")
     if options["errors"] == STDOUT:
         raise InvalidRequest("error-file", "'-'", "a file")
-    with contextlib.closing(Output(output, options["errors"])) as sink:
+    with Output(output, options["errors"]) as sink:
         sink.check_free(source, resume=going_on, overwrite=options["overwrite"])
-        sink.abandon()
 
 
 def _models(client: Client) -> set[str]:
@@ -321,7 +321,7 @@ def _count(batch: Batch, settings: Settings) -> tuple[Estimate, list[Row]]:
 def _measure(client: Client, sample: list[Row], max_inflight: int) -> BatchReport:
     """Compute rows, of which nothing is kept."""
     report, run = BatchReport(rows=len(sample)), secrets.token_hex(6)
-    drafts = ((row, client._prepare({**row.fields, "id": row.job_id(run)})) for row in sample)
+    drafts = ((row, client.submitter.prepare({**row.fields, "id": row.job_id(run)})) for row in sample)
     for pairs in Window[Row](client, size=max_inflight).run(drafts):
         for _, outcome in pairs:
             report.count(outcome)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from headrace import __version__
 from headrace.client import Client, NoWorker, RedisUnreachable, Result, ResultTimeout, SamplingParams, Status
-from headrace.client.batch.run import MAX_INFLIGHT
+from headrace.client.batch.window import MAX_INFLIGHT
 from headrace.client.wire.errors import HeadraceError, InvalidBatch, InvalidRequest, OutputRefused
 from headrace.client.wire.keys import dead, queue
 from headrace.client.wire.requests import parse_request

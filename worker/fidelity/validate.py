@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.client import Client
-from headrace.client.wire.activations import CHECKPOINTS, Row, compare
+from headrace.client.wire.activations import CHECKPOINTS
+from headrace.client.wire.comparison import Row, compare
 from headrace.client.wire.errors import HeadraceError
 from headrace.config import Settings
 from headrace.model.hub import find_model

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from headrace.client.batch.output import completion, logprobs_fields
-from headrace.client.batch.rows import completion_fields
+from headrace.client.batch.openai import completion, completion_fields, logprobs_fields
 from headrace.client.http.jobs import Prompt
 from headrace.client.http.sse import sse
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.requests import Result
+from headrace.client.wire.results import Result
 
 #: Prompts of one request; more are a batch.
 MAX_PROMPTS = 1_024

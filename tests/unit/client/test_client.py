@@ -27,10 +27,11 @@ from headrace.client import (
     UnknownJob,
     UnreadableRecord,
 )
-from headrace.client.client import GROUP_JOBS
-from headrace.client.jobs.status import QueueStatus
+from headrace.client.jobs.submission import GROUP_JOBS
 from headrace.client.wire import keys
-from headrace.client.wire.redis import celery_url, connect, resolve_url
+from headrace.client.wire.celery import celery_url
+from headrace.client.wire.queue_depth import QueueStatus
+from headrace.client.wire.redis import connect, resolve_url
 from headrace.config import load_settings
 from headrace.config.settings import DEFAULT_REDIS_URL
 from headrace.worker.jobs.store import RedisStore
@@ -92,7 +93,7 @@ def test_priorities_have_lists_of_their_own(client: Client, connection: redis.Re
 
 
 def test_a_seed_is_chosen_before_the_job_is_queued(client: Client) -> None:
-    draft = client._prepare({"prompt": "Hello."})
+    draft = client.submitter.prepare({"prompt": "Hello."})
     assert draft.request.seed is not None
     assert 0 <= draft.request.seed < 2**52
 
@@ -259,8 +260,8 @@ def test_a_full_redis_refuses_in_our_words() -> None:
 
 def test_an_id_whose_message_was_never_sent_is_sent_again(client: Client, connection: redis.Redis) -> None:
     """A client that dies between writing the record and sending the message must be able to try again."""
-    draft = client._prepare({"prompt": "Hello.", "id": f"{client.model_name}:2"})
-    assert client._record([draft])
+    draft = client.submitter.prepare({"prompt": "Hello.", "id": f"{client.model_name}:2"})
+    assert client.submitter._write_records([draft])
     client.submit_many([{"prompt": "Hello.", "id": f"{client.model_name}:2"}] * 2)
     assert len(queued(client, connection)) == 1
     client.submit_many(["Hello.", {"prompt": "Hello.", "id": f"{client.model_name}:2"}])
@@ -291,7 +292,7 @@ def served(redis_url: str) -> Iterator[Callable[[str, str], None]]:
 def test_a_model_that_no_worker_serves_is_refused_with_those_that_are_served(
     redis_url: str, served: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("headrace.client.client.SERVED_S", 0.0)
+    monkeypatch.setattr("headrace.client.jobs.status.SERVED_S", 0.0)
     own = redis_url.replace("db=0", "db=9")
     with Client(redis_url=own) as client:
         client.submit("Hello.", model="anything")  # without any worker nobody can say what is right
@@ -427,7 +428,7 @@ def test_an_unreachable_redis_is_named_without_its_password() -> None:
 
 def test_jobs_queued_before_redis_went_away_are_in_the_error() -> None:
     with EmbeddedRedis.ephemeral() as server, Client(redis_url=server.url) as client:
-        publish, sent = client._publish, []
+        publish, sent = client.submitter._publish, []
 
         def publish_two(group: list[object], producer: object) -> None:
             if len(sent) == 2:
@@ -435,7 +436,7 @@ def test_jobs_queued_before_redis_went_away_are_in_the_error() -> None:
             sent.append(group)
             publish(group, producer)  # type: ignore[arg-type]
 
-        client._publish = publish_two  # type: ignore[method-assign]
+        client.submitter._publish = publish_two  # type: ignore[method-assign]
         with pytest.raises(RedisUnreachable, match=f"{2 * GROUP_JOBS} jobs were queued before") as caught:
             client.submit_many(["a"] * 4 * GROUP_JOBS)
         accepted = [draft.id for group in sent[:2] for draft in group]
@@ -444,7 +445,7 @@ def test_jobs_queued_before_redis_went_away_are_in_the_error() -> None:
 
 def test_jobs_queued_before_redis_was_full_are_in_the_error_each_at_its_place() -> None:
     with EmbeddedRedis.ephemeral() as server, Client(redis_url=server.url) as client:
-        publish, sent = client._publish, []
+        publish, sent = client.submitter._publish, []
 
         def publish_one(group: list[object], producer: object) -> None:
             if sent:
@@ -452,7 +453,7 @@ def test_jobs_queued_before_redis_was_full_are_in_the_error_each_at_its_place() 
             publish(group, producer)  # type: ignore[arg-type]
             sent.append(group)
 
-        client._publish = publish_one  # type: ignore[method-assign]
+        client.submitter._publish = publish_one  # type: ignore[method-assign]
         with pytest.raises(RedisRefused, match=r"memory.* 2 jobs were queued before") as caught:
             client.submit_many([{"prompt": "a", "priority": p} for p in ("normal", "bulk", "normal")])
         assert [(i, job.id) for i, job in caught.value.accepted.items()] == list(

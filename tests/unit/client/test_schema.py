@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.requests import GenerateRequest, Result, SamplingParams, parse_request
+from headrace.client.wire.requests import GenerateRequest, SamplingParams, parse_request
+from headrace.client.wire.results import Result
 
 GOOD = {"prompt": "Hello."}
 
