@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import IO, Any, overload
 
 from celery import Celery, Signature
-from headrace.client.batch.map import map_prompts
 
+from headrace.client.batch.map import map_prompts
 from headrace.client.batch.run import Batch, BatchReport
 from headrace.client.batch.window import MAX_INFLIGHT
 from headrace.client.jobs.handle import Handle, Job, check_same_redis, job_id_of, job_in_errors
@@ -34,13 +34,14 @@ class Client:
     """Submits jobs to one Redis and reads their results. Use it as a context manager, or call `close`.
 
     Args:
-        redis_url: HEADRACE_REDIS_URL if not given, else a running embedded server, else localhost.
+        redis_url: HEADRACE_REDIS_URL if not given, else the embedded server of this user's data directory, else
+            localhost. Which of the two is looked up for each new connection, so the server may start after the client.
         model: the model of jobs that name none; the first of HEADRACE_MODEL if not given.
         settings: all settings at once, instead of the environment.
 
     Attributes:
         settings: the settings in use.
-        url: the URL of the Redis in use.
+        url: the URL of the Redis in use; `embedded://` if it is looked up for each connection.
         model_name: the model of jobs that name none.
         submitter: checks and submits jobs; what `submit` is made of.
         reader: polls and cancels jobs; what `Job` is made of.

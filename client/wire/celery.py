@@ -12,7 +12,9 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from headrace.client.wire import keys
-from headrace.client.wire.redis import CONNECT_TIMEOUT_S, SENTINEL_OPTIONS, SOCKET_TIMEOUT_S
+from headrace.client.wire.embedded_redis import SCHEME as EMBEDDED
+from headrace.client.wire.embedded_redis import is_embedded
+from headrace.client.wire.redis import CONNECT_TIMEOUT_S, SENTINEL_OPTIONS, SOCKET_TIMEOUT_S, has_keepalive
 from headrace.config import Settings
 from headrace.config.sentinel import is_sentinel, parse_sentinel
 
@@ -28,7 +30,7 @@ def celery_url(url: str) -> str:
     if is_sentinel(url):
         return parse_sentinel(url).for_celery()
     parts = urlsplit(url)
-    if parts.scheme != "unix":
+    if parts.scheme != "unix":  # also `embedded://`, which EmbeddedTransport and EmbeddedBackend understand
         return url
     database = parse_qs(parts.query).get("db", ["0"])[0]
     return f"redis+socket://{parts.path}?virtual_host={database}"
@@ -46,6 +48,7 @@ def broker_settings(settings: Settings, url: str) -> dict[str, Any]:
     """Celery's settings for the broker. Client and worker must share them: the shortest lease of all counts."""
     return {
         "broker_url": celery_url(url),
+        "broker_transport": "headrace.client.wire.embedded_redis:EmbeddedTransport" if is_embedded(url) else None,
         # Without this, kombu does not check certificates. The query of the URL (ssl_ca_certs and so on) means the same
         # to kombu, Celery's result backend and redis-py; without it, the system's authorities are trusted.
         "broker_use_ssl": {"ssl_cert_reqs": ssl.CERT_REQUIRED} if urlsplit(url).scheme == "rediss" else None,
@@ -56,7 +59,7 @@ def broker_settings(settings: Settings, url: str) -> dict[str, Any]:
             "unacked_restore_throttle": 1,
             "socket_timeout": SOCKET_TIMEOUT_S,
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
-            "socket_keepalive": urlsplit(url).scheme != "unix",
+            "socket_keepalive": has_keepalive(url),
             "health_check_interval": 25,
             **sentinel_options(url),
         },
@@ -79,12 +82,13 @@ def queue(model_name: str) -> Queue:
 def results_app(settings: Settings, url: str) -> Celery:
     """A Celery app that publishes tasks and reads results: for canvases, and for a user's own tasks and worker."""
     app = Celery("headrace-results", set_as_current=False)
+    app.loader.override_backends = {EMBEDDED: "headrace.client.wire.embedded_redis:EmbeddedBackend"}
     app.conf.update(
         **broker_settings(settings, url),
         result_backend=celery_url(url),
         result_backend_transport_options={"global_keyprefix": keys.PREFIX, **sentinel_options(url)},
         redis_backend_use_ssl=app.conf.broker_use_ssl,
-        redis_socket_keepalive=urlsplit(url).scheme != "unix",
+        redis_socket_keepalive=has_keepalive(url),
         result_expires=settings.result_ttl_s,
     )
     return app

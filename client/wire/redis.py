@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import ssl
 from collections.abc import Iterator
 from typing import Any, cast
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import redis
 import redis.asyncio
@@ -22,9 +21,18 @@ from kombu.exceptions import OperationalError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from headrace.client.wire.embedded_redis import (
+    AsyncEmbeddedConnection,
+    EmbeddedConnection,
+    current_url,
+    directory_of,
+    embedded_url,
+    is_embedded,
+)
 from headrace.client.wire.errors import NO_TLS, TLS, RedisRefused, RedisUnreachable, connection_advice
+from headrace.config.directories import redis_dir
 from headrace.config.sentinel import is_sentinel, parse_sentinel
-from headrace.config.settings import DEFAULT_REDIS_URL, Settings, embedded_socket, redact_url
+from headrace.config.settings import Settings, redact_url
 
 #: Seconds after which a connection without an answer fails. It must be more than the one second for which kombu's BRPOP
 #: waits; None would wait for ever on a dead connection.
@@ -43,40 +51,23 @@ SENTINEL_OPTIONS: dict[str, Any] = {"socket_timeout": 1.0, "socket_connect_timeo
 
 
 def resolve_url(settings: Settings) -> str:
-    """The URL of the Redis to use: the one in the settings, else a running embedded server, else the default port."""
-    if settings.redis_url is not None:
-        return settings.redis_url
-    path = embedded_socket()
-    return unix_url(str(path)) if listening(str(path)) else DEFAULT_REDIS_URL
+    """The URL of the Redis that the settings mean, for `connect` and the other functions here.
 
-
-def unix_url(path: str) -> str:
-    """The URL of a unix socket in redis-py's form."""
-    return f"unix://{quote(path)}?db=0"
-
-
-def listening(path: str) -> bool:
-    """Whether a server of this user accepts connections on this unix socket.
-
-    A server that was killed leaves a socket file behind. A socket in another user's directory is not used: it could be
-    there to collect prompts.
+    Without `redis_url` this is an internal URL, which stays the same while the embedded server starts, stops and moves.
+    `current_url` says where the server is now.
     """
-    with contextlib.suppress(OSError):
-        if os.stat(os.path.dirname(path)).st_uid != os.getuid():
-            return False
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(path)
-        except OSError:
-            return False
-        return True
+    return settings.redis_url or embedded_url(redis_dir())
 
 
 def connect(url: str, *, text: bool = True) -> redis.Redis:
     """A redis-py client with timeouts; it returns `text` or else bytes. Sends nothing yet."""
     if is_sentinel(url):
         return cast("redis.Redis", _primary(url, redis.sentinel.Sentinel, redis.Redis, text, Retry(NoBackoff(), 0)))
+    if is_embedded(url):
+        pool = redis.ConnectionPool(
+            connection_class=EmbeddedConnection, directory=directory_of(url), decode_responses=text, **_OPTIONS
+        )
+        return redis.Redis.from_pool(pool)
     connection: redis.Redis = redis.Redis.from_url(url, decode_responses=text, **_OPTIONS)
     return connection
 
@@ -87,6 +78,11 @@ def connect_async(url: str) -> redis.asyncio.Redis:
         once = redis.asyncio.retry.Retry(NoBackoff(), 0)
         found = _primary(url, redis.asyncio.sentinel.Sentinel, _AsyncSentinelRedis, True, once)
         return cast("redis.asyncio.Redis", found)
+    if is_embedded(url):
+        pool = redis.asyncio.ConnectionPool(
+            connection_class=AsyncEmbeddedConnection, directory=directory_of(url), decode_responses=True, **_OPTIONS
+        )
+        return redis.asyncio.Redis.from_pool(pool)
     connection: redis.asyncio.Redis = redis.asyncio.Redis.from_url(url, decode_responses=True, **_OPTIONS)
     return connection
 
@@ -109,13 +105,18 @@ class _AsyncSentinelRedis(redis.asyncio.Redis):
             await sentinel.aclose()
 
 
+def has_keepalive(url: str) -> bool:
+    """Whether the connection may use TCP. redis-py's class for unix sockets has no option for TCP keepalive."""
+    return urlsplit(url).scheme != "unix"
+
+
 def explain(url: str, error: BaseException) -> str:
     """The reason of a failed connection, including a mismatch of TLS between the server and the URL.
 
     With such a mismatch both sides wait for each other, or one hangs up, and the error alone does not tell why. Takes
     at most PROBE_S seconds.
     """
-    reason, parts = str(error) or type(error).__name__, urlsplit(url)
+    reason, parts = str(error) or type(error).__name__, urlsplit(current_url(url))
     signs = {"rediss": ("timeout",), "redis": ("reset", "closed", "protocol error")}.get(parts.scheme, ())
     if not any(sign in reason.lower() for sign in signs):
         return reason
@@ -153,11 +154,12 @@ def redis_errors(url: str) -> Iterator[None]:
     except (redis.ConnectionError, redis.TimeoutError, OperationalError, ConnectionError) as error:
         if isinstance(error, RedisUnreachable):
             raise
+        shown = redact_url(current_url(url))
         if isinstance(error.__cause__, redis.ResponseError):  # kombu's error for a message that Redis refused
-            raise RedisRefused(redact_url(url), str(error)) from error
-        raise RedisUnreachable(redact_url(url), explain(url, error)) from error
+            raise RedisRefused(shown, str(error)) from error
+        raise RedisUnreachable(shown, explain(url, error)) from error
     except redis.RedisError as error:
-        raise RedisRefused(redact_url(url), str(error)) from error
+        raise RedisRefused(redact_url(current_url(url)), str(error)) from error
 
 
 def check_access(url: str) -> None:
@@ -177,7 +179,25 @@ def check_access(url: str) -> None:
         pass  # it answers, perhaps that it is loading its data
 
 
+def answers(url: str) -> bool:
+    """Ask once whether a Redis answers. One that is loading its data does; one that wants a login does not."""
+    try:
+        with _connect_once(url) as connection:
+            connection.ping()
+    except redis.BusyLoadingError:
+        return True
+    except (redis.ConnectionError, redis.TimeoutError):
+        return False
+    except redis.RedisError:
+        return True
+    return True
+
+
 def _connect_once(url: str) -> redis.Redis:
     timeouts: dict[str, Any] = {"socket_timeout": CONNECT_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
-    connection: redis.Redis = redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **timeouts)
+    options: dict[str, Any] = {**timeouts, "retry": Retry(NoBackoff(), 0)}
+    if is_embedded(url):
+        pool = redis.ConnectionPool(connection_class=EmbeddedConnection, directory=directory_of(url), **options)
+        return redis.Redis.from_pool(pool)
+    connection: redis.Redis = redis.Redis.from_url(url, **options)
     return connection

@@ -278,7 +278,7 @@ def test_missing_library_is_named(name: str, monkeypatch: pytest.MonkeyPatch) ->
     package, version = PACKAGES[name]
     with pytest.raises(ReferenceUnavailable, match=rf"{package}=={version}") as caught:
         load_reference(name, DEMO)
-    assert "pip install 'headrace[references]'" in str(caught.value)
+    assert "pip install '.[references]' -c constraints.txt` in a clone" in str(caught.value)
 
 
 def test_tinygrad_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from tests.patience import PATIENCE_S
 
 def validate(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "headrace.worker.cli.main", "validate", *arguments]
+    command = [sys.executable, "-m", "headrace.worker.cli", "validate", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 

@@ -18,9 +18,10 @@ from headrace.client.wire.activations import CHECKPOINTS
 from headrace.client.wire.comparison import Row, compare
 from headrace.client.wire.errors import HeadraceError
 from headrace.config import Settings
-from headrace.model.hub import find_model
+from headrace.config.extras import how_to_install
+from headrace.model.hub import ModelError, find_model
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
-from headrace.model.weights import read_config
+from headrace.model.weights import check_weights, read_config
 from headrace.worker.fidelity import report as checkpoints
 from headrace.worker.fidelity.diagnosis import likely_cause
 from headrace.worker.fidelity.references import REFERENCES, Reference, ReferenceUnavailable, load_reference
@@ -84,16 +85,19 @@ class Validation:
     """A comparison of one model with several references.
 
     Raises:
-        ModelError: there is no such model.
-        ValidationError: a reference is unknown, or none is installed.
+        ValidationError: the model cannot be read; a reference is unknown, or none is installed.
     """
 
     def __init__(self, settings: Settings, references: Sequence[str], prompts: Sequence[str]) -> None:
         self.settings = settings
         self.model = settings.models[settings.model_name]
-        self.folder = find_model(self.model)
-        self.config = read_config(self.folder / "config.json")
-        self.tokenizer: Tokenizer = load_tokenizer(self.model)
+        try:
+            self.folder = find_model(self.model)
+            self.config = read_config(self.folder / "config.json")
+            check_weights(self.folder, self.config)
+            self.tokenizer: Tokenizer = load_tokenizer(self.model)
+        except ModelError as error:
+            raise ValidationError(str(error)) from error
         self.skipped: list[str] = []
         self._references, self._files = self._load(references)
         self.cases = self._cases(prompts)
@@ -115,7 +119,7 @@ class Validation:
                 hint = f"a reference is one of {', '.join(REFERENCES)}, or a file of tensors"
                 raise ValidationError(f"{error}; {hint}") from error
         if not libraries and not files:
-            raise ValidationError("no reference is installed: `pip install 'headrace[references]'`")
+            raise ValidationError(f"no reference is installed: {how_to_install('references')}")
         return libraries, files
 
     def _cases(self, prompts: Sequence[str]) -> list[Case]:
@@ -269,7 +273,7 @@ class Validation:
         try:
             draw_difference(self.cases[index].tensors["hidden"], traces[index]["hidden"], name, path)
         except ImportError as error:
-            raise ValidationError("--plot needs matplotlib: `pip install 'headrace[plot]'`") from error
+            raise ValidationError(f"--plot needs matplotlib: {how_to_install('plot')}") from error
 
 
 def report_json(reports: Sequence[Report]) -> str:

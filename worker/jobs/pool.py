@@ -633,6 +633,7 @@ class EnginePool(BasePool):
     def _tell_unavailable(self, error: ModelUnavailable) -> None:
         model, kind = self.settings.models.get(error.name, error.name), type(error.reason).__name__
         log.error("worker.model_failed", model=model, error=str(error), kind=kind)
+        self.app.headrace_unavailable = str(error)  # `headrace up` ends with it
 
     def _missing_rights(self) -> str:
         """What to do about a right that was missing; it names all that are, where Redis still says."""
