@@ -210,7 +210,7 @@ class AsyncClient:
                     self._polls.drop(job_id)
 
     async def _poll_all(self) -> None:
-        """Poll until nobody waits any more."""
+        """Poll until there is no job left to wait for."""
         while self._polls:
             self._added.clear()
             with contextlib.suppress(TimeoutError):

@@ -93,7 +93,7 @@ class Client:
             InvalidRequest: a parameter is wrong, or live workers serve other models than the one that it names; nothing
                 was queued.
             QueueFull: the queue is full; nothing was queued.
-            RedisUnreachable: Redis does not answer; as far as is known, nothing was queued.
+            RedisUnreachable: Redis does not answer; nothing was queued, unless only the answer was lost.
             RedisRefused: Redis answers with an error; nothing was queued.
         """
         return self._submit([self.submitter.prepare({"prompt": prompt, "id": id, **params})])[0]

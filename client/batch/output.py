@@ -53,12 +53,12 @@ class RowFile:
             if written is None:
                 self._torn = True
             elif self._torn:
-                raise OutputRefused(f"{self.path} is no output of a batch: line {number - 1} is not an output line")
+                raise OutputRefused(f"{self.path} is not an output of a batch: line {number - 1} is not an output line")
             else:
                 self._valid_bytes += len(line)
                 yield written
         if self._torn and not self._valid_bytes and any(line.endswith(b"\n") for line in self._lines()):
-            raise OutputRefused(f"{self.path} is no output of a batch: it has no output lines")
+            raise OutputRefused(f"{self.path} is not an output of a batch: it has no output lines")
 
     def _opened(self) -> IO[bytes]:
         return open_lines(self.path) if self._zipped else self.path.open("rb")

@@ -92,7 +92,7 @@ class Window(Generic[K]):
         self._polls = PollState()
         self._unsent: deque[tuple[int, K, PreparedJob]] = deque()
         self._done: dict[int, tuple[K, Outcome | Exception]] = {}  # by index in the input
-        self._taken = self._given = 0
+        self._read = self._returned = 0
         self._chunk = CHUNK
         self._resubmitted_at = self._ended_at = self._reminded_at = time.monotonic()
         self._failing_since: float | None = None
@@ -115,7 +115,7 @@ class Window(Generic[K]):
         source = iter(items)
         more = True
         while True:
-            more = self._take(source) if more else False
+            more = self._fill(source) if more else False
             self._submit()
             self._collect()
             if ready := self._ready():
@@ -138,17 +138,17 @@ class Window(Generic[K]):
                     with contextlib.suppress(UnknownJob):
                         self._reader.cancel([job_id])
 
-    def _take(self, source: Iterator[tuple[K, PreparedJob | Exception]]) -> bool:
+    def _fill(self, source: Iterator[tuple[K, PreparedJob | Exception]]) -> bool:
         """Fill the window from the input. Returns whether the input may have more."""
-        room = self._size - (self._taken - self._given)
+        room = self._size - (self._read - self._returned)
         if room < min(CHUNK, self._size // 4):
             return True  # wait for more room: a message with few jobs costs as much as one with many
         for key, job in itertools.islice(source, room):
             if isinstance(job, Exception):
-                self._done[self._taken] = (key, job)
+                self._done[self._read] = (key, job)
             else:
-                self._unsent.append((self._taken, key, job))
-            self._taken += 1
+                self._unsent.append((self._read, key, job))
+            self._read += 1
             room -= 1
         return room == 0
 
@@ -201,9 +201,9 @@ class Window(Generic[K]):
             self._done.clear()
         else:
             ready = []
-            while (entry := self._done.pop(self._given + len(ready), None)) is not None:
+            while (entry := self._done.pop(self._returned + len(ready), None)) is not None:
                 ready.append(entry)
-        self._given += len(ready)
+        self._returned += len(ready)
         return ready
 
     def _redis_failed(self, error: RedisUnreachable | RedisRefused) -> None:

@@ -209,7 +209,7 @@ class GenerateRequest(SamplingParams):
             raise InvalidRequest("prompt", "a list of 0 token ids", expected)
         elif min(value) < 0 or max(value) >= TOKEN_IDS:
             wrong = next(i for i, token in enumerate(value) if not 0 <= token < TOKEN_IDS)
-            raise InvalidRequest("prompt", f"a list whose item {wrong} is no token id", expected)
+            raise InvalidRequest("prompt", f"a list whose item {wrong} is not a token id", expected)
         return value
 
     def to_wire(self) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def test_a_file_of_something_else_is_not_touched(tmp_path: Path) -> None:
             pytest.fail("it was taken for an output")
         assert path.read_bytes() == data
     path.write_bytes(b"x\n" + output_line(row("a"), "j", result()))
-    with Output(path) as output, pytest.raises(OutputRefused, match="no output of a batch"):
+    with Output(path) as output, pytest.raises(OutputRefused, match="not an output of a batch"):
         list(output.scan(retry_errors=False))
 
 

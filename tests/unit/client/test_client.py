@@ -19,6 +19,7 @@ from headrace.client import (
     Client,
     InvalidBatch,
     InvalidRequest,
+    Job,
     JobFailed,
     NoWorker,
     QueueFull,
@@ -92,9 +93,9 @@ def test_priorities_have_lists_of_their_own(client: Client, connection: redis.Re
 
 
 def test_a_seed_is_chosen_before_the_job_is_queued(client: Client) -> None:
-    draft = client.submitter.prepare({"prompt": "Hello."})
-    assert draft.request.seed is not None
-    assert 0 <= draft.request.seed < 2**52
+    prepared = client.submitter.prepare({"prompt": "Hello."})
+    assert prepared.request.seed is not None
+    assert 0 <= prepared.request.seed < 2**52
 
 
 @pytest.mark.parametrize(
@@ -259,8 +260,8 @@ def test_a_full_redis_refuses_in_our_words() -> None:
 
 def test_an_id_whose_message_was_never_sent_is_sent_again(client: Client, connection: redis.Redis) -> None:
     """A client that dies between writing the record and sending the message must be able to try again."""
-    draft = client.submitter.prepare({"prompt": "Hello.", "id": f"{client.model_name}:2"})
-    assert client.submitter._write_records([draft])
+    prepared = client.submitter.prepare({"prompt": "Hello.", "id": f"{client.model_name}:2"})
+    assert client.submitter._write_records([prepared])
     client.submit_many([{"prompt": "Hello.", "id": f"{client.model_name}:2"}] * 2)
     assert len(queued(client, connection)) == 1
     client.submit_many(["Hello.", {"prompt": "Hello.", "id": f"{client.model_name}:2"}])
@@ -268,12 +269,16 @@ def test_an_id_whose_message_was_never_sent_is_sent_again(client: Client, connec
 
 
 def test_no_worker_and_unknown_job_differ(client: Client) -> None:
-    with pytest.raises(NoWorker, match="no worker serves queue"):
-        client.submit("Hello.").result(0.1)
-    with pytest.raises(UnknownJob):
+    job = client.submit("Hello.")
+    with pytest.raises(NoWorker, match="no worker serves queue") as late:
+        job.result(0.1)
+    assert late.value.job is job
+    with pytest.raises(UnknownJob) as unknown:
         client.job("nobody").result(0.1)
-    with pytest.raises(UnknownJob):
+    assert unknown.value.job == client.job("nobody")
+    with pytest.raises(UnknownJob) as unknown:
         client.cancel("nobody")
+    assert unknown.value.job == client.job("nobody")
     with pytest.raises(KeyError):
         client.job("nobody").status()
 
@@ -438,7 +443,8 @@ def test_jobs_queued_before_redis_went_away_are_in_the_error() -> None:
         client.submitter._publish = publish_two  # type: ignore[method-assign]
         with pytest.raises(RedisUnreachable, match=f"{2 * GROUP_JOBS} jobs were queued before") as caught:
             client.submit_many(["a"] * 4 * GROUP_JOBS)
-        accepted = [draft.id for group in sent[:2] for draft in group]
+        accepted = [job.id for group in sent[:2] for job in group]
+        assert all(isinstance(job, Job) for job in caught.value.accepted.values())
         assert [(i, job.id) for i, job in caught.value.accepted.items()] == list(enumerate(accepted))
 
 

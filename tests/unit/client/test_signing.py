@@ -107,9 +107,9 @@ def test_without_a_key_nothing_is_added_and_with_one_a_signature_alone() -> None
         wires = [c.submitter.prepare({"prompt": "Hello.", "seed": 1}).wire for c in (without, none)]
     assert wires == [{"schema_version": 1, "prompt": "Hello.", "seed": 1}] * 2
     with Client(settings=load_settings(redis_url="redis://localhost:1/0", signing_key="k" * 32)) as signing:
-        draft = signing.submitter.prepare({"prompt": "Hello.", "seed": 1, "id": "mine"})
-    assert unsigned(draft.wire) == wires[0]
-    assert verified([b"k" * 32], "mine", "demo", draft.wire)
+        prepared = signing.submitter.prepare({"prompt": "Hello.", "seed": 1, "id": "mine"})
+    assert unsigned(prepared.wire) == wires[0]
+    assert verified([b"k" * 32], "mine", "demo", prepared.wire)
 
 
 def test_nobody_can_pass_a_signature_as_a_parameter() -> None:

@@ -82,7 +82,7 @@ def test_a_wrong_value_is_named(field: str, value: object, shown: str, expected:
 def test_numbers_of_thousands_of_digits_are_named_too() -> None:
     with pytest.raises(InvalidRequest, match=r"max_tokens: got a number of \d+ bits"):
         parse_request({**GOOD, "max_tokens": 10**5000})
-    with pytest.raises(InvalidRequest, match="item 1 is no token id"):
+    with pytest.raises(InvalidRequest, match="item 1 is not a token id"):
         parse_request({"prompt": [1, 10**5000]})
 
 
