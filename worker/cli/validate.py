@@ -27,7 +27,7 @@ from headrace.worker.cli.options import MODEL
     help="number format that the model computes in",
 )
 @click.option("--prompt", "prompts", multiple=True, help="check this prompt instead of the usual ones; may be repeated")
-@click.option("--plot", type=click.Path(dir_okay=False), help="draw the difference by layer and position into a PNG")
+@click.option("--plot", type=click.Path(dir_okay=False), help="draw the error by layer and position into a PNG")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 @pass_backends
 def validate(
@@ -40,14 +40,15 @@ def validate(
     plot: str | None,
     as_json: bool,
 ) -> None:
-    """Compare the model, tensor by tensor, with other implementations: the thirteen checkpoints.
+    """Measure the model's error, tensor by tensor, against float64: the thirteen checkpoints.
 
-    Starts an embedded Redis and a worker of its own, so that the tensors come from the path that serves jobs. Exit code
-    0 only if every checkpoint holds.
+    Starts an embedded Redis and a worker of its own, so that the tensors come from the path that serves jobs. The
+    errors of libraries are reported beside it; a file of tensors is judged like the model. Exit code 0 only if every
+    checkpoint of the model, and of the files, holds.
     """
     with command_errors(as_json):
         check_worker_packages()
-        from headrace.worker.fidelity.validate import report_json, report_text
+        from headrace.worker.fidelity.report import passed, report_json, report_text
 
         settings = settings_for(model, dtype=dtype)
         settings = settings.only(settings.model_name)
@@ -57,5 +58,5 @@ def validate(
         if plot:
             validation.draw(plot)
     click.echo(report_json(reports) if as_json else report_text(reports))
-    if not all(report.ok for report in reports):
+    if not passed(reports):
         raise SystemExit(FAILED)
