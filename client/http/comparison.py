@@ -11,7 +11,7 @@ from headrace.client.http.errors import ApiError, invalid
 from headrace.client.wire.errors import InvalidRequest, NoCheckpoints, UnknownJob
 
 if TYPE_CHECKING:
-    from headrace.client.wire.activations import Row, Tensors
+    from headrace.client.wire.comparison import Row, Tensors
 
 #: Bytes of tensors of each job. All tensors of GPT-2 124M at 100 tokens take half of it; they are compared in float64.
 MAX_BYTES = 64 * 2**20
@@ -63,7 +63,7 @@ class Comparison:
 
 
 def _compare(ours: Tensors, theirs: Tensors) -> list[dict[str, Any]]:
-    from headrace.client.wire.activations import compare  # importing numpy takes a while, and few requests need it
+    from headrace.client.wire.comparison import compare
 
     try:
         rows = compare(ours, theirs, reference=REFERENCE, tolerances={})

@@ -14,7 +14,7 @@ from headrace.client.http.errors import RETRY_AFTER_S, ApiError, translate
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import HeadraceError, InvalidRequest, RedisRefused, RedisUnreachable
-from headrace.client.wire.requests import Result
+from headrace.client.wire.results import Result
 
 #: For how many seconds the status of the workers is cached.
 STATUS_CACHE_S = 1.0
@@ -159,7 +159,7 @@ class JobRunner:
         try:
             yield
         finally:
-            self._cancel(job for job in jobs if job._outcome is None)
+            self._cancel(job for job in jobs if job.outcome is None)
 
     def _cancel(self, jobs: Iterable[AsyncJob]) -> None:
         """Cancel jobs in the background."""

@@ -75,7 +75,7 @@ class NoQueue:
 
     async def submit_many(self, requests: list[dict[str, Any]]) -> None:
         for request in requests:
-            self._client._prepare(dict(request))
+            self._client.submitter.prepare(dict(request))
         raise QueueFull("headrace.demo", 1, 1)
 
 

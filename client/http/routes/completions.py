@@ -15,15 +15,14 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from headrace.client.batch.output import completion, logprobs_fields
-from headrace.client.batch.rows import completion_fields
+from headrace.client.batch.openai import completion, completion_fields, logprobs_fields
 from headrace.client.http.context import context_of, read_json, route
 from headrace.client.http.errors import ApiError
 from headrace.client.http.jobs import JobRunner, Prompt, SubmittedJobs
 from headrace.client.http.sse import EventStream, encode_event, run_until_disconnect
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.requests import Result
+from headrace.client.wire.results import Result
 
 #: Prompts of one request; for more, use a batch.
 MAX_PROMPTS = 1_024

@@ -11,7 +11,7 @@ from headrace.client.http.jobs import as_request_field
 from headrace.client.http.routes.completions import ChunkEncoder, completion_object, parse_completion_request
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.requests import Choice, Result, Timings, TokenLogprob, Usage
+from headrace.client.wire.results import Choice, Result, Timings, TokenLogprob, Usage
 
 
 def result(number: int, samples: int = 2) -> Result:
