@@ -15,9 +15,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 from headrace.client.wire.tracing import TRACES_HEADER
 from headrace.config import SettingsError, load_settings
 from headrace.config.tracing import setup_tracing
-from headrace.worker.jobs.store import MemoryStore
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine_helpers import build
+from tests.unit.worker.memory_store import MemoryStore
 from tests.unit.worker.test_pool import Make, Message, deliver, make
 from tests.unit.worker.test_stall import BlockedRunner, until
 
@@ -115,11 +115,10 @@ def test_a_job_that_comes_again_says_which_attempt_it_is(make: Make, spans: InMe
 
 def test_a_job_that_goes_back_says_so(make: Make, spans: InMemorySpanExporter) -> None:
     go_on = threading.Event()
-    pool = make(MemoryStore(), build(runner=type("Blocked", (BlockedRunner,), {"go_on": go_on}), slots=4))
+    store = MemoryStore()
+    pool = make(store, build(runner=type("Blocked", (BlockedRunner,), {"go_on": go_on}), slots=4))
     deliver(pool, message("a"))
-    traces = pool._traces
-    assert traces is not None
-    until(lambda: (visit := traces._visits.get("a")) and visit.started)
+    until(lambda: store.states.get("a") == "running")
     pool.finish_within(0)
     threading.Timer(0.2, go_on.set).start()
     pool.on_terminate()
