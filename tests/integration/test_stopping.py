@@ -121,7 +121,7 @@ def test_a_job_that_celerys_tracer_cannot_finish_ends_all_the_same(
     own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
 ) -> None:
     """Alone, and while a group that names it too has adopted it: the group is neither lost nor computed again."""
-    patch = f"{SLOWLY}\nfrom worker.queue.backend import ResultBackend\nResultBackend.store_result = None"
+    patch = f"{SLOWLY}\nfrom headrace.worker.queue.backend import ResultBackend\nResultBackend.store_result = None"
     request = {**LONG, "prompt": "Hello.", "max_tokens": 150}
     app = make_app(own_client.settings)
     with worker_on(own_server, tmp_path / "w.log", patch=patch, HEADRACE_LOG_LEVEL="debug") as worker:

@@ -19,7 +19,7 @@ from headrace.worker.jobs.deliveries import Delivery, DeliveryBook, Verdict
 from headrace.worker.jobs.main_thread import MainThread
 from headrace.worker.jobs.observers import Ending, JobObserver, as_outcome
 from headrace.worker.jobs.quarantine import Quarantine
-from headrace.worker.jobs.result_writer import Ended, Writer
+from headrace.worker.jobs.result_writer import Ended, ResultWriter
 from headrace.worker.jobs.retry import PatientStore
 from headrace.worker.jobs.service import Service, failed
 
@@ -54,7 +54,7 @@ class Completion:
         self._on_vacant = on_vacant
         self._finishers = ThreadPoolExecutor(2, thread_name_prefix="headrace-finish")
         self._foreign = ThreadPoolExecutor(2, thread_name_prefix="headrace-other")
-        self._writer = Writer(service, backend.record, self._on_stored, on_fatal)
+        self._writer = ResultWriter(service, backend.record, self._on_stored, on_fatal)
 
     def start(self) -> None:
         """Start the writer thread."""

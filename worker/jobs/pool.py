@@ -33,29 +33,10 @@ from headrace.client.wire.requests import GROUP_TASK_NAME
 from headrace.config import Settings, SettingsError
 from headrace.config.tracing import find_tracer, setup_tracing
 from headrace.worker.engine.errors import ModelUnavailable
-from headrace.worker.jobs.cancellation import Cancellation
-from headrace.worker.jobs.completion import Completion
-from headrace.worker.jobs.deliveries import Delivery, DeliveryBook
-from headrace.worker.jobs.failure import ProcessFailure
-from headrace.worker.jobs.health import Health
-from headrace.worker.jobs.heartbeat import Heartbeat
-from headrace.worker.jobs.intake import Intake
-from headrace.worker.jobs.leases import Leases
-from headrace.worker.jobs.main_thread import MainThread
-from headrace.worker.jobs.observers import (
-    JobCounts,
-    JobLog,
-    MetricsObserver,
-    Observers,
-    SpanObserver,
-    StartedJobs,
-)
-from headrace.worker.jobs.quarantine import Quarantine
-from headrace.worker.jobs.retry import PatientStore
+from headrace.worker.jobs.deliveries import Delivery
+from headrace.worker.jobs.flow import JobFlow
+from headrace.worker.jobs.observers import MetricsObserver, SpanObserver
 from headrace.worker.jobs.service import Service, service_for
-from headrace.worker.jobs.shutdown import Shutdown
-from headrace.worker.jobs.shutdown_watchdog import ShutdownWatchdog
-from headrace.worker.jobs.worker_record import WorkerRecord
 from headrace.worker.observability.probes import Probes, ProbesError, open_probes
 from headrace.worker.queue.engine_consumer import JobPool
 from headrace.worker.queue.messages import argument, model_of, read_group
@@ -78,32 +59,12 @@ class EnginePool(BasePool, JobPool):
     #: Stopping waits for the engine, which a signal handler must not do.
     signal_safe = False
 
-    # Built by `on_start`, when the service is known.
-    heartbeat: Heartbeat
-    _completion: Completion
-    _intake: Intake
-    _cancellation: Cancellation
-    _shutdown: Shutdown
-    _watchdog: ShutdownWatchdog
-    _health: Health
-    _patient_store: PatientStore
-
     def __init__(self, *args: Any, service: Service | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings: Settings = self.app.headrace_settings
         self._service = service
-        #: The messages that are here.
-        self.book = DeliveryBook()
-        #: The jobs that wait for an engine.
-        self.quarantine = Quarantine(self.settings.slots, self.settings.max_attempts)
-        #: How jobs have ended.
-        self.counts = JobCounts()
-        self._started = StartedJobs()
-        #: Who is told about each job; more may be added before `on_start`.
-        self.observers = Observers(self.counts, self._started, JobLog())
-        self._failure = ProcessFailure(self.settings)
-        self._main_thread = MainThread()
-        self._takes_messages = True
+        #: The parts that jobs pass through; observers of jobs may be added to it.
+        self.flow = JobFlow(self.settings)
         self._probes: Probes | None = None
 
     @property
@@ -114,7 +75,7 @@ class EnginePool(BasePool, JobPool):
     @property
     def failed(self) -> bool:
         """Whether the process cannot continue: it must not end with exit code 0."""
-        return self._failure.failed
+        return self.flow.failure.failed
 
     # --- starting --------------------------------------------------------------------------------------------------
 
@@ -132,24 +93,19 @@ class EnginePool(BasePool, JobPool):
             service.models.start()
         except ModelUnavailable as error:
             # The error says what to do: the process ends with this line and without a traceback.
-            self._failure.log_unavailable(error)
+            self.flow.failure.log_unavailable(error)
             raise SystemExit(EX_FAILURE) from error
         service.fail_fast = self.app.backend.fail_fast = True
         self.app.conf.worker_soft_shutdown_timeout = 0.0  # Celery would sleep for this time; `finish_within` does not
+        self.flow.connect(service, self.app.backend, stop_probes=self._stop_probes, flush_traces=flush_traces)
         if self._probes is not None:
-            self.observers.add(MetricsObserver(self._probes.metrics))
-        store = self._patient_store = PatientStore(service.store)
-        self._build_job_flow(service, store)
-        self._build_heartbeat(service)
-        self._build_shutdown(service, store, flush_traces)
-        self._completion.start()
-        self._intake.start()
-        self.heartbeat.start()
-        self._watchdog.start()
+            metrics = self._probes.metrics
+            self.flow.observers.add(MetricsObserver(metrics))
+            service.on_retry = self.app.backend.on_retry = metrics.retried
+            metrics.watch(self.flow.book, service.models, self.flow.health, self.flow.heartbeat)
+        self.flow.start()
         if self._probes is not None:
-            self._probes.watch(self._health)
-            self._probes.metrics.watch(self.book, service.models, self._health, self.heartbeat)
-            service.on_retry = self.app.backend.on_retry = self._probes.metrics.retried
+            self._probes.watch(self.flow.health)
 
     def _set_up_traces(self) -> Callable[[], None]:
         """Set up OpenTelemetry if the settings ask for it. Returns what sends the last spans."""
@@ -161,77 +117,12 @@ class EnginePool(BasePool, JobPool):
         if (tracer := find_tracer()) is not None:
             from headrace.worker.observability.tracing import JobTraces
 
-            self.observers.add(SpanObserver(JobTraces(tracer)))
+            self.flow.observers.add(SpanObserver(JobTraces(tracer)))
         return flush
-
-    def _build_job_flow(self, service: Service, store: PatientStore) -> None:
-        self._completion = Completion(
-            service=service,
-            backend=self.app.backend,
-            store=store,
-            book=self.book,
-            quarantine=self.quarantine,
-            observers=self.observers,
-            main_thread=self._main_thread,
-            on_vacant=self.look,
-            on_fatal=self.end_process,
-        )
-        self._intake = Intake(
-            settings=self.settings,
-            service=service,
-            store=store,
-            book=self.book,
-            quarantine=self.quarantine,
-            completion=self._completion,
-            observers=self.observers,
-            on_fatal=self.end_process,
-        )
-        self._cancellation = Cancellation(
-            service=service,
-            book=self.book,
-            quarantine=self.quarantine,
-            completion=self._completion,
-            observers=self.observers,
-        )
-
-    def _build_heartbeat(self, service: Service) -> None:
-        models, store, settings = service.models, service.store, self.settings
-        self._health = Health(models, settings.stall_s, lambda: self._main_thread.hub is not None)
-        self.heartbeat = Heartbeat(
-            settings=settings,
-            models=models,
-            store=store,
-            book=self.book,
-            cancellation=self._cancellation,
-            health=self._health,
-            leases=Leases(store, self.book, settings.lease_s, self._cancellation.let_go),
-            record=WorkerRecord(
-                store, models, self.book, self._health, slots=settings.slots, failures=self.counts.failures
-            ),
-            started=self._started,
-            hooks=self,
-        )
-        self._watchdog = ShutdownWatchdog(self._health, self.book, settings.soft_shutdown_s)
-
-    def _build_shutdown(self, service: Service, store: PatientStore, flush_traces: Callable[[], None]) -> None:
-        self._shutdown = Shutdown(
-            models=service.models,
-            store=store,
-            book=self.book,
-            quarantine=self.quarantine,
-            intake=self._intake,
-            completion=self._completion,
-            failure=self._failure,
-            main_thread=self._main_thread,
-            observers=self.observers,
-            counts=self.counts,
-            stop_reporting=self._stop_reporting,
-            flush_traces=flush_traces,
-        )
 
     def register_with_event_loop(self, hub: Hub) -> None:
         """Called by Celery with the loop of the main thread, just before it begins to read the queue."""
-        self._main_thread.hub = hub
+        self.flow.main_thread.hub = hub
 
     # --- messages --------------------------------------------------------------------------------------------------
 
@@ -271,9 +162,9 @@ class EnginePool(BasePool, JobPool):
             jobs=jobs,
             verdict=verdict,
         )
-        self.observers.received(delivery)
-        self.book.add(delivery)
-        self._intake.put(delivery)
+        self.flow.observers.received(delivery)
+        self.flow.book.add(delivery)
+        self.flow.intake.put(delivery)
 
     def has_room(self, model: str | None = None) -> bool:
         """Whether another message may be taken for the model; without a name, for any model.
@@ -283,29 +174,20 @@ class EnginePool(BasePool, JobPool):
         names = self.models.names
         window = max(1, int(self.limit) // len(names))
         names = (model,) if model else names
-        return self._takes_messages and any(self.book.held_jobs(name) < window for name in names)
-
-    def take_messages(self, on: bool) -> None:
-        """Take messages from the queue, or stop taking them: while an engine is stalled, they would only wait here."""
-        self._takes_messages = on
-        self._main_thread.wake()
+        return self.flow.takes_messages and any(self.flow.book.held_jobs(name) < window for name in names)
 
     def refuse(self, job_ids: Sequence[str], error: JobFailed) -> None:
         """Fail the jobs that a refused message names, unless they may belong to somebody else."""
-        self._intake.refuse(job_ids, error)
+        self.flow.intake.refuse(job_ids, error)
 
     def revoke(self, request: Any, reason: str) -> None:
         """End the jobs of a message that was revoked or has expired, without disturbing others."""
-        if not self._cancellation.revoke(request, reason):  # Celery asks before it passes on the message
+        if not self.flow.cancellation.revoke(request, reason):  # Celery asks before it passes on the message
             args, callback = (request.type, request.id, request.request_dict), request.on_success
             self.on_apply(None, args, callback=callback, verdict=TaskRevokedError(reason))  # type: ignore[arg-type]
 
     def terminate_job(self, pid: int, signal: Any = None) -> None:
         """Called by Celery to stop a task of its own, for example chord_unlock. It is short, so it runs to its end."""
-
-    def look(self) -> None:
-        """Submit jobs whose turn it is, and unload idle models. Returns at once."""
-        self._intake.look()
 
     # --- what one process cannot do --------------------------------------------------------------------------------
 
@@ -327,28 +209,25 @@ class EnginePool(BasePool, JobPool):
 
     def end_process(self, error: BaseException) -> None:
         """End this process, because it cannot continue. May be called from any thread, and repeatedly."""
-        self._failure.end_process(error)
+        self.flow.end_process(error)
 
     def on_close(self) -> None:
         """Called by Celery when a shutdown begins."""
-        self._patient_store.closing = True
+        self.flow.close()
 
     def finish_within(self, seconds: float) -> None:
         """Called in the signal handler of a cold shutdown: running jobs may take this many seconds to finish."""
-        self._shutdown.finish_within(seconds)
+        self.flow.cold_shutdown.finish_within(seconds)
 
     def on_stop(self) -> None:
         """Called by Celery for a warm shutdown."""
-        self._shutdown.warm()
+        self.flow.shutdown.warm()
 
     def on_terminate(self) -> None:
         """Called by Celery for a cold shutdown."""
-        self._shutdown.cold()
+        self.flow.shutdown.cold()
 
-    def _stop_reporting(self) -> None:
-        """Stop what shows the state of this worker to others."""
-        self.heartbeat.stop()
-        self._watchdog.stop()
+    def _stop_probes(self) -> None:
         if self._probes is not None:
             self._probes.stop()
 

@@ -18,7 +18,7 @@ BATCH_JOBS, BATCH_CHARS = 256, 2**24
 Ended = tuple[str, Future[Result]]
 
 
-class Writer:
+class ResultWriter:
     """Takes finished futures in any thread, and retries until Redis has stored what they hold.
 
     Args:

@@ -28,6 +28,20 @@ log = structlog.get_logger("headrace.worker")
 STOP_TICK_S = 0.1
 
 
+class ColdShutdown:
+    """Whether a cold shutdown was requested, and when it gives up running jobs. It may begin while models load."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        #: When running jobs that have not finished are given up, by the monotonic clock.
+        self.give_up_at = float("inf")
+
+    def finish_within(self, seconds: float) -> None:
+        """Running jobs may take this many seconds from now to finish. Called in a signal handler."""
+        self.requested = True
+        self.give_up_at = min(self.give_up_at, time.monotonic() + seconds)
+
+
 class Shutdown:
     """The steps of a shutdown. Their order matters:
 
@@ -56,6 +70,7 @@ class Shutdown:
         main_thread: MainThread,
         observers: JobObserver,
         counts: JobCounts,
+        cold_shutdown: ColdShutdown,
         stop_reporting: Callable[[], None],
         flush_traces: Callable[[], None],
     ) -> None:
@@ -63,14 +78,8 @@ class Shutdown:
         self._intake, self._completion, self._failure = intake, completion, failure
         self._main_thread, self._observers, self._counts = main_thread, observers, counts
         self._stop_reporting, self._flush_traces = stop_reporting, flush_traces
-        self._cold_shutdown = self._ended = False
-        #: When running jobs that have not finished are given up, by the monotonic clock.
-        self._give_up_at = float("inf")
-
-    def finish_within(self, seconds: float) -> None:
-        """A cold shutdown begins: running jobs may take this many seconds to finish. Called in a signal handler."""
-        self._cold_shutdown = True
-        self._give_up_at = min(self._give_up_at, time.monotonic() + seconds)
+        self._cold_shutdown = cold_shutdown
+        self._ended = False
 
     def warm(self) -> None:
         """Finish running jobs and end.
@@ -78,7 +87,7 @@ class Shutdown:
         Celery also calls this in the signal handler of a cold shutdown, where the thread may hold a lock that this
         needs; then it calls `cold` afterwards.
         """
-        if not self._cold_shutdown:
+        if not self._cold_shutdown.requested:
             self._end()
 
     def cold(self) -> None:
@@ -90,7 +99,7 @@ class Shutdown:
             return
         self._store.closing = self._ended = True
         if self._failure.failed:
-            self._give_up_at = 0.0
+            self._cold_shutdown.give_up_at = 0.0
         self._hurry_on_signals()
         self._intake.stop()
         self._finish_running()
@@ -106,13 +115,13 @@ class Shutdown:
         """From now on a signal means that the shutdown has waited long enough: running jobs are given up too."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-                signal.signal(number, lambda *_: self.finish_within(0))
+                signal.signal(number, lambda *_: self._cold_shutdown.finish_within(0))
 
     def _finish_running(self) -> None:
         stop = self._models.stop
         finishing = threading.Thread(target=stop, kwargs={"finish": True, "drop_waiting": True}, daemon=True)
         finishing.start()
-        while finishing.is_alive() and time.monotonic() < self._give_up_at:
+        while finishing.is_alive() and time.monotonic() < self._cold_shutdown.give_up_at:
             finishing.join(STOP_TICK_S)
         if finishing.is_alive():
             threading.Thread(target=stop, daemon=True).start()  # two threads may wait for the engines to stop

@@ -20,7 +20,7 @@ from headrace.client.wire.signing import sign
 from headrace.config import load_settings
 from headrace.worker.celery import make_app
 from headrace.worker.engine.errors import EngineStopped
-from headrace.worker.jobs.result_writer import Writer
+from headrace.worker.jobs.result_writer import ResultWriter
 from headrace.worker.jobs.service import Service, failed
 from headrace.worker.queue.messages import read_group, read_wire
 from tests.patience import PATIENCE_S
@@ -224,7 +224,7 @@ def test_the_writer_stores_in_batches_through_an_outage(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("headrace.worker.jobs.retry.RETRY_S", 0.0)
     store, stored = Away(), []
-    writer = Writer(service(store), told, lambda ended: stored.extend(name for name, _ in ended), pytest.fail)  # type: ignore[arg-type]
+    writer = ResultWriter(service(store), told, lambda ended: stored.extend(name for name, _ in ended), pytest.fail)  # type: ignore[arg-type]
     writer.start()
     writer.put("a", done("a"))
     deadline = time.monotonic() + PATIENCE_S
