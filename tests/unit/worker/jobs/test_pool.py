@@ -29,8 +29,8 @@ from headrace.worker.jobs.store import JobRecord
 from headrace.worker.observability.metrics import Metrics
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine_helpers import build
-from tests.unit.worker.memory_store import MemoryStore
-from tests.unit.worker.test_stall import BlockedRunner, until
+from tests.unit.worker.jobs.memory_store import MemoryStore
+from tests.unit.worker.jobs.test_stall import BlockedRunner, until
 
 REQUEST = {"prompt": "Hello.", "max_tokens": 4, "temperature": 0}
 KEY = "key-" * 8

@@ -12,7 +12,7 @@ import redis
 from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
 from headrace.worker.jobs.store import RedisStore, Store
-from tests.unit.worker.memory_store import MemoryStore
+from tests.unit.worker.jobs.memory_store import MemoryStore
 
 
 @dataclass

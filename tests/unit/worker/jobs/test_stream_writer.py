@@ -16,7 +16,7 @@ from headrace.worker.jobs import retry
 from headrace.worker.jobs import stream_writer as events
 from headrace.worker.jobs.stream_writer import EventWriter
 from tests.integration.processes import wait_until
-from tests.unit.worker.memory_store import MemoryStore
+from tests.unit.worker.jobs.memory_store import MemoryStore
 
 
 def delta(at: int, text: str, index: int = 0, reason: str | None = None) -> TextDelta:
