@@ -25,7 +25,9 @@ from tests.patience import PATIENCE_S
 NORMAL = keys.queue_lists("demo")[1]
 
 #: A worker that is killed at a point of taking a message: before the one step, and right after it.
-KILL = "import os\nfrom headrace.worker.queue import transport\ntransport.Channel.{} = lambda *_: os.kill(os.getpid(), 9)"
+KILL = (
+    "import os\nfrom headrace.worker.queue import transport\ntransport.Channel.{} = lambda *_: os.kill(os.getpid(), 9)"
+)
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ class Completion:
     # --- in any thread ---------------------------------------------------------------------------------------------
 
     def fail_unheld(self, job_ids: Sequence[str], error: BaseException) -> None:
-        """Store a failure for jobs that no message here stands for."""
+        """Store a failure for jobs that belong to no message here."""
         for job_id in job_ids:
             self._writer.put(job_id, failed(error))
 
@@ -116,7 +116,7 @@ class Completion:
             self._main_thread.call(delivery.on_accepted, delivery.handle, delivery.started_at)
 
     def supersede(self, older: Delivery, newer: Delivery) -> None:
-        """Let go of a message because a newer one stands for all its jobs."""
+        """Drop a message because newer ones have adopted all its jobs."""
         if older.request is None:
             return
         if older.message_id != newer.message_id:

@@ -1,4 +1,4 @@
-"""The messages that this process holds, and which message stands for each job."""
+"""The messages that this process holds, and the message that each open job belongs to."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Adoption(NamedTuple):
 
 
 class DeliveryBook:
-    """Keeps the deliveries and, for each open job, the delivery that stands for it. May be used from any thread."""
+    """Keeps the deliveries and, for each open job, the delivery that it belongs to. May be used from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -107,9 +107,9 @@ class DeliveryBook:
             self._deliveries[delivery.handle] = delivery
 
     def adopt(self, delivery: Delivery) -> Adoption:
-        """Let a message stand for its jobs.
+        """Take over the jobs of a message.
 
-        A job that is already here continues, and its outcome belongs to this message instead of the older one.
+        A job that is already here continues, and belongs to this message instead of the older one.
         """
         adoption = Adoption([], [])
         with self._lock:
@@ -143,14 +143,14 @@ class DeliveryBook:
         return not delivery.open
 
     def drop(self, job_id: str, delivery: Delivery) -> Delivery:
-        """Remove a job and the message that stands for it, which is `delivery` if no newer one does. Returns it."""
+        """Remove a job and its message: `delivery`, unless a newer one has adopted the job. Returns the message."""
         with self._lock:
             current = self._by_job.pop(job_id, delivery)
             self._deliveries.pop(current.handle, None)
             return current
 
     def of_job(self, job_id: str) -> Delivery | None:
-        """The message that stands for an open job."""
+        """The message that an open job belongs to."""
         with self._lock:
             return self._by_job.get(job_id)
 
@@ -170,7 +170,7 @@ class DeliveryBook:
             return list(self._by_job)
 
     def open_items(self) -> list[tuple[str, Delivery]]:
-        """The open jobs, each with the message that stands for it."""
+        """The open jobs, each with the message that it belongs to."""
         with self._lock:
             return list(self._by_job.items())
 

@@ -45,7 +45,7 @@ class JobFlow:
         #: How jobs have ended.
         self.counts = JobCounts()
         self._started = StartedJobs()
-        #: Who is told about each job.
+        #: Are notified about each job.
         self.observers = Observers(self.counts, self._started, JobLog())
         self.failure = ProcessFailure(settings)
         self.main_thread = MainThread()

@@ -146,7 +146,7 @@ class Intake:
             self._completion.settle(finished)
 
     def _adopt(self, delivery: Delivery) -> list[str]:
-        """Let the message stand for its jobs. Returns those that are new here; the others continue."""
+        """Let a message adopt its jobs. Returns those that are new here; the others continue."""
         adoption = self._book.adopt(delivery)
         for older in adoption.superseded:
             self._completion.supersede(older, delivery)
@@ -168,10 +168,10 @@ class Intake:
             self._quarantine.put(Candidate(job_id, wire, record.attempts, delivery.model))
 
     def _fail_refused(self, refusal: Refusal) -> None:
-        """Tell the callers who wait for the jobs of a refused message, and end nobody else's job.
+        """Fail the jobs of a refused message, because callers wait for them, but no job of another submitter.
 
-        Anybody may name any job in a message, so a job that is here continues. With signing keys only those jobs fail
-        whose submitter wrote a record without a key and that no worker computes: theirs is the refused message.
+        A message can name any job, so a job that is here continues. With signing keys only those jobs fail
+        whose submitter wrote a record without a key and that no worker computes: the refused message is theirs.
         """
         job_ids = self._book.without_open(refusal.job_ids)
         if job_ids and (keys := self._settings.signing_keys):

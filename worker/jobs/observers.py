@@ -56,7 +56,7 @@ class Ending:
 
 
 class JobObserver:
-    """Is told about each job of this process, from several threads. All methods do nothing unless overridden."""
+    """Is notified about each job of this process, from several threads. All methods do nothing unless overridden."""
 
     def received(self, delivery: Delivery) -> None:
         """A message was delivered."""

@@ -12,7 +12,7 @@ from headrace.client.wire import keys
 
 
 def read_envelope(message: bytes | str) -> dict[str, Any]:
-    """Parse a message as it lies in a queue: the envelope with its body, headers and properties.
+    """Parse a message as it is stored in a queue: the envelope with its body, headers and properties.
 
     Raises:
         ValueError: it is not a valid envelope; the text says what is wrong.

@@ -1,4 +1,4 @@
-"""Reads what a message asks for. Anybody who can reach the queue may have written it, so nothing in it is trusted."""
+"""Reads the content of a message. Anybody who can reach the queue may have written it, so nothing in it is trusted."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ Make = Callable[..., EnginePool]
 
 
 class Message:
-    """What Celery's Request is to the pool: a group of jobs, and the queue that it came by."""
+    """Stands in for Celery's Request: a group of jobs, and the queue that it came from."""
 
     def __init__(self, *job_ids: str, queue: str = "headrace.demo") -> None:
         self.type, self.id = GROUP_TASK_NAME, f"message of {job_ids}"
@@ -126,7 +126,7 @@ def test_what_ends_and_what_comes_again_is_counted_once(make: Make) -> None:
 
 
 def test_revoking_while_redis_is_silent_does_not_hold_up_the_main_thread(make: Make) -> None:
-    """It would hang here: the store answers nothing until it is let."""
+    """If the main thread waited for the store, which answers only when `answers` is set, this test would hang."""
 
     class Silent(MemoryStore):
         answers = threading.Event()
@@ -222,7 +222,7 @@ def test_with_a_key_a_refused_message_fails_only_what_a_client_without_the_key_s
 
 
 class Loading:
-    """Loads engines of the bundled model under other names, as fast as it is let."""
+    """Loads engines of the bundled model under other names; those in `held_up` when `go_on` is set."""
 
     def __init__(self, *held_up: str) -> None:
         self.loaded: list[str] = []
@@ -267,7 +267,7 @@ def test_a_model_is_loaded_for_its_first_job_and_again_after_it_was_idle(make: M
     assert load.loaded == ["demo"]
     waits = deliver(pool, Message("w", queue="headrace.other"))
     for name in "ab":
-        assert deliver(pool, Message(name)).over.wait(PATIENCE_S), "the others go on meanwhile"
+        assert deliver(pool, Message(name)).over.wait(PATIENCE_S), "the loaded model keeps computing"
     assert not waits.over.is_set()
     assert "w" not in store.attempts
     load.go_on["other"].set()

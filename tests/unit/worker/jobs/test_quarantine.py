@@ -1,4 +1,4 @@
-"""Who may be computed beside whom: nobody loses more attempts to a killer than those it had in company with it."""
+"""Which jobs run at the same time: a neighbour of a poison message loses only the attempts that they shared."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from headrace.worker.jobs.quarantine import Candidate, Quarantine
 
 
-def line_up(quarantine: Quarantine, attempts: dict[str, int]) -> None:
+def put_all(quarantine: Quarantine, attempts: dict[str, int]) -> None:
     for job_id, count in attempts.items():
         quarantine.put(Candidate(job_id, None, count, "demo"))
 
@@ -20,18 +20,18 @@ def admitted(quarantine: Quarantine) -> list[str]:
 
 def test_new_jobs_go_in_together_and_later_ones_beside_them() -> None:
     quarantine = Quarantine(64, 3)
-    line_up(quarantine, {"a": 0, "b": 0})
+    put_all(quarantine, {"a": 0, "b": 0})
     assert admitted(quarantine) == ["a", "b"]
-    line_up(quarantine, {"c": 0})
+    put_all(quarantine, {"c": 0})
     assert admitted(quarantine) == ["c"]
     assert quarantine.inside() == {"a", "b", "c"}
 
 
 def test_quarantined_jobs_wait_for_an_empty_engine_and_new_jobs_for_the_quarantined() -> None:
     quarantine = Quarantine(8, 3)
-    line_up(quarantine, {"a": 0})
+    put_all(quarantine, {"a": 0})
     assert admitted(quarantine) == ["a"]
-    line_up(quarantine, {"s": 1, "t": 1, "b": 0})
+    put_all(quarantine, {"s": 1, "t": 1, "b": 0})
     assert admitted(quarantine) == []
     assert quarantine.leave("a")
     for quarantined in ("s", "t"):  # an eighth of 8 slots is one
@@ -39,7 +39,7 @@ def test_quarantined_jobs_wait_for_an_empty_engine_and_new_jobs_for_the_quaranti
         assert admitted(quarantine) == []
         assert quarantine.leave(quarantined)
     assert admitted(quarantine) == ["b"]
-    assert not quarantine.leave("b"), "nobody waits"
+    assert not quarantine.leave("b"), "no job waits"
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_groups_shrink_to_one_before_the_last_attempt(
     slots: int, limit: int, attempts: list[int], groups: list[int]
 ) -> None:
     quarantine = Quarantine(slots, limit)
-    line_up(quarantine, {str(number): count for number, count in enumerate(attempts)})
+    put_all(quarantine, {str(number): count for number, count in enumerate(attempts)})
     sizes = []
     while group := admitted(quarantine):
         sizes.append(len(group))
@@ -66,14 +66,14 @@ def test_groups_shrink_to_one_before_the_last_attempt(
     assert sizes == groups
 
 
-def test_those_whose_model_is_not_loaded_wait_and_hold_up_nobody() -> None:
+def test_jobs_whose_model_is_not_loaded_wait_without_blocking_others() -> None:
     quarantine = Quarantine(8, 3)
     quarantine.put(Candidate("new", None, 0, "large"))
     quarantine.put(Candidate("quarantined", None, 1, "large"))
-    line_up(quarantine, {"a": 0})
+    put_all(quarantine, {"a": 0})
     assert admitted(quarantine) == ["a"]
     assert quarantine.models() == {"large"}
-    assert quarantine.admit({"demo", "large"}) == [], "the quarantined waits for an empty engine"
+    assert quarantine.admit({"demo", "large"}) == [], "the quarantined job waits for an empty engine"
     assert quarantine.leave("a")
     for expected in ("quarantined", "new"):
         assert [candidate.job_id for candidate in quarantine.admit({"demo", "large"})] == [expected]
@@ -81,9 +81,9 @@ def test_those_whose_model_is_not_loaded_wait_and_hold_up_nobody() -> None:
     assert quarantine.models() == set()
 
 
-def test_a_job_is_taken_out_of_the_line_once() -> None:
+def test_a_waiting_job_is_withdrawn_once() -> None:
     quarantine = Quarantine(8, 3)
-    line_up(quarantine, {"a": 0, "s": 1})
+    put_all(quarantine, {"a": 0, "s": 1})
     assert quarantine.withdraw("s")
     assert not quarantine.withdraw("s")
     assert admitted(quarantine) == ["a"]
@@ -95,26 +95,26 @@ def test_a_job_is_taken_out_of_the_line_once() -> None:
     st.integers(1, 64),
     st.integers(2, 5),
 )
-def test_whoever_kills_is_failed_and_nobody_else(crowd: tuple[int, set[int]], slots: int, limit: int) -> None:
-    """The whole life of a queue, by hand: each process computes until a killer is in its engine, and dies with it."""
-    count, killers = crowd
+def test_whoever_kills_is_failed_and_nobody_else(queue: tuple[int, set[int]], slots: int, limit: int) -> None:
+    """Simulates processes, each of which computes jobs until a poison message is in its engine and kills it."""
+    count, poison = queue
     attempts = dict.fromkeys(range(count), 0)
     ended: set[int] = set()
     failed: set[int] = set()
-    for _ in range(limit * (len(killers) + 1) + 1):
+    for _ in range(limit * (len(poison) + 1) + 1):
         quarantine = Quarantine(slots, limit)
         for number in set(attempts) - ended - failed:
             if attempts[number] >= limit:
                 failed.add(number)
             else:
-                line_up(quarantine, {str(number): attempts[number]})
+                put_all(quarantine, {str(number): attempts[number]})
         while group := {int(job_id) for job_id in admitted(quarantine)}:
             for number in group:
                 attempts[number] += 1
-            if group & killers:
+            if group & poison:
                 break  # the process is dead
             ended |= group
             for number in group:
                 quarantine.leave(str(number))
-    assert failed == killers
-    assert ended == set(attempts) - killers
+    assert failed == poison
+    assert ended == set(attempts) - poison

@@ -1,4 +1,4 @@
-"""What tasks see of the engine: requests from strangers, and checkpoint tensors that must fit."""
+"""The service behind the tasks: untrusted requests, checkpoint tensors, result records, and the result writer."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_a_result_that_is_there_stays_whoever_comes_later(ended: Any) -> None:
 
 def test_the_writer_stores_in_batches_through_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     class Away(MemoryStore):
-        """A Redis that is gone at first; while it is, more jobs end."""
+        """A Redis that does not answer at first; more jobs end in the meantime."""
 
         calls: ClassVar[list[list[str]]] = []
 

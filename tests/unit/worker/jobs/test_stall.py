@@ -1,4 +1,4 @@
-"""An engine that does not come on: its worker says so, and lets go of its jobs."""
+"""A stalled engine: its worker's record says so, and its leases are not renewed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.unit.worker.jobs.memory_store import MemoryStore
 
 
 class BlockedRunner(Runner):
-    """Its device does not answer until it is let go on."""
+    """Its device does not answer until `go_on` is set."""
 
     go_on: threading.Event
 
@@ -75,7 +75,7 @@ def test_a_stalled_engines_leases_run_out_and_its_record_says_so(go_on: threadin
         future = engine.submit(ask())
         until(lambda: engine.stats().step_age_s > 0)
         heartbeat.tick()
-        assert store.leases["tag"] > 0, "an engine that is at work keeps its leases"
+        assert store.leases["tag"] > 0, "the leases of a working engine are renewed"
         assert store.workers[heartbeat.name]["stalled"] == 0
         until(lambda: engine.stats().step_age_s > 1.0)
         store.leases["tag"] = 0.0

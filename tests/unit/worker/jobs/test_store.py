@@ -68,7 +68,7 @@ def test_a_new_job_is_neither_finished_nor_cancelled(case: Case) -> None:
     assert (record.finished, record.cancelled) == (False, False)
 
 
-def test_claims_come_in_order_and_say_what_others_did(case: Case) -> None:
+def test_records_are_in_order_and_show_what_others_did(case: Case) -> None:
     case.finish("b")
     case.cancel("c")
     records = case.store.lookup(["a", "b", "c"])
@@ -99,7 +99,7 @@ def test_only_leases_that_exist_are_renewed(case: Case) -> None:
     case.store.renew([])
 
 
-def test_a_dump_may_be_written_twice(case: Case) -> None:
+def test_tensors_may_be_saved_twice(case: Case) -> None:
     case.store.save_tensors("a", {"q": b"1", "k": b"2"})
     case.store.save_tensors("a", {"q": b"3"})
 

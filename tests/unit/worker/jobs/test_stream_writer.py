@@ -1,4 +1,4 @@
-"""What the worker writes for those who read along."""
+"""The writer of streaming jobs' text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def text_of(store: MemoryStore, job_id: str) -> str:
 
 
 class Refusing(MemoryStore):
-    """Refuses the events of some jobs, or is away, until told otherwise."""
+    """Refuses the events of the jobs in `refused`, or all requests while `away` is set."""
 
     refused: frozenset[str] = frozenset()
     away = False

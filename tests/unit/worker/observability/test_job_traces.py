@@ -28,7 +28,7 @@ CLIENT = "00-{0:032x}-{0:016x}-0{1}"
 
 
 def message(*job_ids: str, sampled: bool = True, **request: Any) -> Message:
-    """A group whose jobs hang under spans 1, 2, ... of as many traces."""
+    """A group whose jobs have the parent spans 1, 2, ... in as many traces."""
     made = Message(*job_ids)
     (members,) = made.request_dict["args"]
     for member in members:
@@ -142,7 +142,7 @@ def test_what_the_client_does_not_sample_is_not_recorded(make: Make, spans: InMe
 
 
 def test_headers_of_a_strangers_harm_nobody(make: Make, spans: InMemorySpanExporter) -> None:
-    """A number that the protocol cannot carry would cost all spans that are sent with it."""
+    """OpenTelemetry's protocol cannot encode such numbers, and the export of all spans would fail."""
     odd = message("a", seed=2**80, top_k=-(2**70))
     odd.request_dict[TRACES_HEADER] = {"a": {"traceparent": ["00"], "tracestate": {}}}  # type: ignore[assignment]
     store = MemoryStore()

@@ -1,4 +1,4 @@
-"""The numbers a worker shows, read with prometheus_client's own parser, for jobs whose numbers are known."""
+"""A worker's metrics for known jobs, read with prometheus_client's own parser."""
 
 from __future__ import annotations
 
