@@ -111,6 +111,14 @@ def test_a_worker_whose_port_is_taken_ends_before_it_loads_a_model() -> None:
     assert f"port {port} (Address already in use)" in line["error"]
 
 
+def test_a_cold_shutdown_may_begin_before_the_models_are_loaded() -> None:
+    app = make_app(load_settings(redis_url="redis://localhost:1/0"))
+    pool = EnginePool(limit=6, app=app)
+    pool.finish_within(0)  # called in a signal handler, where an error would end the process without a shutdown
+    assert pool.flow.cold_shutdown.requested
+    app.close()
+
+
 def test_what_ends_and_what_comes_again_is_counted_once(make: Make) -> None:
     metrics = Metrics("demo")
     pool = make(MemoryStore(results={"before": "as it ended"}))
