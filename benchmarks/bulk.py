@@ -49,7 +49,7 @@ import json, sys, time
 from headrace.client import Client
 from headrace.client.batch.run import Batch
 from headrace.config import load_settings
-from headrace.worker.cli.bulk import peak_memory as peak
+from headrace.worker.cli.batch_report import peak_memory as peak
 
 with Client(settings=load_settings(redis_url="redis://localhost:1/0")) as client:
     before, began = peak(), time.perf_counter()
@@ -80,7 +80,7 @@ def memory(counts: Sequence[int], url: str) -> list[dict[str, Any]]:
                 f"memory {checked['before_bytes'] / 1e6:.0f} -> {checked['peak_bytes'] / 1e6:.0f} MB",
                 flush=True,
             )
-            command = ("-m", "headrace.worker.cli.main", "batch", "-i", str(path), "--dry-run", "--json")
+            command = ("-m", "headrace.worker.cli", "batch", "-i", str(path), "--dry-run", "--json")
             dry = own_process(*command, HEADRACE_REDIS_URL=url)
             print(f"{'':9} dry run: memory {dry['peak_memory_bytes'] / 1e6:.0f} MB, {dry}", flush=True)
             rows.append({"lines": count, "file_bytes": size, "check": checked, "dry_run": dry})
@@ -96,17 +96,7 @@ def rate(url: str, threads: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         source, output = Path(directory) / "in.jsonl", Path(directory) / "out.jsonl"
         source.write_text("".join(json.dumps(fields) + "\n" for fields in requests(items)))
-        command = (
-            "-m",
-            "headrace.worker.cli.main",
-            "batch",
-            "-i",
-            str(source),
-            "-o",
-            str(output),
-            "--overwrite",
-            "--json",
-        )
+        command = ("-m", "headrace.worker.cli", "batch", "-i", str(source), "-o", str(output), "--overwrite", "--json")
         for _ in range(rounds):
             best["engine"] = max(best["engine"], tokens(items) / alone.run(items))
             report = own_process(*command, HEADRACE_REDIS_URL=url)

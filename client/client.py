@@ -30,6 +30,7 @@ from headrace.client.jobs.handle import Handle, Job
 from headrace.client.jobs.polling import LAST_POLL_S, News, Watch
 from headrace.client.jobs.status import Served, Status, count_queued, read_served, read_status
 from headrace.client.wire import keys
+from headrace.client.wire.embedded_redis import current_url
 from headrace.client.wire.errors import (
     InvalidRequest,
     NoCheckpoints,
@@ -77,7 +78,8 @@ class Client:
     """Submits jobs to one Redis and reads what became of them. Use it as a context manager, or call `close`.
 
     Args:
-        redis_url: HEADRACE_REDIS_URL if not given, else an embedded server that runs, else localhost.
+        redis_url: HEADRACE_REDIS_URL if not given, else the embedded server of this user's data directory, else
+            localhost. Which of the two is looked up for each new connection, so the server may start after the client.
         model: the model whose queue jobs go to that name none; the first of HEADRACE_MODEL if not given.
         settings: all settings at once, instead of the environment.
 
@@ -570,11 +572,12 @@ class Client:
         except (redis.ConnectionError, redis.TimeoutError, OperationalError, ConnectionError) as error:
             if isinstance(error, RedisUnreachable):
                 raise
+            url = redact_url(current_url(self.url))
             if isinstance(error.__cause__, redis.ResponseError):  # kombu's, of a message that was refused
-                raise RedisRefused(redact_url(self.url), str(error)) from error
-            raise RedisUnreachable(redact_url(self.url), explain(self.url, error)) from error
+                raise RedisRefused(url, str(error)) from error
+            raise RedisUnreachable(url, explain(self.url, error)) from error
         except redis.RedisError as error:
-            raise RedisRefused(redact_url(self.url), str(error)) from error
+            raise RedisRefused(redact_url(current_url(self.url)), str(error)) from error
 
 
 class _Draft:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -13,11 +14,21 @@ from headrace.client.batch.run import BatchReport
 from headrace.client.client import Client
 from headrace.client.jobs.handle import Job
 from headrace.client.jobs.status import Status
+from headrace.config.directories import redis_dir
+from headrace.config.settings import PREFIX
 
 
-@functools.cache
 def default_client() -> Client:
-    """The client that the functions of `headrace.client` use."""
+    """The client that the functions of this module use, made from the environment.
+
+    The same object is returned until a `HEADRACE_*` variable or the data directory changes.
+    """
+    settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith(PREFIX)))
+    return _client_for(settings, redis_dir())
+
+
+@functools.lru_cache(maxsize=1)
+def _client_for(settings: tuple[tuple[str, str], ...], directory: Path) -> Client:  # noqa: ARG001  # the cache's key
     return Client()
 
 

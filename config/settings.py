@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import tempfile
-from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -280,19 +278,3 @@ def redact_url(url: str) -> str:
     # As far as the last @: a password may hold a / or an @ that ought to have been escaped.
     url = re.sub(r"^([\w+.-]+://[^:@/?#]*:|(?![\w+.-]+://)(?://)?[^:@/?#]*:).*@", r"\1***@", url, flags=re.DOTALL)
     return re.sub(r"([?&]password=)[^&]*", r"\1***", url)
-
-
-def data_dir() -> Path:
-    """Where `headrace serve` keeps files and batches: `$XDG_DATA_HOME/headrace`."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path("~/.local/share").expanduser()) / "headrace"
-
-
-def runtime_dir() -> Path:
-    """Where the embedded server's socket lies while it runs; one place for each user, so that clients find it."""
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(base) / "headrace" if base else Path(tempfile.gettempdir()) / f"headrace-{os.getuid()}"
-
-
-def embedded_socket() -> Path:
-    """The unix socket of the embedded server that `headrace up` starts."""
-    return runtime_dir() / "redis.sock"

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from headrace import __version__
+from headrace.config.extras import how_to_install
 from headrace.config.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 FLUSH_S = 3.0
 
 MISSING = (
-    "HEADRACE_OTEL is set, and that needs packages of OpenTelemetry; install them with `pip install 'headrace[otel]'`, "
+    f"HEADRACE_OTEL is set, and that needs packages of OpenTelemetry; to install them {how_to_install('otel')}, "
     "or unset HEADRACE_OTEL"
 )
 

@@ -11,7 +11,7 @@ Which sequence has which slot is decided elsewhere (worker/engine/scheduler.py);
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -149,7 +149,8 @@ class _Compiled:
     ) -> None:
         self._kernel = kernel
         self.rows = slice(None)
-        groups = [*groups, *(DecodeGroup(c.length_class, [c.slot], [c.start], [c.count], c.row) for c in chunks)]
+        joined = _joined(chunks)
+        groups = [*groups, *(DecodeGroup(c.length_class, [c.slot], [c.start], [c.count], c.row) for c in joined)]
         arenas = [cache.arenas[group.length_class] for group in groups]
         self._read = [(*arena.k, *arena.v) for arena in arenas]  # by address, so they must not go meanwhile
         self._where = Rows.of(
@@ -172,6 +173,27 @@ class _Compiled:
 
     def calls(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> Calls:
         return self._kernel.calls(q, k, v, out, self._where, scale)
+
+
+def _joined(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """The chunks, those of one slot that follow each other in a step as one.
+
+    The kernel computes a slot's rows in order in one thread. As two entries, two chunks of one prompt would go to two
+    threads, and the second could read keys that the first has not written yet.
+    """
+    joined: list[Chunk] = []
+    for chunk in chunks:
+        last = joined[-1] if joined else None
+        if last and (last.length_class, last.slot, last.start + last.count, last.row + last.count) == (
+            chunk.length_class,
+            chunk.slot,
+            chunk.start,
+            chunk.row,
+        ):
+            joined[-1] = replace(last, count=last.count + chunk.count)
+        else:
+            joined.append(chunk)
+    return joined
 
 
 def _addresses(tensors: Sequence[Tensor], slots: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -93,6 +93,15 @@ def read_config(path: Path) -> GPT2Config:
     return GPT2Config(**sizes, n_inner=inner, layer_norm_epsilon=epsilon)
 
 
+def check_weights(folder: Path, config: GPT2Config) -> None:
+    """Check names and shapes of all tensors in a model's directory; none is read.
+
+    Raises:
+        ModelError: a file is missing or broken, or a tensor does not fit the config.
+    """
+    _places(folder, weight_files(folder), config)
+
+
 def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a GPT-2, linear weights as [in, out]."""
     return dict(_shapes(config))

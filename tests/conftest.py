@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 
 from headrace.worker.redis_server import EmbeddedRedis
+from tests import instruction_sets
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -33,13 +34,26 @@ if SHARED := "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where several processes share the files (`pytest -n`), begin with those that wait most: they kill their Redis."""
+    instruction_sets.note_sets(items)
     if SHARED:
         longest = {item.path for item in items if "own_server" in item.fixturenames}  # type: ignore[attr-defined]
         items.sort(key=lambda item: (item.path not in longest, item.path.parent.name not in ("integration", "chaos")))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this CPU cannot run."""
+    instruction_sets.skip_if_missing(item)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say plainly when OpenAI's weights were not there to be tested."""
+    """Which instruction sets ran, which libraries' errors are large, and whether OpenAI's weights were tested."""
+    ran = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    if line := instruction_sets.summary(ran, terminalreporter.getreports("skipped")):
+        terminalreporter.write_line(line)
+    for report in ran:
+        for name, value in getattr(report, "user_properties", []):
+            if name == "library_error":
+                terminalreporter.write_line(f"a library's own error is over a checkpoint's tolerance: {value}")
     skipped = [report for report in terminalreporter.getreports("skipped") if "openai_weights" in report.keywords]
     if skipped:
         terminalreporter.write_line(f"OpenAI's weights were not at hand: {len(skipped)} tests of them did not run")

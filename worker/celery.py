@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import time
 from typing import Any
 
 import click
@@ -15,12 +16,16 @@ from celery.platforms import EX_FAILURE
 from click.core import ParameterSource
 
 from headrace.client.wire import keys
+from headrace.client.wire.embedded_redis import SCHEME as EMBEDDED
+from headrace.client.wire.embedded_redis import current_url
 from headrace.client.wire.errors import RedisUnreachable
 from headrace.client.wire.redis import (
+    answers,
     broker_settings,
     celery_url,
     check_access,
     connect,
+    has_keepalive,
     queue,
     resolve_url,
     sentinel_options,
@@ -28,6 +33,7 @@ from headrace.client.wire.redis import (
 from headrace.config import Settings, SettingsError, load_settings
 from headrace.config.logging import setup_logging
 from headrace.worker.queue.permissions import RightsMissing, check_rights
+from headrace.worker.redis_server import AlreadyRunning, EmbeddedRedis, EmbeddedRedisError
 from headrace.worker.tasks import add_tasks
 
 log = structlog.get_logger("headrace.worker")
@@ -36,6 +42,8 @@ ENGINE_POOL = "headrace.worker.jobs.pool:EnginePool"
 #: Celery's pools that cannot run the tasks: each process of prefork would load the models once more, and the engine's
 #: threads do not work with greenlets.
 REFUSED_POOLS = ("prefork", "processes", "gevent", "eventlet")
+#: Seconds to wait for the embedded Redis server that another process is starting.
+OTHERS_START_S = 60.0
 
 
 def make_app(settings: Settings) -> Celery:
@@ -43,25 +51,20 @@ def make_app(settings: Settings) -> Celery:
     app = Celery("headrace", set_as_current=False)
     app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "headrace.worker.queue.backend:ResultBackend")
     app.loader.override_backends["sentinel"] = "headrace.worker.queue.backend:SentinelResultBackend"
+    app.loader.override_backends[EMBEDDED] = "headrace.worker.queue.backend:EmbeddedResultBackend"
     app.conf.update(worker_settings(settings))
-    point_at(app, settings, resolve_url(settings))
+    url = resolve_url(settings)
+    app.conf.update(broker_settings(settings, url))
     app.conf.update(
+        result_backend=celery_url(url),
+        redis_socket_keepalive=has_keepalive(url),
+        redis_backend_use_ssl=app.conf.broker_use_ssl,
         task_queues=[queue(name) for name in settings.models],
         task_default_queue=keys.queue(settings.model_name),
     )
     add_tasks(app, settings)
     app.headrace_settings = settings  # the pool and the command line read it from here
     return app
-
-
-def point_at(app: Celery, settings: Settings, url: str) -> None:
-    """Make the app use this Redis for messages and results."""
-    app.conf.update(broker_settings(settings, url))
-    app.conf.update(
-        result_backend=celery_url(url),
-        redis_socket_keepalive=not url.startswith("unix:"),
-        redis_backend_use_ssl=app.conf.broker_use_ssl,
-    )
 
 
 def worker_settings(settings: Settings) -> dict[str, Any]:
@@ -129,10 +132,11 @@ def _refused_pool(pool: Any) -> str | None:
 
 @signals.celeryd_init.connect  # type: ignore[untyped-decorator]
 def _find_redis(instance: Any, **_: Any) -> None:
-    """Start an embedded Redis if none is set and none runs here, so that a worker needs no options."""
+    """Start an embedded Redis server if none is set and none runs here, so that the worker needs no flags."""
     settings: Settings = getattr(instance.app, "headrace_settings", None) or load_settings()
+    setup_logging(settings)  # Celery does this later; until then structlog would write to standard output
     if settings.redis_url is None:
-        start_embedded_if_alone(instance.app, settings)
+        start_redis_if_none(settings)
         return
     try:
         check_access(settings.redis_url)  # Celery would retry a wrong password or certificate for ever
@@ -142,22 +146,31 @@ def _find_redis(instance: Any, **_: Any) -> None:
         raise SystemExit(f"headrace: {error}") from None
 
 
-def start_embedded_if_alone(app: Celery, settings: Settings) -> None:
-    """Start an embedded Redis for this process if neither another embedded one nor one at the default port answers."""
-    from headrace.worker.redis_server import EmbeddedRedis, EmbeddedRedisError
-
+def start_redis_if_none(settings: Settings) -> None:
+    """Start an embedded server that ends with this process, unless a Redis answers where the settings look for one."""
     url = resolve_url(settings)
+    tried = current_url(url)
     try:
-        connect(url).ping()
-    except redis.ConnectionError:
-        server = EmbeddedRedis()
-        try:
-            server.start()
-        except EmbeddedRedisError as error:
-            raise SystemExit(f"headrace: no Redis at {url}, and the embedded Redis cannot start: {error}") from None
+        server = _start_embedded(url)
+    except EmbeddedRedisError as error:
+        raise SystemExit(f"headrace: no Redis at {tried}, and no embedded one can run: {error}") from None
+    if server is not None:
         atexit.register(server.stop)
-        point_at(app, settings, server.url)
-        log.warning("redis.embedded", tried=url, url=server.url, hint="set HEADRACE_REDIS_URL to use a Redis of yours")
+        hint = "set HEADRACE_REDIS_URL to use a Redis of yours"
+        log.warning("redis.embedded", tried=tried, url=server.url, hint=hint)
+
+
+def _start_embedded(url: str) -> EmbeddedRedis | None:
+    """Return the server that was started, or None if a Redis answers, possibly one that another process has started."""
+    deadline = time.monotonic() + OTHERS_START_S
+    while not answers(url):
+        try:
+            return EmbeddedRedis().start()
+        except AlreadyRunning:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+    return None
 
 
 @signals.worker_shutdown.connect  # type: ignore[untyped-decorator]

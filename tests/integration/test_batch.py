@@ -26,7 +26,7 @@ from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.conftest import Reference
 from tests.patience import PATIENCE_S
 
-HEADRACE = [sys.executable, "-m", "headrace.worker.cli.main", "batch"]
+HEADRACE = [sys.executable, "-m", "headrace.worker.cli", "batch"]
 pytestmark = pytest.mark.usefixtures("worker")
 
 

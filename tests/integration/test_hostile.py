@@ -22,7 +22,7 @@ from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.patience import PATIENCE_S
 
-HEADRACE = [sys.executable, "-m", "headrace.worker.cli.main"]
+HEADRACE = [sys.executable, "-m", "headrace.worker.cli"]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from tests.integration.http_server import HttpServer
 from tests.patience import PATIENCE_S
 
 KEYS = ("first-key-0123456789", "second-key-0123456789")
-SERVE = [sys.executable, "-m", "headrace.worker.cli.main", "serve", "--port", "0"]
+SERVE = [sys.executable, "-m", "headrace.worker.cli", "serve", "--port", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -148,13 +148,15 @@ def test_a_start_that_would_open_the_door_is_refused(tmp_path: Path, flags: list
 def test_without_the_extra_the_error_names_it() -> None:
     hidden = (
         "import sys; sys.modules['uvicorn'] = None; sys.argv[1:] = ['serve']; "
-        "from headrace.worker.cli.main import run; run()"
+        "from headrace.worker.cli import run; run()"
     )
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 3
-    assert "pip install 'headrace[http]'" in done.stderr
+    assert "pip install '.[http]' -c constraints.txt` in a clone" in done.stderr
 
 
 def test_the_server_loads_no_model() -> None:
-    code = "import client.http.serve, sys; assert not {'torch', 'numba', 'worker'} & sys.modules.keys()"
+    code = (
+        "import headrace.client.http.serve, sys; assert not {'torch', 'numba', 'headrace.worker'} & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)

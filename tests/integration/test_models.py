@@ -15,7 +15,7 @@ from headrace.client import Client, InvalidRequest, Job
 from headrace.client.wire import keys
 from headrace.client.wire.requests import Result, parse_request
 from headrace.config import load_settings
-from headrace.worker.cli.main import main
+from headrace.worker.cli import main
 from headrace.worker.engine.engine import Engine
 from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, paced, wait_until, worker_on

@@ -14,7 +14,7 @@ import redis
 from headrace.client import AsyncClient, Client
 from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
-from headrace.worker.redis_server import find_server
+from headrace.worker.redis_binary import find_server
 from tests.integration.processes import WorkerProcess, paced, wait_until
 from tests.integration.servers import free_port, redis_on_a_port
 from tests.patience import PATIENCE_S

@@ -19,7 +19,7 @@ from tests.patience import PATIENCE_S
 
 def validate(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "headrace.worker.cli.main", "validate", *arguments]
+    command = [sys.executable, "-m", "headrace.worker.cli", "validate", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
@@ -37,7 +37,11 @@ def test_the_bundled_model_passes_and_the_difference_is_drawn(tmp_path: Path, du
     references = ["--reference", "transformers", "--reference", str(dump)]
     done = validate(*references, "--prompt", "Hello.", "--plot", str(picture))
     assert done.returncode == 0, done.stderr
-    assert all(words in done.stdout for words in ("first layer norm", "tokens end to end", "transformers 5", dump.name))
+    assert all(words in done.stdout for words in ("first layer norm", "tokens end to end", "q, k, v with float64"))
+    for subject in ("headrace", "transformers 5", str(dump)):
+        assert f"{subject} measured against float64" in " ".join(
+            done.stdout.replace(f"{subject}.23.0", subject).split()
+        )
     assert "FAILED" not in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -46,7 +50,7 @@ def test_a_dump_with_a_mistake_fails_with_the_cause_and_the_next_command(dump: P
     with np.load(dump) as archive:
         tensors = {name: archive[name] for name in archive.files}
     wrong = tmp_path / "unscaled.npz"
-    np.savez(wrong, **{**tensors, "scores": tensors["scores"] / 8})
+    np.savez(wrong, **{**tensors, "scores": tensors["scores"] * 8})
     done = validate("--reference", str(wrong), "--prompt", "Hello.")
     assert done.returncode == 1
     assert "FAILED" in done.stdout
@@ -59,7 +63,9 @@ def test_other_precisions_have_tolerances_of_their_own_and_say_what_they_cost() 
     dtype = "int8" if int8_works("cpu") else "bfloat16"
     done = validate("--reference", "transformers", "--dtype", dtype, "--json", "--prompt", "Once upon a time")
     assert done.returncode == 0, done.stdout + done.stderr
-    (report,) = json.loads(done.stdout)
+    report, library = json.loads(done.stdout)
+    assert (report["subject"], report["reference"], report["judged"]) == ("headrace", "float64", True)
+    assert (library["judged"], library["loss"]) == (False, None)
     assert report["ok"]
     assert [row["number"] for row in report["rows"]] == list(range(13))
     rows = {row["number"]: row for row in report["rows"]}

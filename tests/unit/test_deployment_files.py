@@ -69,7 +69,7 @@ def check_celery_command(words: list[str]) -> None:
 
 def check_headrace_command(words: list[str]) -> None:
     """The subcommand exists and takes these options, whatever they would do."""
-    from headrace.worker.cli.main import main
+    from headrace.worker.cli import main
 
     subcommand = main.commands[words[0]]
     subcommand.make_context(words[0], words[1:], parent=click.Context(main))

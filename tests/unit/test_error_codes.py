@@ -1,25 +1,31 @@
-"""Every failure a user can meet: a code, a class, what to do about it in docs/client.md, and a test that meets it."""
+"""Every failure a user can meet has a code, a class, advice in `client.error_codes`, and a test that meets it."""
 
 from __future__ import annotations
 
 import ast
-import re
 from pathlib import Path
+
+import pytest
 
 from headrace import client
 from headrace.client import HeadraceError, JobCancelled, JobExpired, JobFailed
+from headrace.client.error_codes import ERRORS, JOB_FAILURES
 from headrace.client.wire.errors import JobError
 
 ROOT = Path(__file__).parents[2]
-ROWS = re.findall(r"^\| `(\w+)` \| (.*?) \| (.+) \|$", (ROOT / "docs" / "client.md").read_text(), re.MULTILINE)
+TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__))
 #: The calls that give a job's failure its code, and which argument that is.
 FAILING = {"JobFailed": 0, "_fail": 1}
 
 
-def classes(base: type[HeadraceError] = HeadraceError) -> set[type[HeadraceError]]:
-    """Those that a user can meet; the worker has one more for itself."""
-    ours = [child for child in base.__subclasses__() if child.__module__ == "headrace.client.wire.errors"]
-    return {found for child in ours for found in classes(child)} or {base}
+def classes(base: type[HeadraceError] = HeadraceError) -> dict[str, type[HeadraceError]]:
+    """The classes that a user can meet, by their codes; the worker has one more for itself."""
+    found = {}
+    for kind in base.__subclasses__():
+        if kind.__module__ == JobError.__module__:
+            own = {kind.code: kind} if "code" in vars(kind) else {}
+            found |= own | classes(kind)
+    return found
 
 
 def codes_in_sources() -> set[str]:
@@ -35,27 +41,22 @@ def codes_in_sources() -> set[str]:
     return found  # type: ignore[return-value]
 
 
-def test_the_table_has_every_code_and_nothing_else() -> None:
-    own = {kind.code for kind in classes() if kind is not JobFailed} | {client.ResultTimeout.code}
+def test_every_code_has_advice_and_no_other_has() -> None:
     assert codes_in_sources() >= {"internal_error", "nan_logits", "context_length_exceeded", "max_attempts"}
-    assert [code for code, _, _ in ROWS] == list(dict.fromkeys(code for code, _, _ in ROWS))
-    assert {code for code, _, _ in ROWS} == own | codes_in_sources()
+    assert ERRORS.keys() == classes().keys()
+    assert JOB_FAILURES.keys() == codes_in_sources()
+    assert all(ERRORS.values())
+    assert all(JOB_FAILURES.values())
 
 
-def test_the_classes_it_names_are_exported_and_have_the_code() -> None:
-    for code, names, advice in ROWS:
-        assert advice
-        for name in re.findall(r"`(\w+)`", names):
-            kind = getattr(client, name)
-            assert kind is JobFailed or kind.code == code
+def test_the_classes_are_exported() -> None:
+    assert {kind.__name__ for kind in classes().values()} <= set(client.__all__)
 
 
-def test_every_code_is_met_by_a_test() -> None:
-    tests = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)]
-    for code, names, _ in ROWS:
-        kinds = [name for name in re.findall(r"`(\w+)`", names) if name != "JobFailed"]
-        met = f'"{code}"', *(f"raises({name}" for name in kinds)
-        assert any(mark in text for mark in met for text in tests), code
+@pytest.mark.parametrize("code", [*ERRORS, *JOB_FAILURES])
+def test_every_code_is_met_by_a_test(code: str) -> None:
+    kind = classes().get(code)
+    assert f'"{code}"' in TESTS or (kind is not None and f"raises({kind.__name__}" in TESTS)
 
 
 def test_every_job_error_takes_a_job() -> None:

@@ -1,12 +1,12 @@
-"""Where two implementations part, as a picture: layers down, positions across, the difference as colour."""
+"""Where an implementation's error grows, as a picture: layers down, positions across, the error as colour."""
 
 from __future__ import annotations
 
 import numpy as np
 
 
-def draw_difference(ours: np.ndarray, theirs: np.ndarray, reference: str, path: str) -> None:
-    """Write a PNG of log10 of the largest difference of the residual streams [n_layer + 1, T, E].
+def draw_difference(found: np.ndarray, exact: np.ndarray, subject: str, path: str) -> None:
+    """Write a PNG of log10 of the largest error of the residual stream [n_layer + 1, T, E].
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -16,14 +16,14 @@ def draw_difference(ours: np.ndarray, theirs: np.ndarray, reference: str, path: 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    gap = np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max(axis=-1)  # [n_layer + 1, T]
+    gap = np.abs(found.astype(np.float64) - exact.astype(np.float64)).max(axis=-1)  # [n_layer + 1, T]
     figure, axes = plt.subplots(figsize=(9, 1.5 + 0.3 * len(gap)), layout="constrained")
     image = axes.imshow(
         np.log10(np.maximum(gap, 1e-9)), aspect="auto", cmap="viridis", vmin=-8, vmax=0, interpolation="nearest"
     )
     axes.set_yticks(range(len(gap)), ["embeddings", *(f"block {i}" for i in range(len(gap) - 1))])
     axes.set_xlabel("position")
-    axes.set_title(f"headrace and {reference}: largest difference of the residual stream")
-    figure.colorbar(image, label="log10 of the difference")
+    axes.set_title(f"{subject}: largest error of the residual stream, against float64")
+    figure.colorbar(image, label="log10 of the error")
     figure.savefig(path, dpi=120)
     plt.close(figure)

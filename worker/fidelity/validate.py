@@ -1,30 +1,30 @@
-"""`headrace validate`: jobs through client, queue and worker, their tensors beside those of other implementations."""
+"""`headrace validate`: jobs through client, queue and worker, their tensors measured against float64.
+
+The libraries that are installed, and files of tensors that the user names, are measured in the same way.
+"""
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from headrace.client import Client
-from headrace.client.wire.activations import CHECKPOINTS, Row, compare
+from headrace.client.wire.activations import CHECKPOINTS, Row
 from headrace.client.wire.errors import HeadraceError
 from headrace.config import Settings
-from headrace.model.hub import find_model
+from headrace.config.extras import how_to_install
+from headrace.model.hub import ModelError, find_model
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
-from headrace.model.weights import read_config
-from headrace.worker.fidelity import report as checkpoints
+from headrace.model.weights import check_weights, read_config
+from headrace.worker.fidelity import tensor_files as checkpoints
 from headrace.worker.fidelity.diagnosis import likely_cause
+from headrace.worker.fidelity.judge import judge
 from headrace.worker.fidelity.references import REFERENCES, Reference, ReferenceUnavailable, load_reference
-from headrace.worker.fidelity.references.files import read_weights
-from headrace.worker.fidelity.report import Loss
+from headrace.worker.fidelity.references.float64 import Float64
+from headrace.worker.fidelity.report import Report
 
 #: The usual prompts: text, the empty prompt, one token, and (below) one that fills the context.
 PROMPTS = ("Hello.", "The quick brown", "Once upon a time", "", "The")
@@ -44,59 +44,46 @@ LOGITS_LIMIT = 256
 COMPANY = ("It was a dark night, and", "She said that", "London", "The river ran past the old house on the hill " * 8)
 
 
+#: The subject of the report on our own worker.
+OURS = "headrace"
+
+
 class ValidationError(HeadraceError):
-    """Raised when there is nothing to compare with, or it cannot be read; the message says what to do."""
+    """Raised when a reference is unknown, unavailable or unreadable; the message says what to do."""
 
 
 @dataclass
 class Case:
-    """One prompt, and what our worker made of it."""
+    """One prompt, what our worker made of it, and what float64 does."""
 
     tokens: list[int]
     new_tokens: int
     numbers: list[int]
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Report:
-    """The thirteen rows against one reference."""
-
-    model: str
-    dtype: str
-    reference: str
-    fingerprint: str
-    prompts: int
-    rows: list[Row]
-    cause: str = ""
-    note: str = ""
-    #: Of other precisions than float32.
-    loss: Loss | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether all that was compared holds, and something was."""
-        return all(row.ok is not False for row in self.rows) and any(row.ok for row in self.rows if 0 < row.number < 12)
+    exact: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Validation:
-    """A comparison of one model with several references.
+    """The errors of one model's implementations: ours, those of libraries, and those in files.
 
     Raises:
-        ModelError: there is no such model.
-        ValidationError: a reference is unknown, or none is installed.
+        ValidationError: the model cannot be read, or a reference is unknown or cannot be loaded.
     """
 
     def __init__(self, settings: Settings, references: Sequence[str], prompts: Sequence[str]) -> None:
         self.settings = settings
         self.model = settings.models[settings.model_name]
-        self.folder = find_model(self.model)
-        self.config = read_config(self.folder / "config.json")
-        self.tokenizer: Tokenizer = load_tokenizer(self.model)
+        try:
+            self.folder = find_model(self.model)
+            self.config = read_config(self.folder / "config.json")
+            check_weights(self.folder, self.config)
+            self.tokenizer: Tokenizer = load_tokenizer(self.model)
+        except ModelError as error:
+            raise ValidationError(str(error)) from error
         self.skipped: list[str] = []
         self._references, self._files = self._load(references)
+        self._half = self._load_half()
         self.cases = self._cases(prompts)
-        self._traces: dict[str, list[dict[str, np.ndarray]]] = {}
 
     def _load(self, names: Sequence[str]) -> tuple[list[Reference], dict[str, dict[str, np.ndarray]]]:
         libraries, files = [], {}
@@ -113,9 +100,16 @@ class Validation:
             except ValueError as error:
                 hint = f"a reference is one of {', '.join(REFERENCES)}, or a file of tensors"
                 raise ValidationError(f"{error}; {hint}") from error
-        if not libraries and not files:
-            raise ValidationError("no reference is installed: `pip install 'headrace[references]'`")
         return libraries, files
+
+    def _load_half(self) -> Reference | None:
+        """What the tolerances of other precisions than float32 come from."""
+        if self.settings.dtype == "float32":
+            return None
+        try:
+            return load_reference("transformers", self.folder, self.settings.dtype)
+        except ReferenceUnavailable as error:
+            raise ValidationError(f"the tolerances of {self.settings.dtype} come from transformers. {error}") from error
 
     def _cases(self, prompts: Sequence[str]) -> list[Case]:
         limit, ends = self.config.n_positions, self.tokenizer.end_of_text
@@ -149,167 +143,140 @@ class Validation:
         for case, job in zip(self.cases, jobs, strict=True):
             result = job.result(timeout=600)
             case.tensors = job.checkpoints()
-        ready = self._ready_row(client)
+        self._progress(f"computing {len(self.cases)} prompts in float64")
+        arbiter = self._arbiter = Float64(self.folder)
+        for case, exact in zip(
+            self.cases, arbiter.traces([c.tokens for c in self.cases], logits_limit=LOGITS_LIMIT), strict=True
+        ):
+            case.exact = exact
+        ours = [case.tensors for case in self.cases]
+        tolerances = self._tolerances()
+        tables = self._tables(ours, tolerances, job=True)
+        rows = [self._ready_row(client), *checkpoints.table(tables)]
+        loss = None if self._half is None else checkpoints.loss(ours, [case.exact for case in self.cases])
         return [
-            *(self._against_library(reference, ready, result.fingerprint) for reference in self._references),
-            *(self._against_file(name, found, ready, result.fingerprint) for name, found in self._files.items()),
-            *self._among_references(),
+            self._report(OURS, rows, fingerprint=result.fingerprint, cause=self._cause(tables, ours), loss=loss),
+            *(self._library_report(reference) for reference in self._references),
+            *(self._file_report(name, found, tolerances) for name, found in self._files.items()),
         ]
 
     def _ready_row(self, client: Client) -> Row:
         ready = client.status().serves(self.settings.model_name)
         return Row(0, CHECKPOINTS[0][0], f"{len(self.cases)} jobs through client, queue and worker", ok=ready)
 
-    def _against_library(self, reference: Reference, ready: Row, fingerprint: str) -> Report:
+    def _library_report(self, reference: Reference) -> Report:
+        """A library in float32. Its error is its own affair: it is reported and fails nothing."""
         theirs = []
         for i, case in enumerate(self.cases):
             count = f"prompt {i + 1} of {len(self.cases)}, {len(case.tokens)} tokens"
             self._progress(f"computing with {reference.name}: {count}")
-            theirs.append(self._trace(reference, case))
-        self._traces[reference.name] = theirs
-        tolerances = self._tolerances(reference, theirs)
-        tables = [
-            compare(case.tensors, tensors, reference=reference.name, tolerances=tolerances)
-            for case, tensors in zip(self.cases, theirs, strict=True)
+            tokens = np.array(reference.generate(case.tokens, case.new_tokens), dtype=np.int64)
+            theirs.append({**reference.trace(case.tokens), "tokens": tokens})
+        rows = checkpoints.table(self._tables(theirs, {}, job=False))
+        return self._report(reference.name, rows, judged=False)
+
+    def _file_report(self, name: str, tensors: dict[str, np.ndarray], tolerances: Mapping[int, float]) -> Report:
+        """Another implementation's tensors of the first prompt. They are what the user asks to be judged."""
+        (rows,) = self._tables([tensors], tolerances, job=False)
+        return self._report(name, rows, cause=self._cause([rows], [tensors]), prompts=1)
+
+    def _tables(
+        self, found: Sequence[Mapping[str, np.ndarray]], tolerances: Mapping[int, float], *, job: bool
+    ) -> list[list[Row]]:
+        """Rows 1 to 12 for each of the first prompts; `found` are an implementation's tensors for them."""
+        cases = self.cases[: len(found)]
+        return [
+            judge(tensors, case.exact, margins, tolerances=tolerances, job=job)
+            for case, tensors, margins in zip(cases, found, self._margins(found), strict=True)
         ]
-        if self.settings.dtype != "float32":
-            tables = [self._forgive_near_ties(t, th, tolerances) for t, th in zip(tables, theirs, strict=True)]
-        rows = [ready, *checkpoints.table(tables)]
-        report = self._report(reference.name, fingerprint, rows, self._cause(tables, theirs))
-        if self.settings.dtype == "float32":
-            return report
-        return replace(report, loss=checkpoints.loss([case.tensors for case in self.cases], theirs))
 
-    def _trace(self, reference: Reference, case: Case) -> dict[str, np.ndarray]:
-        tensors = dict(reference.trace(case.tokens))
-        tokens = reference.generate(case.tokens, case.new_tokens)
-        return tensors | {"tokens": np.array(tokens, dtype=np.int64)}
+    def _margins(self, found: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray | None]:
+        """See `Float64.margins`, of each prompt's new tokens; infinite where they are not the number asked for."""
+        margins: list[np.ndarray | None] = [None] * len(found)
+        wanted: dict[int, list[int]] = {}
+        for i, tensors in enumerate(found):
+            if (tokens := tensors.get("tokens")) is None:
+                continue
+            case, known = self.cases[i], np.arange(self.config.vocab_size)
+            if tokens.shape != (case.new_tokens,) or not np.isin(tokens, known).all():
+                margins[i] = np.full(max(1, tokens.size), np.inf)
+            elif case.new_tokens == 1:  # the prompt may fill the context: it is not computed a second time
+                logits = case.exact["last_logits"]
+                margins[i] = logits.max() - logits[tokens.astype(np.int64)]
+            else:
+                wanted[i] = tokens.astype(np.int64).tolist()
+        computed = self._arbiter.margins([self.cases[i].tokens for i in wanted], list(wanted.values()))
+        for i, each in zip(wanted, computed, strict=True):
+            margins[i] = each
+        return margins
 
-    def _tolerances(self, reference: Reference, exact: Sequence[Mapping[str, np.ndarray]]) -> dict[int, float]:
-        """In other precisions: from what transformers differs from itself between the two.
+    def _tolerances(self) -> dict[int, float]:
+        """In other precisions: from the error that transformers has in that type.
 
-        The usual prompts are looked at in any case: a single short one may happen to differ little.
+        The usual prompts are computed in any case: a single short one may happen to have a small error.
         """
-        if self.settings.dtype == "float32":
+        if self._half is None:
             return {}
-        half = load_reference("transformers", self.folder, self.settings.dtype)
+        self._progress(f"computing with {self._half.name} in {self.settings.dtype}")
         others = [tokens for tokens in map(self.tokenizer.encode, (*PROMPTS, PASSAGE)) if self._fits(tokens)]
-        more = [reference.trace(tokens) for tokens in others]
-        rounded = [half.trace(tokens) for tokens in [*(case.tokens for case in self.cases), *others]]
-        return checkpoints.half_tolerances([*exact, *more], rounded)
+        exact = [*(case.exact for case in self.cases), *self._arbiter.traces(others)]
+        rounded = [self._half.trace(tokens) for tokens in [*(case.tokens for case in self.cases), *others]]
+        return checkpoints.half_tolerances(exact, rounded)
 
     def _fits(self, tokens: Sequence[int]) -> bool:
         return 0 < len(tokens) <= self.config.n_positions - NEW_TOKENS
 
-    def _forgive_near_ties(
-        self, rows: list[Row], theirs: Mapping[str, np.ndarray], tolerances: Mapping[int, float]
-    ) -> list[Row]:
-        """Half precision may turn an argmax whose first two logits are closer than the tolerance, and all after it."""
-        first, second = np.sort(theirs["last_logits"])[::-1][:2]
-        close = first - second <= 2 * tolerances[8]
-        note = f"turned; no promise in {self.settings.dtype}" + (", the first two logits nearly tie" if close else "")
-        forgiven = {12} | ({10} if close else set())
-        return [replace(r, ok=None, note=note) if r.ok is False and r.number in forgiven else r for r in rows]
-
-    def _cause(self, tables: Sequence[Sequence[Row]], theirs: Sequence[Mapping[str, np.ndarray]]) -> str:
+    def _cause(self, tables: Sequence[Sequence[Row]], found: Sequence[Mapping[str, np.ndarray]]) -> str:
         """What the first failed checkpoint suggests, from the prompt in which it fails first."""
         failed = [(row.number, i) for i, rows in enumerate(tables) for row in rows if row.ok is False]
         if not failed:
             return ""
         number, index = min(failed)
         case = self.cases[index]
-        weights = read_weights(self.folder)
-        found = likely_cause(number, case.tensors, theirs[index], weights, case.tokens)
-        return f"checkpoint {number} fails first: {found or 'none of the usual mistakes explains it'}"
+        cause = likely_cause(number, found[index], case.exact, self._arbiter.weights, case.tokens)
+        return f"checkpoint {number} fails first: {cause or 'none of the usual mistakes explains it'}"
 
-    def _against_file(self, name: str, theirs: dict[str, np.ndarray], ready: Row, fingerprint: str) -> Report:
-        """Another implementation's dump of the first prompt."""
-        case = self.cases[0]
-        rows = compare(case.tensors, theirs, reference=Path(name).name, tolerances={})
-        return self._report(name, fingerprint, [ready, *rows], self._cause([rows], [theirs]))
-
-    def _among_references(self) -> list[Report]:
-        """The references beside each other: where two disagree, neither is a judge."""
-        names = list(self._traces)
-        reports = []
-        for other in names[1:]:
-            pairs = zip(self._traces[names[0]], self._traces[other], strict=True)
-            tables = [
-                [row for row in compare(a, b, reference=other, tolerances={}) if row.number != 3] for a, b in pairs
-            ]
-            rows = checkpoints.table(tables)
-            reports.append(self._report(f"{names[0]} beside {other}", "", rows, ""))
-        return reports
-
-    def _report(self, reference: str, fingerprint: str, rows: list[Row], cause: str) -> Report:
+    def _report(
+        self,
+        subject: str,
+        rows: list[Row],
+        *,
+        fingerprint: str = "",
+        cause: str = "",
+        judged: bool = True,
+        prompts: int | None = None,
+        loss: checkpoints.Loss | None = None,
+    ) -> Report:
         return Report(
             model=self.model,
             dtype=self.settings.dtype,
-            reference=reference,
+            subject=subject,
             fingerprint=fingerprint,
-            prompts=len(self.cases),
+            prompts=prompts or len(self.cases),
             rows=rows,
             cause=cause,
             note="; ".join(self.skipped),
+            judged=judged,
+            loss=loss,
         )
 
     def draw(self, path: str) -> None:
-        """Draw the difference from the first reference, by layer and position, of the longest prompt.
+        """Draw the error of the residual stream, by layer and position.
+
+        That of the first file that has it ("hidden"), else our own for the longest prompt.
 
         Raises:
-            ValidationError: matplotlib is not installed, or no reference has the residual stream.
+            ValidationError: matplotlib is not installed.
         """
         from headrace.worker.fidelity.plot import draw_difference
 
-        if not self._traces:
-            raise ValidationError("--plot needs one of the references " + ", ".join(REFERENCES))
-        name, traces = next(iter(self._traces.items()))
-        index = max(range(len(self.cases)), key=lambda i: len(self.cases[i].tokens))
+        case = max(self.cases, key=lambda c: len(c.tokens))
+        name, found = OURS, case.tensors["hidden"]
+        for file, tensors in self._files.items():
+            if "hidden" in tensors and tensors["hidden"].shape == self.cases[0].exact["hidden"].shape:
+                case, name, found = self.cases[0], Path(file).name, tensors["hidden"]
+                break
         try:
-            draw_difference(self.cases[index].tensors["hidden"], traces[index]["hidden"], name, path)
+            draw_difference(found, case.exact["hidden"], name, path)
         except ImportError as error:
-            raise ValidationError("--plot needs matplotlib: `pip install 'headrace[plot]'`") from error
-
-
-def report_json(reports: Sequence[Report]) -> str:
-    """All reports as one JSON array."""
-    return json.dumps([_plain(report) for report in reports])
-
-
-def _plain(report: Report) -> dict[str, Any]:
-    fields = {name: getattr(report, name) for name in ("model", "dtype", "reference", "fingerprint", "prompts")}
-    rows = [row.to_json() for row in report.rows]
-    loss = asdict(report.loss) if report.loss is not None else None
-    return {**fields, "ok": report.ok, "cause": report.cause, "note": report.note, "loss": loss, "rows": rows}
-
-
-def report_text(reports: Sequence[Report]) -> str:
-    """All reports as tables."""
-    out = io.StringIO()
-    console = Console(file=out, width=150, highlight=False)
-    for report in reports:
-        _print(console, report)
-    note = next((report.note for report in reports if report.note), "")
-    if note:
-        console.print(f"not compared: {note}")
-    return out.getvalue().rstrip()
-
-
-def _print(console: Console, report: Report) -> None:
-    title = f"{report.model} in {report.dtype} with {report.reference}, the worst of {report.prompts} prompts"
-    lines = Table("#", "checkpoint", "compared", "shape", "max abs", "max rel", "tolerance", "", title=title)
-    for row in report.rows:
-        verdict = {True: "ok", False: "FAILED", None: "-"}[row.ok]
-        numbers = ["" if v is None else f"{v:.2g}" for v in (row.max_abs, row.max_rel, row.tolerance)]
-        note = f"{verdict} {row.note}".strip()
-        lines.add_row(str(row.number), row.name, row.compared, row.shape.replace("[", "\\["), *numbers, note)
-    console.print(lines)
-    if report.loss is not None:
-        found = report.loss
-        console.print(
-            f"{report.dtype} costs, over {found.positions} positions: the next token's distribution is off by "
-            f"{found.divergence:.2g} nats (Kullback-Leibler); the likeliest token is the same at {found.agreement:.1%}"
-        )
-    if report.cause:
-        console.print(report.cause)
-        console.print("next: headrace validate --prompt 'Hello.' --plot difference.png --reference transformers")
+            raise ValidationError(f"--plot needs matplotlib: {how_to_install('plot')}") from error

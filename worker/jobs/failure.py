@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 
 import redis
 import structlog
@@ -27,6 +28,8 @@ class ProcessFailure:
         self.failed = False
         #: The cause is known not to be a job: the jobs inside the engine need not keep their attempts.
         self.crash_is_ours = False
+        #: Called with the reason when a model cannot be loaded.
+        self.on_unavailable: Callable[[str], None] = lambda _: None
 
     def end_process(self, error: BaseException) -> None:
         """End this process because of an error. May be called from any thread, and repeatedly."""
@@ -45,6 +48,7 @@ class ProcessFailure:
         """Log that a model cannot be loaded. The error says what to do, so no traceback is needed."""
         model, kind = self._settings.models.get(error.name, error.name), type(error.reason).__name__
         log.error("worker.model_failed", model=model, error=str(error), kind=kind)
+        self.on_unavailable(str(error))
 
     def _missing_rights(self) -> str:
         """What to do about a missing permission. It names all missing ones if Redis still answers."""

@@ -65,6 +65,7 @@ class EnginePool(BasePool, JobPool):
         self._service = service
         #: The parts that jobs pass through; observers of jobs may be added to it.
         self.flow = JobFlow(self.settings)
+        self.flow.failure.on_unavailable = self._note_unavailable
         self._probes: Probes | None = None
 
     @property
@@ -210,6 +211,9 @@ class EnginePool(BasePool, JobPool):
     def end_process(self, error: BaseException) -> None:
         """End this process, because it cannot continue. May be called from any thread, and repeatedly."""
         self.flow.end_process(error)
+
+    def _note_unavailable(self, reason: str) -> None:
+        self.app.headrace_unavailable = reason  # `headrace up` ends with it
 
     def on_close(self) -> None:
         """Called by Celery when a shutdown begins."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import structlog
 
 from headrace.config import Settings
+from headrace.config.extras import how_to_install
 
 if TYPE_CHECKING:
     from headrace.worker.observability.metrics import Metrics
@@ -30,8 +31,8 @@ PLAIN = "text/plain; charset=utf-8"
 LOADING = "the model is being loaded"
 
 MISSING = (
-    "HEADRACE_METRICS_PORT is set, and that needs the package prometheus_client; install it with "
-    "`pip install 'headrace[metrics]'`, or unset HEADRACE_METRICS_PORT"
+    "HEADRACE_METRICS_PORT is set, and that needs the package prometheus_client; to install it "
+    f"{how_to_install('metrics')}, or unset HEADRACE_METRICS_PORT"
 )
 
 

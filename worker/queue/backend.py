@@ -10,6 +10,7 @@ from celery.backends.redis import RedisBackend, SentinelBackend
 from celery.exceptions import TaskRevokedError
 from celery.states import FAILURE, READY_STATES, REVOKED, SUCCESS
 
+from headrace.client.wire.embedded_redis import EmbeddedBackend
 from headrace.client.wire.errors import JobFailed
 from headrace.client.wire.requests import Result
 from headrace.worker.queue.permissions import is_forbidden
@@ -60,6 +61,10 @@ class ResultBackend(RedisBackend):
         if len(record) > self._MAX_STR_VALUE_SIZE:
             return self.record(job_id, JobFailed("result_too_large", "the result is larger than a Redis string may be"))
         return record
+
+
+class EmbeddedResultBackend(ResultBackend, EmbeddedBackend):
+    """The same backend for the embedded Redis, whose address is looked up for each connection."""
 
 
 class SentinelResultBackend(ResultBackend, SentinelBackend):

@@ -30,9 +30,8 @@ from headrace.client import (
 from headrace.client.client import GROUP_JOBS
 from headrace.client.jobs.status import QueueStatus
 from headrace.client.wire import keys
-from headrace.client.wire.redis import celery_url, connect, resolve_url
+from headrace.client.wire.redis import celery_url, connect
 from headrace.config import load_settings
-from headrace.config.settings import DEFAULT_REDIS_URL
 from headrace.worker.jobs.store import RedisStore
 from headrace.worker.redis_server import EmbeddedRedis
 
@@ -464,18 +463,6 @@ def test_urls_for_redis_py_and_kombu_mean_the_same_place() -> None:
     assert celery_url("unix:///run/redis.sock?db=3") == "redis+socket:///run/redis.sock?virtual_host=3"
     assert celery_url("unix:///run/redis.sock") == "redis+socket:///run/redis.sock?virtual_host=0"
     assert celery_url("rediss://user:pw@host:6380/1") == "rediss://user:pw@host:6380/1"
-
-
-def test_an_embedded_server_is_found_only_while_it_answers(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = tmp_path_factory.mktemp("r")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
-    assert resolve_url(load_settings()) == DEFAULT_REDIS_URL
-    with EmbeddedRedis(directory=place / "data", socket=place / "headrace" / "redis.sock") as server:
-        assert resolve_url(load_settings()) == server.url
-    assert resolve_url(load_settings()) == DEFAULT_REDIS_URL
-    assert resolve_url(load_settings(redis_url="redis://elsewhere/0")) == "redis://elsewhere/0"
 
 
 def test_importing_the_client_loads_no_torch_and_its_exports_are_sorted() -> None:

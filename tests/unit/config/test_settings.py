@@ -9,16 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from headrace.config.settings import (
-    PREFIX,
-    Settings,
-    SettingsError,
-    embedded_socket,
-    load_settings,
-    redact_url,
-    runtime_dir,
-    slug,
-)
+from headrace.config.settings import PREFIX, Settings, SettingsError, load_settings, redact_url, slug
 
 
 @pytest.fixture(autouse=True)
@@ -183,13 +174,6 @@ def test_a_wrong_url_is_named_without_its_password(monkeypatch: pytest.MonkeyPat
 )
 def test_redact_url(url: str, shown: str) -> None:
     assert redact_url(url) == shown
-
-
-def test_the_embedded_socket_has_one_place_for_each_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert embedded_socket() == tmp_path / "headrace" / "redis.sock"
-    monkeypatch.delenv("XDG_RUNTIME_DIR")
-    assert str(os.getuid()) in runtime_dir().name
 
 
 # Names of models

@@ -117,6 +117,21 @@ def test_a_prompt_in_chunks_attends_like_the_whole(chunks: list[int]) -> None:
     assert not cache.arenas[64].k[0].any(), "written into another layer"
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_two_chunks_of_one_prompt_in_one_step_attend_like_the_whole(threads: int) -> None:
+    """The second reads what the first writes, whichever threads compute them."""
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(60, 3, 8, generator=generator) for _ in range(3))
+    cache = KVCache(CONFIG, lengths=[64], dtype=torch.float32, device=CPU)
+    cache.arenas[64].resize(3)
+    for tensor in (*cache.arenas[64].k, *cache.arenas[64].v):
+        tensor.fill_(float("nan"))
+    chunks = [Chunk(64, 2, 0, 40, 0), Chunk(64, 2, 40, 20, 40)]
+    attend = CachedAttention.of(cache, CONFIG.scale, groups=[], chunks=chunks)
+    assert torch.allclose(attend(1, q, k, v).double(), plain(q, k, v, CONFIG.scale), atol=1e-5)
+
+
 @pytest.mark.parametrize("slots", [[0, 1, 2], [0, 2, 4], [3]])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_decoding_rows_attend_over_their_own_slot_only(

@@ -52,6 +52,7 @@ def test_logits_of_the_bundled_model_are_those_of_transformers(demo: GPT2, batch
 def test_logits_of_odd_shapes_are_those_of_transformers(tmp_path: Path, shape: dict[str, Any]) -> None:
     reference = random_reference(**shape)
     gpt2 = load_model(saved(reference, tmp_path), device="cpu", dtype="float32")
+    reference.double()
     for batch, length in ((1, 1), (4, 9), (2, gpt2.config.n_positions)):
         ids = tokens(batch, length, gpt2.config.vocab_size)
         with torch.inference_mode():

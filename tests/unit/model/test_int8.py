@@ -10,11 +10,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from headrace.model import load_model
-from headrace.model.hub import DEMO
-from headrace.model.kernels.gemm_int8_amx import Int8, int8_works
-from headrace.model.weights import ModelError
-
-needs_unit = pytest.mark.skipif(not int8_works("cpu"), reason="this CPU has no AMX for whole numbers, or no numba")
+from headrace.model.hub import DEMO, ModelError
+from headrace.model.kernels.gemm_int8_amx import Int8
+from tests.instruction_sets import needs_amx_int8
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -27,7 +25,7 @@ def rounded(x: Tensor, dimension: int) -> Tensor:
     return torch.where(scale > 0, (x.double() / scale).round() * scale, 0.0)
 
 
-@needs_unit
+@needs_amx_int8
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize(("inner", "outer"), [(64, 1), (64, 31), (192, 32), (64, 50), (768, 2304), (3072, 768)])
 def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
@@ -49,7 +47,7 @@ def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
     assert off.float().mean() < 1e-4  # those that lie halfway
 
 
-@needs_unit
+@needs_amx_int8
 def test_what_is_already_whole_loses_nothing() -> None:
     whole = torch.randint(-127, 128, (40, 64), generator=torch.Generator().manual_seed(1)).bfloat16()
     whole[:, 0] = 127
@@ -59,7 +57,7 @@ def test_what_is_already_whole_loses_nothing() -> None:
     assert torch.equal(found, (whole.double() @ weight.double()).bfloat16())
 
 
-@needs_unit
+@needs_amx_int8
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: int) -> None:
     product, x = Int8.of(normal(128, 200), None, True), normal(600, 128).bfloat16()
@@ -71,7 +69,7 @@ def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: i
         assert torch.equal(product(x[600 - count :]), expected[600 - count :]), f"the last {count} rows"
 
 
-@needs_unit
+@needs_amx_int8
 def test_rows_may_lie_apart_or_across() -> None:
     product, x = Int8.of(normal(64, 96), None, False), normal(48, 256).bfloat16()
     expected = product(x[:, 64:128].contiguous())
@@ -79,7 +77,7 @@ def test_rows_may_lie_apart_or_across() -> None:
     assert torch.equal(product(x[:, 64:128].t().contiguous().t()), expected)
 
 
-@needs_unit
+@needs_amx_int8
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
     product, x = Int8.of(normal(64, 96), normal(96), False), normal(40, 64).bfloat16()
@@ -92,7 +90,7 @@ def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
     assert torch.equal(found[8:], clean[8:])
 
 
-@needs_unit
+@needs_amx_int8
 def test_rows_and_columns_of_zeros_give_the_bias() -> None:
     weight, bias, x = normal(64, 40), normal(40), normal(3, 64).bfloat16()
     weight[:, 5], x[1] = 0, 0
@@ -101,7 +99,7 @@ def test_rows_and_columns_of_zeros_give_the_bias() -> None:
     assert torch.equal(found[:, 5], bias[5].bfloat16().expand(3))
 
 
-@needs_unit
+@needs_amx_int8
 def test_rows_are_rounded_to_the_nearest_and_to_even_between_two() -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, -0.5, -2.5, 3.0] + [0.0] * 58, [0.0] * 64]).bfloat16()
     found = Int8.of(torch.eye(64), None, False)(x)  # each column is one of the whole numbers
@@ -109,7 +107,7 @@ def test_rows_are_rounded_to_the_nearest_and_to_even_between_two() -> None:
     assert not found[1].any()
 
 
-@needs_unit
+@needs_amx_int8
 def test_the_model_in_int8_holds_a_quarter_of_the_bytes_and_says_nearly_the_same() -> None:
     exact, whole = load_model("demo", device="cpu", dtype="float32"), load_model("demo", device="cpu", dtype="int8")
     assert whole.products == "int8"

@@ -145,7 +145,7 @@ def test_a_kernel_that_asks_for_memory_is_refused(cache: Path) -> None:
 #: In a process of its own: a kept kernel first, and what numba compiles afterwards.
 AFTERWARDS = """
 import sys, numpy as np, torch
-from headrace.model import machine_code, native
+from headrace.model.kernels import intrinsics as native, object_cache as machine_code
 from tests.patience import PATIENCE_S
 from headrace.model.kernels.attention import decode_kernel
 assert decode_kernel(8, torch.float32, "cpu") is not None
@@ -184,7 +184,7 @@ def test_another_source_compiler_or_processor_is_another_kernel(cache: Path, mon
     assert machine_code._key("two") != before
     monkeypatch.undo()
     real = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b"#" * (path.name == "tiles.py"))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b"#" * (path.name == "gemm_bf16_amx.py"))
     assert machine_code._key("two") != before
     monkeypatch.undo()
     assert machine_code._key("two") == before

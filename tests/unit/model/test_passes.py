@@ -15,16 +15,20 @@ import headrace.model.linear
 from headrace.model.activations import Trace
 from headrace.model.fused_decoder import Passes
 from headrace.model.gpt2 import GPT2, GPT2Config
-from headrace.model.kernels.gemm_int8_amx import int8_works
 from headrace.model.kv_cache import CachedAttention, Chunk, DecodeGroup, KVCache
 from headrace.model.linear import Linear, Plain, RowRange
 from headrace.model.weights import expected_shapes
+from tests.instruction_sets import needs_amx, needs_amx_int8, needs_avx512
 
 CPU = torch.device("cpu")
 CONFIG = GPT2Config(n_layer=3, n_head=4, n_embd=64, n_positions=64, vocab_size=90)
 #: How far apart two orders of computing may be, beside a residual stream whose numbers are around 1.
 CLOSE = {"float32": 1e-4, "bfloat16": 0.12, "int8": 0.6}
-DTYPES = ["float32", "bfloat16", *(["int8"] if int8_works("cpu") else [])]
+DTYPES = [
+    pytest.param("float32", marks=needs_avx512),
+    pytest.param("bfloat16", marks=needs_amx),
+    pytest.param("int8", marks=needs_amx_int8),
+]
 
 
 def made(dtype: str, config: GPT2Config = CONFIG) -> GPT2:
@@ -69,8 +73,7 @@ def rows(gpt2: GPT2, count: int) -> Tensor:
 
 def passes(gpt2: GPT2) -> Passes:
     found = Passes.of(gpt2.blocks)
-    if found is None:
-        pytest.skip("this CPU has no products of ours in this type")
+    assert found is not None, "the CPU has the instructions, but there are no products of ours"
     return found
 
 
@@ -133,6 +136,7 @@ def test_what_is_traced_is_what_the_blocks_have(dtype: str) -> None:
         assert (ours - theirs).abs().max() <= CLOSE[dtype] * theirs.std(), name
 
 
+@needs_avx512
 def test_norms_are_those_of_the_formula() -> None:
     """Rows far from zero and of small and large spread, in which a variance from sums of squares would drown."""
     gpt2 = made("float32")

@@ -14,16 +14,15 @@ from torch import Tensor
 import headrace.model.kernels.gemm_bf16_amx
 from headrace.model.kernels.gemm_bf16_amx import TILES, Tiled, tiles_work
 from headrace.model.linear import Linear, Packed, packing_works
+from tests.instruction_sets import needs_amx
 from tests.unit.model.streamed import check_apart, check_broken, check_company
-
-needs_unit = pytest.mark.skipif(not tiles_work("cpu", torch.bfloat16), reason="this CPU has no AMX, or no numba")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).bfloat16()
 
 
-@needs_unit
+@needs_amx
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize(("inner", "outer"), [(32, 1), (32, 31), (96, 32), (64, 50), (768, 2304), (3072, 768)])
 def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
@@ -42,25 +41,25 @@ def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
     assert torch.equal(product.weight, weight)
 
 
-@needs_unit
+@needs_amx
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: int) -> None:
     counts = [*range(1, 40), 63, 64, 65, 127, 128, 129, 511, 512, 513, 600]
     check_company(Tiled.of(normal(96, 200), None, True), normal(600, 96), threads, counts)
 
 
-@needs_unit
+@needs_amx
 def test_rows_may_lie_apart_or_across() -> None:
     check_apart(Tiled.of(normal(64, 96), None, False), normal(48, 256))
 
 
-@needs_unit
+@needs_amx
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
     check_broken(lambda gelu: Tiled.of(normal(64, 96), normal(96), gelu), normal(40, 64), bad)
 
 
-@needs_unit
+@needs_amx
 def test_torchs_own_products_on_the_unit_are_not_disturbed() -> None:
     if not packing_works("cpu", torch.bfloat16):
         pytest.skip("this torch has no packed product to disturb")
@@ -72,7 +71,7 @@ def test_torchs_own_products_on_the_unit_are_not_disturbed() -> None:
         assert torch.equal(theirs(x), expected)
 
 
-@needs_unit
+@needs_amx
 def test_a_width_that_is_no_multiple_of_a_tiles_is_multiplied_by_torch() -> None:
     weight, x = normal(40, 48), normal(5, 40)
     product = Linear.of(weight)

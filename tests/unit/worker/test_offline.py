@@ -36,7 +36,7 @@ def reference() -> Any:
 
     from headrace.model.hub import DEMO
 
-    return GPT2LMHeadModel.from_pretrained(DEMO, dtype=torch.float32).eval()
+    return GPT2LMHeadModel.from_pretrained(DEMO, dtype=torch.float64).eval()
 
 
 def test_a_script_written_for_vllm_runs_with_the_import_changed(capsys: pytest.CaptureFixture[str]) -> None:

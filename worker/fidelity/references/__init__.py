@@ -36,5 +36,5 @@ def load_reference(name: str, folder: Path, dtype: str = "float32") -> Reference
         raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     if dtype != "float32" and name != "transformers":
         raise ReferenceUnavailable(f"the reference {name!r} computes in float32 only, not in {dtype}")
-    load: Callable[[Path, str], Reference] = import_module(f"worker.references.{name}").load
+    load: Callable[[Path, str], Reference] = import_module(f"{__name__}.{name}").load
     return load(Path(folder), dtype)

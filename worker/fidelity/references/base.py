@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.config.extras import how_to_install
+
 Array = NDArray[Any]
 
 #: Name of a reference -> (its package on PyPI, the version the recorded outputs were made with).
@@ -64,7 +66,7 @@ def import_library(reference: str, module: str) -> ModuleType:
         package, tested = PACKAGES[reference]
         raise ReferenceUnavailable(
             f"The reference {reference!r} needs the package {package} (tested with {tested}): "
-            f"pip install 'headrace[references]' or pip install {package}=={tested}. ({error})"
+            f"{how_to_install('references')}, or `pip install {package}=={tested}` anywhere. ({error})"
         ) from error
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -91,6 +91,33 @@ def read_weights(folder: Path) -> dict[str, Array]:
     return {plain_name(name): array for file in weight_files(folder) for name, array in read_file(file) if wanted(name)}
 
 
+class StoredWeights(Mapping[str, Array]):
+    """The weights of a model by their names without `transformer.`, each read when it is asked for, as float32.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._places = {
+            plain_name(name): (file, name, entry, begin)
+            for file in weight_files(folder)
+            for name, entry, begin in _entries(file)
+        }
+
+    def __getitem__(self, name: str) -> Array:
+        """One weight. Raises KeyError if there is none of that name, ValueError if its format is not read here."""
+        file, stored, entry, begin = self._places[name]
+        with file.open("rb") as stream:
+            return _read_entry(stream, stored, entry, begin)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
 def plain_name(name: str) -> str:
     """The name of a tensor without the prefix that some files put before it."""
     return name.removeprefix("transformer.")
@@ -102,7 +129,14 @@ def wanted(name: str) -> bool:
 
 
 def read_file(file: Path) -> Iterator[tuple[str, Array]]:
-    """The tensors of one safetensors file as float32.
+    """The tensors of one safetensors file as float32."""
+    with file.open("rb") as stream:
+        for name, entry, begin in _entries(file):
+            yield name, _read_entry(stream, name, entry, begin)
+
+
+def _entries(file: Path) -> Iterator[tuple[str, Mapping[str, Any], int]]:
+    """The weights that a safetensors file lists: name, entry of the header, and where the file's data begins.
 
     Format: https://huggingface.co/docs/safetensors. Eight bytes with the length of the header, the header in JSON, then
     the tensors where the header says.
@@ -110,11 +144,15 @@ def read_file(file: Path) -> Iterator[tuple[str, Array]]:
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header: Mapping[str, Any] = json.loads(stream.read(size))
-        for name, entry in header.items():
-            if name != "__metadata__" and wanted(name):
-                begin, end = entry["data_offsets"]
-                stream.seek(8 + size + begin)
-                yield name, _as_float32(name, entry["dtype"], stream.read(end - begin)).reshape(entry["shape"])
+    for name, entry in header.items():
+        if name != "__metadata__" and wanted(name):
+            yield name, entry, 8 + size
+
+
+def _read_entry(stream: IO[bytes], name: str, entry: Mapping[str, Any], data: int) -> Array:
+    begin, end = entry["data_offsets"]
+    stream.seek(data + begin)
+    return _as_float32(name, entry["dtype"], stream.read(end - begin)).reshape(entry["shape"])
 
 
 def _as_float32(name: str, dtype: str, data: bytes) -> Array:

@@ -154,7 +154,7 @@ def test_headers_of_a_strangers_harm_nobody(make: Make, spans: InMemorySpanExpor
 
 def test_without_its_packages_the_setting_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
-    with pytest.raises(SettingsError, match=r"pip install 'headrace\[otel\]'"):
+    with pytest.raises(SettingsError, match=r"pip install '\.\[otel\]' -c constraints.txt` in a clone"):
         setup_tracing(load_settings(otel=True), "test")
 
 

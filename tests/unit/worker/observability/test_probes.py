@@ -104,5 +104,5 @@ def test_nothing_listens_unless_a_port_is_set(monkeypatch: pytest.MonkeyPatch) -
         sys.modules, "headrace.worker.observability.metrics", None
     )  # as where prometheus_client is not installed
     assert open_probes(load_settings()) is None
-    with pytest.raises(ProbesError, match=r"pip install 'headrace\[metrics\]'"):
+    with pytest.raises(ProbesError, match=r"pip install '\.\[metrics\]' -c constraints.txt` in a clone"):
         open_probes(load_settings(metrics_port=1))

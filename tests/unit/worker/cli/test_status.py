@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
-from headrace.worker.cli.main import main
+from headrace.worker.cli import main
 from headrace.worker.jobs.store import RedisStore
 
 HERE = f"{socket.gethostname()}-7"

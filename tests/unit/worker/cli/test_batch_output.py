@@ -11,7 +11,10 @@ from rich.console import Console
 
 from headrace.client import InvalidRequest
 from headrace.client.batch.run import BatchReport
-from headrace.worker.cli.bulk import Estimate, Screen, read_params, resume_command, stopped, summary
+from headrace.worker.cli.batch_estimate import Estimate
+from headrace.worker.cli.batch_input import read_params
+from headrace.worker.cli.batch_progress import ProgressDisplay
+from headrace.worker.cli.batch_report import resume_command, stopped, summary
 
 
 def report() -> BatchReport:
@@ -32,7 +35,7 @@ def test_the_last_table_has_rows_failures_and_rates() -> None:
     lines = summary(report(), "out.jsonl", None).splitlines()
     assert lines[:5] == [
         "==========",
-        "Rows: 20 computed, 5 failed, 40 were there before (3 of them failures); 100 in the input",
+        "Rows: 20 computed, 5 failed, 40 were in the output before (3 of them failures); 100 in the input",
         "Failed: 4 context_length_exceeded, 1 cancelled; see out.jsonl, compute them again with --retry-errors",
         "Prompt: 500 tokens, 50.000 tokens-per-sec",
         "Generation: 1000 tokens, 100.000 tokens-per-sec",
@@ -41,19 +44,18 @@ def test_the_last_table_has_rows_failures_and_rates() -> None:
     assert re.fullmatch(r"Peak memory: \d+\.\d{3} GB, of the client", lines[6])
 
 
-def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_progress_is_a_line_from_time_to_time() -> None:
     now = [1000.0]
-    monkeypatch.setattr("headrace.worker.cli.bulk.time.monotonic", lambda: now[0])
     written = io.StringIO()
-    screen = Screen(Console(file=written, width=200))
+    display = ProgressDisplay(Console(file=written, width=200), clock=lambda: now[0])
     early = report()
     early.succeeded, early.completion_tokens = 0, 0
-    with screen.showing():
-        screen.update(early)
+    with display.shown():
+        display.update(early)
         now[0] += 20
-        screen.update(report())
-        screen.update(report())
-        screen.tell("Redis [is] away")
+        display.update(report())
+        display.update(report())
+        display.notify("Redis [is] away")
     lines = written.getvalue().splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("65/100 rows  4 context_length_exceeded  1 cancelled  50 tokens/s, ends in 35.0 s at ")
@@ -62,19 +64,19 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.
 
 def test_on_a_terminal_it_is_a_bar() -> None:
     written = io.StringIO()
-    screen = Screen(Console(file=written, force_terminal=True, width=150))
-    with screen.showing():
-        screen.checked(2000)
-        screen.update(report())
+    display = ProgressDisplay(Console(file=written, force_terminal=True, width=150))
+    with display.shown():
+        display.checked(2000)
+        display.update(report())
     assert "65/100 rows" in written.getvalue()
 
 
-def test_ctrl_c_is_answered_with_the_command_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_is_answered_with_the_command_that_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["headrace", "batch", "-i", "my file", "-o", "o", "--overwrite"])
     assert resume_command() == "headrace batch -i 'my file' -o o --resume"
-    said = stopped(report(), own=False)
-    assert "65 of 100 rows are done, 9 jobs stay in the queue and go on" in said
-    assert "9 jobs are computed again" in stopped(report(), own=True)
+    said = stopped(report(), local=False)
+    assert "65 of 100 rows are done, 9 jobs stay in the queue and will be computed" in said
+    assert "9 jobs will be computed again" in stopped(report(), local=True)
 
 
 def test_parameters_are_json_or_text() -> None:

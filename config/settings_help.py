@@ -1,0 +1,160 @@
+"""What each setting does, in Markdown: the page of settings is made from this table and from `Settings`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SettingHelp:
+    """The documentation of one setting.
+
+    Attributes:
+        text: what the setting does, and why one would change it.
+        default: the default in words, if the value itself is None.
+        vllm: the name of the same thing in vLLM, if it has one.
+    """
+
+    text: str
+    default: str = ""
+    vllm: str = ""
+
+
+#: Heading -> setting -> its documentation, in the order of the page.
+HELP: dict[str, dict[str, SettingHelp]] = {
+    "The model, and where it runs": {
+        "model": SettingHelp(
+            "A GPT-2 size, a hub id, or a directory with `config.json` and `model.safetensors`; or [several "
+            "models](deployment.md#several-models). Jobs that name no model go to the first.",
+            vllm="model",
+        ),
+        "served_name": SettingHelp(
+            "The name of the model in results and of its queue, `headrace.<name>`. Set it if two directories have "
+            "the same name, or if a new version is to take over the queue of the old one.",
+            default="made from the model",
+            vllm="served_model_name",
+        ),
+        "redis_url": SettingHelp(
+            "The Redis that clients and workers share.",
+            default="the embedded server if it runs, else `redis://localhost:6379/0`",
+        ),
+        "signing_key": SettingHelp(
+            "If set, workers compute only jobs that are signed with it. Of several keys, workers accept all and "
+            "clients sign with the first.",
+            default="none: jobs are not signed",
+        ),
+        "device": SettingHelp(
+            "`auto` takes a GPU if there is one, else the CPU.",
+            vllm="device",
+        ),
+        "dtype": SettingHelp(
+            "`auto` is float32 on a CPU and bfloat16 on a GPU. `int8` needs a CPU with Intel AMX.",
+            vllm="dtype",
+        ),
+    },
+    "How much is computed at once": {
+        "slots": SettingHelp(
+            "Samples of a model that are computed together. More slots raise the throughput while the cache has "
+            "room; each sample then waits longer for its next token.",
+            vllm="max_num_seqs",
+        ),
+        "max_context": SettingHelp(
+            "Prompt and new tokens together; a job that needs more is refused.",
+            default="the positions of the model",
+            vllm="max_model_len",
+        ),
+        "kv_cache_bytes": SettingHelp(
+            "Memory for the KV cache, divided equally among the models of the worker. A sample takes what its own "
+            "length needs, and waits while there is no room.",
+            default="all slots at full length, but at most a quarter of the memory that is free when a model is loaded",
+            vllm="kv_cache_memory_bytes",
+        ),
+        "threads": SettingHelp(
+            "CPU threads of the engine; part of the fingerprint. Divide the cores among several workers on one "
+            "machine.",
+            default="torch's choice: the physical cores",
+        ),
+        "step_tokens": SettingHelp(
+            "Tokens of one forward pass. It bounds how long a running sample waits while a prompt is computed.",
+            vllm="max_num_batched_tokens",
+        ),
+        "prefill_chunk": SettingHelp(
+            "Chunked prefill: tokens of a prompt that are computed at a time. Another value may change the last "
+            "bits of a result; part of the fingerprint.",
+            vllm="long_prefill_token_threshold",
+        ),
+        "draft_tokens": SettingHelp(
+            "Speculative decoding from n-grams of the text (prompt lookup): tokens proposed at a time while few "
+            "samples run; 0 turns it off. No result depends on it.",
+            vllm="num_speculative_tokens",
+        ),
+        "idle_unload_s": SettingHelp(
+            "If the worker serves several models: a model without jobs is unloaded after this many seconds, and "
+            "loaded again for its next job. 0: never; above 0 only the first model is loaded at the start.",
+        ),
+    },
+    "How long jobs and results are kept": {
+        "max_queue": SettingHelp(
+            "Jobs in a queue; beyond it `submit` raises `QueueFull`.",
+        ),
+        "result_ttl_s": SettingHelp(
+            "How long a result is kept after it was stored, and a job's record after it was written.",
+        ),
+        "events_ttl_s": SettingHelp(
+            "How long the events of a streamed job are kept after the last one. The result contains the whole "
+            "text too.",
+        ),
+        "checkpoint_ttl_s": SettingHelp(
+            "How long checkpoint tensors are kept.",
+        ),
+        "checkpoint_max_bytes": SettingHelp(
+            "Largest size of one job's checkpoint tensors; 0 refuses them. All tensors of GPT-2 124M at 1,024 "
+            "tokens are 330 MB, of which the logits are 206 MB.",
+        ),
+    },
+    "Failures and shutdown": {
+        "lease_s": SettingHelp(
+            "A worker that has not renewed its leases for this long loses its jobs to another. A shorter lease "
+            "finds a dead worker sooner; the jobs of a worker that is only slow are then computed twice.",
+        ),
+        "max_attempts": SettingHelp(
+            "A job that was started this often, and whose worker process ended each time, fails with `max_attempts`.",
+        ),
+        "soft_shutdown_s": SettingHelp(
+            "How long running jobs may continue after SIGQUIT before they return to the queue.",
+        ),
+        "stall_s": SettingHelp(
+            "An engine that spends longer in one step is stalled: `headrace status` fails, the worker takes no "
+            "more messages, and its jobs go to other workers.",
+        ),
+    },
+    "The HTTP server": {
+        "api_keys": SettingHelp(
+            "`headrace serve` answers requests that carry one of these keys.",
+            default="none: it answers only this machine",
+            vllm="api_key",
+        ),
+        "files_dir": SettingHelp(
+            "Where `headrace serve` keeps uploaded files and batches.",
+            default="`$XDG_DATA_HOME/headrace`, else `~/.local/share/headrace`",
+        ),
+    },
+    "Probes, metrics, traces and logs": {
+        "metrics_port": SettingHelp(
+            "The port where the worker answers `/livez`, `/readyz` and `/metrics`.",
+        ),
+        "metrics_host": SettingHelp(
+            "The address on which it answers them.",
+        ),
+        "otel": SettingHelp(
+            "1: workers and commands set OpenTelemetry up by the `OTEL_*` variables and send spans; see "
+            "[Traces](deployment.md#traces). Where the program has set it up itself, spans are sent in any case.",
+        ),
+        "log_level": SettingHelp(
+            "No level logs prompts or texts.",
+        ),
+        "log_format": SettingHelp(
+            "`auto` is `console` on a terminal, else `json`.",
+        ),
+    },
+}

@@ -1,0 +1,195 @@
+"""The log events. Levels and fields are read from the calls that write them; the meanings are in this file."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+LEVELS = ("debug", "info", "warning", "error")
+#: The packages that write log events.
+PACKAGES = ("client", "config", "worker")
+#: Events are named so; every other first argument of a log call is a sentence.
+EVENT_NAME = re.compile(r"[a-z_]+\.[a-z_]+")
+
+
+@dataclass(frozen=True)
+class Event:
+    """What the documentation says about an event.
+
+    Attributes:
+        meaning: when it is written.
+        level: the level in words, for an event whose level depends on what happened.
+        more_fields: fields that the call passes as `**details`, which cannot be read from the source.
+    """
+
+    meaning: str
+    level: str = ""
+    more_fields: tuple[str, ...] = ()
+
+
+EVENTS: dict[str, Event] = {
+    "model.loaded": Event("the model is in memory and has passed its self-test"),
+    "model.wanted": Event("a job came for a model that is not loaded"),
+    "model.unloaded": Event("the model had no job for `HEADRACE_IDLE_UNLOAD_S`"),
+    "worker.ready": Event("the worker reads its queues"),
+    "worker.stopped": Event(
+        "the worker has shut down in good order; the fields count messages handed back, and jobs since the start",
+        more_fields=("succeeded", "failed", "cancelled", "expired"),
+    ),
+    "worker.model_failed": Event("a model cannot be loaded; `error` says what to do; the process ends"),
+    "worker.probes_failed": Event("the port of the probes cannot be opened; `error` says what to do; the process ends"),
+    "worker.traces_failed": Event("traces cannot be set up; `error` says what to do; the process ends"),
+    "worker.failed": Event("the worker met a fault; the process ends and its jobs go to other workers"),
+    "worker.abandoned": Event("Redis did not answer during the shutdown; the jobs go to other workers"),
+    "engine.failed": Event("the engine met a fault; the process ends and its jobs go to other workers"),
+    "engine.stalled": Event("one step takes too long: `/livez` fails and the jobs go to other workers"),
+    "engine.goes_on": Event("the step that was stalled has ended: `/livez` no longer fails"),
+    "engine.step_failed": Event("a step failed; it is repeated in parts to find the job at fault"),
+    "engine.step_out_of_memory": Event("a step ran out of memory; it is repeated in parts"),
+    "engine.cache_out_of_memory": Event("there is no memory for a larger cache; jobs continue with less"),
+    "message.accepted": Event("a message came from the queue"),
+    "message.finished": Event("the results of all its jobs are stored"),
+    "message.adopted": Event("a message was delivered again while its jobs are running here; they continue"),
+    "message.refused": Event("a message cannot be read; it went to the list `headrace:dead`"),
+    "message.trimmed": Event(
+        "the unsigned envelope of a message asked for more than its signature allows; that is ignored"
+    ),
+    "job.finished": Event(
+        "the result of a job is stored",
+        level="info; debug for successful jobs of a message with several",
+        more_fields=("job_id", "model", "state", "prompt_tokens", "completion_tokens", "seconds", "trace_id"),
+    ),
+    "job.refused": Event("some members of a message have no job id, or the id of another member"),
+    "job.on_trial": Event("a worker process ended while it ran this job; the job is now computed alone"),
+    "job.failed": Event("a fault failed this job and no other"),
+    "job.step_failed": Event("this job makes every step fail; it fails and no other"),
+    "job.finish_failed": Event("the result of a job could not be made; this job fails and no other"),
+    "job.intake_failed": Event("a job could not be given to the engine; this job fails and no other"),
+    "jobs.finished_before": Event(
+        "jobs were delivered again, or lost their lease, after another worker had ended them"
+    ),
+    "redis.unanswered": Event("Redis does not answer; the worker tries again"),
+    "redis.refused": Event("Redis refuses a command, for example because it is full; the worker tries again"),
+    "redis.forbidden": Event("the Redis user lacks a right; the process ends"),
+    "redis.embedded": Event("no Redis was set and none runs here: the worker started the embedded one"),
+    "ack.waiting": Event("acknowledgements wait for a connection to Redis"),
+    "events.failed": Event("a fault in the events of a streamed job; the job continues"),
+    "monitor.failed": Event("a fault in the heartbeat; jobs continue"),
+    "probes.failed": Event("a fault in the probes; jobs continue"),
+    "traces.failed": Event("a fault in the spans of a job; the job continues"),
+    "http.request": Event("`headrace serve` answered a request", level="info; debug for `/health`"),
+    "http.failed": Event("a fault of `headrace serve`: the answer is 500"),
+    "batch.failed": Event("a batch of `headrace serve` ended without results"),
+    "batch.waits": Event("a batch waits for Redis"),
+    "batch.unsaved": Event("the state of a batch cannot be written to disk"),
+}
+
+#: Field -> its kind and meaning. A field means the same in every event.
+FIELDS: dict[str, tuple[str, str]] = {
+    "job_id": ("text", "of the job"),
+    "message_id": ("text", "of the Celery message"),
+    "batch": ("text", "the id of a batch of `headrace serve`"),
+    "trace_id": ("32 hexadecimal digits", "of the job's OpenTelemetry trace"),
+    "state": ("text", "how the job ended: as in [client.md](client.md#when-it-fails)"),
+    "code": ("text", "why the job failed: as in [client.md](client.md#when-it-fails)"),
+    "prompt_tokens": ("number", "tokens read, all samples together"),
+    "completion_tokens": ("number", "tokens written, all samples together"),
+    "seconds": ("seconds", "how long it took"),
+    "step_age_s": ("seconds", "how long the present step has taken so far"),
+    "limit_s": ("seconds", "how long a step may take: `HEADRACE_STALL_S`"),
+    "jobs": ("number", "jobs that the event is about"),
+    "messages": ("number", "messages that the event is about"),
+    "rows": ("number", "samples in the step"),
+    "attempts": ("number", "how often the job was started"),
+    "returned": ("number", "messages that were handed back to the queue"),
+    "succeeded": ("number", "jobs since the start that succeeded"),
+    "failed": ("number", "jobs since the start that failed"),
+    "cancelled": ("number", "jobs since the start that were cancelled"),
+    "expired": ("number", "jobs since the start that expired"),
+    "none": ("number", "members of a message without a job id"),
+    "again": ("number", "members of a message with the id of another member"),
+    "bytes": ("bytes", "size of the message"),
+    "wanted_bytes": ("bytes", "size of the cache that was requested"),
+    "cache_bytes": ("bytes", "size of the cache"),
+    "error": ("text", "the message of the exception, or its class alone"),
+    "kind": ("text", "the class of the exception"),
+    "trace": ("text", "the traceback, without the values of variables"),
+    "places": ("list of texts", "the lines of the traceback, without the values of variables"),
+    "reason": ("text", "why"),
+    "hint": ("text", "what to do"),
+    "model": ("text", "the name of the model"),
+    "fingerprint": ("text", "the software, hardware and weights that compute results"),
+    "queue": ("text", "the name of the queue in Celery"),
+    "queues": ("list of texts", "the names of the queues in Celery"),
+    "url": ("text", "the address of Redis, without its password"),
+    "tried": ("text", "the address where no Redis answered, without its password"),
+    "method": ("text", "of the HTTP request"),
+    "path": ("text", "of the HTTP request"),
+    "status": ("number", "of the HTTP response"),
+}
+
+
+@dataclass
+class Written:
+    """What the sources say about an event: the levels and fields of the calls that write it."""
+
+    levels: set[str]
+    fields: set[str]
+
+
+def calls(root: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Every call in the sources whose first argument has the form of an event's name."""
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+                    name = str(node.args[0].value)
+                    if EVENT_NAME.fullmatch(name):
+                        yield name, node
+
+
+def written(root: Path) -> dict[str, Written]:
+    """The events that the sources write.
+
+    A call counts if it is a method named as a level, for example `log.info`. The events of `EVENTS` whose level is
+    described in words may be written by a function of any name.
+    """
+    found: dict[str, Written] = {}
+    for event, call in calls(root):
+        level = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        described = event in EVENTS and bool(EVENTS[event].level)
+        if level in LEVELS or described:
+            entry = found.setdefault(event, Written(set(), set()))
+            entry.levels |= {level} & set(LEVELS)
+            entry.fields |= {word.arg for word in call.keywords if word.arg}
+    return found
+
+
+def check(found: dict[str, Written]) -> None:
+    """Raises ValueError: an event or a field has no description here, or a description has no event or field."""
+    wrong = [f"events: {sorted(found.keys() ^ EVENTS.keys())}"] if found.keys() != EVENTS.keys() else []
+    fields = set().union(*(entry.fields for entry in found.values()), *(event.more_fields for event in EVENTS.values()))
+    wrong += [f"fields: {sorted(fields ^ FIELDS.keys())}"] if fields != FIELDS.keys() else []
+    if wrong:
+        raise ValueError(f"docs/log_events.py and the sources differ in {'; '.join(wrong)}")
+
+
+def events_table(root: Path) -> str:
+    """The table of events, in Markdown. Raises ValueError like `check`."""
+    found = written(root)
+    check(found)
+    rows = ["| event | level | fields | meaning |", "|---|---|---|---|"]
+    for name, event in EVENTS.items():
+        level = event.level or ", ".join(level for level in LEVELS if level in found[name].levels)
+        fields = [field for field in FIELDS if field in found[name].fields | set(event.more_fields)]
+        rows.append(f"| `{name}` | {level} | {', '.join(f'`{field}`' for field in fields)} | {event.meaning} |")
+    return "\n".join(rows)
+
+
+def fields_table() -> str:
+    """The table of fields, in Markdown."""
+    rows = [f"| `{name}` | {kind} | {meaning} |" for name, (kind, meaning) in FIELDS.items()]
+    return "\n".join(["| field | kind | meaning |", "|---|---|---|", *rows])

@@ -1,0 +1,118 @@
+"""`headrace batch`: the requests of a file, computed into another file."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import click
+
+from headrace.client.batch.output import STDOUT, Output
+from headrace.client.batch.run import MAX_INFLIGHT, BatchReport
+from headrace.client.wire.errors import InvalidRequest
+from headrace.worker.cli.backends import Backends, pass_backends
+from headrace.worker.cli.batch_estimate import estimate
+from headrace.worker.cli.batch_input import BatchInput
+from headrace.worker.cli.batch_progress import ProgressDisplay
+from headrace.worker.cli.batch_report import print_json, stopped, summary
+from headrace.worker.cli.errors import FAILED, INTERRUPTED, command_errors
+from headrace.worker.cli.local_stack import note, settings_for
+from headrace.worker.cli.options import MODEL, REPEATABLE
+
+
+@click.command()
+@click.option(
+    "-i", "--input-file", "source", required=True, metavar="PATH", help="JSON lines, gzipped or not; - is stdin"
+)
+@click.option("-o", "--output-file", "output", metavar="PATH", help="gzipped if it ends in .gz; - is stdout")
+@click.option("-e", "--error-file", "errors", metavar="PATH", help="write failed rows here, not into the output")
+@click.option("--model", help=f"for rows that name none: {MODEL}")
+@click.option("--text", is_flag=True, help="each line of the input is a prompt, not JSON")
+@click.option(
+    "-p", "--params", multiple=True, metavar="NAME=VALUE", help=f"parameter of rows that do not set it; {REPEATABLE}"
+)
+@click.option("--resume", is_flag=True, help="compute only rows that the output does not have")
+@click.option("--retry-errors", is_flag=True, help="like --resume, and compute failed rows again")
+@click.option("--overwrite", is_flag=True, help="compute all rows again")
+@click.option("--max-inflight", type=int, default=MAX_INFLIGHT, show_default=True, help="rows queued at a time")
+@click.option("--ordered", is_flag=True, help="write rows in the order of the input, not as they end")
+@click.option("--limit", type=click.IntRange(min=1), help="compute only this many rows, from the start of the input")
+@click.option("--dry-run", is_flag=True, help="count tokens and estimate the time from a sample; write no output")
+@click.option("--json", "as_json", is_flag=True, help="print the summary as JSON")
+@pass_backends
+def batch(
+    backends: Backends,
+    /,
+    source: str,
+    model: str | None,
+    params: tuple[str, ...],
+    text: bool,
+    limit: int | None,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compute the requests of a file into another file; each result is written when it is done.
+
+    Input lines are those of the OpenAI Batch API (custom_id, method, url, body), or {"prompt": ..., parameters}, or
+    with --text prompts; output lines are those of the Batch API. The whole input is checked before anything is queued.
+    However the command ends, --resume continues it.
+
+    Uses the worker that serves the model; if none runs and HEADRACE_REDIS_URL is not set, starts an embedded Redis and
+    a worker for this call. Exit code 0 if all rows succeeded, 1 if some failed, 2 if the input is wrong.
+    """
+    given = BatchInput(source, model, params, text, limit)
+    with command_errors(as_json):
+        if dry_run:
+            estimate(backends, given, max_inflight=options["max_inflight"], as_json=as_json)
+        else:
+            run_batch(backends, given, as_json=as_json, **options)
+
+
+def run_batch(backends: Backends, given: BatchInput, *, output: str | None, as_json: bool, **options: Any) -> None:
+    """Check, compute, report. `options` are those of `client.bulk.Batch.run`.
+
+    Raises:
+        SystemExit: rows failed, or the user stopped it.
+        HeadraceError, SettingsError, EmbeddedRedisError: nothing, or nothing more, could be computed.
+    """
+    if output is None:
+        raise InvalidRequest("output-file", "none", "-o PATH, or --dry-run")
+    _check_options(given.source, output, as_json=as_json, **options)
+    settings, display, report = settings_for(given.model), ProgressDisplay(note), BatchReport()
+    checked = given.check(backends, settings, display)
+    with backends.find_or_start_stack(settings) as stack, display.shown():
+        checked.client = stack.client
+
+        def show_progress(now: BatchReport) -> None:
+            nonlocal report
+            report = now
+            stack.supervise()
+            display.update(now)
+
+        if options["resume"] or options["retry_errors"]:
+            display.notify(f"resuming {output}")
+        try:
+            checked.run(output, tell=display.notify, on_progress=show_progress, **options)
+        except KeyboardInterrupt:
+            note.print(stopped(report, local=stack.local), soft_wrap=True, markup=False)
+            raise SystemExit(INTERRUPTED) from None
+    note.print(summary(report, output, options["errors"]), soft_wrap=True, markup=False)
+    if as_json:
+        print_json(report)
+    if report.failed or report.failed_before:
+        raise SystemExit(FAILED)
+
+
+def _check_options(source: str, output: str, *, as_json: bool, **options: Any) -> None:
+    """Refuse options that contradict each other, and an output that cannot be written, before anything is read."""
+    resume = options["resume"] or options["retry_errors"]
+    if output == STDOUT and (as_json or resume or options["overwrite"]):
+        raise InvalidRequest("output-file", "'-'", "a file, for --json, --resume, --retry-errors and --overwrite")
+    if options["overwrite"] and resume:
+        raise InvalidRequest("overwrite", "--resume beside it", "one of them")
+    if options["errors"] == STDOUT:
+        raise InvalidRequest("error-file", "'-'", "a file")
+    with contextlib.closing(Output(output, options["errors"])) as sink:
+        sink.check_free(source, resume=resume, overwrite=options["overwrite"])
+        sink.abandon()

@@ -1,0 +1,118 @@
+"""`headrace batch --dry-run`: count the tokens of a batch, and estimate its time from a sample of its rows."""
+
+from __future__ import annotations
+
+import json
+import random
+import secrets
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+
+from headrace.client import Client, SamplingParams
+from headrace.client.batch.rows import Row
+from headrace.client.batch.run import Batch, BatchReport, Window
+from headrace.config import Settings
+from headrace.worker.cli.backends import Backends
+from headrace.worker.cli.batch_input import BatchInput
+from headrace.worker.cli.batch_progress import ProgressDisplay
+from headrace.worker.cli.batch_report import duration, peak_memory
+from headrace.worker.cli.local_stack import check_worker_packages, note, settings_for
+
+#: Rows that are computed to measure the rate, and how many of them warm up the workers before.
+SAMPLE, WARM_UP = 128, 8
+
+
+@dataclass
+class Estimate:
+    """What a batch would take: its tokens, counted, and its time, from the rate of a sample of rows."""
+
+    rows: int = 0
+    prompt_tokens: int = 0
+    longest_prompt: int = 0
+    #: New tokens if no row stops before its max_tokens.
+    most_new_tokens: int = 0
+    #: Rows that exceed the context length of the model: they would fail.
+    too_long: int = 0
+    rows_measured: int = 0
+    tokens_per_s: float = 0.0
+    seconds: float = 0.0
+
+    def count(self, tokens: int, fields: dict[str, Any], max_context: int) -> bool:
+        """Add a row. Returns whether the model can compute it."""
+        new = fields.get("max_tokens", SamplingParams.model_fields["max_tokens"].default)
+        fits = bool(tokens + new <= max_context)
+        self.rows += 1
+        self.prompt_tokens += tokens
+        self.longest_prompt = max(self.longest_prompt, tokens)
+        self.most_new_tokens += new * fields.get("n", 1) if fits else 0
+        self.too_long += not fits
+        return fits
+
+    def as_text(self) -> str:
+        """The lines of the table at the end."""
+        lines = [
+            f"Rows: {self.rows}, of which {self.too_long} are longer than the model reads and would fail",
+            f"Prompt: {self.prompt_tokens} tokens, the longest {self.longest_prompt}",
+            f"Generation: at most {self.most_new_tokens} tokens",
+            f"Time: about {duration(self.seconds)}, from {self.rows_measured} rows at {self.tokens_per_s:.0f} tokens/s",
+            f"Peak memory: {peak_memory() / 1e9:.3f} GB, of the client",
+        ]
+        return "\n".join(["=" * 10, *lines])
+
+
+def estimate(backends: Backends, given: BatchInput, *, max_inflight: int, as_json: bool) -> None:
+    """Check the input, count its tokens, compute a sample of its rows, and print what all of it would take.
+
+    Raises:
+        HeadraceError, SettingsError, EmbeddedRedisError, ModelError: the estimate cannot be made.
+    """
+    check_worker_packages()  # the tokenizer is one of them
+    settings = settings_for(given.model)
+    batch = given.check(backends, settings, ProgressDisplay(note))
+    found, sample = _count(batch, settings)
+    if sample:
+        with backends.find_or_start_stack(settings) as stack:
+            _measure(stack.client, sample[:WARM_UP], max_inflight)
+            report = _measure(stack.client, sample, max_inflight)
+        found.rows_measured = report.succeeded + report.failed
+        found.tokens_per_s = report.completion_tokens / report.seconds
+        found.seconds = report.seconds * (found.rows - found.too_long) / found.rows_measured
+    if as_json:
+        click.echo(json.dumps({**asdict(found), "peak_memory_bytes": peak_memory()}))
+    else:
+        click.echo(found.as_text())
+
+
+def _count(batch: Batch, settings: Settings) -> tuple[Estimate, list[Row]]:
+    """The counts of all rows, and a random sample of the rows that the model can compute."""
+    from headrace.model.hub import MAX_CONFIG_BYTES, find_model, read_json
+    from headrace.model.tokenizer import load_tokenizer
+
+    source = settings.models[settings.model_name]
+    tokenizer = load_tokenizer(source)
+    config = read_json(find_model(source) / "config.json", MAX_CONFIG_BYTES)
+    positions = config.get("n_positions", 1024)
+    max_context = min(settings.max_context or positions, positions)
+    found, sample, dice = Estimate(), list[Row](), random.Random(1)  # noqa: S311
+    for row in batch.rows():
+        prompt = row.fields["prompt"]
+        tokens = len(tokenizer.encode(prompt)) or 1 if isinstance(prompt, str) else len(prompt)
+        if not found.count(tokens, row.fields, max_context):
+            continue
+        if len(sample) < SAMPLE:
+            sample.append(row)
+        elif (place := dice.randrange(found.rows)) < SAMPLE:
+            sample[place] = row
+    return found, sample
+
+
+def _measure(client: Client, sample: list[Row], max_inflight: int) -> BatchReport:
+    """Compute rows and drop their results."""
+    report, run = BatchReport(rows=len(sample)), secrets.token_hex(6)
+    drafts = ((row, client._prepare({**row.fields, "id": row.job_id(run)})) for row in sample)
+    for pairs in Window[Row](client, size=max_inflight).run(drafts):
+        for _, outcome in pairs:
+            report.count(outcome)
+    return report

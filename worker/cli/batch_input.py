@@ -1,0 +1,66 @@
+"""The input of `headrace batch`: a file that is checked before anything is queued, and parameters for its rows."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.client import Client
+from headrace.client.batch.run import Batch
+from headrace.client.wire.errors import HeadraceError, InvalidRequest
+from headrace.config import Settings
+from headrace.worker.cli.backends import Backends
+from headrace.worker.cli.batch_progress import ProgressDisplay
+
+
+@dataclass(frozen=True)
+class BatchInput:
+    """The options of the command that say what to compute."""
+
+    source: str
+    model: str | None
+    params: tuple[str, ...]
+    text: bool
+    limit: int | None
+
+    def check(self, backends: Backends, settings: Settings, display: ProgressDisplay) -> Batch:
+        """Read and check all of it. Raises InvalidBatch, InvalidRequest."""
+        given: Any = sys.stdin.buffer if self.source == "-" else self.source
+        with Client(settings=settings) as client, display.shown():
+            return backends.open_batch(
+                client,
+                given,
+                read_params(self.params),
+                text=self.text,
+                limit=self.limit,
+                models=_known_models(client),
+                on_line=display.checked,
+            )
+
+
+def read_params(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """The parameters of `-p NAME=VALUE`, for example `max_tokens=20`. A value is JSON, else text.
+
+    Raises:
+        InvalidRequest: a pair has no name or no `=`.
+    """
+    params: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign or not name:
+            raise InvalidRequest("params", repr(pair)[:80], "NAME=VALUE, for example max_tokens=20")
+        try:
+            params[name] = json.loads(value)
+        except ValueError:
+            params[name] = value
+    return params
+
+
+def _known_models(client: Client) -> set[str]:
+    """The models that rows may name: those of the settings, and those that workers serve."""
+    with contextlib.suppress(HeadraceError):
+        return client.models()
+    return set(client.settings.models)

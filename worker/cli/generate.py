@@ -1,0 +1,58 @@
+"""`headrace generate`: the text after one prompt."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from headrace.client import Result
+from headrace.client.wire.requests import parse_request
+from headrace.worker.cli.backends import Backends, pass_backends
+from headrace.worker.cli.errors import command_errors
+from headrace.worker.cli.local_stack import note, settings_for
+from headrace.worker.cli.options import MODEL, given_params, sampling_options
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--model", help=MODEL)
+@sampling_options
+@click.option("--timeout", type=float, default=300, show_default=True, help="seconds to wait for the result")
+@click.option("--json", "as_json", is_flag=True, help="print the whole result as JSON")
+@pass_backends
+def generate(
+    backends: Backends, /, prompt: str, model: str | None, timeout: float, as_json: bool, **params: Any
+) -> None:
+    """Generate text after PROMPT ('-' reads it from standard input).
+
+    Uses the worker that serves the model; if none runs and HEADRACE_REDIS_URL is not set, starts an embedded Redis
+    and a worker for this call.
+    """
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    with command_errors(as_json):
+        given = given_params(params)
+        parse_request({"prompt": prompt, **given})  # before anything is started for it
+        settings = settings_for(model)
+        with backends.find_or_start_stack(settings.only(settings.model_name)) as stack:
+            result = stack.client.submit(prompt, **given).result(timeout)
+    if as_json:
+        click.echo(result.model_dump_json())
+    else:
+        _print_result(result)
+
+
+def _print_result(result: Result) -> None:
+    for choice in result.choices:
+        if len(result.choices) > 1:
+            note.print(f"--- {choice.index + 1} of {len(result.choices)}", style="dim")
+        click.echo(choice.text)
+    timings = result.timings
+    seconds = timings.prefill_s + timings.decode_s
+    note.print(
+        f"{result.usage.completion_tokens} tokens in {seconds:.2f} s, {result.usage.completion_tokens / seconds:.0f} "
+        f"tokens/s; model {result.model}, seed {result.seed}, {result.choices[0].finish_reason}",
+        style="dim",
+    )

@@ -1,0 +1,33 @@
+"""`headrace up`: a worker in the foreground."""
+
+from __future__ import annotations
+
+import click
+
+from headrace.config import load_settings
+from headrace.worker.cli.errors import command_errors
+from headrace.worker.cli.local_stack import NothingRuns, check_worker_packages
+
+
+@click.command()
+def up() -> None:
+    """Run a worker in the foreground, with an embedded Redis unless one is set or runs here."""
+    with command_errors(as_json=False):
+        load_settings()
+        check_worker_packages()
+        raise SystemExit(run_worker())
+
+
+def run_worker() -> int:
+    """Run a worker in this process until a signal ends it, as `celery -A worker worker` does. Returns the exit code.
+
+    Raises:
+        NothingRuns: a model cannot be loaded.
+    """
+    from headrace.worker.celery import app  # reads the settings, and registers what starts an embedded Redis server
+
+    # Without its banner: a reason why the worker cannot start would stand below twenty lines of it.
+    code = app.start(["--quiet", "worker", "--without-gossip", "--without-mingle"])
+    if (reason := getattr(app, "headrace_unavailable", None)) is not None:
+        raise NothingRuns(reason)
+    return int(code or 0)
