@@ -11,7 +11,8 @@ import redis
 
 from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
-from headrace.worker.jobs.store import MemoryStore, RedisStore, Store
+from headrace.worker.jobs.store import RedisStore, Store
+from tests.unit.worker.jobs.memory_store import MemoryStore
 
 
 @dataclass
@@ -63,15 +64,15 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def test_a_new_job_is_neither_finished_nor_cancelled(case: Case) -> None:
-    (claim,) = case.store.claim(["a"])
-    assert (claim.finished, claim.cancelled) == (False, False)
+    (record,) = case.store.lookup(["a"])
+    assert (record.finished, record.cancelled) == (False, False)
 
 
-def test_claims_come_in_order_and_say_what_others_did(case: Case) -> None:
+def test_records_are_in_order_and_show_what_others_did(case: Case) -> None:
     case.finish("b")
     case.cancel("c")
-    claims = case.store.claim(["a", "b", "c"])
-    assert [(claim.finished, claim.cancelled) for claim in claims] == [(False, False), (True, False), (False, True)]
+    records = case.store.lookup(["a", "b", "c"])
+    assert [(record.finished, record.cancelled) for record in records] == [(False, False), (True, False), (False, True)]
 
 
 def test_cancelled_names_those_to_be_cancelled_until_they_have_ended(case: Case) -> None:
@@ -84,7 +85,7 @@ def test_cancelled_names_those_to_be_cancelled_until_they_have_ended(case: Case)
 def test_a_stored_end_is_found_and_a_second_one_changes_nothing(case: Case) -> None:
     case.cancel("b")
     case.store.finish({"a": '{"status": "REVOKED", "result": null}', "b": '{"status": "REVOKED", "result": null}'})
-    assert [claim.finished for claim in case.store.claim(["a", "b", "c"])] == [True, True, False]
+    assert [record.finished for record in case.store.lookup(["a", "b", "c"])] == [True, True, False]
     assert case.store.cancelled(["b"]) == set()
     case.store.finish({"a": '{"status": "FAILURE", "result": null}'})
     assert case.stored("a") == '{"status": "REVOKED", "result": null}'
@@ -98,24 +99,24 @@ def test_only_leases_that_exist_are_renewed(case: Case) -> None:
     case.store.renew([])
 
 
-def test_a_dump_may_be_written_twice(case: Case) -> None:
-    case.store.dump("a", {"q": b"1", "k": b"2"})
-    case.store.dump("a", {"q": b"3"})
+def test_tensors_may_be_saved_twice(case: Case) -> None:
+    case.store.save_tensors("a", {"q": b"1", "k": b"2"})
+    case.store.save_tensors("a", {"q": b"3"})
 
 
 def test_started_returned_and_announced_need_no_record_before(case: Case) -> None:
     case.store.started(["a"], "w")
     case.store.returned(["a"], [])
     case.store.announce("w", {"slots": 4, "model": "demo"})
-    case.store.withdraw("w")
-    case.store.withdraw("w")
+    case.store.deregister("w")
+    case.store.deregister("w")
 
 
 def test_the_redis_records_have_their_fields_and_lifetimes(redis_url: str) -> None:
     connection = connect(redis_url.replace("db=0", "db=6"))
     store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=30)
-    assert store.attempt(["a"]) == [1]
-    assert store.attempt(["a"]) == [2]
+    assert store.count_attempts(["a"]) == [1]
+    assert store.count_attempts(["a"]) == [2]
     store.started(["a"], "w")
     record = connection.hgetall(keys.job("a"))
     assert (record["state"], record["worker"], record["attempts"]) == ("running", "w", "2")  # type: ignore[index]
@@ -133,16 +134,16 @@ def test_the_redis_records_have_their_fields_and_lifetimes(redis_url: str) -> No
     assert connection.zrange(keys.models(), 0, -1) == ["demo"]
     assert keys.KNOWN_MODEL_S - 60 < connection.ttl(keys.models()) <= keys.KNOWN_MODEL_S  # type: ignore[operator]
     assert 0 < connection.ttl(keys.worker("w")) <= 15  # type: ignore[operator]
-    store.withdraw("w")
+    store.deregister("w")
     assert connection.zcard(keys.workers()) == 0
 
 
 def test_attempts_are_counted_and_taken_back(case: Case) -> None:
-    assert [claim.attempts for claim in case.store.claim(["a", "b"])] == [0, 0]
-    assert case.store.attempt(["a", "b"]) == [1, 1]
-    assert case.store.attempt(["b"]) == [2]
+    assert [record.attempts for record in case.store.lookup(["a", "b"])] == [0, 0]
+    assert case.store.count_attempts(["a", "b"]) == [1, 1]
+    assert case.store.count_attempts(["b"]) == [2]
     case.store.returned(["a", "b"], ["a"])
-    assert [claim.attempts for claim in case.store.claim(["a", "b"])] == [0, 2]
+    assert [record.attempts for record in case.store.lookup(["a", "b"])] == [0, 2]
 
 
 @pytest.mark.parametrize("attempts", ["many", "9" * 40, b"\xff", "1.5", None])
@@ -154,8 +155,8 @@ def test_a_record_that_a_stranger_spoilt_holds_up_no_job(redis_url: str, attempt
         connection.rpush(keys.job("spoilt"), "x")
     else:
         connection.hset(keys.job("spoilt"), "attempts", attempts)
-    assert [claim.attempts for claim in store.claim(["well", "spoilt"])] == [0, 0]
-    assert store.attempt(["spoilt"]) == [1]
+    assert [record.attempts for record in store.lookup(["well", "spoilt"])] == [0, 0]
+    assert store.count_attempts(["spoilt"]) == [1]
 
 
 def test_events_are_appended_and_one_that_is_refused_holds_up_no_other(redis_url: str) -> None:
@@ -163,11 +164,11 @@ def test_events_are_appended_and_one_that_is_refused_holds_up_no_other(redis_url
         connection.flushall() if isinstance(connection, fakeredis.FakeStrictRedis) else connection.flushdb()
         store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=30, events_ttl_s=40)
         connection.set(keys.events("bad"), "not a stream")
-        assert store.tell({"a": "one", "bad": "x", "b": "two"}) == ["bad"]
-        assert store.tell({"a": "three"}) == []
+        assert store.append_events({"a": "one", "bad": "x", "b": "two"}) == ["bad"]
+        assert store.append_events({"a": "three"}) == []
         entries = [fields for _, fields in connection.xrange(keys.events("a"))]  # type: ignore[union-attr]
         assert entries == [{"event": "one"}, {"event": "three"}]
         assert 0 < connection.ttl(keys.events("b")) <= 40  # type: ignore[operator]
     memory = MemoryStore()
-    assert memory.tell({"a": "one"}) == memory.tell({"a": "two"}) == []
+    assert memory.append_events({"a": "one"}) == memory.append_events({"a": "two"}) == []
     assert memory.events == {"a": ["one", "two"]}

@@ -1,4 +1,4 @@
-"""An engine that does not come on: its worker says so, and lets go of its jobs."""
+"""A stalled engine: its worker's record says so, and its leases are not renewed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from headrace.client.wire.errors import JobExpired
 from headrace.config import Settings
 from headrace.worker.engine.model_runner import Runner
 from headrace.worker.engine.scheduler import Outcome, Step
-from headrace.worker.jobs.heartbeat import Monitor
-from headrace.worker.jobs.store import MemoryStore
+from headrace.worker.jobs.health import Health
+from headrace.worker.jobs.heartbeat import Heartbeat
+from headrace.worker.jobs.leases import Leases
+from headrace.worker.jobs.observers import StartedJobs
+from headrace.worker.jobs.worker_record import WorkerRecord
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine_helpers import ask, build, models_of
+from tests.unit.worker.jobs.memory_store import MemoryStore
 
 
 class BlockedRunner(Runner):
-    """Its device does not answer until it is let go on."""
+    """Its device does not answer until `go_on` is set."""
 
     go_on: threading.Event
 
@@ -46,31 +50,39 @@ def go_on() -> threading.Event:
 
 def test_a_stalled_engines_leases_run_out_and_its_record_says_so(go_on: threading.Event) -> None:
     engine = build(runner=type("Blocked", (BlockedRunner,), {"go_on": go_on}))
-    delivery = SimpleNamespace(tag="tag", time_limit_s=None, started_at=None, received_at=time.monotonic(), open={"a"})
+    delivery = SimpleNamespace(tag="tag", received_at=time.monotonic(), open={"a"})
+    book: Any = SimpleNamespace(deliveries=lambda: [delivery], open_jobs=lambda: ["a"])
+    cancellation: Any = SimpleNamespace(check_time_limits=lambda _: None, cancel_requested=lambda: None)
     takes: list[bool] = []
-    pool: Any = SimpleNamespace(
-        deliveries=lambda: [delivery],
-        open_jobs=lambda: ["a"],
-        revoked_jobs=list,
-        finished={"succeeded": 0},
-        failures=defaultdict(list),
-        take_messages=takes.append,
+    hooks: Any = SimpleNamespace(take_messages=takes.append)
+    store, models = MemoryStore(leases={"tag": 0.0}), models_of(engine)
+    health = Health(models, 1.0, lambda: True)
+    leases = Leases(store, book, 3, pytest.fail)  # type: ignore[arg-type]
+    heartbeat = Heartbeat(
+        settings=Settings(model="demo", stall_s=1.0, lease_s=3),
+        models=models,
+        store=store,
+        book=book,
+        cancellation=cancellation,
+        health=health,
+        leases=leases,
+        record=WorkerRecord(store, models, book, health, slots=4, failures=defaultdict(list)),
+        started=StartedJobs(),
+        hooks=hooks,
     )
-    store = MemoryStore(leases={"tag": 0.0})
-    monitor = Monitor(pool, models_of(engine), store, Settings(model="demo", stall_s=1.0, lease_s=3))
     assert engine.stats().step_age_s == 0.0
     with engine:
         future = engine.submit(ask())
         until(lambda: engine.stats().step_age_s > 0)
-        monitor._tick()
-        assert store.leases["tag"] > 0, "an engine that is at work keeps its leases"
-        assert store.workers[monitor.name]["stalled"] == 0
+        heartbeat.tick()
+        assert store.leases["tag"] > 0, "the leases of a working engine are renewed"
+        assert store.workers[heartbeat.name]["stalled"] == 0
         until(lambda: engine.stats().step_age_s > 1.0)
         store.leases["tag"] = 0.0
-        monitor._renew_at = 0.0
-        monitor._tick()
+        leases.renew_soon()
+        heartbeat.tick()
         assert store.leases["tag"] == 0.0
-        record = store.workers[monitor.name]
+        record = store.workers[heartbeat.name]
         assert record["stalled"] == 1
         assert float(record["step_age_s"]) >= 1.0
         status = Status(workers=[WorkerStatus(name="w", **record)], queues=[], delivered=0)  # type: ignore[arg-type]
@@ -79,9 +91,9 @@ def test_a_stalled_engines_leases_run_out_and_its_record_says_so(go_on: threadin
         assert takes == [False]
         go_on.set()
         future.result(timeout=PATIENCE_S)
-        monitor._tick()
+        heartbeat.tick()
         assert store.leases["tag"] > 0
-        assert store.workers[monitor.name]["stalled"] == 0
+        assert store.workers[heartbeat.name]["stalled"] == 0
     assert engine.stats().step_age_s == 0.0
 
 

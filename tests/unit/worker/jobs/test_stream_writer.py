@@ -1,4 +1,4 @@
-"""What the worker writes for those who read along."""
+"""The writer of streaming jobs' text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import redis
 from headrace.client.jobs.stream import StreamReader
 from headrace.client.wire.results import StreamEvent
 from headrace.worker.engine.sequence import TextDelta
+from headrace.worker.jobs import retry
 from headrace.worker.jobs import stream_writer as events
-from headrace.worker.jobs.store import MemoryStore
 from headrace.worker.jobs.stream_writer import EventWriter
 from tests.integration.processes import wait_until
+from tests.unit.worker.jobs.memory_store import MemoryStore
 
 
 def delta(at: int, text: str, index: int = 0, reason: str | None = None) -> TextDelta:
@@ -31,28 +32,30 @@ def text_of(store: MemoryStore, job_id: str) -> str:
 
 
 class Refusing(MemoryStore):
-    """Refuses the events of some jobs, or is away, until told otherwise."""
+    """Refuses the events of the jobs in `refused`, or all requests while `away` is set."""
 
     refused: frozenset[str] = frozenset()
     away = False
 
-    def tell(self, events: Mapping[str, str]) -> list[str]:
+    def append_events(self, events: Mapping[str, str]) -> list[str]:
         if self.away:
             raise redis.ConnectionError("away")
-        super().tell({job_id: text for job_id, text in events.items() if job_id not in self.refused})
+        super().append_events({job_id: text for job_id, text in events.items() if job_id not in self.refused})
         return [job_id for job_id in events if job_id in self.refused]
 
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "RETRY_S", 0.01)
+    monkeypatch.setattr(retry, "RETRY_S", 0.01)
 
 
 def test_what_comes_between_two_requests_goes_together(monkeypatch: pytest.MonkeyPatch) -> None:
     store = MemoryStore()
     writer = EventWriter(store)
     blocked = threading.Event()
-    monkeypatch.setattr(store, "tell", lambda told: (blocked.wait(5), MemoryStore.tell(store, told))[1])
+    monkeypatch.setattr(
+        store, "append_events", lambda told: (blocked.wait(5), MemoryStore.append_events(store, told))[1]
+    )
     first, second = writer.begin("a"), writer.begin("b")
     first(delta(0, "He"))
     for at, char in enumerate("llo.", start=2):

@@ -1,4 +1,4 @@
-"""The numbers a worker shows, read with prometheus_client's own parser, for jobs whose numbers are known."""
+"""A worker's metrics for known jobs, read with prometheus_client's own parser."""
 
 from __future__ import annotations
 
@@ -107,22 +107,18 @@ def test_every_end_is_counted_under_its_reason() -> None:
 
 @pytest.fixture
 def watched() -> Iterator[tuple[Metrics, Any, Any]]:
-    """Metrics over an engine that is stepped by hand, with a pool and a monitor that say what they are told to."""
+    """Metrics over an engine that is stepped by hand; the other sources return what the test sets."""
     metrics, engine = Metrics("demo"), build(slots=2, budget_positions=1024, draft_tokens=7, fingerprint="a/b")
-    pool = SimpleNamespace(deliveries=lambda: [SimpleNamespace(model="demo")] * 3)
-    monitor = SimpleNamespace(
-        name="host-1",
-        queued={"demo": {"interactive": 4, "normal": 5, "bulk": 6}},
-        redis_answers=True,
-        why_not_ready=lambda: "",
-    )
-    metrics.watch(pool, models_of(engine), monitor)  # type: ignore[arg-type]
-    yield metrics, engine, monitor
+    held = SimpleNamespace(held_messages=lambda _: 3, held_jobs=lambda _: 3)
+    health = SimpleNamespace(redis_answers=True, why_not_ready=lambda: "")
+    queues = SimpleNamespace(name="host-1", queued={"demo": {"interactive": 4, "normal": 5, "bulk": 6}})
+    metrics.watch(held, models_of(engine), health, queues)
+    yield metrics, engine, health
     engine.stop()
 
 
 def test_gauges_say_what_the_engine_does(watched: tuple[Metrics, Any, Any]) -> None:
-    metrics, engine, monitor = watched
+    metrics, engine, health = watched
     assert value(metrics, "kv_cache_usage_perc") == 0
     futures = [engine.submit(ask(tokens_of(40, i), max_tokens=60, ignore_eos=True)) for i in range(3)]
     engine.step()
@@ -141,7 +137,7 @@ def test_gauges_say_what_the_engine_does(watched: tuple[Metrics, Any, Any]) -> N
     assert value(metrics, "leases") == 3
     assert value(metrics, "num_requests_queued", priority="bulk") == 6
     assert value(metrics, "redis_up") == value(metrics, "ready") == 1
-    monitor.redis_answers, monitor.why_not_ready = False, lambda: "a reason"
+    health.redis_answers, health.why_not_ready = False, lambda: "a reason"
     assert value(metrics, "redis_up") == value(metrics, "ready") == 0
 
 
@@ -177,7 +173,7 @@ def test_openmetrics_is_given_to_who_asks_for_it(watched: tuple[Metrics, Any, An
 
 
 def test_the_guide_lists_every_metric(watched: tuple[Metrics, Any, Any]) -> None:
-    guide = (Path(__file__).parents[3] / "docs" / "deployment.md").read_text()
+    guide = (Path(__file__).parents[4] / "docs" / "deployment.md").read_text()
     listed = set(re.findall(r"`headrace_(\w+)`", guide))
     for name in shown(watched[0]):
         if name[0].startswith("headrace_"):

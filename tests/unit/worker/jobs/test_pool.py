@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,13 +22,15 @@ from headrace.config import load_settings
 from headrace.worker.celery import make_app
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.registry import Models
+from headrace.worker.jobs.observers import MetricsObserver
 from headrace.worker.jobs.pool import EnginePool
 from headrace.worker.jobs.service import Service
-from headrace.worker.jobs.store import Claim, MemoryStore
+from headrace.worker.jobs.store import JobRecord
 from headrace.worker.observability.metrics import Metrics
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine_helpers import build
-from tests.unit.worker.test_stall import BlockedRunner, until
+from tests.unit.worker.jobs.memory_store import MemoryStore
+from tests.unit.worker.jobs.test_stall import BlockedRunner, until
 
 REQUEST = {"prompt": "Hello.", "max_tokens": 4, "temperature": 0}
 KEY = "key-" * 8
@@ -38,7 +39,7 @@ Make = Callable[..., EnginePool]
 
 
 class Message:
-    """What Celery's Request is to the pool: a group of jobs, and the queue that it came by."""
+    """Stands in for Celery's Request: a group of jobs, and the queue that it came from."""
 
     def __init__(self, *job_ids: str, queue: str = "headrace.demo") -> None:
         self.type, self.id = GROUP_TASK_NAME, f"message of {job_ids}"
@@ -93,9 +94,9 @@ def test_a_job_that_ended_elsewhere_is_not_computed_when_its_message_comes_again
     assert store.results["before"] == "as it ended"
     assert json.loads(store.results["new"])["status"] == "SUCCESS"
     assert store.attempts == {"new": 1}, "only one went to the engine"
-    assert pool.finished["succeeded"] == 1
+    assert pool.flow.counts.finished["succeeded"] == 1
     assert deliver(pool, Message("before", "new")).over.wait(PATIENCE_S)
-    assert pool.finished["succeeded"] == 1
+    assert pool.flow.counts.finished["succeeded"] == 1
 
 
 def test_a_worker_whose_port_is_taken_ends_before_it_loads_a_model() -> None:
@@ -110,10 +111,18 @@ def test_a_worker_whose_port_is_taken_ends_before_it_loads_a_model() -> None:
     assert f"port {port} (Address already in use)" in line["error"]
 
 
+def test_a_cold_shutdown_may_begin_before_the_models_are_loaded() -> None:
+    app = make_app(load_settings(redis_url="redis://localhost:1/0"))
+    pool = EnginePool(limit=6, app=app)
+    pool.finish_within(0)  # called in a signal handler, where an error would end the process without a shutdown
+    assert pool.flow.cold_shutdown.requested
+    app.close()
+
+
 def test_what_ends_and_what_comes_again_is_counted_once(make: Make) -> None:
     metrics = Metrics("demo")
     pool = make(MemoryStore(results={"before": "as it ended"}))
-    pool._probes = SimpleNamespace(metrics=metrics, stop=lambda: None)  # type: ignore[assignment]
+    pool.flow.observers.add(MetricsObserver(metrics))
     again = Message("before", "new")
     again.request_dict["delivery_info"] = {"redelivered": True}
     for message in (again, Message("other")):
@@ -125,14 +134,14 @@ def test_what_ends_and_what_comes_again_is_counted_once(make: Make) -> None:
 
 
 def test_revoking_while_redis_is_silent_does_not_hold_up_the_main_thread(make: Make) -> None:
-    """It would hang here: the store answers nothing until it is let."""
+    """If the main thread waited for the store, which answers only when `answers` is set, this test would hang."""
 
     class Silent(MemoryStore):
         answers = threading.Event()
 
-        def claim(self, job_ids: Any) -> list[Claim]:
+        def lookup(self, job_ids: Any) -> list[JobRecord]:
             assert self.answers.wait(PATIENCE_S)
-            return super().claim(job_ids)
+            return super().lookup(job_ids)
 
         def finish(self, records: Any) -> None:
             assert self.answers.wait(PATIENCE_S)
@@ -184,12 +193,12 @@ def test_jobs_that_others_ended_while_redis_could_not_be_reached_are_let_go_of(m
     time.sleep(2)  # over half of the lease
     store.results["a"] = "as it ended"
     store.away = False
-    until(lambda: pool.open_jobs() == ["b"])
+    until(lambda: pool.flow.book.open_jobs() == ["b"])
     go_on.set()
     assert message.over.wait(PATIENCE_S)
     assert store.results["a"] == "as it ended"
     assert json.loads(store.results["b"])["status"] == "SUCCESS"
-    assert pool.finished == {"succeeded": 1, "failed": 0, "cancelled": 0, "expired": 0}
+    assert pool.flow.counts.finished == {"succeeded": 1, "failed": 0, "cancelled": 0, "expired": 0}
 
 
 def test_a_refused_message_ends_no_job_that_is_here_and_any_other_that_it_names(make: Make) -> None:
@@ -198,7 +207,7 @@ def test_a_refused_message_ends_no_job_that_is_here_and_any_other_that_it_names(
     store = MemoryStore()
     pool = make(store, engine)
     message = deliver(pool, Message("runs"))
-    until(lambda: pool.open_jobs() == ["runs"])
+    until(lambda: pool.flow.book.open_jobs() == ["runs"])
     pool.refuse(["runs", "waits"], JobFailed("unreadable_message", "no task"))
     until(lambda: "waits" in store.results)
     go_on.set()
@@ -216,12 +225,12 @@ def test_with_a_key_a_refused_message_fails_only_what_a_client_without_the_key_s
     pool.refuse(names, JobFailed("bad_signature", "no signature"))
     until(lambda: len(store.results) == 2)
     pool.refuse(names, JobFailed("bad_signature", "no signature"))
-    until(lambda: pool.finished["failed"] == 4)
+    until(lambda: pool.flow.counts.finished["failed"] == 4)
     assert sorted(store.results) == ["theirs", "unmarked"]
 
 
 class Loading:
-    """Loads engines of the bundled model under other names, as fast as it is let."""
+    """Loads engines of the bundled model under other names; those in `held_up` when `go_on` is set."""
 
     def __init__(self, *held_up: str) -> None:
         self.loaded: list[str] = []
@@ -250,9 +259,9 @@ def test_jobs_go_to_the_model_of_their_queue_and_have_windows_of_their_own(make:
     assert not pool.has_room("demo"), "half of the six that the pool may hold"
     assert pool.has_room("other")
     assert pool.has_room()
-    assert pool.held("demo") == 3
+    assert pool.flow.book.held_jobs("demo") == 3
     deliver(pool, Message("d", queue="headrace.other"))
-    until(lambda: pool._intake.empty())
+    until(lambda: "d" in store.attempts)
     go_on.set()  # one thread computes for both
     deliver(pool, Message("e", queue="celery"))
     until(lambda: len(store.results) == 5)
@@ -266,7 +275,7 @@ def test_a_model_is_loaded_for_its_first_job_and_again_after_it_was_idle(make: M
     assert load.loaded == ["demo"]
     waits = deliver(pool, Message("w", queue="headrace.other"))
     for name in "ab":
-        assert deliver(pool, Message(name)).over.wait(PATIENCE_S), "the others go on meanwhile"
+        assert deliver(pool, Message(name)).over.wait(PATIENCE_S), "the loaded model keeps computing"
     assert not waits.over.is_set()
     assert "w" not in store.attempts
     load.go_on["other"].set()
@@ -277,9 +286,9 @@ def test_a_model_is_loaded_for_its_first_job_and_again_after_it_was_idle(make: M
     again = [deliver(pool, Message("x", queue="headrace.other")), deliver(pool, Message("y"))]
     assert all(message.over.wait(PATIENCE_S) for message in again)
     assert sorted(load.loaded) == ["demo", "demo", "other", "other"]
-    assert pool.finished["succeeded"] == 5
+    assert pool.flow.counts.finished["succeeded"] == 5
     until(lambda: any(record["loaded"] == 0 for record in store.workers.values()))
-    names = {pool.monitor.name + "@demo": "demo", pool.monitor.name + "@other": "other"}
+    names = {pool.flow.heartbeat.name + "@demo": "demo", pool.flow.heartbeat.name + "@other": "other"}
     assert {name: record["model"] for name, record in store.workers.items()} == names
 
 
@@ -287,10 +296,10 @@ def test_a_job_is_cancelled_while_its_model_is_being_loaded(make: Make) -> None:
     store, load = MemoryStore(), Loading("other")
     pool = make(store, models=Models(["demo", "other"], load, idle_s=60))
     waits = deliver(pool, Message("w", queue="headrace.other"))
-    until(lambda: pool._probation.models() == {"other"})
+    until(lambda: pool.flow.quarantine.models() == {"other"})
     store.cancels.add("w")
     assert waits.over.wait(PATIENCE_S)
-    assert pool.finished["cancelled"] == 1
+    assert pool.flow.counts.finished["cancelled"] == 1
     load.go_on["other"].set()
 
 

@@ -1,4 +1,4 @@
-"""What tasks see of the engine: requests from strangers, and checkpoint tensors that must fit."""
+"""The service behind the tasks: untrusted requests, checkpoint tensors, result records, and the result writer."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from headrace.client.wire.signing import sign
 from headrace.config import load_settings
 from headrace.worker.celery import make_app
 from headrace.worker.engine.errors import EngineStopped
-from headrace.worker.jobs.result_writer import Writer
-from headrace.worker.jobs.service import Service, failed, read_group, read_wire
-from headrace.worker.jobs.store import MemoryStore
+from headrace.worker.jobs.result_writer import ResultWriter
+from headrace.worker.jobs.service import Service, failed
+from headrace.worker.queue.messages import read_group, read_wire
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine_helpers import models_of
+from tests.unit.worker.jobs.memory_store import MemoryStore
 
 
 def service(store: MemoryStore, limit: int = 10) -> Service:
@@ -33,16 +34,16 @@ def service(store: MemoryStore, limit: int = 10) -> Service:
 
 def test_tensors_within_the_cap_are_kept() -> None:
     store = MemoryStore()
-    service(store)._keep("a", {"q": b"12345"})
-    assert store.dumps == {"a": {"q": b"12345"}}
+    service(store)._save_tensors("a", {"q": b"12345"})
+    assert store.tensors == {"a": {"q": b"12345"}}
 
 
 def test_tensors_over_the_cap_fail_the_job_with_both_numbers() -> None:
     store = MemoryStore()
     with pytest.raises(JobFailed, match=r"take 12 bytes and a job may keep 10") as caught:
-        service(store)._keep("a", {"q": b"123456", "k": b"123456"})
+        service(store)._save_tensors("a", {"q": b"123456", "k": b"123456"})
     assert caught.value.code == "checkpoints_too_large"
-    assert store.dumps == {}
+    assert store.tensors == {}
 
 
 def test_a_redis_that_refuses_the_tensors_fails_the_job_and_one_that_is_away_is_waited_for(
@@ -53,18 +54,18 @@ def test_a_redis_that_refuses_the_tensors_fails_the_job_and_one_that_is_away_is_
             super().__init__()
             self.answers = list(answers)
 
-        def dump(self, job_id: str, tensors: Any) -> None:
+        def save_tensors(self, job_id: str, tensors: Any) -> None:
             if error := self.answers.pop(0):
                 raise error
-            super().dump(job_id, tensors)
+            super().save_tensors(job_id, tensors)
 
-    monkeypatch.setattr("headrace.worker.jobs.service.RETRY_S", 0.0)
+    monkeypatch.setattr("headrace.worker.jobs.retry.RETRY_S", 0.0)
     store = Flaky(redis.ConnectionError("away"), None)
-    service(store)._keep("a", {"q": b"1"})
-    assert store.dumps == {"a": {"q": b"1"}}
+    service(store)._save_tensors("a", {"q": b"1"})
+    assert store.tensors == {"a": {"q": b"1"}}
     full = Flaky(redis.ResponseError("OOM command not allowed"))
     with pytest.raises(JobFailed, match="OOM") as caught:
-        service(full)._keep("a", {"q": b"1"})
+        service(full)._save_tensors("a", {"q": b"1"})
     assert caught.value.code == "checkpoints_not_stored"
 
 
@@ -96,7 +97,7 @@ def test_a_good_request_is_read() -> None:
 
 def test_the_next_worker_reads_the_requests_of_this_client(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = parse_request({"prompt": "x", "max_tokens": 3}).to_wire()
-    for module in ("headrace.client.wire.requests", "headrace.worker.jobs.service"):
+    for module in ("headrace.client.wire.requests", "headrace.worker.queue.messages"):
         monkeypatch.setattr(f"{module}.SCHEMA_VERSION", 2)
     assert read_wire(stored).max_tokens == 3
     with pytest.raises(JobFailed, match="reads none above 2"):
@@ -204,7 +205,7 @@ def test_a_result_that_is_there_stays_whoever_comes_later(ended: Any) -> None:
 
 def test_the_writer_stores_in_batches_through_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     class Away(MemoryStore):
-        """A Redis that is gone at first; while it is, more jobs end."""
+        """A Redis that does not answer at first; more jobs end in the meantime."""
 
         calls: ClassVar[list[list[str]]] = []
 
@@ -221,9 +222,9 @@ def test_the_writer_stores_in_batches_through_an_outage(monkeypatch: pytest.Monk
         future.set_result(result(job_id))
         return future
 
-    monkeypatch.setattr("headrace.worker.jobs.service.RETRY_S", 0.0)
+    monkeypatch.setattr("headrace.worker.jobs.retry.RETRY_S", 0.0)
     store, stored = Away(), []
-    writer = Writer(service(store), told, lambda ended: stored.extend(name for name, _ in ended), pytest.fail)  # type: ignore[arg-type]
+    writer = ResultWriter(service(store), told, lambda ended: stored.extend(name for name, _ in ended), pytest.fail)  # type: ignore[arg-type]
     writer.start()
     writer.put("a", done("a"))
     deadline = time.monotonic() + PATIENCE_S
@@ -255,8 +256,8 @@ def test_the_tensors_of_a_job_are_kept_if_it_succeeds_and_gone_from_memory_in_an
     with contextlib.suppress(JobFailed):
         running.generate("a", {"prompt": "x", "checkpoints": [2]})
     gc.collect()
-    assert store.dumps == ({} if fails else {"a": {"q": b"1"}})
-    assert len(running._dumps) == 0
+    assert store.tensors == ({} if fails else {"a": {"q": b"1"}})
+    assert len(running._tensors) == 0
 
 
 def test_a_worker_that_keeps_no_tensors_says_so_before_it_computes_any() -> None:

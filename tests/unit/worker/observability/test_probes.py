@@ -35,7 +35,7 @@ def get(probes: Probes, path: str) -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
-def monitor(alive: str = "", ready: str = "") -> Any:
+def health(alive: str = "", ready: str = "") -> Any:
     return SimpleNamespace(why_not_alive=lambda: alive, why_not_ready=lambda: ready)
 
 
@@ -45,13 +45,13 @@ def test_a_worker_that_loads_is_alive_and_not_ready(probes: Probes) -> None:
     assert get(probes, "/metrics")[0] == 200
 
 
-def test_a_worker_that_runs_says_what_its_monitor_says(probes: Probes) -> None:
-    probes.watch(monitor())
+def test_a_running_worker_reports_its_health(probes: Probes) -> None:
+    probes.watch(health())
     assert get(probes, "/livez") == get(probes, "/readyz") == get(probes, "/readyz?verbose") == (200, "ok\n")
-    probes.watch(monitor(ready="Redis is away"))
+    probes.watch(health(ready="Redis is away"))
     assert get(probes, "/livez") == (200, "ok\n")
     assert get(probes, "/readyz") == (503, "Redis is away\n")
-    probes.watch(monitor(alive="stuck"))
+    probes.watch(health(alive="stuck"))
     assert get(probes, "/livez") == (503, "stuck\n")
 
 

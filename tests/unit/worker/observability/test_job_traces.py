@@ -15,11 +15,11 @@ from opentelemetry.trace import SpanKind, StatusCode
 from headrace.client.wire.tracing import TRACES_HEADER
 from headrace.config import SettingsError, load_settings
 from headrace.config.tracing import setup_tracing
-from headrace.worker.jobs.store import MemoryStore
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine_helpers import build
-from tests.unit.worker.test_pool import Make, Message, deliver, make
-from tests.unit.worker.test_stall import BlockedRunner, until
+from tests.unit.worker.jobs.memory_store import MemoryStore
+from tests.unit.worker.jobs.test_pool import Make, Message, deliver, make
+from tests.unit.worker.jobs.test_stall import BlockedRunner, until
 
 __all__ = ["make"]  # the fixture
 
@@ -28,7 +28,7 @@ CLIENT = "00-{0:032x}-{0:016x}-0{1}"
 
 
 def message(*job_ids: str, sampled: bool = True, **request: Any) -> Message:
-    """A group whose jobs hang under spans 1, 2, ... of as many traces."""
+    """A group whose jobs have the parent spans 1, 2, ... in as many traces."""
     made = Message(*job_ids)
     (members,) = made.request_dict["args"]
     for member in members:
@@ -115,11 +115,10 @@ def test_a_job_that_comes_again_says_which_attempt_it_is(make: Make, spans: InMe
 
 def test_a_job_that_goes_back_says_so(make: Make, spans: InMemorySpanExporter) -> None:
     go_on = threading.Event()
-    pool = make(MemoryStore(), build(runner=type("Blocked", (BlockedRunner,), {"go_on": go_on}), slots=4))
+    store = MemoryStore()
+    pool = make(store, build(runner=type("Blocked", (BlockedRunner,), {"go_on": go_on}), slots=4))
     deliver(pool, message("a"))
-    traces = pool._traces
-    assert traces is not None
-    until(lambda: (visit := traces._visits.get("a")) and visit.started)
+    until(lambda: store.states.get("a") == "running")
     pool.finish_within(0)
     threading.Timer(0.2, go_on.set).start()
     pool.on_terminate()
@@ -143,7 +142,7 @@ def test_what_the_client_does_not_sample_is_not_recorded(make: Make, spans: InMe
 
 
 def test_headers_of_a_strangers_harm_nobody(make: Make, spans: InMemorySpanExporter) -> None:
-    """A number that the protocol cannot carry would cost all spans that are sent with it."""
+    """OpenTelemetry's protocol cannot encode such numbers, and the export of all spans would fail."""
     odd = message("a", seed=2**80, top_k=-(2**70))
     odd.request_dict[TRACES_HEADER] = {"a": {"traceparent": ["00"], "tracestate": {}}}  # type: ignore[assignment]
     store = MemoryStore()
