@@ -17,7 +17,7 @@ from headrace.config import SettingsError, load_settings
 from headrace.config.tracing import setup_tracing
 from headrace.worker.jobs.store import MemoryStore
 from tests.patience import PATIENCE_S
-from tests.unit.worker.engine_helpers import build
+from tests.unit.worker.engine.engine_helpers import build
 from tests.unit.worker.test_pool import Make, Message, deliver, make
 from tests.unit.worker.test_stall import BlockedRunner, until
 

@@ -28,7 +28,7 @@ from headrace.worker.jobs.service import Service
 from headrace.worker.jobs.store import Claim, MemoryStore
 from headrace.worker.observability.metrics import Metrics
 from tests.patience import PATIENCE_S
-from tests.unit.worker.engine_helpers import build
+from tests.unit.worker.engine.engine_helpers import build
 from tests.unit.worker.test_stall import BlockedRunner, until
 
 REQUEST = {"prompt": "Hello.", "max_tokens": 4, "temperature": 0}

@@ -24,7 +24,7 @@ from headrace.worker.jobs.result_writer import Writer
 from headrace.worker.jobs.service import Service, failed, read_group, read_wire
 from headrace.worker.jobs.store import MemoryStore
 from tests.patience import PATIENCE_S
-from tests.unit.worker.engine_helpers import models_of
+from tests.unit.worker.engine.engine_helpers import models_of
 
 
 def service(store: MemoryStore, limit: int = 10) -> Service:

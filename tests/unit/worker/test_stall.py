@@ -19,7 +19,7 @@ from headrace.worker.engine.scheduler import Outcome, Step
 from headrace.worker.jobs.heartbeat import Monitor
 from headrace.worker.jobs.store import MemoryStore
 from tests.patience import PATIENCE_S
-from tests.unit.worker.engine_helpers import ask, build, models_of
+from tests.unit.worker.engine.engine_helpers import ask, build, models_of
 
 
 class BlockedRunner(Runner):

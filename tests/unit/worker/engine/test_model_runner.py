@@ -12,7 +12,7 @@ from headrace.worker.engine.cache_slots import Move
 from headrace.worker.engine.model_runner import Runner
 from headrace.worker.engine.scheduler import PromptChunk, Step
 from headrace.worker.engine.sequence import Sequence, Slot, TokenScore
-from tests.unit.worker.engine_helpers import ask, demo_model, demo_tokenizer, tokens_of
+from tests.unit.worker.engine.engine_helpers import ask, demo_model, demo_tokenizer, tokens_of
 
 
 def runner(capacity: int = 4, model: GPT2 | None = None) -> Runner:

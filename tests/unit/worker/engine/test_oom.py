@@ -9,8 +9,18 @@ import pytest
 from headrace.worker.engine.model_runner import Runner
 from headrace.worker.engine.oom import FIRST_WAIT, Limit, out_of_memory, rows_of
 from headrace.worker.engine.scheduler import Outcome, Step
-from tests.unit.worker.engine_helpers import ask, build, drive, expected, failure, idle, settle, substance, tokens_of
-from tests.unit.worker.test_engine_errors import GUILTY
+from tests.unit.worker.engine.engine_helpers import (
+    ask,
+    build,
+    drive,
+    expected,
+    failure,
+    idle,
+    settle,
+    substance,
+    tokens_of,
+)
+from tests.unit.worker.engine.test_engine_errors import GUILTY
 
 
 class OutOfMemoryError(RuntimeError):

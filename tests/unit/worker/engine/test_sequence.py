@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from headrace.model.tokenizer import PATTERN, Tokenizer
 from headrace.worker.engine.sequence import Generation, Sequence, TextDelta, TokenScore
-from tests.unit.worker.engine_helpers import ask
+from tests.unit.worker.engine.engine_helpers import ask
 
 END = 300
 #: 256 tokens of one byte, some of several, and the end of text.

@@ -15,7 +15,7 @@ from headrace.worker.engine.model_runner import Runner
 from headrace.worker.engine.registry import Models
 from headrace.worker.engine.step_loop import Turns
 from tests.patience import PATIENCE_S
-from tests.unit.worker.engine_helpers import ask, build, expected, substance, tokens_of
+from tests.unit.worker.engine.engine_helpers import ask, build, expected, substance, tokens_of
 from tests.unit.worker.test_stall import until
 
 

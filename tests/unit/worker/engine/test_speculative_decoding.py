@@ -14,8 +14,8 @@ from headrace.worker.engine.model_runner import Runner
 from headrace.worker.engine.oom import rows_of
 from headrace.worker.engine.scheduler import Outcome, Step
 from headrace.worker.engine.sequence import TextDelta
-from tests.unit.worker.engine_helpers import ask, build, drive, failure, idle, settle, substance, tokens_of
-from tests.unit.worker.test_engine_crowd import alone, mixed_requests
+from tests.unit.worker.engine.engine_helpers import ask, build, drive, failure, idle, settle, substance, tokens_of
+from tests.unit.worker.engine.test_batch_invariance import alone, mixed_requests
 
 #: " said the King, said the King, ...": the bundled model goes on so, and drafts are mostly right.
 CHANT = [531, 262, 2677, 11] * 8

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from headrace.model.tokenizer import gpt2_tokenizer
 from headrace.worker.engine.cache_slots import BLOCK, Move, SlotTable
 from headrace.worker.engine.sequence import Sequence, Slot
-from tests.unit.worker.engine_helpers import ask
+from tests.unit.worker.engine.engine_helpers import ask
 
 CLASSES = (128, 256, 512, 1024)
 

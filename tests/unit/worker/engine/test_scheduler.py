@@ -14,7 +14,7 @@ from headrace.worker.engine.cache_slots import SlotTable
 from headrace.worker.engine.oom import rows_of, split
 from headrace.worker.engine.scheduler import PromptChunk, Scheduler, Step
 from headrace.worker.engine.sequence import Sequence, TokenScore
-from tests.unit.worker.engine_helpers import ask
+from tests.unit.worker.engine.engine_helpers import ask
 
 
 def scheduler(

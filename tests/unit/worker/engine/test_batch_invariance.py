@@ -15,7 +15,7 @@ from headrace.client.wire.requests import GenerateRequest
 from headrace.model import GPT2, load_model
 from headrace.worker.engine.scheduler import Outcome, Step
 from headrace.worker.engine.sequence import Sequence
-from tests.unit.worker.engine_helpers import (
+from tests.unit.worker.engine.engine_helpers import (
     WORDS,
     ask,
     build,

@@ -24,7 +24,7 @@ from headrace.worker.engine.build import (
     length_classes,
 )
 from headrace.worker.engine.engine import Engine
-from tests.unit.worker.engine_helpers import ask, demo_engine, demo_model, demo_tokenizer, drive
+from tests.unit.worker.engine.engine_helpers import ask, demo_engine, demo_model, demo_tokenizer, drive
 
 
 @pytest.fixture(autouse=True)
