@@ -23,7 +23,7 @@ from headrace.worker.engine.cache_slots import SlotTable
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.model_runner import Runner
 from headrace.worker.engine.scheduler import Scheduler
-from headrace.worker.engine.sequence import TextDelta
+from headrace.worker.engine.sequence_text import TextDelta
 
 VOCABULARY, POSITIONS = 512, 128
 

@@ -11,6 +11,7 @@ from safetensors.torch import load
 from headrace.client.wire.requests import CHECKPOINT_TENSORS, parse_request
 from headrace.config import Settings
 from headrace.model.gpt2 import GPT2
+from headrace.worker.engine.build import load_engine
 from headrace.worker.engine.engine import Engine
 
 CROWD = [{"prompt": "The house " * n, "max_tokens": 12, "ignore_eos": True, "seed": n} for n in (1, 3, 40, 90)]
@@ -18,7 +19,7 @@ CROWD = [{"prompt": "The house " * n, "max_tokens": 12, "ignore_eos": True, "see
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine.from_settings(Settings(model="demo", prefill_chunk=32, step_tokens=64))
+    return load_engine(Settings(model="demo", prefill_chunk=32, step_tokens=64))
 
 
 def traced(engine: Engine, prompt: list[int], crowd: bool, **params: Any) -> dict[str, torch.Tensor]:

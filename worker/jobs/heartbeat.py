@@ -26,8 +26,9 @@ from headrace.worker.jobs.store import WORKER_TTL_S, Store
 from headrace.worker.queue.permissions import is_forbidden
 
 if TYPE_CHECKING:
-    from headrace.worker.engine.engine import Engine, RowStats
+    from headrace.worker.engine.engine import Engine
     from headrace.worker.engine.registry import Models
+    from headrace.worker.engine.stats import RowStats
     from headrace.worker.jobs.pool import Delivery, EnginePool
 
 log = structlog.get_logger("headrace.worker")

@@ -10,9 +10,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from headrace.model import load_model
-from headrace.model.hub import DEMO
+from headrace.model.hub import DEMO, ModelError
 from headrace.model.kernels.gemm_int8_amx import Int8, int8_works
-from headrace.model.weights import ModelError
 
 needs_unit = pytest.mark.skipif(not int8_works("cpu"), reason="this CPU has no AMX for whole numbers, or no numba")
 

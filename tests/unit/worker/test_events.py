@@ -11,7 +11,7 @@ import redis
 from headrace.client.jobs.handle import Handle
 from headrace.client.jobs.stream import Reader
 from headrace.client.wire.requests import StreamEvent
-from headrace.worker.engine.sequence import TextDelta
+from headrace.worker.engine.sequence_text import TextDelta
 from headrace.worker.jobs import stream_writer as events
 from headrace.worker.jobs.store import MemoryStore
 from headrace.worker.jobs.stream_writer import EventWriter

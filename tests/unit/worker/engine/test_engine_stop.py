@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from headrace.worker.engine.cache_slots import Move
-from headrace.worker.engine.engine import EngineStopped
+from headrace.worker.engine.errors import EngineStopped
 from headrace.worker.engine.model_runner import Runner
 from headrace.worker.engine.scheduler import Outcome, Step
 from headrace.worker.engine.sequence import Slot
