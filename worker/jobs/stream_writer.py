@@ -18,7 +18,7 @@ import redis
 import structlog
 
 from headrace.client.wire.results import StreamEvent, StreamPiece
-from headrace.worker.engine.sequence import TextDelta
+from headrace.worker.engine.sequence_text import TextDelta
 from headrace.worker.jobs import retry
 from headrace.worker.jobs.store import Store
 

@@ -18,8 +18,9 @@ from headrace.worker.jobs.health import Health
 from headrace.worker.jobs.store import Store
 
 if TYPE_CHECKING:
-    from headrace.worker.engine.engine import Engine, RowStats
+    from headrace.worker.engine.engine import Engine
     from headrace.worker.engine.registry import Models
+    from headrace.worker.engine.stats import RowStats
 
 log = structlog.get_logger("headrace.worker")
 

@@ -28,7 +28,7 @@ from headrace.worker.jobs.service import Service
 from headrace.worker.jobs.store import JobRecord
 from headrace.worker.observability.metrics import Metrics
 from tests.patience import PATIENCE_S
-from tests.unit.worker.engine_helpers import build
+from tests.unit.worker.engine.engine_helpers import build
 from tests.unit.worker.jobs.memory_store import MemoryStore
 from tests.unit.worker.jobs.test_stall import BlockedRunner, until
 

@@ -24,7 +24,7 @@ from headrace.worker.jobs.result_writer import ResultWriter
 from headrace.worker.jobs.service import Service, failed
 from headrace.worker.queue.messages import read_group, read_wire
 from tests.patience import PATIENCE_S
-from tests.unit.worker.engine_helpers import models_of
+from tests.unit.worker.engine.engine_helpers import models_of
 from tests.unit.worker.jobs.memory_store import MemoryStore
 
 

@@ -22,7 +22,7 @@ from headrace.worker.jobs.leases import Leases
 from headrace.worker.jobs.observers import StartedJobs
 from headrace.worker.jobs.worker_record import WorkerRecord
 from tests.patience import PATIENCE_S
-from tests.unit.worker.engine_helpers import ask, build, models_of
+from tests.unit.worker.engine.engine_helpers import ask, build, models_of
 from tests.unit.worker.jobs.memory_store import MemoryStore
 
 

@@ -10,7 +10,7 @@ import redis
 
 from headrace.client.jobs.stream import StreamReader
 from headrace.client.wire.results import StreamEvent
-from headrace.worker.engine.sequence import TextDelta
+from headrace.worker.engine.sequence_text import TextDelta
 from headrace.worker.jobs import retry
 from headrace.worker.jobs import stream_writer as events
 from headrace.worker.jobs.stream_writer import EventWriter

@@ -16,7 +16,7 @@ from headrace.client.wire.tracing import TRACES_HEADER
 from headrace.config import SettingsError, load_settings
 from headrace.config.tracing import setup_tracing
 from tests.patience import PATIENCE_S
-from tests.unit.worker.engine_helpers import build
+from tests.unit.worker.engine.engine_helpers import build
 from tests.unit.worker.jobs.memory_store import MemoryStore
 from tests.unit.worker.jobs.test_pool import Make, Message, deliver, make
 from tests.unit.worker.jobs.test_stall import BlockedRunner, until

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from headrace.client.wire.errors import JobCancelled, JobExpired, JobFailed
 from headrace.client.wire.results import Choice, Result, Timings, Usage
 from headrace.worker.observability.metrics import COUNTERS, GAUGES, HISTOGRAMS, Metrics
-from tests.unit.worker.engine_helpers import ask, build, drive, models_of, tokens_of
+from tests.unit.worker.engine.engine_helpers import ask, build, drive, models_of, tokens_of
 
 Sample = tuple[str, tuple[tuple[str, str], ...]]
 
@@ -132,7 +132,7 @@ def test_gauges_say_what_the_engine_does(watched: tuple[Metrics, Any, Any]) -> N
     assert value(metrics, "prompt_tokens_total") == 120
     assert value(metrics, "generation_tokens_total") == 180
     drafted = value(metrics, "spec_decode_num_draft_tokens_total")
-    assert drafted == engine.drafted
+    assert drafted == engine.stats().drafted
     assert 0 <= value(metrics, "spec_decode_num_accepted_tokens_total") <= drafted
     assert value(metrics, "leases") == 3
     assert value(metrics, "num_requests_queued", priority="bulk") == 6

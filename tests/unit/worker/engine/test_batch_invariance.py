@@ -15,7 +15,8 @@ from headrace.client.wire.requests import GenerateRequest
 from headrace.model import GPT2, load_model
 from headrace.worker.engine.scheduler import Outcome, Step
 from headrace.worker.engine.sequence import Sequence
-from tests.unit.worker.engine_helpers import (
+from headrace.worker.engine.sequence_text import SequenceText
+from tests.unit.worker.engine.engine_helpers import (
     WORDS,
     ask,
     build,
@@ -137,19 +138,21 @@ def test_n_samples_are_the_same_bits_as_n_computations_of_one_sample() -> None:
     engine = build()
     (together,) = drive(engine, engine.submit(request))
     for index, choice in enumerate(together.choices):
-        sequence = Sequence(request, list(request.prompt), index, 99, demo_tokenizer())
+        sequence = Sequence(request, list(request.prompt), index, 99, demo_tokenizer().end_of_text)
+        text = SequenceText(sequence, demo_tokenizer())
         scheduler = (single := build()).scheduler
         scheduler.add(sequence, priority=0)
         scheduler.admit()
         single.runner.fit(scheduler.slots.capacity)
         while sequence.finish_reason is None:
-            step = scheduler.plan()
+            step = scheduler.schedule()
             for _, score in single.runner.run(step).tokens:
                 assert score is not None
                 sequence.append(score)
+                text.decode_last_token()
             for chunk in step.chunks:
                 scheduler.advance(chunk)
-        assert sequence.choice("") == choice
+        assert text.choice() == choice
 
 
 def test_a_bare_prompt_repeated_gives_one_answer_however_the_prefill_was_shared() -> None:

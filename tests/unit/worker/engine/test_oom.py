@@ -7,10 +7,20 @@ from typing import Any
 import pytest
 
 from headrace.worker.engine.model_runner import Runner
-from headrace.worker.engine.oom import FIRST_WAIT, Limit, out_of_memory, rows_of
+from headrace.worker.engine.oom import FIRST_WAIT, AdaptiveLimit, out_of_memory, row_count
 from headrace.worker.engine.scheduler import Outcome, Step
-from tests.unit.worker.engine_helpers import ask, build, drive, expected, failure, idle, settle, substance, tokens_of
-from tests.unit.worker.test_engine_errors import GUILTY
+from tests.unit.worker.engine.engine_helpers import (
+    ask,
+    build,
+    drive,
+    expected,
+    failure,
+    idle,
+    settle,
+    substance,
+    tokens_of,
+)
+from tests.unit.worker.engine.test_engine_errors import GUILTY
 
 
 class OutOfMemoryError(RuntimeError):
@@ -36,9 +46,9 @@ class SmallRunner(Runner):
 
     def run(self, step: Step) -> Outcome:
         outcome = super().run(step)  # what it wrote until then must do no harm
-        if rows_of(step) > self.rows:
+        if row_count(step) > self.rows:
             raise self.lack
-        self.computed.append(rows_of(step))
+        self.computed.append(row_count(step))
         return outcome
 
     def fit(self, capacity: dict[int, int]) -> None:
@@ -129,20 +139,20 @@ def test_without_memory_for_one_slot_a_job_fails_and_later_ones_are_computed_whe
 
 
 def test_a_limit_recovers_slowly_and_more_slowly_after_each_attempt_that_fails() -> None:
-    limit = Limit(100)
+    limit = AdaptiveLimit(100)
     limit.lower(25)
     for _ in range(FIRST_WAIT):
-        assert limit.now == 25
+        assert limit.current == 25
         limit.note_step()
-    assert limit.now == 50
+    assert limit.current == 50
     limit.lower(25)
     for _ in range(2 * FIRST_WAIT):
-        assert limit.now == 25
+        assert limit.current == 25
         limit.note_step()
-    assert limit.now == 50
+    assert limit.current == 50
     for _ in range(2 * FIRST_WAIT):
         limit.note_step()
-    assert limit.now == 100
+    assert limit.current == 100
 
 
 def test_what_is_a_lack_of_memory() -> None:

@@ -11,8 +11,8 @@ from transformers import GPT2LMHeadModel
 from headrace.client.wire.errors import JobFailed
 from headrace.client.wire.requests import MAX_LOGPROBS
 from headrace.model.hub import DEMO
-from headrace.worker.engine.sequence import TextDelta
-from tests.unit.worker.engine_helpers import ask, build, demo_tokenizer, drive, idle, substance, tokens_of
+from headrace.worker.engine.sequence_text import TextDelta
+from tests.unit.worker.engine.engine_helpers import ask, build, demo_tokenizer, drive, idle, substance, tokens_of
 
 
 @pytest.fixture(scope="module")

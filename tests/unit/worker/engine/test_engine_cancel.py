@@ -14,7 +14,7 @@ from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.model_runner import Runner
 from headrace.worker.engine.scheduler import Outcome, Step
 from tests.patience import PATIENCE_S
-from tests.unit.worker.engine_helpers import ask, build, drive, expected, idle, substance, tokens_of
+from tests.unit.worker.engine.engine_helpers import ask, build, drive, expected, idle, substance, tokens_of
 
 
 def test_cancelling_a_running_job_frees_its_slots_before_the_next_step() -> None:

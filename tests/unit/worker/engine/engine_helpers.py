@@ -14,8 +14,8 @@ from headrace.client.wire.requests import GenerateRequest, parse_request
 from headrace.client.wire.results import Result
 from headrace.config import Settings
 from headrace.model import GPT2, Tokenizer, load_model
-from headrace.worker.engine.build import length_classes
-from headrace.worker.engine.cache_slots import SlotTable
+from headrace.worker.engine.build import load_engine
+from headrace.worker.engine.cache_slots import SlotTable, length_classes
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.model_runner import Runner
 from headrace.worker.engine.scheduler import Scheduler
@@ -31,7 +31,7 @@ def demo_engine() -> Engine:
 
     One thread: two that wait for each other make a small model slower wherever other processes use the cores too.
     """
-    return Engine.from_settings(Settings(model="demo", device="cpu", dtype="float32", threads=1))
+    return load_engine(Settings(model="demo", device="cpu", dtype="float32", threads=1))
 
 
 def demo_model() -> GPT2:
@@ -122,7 +122,7 @@ def substance(result: Result) -> dict[str, Any]:
 def idle(engine: Engine) -> bool:
     """Whether nothing is left in the engine: no sequence, no slot in use, nobody who waits."""
     scheduler = engine.scheduler
-    return not scheduler.running and scheduler.waiting == 0 and not any(scheduler.slots.rows.values())
+    return not scheduler.running and scheduler.waiting == 0 and not any(scheduler.slots.arenas.values())
 
 
 def expected(*requests: GenerateRequest) -> list[dict[str, Any]]:

@@ -11,11 +11,11 @@ from headrace.client.wire.requests import GenerateRequest
 from headrace.model import GPT2, load_model
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.model_runner import Runner
-from headrace.worker.engine.oom import rows_of
+from headrace.worker.engine.oom import row_count
 from headrace.worker.engine.scheduler import Outcome, Step
-from headrace.worker.engine.sequence import TextDelta
-from tests.unit.worker.engine_helpers import ask, build, drive, failure, idle, settle, substance, tokens_of
-from tests.unit.worker.test_engine_crowd import alone, mixed_requests
+from headrace.worker.engine.sequence_text import TextDelta
+from tests.unit.worker.engine.engine_helpers import ask, build, drive, failure, idle, settle, substance, tokens_of
+from tests.unit.worker.engine.test_batch_invariance import alone, mixed_requests
 
 #: " said the King, said the King, ...": the bundled model goes on so, and drafts are mostly right.
 CHANT = [531, 262, 2677, 11] * 8
@@ -65,7 +65,7 @@ def test_tokens_and_log_probabilities_are_the_same_bits_with_drafts(dtype: str, 
     expected = without_drafts(dtype)
     assert texts(engine, repetitive()) == expected
     assert idle(engine)
-    assert engine.tokens == sum(result["usage"]["completion_tokens"] for result in expected)
+    assert engine.stats().tokens == sum(result["usage"]["completion_tokens"] for result in expected)
     assert 0 < engine.stats().accepted < engine.stats().drafted
 
 
@@ -90,7 +90,7 @@ def test_text_comes_in_the_same_pieces() -> None:
 def test_each_right_draft_saves_a_step() -> None:
     engine = build(draft_tokens=7)
     drive(engine, engine.submit(ask(CHANT, max_tokens=80, ignore_eos=True)))
-    assert engine.steps == 80 - engine.stats().accepted
+    assert engine.stats().steps == 80 - engine.stats().accepted
     assert engine.stats().accepted > 40
 
 
@@ -151,7 +151,7 @@ def _watch(engine: Engine, reached: list[int]) -> None:
         for sequence in step.decodes:
             first[:] = first or [sequence]
             if sequence is first[0]:
-                reached.append(len(sequence.prompt) + len(sequence.output) - 1 + len(step.drafts.get(sequence, [])))
+                reached.append(len(sequence.prompt) + len(sequence.output) - 1 + len(step.proposed.get(sequence, [])))
         return run(step)
 
     engine.runner.run = watched  # type: ignore[method-assign]
@@ -160,7 +160,7 @@ def _watch(engine: Engine, reached: list[int]) -> None:
 def test_a_step_that_fails_with_drafts_is_computed_without_them() -> None:
     class NoDrafts(Runner):
         def run(self, step: Step) -> Outcome:
-            if step.drafts:
+            if step.proposed:
                 raise RuntimeError("the kernel is not in the mood")
             return super().run(step)
 
@@ -172,7 +172,7 @@ def test_a_step_that_fails_with_drafts_is_computed_without_them() -> None:
 def test_where_memory_holds_one_row_there_are_no_drafts_and_nobody_fails() -> None:
     class OneRow(Runner):
         def run(self, step: Step) -> Outcome:
-            if step.decodes and rows_of(step) > 1:
+            if step.decodes and row_count(step) > 1:
                 raise MemoryError
             return super().run(step)
 

@@ -10,7 +10,7 @@ from headrace.worker.engine.model_runner import Runner
 from headrace.worker.engine.scheduler import Outcome, Step
 from headrace.worker.engine.sequence import Slot
 from tests.patience import PATIENCE_S
-from tests.unit.worker.engine_helpers import ask, build
+from tests.unit.worker.engine.engine_helpers import ask, build
 
 
 class AcceleratorError(RuntimeError):

@@ -13,7 +13,17 @@ from headrace.model.kv_cache import KVCache
 from headrace.worker.engine.model_runner import Runner
 from headrace.worker.engine.scheduler import Outcome, Step
 from headrace.worker.engine.sequence import Sequence, Slot
-from tests.unit.worker.engine_helpers import ask, build, drive, expected, failure, idle, settle, substance, tokens_of
+from tests.unit.worker.engine.engine_helpers import (
+    ask,
+    build,
+    drive,
+    expected,
+    failure,
+    idle,
+    settle,
+    substance,
+    tokens_of,
+)
 
 #: A job whose prompt or output holds this token is guilty.
 GUILTY = 4242

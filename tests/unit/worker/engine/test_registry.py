@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from headrace.config import Settings
-from headrace.worker.engine.build import default_budget
+from headrace.worker.engine.build import default_budget, load_engine
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.errors import EngineStopped, ModelUnavailable
 from headrace.worker.engine.model_runner import Runner
 from headrace.worker.engine.registry import Models
-from headrace.worker.engine.step_loop import Turns
+from headrace.worker.engine.step_loop import StepLoop
 from tests.patience import PATIENCE_S
-from tests.unit.worker.engine_helpers import ask, build, expected, substance, tokens_of
+from tests.unit.worker.engine.engine_helpers import ask, build, expected, substance, tokens_of
 from tests.unit.worker.jobs.test_stall import until
 
 
@@ -24,13 +24,13 @@ class Player:
 
     def __init__(self, name: str, turns: int, said: list[str]) -> None:
         self.name, self.left, self.said = name, turns, said
-        self.over = threading.Event()
+        self.ended = threading.Event()
 
-    def turn(self) -> float:
+    def run_step(self) -> float:
         self.said.append(self.name)
         self.left -= 1
         if not self.left:
-            self.over.set()
+            self.ended.set()
         return 0.0
 
 
@@ -42,33 +42,33 @@ def test_turns_alternate_until_one_is_over() -> None:
 
         inside, go_on = threading.Event(), threading.Event()
 
-        def turn(self) -> float:
+        def run_step(self) -> float:
             self.inside.set()
             self.go_on.wait(PATIENCE_S)
-            return super().turn()
+            return super().run_step()
 
-    turns, gate, players = Turns(), Gate("gate", 1, []), [Player("a", 3, said), Player("b", 5, said)]
-    turns.join(gate)
+    turns, gate, players = StepLoop(), Gate("gate", 1, []), [Player("a", 3, said), Player("b", 5, said)]
+    turns.add(gate)
     assert gate.inside.wait(PATIENCE_S)
     for player in players:
-        turns.join(player)
+        turns.add(player)
     gate.go_on.set()
-    assert all(player.over.wait(PATIENCE_S) for player in players)
+    assert all(player.ended.wait(PATIENCE_S) for player in players)
     assert "".join(said) == "abababbb"
 
 
 def test_who_rests_is_woken_and_a_thread_that_is_over_begins_again() -> None:
     class Sleeper(Player):
-        def turn(self) -> float:
-            super().turn()
+        def run_step(self) -> float:
+            super().run_step()
             return 3600.0
 
-    turns = Turns()
+    turns = StepLoop()
     for _ in range(2):
         said: list[str] = []
         sleeper = Sleeper("s", 3, said)
-        turns.join(sleeper)
-        while not sleeper.over.wait(0.01):
+        turns.add(sleeper)
+        while not sleeper.ended.wait(0.01):
             turns.wake()
         assert said == ["s"] * 3
 
@@ -76,7 +76,7 @@ def test_who_rests_is_woken_and_a_thread_that_is_over_begins_again() -> None:
 def test_engines_in_one_thread_give_the_bits_that_each_gives_alone() -> None:
     requests = [ask(tokens_of(20 + 3 * i, i), max_tokens=20 + i, seed=i, temperature=0.8 * (i % 2)) for i in range(6)]
     alone = expected(*requests)
-    turns, engines = Turns(), [build(slots=4, draft_tokens=7), build(slots=2)]
+    turns, engines = StepLoop(), [build(slots=4, draft_tokens=7), build(slots=2)]
     for engine in engines:
         engine.start(turns)
     futures = [[engine.submit(request) for request in requests] for engine in engines]
@@ -92,7 +92,7 @@ def test_an_engine_that_dies_takes_no_other_with_it() -> None:
             raise RuntimeError("no room")
 
     fatal: list[BaseException] = []
-    turns, dying, other = Turns(), build(runner=NoRoom, on_fatal=fatal.append), build()
+    turns, dying, other = StepLoop(), build(runner=NoRoom, on_fatal=fatal.append), build()
     lost = dying.submit(ask())
     for engine in (dying, other):
         engine.start(turns)
@@ -143,7 +143,7 @@ def test_only_idle_models_are_unloaded_and_asked_for_they_come_back() -> None:
     first = models.loaded["b"]
     until(lambda: models.unload_idle({"a"}) or "b" not in models.loaded)
     assert set(models.loaded) == {"a"}
-    assert first.over.is_set()
+    assert first.ended.is_set()
     there = threading.Event()
     models.fetch(["a", "b"], there.set)
     assert there.wait(PATIENCE_S)
@@ -170,10 +170,8 @@ def test_without_the_setting_none_is_unloaded() -> None:
 
 
 def test_the_cache_is_shared_out_in_equal_parts() -> None:
-    one = Engine.from_settings(Settings(model="demo", device="cpu", threads=1, kv_cache_bytes=2**24))
-    half = Engine.from_settings(
-        Settings(model="demo,other=demo", device="cpu", threads=1, kv_cache_bytes=2**24), "other"
-    )
+    one = load_engine(Settings(model="demo", device="cpu", threads=1, kv_cache_bytes=2**24))
+    half = load_engine(Settings(model="demo,other=demo", device="cpu", threads=1, kv_cache_bytes=2**24), "other")
     assert (one.scheduler.slots.budget_bytes, half.scheduler.slots.budget_bytes) == (2**24, 2**23)
     assert (one.model_name, half.model_name) == ("demo", "other")
     assert one.fingerprint == half.fingerprint

@@ -15,16 +15,10 @@ from torch import Tensor
 from headrace.client.wire.requests import parse_request
 from headrace.config import Settings
 from headrace.model import GPT2, ModelError, load_model
-from headrace.worker.engine.build import (
-    batch_invariant,
-    build_engine,
-    check_vocabulary,
-    default_budget,
-    fingerprint,
-    length_classes,
-)
-from headrace.worker.engine.engine import Engine
-from tests.unit.worker.engine_helpers import ask, demo_engine, demo_model, demo_tokenizer, drive
+from headrace.worker.engine.build import build_engine, check_vocabulary, default_budget, fingerprint, load_engine
+from headrace.worker.engine.cache_slots import length_classes
+from headrace.worker.engine.self_test import is_batch_invariant
+from tests.unit.worker.engine.engine_helpers import ask, demo_engine, demo_model, demo_tokenizer, drive
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +64,7 @@ def test_settings_reach_the_engine() -> None:
     assert (engine.model_name, engine.max_context, engine.scheduler.max_rows) == ("mine", 300, 3)
     assert (engine.scheduler.step_tokens, engine.scheduler.prefill_chunk) == (99, 48)
     assert engine.scheduler.draft_tokens == 5
-    assert (list(slots.rows), slots.budget_bytes) == ([128, 256, 304], 10_000_000)
+    assert (list(slots.arenas), slots.budget_bytes) == ([128, 256, 304], 10_000_000)
     assert torch.get_num_threads() == 1
     for part in ("float32", "threads-1", "chunk-48", f"torch-{torch.__version__}"):
         assert part in engine.fingerprint.split("/")
@@ -81,7 +75,7 @@ def test_settings_reach_the_engine() -> None:
 @pytest.mark.parametrize("missing", ["invariance", "kernel"])
 def test_there_are_no_drafts_where_a_row_could_feel_them(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if missing == "invariance":
-        monkeypatch.setattr("headrace.worker.engine.build.batch_invariant", lambda *_: False)
+        monkeypatch.setattr("headrace.worker.engine.build.is_batch_invariant", lambda *_: False)
     else:
         monkeypatch.setattr("headrace.model.kv_cache.KVCache.decode_kernel", lambda _: None)
     engine = build_engine(Settings(model="demo", device="cpu", dtype="float32"))
@@ -89,7 +83,7 @@ def test_there_are_no_drafts_where_a_row_could_feel_them(missing: str, monkeypat
 
 
 def test_max_context_cannot_pass_the_models_positions() -> None:
-    engine = Engine.from_settings(Settings(model="demo", max_context=5000, device="cpu", dtype="float32"))
+    engine = load_engine(Settings(model="demo", max_context=5000, device="cpu", dtype="float32"))
     assert engine.max_context == 1024
 
 
@@ -117,7 +111,7 @@ def test_the_fingerprint_differs_where_results_may() -> None:
 
 
 def test_batches_are_measured_to_change_nothing_here() -> None:
-    assert batch_invariant(demo_model(), demo_tokenizer())
+    assert is_batch_invariant(demo_model())
 
 
 class Noisy(GPT2):
@@ -134,7 +128,7 @@ def test_a_model_whose_bits_depend_on_the_batch_is_found_out(quiet_below: int) -
     model = load_model("demo", device="cpu", dtype="float32")
     model.__class__ = Noisy
     model.quiet_below = quiet_below  # type: ignore[attr-defined]
-    assert not batch_invariant(model, demo_tokenizer())
+    assert not is_batch_invariant(model)
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused() -> None:
@@ -147,7 +141,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused() -> None:
 def test_the_engines_thread_computes_in_as_many_threads_as_are_set_from_its_first_product_on() -> None:
     """OpenMP has a number for each thread, and a new thread begins with OpenMP's own."""
     seen: list[int] = []
-    engine = Engine.from_settings(Settings(model="demo", threads=3, device="cpu", dtype="float32", slots=2))
+    engine = load_engine(Settings(model="demo", threads=3, device="cpu", dtype="float32", slots=2))
     model: Any = engine.runner.model  # type: ignore[attr-defined]
     forward = model.forward
 

@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.model.tokenizer import gpt2_tokenizer
 from headrace.worker.engine.cache_slots import SlotTable
-from headrace.worker.engine.oom import rows_of, split
+from headrace.worker.engine.oom import row_count, split
 from headrace.worker.engine.scheduler import PromptChunk, Scheduler, Step
 from headrace.worker.engine.sequence import Sequence, TokenScore
-from tests.unit.worker.engine_helpers import ask
+from tests.unit.worker.engine.engine_helpers import ask
 
 
 def scheduler(
@@ -27,7 +26,7 @@ def scheduler(
 def sequence(read: int, write: int = 4, first: int = 0, **fields: object) -> Sequence:
     """A sequence of `read` prompt tokens; different `first` are different prompts."""
     prompt = [first] + [7] * (read - 1)
-    return Sequence(ask(prompt, max_tokens=write, ignore_eos=True, **fields), prompt, 0, 0, gpt2_tokenizer())
+    return Sequence(ask(prompt, max_tokens=write, ignore_eos=True, **fields), prompt, 0, 0)
 
 
 def several(*reads: int, write: int = 4) -> list[Sequence]:
@@ -44,7 +43,7 @@ def run(scheduler: Scheduler, step: Step) -> list[Sequence]:
         scheduler.advance(chunk)
     for each in step.drawing:
         each.append(TokenScore(5, None, []))
-    scheduler.take_over()
+    scheduler.reuse_prefixes()
     gone = [each for each in step.drawing if each.finish_reason]
     for each in gone:
         scheduler.remove(each)
@@ -86,7 +85,7 @@ def test_sequences_removed_while_waiting_are_skipped() -> None:
     assert line.waiting == 0
     line.remove(second)
     assert line.admit() == []
-    assert not line.plan()
+    assert not line.schedule()
 
 
 @pytest.mark.parametrize(
@@ -111,7 +110,7 @@ def test_chunk_borders_depend_on_the_prompt_alone(
     line.admit()
     seen = []
     while watched.prefilling:
-        step = line.plan()
+        step = line.schedule()
         seen += borders(step, watched)
         run(line, step)
     assert seen == expected
@@ -124,12 +123,12 @@ def test_a_step_holds_all_decoding_rows_and_chunks_within_the_budget() -> None:
         line.add(each, 3)
     line.max_rows = 200
     while line.admit() or any(each.prefilling for each in decoding):
-        run(line, line.plan())
+        run(line, line.schedule())
     first, second = sequence(200, first=500), sequence(200, first=501)
     line.add(first, 3)
     line.add(second, 3)
     line.admit()
-    step = line.plan()
+    step = line.schedule()
     assert step.decodes == decoding
     assert borders(step, first) == [(0, 128), (128, 72)]
     assert borders(step, second) == [], "100 rows and 200 tokens of prompts are the whole budget"
@@ -142,11 +141,11 @@ def test_one_chunk_goes_in_however_many_rows_decode() -> None:
         line.add(each, 3)
     line.admit()
     while any(each.prefilling for each in decoding):
-        run(line, line.plan())
+        run(line, line.schedule())
     late = sequence(400, first=500)
     line.add(late, 3)
     line.admit()
-    assert borders(line.plan(), late) == [(0, 128)]
+    assert borders(line.schedule(), late) == [(0, 128)]
 
 
 def test_equal_prompts_share_one_prefill() -> None:
@@ -160,15 +159,15 @@ def test_equal_prompts_share_one_prefill() -> None:
     for each in (leader, follower, scoring, other):
         line.add(each, 3)
     line.admit()
-    step = line.plan()
+    step = line.schedule()
     assert [chunk.sequence for chunk in step.chunks] == [leader]
-    assert step.followers == {}
+    assert step.same_prompt == {}
     run(line, step)
     late = sequence(200)
     line.add(late, 3)
     line.admit()
-    step = line.plan()
-    assert step.followers == {leader: [follower, late]}
+    step = line.schedule()
+    assert step.same_prompt == {leader: [follower, late]}
     assert step.prefilled == [leader, follower, late]
     run(line, step)
     assert [s.prefilling for s in (leader, follower, late, scoring, other)] == [False, False, False, True, True]
@@ -176,7 +175,9 @@ def test_equal_prompts_share_one_prefill() -> None:
     after = sequence(200)
     line.add(after, 3)
     line.admit()
-    assert (after.leader, after.shared) == (leader, 128), "the whole chunk is there; the rest is computed anew"
+    assert (after.prefix_source, after.prefix_length) == (leader, 128), (
+        "the whole chunk is there; the rest is computed anew"
+    )
 
 
 def test_when_a_leader_leaves_early_its_first_follower_starts_over_for_the_others() -> None:
@@ -185,14 +186,14 @@ def test_when_a_leader_leaves_early_its_first_follower_starts_over_for_the_other
     for each in (leader, second, third):
         line.add(each, 3)
     line.admit()
-    run(line, line.plan())
+    run(line, line.schedule())
     line.remove(leader)
-    assert (second.leader, third.leader) == (None, second)
-    step = line.plan()
+    assert (second.prefix_source, third.prefix_source) == (None, second)
+    step = line.schedule()
     assert borders(step, second) == [(0, 128)]
     run(line, step)
-    step = line.plan()
-    assert step.followers == {second: [third]}
+    step = line.schedule()
+    assert step.same_prompt == {second: [third]}
     run(line, step)
     assert not third.prefilling
 
@@ -203,16 +204,16 @@ def test_a_follower_may_leave_before_its_leader() -> None:
     for each in (leader, second, third):
         line.add(each, 3)
     line.admit()
-    run(line, line.plan())
+    run(line, line.schedule())
     line.remove(second)
-    step = line.plan()
-    assert step.followers == {leader: [third]}
+    step = line.schedule()
+    assert step.same_prompt == {leader: [third]}
 
 
 def beginning(common: int, rest: int, first: int, write: int = 4, **fields: object) -> Sequence:
     """A prompt whose first `common` tokens are everybody's, and whose others are its own."""
     prompt = [7] * common + [first] * rest
-    return Sequence(ask(prompt, max_tokens=write, ignore_eos=True, **fields), prompt, 0, 0, gpt2_tokenizer())
+    return Sequence(ask(prompt, max_tokens=write, ignore_eos=True, **fields), prompt, 0, 0)
 
 
 def test_prompts_that_begin_alike_compute_the_beginning_once() -> None:
@@ -222,16 +223,19 @@ def test_prompts_that_begin_alike_compute_the_beginning_once() -> None:
     for each in (leader, second, third, other, scoring):
         line.add(each, 3)
     line.admit()
-    assert [(s.leader, s.shared) for s in (second, third)] == [(leader, 256)] * 2
-    assert (other.leader, scoring.leader) == (None, None)
-    assert line.take_over() == [], "nothing is there yet"
-    step = line.plan()
+    assert [(s.prefix_source, s.prefix_length) for s in (second, third)] == [(leader, 256)] * 2
+    assert (other.prefix_source, scoring.prefix_source) == (None, None)
+    assert line.reuse_prefixes() == [], "nothing is there yet"
+    step = line.schedule()
     assert borders(step, leader) == [(0, 128), (128, 128), (256, 64)]
     assert not borders(step, second)
     for chunk in step.chunks:
         line.advance(chunk)
-    assert [(c.source, c.target, c.length) for c in line.take_over()] == [(leader, second, 256), (leader, third, 256)]
-    step = line.plan()
+    assert [(c.source, c.target, c.length) for c in line.reuse_prefixes()] == [
+        (leader, second, 256),
+        (leader, third, 256),
+    ]
+    step = line.schedule()
     assert borders(step, second) == borders(step, third) == [(256, 64)]
 
 
@@ -240,12 +244,12 @@ def test_who_comes_later_takes_over_from_a_sequence_that_decodes() -> None:
     leader, late, last = beginning(256, 10, 1), beginning(256, 10, 2), beginning(128, 0, 3)
     line.add(leader, 3)
     line.admit()
-    run(line, line.plan())
+    run(line, line.schedule())
     for each in (late, last):
         line.add(each, 3)
     line.admit()
-    assert [(c.target, c.length) for c in line.take_over()] == [(late, 256)], "a row is needed to draw from"
-    step = line.plan()
+    assert [(c.target, c.length) for c in line.reuse_prefixes()] == [(late, 256)], "a row is needed to draw from"
+    step = line.schedule()
     assert borders(step, late) == [(256, 10)]
     assert borders(step, last) == [(0, 128)]
 
@@ -256,12 +260,12 @@ def test_when_the_one_who_computes_a_beginning_leaves_the_next_one_does() -> Non
     for each in (leader, second, third):
         line.add(each, 3)
     line.admit()
-    run(line, line.plan())
+    run(line, line.schedule())
     line.remove(leader)
-    assert (second.leader, second.prefilled) == (None, 0)
-    assert (third.leader, third.shared) == (second, 256)
+    assert (second.prefix_source, second.prefilled) == (None, 0)
+    assert (third.prefix_source, third.prefix_length) == (second, 256)
     while second.prefilling or third.prefilling:
-        run(line, line.plan())
+        run(line, line.schedule())
 
 
 def test_detached_followers_compute_their_own() -> None:
@@ -270,17 +274,17 @@ def test_detached_followers_compute_their_own() -> None:
     for each in (leader, second):
         line.add(each, 3)
     line.admit()
-    step = line.plan()
-    line.detach_followers(step)
+    step = line.schedule()
+    line.stop_sharing(step)
     assert step.prefilled == [leader]
     line.remove(leader)
-    assert borders(line.plan(), second) == [(0, 20)]
+    assert borders(line.schedule(), second) == [(0, 20)]
 
 
 def test_a_step_taken_apart_has_each_sequence_once() -> None:
     a, b, c = several(3, 300, 5)
     parts = Step(decodes=[a], chunks=[PromptChunk(b, 0, 128), PromptChunk(b, 128, 128), PromptChunk(c, 0, 5)])
-    assert [(part.decodes, [chunk.start for chunk in part.chunks]) for part in parts.alone()] == [
+    assert [(part.decodes, [chunk.start for chunk in part.chunks]) for part in parts.by_sequence()] == [
         ([a], []),
         ([], [0, 128]),
         ([], [0]),
@@ -289,7 +293,7 @@ def test_a_step_taken_apart_has_each_sequence_once() -> None:
 
 def repeating(write: int = 50, **fields: object) -> Sequence:
     """A sequence whose text is token 5 again and again."""
-    return Sequence(ask([5] * 9, max_tokens=write, ignore_eos=True, **fields), [5] * 9, 0, 0, gpt2_tokenizer())
+    return Sequence(ask([5] * 9, max_tokens=write, ignore_eos=True, **fields), [5] * 9, 0, 0)
 
 
 def decoding(line: Scheduler, *sequences: Sequence) -> Step:
@@ -297,8 +301,8 @@ def decoding(line: Scheduler, *sequences: Sequence) -> Step:
     for each in sequences:
         line.add(each, priority=0)
     line.admit()
-    run(line, line.plan())
-    return line.plan()
+    run(line, line.schedule())
+    return line.schedule()
 
 
 @pytest.mark.parametrize(
@@ -318,28 +322,28 @@ def decoding(line: Scheduler, *sequences: Sequence) -> Step:
 def test_few_decoding_sequences_share_the_rows_for_drafts(texts: int, drafts: int, counts: list[int]) -> None:
     step = decoding(scheduler(drafts=drafts), *(repeating() for _ in range(texts)))
     assert len(step.decodes) == texts
-    assert [len(guesses) for guesses in step.drafts.values()] == counts
+    assert [len(guesses) for guesses in step.proposed.values()] == counts
     assert step.decode_rows == texts + sum(counts) <= max(16, texts)
 
 
 def test_who_has_nothing_to_guess_leaves_the_rows_to_the_others() -> None:
-    speechless = Sequence(ask([1, 2, 3], max_tokens=9), [1, 2, 3], 0, 0, gpt2_tokenizer())
+    speechless = Sequence(ask([1, 2, 3], max_tokens=9), [1, 2, 3], 0, 0)
     eager = repeating()
     line = scheduler(drafts=7)
     step = decoding(line, speechless, eager)
-    eager.note_drafts(100, 100)
-    assert {each: len(guesses) for each, guesses in line.plan().drafts.items()} == {eager: 7}
-    assert step.drafts.keys() == {eager}
+    eager.note_accepted(100, 100)
+    assert {each: len(guesses) for each, guesses in line.schedule().proposed.items()} == {eager: 7}
+    assert step.proposed.keys() == {eager}
 
 
 @pytest.mark.parametrize(("write", "count"), [(2, 0), (3, 1), (4, 2), (50, 4)])
 def test_drafts_end_before_the_last_token_that_is_asked_for(write: int, count: int) -> None:
     step = decoding(scheduler(drafts=7), repeating(write))
-    assert sum(map(len, step.drafts.values())) == count
+    assert sum(map(len, step.proposed.values())) == count
 
 
 def test_a_traced_sequence_has_no_drafts() -> None:
-    assert not decoding(scheduler(drafts=7), repeating(checkpoints=[2])).drafts
+    assert not decoding(scheduler(drafts=7), repeating(checkpoints=[2])).proposed
 
 
 def test_drafts_count_against_the_step_and_are_left_out_where_it_is_taken_apart() -> None:
@@ -348,11 +352,11 @@ def test_drafts_count_against_the_step_and_are_left_out_where_it_is_taken_apart(
     decoding(line, writing)
     line.add(reading, priority=0)
     line.admit()
-    step = line.plan()
-    assert (rows_of(step), len(step.drafts[writing])) == (133, 4)
+    step = line.schedule()
+    assert (row_count(step), len(step.proposed[writing])) == (133, 4)
     assert split(step, 133) == [step]
-    assert [(part.decodes, part.drafts, len(part.chunks)) for part in split(step, 132)] == [([writing], {}, 1)]
-    assert [part.drafts for part in step.alone()] == [{}, {}]
+    assert [(part.decodes, part.proposed, len(part.chunks)) for part in split(step, 132)] == [([writing], {}, 1)]
+    assert [part.proposed for part in step.by_sequence()] == [{}, {}]
 
 
 @settings(max_examples=40, deadline=None)
@@ -373,7 +377,7 @@ def test_whatever_comes_and_goes_everybody_is_served(
         if arriving and draw.random() < 0.5:
             line.add(arriving.pop(), draw.choice([0, 3, 9]))
         line.admit()
-        for copy in line.take_over():
+        for copy in line.reuse_prefixes():
             assert copy.source in line.running
             assert copy.source.prefilled >= copy.length
             assert copy.target.prompt[: copy.length] == copy.source.prompt[: copy.length]
@@ -381,7 +385,7 @@ def test_whatever_comes_and_goes_everybody_is_served(
             gone = draw.choice(line.running)
             cancelled.add(gone)
             line.remove(gone)
-        step = line.plan()
+        step = line.schedule()
         rows_in_step = len(step.decodes) + sum(chunk.count for chunk in step.chunks)
         assert rows_in_step <= max(256, len(step.decodes) + 128)
         assert bool(step) == bool(line.running), "something runs, and the step is empty"
@@ -395,4 +399,4 @@ def test_whatever_comes_and_goes_everybody_is_served(
             break
     assert len(left | cancelled) == len(reads)
     assert all(len(each.output) == each.request.max_tokens for each in left)
-    assert not line._leaders, "a prefill is led by one that is gone"
+    assert not line._prefilling, "a prefill belongs to a sequence that is gone"

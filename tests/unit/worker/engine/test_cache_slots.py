@@ -9,10 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from headrace.model.tokenizer import gpt2_tokenizer
-from headrace.worker.engine.cache_slots import BLOCK, Move, SlotTable
+from headrace.worker.engine.cache_slots import GROWTH, Move, SlotTable
 from headrace.worker.engine.sequence import Sequence, Slot
-from tests.unit.worker.engine_helpers import ask
+from tests.unit.worker.engine.engine_helpers import ask
 
 CLASSES = (128, 256, 512, 1024)
 
@@ -23,12 +22,12 @@ def table(budget_positions: int, lengths: tuple[int, ...] = CLASSES) -> SlotTabl
 
 def sequence(longest: int, read: int = 1) -> Sequence:
     request = ask([0] * read, max_tokens=longest - read)
-    return Sequence(request, [0] * read, 0, 0, gpt2_tokenizer())
+    return Sequence(request, [0] * read, 0, 0)
 
 
 def placed(slots: SlotTable, *lengths: int) -> list[Sequence]:
     sequences = [sequence(length) for length in lengths]
-    assert all(slots.place(each) for each in sequences)
+    assert all(slots.allocate(each) for each in sequences)
     return sequences
 
 
@@ -40,18 +39,18 @@ def test_a_sequence_goes_to_the_shortest_class_that_holds_it(longest: int, goes_
 
 def test_an_arena_grows_in_blocks() -> None:
     slots = table(100_000)
-    placed(slots, *[100] * BLOCK)
-    assert slots.capacity[128] == BLOCK
+    placed(slots, *[100] * GROWTH)
+    assert slots.capacity[128] == GROWTH
     placed(slots, 100)
-    assert slots.capacity[128] == 2 * BLOCK
-    assert slots.used_bytes == 2 * BLOCK * 128 * 10
+    assert slots.capacity[128] == 2 * GROWTH
+    assert slots.used_bytes == 2 * GROWTH * 128 * 10
 
 
 def test_an_arena_grows_by_less_where_the_budget_ends() -> None:
     slots = table(1024 + 3 * 128)
     placed(slots, 1024, 100, 100, 100)
     assert slots.capacity == {128: 3, 256: 0, 512: 0, 1024: 1}
-    assert not slots.place(late := sequence(100))
+    assert not slots.allocate(late := sequence(100))
     assert late.slot is None
 
 
@@ -65,7 +64,7 @@ def test_the_next_one_fills_the_hole_and_nobody_moves() -> None:
     assert slots.take_moves() == []
     for each in (third, second, late, later):
         slots.free(each)
-    assert slots.rows[128] == []
+    assert slots.arenas[128] == []
 
 
 def test_the_last_rows_move_into_holes_where_that_is_asked() -> None:
@@ -79,7 +78,7 @@ def test_the_last_rows_move_into_holes_where_that_is_asked() -> None:
     assert slots.take_moves() == [Move(128, source=3, target=0, length=42)]
     assert slots.take_moves() == []
     assert (second.slot, fourth.slot) == (Slot(128, 1), Slot(128, 0))
-    assert slots.rows[128] == [fourth, second]
+    assert slots.arenas[128] == [fourth, second]
 
 
 def test_a_row_with_nothing_in_the_cache_needs_no_move() -> None:
@@ -114,7 +113,7 @@ def test_rows_move_when_their_arena_must_give_back_the_slots_they_have() -> None
 def test_unused_slots_are_given_back_when_another_class_needs_them() -> None:
     slots = table(1024)
     short = placed(slots, *[100] * 8)
-    assert not slots.place(sequence(1024))
+    assert not slots.allocate(sequence(1024))
     for each in short:
         slots.free(each)
     assert slots.capacity[128] == 8
@@ -135,7 +134,7 @@ def test_only_as_much_is_given_back_as_is_needed() -> None:
 def test_a_longer_slot_that_is_free_becomes_short_ones() -> None:
     slots = table(1024 + 128)
     long, _ = placed(slots, 1024, 100)
-    assert not slots.place(sequence(100))
+    assert not slots.allocate(sequence(100))
     slots.free(long)
     assert [s.slot for s in placed(slots, 90, 200)] == [Slot(128, 1), Slot(256, 0)]
 
@@ -145,14 +144,14 @@ def test_nothing_is_given_back_where_that_would_not_be_enough() -> None:
     slots = table(1024)
     short = placed(slots, *[100] * 8)
     for i, each in enumerate(short):
-        assert not slots.place(sequence(1024))
+        assert not slots.allocate(sequence(1024))
         assert slots.capacity[128] == 8, i
         slots.free(each)
     placed(slots, 1024)
 
 
 def test_a_sequence_longer_than_every_class_has_no_place() -> None:
-    assert not table(9999).place(sequence(1025))
+    assert not table(9999).allocate(sequence(1025))
 
 
 def test_a_budget_below_one_longest_sequence_is_refused_with_both_numbers() -> None:
@@ -174,7 +173,7 @@ class SlotsMachine(RuleBasedStateMachine):
         if not hasattr(self, "slots"):
             self.slots = table(2500)
         each = sequence(longest)
-        done = self.slots.place(each)
+        done = self.slots.allocate(each)
         self.follow_moves()
         if done:
             assert each.slot is not None
@@ -199,7 +198,7 @@ class SlotsMachine(RuleBasedStateMachine):
     def compact(self) -> None:
         self.slots.compact()
         self.follow_moves()
-        assert [each for rows in self.slots.rows.values() for each in rows if each is None] == []
+        assert [each for rows in self.slots.arenas.values() for each in rows if each is None] == []
 
     def follow_moves(self) -> None:
         for move in self.slots.take_moves():
@@ -213,7 +212,7 @@ class SlotsMachine(RuleBasedStateMachine):
         if not hasattr(self, "slots"):
             return
         assert {each.slot: each for each in self.running} == self.contents
-        for length, rows in self.slots.rows.items():
+        for length, rows in self.slots.arenas.items():
             assert all(each is None or each.slot == Slot(length, i) for i, each in enumerate(rows))
             assert len(rows) <= self.slots.capacity[length]
             assert not rows or rows[-1] is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.model.tokenizer import PATTERN, Tokenizer
-from headrace.worker.engine.sequence import Generation, Sequence, TextDelta, TokenScore
-from tests.unit.worker.engine_helpers import ask
+from headrace.worker.engine.input_batch import SampledRow
+from headrace.worker.engine.requests import RequestState
+from headrace.worker.engine.sequence import Sequence, TokenScore
+from headrace.worker.engine.sequence_text import SequenceText, TextDelta
+from tests.unit.worker.engine.engine_helpers import ask
 
 END = 300
 #: 256 tokens of one byte, some of several, and the end of text.
@@ -26,18 +30,50 @@ VOCABULARY = Tokenizer(
 )
 
 
-def sequence(max_tokens: int = 100, **fields: Any) -> Sequence:
-    return Sequence(ask([1, 2], max_tokens=max_tokens, **fields), [1, 2], 0, 0, VOCABULARY)
+class Sample:
+    """A sequence with its text, as the engine's output processor keeps them."""
+
+    def __init__(self, max_tokens: int = 100, prompt_text: str = "", **fields: Any) -> None:
+        self.sequence = Sequence(ask([1, 2], max_tokens=max_tokens, **fields), [1, 2], 0, 0, END)
+        self.decoded = SequenceText(self.sequence, VOCABULARY, prompt_text)
+
+    def append(self, score: TokenScore) -> None:
+        self.sequence.append(score)
+        self.decoded.decode_last_token()
+
+    @property
+    def text(self) -> str:
+        return self.decoded.text
+
+    @property
+    def output(self) -> list[int]:
+        return self.sequence.output
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.sequence.finish_reason
+
+    @property
+    def stop_reason(self) -> str | int | None:
+        return self.sequence.stop_reason
+
+    def banned(self) -> tuple[int, ...]:
+        """The tokens that must not be sampled next."""
+        return SampledRow(self.sequence, 0, []).draw().params.banned
 
 
-def feed(sequence: Sequence, tokens: list[int]) -> list[TextDelta]:
+def sequence(max_tokens: int = 100, **fields: Any) -> Sample:
+    return Sample(max_tokens, **fields)
+
+
+def feed(sequence: Sample, tokens: list[int]) -> list[TextDelta]:
     """Give tokens until it ends; the deltas on the way."""
     deltas = []
     for token in tokens:
         if sequence.finish_reason:
             break
         sequence.append(TokenScore(token, -1.0, []))
-        if (delta := sequence.take_delta()) is not None:
+        if (delta := sequence.decoded.take_delta()) is not None:
             deltas.append(delta)
     return deltas
 
@@ -102,10 +138,10 @@ def test_a_stop_token_is_named_and_its_text_left_out() -> None:
 
 def test_min_tokens_bans_ends_and_overlooks_stop_strings_until_then() -> None:
     each = sequence(min_tokens=6, stop=["stop"], stop_token_ids=[7])
-    assert each.draw([]).params.banned == (7, END)
+    assert each.banned() == (7, END)
     feed(each, spell("stop s"))
     assert (each.text, each.finish_reason) == ("stop s", None)
-    assert each.draw([]).params.banned == ()
+    assert each.banned() == ()
     feed(each, spell("top"))
     assert (each.text, each.finish_reason) == ("stop ", "stop")
 
@@ -167,11 +203,11 @@ def test_deltas_make_up_the_text_and_never_show_what_a_stop_takes_back(
 
 
 def test_a_choice_begins_with_the_prompt_where_echo_asks_for_it() -> None:
-    each = sequence(max_tokens=2, echo=True, logprobs=1)
-    each.prompt_scores = [TokenScore(1, None, []), TokenScore(2, -2.0, [(9, -0.1), (8, -0.2)])]
+    each = sequence(max_tokens=2, prompt_text="\x01\x02", echo=True, logprobs=1)
+    each.sequence.prompt_scores = [TokenScore(1, None, []), TokenScore(2, -2.0, [(9, -0.1), (8, -0.2)])]
     each.append(TokenScore(ord("a"), -1.0, [(ord("a"), -1.0), (ord("b"), -1.5)]))
     each.append(TokenScore(ord("b"), -3.0, []))
-    choice = each.choice("\x01\x02")
+    choice = each.decoded.choice()
     assert (choice.text, choice.token_ids) == ("\x01\x02ab", [1, 2, 97, 98])
     assert choice.logprobs is not None
     assert [score.logprob for score in choice.logprobs] == [None, -2.0, -1.0, -3.0]
@@ -182,13 +218,21 @@ def test_a_choice_begins_with_the_prompt_where_echo_asks_for_it() -> None:
 def test_without_logprobs_none_are_kept() -> None:
     each = sequence(max_tokens=2)
     feed(each, spell("ab"))
-    assert each.scores == []
-    assert each.choice("").logprobs is None
+    assert each.sequence.scores == []
+    assert each.decoded.choice().logprobs is None
 
 
-def test_a_generation_tells_partial_texts_only_once_something_is_written() -> None:
+def test_a_request_tells_partial_texts_only_once_something_is_written() -> None:
     pair = [sequence(), sequence()]
-    job = Generation("id", pair[0].request, pair, "", 0, future=None, arrived_at=0.0)  # type: ignore[arg-type]
+    job = RequestState(
+        "id",
+        pair[0].sequence.request,
+        [each.sequence for each in pair],
+        [each.decoded for each in pair],
+        seed=0,
+        future=Future(),
+        arrived_at=0.0,
+    )
     assert job.partial == []
     feed(pair[1], spell("ab"))
     assert job.partial == ["", "ab"]

@@ -12,7 +12,7 @@ from headrace.worker.engine.cache_slots import Move
 from headrace.worker.engine.model_runner import Runner
 from headrace.worker.engine.scheduler import PromptChunk, Step
 from headrace.worker.engine.sequence import Sequence, Slot, TokenScore
-from tests.unit.worker.engine_helpers import ask, demo_model, demo_tokenizer, tokens_of
+from tests.unit.worker.engine.engine_helpers import ask, demo_model, demo_tokenizer, tokens_of
 
 
 def runner(capacity: int = 4, model: GPT2 | None = None) -> Runner:
@@ -22,7 +22,7 @@ def runner(capacity: int = 4, model: GPT2 | None = None) -> Runner:
 
 
 def sequence(prompt: list[int], slot: Slot, **fields: object) -> Sequence:
-    made = Sequence(ask(prompt, max_tokens=20, **fields), prompt, 0, 0, demo_tokenizer())
+    made = Sequence(ask(prompt, max_tokens=20, **fields), prompt, 0, 0, demo_tokenizer().end_of_text)
     made.slot = slot
     return made
 
@@ -122,7 +122,7 @@ def test_a_follower_gets_the_prefill_of_its_leader_in_whatever_arena(target: Slo
     leader = sequence(tokens_of(50), Slot(128, 0), logprobs=2)
     follower = sequence(leader.prompt, target, logprobs=2)
     step = whole(leader)
-    step.followers[leader] = [follower]
+    step.same_prompt[leader] = [follower]
     first = take(made, step)
     follower.prefilled = leader.prefilled
     assert first[leader] == first[follower]

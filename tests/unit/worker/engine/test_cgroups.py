@@ -14,8 +14,8 @@ GIB = 2**30
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The root of the groups; this process is in a/b."""
-    monkeypatch.setattr(limits, "GROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(limits, "OWN", tmp_path / "own")
+    monkeypatch.setattr(limits, "CGROUP_ROOT", tmp_path / "cgroup")
+    monkeypatch.setattr(limits, "CGROUP_OF_PROCESS", tmp_path / "own")
     (tmp_path / "own").write_text("1:name=systemd:/elsewhere\n0::/a/b\n")
     (tmp_path / "cgroup" / "a" / "b").mkdir(parents=True)
     monkeypatch.setattr(limits.os, "sysconf", {"SC_AVPHYS_PAGES": 16 * GIB // 4096, "SC_PAGE_SIZE": 4096}.__getitem__)
