@@ -36,8 +36,6 @@ log = logging.getLogger("headrace.model")
 
 #: No kernel of ours comes near it.
 MAX_BYTES = 2**22
-#: What kernels are made of.
-SOURCES = ("native", "kernels", "chain", "tiles", "int8", "floats", "largest", "vectors")
 #: How the names begin of what numba's runtime has; and of those parts of it that give memory.
 RUNTIME, ALLOCATES = ("NRT_", "numba_"), ("NRT_MemInfo_alloc", "NRT_Allocate")
 #: LLVM compiles and loads one thing at a time.
@@ -78,8 +76,7 @@ def _key(name: str) -> str:
     """A name for what these sources are compiled to by this compiler for this processor."""
     from llvmlite import binding
 
-    here = Path(__file__).parent
-    sources = [(here / f"{source}.py").read_bytes() for source in SOURCES]
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     processor = binding.get_process_triple(), binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
     versions = (version("numba"), version("llvmlite"), platform.python_version(), *processor)
     return hashlib.sha256(b"\0".join([*sources, repr((name, versions)).encode()])).hexdigest()[:40]
