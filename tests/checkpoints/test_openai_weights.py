@@ -14,7 +14,8 @@ import pytest
 
 from headrace.client import Client
 from headrace.model import ModelError
-from headrace.model.weights import find_model, read_config
+from headrace.model.hub import find_model
+from headrace.model.weights import read_config
 from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess
 from tests.patience import PATIENCE_S

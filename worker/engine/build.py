@@ -10,10 +10,11 @@ import torch
 from headrace import __version__
 from headrace.client.wire.requests import GenerateRequest
 from headrace.config import Settings
-from headrace.model.gpt2 import GPT2, GPT2Config
+from headrace.model.attention import SHORT
+from headrace.model.config import GPT2Config
+from headrace.model.gpt2 import GPT2
 from headrace.model.hub import ModelError
 from headrace.model.kernels.attention import decode_kernel
-from headrace.model.kv_cache import SHORT
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
 from headrace.model.weights import load_model
 from headrace.worker.engine.cache_slots import SlotTable

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from headrace.client.wire.requests import CHECKPOINT_TENSORS, MAX_LOGPROBS
 from headrace.model.activations import PROBS_TEMPERATURE, Trace
+from headrace.model.attention import CachedAttention, Chunk, DecodeGroup
 from headrace.model.cuda_graphs import decode_graphs
 from headrace.model.gpt2 import GPT2
-from headrace.model.kv_cache import CachedAttention, Chunk, DecodeGroup, KVCache
+from headrace.model.kv_cache import KVCache
 from headrace.model.sampler import Draw, RowParams, filtered, sample, top_logprobs
 from headrace.worker.engine.cache_slots import Move
 from headrace.worker.engine.scheduler import Copy, Outcome, PromptChunk, Step

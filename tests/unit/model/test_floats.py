@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from headrace.model.kernels.gemm_fp32_avx512 import FLOATS, Floats, floats_work
+from headrace.model.kernels.gemm_fp32_avx512 import FP32_AVX512, Fp32Weight, floats_work
 from headrace.model.linear import Linear
 from tests.unit.model.streamed import check_apart, check_broken, check_company
 
@@ -33,7 +33,7 @@ def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
     sizes = x.double().abs() @ weight.double().abs() + bias.double().abs()  # what rounding is in proportion to
     if gelu:
         exact = F.gelu(exact, approximate="tanh")
-    product = Floats.of(weight, bias, gelu)
+    product = Fp32Weight.of(weight, bias, gelu)
     for count in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 24, 64, 127, 128, 129, 301):
         found = product(x[:count])
         assert found.shape == (count, outer)
@@ -48,7 +48,7 @@ def test_it_is_as_near_to_the_exact_product_as_torchs() -> None:
     weight, x = normal(3072, 768), normal(64, 3072)
     exact = x.double() @ weight.double()
     theirs, ours = (
-        (found.double() - exact).square().mean() for found in (x @ weight, Floats.of(weight, None, False)(x))
+        (found.double() - exact).square().mean() for found in (x @ weight, Fp32Weight.of(weight, None, False)(x))
     )
     assert ours < theirs * 1.5
 
@@ -57,7 +57,7 @@ def test_it_is_as_near_to_the_exact_product_as_torchs() -> None:
 def test_gelu_is_that_of_float32_from_the_smallest_to_the_largest() -> None:
     sizes = torch.cat([torch.logspace(-30, 4, 2000), torch.linspace(0, 12, 2000)])
     x = torch.cat([sizes, -sizes])[:, None]
-    found = Floats.of(torch.tensor([[1.0], [0], [0], [0]]), None, True)(F.pad(x, (0, 3)))
+    found = Fp32Weight.of(torch.tensor([[1.0], [0], [0], [0]]), None, True)(F.pad(x, (0, 3)))
     exact = F.gelu(x.double(), approximate="tanh")
     assert ((found.double() - exact).abs() <= 1e-6 * exact.abs() + 1e-7 * (x.abs() > 3)).all()
 
@@ -66,24 +66,24 @@ def test_gelu_is_that_of_float32_from_the_smallest_to_the_largest() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: int) -> None:
     counts = [*range(1, 40), 63, 64, 65, 127, 128, 129, 255, 256, 257, 512, 600]
-    check_company(Floats.of(normal(500, 200), None, True), normal(600, 500), threads, counts)
+    check_company(Fp32Weight.of(normal(500, 200), None, True), normal(600, 500), threads, counts)
 
 
 @needs_unit
 def test_rows_may_lie_apart_or_across() -> None:
-    check_apart(Floats.of(normal(64, 96), None, False), normal(48, 256))
+    check_apart(Fp32Weight.of(normal(64, 96), None, False), normal(48, 256))
 
 
 @needs_unit
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
-    check_broken(lambda gelu: Floats.of(normal(64, 96), normal(96), gelu), normal(40, 64), bad)
+    check_broken(lambda gelu: Fp32Weight.of(normal(64, 96), normal(96), gelu), normal(40, 64), bad)
 
 
 @needs_unit
 def test_a_width_that_is_no_multiple_of_a_step_is_multiplied_by_torch() -> None:
-    assert not isinstance(Linear.of(normal(33, 48)).product, Floats)
-    assert isinstance(Linear.of(normal(36, 48)).product, Floats)
+    assert not isinstance(Linear.of(normal(33, 48)).gemm, Fp32Weight)
+    assert isinstance(Linear.of(normal(36, 48)).gemm, Fp32Weight)
 
 
 def test_without_the_unit_or_numba_or_with_wrong_numbers_it_is_left_to_torch(
@@ -106,8 +106,8 @@ def test_without_the_unit_or_numba_or_with_wrong_numbers_it_is_left_to_torch(
     for missing in ("numba", "llvmlite"):
         with monkeypatch.context() as patch:
             patch.setattr(builtins, "__import__", without(missing))
-            patch.delitem(FLOATS.__dict__, "kernel", raising=False)
+            patch.delitem(FP32_AVX512.__dict__, "kernel", raising=False)
             assert not fresh("cpu", torch.float32)
-    call = Floats.__call__
-    monkeypatch.setattr(Floats, "__call__", lambda self, x: call(self, x) + 1)
+    call = Fp32Weight.__call__
+    monkeypatch.setattr(Fp32Weight, "__call__", lambda self, x: call(self, x) + 1)
     assert not fresh("cpu", torch.float32)

@@ -149,7 +149,7 @@ def spoil(name: str, tensor: Tensor | None) -> Callable[[dict[str, Tensor]], Non
         (spoil("transformer.ln_f.weight", torch.zeros(1, 36)), r"ln_f\.weight has shape \[1, 36\]"),
         (spoil("lm_head.weight", torch.zeros(91, 36)), r"tensor lm_head\.weight differs from wte\.weight"),
         (spoil("lm_head.weight", torch.zeros(36, 91)), r"tensor lm_head\.weight differs from wte\.weight"),
-        (spoil("ln_f.bias", torch.zeros(36)), r"ln_f\.bias is there twice"),
+        (spoil("ln_f.bias", torch.zeros(36)), r"ln_f\.bias occurs twice"),
         (spoil("transformer.ln_f.bias", torch.zeros(36).int()), r"ln_f\.bias is of type torch\.int32"),
     ],
 )
@@ -243,7 +243,7 @@ def test_a_directory_without_weights_or_config_is_refused(folder: Path) -> None:
         ({"n_inner": 0}, "n_inner is 0"),
         ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon is 0.0"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
-        ({"n_layer": 1}, r"transformer\.h\.1\..* is no part of a GPT-2 with 1 layers"),
+        ({"n_layer": 1}, r"transformer\.h\.1\..* does not belong to a GPT-2 with 1 layers"),
         ({"n_positions": 41}, r"transformer\.wpe\.weight has shape \[40, 36\]; config\.json asks for \[41, 36\]"),
     ],
 )
