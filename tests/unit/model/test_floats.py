@@ -1,4 +1,4 @@
-"""Products of float32 by the vector unit: the numbers of the formula, in the same bits whatever the company."""
+"""GEMM in float32 on AVX-512: correct, and batch-invariant."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headrace.model.kernels.gemm_fp32_avx512 import FP32_AVX512, Fp32Weight, floats_work
 from headrace.model.linear import Linear
-from tests.unit.model.streamed import check_apart, check_broken, check_company
+from tests.unit.model.gemm_checks import check_batch_invariance, check_nan_and_infinity, check_strides
 
 needs_unit = pytest.mark.skipif(not floats_work("cpu", torch.float32), reason="this CPU has no AVX-512, or no numba")
 
@@ -66,18 +66,18 @@ def test_gelu_is_that_of_float32_from_the_smallest_to_the_largest() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: int) -> None:
     counts = [*range(1, 40), 63, 64, 65, 127, 128, 129, 255, 256, 257, 512, 600]
-    check_company(Fp32Weight.of(normal(500, 200), None, True), normal(600, 500), threads, counts)
+    check_batch_invariance(Fp32Weight.of(normal(500, 200), None, True), normal(600, 500), threads, counts)
 
 
 @needs_unit
 def test_rows_may_lie_apart_or_across() -> None:
-    check_apart(Fp32Weight.of(normal(64, 96), None, False), normal(48, 256))
+    check_strides(Fp32Weight.of(normal(64, 96), None, False), normal(48, 256))
 
 
 @needs_unit
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
-    check_broken(lambda gelu: Fp32Weight.of(normal(64, 96), normal(96), gelu), normal(40, 64), bad)
+    check_nan_and_infinity(lambda gelu: Fp32Weight.of(normal(64, 96), normal(96), gelu), normal(40, 64), bad)
 
 
 @needs_unit

@@ -1,4 +1,4 @@
-"""Attention of decoding rows, compiled: the numbers of the formula, and nobody's business but the row's."""
+"""The compiled attention of decoding rows: correct, and batch-invariant."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import headrace.model.kernels.openmp
 from headrace.model.kernels.attention import DecodeKernel, DecodeRows, decode_kernel
 
 POSITIONS = 96
-#: Compiled loops, and those written out in instructions where the CPU has them.
+#: Compiled loops, and assembly where the CPU has AVX-512.
 WAYS = [(8, torch.float32), (64, torch.float32), (64, torch.bfloat16)]
 
 
@@ -27,7 +27,7 @@ def kernel(width: int, dtype: torch.dtype) -> DecodeKernel:
 
 
 class Case:
-    """R rows with caches of their own. cache: [k/v, R, H, positions, D]; qkv: [R, q/k/v, H, D]."""
+    """R rows, each with its own cache. cache: [k/v, R, H, positions, D]; qkv: [R, q/k/v, H, D]."""
 
     def __init__(self, lengths: list[int], *, heads: int, width: int, dtype: torch.dtype, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Rows of a product keep their bits whatever their number; the promise of equal answers rests on this."""
+"""Linear layers are batch-invariant: the promise of equal answers depends on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products on the matrix unit: the numbers of the formula, in the same bits whatever the company."""
+"""GEMM in bfloat16 on AMX: correct, and batch-invariant."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import headrace.model.kernels.gemm_bf16_amx
 from headrace.model.kernels.gemm_bf16_amx import BF16_AMX, Bf16Weight, tiles_work
 from headrace.model.kernels.onednn import OneDnnWeight, packing_works
 from headrace.model.linear import Linear
-from tests.unit.model.streamed import check_apart, check_broken, check_company
+from tests.unit.model.gemm_checks import check_batch_invariance, check_nan_and_infinity, check_strides
 
 needs_unit = pytest.mark.skipif(not tiles_work("cpu", torch.bfloat16), reason="this CPU has no AMX, or no numba")
 
@@ -47,18 +47,18 @@ def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: int) -> None:
     counts = [*range(1, 40), 63, 64, 65, 127, 128, 129, 511, 512, 513, 600]
-    check_company(Bf16Weight.of(normal(96, 200), None, True), normal(600, 96), threads, counts)
+    check_batch_invariance(Bf16Weight.of(normal(96, 200), None, True), normal(600, 96), threads, counts)
 
 
 @needs_unit
 def test_rows_may_lie_apart_or_across() -> None:
-    check_apart(Bf16Weight.of(normal(64, 96), None, False), normal(48, 256))
+    check_strides(Bf16Weight.of(normal(64, 96), None, False), normal(48, 256))
 
 
 @needs_unit
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
-    check_broken(lambda gelu: Bf16Weight.of(normal(64, 96), normal(96), gelu), normal(40, 64), bad)
+    check_nan_and_infinity(lambda gelu: Bf16Weight.of(normal(64, 96), normal(96), gelu), normal(40, 64), bad)
 
 
 @needs_unit

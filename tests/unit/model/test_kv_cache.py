@@ -1,4 +1,4 @@
-"""The cache: what its arenas keep, and that attention over it is attention."""
+"""The key/value cache: what its arenas keep, and attention over it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels kept on disk: used again if they are whole and nobody else could have written them, else compiled anew."""
+"""The cache of compiled kernels: a file is used if it is intact and nobody else could have written it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def adding(number: int) -> Callable[[], Any]:
-    """A kernel that adds a number to its first, and calls OpenMP as all of ours do."""
+    """A kernel that adds a number to its first argument, and calls OpenMP like all kernels."""
 
     def compile_it() -> Any:
         import numba
@@ -142,7 +142,7 @@ def test_a_kernel_that_asks_for_memory_is_refused(cache: Path) -> None:
     assert not list(cache.glob("*.kernel"))
 
 
-#: In a process of its own: a kept kernel first, and what numba compiles afterwards.
+#: Run in a separate process: load a cached kernel, then compile with numba.
 AFTERWARDS = """
 import sys, numpy as np, torch
 from headrace.model.kernels.attention import decode_kernel
