@@ -1,9 +1,9 @@
-"""A worker whose device is modelled: a step takes a fixed time and no arithmetic, and all else is what users run.
+"""A worker with a simulated device: a step takes a fixed time and computes nothing. Everything else is real.
 
     MODELLED_STEP_MS=100 celery -A benchmarks.modelled worker
 
-Scheduler, slots, pool, broker, leases and results are the real ones, so that many workers fit on a machine that could
-not compute for them, and what is seen is what they cost each other and Redis.
+Scheduler, slots, pool, broker, leases and results are the real ones. Many workers therefore fit on one machine, and
+what is measured is what they cost each other and Redis.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ __all__ = ["ModelledRunner", "app", "modelled_engine"]
 
 
 class ModelledRunner:
-    """A device that computes any step in the same time, and has room for everything.
+    """A device that takes the same time for every step and has unlimited memory.
 
     Args:
-        step_s: that time, in seconds. It counts as one that the device takes: the processor is free meanwhile.
+        step_s: the time of a step in seconds, during which the processor is idle.
     """
 
     dense = False
@@ -36,7 +36,7 @@ class ModelledRunner:
         self.step_s = step_s
 
     def run(self, step: Step) -> Outcome:
-        """A token for each sequence that is due one."""
+        """Give a token to each sequence that decodes."""
         if self.step_s:
             time.sleep(self.step_s)
         return Outcome([(s, TokenScore(echo(s.prompt, len(s.output)), None, [])) for s in step.drawing], [])
@@ -59,7 +59,7 @@ class ModelledRunner:
 
 
 def modelled_engine(settings: Settings, name: str | None = None) -> Engine:
-    """What `Engine.from_settings` gives, with the device of MODELLED_STEP_MS (default 100) in place of the model."""
+    """Like `Engine.from_settings`, with a device of MODELLED_STEP_MS (default 100) instead of a model."""
     step_ms = float(os.environ.get("MODELLED_STEP_MS", "100"))
     tokenizer = load_tokenizer("demo")
     longest = LENGTH_CLASSES[-1]
@@ -79,5 +79,5 @@ def modelled_engine(settings: Settings, name: str | None = None) -> Engine:
     )
 
 
-# Only in this process: the pool and the tasks both ask for their engine here, and must get one and the same.
+# Replaced only in this process: the pool and the tasks get their engine here, and must get the same one.
 Engine.from_settings = staticmethod(modelled_engine)  # type: ignore[method-assign, assignment]
