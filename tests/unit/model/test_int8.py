@@ -125,7 +125,7 @@ def test_the_model_in_int8_holds_a_quarter_of_the_bytes_and_says_nearly_the_same
 
 def test_a_machine_or_model_that_cannot_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("headrace.model.weights.int8_works", lambda _: False)
-    with pytest.raises(ModelError, match=r"dtype 'int8' on cpu: it takes .* HEADRACE_DTYPE=bfloat16"):
+    with pytest.raises(ModelError, match=r"dtype 'int8' on cpu: it needs .* HEADRACE_DTYPE=bfloat16"):
         load_model("demo", device="cpu", dtype="int8")
     monkeypatch.setattr("headrace.model.weights.int8_works", lambda _: True)
     config = (DEMO / "config.json").read_text().replace('"n_embd": 128', '"n_embd": 96')

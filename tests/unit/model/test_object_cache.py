@@ -182,7 +182,7 @@ def test_another_source_compiler_or_processor_is_another_kernel(cache: Path, mon
     assert object_cache._key("two") != before
     monkeypatch.undo()
     real = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b"#" * (path.name == "tiles.py"))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b"#" * (path.name == "gemm_bf16_amx.py"))
     assert object_cache._key("two") != before
     monkeypatch.undo()
     assert object_cache._key("two") == before
