@@ -140,7 +140,10 @@ def spoil(name: str, tensor: Tensor | None) -> Callable[[dict[str, Tensor]], Non
     [
         (spoil("transformer.h.1.ln_2.bias", None), r"tensor h\.1\.ln_2\.bias is missing \(1 in all\)"),
         (spoil("transformer.wte.weight", None), r"tensor wte\.weight is missing"),
-        (spoil("transformer.h.2.ln_1.bias", torch.zeros(36)), r"transformer\.h\.2\.ln_1\.bias does not belong to .* 2 layers"),
+        (
+            spoil("transformer.h.2.ln_1.bias", torch.zeros(36)),
+            r"transformer\.h\.2\.ln_1\.bias does not belong to .* 2 layers",
+        ),
         (spoil("score.weight", torch.zeros(3)), r"tensor score\.weight does not belong"),
         (
             spoil("transformer.h.0.attn.c_attn.weight", torch.zeros(108, 36)),
