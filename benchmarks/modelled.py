@@ -1,9 +1,9 @@
-"""A worker whose device is modelled: a step takes a fixed time and no arithmetic, and all else is what users run.
+"""A worker with a simulated device: a step takes a fixed time and computes nothing. Everything else is real.
 
     MODELLED_STEP_MS=100 celery -A benchmarks.modelled worker
 
-Scheduler, slots, pool, broker, leases and results are the real ones, so that many workers fit on a machine that could
-not compute for them, and what is seen is what they cost each other and Redis.
+Scheduler, slots, pool, broker, leases and results are the real ones. Many workers therefore fit on one machine, and
+what is measured is what they cost each other and Redis.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from benchmarks.workloads import echo
 from headrace.config import Settings
 from headrace.model.tokenizer import load_tokenizer
 from headrace.worker.celery import app
-from headrace.worker.engine.cache_slots import Move, SlotTable
-from headrace.worker.engine.engine import LENGTH_CLASSES, Engine
-from headrace.worker.engine.scheduler import Copy, Outcome, Scheduler, Step
+from headrace.worker.engine import build
+from headrace.worker.engine.cache_slots import LENGTH_CLASSES, SlotMove, SlotTable
+from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.scheduler import ModelRunnerOutput, PrefixCopy, Scheduler, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence, Slot, TokenScore
 
 __all__ = ["ModelledRunner", "app", "modelled_engine"]
 
 
 class ModelledRunner:
-    """A device that computes any step in the same time, and has room for everything.
+    """A device that takes the same time for every step and has unlimited memory.
 
     Args:
-        step_s: that time, in seconds. It counts as one that the device takes: the processor is free meanwhile.
+        step_s: the time of a step in seconds, during which the processor is idle.
     """
 
     dense = False
@@ -35,19 +36,21 @@ class ModelledRunner:
     def __init__(self, step_s: float) -> None:
         self.step_s = step_s
 
-    def run(self, step: Step) -> Outcome:
-        """A token for each sequence that is due one."""
+    def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        """Give a token to each sequence that decodes."""
         if self.step_s:
             time.sleep(self.step_s)
-        return Outcome([(s, TokenScore(echo(s.prompt, len(s.output)), None, [])) for s in step.drawing], [])
+        return ModelRunnerOutput(
+            [(s, TokenScore(echo(s.prompt, len(s.output)), None, [])) for s in step.sampled_sequences], []
+        )
 
     def fit(self, capacity: dict[int, int]) -> None:
         """There is no cache."""
 
-    def move(self, move: Move) -> None:
+    def move(self, move: SlotMove) -> None:
         """There is no cache."""
 
-    def copy(self, copy: Copy) -> None:
+    def copy(self, copy: PrefixCopy) -> None:
         """There is no cache."""
 
     def clear(self, slot: Slot) -> None:
@@ -59,7 +62,7 @@ class ModelledRunner:
 
 
 def modelled_engine(settings: Settings, name: str | None = None) -> Engine:
-    """What `Engine.from_settings` gives, with the device of MODELLED_STEP_MS (default 100) in place of the model."""
+    """What `load_engine` gives, with the device of MODELLED_STEP_MS (default 100) in place of the model."""
     step_ms = float(os.environ.get("MODELLED_STEP_MS", "100"))
     tokenizer = load_tokenizer("demo")
     longest = LENGTH_CLASSES[-1]
@@ -80,4 +83,4 @@ def modelled_engine(settings: Settings, name: str | None = None) -> Engine:
 
 
 # Only in this process: the pool and the tasks both ask for their engine here, and must get one and the same.
-Engine.from_settings = staticmethod(modelled_engine)  # type: ignore[method-assign, assignment]
+build.load_engine = modelled_engine

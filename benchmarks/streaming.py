@@ -1,8 +1,8 @@
-"""What streaming costs the engine: 64 rows at once, with their text going to Redis as it comes and without, in turn.
+"""Benchmark the cost of streaming: 64 sequences with and without streaming their text to Redis, alternately.
 
-Starts a Redis of its own on the same machine, whose work counts too. Each pair of rounds gives a ratio; what is told is
-the median of these and how far the middle half of them spreads. `--jobs` counts the connections to Redis while one
-AsyncClient waits for that many jobs, and the share of a core that waiting takes.
+Starts its own Redis on this machine, whose work is part of the cost. Each pair of rounds gives a ratio; the median and
+the interquartile range of the ratios are reported. `--jobs` instead counts the connections to Redis while one
+AsyncClient waits for that many jobs, and measures the share of a core that waiting takes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
 from headrace.client.wire.requests import GenerateRequest, parse_request
 from headrace.config import load_settings
+from headrace.worker.engine.build import load_engine
 from headrace.worker.engine.engine import Engine
 from headrace.worker.jobs.store import RedisStore
-from headrace.worker.jobs.stream_writer import TELL_EVERY_S, EventWriter
+from headrace.worker.jobs.stream_writer import STREAM_INTERVAL_S, StreamWriter
 from headrace.worker.redis_server import EmbeddedRedis
 
 ROWS = 64
@@ -38,14 +39,14 @@ def requests(new_tokens: int) -> list[GenerateRequest]:
     return [parse_request({"prompt": [rng.randrange(50000) for _ in range(16)], **fields}) for _ in range(ROWS)]
 
 
-def round_s(engine: Engine, events: EventWriter | None, asked: list[GenerateRequest]) -> float:
-    """Seconds for all rows; with `events` they stream."""
+def round_s(engine: Engine, events: StreamWriter | None, asked: list[GenerateRequest]) -> float:
+    """Seconds for all rows, which are streamed if `events` is given."""
     started = time.perf_counter()
     futures = []
     for request in asked:
         job_id = uuid.uuid4().hex
         on_text = events.begin(job_id) if events else None
-        future = engine.submit(request, job_id=job_id, on_text=on_text, text_every_s=TELL_EVERY_S)
+        future = engine.submit(request, job_id=job_id, on_text=on_text, text_every_s=STREAM_INTERVAL_S)
         if events:
             future.add_done_callback(lambda _, name=job_id: events.end([name]))  # type: ignore[misc]
         futures.append(future)
@@ -59,9 +60,9 @@ def measure(model: str, dtype: str, new_tokens: int, pairs: int) -> dict[str, fl
     asked = requests(new_tokens)
     with (
         EmbeddedRedis.ephemeral() as server,
-        Engine.from_settings(load_settings(model=model, dtype=dtype, device="cpu")) as engine,
+        load_engine(load_settings(model=model, dtype=dtype, device="cpu")) as engine,
     ):
-        events = EventWriter(RedisStore(connect(server.url), result_ttl_s=600, checkpoint_ttl_s=600, events_ttl_s=60))
+        events = StreamWriter(RedisStore(connect(server.url), result_ttl_s=600, checkpoint_ttl_s=600, events_ttl_s=60))
         for warm in (None, events):
             round_s(engine, warm, asked)
         costs, plain = [], []
@@ -84,7 +85,7 @@ def measure(model: str, dtype: str, new_tokens: int, pairs: int) -> dict[str, fl
 
 
 async def outstanding(url: str, count: int, seconds: float) -> dict[str, float]:
-    """One AsyncClient that waits for `count` jobs that nobody computes."""
+    """Measure one AsyncClient that waits for `count` jobs without a worker."""
     connection = connect(url)
     async with AsyncClient(redis_url=url) as client:
         started = time.perf_counter()
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--jobs", type=int, default=0, help="measure the waiting for so many jobs instead")
+    parser.add_argument("--jobs", type=int, default=0, help="instead measure a client that waits for this many jobs")
     given = parser.parse_args()
     if given.jobs:
         with EmbeddedRedis.ephemeral() as server:

@@ -1,6 +1,7 @@
-"""Where two models part, checkpoint by checkpoint: `python examples/compare_two_models.py gpt2 ./my-fine-tuned-gpt2`.
+"""Show how much two models differ at each checkpoint.
 
-No Redis and no worker: two engines in this process. Both get the same token ids, so their vocabularies must be one.
+Run `python examples/compare_two_models.py gpt2 ./my-fine-tuned-gpt2`. It needs neither Redis nor a worker: two engines
+run in this process. Both get the same token ids, so the models must have the same vocabulary.
 """
 
 import sys
@@ -8,9 +9,10 @@ import sys
 import torch
 from safetensors.torch import load
 
-from headrace.client.wire.requests import CHECKPOINT_TENSORS, parse_request
+from headrace.client.wire.activations import CHECKPOINT_TENSORS
+from headrace.client.wire.requests import parse_request
 from headrace.config import load_settings
-from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.build import load_engine
 
 NAMES = list(dict.fromkeys(name for names in CHECKPOINT_TENSORS.values() for name in names))
 
@@ -18,8 +20,8 @@ NAMES = list(dict.fromkeys(name for names in CHECKPOINT_TENSORS.values() for nam
 def tensors_of(model: str, prompt: list[int]) -> dict[str, torch.Tensor]:
     kept: dict[str, bytes] = {}
     request = parse_request({"prompt": prompt, "max_tokens": 10, "temperature": 0, "checkpoints": "all"})
-    with Engine.from_settings(load_settings(model=model)) as engine:
-        engine.submit(request, on_trace=kept.update).result()
+    with load_engine(load_settings(model=model)) as engine:
+        engine.submit(request, on_activations=kept.update).result()
     return {name: load(data)["tensor"].float() for name, data in kept.items()}
 
 

@@ -1,7 +1,7 @@
 """Properties over any mix of prompts, parameters, arrivals, slots, chunks and cancelled neighbours.
 
 A small random model makes an example cost milliseconds; the same is shown on the bundled model with fewer mixes in
-tests/unit/worker/test_engine_crowd.py. `make properties` runs 500 examples each.
+tests/unit/worker/engine/test_batch_invariance.py. `make properties` runs 500 examples each.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headrace.client.wire.errors import JobCancelled
-from headrace.client.wire.requests import Choice, Result, parse_request
-from headrace.model.gpt2 import GPT2, GPT2Config
+from headrace.client.wire.requests import parse_request
+from headrace.client.wire.results import Choice, Result
+from headrace.model.config import GPT2Config
+from headrace.model.gpt2 import GPT2
 from headrace.model.tokenizer import gpt2_tokenizer
 from headrace.model.weights import expected_shapes
 from headrace.worker.engine.cache_slots import SlotTable
 from headrace.worker.engine.engine import Engine
-from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.scheduler import Scheduler
-from headrace.worker.engine.sequence import TextDelta
+from headrace.worker.engine.sequence_text import TextDelta
 
 VOCABULARY, POSITIONS = 512, 128
 
@@ -69,7 +71,7 @@ def weights() -> dict[str, Tensor]:
 
 
 def engine(slots: int = 64, step_tokens: int = 512, chunk: int = 32, drafts: int = 0) -> Engine:
-    runner = Runner(small_model(), [32, 64, POSITIONS])
+    runner = ModelRunner(small_model(), [32, 64, POSITIONS])
     table = SlotTable([32, 64, POSITIONS], position_bytes=runner.position_bytes, budget_bytes=2**24)
     scheduler = Scheduler(table, max_rows=slots, step_tokens=step_tokens, prefill_chunk=chunk, draft_tokens=drafts)
     names = {"model_name": "small", "vocab_size": VOCABULARY, "max_context": POSITIONS}

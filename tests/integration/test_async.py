@@ -133,9 +133,9 @@ def test_ten_thousand_outstanding_jobs_take_one_connection() -> None:
             waiting = [asyncio.create_task(job.wait(PATIENCE_S)) for job in jobs]
             done = asyncio.create_task(_collect(own, jobs))
             async with asyncio.timeout(PATIENCE_S):
-                while len(own._watch) < JOBS:
+                while len(own._polls) < JOBS:
                     await asyncio.sleep(0.02)
-            assert len(own._watch) == JOBS
+            assert len(own._polls) == JOBS
             assert len(connection.client_list()) - before <= 1
             pipe = connection.pipeline(transaction=False)
             for job in jobs:
@@ -143,7 +143,7 @@ def test_ten_thousand_outstanding_jobs_take_one_connection() -> None:
             pipe.execute()
             states = await asyncio.gather(*waiting)
             assert await done == JOBS
-            assert len(own._watch) == 0
+            assert len(own._polls) == 0
             return states
 
         assert set(run(server.url, body)) == {"cancelled"}

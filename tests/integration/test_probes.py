@@ -23,14 +23,14 @@ from tests.patience import PATIENCE_S
 #: The second step of one job ends when a file is there, as where a GPU hangs for a while.
 STUCK = """
 import pathlib, time
-from headrace.worker.engine.model_runner import Runner
-go = Runner.run
+from headrace.worker.engine.model_runner import ModelRunner
+go = ModelRunner.run
 def stuck(self, step):
     if any(s.prompt == [15496, 11] and len(s.output) == 1 for s in step.decodes):
         while not pathlib.Path("{release}").exists():
             time.sleep(0.05)
     return go(self, step)
-Runner.run = stuck
+ModelRunner.run = stuck
 """
 
 

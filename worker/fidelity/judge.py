@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from headrace.client.wire.activations import CHECKPOINTS, Row, Tensors, compare
+from headrace.client.wire.activations import CHECKPOINTS
+from headrace.client.wire.comparison import CheckpointResult, Tensors, compare
 from headrace.worker.fidelity.references.float64 import NAME
 
 LOGITS, NEXT_TOKEN, TOKENS = 8, 10, 12
@@ -24,7 +25,7 @@ def judge(
     *,
     tolerances: Mapping[int, float] | None = None,
     job: bool = True,
-) -> list[Row]:
+) -> list[CheckpointResult]:
     """Compare the tensors of one prompt with float64. Returns the rows of checkpoints 1 to 12.
 
     A token that differs from float64's token is accepted only as a near tie: float64's logits of the two tokens may
@@ -55,7 +56,7 @@ def next_margin(tensors: Tensors, exact: Tensors) -> np.ndarray | None:
     return np.array(logits.max() - logits[int(token)])
 
 
-def _tokens(row: Row, tensors: Tensors, margins: np.ndarray | None, allowed: float) -> Row:
+def _tokens(row: CheckpointResult, tensors: Tensors, margins: np.ndarray | None, allowed: float) -> CheckpointResult:
     if margins is None:
         return row
     (name,) = CHECKPOINTS[row.number][1]

@@ -17,7 +17,8 @@ from typing import IO
 
 import numpy as np
 
-from headrace.client.wire.activations import CHECKPOINTS, Row, Tensors, worst
+from headrace.client.wire.activations import CHECKPOINTS
+from headrace.client.wire.comparison import CheckpointResult, Tensors, worst
 
 #: The largest tensor that is read. The logits of GPT-2 XL at 1,024 tokens have a tenth of this size.
 MAX_TENSOR_BYTES = 2**31
@@ -55,7 +56,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return scores
 
 
-def table(prompts: Sequence[Sequence[Row]]) -> list[Row]:
+def table(prompts: Sequence[Sequence[CheckpointResult]]) -> list[CheckpointResult]:
     """Return the worst row of all prompts for each checkpoint."""
     return [worst(rows) for rows in zip(*prompts, strict=True)]
 

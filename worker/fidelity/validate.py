@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from headrace.client import Client
-from headrace.client.wire.activations import CHECKPOINTS, Row
+from headrace.client.wire.activations import CHECKPOINTS
+from headrace.client.wire.comparison import CheckpointResult
 from headrace.client.wire.errors import HeadraceError
 from headrace.config import Settings
 from headrace.config.extras import how_to_install
@@ -172,9 +173,11 @@ class Validation:
             *(self._file_report(name, found, tolerances) for name, found in self._files.items()),
         ]
 
-    def _ready_row(self, client: Client) -> Row:
+    def _ready_row(self, client: Client) -> CheckpointResult:
         ready = client.status().serves(self.settings.model_name)
-        return Row(0, CHECKPOINTS[0][0], f"{len(self.cases)} jobs through client, queue and worker", ok=ready)
+        return CheckpointResult(
+            0, CHECKPOINTS[0][0], f"{len(self.cases)} jobs through client, queue and worker", ok=ready
+        )
 
     def _library_report(self, reference: Reference) -> Report:
         """Report the error of a library in float32. It never fails the validation."""
@@ -194,7 +197,7 @@ class Validation:
 
     def _tables(
         self, found: Sequence[Mapping[str, np.ndarray]], tolerances: Mapping[int, float], *, job: bool
-    ) -> list[list[Row]]:
+    ) -> list[list[CheckpointResult]]:
         """Return rows 1 to 12 of the first prompts; `found` has an implementation's tensors of each."""
         cases = self.cases[: len(found)]
         return [
@@ -238,7 +241,7 @@ class Validation:
     def _fits(self, tokens: Sequence[int]) -> bool:
         return 0 < len(tokens) <= self.config.n_positions - NEW_TOKENS
 
-    def _cause(self, tables: Sequence[Sequence[Row]], found: Sequence[Mapping[str, np.ndarray]]) -> str:
+    def _cause(self, tables: Sequence[Sequence[CheckpointResult]], found: Sequence[Mapping[str, np.ndarray]]) -> str:
         """Describe the first failed checkpoint and its likely cause, from the first prompt that fails it."""
         failed = [(row.number, i) for i, rows in enumerate(tables) for row in rows if row.ok is False]
         if not failed:
@@ -251,7 +254,7 @@ class Validation:
     def _report(
         self,
         subject: str,
-        rows: list[Row],
+        rows: list[CheckpointResult],
         *,
         fingerprint: str = "",
         cause: str = "",

@@ -1,0 +1,154 @@
+"""What a client asks while it waits, and what it makes of the answers: no Redis, no clock but the machine's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from headrace.client.jobs import polling
+from headrace.client.jobs.polling import MGET_KEYS, Command, PollState
+from headrace.client.wire import keys
+from headrace.client.wire.errors import JobCancelled
+
+REVOKED = '{"status": "REVOKED", "result": null}'
+
+
+class FakeServer:
+    """Answers the commands of a watch from what the test put there."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, str] = {}
+        self.events: dict[str, list[str]] = {}
+        self.unknown: set[str] = set()
+
+    def answer(self, commands: list[Command]) -> list[Any]:
+        return [getattr(self, f"_{str(command[0]).lower()}")(*command[1:]) for command in commands]
+
+    def _mget(self, *names: str) -> list[str | None]:
+        return [self.results.get(name.removeprefix(keys.result(""))) for name in names]
+
+    def _exists(self, job: str, _: str) -> int:
+        return int(job.removeprefix(keys.job("")) not in self.unknown)
+
+    def _xread(self, *words: str) -> list[Any]:
+        words = words[words.index("STREAMS") + 1 :]
+        reply = []
+        for name, since in zip(words[: len(words) // 2], words[len(words) // 2 :], strict=True):
+            entries = self.events.get(name.removeprefix(keys.events("")), [])
+            if new := [(f"{i + 1}-0", {"event": e}) for i, e in enumerate(entries) if i + 1 > int(since[:-2])]:
+                reply.append([name, new])
+        return reply
+
+
+@pytest.fixture
+def server() -> FakeServer:
+    return FakeServer()
+
+
+def asked(commands: list[Command], name: str) -> list[str | int]:
+    return [word for command in commands if command[0] == name for word in command[1:]]
+
+
+def test_a_job_is_waited_for_until_its_outcome_is_there(server: FakeServer) -> None:
+    under_test = PollState()
+    under_test.add("a")
+    commands = under_test.request(1)
+    assert commands == [("MGET", keys.result("a")), ("EXISTS", keys.job("a"), keys.result("a"))]
+    assert not under_test.answer(server.answer(commands))
+    server.results["a"] = REVOKED
+    commands = under_test.request(1)
+    assert commands == [("MGET", keys.result("a"))]
+    updates = under_test.answer(server.answer(commands))
+    assert isinstance(updates.outcomes["a"], JobCancelled)
+    assert len(under_test) == 0
+
+
+def test_a_job_that_does_not_exist_is_news_once(server: FakeServer) -> None:
+    under_test = PollState()
+    server.unknown = {"b"}
+    under_test.add("a")
+    under_test.add("b")
+    assert under_test.answer(server.answer(under_test.request(1))).unknown == ["b"]
+    assert list(under_test) == ["a"]
+
+
+def test_events_come_once_and_the_last_one_brings_the_result_at_once(server: FakeServer) -> None:
+    under_test = PollState()
+    under_test.add("a", events=True)
+    server.events["a"] = ["one", "two"]
+    assert under_test.answer(server.answer(under_test.request(1))).events == {"a": ["one", "two"]}
+    commands = under_test.request(1)
+    assert ("XREAD", "BLOCK", 10, "STREAMS", keys.events("a"), "2-0") in commands
+    server.events["a"].append('{"end":true}')
+    server.results["a"] = REVOKED
+    del server.results["a"]
+    under_test.answer(server.answer(commands))
+    assert under_test.rest_s == 0
+    assert asked(under_test.request(1), "XREAD")[0] == "STREAMS", "Redis is not to hold back what is there"
+
+
+def test_who_comes_later_gets_the_events_from_the_first_on(server: FakeServer) -> None:
+    under_test = PollState()
+    under_test.add("a", events=True)
+    server.events["a"] = ["one"]
+    under_test.answer(server.answer(under_test.request(1)))
+    server.events["a"].append("two")
+    commands = under_test.request(1)
+    under_test.add("a", events=True)  # while the answer is on its way
+    assert under_test.answer(server.answer(commands)).events == {}
+    assert under_test.answer(server.answer(under_test.request(1))).events == {"a": ["one", "two"]}
+
+
+def test_of_many_jobs_the_oldest_are_asked_for_and_the_others_in_turn(server: FakeServer) -> None:
+    under_test = PollState()
+    names = [f"{i:05}" for i in range(10 * MGET_KEYS)]
+    for name in names:
+        under_test.add(name)
+    assert len(asked(under_test.request(1), "MGET")) == len(names)
+    under_test.answer(server.answer(under_test.request(1)))
+    seen: set[str | int] = set()
+    for _ in range(9):
+        commands = under_test.request(1)
+        assert len(asked(commands, "MGET")) <= 2 * MGET_KEYS
+        assert keys.result("00000") in asked(commands, "MGET")
+        seen |= set(asked(commands, "MGET"))
+        under_test.answer(server.answer(commands))
+    assert len(seen) == len(names)
+    server.results = dict.fromkeys(names[: 3 * MGET_KEYS], REVOKED)
+    turns = 0
+    while len(under_test) > 7 * MGET_KEYS:
+        under_test.answer(server.answer(under_test.request(1)))
+        turns += 1
+    assert turns <= 3
+
+
+def test_polling_slows_down_while_there_is_nothing_and_begins_anew_with_news(server: FakeServer) -> None:
+    under_test = PollState()
+    under_test.add("a")
+    under_test.add("b")
+    rests = []
+    for _ in range(20):
+        under_test.answer(server.answer(under_test.request(1)))
+        rests.append(under_test.rest_s)
+    assert rests == sorted(rests)
+    assert rests[-1] == polling.LAST_POLL_S
+    server.results["a"] = REVOKED
+    under_test.answer(server.answer(under_test.request(1)))
+    assert under_test.rest_s < 0.2
+
+
+def test_a_redis_that_is_away_is_waited_for_but_not_by_those_who_never_had_an_answer(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_test = PollState()
+    under_test.add("old")
+    under_test.answer(server.answer(under_test.request(1)))
+    under_test.add("new")
+    under_test.request(1)
+    assert under_test.failed() == ["new"]
+    under_test.request(1)
+    assert under_test.failed() == []
+    monkeypatch.setattr(polling, "PATIENCE_S", -1.0)
+    assert under_test.failed() == ["old"]
+    assert len(under_test) == 0

@@ -1,0 +1,87 @@
+"""Celery's result records, as its Redis backend writes them, become outcomes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobFailed
+from headrace.client.wire.results import Result, outcome_state, parse_outcome
+
+RESULT = {
+    "id": "a", "model": "demo", "seed": 1,
+    "choices": [{"index": 0, "text": "x", "token_ids": [87], "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+    "timings": {"waiting_s": 0, "prefill_s": 0, "decode_s": 0},
+}  # fmt: skip
+
+
+def record(status: str, result: Any) -> str:
+    return json.dumps({"status": status, "result": result, "traceback": None, "children": [], "task_id": "a"})
+
+
+def failure(name: str, *args: Any) -> str:
+    return record("FAILURE", {"exc_type": name, "exc_message": list(args), "exc_module": "headrace.client.wire.errors"})
+
+
+def test_a_success_is_a_result() -> None:
+    outcome = parse_outcome(record("SUCCESS", RESULT))
+    assert isinstance(outcome, Result)
+    assert outcome_state(outcome) == "succeeded"
+
+
+def test_a_result_of_a_later_worker_is_read_and_what_is_new_in_it_passed_over() -> None:
+    def more(value: Any) -> Any:
+        if isinstance(value, list):
+            return [more(item) for item in value]
+        return {**{k: more(v) for k, v in value.items()}, "colour": "red"} if isinstance(value, dict) else value
+
+    assert parse_outcome(record("SUCCESS", {**more(RESULT), "schema_version": 2})) == parse_outcome(
+        record("SUCCESS", {**RESULT, "schema_version": 2})
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "state"),
+    [
+        ("JobFailed", JobFailed, "failed"),
+        ("JobCancelled", JobCancelled, "cancelled"),
+        ("JobExpired", JobExpired, "expired"),
+    ],
+)
+def test_our_errors_come_back_with_code_message_and_partial_text(name: str, kind: type[JobError], state: str) -> None:
+    outcome = parse_outcome(failure(name, "some_code", "what to do", ["half a te"]))
+    assert isinstance(outcome, kind)
+    assert (outcome.code, outcome.message, outcome.partial) == ("some_code", "what to do", ["half a te"])
+    assert outcome_state(outcome) == state
+
+
+def test_revoked_is_cancelled_and_celerys_time_limit_is_expired() -> None:
+    assert isinstance(parse_outcome(record("REVOKED", {"exc_type": "TaskRevokedError"})), JobCancelled)
+    assert isinstance(parse_outcome(failure("TimeLimitExceeded", 5)), JobExpired)
+
+
+def test_any_other_exception_is_a_failure_that_names_it() -> None:
+    outcome = parse_outcome(failure("MemoryError", "out"))
+    assert isinstance(outcome, JobFailed)
+    assert outcome.code == "worker_error"
+    assert "MemoryError" in outcome.message
+
+
+@pytest.mark.parametrize("status", ["PENDING", "STARTED", "RETRY"])
+def test_states_before_the_end_are_no_outcome(status: str) -> None:
+    assert parse_outcome(record(status, None)) is None
+    assert parse_outcome(None) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "{}", record("SUCCESS", {"id": 5}), record("FAILURE", "x")])
+def test_a_record_that_cannot_be_read_is_a_failure_and_no_crash(text: str) -> None:
+    outcome = parse_outcome(text)
+    assert isinstance(outcome, JobFailed)
+    assert outcome.code == "unreadable_result"
+
+
+def test_an_errors_repr_holds_no_text_of_a_user() -> None:
+    assert "secret" not in repr(JobCancelled(message="the job was cancelled", partial=["secret"]))

@@ -1,0 +1,195 @@
+"""The cache of compiled kernels: a file is used if it is intact and nobody else could have written it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from headrace.model.kernels import object_cache, openmp
+from headrace.model.kernels.intrinsics import assembly
+from tests.patience import PATIENCE_S
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "headrace"
+
+
+def adding(number: int) -> Callable[[], Any]:
+    """A kernel that adds a number to its first argument, and calls OpenMP like all kernels."""
+
+    def compile_it() -> Any:
+        import numba
+        from numba import carray, types
+
+        thread, _ = openmp.thread_functions()
+
+        @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
+        def kernel(arguments: Any) -> None:
+            if thread() == 0:
+                carray(arguments, 1)[0] += number
+
+        return kernel
+
+    return compile_it
+
+
+def never() -> Any:
+    raise AssertionError("it was compiled again")
+
+
+def result_of(kernel: object_cache.Kernel) -> int:
+    numbers = np.array([40], dtype=np.int64)
+    openmp.team().run(kernel.address, numbers, 2)
+    return int(numbers[0])
+
+
+def test_the_second_one_is_read_and_computes_the_same(cache: Path) -> None:
+    assert result_of(object_cache.load_or_compile("two", adding(2))) == 42
+    assert result_of(object_cache.load_or_compile("two", never)) == 42
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_each_name_has_a_kernel_of_its_own(cache: Path) -> None:
+    object_cache.load_or_compile("two", adding(2))
+    assert result_of(object_cache.load_or_compile("three", adding(3))) == 43
+
+
+def test_others_can_read_neither_file_nor_directory(cache: Path) -> None:
+    object_cache.load_or_compile("two", adding(2))
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert next(cache.iterdir()).stat().st_mode & 0o777 == 0o600
+
+
+def writable_by_others(path: Path) -> None:
+    path.chmod(0o606)
+
+
+def in_a_directory_writable_by_others(path: Path) -> None:
+    path.parent.chmod(0o777)
+
+
+def a_link(path: Path) -> None:
+    path.rename(path.with_suffix(".real"))
+    path.symlink_to(path.with_suffix(".real"))
+
+
+def torn(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def changed(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-200] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [writable_by_others, in_a_directory_writable_by_others, a_link, torn, changed, empty],
+    ids=lambda f: f.__name__,
+)
+def test_what_cannot_be_trusted_is_compiled_again(cache: Path, harm: Callable[[Path], None]) -> None:
+    object_cache.load_or_compile("two", adding(2))
+    harm(next(cache.iterdir()))
+    with pytest.raises(AssertionError, match="compiled again"):
+        object_cache.load_or_compile("two", never)
+    assert result_of(object_cache.load_or_compile("two", adding(2))) == 42
+
+
+def test_code_that_calls_what_is_not_there_is_not_loaded(cache: Path) -> None:
+    """LLVM would end the process."""
+    object_cache.load_or_compile("two", adding(2))
+    path = next(cache.iterdir())
+    _, names, code = path.read_bytes().split(b"\n", 2)
+    about = json.loads(names)
+    assert "omp_get_thread_num" in about["calls"]
+    about["calls"].append("no_such_function")
+    names = json.dumps(about).encode()
+    digest = object_cache.hashlib.sha256(names + code).hexdigest().encode()
+    path.write_bytes(b"\n".join((digest, names, code)))
+    with pytest.raises(AssertionError, match="compiled again"):
+        object_cache.load_or_compile("two", never)
+
+
+def test_a_kernel_that_asks_for_memory_is_refused(cache: Path) -> None:
+    def compile_it() -> Any:
+        import numba
+        from numba import carray, types
+
+        @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
+        def kernel(arguments: Any) -> None:
+            own = np.ones(carray(arguments, 1)[0])
+            carray(arguments, 1)[0] = own.sum()
+
+        return kernel
+
+    with pytest.raises(LookupError, match="may not allocate"):
+        object_cache.load_or_compile("greedy", compile_it)
+    assert not list(cache.glob("*.kernel"))
+
+
+#: Run in a separate process: load a cached kernel, then compile with numba.
+AFTERWARDS = """
+import sys, numpy as np, torch
+from headrace.model.kernels import intrinsics as native, object_cache as machine_code
+from tests.patience import PATIENCE_S
+from headrace.model.kernels.attention import decode_kernel
+assert decode_kernel(8, torch.float32, "cpu") is not None
+print("numba" in sys.modules)
+import numba
+@numba.njit
+def count(n):
+    return [i for i in range(n)], np.ones(n).sum()
+assert count(3) == ([0, 1, 2], 3.0)
+try:
+    numba.njit(lambda i: [1][i])(5)
+except IndexError:
+    print("raised")
+"""
+
+
+def test_numba_is_not_needed_by_who_reads_a_kernel_and_works_after_it(cache: Path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache.parent)}
+    said = []
+    for _ in range(2):
+        command = [sys.executable, "-c", AFTERWARDS]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.split())
+    assert said == [["True", "raised"], ["False", "raised"]]
+
+
+def test_without_a_place_to_keep_it_the_kernel_is_compiled_all_the_same(cache: Path) -> None:
+    cache.parent.joinpath("headrace").write_text("a file where the directory should be")
+    assert result_of(object_cache.load_or_compile("two", adding(2))) == 42
+
+
+def test_another_source_compiler_or_processor_is_another_kernel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = object_cache._key("two")
+    monkeypatch.setattr("headrace.model.kernels.object_cache.version", lambda _: "0.0.1")
+    assert object_cache._key("two") != before
+    monkeypatch.undo()
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b"#" * (path.name == "gemm_bf16_amx.py"))
+    assert object_cache._key("two") != before
+    monkeypatch.undo()
+    assert object_cache._key("two") == before
+
+
+def test_flags_are_named_as_llvm_heeds_it() -> None:
+    with pytest.raises(ValueError, match="flags"):
+        assembly("decq %rax", 0, "~{rax},~{cc}")
