@@ -44,7 +44,8 @@ check: $(VENV)/dev docs ## lint, format check, types, deployment files, links of
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --quiet tests/unit/test_deployment_files.py tests/unit/test_monitoring_files.py
+	$(BIN)/python -m pytest --quiet tests/unit/test_deployment_files.py tests/unit/test_kubernetes_files.py \
+		tests/unit/test_monitoring_files.py
 
 docs: $(VENV)/dev ## build the guide and the reference into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,4 +1,4 @@
-"""Submit prompts to headrace and get their text back. Imports no torch.
+"""Submit prompts to headrace and get the generated text. Does not import torch.
 
 from headrace import client
 job = client.submit("Hello.", max_tokens=10, temperature=0)
@@ -44,7 +44,8 @@ from headrace.client.wire.errors import (
     UnknownJob,
     UnreadableRecord,
 )
-from headrace.client.wire.requests import Choice, Result, SamplingParams
+from headrace.client.wire.requests import SamplingParams
+from headrace.client.wire.results import Choice, Result
 from headrace.short_names import refuse_submodules as _refuse_submodules
 
 __all__ = [

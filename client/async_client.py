@@ -1,7 +1,8 @@
-"""The client for asyncio: the verbs of `Client`, awaited.
+"""`AsyncClient`: the methods of `Client` for asyncio.
 
-What is short (submit, cancel, status) is `Client`'s own, in one thread of this client. All waiting is one task over one
-connection that asks for all jobs together, as `client.jobs.polling` says, and hands to each who waits what is new.
+Short calls (submit, cancel, status) run in one thread of this client. All waiting is done by one task over one
+connection. It polls for all jobs together, as `client.jobs.polling` says, and passes each update to those who wait for
+it.
 """
 
 from __future__ import annotations
@@ -16,32 +17,32 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
-from headrace.client.client import REMIND_S, Client, check_home, check_timeout
-from headrace.client.jobs.handle import Handle
-from headrace.client.jobs.polling import News, Watch
+from headrace.client.client import Client
+from headrace.client.jobs.handle import Handle, check_same_redis, job_in_errors
+from headrace.client.jobs.polling import REMIND_S, PollState, Updates
+from headrace.client.jobs.reading import check_timeout
 from headrace.client.jobs.status import Status
-from headrace.client.jobs.stream import Event, Reader
-from headrace.client.wire.errors import HeadraceError, RedisUnreachable, _RedisFailed
-from headrace.client.wire.redis import connect_async
-from headrace.client.wire.requests import Result, State
-from headrace.client.wire.results import outcome_state
+from headrace.client.jobs.stream import Event, StreamReader
+from headrace.client.wire.errors import RedisUnreachable, UnknownJob
+from headrace.client.wire.redis import connect_async, redis_errors
+from headrace.client.wire.results import Result, State, outcome_state
 from headrace.config import Settings
 
 if TYPE_CHECKING:
     import numpy as np
 
-#: Redis holds an answer back for events no longer than this: a job that is asked for meanwhile has to wait.
+#: How many seconds Redis may delay a reply to wait for events. A job that is added meanwhile waits that long.
 BLOCK_S = 0.1
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Inbox = asyncio.Queue[News | BaseException]
+Inbox = asyncio.Queue[Updates | BaseException]
 
 
 class AsyncClient:
-    """`Client` for asyncio; for one event loop. Use it with `async with`, or await `close`.
+    """`Client` for asyncio, for one event loop. Use it with `async with`, or await `close`.
 
-    Args and errors are those of `Client` throughout. Ten thousand jobs outstanding take the connections that one takes.
+    Arguments and errors are those of `Client`. Any number of unfinished jobs takes the same few connections.
     """
 
     def __init__(
@@ -49,9 +50,9 @@ class AsyncClient:
     ) -> None:
         self._client = Client(redis_url=redis_url, model=model, settings=settings)
         self.settings, self.url, self.model_name = self._client.settings, self._client.url, self._client.model_name
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="headrace-client")
         self._redis = connect_async(self.url)
-        self._watch = Watch()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="headrace-client")
+        self._polls = PollState()
         self._inboxes: dict[str, list[Inbox]] = {}
         self._added = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -65,27 +66,27 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections. Jobs go on; who waits for one in this client gets a RuntimeError."""
+        """Close the connections. Submitted jobs continue; code that still waits here gets a RuntimeError."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-        self._give_up(list(self._watch), lambda: RuntimeError("the client was closed"))
+        self._give_up(list(self._polls), lambda: RuntimeError("the client was closed"))
         await self._redis.aclose()
-        await self._call(self._client.close)
+        await self._run_in_thread(self._client.close)
         self._thread.shutdown(wait=False)
 
     async def submit(self, prompt: str | Sequence[int], *, id: str | None = None, **params: Any) -> AsyncJob:  # noqa: A002
         """Queue one prompt; see `Client.submit`."""
-        return AsyncJob((await self._call(self._client.submit, prompt, id=id, **params)).id, self)
+        return self.job((await self._run_in_thread(self._client.submit, prompt, id=id, **params)).id)
 
     async def submit_many(
         self, requests: Iterable[str | Sequence[int] | Mapping[str, Any]], **params: Any
     ) -> list[AsyncJob]:
         """Queue many prompts; see `Client.submit_many`."""
-        return [AsyncJob(job.id, self) for job in await self._call(self._client.submit_many, requests, **params)]
+        return [self.job(job.id) for job in await self._run_in_thread(self._client.submit_many, requests, **params)]
 
     def job(self, job_id: str) -> AsyncJob:
-        """A handle on a job that was submitted anywhere. Nothing is asked of Redis yet."""
+        """A handle on a job, wherever it was submitted. Sends nothing to Redis."""
         return AsyncJob(job_id, self)
 
     @overload
@@ -93,187 +94,194 @@ class AsyncClient:
     @overload
     async def cancel(self, jobs: Iterable[str | Handle]) -> list[bool]: ...
     async def cancel(self, jobs: str | Handle | Iterable[str | Handle]) -> bool | list[bool]:
-        """Ask for a job, or for many, to be cancelled; see `Client.cancel`."""
-        return await self._call(self._client.cancel, jobs)
+        """Cancel a job, or many; see `Client.cancel`."""
+        return await self._run_in_thread(self._client.cancel, jobs)
 
     async def as_completed(self, jobs: Iterable[AsyncJob], timeout: float | None = None) -> AsyncIterator[AsyncJob]:
-        """The jobs as they end, in whatever way; see `Client.as_completed`."""
+        """Yield the jobs as they end; see `Client.as_completed`."""
         waiting = {job.id: job for job in jobs}
-        check_home(waiting.values(), self.url)
-        for job in [job for job in waiting.values() if job._outcome is not None]:
+        check_same_redis(waiting.values(), self.url)
+        for job in [job for job in waiting.values() if job.outcome is not None]:
             yield waiting.pop(job.id)
-        async with contextlib.aclosing(self._news(waiting, timeout)) as all_news:
-            async for news in all_news:
-                for job_id, outcome in news.outcomes.items():
-                    waiting[job_id]._outcome = outcome
+        async with contextlib.aclosing(self._updates(waiting, timeout)) as all_updates:
+            async for updates in all_updates:
+                for job_id, outcome in updates.outcomes.items():
+                    waiting[job_id].outcome = outcome
                     yield waiting.pop(job_id)
 
     async def streams(
         self, jobs: Iterable[AsyncJob], timeout: float | None = None
     ) -> AsyncGenerator[tuple[AsyncJob, Event]]:
-        """The text of many jobs as it comes, each event with its job; see `Job.stream`. The first failure ends it."""
-        readers = {job.id: (job, Reader(job)) for job in jobs}
-        check_home([job for job, _ in readers.values()], self.url)
-        for job, reader in readers.values():
-            if job._outcome is not None:
-                for event in reader.finish(job._answer()):
-                    yield job, event
-        waiting = [job.id for job, _ in readers.values() if job._outcome is None]
-        async with contextlib.aclosing(self._news(waiting, timeout, events=True)) as all_news:
-            async for news in all_news:
-                for job_id in news.jobs():
-                    job, reader = readers[job_id]
-                    for entry in news.events.get(job_id, ()):
-                        for event in reader.take(entry):
-                            yield job, event
-                    if (outcome := news.outcomes.get(job_id)) is not None:
-                        job._outcome = outcome
-                        for event in reader.finish(job._answer()):
-                            yield job, event
+        """Yield the text of many jobs, each event with its job; see `Job.stream`. The first failed job ends it."""
+        readers = {job.id: (job, StreamReader(job.id)) for job in jobs}
+        check_same_redis([job for job, _ in readers.values()], self.url)
+        with job_in_errors(self.job):
+            for job, reader in readers.values():
+                if job.outcome is not None:
+                    for event in reader.finish(job.answer()):
+                        yield job, event
+            waiting = [job.id for job, _ in readers.values() if job.outcome is None]
+            async with contextlib.aclosing(self._updates(waiting, timeout, events=True)) as all_updates:
+                async for updates in all_updates:
+                    for job_id in updates.jobs():
+                        job, reader = readers[job_id]
+                        for entry in updates.events.get(job_id, ()):
+                            for event in reader.take(entry):
+                                yield job, event
+                        if (outcome := updates.outcomes.get(job_id)) is not None:
+                            job.outcome = outcome
+                            for event in reader.finish(job.answer()):
+                                yield job, event
 
     async def status(self) -> Status:
-        """Queues, workers and slots, now. Raises RedisUnreachable."""
-        return await self._call(self._client.status)
+        """Queues, workers and slots at this moment. Raises RedisUnreachable."""
+        return await self._run_in_thread(self._client.status)
 
     async def models(self) -> set[str]:
         """The models that jobs may name; see `Client.models`."""
-        return await self._call(self._client.models)
+        return await self._run_in_thread(self._client.models)
 
-    # --- waiting ---------------------------------------------------------------------------------------------------
+    # --- used by AsyncJob --------------------------------------------------------------------------------------------
 
-    async def _call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Let the client do something in its thread, in this context (of traces); jobs in errors become ours."""
-        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
-        try:
-            return await loop.run_in_executor(self._thread, functools.partial(context.run, function, *args, **kwargs))
-        except HeadraceError as error:
-            if error.job is not None:
-                error.job = AsyncJob(error.job.id, self)
-            if isinstance(error, _RedisFailed):
-                error.accepted = {i: AsyncJob(job.id, self) for i, job in error.accepted.items()}
-            raise
+    async def _poll(self, job: AsyncJob) -> State:
+        """The state of a job. Sets `outcome` if it has ended."""
+        job.outcome, state = await self._run_in_thread(self._client.reader.poll, job.id)
+        return state if job.outcome is None else outcome_state(job.outcome)
 
-    async def _news(
+    async def _checkpoints(self, job_id: str, max_bytes: int | None) -> dict[str, np.ndarray]:
+        """The captured tensors of a job; see `Job.checkpoints`."""
+        return await self._run_in_thread(self._client.reader.checkpoints, job_id, max_bytes)
+
+    async def _updates(
         self, job_ids: Iterable[str], timeout: float | None, *, events: bool = False
-    ) -> AsyncGenerator[News]:
-        """News of jobs, with their events if asked, until the outcome of each has come."""
+    ) -> AsyncGenerator[Updates]:
+        """Wait for jobs: yield updates until the outcome of each has come; see `JobReader.updates`."""
         check_timeout(timeout)
         waiting = dict.fromkeys(job_ids)
         inbox: Inbox = asyncio.Queue()
         started, answered = time.monotonic(), False
-        self._listen(waiting, inbox, events)
+        self._subscribe(waiting, inbox, events)
         try:
             while waiting:
                 left = REMIND_S if timeout is None else max(0.0, started + timeout - time.monotonic())
                 try:
-                    async with asyncio.timeout(left if answered else None):  # Redis is asked once at least
-                        news = await inbox.get()
+                    async with asyncio.timeout(left if answered else None):  # Redis is polled once at least
+                        updates = await inbox.get()
                 except TimeoutError:
                     if timeout is not None:
-                        raise await self._call(self._client._late, next(iter(waiting)), timeout) from None
-                    await self._call(self._client._remind, list(waiting))
+                        job_id = next(iter(waiting))
+                        error = await self._run_in_thread(self._client.reader.timeout_error, job_id, timeout)
+                        raise error.about(self.job(job_id)) from None
+                    await self._run_in_thread(self._client.reader.warn_without_worker, list(waiting))
                     continue
-                if isinstance(news, BaseException):
-                    raise news
-                for job_id in news.unknown:
-                    raise self._client._unknown(job_id).about(AsyncJob(job_id, self))
+                if isinstance(updates, BaseException):
+                    raise updates
+                for job_id in updates.unknown:
+                    raise UnknownJob(job_id).about(self.job(job_id))
                 answered = True
-                for job_id in news.outcomes:
+                for job_id in updates.outcomes:
                     waiting.pop(job_id, None)
-                yield news
+                yield updates
         finally:
-            self._forget(waiting, inbox)
+            self._unsubscribe(waiting, inbox)
 
-    def _listen(self, job_ids: Iterable[str], inbox: Inbox, events: bool) -> None:
+    # --- waiting -----------------------------------------------------------------------------------------------------
+
+    async def _run_in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function in the client's thread, in the caller's context. Jobs in errors become `AsyncJob`."""
+        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+        with job_in_errors(self.job):
+            return await loop.run_in_executor(self._thread, functools.partial(context.run, function, *args, **kwargs))
+
+    def _subscribe(self, job_ids: Iterable[str], inbox: Inbox, events: bool) -> None:
         for job_id in job_ids:
             self._inboxes.setdefault(job_id, []).append(inbox)
-            self._watch.add(job_id, events=events)
+            self._polls.add(job_id, events=events)
         self._added.set()
-        if self._watch and (self._task is None or self._task.done()):
-            self._task = asyncio.get_running_loop().create_task(self._poll())
+        if self._polls and (self._task is None or self._task.done()):
+            self._task = asyncio.get_running_loop().create_task(self._poll_all())
 
-    def _forget(self, job_ids: Iterable[str], inbox: Inbox) -> None:
+    def _unsubscribe(self, job_ids: Iterable[str], inbox: Inbox) -> None:
         for job_id in job_ids:
             if inbox in (inboxes := self._inboxes.get(job_id, [])):
                 inboxes.remove(inbox)
                 if not inboxes:
                     del self._inboxes[job_id]
-                    self._watch.drop(job_id)
+                    self._polls.drop(job_id)
 
-    async def _poll(self) -> None:
-        while self._watch:
+    async def _poll_all(self) -> None:
+        """Poll until there is no job left to wait for."""
+        while self._polls:
             self._added.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._watch.rest_s):
+                async with asyncio.timeout(self._polls.rest_s):
                     await self._added.wait()
             try:
-                with self._client._reachable():
+                with redis_errors(self.url):
                     pipe = self._redis.pipeline(transaction=False)
-                    for command in self._watch.request(BLOCK_S):
+                    for command in self._polls.request(BLOCK_S):
                         pipe.execute_command(*command)
-                    self._deliver(self._watch.answer(await pipe.execute()))
+                    self._deliver(self._polls.answer(await pipe.execute()))
             except RedisUnreachable as error:
                 url, reason = error.url, error.reason
-                self._give_up(self._watch.failed(), lambda: RedisUnreachable(url, reason))  # noqa: B023
+                self._give_up(self._polls.failed(), lambda: RedisUnreachable(url, reason))  # noqa: B023
             except Exception as error:
                 fault = error
-                self._give_up(list(self._watch), lambda: fault)  # noqa: B023
+                self._give_up(list(self._polls), lambda: fault)  # noqa: B023
 
-    def _deliver(self, news: News) -> None:
-        parts: dict[Inbox, News] = {}
-        for mine, job_id in [(parts.setdefault(i, News()), j) for j in news.jobs() for i in self._inboxes.get(j, ())]:
-            mine.take(news, job_id)
+    def _deliver(self, updates: Updates) -> None:
+        """Give each inbox the part of the updates that is about its jobs."""
+        parts: dict[Inbox, Updates] = {}
+        for job_id in updates.jobs():
+            for inbox in self._inboxes.get(job_id, ()):
+                parts.setdefault(inbox, Updates()).take(updates, job_id)
         for inbox, part in parts.items():
             inbox.put_nowait(part)
-        for job_id in (*news.outcomes, *news.unknown):
+        for job_id in (*updates.outcomes, *updates.unknown):
             self._inboxes.pop(job_id, None)
 
     def _give_up(self, job_ids: list[str], error: Callable[[], BaseException]) -> None:
-        """Tell those who wait for the jobs; each gets an error of its own, with a traceback of its own."""
+        """Raise an error where the jobs are waited for. Each waiter gets a new one, because tracebacks differ."""
         for inbox in {inbox: None for job_id in job_ids for inbox in self._inboxes.pop(job_id, ())}:
             inbox.put_nowait(error())
         for job_id in job_ids:
-            self._watch.drop(job_id)
+            self._polls.drop(job_id)
 
 
 class AsyncJob(Handle):
-    """One job, as `Job`. Get it from `submit`, or from `AsyncClient.job(id)`."""
+    """A job, as `Job`. `AsyncClient.submit` and `AsyncClient.job(id)` return one."""
 
     def __init__(self, job_id: str, client: AsyncClient) -> None:
         super().__init__(job_id, client.url)
         self._client = client
 
     async def status(self) -> State:
-        """Where the job is now; see `Job.status`."""
-        if self._outcome is None:
-            self._outcome, state = await self._client._call(self._client._client._look, self.id)
-            if self._outcome is None:
-                return state
-        return outcome_state(self._outcome)
+        """The state of the job; see `Job.status`."""
+        return await self._client._poll(self) if self.outcome is None else outcome_state(self.outcome)
 
     async def result(self, timeout: float | None = None) -> Result:
         """Wait for the result; see `Job.result`."""
         await self.wait(timeout)
-        return self._answer()
+        return self.answer()
 
     async def wait(self, timeout: float | None = None) -> State:
-        """Wait until the job has ended, in whatever way; see `Job.wait`."""
-        if self._outcome is None:
-            async with contextlib.aclosing(self._client._news([self.id], timeout)) as all_news:
-                async for news in all_news:
-                    self._outcome = news.outcomes.get(self.id)
+        """Wait until the job has ended; see `Job.wait`."""
+        if self.outcome is None:
+            async with contextlib.aclosing(self._client._updates([self.id], timeout)) as all_updates:
+                async for updates in all_updates:
+                    self.outcome = updates.outcomes.get(self.id)
         return await self.status()
 
     async def stream(self, timeout: float | None = None) -> AsyncIterator[Event]:
-        """The text as it comes; see `Job.stream`."""
+        """Yield the text while it is generated; see `Job.stream`."""
         async with contextlib.aclosing(self._client.streams([self], timeout)) as events:
             async for _, event in events:
                 yield event
 
     async def checkpoints(self, *, max_bytes: int | None = None) -> dict[str, np.ndarray]:
-        """The tensors that the job kept; see `Job.checkpoints`."""
-        return await self._client._call(self._client._client._checkpoints, self.id, max_bytes)
+        """The captured tensors of the job; see `Job.checkpoints`."""
+        return await self._client._checkpoints(self.id, max_bytes)
 
     async def cancel(self) -> bool:
-        """Ask for the job to be cancelled; see `Job.cancel`."""
+        """Cancel the job; see `Job.cancel`."""
         return await self._client.cancel(self)

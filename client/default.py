@@ -1,4 +1,4 @@
-"""The functions of the package: the verbs of one client that is made from the environment when first needed."""
+"""The functions of the package: methods of one client, which is made from the environment when it is first needed."""
 
 from __future__ import annotations
 
@@ -43,32 +43,32 @@ def submit_many(requests: Iterable[str | Sequence[int] | Mapping[str, Any]], **p
 
 
 def batch(source: str | Path | IO[bytes] | Iterable[Any], output: str | Path, **options: Any) -> BatchReport:
-    """Compute all rows of a file or an iterable into a file; see `Client.batch`."""
+    """Compute all requests of a file or an iterable and write the results to a file; see `Client.batch`."""
     return default_client().batch(source, output, **options)
 
 
 def map(prompts: Iterable[Any], **params: Any) -> Iterator[Any]:  # noqa: A001  # reads as `client.map`
-    """The results of prompts in their order; see `Client.map`."""
+    """Yield the results of prompts in their order; see `Client.map`."""
     return default_client().map(prompts, **params)
 
 
 def job(job_id: str) -> Job:
-    """A handle on a job that was submitted anywhere; see `Client.job`."""
+    """A handle on a job, wherever it was submitted; see `Client.job`."""
     return default_client().job(job_id)
 
 
 def as_completed(jobs: Iterable[Job], timeout: float | None = None) -> Iterator[Job]:
-    """The jobs as they end; see `Client.as_completed`."""
+    """Yield the jobs as they end; see `Client.as_completed`."""
     return default_client().as_completed(jobs, timeout)
 
 
 def signature(prompt: str | Sequence[int], **params: Any) -> Signature:
-    """A job as a signature of Celery's; see `Client.signature`."""
+    """A job as a Celery signature; see `Client.signature`."""
     return default_client().signature(prompt, **params)
 
 
 def cancel(jobs: Iterable[str | Job]) -> list[bool]:
-    """Ask for many jobs to be cancelled; see `Client.cancel`. One has `Job.cancel`."""
+    """Cancel many jobs; see `Client.cancel`. `Job.cancel` cancels one."""
     return default_client().cancel(jobs)
 
 

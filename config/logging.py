@@ -1,4 +1,4 @@
-"""Logging, set up by the program that starts: one line an event on standard error, the same fields whoever wrote it."""
+"""Logging of headrace programs: one line per event on standard error, with the same fields for every logger."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from headrace.config.settings import Settings
 
 _HANDLER = "headrace"
 
-# As far as the last @ of the word: a password may hold an @ or a / that ought to have been escaped.
+# Up to the last @ of the word: a password may contain an unescaped @ or /.
 _PASSWORD = re.compile(r"((?:rediss?|redis\+socket|unix|sentinel)://[^\s:/?#@]*:)\S*@")
 _PASSWORD_IN_QUERY = re.compile(r"((?:rediss?|redis\+socket|unix|sentinel)://\S*?[?&]password=)[^\s&]+")
 
-#: Loggers of others, and whether `log_level=debug` opens them. The last two log arguments and results of tasks:
-#: what people write and read does not belong in a log.
-_FOREIGN = {"celery": True, "kombu": True, "celery.app.trace": False, "celery.pool": False}
+#: Loggers of libraries, and whether `log_level=debug` enables them. The last two would log arguments and results of
+#: tasks, which contain prompts and generated texts.
+_LIBRARY_LOGGERS = {"celery": True, "kombu": True, "celery.app.trace": False, "celery.pool": False}
 
 
 def setup_logging(settings: Settings) -> None:
-    """Send the lines of structlog and of the standard library through one handler; a second call replaces it.
+    """Send all lines of structlog and of the standard library to one handler. A second call replaces the handler.
 
-    Every line has `timestamp` (ISO 8601, UTC), `level`, `logger`, `event`, what was bound (`job_id`) and, for an
-    exception, its traceback, but no local variables: they hold prompts. Passwords in URLs are replaced by `***`.
+    Every line has `timestamp` (ISO 8601, UTC), `level`, `logger`, `event`, and the bound context variables (`job_id`).
+    Exceptions have a traceback without local variables, because these may contain prompts. Passwords in Redis URLs are
+    replaced by `***`.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.set_name(_HANDLER)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=_fields(),
+            foreign_pre_chain=_shared_processors(),
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.format_exc_info,
@@ -51,18 +52,18 @@ def setup_logging(settings: Settings) -> None:
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
-            *_fields(),
+            *_shared_processors(),
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
         ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
-        # A logger that was used before must follow too.
+        # A logger that was used before this call must use the new configuration too.
         cache_logger_on_first_use=False,
     )
 
 
 def redact(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:  # noqa: ARG001 (structlog's signature)
-    """Processor: no password of a Redis URL in any field, however deep."""
+    """structlog processor: replace passwords of Redis URLs in all fields, also in nested ones."""
     return {name: _redacted(value) for name, value in event.items()}
 
 
@@ -73,12 +74,12 @@ def _redacted(value: Any) -> Any:
         return {name: _redacted(item) for name, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_redacted(item) for item in value]
-    # Any other object, an exception for example, would be rendered by its repr.
+    # The renderer would call repr() on any other object, for example an exception.
     text = value if isinstance(value, str) else repr(value)
     return _PASSWORD_IN_QUERY.sub(r"\1***", _PASSWORD.sub(r"\1***@", text))
 
 
-def _fields() -> list[Processor]:
+def _shared_processors() -> list[Processor]:
     return [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -100,5 +101,5 @@ def _renderer(settings: Settings) -> Processor:
 def _set_levels(settings: Settings) -> None:
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     logging.getLogger("headrace").setLevel(level)
-    for name, opens in _FOREIGN.items():
-        logging.getLogger(name).setLevel(logging.DEBUG if opens and level == logging.DEBUG else logging.WARNING)
+    for name, at_debug in _LIBRARY_LOGGERS.items():
+        logging.getLogger(name).setLevel(logging.DEBUG if at_debug and level == logging.DEBUG else logging.WARNING)

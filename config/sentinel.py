@@ -1,4 +1,4 @@
-"""URLs of a Redis that Sentinel looks after: `sentinel://[user:password@]host:port,host:port/0?master=name`."""
+"""URLs of a Redis managed by Sentinel: `sentinel://[user:password@]host:port,host:port/0?master=name`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DEFAULT_PORT = 26379
 
 
 class SentinelUrl(NamedTuple):
-    """Where the Sentinels are, which primary to ask them for, and how to log in there."""
+    """A parsed URL: addresses of the Sentinels, name of the primary, database and login of the primary."""
 
     hosts: tuple[tuple[str, int], ...]
     master: str
@@ -19,23 +19,23 @@ class SentinelUrl(NamedTuple):
 
     @property
     def login(self) -> dict[str, str]:
-        """The user and the password, as far as there are any."""
+        """The user name and password that are set."""
         return {name: value for name in ("username", "password") if (value := getattr(self, name)) is not None}
 
     def for_celery(self) -> str:
-        """The same as Celery and kombu write it; the primary's name goes into their transport options."""
+        """The URL in the form of Celery and kombu, which take the primary's name from their transport options."""
         login = ":".join(quote(part or "", safe="") for part in (self.username, self.password))
         prefix = f"{login}@" if self.login else ""
         return ";".join(f"sentinel://{prefix}{host}:{port}/{self.database}" for host, port in self.hosts)
 
 
 def is_sentinel(url: str) -> bool:
-    """Whether the URL is of this form."""
+    """Whether the URL has the scheme `sentinel`."""
     return url.startswith("sentinel://")
 
 
 def parse_sentinel(url: str) -> SentinelUrl:
-    """Read such a URL. Raises ValueError where it is none."""
+    """Parse a Sentinel URL. Raises ValueError if it is malformed."""
     parts = urlsplit(url)
     login, _, addresses = parts.netloc.rpartition("@")
     username, _, password = login.partition(":")
@@ -54,5 +54,5 @@ def parse_sentinel(url: str) -> SentinelUrl:
 def _address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":") if text.rpartition(":")[2].isdigit() else (text, "", str(DEFAULT_PORT))
     if not host or not 0 < int(port) < 65536 or set(host) & set("[]:/?#"):
-        raise ValueError("a Sentinel's address is host or host:port; IPv6 goes by a name")
+        raise ValueError("the address of a Sentinel is host or host:port; an IPv6 address needs a host name")
     return host, int(port)

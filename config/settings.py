@@ -1,4 +1,4 @@
-"""Settings, read once from `HEADRACE_*` environment variables. `config/dev.env` lists them with comments."""
+"""Settings from `HEADRACE_*` environment variables. `config/dev.env` lists all of them with comments."""
 
 from __future__ import annotations
 
@@ -16,143 +16,164 @@ from headrace.config.sentinel import is_sentinel, parse_sentinel
 PREFIX = "HEADRACE_"
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
 URL_SCHEMES = ("redis", "rediss", "unix")
-#: Characters of a model's name in queues and results.
+#: The longest model name in queues and results, in characters.
 MAX_NAME = 128
-#: No setting that is a number may be larger: beyond it Redis, torch and clocks refuse numbers one by one, at work.
+#: Upper limits of numeric settings. Redis, torch and the clock reject larger numbers, but only while a job runs.
 MAX_BYTES, MAX_SECONDS = 2**50, 10 * 365 * 86_400
-#: As long as the digest that it keys: a shorter one could be guessed.
-SHORTEST_SIGNING_KEY = 32
-#: A key that goes over the network can be tried out only slowly.
-SHORTEST_API_KEY = 16
+#: In characters: as long as the HMAC digest, so that guessing the key is no easier than guessing the digest.
+MIN_SIGNING_KEY_LENGTH = 32
+#: In characters. Shorter than a signing key, because each guess costs an HTTP request.
+MIN_API_KEY_LENGTH = 16
 
 
 class SettingsError(ValueError):
-    """Raised when a setting is unknown or has a value it cannot have; the message names it and says what is right."""
+    """Raised when a setting is unknown or has an invalid value; the message names it and lists the valid values."""
 
 
 class Settings(BaseSettings):
-    """Everything that can be set. Immutable; build another with `model_copy(update=...)`."""
+    """All settings. Immutable; change a copy with `model_copy(update=...)`.
+
+    The description of a field lists its valid values and completes the sentence "it must be ...". `settings_help.py`
+    has the documentation for users, with the names of the same settings in vLLM.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
     )
 
-    #: One, or several with commas between them. `models` has them apart.
+    #: The model to serve, or several separated by commas; see the property `models`.
     model: str = Field(
         "demo",
-        description="'demo', a GPT-2 size by name, a hub id, or a directory; or several under different names, with "
-        "commas between them, where NAME=MODEL gives one a name",
+        description="'demo', the name of a GPT-2 size, a Hugging Face id, or a directory; or several of these under "
+        "different names, separated by commas, where NAME=MODEL sets a name",
     )
+    #: The name of the model in queues and results; derived from `model` by default.
     served_name: str | None = Field(
         None,
-        description="a name of letters, digits, '.', '_' and '-', and is only for one model; of several in "
-        "HEADRACE_MODEL each can have its own there, NAME=MODEL",
+        description="a name of letters, digits, '.', '_' and '-', and can only be set for one model; with several, "
+        "write NAME=MODEL in HEADRACE_MODEL",
     )
-    #: None: the embedded server if one runs, else DEFAULT_REDIS_URL.
+    #: The Redis server. None: the embedded server if it is running, else DEFAULT_REDIS_URL.
     redis_url: str | None = Field(
         None,
-        description="a URL as redis://host:6379/0, rediss://..., unix:///path or "
+        description="a URL such as redis://host:6379/0, rediss://..., unix:///path or "
         "sentinel://host:26379,host:26379/0?master=name",
     )
-    #: Several, separated by commas, are all accepted by workers; clients sign with the first. None: nothing is signed.
+    #: Clients sign messages with the first key, workers accept every key. None: messages are not signed.
     signing_key: SecretStr | None = Field(
         None,
-        description=f"a secret of at least {SHORTEST_SIGNING_KEY} characters without spaces, or several of them "
-        "separated by commas; make one with `openssl rand -hex 32`",
+        description=f"a secret of at least {MIN_SIGNING_KEY_LENGTH} characters without spaces, or several of them "
+        "separated by commas; generate one with `openssl rand -hex 32`",
     )
+    #: The device that computes; 'auto' is the first GPU, or the CPU if there is none.
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    #: The number format of the weights and of the matrix products.
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto", description="'auto', 'float32', 'bfloat16', 'float16' or 'int8'"
     )
+    #: The largest number of sequences in a batch (continuous batching).
     slots: int = Field(64, description="a whole number from 1 to 4096", ge=1, le=4096)
-    #: None: as many positions as the model has.
+    #: The longest prompt and generated text together, in tokens. None: the model's maximum.
     max_context: int | None = Field(None, description="a whole number from 2 to 2**50", ge=2, le=MAX_BYTES)
-    #: Of all models together, in equal parts. None: room for every slot at full length, but at most a quarter of the
-    #: memory that is free when a model is loaded.
-    kv_cache_bytes: int | None = Field(None, description="a whole number of bytes, from 1 to 2**50", ge=1, le=MAX_BYTES)
-    #: None: what torch finds, the physical cores.
+    #: Memory for the key/value caches, in bytes; several models get equal parts. None: enough for every slot at full
+    #: length, but at most a quarter of the memory that is free when a model is loaded.
+    kv_cache_bytes: int | None = Field(None, description="a whole number of bytes from 1 to 2**50", ge=1, le=MAX_BYTES)
+    #: CPU threads. None: torch's default, one for each physical core.
     threads: int | None = Field(None, description="a whole number from 1 to 4096", ge=1, le=4096)
-    #: Rows of one forward pass: bounds how long a decoding row can wait behind somebody's prompt.
+    #: The largest number of tokens in one forward pass. Limits how long a sequence that is generating waits for the
+    #: prefill of another.
     step_tokens: int = Field(512, description="a whole number from 16 to 8192", ge=16, le=8192)
-    #: Prompts are computed in pieces of this many tokens; a different value may change the last bits of a result.
+    #: Chunked prefill: a prompt is computed in chunks of this many tokens. A different value may change the last bits
+    #: of a result.
     prefill_chunk: int = Field(128, description="a whole number from 16 to 1024", ge=16, le=1024)
-    #: Tokens of a text that are guessed at a time while few texts are computed; no result depends on it.
+    #: N-gram speculative decoding: tokens proposed for each sequence while few sequences are running; 0 turns it off.
+    #: Results do not depend on it.
     draft_tokens: int = Field(7, description="a whole number from 0 to 15", ge=0, le=15)
-    #: 0: never. Else all but the first model are loaded when a job for them comes.
-    idle_unload_s: float = Field(0.0, description="a number of seconds, from 0 to 315360000", ge=0, le=MAX_SECONDS)
+    #: Unload a model that had no job for this long, and load it again for the next job; the first model always stays
+    #: loaded. 0: never unload.
+    idle_unload_s: float = Field(0.0, description="a number of seconds from 0 to 315360000", ge=0, le=MAX_SECONDS)
+    #: The largest number of jobs that wait in a queue; further jobs are refused.
     max_queue: int = Field(1_000_000, description="a whole number from 1 to 2**50", ge=1, le=MAX_BYTES)
+    #: Seconds for which Redis keeps a result.
     result_ttl_s: int = Field(
-        86_400, description="a whole number of seconds, from 60 to 315360000", ge=60, le=MAX_SECONDS
+        86_400, description="a whole number of seconds from 60 to 315360000", ge=60, le=MAX_SECONDS
     )
-    #: Of the events of a job that streams, after the last one; what they tell is in the result too.
-    events_ttl_s: int = Field(3_600, description="a whole number of seconds, from 1 to 315360000", ge=1, le=MAX_SECONDS)
+    #: Seconds for which Redis keeps the events of a streaming job after the last one. The result holds the same text.
+    events_ttl_s: int = Field(3_600, description="a whole number of seconds from 1 to 315360000", ge=1, le=MAX_SECONDS)
+    #: Seconds for which Redis keeps checkpoint tensors.
     checkpoint_ttl_s: int = Field(
-        3_600, description="a whole number of seconds, from 1 to 315360000", ge=1, le=MAX_SECONDS
+        3_600, description="a whole number of seconds from 1 to 315360000", ge=1, le=MAX_SECONDS
     )
-    #: The tensors of one job, 0 if none may be kept; all of GPT-2 124M at 1,024 tokens are 330 MB, 206 of them logits.
+    #: The largest size of one job's checkpoint tensors; 0 turns checkpoints off. All tensors of GPT-2 124M at 1,024
+    #: tokens take 330 MB, of which the logits are 206 MB.
     checkpoint_max_bytes: int = Field(
-        512 * 2**20, description="a whole number of bytes, from 0 to 2**50", ge=0, le=MAX_BYTES
+        512 * 2**20, description="a whole number of bytes from 0 to 2**50", ge=0, le=MAX_BYTES
     )
-    #: A message whose worker has not renewed its lease for this long goes to another worker.
-    lease_s: int = Field(120, description="a whole number of seconds, from 3 to 315360000", ge=3, le=MAX_SECONDS)
-    #: From 2: the first attempt is in company, and a job is failed only for one that it had alone.
+    #: Seconds after which the jobs of a worker that stopped renewing its lease are delivered to another worker.
+    lease_s: int = Field(120, description="a whole number of seconds from 3 to 315360000", ge=3, le=MAX_SECONDS)
+    #: How often a job is started again after its worker process died; then it fails. At least 2, because the first
+    #: attempt shares a batch with other jobs and does not prove which of them killed the process.
     max_attempts: int = Field(3, description="a whole number from 2 to 100", ge=2, le=100)
-    soft_shutdown_s: float = Field(20.0, description="a number of seconds, from 0 to 315360000", ge=0, le=MAX_SECONDS)
-    #: An engine that is at one step for longer is stalled: its jobs go to other workers, it takes no more messages, and
-    #: `headrace status` fails.
-    stall_s: float = Field(60.0, description="a number of seconds, from 1 to 315360000", ge=1, le=MAX_SECONDS)
-    #: Of `headrace serve`: who has one of them may use it. None: only this machine may.
+    #: Seconds that running jobs have to finish after SIGQUIT (worker) or SIGTERM (`headrace serve`).
+    soft_shutdown_s: float = Field(20.0, description="a number of seconds from 0 to 315360000", ge=0, le=MAX_SECONDS)
+    #: An engine that spends longer in one step counts as stalled: its jobs are delivered to other workers, it accepts
+    #: no more, and `headrace status` exits with 1.
+    stall_s: float = Field(60.0, description="a number of seconds from 1 to 315360000", ge=1, le=MAX_SECONDS)
+    #: `headrace serve`: every request must send one of these keys. None: only this machine may.
     api_keys: SecretStr | None = Field(
         None,
-        description=f"a secret of at least {SHORTEST_API_KEY} characters without spaces, or several of them separated "
-        "by commas",
+        description=f"a secret of at least {MIN_API_KEY_LENGTH} characters without spaces, or several of them "
+        "separated by commas",
     )
-    #: Of `headrace serve`: where uploaded files and batches lie. None: `data_dir()`.
+    #: `headrace serve`: the directory for uploaded files and batches. None: `data_dir()`.
     files_dir: str | None = Field(None, description="a directory")
-    #: Of the worker's probes and metrics over HTTP; 0 is none.
+    #: The port of the worker's probes and Prometheus metrics; 0 turns them off.
     metrics_port: int = Field(0, description="a port from 1 to 65535, or 0 for none", ge=0, le=65535)
+    #: The address on which the worker's probes and metrics listen.
     metrics_host: str = Field(
         "127.0.0.1", description="an address or a name of this machine, or 0.0.0.0 or :: for all", min_length=1
     )
-    #: Programs of ours set OpenTelemetry up, by the OTEL_* variables; where somebody else has, spans go there anyhow.
+    #: Export OpenTelemetry spans as the OTEL_* variables say. In a program that has set up OpenTelemetry itself, spans
+    #: are exported regardless of this setting.
     otel: bool = Field(False, description="1 or 0")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="'debug', 'info', 'warning' or 'error'"
     )
+    #: 'console' for people, 'json' for programs; 'auto' is 'console' on a terminal.
     log_format: Literal["auto", "console", "json"] = Field("auto", description="'auto', 'console' or 'json'")
 
     @field_validator("redis_url")
     @classmethod
-    def _url_scheme(cls, value: str | None) -> str | None:
+    def _check_redis_url(cls, value: str | None) -> str | None:
         if value is None:
             return None
         if is_sentinel(value):
             parse_sentinel(value)
             return value
-        parts = urlsplit(value)  # parts.port raises ValueError where it is no number
+        parts = urlsplit(value)  # parts.port raises ValueError if it is not a number
         if parts.scheme not in URL_SCHEMES or (parts.port is None and parts.netloc.endswith(":")):
             raise ValueError("scheme or port")
         if parts.scheme == "unix" and ("@" in parts.netloc or "password=" in parts.query or not parts.path):
-            raise ValueError("a unix socket goes by its path; kombu knows no password there")
+            raise ValueError("kombu supports neither a host nor a password in the URL of a unix socket")
         return value
 
     @field_validator("signing_key", "api_keys")
     @classmethod
-    def _long_keys(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
-        shortest = SHORTEST_SIGNING_KEY if info.field_name == "signing_key" else SHORTEST_API_KEY
-        if not all(is_key(key, shortest) for key in _split_keys(value)):
+    def _check_keys(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        min_length = MIN_SIGNING_KEY_LENGTH if info.field_name == "signing_key" else MIN_API_KEY_LENGTH
+        if not all(is_key(key, min_length) for key in _split_keys(value)):
             raise ValueError("length")
         return value
 
     @field_validator("model")
     @classmethod
-    def _different_names(cls, value: str) -> str:
+    def _check_models(cls, value: str) -> str:
         parse_models(value)
         return value
 
     @field_validator("served_name")
     @classmethod
-    def _plain_name(cls, value: str | None, info: ValidationInfo) -> str | None:
+    def _check_name(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and (value != slug(value) or len(parse_models(info.data.get("model", "demo"))) > 1):
             raise ValueError("name")
         return value
@@ -166,17 +187,17 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments first, then the environment; no file is read that was not named."""
+        """Arguments take precedence over the environment; .env and secret files are not read."""
         return (init_settings, env_settings)
 
     def __repr_args__(self) -> Any:
-        """The URL may hold a password: show it without."""
+        """Hide the password of the Redis URL."""
         for name, value in super().__repr_args__():
             yield name, redact_url(value) if name == "redis_url" and value else value
 
     @property
     def signing_keys(self) -> tuple[bytes, ...]:
-        """The keys of `signing_key`; the first is the one to sign with. Empty if nothing is signed."""
+        """The keys of `signing_key`; the first one signs. Empty if messages are not signed."""
         return tuple(key.encode() for key in _split_keys(self.signing_key))
 
     @property
@@ -186,25 +207,25 @@ class Settings(BaseSettings):
 
     @property
     def models(self) -> dict[str, str]:
-        """What is served: the model, as `model.load_model` takes it, by the name of it that results and queues have."""
+        """The served models: name in queues and results -> model, as `headrace.model.load_model` takes it."""
         found = parse_models(self.model)
         return found if self.served_name is None else {self.served_name: next(iter(found.values()))}
 
     @property
     def model_name(self) -> str:
-        """The name of the first model, to which jobs go that name none: its queue is `headrace.<model_name>`."""
+        """The name of the first model, the default for jobs that name none. Its queue is `headrace.<model_name>`."""
         return next(iter(self.models))
 
     def only(self, name: str) -> Settings:
-        """The same with only this one of the models."""
+        """A copy of the settings that serves only the model `name`."""
         if len(self.models) == 1:
             return self
         return self.model_copy(update={"model": f"{name}={self.models[name]}", "served_name": None})
 
 
-def is_key(key: str, shortest: int) -> bool:
-    """Whether a secret is long enough and without spaces."""
-    return len(key) >= shortest and len(key.split()) == 1
+def is_key(key: str, min_length: int) -> bool:
+    """Whether a secret has at least `min_length` characters and no spaces."""
+    return len(key) >= min_length and len(key.split()) == 1
 
 
 def _split_keys(value: SecretStr | None) -> list[str]:
@@ -212,7 +233,7 @@ def _split_keys(value: SecretStr | None) -> list[str]:
 
 
 def slug(model: str) -> str:
-    """A model's name for queues and results: a directory goes by its last part, `org/name` becomes `org-name`."""
+    """A model's name for queues and results: the last part of a directory; `org/name` becomes `org-name`."""
     path = os.path.expanduser(model)
     local = os.path.isabs(path) or model.startswith((".", "~")) or os.path.isdir(path)
     return _as_name(os.path.basename(os.path.realpath(path.replace("\0", ""))) if local else model)
@@ -223,15 +244,15 @@ def _as_name(text: str) -> str:
 
 
 def parse_models(value: str) -> dict[str, str]:
-    """The models of a list such as `demo,gpt2,chat=/models/v2` by their names, in its order.
+    """Parse a list such as `demo,gpt2,chat=/models/v2` into name -> model, in the order of the list.
 
     Raises:
-        ValueError: one is empty, or two have the same name.
+        ValueError: an item is empty, or two have the same name.
     """
     models: dict[str, str] = {}
     for item in map(str.strip, value.split(",")):
         name, named, model = map(str.strip, item.partition("="))
-        if not named or name != _as_name(name):  # a directory may have an = in its path
+        if not named or name != _as_name(name):  # the = may be part of a directory's path
             name, model = slug(item), item
         if not model or model.startswith("=") or name in models:
             raise ValueError("model")
@@ -240,16 +261,16 @@ def parse_models(value: str) -> dict[str, str]:
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Settings from the environment, with `overrides` on top.
+    """Read the settings from the environment; `overrides` take precedence.
 
     Raises:
-        SettingsError: a `HEADRACE_` variable that does not exist, or a value out of range.
+        SettingsError: a `HEADRACE_` variable is not a setting, or a value is invalid.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise SettingsError(f"{_shorter(name)} is no setting of headrace; the nearest is {near}")
+            raise SettingsError(f"{_truncate(name)} is not a setting of headrace; did you mean {near}?")
     try:
         return Settings(**overrides)
     except ValidationError as error:
@@ -261,20 +282,20 @@ def _explain(error: ValidationError) -> str:
     name = str(first["loc"][0])
     field = Settings.model_fields.get(name)
     if field is None:
-        return f"{_shorter(name)} is no setting of headrace"
+        return f"{_truncate(name)} is not a setting of headrace"
     shown = {"redis_url": redact_url(str(first["input"])), "signing_key": "***", "api_keys": "***"}
     value = shown.get(name, first["input"])
-    return f"{PREFIX}{name.upper()} is {_shorter(repr(value))}; it must be {field.description}"
+    return f"{PREFIX}{name.upper()} is {_truncate(repr(value))}; it must be {field.description}"
 
 
-def _shorter(text: str) -> str:
-    """The beginning of a text, in characters that can be written anywhere."""
+def _truncate(text: str) -> str:
+    """Truncate a text and escape surrogates, so that every terminal can print it."""
     text = text.encode(errors="backslashreplace").decode()
     return text if len(text) <= 120 else text[:117] + "..."
 
 
 def redact_url(url: str) -> str:
-    """The URL with its password replaced by `***`, fit for logs and error messages."""
-    # As far as the last @: a password may hold a / or an @ that ought to have been escaped.
+    """The URL with its password replaced by `***`, for logs and error messages."""
+    # Up to the last @: a password may contain an unescaped / or @.
     url = re.sub(r"^([\w+.-]+://[^:@/?#]*:|(?![\w+.-]+://)(?://)?[^:@/?#]*:).*@", r"\1***@", url, flags=re.DOTALL)
     return re.sub(r"([?&]password=)[^&]*", r"\1***", url)

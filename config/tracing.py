@@ -1,6 +1,6 @@
-"""OpenTelemetry, set up by the program that starts, as logging is. Needs the extra `otel`; imports nothing until asked.
+"""OpenTelemetry for headrace programs. Needs the extra `otel`, and imports OpenTelemetry only when it is enabled.
 
-Whatever a program has set up itself is used: a library has no exporter of its own.
+If a program has set up OpenTelemetry itself, headrace uses that provider: a library must not install an exporter.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from headrace.config.settings import Settings, SettingsError
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer, TracerProvider
 
-#: How long the end of a program waits for a collector to take the last spans.
+#: Seconds that a program waits at its end for the collector to accept the last spans.
 FLUSH_S = 3.0
 
 MISSING = (
-    f"HEADRACE_OTEL is set, and that needs packages of OpenTelemetry; to install them {how_to_install('otel')}, "
+    f"HEADRACE_OTEL is set, but OpenTelemetry is not installed; to install it {how_to_install('otel')}, "
     "or unset HEADRACE_OTEL"
 )
 
 
 def find_tracer() -> Tracer | None:
-    """A tracer, if this program has set OpenTelemetry up; None otherwise, at the cost of looking into a dict."""
+    """The tracer, or None if this program has not set up OpenTelemetry; then it costs only a dict lookup."""
     if "opentelemetry.trace" not in sys.modules:
         return None
-    from opentelemetry import trace  # waits, where another thread is just importing it
+    from opentelemetry import trace  # waits if another thread is importing it
 
     provider = trace.get_tracer_provider()
     return None if isinstance(provider, trace.ProxyTracerProvider) else _tracer_of(provider)
@@ -45,18 +45,18 @@ def _tracer_of(provider: TracerProvider) -> Tracer:
 
 
 def setup_tracing(settings: Settings, service: str) -> Callable[[], None]:
-    """Send spans over OTLP/HTTP, as the standard variables OTEL_* say, if the settings ask for it.
+    """Export spans over OTLP/HTTP, configured by the standard variables OTEL_*, if `settings.otel` is set.
 
-    Nothing is done where the program has set OpenTelemetry up before, as `opentelemetry-instrument` does.
+    Does nothing if the program has already set up OpenTelemetry, as `opentelemetry-instrument` does.
 
     Args:
-        service: `service.name`, unless OTEL_SERVICE_NAME or OTEL_RESOURCE_ATTRIBUTES has another.
+        service: the resource attribute `service.name`, unless OTEL_SERVICE_NAME or OTEL_RESOURCE_ATTRIBUTES sets it.
 
     Returns:
-        What to call in the end: it sends the last spans, for `FLUSH_S` at most.
+        A function to call before the program ends: it sends the last spans and waits at most `FLUSH_S` seconds.
 
     Raises:
-        SettingsError: packages are missing.
+        SettingsError: OpenTelemetry is not installed.
     """
     if not settings.otel or find_tracer() is not None:
         return lambda: None
@@ -81,7 +81,7 @@ def setup_tracing(settings: Settings, service: str) -> Callable[[], None]:
 
 
 def _flush(shutdown: Callable[[], None]) -> None:
-    """A collector that is away must not hold up the end: OpenTelemetry itself would wait half a minute for it."""
+    """Shut down within `FLUSH_S`: for an unreachable collector, OpenTelemetry itself would wait half a minute."""
     ending = threading.Thread(target=shutdown, name="headrace-spans", daemon=True)
     ending.start()
     ending.join(FLUSH_S)

@@ -1,7 +1,7 @@
-"""A service: a line of prompt in, its text out as it comes.
+"""A TCP service: send one line with a prompt, receive the generated text as a stream.
 
-`python examples/async_service.py 8700`, then `nc localhost 8700` and a prompt, any number of times at once.
-Each connection is a job that streams. Who hangs up cancels it, so that its slot goes to the next one.
+Run `python examples/async_service.py 8700`, then `nc localhost 8700` in any number of terminals. Each connection is a
+streaming job. If the caller disconnects, the job is cancelled and its slot becomes free.
 """
 
 import asyncio

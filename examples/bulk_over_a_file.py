@@ -1,6 +1,6 @@
-"""A file of prompts into a file of results: `python examples/bulk_over_a_file.py prompts.jsonl results.jsonl`.
+"""Compute a file of prompts into a file of results: `python examples/bulk_over_a_file.py prompts.jsonl results.jsonl`.
 
-Run it again after it was interrupted, in whatever way: what stands in the output is kept, the rest is computed.
+Run it again after an interruption: rows that are already in the output are kept, the others are computed.
 """
 
 import json
@@ -12,7 +12,7 @@ from headrace import client
 
 def main(source: str, target: str) -> None:
     report = client.batch(source, target, params={"max_tokens": 12, "temperature": 0}, resume=Path(target).exists())
-    print(f"{report.before} rows stood there, {report.succeeded} were computed, {report.failed} failed")
+    print(f"{report.before} rows were done before, {report.succeeded} were computed, {report.failed} failed")
     with open(target) as rows:
         for row in map(json.loads, rows):
             if row["error"]:

@@ -1,7 +1,7 @@
-"""Prompts from a column of a table, results into another: `datasets`, pandas and pyarrow.
+"""Complete the prompts in a column of a table and add a column with the texts: `datasets`, pandas and pyarrow.
 
-`client.map` takes any iterable. It gives results in order, and reads no further ahead than `max_inflight` rows, so that
-a table that does not fit into memory can be streamed through.
+`client.map` takes any iterable and yields results in order. It reads at most `max_inflight` rows ahead, so that it can
+stream tables that do not fit into memory.
 """
 
 from collections.abc import Iterable

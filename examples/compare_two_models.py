@@ -1,6 +1,7 @@
-"""Where two models part, checkpoint by checkpoint: `python examples/compare_two_models.py gpt2 ./my-fine-tuned-gpt2`.
+"""Show how much two models differ at each checkpoint.
 
-No Redis and no worker: two engines in this process. Both get the same token ids, so their vocabularies must be one.
+Run `python examples/compare_two_models.py gpt2 ./my-fine-tuned-gpt2`. It needs neither Redis nor a worker: two engines
+run in this process. Both get the same token ids, so the models must have the same vocabulary.
 """
 
 import sys
@@ -8,7 +9,8 @@ import sys
 import torch
 from safetensors.torch import load
 
-from headrace.client.wire.requests import CHECKPOINT_TENSORS, parse_request
+from headrace.client.wire.activations import CHECKPOINT_TENSORS
+from headrace.client.wire.requests import parse_request
 from headrace.config import load_settings
 from headrace.worker.engine.engine import Engine
 

@@ -1,4 +1,4 @@
-"""Several samples of one prompt, and any of them again: a result names the seed it was drawn with."""
+"""Draw several samples of one prompt, and reproduce them with the seed that the result reports."""
 
 from headrace import client
 
@@ -14,7 +14,7 @@ def main() -> None:
 
     fewer = client.submit("The miller said", n=2, temperature=0.9, max_tokens=10, seed=first.seed).result(timeout=60)
     assert [choice.text for choice in fewer.choices] == [choice.text for choice in first.choices[:2]]
-    print("and the first two of them, where only two are asked for")
+    print("and the first two of them with n=2")
 
 
 if __name__ == "__main__":

@@ -13,20 +13,11 @@ from celery import Celery, signals
 from celery.platforms import EX_FAILURE
 
 from headrace.client.wire import keys
+from headrace.client.wire.celery import broker_settings, celery_url, queue, sentinel_options
 from headrace.client.wire.embedded_redis import SCHEME as EMBEDDED
 from headrace.client.wire.embedded_redis import current_url
 from headrace.client.wire.errors import RedisUnreachable
-from headrace.client.wire.redis import (
-    answers,
-    broker_settings,
-    celery_url,
-    check_access,
-    connect,
-    has_keepalive,
-    queue,
-    resolve_url,
-    sentinel_options,
-)
+from headrace.client.wire.redis import answers, check_access, connect, has_keepalive, resolve_url
 from headrace.config import Settings, SettingsError, load_settings
 from headrace.config.logging import setup_logging
 from headrace.worker.queue.permissions import RightsMissing, check_rights

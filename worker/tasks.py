@@ -8,8 +8,8 @@ from celery import Celery, Task, signals
 from celery.exceptions import Reject
 
 from headrace.client.wire import keys
+from headrace.client.wire.celery import GROUP_TASK_NAME, TASK_NAME
 from headrace.client.wire.errors import JobError
-from headrace.client.wire.requests import GROUP_TASK_NAME, TASK_NAME
 from headrace.config import Settings
 from headrace.worker.engine.errors import EngineStopped
 from headrace.worker.jobs.service import service_for

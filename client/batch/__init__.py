@@ -1,1 +1,1 @@
-"""Many jobs: read rows, check them, run them through a bounded window, write their results."""
+"""Many jobs: read requests from a file or an iterable, compute them through a bounded window, write the results."""

@@ -1,6 +1,5 @@
-"""`headrace serve`: the HTTP API of OpenAI for completions, models, files and batches, in front of the queue.
+"""`headrace serve`: the OpenAI HTTP API for completions, models, files and batches, in front of the queue.
 
-A client like any other: it loads no model, and any number of servers may stand before one Redis. Needs the extra
-`http`. Reading order: `app.py` (routes), `completions.py` (what is asked and answered), `gateway.py` (jobs),
-`connections.py`, `guard.py` (who may ask how much), `storage.py`, `files.py`, `batches.py`.
+The server is a client of the queue like any other: it loads no model, and several servers can share one Redis. It needs
+the extra `http`. `serve.py` starts it, `app.py` assembles it, `routes/` has one module for each group of URLs.
 """

@@ -1,6 +1,6 @@
-"""Who may ask, how often and how much: looked at before any route sees a request.
+"""ASGI middleware: authentication, rate limit, body limit.
 
-Prompts and texts are in no line of the log: of a request it has method, path, status and seconds.
+The log of a request holds its method, path, status and duration, never a prompt or a generated text.
 """
 
 from __future__ import annotations
@@ -21,30 +21,34 @@ from headrace.client.http.errors import ApiError
 
 log = structlog.get_logger("headrace.http")
 
-#: A JSON body; the largest prompt takes a third of it even if every character is escaped.
+#: Limit of a JSON body, in bytes. The longest prompt takes a third of it even if every character is escaped.
 MAX_BODY_BYTES = 4 * 2**20
-#: An uploaded file; that of the OpenAI API.
+#: Limit of an uploaded file, in bytes; the OpenAI API has the same.
 MAX_FILE_BYTES = 200 * 2**20
-#: What the other parts of an upload take.
-FORM_BYTES = 2**16
-#: Read, beyond what is allowed, so that who sends too much reads our answer instead of a broken connection.
+#: Bytes that an upload may have besides the file: form fields and multipart boundaries.
+MULTIPART_OVERHEAD_BYTES = 2**16
+#: Bytes that are read and discarded after a request was refused. A client that is still sending would otherwise see a
+#: broken connection instead of the error.
 DRAIN_BYTES = 8 * 2**20
 
-HEALTH, UPLOAD, PAGE = "/health", "/v1/files", "/"
-#: Addresses that tell nothing that is anybody's; they need no key.
-OPEN = (HEALTH, PAGE)
-#: Where the guard leaves the name of a request's owner.
-OWNER = "headrace.owner"
+HEALTH_PATH, UPLOAD_PATH, PAGE_PATH = "/health", "/v1/files", "/"
+#: Paths that need no key: they reveal nothing about anybody's requests.
+PUBLIC_PATHS = (HEALTH_PATH, PAGE_PATH)
+#: The key under which the middleware stores the owner's name in the ASGI scope.
+OWNER_KEY = "headrace.owner"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a server allows.
+    """Who may use the server, and how much.
 
     Attributes:
-        keys: one of them has to come with each request; none are needed if there are none.
-        origins: pages of these may ask, from a browser.
-        any_host: also requests under names of other machines are answered where no key is needed.
+        keys: each request must send one of them; empty if no key is needed.
+        origins: web origins whose pages may send requests from a browser (CORS).
+        any_host: without keys, also accept `Host` headers that do not name this machine.
+        requests_per_minute: rate limit of each key; None for no limit.
+        max_body_bytes: limit of a request body.
+        max_file_bytes: limit of an uploaded file.
     """
 
     keys: tuple[str, ...] = field(default=(), repr=False)
@@ -55,100 +59,102 @@ class Limits:
     max_file_bytes: int = MAX_FILE_BYTES
 
 
-class Guard:
-    """The outermost layer of the application."""
+class AccessMiddleware:
+    """Checks key, origin, rate and size of each request, and logs it. The outermost middleware except CORS."""
 
     def __init__(self, app: ASGIApp, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._app, self._limits, self._clock = app, limits, clock
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in limits.keys]
-        self._buckets: dict[str, _Bucket] = {}
+        self._key_digests = [hashlib.sha256(key.encode()).digest() for key in limits.keys]
+        self._buckets: dict[str, _TokenBucket] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Called by the server."""
+        """Handle one request (ASGI)."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started, status = self._clock(), 0
 
-        async def sending(message: Message) -> None:
+        async def send_and_note_status(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
 
-        limit = self._limits.max_body_bytes
-        if scope["path"] == UPLOAD:
-            limit = self._limits.max_file_bytes + FORM_BYTES
-        body = _Body(receive, limit)
+        body = _LimitedBody(receive, self._body_limit(scope["path"]))
         try:
-            await self._answer(scope, body, sending)
-        except Exception as error:  # its message may hold what somebody wrote: only its kind and its place are told
-            _log_fault(scope, error)
+            await self._handle(scope, body, send_and_note_status)
+        except Exception as error:  # its message may contain a user's prompt: only its type and place are logged
+            _log_exception(scope, error)
             if not status:
-                failed = ApiError(500, "internal_error", "something failed here; see the server's log")
-                await failed.as_response()(scope, receive, sending)
+                failure = ApiError(500, "internal_error", "internal server error; see the server's log")
+                await failure.as_response()(scope, receive, send_and_note_status)
         finally:
-            tell = log.debug if scope["path"] == HEALTH else log.info
+            log_request = log.debug if scope["path"] == HEALTH_PATH else log.info
             seconds = round(self._clock() - started, 3)
-            tell("http.request", method=scope["method"], path=scope["path"], status=status, seconds=seconds)
+            log_request("http.request", method=scope["method"], path=scope["path"], status=status, seconds=seconds)
 
-    async def _answer(self, scope: Scope, body: _Body, send: Send) -> None:
+    def _body_limit(self, path: str) -> int:
+        if path == UPLOAD_PATH:
+            return self._limits.max_file_bytes + MULTIPART_OVERHEAD_BYTES
+        return self._limits.max_body_bytes
+
+    async def _handle(self, scope: Scope, body: _LimitedBody, send: Send) -> None:
         try:
             headers = Headers(scope=scope)
-            scope[OWNER] = self._admit(scope["path"], headers)
-            body.announce(headers.get("content-length", ""))
+            scope[OWNER_KEY] = self._authorize(scope["path"], headers)
+            body.check_content_length(headers.get("content-length", ""))
         except ApiError as error:
             await body.drain()
             await error.as_response()(scope, body.receive, send)
             return
         await self._app(scope, body.receive, send)
 
-    def _admit(self, path: str, headers: Headers) -> str:
-        """The owner of what the request makes. Raises ApiError."""
-        if path in OPEN:
+    def _authorize(self, path: str, headers: Headers) -> str:
+        """The owner of files and batches that the request creates. Raises ApiError if the request is refused."""
+        if path in PUBLIC_PATHS:
             return ""
-        owner = self._owner(headers.get("authorization", ""))
-        if not self._digests:
-            self._check_page(headers)
+        owner = self._authenticate(headers.get("authorization", ""))
+        if not self._key_digests:
+            self._check_host_and_origin(headers)
         if (rate := self._limits.requests_per_minute) is not None:
-            bucket = self._buckets.setdefault(owner, _Bucket(rate, self._clock()))
+            bucket = self._buckets.setdefault(owner, _TokenBucket(rate, self._clock()))
             if wait_s := bucket.take(self._clock()):
                 message = f"more than {rate} requests in a minute; try again in {wait_s} s"
                 raise ApiError(429, "rate_limit_exceeded", message, retry_after_s=wait_s)
         return owner
 
-    def _owner(self, authorization: str) -> str:
-        if not self._digests:
+    def _authenticate(self, authorization: str) -> str:
+        if not self._key_digests:
             return ""
         scheme, _, key = authorization.partition(" ")
-        given = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        # All are compared, each in a time that does not hang on where the two differ.
-        known = sum(hmac.compare_digest(given, digest) for digest in self._digests)
-        if scheme.lower() != "bearer" or not known:
-            raise ApiError(401, "invalid_api_key", "no valid key; send one as `Authorization: Bearer KEY`")
-        return given.hex()[:16]
+        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        # Compare with every key, each in constant time, so that the duration says nothing about the keys.
+        matches = sum(hmac.compare_digest(digest, known) for known in self._key_digests)
+        if scheme.lower() != "bearer" or not matches:
+            raise ApiError(401, "invalid_api_key", "no valid API key; send one as `Authorization: Bearer KEY`")
+        return digest.hex()[:16]
 
-    def _check_page(self, headers: Headers) -> None:
-        """Where no key is needed, a page that somebody looks at in a browser here could ask in his name."""
+    def _check_host_and_origin(self, headers: Headers) -> None:
+        """Without keys, refuse pages of other sites: opened in a browser on this machine, they could send requests."""
         host, origin = headers.get("host", ""), headers.get("origin")
-        if not self._limits.any_host and not is_loopback(_parts(f"//{host}")[1]):
-            raise ApiError(403, "wrong_host", "without keys only this machine is answered, under its own names")
-        if origin is not None and origin not in self._limits.origins and _parts(origin)[0] != host:
-            raise ApiError(403, "wrong_origin", "pages of other sites may not ask; --cors ORIGIN allows one")
+        if not self._limits.any_host and not is_loopback(_split_url(f"//{host}")[1]):
+            raise ApiError(403, "wrong_host", "without API keys the server answers only requests to localhost")
+        if origin is not None and origin not in self._limits.origins and _split_url(origin)[0] != host:
+            raise ApiError(403, "wrong_origin", "pages of other sites may not send requests; --cors ORIGIN allows one")
 
 
-class _Body:
-    """A request's body, up to a limit."""
+class _LimitedBody:
+    """Wraps ASGI's `receive`: counts the bytes of the request body and enforces a limit."""
 
     def __init__(self, receive: Receive, limit: int) -> None:
-        self._receive, self._limit, self._read, self._ended = receive, limit, 0, False
+        self._receive, self._limit, self._read, self._complete = receive, limit, 0, False
 
-    def announce(self, length: str) -> None:
-        """What the header says. Raises ApiError."""
-        if length.isascii() and length.isdecimal() and int(length[:20]) > self._limit:
+    def check_content_length(self, header: str) -> None:
+        """Raises ApiError if the Content-Length header exceeds the limit."""
+        if header.isascii() and header.isdecimal() and int(header[:20]) > self._limit:
             raise self._too_large()
 
     async def receive(self) -> Message:
-        """As the server's, counted. Raises ApiError."""
+        """The next ASGI message. Raises ApiError if the body exceeds the limit."""
         message = await self._next()
         if self._read > self._limit:
             await self.drain()
@@ -158,38 +164,38 @@ class _Body:
     async def _next(self) -> Message:
         message = await self._receive()
         self._read += len(message.get("body", b""))
-        self._ended = message["type"] == "http.disconnect" or not message.get("more_body", False)
+        self._complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
         return message
 
     async def drain(self) -> None:
-        """Read on, to a point."""
-        until = self._read + DRAIN_BYTES
-        while not self._ended and self._read < until:
+        """Read and discard the rest of the body, at most `DRAIN_BYTES` of it."""
+        stop_at = self._read + DRAIN_BYTES
+        while not self._complete and self._read < stop_at:
             await self._next()
 
     def _too_large(self) -> ApiError:
         return ApiError(413, "too_large", f"the request is larger than {self._limit} bytes")
 
 
-class _Bucket:
-    """Holds a minute's worth of requests, and fills evenly."""
+class _TokenBucket:
+    """Rate limiter: holds a minute's worth of requests and refills evenly."""
 
     def __init__(self, per_minute: int, now: float) -> None:
-        self._per_minute, self._left, self._at = per_minute, float(per_minute), now
+        self._per_minute, self._tokens, self._updated_at = per_minute, float(per_minute), now
 
     def take(self, now: float) -> int:
-        """0 if there was one, else the seconds after which there will be."""
-        rate = self._per_minute / 60
-        self._left = min(float(self._per_minute), self._left + (now - self._at) * rate)
-        self._at = now
-        if self._left >= 1:
-            self._left -= 1
+        """Take one token. Returns 0, or the seconds to wait if the bucket is empty."""
+        per_second = self._per_minute / 60
+        self._tokens = min(float(self._per_minute), self._tokens + (now - self._updated_at) * per_second)
+        self._updated_at = now
+        if self._tokens >= 1:
+            self._tokens -= 1
             return 0
-        return int((1 - self._left) / rate) + 1
+        return int((1 - self._tokens) / per_second) + 1
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address is this machine's own, which no other machine can reach."""
+    """Whether `host` is localhost or a loopback address, which other machines cannot reach."""
     if host == "localhost":
         return True
     try:
@@ -198,8 +204,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _parts(url: str) -> tuple[str, str]:
-    """Network location and host name in a URL, empty where it is none."""
+def _split_url(url: str) -> tuple[str, str]:
+    """Network location and host name of a URL; empty strings if it is not a URL."""
     try:
         parts = urlsplit(url)
         return parts.netloc, parts.hostname or ""
@@ -207,9 +213,9 @@ def _parts(url: str) -> tuple[str, str]:
         return "", ""
 
 
-def _log_fault(scope: Scope, error: Exception) -> None:
-    trace, places = error.__traceback__, []
-    while trace is not None:
-        places.append(f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}")
-        trace = trace.tb_next
+def _log_exception(scope: Scope, error: Exception) -> None:
+    traceback, places = error.__traceback__, []
+    while traceback is not None:
+        places.append(f"{traceback.tb_frame.f_code.co_filename}:{traceback.tb_lineno}")
+        traceback = traceback.tb_next
     log.error("http.failed", path=scope["path"], error=type(error).__name__, places=places[-6:])

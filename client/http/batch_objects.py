@@ -1,4 +1,4 @@
-"""What is known of a batch: OpenAI's objects, and what only this server has to know."""
+"""Batches as objects: OpenAI's batch object with the server's private fields, and the body of a create request."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from headrace.client.http.errors import ApiError
+from headrace.client.http.errors import invalid
 from headrace.client.wire.errors import Fault
 
 ENDPOINT, WINDOW, WINDOW_S = "/v1/completions", "24h", 86_400
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
-OPEN = ("validating", "in_progress", "finalizing", "cancelling")
+#: The statuses of a batch that has not ended.
+OPEN_STATUSES = ("validating", "in_progress", "finalizing", "cancelling")
+#: The statuses in which a batch can be cancelled.
+CANCELLABLE_STATUSES = ("validating", "in_progress", "cancelling")
 
 
-class Counts(BaseModel):
-    """Rows."""
+class RequestCounts(BaseModel):
+    """Numbers of rows, as in OpenAI's batch object."""
 
     total: int = 0
     completed: int = 0
@@ -25,7 +28,7 @@ class Counts(BaseModel):
 
 
 class BatchState(BaseModel):
-    """OpenAI's batch object, and what only this server has to know."""
+    """OpenAI's batch object with the server's private fields; stored as JSON in the directory of batches."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -47,17 +50,17 @@ class BatchState(BaseModel):
     output_file_id: str | None = None
     error_file_id: str | None = None
     errors: dict[str, Any] | None = None
-    request_counts: Counts = Counts()
+    request_counts: RequestCounts = RequestCounts()
     usage: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
 
     owner: str = Field("", repr=False)
-    #: Where rows and failures are written; they become files when it ends.
+    #: File ids to which results and errors are written while the batch runs; published when it ends.
     rows_id: str
     failures_id: str
 
     def public(self) -> dict[str, Any]:
-        """For the client."""
+        """OpenAI's batch object, without the private fields."""
         return self.model_dump(exclude={"owner", "rows_id", "failures_id"})
 
 
@@ -72,24 +75,22 @@ class BatchRequest(BaseModel):
     metadata: dict[str, str] | None = Field(None, max_length=16)
 
 
-def read_batch_request(body: Mapping[str, Any]) -> BatchRequest:
-    """The body, checked. Raises ApiError."""
+def parse_batch_request(body: Mapping[str, Any]) -> BatchRequest:
+    """Parse and check the body of a create request. Raises ApiError."""
     try:
         request = BatchRequest.model_validate(dict(body))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(map(str, first["loc"]))[:80]
-        raise ApiError(400, "invalid_request", f"{field}: {first['msg']}", param=field) from None
+        raise invalid(f"{field}: {first['msg']}", field) from None
     if any(len(name) > 64 or len(value) > 512 for name, value in (request.metadata or {}).items()):
-        raise ApiError(
-            400, "invalid_request", "metadata: names have 64 characters at most, values 512", param="metadata"
-        )
-    for name, right in (("endpoint", ENDPOINT), ("completion_window", WINDOW)):
-        if getattr(request, name) != right:
-            raise ApiError(400, "invalid_request", f"{name}: only {right!r} is offered here", param=name)
+        raise invalid("metadata: names have at most 64 characters, values 512", "metadata")
+    for name, supported in (("endpoint", ENDPOINT), ("completion_window", WINDOW)):
+        if getattr(request, name) != supported:
+            raise invalid(f"{name}: only {supported!r} is supported", name)
     return request
 
 
 def fault_object(fault: Fault, code: str = "invalid_request") -> dict[str, Any]:
-    """OpenAI's form of what is wrong in a line."""
+    """OpenAI's object for an error in one line of the input file."""
     return {"code": code, "line": fault.line or None, "message": fault.message, "param": fault.field or None}

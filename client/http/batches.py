@@ -1,7 +1,7 @@
-"""`/v1/batches`: files of requests, computed in the background by what `headrace batch` uses (`client.batch.run`).
+"""Batches of `/v1/batches`: validated and computed in background threads with `client.batch.run`.
 
-What is known of a batch is on disk, and so are its rows that are done, each written when it ended. A server that starts
-goes on with the batches that are not complete: jobs that are still queued or done in Redis are found again.
+The state of each batch is on disk, and each row is written to its output file when it is done. A server that restarts
+resumes incomplete batches: it finds their jobs in Redis, whether queued or finished.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,73 +22,74 @@ from headrace.client.batch.output import RowFile
 from headrace.client.batch.run import Batch, BatchReport, DropBatch
 from headrace.client.client import Client
 from headrace.client.http.batch_objects import (
-    OPEN,
+    CANCELLABLE_STATUSES,
+    OPEN_STATUSES,
     WINDOW_S,
+    BatchRequest,
     BatchState,
-    Counts,
+    RequestCounts,
     Status,
     fault_object,
-    read_batch_request,
 )
 from headrace.client.http.errors import ApiError, not_found
-from headrace.client.http.file_store import LIFE_S, FileStore, read_all, write_json
+from headrace.client.http.file_store import RETENTION_S, FileStore, load_all, write_json
 from headrace.client.wire.errors import Fault, HeadraceError, InvalidBatch
 from headrace.config import Settings
 
 log = structlog.get_logger("headrace.http")
 
-#: Rows of a batch; that of the OpenAI API.
+#: Rows of one batch; the OpenAI API has the same limit.
 MAX_ROWS = 50_000
-#: Batches that are computed at a time, and that may wait.
-AT_ONCE, MAX_OPEN = 2, 1_000
-#: How often Redis is asked again when it was away.
-RETRY_S = 0.5
+#: Batches that run at the same time, and batches that may be open (running or waiting for a thread).
+MAX_CONCURRENT, MAX_OPEN = 2, 1_000
+#: Seconds between attempts to reach Redis.
+REDIS_RETRY_S = 0.5
+GZIP_MAGIC = b"\x1f\x8b"
 
 
-class _Leave(Exception):
-    """The server stops; the batch goes on when it starts again."""
+class _ServerStopping(Exception):
+    """Raised in a batch's thread when the server stops; the batch stays open and is resumed at the next start."""
 
 
 class Batches:
-    """All batches of a server, computed AT_ONCE at a time in threads of their own.
+    """All batches of a server; at most MAX_CONCURRENT of them run, each in a thread.
 
     Args:
-        settings: of the clients that submit their rows.
+        directory: parent of the directory in which the states are stored.
+        settings: settings of the clients that submit the rows.
     """
 
     def __init__(self, directory: Path, files: FileStore, settings: Settings) -> None:
         self._directory, self._files, self._settings = directory / "batches", files, settings
         self._directory.mkdir(mode=0o700, exist_ok=True)
         self._lock = threading.RLock()
-        self._leaving = threading.Event()
+        self._stopping = threading.Event()
         self._running: set[str] = set()
-        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="headrace-batch")
-        self._states = {state.id: state for state in read_all(self._directory, BatchState)}
+        self._threads = ThreadPoolExecutor(MAX_CONCURRENT, thread_name_prefix="headrace-batch")
+        self._states = {state.id: state for state in load_all(self._directory, BatchState)}
 
     def start(self) -> None:
-        """Go on with what is not complete."""
+        """Resume batches that a previous server left incomplete."""
         for state in sorted(self._states.values(), key=lambda state: state.created_at):
-            if state.status in OPEN:
-                self._threads.submit(self._work, state.id)
+            if state.status in OPEN_STATUSES:
+                self._threads.submit(self._run, state.id)
 
     def stop(self) -> None:
-        """Leave all batches as they are, and wait for the threads."""
-        self._leaving.set()
+        """Interrupt all running batches, to be resumed at the next start, and wait for their threads."""
+        self._stopping.set()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    # --- what clients ask --------------------------------------------------------------------------------------------
+    # --- requests ----------------------------------------------------------------------------------------------------
 
-    def create(self, body: Mapping[str, Any], owner: str) -> BatchState:
+    def create(self, request: BatchRequest, owner: str) -> BatchState:
         """Accept a batch. Raises ApiError."""
-        request = read_batch_request(body)
         file = self._files.get(request.input_file_id, owner)
         with self._files.path(file.id).open("rb") as opened:
-            if opened.read(2) == b"\x1f\x8b":
-                raise ApiError(
-                    400, "invalid_file", "the file is zipped; JSON lines are expected", param="input_file_id"
-                )
-        self._files.check_room()
-        if len(self._needed()) >= MAX_OPEN:
+            if opened.read(2) == GZIP_MAGIC:
+                message = "the file is gzip-compressed; upload it as uncompressed JSON lines"
+                raise ApiError(400, "invalid_file", message, param="input_file_id")
+        self._files.check_space()
+        if len(self._input_files()) >= MAX_OPEN:
             raise ApiError(429, "too_many_batches", "too many batches are open; try again later", retry_after_s=60)
         now = int(time.time())
         state = BatchState(
@@ -103,11 +103,11 @@ class Batches:
             failures_id=self._files.new_id(),
         )
         self._save(state)
-        self._threads.submit(self._work, state.id)
+        self._threads.submit(self._run, state.id)
         return state
 
     def get(self, batch_id: str, owner: str) -> BatchState:
-        """A batch of the owner's. Raises ApiError."""
+        """Find a batch. Raises ApiError if it does not exist or has another owner."""
         with self._lock:
             state = self._states.get(batch_id)
         if state is None or state.owner != owner:
@@ -115,61 +115,64 @@ class Batches:
         return state
 
     def owned_by(self, owner: str) -> list[BatchState]:
-        """The owner's batches, oldest first."""
+        """All batches of one owner, the oldest first."""
         with self._lock:
             states = [state for state in self._states.values() if state.owner == owner]
         return sorted(states, key=lambda state: (state.created_at, state.id))
 
     def cancel(self, batch_id: str, owner: str) -> BatchState:
-        """Ask for a batch to be ended; rows that are done stay. Raises ApiError if it has ended."""
+        """Start to cancel a batch; rows that are done are kept. Raises ApiError if the batch has ended."""
         with self._lock:
             state = self.get(batch_id, owner)
-            if state.status not in ("validating", "in_progress", "cancelling"):
-                raise ApiError(409, "batch_ended", f"the batch is {state.status}; only one that goes on is cancelled")
+            if state.status not in CANCELLABLE_STATUSES:
+                raise ApiError(
+                    409, "batch_ended", f"the batch is {state.status}; only a running batch can be cancelled"
+                )
             if state.status != "cancelling":
                 state = self._update(batch_id, status="cancelling", cancelling_at=int(time.time()))
             if batch_id in self._running:
                 return state
-            return self._finish(batch_id, "cancelled")  # it waits for its turn, which may be long
+            return self._finish(batch_id, "cancelled")  # it waits for a thread, which may take long
 
     def uses(self, file_id: str) -> bool:
-        """Whether a batch that goes on reads the file."""
-        return file_id in self._needed()
+        """Whether an open batch reads the file."""
+        return file_id in self._input_files()
 
-    def sweep(self) -> None:
-        """Delete files that have expired, and forget batches that are as old."""
-        self._files.sweep(self._needed())
+    def delete_expired(self) -> None:
+        """Delete expired files, and batches that ended so long ago that their files have expired."""
+        self._files.delete_expired(keep=self._input_files())
         with self._lock:
-            ended = [state for state in self._states.values() if state.status not in OPEN]
-            old = [state.id for state in ended if state.created_at + WINDOW_S + LIFE_S < time.time()]
-            for batch_id in old:
+            ended = [state for state in self._states.values() if state.status not in OPEN_STATUSES]
+            expired = [state.id for state in ended if state.created_at + WINDOW_S + RETENTION_S < time.time()]
+            for batch_id in expired:
                 del self._states[batch_id]
-        for batch_id in old:
+        for batch_id in expired:
             (self._directory / f"{batch_id}.json").unlink(missing_ok=True)
 
-    def _needed(self) -> set[str]:
+    def _input_files(self) -> set[str]:
+        """Input files of open batches."""
         with self._lock:
-            return {state.input_file_id for state in self._states.values() if state.status in OPEN}
+            return {state.input_file_id for state in self._states.values() if state.status in OPEN_STATUSES}
 
-    # --- in a thread -------------------------------------------------------------------------------------------------
+    # --- running a batch, in its thread ------------------------------------------------------------------------------
 
-    def _work(self, batch_id: str) -> None:
+    def _run(self, batch_id: str) -> None:
         with self._lock:
-            if self._states[batch_id].status not in OPEN or batch_id in self._running:
+            if self._states[batch_id].status not in OPEN_STATUSES or batch_id in self._running:
                 return
             self._running.add(batch_id)
         try:
             self._compute(batch_id)
-        except _Leave:
+        except _ServerStopping:
             return
         except InvalidBatch as error:
             self._fail(batch_id, [fault_object(fault) for fault in error.faults])
         except HeadraceError as error:
             log.error("batch.failed", batch=batch_id, error=error.code)
-            self._fail(batch_id, [fault_object(Fault(0, "", "it cannot be computed"), error.code)])
+            self._fail(batch_id, [fault_object(Fault(0, "", "the batch cannot be computed"), error.code)])
         except Exception as error:
             log.error("batch.failed", batch=batch_id, error=type(error).__name__)
-            self._fail(batch_id, [fault_object(Fault(0, "", "something failed here"), "internal_error")])
+            self._fail(batch_id, [fault_object(Fault(0, "", "internal server error"), "internal_error")])
         finally:
             with self._lock:
                 self._running.discard(batch_id)
@@ -179,96 +182,101 @@ class Batches:
         rows, failures = self._files.path(state.rows_id), self._files.path(state.failures_id)
         with Client(settings=self._settings) as client:
             try:
-                batch = self._checked_batch(client, state)
+                batch = self._validate(client, state)
                 batch.run(
                     rows,
                     errors=failures,
                     resume=True,
-                    on_progress=lambda report: self._progress(batch_id, report),
+                    on_progress=lambda report: self._record_progress(batch_id, report),
                     tell=lambda message: log.warning("batch.waits", batch=batch_id, reason=message),
                 )
             except DropBatch:
-                ended: Status = "cancelled" if self._states[batch_id].status == "cancelling" else "expired"
-                self._finish(batch_id, ended)
+                self._finish(batch_id, "cancelled" if self._states[batch_id].status == "cancelling" else "expired")
                 return
         with self._lock:
-            cancelled = self._states[batch_id].status == "cancelling"  # as its last row ended
+            cancelled = self._states[batch_id].status == "cancelling"  # requested while the last row was computed
             if not cancelled:
                 self._update(batch_id, status="finalizing", finalizing_at=int(time.time()))
         self._finish(batch_id, "cancelled" if cancelled else "completed")
 
-    def _checked_batch(self, client: Client, state: BatchState) -> Batch:
-        """The rows, all checked. Models are looked at only once: their workers may be away when the server is back."""
-        self._look(state.id)
-        models = self._models(client, state.id) if state.in_progress_at is None else None
+    def _validate(self, client: Client, state: BatchState) -> Batch:
+        """Check all rows. Raises InvalidBatch.
+
+        The models that rows name are checked only the first time: when a server resumes the batch, their workers may
+        be restarting.
+        """
+        self._check_interrupted(state.id)
+        models = self._served_models(client, state.id) if state.in_progress_at is None else None
         source = self._files.path(state.input_file_id)
-        batch = Batch(client, source, models=models, on_line=lambda line: self._look(state.id, line))
+        batch = Batch(client, source, models=models, on_line=lambda line: self._check_interrupted(state.id, line))
         if batch.checked.rows > MAX_ROWS:
-            raise _too_long()
+            raise _too_many_rows()
         if state.in_progress_at is None:
-            counts = Counts(total=batch.checked.rows)
+            counts = RequestCounts(total=batch.checked.rows)
             self._update(state.id, status="in_progress", in_progress_at=int(time.time()), request_counts=counts)
         return batch
 
-    def _models(self, client: Client, batch_id: str) -> set[str]:
+    def _served_models(self, client: Client, batch_id: str) -> set[str]:
+        """The models that rows may name. Retries until Redis can be reached."""
         while True:
             try:
                 return client.models()
             except HeadraceError:
-                self._look(batch_id)
-                time.sleep(RETRY_S)
+                self._check_interrupted(batch_id)
+                time.sleep(REDIS_RETRY_S)
 
-    def _look(self, batch_id: str, line: int = 0) -> None:
-        """Raises what ends the work on a batch before it is complete."""
-        if self._leaving.is_set():
-            raise _Leave
-        if line > 2 * MAX_ROWS:  # blank lines are no rows, but there is an end to them
-            raise _too_long()
+    def _check_interrupted(self, batch_id: str, line: int = 0) -> None:
+        """Raises an exception if the batch must not continue: stopped, cancelled, expired, or its file is too long."""
+        if self._stopping.is_set():
+            raise _ServerStopping
+        if line > 2 * MAX_ROWS:  # blank lines are not rows, but they are limited too
+            raise _too_many_rows()
         state = self._states[batch_id]
         if state.status == "cancelling" or time.time() > state.expires_at:
             raise DropBatch
 
-    def _progress(self, batch_id: str, report: BatchReport) -> None:
+    def _record_progress(self, batch_id: str, report: BatchReport) -> None:
         completed = report.before - report.failed_before + report.succeeded
-        counts = Counts(total=report.rows, completed=completed, failed=report.failed_before + report.failed)
+        counts = RequestCounts(total=report.rows, completed=completed, failed=report.failed_before + report.failed)
         with self._lock:
             state = self._states[batch_id]
             self._states[batch_id] = state.model_copy(update={"request_counts": counts})
-        self._look(batch_id)
+        self._check_interrupted(batch_id)
 
     # --- states ------------------------------------------------------------------------------------------------------
 
     def _finish(self, batch_id: str, status: Status, **more: Any) -> BatchState:
-        """Make files of what was written. May be done twice, with a death in between."""
+        """Publish the output files and store the final state. Idempotent: a crash in between repeats it."""
         state = self._states[batch_id]
         rows, failures = self._files.path(state.rows_id), self._files.path(state.failures_id)
         rows.with_name(f"{rows.name}.run").unlink(missing_ok=True)
-        completed, usage = _count(rows)
-        failed, _ = _count(failures)
+        completed, usage = _count_rows(rows)
+        failed, _ = _count_rows(failures)
         total = max(state.request_counts.total, completed + failed)
         return self._update(
             batch_id,
             status=status,
             **{f"{status}_at": int(time.time())},
-            output_file_id=self._published(state.rows_id, state, "output"),
-            error_file_id=self._published(state.failures_id, state, "error"),
-            request_counts=Counts(total=total, completed=completed, failed=failed),
+            output_file_id=self._publish(state.rows_id, state, "output"),
+            error_file_id=self._publish(state.failures_id, state, "error"),
+            request_counts=RequestCounts(total=total, completed=completed, failed=failed),
             usage=usage,
             **more,
         )
 
-    def _published(self, file_id: str, state: BatchState, what: str) -> str | None:
+    def _publish(self, file_id: str, state: BatchState, suffix: str) -> str | None:
+        """Make an output file visible to its owner. Returns None, and deletes the file, if it is empty."""
         path = self._files.path(file_id)
         if not path.exists() or not path.stat().st_size:
             path.unlink(missing_ok=True)
             return None
-        self._files.publish(file_id, filename=f"{state.id}_{what}.jsonl", purpose="batch_output", owner=state.owner)
+        self._files.publish(file_id, filename=f"{state.id}_{suffix}.jsonl", purpose="batch_output", owner=state.owner)
         return file_id
 
     def _fail(self, batch_id: str, errors: list[dict[str, Any]]) -> None:
         try:
             self._finish(batch_id, "failed", errors={"object": "list", "data": errors})
-        except (OSError, HeadraceError) as error:  # the disk is full, say: it is tried again when the server starts
+        except (OSError, HeadraceError) as error:  # for example a full disk; the next start of the server tries again
             log.error("batch.unsaved", batch=batch_id, error=type(error).__name__)
 
     def _update(self, batch_id: str, **changes: Any) -> BatchState:
@@ -283,15 +291,15 @@ class Batches:
             write_json(self._directory / f"{state.id}.json", state.model_dump())
 
 
-def _too_long() -> InvalidBatch:
-    return InvalidBatch([Fault(0, "input", f"a batch has at most {MAX_ROWS} rows; make several of it")])
+def _too_many_rows() -> InvalidBatch:
+    return InvalidBatch([Fault(0, "input", f"a batch has at most {MAX_ROWS} rows; split it into several batches")])
 
 
-def _count(path: Path) -> tuple[int, dict[str, Any]]:
-    """Rows in an output file, and the tokens that they took."""
-    written = RowFile(path)
-    deque(written.scan(), 0)
-    written.repair(without_failures=False)  # a death may have torn its end
+def _count_rows(path: Path) -> tuple[int, dict[str, Any]]:
+    """The number of rows in an output file, and OpenAI's usage object: the tokens of all rows."""
+    output = RowFile(path)
+    deque(output.scan(), 0)
+    output.repair(without_failures=False)  # a crash may have left an incomplete last line
     rows, totals = 0, {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         for line in file:

@@ -1,4 +1,4 @@
-"""What routes have in common."""
+"""What all routes share: the objects they work with, reading JSON bodies, and pagination."""
 
 from __future__ import annotations
 
@@ -11,50 +11,68 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from headrace.client.async_client import AsyncClient
-from headrace.client.http.auth import OWNER
+from headrace.client.http.auth import OWNER_KEY
 from headrace.client.http.batches import Batches
 from headrace.client.http.comparison import Comparison
-from headrace.client.http.errors import ApiError
+from headrace.client.http.errors import ApiError, invalid, not_found
 from headrace.client.http.file_store import FileStore
-from headrace.client.http.jobs import Gateway
-from headrace.client.http.page import Overview
+from headrace.client.http.jobs import JobRunner
+from headrace.client.http.page import StatusReporter
 
 
 @dataclass
-class Parts:
-    """What routes work with, while the server runs."""
+class AppContext:
+    """The objects that routes work with while the server runs."""
 
     client: AsyncClient
-    gateway: Gateway
+    jobs: JobRunner
     files: FileStore
     batches: Batches
-    overview: Overview
+    status: StatusReporter
     comparison: Comparison
 
 
-def parts_of(request: Request) -> Parts:
-    """What the route works with."""
-    parts: Parts = request.app.state.parts
-    return parts
+def context_of(request: Request) -> AppContext:
+    """The context of the application that received the request."""
+    context: AppContext = request.app.state.context
+    return context
 
 
 def owner_of(request: Request) -> str:
-    """Whose files and batches the request may see."""
-    owner: str = request.scope[OWNER]
+    """The owner whose files and batches the request may see; "" if no keys are configured."""
+    owner: str = request.scope[OWNER_KEY]
     return owner
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The body. Raises ApiError if it is no JSON object."""
+    """The request body. Raises ApiError if it is not a JSON object."""
     try:
         body = json.loads(await request.body())
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, "invalid_json", f"the body is no JSON: {str(error)[:80]}") from None
+        raise ApiError(400, "invalid_json", f"the body is not valid JSON: {str(error)[:80]}") from None
     if not isinstance(body, dict):
-        raise ApiError(400, "invalid_json", "the body has to be a JSON object")
+        raise ApiError(400, "invalid_json", "the body must be a JSON object")
     return body
 
 
+def paginate(request: Request, items: list[dict[str, Any]], default_limit: int, max_limit: int) -> dict[str, Any]:
+    """OpenAI's list object: the page of `items` that the query parameters `after` and `limit` select.
+
+    Raises:
+        ApiError: `limit` is out of range, or there is no item with the id `after`.
+    """
+    limit, after = request.query_params.get("limit", str(default_limit)), request.query_params.get("after")
+    if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit[:12]) <= max_limit):
+        raise invalid(f"limit: expected a whole number from 1 to {max_limit}", "limit")
+    index_of = {item["id"]: index for index, item in enumerate(items)}
+    if after is not None and after not in index_of:
+        raise not_found("object", after[:80])
+    start = 0 if after is None else index_of[after] + 1
+    page = items[start : start + int(limit)]
+    ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
+    return {"object": "list", "data": page, **ends, "has_more": start + len(page) < len(items)}
+
+
 def route(method: str, path: str, endpoint: Callable[[Request], Any]) -> Route:
-    """An address of one method."""
+    """A route that accepts one HTTP method."""
     return Route(path, endpoint, methods=[method])

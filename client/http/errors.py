@@ -1,6 +1,7 @@
-"""What went wrong, as the error objects of the OpenAI API.
+"""Exceptions as error objects of the OpenAI API.
 
-A client's mistake says which field; a failure of ours says nothing of addresses, users or paths here.
+An error that the client caused names the field at fault. An error that the server caused reveals no address, user name
+or path of the server.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from headrace.client.wire.errors import (
 )
 from headrace.client.wire.requests import GenerateRequest
 
-#: Seconds after which it is worth asking again, where that hangs on others.
-RETRY_S = 5
-#: Nobody reads the answer, or somebody else cancelled the job (nginx's code, and that of gRPC for CANCELLED).
-CLIENT_GONE = 499
+#: The `retry-after` header, in seconds, of errors that go away by themselves: a full queue, a restarting worker.
+RETRY_AFTER_S = 5
+#: The status when the client has disconnected or the job was cancelled: nginx's 499, gRPC's CANCELLED.
+CLIENT_CLOSED_REQUEST = 499
 
-#: Codes of jobs that failed for what was asked -> the field at fault. Any other is a failure of ours.
-_ASKED = {
+#: Codes of jobs that failed because of the request -> the field at fault. Every other code is a server error.
+_REQUEST_ERRORS = {
     "context_length_exceeded": "prompt",
     "empty_prompt": "prompt",
     "invalid_token_id": "prompt",
@@ -39,17 +40,19 @@ _ASKED = {
     "result_too_large": "max_tokens",
     "invalid_request": None,
 }
-_AWAY = "the queue cannot be reached; try again later"
+_REDIS_DOWN = "the queue cannot be reached; try again later"
+_INTERNAL = "internal server error; see the server's log"
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Attributes:
-        status: of HTTP.
-        code: a short fixed word, of ours or of OpenAI's.
+        status: HTTP status code.
+        code: a short fixed word, one of headrace's or of OpenAI's.
+        message: one sentence for the user of the API.
         param: the field at fault.
-        retry_after_s: when it is worth asking again; None if that would change nothing.
+        retry_after_s: seconds until a retry may succeed; None if a retry would fail again.
     """
 
     def __init__(
@@ -61,69 +64,72 @@ class ApiError(Exception):
 
     @property
     def kind(self) -> str:
-        """OpenAI's `type`."""
-        named = {429: "rate_limit_error", CLIENT_GONE: "cancelled"}.get(self.status)
-        return named or ("server_error" if self.status >= 500 else "invalid_request_error")
+        """The `type` of OpenAI's error object."""
+        special = {429: "rate_limit_error", CLIENT_CLOSED_REQUEST: "cancelled"}.get(self.status)
+        return special or ("server_error" if self.status >= 500 else "invalid_request_error")
 
     def as_dict(self) -> dict[str, Any]:
-        """The error object."""
+        """The error object of the OpenAI API."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     def as_response(self) -> JSONResponse:
-        """The whole answer."""
+        """The HTTP response: status, headers and error object."""
         headers = {}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         if self.retry_after_s is not None:
             headers["retry-after"] = str(self.retry_after_s)
         elif self.status >= 409:
-            # The openai package repeats such requests by itself. It would compute once more what fails again.
+            # The openai package retries these statuses by default; here a retry would compute the same failure again.
             headers["x-should-retry"] = "false"
         return JSONResponse(self.as_dict(), self.status, headers)
 
 
-def not_found(what: str, name: str) -> ApiError:
-    """There is none of that name, or it is somebody else's."""
-    return ApiError(404, "not_found", f"no such {what}: {name}", param="id")
+def invalid(message: str, param: str) -> ApiError:
+    """A 400 response for a wrong value of the field `param`."""
+    return ApiError(400, "invalid_request", message, param=param)
+
+
+def not_found(kind: str, object_id: str) -> ApiError:
+    """A 404 response: the object does not exist or belongs to another API key."""
+    return ApiError(404, "not_found", f"no such {kind}: {object_id}", param="id")
 
 
 def translate(error: Exception) -> ApiError:
-    """Any exception as the error that a client sees."""
+    """Map any exception to the error that the client sees."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):
-        return _of_route(error)
+        return _from_routing(error)
     if isinstance(error, InvalidRequest):
         return ApiError(400, error.code, str(error), param=error.field)
     if isinstance(error, QueueFull):
-        return ApiError(429, error.code, "the queue is full; try again later", retry_after_s=RETRY_S)
+        return ApiError(429, error.code, "the queue is full; try again later", retry_after_s=RETRY_AFTER_S)
     if isinstance(error, (RedisUnreachable, RedisRefused)):
-        return ApiError(503, error.code, _AWAY, retry_after_s=RETRY_S)
+        return ApiError(503, error.code, _REDIS_DOWN, retry_after_s=RETRY_AFTER_S)
     if isinstance(error, NoWorker):
-        return ApiError(503, error.code, "no worker serves the model; try again later", retry_after_s=RETRY_S)
+        return ApiError(503, error.code, "no worker serves the model; try again later", retry_after_s=RETRY_AFTER_S)
     if isinstance(error, (ResultTimeout, JobExpired)):
-        return ApiError(504, error.code, "it was not done in time; ask for less, or allow more with timeout_s")
+        return ApiError(504, error.code, "the job timed out; ask for fewer tokens, or raise timeout_s")
     if isinstance(error, JobCancelled):
-        return ApiError(CLIENT_GONE, error.code, "the job was cancelled")
+        return ApiError(CLIENT_CLOSED_REQUEST, error.code, "the job was cancelled")
     if isinstance(error, JobError):
-        return _of_job(error)
-    return ApiError(
-        500, getattr(error, "code", None) or "internal_error", "something failed here; see the server's log"
-    )
+        return _from_failed_job(error)
+    return ApiError(500, getattr(error, "code", None) or "internal_error", _INTERNAL)
 
 
-def _of_job(error: JobError) -> ApiError:
-    if error.code in _ASKED:
-        named = error.message.partition(" ")[0]  # an id may be wrong in more fields than one
-        param = named if named in GenerateRequest.model_fields else _ASKED[error.code]
+def _from_failed_job(error: JobError) -> ApiError:
+    if error.code in _REQUEST_ERRORS:
+        first_word = error.message.partition(" ")[0]  # an invalid token id may be in one of several fields
+        param = first_word if first_word in GenerateRequest.model_fields else _REQUEST_ERRORS[error.code]
         return ApiError(400, error.code, error.message, param=param)
     return ApiError(500, error.code, f"the job failed: {error.code}")
 
 
-def _of_route(error: HTTPException) -> ApiError:
+def _from_routing(error: HTTPException) -> ApiError:
     if error.status_code == 404:
         paths = "/v1/completions, /v1/models, /v1/files, /v1/batches, /execute and /health"
-        return ApiError(404, "unknown_url", f"nothing is here; this server has {paths}")
+        return ApiError(404, "unknown_url", f"no such URL; this server has {paths}")
     if error.status_code == 405:
-        return ApiError(405, "method_not_allowed", "this address does not take that method")
+        return ApiError(405, "method_not_allowed", "this URL does not support that method")
     return ApiError(error.status_code, "invalid_request", error.detail)

@@ -1,6 +1,6 @@
-"""Uploaded files and those that batches write, in a directory: `<id>` holds the bytes, `<id>.json` what is said of it.
+"""Uploaded files and output files of batches, in one directory: `<id>` is the content, `<id>.json` the metadata.
 
-A file without its `.json` does not exist yet, or any more. Methods block; any thread may call them.
+A file exists as soon as, and only while, its `.json` exists. Methods block and are thread-safe.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from headrace.client.http.errors import ApiError, not_found
 from headrace.client.wire.errors import HeadraceError
 
-#: Files are kept for so long, unless they were uploaded with a shorter life; OpenAI's value for batches.
-LIFE_S = 30 * 86_400
-SHORTEST_LIFE_S = 3_600
-#: All files together.
+#: Seconds until a file is deleted, unless it was uploaded with a shorter `expires_after`. OpenAI's value for batches.
+RETENTION_S = 30 * 86_400
+MIN_RETENTION_S = 3_600
+#: Default limit for the size of all files together, in bytes.
 MAX_TOTAL_BYTES = 20 * 2**30
 MAX_FILES = 10_000
 MAX_FILENAME = 255
 
 
 class DirectoryInUse(HeadraceError):
-    """Raised when another server works in the directory, or nobody may."""
+    """Raised when another server uses the directory, or the directory is not writable."""
 
 
 class StoredFile(BaseModel):
-    """What is said of a file. `owner` is who may see it; the name of a key's holder, never the key."""
+    """Metadata of a file. `owner` identifies the API key that may see it; it is a digest, never the key."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -55,10 +55,13 @@ class StoredFile(BaseModel):
 
 
 class FileStore:
-    """The files in a directory, which is made if it is not there.
+    """The files in `directory`, which is created if it does not exist and locked until `close`.
+
+    Args:
+        max_total_bytes: no file is accepted once all files together reach this size.
 
     Raises:
-        DirectoryInUse: another server works in it, or it cannot be written.
+        DirectoryInUse: another server uses the directory, or it is not writable.
     """
 
     def __init__(self, directory: Path, max_total_bytes: int = MAX_TOTAL_BYTES) -> None:
@@ -68,32 +71,34 @@ class FileStore:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._directory = directory / "files"
             self._directory.mkdir(mode=0o700, exist_ok=True)
-            # `close` may run in another thread than this.
-            self._holder = FileLock(directory / "lock", mode=0o600, thread_local=False)
-            self._holder.acquire(blocking=False)
-        except Timeout:  # an OSError too
-            raise DirectoryInUse(f"another server works in {directory}; give this one another, --files DIR") from None
+            # Not thread-local: the application closes the store in another thread than the one that opened it.
+            self._directory_lock = FileLock(directory / "lock", mode=0o600, thread_local=False)
+            self._directory_lock.acquire(blocking=False)
+        except Timeout:  # a subclass of OSError
+            raise DirectoryInUse(
+                f"another server uses {directory}; choose another directory with --files DIR"
+            ) from None
         except OSError as error:
             raise DirectoryInUse(f"{error.filename} cannot be written: {error.strerror}") from None
-        for part in self._directory.glob("*.part"):  # of an upload that a death cut off
+        for part in self._directory.glob("*.part"):  # an upload that was interrupted when the server died
             part.unlink()
-        self._files = {file.id: file for file in read_all(self._directory, StoredFile) if self.path(file.id).exists()}
+        self._files = {file.id: file for file in load_all(self._directory, StoredFile) if self.path(file.id).exists()}
 
     def close(self) -> None:
-        """Let go of the directory."""
-        self._holder.release()
+        """Unlock the directory."""
+        self._directory_lock.release()
 
     def new_id(self) -> str:
-        """An id that no other file has."""
+        """A new unique file id."""
         return f"file-{uuid.uuid4().hex}"
 
     def path(self, file_id: str) -> Path:
-        """Where a file's bytes are. Ids come from here, or were found by `get`."""
+        """The path of a file's content. The id must come from `new_id` or `get`, never directly from a request."""
         return self._directory / file_id
 
-    def add(self, source: IO[bytes], *, filename: str, owner: str, life_s: int = LIFE_S) -> StoredFile:
-        """Keep what was uploaded. Raises ApiError if there is no room."""
-        self.check_room()
+    def add(self, source: IO[bytes], *, filename: str, owner: str, retention_s: int = RETENTION_S) -> StoredFile:
+        """Store an uploaded file. Raises ApiError if there is no space."""
+        self.check_space()
         file_id = self.new_id()
         part = self._directory / f"{file_id}.part"
         try:
@@ -102,34 +107,41 @@ class FileStore:
                 target.flush()
                 os.fsync(target.fileno())
             part.replace(self.path(file_id))
-            return self.publish(file_id, filename=filename, purpose="batch", owner=owner, life_s=life_s)
+            return self.publish(file_id, filename=filename, purpose="batch", owner=owner, retention_s=retention_s)
         except OSError as error:
             part.unlink(missing_ok=True)
-            raise ApiError(507, "no_room", f"the file cannot be kept: {error.strerror}") from error
+            raise ApiError(507, "no_room", f"the file cannot be stored: {error.strerror}") from error
 
-    def publish(self, file_id: str, *, filename: str, purpose: str, owner: str, life_s: int = LIFE_S) -> StoredFile:
-        """Let a file be seen that was written to its place."""
+    def publish(
+        self, file_id: str, *, filename: str, purpose: str, owner: str, retention_s: int = RETENTION_S
+    ) -> StoredFile:
+        """Write the metadata of a file whose content is already at `path(file_id)`, so that clients can see it."""
         now, size = int(time.time()), self.path(file_id).stat().st_size
-        name = re.sub(r"[^\w .()+-]", "_", filename)[:MAX_FILENAME] or "file"
         file = StoredFile(
-            id=file_id, owner=owner, filename=name, purpose=purpose, bytes=size, created_at=now, expires_at=now + life_s
+            id=file_id,
+            owner=owner,
+            filename=re.sub(r"[^\w .()+-]", "_", filename)[:MAX_FILENAME] or "file",
+            purpose=purpose,
+            bytes=size,
+            created_at=now,
+            expires_at=now + retention_s,
         )
         write_json(self._directory / f"{file_id}.json", file.model_dump())
         with self._lock:
             self._files[file_id] = file
         return file
 
-    def check_room(self) -> None:
-        """Raises ApiError if the directory holds all it may."""
+    def check_space(self) -> None:
+        """Raises ApiError if the number or the total size of the files has reached its limit."""
         with self._lock:
             count = len(self._files)
         with os.scandir(self._directory) as entries:
             total = sum(entry.stat().st_size for entry in entries)
         if count >= MAX_FILES or total >= self._max_total_bytes:
-            raise ApiError(507, "no_room", "there is no room for more files; delete some")
+            raise ApiError(507, "no_room", "no space for more files; delete some")
 
     def get(self, file_id: str, owner: str) -> StoredFile:
-        """A file of the owner's. Raises ApiError."""
+        """Find a file. Raises ApiError if it does not exist or has another owner."""
         with self._lock:
             file = self._files.get(file_id)
         if file is None or file.owner != owner:
@@ -137,23 +149,23 @@ class FileStore:
         return file
 
     def owned_by(self, owner: str) -> list[StoredFile]:
-        """The owner's files, oldest first."""
+        """All files of one owner, the oldest first."""
         with self._lock:
             files = [file for file in self._files.values() if file.owner == owner]
         return sorted(files, key=lambda file: (file.created_at, file.id))
 
     def delete(self, file_id: str) -> None:
-        """Forget a file and remove it."""
+        """Delete a file; does nothing if it does not exist."""
         with self._lock:
             self._files.pop(file_id, None)
         (self._directory / f"{file_id}.json").unlink(missing_ok=True)
         self.path(file_id).unlink(missing_ok=True)
 
-    def sweep(self, needed: Collection[str]) -> None:
-        """Delete what has expired and is not needed."""
+    def delete_expired(self, keep: Collection[str]) -> None:
+        """Delete all expired files except those with an id in `keep`."""
         now = time.time()
         with self._lock:
-            expired = [file.id for file in self._files.values() if file.expires_at < now and file.id not in needed]
+            expired = [file.id for file in self._files.values() if file.expires_at < now and file.id not in keep]
         for file_id in expired:
             self.delete(file_id)
 
@@ -161,15 +173,15 @@ class FileStore:
 M = TypeVar("M", bound=BaseModel)
 
 
-def read_all(directory: Path, kind: type[M]) -> Iterator[M]:
-    """What the JSON files of a directory say; those that say something else are passed over."""
+def load_all(directory: Path, kind: type[M]) -> Iterator[M]:
+    """Parse all JSON files of a directory; invalid ones are skipped."""
     for path in directory.glob("*.json"):
         with contextlib.suppress(OSError, ValidationError):
             yield kind.model_validate_json(path.read_bytes())
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:
-    """Write a file in one step: after a death it has the old content or the new."""
+    """Write a file atomically: after a crash it has either the old content or the new."""
     staged = path.with_suffix(".tmp")
     with staged.open("w") as file:
         json.dump(fields, file)

@@ -1,4 +1,4 @@
-"""Requests over HTTP to jobs of the queue and back: whoever hangs up cancels what nobody else waits for."""
+"""Jobs of HTTP requests: submit them, wait for results, and cancel them if the client disconnects."""
 
 from __future__ import annotations
 
@@ -10,75 +10,83 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace.client.async_client import AsyncClient, AsyncJob
-from headrace.client.http.errors import RETRY_S, ApiError, translate
+from headrace.client.http.errors import RETRY_AFTER_S, ApiError, translate
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import HeadraceError, InvalidRequest, RedisRefused, RedisUnreachable
-from headrace.client.wire.requests import Result
+from headrace.client.wire.results import Result
 
-#: The status is asked for this often at most.
-STATUS_S = 1.0
-#: How much longer than the job may take its end is waited for: an expired one is told by the worker.
-GRACE_S = 2.0
+#: For how many seconds the status of the workers is cached.
+STATUS_CACHE_S = 1.0
+#: A job's timeout is enforced by the worker; the server waits this much longer to receive the worker's answer.
+TIMEOUT_GRACE_S = 2.0
 
 Prompt = str | list[int]
 
 
-def named_after_field(error: InvalidRequest, *, listed: bool) -> InvalidRequest:
-    """The same where all prompts share their parameters: `requests[3].top_p` is `top_p`, only prompts have a number."""
+def as_request_field(error: InvalidRequest, *, is_list: bool) -> InvalidRequest:
+    """Rename the field of an error from `submit_many` to the one in the HTTP request.
+
+    All prompts of a request share their parameters: `requests[3].top_p` becomes `top_p`, and `requests[3].prompt`
+    becomes `prompt[3]` if the request has a list of prompts.
+    """
     place, _, name = error.field.rpartition("].")
     if not place.startswith("requests["):
         return error
-    if name == "prompt" and listed:
+    if name == "prompt" and is_list:
         name = f"prompt{place.removeprefix('requests')}]"
     return InvalidRequest(name, error.value, error.expected)
 
 
 @dataclass(frozen=True)
-class Submitted:
-    """The jobs of a request, one a prompt, and how long they are waited for."""
+class SubmittedJobs:
+    """The jobs of one request, one for each prompt.
+
+    Attributes:
+        wait_s: how long to wait for the results.
+    """
 
     model: str
     jobs: list[AsyncJob]
-    patience_s: float
+    wait_s: float
 
 
-class Gateway:
-    """Jobs for requests.
+class JobRunner:
+    """Submits and awaits the jobs of HTTP requests.
 
     Args:
-        timeout_s: no job is of use for longer.
+        timeout_s: upper limit for the `timeout_s` of a job.
     """
 
     def __init__(self, client: AsyncClient, timeout_s: float) -> None:
         self._client, self._timeout_s = client, timeout_s
-        self._known: Status | HeadraceError | None = None
-        self._known_at = -STATUS_S
-        self._asking = asyncio.Lock()
-        self._endings: set[asyncio.Task[None]] = set()
+        self._cached_status: Status | HeadraceError | None = None
+        self._cached_at = -STATUS_CACHE_S
+        self._status_lock = asyncio.Lock()
+        self._cancellations: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
-        """Wait until what was to be cancelled is."""
-        while self._endings:
-            await asyncio.wait(self._endings)
+        """Wait for pending cancellations."""
+        while self._cancellations:
+            await asyncio.wait(self._cancellations)
 
     async def status(self) -> Status:
-        """Workers and queues, as they were a moment ago. Raises ApiError without Redis."""
-        async with self._asking:
-            if self._known is None or time.monotonic() - self._known_at > STATUS_S:
+        """Workers and queues, at most `STATUS_CACHE_S` old. Raises ApiError if Redis cannot be reached."""
+        async with self._status_lock:
+            if self._cached_status is None or time.monotonic() - self._cached_at > STATUS_CACHE_S:
                 try:
-                    self._known = await self._client.status()
-                except HeadraceError as error:  # kept too: a Redis that is silent takes seconds to give up
-                    self._known = error
-                self._known_at = time.monotonic()
-            if isinstance(self._known, HeadraceError):
-                raise translate(self._known)
-            return self._known
+                    self._cached_status = await self._client.status()
+                except HeadraceError as error:  # cached too: an unreachable Redis takes seconds to time out
+                    self._cached_status = error
+                self._cached_at = time.monotonic()
+            if isinstance(self._cached_status, HeadraceError):
+                raise translate(self._cached_status)
+            return self._cached_status
 
     # --- models ------------------------------------------------------------------------------------------------------
 
-    async def served(self) -> dict[str, int]:
-        """The models that live workers serve, each with the Unix time since which. Raises ApiError without Redis."""
+    async def served_models(self) -> dict[str, int]:
+        """Model names that live workers serve -> Unix time of the oldest worker's start. Raises ApiError."""
         found: dict[str, int] = {}
         for worker in (await self.status()).workers:
             if not worker.stalled:
@@ -86,25 +94,29 @@ class Gateway:
                 found[worker.model] = min(found.get(worker.model, since), since)
         return found
 
-    async def find_model(self, named: Any) -> str:
-        """The model that a request means, the server's own if it names none. Raises ApiError if nobody serves it."""
-        own, served = self._client.model_name, await self.served()
-        if named is None:
-            named = own
-        if not isinstance(named, str):
+    async def find_model(self, requested: Any) -> str:
+        """The name under which workers serve the requested model; None means the server's default model.
+
+        Raises:
+            ApiError: 404 if the model is unknown, 503 if its workers are temporarily unavailable.
+        """
+        default, served = self._client.model_name, await self.served_models()
+        if requested is None:
+            requested = default
+        if not isinstance(requested, str):
             raise ApiError(400, "invalid_request", "model: expected the name of a model", param="model")
-        for name in (named, named.replace("/", "-")):  # as `config.settings.slug` makes a hub id a name
+        for name in (requested, requested.replace("/", "-")):  # `config.settings.slug` turns a hub id into such a name
             if name in served:
                 return name
-        if named == own or not served or named in await self._named_lately():
-            raise ApiError(503, "no_worker", "no worker serves the model; try again later", retry_after_s=RETRY_S)
+        if requested == default or not served or requested in await self._recently_served():
+            raise ApiError(503, "no_worker", "no worker serves the model; try again later", retry_after_s=RETRY_AFTER_S)
         names = ", ".join(sorted(served))
         raise ApiError(
-            404, "model_not_found", f"model: no worker serves {named[:80]!r}; served: {names}", param="model"
+            404, "model_not_found", f"model: no worker serves {requested[:80]!r}; served: {names}", param="model"
         )
 
-    async def _named_lately(self) -> set[str]:
-        """Models whose workers are away, being restarted say. Raises ApiError without Redis."""
+    async def _recently_served(self) -> set[str]:
+        """Models including those whose workers are restarting. Raises ApiError if Redis cannot be reached."""
         try:
             return await self._client.models()
         except HeadraceError as error:
@@ -112,62 +124,67 @@ class Gateway:
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
-    async def submit(self, prompts: Sequence[Prompt], params: Mapping[str, Any], *, listed: bool = False) -> Submitted:
-        """Queue prompts that share parameters; `listed` if an error is to say which prompt is wrong.
+    async def submit(
+        self, prompts: Sequence[Prompt], params: Mapping[str, Any], *, is_list: bool = False
+    ) -> SubmittedJobs:
+        """Queue one job for each prompt, all with the same parameters.
+
+        Args:
+            is_list: whether the request had a list of prompts, so that an error names the index of the wrong one.
 
         Raises:
-            ApiError: nobody serves the model.
-            InvalidRequest, QueueFull, RedisUnreachable, RedisRefused: as `Client.submit`; nothing is left queued.
+            ApiError: no worker serves the model.
+            InvalidRequest, QueueFull, RedisUnreachable, RedisRefused: as `Client.submit`; no job stays in the queue.
         """
         if "id" in params:
-            raise InvalidRequest("id", "a name for the job", "no such parameter: jobs get theirs here")
+            raise InvalidRequest("id", "a name for the job", "no such parameter: the server names jobs")
         model = await self.find_model(params.get("model"))
-        allowed = params.get("timeout_s")
-        if allowed is None or (type(allowed) in (int, float) and allowed > self._timeout_s):
-            allowed = self._timeout_s
-        fields = {**params, "model": model, "timeout_s": allowed}
+        timeout_s = params.get("timeout_s")
+        if timeout_s is None or (type(timeout_s) in (int, float) and timeout_s > self._timeout_s):
+            timeout_s = self._timeout_s
+        fields = {**params, "model": model, "timeout_s": timeout_s}
         try:
-            # As mappings: whatever a field is called, it is no argument of a function here.
+            # Mappings, not keyword arguments: a field of the request may have any name.
             jobs = await self._client.submit_many([{**fields, "prompt": prompt} for prompt in prompts])
         except InvalidRequest as error:
-            raise named_after_field(error, listed=listed) from None
+            raise as_request_field(error, is_list=is_list) from None
         except (RedisUnreachable, RedisRefused) as error:
             self._cancel(error.accepted.values())
             raise
-        return Submitted(model, jobs, allowed + GRACE_S)
+        return SubmittedJobs(model, jobs, timeout_s + TIMEOUT_GRACE_S)
 
     @contextlib.contextmanager
-    def _held(self, jobs: Sequence[AsyncJob]) -> Iterator[None]:
-        """Jobs that have not ended when the block does are cancelled."""
+    def _cancel_unfinished(self, jobs: Sequence[AsyncJob]) -> Iterator[None]:
+        """At the end of the block, cancel the jobs that are still queued or running."""
         try:
             yield
         finally:
-            self._cancel(job for job in jobs if job._outcome is None)
+            self._cancel(job for job in jobs if job.outcome is None)
 
     def _cancel(self, jobs: Iterable[AsyncJob]) -> None:
-        """Cancel jobs, without anybody waiting for it."""
+        """Cancel jobs in the background."""
         if job_ids := [job.id for job in jobs]:
-            ending = asyncio.get_running_loop().create_task(self._end(job_ids))
-            self._endings.add(ending)
-            ending.add_done_callback(self._endings.discard)
+            task = asyncio.get_running_loop().create_task(self._cancel_now(job_ids))
+            self._cancellations.add(task)
+            task.add_done_callback(self._cancellations.discard)
 
-    async def _end(self, job_ids: list[str]) -> None:
+    async def _cancel_now(self, job_ids: list[str]) -> None:
         with contextlib.suppress(HeadraceError):
             await self._client.cancel(job_ids)
 
-    async def results(self, submitted: Submitted) -> list[Result]:
-        """The results in the order of the jobs. The first failure is raised, and what still runs is cancelled."""
+    async def results(self, submitted: SubmittedJobs) -> list[Result]:
+        """Wait for all results, in the order of the jobs. Raises the first failure; the other jobs are cancelled."""
         jobs = submitted.jobs
-        with self._held(jobs):
-            async for job in self._client.as_completed(jobs, submitted.patience_s):
+        with self._cancel_unfinished(jobs):
+            async for job in self._client.as_completed(jobs, submitted.wait_s):
                 await job.result()
             return [await job.result() for job in jobs]
 
-    async def events(self, submitted: Submitted) -> AsyncGenerator[tuple[int, Event]]:
-        """The text as it comes, each event with the place of its job. Errors are those of `results`."""
+    async def events(self, submitted: SubmittedJobs) -> AsyncGenerator[tuple[int, Event]]:
+        """Stream the jobs: (index of the job, event). Raises like `results`; closing it cancels unfinished jobs."""
         jobs = submitted.jobs
-        places = {job.id: place for place, job in enumerate(jobs)}
-        with self._held(jobs):
-            async with contextlib.aclosing(self._client.streams(jobs, submitted.patience_s)) as events:
+        index_of = {job.id: index for index, job in enumerate(jobs)}
+        with self._cancel_unfinished(jobs):
+            async with contextlib.aclosing(self._client.streams(jobs, submitted.wait_s)) as events:
                 async for job, event in events:
-                    yield places[job.id], event
+                    yield index_of[job.id], event

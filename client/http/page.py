@@ -1,4 +1,4 @@
-"""The page at `/`: what goes on, at a glance, and a prompt to try. One file that fetches nothing from elsewhere."""
+"""The status page at `/`, one HTML file without external resources, and the data of `/status.json`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from typing import Any
 from starlette.responses import Response
 
 from headrace.client.http.errors import ApiError
-from headrace.client.http.jobs import Gateway
+from headrace.client.http.jobs import JobRunner
 
-#: How often the workers are looked at: as often as they say what they do.
-LOOK_S = 2.0
-#: The chart goes back so far.
-CHART_S = 600.0
+#: Seconds between samples of the throughput; workers report their numbers as often.
+SAMPLE_INTERVAL_S = 2.0
+#: Seconds of throughput that the chart shows.
+CHART_SPAN_S = 600.0
 
 _HTML = (Path(__file__).parent / "page.html").read_text()
 
 
-def _policy(html: str) -> str:
-    """What a browser may do with the page: run its own script, show its own styles, ask this server."""
+def _content_security_policy(html: str) -> str:
+    """Allow the page its own script and styles, and requests to this server; nothing else."""
 
     def digest(tag: str) -> str:
         (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
@@ -38,30 +38,34 @@ def _policy(html: str) -> str:
     )
 
 
-HEADERS = {"content-security-policy": _policy(_HTML), "x-content-type-options": "nosniff", "cache-control": "no-cache"}
+HEADERS = {
+    "content-security-policy": _content_security_policy(_HTML),
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-cache",
+}
 
 
 def page() -> Response:
-    """The page itself; it holds nothing that is anybody's, so that it needs no key."""
+    """The HTML page. It contains no data, so it needs no key; its script fetches `/status.json` with one."""
     return Response(_HTML, media_type="text/html", headers=HEADERS)
 
 
-class Overview:
-    """What `/status.json` tells: the status, and tokens per second of the last minutes, noted whoever looks."""
+class StatusReporter:
+    """The data of `/status.json`: the current status, and the throughput of the last `CHART_SPAN_S` seconds."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-        self._rates: deque[tuple[float, float]] = deque(maxlen=round(CHART_S / LOOK_S))
+    def __init__(self, jobs: JobRunner) -> None:
+        self._jobs = jobs
+        self._rates: deque[tuple[float, float]] = deque(maxlen=round(CHART_SPAN_S / SAMPLE_INTERVAL_S))
 
-    async def watch(self) -> None:
-        """Note the rate again and again, until cancelled."""
+    async def sample_forever(self) -> None:
+        """Record the throughput periodically, until cancelled."""
         while True:
             with contextlib.suppress(ApiError):
-                rate = sum(worker.tokens_per_s for worker in (await self._gateway.status()).workers)
+                rate = sum(worker.tokens_per_s for worker in (await self._jobs.status()).workers)
                 self._rates.append((round(time.time(), 1), round(rate, 1)))
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(SAMPLE_INTERVAL_S)
 
-    async def tell(self) -> dict[str, Any]:
-        """Workers with their slots, queues, and rates. Raises ApiError."""
-        status = (await self._gateway.status()).model_dump(mode="json")
+    async def report(self) -> dict[str, Any]:
+        """Workers with their slots, queues, and (Unix time, tokens per second) samples. Raises ApiError."""
+        status = (await self._jobs.status()).model_dump(mode="json")
         return {"now": round(time.time(), 1), **status, "rates": list(self._rates)}

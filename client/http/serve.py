@@ -1,4 +1,4 @@
-"""Starts the server: a socket, who may ask, and uvicorn."""
+"""Start the server: check the options, open the socket, run uvicorn."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from headrace.client.wire.errors import InvalidRequest
 from headrace.config import Settings
 from headrace.config.directories import data_dir
 from headrace.config.logging import setup_logging
-from headrace.config.settings import SHORTEST_API_KEY, is_key
+from headrace.config.settings import MIN_API_KEY_LENGTH, is_key
 from headrace.config.tracing import setup_tracing
 
-#: Connections at a time; others are answered 503.
+#: Concurrent connections; uvicorn answers further ones with 503.
 MAX_CONNECTIONS = 1_000
 
 
@@ -41,12 +41,20 @@ def serve(
     max_file_bytes: int = MAX_FILE_BYTES,
     max_files_bytes: int = MAX_TOTAL_BYTES,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; what is under way then has HEADRACE_SOFT_SHUTDOWN_S to end.
+    """Serve until SIGTERM or SIGINT; running requests then have HEADRACE_SOFT_SHUTDOWN_S to finish.
+
+    Args:
+        tell: called once with the line that says where the server listens.
+        api_keys: keys in addition to those of the settings.
+        insecure: allow an address that other machines can reach although no key is configured.
+        cors: origins whose pages may send requests from a browser.
+        files: directory for files and batches; the settings' if None.
+        timeout: upper limit for the duration of a job, in seconds.
 
     Raises:
-        InvalidRequest: the address cannot be had, or everybody on the network could use it.
-        DirectoryInUse: another server works in the directory of files.
-        SettingsError: packages for traces are missing.
+        InvalidRequest: the address is not available, or would be open to the network without a key.
+        DirectoryInUse: another server uses the directory for files.
+        SettingsError: HEADRACE_OTEL is set but OpenTelemetry is not installed.
     """
     keys = _keys(settings, api_keys, host, insecure=insecure)
     limits = Limits(
@@ -63,11 +71,11 @@ def serve(
     with contextlib.closing(listener):
         store = FileStore(directory, max_files_bytes)
         setup_logging(settings)
-        # What is wrong with an upload is told to who sent it; a line of the log for each bad byte helps nobody.
+        # It logs a warning for every invalid byte of an upload; the client gets an error response anyway.
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
         app = make_app(settings, limits, store, directory, timeout_s=timeout)
         server = uvicorn.Server(_config(app, settings))
-        tell(f"headrace serves {_url(listener)}/v1 ({_who(keys, insecure=insecure)}); files in {directory}")
+        tell(f"headrace serves {_url(listener)}/v1 ({_describe_access(keys, insecure=insecure)}); files in {directory}")
         try:
             _run(server, listener)
         finally:
@@ -75,12 +83,12 @@ def serve(
 
 
 def _keys(settings: Settings, more: Sequence[str], host: str, *, insecure: bool) -> tuple[str, ...]:
-    """The keys of which a request needs one; none are needed if there are none. Raises InvalidRequest."""
+    """All accepted API keys. Raises InvalidRequest if one is too short, or if none protects a public address."""
     keys = (*settings.api_key_list, *more)
-    if not all(is_key(key, SHORTEST_API_KEY) for key in keys):
-        raise InvalidRequest("api-key", "a short one", f"at least {SHORTEST_API_KEY} characters without spaces")
+    if not all(is_key(key, MIN_API_KEY_LENGTH) for key in keys):
+        raise InvalidRequest("api-key", "a short one", f"at least {MIN_API_KEY_LENGTH} characters without spaces")
     if not keys and not insecure and not is_loopback(host):
-        expected = "HEADRACE_API_KEYS to be set, or --insecure if everybody on the network may use it"
+        expected = "HEADRACE_API_KEYS to be set, or --insecure if everybody on the network may use the server"
         raise InvalidRequest("host", f"{host} without keys", expected)
     return keys
 
@@ -100,7 +108,7 @@ def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
 
 
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:
-    """uvicorn raises the signal that ended it once more; it has been obeyed then."""
+    """Run uvicorn. After a graceful shutdown it raises the signal again, which is ignored here."""
     try:
         server.run(sockets=[listener])
     except (KeyboardInterrupt, SystemExit):
@@ -109,7 +117,7 @@ def _run(server: uvicorn.Server, listener: socket.socket) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    # The protocol is named so that asyncio knows what it is, and does not hold small pieces back for 40 ms.
+    # asyncio sets TCP_NODELAY only if the socket names its protocol; without it small events are delayed by 40 ms.
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -127,7 +135,7 @@ def _url(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _who(keys: Sequence[str], *, insecure: bool) -> str:
+def _describe_access(keys: Sequence[str], *, insecure: bool) -> str:
     if keys:
         return "with a key"
     return "everybody, without a key" if insecure else "this machine only, without a key"

@@ -1,4 +1,4 @@
-"""A span for each request that asks for work: within the trace that its `traceparent` names, and around its jobs."""
+"""OpenTelemetry: a server span for each POST request, the parent of the spans of its jobs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from headrace.client.wire.tracing import context_of
 from headrace.config.tracing import find_tracer
 
 
-class Traced:
-    """A layer around the routes; it does nothing where OpenTelemetry is not set up."""
+class TracingMiddleware:
+    """ASGI middleware; continues the trace of a `traceparent` header. Does nothing if OpenTelemetry is not set up."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Called by the layer around it."""
-        asks = scope["type"] == "http" and scope["method"] == "POST"
-        if not asks or (tracer := find_tracer()) is None:
+        """Handle one request (ASGI)."""
+        is_post = scope["type"] == "http" and scope["method"] == "POST"
+        if not is_post or (tracer := find_tracer()) is None:
             await self._app(scope, receive, send)
             return
         from opentelemetry.trace import SpanKind, StatusCode, use_span
@@ -26,17 +26,17 @@ class Traced:
         attributes = {"http.request.method": "POST", "url.path": scope["path"], "url.scheme": scope["scheme"]}
         span = tracer.start_span("POST", context_of(Headers(scope=scope)), SpanKind.SERVER, attributes)
 
-        async def sending(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             if (status := message.get("status")) is not None:
                 span.set_attribute("http.response.status_code", status)
                 if status >= 500:
                     span.set_status(StatusCode.ERROR)
             await send(message)
 
-        # What an exception says may hold what somebody wrote: of that no more than its kind.
+        # An exception's message may contain a user's prompt, so the span records only its type.
         with use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
             try:
-                await self._app(scope, receive, sending)
+                await self._app(scope, receive, send_and_record)
             except BaseException as error:
                 span.set_attribute("error.type", type(error).__name__)
                 span.set_status(StatusCode.ERROR)

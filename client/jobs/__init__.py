@@ -1,1 +1,1 @@
-"""One job from the caller's side: submit, poll, read, stream."""
+"""One job from the caller's side: submit it, poll it, read its result, stream its text."""

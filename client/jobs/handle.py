@@ -1,30 +1,37 @@
-"""A handle on a job: small, and rebuilt from its id alone."""
+"""Handles on jobs. A handle is small, and can be made from a job id in any process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
-from headrace.client.jobs.stream import Event, Reader
-from headrace.client.wire.requests import Result, State
-from headrace.client.wire.results import Outcome, outcome_state
+from headrace.client.jobs.reading import JobReader
+from headrace.client.jobs.stream import Event, StreamReader
+from headrace.client.wire.errors import HeadraceError, InvalidRequest, RedisFailed
+from headrace.client.wire.requests import is_job_id
+from headrace.client.wire.results import Outcome, Result, State, outcome_state
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from headrace.client.client import Client
-
 
 class Handle:
-    """What a job's handles have in common: its id, and its outcome once that is known."""
+    """The common part of `Job` and `AsyncJob`.
+
+    Attributes:
+        id: the job id.
+        url: the Redis where the job is.
+        outcome: how the job ended, once this handle knows it; else None.
+    """
 
     def __init__(self, job_id: str, url: str) -> None:
         self.id = job_id
-        self._url = url
-        self._outcome: Outcome | None = None
+        self.url = url
+        self.outcome: Outcome | None = None
 
     def __repr__(self) -> str:
-        state = outcome_state(self._outcome) if self._outcome is not None else ""
+        state = outcome_state(self.outcome) if self.outcome is not None else ""
         return f"<{type(self).__name__} {self.id} {state}".rstrip() + ">"
 
     def __eq__(self, other: object) -> bool:
@@ -33,94 +40,136 @@ class Handle:
     def __hash__(self) -> int:
         return hash(self.id)
 
-    def _answer(self) -> Result:
-        """The result; raises what the job ended with instead. Its outcome has to be known."""
-        if isinstance(self._outcome, Result):
-            return self._outcome
-        assert self._outcome is not None  # noqa: S101
-        raise self._outcome.about(self)
+    def answer(self) -> Result:
+        """The result of a job whose outcome is known. Raises JobError if it ended without one."""
+        if isinstance(self.outcome, Result):
+            return self.outcome
+        assert self.outcome is not None  # noqa: S101
+        raise self.outcome.about(self)
 
 
 class Job(Handle):
-    """One job. Get it from `submit`, or from `Client.job(id)` in any process that reaches the same Redis."""
+    """A job. `submit` returns one, and so does `Client.job(id)` in any process that reaches the same Redis."""
 
-    def __init__(self, job_id: str, client: Client) -> None:
-        super().__init__(job_id, client.url)
-        self._client = client
+    def __init__(self, job_id: str, reader: JobReader) -> None:
+        super().__init__(job_id, reader.url)
+        self._reader = reader
 
     def status(self) -> State:
-        """Where the job is now: queued, running, succeeded, failed, cancelled or expired.
+        """The state of the job: queued, running, succeeded, failed, cancelled or expired.
 
         Raises:
             UnknownJob: there is no such job.
             RedisUnreachable: Redis does not answer.
         """
-        if self._outcome is None:
-            self._outcome, state = self._client._look(self.id)
-            if self._outcome is None:
+        if self.outcome is None:
+            with self._in_errors():
+                self.outcome, state = self._reader.poll(self.id)
+            if self.outcome is None:
                 return state
-        return outcome_state(self._outcome)
+        return outcome_state(self.outcome)
 
     def result(self, timeout: float | None = None) -> Result:
-        """Wait for the result, at most `timeout` seconds (None: as long as it takes).
+        """Wait for the result, for at most `timeout` seconds; None waits without limit.
 
         Raises:
             JobFailed, JobCancelled, JobExpired: the job ended without a result.
-            NoWorker: it is not there in time, and no worker serves the queue.
-            ResultTimeout: it is not there in time.
+            NoWorker: it has not ended in time, and no worker serves its queue.
+            ResultTimeout: it has not ended in time.
             UnknownJob: there is no such job.
             RedisUnreachable: Redis does not answer.
         """
         self.wait(timeout)
-        return self._answer()
+        return self.answer()
 
     def wait(self, timeout: float | None = None) -> State:
-        """Wait until the job has ended, in whatever way: succeeded, failed, cancelled or expired.
+        """Wait until the job has succeeded, failed, was cancelled or has expired. Returns that state.
 
         Raises:
             NoWorker, ResultTimeout, UnknownJob, RedisUnreachable: as for `result`.
         """
-        if self._outcome is None:
-            for news in self._client._watch([self.id], timeout):
-                self._outcome = news.outcomes.get(self.id)
+        if self.outcome is None:
+            with self._in_errors():
+                for updates in self._reader.updates([self.id], timeout):
+                    self.outcome = updates.outcomes.get(self.id)
         return self.status()
 
     def stream(self, timeout: float | None = None) -> Iterator[Event]:
-        """The text as it comes, from the start however late one looks; the last event carries the result.
+        """Yield the text while it is generated, always from its beginning. The last event has the result.
 
-        Submit with `stream=True` for that. Of another job, or one that has ended, the text comes in one piece a sample.
-        Each token comes once and in order, through lost connections and restarts of workers and of Redis.
+        Submit the job with `stream=True`. The text of any other job comes in one event for each sample when the job has
+        ended. Each token comes once and in order, also when connections are lost and workers or Redis restart.
 
         Raises:
-            StreamChanged: the job was computed again, by a machine that rounds differently.
-            JobError, ResultTimeout, UnknownJob, RedisUnreachable: as `result`; `timeout` is for all of it.
+            StreamChanged: the job was computed again, on a machine that rounds differently.
+            JobError, ResultTimeout, UnknownJob, RedisUnreachable: as for `result`; `timeout` is for the whole stream.
         """
-        reader = Reader(self)
-        if self._outcome is None:
-            for news in self._client._watch([self.id], timeout, events=True):
-                self._outcome = news.outcomes.get(self.id)
-                for entry in news.events.get(self.id, ()):
-                    yield from reader.take(entry)
-        yield from reader.finish(self._answer())
+        reader = StreamReader(self.id)
+        with self._in_errors():
+            if self.outcome is None:
+                for updates in self._reader.updates([self.id], timeout, events=True):
+                    self.outcome = updates.outcomes.get(self.id)
+                    for entry in updates.events.get(self.id, ()):
+                        yield from reader.take(entry)
+            yield from reader.finish(self.answer())
 
     def checkpoints(self, *, max_bytes: int | None = None) -> dict[str, np.ndarray]:
-        """The tensors that the job kept because it was submitted with `checkpoints`, by name; needs numpy, not torch.
+        """The captured tensors of a job that was submitted with `checkpoints`, by name. Needs numpy, not torch.
 
-        Arrays named as in `client.wire.requests.CHECKPOINT_TENSORS`, in float32 whatever the model computes in.
+        The names are those of `client.wire.activations.CHECKPOINT_TENSORS`. All arrays are float32, whatever dtype the
+        model computes in.
 
         Args:
-            max_bytes: what is read at most; None reads all there is, which may be hundreds of megabytes.
+            max_bytes: read at most this many bytes; None reads all, which may be hundreds of megabytes.
 
         Raises:
-            NoCheckpoints: there are none, or not any more.
+            NoCheckpoints: the job has none, or they have expired.
             InvalidRequest: they take more than `max_bytes`.
             RedisUnreachable: Redis does not answer.
         """
-        return self._client._checkpoints(self.id, max_bytes)
+        with self._in_errors():
+            return self._reader.checkpoints(self.id, max_bytes)
 
     def cancel(self) -> bool:
-        """Ask for the job to be cancelled. A running one stops at its next token, a queued one when a worker meets it.
+        """Cancel the job: a running one stops at its next token, a queued one ends when a worker takes its message.
 
-        Returns whether it could still have an effect. Raises UnknownJob, RedisUnreachable.
+        Returns whether the job had not ended yet. Raises UnknownJob, RedisUnreachable.
         """
-        return self._client.cancel(self.id)
+        with self._in_errors():
+            return self._reader.cancel([self.id])[0]
+
+    def _in_errors(self) -> contextlib.AbstractContextManager[None]:
+        return job_in_errors(lambda _: self)
+
+
+@contextlib.contextmanager
+def job_in_errors(make_job: Callable[[str], Handle]) -> Iterator[None]:
+    """Set `job` of errors that are about one job, and the jobs in `accepted` of errors of Redis.
+
+    Args:
+        make_job: makes a handle of a job id.
+    """
+    try:
+        yield
+    except HeadraceError as error:
+        job_id = error.job.id if error.job is not None else getattr(error, "job_id", None)
+        if job_id is not None:
+            error.about(make_job(job_id))
+        if isinstance(error, RedisFailed):
+            error.accepted = {index: make_job(job_id_of(job)) for index, job in error.accepted.items()}
+        raise
+
+
+def job_id_of(job: Any) -> str:
+    """The id of a job, or the id itself. Raises InvalidRequest for anything else."""
+    job_id = job.id if isinstance(job, Handle) else job
+    if not is_job_id(job_id):
+        raise InvalidRequest("job", repr(job_id)[:80], "a job, or its id")
+    return job_id
+
+
+def check_same_redis(jobs: Iterable[Handle], url: str) -> None:
+    """Refuse jobs of another Redis. Raises InvalidRequest."""
+    for job in jobs:
+        if job.url != url:
+            raise InvalidRequest("jobs", f"job {job.id} of another Redis", "jobs of this client")

@@ -1,7 +1,7 @@
-"""Waiting for jobs: what to ask Redis next, and what its answers mean. Does no input or output of its own.
+"""Waiting for jobs: which commands to send to Redis next, and what the replies mean. Does no input or output itself.
 
-`Client` and `AsyncClient` both send what `request` says in one round trip, hand the replies to `answer`, and rest for
-`rest_s`. One connection serves however many jobs wait, with no channel for each of them.
+`JobReader` and `AsyncClient` send the commands of `PollState.request` in one round trip, pass the replies to `answer`,
+and sleep for `rest_s`. One connection is enough for any number of jobs; no job needs a channel of its own.
 """
 
 from __future__ import annotations
@@ -15,36 +15,39 @@ from typing import Any
 from headrace.client.wire import keys
 from headrace.client.wire.results import Outcome, parse_outcome
 
-#: Polling starts often and slows down: a short job is seen at once, a long one costs a request a second.
+#: The pause between polls grows from the first to the last value: a short job ends without delay, and a long one costs
+#: one request a second.
 FIRST_POLL_S, LAST_POLL_S, POLL_GROWTH = 0.01, 1.0, 1.5
-#: The share of its time that a client spends asking, at most, unless that made it rest longer than this.
+#: A client spends at most this share of its time on polling, as long as its pauses need not be longer than this.
 POLL_SHARE, LONGEST_REST_S = 0.05, 0.1
-#: Results asked for in one command.
+#: Number of results in one MGET.
 MGET_KEYS = 250
-#: A wait goes on through a Redis that is away for at most this long; restarts take less.
+#: How many seconds a wait survives without an answer from Redis; a restart takes less.
 PATIENCE_S = 60.0
+#: How often in seconds a warning is repeated: that no worker serves a queue, or that Redis does not answer.
+REMIND_S = 30.0
 
 Command = tuple[str | int, ...]
 
 
 @dataclass
-class News:
-    """What one answer brought, by job id."""
+class Updates:
+    """What the replies to one request say, by job id."""
 
-    #: Entries of streams of events, in order.
+    #: New entries of the event streams, in order.
     events: dict[str, list[str]] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     #: Jobs that do not exist.
     unknown: list[str] = field(default_factory=list)
-    #: Jobs that Redis has answered for the first time.
+    #: Jobs that were part of the request for the first time.
     known: list[str] = field(default_factory=list)
 
     def jobs(self) -> Iterable[str]:
-        """All it is about."""
+        """The ids of all jobs in these updates."""
         return dict.fromkeys((*self.events, *self.outcomes, *self.unknown, *self.known))
 
-    def take(self, other: News, job_id: str) -> None:
-        """Add what another says of a job."""
+    def take(self, other: Updates, job_id: str) -> None:
+        """Copy the part about one job from other updates."""
         if job_id in other.events:
             self.events[job_id] = other.events[job_id]
         if job_id in other.outcomes:
@@ -58,19 +61,19 @@ class News:
 
 @dataclass
 class _Waiting:
-    #: Whether Redis has answered for it.
+    #: Whether Redis has answered for this job.
     known: bool = False
-    #: The id of the last entry of its events that was read; None if they are not asked for.
+    #: The id of the last entry that was read of its event stream; None if the stream is not read.
     last_event: str | None = None
 
 
-class Watch:
-    """The jobs that somebody waits for."""
+class PollState:
+    """The jobs that are waited for, and how far each has been read."""
 
     def __init__(self) -> None:
         self._jobs: dict[str, _Waiting] = {}
-        self._due: dict[str, None] = {}  # asked for in the next turn, whatever their place
-        # What the last request was about; while it is under way jobs may be added and dropped.
+        self._due: dict[str, None] = {}  # jobs that the next request must include
+        # The jobs of the last request. Until its replies come, jobs may be added and dropped.
         self._asked: list[str] = []
         self._new: list[str] = []
         self._streams: dict[str, str] = {}
@@ -78,7 +81,7 @@ class Watch:
         self._turn, self._parts = 0, 1
         self._pause_s = FIRST_POLL_S
         self._answered_at = time.monotonic()
-        #: Seconds to rest before the next request.
+        #: Seconds to sleep before the next request.
         self.rest_s = 0.0
 
     def __len__(self) -> int:
@@ -88,7 +91,7 @@ class Watch:
         return iter(self._jobs)
 
     def add(self, job_id: str, *, events: bool = False) -> None:
-        """Wait for a job from now on, and for its events, from the first on, if asked."""
+        """Start waiting for a job, and with `events` for its event stream from the first entry."""
         waiting = self._jobs.setdefault(job_id, _Waiting())
         if events:
             waiting.last_event = "0-0"
@@ -96,12 +99,12 @@ class Watch:
         self.rest_s = 0.0
 
     def drop(self, job_id: str) -> None:
-        """Wait for it no more."""
+        """Stop waiting for a job."""
         self._jobs.pop(job_id, None)
         self._due.pop(job_id, None)
 
     def request(self, block_s: float) -> list[Command]:
-        """The commands to send, in this order. Redis may hold the answer back for events, up to `block_s` seconds."""
+        """The commands to send, in this order. Redis may delay the replies by `block_s` seconds to wait for events."""
         self._asked, self._asked_at = self._choose(), time.monotonic()
         self._new = [job_id for job_id in self._asked if not self._jobs[job_id].known]
         self._streams = {job_id: w.last_event for job_id, w in self._jobs.items() if w.last_event is not None}
@@ -114,45 +117,48 @@ class Watch:
             commands.append(("XREAD", *blocking, "STREAMS", *names, *self._streams.values()))
         for start in range(0, len(self._asked), MGET_KEYS):
             commands.append(("MGET", *map(keys.result, self._asked[start : start + MGET_KEYS])))
-        # The result once more: it may have come since.
+        # Checks the result again, because it may have been stored after the MGET.
         commands += [("EXISTS", keys.job(job_id), keys.result(job_id)) for job_id in self._new]
         return commands
 
-    def answer(self, replies: list[Any]) -> News:
-        """What the replies to the last request say. Jobs that have ended, or do not exist, are waited for no more."""
-        news = News(known=self._new)
+    def answer(self, replies: list[Any]) -> Updates:
+        """The updates in the replies to the last request. Jobs that have ended, or do not exist, are dropped."""
+        updates = Updates(known=self._new)
         self._answered_at = time.monotonic()
         replies = list(replies)
         self._parts = 1
         if self._streams:
-            self._take_events(replies.pop(0), news)
+            self._take_events(replies.pop(0), updates)
         for start in range(0, len(self._asked), MGET_KEYS):
-            self._take_results(self._asked[start : start + MGET_KEYS], replies.pop(0), news)
-        news.unknown = [job_id for job_id, exists in zip(self._new, replies, strict=True) if not exists]
+            self._take_results(self._asked[start : start + MGET_KEYS], replies.pop(0), updates)
+        updates.unknown = [job_id for job_id, exists in zip(self._new, replies, strict=True) if not exists]
         for job_id in self._asked:
             if job_id in self._jobs:
                 self._jobs[job_id].known = True
-        for job_id in (*news.outcomes, *news.unknown):
+        for job_id in (*updates.outcomes, *updates.unknown):
             self.drop(job_id)
-        self._pace(news)
-        return news
+        self._pace(updates)
+        return updates
 
     def failed(self) -> list[str]:
-        """Redis did not answer: the jobs to be given up. New ones at once, the others when it was away too long."""
+        """Redis did not answer: drop and return the jobs to give up.
+
+        These are jobs for which Redis has never answered, and after PATIENCE_S without an answer all jobs.
+        """
         patient = time.monotonic() - self._answered_at < PATIENCE_S
         given_up = [job_id for job_id, waiting in self._jobs.items() if not (patient and waiting.known)]
         self._due.update(dict.fromkeys(self._asked))
         for job_id in given_up:
             self.drop(job_id)
-        self._pace(News())
+        self._pace(Updates())
         self.rest_s = max(self.rest_s, self._pause_s)
         return given_up
 
     def _choose(self) -> list[str]:
-        """The jobs to ask for: new ones, those that say they ended, and some of the others.
+        """The jobs of the next request: new ones, those whose event stream has ended, and some of the others.
 
-        Jobs end about in the order they came. So the oldest are asked for, more of them while they end, and one part
-        of the rest, another one each time.
+        Jobs end roughly in the order in which they were submitted. So each request has the oldest ones, more of them
+        while many end, and another part of the rest each time.
         """
         self._turn += 1
         front = self._parts * MGET_KEYS
@@ -163,33 +169,33 @@ class Watch:
             chosen.update(dict.fromkeys(islice(self._jobs, start, start + MGET_KEYS)))
         return [job_id for job_id in chosen if job_id in self._jobs]
 
-    def _take_events(self, reply: Any, news: News) -> None:
+    def _take_events(self, reply: Any, updates: Updates) -> None:
         ids = {keys.events(job_id): job_id for job_id in self._streams}
         for name, entries in reply or ():
             job_id = ids[name]
             waiting = self._jobs.get(job_id)
             if waiting is None or waiting.last_event != self._streams[job_id]:
-                continue  # somebody wants it from the start: all of it comes again
+                continue  # added again from the first entry meanwhile: the next request reads all of it
             waiting.last_event = entries[-1][0]
-            news.events[job_id] = [fields.get("event", "") for _, fields in entries]
-            if '"end":' in news.events[job_id][-1]:
+            updates.events[job_id] = [fields.get("event", "") for _, fields in entries]
+            if '"end":' in updates.events[job_id][-1]:
                 self._due[job_id] = None
 
-    def _take_results(self, part: list[str], records: list[str | None], news: News) -> None:
-        before = len(news.outcomes)
+    def _take_results(self, part: list[str], records: list[str | None], updates: Updates) -> None:
+        before = len(updates.outcomes)
         for job_id, record in zip(part, records, strict=True):
             if job_id in self._jobs and (outcome := parse_outcome(record)) is not None:
-                news.outcomes[job_id] = outcome
-        if len(news.outcomes) > before:
+                updates.outcomes[job_id] = outcome
+        if len(updates.outcomes) > before:
             self._parts += 1
 
-    def _pace(self, news: News) -> None:
-        """When to ask again."""
-        self._pause_s = FIRST_POLL_S if news else min(self._pause_s * POLL_GROWTH, LAST_POLL_S)
+    def _pace(self, updates: Updates) -> None:
+        """Set the time until the next request."""
+        self._pause_s = FIRST_POLL_S if updates else min(self._pause_s * POLL_GROWTH, LAST_POLL_S)
         if self._due:
             self.rest_s = 0.0
-        elif self._streams:  # Redis holds the next answer back; a moment here lets the events of others come along
-            self.rest_s = FIRST_POLL_S if news else 0.0
+        elif self._streams:  # Redis delays the next replies; a short sleep collects the events of several jobs
+            self.rest_s = FIRST_POLL_S if updates else 0.0
         else:
             took_s = time.monotonic() - self._asked_at
             self.rest_s = max(self._pause_s, min(took_s / POLL_SHARE, LONGEST_REST_S))

@@ -1,38 +1,42 @@
-"""What goes on: queues by priority, workers and their slots."""
+"""The status of the whole system: queues by priority, workers and their slots."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterable
 from typing import Annotated, Any, NamedTuple, cast
 
 import redis
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from headrace.client.wire import keys
-from headrace.client.wire.requests import JOBS_HEADER
+from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.queue_depth import QueueStatus, count_delivered, queue_status
+from headrace.client.wire.redis import redis_errors
 from headrace.config.settings import slug
 
-#: Messages that are looked into for how many jobs they hold; the others are taken to be like them.
-SAMPLE = 32
+#: How many seconds the answer to which models are served is reused.
+SERVED_S = 1.0
 
 
 class RowStatus(BaseModel):
-    """A sample that a worker computes: it reads its prompt, then it writes."""
+    """A sequence in a slot of a worker: first its prompt is read, then new tokens are generated."""
 
-    #: `keys.tag` of its job.
+    #: `keys.tag` of the job id.
     job: str
-    #: Seconds since it got its slot.
+    #: Seconds since the sequence got its slot.
     age_s: float
-    #: Tokens of the prompt, and how many of them have been read.
+    #: Number of prompt tokens, and how many of them have been read.
     prompt: int
     read: int
-    #: New tokens, and the most there may be.
+    #: Number of new tokens, and its maximum.
     written: int
     most: int
 
 
 class FailureStatus(BaseModel):
-    """A job that could not be computed: `keys.tag` of it, its code, and the Unix time."""
+    """A job that failed: `keys.tag` of the job id, the error code, and the Unix time in seconds."""
 
     job: str
     code: str
@@ -44,63 +48,45 @@ def _parsed(value: Any) -> Any:
 
 
 class WorkerStatus(BaseModel):
-    """What a worker last said of itself. One that serves several models speaks of each apart, as HOST-PID@MODEL."""
+    """The last heartbeat of a worker. A worker of several models has one record for each, named HOST-PID@MODEL."""
 
     model_config = ConfigDict(extra="ignore")
 
     name: str
     model: str
-    #: False while the model is out of memory because nobody asked for it.
+    #: False while the model is unloaded because it was idle.
     loaded: bool = True
     fingerprint: str = ""
     slots: int = 0
     running: int = 0
     waiting: int = 0
     tokens_per_s: float = 0.0
-    #: Tokens that were guessed since the worker began, and how many of them turned out right.
+    #: Tokens proposed by speculative decoding since the worker started, and how many of them were accepted.
     drafted: int = 0
     accepted: int = 0
     started_at: float = 0.0
     beat_at: float = 0.0
-    #: How long the engine had been at its present step; `stalled` if that is longer than HEADRACE_STALL_S.
+    #: Seconds that the engine had spent in its current step; `stalled` if that is more than HEADRACE_STALL_S.
     step_age_s: float = 0.0
     stalled: bool = False
-    #: What is in its slots.
+    #: The sequences in its slots.
     rows: Annotated[list[RowStatus], BeforeValidator(_parsed)] = []
-    #: The last jobs that failed there.
+    #: The jobs that failed there most recently.
     failures: Annotated[list[FailureStatus], BeforeValidator(_parsed)] = []
 
     @property
     def host(self) -> str:
-        """The machine it runs on."""
+        """The host on which the worker runs."""
         return self.name.partition("@")[0].rpartition("-")[0]
 
 
-class QueueStatus(BaseModel):
-    """Jobs that wait in Redis, not yet with a worker, by priority.
-
-    A message of several jobs counts whole until the last of them is done, wherever it waits; where there are more than
-    SAMPLE messages the number is an estimate. For a user who may not read the queue (config/redis-users.acl) each
-    message counts as one job.
-    """
-
-    model: str
-    interactive: int = 0
-    normal: int = 0
-    bulk: int = 0
-
-    @property
-    def total(self) -> int:
-        """All priorities together."""
-        return self.interactive + self.normal + self.bulk
-
-
 class Status(BaseModel):
-    """Everything at one moment. `delivered` are the jobs that workers hold, running or about to; `dead` the messages
-    that none could understand, of all queues.
+    """Queues and workers at one moment.
 
-    For a user who may not look at what workers hold, `delivered` are the samples that workers said they had, and
-    `dead` is None.
+    Attributes:
+        delivered: jobs that workers have taken and not finished. For a Redis user without the right to count them it is
+            the number of sequences in the heartbeats.
+        dead: messages of all queues that no worker could read; None for a Redis user without the right to count them.
     """
 
     workers: list[WorkerStatus]
@@ -109,26 +95,26 @@ class Status(BaseModel):
     dead: int | None = None
 
     def serves(self, model_name: str) -> bool:
-        """Whether a live worker takes jobs for the model and comes on with them."""
+        """Whether a live worker that is not stalled serves the model."""
         return any(worker.model == model_name and not worker.stalled for worker in self.workers)
 
     def stalled(self, model_name: str) -> list[str]:
-        """The workers of the model whose engine does not come on."""
+        """The names of the model's workers whose engine is stalled."""
         return [worker.name for worker in self.workers if worker.model == model_name and worker.stalled]
 
 
 def read_status(connection: redis.Redis, model_name: str) -> Status:
-    """Read the status: the queue of `model_name` and those of all live workers."""
+    """Read the status: all live workers, their queues, and the queue of `model_name`."""
     names = cast("list[str]", connection.zrange(keys.workers(), 0, -1))
     pipe = connection.pipeline(transaction=False)
     for name in names:
         pipe.hgetall(keys.worker(name))
-    records = pipe.execute(raise_on_error=False)  # what is of another type is no worker's
-    # A worker that died has no record any more, though its name may still stand in the index.
+    records = pipe.execute(raise_on_error=False)  # a key of another type is not a worker's record
+    # The record of a dead worker expires before its name is removed from the index.
     workers = [worker for name, record in zip(names, records, strict=True) if (worker := _worker(name, record))]
     models = sorted({model_name, *(worker.model for worker in workers)})
     try:
-        delivered, dead = _count_delivered(connection), connection.llen(keys.dead())
+        delivered, dead = count_delivered(connection), connection.llen(keys.dead())
     except redis.exceptions.NoPermissionError:
         delivered, dead = sum(worker.running + worker.waiting for worker in workers), None
     queues = [queue_status(connection, model) for model in models]
@@ -136,14 +122,14 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
 
 
 class Served(NamedTuple):
-    """Models by name: those of live workers, and those that some worker served within `keys.KNOWN_MODEL_S`."""
+    """Names of models: those of live workers, and those that any worker served within `keys.KNOWN_MODEL_S`."""
 
     now: set[str]
     lately: set[str]
 
 
 def read_served(connection: redis.Redis) -> Served | None:
-    """What is served; None if the user may not know. Raises redis.RedisError."""
+    """The models that are served; None if the Redis user may not read that. Raises redis.RedisError."""
     try:
         pipe = connection.pipeline(transaction=False)
         pipe.zrange(keys.workers(), 0, -1)
@@ -154,16 +140,16 @@ def read_served(connection: redis.Redis) -> Served | None:
         found = pipe.execute(raise_on_error=False)
     except redis.exceptions.NoPermissionError:
         return None
-    return Served(_named(found), _named(lately))
+    return Served(_valid_names(found), _valid_names(lately))
 
 
-def _named(models: list[Any]) -> set[str]:
-    """Without what is no name of a model, which a stranger wrote."""
+def _valid_names(models: list[Any]) -> set[str]:
+    """The values that are names of models; anyone who can write to Redis may have added others."""
     return {model for model in models if isinstance(model, str) and model == slug(model)}
 
 
 def _worker(name: str, record: Any) -> WorkerStatus | None:
-    """What a worker said; None if it says nothing any more, or nothing that a worker would."""
+    """The status in a worker's record; None if the record has expired or is not valid."""
     if not isinstance(record, dict) or "model" not in record:
         return None
     try:
@@ -172,57 +158,40 @@ def _worker(name: str, record: Any) -> WorkerStatus | None:
         return None
 
 
-def queue_status(connection: redis.Redis, model: str) -> QueueStatus:
-    """Jobs that wait for a model, by priority."""
-    first, second, third, fourth = count_queued(connection, model)  # step 6 is nobody's name and counts as bulk
-    return QueueStatus(model=model, interactive=first, normal=second, bulk=third + fourth)
+class ServedModels:
+    """Which models jobs may name. What Redis says about it is reused for SERVED_S.
 
-
-def count_queued(connection: redis.Redis, model: str) -> list[int]:
-    """Jobs that wait for a model, one number for each of `keys.queue_lists`."""
-    try:
-        return _count_by_samples(connection, keys.queue_lists(model))
-    except redis.exceptions.NoPermissionError:
-        pipe = connection.pipeline(transaction=False)
-        for name in keys.queue_lists(model):
-            pipe.llen(name)
-        return cast("list[int]", pipe.execute())
-
-
-def _count_by_samples(connection: redis.Redis, names: list[str]) -> list[int]:
-    pipe = connection.pipeline(transaction=False)
-    for name in names:
-        pipe.llen(name)
-        pipe.lrange(name, 0, SAMPLE // 2 - 1)  # both ends: floods of single jobs and of groups come one after the other
-        pipe.lrange(name, -SAMPLE // 2, -1)
-    answers = pipe.execute()
-    counts = []
-    for length, newest, oldest in zip(answers[::3], answers[1::3], answers[2::3], strict=True):
-        known = newest[: max(0, length - len(oldest))] + oldest  # a short list would give its middle twice
-        counts.append(_scaled(length, [_jobs_in(message) for message in known]))
-    return counts
-
-
-def _count_delivered(connection: redis.Redis) -> int:
-    pipe = connection.pipeline(transaction=False)
-    pipe.hlen(keys.unacked())
-    pipe.hrandfield(keys.unacked(), SAMPLE, withvalues=True)
-    length, sample = pipe.execute()
-    return _scaled(length, [_jobs_in(entry) for entry in sample[1::2]])
-
-
-def _scaled(length: int, sample: list[int]) -> int:
-    return round(sum(sample) * length / len(sample)) if sample else length
-
-
-def _jobs_in(message: str) -> int:
-    """How many jobs a message holds, as kombu writes it in a queue or in its list of those delivered.
-
-    1 for what cannot be read. A job takes at least a character, whatever the message claims.
+    Args:
+        own: the models of the settings, which jobs may always name: their worker may be started later.
     """
-    try:
-        raw = json.loads(message)
-        raw = raw[0] if isinstance(raw, list) else raw
-        return max(1, min(int(raw["headers"].get(JOBS_HEADER, 1)), len(message)))
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
-        return 1
+
+    def __init__(self, connection: redis.Redis, url: str, own: set[str]) -> None:
+        self._redis, self._url, self._own = connection, url, own
+        self._served: Served | None = None
+        self._read_at = -SERVED_S
+
+    def served(self) -> Served | None:
+        """The models that are served; None if the user may not read that. Raises RedisUnreachable, RedisRefused."""
+        if time.monotonic() - self._read_at >= SERVED_S:
+            with redis_errors(self._url):
+                self._served = read_served(self._redis)
+            self._read_at = time.monotonic()
+        return self._served
+
+    def names(self) -> set[str]:
+        """The own models, and those that are served or were within a day. Raises RedisUnreachable, RedisRefused."""
+        served = self.served()
+        return self._own if served is None else self._own | served.now | served.lately
+
+    def check(self, models: Iterable[str]) -> None:
+        """Refuse models that no worker serves, which are probably misspelt. Without any live worker, all are accepted.
+
+        Raises:
+            InvalidRequest: a model is not served, and was not within a day.
+            RedisUnreachable, RedisRefused: Redis does not answer, or with an error.
+        """
+        others = set(models) - self._own
+        served = self.served() if others else None
+        if served and served.now and (unknown := sorted(others - served.now - served.lately)):
+            expected = f"one that is served: {', '.join(sorted(served.now))}"
+            raise InvalidRequest("model", repr(unknown[0]), expected)

@@ -1,61 +1,58 @@
-"""Events of a job that streams -> its text in order, each token once.
+"""Turn the event stream of a job into its text, in order and with each token once.
 
-A job may be computed more than once: after a worker was killed another begins again, and both write the same text, cut
-in other places. Every piece says where it belongs, so what has been told already is left out, and a piece behind a gap
-waits for the result, which has everything.
+A job may be computed more than once: after a worker was killed, another one starts it again, and both write the same
+text in different pieces. Every piece has its position, so text that was yielded before is skipped. After a gap, the
+rest comes from the result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import ValidationError
 
 from headrace.client.wire.errors import StreamChanged
-from headrace.client.wire.requests import Result, StreamEvent, StreamPiece, TokenLogprob
-
-if TYPE_CHECKING:
-    from headrace.client.jobs.handle import Handle
+from headrace.client.wire.results import Result, StreamEvent, StreamPiece, TokenLogprob
 
 
 @dataclass(frozen=True)
 class Event:
-    """Text that one sample gained, in whole characters, and the tokens it came from; with `echo` the prompt is first.
+    """New text of one sample, in whole characters, and its tokens. With `echo` the prompt comes first.
 
-    The pieces of a sample make up its `Choice` in the result: text, token ids, and log probabilities if asked for.
+    The events of a sample, joined, are its `Choice` in the result: text, token ids, and log probabilities if requested.
     """
 
-    #: Which sample, from 0 to n - 1.
+    #: The sample, from 0 to n - 1.
     index: int = 0
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
-    #: Set in the last piece of each sample.
+    #: Set in the last event of each sample.
     finish_reason: Literal["stop", "length"] | None = None
-    #: Set in the last event of all, which has no text.
+    #: Set in the last event of the job, which has no text.
     result: Result | None = None
 
 
 @dataclass
-class _Told:
-    """What of one sample has been told."""
+class _Yielded:
+    """The part of one sample that has been yielded."""
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finished: bool = False
 
 
-class Reader:
-    """Remembers what was told of a job, and makes of each entry what is new in it."""
+class StreamReader:
+    """Turns the entries of a job's event stream into events with the text that is new in each."""
 
-    def __init__(self, job: Handle) -> None:
-        self._job = job
-        self._told: dict[int, _Told] = {}
+    def __init__(self, job_id: str) -> None:
+        self._job_id = job_id
+        self._yielded: dict[int, _Yielded] = {}
 
     def take(self, entry: str) -> Iterator[Event]:
-        """What is new in an entry of the stream; nothing in one that cannot be read. Raises StreamChanged."""
+        """The events for one entry; none for an entry that cannot be read. Raises StreamChanged."""
         try:
             pieces = StreamEvent.model_validate_json(entry).pieces
         except ValidationError:
@@ -64,7 +61,7 @@ class Reader:
             yield from self._take_piece(piece)
 
     def finish(self, result: Result) -> Iterator[Event]:
-        """All that has not been told, and the result. Raises StreamChanged."""
+        """The events for the rest of the result, and one with the result. Raises StreamChanged."""
         for choice in result.choices:
             yield from self._take_piece(
                 StreamPiece(
@@ -78,25 +75,25 @@ class Reader:
         yield Event(result=result)
 
     def _take_piece(self, piece: StreamPiece) -> Iterator[Event]:
-        told = self._told.setdefault(piece.index, _Told())
-        known, known_text = len(told.token_ids) - piece.at, len(told.text) - piece.text_at
+        before = self._yielded.setdefault(piece.index, _Yielded())
+        known, known_text = len(before.token_ids) - piece.at, len(before.text) - piece.text_at
         if known < 0 or known_text < 0:
-            return  # what stands before it never came
+            return  # pieces before this one are missing
         if not (
-            _agree(told.token_ids[piece.at :], piece.token_ids, piece.finish_reason)
-            and _agree(told.text[piece.text_at :], piece.text, piece.finish_reason)
+            _agree(before.token_ids[piece.at :], piece.token_ids, piece.finish_reason)
+            and _agree(before.text[piece.text_at :], piece.text, piece.finish_reason)
         ):
-            raise StreamChanged(self._job.id).about(self._job)
+            raise StreamChanged(self._job_id)
         text, tokens = piece.text[known_text:], piece.token_ids[known:]
-        if text or tokens or (piece.finish_reason and not told.finished):
-            told.text += text
-            told.token_ids += tokens
-            told.finished = piece.finish_reason is not None
+        if text or tokens or (piece.finish_reason and not before.finished):
+            before.text += text
+            before.token_ids += tokens
+            before.finished = piece.finish_reason is not None
             logprobs = None if piece.logprobs is None else piece.logprobs[known:]
             yield Event(piece.index, text, tokens, logprobs, piece.finish_reason)
 
 
-def _agree(told: list[int] | str, new: list[int] | str, last: str | None) -> bool:
-    """Whether both are the same as far as both go; what is told may not go beyond the last piece."""
-    common = min(len(told), len(new))
-    return told[:common] == new[:common] and not (last and len(told) > len(new))
+def _agree(before: list[int] | str, new: list[int] | str, last: str | None) -> bool:
+    """Whether one begins with the other. `before` must not be longer than a last piece."""
+    common = min(len(before), len(new))
+    return before[:common] == new[:common] and not (last and len(before) > len(new))

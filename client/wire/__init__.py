@@ -1,1 +1,1 @@
-"""What client and worker agree on: requests, results, errors, keys in Redis, signatures."""
+"""What client and worker agree on: requests, results, errors, Redis keys, signatures, and how to reach Redis."""

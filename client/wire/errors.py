@@ -1,4 +1,4 @@
-"""Everything that can go wrong, as exceptions.
+"""All errors of headrace.
 
 HeadraceError
 ├── InvalidRequest (ValueError)         refused by submit; nothing was queued
@@ -7,12 +7,12 @@ HeadraceError
 ├── OutputRefused                       a batch must not or cannot write there
 ├── QueueFull                           refused by submit; nothing was queued
 ├── RedisUnreachable (ConnectionError)  Redis did not answer
-├── RedisRefused                        Redis answers, and refuses: it is full, read-only, or the user may not
+├── RedisRefused                        Redis refuses: it is full or read-only, or the user lacks a right
 ├── UnknownJob (KeyError)               no job has this id, or its record has expired
-├── UnreadableRecord                    something else wrote where the job's record should be
-├── NoCheckpoints (KeyError)            no tensors were kept for this job, or not any more
-├── StreamChanged                       what was streamed is not what the job came to
-├── ResultTimeout (TimeoutError)        no result yet; the job goes on
+├── UnreadableRecord                    something else has overwritten the job's record
+├── NoCheckpoints (KeyError)            the job captured no tensors, or they have expired
+├── StreamChanged                       the streamed text differs from the job's result
+├── ResultTimeout (TimeoutError)        no result yet; the job continues
 │   └── NoWorker                        ... and no worker serves the queue
 └── JobError                            the job ended without a result
     ├── JobFailed                       `code` says why
@@ -26,29 +26,29 @@ from typing import Any, NamedTuple, Self
 
 
 class HeadraceError(Exception):
-    """The base of all errors of headrace.
+    """The base class of all errors of headrace.
 
     Attributes:
-        code: a short fixed word for programs, for example `queue_full`; docs/client.md says what to do about each.
-        job: the `client.Job` (`client.AsyncJob`) it is about, where it is about one; else None.
+        code: a fixed identifier, for example `queue_full`; docs/client.md says what to do about each.
+        job: the `client.Job` or `client.AsyncJob` that the error is about; None if it is not about one job.
     """
 
     code = "error"
     job: Any = None
 
     def about(self, job: Any) -> Self:
-        """The same error, of this job."""
+        """Set `job` and return this error."""
         self.job = job
         return self
 
 
 class InvalidRequest(HeadraceError, ValueError):
-    """Raised when a request can be known wrong before it is queued.
+    """Raised when a request is wrong; it was not queued.
 
     Attributes:
-        field: the parameter at fault, for example `max_tokens`.
-        value: what was given, shortened; prompts are never quoted.
-        expected: what would be right.
+        field: the wrong parameter, for example `max_tokens`.
+        value: the given value, shortened; prompts are never quoted.
+        expected: which values are right.
     """
 
     code = "invalid_request"
@@ -62,7 +62,7 @@ class InvalidRequest(HeadraceError, ValueError):
 
 
 class Fault(NamedTuple):
-    """What is wrong in one line of a batch. Line 0 is the input as a whole."""
+    """An error in one line of a batch. Line 0 means the whole input."""
 
     line: int
     field: str
@@ -73,8 +73,8 @@ class InvalidBatch(HeadraceError, ValueError):
     """Raised when lines of a batch are wrong; nothing was queued.
 
     Attributes:
-        faults: the first of them, by line.
-        count: how many there are.
+        faults: the first errors, ordered by line.
+        count: the number of all errors.
     """
 
     code = "invalid_batch"
@@ -90,7 +90,7 @@ class InvalidBatch(HeadraceError, ValueError):
 
 
 class InputChanged(HeadraceError):
-    """Raised when the input of a batch is not what it was when it was checked."""
+    """Raised when the input of a batch has changed since it was checked."""
 
     code = "input_changed"
 
@@ -99,11 +99,11 @@ class InputChanged(HeadraceError):
         self.line, self.reason = line, reason
 
     def __str__(self) -> str:
-        return f"the input changed while it was read: line {self.line}: {self.reason}; resume when it is right again"
+        return f"the input changed while it was read: line {self.line}: {self.reason}; restore it, then resume"
 
 
 class OutputRefused(HeadraceError):
-    """Raised when the output of a batch exists, is the input, is in use, or is no output of a batch."""
+    """Raised when the output of a batch exists, is the input, is in use, cannot be written, or holds something else."""
 
     code = "output_refused"
 
@@ -124,13 +124,14 @@ class QueueFull(HeadraceError):
         )
 
 
-class _RedisFailed(HeadraceError):
-    """What the errors of Redis share. The URL in their messages carries no password.
+class RedisFailed(HeadraceError):
+    """Base class of the errors of Redis. The URL in their messages has no password.
 
     Attributes:
-        accepted: what `submit_many` had queued before, as a `client.Job` by its place in the requests; these jobs go
-            on. Messages go by model and priority, so they need not be the first. One message more, of at most 16 jobs,
-            may have been queued if Redis fell silent after it had it; repeat such a call with ids of your own.
+        accepted: the jobs that `submit_many` had already queued, as a `client.Job` by their index in the requests.
+            These jobs continue. They need not be the first ones: messages are sent by priority and model. One more
+            message, of at most 16 jobs, may have been queued if Redis received it but did not answer; to repeat such
+            a call safely, give the jobs ids.
     """
 
     def __init__(self, url: str, reason: str) -> None:
@@ -142,7 +143,7 @@ class _RedisFailed(HeadraceError):
         return f"{text}. {len(self.accepted)} jobs were queued before, see .accepted" if self.accepted else text
 
 
-class RedisUnreachable(_RedisFailed, ConnectionError):
+class RedisUnreachable(RedisFailed, ConnectionError):
     """Raised when Redis cannot be reached."""
 
     code = "redis_unreachable"
@@ -152,35 +153,35 @@ class RedisUnreachable(_RedisFailed, ConnectionError):
         return self._with_accepted(f"Redis at {self.url} cannot be reached ({self.reason}); {advice}")
 
 
-#: What is found out about a server that understands nothing.
+#: Reasons that `client.wire.redis.explain` finds when only one side uses TLS.
 NO_TLS, TLS = "the server has no TLS", "the server speaks TLS"
 
-#: What a connection's error says -> what to do about it, for errors that waiting does not mend.
+#: Part of a connection error -> what to do, for errors that do not go away by themselves.
 _ADVICE = {
-    "certificate verify failed": "its certificate is not one that is trusted for this host: name the authority's file "
-    "in HEADRACE_REDIS_URL, rediss://...?ssl_ca_certs=/path/to/ca.pem, and the host as the certificate names it",
-    "no such file": "correct the paths in HEADRACE_REDIS_URL, or leave ssl_ca_certs out for the system's authorities",
+    "certificate verify failed": "its certificate is not trusted for this host: give the authority's file in "
+    "HEADRACE_REDIS_URL, rediss://...?ssl_ca_certs=/path/to/ca.pem, and the host as the certificate names it",
+    "no such file": "correct the paths in HEADRACE_REDIS_URL; without ssl_ca_certs the system's authorities are used",
     "username-password": "correct user and password in HEADRACE_REDIS_URL, redis://user:password@host",
     "authentication required": "put user and password into HEADRACE_REDIS_URL, redis://user:password@host",
-    "wrong version number": "it does not speak TLS: redis:// is without",
-    "record layer failure": "it does not speak TLS: redis:// is without",
-    NO_TLS.lower(): "switch TLS on there, or write redis:// in HEADRACE_REDIS_URL, and all goes in the clear",
-    TLS.lower(): "write rediss:// in HEADRACE_REDIS_URL, with ?ssl_ca_certs=/path/to/ca.pem if its authority is yours",
+    "wrong version number": "it does not use TLS: for a connection without TLS write redis://",
+    "record layer failure": "it does not use TLS: for a connection without TLS write redis://",
+    NO_TLS.lower(): "turn TLS on there, or write redis:// in HEADRACE_REDIS_URL for a connection without encryption",
+    TLS.lower(): "write rediss:// in HEADRACE_REDIS_URL, with ?ssl_ca_certs=/path/to/ca.pem for your own authority",
 }
 
 
 def connection_advice(reason: str) -> str | None:
-    """What to do about an error of a connection that comes again until something is set right; None for all others."""
+    """What to do about a connection error that does not go away by itself; None for any other error."""
     return next((advice for sign, advice in _ADVICE.items() if sign in reason.lower()), None)
 
 
-class RedisRefused(_RedisFailed):
-    """Raised when Redis answers with an error: it is out of memory, read-only, or the user has no right."""
+class RedisRefused(RedisFailed):
+    """Raised when Redis answers with an error: it is out of memory, read-only, or the user lacks a right."""
 
     code = "redis_refused"
 
     def __str__(self) -> str:
-        advice = "see its memory limit, its disk, and the user's rights"
+        advice = "check its memory limit, its disk, and the user's rights"
         return self._with_accepted(f"Redis at {self.url} refuses ({self.reason}); {advice}")
 
 
@@ -195,13 +196,13 @@ class UnknownJob(HeadraceError, KeyError):
 
     def __str__(self) -> str:
         return (
-            f"no job {self.job_id!r} on this Redis: the id is wrong, another HEADRACE_REDIS_URL is meant, "
+            f"no job {self.job_id!r} on this Redis: the id is wrong, the job is on another Redis (HEADRACE_REDIS_URL), "
             "or its record has expired (HEADRACE_RESULT_TTL_S)"
         )
 
 
 class UnreadableRecord(HeadraceError):
-    """Raised when what stands in place of a job's record is none of ours. The job may go on; its result is apart."""
+    """Raised when a job's record is not valid. The job may continue: its result is stored under another key."""
 
     code = "unreadable_record"
 
@@ -211,13 +212,13 @@ class UnreadableRecord(HeadraceError):
 
     def __str__(self) -> str:
         return (
-            f"the record of job {self.job_id} cannot be read: something else writes to the keys of headrace on this "
-            "Redis; see who may, config/redis-users.acl"
+            f"the record of job {self.job_id} cannot be read: another program writes to the keys of headrace on "
+            "this Redis; check which users may, config/redis-users.acl"
         )
 
 
 class NoCheckpoints(HeadraceError, KeyError):
-    """Raised when a job has no checkpoint tensors: it did not ask, has not succeeded, or they have expired."""
+    """Raised when a job has no captured tensors: it was submitted without, has not succeeded, or they have expired."""
 
     code = "no_checkpoints"
 
@@ -233,10 +234,10 @@ class NoCheckpoints(HeadraceError, KeyError):
 
 
 class StreamChanged(HeadraceError):
-    """Raised by `stream` when a job that was computed again came to another text than the one told so far.
+    """Raised by `stream` when a job was computed again and its text differs from the text streamed so far.
 
-    The job itself is well: `job.result()` has its text. In float32 a job gives the same text wherever it is computed;
-    half precision on machines of different kinds may not.
+    `job.result()` has the right text. In float32 a job gives the same text on every machine; in half precision on
+    machines of different kinds it may not.
     """
 
     code = "stream_changed"
@@ -247,13 +248,13 @@ class StreamChanged(HeadraceError):
 
     def __str__(self) -> str:
         return (
-            f"job {self.job_id} was computed again, on a machine that rounds differently, and its text is not the one "
-            "that was streamed so far; leave that out and take job.result()"
+            f"job {self.job_id} was computed again on a machine that rounds differently, and its text differs from the "
+            "text streamed so far; discard that and use job.result()"
         )
 
 
 class ResultTimeout(HeadraceError, TimeoutError):
-    """Raised when the wait for a result was longer than its timeout. The job goes on; ask again."""
+    """Raised when a result is not available within the timeout. The job continues; wait for it again."""
 
     code = "result_timeout"
 
@@ -262,11 +263,11 @@ class ResultTimeout(HeadraceError, TimeoutError):
         self.job_id, self.timeout_s, self.state = job_id, timeout_s, state
 
     def __str__(self) -> str:
-        return f"job {self.job_id} is still {self.state} after {self.timeout_s:g} s; it goes on, ask again"
+        return f"job {self.job_id} is still {self.state} after {self.timeout_s:g} s; it continues, wait for it again"
 
 
 class NoWorker(ResultTimeout):
-    """Raised like `ResultTimeout` when, on top, no worker serves the job's queue."""
+    """A `ResultTimeout` of a job whose queue no worker serves."""
 
     code = "no_worker"
 
@@ -278,7 +279,7 @@ class NoWorker(ResultTimeout):
     def __str__(self) -> str:
         return (
             f"job {self.job_id} is still {self.state} after {self.timeout_s:g} s and no worker serves queue "
-            f"{self.queue}; the job waits there: start one with `celery -A worker worker`"
+            f"{self.queue}; the job waits there: start a worker with `celery -A worker worker`"
         )
 
 
@@ -286,12 +287,12 @@ class JobError(HeadraceError):
     """The job ended without a result.
 
     Attributes:
-        code: a short fixed word, for example `context_length_exceeded`.
+        code: a fixed identifier, for example `context_length_exceeded`.
         message: what happened and what to do.
-        partial: the texts computed so far, one a sample; may be empty.
+        partial: the text generated so far, of each sample; may be empty.
     """
 
-    # The arguments are what Celery's JSON result record keeps, so an AsyncResult raises the same exception.
+    # Celery stores the arguments in its JSON result record, so an AsyncResult raises the same exception.
     def __init__(self, code: str = "", message: str = "", partial: list[str] | None = None) -> None:
         super().__init__(code or self.code, message, partial or [])
         self.code, self.message, self.partial = code or self.code, message, partial or []
@@ -300,12 +301,12 @@ class JobError(HeadraceError):
         return f"{self.message} [{self.code}]"
 
     def __repr__(self) -> str:
-        # Goes into Celery's events and logs, where no text of a user's may go: so without `partial`.
+        # Celery puts this into events and logs, which must not contain generated text: so it leaves out `partial`.
         return f"{type(self).__name__}({self.code!r}, {self.message!r})"
 
 
 class JobFailed(JobError):
-    """Raised when the job could not be computed; `code` says why."""
+    """Raised when the job failed; `code` says why."""
 
 
 class JobCancelled(JobError):
@@ -315,6 +316,6 @@ class JobCancelled(JobError):
 
 
 class JobExpired(JobError):
-    """Raised when the job was not done within its `timeout_s`."""
+    """Raised when the job did not end within its `timeout_s`."""
 
     code = "expired"

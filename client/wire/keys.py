@@ -1,4 +1,4 @@
-"""Every name that headrace uses in Redis, as functions. All keys lie under `PREFIX`."""
+"""The names of all keys and queues that headrace uses in Redis. All keys begin with `PREFIX`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import hashlib
 
 PREFIX = "headrace:"
 
-#: Celery's own prefix of result records, fixed there (celery.backends.base.KeyValueStoreBackend).
+#: Celery's prefix of result records, a constant there (celery.backends.base.KeyValueStoreBackend).
 _RESULT = "celery-task-meta-"
 
-#: Public priority -> Celery's number on Redis, where 0 is first and steps are 0, 3, 6, 9.
+#: Public priority -> Celery's number on Redis, where 0 is the most urgent and the steps are 0, 3, 6, 9.
 PRIORITIES = {"interactive": 0, "normal": 3, "bulk": 9}
 
-#: The record of a job that no worker has finished is forgotten after 30 days; when it ends, RESULT_TTL_S counts.
+#: How long the record of an unfinished job is kept. The settings say how long it is kept after the job has ended.
 UNFINISHED_TTL_S = 30 * 86_400
 
-#: Messages that could not be understood: how many are kept, how long after the last one, and how much of each.
+#: Unreadable messages: how many are kept, how many seconds after the last one, and how many bytes of each.
 DEAD_ENTRIES, DEAD_TTL_S, DEAD_TEXT_BYTES = 1_000, 7 * 86_400, 4_096
 
-#: A model that some worker served is known for so long: jobs for it wait where no worker serves it now.
+#: How long a model that a worker served remains known: jobs for it are accepted and wait for a worker.
 KNOWN_MODEL_S = 86_400
 
-#: Hints that messages wait: how long they last, and how many at most.
+#: Hints that messages wait: their lifetime in seconds, and their maximum number.
 HINT_TTL_S, HINTS = 60, 64
 
 _STEP_SEPARATOR = "\x06\x16"  # kombu's, between a queue's name and its priority step
@@ -33,43 +33,43 @@ def queue(model_name: str) -> str:
 
 
 def model_of(queue_name: str) -> str:
-    """The model of a queue, as Celery names it."""
+    """The model of a queue that has the name in Celery's form."""
     return queue_name.removeprefix(queue(""))
 
 
 def queue_lists(model_name: str) -> list[str]:
-    """The Redis lists in which a model's jobs wait, most urgent first: one for each priority step of kombu."""
+    """The Redis lists of a model's queue, most urgent first: one for each priority step of kombu."""
     name = PREFIX + queue(model_name)
     return [name if step == 0 else f"{name}{_STEP_SEPARATOR}{step}" for step in (0, 3, 6, 9)]
 
 
 def hint(model_name: str) -> str:
-    """List: something to wait for; it holds an element if messages may wait for the model."""
+    """List on which idle workers block; it has an element if messages may be waiting for the model."""
     return PREFIX + hint_of(queue(model_name))
 
 
 def hint_of(queue_name: str) -> str:
-    """The same for a queue as Celery names it (without `PREFIX`)."""
+    """The same list, from the queue's name in Celery's form, without `PREFIX`."""
     return f"hint:{queue_name}"
 
 
 def dead() -> str:
-    """List: messages that could not be understood, newest first, each as JSON with the reason."""
+    """List: unreadable messages, newest first, each as JSON with the reason."""
     return f"{PREFIX}dead"
 
 
 def tag(job_id: str) -> str:
-    """What stands for a job where others may read: who knows an id may read the result and cancel."""
+    """A short hash of a job id, for places that others can read: with the id they could read the result and cancel."""
     return hashlib.blake2b(job_id.encode(), digest_size=4).hexdigest()
 
 
 def job(job_id: str) -> str:
-    """Hash: the life of a job until its result is there."""
+    """Hash: the record of a job: its state, model, attempts and so on."""
     return f"{PREFIX}job:{job_id}"
 
 
 def result(job_id: str) -> str:
-    """String: Celery's result record, JSON; the truth about how a job ended."""
+    """String: Celery's result record as JSON. It alone decides how a job has ended."""
     return f"{PREFIX}{_RESULT}{job_id}"
 
 
@@ -79,40 +79,40 @@ def cancel(job_id: str) -> str:
 
 
 def events(job_id: str) -> str:
-    """Stream: the text of a job that asked for streaming, as it came; each entry a `StreamEvent`."""
+    """Stream: the text of a job submitted with `stream=True`, as it is generated; each entry is a `StreamEvent`."""
     return f"{PREFIX}events:{job_id}"
 
 
 def checkpoint(job_id: str) -> str:
-    """Hash: checkpoint tensor by name, as safetensors bytes."""
+    """Hash: captured tensors by name, as safetensors bytes."""
     return f"{PREFIX}checkpoint:{job_id}"
 
 
 def worker(name: str) -> str:
-    """Hash with a short life: what a worker last said of itself."""
+    """Hash with a short lifetime: the last heartbeat of a worker."""
     return f"{PREFIX}worker:{name}"
 
 
 def worker_of(name: str, model_name: str) -> str:
-    """The name that the record of a worker has which tells of one of several models."""
+    """The name of a worker's record for one of several models."""
     return f"{name}@{model_name}"
 
 
 def workers() -> str:
-    """Sorted set: names of workers by the time of their last word."""
+    """Sorted set: names of workers by the time of their last heartbeat."""
     return f"{PREFIX}workers"
 
 
 def models() -> str:
-    """Sorted set: names of models by the time when a worker last said that it serves them."""
+    """Sorted set: names of models by the time of the last heartbeat of a worker that serves them."""
     return f"{PREFIX}models"
 
 
 def unacked() -> str:
-    """Hash of kombu's: messages that workers hold, by delivery tag."""
+    """kombu's hash of unacknowledged messages, by delivery tag."""
     return f"{PREFIX}unacked"
 
 
 def unacked_index() -> str:
-    """Sorted set of kombu's: delivery tags by the time their lease was last renewed."""
+    """kombu's sorted set of delivery tags by the time when their lease was last renewed."""
     return f"{PREFIX}unacked_index"

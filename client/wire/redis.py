@@ -1,25 +1,26 @@
-"""How Redis is reached: which URL, and the settings that client and worker must share to understand each other."""
+"""Connections to Redis: which URL, with which timeouts, and what a failed connection means.
+
+`client.wire.celery` has the settings of Celery's own connections.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import ssl
+from collections.abc import Iterator
 from typing import Any, cast
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import redis
 import redis.asyncio
 import redis.asyncio.retry
 import redis.asyncio.sentinel
 import redis.sentinel
-from celery import Celery
-from kombu.entity import Queue
+from kombu.exceptions import OperationalError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from headrace.client.wire import keys
-from headrace.client.wire.embedded_redis import SCHEME as EMBEDDED
 from headrace.client.wire.embedded_redis import (
     AsyncEmbeddedConnection,
     EmbeddedConnection,
@@ -28,110 +29,92 @@ from headrace.client.wire.embedded_redis import (
     embedded_url,
     is_embedded,
 )
-from headrace.client.wire.errors import NO_TLS, TLS, RedisUnreachable, connection_advice
+from headrace.client.wire.errors import NO_TLS, TLS, RedisRefused, RedisUnreachable, connection_advice
 from headrace.config.directories import redis_dir
 from headrace.config.sentinel import is_sentinel, parse_sentinel
 from headrace.config.settings import Settings, redact_url
 
-#: Seconds after which a silent connection is given up; None would wait on a dead one for ever. It must exceed the one
-#: second for which kombu's BRPOP waits.
+#: Seconds after which a connection without an answer fails. It must be more than the one second for which kombu's BRPOP
+#: waits; None would wait for ever on a dead connection.
 SOCKET_TIMEOUT_S = 30
 CONNECT_TIMEOUT_S = 5
-#: How long a server is asked whether it speaks TLS.
+#: Timeout in seconds of the check whether a server uses TLS.
 PROBE_S = 2
-_WAYS: dict[str, Any] = {
-    # Bytes that are no UTF-8, in records of a stranger's, come as lone surrogates: whoever reads them refuses those.
+_OPTIONS: dict[str, Any] = {
+    # Records written by others may contain bytes that are not UTF-8. They become lone surrogates, which readers reject.
     "encoding_errors": "surrogateescape",
     "socket_timeout": SOCKET_TIMEOUT_S,
     "socket_connect_timeout": CONNECT_TIMEOUT_S,
     "health_check_interval": 25,
 }
-_SENTINEL_WAYS: dict[str, Any] = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
+SENTINEL_OPTIONS: dict[str, Any] = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
 
 
 def resolve_url(settings: Settings) -> str:
-    """The Redis that the settings mean, for `connect` and the like.
+    """The URL of the Redis that the settings mean, for `connect` and the other functions here.
 
-    Without `redis_url` this is an internal URL that stays the same while the embedded server starts, stops and moves;
-    `current_url` tells where it is now.
+    Without `redis_url` this is an internal URL, which stays the same while the embedded server starts, stops and moves.
+    `current_url` says where the server is now.
     """
     return settings.redis_url or embedded_url(redis_dir())
 
 
-def celery_url(url: str) -> str:
-    """The same Redis as kombu writes it: unix sockets are `redis+socket://` with the database as `virtual_host`."""
-    if is_sentinel(url):
-        return parse_sentinel(url).for_celery()
-    parts = urlsplit(url)
-    if parts.scheme != "unix":  # `embedded://` too, which our transport and backend understand
-        return url
-    database = parse_qs(parts.query).get("db", ["0"])[0]
-    return f"redis+socket://{parts.path}?virtual_host={database}"
-
-
 def connect(url: str, *, text: bool = True) -> redis.Redis:
-    """A redis-py client that gives up on a silent server; it answers in `text` or bytes. Nothing is sent yet."""
+    """A redis-py client with timeouts; it returns `text` or else bytes. Sends nothing yet."""
     if is_sentinel(url):
         return cast("redis.Redis", _primary(url, redis.sentinel.Sentinel, redis.Redis, text, Retry(NoBackoff(), 0)))
     if is_embedded(url):
         pool = redis.ConnectionPool(
-            connection_class=EmbeddedConnection, directory=directory_of(url), decode_responses=text, **_WAYS
+            connection_class=EmbeddedConnection, directory=directory_of(url), decode_responses=text, **_OPTIONS
         )
         return redis.Redis.from_pool(pool)
-    connection: redis.Redis = redis.Redis.from_url(url, decode_responses=text, **_WAYS)
+    connection: redis.Redis = redis.Redis.from_url(url, decode_responses=text, **_OPTIONS)
     return connection
 
 
 def connect_async(url: str) -> redis.asyncio.Redis:
-    """The same for asyncio, answering in text."""
+    """A redis-py client for asyncio with timeouts; it returns text. Sends nothing yet."""
     if is_sentinel(url):
         once = redis.asyncio.retry.Retry(NoBackoff(), 0)
-        found = _primary(url, redis.asyncio.sentinel.Sentinel, _ByAsyncSentinel, True, once)
+        found = _primary(url, redis.asyncio.sentinel.Sentinel, _AsyncSentinelRedis, True, once)
         return cast("redis.asyncio.Redis", found)
     if is_embedded(url):
         pool = redis.asyncio.ConnectionPool(
-            connection_class=AsyncEmbeddedConnection, directory=directory_of(url), decode_responses=True, **_WAYS
+            connection_class=AsyncEmbeddedConnection, directory=directory_of(url), decode_responses=True, **_OPTIONS
         )
         return redis.asyncio.Redis.from_pool(pool)
-    connection: redis.asyncio.Redis = redis.asyncio.Redis.from_url(url, decode_responses=True, **_WAYS)
+    connection: redis.asyncio.Redis = redis.asyncio.Redis.from_url(url, decode_responses=True, **_OPTIONS)
     return connection
 
 
 def _primary(url: str, sentinel: Any, client: Any, text: bool, once: Any) -> Any:
-    """A client of the Redis that Sentinels name. One that is away is asked `once`: the next one knows as much."""
+    """A client of the primary that the Sentinels name. Each Sentinel is asked `once`: another one knows as much."""
     address = parse_sentinel(url)
-    asked = sentinel(list(address.hosts), sentinel_kwargs={**_SENTINEL_WAYS, "retry": once})
+    sentinels = sentinel(list(address.hosts), sentinel_kwargs={**SENTINEL_OPTIONS, "retry": once})
     login = {**address.login, "db": address.database}
-    return asked.master_for(address.master, redis_class=client, decode_responses=text, **login, **_WAYS)
+    return sentinels.master_for(address.master, redis_class=client, decode_responses=text, **login, **_OPTIONS)
 
 
-class _ByAsyncSentinel(redis.asyncio.Redis):
-    """redis-py leaves the connections to the Sentinels open."""
+class _AsyncSentinelRedis(redis.asyncio.Redis):
+    """Closes the connections to the Sentinels too, which redis-py leaves open."""
 
     async def aclose(self, *args: Any, **kwargs: Any) -> None:
         await super().aclose(*args, **kwargs)
         pool: Any = self.connection_pool
-        for asked in pool.sentinel_manager.sentinels:
-            await asked.aclose()
+        for sentinel in pool.sentinel_manager.sentinels:
+            await sentinel.aclose()
 
 
 def has_keepalive(url: str) -> bool:
-    """Whether TCP may carry the connection. redis-py's class for unix sockets knows no such option."""
+    """Whether the connection may use TCP. redis-py's class for unix sockets has no option for TCP keepalive."""
     return urlsplit(url).scheme != "unix"
 
 
-def sentinel_options(url: str) -> dict[str, Any]:
-    """What Celery's transports must know beside the URL; nothing unless Sentinels stand in it."""
-    if not is_sentinel(url):
-        return {}
-    ways = {**_SENTINEL_WAYS, "retry": Retry(NoBackoff(), 0)}
-    return {"master_name": parse_sentinel(url).master, "sentinel_kwargs": ways}
-
-
 def explain(url: str, error: BaseException) -> str:
-    """What a failed connection says, and whether the server speaks TLS where the URL has none, or the other way round.
+    """The reason of a failed connection, including a mismatch of TLS between the server and the URL.
 
-    Each then waits for the other, or hangs up, and the error alone does not tell why. It takes `PROBE_S` at most.
+    With such a mismatch both sides wait for each other, or one hangs up, and the error alone does not tell why. Takes
+    at most PROBE_S seconds.
     """
     reason, parts = str(error) or type(error).__name__, urlsplit(current_url(url))
     signs = {"rediss": ("timeout",), "redis": ("reset", "closed", "protocol error")}.get(parts.scheme, ())
@@ -155,7 +138,7 @@ def _answers_in_plain(probe: socket.socket) -> bool:
 def _answers_in_tls(probe: socket.socket) -> bool:
     context = ssl.create_default_context()
     context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # nothing is sent over it
+    context.verify_mode = ssl.CERT_NONE  # no data is sent
     try:
         context.wrap_socket(probe).close()
     except ssl.SSLError as error:
@@ -163,27 +146,43 @@ def _answers_in_tls(probe: socket.socket) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def redis_errors(url: str) -> Iterator[None]:
+    """Raise errors of Redis connections, whichever library they come from, as RedisUnreachable or RedisRefused."""
+    try:
+        yield
+    except (redis.ConnectionError, redis.TimeoutError, OperationalError, ConnectionError) as error:
+        if isinstance(error, RedisUnreachable):
+            raise
+        shown = redact_url(current_url(url))
+        if isinstance(error.__cause__, redis.ResponseError):  # kombu's error for a message that Redis refused
+            raise RedisRefused(shown, str(error)) from error
+        raise RedisUnreachable(shown, explain(url, error)) from error
+    except redis.RedisError as error:
+        raise RedisRefused(redact_url(current_url(url)), str(error)) from error
+
+
 def check_access(url: str) -> None:
-    """Connect once, and see whether certificates, user and password are right. Whether Redis runs does not matter.
+    """Connect once to check certificates, user and password. Redis need not be running.
 
     Raises:
-        RedisUnreachable: they are not, and trying again will not help.
+        RedisUnreachable: they are wrong, so that trying again does not help.
     """
     try:
-        with connect(url) if is_sentinel(url) else _impatient(url) as connection:
+        with connect(url) if is_sentinel(url) else _connect_once(url) as connection:
             connection.ping()
     except (redis.ConnectionError, redis.TimeoutError) as error:
         reason = explain(url, error)
         if connection_advice(reason) is not None:
             raise RedisUnreachable(redact_url(url), reason) from error
     except redis.RedisError:
-        pass  # it answers; a server that is loading, say
+        pass  # it answers, perhaps that it is loading its data
 
 
 def answers(url: str) -> bool:
-    """Ask once whether a Redis answers. One that is reading back its data does, one that wants a login does not."""
+    """Ask once whether a Redis answers. One that is loading its data does; one that wants a login does not."""
     try:
-        with _impatient(url) as connection:
+        with _connect_once(url) as connection:
             connection.ping()
     except redis.BusyLoadingError:
         return True
@@ -194,74 +193,11 @@ def answers(url: str) -> bool:
     return True
 
 
-def _impatient(url: str) -> redis.Redis:
-    ways: dict[str, Any] = {"socket_timeout": CONNECT_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
-    ways["retry"] = Retry(NoBackoff(), 0)
+def _connect_once(url: str) -> redis.Redis:
+    timeouts: dict[str, Any] = {"socket_timeout": CONNECT_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
+    options: dict[str, Any] = {**timeouts, "retry": Retry(NoBackoff(), 0)}
     if is_embedded(url):
-        pool = redis.ConnectionPool(connection_class=EmbeddedConnection, directory=directory_of(url), **ways)
+        pool = redis.ConnectionPool(connection_class=EmbeddedConnection, directory=directory_of(url), **options)
         return redis.Redis.from_pool(pool)
-    connection: redis.Redis = redis.Redis.from_url(url, **ways)
+    connection: redis.Redis = redis.Redis.from_url(url, **options)
     return connection
-
-
-def broker_settings(settings: Settings, url: str) -> dict[str, Any]:
-    """Celery's settings for the broker, the same in client and worker: the shortest lease among them wins."""
-    return {
-        "broker_url": celery_url(url),
-        "broker_transport": "headrace.client.wire.embedded_redis:EmbeddedTransport" if is_embedded(url) else None,
-        # kombu checks no certificate unless this is said. What the URL's query says (ssl_ca_certs and so on) means the
-        # same to kombu, Celery's result backend and redis-py; without it the system's authorities are trusted.
-        "broker_use_ssl": {"ssl_cert_reqs": ssl.CERT_REQUIRED} if urlsplit(url).scheme == "rediss" else None,
-        "broker_transport_options": {
-            "global_keyprefix": keys.PREFIX,
-            "visibility_timeout": settings.lease_s,
-            "unacked_restore_interval": 10,
-            "unacked_restore_throttle": 1,
-            "socket_timeout": SOCKET_TIMEOUT_S,
-            "socket_connect_timeout": CONNECT_TIMEOUT_S,
-            "socket_keepalive": has_keepalive(url),
-            "health_check_interval": 25,
-            **sentinel_options(url),
-        },
-        "visibility_timeout": settings.lease_s,
-        "task_serializer": "json",
-        "result_serializer": "json",
-        "event_serializer": "json",
-        "accept_content": ["json"],  # remote control goes by this and by task_serializer
-        "result_accept_content": ["json"],
-        "broker_connection_timeout": CONNECT_TIMEOUT_S,
-    }
-
-
-def queue(model_name: str) -> Queue:
-    """The Celery queue of a model."""
-    name = keys.queue(model_name)
-    return Queue(name, routing_key=name)  # type: ignore[no-untyped-call]
-
-
-def results_app(settings: Settings, url: str) -> Celery:
-    """A Celery app that publishes and reads results: for canvases, and for a user's own tasks and worker."""
-    app = Celery("headrace-results", set_as_current=False)
-    app.loader.override_backends = {EMBEDDED: "headrace.client.wire.embedded_redis:EmbeddedBackend"}
-    app.conf.update(
-        **broker_settings(settings, url),
-        result_backend=celery_url(url),
-        result_backend_transport_options={"global_keyprefix": keys.PREFIX, **sentinel_options(url)},
-        redis_backend_use_ssl=app.conf.broker_use_ssl,
-        redis_socket_keepalive=has_keepalive(url),
-        result_expires=settings.result_ttl_s,
-    )
-    return app
-
-
-def producer_app(settings: Settings, url: str) -> Celery:
-    """A Celery app that only publishes. Without a result backend it opens no pub/sub channel for every job."""
-    app = Celery("headrace-client", set_as_current=False)
-    app.conf.update(
-        **broker_settings(settings, url),
-        result_backend="disabled",
-        task_queues=[queue(settings.model_name)],
-        task_default_queue=keys.queue(settings.model_name),
-        task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.2, "interval_max": 0.5},
-    )
-    return app

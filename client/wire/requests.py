@@ -1,7 +1,6 @@
-"""What goes over the wire, both ways. JSON only; a request with a field that is not listed here is refused.
+"""Requests: their fields, defaults and limits, and the errors for wrong ones.
 
-`SCHEMA_VERSION` rises when an old worker could misread a new request. New optional fields get defaults, so that
-messages and results which are already in Redis still decode after an upgrade.
+On the wire a request is JSON. A request with a field that is not listed here is refused.
 """
 
 from __future__ import annotations
@@ -14,50 +13,28 @@ from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from headrace.client.wire.activations import CHECKPOINT_TENSORS
 from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.version import SCHEMA_VERSION, is_readable
 
-SCHEMA_VERSION = 1
-TASK_NAME = "headrace.generate"
-#: Takes a list of {"id": job id, "request": what TASK_NAME takes}; each is a job of its own.
-GROUP_TASK_NAME = "headrace.generate_many"
-#: Header of a message with several jobs: how many.
-JOBS_HEADER = "jobs"
-
-MAX_PROMPT_BYTES = 65_536  # GPT-2 reads 1,024 tokens, some 5 kB of English
+MAX_PROMPT_BYTES = 65_536  # GPT-2 reads 1,024 tokens: about 5 kB of English
 MAX_PROMPT_TOKENS = 16_384
 MAX_STOP_BYTES = 1_024
 MAX_LOGPROBS = 20
 MAX_BIASES = 1_024
-#: Token ids are below it in every vocabulary that could be.
+#: Upper bound of token ids, whatever the vocabulary.
 TOKEN_IDS = 2**31
-#: Longer names of fields are not read to the end.
+#: Longer field names are shortened in error messages.
 MAX_NAME = 64
-#: Log probabilities in one result: n x tokens x (1 + logprobs). Without a bound, one job could take gigabytes.
+#: Maximum number of log probabilities in one result, n x tokens x (1 + logprobs): without it, one job could take
+#: gigabytes.
 MAX_SCORES = 2**19
-
-#: Checkpoint number -> the tensors it is about (docs: the thirteen checkpoints). 0 and 12 are about the whole way.
-CHECKPOINT_TENSORS: dict[int, tuple[str, ...]] = {
-    0: (),
-    1: ("embeddings", "ln_1"),
-    2: ("q", "k", "v"),
-    3: ("k", "v", "cache_k", "cache_v", "cache_rest", "k_new", "v_new", "cache_k_end", "cache_v_end"),
-    4: ("scores",),
-    5: ("attn",),
-    6: ("mlp",),
-    7: ("block_0", "hidden"),
-    8: ("logits",),
-    9: ("last_logits",),
-    10: ("next_token",),
-    11: ("probs",),
-    12: ("tokens",),
-}
 
 _JOB_ID = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-:")
 
 Priority = Literal["interactive", "normal", "bulk"]
-State = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
 
-#: Names that other libraries give to our parameters.
+#: Names that other libraries use -> the name here.
 _ALIASES = {
     "max_new_tokens": "max_tokens",
     "max_length": "max_tokens",
@@ -72,22 +49,22 @@ _ALIASES = {
 }
 _ADVICE = {
     "do_sample": "temperature=0 is greedy, anything above samples",
-    "best_of": "all n samples are given back; choose among them by their logprobs",
-    "suffix": "GPT-2 only writes on behind the prompt",
+    "best_of": "all n samples are returned; choose among them by their logprobs",
+    "suffix": "GPT-2 can only continue the prompt",
 }
 
 
-def _plain(value: Any) -> Any:
-    """Numbers and arrays of numpy, torch and pandas as the Python values they hold."""
+def _to_python(value: Any) -> Any:
+    """Convert numbers and arrays of numpy, torch and pandas to plain Python values."""
     if hasattr(value, "tolist") and not isinstance(value, (str, bytes)):
         return value.tolist()
     return value
 
 
-def _whole(value: Any) -> Any:
-    value = _plain(value)
+def _to_int(value: Any) -> Any:
+    value = _to_python(value)
     if isinstance(value, (bool, float)):
-        return value  # strict int refuses both
+        return value  # the strict int field refuses both
     try:
         return operator.index(value)
     except TypeError:
@@ -95,40 +72,40 @@ def _whole(value: Any) -> Any:
 
 
 def _string_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else _plain(value)
+    return [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else _to_python(value)
 
 
 def _bias_map(value: Any) -> Any:
-    """JSON has no integer keys: take '50256' for 50256."""
+    """JSON has no integer keys, so '50256' means 50256."""
     if not isinstance(value, dict):
         return value
-    if len(value) > MAX_BIASES:  # before pydantic keeps a kilobyte for each entry that is wrong
+    if len(value) > MAX_BIASES:  # checked here: pydantic would keep a kilobyte for each wrong entry
         raise ValueError("size")
-    return {int(k) if isinstance(k, str) and k.isascii() and k.isdecimal() else _whole(k): v for k, v in value.items()}
+    return {int(k) if isinstance(k, str) and k.isascii() and k.isdecimal() else _to_int(k): v for k, v in value.items()}
 
 
 def _checkpoint_list(value: Any) -> Any:
-    return sorted(CHECKPOINT_TENSORS) if isinstance(value, str) and value == "all" else _plain(value)
+    return sorted(CHECKPOINT_TENSORS) if isinstance(value, str) and value == "all" else _to_python(value)
 
 
 def _prompt(value: Any) -> Any:
-    value = _plain(value)
-    if isinstance(value, list) and len(value) > MAX_PROMPT_TOKENS:  # here for the same reason as in `_bias_map`
+    value = _to_python(value)
+    if isinstance(value, list) and len(value) > MAX_PROMPT_TOKENS:  # see `_bias_map`
         raise InvalidRequest("prompt", f"a list of {len(value)} token ids", _expected("prompt"))
     return value
 
 
-Int = Annotated[int, BeforeValidator(_whole)]
-Float = Annotated[float, BeforeValidator(_plain)]
+Int = Annotated[int, BeforeValidator(_to_int)]
+Float = Annotated[float, BeforeValidator(_to_python)]
 
 
 class SamplingParams(BaseModel):
-    """How tokens are chosen. Names, defaults and ranges are those of the OpenAI completions API and of vLLM."""
+    """Sampling parameters. Names, defaults and ranges are those of the OpenAI completions API and of vLLM."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     max_tokens: Int = Field(16, ge=0, le=1_000_000, description="a whole number of at least 1 (0 only with echo)")
-    temperature: Float = Field(1.0, ge=0, le=2, description="a number from 0 (always the likeliest token) to 2")
+    temperature: Float = Field(1.0, ge=0, le=2, description="a number from 0 (always the most probable token) to 2")
     top_p: Float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1 (1 is off)")
     top_k: Int = Field(0, ge=-1, description="a whole number of at least 1, or 0 or -1 for off")
     min_p: Float = Field(0.0, ge=0, le=1, description="a number from 0 (off) to 1")
@@ -149,7 +126,7 @@ class SamplingParams(BaseModel):
     echo: bool = Field(False, description="True or False")
     min_tokens: Int = Field(0, ge=0, description="a whole number from 0 to max_tokens")
     ignore_eos: bool = Field(False, description="True or False")
-    stop_token_ids: Annotated[list[Int], BeforeValidator(_plain)] = Field(
+    stop_token_ids: Annotated[list[Int], BeforeValidator(_to_python)] = Field(
         default_factory=list, max_length=64, description="at most 64 token ids"
     )
 
@@ -185,23 +162,23 @@ class SamplingParams(BaseModel):
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """Whether the most probable token is always chosen."""
         return self.temperature < 1e-6
 
 
 class GenerateRequest(SamplingParams):
-    """One job as the worker gets it: a prompt, how to sample, and until when it is of use."""
+    """A request as the worker gets it: a prompt, sampling parameters, and when it expires."""
 
     schema_version: Int = Field(SCHEMA_VERSION, description="set by the client")
     prompt: Annotated[str | list[Int], BeforeValidator(_prompt)] = Field(
         description=f"text of at most {MAX_PROMPT_BYTES} bytes in UTF-8, or a list of 1 to {MAX_PROMPT_TOKENS} ids"
     )
     priority: Priority = Field("normal", description="'interactive', 'normal' or 'bulk'")
-    #: Unix time after which nobody wants the result; None is never.
+    #: Unix time in seconds at which the job expires; None means never.
     expires_at: float | None = Field(None, ge=0, le=1e11, description="a Unix time in seconds, or None")
-    #: Whether text is written to the job's stream of events as it comes, for `Job.stream`.
+    #: Whether the worker streams the text while it generates it, for `Job.stream`.
     stream: bool = Field(False, description="True or False")
-    #: Checkpoints of the first sample whose tensors are kept for `Job.checkpoints`.
+    #: Numbers of the checkpoints whose tensors the worker captures from the first sample, for `Job.checkpoints`.
     checkpoints: Annotated[list[Int], BeforeValidator(_checkpoint_list)] = Field(
         default_factory=list, max_length=13, description="'all', or a list of checkpoint numbers from 0 to 12"
     )
@@ -232,108 +209,19 @@ class GenerateRequest(SamplingParams):
             raise InvalidRequest("prompt", "a list of 0 token ids", expected)
         elif min(value) < 0 or max(value) >= TOKEN_IDS:
             wrong = next(i for i, token in enumerate(value) if not 0 <= token < TOKEN_IDS)
-            raise InvalidRequest("prompt", f"a list whose item {wrong} is no token id", expected)
+            raise InvalidRequest("prompt", f"a list whose item {wrong} is not a token id", expected)
         return value
 
     def to_wire(self) -> dict[str, Any]:
-        """The JSON object that goes into the message: the version and what differs from the defaults."""
+        """The JSON object of the message: the schema version, and the fields that differ from their defaults."""
         return {"schema_version": self.schema_version, **self.model_dump(mode="json", exclude_defaults=True)}
 
 
-class TopLogprob(BaseModel):
-    """A token that could have stood here."""
-
-    token_id: int
-    token: str
-    logprob: float
-
-
-class TokenLogprob(BaseModel):
-    """A token with its natural log probability under the model itself: before penalties, temperature and cuts."""
-
-    token_id: int
-    token: str
-    #: None for the first token of an echoed prompt: nothing stands before it.
-    logprob: float | None
-    top: list[TopLogprob] = []
-
-
-class Choice(BaseModel):
-    """One sample. With `echo`, text, token_ids and logprobs begin with the prompt's."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
-    #: The stop string or stop token id that ended it; None at end-of-text and at max_tokens.
-    stop_reason: str | int | None = None
-    logprobs: list[TokenLogprob] | None = None
-
-
-class StreamPiece(BaseModel):
-    """What one sample gained: tokens from number `at` of the choice on, text from character `text_at` on.
-
-    A job that is computed again writes the same positions again, cut differently; readers go by the positions.
-    """
-
-    index: int = Field(0, ge=0)
-    at: int = Field(0, ge=0)
-    text_at: int = Field(0, ge=0)
-    text: str = ""
-    token_ids: list[int] = []
-    logprobs: list[TokenLogprob] | None = None
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-class StreamEvent(BaseModel):
-    """An entry of a job's stream of events. `end`: its result record has been written."""
-
-    pieces: list[StreamPiece] = []
-    end: bool = False
-
-
-class Usage(BaseModel):
-    """Tokens read and written, all samples together; a stop token counts as written."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class Timings(BaseModel):
-    """Seconds in the worker: waiting for a slot, from the slot to the first token, and from there to the end."""
-
-    waiting_s: float
-    prefill_s: float
-    decode_s: float
-
-
-class Result(BaseModel):
-    """What a job came to. `text` is the first choice's."""
-
-    model_config = ConfigDict(extra="ignore")  # a newer worker may say more
-
-    schema_version: int = SCHEMA_VERSION
-    id: str
-    model: str
-    choices: list[Choice]
-    usage: Usage
-    seed: int
-    timings: Timings
-    #: The software, hardware and weights that made it; equal fingerprints give equal results.
-    fingerprint: str = ""
-
-    @property
-    def text(self) -> str:
-        """The text of the first choice."""
-        return self.choices[0].text
-
-
 def parse_request(fields: dict[str, Any]) -> GenerateRequest:
-    """A request from outside, checked.
+    """Check the fields of a request and return it.
 
     Raises:
-        InvalidRequest: naming the first field at fault, its value, and what would be right.
+        InvalidRequest: a field is wrong. It names the first such field, its value, and what is expected.
     """
     for name in fields:
         if name not in GenerateRequest.model_fields:
@@ -350,13 +238,8 @@ def parse_request(fields: dict[str, Any]) -> GenerateRequest:
         raise InvalidRequest(name, str(value), _expected(name)) from None
 
 
-def is_readable(version: Any) -> bool:
-    """Whether a request of this schema version can be read here: of the present one and all before it."""
-    return isinstance(version, int) and 1 <= version <= SCHEMA_VERSION
-
-
 def is_job_id(value: Any) -> TypeGuard[str]:
-    """Whether this may name a job: 1 to 128 letters, digits, '.', '_', '-' or ':'."""
+    """Whether this is a valid job id: 1 to 128 letters, digits, '.', '_', '-' or ':'."""
     return isinstance(value, str) and 1 <= len(value) <= 128 and _JOB_ID.issuperset(value)
 
 
@@ -375,8 +258,8 @@ def _advice(name: Any) -> str:
     return f"no such parameter; did you mean {near}?" if near else f"one of {', '.join(public)}"
 
 
-class _Short(reprlib.Repr):
-    """`repr` that never writes out what it would then cut off, however long or deep the value is."""
+class _ShortRepr(reprlib.Repr):
+    """`repr` with bounded work and output, however long or deep the value is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -384,22 +267,22 @@ class _Short(reprlib.Repr):
         self.maxstring = self.maxother = self.maxlong = 80
 
     def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to write out a number of thousands of digits, and it would be of no use.
+        # Python refuses to convert a number of thousands of digits.
         return super().repr_int(x, level) if x.bit_length() < 1024 else f"a number of {x.bit_length()} bits"
 
 
 def _show(value: Any, name: Any = "") -> str:
-    """A value for an error message: short, and a prompt only by its kind."""
+    """A value for an error message: shortened; of a prompt only its type."""
     if name == "prompt":
         return f"a value of type {type(value).__name__}"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    text = _Short().repr(value)
+    text = _ShortRepr().repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _show_name(name: Any) -> str:
-    """The name of a field that a stranger may have chosen."""
+    """A field name from outside, safe to print."""
     return name if isinstance(name, str) and name.isprintable() and 0 < len(name) <= MAX_NAME else _show(name)
 
 

@@ -1,37 +1,135 @@
-"""Celery's result records -> outcomes of jobs."""
+"""Results: what a worker stores of a job that has ended, and what it streams before.
+
+Celery's result backend stores one record for each job; `parse_outcome` reads it.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobFailed
-from headrace.client.wire.requests import Result, State
+from headrace.client.wire.version import SCHEMA_VERSION
+
+State = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
+
+
+class TopLogprob(BaseModel):
+    """One of the most probable tokens at this position."""
+
+    token_id: int
+    token: str
+    logprob: float
+
+
+class TokenLogprob(BaseModel):
+    """A token with its log probability (base e) under the model: before penalties, temperature, top_k and top_p."""
+
+    token_id: int
+    token: str
+    #: None for the first token of an echoed prompt, which has no context.
+    logprob: float | None
+    top: list[TopLogprob] = []
+
+
+class Choice(BaseModel):
+    """One sample. With `echo`, text, token_ids and logprobs include the prompt."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+    #: The stop string or stop token id that ended the sample; None for end-of-text and for max_tokens.
+    stop_reason: str | int | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+
+class Usage(BaseModel):
+    """Numbers of tokens, of all samples together. A stop token counts as a completion token."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Timings(BaseModel):
+    """Seconds in the worker: waiting for a slot, from the slot to the first token, from the first token to the end."""
+
+    waiting_s: float
+    prefill_s: float
+    decode_s: float
+
+
+class Result(BaseModel):
+    """The result of a job that succeeded."""
+
+    model_config = ConfigDict(extra="ignore")  # a newer worker may send more fields
+
+    schema_version: int = SCHEMA_VERSION
+    id: str
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    seed: int
+    timings: Timings
+    #: Identifies software, hardware and weights. Workers with equal fingerprints give equal results.
+    fingerprint: str = ""
+
+    @property
+    def text(self) -> str:
+        """The text of the first choice."""
+        return self.choices[0].text
+
+
+class StreamPiece(BaseModel):
+    """New tokens and text of one sample: tokens from index `at` of the choice, text from character `text_at`.
+
+    A job that is computed again writes the same positions again, perhaps in other pieces. Readers compare positions.
+    """
+
+    index: int = Field(0, ge=0)
+    at: int = Field(0, ge=0)
+    text_at: int = Field(0, ge=0)
+    text: str = ""
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class StreamEvent(BaseModel):
+    """An entry of a job's event stream. `end` means that the result record has been written."""
+
+    pieces: list[StreamPiece] = []
+    end: bool = False
+
 
 _ERRORS: dict[str, type[JobError]] = {cls.__name__: cls for cls in (JobFailed, JobCancelled, JobExpired)}
 _STATES: dict[type[JobError], State] = {JobFailed: "failed", JobCancelled: "cancelled", JobExpired: "expired"}
 
+#: How a job ended.
 Outcome = Result | JobError
 
-#: Characters of a code and of a message; those of our own workers are shorter.
+#: Maximum length of an error code and of a message. Those of headrace workers are shorter.
 MAX_CODE, MAX_MESSAGE = 64, 1_000
 
 
 def parse_outcome(record: str | None) -> Outcome | None:
-    """What a job came to, from its result record; None while it has not ended.
+    """The outcome of a job from its result record; None if the job has not ended.
 
-    A record that cannot be read becomes a JobFailed that says so: its job did end.
+    A record that cannot be read becomes a JobFailed with the code `unreadable_result`: the job has ended.
     """
     if record is None:
         return None
     try:
-        record.encode()  # no lone surrogates: bytes that were no text
+        record.encode()  # raises for lone surrogates, which stand for bytes that are not UTF-8
         meta = json.loads(record)
         status, value = meta["status"], meta["result"]
         if status == "SUCCESS":
             result = Result.model_validate(value)
             if not result.choices:
-                raise ValueError("a result without a sample")
+                raise ValueError("a result without choices")
             return result
         if status == "REVOKED":
             return JobCancelled(message="the job was revoked through Celery")
@@ -41,7 +139,7 @@ def parse_outcome(record: str | None) -> Outcome | None:
 
 
 def outcome_state(outcome: Outcome) -> State:
-    """The job state that an outcome means."""
+    """The state of a job with this outcome."""
     return "succeeded" if isinstance(outcome, Result) else _STATES[type(outcome)]
 
 
@@ -50,13 +148,13 @@ def _failure(value: dict[str, Any]) -> JobError:
     if name in _ERRORS and isinstance(arguments, list) and len(arguments) == 3:
         code, message, partial = arguments
         if not isinstance(code, str) or not isinstance(message, str) or not _are_texts(partial):
-            raise TypeError("not as an error of ours is written")
+            raise TypeError("not the arguments of a JobError")
         return _ERRORS[name](_shortened(code, MAX_CODE), _shortened(message, MAX_MESSAGE), partial)
     if name == "TimeLimitExceeded":
         return JobExpired(message="Celery's time limit for the task passed")
-    # Another exception, as Celery wrote it: its arguments may be anything.
-    said = arguments if isinstance(arguments, str) else json.dumps(arguments)
-    return JobFailed("worker_error", f"{_shortened(str(name), MAX_CODE)}: {_shortened(said, MAX_MESSAGE)}")
+    # Another exception, as Celery stored it: its arguments can be any JSON.
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    return JobFailed("worker_error", f"{_shortened(str(name), MAX_CODE)}: {_shortened(text, MAX_MESSAGE)}")
 
 
 def _are_texts(value: Any) -> TypeGuard[list[str]]:
@@ -64,6 +162,6 @@ def _are_texts(value: Any) -> TypeGuard[list[str]]:
 
 
 def _shortened(text: str, limit: int) -> str:
-    """Text of a stranger's, fit for terminals and logs."""
+    """Text from outside, made safe for terminals and logs."""
     text = text.encode(errors="replace").decode()
     return text if len(text) <= limit else text[: limit - 3] + "..."

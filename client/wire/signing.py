@@ -1,9 +1,10 @@
-"""Signatures of jobs: who holds the key may submit, whoever else can write to Redis.
+"""Signatures of requests: only clients with the key can submit, even where others can write to Redis.
 
-A signature is an HMAC-SHA-256 over the job's id, the model whose queue it goes to, and the request exactly as it is
-sent, schema version included. It travels in the request's wire form under `SIGNATURE`. Without a key nothing is added.
+A signature is an HMAC-SHA-256 over the job id, the model of the queue, and the request exactly as it is sent, including
+the schema version. It is sent in the request under `SIGNATURE`. Without a key nothing is added.
 
-A job's record is marked as well: a job that somebody with the key has submitted is not failed for what others send.
+The job's record has a mark as well: a job submitted with the key does not fail because others send a message with its
+id.
 """
 
 from __future__ import annotations
@@ -14,38 +15,38 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-#: The field of a request on the wire that holds its signature; no parameter has this name.
+#: The field of the request for the signature; no parameter has this name.
 SIGNATURE = "signature"
 
-#: What is signed begins with this, so that a key used elsewhere too signs nothing that could pass here.
+#: Signed text begins with this, so that signatures which the same key makes for other purposes are not valid here.
 _PURPOSE = "headrace job 1"
 _MARK_PURPOSE = "headrace record 1"
 
 
 def sign(key: bytes, job_id: str, model: str, wire: Mapping[str, Any]) -> dict[str, Any]:
-    """The request with its signature, to be sent for this job and no other."""
+    """The request with its signature, which is valid for this job only."""
     return {**wire, SIGNATURE: _digest(key, _signed_text(job_id, model, wire))}
 
 
 def verified(keys: Iterable[bytes], job_id: str, model: str, wire: Any) -> bool:
-    """Whether the request was signed with one of the keys for this job and this model's queue."""
+    """Whether the request has a valid signature by one of the keys, for this job and this model's queue."""
     given = wire.get(SIGNATURE) if isinstance(wire, dict) else None
     if not isinstance(given, str) or not given.isascii():
         return False
     try:
         text = _signed_text(job_id, model, wire)
-    except (TypeError, ValueError, RecursionError):  # holds what no client of ours sends: a NaN, a date, a deep nest
+    except (TypeError, ValueError, RecursionError):  # contains what no client sends, such as NaN or deep nesting
         return False
     return any(hmac.compare_digest(_digest(key, text), given) for key in keys)
 
 
 def mark(key: bytes, job_id: str) -> str:
-    """What the record of a job says if its submitter has the key."""
+    """The mark in a job's record that shows that its submitter has the key."""
     return _digest(key, json.dumps([_MARK_PURPOSE, job_id]).encode())
 
 
 def marked(keys: Iterable[bytes], job_id: str, given: str | None) -> bool:
-    """Whether a job's record was written by somebody with one of the keys."""
+    """Whether the mark in a job's record was made with one of the keys."""
     if given is None or not given.isascii():
         return False
     return any(hmac.compare_digest(mark(key, job_id), given) for key in keys)
@@ -57,7 +58,7 @@ def unsigned(wire: Any) -> Any:
 
 
 def _signed_text(job_id: str, model: str, wire: Mapping[str, Any]) -> bytes:
-    """One text for one request, on both sides: JSON with sorted names and no spaces, in ASCII."""
+    """The canonical form of a request: JSON in ASCII, with sorted names and without spaces."""
     signed = [_PURPOSE, job_id, model, unsigned(wire)]
     return json.dumps(signed, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 

@@ -1,8 +1,8 @@
-"""The context of traces in messages: W3C `traceparent` and `tracestate`, of each job its own.
+"""Trace context in messages: W3C `traceparent` and `tracestate` for each job.
 
-A message of one job has them as headers of their own, where other instrumentations of Celery have them too; a message
-of several has them by job in the header `TRACES_HEADER`. Nobody signs them, and whoever can write to the queue can say
-what he likes in them: they say where in which trace a span hangs, and whether it is sampled, and nothing else.
+A message with one job has them as headers, like other instrumentations of Celery. A message with several jobs has them
+by job id in the header `TRACES_HEADER`. They are not signed: anyone who can write to the queue can choose them. They
+only decide to which trace a span belongs, and whether it is sampled.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.trace import Tracer
 
-#: Of a message of one job.
+#: Headers of a message with one job.
 CONTEXT_HEADERS = ("traceparent", "tracestate")
-#: Longer ones are not read: as long as W3C asks that a `tracestate` be passed on.
+#: Longer values are ignored. W3C requires that a `tracestate` of up to this length is propagated.
 MAX_CHARS = 512
-#: Of a message of several: {job id: the two above}.
+#: Header of a message with several jobs: {job id: {"traceparent": ..., "tracestate": ...}}.
 TRACES_HEADER = "traces"
 
 
 @contextlib.contextmanager
 def sending(job_ids: Sequence[str], queue: str) -> Iterator[dict[str, Any]]:
-    """A span for each job while its message is sent; gives the headers of the message. They are empty without traces.
+    """Start a span for each job while its message is sent. Gives the headers of the message, empty without tracing.
 
-    The spans are children of the caller's, if there is one: then the trace is the caller's.
+    The spans are children of the caller's current span, if there is one.
     """
     if (tracer := find_tracer()) is None:
         yield {}
@@ -48,7 +48,7 @@ def sending(job_ids: Sequence[str], queue: str) -> Iterator[dict[str, Any]]:
     try:
         if len(spans) > 1:
             yield {TRACES_HEADER: carriers} if carriers else {}
-        else:  # as the current one, so that an instrumentation of Celery's goes on from it
+        else:  # as the current span, so that spans of an instrumentation of Celery become its children
             with use_span(first, record_exception=False, set_status_on_exception=False):
                 yield carriers.get(job_ids[0], {})
     except BaseException as error:
@@ -68,7 +68,7 @@ def _start(tracer: Tracer, queue: str, attributes: dict[str, str]) -> Any:
 
 
 def carrier_of(span: Any) -> dict[str, str]:
-    """What carries the context of a span; empty if it has none."""
+    """The headers with the context of a span; empty if it has none."""
     from opentelemetry.trace import set_span_in_context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -78,7 +78,7 @@ def carrier_of(span: Any) -> dict[str, str]:
 
 
 def context_of(carrier: Any) -> Context:
-    """The context that something carries which anybody may have written; an empty one if that is none."""
+    """The context in headers that anyone may have written; empty if they are not valid."""
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     given = carrier if isinstance(carrier, Mapping) else {}
@@ -88,7 +88,7 @@ def context_of(carrier: Any) -> Context:
 
 
 def carried(headers: Mapping[str, Any], job_id: str, *, grouped: bool) -> Context:
-    """The context of a job, from the headers of its message."""
+    """The context of a job in the headers of its message."""
     if not grouped:
         return context_of(headers)
     by_job = headers.get(TRACES_HEADER)

@@ -20,7 +20,7 @@ from typing import Any
 from celery.__main__ import main
 from celery.signals import worker_ready
 
-from headrace.client.wire.requests import GROUP_TASK_NAME
+from headrace.client.wire.celery import GROUP_TASK_NAME
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.errors import EngineStopped
 from headrace.worker.jobs.pool import EnginePool

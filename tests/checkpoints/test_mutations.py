@@ -16,7 +16,7 @@ from safetensors.numpy import load
 
 import headrace.model.gpt2
 import headrace.model.kv_cache
-from headrace.client.wire.activations import Row
+from headrace.client.wire.comparison import Row
 from headrace.client.wire.requests import parse_request
 from headrace.config import Settings
 from headrace.model.hub import DEMO

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from headrace.client.wire.requests import CHECKPOINT_TENSORS, parse_request
+from headrace.client.wire.activations import CHECKPOINT_TENSORS
+from headrace.client.wire.requests import parse_request
 from headrace.config import Settings
 from headrace.model.hub import DEMO
 from headrace.worker.engine.engine import Engine

@@ -9,7 +9,8 @@ from unittest import mock
 
 from hypothesis import strategies as st
 
-from headrace.client.jobs.status import WorkerStatus, _jobs_in, _scaled, _worker
+from headrace.client.jobs.status import WorkerStatus, _worker
+from headrace.client.wire.queue_depth import _jobs_in, _scaled
 from headrace.config.settings import PREFIX, Settings, SettingsError, load_settings
 from tests.fuzz.harness import Target, is_plain
 from tests.fuzz.values import ANY_TEXT, JSON, NUMBERS, objects

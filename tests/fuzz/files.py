@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from headrace.client.wire.activations import CHECKPOINTS, compare
+from headrace.client.wire.activations import CHECKPOINTS
+from headrace.client.wire.comparison import compare
 from headrace.model import GPT2, ModelError, load_model, load_tokenizer
 from headrace.model.gpt2 import GPT2Config
 from headrace.model.tokenizer import END_OF_TEXT, _byte_alphabet

@@ -15,13 +15,13 @@ from starlette.applications import Starlette
 
 from headrace.client import AsyncClient, Client, QueueFull
 from headrace.client.http.app import ROUTES, exception_handlers
-from headrace.client.http.auth import Guard, Limits
+from headrace.client.http.auth import AccessMiddleware, Limits
 from headrace.client.http.batches import Batches
 from headrace.client.http.comparison import Comparison
-from headrace.client.http.context import Parts
+from headrace.client.http.context import AppContext
 from headrace.client.http.file_store import FileStore
-from headrace.client.http.jobs import Gateway
-from headrace.client.http.page import Overview
+from headrace.client.http.jobs import JobRunner
+from headrace.client.http.page import StatusReporter
 from headrace.client.jobs.status import Status, WorkerStatus
 from headrace.config import load_settings
 from tests.fuzz.harness import LONGEST_MESSAGE, Target
@@ -75,21 +75,21 @@ class NoQueue:
 
     async def submit_many(self, requests: list[dict[str, Any]]) -> None:
         for request in requests:
-            self._client._prepare(dict(request))
+            self._client.submitter.prepare(dict(request))
         raise QueueFull("headrace.demo", 1, 1)
 
 
 @functools.cache
-def _app() -> Guard:
+def _app() -> AccessMiddleware:
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # as the server does
     directory = Path(tempfile.mkdtemp())
     files = FileStore(directory)
     client = cast("AsyncClient", NoQueue())
     app = Starlette(routes=ROUTES, exception_handlers=exception_handlers())
     batches = Batches(directory, files, load_settings())
-    gateway = Gateway(client, 600)
-    app.state.parts = Parts(client, gateway, files, batches, Overview(gateway), Comparison(client))
-    return Guard(app, Limits(any_host=True))
+    gateway = JobRunner(client, 600)
+    app.state.context = AppContext(client, gateway, files, batches, StatusReporter(gateway), Comparison(client))
+    return AccessMiddleware(app, Limits(any_host=True))
 
 
 def check_body(case: tuple[str, Any]) -> None:

@@ -11,8 +11,8 @@ import tiktoken
 from hypothesis import strategies as st
 
 from headrace.client.wire.errors import InvalidRequest, JobError, JobFailed
-from headrace.client.wire.requests import GenerateRequest, Result, is_job_id, parse_request
-from headrace.client.wire.results import outcome_state, parse_outcome
+from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request
+from headrace.client.wire.results import Result, outcome_state, parse_outcome
 from headrace.model.tokenizer import END_OF_TEXT, PATTERN, Tokenizer
 from headrace.worker.engine.engine import Engine
 from headrace.worker.jobs.service import read_group, read_wire

@@ -133,7 +133,7 @@ def test_ten_thousand_outstanding_jobs_take_one_connection() -> None:
             waiting = [asyncio.create_task(job.wait(PATIENCE_S)) for job in jobs]
             done = asyncio.create_task(_collect(own, jobs))
             await asyncio.sleep(0.5)
-            assert len(own._watch) == JOBS
+            assert len(own._polls) == JOBS
             assert len(connection.client_list()) - before <= 1
             pipe = connection.pipeline(transaction=False)
             for job in jobs:
@@ -141,7 +141,7 @@ def test_ten_thousand_outstanding_jobs_take_one_connection() -> None:
             pipe.execute()
             states = await asyncio.gather(*waiting)
             assert await done == JOBS
-            assert len(own._watch) == 0
+            assert len(own._polls) == 0
             return states
 
         assert set(run(server.url, body)) == {"cancelled"}

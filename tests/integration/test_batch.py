@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from headrace.client import Client, InvalidBatch, InvalidRequest, JobFailed, OutputRefused
-from headrace.client.batch.rows import Row
-from headrace.client.batch.run import Window
+from headrace.client.batch import window
+from headrace.client.batch.items import Row
+from headrace.client.batch.window import Window
 from headrace.client.wire import keys
 from headrace.config import load_settings
 from headrace.worker.redis_server import EmbeddedRedis
@@ -149,7 +150,7 @@ def test_a_queue_that_is_full_is_waited_for(redis_url: str, tmp_path: Path) -> N
 
 
 def test_jobs_that_redis_lost_are_queued_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headrace.client.batch.run.HEAL_S", 0.1)
+    monkeypatch.setattr(window, "RESUBMIT_S", 0.1)
     with EmbeddedRedis.ephemeral() as server, Client(redis_url=server.url) as client:
         row = Row(1, "a", {"prompt": "a"}, "")
         counts: list[int] = []
@@ -164,9 +165,9 @@ def test_jobs_that_redis_lost_are_queued_again(monkeypatch: pytest.MonkeyPatch) 
             elif counts.count(1) > 2:
                 raise Enough
 
-        window: Window[Row] = Window(client, tick=tick)
+        under_test: Window[Row] = Window(client, tick=tick)
         with pytest.raises(Enough):
-            list(window.run([(row, client._prepare({"prompt": "a", "id": "a"}))]))
+            list(under_test.run([(row, client.submitter.prepare({"prompt": "a", "id": "a"}))]))
         assert counts[0] == 1
         assert set(counts) <= {0, 1}  # and never twice
 
@@ -270,11 +271,11 @@ def test_what_redis_has_lost_keeps_none_of_the_others_from_being_cancelled(redis
 
     ids = [f"left-behind:{number}" for number in range(3)]
     with Client(redis_url=redis_url, model="left-behind") as own:
-        window: Window[str] = Window(own, tick=tick)
+        under_test: Window[str] = Window(own, tick=tick)
         with pytest.raises(Enough):
-            list(window.run((name, own._prepare({"prompt": "a", "id": name})) for name in ids))
+            list(under_test.run((name, own.submitter.prepare({"prompt": "a", "id": name})) for name in ids))
         own._redis.delete(keys.job(ids[1]))
-        window.drop()
+        under_test.drop()
         assert [bool(own._redis.exists(keys.cancel(name))) for name in ids] == [True, False, True]
 
 

@@ -311,7 +311,7 @@ def test_unknown_job_no_worker_and_too_late_are_three_errors(
         assert job.status() == "queued"
     with worker.slowly():
         slow = client.submit("Hello.", **LONG)
-        with pytest.raises(ResultTimeout, match="it goes on") as caught:
+        with pytest.raises(ResultTimeout, match="it continues") as caught:
             slow.result(0.05)
         assert not isinstance(caught.value, NoWorker)
         slow.cancel()

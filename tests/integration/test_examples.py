@@ -42,11 +42,11 @@ def test_bulk_over_a_file_goes_on_where_it_was(environment: dict[str, str], tmp_
     lines = [{"custom_id": name, "prompt": name} for name in ("Alice", "Bob", "Carol")]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     first = run("bulk_over_a_file.py", str(source), str(target), env=environment)
-    assert first.startswith("0 rows stood there, 3 were computed, 0 failed\n")
+    assert first.startswith("0 rows were done before, 3 were computed, 0 failed\n")
     assert sorted(line.split()[0] for line in first.splitlines()[1:]) == ["Alice", "Bob", "Carol"]
     target.write_text("".join(target.read_text().splitlines(keepends=True)[:2]))
     again = run("bulk_over_a_file.py", str(source), str(target), env=environment)
-    assert again.startswith("2 rows stood there, 1 were computed, 0 failed\n")
+    assert again.startswith("2 rows were done before, 1 were computed, 0 failed\n")
     assert sorted(again.splitlines()[1:]) == sorted(first.splitlines()[1:])
 
 

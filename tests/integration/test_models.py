@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from headrace.client import Client, InvalidRequest, Job
 from headrace.client.wire import keys
-from headrace.client.wire.requests import Result, parse_request
+from headrace.client.wire.requests import parse_request
+from headrace.client.wire.results import Result
 from headrace.config import load_settings
 from headrace.worker.cli import main
 from headrace.worker.engine.engine import Engine

@@ -210,5 +210,5 @@ def test_the_largest_request_there_can_be_fits(client: Client) -> None:
         "id": "x" * 128,
     }
     for prompt in ("\x01" * MAX_PROMPT_BYTES, [2**31 - 1] * MAX_PROMPT_TOKENS):
-        wire = client._prepare({"prompt": prompt, **more}).wire
+        wire = client.submitter.prepare({"prompt": prompt, **more}).wire
         assert len(arguments(wire)) < 0.75 * MAX_MESSAGE_BYTES

@@ -122,7 +122,7 @@ def test_a_message_sent_again_is_one_result(server: EmbeddedRedis, worker: Worke
         job = client.submit(id="again", **REQUEST)
         first = job.result(PATIENCE_S)
         before = client._redis.get(keys.result("again"))
-        wire = client._prepare({"id": "again", **REQUEST, "seed": first.seed}).wire
+        wire = client.submitter.prepare({"id": "again", **REQUEST, "seed": first.seed}).wire
         client._app.send_task("headrace.generate", args=[wire], task_id="again")
         client._app.send_task("headrace.generate_many", args=[[{"id": "again", "request": wire}]])
         assert client.submit(**REQUEST).result(PATIENCE_S)  # those before it have been looked at

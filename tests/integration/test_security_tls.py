@@ -121,7 +121,7 @@ def test_who_speaks_no_tls_to_a_server_that_does_is_told(proxy: TlsProxy) -> Non
 
 def test_who_speaks_tls_to_a_server_that_does_not_is_told(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each waits for the other until a timeout, which is shorter here."""
-    monkeypatch.setitem(transport._WAYS, "socket_timeout", 0.5)
+    monkeypatch.setitem(transport._OPTIONS, "socket_timeout", 0.5)
     monkeypatch.setattr(transport, "SOCKET_TIMEOUT_S", 0.5)
     monkeypatch.setattr(transport, "CONNECT_TIMEOUT_S", 0.5)
     place = f"rediss://:{PASSWORD}@localhost:{port}/0"

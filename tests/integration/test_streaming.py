@@ -17,7 +17,7 @@ import redis
 from headrace.client import AsyncClient, Client, Event, JobCancelled, JobExpired, JobFailed, ResultTimeout, UnknownJob
 from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
-from headrace.client.wire.requests import Choice
+from headrace.client.wire.results import Choice
 from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, paced, wait_until, worker_on
 from tests.patience import PATIENCE_S

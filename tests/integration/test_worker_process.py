@@ -31,7 +31,7 @@ def unacked(server: EmbeddedRedis) -> int:
     [
         ({"HEADRACE_KV_CACHE_BYTES": "1000"}, ["HEADRACE_KV_CACHE_BYTES is 1000", "Raise it"]),
         ({"HEADRACE_SLOTS": "none"}, ["HEADRACE_SLOTS is 'none'", "whole number from 1 to 4096"]),
-        ({"HEADRACE_SLOT": "4"}, ["HEADRACE_SLOT is no setting", "HEADRACE_SLOTS"]),
+        ({"HEADRACE_SLOT": "4"}, ["HEADRACE_SLOT is not a setting", "HEADRACE_SLOTS"]),
     ],
     ids=["cache", "value", "name"],
 )

@@ -26,7 +26,8 @@ FLOORS = {
     "client.jobs": 3,
     "model": 2,
     "client.wire": 2,
-    "worker.redis_server": 2,
+    "worker.redis_server": 4,
+    "worker.redis_binary": 3,
     "model.kernels": 1,
     "config": 1,
 }
@@ -174,7 +175,8 @@ worker.probes worker.references worker.runner worker.scheduler worker.sequence w
 worker.tracing worker.turns worker.validate worker.writer
 """.split()  # noqa: SIM905
 RETIRED_CLASSES = """
-Arena Generation Kind MemoryStore Monitor News Outcome Parts Passes Probation Runner Streamed Turns Watch Writer
+BatchIndex EventWriter Gateway Generation Guard Kind MemoryStore Models Monitor News Overview Parts Passes Probation
+Reader RowReader Runner Streamed Trace Traced Turns Watch Writer
 """.split()  # noqa: SIM905
 
 

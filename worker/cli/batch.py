@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import click
 
 from headrace.client.batch.output import STDOUT, Output
-from headrace.client.batch.run import MAX_INFLIGHT, BatchReport
+from headrace.client.batch.run import BatchReport
+from headrace.client.batch.window import MAX_INFLIGHT
 from headrace.client.wire.errors import InvalidRequest
 from headrace.worker.cli.backends import Backends, pass_backends
 from headrace.worker.cli.batch_estimate import estimate
@@ -113,6 +113,5 @@ def _check_options(source: str, output: str, *, as_json: bool, **options: Any) -
         raise InvalidRequest("overwrite", "--resume beside it", "one of them")
     if options["errors"] == STDOUT:
         raise InvalidRequest("error-file", "'-'", "a file")
-    with contextlib.closing(Output(output, options["errors"])) as sink:
+    with Output(output, options["errors"]) as sink:
         sink.check_free(source, resume=resume, overwrite=options["overwrite"])
-        sink.abandon()

@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from headrace.client import Client, SamplingParams
-from headrace.client.batch.rows import Row
-from headrace.client.batch.run import Batch, BatchReport, Window
+from headrace.client.batch.items import Row
+from headrace.client.batch.run import Batch, BatchReport
+from headrace.client.batch.window import Window
 from headrace.config import Settings
 from headrace.worker.cli.backends import Backends
 from headrace.worker.cli.batch_input import BatchInput
@@ -111,7 +112,7 @@ def _count(batch: Batch, settings: Settings) -> tuple[Estimate, list[Row]]:
 def _measure(client: Client, sample: list[Row], max_inflight: int) -> BatchReport:
     """Compute rows and drop their results."""
     report, run = BatchReport(rows=len(sample)), secrets.token_hex(6)
-    drafts = ((row, client._prepare({**row.fields, "id": row.job_id(run)})) for row in sample)
+    drafts = ((row, client.submitter.prepare({**row.fields, "id": row.job_id(run)})) for row in sample)
     for pairs in Window[Row](client, size=max_inflight).run(drafts):
         for _, outcome in pairs:
             report.count(outcome)

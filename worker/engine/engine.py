@@ -28,7 +28,8 @@ import structlog
 
 from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobFailed
 from headrace.client.wire.keys import PRIORITIES
-from headrace.client.wire.requests import MAX_SCORES, GenerateRequest, Result
+from headrace.client.wire.requests import MAX_SCORES, GenerateRequest
+from headrace.client.wire.results import Result
 from headrace.config import Settings
 from headrace.model.tokenizer import Tokenizer
 from headrace.worker.engine.cache_slots import Move

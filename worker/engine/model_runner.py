@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from headrace.client.wire.requests import CHECKPOINT_TENSORS, MAX_LOGPROBS
+from headrace.client.wire.activations import CHECKPOINT_TENSORS
+from headrace.client.wire.requests import MAX_LOGPROBS
 from headrace.model.activations import PROBS_TEMPERATURE, Trace
 from headrace.model.cuda_graphs import decode_graphs
 from headrace.model.gpt2 import GPT2

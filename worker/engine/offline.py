@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.progress import track
 
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.requests import Choice, GenerateRequest, Result, TokenLogprob, parse_request
+from headrace.client.wire.requests import GenerateRequest, parse_request
+from headrace.client.wire.results import Choice, Result, TokenLogprob
 from headrace.config import load_settings
 from headrace.config.logging import setup_logging
 from headrace.model.tokenizer import Tokenizer

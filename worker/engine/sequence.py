@@ -7,7 +7,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from headrace.client.wire.requests import Choice, GenerateRequest, Result, Timings, TokenLogprob, TopLogprob, Usage
+from headrace.client.wire.requests import GenerateRequest
+from headrace.client.wire.results import Choice, Result, Timings, TokenLogprob, TopLogprob, Usage
 from headrace.model.sampler import Draw, RowParams
 from headrace.model.tokenizer import Tokenizer
 from headrace.worker.engine.ngram_proposer import Drafter

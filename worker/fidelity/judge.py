@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from headrace.client.wire.activations import CHECKPOINTS, Row, Tensors, compare
+from headrace.client.wire.activations import CHECKPOINTS
+from headrace.client.wire.comparison import Row, Tensors, compare
 from headrace.worker.fidelity.references.float64 import NAME
 
 LOGITS, NEXT_TOKEN, TOKENS = 8, 10, 12

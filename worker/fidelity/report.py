@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from headrace.client.wire.activations import Row
+from headrace.client.wire.comparison import Row
 from headrace.worker.fidelity.references.float64 import NAME
 from headrace.worker.fidelity.tensor_files import Loss
 

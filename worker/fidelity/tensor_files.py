@@ -17,7 +17,8 @@ from typing import IO
 
 import numpy as np
 
-from headrace.client.wire.activations import CHECKPOINTS, Row, Tensors, worst
+from headrace.client.wire.activations import CHECKPOINTS
+from headrace.client.wire.comparison import Row, Tensors, worst
 
 #: A tensor larger than this is no checkpoint: the logits of GPT-2 XL at 1,024 tokens have a tenth.
 MAX_TENSOR_BYTES = 2**31

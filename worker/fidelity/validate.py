@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from headrace.client import Client
-from headrace.client.wire.activations import CHECKPOINTS, Row
+from headrace.client.wire.activations import CHECKPOINTS
+from headrace.client.wire.comparison import Row
 from headrace.client.wire.errors import HeadraceError
 from headrace.config import Settings
 from headrace.config.extras import how_to_install

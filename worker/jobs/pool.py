@@ -37,11 +37,11 @@ from celery.platforms import EX_FAILURE
 from celery.worker import state
 from kombu.asynchronous import Hub
 
+from headrace.client.wire.celery import GROUP_TASK_NAME, TASK_NAME
 from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobFailed
 from headrace.client.wire.keys import tag
 from headrace.client.wire.redis import connect, resolve_url
-from headrace.client.wire.requests import GROUP_TASK_NAME, TASK_NAME, Result
-from headrace.client.wire.results import outcome_state
+from headrace.client.wire.results import Result, outcome_state
 from headrace.client.wire.signing import marked
 from headrace.config import Settings, SettingsError
 from headrace.config.tracing import find_tracer, setup_tracing

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from headrace.client.wire.requests import Result
+from headrace.client.wire.results import Result
 from headrace.worker.jobs.service import Encode, Service
 
 #: Jobs, and about as many characters of results, that one request stores.

@@ -18,8 +18,10 @@ from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 
 from headrace.client.wire.errors import InvalidRequest, JobCancelled, JobError, JobFailed
 from headrace.client.wire.redis import connect, resolve_url
-from headrace.client.wire.requests import SCHEMA_VERSION, GenerateRequest, Result, is_job_id, is_readable, parse_request
+from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request
+from headrace.client.wire.results import Result
 from headrace.client.wire.signing import unsigned, verified
+from headrace.client.wire.version import SCHEMA_VERSION, is_readable
 from headrace.config import Settings
 from headrace.worker.engine.errors import EngineStopped
 from headrace.worker.jobs.store import RedisStore, Store

@@ -14,8 +14,8 @@ from typing import Any, Protocol, cast
 import redis
 from redis.client import Pipeline
 
-from headrace.client.jobs.status import queue_status
 from headrace.client.wire import keys
+from headrace.client.wire.queue_depth import queue_status
 from headrace.client.wire.results import parse_outcome
 
 #: A worker that has not spoken for this long is gone.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import redis
 import structlog
 
-from headrace.client.wire.requests import StreamEvent, StreamPiece
+from headrace.client.wire.results import StreamEvent, StreamPiece
 from headrace.worker.engine.sequence import TextDelta
 from headrace.worker.jobs.store import Store
 

@@ -15,7 +15,7 @@ from prometheus_client.exposition import choose_encoder
 
 from headrace import __version__
 from headrace.client.wire.errors import JobError
-from headrace.client.wire.requests import Result
+from headrace.client.wire.results import Result
 
 if TYPE_CHECKING:
     from headrace.worker.engine.engine import Engine

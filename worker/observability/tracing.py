@@ -25,8 +25,8 @@ from opentelemetry.trace import SpanKind, StatusCode, format_trace_id, set_span_
 
 from headrace.client.wire.errors import JobCancelled, JobError
 from headrace.client.wire.keys import queue
-from headrace.client.wire.requests import Result, is_job_id
-from headrace.client.wire.results import outcome_state
+from headrace.client.wire.requests import is_job_id
+from headrace.client.wire.results import Result, outcome_state
 from headrace.client.wire.tracing import carried
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from celery.states import FAILURE, READY_STATES, REVOKED, SUCCESS
 
 from headrace.client.wire.embedded_redis import EmbeddedBackend
 from headrace.client.wire.errors import JobFailed
-from headrace.client.wire.requests import Result
+from headrace.client.wire.results import Result
 from headrace.worker.queue.permissions import is_forbidden
 
 

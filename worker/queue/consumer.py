@@ -15,8 +15,9 @@ from celery.worker.consumer import Consumer
 from celery.worker.request import Request
 
 from headrace.client.wire import keys
+from headrace.client.wire.celery import GROUP_TASK_NAME, TASK_NAME
 from headrace.client.wire.errors import JobFailed
-from headrace.client.wire.requests import GROUP_TASK_NAME, TASK_NAME, is_job_id
+from headrace.client.wire.requests import is_job_id
 from headrace.worker.jobs.service import BAD_SIGNATURE, read_group
 from headrace.worker.queue.permissions import is_forbidden
 from headrace.worker.queue.transport import CONNECTION_ERRORS, dead_letter, plain_client, transport_that_takes

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import structlog
 from kombu import compression
 
-from headrace.client.wire.requests import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME, is_job_id
+from headrace.client.wire.celery import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME
+from headrace.client.wire.requests import is_job_id
 from headrace.client.wire.signing import verified
 from headrace.client.wire.tracing import CONTEXT_HEADERS, TRACES_HEADER
 from headrace.worker.tasks import argument

@@ -1,1 +1,1 @@
-"""The routes of `headrace serve`."""
+"""The routes of `headrace serve`, each beside the parsing of its request."""

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from headrace.client.batch.output import Output, completion, output_line
-from headrace.client.batch.rows import Row
+from headrace.client.batch.items import Row
+from headrace.client.batch.openai import completion, output_line
+from headrace.client.batch.output import Output
 from headrace.client.wire.errors import JobFailed, OutputRefused
-from headrace.client.wire.requests import Choice, Result, Timings, TokenLogprob, TopLogprob, Usage
+from headrace.client.wire.results import Choice, Result, Timings, TokenLogprob, TopLogprob, Usage
 
 
 def row(name: str, digest: str = "0123456789abcdef") -> Row:
@@ -27,8 +28,8 @@ def result(text: str = "out", logprobs: list[TokenLogprob] | None = None) -> Res
 
 
 def write(path: Path, names: list[str], *, failed: tuple[str, ...] = (), **how: bool) -> None:
-    with contextlib.closing(Output(path)) as output:
-        output.done(retry_errors=how.get("retry", False))
+    with Output(path) as output:
+        list(output.scan(retry_errors=how.get("retry", False)))
         output.open(overwrite=how.get("overwrite", False))
         output.write([(row(name), JobFailed("bad", "why") if name in failed else result(name)) for name in names])
         if how.get("finish"):
@@ -112,13 +113,13 @@ def test_failures_leave_the_file_when_they_are_to_be_computed_again(tmp_path: Pa
 
 def test_failures_go_to_a_file_of_their_own(tmp_path: Path) -> None:
     out, errors = tmp_path / "out.jsonl", tmp_path / "errors.jsonl"
-    with contextlib.closing(Output(out, errors)) as output:
+    with Output(out, errors) as output:
         output.open(overwrite=False)
         output.write([(row("a"), result()), (row("b"), JobFailed("bad", "why"))])
     assert names_in(out) == ["a"]
     assert names_in(errors) == ["b"]
-    with contextlib.closing(Output(out, errors)) as output:
-        output.done(retry_errors=True)
+    with Output(out, errors) as output:
+        list(output.scan(retry_errors=True))
         output.open(overwrite=False)
     assert names_in(errors) == []
 
@@ -133,13 +134,13 @@ def test_a_run_keeps_its_name_until_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     runs = []
     for _ in range(2):
-        with contextlib.closing(Output(path)) as output:
+        with Output(path) as output:
             output.open(overwrite=False)
             runs.append(output.run)
     assert runs[0] == runs[1]
     write(path, [], finish=True)
     assert not (tmp_path / "out.jsonl.run").exists()
-    with contextlib.closing(Output(path)) as output:
+    with Output(path) as output:
         assert output.run != runs[0]
 
 
@@ -155,11 +156,11 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     write(path, ["a"], finish=True)
     before = path.read_bytes()
-    with pytest.raises(OutputRefused, match="--resume"):
-        Output(path).check_free(None, resume=False, overwrite=False)
+    with pytest.raises(OutputRefused, match="--resume"), Output(path) as output:
+        output.check_free(None, resume=False, overwrite=False)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
-    with contextlib.closing(Output(path)) as output:
+    with Output(path) as output:
         output.check_free(None, resume=False, overwrite=True)
         output.open(overwrite=True)
     assert path.read_bytes() == b""
@@ -170,10 +171,11 @@ def test_the_input_is_not_written_to(tmp_path: Path) -> None:
     path.write_text('{"prompt": "a"}\n')
     (tmp_path / "link").symlink_to(path)
     for name in ("in.jsonl", "link"):
-        with pytest.raises(OutputRefused, match="is the input"):
-            Output(tmp_path / name).check_free(str(path), resume=True, overwrite=False)
-    with pytest.raises(OutputRefused, match="is the input"):
-        Output(tmp_path / "out.jsonl", path).check_free(str(path), resume=True, overwrite=False)
+        with pytest.raises(OutputRefused, match="is the input"), Output(tmp_path / name) as output:
+            output.check_free(str(path), resume=True, overwrite=False)
+    with pytest.raises(OutputRefused, match="is the input"), Output(tmp_path / "out.jsonl", path) as output:
+        output.check_free(str(path), resume=True, overwrite=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "link"]
     assert path.read_text() == '{"prompt": "a"}\n'
 
 
@@ -181,15 +183,15 @@ def test_a_file_of_something_else_is_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     for data in (b"my diary\nsecond line\n", output_line(row("a"), "j", result()) + b"x\n" + b"y\n"):
         path.write_bytes(data)
-        with contextlib.closing(Output(path)) as output, contextlib.suppress(OutputRefused):
-            output.done(retry_errors=False)
+        with Output(path) as output, contextlib.suppress(OutputRefused):
+            list(output.scan(retry_errors=False))
             if data.startswith(b"{"):
                 continue  # a torn end of several lines
             pytest.fail("it was taken for an output")
         assert path.read_bytes() == data
     path.write_bytes(b"x\n" + output_line(row("a"), "j", result()))
-    with contextlib.closing(Output(path)) as output, pytest.raises(OutputRefused, match="no output of a batch"):
-        output.done(retry_errors=False)
+    with Output(path) as output, pytest.raises(OutputRefused, match="not an output of a batch"):
+        list(output.scan(retry_errors=False))
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

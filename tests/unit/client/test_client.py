@@ -19,6 +19,7 @@ from headrace.client import (
     Client,
     InvalidBatch,
     InvalidRequest,
+    Job,
     JobFailed,
     NoWorker,
     QueueFull,
@@ -27,10 +28,11 @@ from headrace.client import (
     UnknownJob,
     UnreadableRecord,
 )
-from headrace.client.client import GROUP_JOBS
-from headrace.client.jobs.status import QueueStatus
+from headrace.client.jobs.submission import GROUP_JOBS
 from headrace.client.wire import keys
-from headrace.client.wire.redis import celery_url, connect
+from headrace.client.wire.celery import celery_url
+from headrace.client.wire.queue_depth import QueueStatus
+from headrace.client.wire.redis import connect
 from headrace.config import load_settings
 from headrace.worker.jobs.store import RedisStore
 from headrace.worker.redis_server import EmbeddedRedis
@@ -91,9 +93,9 @@ def test_priorities_have_lists_of_their_own(client: Client, connection: redis.Re
 
 
 def test_a_seed_is_chosen_before_the_job_is_queued(client: Client) -> None:
-    draft = client._prepare({"prompt": "Hello."})
-    assert draft.request.seed is not None
-    assert 0 <= draft.request.seed < 2**52
+    prepared = client.submitter.prepare({"prompt": "Hello."})
+    assert prepared.request.seed is not None
+    assert 0 <= prepared.request.seed < 2**52
 
 
 @pytest.mark.parametrize(
@@ -258,8 +260,8 @@ def test_a_full_redis_refuses_in_our_words() -> None:
 
 def test_an_id_whose_message_was_never_sent_is_sent_again(client: Client, connection: redis.Redis) -> None:
     """A client that dies between writing the record and sending the message must be able to try again."""
-    draft = client._prepare({"prompt": "Hello.", "id": f"{client.model_name}:2"})
-    assert client._record([draft])
+    prepared = client.submitter.prepare({"prompt": "Hello.", "id": f"{client.model_name}:2"})
+    assert client.submitter._write_records([prepared])
     client.submit_many([{"prompt": "Hello.", "id": f"{client.model_name}:2"}] * 2)
     assert len(queued(client, connection)) == 1
     client.submit_many(["Hello.", {"prompt": "Hello.", "id": f"{client.model_name}:2"}])
@@ -267,12 +269,16 @@ def test_an_id_whose_message_was_never_sent_is_sent_again(client: Client, connec
 
 
 def test_no_worker_and_unknown_job_differ(client: Client) -> None:
-    with pytest.raises(NoWorker, match="no worker serves queue"):
-        client.submit("Hello.").result(0.1)
-    with pytest.raises(UnknownJob):
+    job = client.submit("Hello.")
+    with pytest.raises(NoWorker, match="no worker serves queue") as late:
+        job.result(0.1)
+    assert late.value.job is job
+    with pytest.raises(UnknownJob) as unknown:
         client.job("nobody").result(0.1)
-    with pytest.raises(UnknownJob):
+    assert unknown.value.job == client.job("nobody")
+    with pytest.raises(UnknownJob) as unknown:
         client.cancel("nobody")
+    assert unknown.value.job == client.job("nobody")
     with pytest.raises(KeyError):
         client.job("nobody").status()
 
@@ -290,7 +296,7 @@ def served(redis_url: str) -> Iterator[Callable[[str, str], None]]:
 def test_a_model_that_no_worker_serves_is_refused_with_those_that_are_served(
     redis_url: str, served: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("headrace.client.client.SERVED_S", 0.0)
+    monkeypatch.setattr("headrace.client.jobs.status.SERVED_S", 0.0)
     own = redis_url.replace("db=0", "db=9")
     with Client(redis_url=own) as client:
         client.submit("Hello.", model="anything")  # without any worker nobody can say what is right
@@ -426,7 +432,7 @@ def test_an_unreachable_redis_is_named_without_its_password() -> None:
 
 def test_jobs_queued_before_redis_went_away_are_in_the_error() -> None:
     with EmbeddedRedis.ephemeral() as server, Client(redis_url=server.url) as client:
-        publish, sent = client._publish, []
+        publish, sent = client.submitter._publish, []
 
         def publish_two(group: list[object], producer: object) -> None:
             if len(sent) == 2:
@@ -434,16 +440,17 @@ def test_jobs_queued_before_redis_went_away_are_in_the_error() -> None:
             sent.append(group)
             publish(group, producer)  # type: ignore[arg-type]
 
-        client._publish = publish_two  # type: ignore[method-assign]
+        client.submitter._publish = publish_two  # type: ignore[method-assign]
         with pytest.raises(RedisUnreachable, match=f"{2 * GROUP_JOBS} jobs were queued before") as caught:
             client.submit_many(["a"] * 4 * GROUP_JOBS)
-        accepted = [draft.id for group in sent[:2] for draft in group]
+        accepted = [job.id for group in sent[:2] for job in group]
+        assert all(isinstance(job, Job) for job in caught.value.accepted.values())
         assert [(i, job.id) for i, job in caught.value.accepted.items()] == list(enumerate(accepted))
 
 
 def test_jobs_queued_before_redis_was_full_are_in_the_error_each_at_its_place() -> None:
     with EmbeddedRedis.ephemeral() as server, Client(redis_url=server.url) as client:
-        publish, sent = client._publish, []
+        publish, sent = client.submitter._publish, []
 
         def publish_one(group: list[object], producer: object) -> None:
             if sent:
@@ -451,7 +458,7 @@ def test_jobs_queued_before_redis_was_full_are_in_the_error_each_at_its_place() 
             publish(group, producer)  # type: ignore[arg-type]
             sent.append(group)
 
-        client._publish = publish_one  # type: ignore[method-assign]
+        client.submitter._publish = publish_one  # type: ignore[method-assign]
         with pytest.raises(RedisRefused, match=r"memory.* 2 jobs were queued before") as caught:
             client.submit_many([{"prompt": "a", "priority": p} for p in ("normal", "bulk", "normal")])
         assert [(i, job.id) for i, job in caught.value.accepted.items()] == list(

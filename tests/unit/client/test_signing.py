@@ -104,12 +104,12 @@ def test_a_request_means_the_same_after_its_way_through_json(fields: dict[str, A
 def test_without_a_key_nothing_is_added_and_with_one_a_signature_alone() -> None:
     plain = load_settings(redis_url="redis://localhost:1/0")
     with Client(settings=plain) as without, Client(settings=plain.model_copy(update={"signing_key": None})) as none:
-        wires = [c._prepare({"prompt": "Hello.", "seed": 1}).wire for c in (without, none)]
+        wires = [c.submitter.prepare({"prompt": "Hello.", "seed": 1}).wire for c in (without, none)]
     assert wires == [{"schema_version": 1, "prompt": "Hello.", "seed": 1}] * 2
     with Client(settings=load_settings(redis_url="redis://localhost:1/0", signing_key="k" * 32)) as signing:
-        draft = signing._prepare({"prompt": "Hello.", "seed": 1, "id": "mine"})
-    assert unsigned(draft.wire) == wires[0]
-    assert verified([b"k" * 32], "mine", "demo", draft.wire)
+        prepared = signing.submitter.prepare({"prompt": "Hello.", "seed": 1, "id": "mine"})
+    assert unsigned(prepared.wire) == wires[0]
+    assert verified([b"k" * 32], "mine", "demo", prepared.wire)
 
 
 def test_nobody_can_pass_a_signature_as_a_parameter() -> None:
@@ -117,4 +117,4 @@ def test_nobody_can_pass_a_signature_as_a_parameter() -> None:
         Client(redis_url="redis://localhost:1/0") as client,
         pytest.raises(InvalidRequest, match="signature: got 'x'; expected"),
     ):
-        client._prepare({"prompt": "Hello.", "signature": "x"})
+        client.submitter.prepare({"prompt": "Hello.", "signature": "x"})

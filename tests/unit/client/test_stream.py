@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.client import Event, StreamChanged
-from headrace.client.jobs.handle import Handle
-from headrace.client.jobs.stream import Reader
-from headrace.client.wire.requests import Choice, Result, StreamEvent, StreamPiece, Timings, TokenLogprob, Usage
+from headrace.client.jobs.handle import Handle, job_in_errors
+from headrace.client.jobs.stream import StreamReader
+from headrace.client.wire.results import Choice, Result, StreamEvent, StreamPiece, Timings, TokenLogprob, Usage
 
 TEXTS = ["He", "ll", "o", " w", "", "", "é", "!"]  # of eight tokens; two in the middle have no character of their own
 LOGPROBS = [TokenLogprob(token_id=i, token=text, logprob=-float(i)) for i, text in enumerate(TEXTS)]
 
 
-def reader() -> Reader:
-    return Reader(Handle("a", "redis://"))
+def reader() -> StreamReader:
+    return StreamReader("a")
 
 
 def piece(start: int, end: int, index: int = 0) -> StreamPiece:
@@ -94,7 +94,7 @@ def test_what_is_behind_a_gap_waits_for_the_result() -> None:
 def test_another_text_than_told_is_an_error_with_the_job(other: dict[str, object]) -> None:
     under_test = reader()
     list(under_test.take(entry(piece(0, 3))))
-    with pytest.raises(StreamChanged, match=r"job\.result\(\)") as caught:
+    with pytest.raises(StreamChanged, match=r"job\.result\(\)") as caught, job_in_errors(lambda name: Handle(name, "")):
         list(under_test.take(entry(StreamPiece.model_validate(other))))
     assert (caught.value.code, caught.value.job.id) == ("stream_changed", "a")
 

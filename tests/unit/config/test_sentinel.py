@@ -6,7 +6,7 @@ import pytest
 from kombu import Connection
 from kombu.utils.url import parse_url
 
-from headrace.client.wire.redis import celery_url, sentinel_options
+from headrace.client.wire.celery import celery_url, sentinel_options
 from headrace.config import SettingsError, load_settings
 from headrace.config.sentinel import SentinelUrl, parse_sentinel
 from headrace.config.settings import redact_url

@@ -128,12 +128,12 @@ def test_devices_that_do_not_exist(monkeypatch: pytest.MonkeyPatch, value: str) 
 )
 def test_a_misspelt_variable_names_the_nearest(monkeypatch: pytest.MonkeyPatch, misspelt: str, nearest: str) -> None:
     monkeypatch.setenv(misspelt, "1")
-    with pytest.raises(SettingsError, match=f"^{misspelt} is no setting of headrace; the nearest is {nearest}$"):
+    with pytest.raises(SettingsError, match=f"^{misspelt} is not a setting of headrace; did you mean {nearest}[?]$"):
         load_settings()
 
 
 def test_an_unknown_argument_is_refused() -> None:
-    with pytest.raises(SettingsError, match="slotz is no setting of headrace"):
+    with pytest.raises(SettingsError, match="slotz is not a setting of headrace"):
         load_settings(slotz=3)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from headrace.client.wire.errors import JobFailed
-from headrace.client.wire.requests import GenerateRequest, Result, parse_request
+from headrace.client.wire.requests import GenerateRequest, parse_request
+from headrace.client.wire.results import Result
 from headrace.config import Settings
 from headrace.model import GPT2, Tokenizer, load_model
 from headrace.worker.engine.build import length_classes

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from headrace.client.wire.activations import CHECKPOINTS, Row, check_cache, compare, worst
+from headrace.client.wire.activations import CHECKPOINTS
+from headrace.client.wire.comparison import Row, check_cache, compare, worst
 from headrace.worker.fidelity.tensor_files import half_tolerances, loss, read_tensors
 
 

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 import pytest
 import redis
 
-from headrace.client.jobs.handle import Handle
-from headrace.client.jobs.stream import Reader
-from headrace.client.wire.requests import StreamEvent
+from headrace.client.jobs.stream import StreamReader
+from headrace.client.wire.results import StreamEvent
 from headrace.worker.engine.sequence import TextDelta
 from headrace.worker.jobs import stream_writer as events
 from headrace.worker.jobs.store import MemoryStore
@@ -27,7 +26,7 @@ def written(store: MemoryStore, job_id: str) -> list[StreamEvent]:
 
 
 def text_of(store: MemoryStore, job_id: str) -> str:
-    reader = Reader(Handle(job_id, ""))
+    reader = StreamReader(job_id)
     return "".join(event.text for entry in store.events[job_id] for event in reader.take(entry))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from headrace.client.wire.activations import Row
+from headrace.client.wire.comparison import Row
 from headrace.worker.fidelity.judge import judge
 from headrace.worker.fidelity.report import Report, passed, report_json, report_text
 

@@ -13,7 +13,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from headrace.client.wire.errors import JobCancelled, JobExpired, JobFailed
-from headrace.client.wire.requests import Choice, Result, Timings, Usage
+from headrace.client.wire.results import Choice, Result, Timings, Usage
 from headrace.worker.observability.metrics import COUNTERS, GAUGES, HISTOGRAMS, Metrics
 from tests.unit.worker.engine_helpers import ask, build, drive, models_of, tokens_of
 

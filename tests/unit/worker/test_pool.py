@@ -16,8 +16,8 @@ import redis
 from celery.worker import state
 from structlog.testing import capture_logs
 
+from headrace.client.wire.celery import GROUP_TASK_NAME
 from headrace.client.wire.errors import JobFailed
-from headrace.client.wire.requests import GROUP_TASK_NAME
 from headrace.client.wire.signing import mark
 from headrace.config import load_settings
 from headrace.worker.celery import make_app

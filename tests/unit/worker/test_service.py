@@ -14,8 +14,8 @@ import redis
 from celery.exceptions import TaskRevokedError
 
 from headrace.client.wire.errors import JobFailed
-from headrace.client.wire.requests import GenerateRequest, Result, Timings, Usage, parse_request
-from headrace.client.wire.results import parse_outcome
+from headrace.client.wire.requests import GenerateRequest, parse_request
+from headrace.client.wire.results import Result, Timings, Usage, parse_outcome
 from headrace.client.wire.signing import sign
 from headrace.config import load_settings
 from headrace.worker.celery import make_app

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 from starlette.exceptions import HTTPException
 
 from headrace import client
 from headrace.client import HeadraceError, JobFailed
+from headrace.client.error_codes import ERRORS, JOB_FAILURES
 from headrace.client.http.errors import ApiError, translate
 
-ROOT = Path(__file__).parents[4]
-ROWS = re.findall(r"^\| `(\w+)` \| (.*?) \| .+ \|$", (ROOT / "docs" / "client.md").read_text(), re.MULTILINE)
+#: Every code that a user can meet, and the name of its class.
+CLASSES = {
+    kind.code: name
+    for name in client.__all__
+    if isinstance(kind := getattr(client, name), type) and issubclass(kind, HeadraceError) and "code" in vars(kind)
+}
+CODES = [*((code, CLASSES[code]) for code in ERRORS), *((code, "JobFailed") for code in JOB_FAILURES)]
 
 #: What each code is over HTTP; all others are 500.
 STATUS = {
@@ -59,7 +63,7 @@ def made(code: str, name: str) -> HeadraceError:
     return error
 
 
-@pytest.mark.parametrize(("code", "name"), [(code, n) for code, names in ROWS for n in re.findall(r"`(\w+)`", names)])
+@pytest.mark.parametrize(("code", "name"), CODES)
 def test_every_code_has_its_status(code: str, name: str) -> None:
     found = translate(made(code, name))
     assert (found.code, found.status) == (code, STATUS.get(code, 500))
@@ -70,7 +74,7 @@ def test_every_code_has_its_status(code: str, name: str) -> None:
         assert "/home" not in found.message
 
 
-@pytest.mark.parametrize(("code", "name"), [(code, n) for code, names in ROWS for n in re.findall(r"`(\w+)`", names)])
+@pytest.mark.parametrize(("code", "name"), CODES)
 def test_only_what_may_come_right_is_asked_again(code: str, name: str) -> None:
     headers = translate(made(code, name)).as_response().headers
     may = code in ("queue_full", "redis_unreachable", "redis_refused", "no_worker")

@@ -34,7 +34,7 @@ def test_files_are_there_after_a_restart(tmp_path: Path) -> None:
 
 def test_a_directory_has_one_server(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
-    with pytest.raises(DirectoryInUse, match="another server"):
+    with pytest.raises(DirectoryInUse, match="another server uses"):
         FileStore(tmp_path)
     store.close()
     FileStore(tmp_path).close()
@@ -78,8 +78,8 @@ def test_a_full_directory_takes_no_more_until_something_is_deleted(tmp_path: Pat
 
 def test_what_has_expired_goes_unless_it_is_needed(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
-    kept, needed, gone = add(store), add(store, life_s=-1), add(store, life_s=-1)
-    store.sweep({needed})
+    kept, needed, gone = add(store), add(store, retention_s=-1), add(store, retention_s=-1)
+    store.delete_expired({needed})
     assert {file.id for file in store.owned_by("me")} == {kept, needed}
     assert not store.path(gone).exists()
     store.close()

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from headrace.client.http.jobs import named_after_field
-from headrace.client.http.routes.completions import Chunks, completions, read_order
+from headrace.client.http.jobs import as_request_field
+from headrace.client.http.routes.completions import ChunkEncoder, completion_object, parse_completion_request
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.requests import Choice, Result, Timings, TokenLogprob, Usage
+from headrace.client.wire.results import Choice, Result, Timings, TokenLogprob, Usage
 
 
 def result(number: int, samples: int = 2) -> Result:
@@ -39,8 +39,8 @@ def result(number: int, samples: int = 2) -> Result:
     ],
 )
 def test_prompts_come_in_four_forms(prompt: Any, prompts: list[Any], listed: bool) -> None:
-    order = read_order({"prompt": prompt, "n": 2, "user": "u", "stop": None})
-    assert (order.prompts, order.listed, order.params) == (prompts, listed, {"n": 2})
+    order = parse_completion_request({"prompt": prompt, "n": 2, "user": "u", "stop": None})
+    assert (order.prompts, order.is_list, order.params) == (prompts, listed, {"n": 2})
     assert not order.stream
 
 
@@ -61,7 +61,7 @@ def test_prompts_come_in_four_forms(prompt: Any, prompts: list[Any], listed: boo
 )
 def test_a_wrong_form_is_named(body: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        read_order(body)
+        parse_completion_request(body)
     assert caught.value.field == field
 
 
@@ -75,11 +75,11 @@ def test_a_wrong_form_is_named(body: dict[str, Any], field: str) -> None:
     ],
 )
 def test_the_field_at_fault_is_named_as_the_client_wrote_it(field: str, listed: bool, named: str) -> None:
-    assert named_after_field(InvalidRequest(field, "0", "more"), listed=listed).field == named
+    assert as_request_field(InvalidRequest(field, "0", "more"), is_list=listed).field == named
 
 
 def test_choices_are_numbered_prompt_by_prompt_and_usage_is_summed() -> None:
-    found = completions([result(0), result(1), result(2)])
+    found = completion_object([result(0), result(1), result(2)])
     assert [(c["index"], c["text"]) for c in found["choices"]] == [
         (0, "0.0"),
         (1, "0.1"),
@@ -90,19 +90,19 @@ def test_choices_are_numbered_prompt_by_prompt_and_usage_is_summed() -> None:
     ]
     assert found["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
     assert (found["id"], found["seed"], found["system_fingerprint"]) == ("cmpl-job0", None, "same")
-    assert completions([result(1)])["seed"] == 8
+    assert completion_object([result(1)])["seed"] == 8
 
 
 def test_offsets_in_a_stream_go_on_where_the_last_piece_ended() -> None:
-    chunks = Chunks("job", "demo", 2, include_usage=False)
+    chunks = ChunkEncoder("job", "demo", 2, include_usage=False)
 
     def offsets(prompt: int, index: int, *tokens: str) -> tuple[int, list[int]]:
         scores = [TokenLogprob(token_id=1, token=token, logprob=-1.0) for token in tokens]
-        data = chunks.piece(prompt, Event(index, "".join(tokens), [1] * len(tokens), scores))
+        data = chunks.encode(prompt, Event(index, "".join(tokens), [1] * len(tokens), scores))
         (choice,) = json.loads(data.removeprefix(b"data: "))["choices"]
         return choice["index"], choice["logprobs"]["text_offset"]
 
     assert offsets(0, 1, "ab", "c") == (1, [0, 2])
     assert offsets(1, 0, "abcd") == (2, [0])
     assert offsets(0, 1, "d", "e") == (1, [3, 4])
-    assert chunks.end([result(0)]) == b"data: [DONE]\n\n"
+    assert chunks.encode_end([result(0)]) == b"data: [DONE]\n\n"

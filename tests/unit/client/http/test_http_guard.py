@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from headrace.client.http.auth import OWNER, Guard, Limits, is_loopback
+from headrace.client.http.auth import OWNER_KEY, AccessMiddleware, Limits, is_loopback
 
 KEYS = ("first-key-0123456789", "second-key-0123456789")
 
@@ -30,10 +30,12 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
     if scope["path"] == "/fails":
         raise ValueError("a prompt that somebody wrote")
     await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": json.dumps([scope[OWNER], size]).encode()})
+    await send({"type": "http.response.body", "body": json.dumps([scope[OWNER_KEY], size]).encode()})
 
 
-def ask(guard: Guard, path: str = "/x", chunks: tuple[bytes, ...] = (b"",), **headers: str) -> tuple[int, Any, Any]:
+def ask(
+    guard: AccessMiddleware, path: str = "/x", chunks: tuple[bytes, ...] = (b"",), **headers: str
+) -> tuple[int, Any, Any]:
     """Status, body and headers of the answer."""
     sent: list[Any] = []
     waiting = list(chunks)
@@ -54,19 +56,19 @@ def ask(guard: Guard, path: str = "/x", chunks: tuple[bytes, ...] = (b"",), **he
 
 
 def test_each_key_is_an_owner_and_none_is_nobody() -> None:
-    guard = Guard(echo, Limits(keys=KEYS))
+    guard = AccessMiddleware(echo, Limits(keys=KEYS))
     owners = [ask(guard, authorization=f"Bearer {key}")[1][0] for key in (*KEYS, KEYS[0])]
     assert owners[0] == owners[2] != owners[1]
     assert not any(key in owner for key in KEYS for owner in owners)
     assert ask(guard)[0] == 401
     assert ask(guard, authorization="Bearer other")[1]["error"]["code"] == "invalid_api_key"
     assert ask(guard, "/health")[1] == ["", 0]
-    assert ask(Guard(echo, Limits()))[1] == ["", 0]
+    assert ask(AccessMiddleware(echo, Limits()))[1] == ["", 0]
 
 
 def test_a_minutes_requests_come_evenly_and_each_key_has_its_own() -> None:
     clock = Clock()
-    guard = Guard(echo, Limits(keys=KEYS, requests_per_minute=6), clock)
+    guard = AccessMiddleware(echo, Limits(keys=KEYS, requests_per_minute=6), clock)
     first, second = ({"authorization": f"Bearer {key}"} for key in KEYS)
     assert [ask(guard, **first)[0] for _ in range(7)] == [200] * 6 + [429]
     assert ask(guard, **second)[0] == 200
@@ -83,7 +85,7 @@ def test_a_minutes_requests_come_evenly_and_each_key_has_its_own() -> None:
 
 
 def test_a_body_is_counted_as_it_comes_and_by_what_it_says() -> None:
-    guard = Guard(refusing_as_starlette_does, Limits(max_body_bytes=10, max_file_bytes=100))
+    guard = AccessMiddleware(refusing_as_starlette_does, Limits(max_body_bytes=10, max_file_bytes=100))
     assert ask(guard, chunks=(b"a" * 5, b"b" * 5))[0] == 200
     assert ask(guard, chunks=(b"a" * 5, b"b" * 6))[0] == 413
     assert ask(guard, chunks=(b"a",), content_length="11")[0] == 413
@@ -102,7 +104,7 @@ async def refusing_as_starlette_does(scope: Any, receive: Any, send: Any) -> Non
 
 def test_a_fault_is_logged_without_its_words() -> None:
     with capture_logs() as logged:
-        status, body, _ = ask(Guard(echo, Limits()), "/fails")
+        status, body, _ = ask(AccessMiddleware(echo, Limits()), "/fails")
     assert (status, body["error"]["code"]) == (500, "internal_error")
     assert "ValueError" in str(logged)
     assert "somebody" not in str(logged)
@@ -122,7 +124,7 @@ def test_a_fault_is_logged_without_its_words() -> None:
     ],
 )
 def test_whose_pages_may_ask(limits: Limits, headers: dict[str, str], status: int) -> None:
-    assert ask(Guard(echo, limits), **headers)[0] == status
+    assert ask(AccessMiddleware(echo, limits), **headers)[0] == status
 
 
 @pytest.mark.parametrize(

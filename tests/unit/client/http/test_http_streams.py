@@ -11,7 +11,7 @@ import pytest
 
 from headrace.client.http import sse as connections
 from headrace.client.http.errors import ApiError
-from headrace.client.http.sse import EventStream, sse
+from headrace.client.http.sse import EventStream, encode_event
 
 
 class Connection:
@@ -52,7 +52,7 @@ class Source:
 
 
 def answered(source: Source, connection: Connection, **options: Any) -> Connection:
-    stream = EventStream(source.events(), lambda error: sse(json.dumps(error.as_dict()), "error"), **options)
+    stream = EventStream(source.events(), lambda error: encode_event(json.dumps(error.as_dict()), "error"), **options)
     asyncio.run(stream({}, connection.receive, connection.send))
     assert source.closed
     return connection
@@ -74,7 +74,7 @@ def test_an_error_before_the_first_event_is_an_answer_of_its_own() -> None:
     assert connection.sent == []
 
 
-@pytest.mark.parametrize("options", [{}, {"at_once": True}])
+@pytest.mark.parametrize("options", [{}, {"start_immediately": True}])
 def test_a_later_error_is_the_last_event(options: dict[str, Any]) -> None:
     items = [ValueError("secret")] if options else [b"a\n\n", ValueError("secret")]
     found = answered(Source(*items), Connection(), **options)
@@ -85,11 +85,11 @@ def test_a_later_error_is_the_last_event(options: dict[str, Any]) -> None:
 
 
 def test_a_quiet_stream_says_that_it_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "QUIET_S", 0.05)
+    monkeypatch.setattr(connections, "KEEPALIVE_S", 0.05)
     found = answered(Source(0.2, b"a\n\n"), Connection())
-    comments = found.body.count(b": still here\n\n")
+    comments = found.body.count(b": keep-alive\n\n")
     assert comments >= 2
-    assert found.body == b": still here\n\n" * comments + b"a\n\n"
+    assert found.body == b": keep-alive\n\n" * comments + b"a\n\n"
 
 
 @pytest.mark.parametrize("items", [(5.0,), (b"a\n\n", 5.0)])

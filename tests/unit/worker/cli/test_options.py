@@ -16,10 +16,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from headrace.client import InvalidRequest, SamplingParams
-from headrace.client.batch.run import MAX_INFLIGHT, BatchReport
+from headrace.client.batch.run import BatchReport
+from headrace.client.batch.window import MAX_INFLIGHT
 from headrace.client.wire.redis import connect
-from headrace.client.wire.requests import Result as JobResult
 from headrace.client.wire.requests import parse_request
+from headrace.client.wire.results import Result as JobResult
 from headrace.config import Settings
 from headrace.worker.cli import main
 from headrace.worker.cli.backends import Backends

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from headrace.client import Client, QueueFull, RedisRefused, RedisUnreachable
-from headrace.client.batch.run import MAX_INFLIGHT, Window
+from headrace.client.batch import window
+from headrace.client.batch.window import MAX_INFLIGHT, Window
+from headrace.client.jobs.submission import PreparedJob
 
 
 class Enough(Exception):
@@ -25,15 +26,15 @@ def wait(client: Client, turns: int = 3) -> list[str]:
         if not left[0]:
             raise Enough
 
-    window: Window[int] = Window(client, tell=told.append, tick=tick)
+    under_test: Window[int] = Window(client, tell=told.append, tick=tick)
     with pytest.raises(Enough):
-        list(window.run([(1, client._prepare({"prompt": "a", "id": "a"}))]))
-    assert window.outstanding == 0
+        list(under_test.run([(1, client.submitter.prepare({"prompt": "a", "id": "a"}))]))
+    assert under_test.outstanding == 0
     return told
 
 
 def test_a_redis_that_is_away_is_waited_for_and_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headrace.client.batch.run.RETRY_S", 0.0)
+    monkeypatch.setattr(window, "RETRY_S", 0.0)
     with Client(redis_url=f"unix://{tmp_path}/redis.sock?db=0") as client:
         (said,) = wait(client)
     assert "cannot be reached" in said
@@ -43,15 +44,16 @@ def test_a_redis_that_is_away_is_waited_for_and_said_once(tmp_path: Path, monkey
 def failing(error: Exception) -> Client:
     """A client whose submissions raise."""
 
-    class Failing(Client):
-        def _queue(self, drafts: list[Any]) -> Any:
-            raise error
+    def fail(jobs: list[PreparedJob]) -> None:
+        raise error
 
-    return Failing(redis_url="redis://localhost:1/0")
+    client = Client(redis_url="redis://localhost:1/0")
+    client.submitter.submit = fail  # type: ignore[method-assign]
+    return client
 
 
 def test_a_redis_that_is_full_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headrace.client.batch.run.RETRY_S", 0.0)
+    monkeypatch.setattr(window, "RETRY_S", 0.0)
     with failing(RedisRefused("redis://localhost:1/0", "OOM command not allowed")) as full:
         (said,) = wait(full)
     assert "OOM" in said
@@ -69,7 +71,7 @@ def test_a_redis_that_is_full_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_what_waiting_does_not_mend_is_raised(error: Exception) -> None:
     with failing(error) as client, pytest.raises(type(error)):
-        list(Window[int](client).run([(1, client._prepare({"prompt": "a", "id": "a"}))]))
+        list(Window[int](client).run([(1, client.submitter.prepare({"prompt": "a", "id": "a"}))]))
 
 
 def test_errors_that_stand_for_a_job_come_back_in_their_place() -> None:

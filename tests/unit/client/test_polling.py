@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from headrace.client.jobs import polling as watch
-from headrace.client.jobs.polling import MGET_KEYS, Command, Watch
+from headrace.client.jobs import polling
+from headrace.client.jobs.polling import MGET_KEYS, Command, PollState
 from headrace.client.wire import keys
 from headrace.client.wire.errors import JobCancelled
 
@@ -51,7 +51,7 @@ def asked(commands: list[Command], name: str) -> list[str | int]:
 
 
 def test_a_job_is_waited_for_until_its_outcome_is_there(server: FakeServer) -> None:
-    under_test = Watch()
+    under_test = PollState()
     under_test.add("a")
     commands = under_test.request(1)
     assert commands == [("MGET", keys.result("a")), ("EXISTS", keys.job("a"), keys.result("a"))]
@@ -59,13 +59,13 @@ def test_a_job_is_waited_for_until_its_outcome_is_there(server: FakeServer) -> N
     server.results["a"] = REVOKED
     commands = under_test.request(1)
     assert commands == [("MGET", keys.result("a"))]
-    news = under_test.answer(server.answer(commands))
-    assert isinstance(news.outcomes["a"], JobCancelled)
+    updates = under_test.answer(server.answer(commands))
+    assert isinstance(updates.outcomes["a"], JobCancelled)
     assert len(under_test) == 0
 
 
 def test_a_job_that_does_not_exist_is_news_once(server: FakeServer) -> None:
-    under_test = Watch()
+    under_test = PollState()
     server.unknown = {"b"}
     under_test.add("a")
     under_test.add("b")
@@ -74,7 +74,7 @@ def test_a_job_that_does_not_exist_is_news_once(server: FakeServer) -> None:
 
 
 def test_events_come_once_and_the_last_one_brings_the_result_at_once(server: FakeServer) -> None:
-    under_test = Watch()
+    under_test = PollState()
     under_test.add("a", events=True)
     server.events["a"] = ["one", "two"]
     assert under_test.answer(server.answer(under_test.request(1))).events == {"a": ["one", "two"]}
@@ -89,7 +89,7 @@ def test_events_come_once_and_the_last_one_brings_the_result_at_once(server: Fak
 
 
 def test_who_comes_later_gets_the_events_from_the_first_on(server: FakeServer) -> None:
-    under_test = Watch()
+    under_test = PollState()
     under_test.add("a", events=True)
     server.events["a"] = ["one"]
     under_test.answer(server.answer(under_test.request(1)))
@@ -101,7 +101,7 @@ def test_who_comes_later_gets_the_events_from_the_first_on(server: FakeServer) -
 
 
 def test_of_many_jobs_the_oldest_are_asked_for_and_the_others_in_turn(server: FakeServer) -> None:
-    under_test = Watch()
+    under_test = PollState()
     names = [f"{i:05}" for i in range(10 * MGET_KEYS)]
     for name in names:
         under_test.add(name)
@@ -124,7 +124,7 @@ def test_of_many_jobs_the_oldest_are_asked_for_and_the_others_in_turn(server: Fa
 
 
 def test_polling_slows_down_while_there_is_nothing_and_begins_anew_with_news(server: FakeServer) -> None:
-    under_test = Watch()
+    under_test = PollState()
     under_test.add("a")
     under_test.add("b")
     rests = []
@@ -132,7 +132,7 @@ def test_polling_slows_down_while_there_is_nothing_and_begins_anew_with_news(ser
         under_test.answer(server.answer(under_test.request(1)))
         rests.append(under_test.rest_s)
     assert rests == sorted(rests)
-    assert rests[-1] == watch.LAST_POLL_S
+    assert rests[-1] == polling.LAST_POLL_S
     server.results["a"] = REVOKED
     under_test.answer(server.answer(under_test.request(1)))
     assert under_test.rest_s < 0.2
@@ -141,7 +141,7 @@ def test_polling_slows_down_while_there_is_nothing_and_begins_anew_with_news(ser
 def test_a_redis_that_is_away_is_waited_for_but_not_by_those_who_never_had_an_answer(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    under_test = Watch()
+    under_test = PollState()
     under_test.add("old")
     under_test.answer(server.answer(under_test.request(1)))
     under_test.add("new")
@@ -149,6 +149,6 @@ def test_a_redis_that_is_away_is_waited_for_but_not_by_those_who_never_had_an_an
     assert under_test.failed() == ["new"]
     under_test.request(1)
     assert under_test.failed() == []
-    monkeypatch.setattr(watch, "PATIENCE_S", -1.0)
+    monkeypatch.setattr(polling, "PATIENCE_S", -1.0)
     assert under_test.failed() == ["old"]
     assert len(under_test) == 0

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.requests import GenerateRequest, Result, SamplingParams, parse_request
+from headrace.client.wire.requests import GenerateRequest, SamplingParams, parse_request
+from headrace.client.wire.results import Result
 
 GOOD = {"prompt": "Hello."}
 
@@ -81,7 +82,7 @@ def test_a_wrong_value_is_named(field: str, value: object, shown: str, expected:
 def test_numbers_of_thousands_of_digits_are_named_too() -> None:
     with pytest.raises(InvalidRequest, match=r"max_tokens: got a number of \d+ bits"):
         parse_request({**GOOD, "max_tokens": 10**5000})
-    with pytest.raises(InvalidRequest, match="item 1 is no token id"):
+    with pytest.raises(InvalidRequest, match="item 1 is not a token id"):
         parse_request({"prompt": [1, 10**5000]})
 
 

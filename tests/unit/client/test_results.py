@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobFailed
-from headrace.client.wire.requests import Result
-from headrace.client.wire.results import outcome_state, parse_outcome
+from headrace.client.wire.results import Result, outcome_state, parse_outcome
 
 RESULT = {
     "id": "a", "model": "demo", "seed": 1,

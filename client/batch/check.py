@@ -1,0 +1,174 @@
+"""Check the whole input of a batch before the first request is submitted.
+
+Memory does not grow with the input: what must be known of all requests is in a temporary database.
+"""
+
+from __future__ import annotations
+
+import heapq
+import sqlite3
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from headrace.client.batch.items import Row
+from headrace.client.batch.rows import ItemReader
+from headrace.client.batch.sources import Source
+from headrace.client.wire.errors import Fault, InputChanged, InvalidBatch, InvalidRequest
+
+#: How many faults are listed; further ones are only counted.
+MAX_FAULTS = 100
+#: Rows that are inserted into the database at once.
+INSERT_ROWS = 1000
+
+_SCHEMA = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+PRAGMA temp_store = FILE;
+PRAGMA cache_size = -2000;
+CREATE TABLE items (custom_id BLOB, digest TEXT, line INTEGER);
+CREATE TABLE written (custom_id BLOB, digest TEXT);
+BEGIN;
+"""
+_DUPLICATES = """
+SELECT line, first FROM (SELECT line, min(line) OVER (PARTITION BY custom_id) AS first FROM items) WHERE line > first
+"""
+_MATCHES = "SELECT line, written.digest IN ('', items.digest) FROM items JOIN written USING (custom_id)"
+
+
+class ItemIndex:
+    """The requests of a batch by custom id, in a temporary SQLite database on disk. It takes about 5 MB of memory."""
+
+    def __init__(self) -> None:
+        # The empty name means a temporary file, which SQLite deletes.
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        weakref.finalize(self, self._database.close)
+        self._database.executescript(_SCHEMA)
+        self._added: list[tuple[bytes, str, int]] = []
+
+    def add(self, custom_id: str, digest: str, line: int) -> None:
+        """Add a request of the input."""
+        self._added.append((_as_blob(custom_id), digest, line))
+        if len(self._added) == INSERT_ROWS:
+            self._flush()
+
+    def duplicates(self) -> Iterator[tuple[int, int]]:
+        """Lines whose custom id is also in an earlier line, each with the first such line."""
+        self._flush()
+        yield from self._database.execute(_DUPLICATES)
+
+    def matches(self, written: Iterable[tuple[str, str]]) -> Iterator[tuple[int, bool]]:
+        """Compare the input with an output.
+
+        Args:
+            written: custom ids and digests of the requests in the output; the digest is empty if it is not known.
+
+        Yields:
+            The line of each request that is in the output, and whether the digests agree or one is not known.
+        """
+        self._flush()
+        self._database.execute("DROP INDEX IF EXISTS written_by_id")
+        self._database.execute("DELETE FROM written")
+        rows = ((_as_blob(custom_id), digest) for custom_id, digest in written)
+        self._database.executemany("INSERT INTO written VALUES (?, ?)", rows)
+        self._database.execute("CREATE INDEX written_by_id ON written (custom_id, digest)")
+        for line, agrees in self._database.execute(_MATCHES):
+            yield line, bool(agrees)
+
+    def _flush(self) -> None:
+        self._database.executemany("INSERT INTO items VALUES (?, ?, ?)", self._added)
+        self._added.clear()
+
+
+def _as_blob(custom_id: str) -> bytes:
+    # Other programs may write lone surrogates, which SQLite does not accept in text.
+    return custom_id.encode("utf-8", "surrogatepass")
+
+
+class Faults:
+    """The first MAX_FAULTS faults by line, and the number of all."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, Fault]] = []
+        self.count = 0
+
+    def add(self, line: int, field: str, message: str) -> None:
+        """Add a fault; line 0 means the whole input."""
+        self.count += 1
+        entry = (-line, -self.count, Fault(line, field, message))
+        if len(self._heap) < MAX_FAULTS:
+            heapq.heappush(self._heap, entry)
+        else:
+            heapq.heappushpop(self._heap, entry)
+
+    def raise_if_any(self) -> None:
+        """Raise InvalidBatch if there are faults."""
+        if self.count:
+            raise InvalidBatch([fault for *_, fault in sorted(self._heap, reverse=True)], self.count)
+
+
+@dataclass
+class Checked:
+    """What the check found: the number of requests and of lines, and the requests by custom id."""
+
+    rows: int = 0
+    lines: int = 0
+    index: ItemIndex = field(default_factory=ItemIndex)
+
+
+def check(
+    source: Source,
+    reader: ItemReader,
+    validate: Callable[[dict[str, Any]], object],
+    *,
+    limit: int | None = None,
+    on_line: Callable[[int], None] | None = None,
+) -> Checked:
+    """Read the input once and check that every request can be submitted and that no custom id occurs twice.
+
+    Args:
+        validate: raises InvalidRequest for fields that `Client.submit` would refuse.
+        limit: check only this many requests.
+        on_line: called with the number of lines read, every 1000 lines.
+
+    Raises:
+        InvalidBatch: requests are wrong; it has the first MAX_FAULTS faults.
+    """
+    checked, faults = Checked(), Faults()
+    for line, item in source.items():
+        if checked.rows == limit:
+            break
+        checked.lines = line
+        if on_line is not None and line % 1000 == 0:
+            on_line(line)
+        try:
+            row = reader.read(line, item)
+            if row is None:
+                continue
+            checked.rows += 1
+            checked.index.add(row.custom_id, row.digest, line)
+            validate(row.fields)
+        except InvalidRequest as error:
+            faults.add(line, error.field, str(error))
+    for line, first in checked.index.duplicates():
+        faults.add(line, "custom_id", f"custom_id: the same as in line {first}; expected one that no other line has")
+    if not checked.rows and not faults.count:
+        faults.add(0, "input", "the input holds no rows")
+    faults.raise_if_any()
+    return checked
+
+
+def read_items(source: Source, reader: ItemReader, *, limit: int | None = None) -> Iterator[Row]:
+    """Read the requests of a checked source again. Raises InputChanged if it has changed."""
+    count = 0
+    for line, item in source.items():
+        if count == limit:
+            return
+        try:
+            row = reader.read(line, item)
+        except InvalidRequest as error:
+            raise InputChanged(line, str(error)) from None
+        if row is not None:
+            count += 1
+            yield row

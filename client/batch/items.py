@@ -1,0 +1,68 @@
+"""One request of a batch, and helpers for the values that users' tables hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.client.wire.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A request of a batch.
+
+    Attributes:
+        line: the line in the input, from 1; of an iterable, the position of the item, from 1.
+        custom_id: the name of the request in input and output.
+        fields: what `Client.submit` takes, including the seed.
+        digest: 16 hexadecimal digits, equal for requests that must have the same result.
+    """
+
+    line: int
+    custom_id: str
+    fields: dict[str, Any]
+    digest: str
+
+    def job_id(self, run: str) -> str:
+        """The id of the job, the same in every process that works on the run: so a submitted job is found again."""
+        return f"{run}.{digest_of(self.fields | {'custom_id': self.custom_id})}"
+
+
+def digest_of(content: dict[str, Any]) -> str:
+    """16 hexadecimal digits, equal for equal content. Raises InvalidRequest for content that JSON cannot represent."""
+    try:
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=json_default)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest("line", f"what JSON cannot hold ({error})", "texts, numbers, and lists of them") from None
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def to_python(item: Any) -> Any:
+    """Convert a value of pyarrow, numpy or pandas to plain Python."""
+    for method in ("as_py", "tolist"):
+        if hasattr(item, method) and not isinstance(item, (str, bytes)):
+            return getattr(item, method)()
+    return item
+
+
+def json_default(value: Any) -> Any:
+    """For `json.dumps`: convert arrays and scalars of tables. Raises TypeError for other values."""
+    converted = to_python(value)
+    if converted is value:
+        raise TypeError(f"a {type(value).__name__}")
+    return converted
+
+
+def is_column(value: Any) -> bool:
+    """Whether a value can be iterated, perhaps only by index, and is not a single prompt or request."""
+    if isinstance(value, (str, bytes, Mapping)):
+        return False
+    try:
+        iter(value)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,113 @@
+"""The forms of the OpenAI API: bodies of completions, and the lines of batch output files."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from headrace.client.batch.items import Row, to_python
+from headrace.client.wire.results import Choice, Outcome, Result, TokenLogprob
+
+#: The only endpoint that lines of a batch may name.
+ENDPOINT = "/v1/completions"
+#: The `id` of an output line is this prefix and the digest of the request.
+ROW_ID = "batch_req_"
+
+#: Fields of the OpenAI API without an effect here -> whether a value (with the whole body) asks for nothing else.
+_IGNORED_FIELDS: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
+    "user": lambda value, _: isinstance(value, str),
+    "stream": lambda value, _: value is False,
+    "best_of": lambda value, body: value == body.get("n", 1),
+}
+
+
+def completion_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert a body of the completions API to what `Client.submit` takes, without fields that have no effect."""
+    fields = {name: to_python(value) for name, value in body.items()}
+    ignored = [
+        name
+        for name, has_no_effect in _IGNORED_FIELDS.items()
+        if name in fields and (fields[name] is None or has_no_effect(fields[name], fields))
+    ]
+    return {name: value for name, value in fields.items() if name not in ignored}
+
+
+def completion(result: Result) -> dict[str, Any]:
+    """A result in the form of the completions API, with the seed, and with `stop_reason` as in vLLM."""
+    return {
+        "id": f"cmpl-{result.id}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": result.model,
+        "choices": [_choice(choice) for choice in result.choices],
+        "usage": result.usage.model_dump(),
+        "system_fingerprint": result.fingerprint,
+        "seed": result.seed,
+    }
+
+
+def _choice(choice: Choice) -> dict[str, Any]:
+    scores = None if choice.logprobs is None else logprobs_fields(choice.logprobs)
+    fields = choice.model_dump(include={"index", "text", "finish_reason", "stop_reason"})
+    return {**fields, "logprobs": scores}
+
+
+def logprobs_fields(scores: list[TokenLogprob], at: int = 0) -> dict[str, Any]:
+    """Log probabilities in the form of the completions API, of tokens from character `at` of the text."""
+    offsets = []
+    for score in scores:
+        offsets.append(at)
+        at += len(score.token)
+    return {
+        "tokens": [score.token for score in scores],
+        "token_logprobs": [score.logprob for score in scores],
+        "top_logprobs": [
+            None if s.logprob is None else {s.token: s.logprob} | {top.token: top.logprob for top in s.top}
+            for s in scores
+        ],
+        "text_offset": offsets,
+    }
+
+
+class Written(NamedTuple):
+    """A request whose line is in an output file."""
+
+    custom_id: str
+    #: The digest of the request; empty if another program wrote the line.
+    digest: str
+    failed: bool
+
+
+def output_line(row: Row, job_id: str, outcome: Outcome | Exception) -> bytes:
+    """The output line of a request. A job has no HTTP status: it has status code 200, or an `error` and no response."""
+    line: dict[str, Any] = {"id": ROW_ID + row.digest, "custom_id": row.custom_id, "response": None, "error": None}
+    if isinstance(outcome, Result):
+        line["response"] = {"status_code": 200, "request_id": job_id, "body": completion(outcome)}
+    else:
+        message = getattr(outcome, "message", None) or str(outcome)
+        line["error"] = {"code": failure_code(outcome), "message": message}
+    return json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def read_output_line(line: bytes) -> Written | None:
+    """What an output line says; None if it is incomplete or no output line."""
+    if not line.endswith(b"\n"):
+        return None  # at least its last byte is missing
+    try:
+        fields = json.loads(line)
+        custom_id, row_id = fields["custom_id"], fields["id"]
+        failed = fields["error"] is not None or fields["response"]["status_code"] != 200
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    if not isinstance(custom_id, str) or not isinstance(row_id, str):
+        return None
+    digest = row_id.removeprefix(ROW_ID)
+    ours = row_id.startswith(ROW_ID) and len(digest) == 16 and set(digest) <= set("0123456789abcdef")
+    return Written(custom_id, digest if ours else "", failed)
+
+
+def failure_code(error: Exception) -> str:
+    """The code by which failures are counted."""
+    return getattr(error, "code", None) or "invalid_request"

@@ -1,0 +1,170 @@
+"""Where the input of a batch comes from: a file, a pipe, standard input, or any iterable.
+
+The input is read twice: first everything is checked, then it is submitted.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tempfile
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, Protocol, cast
+
+from headrace.client.batch.items import is_column, json_default, to_python
+from headrace.client.wire.errors import Fault, InvalidBatch, InvalidRequest
+
+#: The longest line. A request at all its limits is shorter, even with every character escaped.
+MAX_LINE_BYTES = 2**20
+
+
+class Source(Protocol):
+    """Numbered lines or items that can be read more than once."""
+
+    def items(self) -> Iterator[tuple[int, Any]]:
+        """Read from the start: numbers from 1, each with the bytes of the line or with the item of the iterable."""
+        ...
+
+
+class FileSource:
+    """Lines of a file, gzipped or not.
+
+    Args:
+        opened: opens the file, at its start.
+    """
+
+    def __init__(self, opened: Callable[[], IO[bytes]]) -> None:
+        self._opened = opened
+
+    def items(self) -> Iterator[tuple[int, Any]]:
+        with self._opened() as file:
+            yield from numbered_lines(file)
+
+
+class IterableSource:
+    """Items of a list, a data set or a column."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self._items = items
+
+    def items(self) -> Iterator[tuple[int, Any]]:
+        return enumerate(self._items, 1)
+
+
+def open_source(source: str | Path | IO[bytes] | Iterable[Any]) -> Source:
+    """A source for any input. An input that can be read only once (a pipe, a generator) is copied to a temporary file.
+
+    Raises:
+        InvalidBatch: the file does not exist or cannot be read.
+        InvalidRequest: it is no input.
+    """
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        try:
+            if not path.is_file() and path.exists():  # a named pipe
+                with path.open("rb") as pipe:
+                    return _copied(iter(lambda: pipe.read(2**16), b""))
+            open_lines(path).close()
+        except OSError as error:
+            raise InvalidBatch([Fault(0, "input", f"{path} cannot be read: {error.strerror or error}")]) from None
+        return FileSource(lambda: open_lines(path))
+    if not is_column(source):
+        raise InvalidRequest("source", f"a {type(source).__name__}", "a path, a file, or an iterable of prompts")
+    if hasattr(source, "read"):
+        file = cast("IO[bytes]", source)
+        return _copied(iter(lambda: file.read(2**16), b""))
+    if iter(source) is source:
+        return _copied(_json_line(item) for item in source)
+    return IterableSource(source)
+
+
+def _json_line(item: Any) -> bytes:
+    item = to_python(item)
+    try:
+        return json.dumps(item, default=json_default).encode() + b"\n"
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(
+            "prompts", f"an item of type {type(item).__name__}", f"what JSON can hold ({error})"
+        ) from None
+
+
+def _copied(pieces: Iterable[bytes]) -> Source:
+    copy = tempfile.TemporaryFile()  # noqa: SIM115
+    try:
+        for piece in pieces:
+            copy.write(piece)
+    except BaseException:
+        copy.close()
+        raise
+
+    def rewound() -> IO[bytes]:
+        copy.seek(0)
+        return _unzipped(io.BufferedReader(_KeptOpen(copy)))
+
+    source = FileSource(rewound)
+    weakref.finalize(source, copy.close)
+    return source
+
+
+class _KeptOpen(io.RawIOBase):
+    """A file that remains open when its reader is closed."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def open_lines(path: Path) -> IO[bytes]:
+    """Open a file for reading. It is decompressed if its content is gzip, whatever its name."""
+    return _unzipped(path.open("rb"))
+
+
+def _unzipped(file: io.BufferedReader) -> IO[bytes]:
+    zipped = file.peek(2)[:2] == b"\x1f\x8b"
+    return cast("IO[bytes]", _Unzipped(file)) if zipped else file
+
+
+class _Unzipped(gzip.GzipFile):
+    """A GzipFile that also closes the file which it reads."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(fileobj=file, mode="rb")
+        self._zipped_file = file
+
+    def close(self) -> None:
+        super().close()
+        self._zipped_file.close()
+
+
+def numbered_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The lines and their numbers from 1. Of a line that is too long only the beginning is returned.
+
+    Raises:
+        InvalidBatch: the file cannot be read to its end, for example because it is an incomplete gzip file.
+    """
+    number = 0
+    try:
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            yield number, line
+            while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE_BYTES + 1)
+    except (EOFError, OSError, zlib.error) as error:
+        raise InvalidBatch([Fault(number + 1, "line", f"the file cannot be read any further: {error}")]) from None

@@ -1,0 +1,238 @@
+"""Reading from Redis what has become of jobs: states, results, streamed text, captured tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import redis
+
+from headrace.client.jobs.polling import LAST_POLL_S, REMIND_S, PollState, Updates
+from headrace.client.jobs.status import Status, read_status
+from headrace.client.wire import keys
+from headrace.client.wire.activations import TENSOR_NAMES
+from headrace.client.wire.errors import (
+    InvalidRequest,
+    NoCheckpoints,
+    NoWorker,
+    RedisUnreachable,
+    ResultTimeout,
+    UnknownJob,
+    UnreadableRecord,
+)
+from headrace.client.wire.redis import connect, redis_errors
+from headrace.client.wire.results import Outcome, State, parse_outcome
+from headrace.config.settings import slug
+
+if TYPE_CHECKING:
+    import numpy as np
+
+log = logging.getLogger("headrace.client")
+
+#: Number of jobs that are cancelled in one round trip.
+CANCEL_JOBS = 512
+
+
+class JobReader:
+    """Reads about jobs from one Redis. All methods raise RedisUnreachable and RedisRefused.
+
+    Errors about one job have a `job_id`; `client.jobs.handle.job_in_errors` adds the job itself.
+
+    Args:
+        connection: to the Redis at `url`.
+        model_name: the model whose queue `status` always includes.
+    """
+
+    def __init__(self, url: str, connection: redis.Redis, *, model_name: str) -> None:
+        #: Where the jobs are.
+        self.url = url
+        self._redis, self._model_name = connection, model_name
+
+    def poll(self, job_id: str) -> tuple[Outcome | None, State]:
+        """The outcome and the state of a job. The state counts only if there is no outcome.
+
+        Raises:
+            UnknownJob: there is no such job.
+            UnreadableRecord: the job's record is not valid.
+        """
+        ((outcome, state),) = self._poll_many([job_id])
+        return outcome, cast("State", state)
+
+    def cancel(self, job_ids: Sequence[str]) -> list[bool]:
+        """Ask for jobs to be cancelled. Returns for each whether it had not ended yet.
+
+        Raises:
+            UnknownJob: one does not exist. None of the up to CANCEL_JOBS jobs of its round trip was cancelled.
+        """
+        parts = [job_ids[start : start + CANCEL_JOBS] for start in range(0, len(job_ids), CANCEL_JOBS)]
+        return [flag for part in parts for flag in self._cancel_part(part)]
+
+    def updates(self, job_ids: Iterable[str], timeout: float | None, *, events: bool = False) -> Iterator[Updates]:
+        """Wait for jobs: yield updates until the outcome of each has come.
+
+        Args:
+            timeout: seconds in all; None waits for ever and logs a warning now and then if no worker serves the queue.
+            events: include the entries of the jobs' event streams, from the first entry.
+
+        Raises:
+            ResultTimeout, NoWorker: some have not ended after `timeout` seconds.
+            UnknownJob: one does not exist.
+        """
+        check_timeout(timeout)
+        polls = PollState()
+        for job_id in job_ids:
+            polls.add(job_id, events=events)
+        started, remind_after = time.monotonic(), REMIND_S
+        while polls:
+            left = LAST_POLL_S if timeout is None else max(0.0, started + timeout - time.monotonic())
+            if updates := self._poll_patiently(polls, left):
+                yield updates
+            elif timeout is not None and time.monotonic() - started >= timeout:
+                raise self.timeout_error(next(iter(polls)), timeout)
+            elif timeout is None and time.monotonic() - started > remind_after:
+                remind_after += REMIND_S
+                self.warn_without_worker(list(polls))
+            if polls:
+                time.sleep(min(polls.rest_s, left))
+
+    def poll_once(self, polls: PollState, block_s: float = 0.0) -> Updates:
+        """Send the next request of `polls` in one round trip, and return what the replies say."""
+        with redis_errors(self.url):
+            pipe = self._redis.pipeline(transaction=False)
+            for command in polls.request(block_s):
+                pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+            return polls.answer(pipe.execute())
+
+    def checkpoints(self, job_id: str, max_bytes: int | None = None) -> dict[str, np.ndarray]:
+        """The captured tensors of a job by name, in the order of the checkpoints.
+
+        Args:
+            max_bytes: if given, only tensors with known names are read, at most this many bytes in all.
+
+        Raises:
+            NoCheckpoints: the job has none.
+            InvalidRequest: they take more than `max_bytes`.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load  # imported here: importing numpy is slow, and few callers need it
+
+        with redis_errors(self.url), connect(self.url, text=False) as connection:
+            if max_bytes is None:
+                fields = cast("dict[bytes, bytes]", connection.hgetall(keys.checkpoint(job_id)))
+            else:
+                fields = _read_tensors(connection, job_id, max_bytes)
+        if not fields:
+            raise NoCheckpoints(job_id)
+        try:
+            found = {name.decode(): load(data)["tensor"] for name, data in fields.items()}
+        except (SafetensorError, KeyError, UnicodeDecodeError) as error:
+            raise NoCheckpoints(job_id) from error
+        return {name: found[name] for name in dict.fromkeys([*TENSOR_NAMES, *sorted(found)]) if name in found}
+
+    def status(self) -> Status:
+        """Queues, workers and slots at this moment."""
+        with redis_errors(self.url):
+            return read_status(self._redis, self._model_name)
+
+    def timeout_error(self, job_id: str, timeout: float) -> ResultTimeout:
+        """The error for a wait that took too long: NoWorker if no worker serves the job's queue."""
+        outcome, state = self.poll(job_id)
+        model = self._model_of(job_id)
+        if outcome is None and not self.status().serves(model):
+            return NoWorker(job_id, timeout, state, keys.queue(model))
+        return ResultTimeout(job_id, timeout, state)
+
+    def warn_without_worker(self, waiting: list[str]) -> None:
+        """Log a warning if no worker serves the queue of the first job."""
+        with contextlib.suppress(RedisUnreachable):
+            model = self._model_of(waiting[0])
+            if not self.status().serves(model):
+                log.warning(
+                    "%d jobs wait and no worker serves queue %s; start one with `celery -A worker worker`",
+                    len(waiting),
+                    keys.queue(model),
+                )
+
+    def _poll_many(self, job_ids: Sequence[str]) -> list[tuple[Outcome | None, str | None]]:
+        with redis_errors(self.url):
+            pipe = self._redis.pipeline(transaction=False)
+            for job_id in job_ids:
+                pipe.get(keys.result(job_id))
+                pipe.hget(keys.job(job_id), "state")
+            answers = [_text_or_empty(answer) for answer in pipe.execute(raise_on_error=False)]
+        found = [(parse_outcome(record), state) for record, state in zip(answers[::2], answers[1::2], strict=True)]
+        for job_id, (outcome, state) in zip(job_ids, found, strict=True):
+            if outcome is None and state is None:
+                raise UnknownJob(job_id)
+            if outcome is None and state not in ("queued", "running"):
+                raise UnreadableRecord(job_id)
+        return found
+
+    def _cancel_part(self, job_ids: Sequence[str]) -> list[bool]:
+        open_jobs = [j for j, (outcome, _) in zip(job_ids, self._poll_many(job_ids), strict=True) if outcome is None]
+        ended = set(job_ids).difference(open_jobs)
+        if open_jobs:
+            with redis_errors(self.url):
+                pipe = self._redis.pipeline(transaction=False)
+                for job_id in open_jobs:
+                    pipe.set(keys.cancel(job_id), "1", ex=keys.UNFINISHED_TTL_S)
+                pipe.mget([keys.result(job_id) for job_id in open_jobs])
+                records = pipe.execute()[-1]
+                # No worker deletes the keys of jobs that have ended in between.
+                late = {j for j, record in zip(open_jobs, records, strict=True) if parse_outcome(record) is not None}
+                for job_id in late:
+                    pipe.expire(keys.cancel(job_id), 0)  # not DEL: a client has no right to it
+                pipe.execute()
+            ended |= late
+        return [job_id not in ended for job_id in job_ids]
+
+    def _poll_patiently(self, polls: PollState, block_s: float) -> Updates:
+        """Poll once. Raises UnknownJob, and RedisUnreachable when `polls` gives jobs up."""
+        try:
+            updates = self.poll_once(polls, block_s)
+        except RedisUnreachable:
+            if polls.failed():
+                raise
+            return Updates()
+        for job_id in updates.unknown:
+            raise UnknownJob(job_id)
+        return updates
+
+    def _model_of(self, job_id: str) -> str:
+        with redis_errors(self.url):
+            model = cast("str | None", self._redis.hget(keys.job(job_id), "model"))
+        return model if model is not None and model == slug(model) else self._model_name
+
+
+def check_timeout(timeout: Any) -> None:
+    """Refuse a timeout that is neither None nor a number of seconds. Raises InvalidRequest."""
+    if timeout is None:
+        return
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
+        raise InvalidRequest("timeout", repr(timeout)[:80], "a number of seconds from 0, or None")
+
+
+def _read_tensors(connection: redis.Redis, job_id: str, max_bytes: int) -> dict[bytes, bytes]:
+    """Read a job's tensors one by one, up to `max_bytes`: those in Redis may have any size."""
+    fields, size = {}, 0
+    for name in TENSOR_NAMES:
+        data = cast("bytes | None", connection.hget(keys.checkpoint(job_id), name))
+        if data is not None:
+            fields[name.encode()] = data
+            size += len(data)
+        if size > max_bytes:
+            expected = f"{max_bytes} at most; ask for fewer (8, the logits, is the largest), or shorten the prompt"
+            raise InvalidRequest("checkpoints", f"over {max_bytes} bytes of tensors of job {job_id}", expected)
+    return fields
+
+
+def _text_or_empty(answer: Any) -> str | None:
+    """The answer for a key or a field; "" if the key has another type, so that it is not a valid record."""
+    if isinstance(answer, Exception):
+        if "WRONGTYPE" in str(answer):
+            return ""
+        raise answer
+    return cast("str | None", answer)

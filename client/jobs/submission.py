@@ -1,0 +1,274 @@
+"""Submitting: check requests, write the records of the jobs, and publish their messages.
+
+Jobs that are submitted together share messages, because a message costs more than a short job. Each job still has its
+own id, state and result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import secrets
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import redis
+from celery import Celery
+
+from headrace.client.jobs.status import ServedModels
+from headrace.client.wire import keys
+from headrace.client.wire.celery import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME, queue
+from headrace.client.wire.errors import InvalidRequest, QueueFull, RedisRefused, RedisUnreachable
+from headrace.client.wire.queue_depth import count_queued
+from headrace.client.wire.redis import redis_errors
+from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request
+from headrace.client.wire.signing import mark, sign
+from headrace.client.wire.tracing import sending
+from headrace.config import Settings
+from headrace.config.settings import slug
+
+#: Number of job records that are written in one round trip.
+RECORD_JOBS = 512
+#: Limits of one message. They are small so that several workers share many jobs, and a lost message costs little.
+GROUP_JOBS, GROUP_BYTES = 16, 65_536
+
+
+class PreparedJob:
+    """A job whose request has been checked and which has not been submitted.
+
+    Attributes:
+        id: the job id.
+        model: the model whose queue the job goes to.
+        digest: identifies the request, for a job id that the caller chose; else empty.
+        wire: the request as it is sent, with its signature if there is a key.
+        mark: shows in the job's record that its submitter has the key; None without a key.
+    """
+
+    def __init__(self, job_id: str, model: str, request: GenerateRequest, digest: str, key: bytes | None) -> None:
+        self.id, self.model, self.request, self.digest = job_id, model, request, digest
+        self.wire = request.to_wire()
+        self.mark: str | None = None
+        if key is not None:
+            self.wire = sign(key, job_id, model, self.wire)
+            self.mark = mark(key, job_id)
+
+    @property
+    def urgency(self) -> int:
+        """Celery's number of the priority: 0 is the most urgent."""
+        return keys.PRIORITIES[self.request.priority]
+
+    def record(self) -> dict[Any, Any]:
+        """The first fields of the job's record."""
+        record = {"state": "queued", "model": self.model, "submitted_at": f"{time.time():.6f}"}
+        return record if self.mark is None else {**record, "mark": self.mark}
+
+
+class Submitter:
+    """Submits jobs to one Redis.
+
+    Args:
+        settings: of the client; `max_queue` and the signing key are used.
+        connection: to the Redis at `url`.
+        app: a Celery app that publishes to the same Redis.
+        model_name: the model of requests that name none.
+    """
+
+    def __init__(self, settings: Settings, url: str, connection: redis.Redis, app: Celery, *, model_name: str) -> None:
+        self._settings, self._url, self._redis, self._app, self._model_name = settings, url, connection, app, model_name
+        #: Which models requests may name.
+        self.models = ServedModels(connection, url, {model_name, *settings.models})
+
+    def prepare(self, fields: Mapping[str, Any]) -> PreparedJob:
+        """Check everything that can be checked without the model, and choose the job id and the seed.
+
+        Args:
+            fields: what `Client.submit` takes.
+
+        Raises:
+            InvalidRequest: a field is wrong.
+        """
+        given = {name: value for name, value in fields.items() if value is not None}
+        job_id, model, timeout_s = given.pop("id", None), given.pop("model", None), given.pop("timeout_s", None)
+        for internal, advice in {"expires_at": "use timeout_s", "schema_version": "it is set for you"}.items():
+            if internal in fields:
+                raise InvalidRequest(internal, repr(fields[internal])[:80], f"no such parameter; {advice}")
+        if timeout_s is not None:
+            given["expires_at"] = time.time() + _check_timeout_s(timeout_s)
+        request = parse_request(given)
+        model = self._model_name if model is None else _check_model(model)
+        digest = _digest(request, model) if job_id is not None else ""
+        if request.seed is None:
+            # Chosen here, so that a job that is computed again after a crash draws the same numbers.
+            request = request.model_copy(update={"seed": secrets.randbits(52)})
+        key = next(iter(self._settings.signing_keys), None)
+        return PreparedJob(uuid.uuid4().hex if job_id is None else _check_id(job_id), model, request, digest, key)
+
+    def check_models(self, jobs: Iterable[PreparedJob]) -> None:
+        """Refuse jobs for models that no worker serves; see `ServedModels.check`."""
+        self.models.check({job.model for job in jobs})
+
+    def submit(self, jobs: list[PreparedJob]) -> None:
+        """Write the records of the jobs and publish their messages, the most urgent first.
+
+        Raises:
+            InvalidRequest: a job id belongs to another request; nothing was queued.
+            QueueFull: a queue does not accept that many jobs; nothing was queued.
+            RedisUnreachable, RedisRefused: Redis does not answer, or with an error. `accepted` has the ids of the jobs
+                that were queued before, by their index in `jobs`.
+        """
+        accepted: set[str] = set()
+        try:
+            with redis_errors(self._url):
+                self._check_room(jobs)
+                self._check_ids(jobs)
+                with self._app.producer_pool.acquire(block=True) as producer:
+                    ordered = sorted(jobs, key=lambda job: job.urgency)
+                    for start in range(0, len(jobs), RECORD_JOBS):
+                        part = ordered[start : start + RECORD_JOBS]
+                        new = self._write_records(part)
+                        accepted |= {job.id for job in part} - new.keys()
+                        for group in _groups(new.values()):
+                            self._publish(group, producer)
+                            accepted |= {job.id for job in group}
+        except (RedisUnreachable, RedisRefused) as error:
+            error.accepted = {index: job.id for index, job in enumerate(jobs) if job.id in accepted}
+            raise
+
+    def _check_room(self, jobs: list[PreparedJob]) -> None:
+        limit = self._settings.max_queue
+        for model, new in Counter(job.model for job in jobs).items():
+            pipe = self._redis.pipeline(transaction=False)
+            for name in keys.queue_lists(model):
+                pipe.llen(name)
+            if sum(pipe.execute()) * GROUP_JOBS + new <= limit:
+                continue  # there is room even if every message holds GROUP_JOBS
+            depth = sum(count_queued(self._redis, model))
+            if depth + new > limit:
+                raise QueueFull(keys.queue(model), depth, limit)
+
+    def _check_ids(self, jobs: list[PreparedJob]) -> None:
+        """Refuse ids that belong to other requests, before anything is queued."""
+        named = [job for job in jobs if job.digest]
+        seen: dict[str, str] = {}
+        pipe = self._redis.pipeline(transaction=False)
+        for job in named:
+            pipe.hget(keys.job(job.id), "digest")
+        for job, stored in zip(named, pipe.execute(), strict=True):
+            if (stored or job.digest) != job.digest or seen.setdefault(job.id, job.digest) != job.digest:
+                raise _id_is_used(job.id)
+
+    def _write_records(self, jobs: list[PreparedJob]) -> dict[str, PreparedJob]:
+        """Write the records of the jobs.
+
+        Returns:
+            The jobs that have to be published, by id: all but those that were published before under the same id.
+        """
+        named = [job for job in jobs if job.digest]
+        pipe = self._redis.pipeline()
+        for job in named:
+            name = keys.job(job.id)
+            pipe.hsetnx(name, "digest", job.digest)
+            pipe.hmget(name, "digest", "published")
+            for field, value in job.record().items():
+                pipe.hsetnx(name, field, value)
+            pipe.expire(name, keys.UNFINISHED_TTL_S)
+        for job in jobs:
+            if not job.digest:  # its id was chosen here, so there is no record yet
+                pipe.hset(keys.job(job.id), mapping=job.record())
+                pipe.expire(keys.job(job.id), keys.UNFINISHED_TTL_S)
+        answers = pipe.execute()
+        new = {job.id: job for job in jobs}
+        step = 3 + len(jobs[0].record())  # number of answers for each named job
+        for job, (digest, published) in zip(named, answers[1 : step * len(named) : step], strict=True):
+            if digest != job.digest:
+                raise _id_is_used(job.id)
+            if published:
+                new.pop(job.id, None)
+        return new
+
+    def _publish(self, group: list[PreparedJob], producer: Any) -> None:
+        """Send one message. The message of a single job has the job's id, so that Celery knows the job by it."""
+        first, alone = group[0], len(group) == 1
+        wires = [{"id": job.id, "request": job.wire} for job in group]
+        with sending([job.id for job in group], keys.queue(first.model)) as headers:
+            self._app.send_task(
+                TASK_NAME if alone else GROUP_TASK_NAME,
+                args=[first.wire if alone else wires],
+                task_id=first.id if alone else uuid.uuid4().hex,
+                queue=queue(first.model),
+                priority=first.urgency,
+                argsrepr="<redacted>",  # it is part of headers and events, which must not contain the prompt
+                kwargsrepr="{}",
+                headers=headers if alone else {**headers, JOBS_HEADER: len(group)},
+                ignore_result=not alone,
+                producer=producer,
+                # A Redis list needs no declaration. If the connection is lost during one, kombu continues with the
+                # channel that it has closed, and fails with an AttributeError.
+                declare=[],
+            )
+        self._announce(group)
+
+    def _announce(self, group: list[PreparedJob]) -> None:
+        """Note in the records that the message was sent, and wake an idle worker.
+
+        Errors are ignored: without the note, submitting the same id again sends a second message, to the same single
+        result; without the wake-up, a worker finds the message a little later.
+        """
+        pipe = self._redis.pipeline(transaction=False)
+        for job in group:
+            if job.digest:
+                pipe.hset(keys.job(job.id), "published", "1")
+        hint = keys.hint(group[0].model)
+        pipe.lpush(hint, "1")
+        pipe.ltrim(hint, 0, keys.HINTS - 1)
+        pipe.expire(hint, keys.HINT_TTL_S)
+        with contextlib.suppress(redis.RedisError):
+            pipe.execute()
+
+
+def _groups(jobs: Iterable[PreparedJob]) -> Iterator[list[PreparedJob]]:
+    """The jobs of each message: of one model and priority, in their order. `jobs` are sorted by urgency."""
+    for _, same in itertools.groupby(jobs, lambda job: job.urgency):
+        open_groups: dict[str, tuple[list[PreparedJob], int]] = {}
+        for job in same:
+            group, used = open_groups.get(job.model, ([], 0))
+            size = len(json.dumps(job.wire))
+            if group and (len(group) == GROUP_JOBS or used + size > GROUP_BYTES):
+                yield group
+                group, used = [], 0
+            open_groups[job.model] = ([*group, job], used + size)
+        for group, _ in open_groups.values():
+            yield group
+
+
+def _digest(request: GenerateRequest, model: str) -> str:
+    """Equal for equal requests, whenever they expire."""
+    wire = {"model": model, **request.model_copy(update={"expires_at": None}).to_wire()}
+    return hashlib.sha256(json.dumps(wire, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _id_is_used(job_id: str) -> InvalidRequest:
+    return InvalidRequest("id", repr(job_id), "an id that no other request has; this one was used already")
+
+
+def _check_timeout_s(timeout_s: Any) -> float:
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < 1e9:
+        raise InvalidRequest("timeout_s", repr(timeout_s), "a number of seconds above 0, or None")
+    return timeout_s
+
+
+def _check_id(job_id: Any) -> str:
+    if not is_job_id(job_id):
+        raise InvalidRequest("id", repr(job_id)[:80], "1 to 128 letters, digits, '.', '_', '-' or ':'")
+    return job_id
+
+
+def _check_model(model: Any) -> str:
+    if not isinstance(model, str) or not model or len(model) > 256:
+        raise InvalidRequest("model", repr(model)[:80], "the name of a model that a worker serves")
+    return slug(model)

@@ -1,0 +1,107 @@
+"""The Celery side of the wire: task names, headers, and the settings that client and worker must share."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from celery import Celery
+from kombu.entity import Queue
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from headrace.client.wire import keys
+from headrace.client.wire.embedded_redis import SCHEME as EMBEDDED
+from headrace.client.wire.embedded_redis import is_embedded
+from headrace.client.wire.redis import CONNECT_TIMEOUT_S, SENTINEL_OPTIONS, SOCKET_TIMEOUT_S, has_keepalive
+from headrace.config import Settings
+from headrace.config.sentinel import is_sentinel, parse_sentinel
+
+TASK_NAME = "headrace.generate"
+#: The task for several jobs. Its argument is a list of {"id": job id, "request": the argument of TASK_NAME}.
+GROUP_TASK_NAME = "headrace.generate_many"
+#: Header of a message with several jobs: how many.
+JOBS_HEADER = "jobs"
+
+
+def celery_url(url: str) -> str:
+    """The URL in kombu's form: unix sockets are `redis+socket://` with the database as `virtual_host`."""
+    if is_sentinel(url):
+        return parse_sentinel(url).for_celery()
+    parts = urlsplit(url)
+    if parts.scheme != "unix":  # also `embedded://`, which EmbeddedTransport and EmbeddedBackend understand
+        return url
+    database = parse_qs(parts.query).get("db", ["0"])[0]
+    return f"redis+socket://{parts.path}?virtual_host={database}"
+
+
+def sentinel_options(url: str) -> dict[str, Any]:
+    """The options that Celery's transports need beside the URL of a Redis with Sentinels; empty for any other."""
+    if not is_sentinel(url):
+        return {}
+    options = {**SENTINEL_OPTIONS, "retry": Retry(NoBackoff(), 0)}
+    return {"master_name": parse_sentinel(url).master, "sentinel_kwargs": options}
+
+
+def broker_settings(settings: Settings, url: str) -> dict[str, Any]:
+    """Celery's settings for the broker. Client and worker must share them: the shortest lease of all counts."""
+    return {
+        "broker_url": celery_url(url),
+        "broker_transport": "headrace.client.wire.embedded_redis:EmbeddedTransport" if is_embedded(url) else None,
+        # Without this, kombu does not check certificates. The query of the URL (ssl_ca_certs and so on) means the same
+        # to kombu, Celery's result backend and redis-py; without it, the system's authorities are trusted.
+        "broker_use_ssl": {"ssl_cert_reqs": ssl.CERT_REQUIRED} if urlsplit(url).scheme == "rediss" else None,
+        "broker_transport_options": {
+            "global_keyprefix": keys.PREFIX,
+            "visibility_timeout": settings.lease_s,
+            "unacked_restore_interval": 10,
+            "unacked_restore_throttle": 1,
+            "socket_timeout": SOCKET_TIMEOUT_S,
+            "socket_connect_timeout": CONNECT_TIMEOUT_S,
+            "socket_keepalive": has_keepalive(url),
+            "health_check_interval": 25,
+            **sentinel_options(url),
+        },
+        "visibility_timeout": settings.lease_s,
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "event_serializer": "json",
+        "accept_content": ["json"],  # remote control uses this and task_serializer
+        "result_accept_content": ["json"],
+        "broker_connection_timeout": CONNECT_TIMEOUT_S,
+    }
+
+
+def queue(model_name: str) -> Queue:
+    """The Celery queue of a model."""
+    name = keys.queue(model_name)
+    return Queue(name, routing_key=name)  # type: ignore[no-untyped-call]
+
+
+def results_app(settings: Settings, url: str) -> Celery:
+    """A Celery app that publishes tasks and reads results: for canvases, and for a user's own tasks and worker."""
+    app = Celery("headrace-results", set_as_current=False)
+    app.loader.override_backends = {EMBEDDED: "headrace.client.wire.embedded_redis:EmbeddedBackend"}
+    app.conf.update(
+        **broker_settings(settings, url),
+        result_backend=celery_url(url),
+        result_backend_transport_options={"global_keyprefix": keys.PREFIX, **sentinel_options(url)},
+        redis_backend_use_ssl=app.conf.broker_use_ssl,
+        redis_socket_keepalive=has_keepalive(url),
+        result_expires=settings.result_ttl_s,
+    )
+    return app
+
+
+def producer_app(settings: Settings, url: str) -> Celery:
+    """A Celery app that only publishes. It has no result backend, which would open a pub/sub channel for each job."""
+    app = Celery("headrace-client", set_as_current=False)
+    app.conf.update(
+        **broker_settings(settings, url),
+        result_backend="disabled",
+        task_queues=[queue(settings.model_name)],
+        task_default_queue=keys.queue(settings.model_name),
+        task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.2, "interval_max": 0.5},
+    )
+    return app
