@@ -33,12 +33,12 @@ class Headrace:
         import structlog
 
         from headrace.config import Settings
-        from headrace.worker.engine.engine import Engine
+        from headrace.worker.engine.build import load_engine
 
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
         # No drafts: random weights repeat themselves, so nearly every guess is right, as no real text would have it.
         settings = Settings(model=str(folder), dtype=precision, device="cpu", threads=threads, draft_tokens=0)
-        self.engine = Engine.from_settings(settings)
+        self.engine = load_engine(settings)
 
     def plans(self, items: Sequence[Item]) -> list[str]:  # noqa: ARG002
         return ["default settings, no drafts"]

@@ -23,6 +23,7 @@ from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
 from headrace.client.wire.requests import GenerateRequest, parse_request
 from headrace.config import load_settings
+from headrace.worker.engine.build import load_engine
 from headrace.worker.engine.engine import Engine
 from headrace.worker.jobs.store import RedisStore
 from headrace.worker.jobs.stream_writer import TELL_EVERY_S, EventWriter
@@ -59,7 +60,7 @@ def measure(model: str, dtype: str, new_tokens: int, pairs: int) -> dict[str, fl
     asked = requests(new_tokens)
     with (
         EmbeddedRedis.ephemeral() as server,
-        Engine.from_settings(load_settings(model=model, dtype=dtype, device="cpu")) as engine,
+        load_engine(load_settings(model=model, dtype=dtype, device="cpu")) as engine,
     ):
         events = EventWriter(RedisStore(connect(server.url), result_ttl_s=600, checkpoint_ttl_s=600, events_ttl_s=60))
         for warm in (None, events):

@@ -27,7 +27,7 @@ from benchmarks.workloads import WORKLOADS, Item
 from headrace.client import Client
 from headrace.client.wire.requests import parse_request
 from headrace.config import load_settings
-from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.build import load_engine
 from headrace.worker.redis_server import EmbeddedRedis, die_with_parent
 
 FLOOD_JOBS = 5_000
@@ -55,7 +55,7 @@ class Alone:
     """The engine, driven step by step in this thread."""
 
     def __init__(self, model: str, dtype: str) -> None:
-        self.engine = Engine.from_settings(load_settings(model=model, dtype=dtype, device="cpu", draft_tokens=0))
+        self.engine = load_engine(load_settings(model=model, dtype=dtype, device="cpu", draft_tokens=0))
 
     def run(self, items: Sequence[Item]) -> float:
         """Seconds from the first submission to the last result."""

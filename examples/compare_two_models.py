@@ -12,7 +12,7 @@ from safetensors.torch import load
 from headrace.client.wire.activations import CHECKPOINT_TENSORS
 from headrace.client.wire.requests import parse_request
 from headrace.config import load_settings
-from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.build import load_engine
 
 NAMES = list(dict.fromkeys(name for names in CHECKPOINT_TENSORS.values() for name in names))
 
@@ -20,7 +20,7 @@ NAMES = list(dict.fromkeys(name for names in CHECKPOINT_TENSORS.values() for nam
 def tensors_of(model: str, prompt: list[int]) -> dict[str, torch.Tensor]:
     kept: dict[str, bytes] = {}
     request = parse_request({"prompt": prompt, "max_tokens": 10, "temperature": 0, "checkpoints": "all"})
-    with Engine.from_settings(load_settings(model=model)) as engine:
+    with load_engine(load_settings(model=model)) as engine:
         engine.submit(request, on_trace=kept.update).result()
     return {name: load(data)["tensor"].float() for name, data in kept.items()}
 

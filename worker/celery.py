@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import time
 from typing import Any
 
+import click
 import redis
 import structlog
 from celery import Celery, signals
 from celery.platforms import EX_FAILURE
+from click.core import ParameterSource
 
 from headrace.client.wire import keys
 from headrace.client.wire.celery import broker_settings, celery_url, queue, sentinel_options
@@ -26,12 +29,16 @@ from headrace.worker.tasks import add_tasks
 
 log = structlog.get_logger("headrace.worker")
 
-#: How long to wait for the embedded Redis server that another process is starting.
+ENGINE_POOL = "headrace.worker.jobs.pool:EnginePool"
+#: Celery's pools that cannot run the tasks: each process of prefork would load the models once more, and the engine's
+#: threads do not work with greenlets.
+REFUSED_POOLS = ("prefork", "processes", "gevent", "eventlet")
+#: Seconds to wait for the embedded Redis server that another process is starting.
 OTHERS_START_S = 60.0
 
 
 def make_app(settings: Settings) -> Celery:
-    """A Celery app whose worker computes the settings' models. Nothing is connected or loaded yet."""
+    """Create a Celery app whose worker serves the models of the settings. Nothing is connected or loaded yet."""
     app = Celery("headrace", set_as_current=False)
     app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "headrace.worker.queue.backend:ResultBackend")
     app.loader.override_backends["sentinel"] = "headrace.worker.queue.backend:SentinelResultBackend"
@@ -52,28 +59,28 @@ def make_app(settings: Settings) -> Celery:
 
 
 def worker_settings(settings: Settings) -> dict[str, Any]:
-    """Celery's settings of the worker, beside the broker's."""
+    """Celery's settings for the worker, beside those of the broker."""
     return {
-        "worker_pool": "headrace.worker.jobs.pool:EnginePool",
-        "worker_consumer": "headrace.worker.queue.consumer:SafeConsumer",
-        # The window of jobs a worker holds for each model: enough to refill a slot at once, few enough to leave to
-        # others.
+        "worker_pool": ENGINE_POOL,
+        "worker_consumer": "headrace.worker.queue.engine_consumer:make_consumer",
+        # How many jobs a worker holds: for each model enough to refill a slot at once, and few enough to leave some to
+        # other workers.
         "worker_concurrency": (settings.slots + max(2, settings.slots // 4)) * len(settings.models),
         "worker_prefetch_multiplier": 1,
         "task_acks_late": True,
         "task_acks_on_failure": True,
         "task_acks_on_timeout": True,
-        "task_track_started": False,  # the job record says so
+        "task_track_started": False,  # the job's record has the state
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
-        "broker_channel_error_retry": True,  # a Redis that is full, say, is as good as one that is away
+        "broker_channel_error_retry": True,  # a full Redis is treated like one that is away
         "result_backend_transport_options": {
             "global_keyprefix": keys.PREFIX,
             **sentinel_options(resolve_url(settings)),
             "visibility_timeout": settings.lease_s,
             "retry_policy": {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.2, "interval_max": 1},
         },
-        # A finished row must not be dropped because Redis is away: try for ever.
+        # A computed result must not be dropped because Redis is away: retry for ever.
         "result_backend_always_retry": True,
         "result_backend_max_sleep_between_retries_ms": 2000,
         "result_backend_thread_safe": True,
@@ -92,15 +99,38 @@ def worker_settings(settings: Settings) -> dict[str, Any]:
 
 
 @signals.celeryd_init.connect  # type: ignore[untyped-decorator]
+def _refuse_other_pools(options: Any, **_: Any) -> None:
+    """Refuse pools that cannot run the tasks, before Redis is looked for and a model is loaded."""
+    if name := _refused_pool(options.get("pool_cls") or options.get("pool")):
+        raise SystemExit(
+            f"headrace: the pool {name!r} cannot run these tasks; start the worker without -P, to use headrace's own "
+            "pool, or with -P solo or -P threads"
+        )
+
+
+def _refused_pool(pool: Any) -> str | None:
+    """Return the name under which a pool is refused, or None. `pool` is a class or a name, as Celery passes it."""
+    path = pool if isinstance(pool, str) else getattr(pool, "__module__", "")
+    name = path.partition(":")[0].rpartition(".")[2]
+    if name in REFUSED_POOLS:
+        return str(name)
+    # Celery's command line replaces `-P prefork`, which is also its default, by the setting `worker_pool`.
+    context = click.get_current_context(silent=True)
+    explicit = context is not None and context.get_parameter_source("pool") is ParameterSource.COMMANDLINE
+    replaced = path == ENGINE_POOL.partition(":")[0] and not os.environ.get("CELERY_CUSTOM_WORKER_POOL")
+    return "prefork" if explicit and replaced else None
+
+
+@signals.celeryd_init.connect  # type: ignore[untyped-decorator]
 def _find_redis(instance: Any, **_: Any) -> None:
     """Start an embedded Redis server if none is set and none runs here, so that the worker needs no flags."""
     settings: Settings = getattr(instance.app, "headrace_settings", None) or load_settings()
-    setup_logging(settings)  # Celery does it later, and until then structlog writes to standard output
+    setup_logging(settings)  # Celery does this later; until then structlog would write to standard output
     if settings.redis_url is None:
         start_redis_if_none(settings)
         return
     try:
-        check_access(settings.redis_url)  # Celery would try a wrong password or certificate for ever
+        check_access(settings.redis_url)  # Celery would retry a wrong password or certificate for ever
         with contextlib.suppress(redis.RedisError), connect(settings.redis_url) as connection:
             check_rights(connection, settings.models)
     except (RedisUnreachable, RightsMissing) as error:
@@ -122,7 +152,7 @@ def start_redis_if_none(settings: Settings) -> None:
 
 
 def _start_embedded(url: str) -> EmbeddedRedis | None:
-    """The server that was started; None if a Redis answers, if need be after another process has started it."""
+    """Return the server that was started, or None if a Redis answers, possibly one that another process has started."""
     deadline = time.monotonic() + OTHERS_START_S
     while not answers(url):
         try:
@@ -135,15 +165,15 @@ def _start_embedded(url: str) -> EmbeddedRedis | None:
 
 
 @signals.worker_shutdown.connect  # type: ignore[untyped-decorator]
-def _tell_failure(sender: Any, **_: Any) -> None:
-    """A worker whose engine died must not end with 0, or no supervisor would start it again."""
+def _set_exit_code(sender: Any, **_: Any) -> None:
+    """If the engine died, end with an exit code other than 0, so that a supervisor restarts the worker."""
     if getattr(sender.pool, "failed", False):
         sender.exitcode = EX_FAILURE
 
 
 @signals.worker_ready.connect  # type: ignore[untyped-decorator]
-def _say_ready(sender: Any, **_: Any) -> None:
-    """The pool has started, with the model loaded, and the queues are being read: a job would be served now."""
+def _log_ready(sender: Any, **_: Any) -> None:
+    """The models are loaded and the queues are being read: a job would be served now."""
     log.info("worker.ready", queues=[queue.name for queue in sender.app.amqp.queues.consume_from.values()])
 
 

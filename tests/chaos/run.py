@@ -71,12 +71,12 @@ def reference_ends(requests: list[dict[str, Any]], settings: Settings) -> list[E
     """How each request ends in an engine of this process that nothing disturbs."""
     import torch
 
-    from headrace.worker.engine.engine import Engine
+    from headrace.worker.engine.build import load_engine
 
     threads = torch.get_num_threads()
     ends = []
     try:
-        with Engine.from_settings(settings.model_copy(update={"slots": 64})) as engine:
+        with load_engine(settings.model_copy(update={"slots": 64})) as engine:
             futures = [engine.submit(parse_request(request)) for request in requests]
             for future in futures:
                 try:

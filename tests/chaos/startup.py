@@ -25,7 +25,7 @@ from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.errors import EngineStopped
 from headrace.worker.jobs.pool import EnginePool
 from headrace.worker.jobs.store import RedisStore
-from headrace.worker.tasks import argument
+from headrace.worker.queue.messages import argument
 from tests.chaos.jobs import POISON_PROMPT
 
 

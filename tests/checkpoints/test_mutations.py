@@ -21,6 +21,7 @@ from headrace.client.wire.requests import parse_request
 from headrace.config import Settings
 from headrace.model.hub import DEMO
 from headrace.model.linear import Linear
+from headrace.worker.engine.build import load_engine
 from headrace.worker.engine.engine import Engine
 from headrace.worker.fidelity.diagnosis import likely_cause
 from headrace.worker.fidelity.judge import judge
@@ -38,7 +39,7 @@ def arbiter() -> Float64:
 @pytest.fixture
 def engine() -> Engine:
     """A fresh one: mutations may change its weights."""
-    return Engine.from_settings(Settings(model="demo"))
+    return load_engine(Settings(model="demo"))
 
 
 def rows(engine: Engine, arbiter: Float64) -> tuple[list[Row], dict[str, np.ndarray], dict[str, np.ndarray]]:

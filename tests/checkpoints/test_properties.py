@@ -1,7 +1,7 @@
 """Properties over any mix of prompts, parameters, arrivals, slots, chunks and cancelled neighbours.
 
 A small random model makes an example cost milliseconds; the same is shown on the bundled model with fewer mixes in
-tests/unit/worker/test_engine_crowd.py. `make properties` runs 500 examples each.
+tests/unit/worker/engine/test_batch_invariance.py. `make properties` runs 500 examples each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from headrace.worker.engine.cache_slots import SlotTable
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.model_runner import Runner
 from headrace.worker.engine.scheduler import Scheduler
-from headrace.worker.engine.sequence import TextDelta
+from headrace.worker.engine.sequence_text import TextDelta
 
 VOCABULARY, POSITIONS = 512, 128
 

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from headrace.client.wire.requests import parse_request
 from headrace.config import Settings
-from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.build import load_engine
 from headrace.worker.fidelity.references.float64 import Float64
 
 SHAPES = {"124M": (12, 12, 768, "5GB"), "355M": (6, 16, 1024, "400MB")}
@@ -35,7 +35,7 @@ def test_twenty_prompts_in_one_batch_give_the_likeliest_tokens(name: str, tmp_pa
     assert (tmp_path / "model.safetensors.index.json").exists() == (name == "355M")
     rng = random.Random(4)
     prompts = [[rng.randrange(50257) for _ in range(rng.randint(1, 40))] for _ in range(20)]
-    engine = Engine.from_settings(Settings(model=str(tmp_path), slots=20))
+    engine = load_engine(Settings(model=str(tmp_path), slots=20))
     request = {"max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
     futures = [engine.submit(parse_request({**request, "prompt": prompt})) for prompt in prompts]
     while engine.step():

@@ -13,6 +13,7 @@ from headrace.client.wire.activations import CHECKPOINT_TENSORS
 from headrace.client.wire.requests import parse_request
 from headrace.config import Settings
 from headrace.model.hub import DEMO
+from headrace.worker.engine.build import load_engine
 from headrace.worker.engine.engine import Engine
 from headrace.worker.fidelity.judge import judge
 from headrace.worker.fidelity.references.float64 import Float64
@@ -22,7 +23,7 @@ CROWD = [{"prompt": "The house " * n, "max_tokens": 12, "ignore_eos": True, "see
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine.from_settings(Settings(model="demo", prefill_chunk=32, step_tokens=64))
+    return load_engine(Settings(model="demo", prefill_chunk=32, step_tokens=64))
 
 
 def traced(engine: Engine, prompt: list[int], crowd: bool, **params: Any) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_requ
 from headrace.client.wire.results import Result, outcome_state, parse_outcome
 from headrace.model.tokenizer import END_OF_TEXT, PATTERN, Tokenizer
 from headrace.worker.engine.engine import Engine
-from headrace.worker.jobs.service import read_group, read_wire
+from headrace.worker.queue.messages import read_group, read_wire
 from tests.checkpoints.test_properties import VOCABULARY
 from tests.checkpoints.test_properties import engine as small_engine
 from tests.fuzz.harness import Target, is_plain

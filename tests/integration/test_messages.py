@@ -25,7 +25,9 @@ from tests.patience import PATIENCE_S
 NORMAL = keys.queue_lists("demo")[1]
 
 #: A worker that is killed at a point of taking a message: before the one step, and right after it.
-KILL = "import os, worker.broker\nworker.broker.Channel.{} = lambda *_: os.kill(os.getpid(), 9)"
+KILL = (
+    "import os\nfrom headrace.worker.queue import transport\ntransport.Channel.{} = lambda *_: os.kill(os.getpid(), 9)"
+)
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def asleep(worker: WorkerProcess) -> Iterator[None]:
         worker.signal(signal.SIGCONT)
 
 
-@pytest.mark.parametrize("place", ["_take", "_hand_over"])
+@pytest.mark.parametrize("place", ["_take", "_deliver_message"])
 def test_a_worker_killed_while_it_takes_a_message_loses_none(
     client: Client,
     connection: redis.Redis,

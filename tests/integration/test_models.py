@@ -17,7 +17,7 @@ from headrace.client.wire.requests import parse_request
 from headrace.client.wire.results import Result
 from headrace.config import load_settings
 from headrace.worker.cli import main
-from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.build import load_engine
 from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, paced, wait_until, worker_on
 from tests.integration.servers import free_port
@@ -57,7 +57,7 @@ def alone(tiny: Path) -> Answers:
     """What each job gives where its model is the only one, computed one job after the other."""
     answers = {}
     for name, model in {"demo": "demo", "tiny": str(tiny)}.items():
-        with Engine.from_settings(load_settings(model=model, threads=1)) as engine:
+        with load_engine(load_settings(model=model, threads=1)) as engine:
             answers[name] = [substance(engine.submit(parse_request(job)).result(PATIENCE_S)) for job in JOBS]
     return answers
 

@@ -13,7 +13,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from headrace.client.wire.errors import JobFailed
-from headrace.worker.engine.engine import EngineStats
+from headrace.worker.engine.stats import EngineStats
 from headrace.worker.observability.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]

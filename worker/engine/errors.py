@@ -1,4 +1,4 @@
-"""Errors between the parts of a worker; what users meet is in client/wire/errors.py."""
+"""Errors between the parts of a worker. The errors that users see are in client/wire/errors.py."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from headrace.client.wire.errors import HeadraceError
 
 
 class EngineStopped(HeadraceError):
-    """Raised to those who wait when the engine ends before their job does; another worker may do the job."""
+    """The engine ended before the job did, or takes no more jobs. Another worker may compute the job."""
 
 
 class ModelUnavailable(HeadraceError):
-    """Raised when a model cannot be loaded here. No job is to blame: those for it wait in its queue.
+    """A model cannot be loaded in this process. This is no fault of a job: jobs for the model stay in its queue.
 
     Attributes:
-        name: the model's.
-        reason: what was raised.
+        name: of the model.
+        reason: the error that loading it raised.
     """
 
     def __init__(self, name: str, reason: Exception) -> None:

@@ -1,10 +1,11 @@
-"""Sequences -> tensors -> model -> tokens. The only torch in the worker beside the checkpoints."""
+"""Runs steps on the model: sequences to tensors, one forward pass, sampling, tokens. Owns the key-value cache.
+
+Shapes: M rows of a step, E embedding, V vocabulary, H heads, D head size.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence as Rows
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -15,18 +16,24 @@ from headrace.client.wire.requests import MAX_LOGPROBS
 from headrace.model.activations import PROBS_TEMPERATURE, Trace
 from headrace.model.cuda_graphs import decode_graphs
 from headrace.model.gpt2 import GPT2
-from headrace.model.kv_cache import CachedAttention, Chunk, DecodeGroup, KVCache
+from headrace.model.kv_cache import CachedAttention, KVCache
 from headrace.model.sampler import Draw, RowParams, filtered, sample, top_logprobs
 from headrace.worker.engine.cache_slots import Move
+from headrace.worker.engine.input_batch import InputBatch, SampledRow, accepted_rows, slot_of
 from headrace.worker.engine.scheduler import Copy, Outcome, PromptChunk, Step
 from headrace.worker.engine.sequence import Sequence, Slot, TokenScore
 
-#: Rows of a prompt whose log probabilities are taken at once: 128 rows of logits of GPT-2 are 26 MB.
+#: Prompt positions whose log probabilities are computed at once: 128 rows of GPT-2's logits are 26 MB.
 SCORE_ROWS = 128
 
 
 class Runner:
-    """The model with its cache."""
+    """A model with its key-value cache. Implements `StepRunner`.
+
+    Args:
+        model: computes the forward pass.
+        lengths: length classes of the cache, in positions. Every arena begins with no slots; see `fit`.
+    """
 
     def __init__(self, model: GPT2, lengths: Rows[int]) -> None:
         self.model = model
@@ -35,13 +42,13 @@ class Runner:
 
     @property
     def position_bytes(self) -> int:
-        """Bytes of cache that one position takes: keys and values of all layers."""
+        """Bytes of the keys and values of one position, all layers together."""
         config = self.model.config
         return 2 * config.n_layer * config.n_embd * self.model.dtype.itemsize
 
     @property
-    def takes_drafts(self) -> bool:
-        """Whether a step may have several rows of one sequence."""
+    def takes_proposed_tokens(self) -> bool:
+        """Whether a step may have several decoding rows of one sequence, as speculative decoding needs."""
         return self.cache.decode_kernel() is not None
 
     @property
@@ -49,24 +56,29 @@ class Runner:
         """Whether the slots in use should be the first of their arena: torch's attention reads all up to the last."""
         return self.cache.decode_kernel() is None
 
+    # --- the cache -------------------------------------------------------------------------------------------------
+
     def fit(self, capacity: dict[int, int]) -> None:
-        """Bring every arena to the capacity the slot table asks for; those that shrink first."""
+        """Resize the arena of each length class to so many slots; those that shrink go first."""
         for length, count in sorted(capacity.items(), key=lambda item: item[1] - self.cache.arenas[item[0]].capacity):
             if self.cache.arenas[length].capacity != count:
                 self.graphs.forget()  # they hold the addresses of the arenas
                 self.cache.arenas[length].resize(count)
 
     def move(self, move: Move) -> None:
-        """Bring a sequence to another slot. Nothing stays there of who had it, for a trace tells what the cache holds;
-        and nothing stays behind: an unfinished prompt may hold NaN."""
+        """Move a sequence to another slot.
+
+        The target is cleared first, because captured activations show what the cache holds. The source is cleared
+        afterwards, because an unfinished prompt may hold a NaN.
+        """
         arena = self.cache.arenas[move.length_class]
         arena.clear(move.target)
         arena.copy(move.source, move.target, move.length)
         arena.clear(move.source, move.length)
 
     def copy(self, copy: Copy) -> None:
-        """Give a sequence the keys and values of a beginning that it shares with another."""
-        source, target = _slot(copy.source), _slot(copy.target)
+        """Copy the keys and values of a prefix from one sequence to another."""
+        source, target = slot_of(copy.source), slot_of(copy.target)
         if source.length_class == target.length_class:
             self.cache.arenas[source.length_class].copy(source.index, target.index, copy.length)
             return
@@ -75,104 +87,74 @@ class Runner:
             new[target.index, :, : copy.length] = old[source.index, :, : copy.length]
 
     def clear(self, slot: Slot) -> None:
-        """Zero the slot of a sequence that may have left a NaN in it."""
+        """Set a slot to zero whose sequence may have left a NaN in it."""
         self.cache.arenas[slot.length_class].clear(slot.index)
+
+    # --- a step ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def run(self, step: Step) -> Outcome:
-        """One forward pass over everything in the step, and a token for each sequence that is due one."""
-        batch = _Batch(step)
-        traced = self._traced(step, batch)
+        """Compute one forward pass over all rows of the step, and sample a token for each sequence that gets one."""
+        batch = InputBatch(step)
+        captured = self._captured(batch)
         hidden = None
-        if not batch.chunks and not traced:
-            hidden = self.graphs.forward(batch.token_ids, batch.groups)
+        if not batch.chunks and not captured:
+            hidden = self.graphs.forward(batch.token_ids, batch.decode_groups)
         if hidden is None:
-            hidden = self._forward(batch, [sequence.trace.at(rows) for sequence, rows in traced])
-        for sequence, rows in traced:
-            self._trace_step(sequence, hidden[rows])
-        prompt_scores = [self._score(chunk, hidden[rows]) for chunk, rows in batch.scored(step)]
-        self._share_prefills(step)
-        outcome = Outcome(self._draw(batch.drawn(step), hidden), prompt_scores)
-        for sequence, _ in traced:
-            sequence.trace.commit()
+            hidden = self._forward(batch, [sequence.activations.at(rows) for sequence, rows in captured])
+        for sequence, rows in captured:
+            self._capture_step(sequence, hidden[rows])
+        prompt_scores = [self._score_chunk(chunk, hidden[rows]) for chunk, rows in batch.scored_chunks()]
+        for source, same in step.same_prompt.items():
+            for sequence in same:
+                self.copy(Copy(source, sequence, len(source.prompt)))
+        outcome = Outcome(self._sample(batch.sampled(), hidden), prompt_scores)
+        for sequence, _ in captured:
+            sequence.activations.commit()
         return outcome
 
-    def _forward(self, batch: _Batch, traces: list[Trace]) -> Tensor:
+    def _forward(self, batch: InputBatch, traces: list[Trace]) -> Tensor:
+        """Hidden states of the rows, [M, E], M rounded up to what the model computes well."""
         batch.pad(self.model.padded_rows(len(batch.token_ids)))
         tokens, positions = (torch.tensor(x, device=self.model.device) for x in (batch.token_ids, batch.positions))
-        attend = CachedAttention.of(self.cache, self.model.config.scale, groups=batch.groups, chunks=batch.chunks)
+        attend = CachedAttention.of(
+            self.cache, self.model.config.scale, groups=batch.decode_groups, chunks=batch.chunks
+        )
         return self.model.forward(tokens, positions, attend, traces)
 
-    def _draw(self, drawn: list[_Drawn], hidden: Tensor) -> list[tuple[Sequence, TokenScore | None]]:
-        """Next tokens; sequences that share a prefill share its last row, and the head runs once for it."""
-        if not drawn:
+    def _sample(self, rows: list[SampledRow], hidden: Tensor) -> list[tuple[Sequence, TokenScore | None]]:
+        """Sample next tokens, and keep those that count. Sequences with the same row share logits. hidden: [M, E]"""
+        if not rows:
             return []
-        rows = [each.row for each in drawn]
-        at = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+        indices = [each.row for each in rows]
+        at = {row: i for i, row in enumerate(dict.fromkeys(indices))}
         logits = self.model.head(hidden[torch.tensor(list(at), device=hidden.device)])
-        if len(at) < len(rows):
-            logits = logits[torch.tensor([at[row] for row in rows], device=hidden.device)]
-        tokens = sample(logits, [each.sequence.draw(each.drafts) for each in drawn])
-        for i, (sequence, _, _) in enumerate(drawn):
-            if sequence.trace is not None and not sequence.output:
-                self._trace_last(sequence, logits[i].float())
-        chosen: list[int] = tokens.tolist()
-        kept = _kept(drawn, chosen)
-        if len(kept) < len(drawn):
-            rest = torch.tensor(kept, device=logits.device)
-            logits, tokens = logits[rest], tokens[rest]
-        sequences = [drawn[i].sequence for i in kept]
+        if len(at) < len(indices):
+            logits = logits[torch.tensor([at[row] for row in indices], device=hidden.device)]
+        tokens = sample(logits, [each.draw() for each in rows])
+        for i, (sequence, _, _) in enumerate(rows):
+            if sequence.activations is not None and not sequence.output:
+                self._capture_first_token(sequence, logits[i].float())
+        accepted = accepted_rows(rows, tokens.tolist())
+        if len(accepted) < len(rows):
+            kept = torch.tensor(accepted, device=logits.device)
+            logits, tokens = logits[kept], tokens[kept]
+        sequences = [rows[i].sequence for i in accepted]
         return list(zip(sequences, self._token_scores(sequences, logits, tokens), strict=True))
 
-    def _traced(self, step: Step, batch: _Batch) -> list[tuple[Sequence, slice]]:
-        """The sequences whose tensors are asked for, with their rows; a new one gets a trace and an empty slot."""
-        traced = []
-        for sequence, rows in batch.spans(step):
-            if sequence.traced:
-                if sequence.trace is None:
-                    sequence.trace = Trace(self.model.config.scale, len(sequence.prompt))
-                if not sequence.prefilled:  # perhaps not for the first time: in between it may have been moved
-                    self.clear(_slot(sequence))
-                traced.append((sequence, rows))
-        return traced
-
-    def _trace_step(self, sequence: Sequence, hidden: Tensor) -> None:
-        """After the pass: the prompt's logits, and what the cache of block 0 holds now. hidden: [rows, E]."""
-        trace, slot, count = sequence.trace, _slot(sequence), len(sequence.prompt)
-        arena = self.cache.arenas[slot.length_class]
-        k, v = (tensors[0][slot.index].transpose(0, 1) for tensors in (arena.k, arena.v))  # [length, H, D]
-        if sequence.prefilling:
-            trace.append(logits=self.model.head(hidden).float())
-            trace.keep(cache_k=k[:count], cache_v=v[:count], cache_rest=torch.cat([k[count:], v[count:]]).abs().sum())
-        written = count + len(sequence.output)
-        trace.keep(cache_k_end=k[:written], cache_v_end=v[:written])
-
-    def _trace_last(self, sequence: Sequence, logits: Tensor) -> None:
-        """What the first token is drawn from, as the sampler sees it. logits: [V]."""
-        params = RowParams(temperature=PROBS_TEMPERATURE)
-        greedy = Draw(RowParams(temperature=0), sequence.prompt, [], 0, 0)
-        sequence.trace.keep(
-            last_logits=logits, next_token=sample(logits[None], [greedy])[0], probs=filtered(logits[None], [params])[0]
-        )
-
-    def collect(self, sequence: Sequence) -> dict[str, bytes]:
-        """The tensors that a finished sequence was asked for, each as safetensors bytes, numbers in float32."""
-        tensors = {**sequence.trace.finish(), "tokens": torch.tensor(sequence.output, dtype=torch.long)}
-        wanted = dict.fromkeys(name for n in sequence.request.checkpoints for name in CHECKPOINT_TENSORS[n])
-        return {name: _to_bytes(tensors[name]) for name in wanted if name in tensors}
-
     def _token_scores(self, sequences: list[Sequence], logits: Tensor, tokens: Tensor) -> list[TokenScore | None]:
-        chosen: list[int] = tokens.tolist()
-        scores = [None if token < 0 else TokenScore(token, None, []) for token in chosen]
-        asked = [i for i, s in enumerate(sequences) if s.request.logprobs is not None and chosen[i] >= 0]
+        """Scores of sampled tokens; None for one below 0, whose logits hold a NaN. logits: [R, V], tokens: [R]."""
+        token_ids: list[int] = tokens.tolist()
+        scores = [None if token < 0 else TokenScore(token, None, []) for token in token_ids]
+        asked = [i for i, s in enumerate(sequences) if s.request.logprobs is not None and token_ids[i] >= 0]
         if asked:
             rows = torch.tensor(asked, device=logits.device)
             for i, score in zip(asked, _scores(logits[rows].float(), tokens[rows]), strict=True):
                 scores[i] = score
         return scores
 
-    def _score(self, chunk: PromptChunk, hidden: Tensor) -> tuple[Sequence, list[TokenScore]]:
-        """Log probabilities of the prompt tokens that follow each position of the chunk. hidden: [count, E]."""
+    def _score_chunk(self, chunk: PromptChunk, hidden: Tensor) -> tuple[Sequence, list[TokenScore]]:
+        """Log probabilities of the prompt tokens that follow each position of a chunk. hidden: [count, E]."""
         sequence = chunk.sequence
         following = sequence.prompt[chunk.start + 1 : chunk.start + chunk.count + 1]
         scores = [TokenScore(sequence.prompt[0], None, [])] if chunk.start == 0 else []
@@ -181,11 +163,44 @@ class Runner:
             scores += _scores(self.model.head(hidden[start : start + len(tokens)]).float(), tokens)
         return sequence, scores
 
-    def _share_prefills(self, step: Step) -> None:
-        """Copy the cache of prompts that are through to the sequences that waited for them."""
-        for leader, followers in step.followers.items():
-            for follower in followers:
-                self.copy(Copy(leader, follower, len(leader.prompt)))
+    # --- captured activations --------------------------------------------------------------------------------------
+
+    def _captured(self, batch: InputBatch) -> list[tuple[Sequence, slice]]:
+        """The sequences whose activations are captured, with their rows. A new one gets an empty slot."""
+        captured = []
+        for sequence, rows in batch.spans():
+            if sequence.captures_activations:
+                if sequence.activations is None:
+                    sequence.activations = Trace(self.model.config.scale, len(sequence.prompt))
+                if not sequence.prefilled:  # this may be true again: its first step failed, and it was moved since then
+                    self.clear(slot_of(sequence))
+                captured.append((sequence, rows))
+        return captured
+
+    def _capture_step(self, sequence: Sequence, hidden: Tensor) -> None:
+        """Capture the prompt's logits, and what the cache of block 0 holds after the pass. hidden: [rows, E]."""
+        trace, slot, count = sequence.activations, slot_of(sequence), len(sequence.prompt)
+        arena = self.cache.arenas[slot.length_class]
+        k, v = (tensors[0][slot.index].transpose(0, 1) for tensors in (arena.k, arena.v))  # [length, H, D]
+        if sequence.prefilling:
+            trace.append(logits=self.model.head(hidden).float())
+            trace.keep(cache_k=k[:count], cache_v=v[:count], cache_rest=torch.cat([k[count:], v[count:]]).abs().sum())
+        written = count + len(sequence.output)
+        trace.keep(cache_k_end=k[:written], cache_v_end=v[:written])
+
+    def _capture_first_token(self, sequence: Sequence, logits: Tensor) -> None:
+        """Capture what the first token is sampled from, as the sampler sees it. logits: [V]."""
+        params = RowParams(temperature=PROBS_TEMPERATURE)
+        greedy = Draw(RowParams(temperature=0), sequence.prompt, [], 0, 0)
+        sequence.activations.keep(
+            last_logits=logits, next_token=sample(logits[None], [greedy])[0], probs=filtered(logits[None], [params])[0]
+        )
+
+    def collect(self, sequence: Sequence) -> dict[str, bytes]:
+        """The activations captured for a finished sequence, each as safetensors bytes by name, in float32."""
+        tensors = {**sequence.activations.finish(), "tokens": torch.tensor(sequence.output, dtype=torch.long)}
+        wanted = dict.fromkeys(name for n in sequence.request.checkpoints for name in CHECKPOINT_TENSORS[n])
+        return {name: _to_bytes(tensors[name]) for name in wanted if name in tensors}
 
 
 def _to_bytes(tensor: Tensor) -> bytes:
@@ -194,98 +209,13 @@ def _to_bytes(tensor: Tensor) -> bytes:
 
 
 def _scores(logits: Tensor, tokens: Tensor) -> list[TokenScore]:
-    """Always equally many likeliest tokens: how ties among them fall must not depend on what a neighbour asked."""
+    """Log probabilities of the tokens and of the likeliest others. logits: [R, V], tokens: [R].
+
+    The number of others is always the same, so that the order of ties does not depend on what other requests ask for.
+    """
     count = min(MAX_LOGPROBS, logits.shape[-1])
     chosen, ids, values = (tensor.tolist() for tensor in top_logprobs(logits, tokens, count))
     return [
         TokenScore(token, logprob, list(zip(row_ids, row_values, strict=True)))
         for token, logprob, row_ids, row_values in zip(tokens.tolist(), chosen, ids, values, strict=True)
     ]
-
-
-class _Drawn(NamedTuple):
-    """A packed row from which a sequence's token is drawn that follows these drafts."""
-
-    sequence: Sequence
-    row: int
-    drafts: list[int]
-
-
-def _kept(drawn: list[_Drawn], chosen: list[int]) -> list[int]:
-    """Which of the drawn tokens count: those that follow no draft, or a draft that was drawn and counts itself."""
-    kept: list[int] = []
-    for i, each in enumerate(drawn):
-        if not each.drafts or (kept[-1] == i - 1 and chosen[i - 1] == each.drafts[-1]):
-            kept.append(i)
-    return kept
-
-
-class _Batch:
-    """A step laid out as packed rows: decoding sequences arena by arena in slot order, then the chunks of prompts."""
-
-    def __init__(self, step: Step) -> None:
-        self.token_ids: list[int] = []
-        self.positions: list[int] = []
-        self.groups: list[DecodeGroup] = []
-        self.chunks: list[Chunk] = []
-        self._drafts = step.drafts
-        self._row_of: dict[Sequence, int] = {}  # the row whose logits give its next token; its drafts' rows follow
-        self._chunk_rows: list[int] = []
-        decodes = sorted((_slot(sequence), sequence.index, id(sequence), sequence) for sequence in step.decodes)
-        for length_class, members in itertools.groupby(decodes, key=lambda item: item[0].length_class):
-            self._add_group(length_class, [sequence for *_, sequence in members])
-        for chunk in step.chunks:
-            self._add_chunk(chunk)
-
-    def _add_group(self, length_class: int, sequences: list[Sequence]) -> None:
-        first, slots = len(self.token_ids), [_slot(s).index for s in sequences]
-        starts = [len(s.prompt) + len(s.output) - 1 for s in sequences]
-        for sequence, start in zip(sequences, starts, strict=True):
-            self._row_of[sequence] = len(self.token_ids)
-            tokens = [sequence.output[-1], *self._drafts.get(sequence, ())]
-            self.token_ids += tokens
-            self.positions += range(start, start + len(tokens))
-        counts = [1 + len(self._drafts.get(s, ())) for s in sequences]
-        self.groups.append(DecodeGroup(length_class, slots, starts, counts, first))
-
-    def _add_chunk(self, chunk: PromptChunk) -> None:
-        slot, row, stop = _slot(chunk.sequence), len(self.token_ids), chunk.start + chunk.count
-        self.chunks.append(Chunk(slot.length_class, slot.index, chunk.start, chunk.count, row))
-        self._chunk_rows.append(row)
-        self._row_of[chunk.sequence] = row + chunk.count - 1
-        self.token_ids += chunk.sequence.prompt[chunk.start : stop]
-        self.positions += range(chunk.start, stop)
-
-    def pad(self, count: int) -> None:
-        """Add rows of no sequence until there are `count`."""
-        missing = count - len(self.token_ids)
-        self.token_ids += [0] * missing
-        self.positions += [0] * missing
-
-    def drawn(self, step: Step) -> list[_Drawn]:
-        """The rows from which tokens are drawn: for each of `step.drawing` one, and those of its drafts after it."""
-        leader_of = {follower: leader for leader, group in step.followers.items() for follower in group}
-        drawn = []
-        for sequence in step.drawing:
-            row, drafts = self._row_of[leader_of.get(sequence, sequence)], self._drafts.get(sequence, [])
-            drawn += [_Drawn(sequence, row + i, drafts[:i]) for i in range(len(drafts) + 1)]
-        return drawn
-
-    def spans(self, step: Step) -> list[tuple[Sequence, slice]]:
-        """Every sequence of the step with its packed rows; a prompt's chunks lie end to end."""
-        spans = {sequence: slice(self._row_of[sequence], self._row_of[sequence] + 1) for sequence in step.decodes}
-        for row, chunk in zip(self._chunk_rows, step.chunks, strict=True):
-            first = spans.get(chunk.sequence, slice(row, row)).start
-            spans[chunk.sequence] = slice(first, row + chunk.count)
-        return list(spans.items())
-
-    def scored(self, step: Step) -> list[tuple[PromptChunk, slice]]:
-        """The chunks whose prompt's log probabilities are asked for, with their rows."""
-        rows = [slice(row, row + chunk.count) for row, chunk in zip(self._chunk_rows, step.chunks, strict=True)]
-        return [(chunk, at) for chunk, at in zip(step.chunks, rows, strict=True) if chunk.sequence.scores_prompt]
-
-
-def _slot(sequence: Sequence) -> Slot:
-    if sequence.slot is None:  # pragma: no cover - the scheduler runs only sequences with a slot
-        raise RuntimeError("a running sequence has no slot")
-    return sequence.slot

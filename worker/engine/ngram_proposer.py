@@ -1,7 +1,8 @@
-"""Guesses at the next tokens of a text: what followed its last two tokens when they last stood together.
+"""N-gram speculative decoding, also called prompt lookup (Saxena 2023): proposes tokens from the text so far.
 
-Known as prompt lookup (Saxena 2023). The model computes all guesses in one step and those before the first wrong one
-are kept, so a guess never changes a text, only how many steps it takes. No tensors.
+The proposed tokens are those that followed the last two tokens at their latest earlier occurrence. The model computes
+all of them in one step, and keeps those that it would have sampled itself, up to the first that differs. So proposals
+never change a text, only how many steps it takes. No tensors.
 """
 
 from __future__ import annotations
@@ -9,56 +10,56 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-#: A guess is worth its row while it and all before it are right with at least this probability: what a row more costs
-#: in a step of few rows.
-WORTH = 0.1
-#: How fast the estimate of that probability follows what is seen, and where it begins.
-RATE, FIRST = 0.1, 0.6
-#: Where guessing is not worth it, every how many chances one guess is made to see whether that still holds.
-RETRY = 16
+#: A proposed token is worth its row if it and all before it are accepted with at least this probability: the relative
+#: cost of one more row in a step of few rows.
+MIN_PROBABILITY = 0.1
+#: How fast the estimate of the acceptance rate follows what is observed, and its first value.
+LEARNING_RATE, FIRST_ESTIMATE = 0.1, 0.6
+#: While proposals are not worth their rows, one token is proposed at every 16th opportunity, to see if that changed.
+RETRY_EVERY = 16
 
 
-class Drafter:
-    """Guesses for one text. Its prompt is read at once, its output as it grows."""
+class NgramProposer:
+    """Proposes tokens for one text. Reads the prompt at once, and the output as it grows."""
 
     def __init__(self, prompt: Sequence[int]) -> None:
-        #: The probability that a guess is right after a right one, as far as seen.
-        self.chance = FIRST
+        #: Estimate of the probability that a proposed token is accepted if the one before it was.
+        self.acceptance = FIRST_ESTIMATE
         self._prompt_length = len(prompt)
         self._tokens: list[int] = []
-        self._after: dict[tuple[int, int], int] = {}  # two tokens -> the latest place after them where a token stands
-        self._left_out = 0
+        self._next: dict[tuple[int, int], int] = {}  # two tokens -> the index after their latest earlier occurrence
+        self._skipped = 0
         self._read(prompt)
 
     def _read(self, tokens: Sequence[int]) -> None:
         for token in tokens:
             if len(self._tokens) >= 2:
-                self._after[self._tokens[-2], self._tokens[-1]] = len(self._tokens)
+                self._next[self._tokens[-2], self._tokens[-1]] = len(self._tokens)
             self._tokens.append(token)
 
     def propose(self, output: Sequence[int], most: int) -> list[int]:
-        """Up to `most` guesses at what follows the output, which begins with what it was at earlier calls."""
+        """Up to `most` tokens that may follow `output`, which must begin with the output of earlier calls."""
         self._read(output[len(self._tokens) - self._prompt_length :])
-        if len(self._tokens) < 2 or (place := self._after.get((self._tokens[-2], self._tokens[-1]))) is None:
+        if len(self._tokens) < 2 or (start := self._next.get((self._tokens[-2], self._tokens[-1]))) is None:
             return []
-        count = self._worth(most)
-        # Where the earlier text ends the guesses themselves go on: a text that repeats itself does so again.
-        found = self._tokens[place : place + count]
+        count = self._worthwhile(most)
+        # Past the end of the text the proposal repeats itself: a text that repeats itself is likely to do so again.
+        found = self._tokens[start : start + count]
         return list(itertools.islice(itertools.cycle(found), count))
 
-    def _worth(self, most: int) -> int:
-        """How many guesses are worth their rows, at most so many."""
-        if self.chance < WORTH:
-            self._left_out = (self._left_out + 1) % RETRY
-            return 0 if self._left_out else min(1, most)
-        count, likely = 0, self.chance
-        while likely >= WORTH and count < most:
-            count, likely = count + 1, likely * self.chance
+    def _worthwhile(self, most: int) -> int:
+        """How many proposed tokens, at most `most`, are worth their rows."""
+        if self.acceptance < MIN_PROBABILITY:
+            self._skipped = (self._skipped + 1) % RETRY_EVERY
+            return 0 if self._skipped else min(1, most)
+        count, probability = 0, self.acceptance
+        while probability >= MIN_PROBABILITY and count < most:
+            count, probability = count + 1, probability * self.acceptance
         return count
 
-    def note(self, drafted: int, right: int) -> None:
-        """Learn how many of the last guesses were right, counted to the first wrong one."""
-        for _ in range(right):
-            self.chance += RATE * (1 - self.chance)
-        if right < drafted:
-            self.chance -= RATE * self.chance
+    def note(self, proposed: int, accepted: int) -> None:
+        """Update the estimate: of the last `proposed` tokens, the first `accepted` were accepted."""
+        for _ in range(accepted):
+            self.acceptance += LEARNING_RATE * (1 - self.acceptance)
+        if accepted < proposed:
+            self.acceptance -= LEARNING_RATE * self.acceptance

@@ -1,4 +1,4 @@
-"""The engine under the names that vLLM gives to offline use: no Redis, no queue, everything in this process.
+"""Offline inference with the names of vLLM: everything in this process, without Redis and without a queue.
 
 from headrace.worker.engine.offline import LLM, SamplingParams
 
@@ -13,11 +13,11 @@ import contextlib
 import difflib
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import structlog
 from rich.console import Console
@@ -29,12 +29,12 @@ from headrace.client.wire.results import Choice, Result, TokenLogprob
 from headrace.config import load_settings
 from headrace.config.logging import setup_logging
 from headrace.model.tokenizer import Tokenizer
-from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.build import load_engine
 
-#: vLLM's names of types that are not ours.
+#: vLLM's names of types that have other names here.
 _DTYPES = {"half": "float16", "float": "float32"}
-#: What vLLM's engine may be told of its memory and speed; it changes no result, and here nothing.
-_IDLE = {
+#: Arguments of vLLM's `LLM` that are accepted and have no effect: they concern its memory and speed, never its results.
+_NO_EFFECT = {
     "block_size",
     "disable_custom_all_reduce",
     "disable_log_stats",
@@ -46,42 +46,14 @@ _IDLE = {
     "swap_space",
     "trust_remote_code",
 }
-#: Parameters of vLLM's that may be given with their defaults and nothing else.
-_NOT_COMPUTED = {
-    "prompt_logprobs",
-    "flat_logprobs",
-    "detokenize",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "include_stop_str_in_output",
-    "structured_outputs",
-    "allowed_token_ids",
-    "bad_words",
-    "extra_args",
-    "truncate_prompt_tokens",
-}
-#: Arguments that may be given if they say what is so.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "data_parallel_size": (1,),
-    "load_format": ("auto", "safetensors"),
-    "pipeline_parallel_size": (1,),
-    "quantization": (None,),
-    "revision": (None,),
-    "runner": ("auto", "generate"),
-    "skip_tokenizer_init": (False,),
-    "task": ("auto", "generate"),
-    "tensor_parallel_size": (1,),
-    "tokenizer_mode": ("auto",),
-    "tokenizer_revision": (None,),
-}
 
 
 @dataclass(kw_only=True)
 class SamplingParams:
-    """How tokens are chosen, with vLLM's names and defaults; checked when made, and again when used.
+    """How tokens are sampled, with vLLM's names and defaults.
 
     Raises:
-        InvalidRequest (a ValueError): a value is out of range, or asks for what is not computed here.
+        InvalidRequest (a ValueError): a value is out of range.
         TypeError: there is no such parameter.
     """
 
@@ -93,47 +65,43 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    #: None: it follows from the seed of the LLM and the number of the request.
+    #: None: derived from the seed of the LLM and the number of the request.
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
-    #: None: as many as the model reads.
+    #: None: as many as the model's context has room for.
     max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
-    prompt_logprobs: int | None = None
-    flat_logprobs: bool = False
-    detokenize: bool = True
-    skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
-    include_stop_str_in_output: bool = False
-    structured_outputs: Any = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    extra_args: dict[str, Any] | None = None
-    truncate_prompt_tokens: int | None = None
+
+    def __new__(cls, **params: Any) -> Self:
+        """Refuse unknown parameters before the generated `__init__` does, with the name that was probably meant."""
+        _refuse_unknown(cls.__name__, params, [item.name for item in fields(cls)])
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self.request("", 1)
 
     def request(self, prompt: str | list[int], room: int) -> GenerateRequest:
-        """Our request for it; `room` is what `max_tokens=None` means. Raises InvalidRequest."""
-        given = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name not in _NOT_COMPUTED:
-                given[item.name] = value
-            elif value != item.default and value not in ([], {}):
-                raise InvalidRequest(item.name, repr(value)[:80], f"{item.default!r}: nothing else is computed here")
+        """The engine's request for a prompt.
+
+        Args:
+            prompt: text or token ids.
+            room: the number of new tokens if `max_tokens` is None.
+
+        Raises:
+            InvalidRequest: a value is out of range.
+        """
+        given = {item.name: getattr(self, item.name) for item in fields(self)}
         given["max_tokens"] = room if self.max_tokens is None else self.max_tokens
         return parse_request({"prompt": prompt, **{name: value for name, value in given.items() if value is not None}})
 
 
 @dataclass
 class Logprob:
-    """The log probability of a token, its text, and its rank from 1 where that is known."""
+    """Log probability and text of a token, and its rank from 1 if it is among the likeliest."""
 
     logprob: float
     rank: int | None = None
@@ -142,26 +110,26 @@ class Logprob:
 
 @dataclass
 class CompletionOutput:
-    """One sample."""
+    """One sample of a prompt."""
 
     index: int
     text: str
     token_ids: list[int]
-    #: The sum of the tokens' log probabilities; None where none were asked for.
+    #: Sum of the tokens' log probabilities; None if `logprobs` is None.
     cumulative_logprob: float | None
-    #: For each token, log probabilities by token id: its own, and those of the likeliest.
+    #: For each token, log probabilities by token id: its own and those of the likeliest tokens.
     logprobs: list[dict[int, Logprob]] | None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
     def finished(self) -> bool:
-        """Always true: only whole outputs are given."""
+        """Always true: `generate` returns finished outputs only."""
         return self.finish_reason is not None
 
 
 @dataclass
 class RequestOutput:
-    """What became of one prompt."""
+    """The samples of one prompt."""
 
     request_id: str
     prompt: str | None
@@ -172,21 +140,23 @@ class RequestOutput:
 
 
 class LLM:
-    """A model and its engine in this process, gone with the process or with `close`.
+    """A model and its engine in this process, until `close` or the end of the process.
 
     Args:
-        model: as in HEADRACE_MODEL: `demo`, `gpt2`, ..., a hub id, a directory.
-        tokenizer: the same as `model`, if given: a model's own is used.
+        model: as in HEADRACE_MODEL: `demo`, `gpt2`, a hub id, a directory.
+        tokenizer: None or the same as `model`: the model's own tokenizer is used.
         dtype: auto, float32 (float), bfloat16, float16 (half).
-        seed: with the number of a request it makes the seed of those that have none.
-        max_model_len: prompt and new tokens together; the model's if not given.
-        max_num_seqs: sequences computed together.
-        others: what vLLM's engine takes. What concerns its memory and speed changes nothing here.
+        seed: requests without a seed get one derived from this one and the number of the request. None: random.
+        max_model_len: limit of prompt and new tokens together; the model's by default.
+        max_num_seqs: sequences computed at once.
+        tensor_parallel_size: must be 1.
+        others: arguments of vLLM that concern its memory and speed. They have no effect.
 
     Raises:
-        InvalidRequest (a ValueError): an argument asks for what is not computed here.
+        InvalidRequest (a ValueError): an argument has a value that is not supported.
         TypeError: there is no such argument.
-        ModelError, SettingsError: the model cannot be had, a setting is wrong.
+        ModelError: the model cannot be loaded.
+        SettingsError: a setting is wrong.
     """
 
     def __init__(
@@ -198,15 +168,23 @@ class LLM:
         seed: int | None = 0,
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
+        tensor_parallel_size: int = 1,
         **others: Any,
     ) -> None:
-        _check_arguments(model, tokenizer, others)
+        known = ["model", "tokenizer", "dtype", "seed", "max_model_len", "max_num_seqs", "tensor_parallel_size"]
+        _refuse_unknown("LLM", others, [*known, *_NO_EFFECT])
+        if tokenizer not in (None, model):
+            raise InvalidRequest("tokenizer", repr(tokenizer)[:80], "nothing: the model's own is used")
+        if tensor_parallel_size != 1:
+            raise InvalidRequest(
+                "tensor_parallel_size", repr(tensor_parallel_size)[:80], "1: a model is computed whole"
+            )
         chosen = {"model": model, "dtype": _DTYPES.get(dtype, dtype)}
         sizes = {"max_context": max_model_len, "slots": max_num_seqs}
         settings = load_settings(**chosen, **{name: value for name, value in sizes.items() if value is not None})
-        if not structlog.is_configured():  # else lines of the log would come between those that the script prints
+        if not structlog.is_configured():  # structlog's default prints log lines to stdout, among those of the script
             setup_logging(settings)
-        self._engine = Engine.from_settings(settings)
+        self._engine = load_engine(settings)
         self._engine.start()
         self._seed = seed
         self._numbers = itertools.count()
@@ -234,16 +212,16 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Compute prompts together, and give the outputs in their order.
+        """Compute prompts together. Returns their outputs in the same order.
 
         Args:
-            prompts: a text, token ids, `{"prompt": ...}` or `{"prompt_token_ids": [...]}`, or a list of these.
-            sampling_params: for all, or one for each prompt.
-            use_tqdm: show a bar on a terminal.
+            prompts: text, token ids, `{"prompt": ...}` or `{"prompt_token_ids": [...]}`, or a list of these.
+            sampling_params: for all prompts, or one for each.
+            use_tqdm: show a progress bar if stderr is a terminal.
 
         Raises:
             InvalidRequest (a ValueError): a prompt or a parameter cannot be computed.
-            JobFailed: the model cannot compute a prompt: it is too long, say. The others are given up.
+            JobFailed: the model cannot compute a prompt, for example because it is too long. The others are cancelled.
         """
         asked = [_prompt_of(item) for item in _as_list(prompts)]
         params = self._params_for(asked, sampling_params)
@@ -256,14 +234,14 @@ class LLM:
 
     @contextlib.contextmanager
     def _submitted(self, requests: list[GenerateRequest]) -> Iterator[list[Future[Result]]]:
-        """The futures of the requests; those that are not done when the block ends are given up."""
+        """The futures of the requests. Those that are not done when the block ends are cancelled."""
         futures: list[Future[Result]] = []
         try:
             for request in requests:
                 future = self._engine.submit(request, job_id=str(next(self._numbers)))
                 futures.append(future)
                 if future.done():
-                    future.result()  # it was refused: say so before the others are computed
+                    future.result()  # the engine refused it: raise before the others are computed
             yield futures
         finally:
             for future in futures:
@@ -293,21 +271,16 @@ class LLM:
         return tokenizer.encode(prompt) or ([] if tokenizer.end_of_text is None else [tokenizer.end_of_text])
 
 
-def _check_arguments(model: str, tokenizer: str | None, others: Mapping[str, Any]) -> None:
-    if tokenizer not in (None, model):
-        raise InvalidRequest("tokenizer", repr(tokenizer)[:80], "nothing: the model's own is used")
-    for name, value in others.items():
-        if name in _ONLY:
-            if value not in _ONLY[name]:
-                raise InvalidRequest(name, repr(value)[:80], f"{' or '.join(map(repr, _ONLY[name]))}")
-        elif name not in _IDLE:
-            known = ["model", "tokenizer", "dtype", "seed", "max_model_len", "max_num_seqs", *_IDLE, *_ONLY]
+def _refuse_unknown(function: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise TypeError for the first name that is not known, with the nearest known one."""
+    for name in given:
+        if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise TypeError(f"LLM takes no argument {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise TypeError(f"{function} takes no argument {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def _as_list(prompts: Any) -> list[Any]:
-    """The prompts; a list of numbers is one."""
+    """A list of prompts. A list of numbers is one prompt."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     listed = list(prompts)

@@ -1,15 +1,15 @@
-"""What an engine does when memory runs out: less at once, and slowly more again. Plain numbers, no tensors."""
+"""What an engine does when memory runs out: it computes less at once, and slowly tries more again. No tensors."""
 
 from __future__ import annotations
 
 from headrace.worker.engine.scheduler import PromptChunk, Step
 from headrace.worker.engine.sequence import Sequence
 
-#: Steps without trouble before twice as much is tried again; twice as many each time that fails.
+#: Steps without trouble before the limit is doubled. The wait doubles each time that this turns out to be too much.
 FIRST_WAIT, LONGEST_WAIT = 64, 8192
 
-#: How torch on a CPU, cuBLAS and older torch on a GPU say it, in a plain RuntimeError.
-_SAID = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
+#: How torch on a CPU, cuBLAS and older versions of torch on a GPU report it, in a plain RuntimeError.
+_MESSAGES = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
 
 STEP_MESSAGE = (
     "memory does not suffice to compute even one row of this job; lower HEADRACE_KV_CACHE_BYTES or "
@@ -22,50 +22,51 @@ CACHE_MESSAGE = (
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, of Python, torch or a device."""
+    """Whether an error of Python, torch or a device says that memory ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SAID)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _MESSAGES)
 
 
-class Limit:
-    """How much is done at once: `full`, until that was too much.
+class AdaptiveLimit:
+    """A limit that is lowered when it proves too high, and raised again step by step.
 
     Args:
-        full: where nothing stands against it.
+        full: the limit while memory suffices.
     """
 
     def __init__(self, full: int) -> None:
-        self.full = self.now = full
+        self.full = self.current = full
         self._wait, self._quiet = FIRST_WAIT, 0
-        self._trying = False
+        self._probing = False  # the limit was raised last, and has not proved right yet
 
-    def lower(self, now: int) -> None:
-        """Do no more than this from here on. If more was being tried again, that is tried less often."""
-        if self._trying:
+    def lower(self, limit: int) -> None:
+        """Lower the limit. If it had just been raised, wait twice as long before raising it again."""
+        if self._probing:
             self._wait = min(2 * self._wait, LONGEST_WAIT)
-        self.now, self._quiet, self._trying = now, 0, False
+        self.current, self._quiet, self._probing = limit, 0, False
 
     def note_step(self) -> None:
-        """A step is over in which nothing was lowered."""
-        if self.now == self.full:
+        """Count a step in which memory sufficed; after enough of them, double the limit."""
+        if self.current == self.full:
             return
         self._quiet += 1
         if self._quiet >= self._wait:
-            self.now, self._quiet, self._trying = min(max(1, 2 * self.now), self.full), 0, True
+            self.current, self._quiet, self._probing = min(max(1, 2 * self.current), self.full), 0, True
 
 
-def rows_of(step: Step) -> int:
+def row_count(step: Step) -> int:
     """Rows of the step's forward pass."""
     return step.decode_rows + sum(chunk.count for chunk in step.chunks)
 
 
 def split(step: Step, rows: int) -> list[Step]:
-    """The step in parts of at most `rows` rows, in order; a chunk of a prompt is never cut, for its bits' sake.
+    """Split a step into parts of at most `rows` rows, in order.
 
-    A step that is too large has no drafts any more: they may be left out.
+    A chunk of a prompt is never cut, because where it begins and ends decides its bits; a part may be larger for that.
+    The parts have no proposed tokens, which are optional.
     """
-    if rows_of(step) <= rows:
+    if row_count(step) <= rows:
         return [step]
     parts, used = [Step()], 0
     items: list[Sequence | PromptChunk] = [*step.decodes, *step.chunks]
@@ -80,6 +81,6 @@ def split(step: Step, rows: int) -> list[Step]:
             part.decodes.append(item)
             continue
         part.chunks.append(item)
-        if item.last and item.sequence in step.followers:
-            part.followers[item.sequence] = step.followers[item.sequence]
+        if item.last and item.sequence in step.same_prompt:
+            part.same_prompt[item.sequence] = step.same_prompt[item.sequence]
     return parts

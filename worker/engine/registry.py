@@ -1,4 +1,4 @@
-"""The models of a process: loaded, computing in turn, unloaded when nobody asks for them, and loaded again."""
+"""The models of a process: loads them, runs their engines in one thread, unloads idle ones, and loads them again."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import structlog
 
 from headrace.config import Settings
 from headrace.model.hub import find_model
-from headrace.worker.engine.engine import Engine, EngineStats
+from headrace.worker.engine import build
+from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.errors import EngineStopped, ModelUnavailable
-from headrace.worker.engine.step_loop import Turns
+from headrace.worker.engine.stats import EngineStats
+from headrace.worker.engine.step_loop import StepLoop
 
 log = structlog.get_logger("headrace.worker")
 
 
 class Models:
-    """Engines by the names of their models. May be used from any thread.
+    """The engines of a process, by the names of their models. May be used from any thread.
 
     Args:
-        names: in the order of the settings; those without a name of their own mean the first.
-        load: builds the engine of a model, not started.
-        find: looks for the files of a model that is not loaded yet.
-        idle_s: a model that has had no job for so long may be unloaded; 0: none is.
-
-    `load` and `find` raise whatever is wrong with the model.
+        names: of the models, in the order of the settings. A job that names no model goes to the first.
+        load: builds the engine of a model, without starting it. Raises if the model cannot be loaded.
+        find: looks for the files of a model that is not loaded yet. Raises if they cannot be found.
+        idle_s: seconds without a job after which a model may be unloaded; 0 keeps all loaded.
     """
 
     def __init__(
@@ -39,23 +39,23 @@ class Models:
     ) -> None:
         self.names = tuple(names)
         self._load, self._find, self._idle_s = load, find, idle_s
-        #: Called once, from whatever thread, if an engine cannot go on or a model cannot be loaded.
+        #: Called once, from any thread, if an engine cannot continue or a model cannot be loaded.
         self.on_fatal: Callable[[BaseException], None] = lambda _: None
-        self._lock = threading.Lock()  # of what stands here
-        self._one_loads = threading.Lock()
-        self._turns = Turns()
+        self._lock = threading.Lock()  # guards the attributes below
+        self._loading = threading.Lock()  # held while a model loads: one at a time
+        self._loop = StepLoop()
         self._engines: dict[str, Engine] = {}
         self._used_at: dict[str, float] = {}
-        self._fetched: set[str] = set()
-        self._let_go = False  # of engines whose memory is to be given back
+        self._load_requested: set[str] = set()
+        self._unreleased = False  # engines were unloaded whose memory has not been freed yet
         self._stopped = False
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Models:
-        """The models of the settings, none of them loaded yet."""
+        """A registry for the models of the settings. None is loaded yet."""
         return cls(
             settings.models,
-            lambda name: Engine.from_settings(settings, name),
+            lambda name: build.load_engine(settings, name),
             find=lambda name: find_model(settings.models[name]),
             idle_s=settings.idle_unload_s,
         )
@@ -63,12 +63,12 @@ class Models:
     # --- loading and unloading -------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Load all, or if idle ones are to be unloaded the first, and see that the files of the others are there.
+        """Load all models. If idle models are unloaded, load the first only, and check that the others' files exist.
 
-        So what cannot work is known before a job is taken.
+        So a wrong setting is known before a job is taken.
 
         Raises:
-            ModelUnavailable: one cannot be loaded.
+            ModelUnavailable: a model cannot be loaded or found.
         """
         for name in self.names:
             if not self._idle_s or name == self.names[0]:
@@ -80,65 +80,68 @@ class Models:
                 raise ModelUnavailable(name, error) from error
 
     def get(self, name: str) -> Engine:
-        """The engine of a model, which is loaded now if it is not.
+        """The engine of a model. Loads the model first if necessary.
 
         Raises:
-            ModelUnavailable: it cannot be.
-            EngineStopped: the process ends.
+            ModelUnavailable: the model cannot be loaded.
+            EngineStopped: the process is ending.
         """
         if engine := self.loaded.get(name):
             return engine
-        with self._one_loads:
+        with self._loading:
             if engine := self.loaded.get(name):
                 return engine
             try:
                 engine = self._load(name)
             except Exception as error:
                 raise ModelUnavailable(name, error) from error
-            self._take_in(name, engine)
+            self._register(name, engine)
             return engine
 
-    def _take_in(self, name: str, engine: Engine) -> None:
+    def _register(self, name: str, engine: Engine) -> None:
         engine.on_fatal = lambda error: self.on_fatal(error)
         with self._lock:
             if self._stopped:
-                raise EngineStopped("the process ends")
+                raise EngineStopped("the process is ending")
             self._engines[name] = engine
             self._used_at[name] = time.monotonic()
-        engine.start(self._turns)
+        engine.start(self._loop)
 
     def fetch(self, names: Iterable[str], then: Callable[[], None]) -> None:
-        """Load those that are not, each in a thread that ends with it, and call `then`. Others compute meanwhile."""
-        with self._lock:
-            missing = [name for name in names if name not in self._engines and name not in self._fetched]
-            self._fetched.update(missing)
-        for name in missing:
-            threading.Thread(target=self._fetch, args=(name, then), name="headrace-load", daemon=True).start()
+        """Load the models that are not loaded, each in a thread of its own, and call `then` after each one.
 
-    def _fetch(self, name: str, then: Callable[[], None]) -> None:
+        Loaded models continue to compute meanwhile.
+        """
+        with self._lock:
+            missing = [name for name in names if name not in self._engines and name not in self._load_requested]
+            self._load_requested.update(missing)
+        for name in missing:
+            threading.Thread(target=self._load_in_thread, args=(name, then), name="headrace-load", daemon=True).start()
+
+    def _load_in_thread(self, name: str, then: Callable[[], None]) -> None:
         log.info("model.wanted", model=name)
         try:
             self.get(name)
         except EngineStopped:
             return
         except Exception as error:
-            self.on_fatal(error)  # and it is not tried again
+            self.on_fatal(error)  # the name stays in _load_requested, so that it is not tried again
             return
         with self._lock:
-            self._fetched.discard(name)
+            self._load_requested.discard(name)
         then()
 
     def unload_idle(self, busy: Collection[str]) -> None:
-        """Unload those that have had no job for long enough; `busy` are the models of the jobs there are.
+        """Unload models that have had no job for `idle_s`.
 
-        Nothing may be submitted meanwhile to one that is not busy. What they held is given back at the next call: the
-        thread in which they took turns may look at them once more.
+        The memory of unloaded models is freed at the next call, because the step loop may refer to them until then.
+
+        Args:
+            busy: models that have jobs. The caller must not submit jobs to other models during this call.
         """
-        if self._let_go:
-            from headrace.worker.engine.build import release_memory
-
-            release_memory()
-            self._let_go = False
+        if self._unreleased:
+            build.release_memory()
+            self._unreleased = False
         now = time.monotonic()
         with self._lock:
             self._used_at.update(dict.fromkeys(set(busy) & self._engines.keys(), now))
@@ -147,32 +150,32 @@ class Models:
         for name, engine in zip(idle, engines, strict=True):
             engine.stop()
             log.info("model.unloaded", model=name)
-            self._let_go = True
+            self._unreleased = True
 
-    # --- while they compute ----------------------------------------------------------------------------------------
+    # --- loaded models ---------------------------------------------------------------------------------------------
 
     @property
     def unloads(self) -> bool:
-        """Whether idle ones are unloaded."""
+        """Whether idle models are unloaded."""
         return self._idle_s > 0
 
     @property
     def loaded(self) -> dict[str, Engine]:
-        """The engines there are."""
+        """The engines of the loaded models, by name."""
         with self._lock:
             return dict(self._engines)
 
     def stats(self) -> dict[str, EngineStats]:
-        """What each engine is doing."""
+        """Load and counters of each engine, by the name of its model."""
         return {name: engine.stats() for name, engine in self.loaded.items()}
 
     def cancel(self, job_id: str) -> None:
-        """Cancel a job, whichever engine has it."""
+        """Cancel a job in whichever engine has it."""
         for engine in self.loaded.values():
             engine.cancel(job_id)
 
     def stop(self, *, finish: bool = False, drop_waiting: bool = False) -> None:
-        """Stop all engines, as `Engine.stop`, and load no more."""
+        """Stop all engines like `Engine.stop`, and load no more models."""
         with self._lock:
             self._stopped = True
         engines = self.loaded.values()

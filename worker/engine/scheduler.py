@@ -1,4 +1,4 @@
-"""What runs in the next step: decisions only, no tensors, no Redis."""
+"""Decides what the next step computes: continuous batching, chunked prefill and prefix reuse. No tensors, no Redis."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import NamedTuple
 from headrace.worker.engine.cache_slots import SlotTable
 from headrace.worker.engine.sequence import Sequence, TokenScore
 
-#: Rows up to which drafts are computed: a product of 16 rows takes hardly longer than one of a few, as both read the
-#: whole weight.
-DRAFT_ROWS = 16
+#: A step is filled up to this many rows with proposed tokens. A matrix product of 16 rows takes hardly longer than one
+#: of a few rows, because both read the whole weight.
+SPECULATIVE_ROWS = 16
 
 
 @dataclass(frozen=True)
 class PromptChunk:
-    """`count` tokens of a sequence's prompt from position `start` on."""
+    """`count` tokens of a sequence's prompt from position `start`."""
 
     sequence: Sequence
     start: int
@@ -26,12 +26,12 @@ class PromptChunk:
 
     @property
     def last(self) -> bool:
-        """Whether the prompt is through with it, so that the first token can be drawn."""
+        """Whether it completes the prompt, so that the first token can be sampled."""
         return self.start + self.count == len(self.sequence.prompt)
 
 
 class Copy(NamedTuple):
-    """The keys and values of the first `length` tokens of a sequence's prompt go to another's slot."""
+    """Copy the keys and values of the first `length` positions from the slot of one sequence to that of another."""
 
     source: Sequence
     target: Sequence
@@ -40,41 +40,41 @@ class Copy(NamedTuple):
 
 @dataclass
 class Step:
-    """One forward pass: every decoding sequence, and as many chunks of prompts as the token budget leaves room for."""
+    """One forward pass: all decoding sequences, and the chunks of prompts that the token budget leaves room for."""
 
     decodes: list[Sequence] = field(default_factory=list)
     chunks: list[PromptChunk] = field(default_factory=list)
-    #: Sequence whose prompt is through in this step -> those that share its prefill.
-    followers: dict[Sequence, list[Sequence]] = field(default_factory=dict)
-    #: Decoding sequence -> guesses at the tokens after the next one, each computed in a row of its own.
-    drafts: dict[Sequence, list[int]] = field(default_factory=dict)
+    #: Sequence whose prompt this step completes -> sequences with the same prompt, which reuse its whole prefill.
+    same_prompt: dict[Sequence, list[Sequence]] = field(default_factory=dict)
+    #: Decoding sequence -> proposed tokens after its next one, each computed in a row of its own.
+    proposed: dict[Sequence, list[int]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
 
     @property
     def decode_rows(self) -> int:
-        """Rows of its decoding sequences."""
-        return len(self.decodes) + sum(map(len, self.drafts.values()))
+        """Rows of the decoding sequences, with those of proposed tokens."""
+        return len(self.decodes) + sum(map(len, self.proposed.values()))
 
     @property
     def prefilled(self) -> list[Sequence]:
-        """The sequences whose prompt is through with this step: those computed and those that share."""
-        leaders = [chunk.sequence for chunk in self.chunks if chunk.last]
-        return [s for leader in leaders for s in (leader, *self.followers.get(leader, ()))]
+        """The sequences whose prompt this step completes: those it computes, and those that reuse their prefill."""
+        computed = [chunk.sequence for chunk in self.chunks if chunk.last]
+        return [s for source in computed for s in (source, *self.same_prompt.get(source, ()))]
 
     @property
     def drawing(self) -> list[Sequence]:
-        """The sequences that get a token out of this step; a request for none only has its prompt read."""
+        """The sequences that get a token from this step. A request for no tokens only has its prompt computed."""
         return [*self.decodes, *(s for s in self.prefilled if s.request.max_tokens > 0)]
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Everyone with a row in it."""
+        """The sequences that have rows in this step."""
         return [*self.decodes, *dict.fromkeys(chunk.sequence for chunk in self.chunks)]
 
-    def alone(self) -> Iterator[Step]:
-        """The same work one sequence at a time, without drafts, to find the one that makes the step fail."""
+    def by_sequence(self) -> Iterator[Step]:
+        """The same work in steps of one sequence, without proposed tokens, to find the one that makes it fail."""
         for sequence in self.decodes:
             yield Step(decodes=[sequence])
         for _, chunks in itertools.groupby(self.chunks, key=lambda chunk: chunk.sequence):
@@ -83,9 +83,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step gave: a token for each drawing sequence (None: its logits hold a NaN), and scores of prompts.
+    """What the model runner computed for a step.
 
-    A sequence has another token for each of its drafts that turned out right, in order.
+    Attributes:
+        tokens: a token for each sampled sequence, or None if its logits hold a NaN. A sequence whose proposed tokens
+            were accepted has one more entry for each of them, in order.
+        prompt_scores: scores of prompt tokens for the requests that ask for them.
     """
 
     tokens: list[tuple[Sequence, TokenScore | None]]
@@ -93,8 +96,19 @@ class Outcome:
 
 
 class Scheduler:
-    """Waiting and running sequences. Admission is by priority, then arrival, and never skips the first in line, so a
-    long job cannot be starved by short ones."""
+    """The waiting and running sequences of an engine.
+
+    Sequences are admitted by priority, then by arrival. The first in the queue is never skipped, so short jobs cannot
+    starve a long one.
+
+    Args:
+        slots: of the key-value cache.
+        max_rows: sequences that run at once (`max_num_seqs` in vLLM).
+        step_tokens: tokens that one step computes (`max_num_batched_tokens` in vLLM). A step computes at least one
+            chunk of a prompt even if its decoding rows exceed this.
+        prefill_chunk: tokens of a chunk of a prompt.
+        draft_tokens: proposed tokens for each sequence and step at most (`num_speculative_tokens` in vLLM).
+    """
 
     def __init__(
         self, slots: SlotTable, *, max_rows: int, step_tokens: int, prefill_chunk: int, draft_tokens: int = 0
@@ -106,88 +120,46 @@ class Scheduler:
         self.draft_tokens = draft_tokens
         self.running: list[Sequence] = []
         self._waiting: list[tuple[int, int, Sequence]] = []
-        self._gone: set[Sequence] = set()  # removed while waiting; skipped when their turn comes
+        self._removed: set[Sequence] = set()  # removed while they waited; dropped when they are first in the queue
         self._arrivals = itertools.count()
-        self._leaders: dict[tuple[object, ...], Sequence] = {}
+        self._prefilling: dict[tuple[object, ...], Sequence] = {}
 
     @property
     def waiting(self) -> int:
         """How many sequences have no slot yet."""
-        return len(self._waiting) - len(self._gone)
+        return len(self._waiting) - len(self._removed)
 
     def add(self, sequence: Sequence, priority: int) -> None:
-        """Put a sequence in line; a lower number goes first."""
+        """Put a sequence into the queue; lower numbers go first."""
         heapq.heappush(self._waiting, (priority, next(self._arrivals), sequence))
 
     def admit(self) -> list[Sequence]:
-        """Move sequences from waiting to running while there is a row and a slot for the first in line."""
+        """Move sequences from waiting to running while there are a row and a slot for the first in the queue."""
         admitted = []
         while self._waiting and len(self.running) < self.max_rows:
             sequence = self._waiting[0][2]
-            if sequence in self._gone:
-                self._gone.discard(sequence)
-            elif self.slots.place(sequence):
+            if sequence in self._removed:
+                self._removed.discard(sequence)
+            elif self.slots.allocate(sequence):
                 self.running.append(sequence)
-                self._join(sequence)
+                self._set_prefix_source(sequence)
                 admitted.append(sequence)
             else:
                 break
             heapq.heappop(self._waiting)
         return admitted
 
-    def _join(self, sequence: Sequence) -> None:
-        """Share the prefill of a sequence with the same prompt that is still at it, or be the one to share.
+    def schedule(self) -> Step:
+        """The next step: all decoding sequences, then chunks of prompts in order of admission within the token budget.
 
-        Who is the first of its prompt looks for one whose prompt begins alike.
-        """
-        leader = self._leaders.setdefault(sequence.share_key, sequence)
-        if leader is not sequence:
-            sequence.leader, sequence.shared = leader, len(sequence.prompt)
-        else:
-            sequence.leader, sequence.shared = self._find_beginning(sequence)
-
-    def _find_beginning(self, sequence: Sequence) -> tuple[Sequence | None, int]:
-        """The one among those admitted earlier with the most whole chunks in common, and how many tokens they are.
-
-        Whole chunks: they have the same bits in every prompt that begins with them. The last token is not among them,
-        as the next one is drawn from its row.
-        """
-        best: tuple[Sequence | None, int] = None, sequence.prefilled
-        if sequence.scores_prompt or sequence.traced or len(sequence.prompt) <= self.prefill_chunk:
-            return None, 0  # all of its rows are needed, or there is no whole chunk to spare
-        for other in itertools.takewhile(lambda other: other is not sequence, self.running):
-            count = self._common(sequence.prompt, other.prompt)
-            if count > best[1]:
-                best = other, count
-        return best
-
-    def _common(self, prompt: list[int], other: list[int]) -> int:
-        most = min(len(prompt) - 1, len(other)) // self.prefill_chunk * self.prefill_chunk
-        for start in range(0, most, self.prefill_chunk):
-            if prompt[start : start + self.prefill_chunk] != other[start : start + self.prefill_chunk]:
-                return start
-        return most
-
-    def take_over(self) -> list[Copy]:
-        """The beginnings of prompts that others have computed by now; counts them as computed. Copy in this order."""
-        copies = []
-        for sequence in self.running:  # a leader stands before those who wait for it
-            leader = sequence.leader
-            if leader is not None and not sequence.waits_for_whole and leader.prefilled >= sequence.shared:
-                copies.append(Copy(leader, sequence, sequence.shared))
-                sequence.leader, sequence.prefilled = None, sequence.shared
-        return copies
-
-    def plan(self) -> Step:
-        """The next step: all decoding rows, then chunks of prompts in order of admission within the budget.
-
-        At least one chunk goes in, however many rows decode, and a chunk's borders depend on its prompt alone.
+        At least one chunk is included, however many rows decode. Where a chunk begins and ends depends on its prompt
+        alone, so that the bits of its keys and values do not depend on the batch composition.
         """
         step = Step(decodes=[s for s in self.running if not s.prefilling])
-        self._add_drafts(step)
+        self._add_proposed_tokens(step)
         room = self.step_tokens - step.decode_rows
         for sequence in self.running:
-            if not sequence.prefilling or sequence.leader is not None:
+            if not sequence.prefilling or sequence.prefix_source is not None:
                 continue
             for start in range(sequence.prefilled, len(sequence.prompt), self.prefill_chunk):
                 chunk = PromptChunk(sequence, start, min(self.prefill_chunk, len(sequence.prompt) - start))
@@ -195,49 +167,89 @@ class Scheduler:
                     return step
                 step.chunks.append(chunk)
                 room -= chunk.count
-                if chunk.last:
-                    self._add_followers(step, sequence)
+                if chunk.last and (same := self._waiting_for_prompt_of(sequence)):
+                    step.same_prompt[sequence] = same
         return step
 
-    def _add_drafts(self, step: Step) -> None:
-        """Let few decoding sequences run ahead, in equal shares of the rows that cost little more than none."""
-        room = min(DRAFT_ROWS, self.step_tokens) - len(step.decodes)
+    def _add_proposed_tokens(self, step: Step) -> None:
+        """If few sequences decode, fill the step up to SPECULATIVE_ROWS with proposed tokens, in equal shares."""
+        room = min(SPECULATIVE_ROWS, self.step_tokens) - len(step.decodes)
         if not self.draft_tokens or room <= 0:
             return
         for i, sequence in enumerate(step.decodes):
-            share = room // (len(step.decodes) - i)  # what one leaves, the others may use
-            if share > 0 and (drafts := sequence.draft_next(min(share, self.draft_tokens))):
-                step.drafts[sequence] = drafts
-                room -= len(drafts)
-
-    def _add_followers(self, step: Step, leader: Sequence) -> None:
-        if followers := [s for s in self.running if s.leader is leader and s.waits_for_whole]:
-            step.followers[leader] = followers
-
-    def detach_followers(self, step: Step) -> None:
-        """Let those who share a prefill of this step compute their own: so an error in one cannot reach another."""
-        for sequence in itertools.chain.from_iterable(step.followers.values()):
-            sequence.leader = None
-        step.followers.clear()
+            share = room // (len(step.decodes) - i)  # rows that one sequence does not use go to those after it
+            if share > 0 and (tokens := sequence.propose(min(share, self.draft_tokens))):
+                step.proposed[sequence] = tokens
+                room -= len(tokens)
 
     def advance(self, chunk: PromptChunk) -> None:
-        """Note that a chunk is in the cache; when its prompt is through, so it is for those who share it."""
+        """Note that a chunk is in the cache. If it completes a prompt, so are the sequences that reuse its prefill."""
         sequence = chunk.sequence
         sequence.prefilled = chunk.start + chunk.count
         if chunk.last:
-            self._leaders.pop(sequence.share_key, None)
-            for follower in self.running:
-                if follower.leader is sequence and follower.waits_for_whole:
-                    follower.leader, follower.prefilled = None, sequence.prefilled
+            self._prefilling.pop(sequence.prefill_key, None)
+            for other in self._waiting_for_prompt_of(sequence):
+                other.prefix_source, other.prefilled = None, sequence.prefilled
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, finished or not."""
+        """Remove a sequence, finished or not, and free its slot."""
         if sequence.slot is None:
-            self._gone.add(sequence)
+            self._removed.add(sequence)
             return
         self.running.remove(sequence)
-        if self._leaders.get(sequence.share_key) is sequence:
-            del self._leaders[sequence.share_key]
-        for follower in [s for s in self.running if s.leader is sequence]:
-            self._join(follower)  # the first starts over for the others
+        if self._prefilling.get(sequence.prefill_key) is sequence:
+            del self._prefilling[sequence.prefill_key]
+        for dependent in [s for s in self.running if s.prefix_source is sequence]:
+            self._set_prefix_source(dependent)  # the first of them computes the prefix for the others
         self.slots.free(sequence)
+
+    # --- prefix reuse ----------------------------------------------------------------------------------------------
+
+    def _set_prefix_source(self, sequence: Sequence) -> None:
+        """Find the sequence whose prefill this one reuses: one that computes the same prompt, else a common prefix."""
+        same = self._prefilling.setdefault(sequence.prefill_key, sequence)
+        if same is not sequence:
+            sequence.prefix_source, sequence.prefix_length = same, len(sequence.prompt)
+        else:
+            sequence.prefix_source, sequence.prefix_length = self._longest_prefix(sequence)
+
+    def _longest_prefix(self, sequence: Sequence) -> tuple[Sequence | None, int]:
+        """The sequence admitted earlier that shares the most whole chunks, and how many tokens they are.
+
+        Only whole chunks are shared, because they have the same bits in every prompt that begins with them. The last
+        token of the prompt is not shared, because the first token is sampled from its row.
+        """
+        best: tuple[Sequence | None, int] = None, sequence.prefilled
+        if sequence.scores_prompt or sequence.captures_activations or len(sequence.prompt) <= self.prefill_chunk:
+            return None, 0  # it needs all of its rows, or has no whole chunk to reuse
+        for other in itertools.takewhile(lambda other: other is not sequence, self.running):
+            count = self._common_prefix(sequence.prompt, other.prompt)
+            if count > best[1]:
+                best = other, count
+        return best
+
+    def _common_prefix(self, prompt: list[int], other: list[int]) -> int:
+        most = min(len(prompt) - 1, len(other)) // self.prefill_chunk * self.prefill_chunk
+        for start in range(0, most, self.prefill_chunk):
+            if prompt[start : start + self.prefill_chunk] != other[start : start + self.prefill_chunk]:
+                return start
+        return most
+
+    def _waiting_for_prompt_of(self, source: Sequence) -> list[Sequence]:
+        return [s for s in self.running if s.prefix_source is source and s.reuses_whole_prompt]
+
+    def reuse_prefixes(self) -> list[Copy]:
+        """The prefixes that their sources have computed by now; counts them as prefilled. Copy them in this order."""
+        copies = []
+        for sequence in self.running:  # a source is before the sequences that wait for it
+            source = sequence.prefix_source
+            if source is not None and not sequence.reuses_whole_prompt and source.prefilled >= sequence.prefix_length:
+                copies.append(Copy(source, sequence, sequence.prefix_length))
+                sequence.prefix_source, sequence.prefilled = None, sequence.prefix_length
+        return copies
+
+    def stop_sharing(self, step: Step) -> None:
+        """Let sequences that reuse a prefill of this step compute their own, so that an error in one ends no other."""
+        for sequence in itertools.chain.from_iterable(step.same_prompt.values()):
+            sequence.prefix_source = None
+        step.same_prompt.clear()

@@ -1,8 +1,9 @@
-"""One thread in which the engines of a process compute, a step each in turn.
+"""The thread in which all engines of a process compute, one step each in turn.
 
-Not a thread for each: torch gives every thread that computes a team of as many threads as there are cores, and where
-the teams together have more than that, all of them sleep where they would wait for a neighbour for a moment. A step is
-as fast as it is alone this way, and comes half as often while another model has work too.
+Engines do not have a thread each, because torch gives every thread that computes a team of as many threads as there are
+cores. When the teams together have more threads than that, a thread that would wait for a neighbour for a moment goes
+to sleep instead. In one thread a step is as fast as when its engine is alone; it only comes half as often while another
+model has work too.
 """
 
 from __future__ import annotations
@@ -11,50 +12,53 @@ import threading
 from typing import Protocol
 
 
-class Player(Protocol):
-    """What takes turns: an engine."""
+class Steppable(Protocol):
+    """What a step loop runs: an engine."""
 
-    over: threading.Event
+    #: Set when the engine has ended and leaves the loop.
+    ended: threading.Event
 
-    def turn(self) -> float: ...
+    def run_step(self) -> float:
+        """Run one step. Returns how long the loop may sleep, in seconds, if nothing wakes it."""
+        ...
 
 
-class Turns:
-    """The thread. It runs while there is anybody in it."""
+class StepLoop:
+    """Runs the steps of its engines in turn. Its thread exists while there is an engine in it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._news = threading.Event()
-        self._players: list[Player] = []
+        self._wake = threading.Event()
+        self._engines: list[Steppable] = []
         self._thread: threading.Thread | None = None
 
-    def join(self, player: Player) -> None:
-        """Let another one take turns, until it is `over`."""
+    def add(self, engine: Steppable) -> None:
+        """Run the steps of this engine too, until it has `ended`."""
         with self._lock:
-            self._players.append(player)
+            self._engines.append(engine)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._loop, name="headrace-engine", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="headrace-engine", daemon=True)
                 self._thread.start()
         self.wake()
 
     def wake(self) -> None:
-        """Somebody has something to do."""
-        self._news.set()
+        """End the loop's sleep: an engine has work."""
+        self._wake.set()
 
-    def here(self) -> bool:
-        """Whether this is the thread."""
+    def in_thread(self) -> bool:
+        """Whether the caller runs in the loop's thread."""
         return self._thread is threading.current_thread()
 
-    def _loop(self) -> None:
-        while players := self._present():
-            self._news.clear()
-            rests = [player.turn() for player in players]
-            if rest := min(rests):
-                self._news.wait(rest)
+    def _run(self) -> None:
+        while engines := self._remaining():
+            self._wake.clear()
+            sleeps = [engine.run_step() for engine in engines]
+            if sleep_s := min(sleeps):
+                self._wake.wait(sleep_s)
 
-    def _present(self) -> list[Player]:
+    def _remaining(self) -> list[Steppable]:
         with self._lock:
-            self._players = [player for player in self._players if not player.over.is_set()]
-            if not self._players:
+            self._engines = [engine for engine in self._engines if not engine.ended.is_set()]
+            if not self._engines:
                 self._thread = None
-            return list(self._players)
+            return list(self._engines)

@@ -1,1 +1,1 @@
-"""A job's life inside the worker process, from delivery to stored result."""
+"""The life of a job inside the worker process, from the delivery of its message to its stored result."""

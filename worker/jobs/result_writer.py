@@ -1,4 +1,4 @@
-"""Stores the outcomes of jobs that share messages: one thread, one request to Redis for all that wait."""
+"""Stores the outcomes of grouped jobs: one thread, one request to Redis for all that wait."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from concurrent.futures import Future
 from headrace.client.wire.results import Result
 from headrace.worker.jobs.service import Encode, Service
 
-#: Jobs, and about as many characters of results, that one request stores.
+#: One request stores at most this many jobs, and about this many characters of results.
 BATCH_JOBS, BATCH_CHARS = 256, 2**24
 
+#: A job's id, and a finished future with its outcome.
 Ended = tuple[str, Future[Result]]
 
 
-class Writer:
-    """Takes finished futures in any thread, and stores what they hold until Redis has taken it.
+class ResultWriter:
+    """Takes finished futures in any thread, and retries until Redis has stored what they hold.
 
     Args:
-        service: has the store, and the checkpoint tensors that are stored before.
-        encode: makes the result records.
-        on_stored: called with the jobs of each request that Redis has carried out.
-        on_fatal: called once if the thread cannot go on.
+        service: has the store, and the checkpoint tensors, which are stored before the results.
+        encode: encodes the result records.
+        on_stored: called with the jobs of each request that Redis has executed.
+        on_fatal: called once if the thread cannot continue.
     """
 
     def __init__(
@@ -35,25 +36,25 @@ class Writer:
         on_fatal: Callable[[BaseException], None],
     ) -> None:
         self._service, self._encode, self._on_stored, self._on_fatal = service, encode, on_stored, on_fatal
-        self._ended: queue.SimpleQueue[Ended | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._loop, name="headrace-writer", daemon=True)
+        self._inbox: queue.SimpleQueue[Ended | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="headrace-writer", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End when all that was put is stored, however long Redis takes."""
-        self._ended.put(None)
+        """End the thread when everything that was put is stored, however long Redis takes."""
+        self._inbox.put(None)
         self._thread.join()
 
     def put(self, job_id: str, future: Future[Result]) -> None:
-        """Store the outcome of a future that is done. Returns at once."""
-        self._ended.put((job_id, future))
+        """Store the outcome of a finished future. Returns at once."""
+        self._inbox.put((job_id, future))
 
-    def _loop(self) -> None:
+    def _run(self) -> None:
         try:
-            while (first := self._ended.get()) is not None:
+            while (first := self._inbox.get()) is not None:
                 self._write(first)
         except BaseException as error:  # without this thread the worker would look alive and no job would end
             self._on_fatal(error)
@@ -68,10 +69,10 @@ class Writer:
             record = self._service.record(*item, self._encode)
             records.setdefault(item[0], record)
             chars += len(record)
-            if self._ended.empty() or len(batch) >= BATCH_JOBS or chars >= BATCH_CHARS:
+            if self._inbox.empty() or len(batch) >= BATCH_JOBS or chars >= BATCH_CHARS:
                 break
-            item = self._ended.get()
+            item = self._inbox.get()
         else:
-            self._ended.put(None)  # the end came behind them: `_loop` is to meet it next
-        self._service.patiently(functools.partial(self._service.store.finish, records))
+            self._inbox.put(None)  # `stop` was called: `_run` has to see it next
+        self._service.retry_until_available(functools.partial(self._service.store.finish, records))
         self._on_stored(batch)

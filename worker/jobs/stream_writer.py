@@ -1,7 +1,7 @@
-"""Writes the text of jobs that stream as it comes: one thread, one request to Redis for all that is new.
+"""Writes the text of streaming jobs as it is computed: one thread, one request to Redis for all new text.
 
-Events are a convenience and the result is the truth: where Redis takes none they are kept and go out together later,
-and those of a job whose result is stored are let go.
+Events are a convenience; the result is the truth. If Redis refuses events, they are kept and written together later,
+and those of a job whose result is stored are dropped.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import redis
 import structlog
 
 from headrace.client.wire.results import StreamEvent, StreamPiece
-from headrace.worker.engine.sequence import TextDelta
+from headrace.worker.engine.sequence_text import TextDelta
+from headrace.worker.jobs import retry
 from headrace.worker.jobs.store import Store
 
 log = structlog.get_logger("headrace.worker")
 
-#: Seconds between two pieces of one sample, and between two requests. Each costs the engine, and people read slower.
+#: Seconds between two pieces of one sample, and between two requests. Each costs the engine time, which readers do not
+#: notice.
 TELL_EVERY_S = WRITE_EVERY_S = 0.05
-#: Where many jobs stream, requests are so much further apart for each: events cost a core time that the engine needs.
+#: Each streaming job adds this many seconds between two requests: events cost CPU time that the engine needs.
 WRITE_EVERY_S_A_JOB = 0.003
-#: Pause before Redis is asked again after it failed to answer.
-RETRY_S = 0.5
-#: A larger event is not written, nor are those behind it of use: readers take the rest from the result.
+#: A larger event is written without its text: readers take the rest of the text from the result.
 MAX_EVENT_CHARS = 2**20
 
 
 @dataclass(eq=False)
 class _Pending:
-    """What of a job has not been written, one piece a sample."""
+    """The text of a job that has not been written, one piece for each sample."""
 
     pieces: dict[int, StreamPiece] = field(default_factory=dict)
     end: bool = False
@@ -65,10 +65,11 @@ class _Pending:
 
 
 class EventWriter:
-    """Takes deltas in the engine's thread and writes them in its own, which starts with the first job that streams."""
+    """Takes text from the engine's thread, and writes it in a thread that starts with the first streaming job."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        #: A job's id with new text, or with None if its result is stored. None stops the thread.
         self._inbox: queue.SimpleQueue[tuple[str, TextDelta | None] | None] = queue.SimpleQueue()
         self._streaming: set[str] = set()
         self._pending: dict[str, _Pending] = {}
@@ -76,10 +77,10 @@ class EventWriter:
         self._down = False
 
     def begin(self, job_id: str) -> Callable[[TextDelta], None]:
-        """A job that streams goes to the engine. Returns what is to be called with its deltas."""
+        """Register a streaming job that goes to the engine. Returns the callback for its text."""
         self._streaming.add(job_id)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name="headrace-events", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="headrace-events", daemon=True)
             self._thread.start()
         return functools.partial(self._put, job_id)
 
@@ -87,31 +88,31 @@ class EventWriter:
         self._inbox.put((job_id, delta))
 
     def end(self, job_ids: Iterable[str]) -> None:
-        """The results of jobs are stored: tell those who wait. Jobs that do not stream are passed over."""
+        """Write the end of the stream for jobs whose results are stored. Jobs that do not stream are ignored."""
         for job_id in self._streaming.intersection(job_ids):
             self._streaming.discard(job_id)
             self._inbox.put((job_id, None))
 
     def stop(self) -> None:
-        """Try once to write what is left, and end."""
+        """Try once to write what is left, and end the thread."""
         if self._thread is not None:
             self._inbox.put(None)
             self._thread.join()
 
-    def _loop(self) -> None:
+    def _run(self) -> None:
         while self._take():
             try:
                 self._write()
-            except Exception:  # the jobs go on, and their results come
+            except Exception:  # the jobs continue, and their results are not affected
                 self._pending.clear()
                 log.error("events.failed", trace=traceback.format_exc())
             time.sleep(max(WRITE_EVERY_S, len(self._streaming) * WRITE_EVERY_S_A_JOB))
         self._write()
 
     def _take(self) -> bool:
-        """Wait for something to write, and take all there is. Says whether there may be more."""
+        """Wait for something to write, and take all of it. Returns whether more may follow."""
         try:
-            item = self._inbox.get(timeout=RETRY_S if self._pending else None)
+            item = self._inbox.get(timeout=retry.RETRY_S if self._pending else None)
             while item is not None:
                 job_id, delta = item
                 pending = self._pending.setdefault(job_id, _Pending())
@@ -125,11 +126,11 @@ class EventWriter:
         return False
 
     def _write(self) -> None:
-        """Write what waits; what is refused waits on, but for jobs whose results are there."""
+        """Write what waits. What Redis refuses is kept, unless the result of the job is stored."""
         if not self._pending:
             return
         try:
-            refused = self._store.tell({job_id: pending.event() for job_id, pending in self._pending.items()})
+            refused = self._store.append_events({job_id: pending.event() for job_id, pending in self._pending.items()})
         except redis.RedisError as error:
             refused = list(self._pending)
             if not self._down:

@@ -1,1 +1,1 @@
-"""What a worker shows of itself: probes, metrics, traces."""
+"""What a worker shows to operators: probes, metrics, traces."""

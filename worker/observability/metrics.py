@@ -1,13 +1,14 @@
-"""What a worker tells Prometheus of itself. The names are vLLM's under our prefix: its dashboards port by renaming.
+"""Prometheus metrics of a worker. The names are vLLM's under another prefix, so its dashboards need only be renamed.
 
-Counters and histograms are told once for each job that ended, everything else is read when somebody asks, so the engine
-does nothing for it. One process, so no multiprocess mode. Needs prometheus_client, the extra `metrics`.
+Counters and histograms are updated once for each job that ended. Everything else is read when Prometheus scrapes, so it
+costs the engine nothing. A worker is one process, so prometheus_client's multiprocess mode is not used. Needs
+prometheus_client, the extra `metrics`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -20,13 +21,10 @@ from headrace.client.wire.results import Result
 if TYPE_CHECKING:
     from headrace.worker.engine.engine import Engine
     from headrace.worker.engine.registry import Models
-    from headrace.worker.jobs.heartbeat import Monitor
-    from headrace.worker.jobs.pool import EnginePool
 
 PREFIX = "headrace_"
 
-# Upper ends of buckets in seconds and in tokens: vLLM's (v1/metrics/loggers.py), with shorter ones in front, as small
-# models need.
+# Upper bounds of the buckets in seconds and in tokens: vLLM's (v1/metrics/loggers.py), and lower ones for small models.
 _FIRST_TOKEN_S: tuple[float, ...] = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
 )
@@ -39,7 +37,7 @@ _REQUEST_S: tuple[float, ...] = (
 )
 _TOKENS: tuple[float, ...] = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
-#: Histograms, told of each job that succeeded: buckets and help.
+#: Histograms, which observe each job that succeeded: buckets and help text.
 HISTOGRAMS: dict[str, tuple[tuple[float, ...], str]] = {
     "time_to_first_token_seconds": (_FIRST_TOKEN_S, "From a job's arrival in the engine to its first token."),
     "time_per_output_token_seconds": (_TOKEN_S, "From one token of a sample to the next, on average over a job."),
@@ -51,49 +49,85 @@ HISTOGRAMS: dict[str, tuple[tuple[float, ...], str]] = {
     "request_generation_tokens": (_TOKENS, "New tokens of a job, all its samples together."),
 }
 
-#: Read when somebody asks.
+#: Gauges and counters that are read at each scrape: help texts.
 GAUGES = {
-    "model_loaded": "1 if the model is in memory, else 0: it was idle, and will be loaded when a job comes.",
+    "model_loaded": "1 if the model is in memory, else 0: it was idle, and is loaded when a job for it arrives.",
     "num_requests_running": "Samples that have a slot.",
-    "num_requests_waiting": "Samples that wait in this worker for a slot, or jobs that wait for the model.",
-    "kv_cache_usage_perc": "Share of the cache's memory that running samples hold; 1 is all of it.",
-    "slots": "Samples that can have a slot at a time.",
-    "leases": "Messages of the model that this worker holds; it renews their leases.",
-    "last_step_age_seconds": "Seconds since the step that the engine is at last came on; 0 between steps.",
-    "ready": "1 if the worker takes jobs, else 0; as /readyz.",
-    "redis_up": "1 if Redis took the worker's last heartbeat, else 0.",
-    "selftest_ok": "1 if rows had the same bits alone and in a crowd when the worker began, else 0.",
+    "num_requests_waiting": "Samples that wait in this worker for a slot, or jobs that wait for the model to load.",
+    "kv_cache_usage_perc": "Share of the KV cache's memory that running samples hold; 1 is all of it.",
+    "slots": "Samples that can have a slot at the same time.",
+    "leases": "Messages for the model that this worker holds; it renews their leases.",
+    "last_step_age_seconds": "Seconds that the engine's current step has taken so far; 0 between steps.",
+    "ready": "1 if the worker takes jobs, else 0; the same as /readyz.",
+    "redis_up": "1 if Redis accepted the worker's last heartbeat, else 0.",
+    "selftest_ok": "1 if the self-test found results independent of the batch composition, else 0.",
 }
 COUNTERS = {
-    "prompt_tokens": "Tokens of prompts computed; those taken over from a prompt that begins alike are not counted.",
-    "generation_tokens": "New tokens, of all jobs however they end.",
-    "spec_decode_num_draft_tokens": "Tokens that were guessed before they were drawn.",
-    "spec_decode_num_accepted_tokens": "Guessed tokens that turned out right.",
+    "prompt_tokens": "Prompt tokens computed; those reused from the prefix of another prompt are not counted.",
+    "generation_tokens": "New tokens of all jobs, however they end.",
+    "spec_decode_num_draft_tokens": "Tokens proposed by speculative decoding.",
+    "spec_decode_num_accepted_tokens": "Proposed tokens that were accepted.",
 }
+
+
+class HeldJobs(Protocol):
+    """What metrics need of the worker's deliveries."""
+
+    def held_jobs(self, model: str) -> int:
+        """How many jobs for a model the worker holds."""
+
+    def held_messages(self, model: str) -> int:
+        """How many messages for a model the worker holds."""
+
+
+class WorkerHealth(Protocol):
+    """What metrics need of the worker's health."""
+
+    @property
+    def redis_answers(self) -> bool:
+        """Whether Redis accepted the last heartbeat."""
+
+    def why_not_ready(self) -> str:
+        """Why the worker takes no jobs; empty if it does."""
+
+
+class QueueDepths(Protocol):
+    """What metrics need of the heartbeat."""
+
+    @property
+    def name(self) -> str:
+        """The name of the worker."""
+
+    @property
+    def queued(self) -> Mapping[str, Mapping[str, int]]:
+        """Jobs that no worker holds, by model and priority."""
 
 
 class Metrics:
-    """The numbers of one worker, all with the label `model_name`. Its methods may be called from any thread."""
+    """The metrics of one worker, all with the label `model_name`. May be used from any thread."""
 
     def __init__(self, *model_names: str) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody asks for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # it would add a second series to each metric
         self._model_names = model_names
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._histograms = {name: self._histogram(name) for name in HISTOGRAMS}
         self._succeeded = self._counter(
-            "request_success", "Jobs that succeeded; `length` if any sample ended so.", "finished_reason"
+            "request_success", "Jobs that succeeded; `length` if a sample reached max_tokens.", "finished_reason"
         )
         self._failed = self._counter(
             "request_failure", "Jobs that ended otherwise: `cancelled`, `expired`, or a failure's code.", "code"
         )
         self._exceeded = self._counter("attempts_exceeded", "Jobs that failed with `max_attempts`.")
-        self._redelivered = self._counter("redeliveries", "Messages that came after a worker had had them.")
+        self._redelivered = self._counter(
+            "redeliveries", "Messages that were delivered again after a worker had held them."
+        )
         self._retried = self._counter(
-            "result_write_retries", "Times that Redis did not take results, of whatever model: it is under the first."
+            "result_write_retries",
+            "Retries of storing results in Redis, of all models together under the first one's name.",
         )
         self._retried.labels(model_names[0])
-        for name in model_names:  # 0 from the start: a rate needs two values
+        for name in model_names:  # start at 0, because a rate needs two values
             self._succeeded.labels(name, "stop")
             self._succeeded.labels(name, "length")
             self._exceeded.labels(name)
@@ -108,12 +142,12 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(PREFIX + name, text, ["model_name", *labels], registry=self._registry)
 
-    def watch(self, pool: EnginePool, models: Models, monitor: Monitor) -> None:
-        """Show what these say too, whenever somebody asks."""
-        self._registry.register(_Live(self._model_names, pool, models, monitor))
+    def watch(self, held: HeldJobs, models: Models, health: WorkerHealth, queues: QueueDepths) -> None:
+        """Add the metrics that are read from these at each scrape."""
+        self._registry.register(_Live(self._model_names, held, models, health, queues))
 
     def ended(self, outcome: Result | JobError, model_name: str) -> None:
-        """A job for the model ended so."""
+        """Count a job for the model that ended with this outcome."""
         if isinstance(outcome, JobError):
             self._failed.labels(model_name, outcome.code).inc()
             if outcome.code == "max_attempts":
@@ -125,21 +159,21 @@ class Metrics:
             self._histograms[name].labels(model_name).observe(value)
 
     def redelivered(self, model_name: str) -> None:
-        """A message for the model came that a worker had before."""
+        """Count a message for the model that a worker had held before."""
         self._redelivered.labels(model_name).inc()
 
     def retried(self) -> None:
-        """Redis did not take a result, and is asked again."""
+        """Count a retry of storing a result."""
         self._retried.labels(self._model_names[0]).inc()
 
     def render(self, accept: str = "") -> tuple[str, bytes]:
-        """Content type and text, in the format that the header `Accept` asks for."""
+        """Return content type and text in the format that the header `Accept` asks for."""
         encode, content_type = choose_encoder(accept)
         return content_type, encode(self._registry)
 
 
 def observed(result: Result) -> dict[str, float]:
-    """What the histograms are told of a job."""
+    """The values that the histograms observe for a job, by metric; times in seconds."""
     timings, usage = result.timings, result.usage
     each = usage.completion_tokens / len(result.choices)
     values = {
@@ -157,13 +191,21 @@ def observed(result: Result) -> dict[str, float]:
 
 
 class _Live:
-    """Numbers that are read when somebody asks: Prometheus calls `collect`."""
+    """A collector for metrics that are read at each scrape."""
 
-    def __init__(self, model_names: tuple[str, ...], pool: EnginePool, models: Models, monitor: Monitor) -> None:
-        self._model_names, self._pool, self._models, self._monitor = model_names, pool, models, monitor
+    def __init__(
+        self,
+        model_names: tuple[str, ...],
+        held: HeldJobs,
+        models: Models,
+        health: WorkerHealth,
+        queues: QueueDepths,
+    ) -> None:
+        self._model_names, self._held, self._models = model_names, held, models
+        self._health, self._queues = health, queues
 
     def collect(self) -> Iterator[Metric]:
-        """Called by prometheus_client."""
+        """Called by prometheus_client at each scrape."""
         engines = self._models.loaded
         values = {model: self._values(model, engines.get(model)) for model in self._model_names}
         for kind, texts in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
@@ -174,10 +216,10 @@ class _Live:
                 yield family
         queued = GaugeMetricFamily(
             f"{PREFIX}num_requests_queued",
-            "Jobs in the queue that no worker holds. All workers of a model say the same: take the maximum.",
+            "Jobs in the queue that no worker holds. All workers of a model report the same number: take the maximum.",
             labels=["model_name", "priority"],
         )
-        for model, counts in self._monitor.queued.items():
+        for model, counts in self._queues.queued.items():
             for priority, count in counts.items():
                 queued.add_metric([model, priority], count)
         yield queued
@@ -186,19 +228,18 @@ class _Live:
         )
         for model in self._model_names:
             fingerprint = engines[model].fingerprint if model in engines else ""
-            info.add_metric([model, self._monitor.name, __version__, fingerprint], 1)
+            info.add_metric([model, self._queues.name, __version__, fingerprint], 1)
         yield info
 
     def _values(self, model: str, engine: Engine | None) -> dict[str, float]:
-        """All values of a model; of its engine only what is known without one if it is not loaded."""
-        monitor = self._monitor
+        """The values of a model. If it is not loaded, those of its engine are left out."""
         of_process = {
-            "leases": sum(delivery.model == model for delivery in self._pool.deliveries()),
-            "ready": not monitor.why_not_ready(),
-            "redis_up": monitor.redis_answers,
+            "leases": self._held.held_messages(model),
+            "ready": not self._health.why_not_ready(),
+            "redis_up": self._health.redis_answers,
         }
         if engine is None:
-            waiting = self._pool.held(model)
+            waiting = self._held.held_jobs(model)
             return {**of_process, "model_loaded": 0, "num_requests_running": 0, "num_requests_waiting": waiting}
         stats = engine.stats()
         return {

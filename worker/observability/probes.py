@@ -1,7 +1,7 @@
-"""HTTP for whoever looks after a worker: is it alive, is it ready, and its numbers. For a network of one's own: anybody
-who reaches the port may read, and nobody can change anything.
+"""The HTTP port for probes and metrics. It is meant for a private network: anybody who reaches it may read, and nobody
+can change anything.
 
-    /livez    200, or 503 where a restart would help: the engine is stuck in a step (HEADRACE_STALL_S)
+    /livez    200, or 503 if a restart would help: the engine is stuck in a step (HEADRACE_STALL_S)
     /readyz   200, or 503 and why no job would be taken now
     /metrics  for Prometheus
 """
@@ -13,7 +13,7 @@ import socket
 import socketserver
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
@@ -21,12 +21,11 @@ from headrace.config import Settings
 from headrace.config.extras import how_to_install
 
 if TYPE_CHECKING:
-    from headrace.worker.jobs.heartbeat import Monitor
     from headrace.worker.observability.metrics import Metrics
 
 log = structlog.get_logger("headrace.worker")
 
-#: Who says nothing for so long is cut off.
+#: A connection that sends nothing for this many seconds is closed.
 REQUEST_TIMEOUT_S = 5.0
 PLAIN = "text/plain; charset=utf-8"
 LOADING = "the model is being loaded"
@@ -38,11 +37,21 @@ MISSING = (
 
 
 class ProbesError(RuntimeError):
-    """Raised when the port cannot be opened, or a package for it is missing; the message says what to do."""
+    """Raised when the port cannot be opened, or a package is missing; the message says what to do."""
+
+
+class Health(Protocol):
+    """What the probes report."""
+
+    def why_not_alive(self) -> str:
+        """The problem that a restart would solve; empty if there is none."""
+
+    def why_not_ready(self) -> str:
+        """Why no job would be taken now; empty if one would."""
 
 
 def open_probes(settings: Settings) -> Probes | None:
-    """Listen where the settings say; None if they say nowhere. Raises ProbesError."""
+    """Listen at the port of the settings. Returns None if they have none. Raises ProbesError."""
     if not settings.metrics_port:
         return None
     try:
@@ -53,20 +62,20 @@ def open_probes(settings: Settings) -> Probes | None:
 
 
 class Probes:
-    """Listens from the moment it is made, so that a port that is taken is known before a model is loaded.
+    """An HTTP server that listens as soon as it is created, so that a taken port is found before a model is loaded.
 
     Args:
-        host: the address to listen at, or a name of it.
-        port: 0 is any that is free.
+        host: the address or host name to listen at.
+        port: 0 chooses a free port.
         metrics: what `/metrics` shows.
 
     Raises:
-        ProbesError: nothing can listen there.
+        ProbesError: the address or the port cannot be used.
     """
 
     def __init__(self, host: str, port: int, metrics: Metrics) -> None:
         self.metrics = metrics
-        self._monitor: Monitor | None = None
+        self._health: Health | None = None
         try:
             self._server = _Server(host, port, self)
         except OSError as error:
@@ -79,35 +88,35 @@ class Probes:
 
     @property
     def port(self) -> int:
-        """The port."""
+        """The port that it listens at."""
         return int(self._server.server_address[1])
 
-    def watch(self, monitor: Monitor) -> None:
-        """The model is loaded: from now on, this says how the worker is."""
-        self._monitor = monitor
+    def watch(self, health: Health) -> None:
+        """The model is loaded: report this health from now on."""
+        self._health = health
 
     def stop(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
     def answer(self, path: str, accept: str) -> tuple[int, str, bytes]:
-        """Status, content type and body for a path."""
+        """Return status, content type and body for a path."""
         if path == "/metrics":
             return 200, *self.metrics.render(accept)
-        monitor = self._monitor
+        health = self._health
         if path == "/livez":
-            fault = monitor.why_not_alive() if monitor else ""
+            fault = health.why_not_alive() if health else ""
         elif path == "/readyz":
-            fault = monitor.why_not_ready() if monitor else LOADING
+            fault = health.why_not_ready() if health else LOADING
         else:
             return 404, PLAIN, b"there are /livez, /readyz and /metrics\n"
         return 503 if fault else 200, PLAIN, f"{fault or 'ok'}\n".encode()
 
 
 class _Server(socketserver.ThreadingTCPServer):
-    """A thread for each request: one who asks slowly must not make a worker look dead."""
+    """One thread for each request: a slow client must not make the worker look dead."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -115,14 +124,14 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def __init__(self, host: str, port: int, probes: Probes) -> None:
         self.probes = probes
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        self.address_family, address = found[0][0], found[0][4]
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        self.address_family, address = addresses[0][0], addresses[0][4]
         super().__init__(address[:2], _Handler)  # type: ignore[arg-type]
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        """Called in the handler of an exception."""
+        """Called by socketserver while it handles an exception."""
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):  # such as who hung up
+        if not isinstance(error, OSError):  # the client closed the connection
             log.error("probes.failed", error=repr(error))
 
 
@@ -145,4 +154,4 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815
 
     def log_message(self, *_: Any) -> None:
-        """A line for each probe would bury the others."""
+        """Do not log requests: the lines of probes would hide all others."""

@@ -1,14 +1,14 @@
-"""The spans of a worker's jobs: one for each time that a job was here, and in it what the time went to.
+"""OpenTelemetry spans of a worker's jobs: one span for each attempt at a job, with child spans for its phases.
 
-    send headrace.demo         the client's, client/wire/tracing.py
+    send headrace.demo         the client's span, client/wire/tracing.py
       text_completion demo     from the arrival of the message to the stored result
-        wait                   until it has a slot
+        wait                   until the job has a slot
         prefill                until the first token
-        decode                 until the last one
+        decode                 until the last token
         store                  until Redis has the result
 
-They are made when the job has ended, out of what was noted meanwhile, in the threads that store results: the engine's
-thread notes a time at most. A worker that is killed leaves none; the next one's says which attempt it was.
+Spans are created when the job has ended, in the threads that store results; the engine's thread only records times. A
+worker that is killed leaves no span; the span of the next worker says which attempt it was.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("headrace.worker")
 
-#: Parameters of a request that are told, under the names of the GenAI conventions; others may hold what somebody wrote.
+#: Parameters of a request that become attributes, under the names of OpenTelemetry's GenAI conventions. Others may
+#: contain text of users.
 PARAMETERS = {
     "max_tokens": "gen_ai.request.max_tokens",
     "temperature": "gen_ai.request.temperature",
@@ -50,7 +51,7 @@ PARAMETERS = {
 
 @dataclass
 class _Visit:
-    """A job while it is here. Times are Unix times in nanoseconds."""
+    """A job that this worker holds. Times are Unix times in nanoseconds."""
 
     context: Context
     model: str
@@ -63,7 +64,7 @@ class _Visit:
 
 
 class JobTraces:
-    """Notes when what happened to a job, and makes its spans. Its methods may be called from any thread."""
+    """Records the times of a job's events, and creates its spans. May be used from any thread."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
@@ -81,20 +82,21 @@ class JobTraces:
         ago_s: float,
         attempt: int,
     ) -> None:
-        """A job came that is to be computed here.
+        """A job arrived that is to be computed here.
 
         Args:
-            model: what it is for.
-            request: as it was sent, which need not be right.
-            headers: those of its message, as Celery hands them on.
-            grouped: its message has several jobs.
-            ago_s: how long ago the message came.
-            attempt: 1, and 1 more for each worker that ended while it had the job.
+            job_id: its id.
+            request: as it was sent, which need not be valid.
+            headers: the headers of its message, as Celery passes them on.
+            model: the model that computes it.
+            grouped: its message can hold several jobs.
+            ago_s: how many seconds ago the message was delivered.
+            attempt: 1 for the first, and one more for each worker that ended while it had the job.
         """
         if not is_job_id(job_id):
-            return  # a stranger's, and perhaps no text that can be sent on
-        place = headers.get("delivery_info")
-        redelivered = bool(isinstance(place, dict) and place.get("redelivered"))
+            return  # somebody else's message, whose id may not be text that can be exported
+        info = headers.get("delivery_info")
+        redelivered = bool(isinstance(info, dict) and info.get("redelivered"))
         visit = _Visit(
             carried(headers, job_id, grouped=grouped),
             model,
@@ -107,62 +109,62 @@ class JobTraces:
             self._visits[job_id] = visit
 
     def started(self, job_id: str) -> None:
-        """It has a slot."""
+        """The job has a slot."""
         if (visit := self._visits.get(job_id)) is not None:
             visit.started = time.time_ns()
 
     def computed(self, job_id: str) -> None:
-        """It has come to its end, which is to be stored."""
+        """The job has an outcome, which is not stored yet."""
         if (visit := self._visits.get(job_id)) is not None:
             visit.computed = time.time_ns()
 
     def ended(self, job_id: str, outcome: Result | BaseException) -> str | None:
-        """Its end is stored. Returns the id of its trace, if it has one and is recorded."""
-        return self._leave(job_id, outcome)
+        """The outcome of the job is stored. Returns the id of its trace if it is recorded."""
+        return self._close(job_id, outcome)
 
     def returned(self, job_ids: Iterable[str]) -> None:
-        """Jobs go back into the queue."""
+        """Jobs were returned to the queue."""
         for job_id in job_ids:
-            self._leave(job_id, None)
+            self._close(job_id, None)
 
-    def _leave(self, job_id: str, outcome: Result | BaseException | None) -> str | None:
+    def _close(self, job_id: str, outcome: Result | BaseException | None) -> str | None:
         with self._lock:
             visit = self._visits.pop(job_id, None)
         if visit is None:
             return None
         try:
-            return self._tell(job_id, visit, outcome, time.time_ns())
+            return self._create_spans(job_id, visit, outcome, time.time_ns())
         except Exception:
-            # No job may fail, and no thread end, for what an exporter or sampler does.
+            # An error in an exporter or sampler must not fail a job or end a thread.
             log.error("traces.failed", job_id=job_id, trace=traceback.format_exc())
             return None
 
-    def _tell(self, job_id: str, visit: _Visit, outcome: Result | BaseException | None, now: int) -> str | None:
+    def _create_spans(self, job_id: str, visit: _Visit, outcome: Result | BaseException | None, now: int) -> str | None:
         span = self._tracer.start_span(
             f"text_completion {visit.model}",
             visit.context,
             SpanKind.CONSUMER,
-            self._asked(job_id, visit),
+            self._request_attributes(job_id, visit),
             start_time=visit.arrived,
         )
         if not span.is_recording():
             return None
-        span.set_attributes(_answered(job_id, outcome))
+        span.set_attributes(_outcome_attributes(job_id, outcome))
         if isinstance(outcome, BaseException) and not isinstance(outcome, JobCancelled):
             span.set_status(StatusCode.ERROR, _code(outcome))
         inside = set_span_in_context(span, visit.context)
-        for name, start, end in _parts(visit, outcome, now):
+        for name, start, end in _phases(visit, outcome, now):
             self._tracer.start_span(name, inside, start_time=start).end(end)
         span.end(now)
         return format_trace_id(span.get_span_context().trace_id)
 
-    def _asked(self, job_id: str, visit: _Visit) -> dict[str, Any]:
+    def _request_attributes(self, job_id: str, visit: _Visit) -> dict[str, Any]:
         given = visit.request if isinstance(visit.request, dict) else {}
         return {
             "gen_ai.operation.name": "text_completion",
             "gen_ai.provider.name": "headrace",
             "gen_ai.request.model": visit.model,
-            **{told: given[name] for name, told in PARAMETERS.items() if _is_number(given.get(name))},
+            **{attribute: given[name] for name, attribute in PARAMETERS.items() if _is_number(given.get(name))},
             "messaging.system": "celery",
             "messaging.operation.type": "process",
             "messaging.operation.name": "process",
@@ -173,7 +175,7 @@ class JobTraces:
         }
 
 
-def _answered(job_id: str, outcome: Result | BaseException | None) -> dict[str, Any]:
+def _outcome_attributes(job_id: str, outcome: Result | BaseException | None) -> dict[str, Any]:
     if outcome is None:
         return {"headrace.state": "returned"}
     if not isinstance(outcome, Result):
@@ -189,9 +191,11 @@ def _answered(job_id: str, outcome: Result | BaseException | None) -> dict[str, 
     }
 
 
-def _parts(visit: _Visit, outcome: Result | BaseException | None, now: int) -> Iterable[tuple[str, int, int]]:
-    """What the time went to, each with its start and end. Of a job without a result it is not known when it began to
-    write: it has one part for both."""
+def _phases(visit: _Visit, outcome: Result | BaseException | None, now: int) -> Iterable[tuple[str, int, int]]:
+    """The phases of a job, each with its name, start and end.
+
+    Without a result it is not known when decoding began, so prefill and decode are one phase, `compute`.
+    """
     computed = visit.computed or now
     if visit.started is None:
         yield "wait", visit.arrived, computed
@@ -212,5 +216,5 @@ def _code(error: BaseException) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether the protocol of OpenTelemetry can carry it: a larger one would cost all spans that go with it."""
+    """Whether OpenTelemetry's protocol can encode it: with a larger number, the whole export would fail."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63

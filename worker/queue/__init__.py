@@ -1,1 +1,1 @@
-"""Messages out of Redis, safely: consume, validate, acknowledge."""
+"""Takes messages out of Redis without losing any, and validates them."""

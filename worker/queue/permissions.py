@@ -1,7 +1,7 @@
-"""Whether the worker's Redis user may do all that a worker does, and what is said where it may not.
+"""Checks that the worker's Redis user has the permissions that a worker needs.
 
-A right that is missing does not come by waiting. So it is asked for before anything is taken from the queue, and where
-Redis refuses for want of one later, the process ends: jobs stay in the queue, or go back there.
+Retrying does not help against a missing permission. They are checked before the worker takes its first message; if
+Redis denies one later, the process ends, and its jobs stay in the queue or return to it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import redis
 from headrace.client.wire import keys
 from headrace.client.wire.errors import HeadraceError
 
-#: How Redis 6.2 and 7 say it of a command in a script, where it is no NoPermissionError.
+#: What Redis 6.2 and 7 answer for a command inside a script; redis-py does not raise NoPermissionError for these.
 _IN_SCRIPTS = ("user executing the script can't", "ACL failure in script")
 
-#: Commands that an error names; the others are counted.
+#: How many commands an error names; it counts the others.
 NAMED = 4
 
 
 class RightsMissing(HeadraceError):
-    """Raised when the Redis user may not do what a worker does.
+    """Raised when the Redis user lacks permissions that a worker needs.
 
     Attributes:
-        commands: those that Redis refuses, each with its key.
+        commands: the commands that Redis denies, each with its key.
     """
 
     def __init__(self, commands: list[str]) -> None:
@@ -36,62 +36,62 @@ class RightsMissing(HeadraceError):
         more = f" and {len(self.commands) - NAMED} more" if len(self.commands) > NAMED else ""
         return (
             f"the user in HEADRACE_REDIS_URL has no right to {', '.join(self.commands[:NAMED])}{more}; give it the "
-            "rights of headrace-worker in config/redis-users.acl. Jobs wait in the queue meanwhile"
+            "rights of headrace-worker in config/redis-users.acl. Jobs wait in the queue until then"
         )
 
 
 def is_forbidden(error: BaseException) -> bool:
-    """Whether Redis refused because the user lacks a right."""
+    """Whether Redis denied a command because the user lacks a permission."""
     if isinstance(error, redis.exceptions.NoPermissionError):
         return True
     return isinstance(error, redis.ResponseError) and any(words in str(error) for words in _IN_SCRIPTS)
 
 
 def check_rights(connection: redis.Redis, model_names: Iterable[str]) -> None:
-    """See whether the user may run what a worker runs, on the keys it runs it on. Nothing is carried out.
+    """Check that the user may run every command that a worker runs, on the keys it uses. Nothing is executed.
 
-    Redis checks rights when it queues a command of a transaction, and this one is never executed.
+    Redis checks permissions when it queues the commands of a transaction, and this transaction is never executed.
 
     Raises:
-        RightsMissing: it may not.
+        RightsMissing: a permission is missing.
         redis.RedisError: Redis does not answer.
     """
-    asked = connection.connection_pool.get_connection()
+    transaction = connection.connection_pool.get_connection()
     try:
-        if missing := _refused(asked, [("MULTI",)]) or _refused(asked, needed(model_names)):
+        if missing := _denied(transaction, [("MULTI",)]) or _denied(transaction, needed(model_names)):
             raise RightsMissing(missing)
     finally:
-        asked.disconnect()  # type: ignore[no-untyped-call]  # the transaction goes with it
-        connection.connection_pool.release(asked)
+        transaction.disconnect()  # type: ignore[no-untyped-call]  # this discards the transaction
+        connection.connection_pool.release(transaction)
 
 
-def _refused(connection: Any, commands: list[tuple[str, ...]]) -> list[str]:
-    """The commands for which the user lacks a right, each with its key."""
+def _denied(connection: Any, commands: list[tuple[str, ...]]) -> list[str]:
+    """The commands for which the user lacks a permission, each with its key."""
     connection.send_packed_command(connection.pack_commands(commands))
-    refused = []
+    denied = []
     for command in commands:
         try:
             connection.read_response()
-        except redis.ResponseError as error:  # full, loading and so on are no matter of rights
+        except redis.ResponseError as error:  # other errors, such as a full Redis, say nothing about permissions
             if is_forbidden(error):
-                refused.append(" ".join(_shown(command)))
-    return refused
+                denied.append(" ".join(_with_key(command)))
+    return denied
 
 
-def _shown(command: tuple[str, ...]) -> tuple[str, ...]:
-    """The command with its key, as one writes it."""
+def _with_key(command: tuple[str, ...]) -> tuple[str, ...]:
+    """A command's name and its key."""
     if command[0] == "EVALSHA":
         return command[0], command[3]
     return command[:2]
 
 
 def needed(model_names: Iterable[str]) -> list[tuple[str, ...]]:
-    """What a worker runs, each command once for each kind of key it is run on."""
-    queues = [command for name in model_names for command in _on_queue(name)]
-    return [*queues, *_on_messages(), *_on_records(), *_on_itself()]
+    """The commands that a worker runs, each once for each kind of key that it uses."""
+    queues = [command for name in model_names for command in _queue_commands(name)]
+    return [*queues, *_message_commands(), *_job_commands(), *_worker_commands()]
 
 
-def _on_queue(model_name: str) -> list[tuple[str, ...]]:
+def _queue_commands(model_name: str) -> list[tuple[str, ...]]:
     hint = keys.hint(model_name)
     commands: list[tuple[str, ...]] = [("SCRIPT", "LOAD", "return 1")]
     for name in keys.queue_lists(model_name):
@@ -100,7 +100,7 @@ def _on_queue(model_name: str) -> list[tuple[str, ...]]:
     return [*commands, ("BRPOP", hint, "1"), ("DEL", hint), ("LPUSH", hint, "1"), ("EXPIRE", hint, "1")]
 
 
-def _on_messages() -> list[tuple[str, ...]]:
+def _message_commands() -> list[tuple[str, ...]]:
     unacked, index, mutex = keys.unacked(), keys.unacked_index(), f"{keys.PREFIX}unacked_mutex"
     binding = f"{keys.PREFIX}_kombu.binding.headrace"
     return [
@@ -112,8 +112,8 @@ def _on_messages() -> list[tuple[str, ...]]:
     ]
 
 
-def _on_records() -> list[tuple[str, ...]]:
-    job, result, cancel, tensors = (of("x") for of in (keys.job, keys.result, keys.cancel, keys.checkpoint))
+def _job_commands() -> list[tuple[str, ...]]:
+    job, result, cancel, tensors = (key("x") for key in (keys.job, keys.result, keys.cancel, keys.checkpoint))
     events = keys.events("x")
     return [
         *(("HMGET", job, "state"), ("HINCRBY", job, "attempts", "1"), ("HSET", job, "state", "x"), ("DEL", job)),
@@ -124,7 +124,7 @@ def _on_records() -> list[tuple[str, ...]]:
     ]
 
 
-def _on_itself() -> list[tuple[str, ...]]:
+def _worker_commands() -> list[tuple[str, ...]]:
     name, names, models = keys.worker("x"), keys.workers(), keys.models()
     return [
         *(("HSET", name, "x", "x"), ("EXPIRE", name, "1"), ("DEL", name), ("ZADD", names, "1", "x")),

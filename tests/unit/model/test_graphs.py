@@ -14,7 +14,7 @@ from headrace.model.cuda_graphs import MAX_SHAPES, DecodeGraphs, decode_graphs
 from headrace.model.kv_cache import CachedAttention, DecodeGroup, KVCache
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.model_runner import Runner
-from tests.unit.worker.engine_helpers import ask, build, drive, tokens_of, torch_model
+from tests.unit.worker.engine.engine_helpers import ask, build, drive, tokens_of, torch_model
 
 CPU = torch.device("cpu")
 LENGTHS = (32, 64)

@@ -1,0 +1,147 @@
+"""Engines around the bundled model, and requests for them."""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from headrace.client.wire.errors import JobFailed
+from headrace.client.wire.requests import GenerateRequest, parse_request
+from headrace.client.wire.results import Result
+from headrace.config import Settings
+from headrace.model import GPT2, Tokenizer, load_model
+from headrace.worker.engine.build import load_engine
+from headrace.worker.engine.cache_slots import SlotTable, length_classes
+from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.scheduler import Scheduler
+
+WORDS = (
+    "the king and his people had gone out to see what was in the house of a man who would not say where he came from"
+)
+
+
+@functools.cache
+def demo_engine() -> Engine:
+    """The engine that the settings give; its model and tokenizer are shared by all others here.
+
+    One thread: two that wait for each other make a small model slower wherever other processes use the cores too.
+    """
+    return load_engine(Settings(model="demo", device="cpu", dtype="float32", threads=1))
+
+
+def demo_model() -> GPT2:
+    runner = demo_engine().runner
+    assert isinstance(runner, Runner)
+    return runner.model
+
+
+@functools.cache
+def torch_model() -> GPT2:
+    """The bundled model as on a device for which there are no products of ours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headrace.model.linear.floats_work", lambda *_: False)
+        return load_model("demo", device="cpu", dtype="float32")
+
+
+def demo_tokenizer() -> Tokenizer:
+    return demo_engine().tokenizer
+
+
+def build(
+    *,
+    slots: int = 64,
+    step_tokens: int = 512,
+    prefill_chunk: int = 128,
+    draft_tokens: int = 0,
+    budget_positions: int = 64 * 1024,
+    runner: type[Runner] = Runner,
+    model: GPT2 | None = None,
+    **more: Any,
+) -> Engine:
+    """A fresh engine, not started. `budget_positions` is the cache's budget in positions of one sequence."""
+    gpt2 = model or demo_model()
+    lengths = length_classes(gpt2.config.n_positions)
+    tensors = runner(gpt2, lengths)
+    table = SlotTable(
+        lengths, position_bytes=tensors.position_bytes, budget_bytes=budget_positions * tensors.position_bytes
+    )
+    return Engine(
+        tensors,
+        demo_tokenizer(),
+        Scheduler(
+            table, max_rows=slots, step_tokens=step_tokens, prefill_chunk=prefill_chunk, draft_tokens=draft_tokens
+        ),
+        model_name="demo",
+        vocab_size=gpt2.config.vocab_size,
+        max_context=gpt2.config.n_positions,
+        **more,
+    )
+
+
+def models_of(engine: Any, name: str = "demo") -> Any:
+    """What a worker knows of its models where it has one, loaded; the engine may be a stand-in."""
+    return SimpleNamespace(
+        names=(name,),
+        loaded={name: engine},
+        get=lambda _: engine,
+        stats=lambda: {name: engine.stats()},
+        unloads=False,
+    )
+
+
+def ask(prompt: str | list[int] = "Hello.", **fields: Any) -> GenerateRequest:
+    """A request for eight greedy tokens, unless `fields` say otherwise."""
+    return parse_request({"prompt": prompt, "max_tokens": 8, "temperature": 0, "seed": 0, **fields})
+
+
+def tokens_of(count: int, seed: int = 1) -> list[int]:
+    """A prompt of `count` ordinary tokens; different seeds give different ones."""
+    words = demo_tokenizer().encode(" " + WORDS)
+    return [words[(i * i * seed + i + seed) % len(words)] for i in range(count)]
+
+
+def drive(engine: Engine, *futures: Future[Result], steps: int = 5000) -> list[Result]:
+    """Step by hand until the futures are done; their results."""
+    for _ in range(steps):
+        if all(future.done() for future in futures):
+            return [future.result(timeout=0) for future in futures]
+        engine.step()
+    raise AssertionError(f"not done after {steps} steps")
+
+
+def substance(result: Result) -> dict[str, Any]:
+    """What a result says, without its id and its timings."""
+    return result.model_dump(exclude={"id", "timings"})
+
+
+def idle(engine: Engine) -> bool:
+    """Whether nothing is left in the engine: no sequence, no slot in use, nobody who waits."""
+    scheduler = engine.scheduler
+    return not scheduler.running and scheduler.waiting == 0 and not any(scheduler.slots.arenas.values())
+
+
+def expected(*requests: GenerateRequest) -> list[dict[str, Any]]:
+    """What each request gives when nothing else runs."""
+    engine = build()
+    return [substance(drive(engine, engine.submit(request))[0]) for request in requests]
+
+
+def failure(future: Future[Result]) -> JobFailed:
+    """Why the job failed; it is an error if it did not."""
+    with pytest.raises(JobFailed) as caught:
+        future.result(timeout=0)
+    return caught.value
+
+
+def settle(engine: Engine, *futures: Future[Result]) -> None:
+    """Step by hand until the futures are done, well or not."""
+    for _ in range(2000):
+        if all(future.done() for future in futures):
+            return
+        engine.step()
+    raise AssertionError("not done")

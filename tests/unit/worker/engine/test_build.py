@@ -1,0 +1,161 @@
+"""From settings to an engine."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from headrace.client.wire.requests import parse_request
+from headrace.config import Settings
+from headrace.model import GPT2, ModelError, load_model
+from headrace.worker.engine.build import build_engine, check_vocabulary, default_budget, fingerprint, load_engine
+from headrace.worker.engine.cache_slots import length_classes
+from headrace.worker.engine.self_test import is_batch_invariant
+from tests.unit.worker.engine.engine_helpers import ask, demo_engine, demo_model, demo_tokenizer, drive
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("context", "classes"),
+    [
+        (2, [16]),
+        (100, [112]),
+        (128, [128]),
+        (129, [128, 144]),
+        (512, [128, 256, 512]),
+        (1000, [128, 256, 512, 1008]),
+        (1024, [128, 256, 512, 1024]),
+        (2048, [128, 256, 512, 1024, 2048]),
+    ],
+)
+def test_length_classes_end_at_the_context_in_steps_of_16(context: int, classes: list[int]) -> None:
+    assert length_classes(context) == classes
+
+
+def test_the_cache_takes_what_it_wants_but_no_more_than_a_quarter_of_what_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("os.sysconf", {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.__getitem__)
+    assert default_budget(1_000_000, cpu) == 1_000_000
+    assert default_budget(2_000_000, cpu) == 1_024_000
+
+
+def test_settings_reach_the_engine() -> None:
+    settings = Settings(
+        model="demo", served_name="mine", slots=3, max_context=300, step_tokens=99, prefill_chunk=48, threads=1,
+        kv_cache_bytes=10_000_000, draft_tokens=5, device="cpu", dtype="float32",
+    )  # fmt: skip
+    engine = build_engine(settings)
+    slots = engine.scheduler.slots
+    assert (engine.model_name, engine.max_context, engine.scheduler.max_rows) == ("mine", 300, 3)
+    assert (engine.scheduler.step_tokens, engine.scheduler.prefill_chunk) == (99, 48)
+    assert engine.scheduler.draft_tokens == 5
+    assert (list(slots.arenas), slots.budget_bytes) == ([128, 256, 304], 10_000_000)
+    assert torch.get_num_threads() == 1
+    for part in ("float32", "threads-1", "chunk-48", f"torch-{torch.__version__}"):
+        assert part in engine.fingerprint.split("/")
+    (result,) = drive(engine, engine.submit(ask([1] * 290, max_tokens=10)))
+    assert (result.model, result.fingerprint) == ("mine", engine.fingerprint)
+
+
+@pytest.mark.parametrize("missing", ["invariance", "kernel"])
+def test_there_are_no_drafts_where_a_row_could_feel_them(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if missing == "invariance":
+        monkeypatch.setattr("headrace.worker.engine.build.is_batch_invariant", lambda *_: False)
+    else:
+        monkeypatch.setattr("headrace.model.kv_cache.KVCache.decode_kernel", lambda _: None)
+    engine = build_engine(Settings(model="demo", device="cpu", dtype="float32"))
+    assert engine.scheduler.draft_tokens == 0
+
+
+def test_max_context_cannot_pass_the_models_positions() -> None:
+    engine = load_engine(Settings(model="demo", max_context=5000, device="cpu", dtype="float32"))
+    assert engine.max_context == 1024
+
+
+def test_a_budget_that_does_not_hold_one_sequence_is_refused() -> None:
+    with pytest.raises(ValueError, match="HEADRACE_KV_CACHE_BYTES is 1000; one sequence of 1024 tokens needs 4194304"):
+        build_engine(Settings(model="demo", kv_cache_bytes=1000, device="cpu", dtype="float32"))
+
+
+def test_the_default_engine_holds_its_slots_and_says_that_batches_change_nothing() -> None:
+    engine = demo_engine()
+    assert engine.scheduler.slots.budget_bytes == 64 * 1024 * 4096
+    assert engine.fingerprint.endswith("/batch-invariant")
+
+
+def test_the_fingerprint_differs_where_results_may() -> None:
+    model = demo_model()
+    base = fingerprint(model, 128, True)
+    half = load_model("demo", device="cpu", dtype="bfloat16")
+    other = load_model("demo", device="cpu", dtype="float32")
+    other.digest = "0" * 64
+    prints = {base, fingerprint(model, 64, True), fingerprint(model, 128, False), fingerprint(half, 128, True)}
+    assert len(prints | {fingerprint(other, 128, True)}) == 5
+    assert fingerprint(load_model("demo", device="cpu", dtype="float32"), 128, True) == base
+    assert f"weights-{model.digest[:12]}" in base
+
+
+def test_batches_are_measured_to_change_nothing_here() -> None:
+    assert is_batch_invariant(demo_model())
+
+
+class Noisy(GPT2):
+    """A model whose logits depend, in their last bits, on how many rows are computed together."""
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return super().head(hidden) * (1.0 + 2.0**-22 * (len(hidden) > self.quiet_below))
+
+    quiet_below = 1
+
+
+@pytest.mark.parametrize("quiet_below", [1, 4, 20])
+def test_a_model_whose_bits_depend_on_the_batch_is_found_out(quiet_below: int) -> None:
+    model = load_model("demo", device="cpu", dtype="float32")
+    model.__class__ = Noisy
+    model.quiet_below = quiet_below  # type: ignore[attr-defined]
+    assert not is_batch_invariant(model)
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused() -> None:
+    config = replace(demo_model().config, vocab_size=50000)
+    with pytest.raises(ModelError, match="tokenizer has 50257 tokens and its embedding 50000"):
+        check_vocabulary("x", config, demo_tokenizer())
+    check_vocabulary("x", replace(config, vocab_size=50304), demo_tokenizer())
+
+
+def test_the_engines_thread_computes_in_as_many_threads_as_are_set_from_its_first_product_on() -> None:
+    """OpenMP has a number for each thread, and a new thread begins with OpenMP's own."""
+    seen: list[int] = []
+    engine = load_engine(Settings(model="demo", threads=3, device="cpu", dtype="float32", slots=2))
+    model: Any = engine.runner.model  # type: ignore[attr-defined]
+    forward = model.forward
+
+    def watched(*args: Any) -> Any:
+        seen.append(openmp_threads())
+        return forward(*args)
+
+    model.forward = watched
+    with engine:
+        engine.submit(parse_request({"prompt": "Hello.", "max_tokens": 1})).result()
+    assert seen == [3]
+
+
+def openmp_threads() -> int:
+    """The number that oneDNN goes by in this thread."""
+    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    return int(ctypes.CDLL(sorted(paths, key=lambda path: "torch" not in path)[0]).omp_get_max_threads())

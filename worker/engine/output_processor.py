@@ -1,0 +1,103 @@
+"""Turns the tokens of a step into text and results: stop strings, streaming, retiring finished sequences."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from headrace.worker.engine.request_table import RequestTable
+from headrace.worker.engine.requests import RequestState
+from headrace.worker.engine.scheduler import Outcome, Step
+from headrace.worker.engine.sequence import Sequence
+from headrace.worker.engine.step_runner import StepRunner
+
+NAN_MESSAGE = "the model gave no numbers for this prompt (NaN); check its weights"
+
+
+class OutputProcessor:
+    """Hands tokens to their sequences, streams text, and answers finished requests.
+
+    Args:
+        runner: clears slots, and gives captured activations.
+        requests: of the engine.
+        model_name: how results name the model.
+        fingerprint: how results name software, hardware and weights.
+    """
+
+    def __init__(self, runner: StepRunner, requests: RequestTable, *, model_name: str, fingerprint: str) -> None:
+        self.tokens = self.proposed = self.accepted = 0
+        self._runner, self._requests = runner, requests
+        self._model_name, self._fingerprint = model_name, fingerprint
+
+    def process(self, step: Step, outcome: Outcome) -> list[Sequence]:
+        """Append the step's tokens to their sequences, and stream their text. Returns the finished sequences."""
+        now, owner = time.monotonic(), self._requests.owner
+        for sequence, scores in outcome.prompt_scores:
+            sequence.prompt_scores.extend(scores)
+        for source, same in step.same_prompt.items():
+            for sequence in same:
+                sequence.prompt_scores = list(source.prompt_scores)
+        for sequence in step.prefilled:
+            sequence.first_token_at = now
+            if sequence.request.max_tokens == 0 and sequence in owner:
+                self._finish_scoring(sequence)
+        if step.proposed:
+            self._count_accepted(step, outcome)
+        for sequence, score in outcome.tokens:
+            if sequence.finish_reason:
+                continue  # a token before this one in the same step ended it
+            if score is None:
+                self._requests.fail(sequence, "nan_logits", NAN_MESSAGE)
+            elif (state := owner.get(sequence)) is not None:
+                self.tokens += 1
+                sequence.append(score)
+                text = state.texts[sequence.index]
+                text.decode_last_token()
+                if state.on_text is not None and (now >= text.next_delta_at or sequence.finish_reason):
+                    self._stream(state, sequence, state.on_text, now)
+        return [s for s in (*step.decodes, *step.prefilled) if s.finish_reason and s in owner]
+
+    def _count_accepted(self, step: Step, outcome: Outcome) -> None:
+        """Count the proposed tokens that were accepted: each gave its sequence one more token."""
+        tokens = Counter(sequence for sequence, _ in outcome.tokens)
+        for sequence, proposed in step.proposed.items():
+            accepted = tokens[sequence] - 1
+            sequence.note_accepted(len(proposed), accepted)
+            self.proposed += len(proposed)
+            self.accepted += accepted
+
+    def _finish_scoring(self, sequence: Sequence) -> None:
+        """End a request for no new tokens. No sampling has shown its rows to be free of NaN, so its slot is cleared."""
+        last = sequence.prompt_scores[-1].logprob if sequence.prompt_scores else None
+        if last is not None and math.isnan(last):  # a NaN reaches all later positions
+            self._requests.fail(sequence, "nan_logits", NAN_MESSAGE)
+            return
+        if sequence.slot is not None:
+            self._runner.clear(sequence.slot)
+        sequence.finish("length")
+
+    def _stream(self, state: RequestState, sequence: Sequence, on_text: Callable[..., None], now: float) -> None:
+        text = state.texts[sequence.index]
+        if (delta := text.take_delta()) is not None:
+            text.next_delta_at = now + state.text_every_s
+            self._requests.guard(state, functools.partial(on_text, delta))
+
+    def retire(self, finished: list[Sequence]) -> None:
+        """Free the slots of finished sequences, and answer the requests whose last sequence it was."""
+        for sequence in finished:
+            if (state := self._requests.owner.get(sequence)) is None:
+                continue  # another sequence of the same request has ended it
+            if sequence.activations is not None and state.on_trace is not None:
+                self._requests.guard(state, functools.partial(self._hand_over_activations, sequence, state.on_trace))
+            self._requests.release(sequence)
+            if state.finished and state in self._requests:
+                self._requests.guard(state, functools.partial(self._complete, state))
+
+    def _hand_over_activations(self, sequence: Sequence, receive: Callable[[dict[str, bytes]], None]) -> None:
+        receive(self._runner.collect(sequence))
+
+    def _complete(self, state: RequestState) -> None:
+        self._requests.complete(state, state.result(self._model_name, self._fingerprint, time.monotonic()))

@@ -1,0 +1,56 @@
+"""Measures on this machine whether results depend on the batch composition."""
+
+from __future__ import annotations
+
+from headrace.client.wire.requests import GenerateRequest
+from headrace.model.gpt2 import GPT2
+from headrace.model.kv_cache import SHORT
+from headrace.worker.engine.cache_slots import SlotTable
+from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.scheduler import PromptChunk, Step
+from headrace.worker.engine.sequence import Sequence, TokenScore
+
+#: Steps after which the log probabilities of the probe are compared.
+STEPS = 3
+
+
+def is_batch_invariant(model: GPT2) -> bool:
+    """Whether a row's log probabilities have the same bits alone and beside 3, 20 and 21 other rows.
+
+    That results do not depend on the batch composition relies on kernels for which nobody guarantees it. So it is
+    measured here, on this machine with this model, and results tell what was found. One of the other prompts is so long
+    that attention computes the step in pieces.
+    """
+    most = model.config.n_positions - 4
+    probe = [(7919 * i) % model.config.vocab_size for i in range(min(20, most))]
+    alone = _probe_scores(model, probe, others=[])
+    batches = (
+        [[t] for t in (1, 2, 3)],
+        [[t, t + 1] for t in range(20)],
+        [*(list(range(t, t + 7)) for t in range(20)), list(range(min(SHORT + 1, most)))],
+    )
+    return all(_probe_scores(model, probe, others) == alone for others in batches)
+
+
+def _probe_scores(model: GPT2, probe: list[int], others: list[list[int]]) -> list[TokenScore | None]:
+    """Scores of the tokens after the probe, computed beside other prompts in a cache of its own."""
+    request = GenerateRequest(prompt=[0], max_tokens=STEPS + 1, temperature=0, logprobs=1, ignore_eos=True)
+    prompts = [*others, probe]
+    length = -(-(max(map(len, prompts)) + STEPS + 1) // 16) * 16
+    runner = Runner(model, [length])
+    slots = SlotTable([length], position_bytes=1, budget_bytes=length * (len(prompts) + 8))
+    sequences = [Sequence(request, [t % model.config.vocab_size for t in prompt], 0, 0) for prompt in prompts]
+    for sequence in sequences:
+        slots.allocate(sequence)
+    runner.fit(slots.capacity)
+    step = Step(chunks=[PromptChunk(s, 0, len(s.prompt)) for s in sequences])
+    scores: list[TokenScore | None] = []
+    for _ in range(STEPS):
+        for sequence, score in runner.run(step).tokens:
+            sequence.prefilled = len(sequence.prompt)
+            if score is not None:
+                sequence.append(score)
+            if sequence is sequences[-1]:
+                scores.append(score)
+        step = Step(decodes=sequences)
+    return scores

@@ -1,0 +1,125 @@
+"""The text of one sequence: decoding, stop strings, and the pieces in which it is streamed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace.client.wire.results import Choice, TokenLogprob, TopLogprob
+from headrace.model.tokenizer import Tokenizer
+from headrace.worker.engine.sequence import FinishReason, Sequence, TokenScore
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Text that one sample gained, in whole characters, with its tokens; the last delta has a `finish_reason`.
+
+    Each delta is a slice of the choice in the result, which begins with the prompt if the request has `echo`: tokens
+    and log probabilities from index `at`, text from character `text_at`.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    at: int = 0
+    text_at: int = 0
+    logprobs: list[TokenLogprob] | None = None
+
+
+class SequenceText:
+    """Decodes the tokens of a sequence as they come, and ends the sequence at a stop string.
+
+    Args:
+        sequence: whose output is decoded.
+        tokenizer: of the model that computes it.
+        prompt_text: text of the prompt, for requests with `echo`.
+    """
+
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, prompt_text: str = "") -> None:
+        self.sequence = sequence
+        self.text = ""
+        #: When the next delta may be sent, by the monotonic clock.
+        self.next_delta_at = 0.0
+        self._tokenizer = tokenizer
+        self._decoder = tokenizer.decoder()
+        self._prompt_text = prompt_text
+        self._stops = sequence.request.stop
+        self._longest_stop = max(map(len, self._stops), default=0)
+        self._scan_from = 0  # no stop string begins before this character
+        self._sent_text = self._sent_tokens = 0
+        self._logprobs: list[TokenLogprob] = []  # of the first tokens, so that each is converted once
+
+    def decode_last_token(self) -> None:
+        """Append the text of the sequence's newest token. If that completes a stop string, end the sequence there."""
+        sequence = self.sequence
+        if sequence.finish_reason == "stop":  # the newest token is a stop token, whose text is left out
+            self.text += self._decoder.flush()
+            return
+        before = len(self.text)
+        self.text += self._decoder.push(sequence.output[-1])
+        if sequence.finish_reason:
+            self.text += self._decoder.flush()
+        if self._stops:
+            self._cut_at_stop_string(before)
+
+    def _cut_at_stop_string(self, before: int) -> None:
+        """Look for the earliest stop string that the text from character `before` on completes."""
+        if len(self.sequence.output) < self.sequence.request.min_tokens:
+            self._scan_from = len(self.text)
+            return
+        start = max(self._scan_from, before - self._longest_stop + 1)
+        found = [(at, stop) for stop in self._stops if (at := self.text.find(stop, start)) >= 0]
+        if found:
+            at, stop = min(found, key=lambda hit: hit[0])
+            self.text = self.text[:at]
+            self.sequence.finish("stop", stop)
+
+    def take_delta(self) -> TextDelta | None:
+        """The text since the last call, or None if there is none. Text that may begin a stop string is held back."""
+        sequence = self.sequence
+        end = len(self.text) if sequence.finish_reason else len(self.text) - self._held_back()
+        if end <= self._sent_text and sequence.finish_reason is None:
+            return None
+        at, text_at = self._sent_tokens, self._sent_text
+        text, tokens, logprobs = self.text[text_at:end], sequence.output[at:], self._logprobs_from(at)
+        self._sent_text, self._sent_tokens = max(end, text_at), len(sequence.output)
+        if sequence.request.echo and at:
+            at, text_at = at + len(sequence.prompt), text_at + len(self._prompt_text)
+        elif sequence.request.echo:
+            text, tokens, logprobs = self._prompt_text + text, sequence.prompt + tokens, self._with_prompt(logprobs)
+        return TextDelta(sequence.index, text, tokens, sequence.finish_reason, at, text_at, logprobs)
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the text that is the beginning of a stop string."""
+        for length in range(min(self._longest_stop - 1, len(self.text)), 0, -1):
+            tail = self.text[-length:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return length
+        return 0
+
+    def choice(self) -> Choice:
+        """This sample as the result holds it."""
+        sequence, echo, logprobs = self.sequence, self.sequence.request.echo, self._logprobs_from(0)
+        return Choice(
+            index=sequence.index,
+            text=(self._prompt_text if echo else "") + self.text,
+            token_ids=(sequence.prompt if echo else []) + sequence.output,
+            finish_reason=sequence.finish_reason or "length",
+            stop_reason=sequence.stop_reason,
+            logprobs=self._with_prompt(logprobs) if echo else logprobs,
+        )
+
+    def _logprobs_from(self, at: int) -> list[TokenLogprob] | None:
+        """Log probabilities of the output from index `at` on; None if the request does not ask for them."""
+        if self.sequence.request.logprobs is None:
+            return None
+        self._logprobs.extend(map(self._logprob, self.sequence.scores[len(self._logprobs) :]))
+        return self._logprobs[at:]
+
+    def _with_prompt(self, logprobs: list[TokenLogprob] | None) -> list[TokenLogprob] | None:
+        return None if logprobs is None else [*map(self._logprob, self.sequence.prompt_scores), *logprobs]
+
+    def _logprob(self, score: TokenScore) -> TokenLogprob:
+        text, count = self._tokenizer.token_text, self.sequence.request.logprobs
+        top = [TopLogprob(token_id=i, token=text(i), logprob=p) for i, p in score.top[:count]]
+        return TokenLogprob(token_id=score.token_id, token=text(score.token_id), logprob=score.logprob, top=top)

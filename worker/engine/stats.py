@@ -1,0 +1,44 @@
+"""What an engine is doing at one moment, for status, heartbeat and metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Load and counters of an engine."""
+
+    #: Sequences that can run at once.
+    slots: int
+    running: int
+    waiting: int
+    #: New tokens since the engine was built.
+    tokens: int
+    #: Prompt tokens computed since then. Those whose keys and values were copied from another sequence do not count.
+    prompt_tokens: int
+    steps: int
+    #: Tokens that n-gram speculative decoding proposed, and how many of them were accepted.
+    drafted: int
+    accepted: int
+    #: Memory of the key-value cache.
+    cache_bytes: int
+    #: Share of the cache's budget that running sequences hold, from 0 to 1.
+    cache_usage: float
+    #: Seconds since the running step last made progress; 0 between steps.
+    step_age_s: float
+
+
+@dataclass(frozen=True)
+class RowStats:
+    """Progress of one running sequence."""
+
+    job_id: str
+    #: Seconds since it got its slot.
+    age_s: float
+    #: Tokens of its prompt, and how many of them are in the cache.
+    prompt: int
+    read: int
+    #: New tokens, and `max_tokens` of the request.
+    written: int
+    most: int

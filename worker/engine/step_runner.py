@@ -1,0 +1,42 @@
+"""What the engine asks of the tensor side. `model_runner.Runner` implements it; benchmarks have one without a model."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from headrace.worker.engine.cache_slots import Move
+from headrace.worker.engine.scheduler import Copy, Outcome, Step
+from headrace.worker.engine.sequence import Sequence, Slot
+
+
+class StepRunner(Protocol):
+    """Computes steps, and keeps the key-value cache. Called from the engine's thread only."""
+
+    @property
+    def dense(self) -> bool:
+        """Whether the slots in use should be the first of their arena."""
+        ...
+
+    def run(self, step: Step) -> Outcome:
+        """Compute a step."""
+        ...
+
+    def fit(self, capacity: dict[int, int]) -> None:
+        """Give the arena of each length class memory for so many slots."""
+        ...
+
+    def move(self, move: Move) -> None:
+        """Move a sequence to another slot of its arena."""
+        ...
+
+    def copy(self, copy: Copy) -> None:
+        """Copy the keys and values of a prefix from one sequence to another."""
+        ...
+
+    def clear(self, slot: Slot) -> None:
+        """Set the keys and values of a slot to zero."""
+        ...
+
+    def collect(self, sequence: Sequence) -> dict[str, bytes]:
+        """The activations captured for a finished sequence, each as safetensors bytes by name."""
+        ...

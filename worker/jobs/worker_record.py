@@ -1,0 +1,125 @@
+"""The record in Redis that says what this worker is doing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import redis
+import structlog
+
+from headrace.client.wire import keys
+from headrace.worker.jobs.deliveries import DeliveryBook
+from headrace.worker.jobs.health import Health
+from headrace.worker.jobs.store import Store
+
+if TYPE_CHECKING:
+    from headrace.worker.engine.engine import Engine
+    from headrace.worker.engine.registry import Models
+    from headrace.worker.engine.stats import RowStats
+
+log = structlog.get_logger("headrace.worker")
+
+#: A record describes this many running samples at most.
+SHOWN_ROWS = 256
+#: The fields of an engine that is not loaded. The record is a hash, so fields that are not written keep their values.
+NOT_LOADED: dict[str, str | int | float] = {
+    "fingerprint": "",
+    "running": 0,
+    "tokens_per_s": 0.0,
+    "step_age_s": 0.0,
+    "rows": "[]",
+}
+
+
+class WorkerRecord:
+    """Writes one record for each model, as if each were served by a worker of its own.
+
+    Args:
+        store: keeps the records.
+        models: the engines.
+        book: says how many jobs wait for a model that is not loaded.
+        health: says whether an engine is stalled.
+        slots: how many samples an engine computes at the same time.
+        failures: the last failures by model.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        models: Models,
+        book: DeliveryBook,
+        health: Health,
+        *,
+        slots: int,
+        failures: Mapping[str, Iterable[object]],
+    ) -> None:
+        self._store, self._models, self._book, self._health = store, models, book, health
+        self._slots, self._failures = slots, failures
+        #: The name of this worker.
+        self.name = f"{socket.gethostname()}-{os.getpid()}"
+        self._began_at = time.time()
+        self._last_tokens: dict[str, int] = {}
+        self._written_at = time.monotonic()
+
+    def write(self, now: float, *, stalled: bool) -> None:
+        """Write the records. `now` is the monotonic clock's. Raises redis.RedisError."""
+        engines, passed_s = self._models.loaded, max(1e-9, now - self._written_at)
+        self._written_at = now
+        for model in self._models.names:
+            self._store.announce(
+                self._name_for(model),
+                {
+                    "model": model,
+                    "slots": self._slots,
+                    "started_at": self._began_at,
+                    "stalled": int(stalled),
+                    "loaded": int(model in engines),
+                    "failures": json.dumps(list(self._failures[model])),
+                    **self._engine_fields(model, engines.get(model), passed_s),
+                },
+            )
+
+    def remove(self) -> None:
+        """Remove the records. If Redis does not answer, they expire soon."""
+        try:
+            for model in self._models.names:
+                self._store.deregister(self._name_for(model))
+        except redis.RedisError as error:
+            log.warning("redis.unanswered", error=str(error))
+
+    def _name_for(self, model: str) -> str:
+        return self.name if len(self._models.names) == 1 else keys.worker_of(self.name, model)
+
+    def _engine_fields(self, model: str, engine: Engine | None, passed_s: float) -> dict[str, str | int | float]:
+        if engine is None:
+            return {**NOT_LOADED, "waiting": self._book.held_jobs(model)}
+        stats = engine.stats()
+        rate = max(0, stats.tokens - self._last_tokens.get(model, 0)) / passed_s
+        self._last_tokens[model] = stats.tokens
+        return {
+            "fingerprint": engine.fingerprint,
+            "running": stats.running,
+            "waiting": stats.waiting,
+            "tokens_per_s": round(rate, 1),
+            "drafted": stats.drafted,
+            "accepted": stats.accepted,
+            "step_age_s": round(self._health.stalled_for_s or stats.step_age_s, 1),
+            "rows": json.dumps([_row_fields(row) for row in engine.rows()[:SHOWN_ROWS]]),
+        }
+
+
+def _row_fields(row: RowStats) -> dict[str, str | int | float]:
+    """What the record says of a running sample. People who may not read the job may read the record."""
+    return {
+        "job": keys.tag(row.job_id),
+        "age_s": round(row.age_s, 1),
+        "prompt": row.prompt,
+        "read": row.read,
+        "written": row.written,
+        "most": row.most,
+    }

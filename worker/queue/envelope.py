@@ -1,0 +1,71 @@
+"""The envelope that kombu writes around a Celery message: reads it, checks it, and keeps what cannot be read."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from kombu.utils.json import loads
+
+from headrace.client.wire import keys
+
+
+def read_envelope(message: bytes | str) -> dict[str, Any]:
+    """Parse a message as it is stored in a queue: the envelope with its body, headers and properties.
+
+    Raises:
+        ValueError: it is not a valid envelope; the text says what is wrong.
+    """
+    return _check_envelope(_parse(message))
+
+
+def check_unacked_entry(entry: bytes | str) -> None:
+    """Check an entry of kombu's `unacked` hash: an envelope, its exchange and its routing key.
+
+    Raises:
+        ValueError: the entry is not valid; the text says what is wrong.
+    """
+    fields = _parse(entry)
+    if not isinstance(fields, list) or len(fields) != 3:
+        raise ValueError("it is not a message with its exchange and routing key")
+    _check_envelope(fields[0])
+
+
+def _parse(text: bytes | str) -> Any:
+    try:
+        return loads(as_text(text))  # type: ignore[no-untyped-call]
+    except Exception as error:  # invalid JSON, or whatever kombu raises for the typed objects in it
+        raise ValueError(f"it is not JSON that can be read ({type(error).__name__})") from error
+
+
+def _check_envelope(envelope: Any) -> dict[str, Any]:
+    properties = envelope.get("properties") if isinstance(envelope, dict) else None
+    if not isinstance(properties, dict):
+        raise ValueError("it is not a message: its properties are missing")
+    for name, value, kind in (
+        ("body", envelope.get("body"), str),
+        ("headers", envelope.get("headers"), dict),
+        ("delivery_info", properties.get("delivery_info"), dict),
+        ("priority", properties.get("priority", 0), int),
+        ("body_encoding", properties.get("body_encoding") or "", str),
+    ):
+        if not isinstance(value, kind):
+            raise ValueError(f"its {name} is of type {type(value).__name__}; expected {kind.__name__}")
+    return envelope  # type: ignore[no-any-return]
+
+
+def as_text(value: bytes | str) -> str:
+    """Decode what a Redis connection returns, which depends on `decode_responses`."""
+    return value if isinstance(value, str) else value.decode()
+
+
+def dead_letter(connection: Any, queue: str, message: bytes, reason: str) -> None:
+    """Append a refused message to the dead letter list. Raises redis.RedisError."""
+    text = message[: keys.DEAD_TEXT_BYTES].decode(errors="replace")
+    entry = {"reason": reason, "at": time.time(), "queue": queue, "bytes": len(message), "message": text}
+    pipe = connection.pipeline()
+    pipe.lpush(keys.dead(), json.dumps(entry))
+    pipe.ltrim(keys.dead(), 0, keys.DEAD_ENTRIES - 1)
+    pipe.expire(keys.dead(), keys.DEAD_TTL_S)
+    pipe.execute()

@@ -1,0 +1,76 @@
+"""Reads the content of a message. Anybody who can reach the queue may have written it, so nothing in it is trusted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+
+from headrace.client.wire import keys
+from headrace.client.wire.celery import GROUP_TASK_NAME
+from headrace.client.wire.errors import InvalidRequest, JobFailed
+from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request
+from headrace.client.wire.version import SCHEMA_VERSION, is_readable
+
+log = structlog.get_logger("headrace.worker")
+
+BAD_SIGNATURE = (
+    "the request has no signature that this worker accepts, and was not computed; give the client the first key of the "
+    "worker's HEADRACE_SIGNING_KEY, and submit to the model that the worker serves"
+)
+
+
+def model_of(delivery_info: Any) -> str | None:
+    """Return the model of the queue that a message came from, or None if it came from no queue."""
+    queue = delivery_info.get("routing_key") if isinstance(delivery_info, dict) else None
+    return keys.model_of(queue) if isinstance(queue, str) else None
+
+
+def argument(task: str, args: Any, kwargs: Any) -> Any:
+    """Return the argument that a message passes to one of headrace's tasks, or None if it passes none."""
+    if isinstance(args, (list, tuple)) and args:
+        return args[0]
+    return kwargs.get("jobs" if task == GROUP_TASK_NAME else "request") if isinstance(kwargs, dict) else None
+
+
+def read_wire(wire: Any) -> GenerateRequest:
+    """Parse a request from a message.
+
+    Raises:
+        JobFailed: with the code `unsupported_version` or `invalid_request`.
+    """
+    if not isinstance(wire, dict):
+        raise JobFailed("invalid_request", f"the message contains a {type(wire).__name__} instead of a request")
+    if not is_readable(wire.get("schema_version", SCHEMA_VERSION)):
+        raise JobFailed(
+            "unsupported_version",
+            f"the request has schema version {str(wire['schema_version'])[:20]} and this worker reads none above "
+            f"{SCHEMA_VERSION}; upgrade the workers before the clients",
+        )
+    try:
+        return parse_request(wire)
+    except InvalidRequest as error:
+        raise JobFailed("invalid_request", str(error)) from error
+
+
+def read_group(group: Any) -> dict[str, Any]:
+    """Return the requests of a message for `GROUP_TASK_NAME` by job id; `read_wire` validates each request.
+
+    A member without a valid id is left out: no result could be stored for it. So is a repeated id. One log line counts
+    them.
+    """
+    jobs: dict[str, Any] = {}
+    members = group if isinstance(group, (list, tuple)) else [group]
+    nameless = repeated = 0
+    for member in members:
+        job_id = member.get("id") if isinstance(member, dict) else None
+        if not is_job_id(job_id):
+            nameless += 1
+        elif job_id in jobs:
+            repeated += 1
+        else:
+            jobs[job_id] = member.get("request")
+    if nameless or repeated:
+        reason = "members of the message have no valid job id, or repeat one"
+        log.error("job.refused", reason=reason, none=nameless, again=repeated)
+    return jobs
