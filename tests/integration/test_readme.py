@@ -118,9 +118,17 @@ def test_the_settings_that_the_readme_names_exist() -> None:
     assert named <= {name.upper() for name in Settings.model_fields}
 
 
-def test_the_files_it_names_exist() -> None:
-    for name in re.findall(r"`((?:client|worker|model|config|docker)/[\w./]+)`", README):
-        assert (ROOT / name).exists(), name
+def test_the_files_that_readme_and_architecture_name_exist() -> None:
+    """A name without a folder is in the folder of the one before it in the same row or paragraph."""
+    for page in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"):
+        for line in (ROOT / page).read_text().splitlines():
+            folder = ROOT
+            for name in re.findall(r"`([\w./-]+(?:\.\w+|/))`", line):
+                if name.startswith(("client/", "worker/", "model/", "config/", "docker/", "tests/", "headrace/")):
+                    folder = ROOT / name if name.endswith("/") else (ROOT / name).parent
+                    assert (ROOT / name).exists(), f"{page}: {name}"
+                elif name.endswith((".py", ".lua")) and folder != ROOT:
+                    assert (folder / name).exists(), f"{page}: {name}"
 
 
 def test_the_readme_is_short() -> None:
