@@ -1,11 +1,11 @@
-"""`headrace batch`: memory of the client, rate of checking, and what is left of the engine's rate.
+"""Benchmark `headrace batch`: memory of the client, lines checked per second, and throughput relative to the engine.
 
     python -m benchmarks.bulk --only memory --lines 200000 1000000
     python -m benchmarks.bulk --only rate
 
-`memory` checks a file of so many lines in a process of its own, makes a dry run of it in another, and reports the most
-memory that each had. `rate` puts prompts of the ragged workload through engine and
-command, with the same model; the command's time is the one it reports, without starting and checking.
+`memory` checks a file with the given number of lines in one process, makes a dry run of it in another, and reports the
+peak memory of each. `rate` runs the ragged workload on the engine and through the command, with the same model. The
+command's time is the one it reports, which excludes starting and checking.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.whole_way import Alone, requests, tokens, whole_way
 from benchmarks.workloads import WORKLOADS, Item
 
-#: Repetitions of the ragged workload, so that the end, at which slots are empty, counts little.
+#: Repetitions of the ragged workload, so that the end of a run, where slots are empty, has little weight.
 REPEATS = 16
 
 
@@ -32,7 +32,7 @@ WORDS = "the river mill turns a wheel of stone and water runs on under grey morn
 
 
 def write_lines(path: Path, count: int) -> int:
-    """A file in the Batch form, of about 60 words a prompt. Returns its bytes."""
+    """Write a file in the Batch format with 60 words in each prompt. Returns its size in bytes."""
     dice = random.Random(1)
     words = WORDS.split()
     with path.open("w") as file:
@@ -43,7 +43,7 @@ def write_lines(path: Path, count: int) -> int:
     return path.stat().st_size
 
 
-#: Checks the file it is given: rate, and the most memory before and after. A process of its own, which loads no torch.
+#: Run in a separate process without torch: checks a file and prints lines per second and peak memory before and after.
 CHECK = """
 import json, sys, time
 from headrace.client import Client
@@ -60,7 +60,7 @@ print(json.dumps({"rows": rows, "seconds": took, "before_bytes": before, "peak_b
 
 
 def own_process(*command: str, **environment: str) -> dict[str, Any]:
-    """What a process prints as JSON."""
+    """Run a process and parse its output as JSON."""
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env={**os.environ, **environment})
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -68,7 +68,7 @@ def own_process(*command: str, **environment: str) -> dict[str, Any]:
 
 
 def memory(counts: Sequence[int], url: str) -> list[dict[str, Any]]:
-    """Rate and memory of checking, and memory of a dry run, for files of so many lines."""
+    """Speed and memory of checking, and memory of a dry run, for files with these numbers of lines."""
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for count in counts:
@@ -88,7 +88,7 @@ def memory(counts: Sequence[int], url: str) -> list[dict[str, Any]]:
 
 
 def rate(url: str, threads: int, rounds: int) -> dict[str, Any]:
-    """New tokens per second of the engine alone and of the command, in turn."""
+    """New tokens per second of the engine alone and of the command, measured alternately."""
     items: list[Item] = WORKLOADS["ragged"]() * REPEATS
     alone = Alone("demo", "float32")
     alone.run(items[:64])

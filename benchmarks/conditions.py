@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code that is measured: versions, processor, threads, date, commit."""
+"""The conditions of a measurement: versions, processor, threads, date, commit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PACKAGES = ("headrace", "torch", "transformers", "ctranslate2", "llama-cpp-pyth
 
 
 def conditions(threads: int) -> dict[str, object]:
-    """Ready for JSON. What cannot be found out is None."""
+    """The conditions as JSON values; None for what cannot be determined."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -26,7 +26,7 @@ def conditions(threads: int) -> dict[str, object]:
 
 
 def commit() -> str | None:
-    """The commit of the sources, with `+` if files under version control differ from it."""
+    """The commit of the sources, with `+` if tracked files differ from it; None outside of a repository."""
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:

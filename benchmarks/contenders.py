@@ -1,4 +1,4 @@
-"""Who is measured, and what each must do: our engine and its peers, on the same weights, prompts and threads."""
+"""The contenders: our engine and its peers, which run the same weights and prompts with the same number of threads."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Tokens = list[list[int]]
 
 
 class Contender(Protocol):
-    """Computes a workload greedily, exactly as many tokens as asked for."""
+    """Computes a workload greedily, with exactly the requested number of tokens."""
 
     def plans(self, items: Sequence[Item]) -> list[str]:
-        """The ways it could run this workload; all are tried once, and the fastest is measured."""
+        """The possible ways to run this workload. Each is tried once, and the fastest one is measured."""
 
     def prepare(self, items: Sequence[Item], plan: str) -> Callable[[], Tokens]:
-        """Whatever a server would do once before it takes prompts; the function returned is what is timed."""
+        """Do what a server does once before it accepts prompts. The returned function is what is timed."""
 
 
 class Headrace:
@@ -36,7 +36,7 @@ class Headrace:
         from headrace.worker.engine.build import load_engine
 
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-        # No drafts: random weights repeat themselves, so nearly every guess is right, as no real text would have it.
+        # No speculative decoding: a model with random weights repeats itself, so nearly every proposal is accepted.
         settings = Settings(model=str(folder), dtype=precision, device="cpu", threads=threads, draft_tokens=0)
         self.engine = load_engine(settings)
 
@@ -61,7 +61,7 @@ class Headrace:
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender in one precision, by the names it has in tables and on the command line."""
+    """A contender in one precision, with its names in tables and on the command line."""
 
     peer: str
     precision: str
@@ -71,7 +71,7 @@ class Entry:
         return f"{self.peer} {self.precision}"
 
 
-#: Name -> class, modules that must be installed, precisions it has.
+#: Name -> class, modules that must be installed, supported precisions.
 _KINDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "headrace": ("benchmarks.contenders:Headrace", (), ("float32", "bfloat16", "int8")),
     "transformers": ("benchmarks.peers.transformers:Padded", ("transformers",), ("float32", "bfloat16")),
@@ -103,12 +103,12 @@ def entries(dtype: str, peers: Sequence[str]) -> list[Entry]:
 
 
 def missing(peer: str) -> list[str]:
-    """The modules that a peer needs and that are not installed."""
+    """The modules of a peer that are not installed."""
     return [module for module in _KINDS[peer][1] if util.find_spec(module) is None]
 
 
 class Seat:
-    """What runs in a contender's own process: builds it, times it, counts what it gives."""
+    """Runs in the process of a contender: builds it, times it and counts its tokens."""
 
     def __init__(self, entry: Entry, threads: int, scratch: Path) -> None:
         self.entry, self.threads, self.scratch = entry, threads, scratch
@@ -129,7 +129,7 @@ class Seat:
         return self.contender.plans(items)
 
     def run(self, items: Sequence[Item], plan: str) -> tuple[float, Tokens]:
-        """Seconds from the prompts in hand to every token in hand, and the tokens.
+        """Run the workload once. Returns the seconds from prompts to tokens, and the tokens.
 
         Raises:
             RuntimeError: a prompt got more or fewer tokens than asked for.

@@ -1,6 +1,6 @@
-"""The shortest time in which this machine could compute a workload, from how fast it reads and how fast it multiplies.
+"""A lower bound for the time of a workload on this machine, from its memory bandwidth and its arithmetic throughput.
 
-Whatever the schedule, two things must be done.
+Every schedule has to do two things (a roofline model).
 
 **Bytes read.** The first token of a prompt comes from the pass over the prompt and each further one from a pass of its
 own, which needs the token before it. A workload therefore takes at least as many passes as the most new tokens of any
@@ -9,12 +9,12 @@ a block (3 for queries, keys and values, 1 for the output of attention, 4 + 4 fo
 `vocabulary * width` in the head. Besides, a token after the first reads the keys and values of all positions before
 its own, `2 * layers * width` numbers each; that of its own, and those within a prompt, were computed in the same pass.
 
-**Products.** Every token that enters the model, `prompt + new - 1` of each row as the last one never does, takes a
+**Operations.** Every token that enters the model, `prompt + new - 1` of each row as the last one never does, takes a
 multiplication and an addition with each weight of the blocks; each new token the same with the head. At position `t`
 attention takes `t + 1` positions times the query and as many times the values, `4 * width * (t + 1)` operations in a
 layer. Norms, GELU, softmax, sampling and everything that is written are left out.
 
-The limit is the longer of the two times, as if reading and multiplying went on side by side without a gap. It is a
+The limit is the longer of the two times, as if reading and computing overlapped perfectly. It is a
 lower bound for this machine in this precision, not a promise that a program could reach it. One caveat: the rate of
 reading is that of an array larger than most caches; weights that stay in a large cache can be read faster.
 """
@@ -32,7 +32,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a model that its cost depends on."""
+    """The dimensions of a model that determine its cost."""
 
     layers: int
     width: int
@@ -49,14 +49,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does at its best: bytes read in a second, operations (half a multiply-add) in a second."""
+    """Peak rates of a machine: bytes read per second, and operations (half a multiply-add) per second."""
 
     bytes_per_s: float
     operations_per_s: float
 
 
 def bytes_read(shape: Shape, items: Sequence[Item], itemsize: int) -> int:
-    """Bytes that any schedule reads for the workload, numbers having `itemsize` bytes."""
+    """Bytes that any schedule reads for the workload, with elements of `itemsize` bytes."""
     passes = max(item.new_tokens for item in items)
     weights = passes * (shape.block_weights + shape.head_weights)
     # The token after the first reads `prompt` positions, the next one more, and so on for new_tokens - 1 tokens.
@@ -73,13 +73,13 @@ def operations(shape: Shape, items: Sequence[Item]) -> int:
 
 
 def limit_s(shape: Shape, items: Sequence[Item], itemsize: int, rates: Rates) -> float:
-    """Seconds below which this machine cannot compute the workload."""
+    """The least number of seconds in which this machine can compute the workload."""
     reading = bytes_read(shape, items, itemsize) / rates.bytes_per_s
     return max(reading, operations(shape, items) / rates.operations_per_s)
 
 
 class Machine:
-    """Measures the rates; like a contender it lives in a process of its own."""
+    """Measures the rates, in a process of its own like a contender."""
 
     def __init__(self, threads: int) -> None:
         import torch
@@ -88,7 +88,7 @@ class Machine:
         self._large = torch.ones(2**28)  # 1 GiB
 
     def rates(self, dtype: str) -> Rates:
-        """The best of several tries each: the sum of a large array, and a product of large square matrices."""
+        """The best of several tries: the sum of a large array, and a matrix product of large square matrices."""
         import torch
 
         square = torch.randn(4096, 4096).to(getattr(torch, dtype))

@@ -1,9 +1,9 @@
-"""A worker whose device is modelled: a step takes a fixed time and no arithmetic, and all else is what users run.
+"""A worker with a simulated device: a step takes a fixed time and computes nothing. Everything else is real.
 
     MODELLED_STEP_MS=100 celery -A benchmarks.modelled worker
 
-Scheduler, slots, pool, broker, leases and results are the real ones, so that many workers fit on a machine that could
-not compute for them, and what is seen is what they cost each other and Redis.
+Scheduler, slots, pool, broker, leases and results are the real ones. Many workers therefore fit on one machine, and
+what is measured is what they cost each other and Redis.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = ["ModelledRunner", "app", "modelled_engine"]
 
 
 class ModelledRunner:
-    """A device that computes any step in the same time, and has room for everything.
+    """A device that takes the same time for every step and has unlimited memory.
 
     Args:
-        step_s: that time, in seconds. It counts as one that the device takes: the processor is free meanwhile.
+        step_s: the time of a step in seconds, during which the processor is idle.
     """
 
     dense = False
@@ -37,7 +37,7 @@ class ModelledRunner:
         self.step_s = step_s
 
     def run(self, step: Step) -> Outcome:
-        """A token for each sequence that is due one."""
+        """Give a token to each sequence that decodes."""
         if self.step_s:
             time.sleep(self.step_s)
         return Outcome([(s, TokenScore(echo(s.prompt, len(s.output)), None, [])) for s in step.drawing], [])

@@ -1,4 +1,4 @@
-"""Models to measure with: the shapes that were released, with random weights, since speed does not depend on them."""
+"""Models for benchmarks: the released sizes with random weights, because speed does not depend on the weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ VOCABULARY = 50257
 
 
 def random_model(shape: str, folder: Path) -> Path:
-    """A model of a released shape with random weights, written once by transformers."""
+    """A model of a released size with random weights, which transformers writes if it does not exist yet."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 

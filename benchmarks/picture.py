@@ -1,4 +1,4 @@
-"""The figures of a run as bars: `python -m benchmarks.picture figures.json figures.png`."""
+"""Draw the figures of a run as bars: `python -m benchmarks.picture figures.json figures.png`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Each contender in a process of its own, stopped whenever it is not its turn.
+"""Run each contender in a process of its own, which is stopped with a signal while another one is measured.
 
-OpenMP and ggml keep their threads spinning for a while after the work is done, some for ever. In one process, or in
-processes that merely wait, that takes cores from whoever is measured next; a stopped process takes none.
+The threads of OpenMP and ggml spin for a while after their work is done, some of them forever. That would take cores
+from the next contender; a stopped process takes none.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 
 
 class TooSlow(Exception):
-    """The call was given up after its limit, and the process with it."""
+    """The call exceeded its time limit; the process was ended."""
 
 
 class Failed(Exception):
-    """The call raised in the process, or the process died; the message says what."""
+    """The call raised an exception in the process, or the process died; the message says which."""
 
 
 class Remote:
@@ -39,12 +39,12 @@ class Remote:
         self._process = context.Process(target=_serve, args=(theirs, os.getpid(), make, arguments), daemon=True)
         self._process.start()
         theirs.close()
-        # Python waits for its processes when it ends, and a stopped one would never end by itself.
+        # Python waits for its child processes at exit, and a stopped one would never end.
         atexit.register(self.close)
         self._receive(None)
 
     def call(self, method: str, *arguments: object, limit_s: float | None = None) -> Any:
-        """What the method returns. The process runs only during the call.
+        """Call a method and return its result. The process runs only during the call.
 
         Raises:
             TooSlow: it took more than `limit_s`; the process is gone.
@@ -86,7 +86,7 @@ class Remote:
 
 def _serve(pipe: Connection, parent: int, make: Callable[..., object], arguments: tuple[object, ...]) -> None:
     if sys.platform == "linux":
-        # Nobody else could end a stopped process whose parent was killed (1 is PR_SET_PDEATHSIG).
+        # If the parent is killed, nothing else would end a stopped process (1 is PR_SET_PDEATHSIG).
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
         if os.getppid() != parent:
             return
@@ -105,6 +105,6 @@ def _serve(pipe: Connection, parent: int, make: Callable[..., object], arguments
 def _answer(pipe: Connection, compute: Callable[[], object]) -> None:
     try:
         reply: tuple[str, object] = ("", compute())
-    except Exception as error:  # whatever it is, the run goes on with the other contenders
+    except Exception as error:  # the run continues with the other contenders
         reply = (f"{type(error).__name__}: {error}", None)
     pipe.send(reply)

@@ -1,15 +1,15 @@
-"""Many workers on one Redis: how throughput grows with them, how evenly they work, and what a job costs Redis.
+"""Benchmark many workers on one Redis: scaling of throughput, balance between workers, cost of a job in Redis.
 
     python -m benchmarks.scaling                                   # 1, 2, 4, 8, 16 workers, 100 ms a step
     python -m benchmarks.scaling --only saturate --workers 1 2 4   # jobs of one token, steps that take no time
 
-The workers are processes as users start them, with a device that takes a fixed time for a step and no processor
-(benchmarks/modelled.py): so what is measured is everything around the model. Redis, workers and client share the cores
-of this machine; the share of each is told, and that of everybody else. Where all cores are busy the figures say what
-this machine can do, not what Redis can: for that there is the processor time a job takes of Redis.
+The workers are ordinary processes with a simulated device, which takes a fixed time for a step and no processor time
+(benchmarks/modelled.py), so everything except the model is measured. Redis, workers and client share the cores of this
+machine; the share of each is reported, and that of other processes. If all cores are busy, the throughput is the limit
+of this machine and not of Redis; the limit of Redis follows from the processor time that a job takes there.
 
-`idle` is what workers with nothing to do cost, `scale` is bulk jobs of 32 to 96 tokens with an interactive one among
-them now and then, `saturate` is jobs of one token in messages of 16 and of one, `memory` is what jobs take that wait.
+`idle` measures workers without jobs, `scale` bulk jobs of 32 to 96 tokens with occasional interactive jobs, `saturate`
+jobs of one token in messages of 16 and of 1, and `memory` the size of waiting and finished jobs in Redis.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import redis
 
+from benchmarks.capacity import paper
 from benchmarks.conditions import conditions
+from benchmarks.usage import Reading, busy_s, processor_s, rate_in_the_middle
 from benchmarks.workloads import Item, echo
 from headrace.client import Client
 from headrace.client.wire.redis import connect
@@ -57,60 +58,12 @@ def short_jobs(count: int) -> list[Item]:
 
 
 def request(item: Item, **fields: Any) -> dict[str, Any]:
-    """An item as a client writes it."""
+    """The request of an item."""
     return {"prompt": item.prompt, "max_tokens": item.new_tokens, "temperature": 0, "ignore_eos": True, **fields}
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What had been used by some moment, or between two; times in seconds of one core."""
-
-    at: float
-    redis_s: float
-    workers_s: float
-    client_s: float
-    #: Of all cores of the machine, whoever used them.
-    busy_s: float
-    commands: int
-    bytes_in: int
-    bytes_out: int
-
-    def __sub__(self, earlier: Reading) -> Reading:
-        before = asdict(earlier)
-        return Reading(**{name: value - before[name] for name, value in asdict(self).items()})
-
-    def shares(self) -> dict[str, float]:
-        """Cores in use: by Redis, by all workers, by this client, and by everybody else on the machine."""
-        ours = {"redis": self.redis_s, "workers": self.workers_s, "client": self.client_s}
-        others = max(0.0, self.busy_s - sum(ours.values()))
-        return {name: used / self.at for name, used in {**ours, "others": others}.items()}
-
-    def per_job(self, jobs: int) -> dict[str, float]:
-        """What each job took."""
-        return {
-            "redis_cpu_ms": 1000 * self.redis_s / jobs,
-            "workers_cpu_ms": 1000 * self.workers_s / jobs,
-            "client_cpu_ms": 1000 * self.client_s / jobs,
-            "redis_commands": self.commands / jobs,
-            "redis_bytes_in": self.bytes_in / jobs,
-            "redis_bytes_out": self.bytes_out / jobs,
-        }
-
-
-def processor_s(pid: int | str) -> float:
-    """Processor time that a process has used so far, user and system."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def busy_s() -> float:
-    """Processor time that all processes of this machine have used so far: user, nice, system, irq and softirq."""
-    fields = [int(field) for field in Path("/proc/stat").read_text().split()[1:8]]
-    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
-
-
 class Fleet:
-    """A Redis of its own, a client, and worker processes with modelled devices; gone at the end of the block."""
+    """A context manager: its own Redis, a client, and worker processes with simulated devices."""
 
     def __init__(self, *, step_ms: float, slots: int, flags: Sequence[str] = ()) -> None:
         self.step_ms, self.slots, self._flags = step_ms, slots, flags
@@ -136,7 +89,7 @@ class Fleet:
             process.wait()
 
     def grow(self, count: int) -> None:
-        """Have so many workers, all of which read the queue."""
+        """Start or stop workers until this many read the queue."""
         for number in range(len(self._workers), count):
             self._workers.append(self._start(number))
         deadline = time.monotonic() + START_S
@@ -163,7 +116,7 @@ class Fleet:
 
     @property
     def ideal_tokens_per_s(self) -> float:
-        """What the devices would give if every slot were always full and all else took no time."""
+        """Tokens per second of the devices if every slot were always full and everything else took no time."""
         return len(self._workers) * self.slots * 1000 / self.step_ms
 
     def read(self) -> Reading:
@@ -182,7 +135,7 @@ class Fleet:
         )
 
     def memory(self) -> int:
-        """Bytes that Redis has in use."""
+        """Memory in use by Redis, in bytes."""
         info: dict[str, Any] = self.redis.info("memory")  # type: ignore[assignment]
         return int(info["used_memory"])
 
@@ -193,7 +146,7 @@ class Fleet:
 
 
 class Visitor:
-    """Submits an interactive job of one token now and then, and notes how long its token takes to be seen."""
+    """Submits an interactive job of one token at intervals, and records its latency."""
 
     def __init__(self, fleet: Fleet, every_s: float) -> None:
         self._client, self._every_s = Client(redis_url=fleet.server.url, model=MODEL), every_s
@@ -219,21 +172,8 @@ class Visitor:
                     self.seconds.append(time.perf_counter() - began)
 
 
-def rate_in_the_middle(spans: Sequence[tuple[float, float, int]], began: float) -> float:
-    """Tokens per second in the middle half of a run, in which it neither fills its slots nor runs out of jobs.
-
-    Args:
-        spans: of each job when it ended, how long it had its slot, over which its tokens are spread, and these.
-        began: when the run did.
-    """
-    ended = max(end for end, _, _ in spans)
-    first, last = began + (ended - began) / 4, began + (ended - began) * 3 / 4
-    made = sum(tokens * max(0.0, min(end, last) - max(end - took, first)) / took for end, took, tokens in spans)
-    return made / (last - first)
-
-
 def run(fleet: Fleet, items: Sequence[Item], *, together: bool = True, every_s: float | None = None) -> dict[str, Any]:
-    """Compute the items, and say what it took.
+    """Run the items and return the measurements.
 
     Args:
         together: submitted in messages of up to 16; else each in its own.
@@ -273,7 +213,7 @@ def run(fleet: Fleet, items: Sequence[Item], *, together: bool = True, every_s: 
 
 
 def told(row: dict[str, Any]) -> dict[str, Any]:
-    """Print a row of `run`, and give it back."""
+    """Print the measurements of `run` and return them."""
     per_job, cores, shares = row["per_job"], row["cores"], row["jobs_by_worker"]
     rate = f"{row['jobs_per_s']:7.1f} jobs/s"
     if row["ideal_tokens_per_s"]:
@@ -294,7 +234,7 @@ def told(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def idle(fleet: Fleet, seconds: float) -> dict[str, Any]:
-    """What workers cost that have nothing to do, each second."""
+    """Resources that idle workers use per second."""
     time.sleep(2)
     before = fleet.read()
     time.sleep(seconds)
@@ -318,7 +258,7 @@ def idle(fleet: Fleet, seconds: float) -> dict[str, Any]:
 
 
 def scale(fleet: Fleet, counts: Sequence[int], *, waves: float, idle_s: float, every_s: float) -> list[dict[str, Any]]:
-    """More and more workers, each time with so many jobs for each slot."""
+    """Increase the number of workers, each time with `waves` jobs for each slot."""
     rows = []
     for count in counts:
         fleet.grow(count)
@@ -328,7 +268,7 @@ def scale(fleet: Fleet, counts: Sequence[int], *, waves: float, idle_s: float, e
 
 
 def saturate(fleet: Fleet, counts: Sequence[int], jobs: int) -> list[dict[str, Any]]:
-    """As many jobs of one token as this machine carries, in messages of 16 and then of one."""
+    """Submit as many jobs of one token as this machine can process, in messages of 16 and then of 1."""
     rows = []
     for count in counts:
         fleet.grow(count)
@@ -340,7 +280,7 @@ def saturate(fleet: Fleet, counts: Sequence[int], jobs: int) -> list[dict[str, A
 
 
 def memory(fleet: Fleet, jobs: int) -> dict[str, float]:
-    """Bytes that Redis holds for a job that waits, and for one that has ended."""
+    """Bytes in Redis for a waiting job and for a finished one."""
     items = long_jobs(jobs)
     fleet.grow(1)
     begin = fleet.memory()
@@ -359,74 +299,8 @@ def memory(fleet: Fleet, jobs: int) -> dict[str, float]:
     return figures
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What Redis spends: milliseconds of its core, bytes in and bytes out."""
-
-    cpu_ms: float
-    bytes_in: float
-    bytes_out: float
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What many GPUs ask of Redis."""
-
-    jobs_per_s: float
-    redis_cores: float
-    #: Servers of which each is busy with commands for half of one core.
-    servers: int
-    mbit_in: float
-    mbit_out: float
-    connections: float
-
-
-def needs(gpus: int, gpu_tokens_per_s: float, job_tokens: float, job: Cost, worker: Cost, connections: float) -> Needs:
-    """The arithmetic from one job and one worker to many; it assumes that what each costs stays as it is.
-
-    Args:
-        job: for each job.
-        worker: for each second of a busy worker, beside its jobs.
-        connections: of each worker.
-    """
-    jobs_per_s = gpus * gpu_tokens_per_s / job_tokens
-    cores = (jobs_per_s * job.cpu_ms + gpus * worker.cpu_ms) / 1000
-    return Needs(
-        jobs_per_s=jobs_per_s,
-        redis_cores=cores,
-        servers=max(1, -int(-cores // 0.5)),
-        mbit_in=(jobs_per_s * job.bytes_in + gpus * worker.bytes_in) * 8 / 1e6,
-        mbit_out=(jobs_per_s * job.bytes_out + gpus * worker.bytes_out) * 8 / 1e6,
-        connections=gpus * connections,
-    )
-
-
-def costs(figures: dict[str, Any]) -> tuple[Cost, Cost]:
-    """Of a job, from `saturate`, where next to nothing else happens; and of a worker, which is the rest of `scale`."""
-
-    def cost(row: dict[str, Any]) -> Cost:
-        per_job = row["per_job"]
-        return Cost(per_job["redis_cpu_ms"], per_job["redis_bytes_in"], per_job["redis_bytes_out"])
-
-    job = cost([row for row in figures["saturate"] if row["together"]][-1])
-    busy, row = cost(figures["scale"][-1]), figures["scale"][-1]
-    share = row["jobs_per_s"] / row["workers"]
-    rest = [share * (one - other) for one, other in zip(astuple(busy), astuple(job), strict=True)]
-    return job, Cost(*rest)
-
-
-def paper(figures: dict[str, Any], gpus: int, rates: Sequence[float]) -> None:
-    """Print what so many GPUs of each rate would need, with jobs of 64 new tokens."""
-    job, worker = costs(figures)
-    row = figures["scale"][-1]
-    print(f"a job: {job}\na busy worker, each second: {worker}")
-    for rate in rates:
-        found = needs(gpus, rate, 64, job, worker, row["connections"] / row["workers"])
-        print(f"{gpus} GPUs at {rate:g} tokens/s: {found}")
-
-
 def measure(kind: str, options: argparse.Namespace) -> Any:
-    """One of `scale`, `saturate` and `memory`, with workers of its own."""
+    """Run `scale`, `saturate` or `memory` with workers of its own."""
     step_ms = options.step_ms if kind == "scale" else 0.0
     with Fleet(step_ms=step_ms, slots=options.slots, flags=options.flag) as fleet:
         if kind == "scale":
@@ -437,16 +311,20 @@ def measure(kind: str, options: argparse.Namespace) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--step-ms", type=float, default=100.0, help="what the device takes for a step")
+    parser.add_argument("--step-ms", type=float, default=100.0, help="time of a step of the device, in milliseconds")
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--waves", type=float, default=3.0, help="jobs for each slot")
-    parser.add_argument("--idle", type=float, default=5.0, help="seconds of looking at idle workers; 0 for none")
+    parser.add_argument("--idle", type=float, default=5.0, help="seconds to measure idle workers; 0 to skip")
     parser.add_argument("--every", type=float, default=0.5, help="seconds between two interactive jobs")
-    parser.add_argument("--jobs", type=int, default=8_000, help="of `saturate` and `memory`")
-    parser.add_argument("--flag", action="append", default=[], help="for each worker, as --flag=--without-gossip")
-    parser.add_argument("--only", nargs="+", choices=["scale", "saturate", "memory"], help="leave the rest out")
+    parser.add_argument("--jobs", type=int, default=8_000, help="number of jobs of `saturate` and `memory`")
+    parser.add_argument(
+        "--flag", action="append", default=[], help="an option for each worker, for example --flag=--without-gossip"
+    )
+    parser.add_argument("--only", nargs="+", choices=["scale", "saturate", "memory"], help="run only these")
     parser.add_argument("--json", "--output", type=Path, dest="json", help="write the figures as JSON")
-    parser.add_argument("--paper", type=Path, nargs="+", help="measure nothing; 1,000 GPUs from the JSON of these runs")
+    parser.add_argument(
+        "--paper", type=Path, nargs="+", help="do not measure; estimate 1,000 GPUs from the JSON of these runs"
+    )
     options = parser.parse_args()
     if options.paper:
         read = [json.loads(path.read_text()) for path in options.paper]

@@ -1,8 +1,8 @@
-"""What streaming costs the engine: 64 rows at once, with their text going to Redis as it comes and without, in turn.
+"""Benchmark the cost of streaming: 64 sequences with and without streaming their text to Redis, alternately.
 
-Starts a Redis of its own on the same machine, whose work counts too. Each pair of rounds gives a ratio; what is told is
-the median of these and how far the middle half of them spreads. `--jobs` counts the connections to Redis while one
-AsyncClient waits for that many jobs, and the share of a core that waiting takes.
+Starts its own Redis on this machine, whose work is part of the cost. Each pair of rounds gives a ratio; the median and
+the interquartile range of the ratios are reported. `--jobs` instead counts the connections to Redis while one
+AsyncClient waits for that many jobs, and measures the share of a core that waiting takes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def requests(new_tokens: int) -> list[GenerateRequest]:
 
 
 def round_s(engine: Engine, events: EventWriter | None, asked: list[GenerateRequest]) -> float:
-    """Seconds for all rows; with `events` they stream."""
+    """Seconds for all rows, which are streamed if `events` is given."""
     started = time.perf_counter()
     futures = []
     for request in asked:
@@ -85,7 +85,7 @@ def measure(model: str, dtype: str, new_tokens: int, pairs: int) -> dict[str, fl
 
 
 async def outstanding(url: str, count: int, seconds: float) -> dict[str, float]:
-    """One AsyncClient that waits for `count` jobs that nobody computes."""
+    """Measure one AsyncClient that waits for `count` jobs without a worker."""
     connection = connect(url)
     async with AsyncClient(redis_url=url) as client:
         started = time.perf_counter()
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--jobs", type=int, default=0, help="measure the waiting for so many jobs instead")
+    parser.add_argument("--jobs", type=int, default=0, help="instead measure a client that waits for this many jobs")
     given = parser.parse_args()
     if given.jobs:
         with EmbeddedRedis.ephemeral() as server:

@@ -1,4 +1,4 @@
-"""Tokens per second of the engine and its peers, in turn within one run: `make bench`, or see `--help`.
+"""Benchmark the engine and its peers, alternately within one run: `make bench`, or see `--help`.
 
 The machine may be shared and noisy: only ratios within one run mean anything. Each contender runs a workload `--rounds`
 times, in alternation, and its best time counts.
@@ -24,13 +24,13 @@ from benchmarks.models import SHAPES, VOCABULARY, demo_model, random_model
 from benchmarks.processes import Failed, Remote, TooSlow
 from benchmarks.workloads import WORKLOADS, Item
 
-#: A float32 contender that agrees with ours on fewer tokens than this share computes something else.
+#: A float32 contender that agrees with ours on a smaller share of tokens than this computes something else.
 LEAST_AGREEMENT = 0.95
 
 
 @dataclass
 class Standing:
-    """How one contender did on one workload. Rates in new tokens per second."""
+    """The result of one contender on one workload. Rates are in new tokens per second."""
 
     plan: str = ""
     rounds: list[float] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Standing:
 
 
 class Place:
-    """A contender's process, brought back when a call had to be given up."""
+    """The process of a contender, restarted after a call was given up."""
 
     def __init__(self, entry: Entry, threads: int, scratch: Path, folder: Path) -> None:
         self.entry, self._threads, self._scratch, self._folder = entry, threads, scratch, folder
@@ -64,7 +64,7 @@ class Place:
         return self._remote
 
     def generate(self, folder: Path, items: Sequence[Item]) -> Tokens:
-        """The tokens on another model, in a process that is ended afterwards."""
+        """The tokens for another model, computed in a separate process."""
         remote = Remote(Seat, self.entry, self._threads, self._scratch)
         try:
             remote.call("load", folder)
@@ -74,7 +74,7 @@ class Place:
             remote.close()
 
     def run(self, items: Sequence[Item], plan: str, limit: float | None) -> float:
-        """New tokens per second; raises TooSlow past `limit` seconds, Failed with the contender's own words."""
+        """New tokens per second; raises TooSlow after `limit` seconds, and Failed with the contender's message."""
         took, _ = self.remote.call("run", items, plan, limit_s=limit)
         return sum(item.new_tokens for item in items) / float(took)
 
@@ -266,16 +266,16 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--models", type=Path, help="where to keep the random models, if they are to be kept")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare tokens first")
-    parser.add_argument("--patience", type=float, default=4, help="give a peer up that takes this many times our time")
-    parser.add_argument("--limit", type=float, default=600, help="give up any run that takes this many seconds")
-    parser.add_argument("--tuning", type=float, default=60, help="seconds to find a contender's best plan")
+    parser.add_argument("--patience", type=float, default=4, help="stop a peer that takes this many times our time")
+    parser.add_argument("--limit", type=float, default=600, help="stop any run that takes this many seconds")
+    parser.add_argument("--tuning", type=float, default=60, help="seconds for finding a contender's best plan")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--picture", type=Path, help="write the figures as a PNG")
     return parser.parse_args(words)
 
 
 def set_environment(threads: int) -> None:
-    """What the contenders' processes inherit: thread counts, and quiet."""
+    """The environment of the contenders' processes: numbers of threads, and no log messages."""
     os.environ |= {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),

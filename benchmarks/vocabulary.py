@@ -1,4 +1,4 @@
-"""GPT-2's vocabulary, for peers whose model files must hold it."""
+"""GPT-2's vocabulary, for peers whose model files contain it."""
 
 from __future__ import annotations
 

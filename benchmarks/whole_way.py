@@ -1,4 +1,4 @@
-"""What the way through client, Redis, Celery and back costs: the same jobs on the engine alone and through all of it.
+"""Benchmark the whole path through client, Redis and Celery against the engine alone, with the same jobs.
 
 Starts a Redis and a `celery -A worker worker` of its own. Engine and worker have the same model, number type and
 threads, and are measured in turn, so that only one of them computes at a time. Figures are jobs' new tokens per second,
@@ -42,12 +42,12 @@ def flood(count: int) -> list[Item]:
 
 
 def requests(items: Sequence[Item]) -> list[dict[str, Any]]:
-    """The items as a client writes them: greedy, exactly as many tokens as asked for."""
+    """The requests of the items: greedy, with exactly the requested number of tokens."""
     return [{"prompt": i.prompt, "max_tokens": i.new_tokens, "temperature": 0, "ignore_eos": True} for i in items]
 
 
 def tokens(items: Sequence[Item]) -> int:
-    """New tokens of all items."""
+    """The number of new tokens of all items."""
     return sum(item.new_tokens for item in items)
 
 
@@ -92,13 +92,13 @@ class WholeWay:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def resident_bytes(self) -> int:
-        """Memory of the worker that is in RAM."""
+        """Resident memory of the worker."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager
 def whole_way(model: str, dtype: str, threads: int) -> Iterator[WholeWay]:
-    """A Redis and a worker that are ready, gone at the end of the block."""
+    """A context manager: a Redis and a worker that is ready."""
     settings = {"HEADRACE_MODEL": model, "HEADRACE_DTYPE": dtype, "HEADRACE_THREADS": str(threads)}
     settings["HEADRACE_DRAFT_TOKENS"] = "0"  # random token ids, and often random weights: drafts would flatter
     with EmbeddedRedis.ephemeral() as server, tempfile.NamedTemporaryFile() as log:
@@ -118,7 +118,7 @@ def whole_way(model: str, dtype: str, threads: int) -> Iterator[WholeWay]:
 
 
 def compare(alone: Alone, way: WholeWay, name: str, items: Sequence[Item], rounds: int) -> dict[str, Any]:
-    """The best of the rounds of each, in turn."""
+    """Measure both alternately; returns the best round of each."""
     engine_s, way_s, submit_s = [], [], []
     for _ in range(rounds):
         time.sleep(1)
@@ -138,7 +138,7 @@ def compare(alone: Alone, way: WholeWay, name: str, items: Sequence[Item], round
 
 
 def idle_share(way: WholeWay) -> float:
-    """Share of one core that the worker uses with nothing to do."""
+    """Share of one core that an idle worker uses."""
     time.sleep(3)
     began, used = time.perf_counter(), way.cpu_seconds()
     time.sleep(IDLE_S)
@@ -182,9 +182,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--flood", type=int, default=FLOOD_JOBS, help="short jobs at once")
+    parser.add_argument("--flood", type=int, default=FLOOD_JOBS, help="number of short jobs that are submitted at once")
     parser.add_argument("--queued", type=int, default=QUEUED_JOBS, help="jobs that wait while W64 is measured again")
-    parser.add_argument("--only", nargs="+", choices=["ragged", "flood", "idle", "crowded"], help="leave the rest out")
+    parser.add_argument("--only", nargs="+", choices=["ragged", "flood", "idle", "crowded"], help="run only these")
     parser.add_argument("--json", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
     wanted = options.only or ["ragged", "flood", "idle", "crowded"]

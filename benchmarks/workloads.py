@@ -1,4 +1,4 @@
-"""The prompts that every measurement uses: random token ids, since speed does not depend on their values."""
+"""The prompts of all benchmarks: random token ids, because speed does not depend on their values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt and how many tokens are wanted after it."""
+    """One prompt and the number of new tokens."""
 
     prompt: list[int]
     new_tokens: int
@@ -43,7 +43,7 @@ def one_row() -> list[Item]:
 
 
 def echo(prompt: list[int], index: int) -> int:
-    """The new token of this number after a prompt where the device is modelled: the prompt, again and again."""
+    """The new token with this index on a simulated device, which repeats the prompt."""
     return prompt[index % len(prompt)]
 
 

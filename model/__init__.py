@@ -1,4 +1,4 @@
-"""GPT-2 in plain torch. Imports nothing else of headrace, so it can be read and used on its own.
+"""GPT-2 in plain torch. It can be used without the rest of headrace:
 
 from headrace.model import load_model, load_tokenizer
 gpt2, tokenizer = load_model("demo"), load_tokenizer("demo")
@@ -10,23 +10,29 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from headrace.model.hub import ModelError
+from headrace.model.hub import ModelError, missing_package
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
 from headrace.short_names import refuse_submodules as _refuse_submodules
 
 if TYPE_CHECKING:
-    from headrace.model.gpt2 import GPT2, GPT2Config
+    from headrace.model.config import GPT2Config
+    from headrace.model.gpt2 import GPT2
     from headrace.model.weights import load_model
 
 __all__ = ["GPT2", "GPT2Config", "ModelError", "Tokenizer", "load_model", "load_tokenizer"]
 
-#: What brings torch, which takes a second and 200 MB: imported when it is asked for. Who counts tokens needs none.
-_HEAVY = {"GPT2": "headrace.model.gpt2", "GPT2Config": "headrace.model.gpt2", "load_model": "headrace.model.weights"}
+#: Imported when they are first used: torch takes a second and 200 MB, and counting tokens does not need it.
+_LAZY = {"GPT2": "headrace.model.gpt2", "GPT2Config": "headrace.model.config", "load_model": "headrace.model.weights"}
 
 _refuse_submodules(__name__)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HEAVY:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HEAVY[name]), name)
+    try:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("headrace"):
+            raise
+        raise ImportError(f"headrace.model.{name} cannot be used: {missing_package(error.name)}") from error

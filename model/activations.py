@@ -1,23 +1,33 @@
-"""Named tensors at the checkpoints of a forward pass. A pass that nobody traces looks once a layer at an empty list."""
+"""Captured activations: named tensors at the checkpoints of a forward pass.
+
+A pass without captures costs one iteration over an empty list for each layer.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+from headrace.model.attention import CachedAttention, Chunk
+from headrace.model.config import GPT2Config
+from headrace.model.kv_cache import KVCache
 
 #: Checkpoint 11 is taken at this temperature.
 PROBS_TEMPERATURE = 0.8
 
 
 class Trace:
-    """Collects the tensors of one sequence, over as many passes as its prompt and its new tokens take.
+    """Captures the activations of one sequence, over all passes that compute its prompt and its new tokens.
 
-    Names are those of the checkpoints; what belongs to tokens after the prompt is kept apart, since the checkpoints are
-    about the prompt.
+    The names are those of the checkpoints. Rows of tokens after the prompt are kept separately, because the checkpoints
+    are about the prompt.
 
     Args:
-        scale: what attention multiplies its scores by; fused kernels never show them, so they are made from q and k.
-        prompt_length: T, the rows that make up the prompt.
+        scale: the factor of the attention scores, which are computed from q and k: fused kernels do not expose them.
+        prompt_length: T, the number of rows of the prompt.
     """
 
     def __init__(self, scale: float, prompt_length: int) -> None:
@@ -30,38 +40,38 @@ class Trace:
         self._whole: dict[str, Tensor] = {}
 
     def at(self, rows: slice) -> Trace:
-        """Say which packed rows of the next pass are this sequence's. What a pass that failed left is dropped."""
+        """Set the packed rows of this sequence in the next pass. What a failed pass has recorded is dropped."""
         self.rows = rows
         self._pending.clear()
         return self
 
     def commit(self) -> None:
-        """The pass is through: its rows count."""
+        """Keep what the pass has recorded; called when the pass has succeeded."""
         for pieces, tensor in self._pending:
             pieces.append(tensor)
         self._pending.clear()
 
     def record(self, **tensors: Tensor) -> None:
-        """Keep copies of this sequence's rows of packed tensors [M, ...]."""
+        """Record copies of this sequence's rows of packed tensors [M, ...]."""
         self.append(**{name: tensor[self.rows] for name, tensor in tensors.items()})
 
     def append(self, **tensors: Tensor) -> None:
-        """Keep copies of further rows that are this sequence's alone."""
+        """Record copies of tensors whose rows all belong to this sequence."""
         for name, tensor in tensors.items():
             self._pending.append((self._pieces.setdefault(name, []), tensor.clone()))
 
     def record_hidden(self, depth: int, hidden: Tensor) -> None:
-        """Keep the residual stream [M, E]: 0 after the embeddings, i after block i - 1."""
+        """Record the residual stream [M, E]: depth 0 after the embeddings, i after block i - 1."""
         self._pending.append((self._hidden.setdefault(depth, []), hidden[self.rows].clone()))
 
     def keep(self, **tensors: Tensor) -> None:
-        """Keep copies of tensors that have no rows to be joined."""
+        """Record copies of tensors whose rows are not joined over passes."""
         self._whole.update({name: tensor.clone() for name, tensor in tensors.items()})
 
     def finish(self) -> dict[str, Tensor]:
-        """All tensors by name, those of rows joined along them: `ln_1` [T, E], `q` [T, H, D], `hidden` [layers, T, E].
+        """All tensors by name, joined along their rows: `ln_1` [T, E], `q` [T, H, D], `hidden` [layers + 1, T, E].
 
-        `k_new` and `v_new` are the rows that tokens after the prompt added, [new, H, D].
+        `k_new` and `v_new` are the rows of tokens after the prompt, [new, H, D].
         """
         count = self.prompt_length
         tensors = {name: torch.cat(pieces) for name, pieces in self._pieces.items()}
@@ -74,9 +84,55 @@ class Trace:
         return {**tensors, **new, **self._whole, "scores": scores, "hidden": hidden}
 
 
+class CapturableModel(Protocol):
+    """The parts of a model that `capture_activations` uses; `GPT2` has them."""
+
+    config: GPT2Config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the cache."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        ...
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attend: CachedAttention, captures: Sequence[Trace] = (), /
+    ) -> Tensor:
+        """token_ids, positions: [M] -> [M, E]."""
+        ...
+
+    def head(self, hidden: Tensor, /) -> Tensor:
+        """[R, E] -> logits [R, V]."""
+        ...
+
+
+def capture_activations(model: CapturableModel, token_ids: Tensor) -> dict[str, Tensor]:
+    """The tensors of checkpoints 1 to 11 for one sequence, LongTensor [T]; the names are those of `GPT2.trace`."""
+    length = len(token_ids)
+    cache = KVCache(model.config, lengths=(length,), dtype=model.dtype, device=model.device)
+    cache.arenas[length].resize(1)
+    attend = CachedAttention.of(cache, model.config.scale, groups=[], chunks=[Chunk(length, 0, 0, length, 0)])
+    capture = Trace(model.config.scale, length)
+    hidden = model.forward(token_ids, torch.arange(length, device=model.device), attend, [capture])
+    logits = model.head(hidden).float()
+    arena = cache.arenas[length]
+    capture.keep(cache_k=arena.k[0][0].transpose(0, 1), cache_v=arena.v[0][0].transpose(0, 1), logits=logits)
+    capture.commit()
+    tensors = {name: tensor for name, tensor in capture.finish().items() if not name.endswith("_new")}
+    return tensors | {
+        "last_logits": logits[-1],
+        "next_token": logits[-1].argmax(),
+        "probs": probabilities(logits[-1]),
+    }
+
+
 def probabilities(last_logits: Tensor) -> Tensor:
     """Checkpoint 11: [V] -> [V] at `PROBS_TEMPERATURE`.
 
-    In float64: torch's float32 softmax of 50,257 numbers is off by up to 3e-5, and the checkpoint allows 1e-6.
+    Computed in float64: torch's float32 softmax of 50,257 numbers has errors of up to 3e-5; the checkpoint allows 1e-6.
     """
     return torch.softmax(last_logits.double() / PROBS_TEMPERATURE, dim=-1).float()

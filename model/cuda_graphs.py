@@ -1,8 +1,8 @@
-"""Steps on CUDA, replayed from recordings: hundreds of small kernels begin by one call instead of one by one.
+"""CUDA graphs: hundreds of small kernels are launched by one call instead of one by one.
 
-Recorded is the pass of a step in which sequences only decode, once for each shape: for every arena with rows the number
-of its slots, rounded up to a power of two, and of the positions read, rounded up to a quarter of its length. Tokens
-and positions lie in tensors that stay where they are; a replay reads what stands there then.
+Only steps in which all sequences decode are recorded, once for each shape. The shape is, for each arena with rows, the
+number of slots, rounded up to a power of two, and of positions, rounded up to a quarter of its length. A replay reads
+tokens and positions from tensors at fixed addresses.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headrace.model.attention import CachedAttention, Decode, DecodeGroup
 from headrace.model.gpt2 import GPT2
-from headrace.model.kv_cache import CachedAttention, Decode, DecodeGroup, KVCache
+from headrace.model.kv_cache import KVCache
 
 #: Runs a function once and returns one that runs the same operations on the same memory again.
 Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
-#: So many shapes are kept, those used last.
+#: How many graphs are kept; the least recently used one is dropped.
 MAX_SHAPES = 128
-#: Before a recording its kernels run so often: what is set up at a first call must not be recorded.
+#: Runs before a recording: work that kernels do only in their first call must not be recorded.
 WARM_UPS = 2
 
 
 class Front(NamedTuple):
-    """What a recording reads of one arena: its first `slots` slots, over `keys` positions."""
+    """What a graph reads of one arena: its first `slots` slots, over `keys` positions."""
 
     length_class: int
     slots: int
@@ -38,21 +39,21 @@ Shape = tuple[Front, ...]
 
 
 class DecodeGraphs:
-    """The recordings of a model on a cache; without a recorder there are none."""
+    """The graphs of a model on a cache. Without a recorder nothing is recorded."""
 
     def __init__(self, model: GPT2, cache: KVCache, recorder: Recorder | None) -> None:
         self._model, self._cache, self._recorder = model, cache, recorder
         self._known: OrderedDict[Shape, _Graph | None] = OrderedDict()  # None: seen once
 
     def forget(self) -> None:
-        """Drop all recordings: they hold addresses, and memory."""
+        """Drop all graphs, which contain addresses of the cache, and release their memory."""
         self._known.clear()
 
     def forward(self, token_ids: Sequence[int], groups: Sequence[DecodeGroup]) -> Tensor | None:
-        """The final norm's rows [M, E] of decoding rows that lie as `groups` say, one for each slot.
+        """The final norm's rows [M, E] of a step that only decodes, with one row for each slot of `groups`.
 
-        None where the step has to be computed the plain way: nothing is recorded here, a slot in between does not
-        decode, or its shape has not been seen before.
+        None if the step has to be computed without a graph: nothing is recorded on this device, a slot in between does
+        not decode, or the shape is seen for the first time.
         """
         if self._recorder is None or not all(group.slots == list(range(len(group.slots))) for group in groups):
             return None
@@ -75,7 +76,7 @@ class DecodeGraphs:
 
 
 class _Graph:
-    """One recording. Rows that a step has not are those of token 0 at position -1, and write nothing."""
+    """One graph. Rows that a step does not need get token 0 at position -1, and write nothing."""
 
     def __init__(self, model: GPT2, cache: KVCache, shape: Shape, recorder: Recorder) -> None:
         self._model, self._cache, self._shape, self._recorder = model, cache, shape, recorder
@@ -85,7 +86,7 @@ class _Graph:
         self._replay: Callable[[], Tensor] | None = None
 
     def run(self, token_ids: Sequence[int], groups: Sequence[DecodeGroup]) -> Tensor:
-        """The rows of this step; recorded at the first, for a recording writes to the cache as well."""
+        """The rows of this step. The first call records, because recording writes to the cache as well."""
         tokens: list[int] = []
         positions: list[int] = []
         rows = []
@@ -114,7 +115,7 @@ class _Graph:
 
 
 def decode_graphs(model: GPT2, cache: KVCache) -> DecodeGraphs:
-    """CUDA's, where the model lies there."""
+    """The graphs for a model; only a model on CUDA has a recorder."""
     return DecodeGraphs(model, cache, _cuda_recorder() if model.device.type == "cuda" else None)
 
 
@@ -129,7 +130,7 @@ def _cuda_recorder() -> Recorder:  # pragma: no cover - needs a GPU
                 function()
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # Other threads of a worker may ask the device something meanwhile.
+        # Other threads of a worker may use the device at the same time.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             out = function()
 

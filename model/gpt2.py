@@ -7,102 +7,26 @@ tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from headrace.model.activations import Trace, probabilities
-from headrace.model.fused_decoder import Passes
-from headrace.model.kv_cache import CachedAttention, Chunk, KVCache
+from headrace.model.activations import Trace, capture_activations
+from headrace.model.block import Attention, Block, Norm
+from headrace.model.config import GPT2Config
+from headrace.model.fused_decoder import FusedDecoder
 from headrace.model.linear import Linear
 
 
-@dataclass(frozen=True)
-class GPT2Config:
-    """The shape of a GPT-2, with the names of Hugging Face's config.json."""
-
-    n_layer: int
-    n_head: int
-    n_embd: int
-    n_positions: int = 1024
-    vocab_size: int = 50257
-    n_inner: int | None = None
-    layer_norm_epsilon: float = 1e-5
-
-    @property
-    def head_dim(self) -> int:
-        """D: 64 in every released size."""
-        return self.n_embd // self.n_head
-
-    @property
-    def scale(self) -> float:
-        """What attention scores are multiplied by: 1/sqrt(D)."""
-        return 1.0 / math.sqrt(self.head_dim)
-
-    @property
-    def inner(self) -> int:
-        """Width of the feed-forward layer: four times E unless the file says otherwise."""
-        return self.n_inner or 4 * self.n_embd
-
-
-class Attention(Protocol):
-    """Attention of one layer over packed rows; knows which rows belong together and what they may look at."""
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v: [M, H, D] -> [M, H, D]."""
-        ...
-
-
-@dataclass(frozen=True)
-class Norm:
-    """Layer norm: biased variance, epsilon inside the root."""
-
-    weight: Tensor  # [E]
-    bias: Tensor  # [E]
-    epsilon: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
-
-
-@dataclass(frozen=True)
-class Block:
-    """One transformer block: attention, then feed-forward, each on a normed copy and added back.
-
-    Called where torch computes products; with those of ours all blocks are run together (model/fused_decoder.py).
-    """
-
-    ln_1: Norm
-    c_attn: Linear  # E -> 3E: q, k, v side by side
-    c_proj: Linear  # E -> E
-    ln_2: Norm
-    c_fc: Linear  # E -> 4E, with GELU
-    mlp_proj: Linear  # 4E -> E
-    n_head: int
-
-    def __call__(self, layer: int, x: Tensor, attend: Attention, traces: Sequence[Trace]) -> Tensor:
-        normed = self.ln_1(x)  # [M, E]
-        q, k, v = self.c_attn(normed).view(len(x), 3, self.n_head, -1).unbind(1)  # [M, H, D] each
-        attn = self.c_proj(attend(layer, q, k, v).reshape(x.shape))  # [M, E]
-        x = x + attn
-        mlp = self.mlp_proj(self.c_fc(self.ln_2(x)))  # [M, E]
-        x = x + mlp
-        for trace in traces:
-            if layer == 0:
-                trace.record(ln_1=normed, q=q, k=k, v=v, attn=attn, mlp=mlp, block_0=x)
-            trace.record_hidden(layer + 1, x)
-        return x
-
-
 class GPT2:
-    """A GPT-2 with its weights. Build it with `model.load_model`; `weights` has the names of the files, unprefixed.
+    """A GPT-2 with its weights. Use `load_model` to build one from files.
 
-    With `int8` the matrices are rounded to 8 bits, from whatever type they come in; the rest is bfloat16 then.
+    Args:
+        weights: tensors by their names in the files, without a prefix.
+        digest: SHA-256 of the files that the weights came from; empty for weights created in memory.
+        int8: quantize the matrices to int8, whatever their type is; everything else is bfloat16 then.
     """
 
     def __init__(
@@ -116,17 +40,18 @@ class GPT2:
         self.wpe = weights["wpe.weight"].to(dtype)  # [n_positions, E]
         self.blocks = [_block(config, weights, f"h.{i}.", dtype, int8) for i in range(config.n_layer)]
         self.ln_f = _norm(config, weights, "ln_f", dtype)
-        self._passes_of, self._passes = list(self.blocks), Passes.of(self.blocks)
+        #: Runs all blocks together; None where torch computes the GEMMs. Built from `blocks`.
+        self.fused_decoder = FusedDecoder.of(self.blocks)
         self.lm_head = Linear.of(weights["wte.weight"].t(), int8=int8)
 
     def padded_rows(self, count: int) -> int:
-        """How many packed rows to run a step of `count` rows with, so that no product has to pad them by itself."""
+        """The number of packed rows to pad a step of `count` rows to, so that no GEMM has to pad them itself."""
         return count if self.device.type != "cpu" else self.blocks[0].c_attn.padded_rows(count)
 
     @property
     def products(self) -> str:
-        """How matrix products are computed here: `int8`, `tiled`, `floats`, `packed` or `plain` (model/linear.py)."""
-        return type(self.blocks[0].c_attn.product).__name__.lower()
+        """How GEMMs are computed, as in the fingerprint: `int8`, `tiled`, `floats`, `packed` or `plain`."""
+        return self.blocks[0].c_attn.fingerprint
 
     @property
     def device(self) -> torch.device:
@@ -135,35 +60,30 @@ class GPT2:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of what goes from layer to layer, and of the cache; matrices are held in it unless in int8."""
+        """The type of the residual stream, of the cache, and of the matrices unless they are int8."""
         return self.wte.dtype
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attention, traces: Sequence[Trace] = ()) -> Tensor:
-        """Packed rows through all blocks and the final norm. token_ids, positions: [M] -> [M, E]."""
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attend: Attention, captures: Sequence[Trace] = ()
+    ) -> Tensor:
+        """Run packed rows through all blocks and the final norm. token_ids, positions: [M] -> [M, E]."""
         x = F.embedding(token_ids, self.wte) + F.embedding(positions, self.wpe)  # [M, E]
-        for trace in traces:
-            trace.record(embeddings=x)
-            trace.record_hidden(0, x)
-        if (passes := self._current_passes()) is not None:
-            return self.ln_f(passes(x, attend, traces))
+        for capture in captures:
+            capture.record(embeddings=x)
+            capture.record_hidden(0, x)
+        if self.fused_decoder is not None:
+            return self.ln_f(self.fused_decoder(x, attend, captures))
         for layer, block in enumerate(self.blocks):
-            x = block(layer, x, attend, traces)
+            x = block(layer, x, attend, captures)
         return self.ln_f(x)
 
-    def _current_passes(self) -> Passes | None:
-        """The blocks as chains of products, if they can be; made anew where one has been replaced."""
-        known, now = self._passes_of, self.blocks
-        if len(known) != len(now) or any(a is not b for a, b in zip(known, now, strict=True)):
-            self._passes_of, self._passes = list(now), Passes.of(now)
-        return self._passes
-
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits of rows that went through `forward`. [R, E] -> [R, V], in the type of the weights."""
+        """Logits of rows that `forward` returned. [R, E] -> [R, V], in the type of the weights."""
         return self.lm_head(hidden)
 
     @torch.inference_mode()
     def logits(self, token_ids: Tensor) -> Tensor:
-        """The plain forward pass, without a cache. LongTensor [B, T] -> float32 [B, T, V].
+        """The logits of whole sequences, without a cache. LongTensor [B, T] -> float32 [B, T, V].
 
         Raises:
             ValueError: not two dimensions, more than n_positions tokens, or a token id outside the vocabulary.
@@ -175,33 +95,15 @@ class GPT2:
 
     @torch.inference_mode()
     def trace(self, token_ids: Tensor) -> dict[str, Tensor]:
-        """The tensors of checkpoints 1 to 11, read from the cached path that serves jobs, one sequence at a time.
+        """The activations of checkpoints 1 to 11, captured on the cached path that serves jobs, one sequence at a time.
 
         LongTensor [B, T] -> `embeddings`, `ln_1`, `attn`, `mlp`, `block_0` [B, T, E]; `q`, `k`, `v`, `cache_k`,
         `cache_v` [B, T, H, D]; `scores` [B, H, T, T]; `hidden` [B, n_layer + 1, T, E]; `logits` [B, T, V];
         `last_logits`, `probs` [B, V]; `next_token` [B]. Raises ValueError like `logits`.
         """
         self._check(token_ids)
-        rows = [self._trace_one(row) for row in token_ids.to(self.device)]
+        rows = [capture_activations(self, row) for row in token_ids.to(self.device)]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-    def _trace_one(self, token_ids: Tensor) -> dict[str, Tensor]:
-        length = len(token_ids)
-        cache = KVCache(self.config, lengths=(length,), dtype=self.dtype, device=self.device)
-        cache.arenas[length].resize(1)
-        attend = CachedAttention.of(cache, self.config.scale, groups=[], chunks=[Chunk(length, 0, 0, length, 0)])
-        trace = Trace(self.config.scale, length)
-        hidden = self.forward(token_ids, torch.arange(length, device=self.device), attend, [trace])
-        logits = self.head(hidden).float()
-        arena = cache.arenas[length]
-        trace.keep(cache_k=arena.k[0][0].transpose(0, 1), cache_v=arena.v[0][0].transpose(0, 1), logits=logits)
-        trace.commit()
-        tensors = {name: tensor for name, tensor in trace.finish().items() if not name.endswith("_new")}
-        return tensors | {
-            "last_logits": logits[-1],
-            "next_token": logits[-1].argmax(),
-            "probs": probabilities(logits[-1]),
-        }
 
     def _plain_attention(self, batch: int, length: int) -> Attention:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG001

@@ -1,4 +1,4 @@
-"""Where a model's files are, and how they are read: bounded, and refused by name. Needs no torch."""
+"""Find the files of a model and read them, up to size limits. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 DEMO = Path(__file__).parent / "demo"
 
-#: Released sizes by name -> where the hub keeps them; the short name is tried in the local cache too.
+#: Released sizes: the short name -> the repository on the hub. The short name is also looked up in the local cache.
 RELEASED = {
     "gpt2": "openai-community/gpt2",
     "gpt2-medium": "openai-community/gpt2-medium",
@@ -20,16 +20,21 @@ RELEASED = {
     "distilgpt2": "distilbert/distilgpt2",
 }
 HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "merges.txt", "vocab.json", "tokenizer.json"]
-#: What is read at most of config.json and of an index. Parsed, JSON may take thirty times its size.
+#: Size limits of config.json and of an index. Parsed JSON can take thirty times its size.
 MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 2**20, 2**24
 
 
 class ModelError(Exception):
-    """Raised when a model cannot be found, read or trusted; the message names the file or tensor and the way out."""
+    """A model cannot be found, read or trusted. The message names the file or tensor and says what to do."""
+
+
+def missing_package(name: str) -> str:
+    """The end of an error message for a package that only the `worker` extra installs."""
+    return f"the package {name} is not installed: run `pip install '.[worker]'` in a clone of headrace"
 
 
 def find_model(name_or_path: str | Path) -> Path:
-    """The directory of a model, downloaded through huggingface_hub if it has to be.
+    """The directory of a model, downloaded through huggingface_hub if necessary.
 
     Raises:
         ModelError: there is no such directory, or the hub was needed and did not answer.
@@ -37,7 +42,7 @@ def find_model(name_or_path: str | Path) -> Path:
     if str(name_or_path) == "demo":
         return DEMO
     path = Path(os.path.expanduser(name_or_path))
-    if os.path.isdir(path):  # unlike Path.is_dir it says no to a name too long to be one
+    if os.path.isdir(path):  # unlike Path.is_dir it returns False for a name that is too long
         return path
     if path.is_absolute() or str(name_or_path).startswith((".", "~")) or str(name_or_path).count("/") > 1:
         raise ModelError(f"model {shown(str(name_or_path))}: there is no such directory")
@@ -45,33 +50,36 @@ def find_model(name_or_path: str | Path) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    # Imported here: it takes a while, and the bundled model and local directories never need it.
-    from huggingface_hub import snapshot_download
+    # Imported here: the import is slow, and the bundled model and local directories do not need it.
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError:
+        raise ModelError(f"model {shown(name)} is no directory, and {missing_package('huggingface_hub')}") from None
 
     repo = RELEASED.get(name, name)
     for cached in dict.fromkeys((repo, name)):
         try:
             folder = Path(snapshot_download(cached, allow_patterns=HUB_FILES, local_files_only=True))
-            weight_files(folder)  # a cache of the tokenizer alone is not the model
+            weight_files(folder)  # the cache may contain only the tokenizer
             return folder
-        except Exception:  # noqa: S112 - not cached, whatever the reason: ask the hub
+        except Exception:  # noqa: S112 - not in the cache, for whatever reason: ask the hub
             continue
     try:
         return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
     except Exception as error:
         raise ModelError(
             f"model {shown(name)} is neither a directory nor in the local hub cache, and the hub did not give it "
-            f"({type(error).__name__}). Three ways out: run `hf download {shorter(repo)}` where there is a network and "
+            f"({type(error).__name__}). Do one of: run `hf download {shorter(repo)}` where there is a network and "
             "copy the cache here; point HEADRACE_MODEL at a directory with config.json and model.safetensors; "
             "or use the bundled model, HEADRACE_MODEL=demo"
         ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model directory: one, or the shards that its index names.
+    """The safetensors files of a model directory: one file, or the shards in its index.
 
     Raises:
-        ModelError: there are none, an index that names a missing or outside file, or only pickled weights.
+        ModelError: there are none, or only pickled weights, or the index names a file that is missing or elsewhere.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -79,7 +87,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         pickled = sorted(path.name for path in folder.glob("*.bin"))
         hint = f"; {pickled[0]} is pickled and is never read, save it with safe_serialization=True" if pickled else ""
-        raise ModelError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there{hint}")
+        raise ModelError(f"{folder}: it contains neither model.safetensors nor model.safetensors.index.json{hint}")
     shards = read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise ModelError(f"{index}: weight_map must map tensor names to file names")
@@ -103,10 +111,10 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
 
 
 def read_text(path: Path, limit: int) -> str:
-    """What is in a file of at most `limit` bytes of UTF-8. Raises ModelError, which names the file."""
+    """The text in a UTF-8 file of at most `limit` bytes. Raises ModelError, which names the file."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited on for ever
-            raise ModelError(f"{path}: no file that can be read")
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would block forever
+            raise ModelError(f"{path}: not a regular file")
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except FileNotFoundError:
@@ -122,11 +130,11 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value out of a file for an error message: its beginning, however long or deep it is."""
+    """A value from a file, shortened for an error message."""
     return shorter(reprlib.repr(value))
 
 
 def shorter(text: str) -> str:
-    """The beginning of a text, in characters that can be written anywhere."""
+    """The first 120 characters of a text, with unpaired surrogates escaped."""
     text = text.encode(errors="backslashreplace").decode()
     return text if len(text) <= 120 else text[:117] + "..."

@@ -1,7 +1,7 @@
-"""Logits -> next tokens, for all rows of a step at once; every row has parameters of its own.
+"""Sampling: logits -> next tokens, for all rows of a step at once, each with its own parameters.
 
-Pure functions on tensors. R rows, V vocabulary. No function looks across rows, so a row's draw depends on its own
-logits, parameters and seed alone. The order of the steps is Hugging Face's: bias, penalties, temperature, top-k, top-p,
+Pure functions on tensors. R rows, V vocabulary. No function combines rows, so a row's token depends only on its own
+logits, parameters and seed. The order of the steps is Hugging Face's: bias, penalties, temperature, top-k, top-p,
 min-p; penalties follow vLLM (repetition over prompt and output, presence and frequency over output).
 """
 
@@ -30,23 +30,23 @@ class RowParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = field(default_factory=dict)
-    #: Tokens that must not come now, whatever the logits say (ends of text before min_tokens).
+    #: Tokens that are not allowed at this position, such as the end of text before min_tokens.
     banned: tuple[int, ...] = ()
 
     @property
     def greedy(self) -> bool:
-        """Temperatures this low are argmax."""
+        """Whether the temperature is so low that sampling is argmax."""
         return self.temperature < 1e-6
 
     @property
     def penalised(self) -> bool:
-        """Whether the tokens so far matter."""
+        """Whether a penalty depends on the tokens so far."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Where one row stands: what it has read and written, and which random number is its next."""
+    """The state of one row: its tokens so far, and what its next random number is derived from."""
 
     params: RowParams
     prompt: Sequence[int]
@@ -63,7 +63,7 @@ class Draw:
 def sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Next token of each row. logits: [R, V] -> LongTensor [R]; -1 for a row whose logits hold a NaN.
 
-    Logits may come in the type of the weights: their order is the same in float32, in which all else is computed.
+    Logits may be in the type of the weights: argmax is the same in float32, in which everything else is computed.
     """
     logits = adjust(logits, draws)
     best, chosen = largest(logits)
@@ -75,12 +75,12 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
             uniforms([draws[i] for i in rows]).to(logits.device),
         )
         chosen = chosen.index_copy(0, picked, drawn)
-    # max() passes a NaN on, so one look at its result tells; +inf would make every probability NaN.
+    # The largest logit of a row with a NaN is NaN, so this one check is enough; +inf would make all probabilities NaN.
     return chosen.masked_fill(best.isnan() | (best == float("inf")), -1)
 
 
 def adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Bias, bans and penalties, on a float32 copy where any row has some. [R, V] -> [R, V]."""
+    """Apply logit bias, banned tokens and penalties, to a float32 copy if any row has some. [R, V] -> [R, V]."""
     touched = [i for i, d in enumerate(draws) if d.params.penalised or d.params.logit_bias or d.params.banned]
     if not touched:
         return logits
@@ -112,7 +112,7 @@ def penalise(row: Tensor, draw: Draw) -> None:
 
 
 def filtered(logits: Tensor, params: Sequence[RowParams]) -> Tensor:
-    """Probabilities, float64 [R, V], after temperature, top-k, top-p and min-p; tokens cut away have exactly zero."""
+    """Probabilities, float64 [R, V], after temperature, top-k, top-p and min-p; removed tokens have exactly 0."""
     logits = logits / _column([p.temperature for p in params], logits)
     vocabulary = logits.shape[-1]
     ks = [p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params]
@@ -120,7 +120,7 @@ def filtered(logits: Tensor, params: Sequence[RowParams]) -> Tensor:
         logits = keep_top_k(logits, ks)
     if any(p.top_p < 1 for p in params):
         logits = keep_top_p(logits, [p.top_p for p in params])
-    # In float64: torch's float32 softmax of 50,257 numbers is off by up to 3e-5 in its sum.
+    # In float64: the sum of torch's float32 softmax of 50,257 numbers has errors of up to 3e-5.
     probs = torch.softmax(logits.double(), dim=-1)
     if any(p.min_p > 0 for p in params):
         floor = _column([p.min_p for p in params], probs) * probs.amax(dim=-1, keepdim=True)
@@ -129,7 +129,7 @@ def filtered(logits: Tensor, params: Sequence[RowParams]) -> Tensor:
 
 
 def keep_top_k(logits: Tensor, ks: Sequence[int]) -> Tensor:
-    """Cut all but the k largest of each row; tokens equal to the k-th stay too. [R, V] -> [R, V]."""
+    """Keep the k largest logits of each row, and ties with the k-th. [R, V] -> [R, V]."""
     width = max(k for k in ks if k < logits.shape[-1])
     top = logits.topk(width, dim=-1).values  # [R, width], descending
     at = torch.tensor([min(k, width) - 1 for k in ks], device=logits.device)
@@ -139,31 +139,31 @@ def keep_top_k(logits: Tensor, ks: Sequence[int]) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, top_ps: Sequence[float]) -> Tensor:
-    """Keep the fewest likeliest tokens whose probability reaches top_p, at least one. [R, V] -> [R, V]."""
+    """Keep the smallest set of most likely tokens whose probability reaches top_p, at least one. [R, V] -> [R, V]."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probs = torch.softmax(ordered, dim=-1)
     limits = _column(top_ps, probs)
-    before = probs.cumsum(dim=-1) - probs  # the mass of all likelier tokens
+    before = probs.cumsum(dim=-1) - probs  # the probability of all tokens that are more likely
     cut = (before >= limits) & (limits < 1)
     cut[:, 0] = False
     return logits.masked_fill(torch.zeros_like(cut).scatter(1, order, cut), NEVER)
 
 
 def draw_tokens(probs: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the running sum of probabilities passes `uniform`. [R, V], [R] in [0, 1) -> LongTensor [R].
+    """The token at which the cumulative probability exceeds `uniform`. [R, V], [R] in [0, 1) -> LongTensor [R].
 
-    One random number a row, not one a token: a row's draw costs no more than its softmax.
+    It takes one random number for each row, not for each token, so drawing costs no more than the softmax.
     """
     total = probs.double().cumsum(dim=-1)
     target = uniform[:, None] * total[:, -1:]
     chosen = (total <= target).sum(dim=-1)
-    # Rounding may carry the target to the very end: then it is the last token that has any probability.
+    # Rounding may move the target to the end of the sum; then the last token with a probability above 0 is chosen.
     last = (total < total[:, -1:]).sum(dim=-1)
     return torch.minimum(chosen, last)
 
 
 def uniforms(draws: Sequence[Draw]) -> Tensor:
-    """A random number in [0, 1) for each row, float64 [R]: a pure function of seed, sample index and position."""
+    """A random number in [0, 1) for each row, float64 [R], which depends only on seed, sample index and position."""
     return torch.tensor([uniform(d.seed, d.sample, d.position) for d in draws], dtype=torch.float64)
 
 
@@ -182,11 +182,11 @@ def _mix(z: int) -> int:
 
 
 def top_logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Natural log probabilities under the model itself: of `tokens`, and the `count` likeliest.
+    """Natural log probabilities of the unmodified logits: of `tokens`, and of the `count` most likely tokens.
 
     logits: float32 [R, V], tokens: [R] -> float64 [R], LongTensor [R, count], float64 [R, count].
     """
-    # In float64: over 50,257 tokens the sum inside loses 1e-5 in float32.
+    # In float64: in float32 the sum over 50,257 tokens has an error of 1e-5.
     logprobs = torch.log_softmax(logits.double(), dim=-1)
     chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
     values, ids = logprobs.topk(count, dim=-1)

@@ -1,4 +1,7 @@
-"""A directory in Hugging Face form -> GPT-2. Names and shapes are checked before a tensor is read; pickle never is."""
+"""Load a GPT-2 from a directory in the Hugging Face format.
+
+Names and shapes are checked before a tensor is read. Pickled weights are never read.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from headrace.model.gpt2 import GPT2, GPT2Config
+from headrace.model.config import GPT2Config
+from headrace.model.gpt2 import GPT2
 from headrace.model.hub import MAX_CONFIG_BYTES, ModelError, find_model, read_json, shorter, shown, weight_files
 from headrace.model.kernels.attention import decode_kernel
-from headrace.model.kernels.gemm_int8_amx import STEP, int8_works
-from headrace.model.linear import own_products
+from headrace.model.kernels.gemm_int8_amx import KU, int8_works
+from headrace.model.linear import packed_weight_type
 
-#: What is computed in, by name.
+#: The types that can be requested -> the type of the activations.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.bfloat16}
 
-#: What a GPT-2 config may say about how to compute, and the only values this code computes.
+#: Fields of a GPT-2 config that change the computation, and the values that are supported.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -40,12 +44,12 @@ def load_model(
     """Load a GPT-2: 'demo', a released size, a hub id, or a directory.
 
     Args:
-        device: 'auto' is CUDA where there is one.
-        dtype: 'auto' is float32 on a CPU and bfloat16 on a GPU that has it. 'int8' rounds the matrices to 8 bits (see
-            model/kernels/gemm_int8_amx.py) and computes all else in bfloat16; it takes a CPU with a matrix unit.
+        device: 'auto' is CUDA if there is a CUDA device.
+        dtype: 'auto' is float32 on a CPU and bfloat16 on a GPU that has it. 'int8' quantizes the matrices (see
+            model/kernels/gemm_int8_amx.py) and computes everything else in bfloat16; it needs a CPU with Intel AMX.
 
     Raises:
-        ModelError: not found, not reachable, not a GPT-2, or weights whose names or shapes do not fit the config.
+        ModelError: the model is not found, not reachable or not a GPT-2, or its weights do not match config.json.
     """
     folder = find_model(name_or_path)
     config = read_config(folder / "config.json")
@@ -54,14 +58,14 @@ def load_model(
     if int8:
         _check_widths(folder / "config.json", config)
     files = weight_files(folder)
-    with ThreadPoolExecutor(3, thread_name_prefix="headrace-load") as beside:
-        places = _places(folder, files, config)  # before anything is computed for a shape that the files may not have
-        digest = beside.submit(_digest, files)
-        # Compiled while the files are read; numba compiles one thing at a time.
-        products = beside.submit(_need_int8, device) if int8 else beside.submit(own_products, device.type, wanted)
-        beside.submit(decode_kernel, config.head_dim, wanted, device.type)
+    with ThreadPoolExecutor(3, thread_name_prefix="headrace-load") as pool:
+        places = _places(folder, files, config)  # first, so that nothing is computed for a wrong shape
+        digest = pool.submit(_digest, files)
+        # Compiled while the files are read; numba compiles one function at a time.
+        gemm = pool.submit(_need_int8, device) if int8 else pool.submit(packed_weight_type, device.type, wanted)
+        pool.submit(decode_kernel, config.head_dim, wanted, device.type)
         weights = {name: tensor.to(device, None if int8 else wanted) for name, tensor in _read(places)}
-        products.result()  # else they would be compiled a second time below
+        gemm.result()  # otherwise GPT2 would compile the kernel a second time
         return GPT2(config, weights, digest=digest.result(), int8=int8)
 
 
@@ -69,7 +73,7 @@ def read_config(path: Path) -> GPT2Config:
     """The shape that config.json describes.
 
     Raises:
-        ModelError: not there, not JSON, not a GPT-2, or a variant this code does not compute.
+        ModelError: the file is missing, not JSON, not a GPT-2, or describes an unsupported variant.
     """
     raw = read_json(path, MAX_CONFIG_BYTES)
     for name, allowed in _FIXED.items():
@@ -103,7 +107,7 @@ def check_weights(folder: Path, config: GPT2Config) -> None:
 
 
 def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a GPT-2, linear weights as [in, out]."""
+    """Name -> shape of every tensor of a GPT-2; linear weights are [in, out]."""
     return dict(_shapes(config))
 
 
@@ -137,9 +141,9 @@ def _layer_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
 
 
 def _shape_of(name: str, config: GPT2Config) -> tuple[int, ...] | None:
-    """The shape of one tensor, None if the model has none of this name. The names of all may be more than memory holds.
+    """The shape of one tensor, None if the model has no tensor of this name.
 
-    A config.json says how many layers there are in a few digits, whatever the files hold.
+    The names of all tensors are never listed: config.json can declare more layers than memory could hold names for.
     """
     if match := re.fullmatch(r"h\.(0|[1-9]\d{0,6})\.([a-z_.0-9]+)", name):
         return _layer_shapes(config).get(match[2]) if int(match[1]) < config.n_layer else None
@@ -149,22 +153,24 @@ def _shape_of(name: str, config: GPT2Config) -> tuple[int, ...] | None:
 
 
 def _places(folder: Path, files: list[Path], config: GPT2Config) -> dict[str, tuple[Path, str]]:
-    """Check all names and shapes: where each tensor lies, the file and its name there."""
+    """Check all names and shapes. Returns for each tensor the file and its name in the file."""
     places: dict[str, tuple[Path, str]] = {}
     for path in files:
         for key, shape in _headers(path):
             name = key.removeprefix("transformer.")
             if name in places:
-                raise ModelError(f"{path}: tensor {key} is there twice")
+                raise ModelError(f"{path}: tensor {key} occurs twice")
             expected = _shape_of(name, config)
             if expected is not None and shape != expected:
                 raise ModelError(
-                    f"{path}: tensor {key} has shape {shown(list(shape))}; config.json asks for {list(expected)}"
+                    f"{path}: tensor {key} has shape {shown(list(shape))}; config.json requires {list(expected)}"
                 )
             if expected is not None or name == "lm_head.weight":
                 places[name] = (path, key)
             elif not _is_mask_buffer(name):
-                raise ModelError(f"{path}: tensor {shorter(key)} is no part of a GPT-2 with {config.n_layer} layers")
+                raise ModelError(
+                    f"{path}: tensor {shorter(key)} does not belong to a GPT-2 with {config.n_layer} layers"
+                )
     missing = next((name for name, _ in _shapes(config) if name not in places), None)
     if missing is not None:
         count = 4 + len(_layer_shapes(config)) * config.n_layer - len(places.keys() - {"lm_head.weight"})
@@ -173,7 +179,7 @@ def _places(folder: Path, files: list[Path], config: GPT2Config) -> dict[str, tu
 
 
 def _read(places: Mapping[str, tuple[Path, str]]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors one by one."""
+    """Read the tensors one at a time."""
     if "lm_head.weight" in places:
         _check_tied(places)
     for name, place in places.items():
@@ -189,7 +195,7 @@ def _check_tied(places: Mapping[str, tuple[Path, str]]) -> None:
 
 
 def _is_mask_buffer(name: str) -> bool:
-    """Old files carry the causal mask as `h.N.attn.bias` and `h.N.attn.masked_bias`: constants, not weights."""
+    """Old files contain the causal mask as `h.N.attn.bias` and `h.N.attn.masked_bias`, which are no weights."""
     return name.startswith("h.") and name.endswith((".attn.bias", ".attn.masked_bias"))
 
 
@@ -212,7 +218,7 @@ def _tensor(path: Path, key: str) -> Tensor:
         ValueError,
         RuntimeError,
         AttributeError,
-    ) as error:  # a type torch has no word for
+    ) as error:  # AttributeError: a type that torch does not have
         raise _broken(path, error) from error
     if not tensor.is_floating_point():
         raise ModelError(f"{path}: tensor {key} is of type {tensor.dtype}; weights must be floating point")
@@ -224,7 +230,7 @@ def _broken(path: Path, error: Exception) -> ModelError:
 
 
 def _digest(files: list[Path]) -> str:
-    """SHA-256 of the file, or of the shards' digests in order: what the fingerprint calls the weights by."""
+    """The weights' part of the fingerprint: SHA-256 of the file, or of the digests of the shards in order."""
     digests = []
     for path in files:
         with path.open("rb") as file:
@@ -237,22 +243,22 @@ def _device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = torch.device(device)
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device {device} is asked for, and torch finds no CUDA device; use 'cpu' or 'auto'")
+        raise ModelError(f"device {device} is requested, but torch finds no CUDA device; use 'cpu' or 'auto'")
     return chosen
 
 
 def _check_widths(path: Path, config: GPT2Config) -> None:
     for name, width in {"n_embd": config.n_embd, "n_inner": config.inner}.items():
-        if width % STEP:
+        if width % KU:
             raise ModelError(
-                f"{path}: {name} is {width}; in int8 it must be a multiple of {STEP}; use HEADRACE_DTYPE=bfloat16"
+                f"{path}: {name} is {width}; in int8 it must be a multiple of {KU}; use HEADRACE_DTYPE=bfloat16"
             )
 
 
 def _need_int8(device: torch.device) -> None:
     if not int8_works(device.type):
         raise ModelError(
-            f"dtype 'int8' on {device}: it takes Linux, numba, and a CPU that multiplies whole numbers in tiles ("
+            f"dtype 'int8' on {device}: it needs Linux, numba, and a CPU with int8 matrix instructions ("
             "Intel AMX, in Xeons since Sapphire Rapids); use HEADRACE_DTYPE=bfloat16"
         )
 

@@ -1,1 +1,1 @@
-"""The other ways to compute the same tokens on a CPU, each set up as its own documentation would have it run."""
+"""Other programs that compute the same tokens on a CPU, each configured as its documentation recommends."""

@@ -1,4 +1,4 @@
-"""CTranslate2: `Generator.generate_batch` on batches of like prompts."""
+"""CTranslate2: `Generator.generate_batch` on batches of similar prompts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class CTranslate2:
 
     def _run(self, items: Sequence[Item], prompts: list[list[str]], groups: list[list[int]]) -> Tokens:
         pending = []
-        # The longest first, so that no worker is left with a long batch at the end.
+        # The longest first, so that no long batch is left for the end.
         for group in sorted(groups, key=lambda group: -max(items[i].new_tokens for i in group)):
             count = max(items[i].new_tokens for i in group)
             results = self._generator.generate_batch(
@@ -81,7 +81,7 @@ class CTranslate2:
 
 
 def convert(folder: Path, target: Path) -> Path:
-    """Write the model in CTranslate2's form, in float32; it is brought to other precisions as it is loaded."""
+    """Write the model in CTranslate2's format in float32; it is converted to other precisions when it is loaded."""
     import ctranslate2
 
     if not target.exists():

@@ -58,7 +58,7 @@ class LlamaCpp:
         if len(items) > 1:
             plans.append(f"{sizes[0]} sequences with a cache each, flash attention on")
         if self.precision == "int8":
-            # Last, since on some processors with AMX the process dies of it (ggml-org/llama.cpp, issue 20824).
+            # Last, because it crashes on some processors with AMX (ggml-org/llama.cpp, issue 20824).
             plans.append(f"{plans[0]}, {_REPACKED}")
         return plans
 
@@ -81,7 +81,7 @@ class LlamaCpp:
         return lambda: self._generate(items, sequences)
 
     def _load(self, *, repacked: bool) -> None:
-        """Let go of the context, and load the model unless it is there; repacked as AMX or AVX like it best, or not."""
+        """Free the context and load the model if necessary, with or without weights repacked for AMX or AVX."""
         lib = self.lib
         if self._context:
             lib.llama_free(self._context)
@@ -139,7 +139,7 @@ class LlamaCpp:
 
 @dataclass(eq=False)
 class _Row:
-    """A prompt on its way: tokens in the cache, tokens that came out, the sequence number it has in llama.cpp."""
+    """A running sequence: tokens in the cache, new tokens, and its sequence number in llama.cpp."""
 
     item: Item
     done: int = 0
@@ -148,7 +148,7 @@ class _Row:
 
 
 def _up(positions: int) -> int:
-    """llama.cpp gives out its cache in blocks of 256 positions."""
+    """llama.cpp allocates its cache in blocks of 256 positions."""
     return -(-positions // 256) * 256
 
 

@@ -1,4 +1,4 @@
-"""transformers, both ways it has: padded batches through `generate`, and its continuous batching."""
+"""transformers: padded batches with `generate`, and continuous batching."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _load(folder: Path, precision: str) -> Any:
 
 
 def orders(items: Sequence[Item]) -> dict[str, list[int]]:
-    """Ways to sort a workload so that the rows of a batch are alike: name -> indices. Equal orders are named once."""
+    """Orders of a workload in which the rows of a batch are similar: name -> indices, without duplicate orders."""
     by_prompt = sorted(range(len(items)), key=lambda i: (len(items[i].prompt), items[i].new_tokens))
     by_count = sorted(range(len(items)), key=lambda i: (items[i].new_tokens, len(items[i].prompt)))
     found = {"by prompt length": by_prompt}

@@ -1,1 +1,1 @@
-"""Compiled CPU kernels. Imports nothing else of `model`."""
+"""Compiled CPU kernels; imports nothing else of `model`. See README.md in this folder."""

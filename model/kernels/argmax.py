@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.model.kernels import object_cache as machine_code
-from headrace.model.kernels.intrinsics import cast, team, team_functions
+from headrace.model.kernels import object_cache
+from headrace.model.kernels.intrinsics import cast
 from headrace.model.kernels.object_cache import Kernel
+from headrace.model.kernels.openmp import team, thread_functions
 
 log = logging.getLogger("headrace.model")
 
-#: Numbers of a row that are looked at together; the largest is then looked for in the first part that has it.
+#: Elements of a row that are compared together. The largest is then looked for in the first part that contains it.
 PART = 1024
+
+
+class ArgmaxArguments(NamedTuple):
+    """The arguments of the compiled function: int64 words; see `ops.py` for how they are used."""
+
+    logits: int  # address
+    row_bytes: int  # bytes from one row to the next
+    rows: int
+    width: int
+    best: int  # address of the largest logits [rows]
+    chosen: int  # address of their ids, int64 [rows]
+    partitions: int  # into how many parts the rows are split: the number of threads
+
+
+ARG_WORDS = len(ArgmaxArguments._fields)
+#: The position of each word.
+ARG = ArgmaxArguments(*range(ARG_WORDS))
 
 
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,29 +49,38 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _run(kernel: Kernel, logits: Tensor) -> tuple[Tensor, Tensor]:
     best, chosen = logits.new_empty(len(logits)), torch.empty(len(logits), dtype=torch.long)
-    threads = torch.get_num_threads()
-    numbers = [logits.data_ptr(), logits.stride(0) * logits.itemsize, *logits.shape, best.data_ptr()]
-    team().run(kernel.address, np.array([*numbers, chosen.data_ptr(), threads], dtype=np.int64), threads)
+    rows, width = logits.shape
+    arguments = ArgmaxArguments(
+        logits=logits.data_ptr(),
+        row_bytes=logits.stride(0) * logits.itemsize,
+        rows=rows,
+        width=width,
+        best=best.data_ptr(),
+        chosen=chosen.data_ptr(),
+        partitions=torch.get_num_threads(),
+    )
+    team().run(kernel.address, np.array(arguments, dtype=np.int64), arguments.partitions)
     return best, chosen
 
 
 @functools.cache
 def _kernel(dtype: torch.dtype) -> Kernel | None:
-    """Compiled and tried out; None where that cannot be done."""
+    """The kernel, compiled and self-tested; None where torch must be used."""
     if dtype not in (torch.float32, torch.bfloat16):
         return None
     try:
-        half = dtype == torch.bfloat16
-        kernel = machine_code.kernel(f"largest {half}", lambda: _compiled(half))
-        if not _right(kernel, dtype):
-            raise RuntimeError("it finds others than torch")
-    except Exception as error:  # a speed-up must never be what keeps a model from running
-        log.warning("the largest logits are found by torch's operator, more slowly: %r", error)
+        bf16 = dtype == torch.bfloat16
+        kernel = object_cache.load_or_compile(f"argmax {'bf16' if bf16 else 'fp32'}", lambda: compile_argmax(bf16))
+        if not _self_test(kernel, dtype):
+            raise RuntimeError("its results differ from torch's")
+    except Exception as error:  # a speed-up must never keep a model from running
+        log.warning("argmax uses torch's operator, which is slower: %r", error)
         return None
     return kernel
 
 
-def _right(kernel: Kernel, dtype: torch.dtype) -> bool:
+def _self_test(kernel: Kernel, dtype: torch.dtype) -> bool:
+    """Whether ties, -0 and NaN are handled as by torch."""
     logits = torch.randn(5, 3 * PART, generator=torch.Generator().manual_seed(0)).to(dtype)
     logits[1], logits[2, 7], logits[2, -1] = -0.0, 9, 9
     logits[1, 5] = 0.0
@@ -64,47 +91,49 @@ def _right(kernel: Kernel, dtype: torch.dtype) -> bool:
     return same and torch.equal(chosen[:3], expected.indices[:3])
 
 
-def _compiled(half: bool) -> Any:
-    """The search as a C function of one pointer, to the int64 numbers that `_run` packs.
+def compile_argmax(bf16: bool) -> Any:
+    """Compile a C function of one pointer to `ArgmaxArguments`; returns a `numba.cfunc`.
 
-    Numbers are compared as whole ones of the same bits, those below zero turned around: so it is done in vectors.
+    Floating-point numbers are compared as integers with the same bits, those of negative numbers inverted, because
+    LLVM can vectorise that.
     """
     import numba
     from numba import carray, types
 
-    thread, threads = team_functions()
-    number, long = (np.int16, types.int16) if half else (np.int32, types.int32), types.int64
-    signed = cast(types.int64, types.CPointer(number[1]))
-    whole = cast(types.int64, types.CPointer(long))
-    kind, shift = number[0], number[0](15 if half else 31)
-    size, infinity, nan = (2, kind(0x7F80), kind(0x7FC0)) if half else (4, kind(0x7F800000), kind(0x7FC00000))
-    low = kind(-(2**15) if half else -(2**31))
+    thread, threads = thread_functions()
+    integer, integer_type = (np.int16, types.int16) if bf16 else (np.int32, types.int32)
+    signed = cast(types.int64, types.CPointer(integer_type))
+    int64s = cast(types.int64, types.CPointer(types.int64))
+    shift, itemsize = integer(15 if bf16 else 31), 2 if bf16 else 4
+    infinity, nan = (integer(0x7F80), integer(0x7FC0)) if bf16 else (integer(0x7F800000), integer(0x7FC00000))
+    low = integer(-(2**15) if bf16 else -(2**31))
 
     @numba.njit(inline="always")
     def key(bits: Any) -> Any:
-        turned = kind(bits ^ (kind(bits >> shift) & kind(~low)))
-        return kind(0) if turned == kind(-1) else turned  # that is -0, which is 0
+        turned = integer(bits ^ (integer(bits >> shift) & integer(~low)))
+        return integer(0) if turned == integer(-1) else turned  # -0 counts as 0
 
     @numba.njit(error_model="numpy")
-    def of_part(at: int, count: int) -> Any:
-        """The largest key, and the largest bits without the sign: those of NaN are above infinity's."""
-        x, top, above = carray(signed(at), count), low, kind(0)
+    def largest_of_part(at: int, count: int) -> Any:
+        """The largest key, and the largest bits without the sign: those of NaN are above those of infinity."""
+        x, top, above = carray(signed(at), count), low, integer(0)
         for i in range(count):
-            turned, bare = key(x[i]), kind(x[i] & kind(~low))
+            turned, bare = key(x[i]), integer(x[i] & integer(~low))
             top = turned if turned > top else top
             above = bare if bare > above else above
         return top, above
 
     @numba.njit(error_model="numpy")
-    def work(a: Any) -> None:
-        rows, width, shares = a[2], a[3], a[6]
-        best, chosen = carray(signed(a[4]), rows), carray(whole(a[5]), rows)
-        for share in range(thread(), shares, threads()):
-            for row in range(rows * share // shares, rows * (share + 1) // shares):
-                x = carray(signed(a[0] + row * a[1]), width)
+    def work(args: Any) -> None:
+        rows, width, partitions = args[ARG.rows], args[ARG.width], args[ARG.partitions]
+        best, chosen = carray(signed(args[ARG.best]), rows), carray(int64s(args[ARG.chosen]), rows)
+        for partition in range(thread(), partitions, threads()):
+            for row in range(rows * partition // partitions, rows * (partition + 1) // partitions):
+                at = args[ARG.logits] + row * args[ARG.row_bytes]
+                x = carray(signed(at), width)
                 top, part, broken = low, 0, False
                 for start in range(0, width, PART):
-                    found, above = of_part(a[0] + row * a[1] + start * size, min(PART, width - start))
+                    found, above = largest_of_part(at + start * itemsize, min(PART, width - start))
                     broken = broken or above > infinity
                     if start == 0 or found > top:
                         top, part = found, start
@@ -115,6 +144,6 @@ def _compiled(half: bool) -> Any:
 
     @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
     def kernel(arguments: Any) -> None:
-        work(carray(arguments, 7))
+        work(carray(arguments, ARG_WORDS))
 
     return kernel

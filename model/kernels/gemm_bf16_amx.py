@@ -1,14 +1,15 @@
-"""Products in bfloat16 on a CPU's matrix unit (Intel AMX), reading the weight at the speed of memory.
+"""GEMM in bfloat16 on a CPU's matrix unit (Intel AMX), reading the weight at the speed of memory.
 
-The unit multiplies tiles: 16 rows of x by 32 numbers, with 32 numbers by 16 columns of the weight, summed in float32.
-The weight is stored once as the stream of tiles in which it is read:
+The unit multiplies tiles: 16 rows of x by 32 elements, with 32 elements by 16 columns of the weight, summed in float32.
+The micro-kernel computes two panels of MR = 16 rows by NR = 32 columns, in four tiles. The weight is stored once as the
+stream of tiles in which it is read:
 
-    block n   32 columns, all of the weight's rows; a thread computes whole blocks
-        step k   32 of the weight's rows: one tile for each 16 columns, 2 KiB together
+    block n   NR = 32 columns, all rows of the weight; a thread computes whole blocks
+        step k   KU = 32 rows of the weight: one tile for each 16 columns, together 2 KiB
 
-A block is asked for while the one before it is multiplied, from four places at a time: one stream of requests does not
-fill the way to memory. Meanwhile the sums before it are finished: the matrix unit and the vector units work side by
-side. Products are run by model/kernels/program.py.
+While one block is multiplied, the next one is prefetched as four streams: a single stream does not saturate memory. The
+epilogue of the sums before them runs at the same time, because the matrix unit and the vector units work in parallel.
+Ops are run by program.py; README.md explains the names.
 """
 
 from __future__ import annotations
@@ -24,85 +25,76 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from headrace.model.kernels.intrinsics import assembly, cast, prefetch, use_huge_pages
-from headrace.model.kernels.program import (
-    BLOCKS,
-    CONSTANTS,
-    GELU_NUMBERS,
-    PACKED,
-    READY,
-    ROWS,
-    SHARES,
-    SOURCE,
-    STEPS,
-    WEIGHT,
-    Kind,
-    Parts,
-    Streamed,
-    aimer,
-    finisher,
-    padded,
-    right,
-)
+from headrace.model.kernels.epilogue import GELU_CONSTANTS, epilogue, epilogue_target
+from headrace.model.kernels.intrinsics import assembly, cast, prefetch
+from headrace.model.kernels.memory import use_huge_pages
+from headrace.model.kernels.ops import ARG, OP
+from headrace.model.kernels.packed_weight import PackedWeight, pad_columns, self_test
+from headrace.model.kernels.program import GemmBackend, MicroKernel
 
 log = logging.getLogger("headrace.model")
 
-#: Rows of x in a tile.
-TILE = 16
+#: Rows of x in a packed panel, which are those of a tile.
+MR = 16
 TILE_BYTES = 1024
-#: Columns of a block, and rows of the weight in a step of it.
-BLOCK = 32
+#: Columns of a block, and rows of the weight in a step.
+NR = 32
+KU = 32
 STEP_BYTES = 2 * TILE_BYTES
-#: What a thread has for itself: the sums of two blocks, a row of a result, how the unit was set up before.
-BLOCK_SUMS = BLOCK * BLOCK * 4
-STAGED, BEFORE, OWN_BYTES = 2 * BLOCK_SUMS, 2 * BLOCK_SUMS + 64, 2 * BLOCK_SUMS + 128
-#: As many rows as take so many bytes are multiplied with a block before the next one: they stay in the L2 cache.
-PANEL_BYTES = 3 * 2**18
-#: `arch_prctl` of Linux on x86-64: ask to use the tiles' registers; without it the first use ends the process.
+#: Rows of x that the micro-kernel multiplies at once.
+TWO_PANELS = 2 * MR
+#: Scratch memory of a thread: the sums of two calls of the micro-kernel, a spare row for the epilogue, and the tile
+#: configuration that was in place before.
+SUMS_BYTES = TWO_PANELS * NR * 4
+SPARE, SAVED_CONFIG, SCRATCH_BYTES = 2 * SUMS_BYTES, 2 * SUMS_BYTES + 64, 2 * SUMS_BYTES + 128
+#: MC, in bytes: rows of this size are multiplied by a block before the next block, because they stay in the L2 cache.
+MC_BYTES = 3 * 2**18
+#: `arch_prctl` of Linux on x86-64 requests the tile registers; without it their first use ends the process.
 SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
 
 
-class Tiled(Streamed):
+class Bf16Weight(PackedWeight):
     """A weight [in, out] as tiles, bfloat16 [blocks, in/32, 2, 16, 16, 2]: block, step, tile, pair of rows, column, row
     of the pair.
     """
 
-    #: `in` is a multiple of it.
-    step: ClassVar = BLOCK
+    #: `in` must be a multiple of it.
+    ku: ClassVar = KU
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tiled:
-        """Take in a weight [in, out], `in` a multiple of 32, and a bias [out]."""
+    def of(cls, weight: Tensor, bias: Tensor | None, gelu: bool) -> Bf16Weight:
+        """Pack a weight [in, out], `in` a multiple of 32, and a bias [out]."""
         width, out = weight.shape
-        blocks, steps = -(-out // BLOCK), width // BLOCK
+        blocks, steps = -(-out // NR), width // KU
         tiles = use_huge_pages(torch.empty(blocks, steps, 2, 16, 16, 2, dtype=weight.dtype))
-        whole = F.pad(weight, (0, blocks * BLOCK - out)) if out % BLOCK else weight
-        tiles.copy_(whole.view(steps, 16, 2, blocks, 2, 16).permute(3, 0, 4, 1, 5, 2))
-        return cls(TILES, tiles, torch.ones(0), padded(bias, blocks * BLOCK), bias, out, gelu)
+        padded = F.pad(weight, (0, blocks * NR - out)) if out % NR else weight
+        tiles.copy_(padded.view(steps, 16, 2, blocks, 2, 16).permute(3, 0, 4, 1, 5, 2))
+        return cls(BF16_AMX, tiles, torch.ones(0), pad_columns(bias, blocks * NR), bias, out, gelu)
 
     @property
     def weight(self) -> Tensor:
-        """As it came, [in, out]; a copy."""
-        blocks, steps = self.stream.shape[:2]
-        return self.stream.permute(1, 3, 5, 0, 2, 4).reshape(steps * BLOCK, blocks * BLOCK)[:, : self.out]
+        """The weight as it was given, [in, out]; a copy."""
+        blocks, steps = self.packed.shape[:2]
+        return self.packed.permute(1, 3, 5, 0, 2, 4).reshape(steps * KU, blocks * NR)[:, : self.out]
 
 
 @functools.cache
 def tiles_work(device: str, dtype: torch.dtype) -> bool:
-    """Whether this machine has the unit and lets this process use it, and what it gives is right. Compiles the code.
+    """Whether this backend can be used on this machine and passes its self-test. Compiles it.
 
-    Where it cannot be had, products are computed by torch.
+    Where it cannot, torch's operators are used.
     """
     if device != "cpu" or dtype != torch.bfloat16 or not _permitted():
         return False
     try:
-        return right(Tiled.of, dtype, rtol=2.0**-8, atol=1e-3)
-    except Exception as error:  # a speed-up must never be what keeps a model from running
-        log.warning("products are computed by torch's operators, more slowly: %r", error)
+        return self_test(Bf16Weight.of, dtype, rtol=2.0**-8, atol=1e-3)
+    except Exception as error:  # a speed-up must never keep a model from running
+        log.warning("matrix products use torch's operators, which are slower: %r", error)
         return False
 
 
 def _permitted() -> bool:
+    """Whether the CPU has AMX and the operating system lets this process use it."""
     if os.uname().sysname != "Linux" or os.uname().machine != "x86_64":
         return False
     try:
@@ -116,30 +108,31 @@ def _permitted() -> bool:
         return False
 
 
+#: Where the tile configuration is among the constants.
+TILE_CONFIG = 128
+
+
 def _constants() -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The numbers of GELU; then what the unit is told before it is used: eight tiles of 16 rows of 64 bytes."""
-    shapes = np.zeros(64, np.uint8)
-    shapes[0] = 1  # the only palette there is
-    shapes[16:32:2] = 64
-    shapes[48:56] = TILE
-    return np.concatenate([GELU_NUMBERS.view(np.uint8), np.zeros(SHAPES - GELU_NUMBERS.nbytes, np.uint8), shapes])
-
-
-#: Where the shapes lie among the constants.
-SHAPES = 128
+    """The constants of GELU, then the tile configuration: eight tiles of 16 rows of 64 bytes."""
+    config = np.zeros(64, np.uint8)
+    config[0] = 1  # the palette; there is only this one
+    config[16:32:2] = 64
+    config[48:56] = MR
+    padding = np.zeros(TILE_CONFIG - GELU_CONSTANTS.nbytes, np.uint8)
+    return np.concatenate([GELU_CONSTANTS.view(np.uint8), padding, config])
 
 
 def _pack() -> Any:
-    """A row of x into its tiles: those of 16 rows after those of 16 rows, step after step."""
+    """Build pack: a row of x into its tiles. A panel of 16 rows is stored tile by tile, one tile for each step."""
     import numba
     from numba import carray, types
 
     words = cast(types.int64, types.CPointer(types.uint64))
 
     @numba.njit(error_model="numpy")
-    def pack(h: Any, d: Any, row: int, source: int) -> None:
-        steps = d[STEPS]
-        target = carray(words(tile_row(h, d, row)), steps * 128)
+    def pack(program: Any, op: Any, row: int, source: int) -> None:
+        steps = op[OP.k_steps]
+        target = carray(words(locate_row(program, op, row)), steps * 128)
         if source == 0:
             for step in range(steps):
                 for word in range(8):
@@ -150,23 +143,23 @@ def _pack() -> Any:
             for word in range(8):
                 target[step * 128 + word] = x[step * 8 + word]
 
-    tile_row = row_of_tiles()
+    locate_row = packed_row()
     return pack
 
 
-def row_of_tiles() -> Any:
-    """Where a row begins among the packed rows; its next 64 bytes are 1 KiB further."""
+def packed_row() -> Any:
+    """Build locate_row: where a row begins among the packed rows. Each following 64 bytes are 1 KiB further."""
     import numba
 
     @numba.njit(inline="always")
-    def tile_row(h: Any, d: Any, row: int) -> Any:
-        return h[PACKED] + row // TILE * d[STEPS] * TILE_BYTES + row % TILE * 64
+    def locate_row(program: Any, op: Any, row: int) -> Any:
+        return program[ARG.packed_rows] + row // MR * op[OP.k_steps] * TILE_BYTES + row % MR * 64
 
-    return tile_row
+    return locate_row
 
 
-def set_up() -> tuple[Any, Any]:
-    """What a thread does before and after it uses the unit; other users look whether it is set up as they left it."""
+def tile_configuration() -> tuple[Any, Any]:
+    """Build begin and end: configure the tiles, and restore the configuration that other users of the unit expect."""
     import numba
     from numba import carray, types
 
@@ -175,115 +168,129 @@ def set_up() -> tuple[Any, Any]:
     octets = cast(types.int64, types.CPointer(types.uint8))
 
     @numba.njit
-    def begin(h: Any, own: int) -> None:
-        save(own + BEFORE)
-        configure(h[CONSTANTS] + SHAPES)
+    def begin(program: Any, scratch: int) -> None:
+        save(scratch + SAVED_CONFIG)
+        configure(program[ARG.constants] + TILE_CONFIG)
 
     @numba.njit
-    def end(h: Any, own: int) -> None:  # noqa: ARG001
-        if carray(octets(own + BEFORE), 64)[0] == 0:
+    def end(program: Any, scratch: int) -> None:  # noqa: ARG001
+        if carray(octets(scratch + SAVED_CONFIG), 64)[0] == 0:
             release()
         else:
-            configure(own + BEFORE)
+            configure(scratch + SAVED_CONFIG)
 
     return begin, end
 
 
-def multiplier(*, whole: bool) -> Any:
-    """All rows by a share of the blocks, in bfloat16, or of int8 if `whole`."""
+def multiply_partition(*, int8: bool) -> Any:
+    """Build multiply: all rows by one partition of the blocks, in bfloat16 or int8."""
     import numba
 
-    group = 0 if whole else TILE
-    aim, finish = aimer(BLOCK, half=True, group=group), finisher(BLOCK, half=True, whole=whole, group=group)
-    multiply = _multiply(whole, finish)
+    mr = 0 if int8 else MR
+    locate = epilogue_target(NR, bf16=True, mr=mr)
+    finish = epilogue(NR, bf16=True, int8=int8, mr=mr)
+    micro_kernel = _micro_kernel(int8, finish)
 
     @numba.njit(error_model="numpy")
-    def multiply_share(h: Any, d: Any, after: Any, share: int, own: int) -> None:
-        steps, shares, staged = d[STEPS], h[SHARES], own + STAGED
-        first, last = d[BLOCKS] * share // shares, d[BLOCKS] * (share + 1) // shares
-        size, count = steps * STEP_BYTES, (h[ROWS] + TILE - 1) // TILE * TILE
-        panel = max(BLOCK, PANEL_BYTES // (steps * 64) // BLOCK * BLOCK)
-        sums, other, due = own, own + BLOCK_SUMS, aim(h, d, own, 0, 0, 0)
-        packed = d[SOURCE] if d[READY] != 0 else h[PACKED]
-        for start in range(0, count, panel):
-            rows = min(count - start, panel)
-            # Of the next block so many lines from each quarter in each step that all are there at the end.
-            ahead = -(-8 // ((rows + BLOCK - 1) // BLOCK))
+    def multiply(program: Any, op: Any, next_op: Any, partition: int, scratch: int) -> None:
+        steps, partitions, spare = op[OP.k_steps], program[ARG.partitions], scratch + SPARE
+        first, last = op[OP.n_blocks] * partition // partitions, op[OP.n_blocks] * (partition + 1) // partitions
+        block_bytes, count = steps * STEP_BYTES, (program[ARG.rows] + MR - 1) // MR * MR
+        mc = max(TWO_PANELS, MC_BYTES // (steps * 64) // TWO_PANELS * TWO_PANELS)
+        sums, other, pending = scratch, scratch + SUMS_BYTES, locate(program, op, scratch, 0, 0, 0)
+        packed = op[OP.source] if op[OP.in_packed] != 0 else program[ARG.packed_rows]
+        for start in range(0, count, mc):
+            rows = min(count - start, mc)
+            # Prefetch so many lines of each quarter of the next block in each step that the block is complete in time.
+            lines = -(-8 // ((rows + TWO_PANELS - 1) // TWO_PANELS))
             for block in range(first, last):
-                w = d[WEIGHT] + block * size
-                soon, quarter = w + size, size // 4
+                w = op[OP.weight] + block * block_bytes
+                soon, quarter = w + block_bytes, block_bytes // 4
                 if block + 1 == last:
-                    quarter = after[STEPS] * STEP_BYTES // 4
-                    soon = after[WEIGHT] + after[BLOCKS] * share // shares * quarter * 4
-                wanted = quarter // 64 if start + panel >= count or (start == 0 and block + 1 < last) else 0
-                for done in range(0, rows, BLOCK):
-                    row, skip = start + done, min(done // BLOCK * steps * ahead, wanted)
-                    next_ = soon + skip * 64, quarter, wanted - skip, ahead
+                    quarter = next_op[OP.k_steps] * STEP_BYTES // 4
+                    soon = next_op[OP.weight] + next_op[OP.n_blocks] * partition // partitions * quarter * 4
+                wanted = quarter // 64 if start + mc >= count or (start == 0 and block + 1 < last) else 0
+                for done in range(0, rows, TWO_PANELS):
+                    row, skip = start + done, min(done // TWO_PANELS * steps * lines, wanted)
+                    prefetched = soon + skip * 64, quarter, wanted - skip, lines
                     x = packed + row * steps * 64
-                    multiply(h, d, x, w, done + BLOCK <= rows, next_, sums, due, staged)
-                    due = aim(h, d, sums, row, min(BLOCK, h[ROWS] - row), block)
+                    micro_kernel(program, op, x, w, done + TWO_PANELS <= rows, prefetched, sums, pending, spare)
+                    pending = locate(program, op, sums, row, min(TWO_PANELS, program[ARG.rows] - row), block)
                     sums, other = other, sums
-        finish(h, due, 0, BLOCK, staged)
-
-    return multiply_share
-
-
-def _multiply(whole: bool, finish: Any) -> Any:
-    """32 rows of x, or 16, by a block, into sums [32, 32].
-
-    Meanwhile it asks for lines of the next block, and finishes the sums before, row by row.
-    """
-    import numba
-
-    fetch = prefetch()
-    clear = assembly("\n".join(f"tilezero %tmm{i}" for i in range(4)), 0)
-    # T1: read once, or again only after much else; so they leave the L1 cache to the sums.
-    load = [assembly(f"tileloaddt1 ($0,$1,1), %tmm{i}", 2) for i in range(4, 8)]
-    upper_x, lower_x, left_w, right_w = load
-    # Registers 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 columns of the weight.
-    product = "tdpbssd" if whole else "tdpbf16ps"
-    above = f"{product} %tmm6, %tmm4, %tmm0\n{product} %tmm7, %tmm4, %tmm1"
-    below = f"\n{product} %tmm6, %tmm5, %tmm2\n{product} %tmm7, %tmm5, %tmm3"
-    multiply_one, multiply_two = assembly(above, 0), assembly(above + below, 0)
-    store_0, store_1, store_2, store_3 = (assembly(f"tilestored %tmm{i}, ($0,$1,1)", 2) for i in range(4))
-
-    @numba.njit(error_model="numpy", forceinline=True)
-    def multiply(h: Any, d: Any, x: int, w: int, two: bool, next_: Any, sums: int, due: Any, staged: int) -> None:
-        steps, (soon, quarter, left, ahead) = d[STEPS], next_
-        rows = -(-BLOCK // steps)
-        clear()
-        for step in range(steps):
-            now = min(ahead, left)
-            left -= now
-            for _ in range(now):
-                fetch(soon)
-                fetch(soon + quarter)
-                fetch(soon + 2 * quarter)
-                fetch(soon + 3 * quarter)
-                soon += 64
-            left_w(w, 64)
-            right_w(w + TILE_BYTES, 64)
-            upper_x(x, 64)
-            if two:
-                lower_x(x + steps * TILE_BYTES, 64)
-                multiply_two()
-            else:
-                multiply_one()
-            finish(h, due, step * rows, rows, staged)
-            x += TILE_BYTES
-            w += STEP_BYTES
-        store_0(sums, BLOCK * 4)
-        store_1(sums + 64, BLOCK * 4)
-        if two:
-            store_2(sums + TILE * BLOCK * 4, BLOCK * 4)
-            store_3(sums + TILE * BLOCK * 4 + 64, BLOCK * 4)
+        finish(program, pending, 0, TWO_PANELS, spare)
 
     return multiply
 
 
-def _parts() -> Parts:
-    begin, end = set_up()
-    return Parts(begin, end, _pack(), multiplier(whole=False))
+def _micro_kernel(int8: bool, finish: Any) -> Any:
+    """Build micro_kernel: one or two panels of x by a block, into sums [32, NR].
+
+    Between the tile instructions it prefetches lines of the next block and finishes the previous sums row by row.
+    """
+    import numba
+
+    prefetch_line = prefetch()
+    clear = assembly("\n".join(f"tilezero %tmm{i}" for i in range(4)), 0)
+    # The T1 hint: tiles are read once, or much later again, so they should leave the L1 cache to the sums.
+    load = [assembly(f"tileloaddt1 ($0,$1,1), %tmm{i}", 2) for i in range(4, 8)]
+    load_upper_x, load_lower_x, load_left_w, load_right_w = load
+    # Registers 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 columns of the weight.
+    product = "tdpbssd" if int8 else "tdpbf16ps"
+    upper = f"{product} %tmm6, %tmm4, %tmm0\n{product} %tmm7, %tmm4, %tmm1"
+    lower = f"\n{product} %tmm6, %tmm5, %tmm2\n{product} %tmm7, %tmm5, %tmm3"
+    multiply_one, multiply_two = assembly(upper, 0), assembly(upper + lower, 0)
+    store_0, store_1, store_2, store_3 = (assembly(f"tilestored %tmm{i}, ($0,$1,1)", 2) for i in range(4))
+
+    @numba.njit(error_model="numpy", forceinline=True)
+    def micro_kernel(
+        program: Any, op: Any, x: int, w: int, two: bool, prefetched: Any, sums: int, pending: Any, spare: int
+    ) -> None:
+        steps, (soon, quarter, left, lines) = op[OP.k_steps], prefetched
+        rows = -(-TWO_PANELS // steps)
+        clear()
+        for step in range(steps):
+            now = min(lines, left)
+            left -= now
+            for _ in range(now):
+                prefetch_line(soon)
+                prefetch_line(soon + quarter)
+                prefetch_line(soon + 2 * quarter)
+                prefetch_line(soon + 3 * quarter)
+                soon += 64
+            load_left_w(w, 64)
+            load_right_w(w + TILE_BYTES, 64)
+            load_upper_x(x, 64)
+            if two:
+                load_lower_x(x + steps * TILE_BYTES, 64)
+                multiply_two()
+            else:
+                multiply_one()
+            finish(program, pending, step * rows, rows, spare)
+            x += TILE_BYTES
+            w += STEP_BYTES
+        store_0(sums, NR * 4)
+        store_1(sums + 64, NR * 4)
+        if two:
+            store_2(sums + MR * NR * 4, NR * 4)
+            store_3(sums + MR * NR * 4 + 64, NR * 4)
+
+    return micro_kernel
 
 
-TILES = Kind("bfloat16", torch.bfloat16, 2, BLOCK, BLOCK, TILE, OWN_BYTES, True, _constants(), _parts)
+def _build() -> MicroKernel:
+    begin, end = tile_configuration()
+    return MicroKernel(begin, end, _pack(), multiply_partition(int8=False))
+
+
+BF16_AMX = GemmBackend(
+    fingerprint="tiled",
+    dtype=torch.bfloat16,
+    itemsize=2,
+    ku=KU,
+    nr=NR,
+    mr=MR,
+    scratch_bytes=SCRATCH_BYTES,
+    packs_output=True,
+    constants=_constants(),
+    micro_kernel=_build,
+)

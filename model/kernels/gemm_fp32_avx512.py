@@ -1,13 +1,14 @@
-"""Products in float32 by a CPU's vector unit (AVX-512), as near as may be to the speed of memory or of the unit.
+"""GEMM in float32 on a CPU's vector unit (AVX-512), close to the speed of memory or of the unit, whichever limits.
 
-Eight rows by 48 columns are summed at once, in 24 of the 32 registers; every sum is taken from the first row of the
-weight to the last. The weight is stored once in the order in which it is read:
+The micro-kernel sums 8 rows by 48 columns at once, in 24 of the 32 registers. Each sum is taken from the first row of
+the weight to the last. The weight is stored once, in the order in which it is read:
 
-    block n   48 columns, all of the weight's rows; a thread computes whole blocks
-        step k   4 of the weight's rows, 768 bytes
+    block n   NR = 48 columns, all rows of the weight; a thread computes whole blocks
+        step k   KU = 4 rows of the weight, 768 bytes
 
-So much of a block as stays in the L2 cache beside the rows is multiplied by all of a panel's rows before the rest of
-it; what comes next is asked for meanwhile, from four places at a time. Products are run by model/kernels/program.py.
+The loop order is that of BLIS: KC steps of a block stay in the L2 cache while all MC rows are multiplied by them, then
+come the next KC steps. Meanwhile the weight that is needed next is prefetched, as four streams. Ops are run by
+program.py; README.md explains the names.
 """
 
 from __future__ import annotations
@@ -22,175 +23,178 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from headrace.model.kernels.intrinsics import assembly, cast, use_huge_pages
-from headrace.model.kernels.program import (
-    BLOCKS,
-    GELU_NUMBERS,
-    PACKED,
-    ROWS,
-    SHARES,
-    STEPS,
-    WEIGHT,
-    Kind,
-    Parts,
-    Streamed,
-    aimer,
-    finisher,
-    padded,
-    right,
-)
+from headrace.model.kernels.epilogue import GELU_CONSTANTS, epilogue, epilogue_target
+from headrace.model.kernels.intrinsics import assembly, cast
+from headrace.model.kernels.memory import use_huge_pages
+from headrace.model.kernels.ops import ARG, OP
+from headrace.model.kernels.packed_weight import PackedWeight, pad_columns, self_test
+from headrace.model.kernels.program import GemmBackend, MicroKernel
 
 log = logging.getLogger("headrace.model")
 
 #: Rows of x that are summed together, columns of a block, rows of the weight in a step.
-GROUP = 8
-BLOCK = 48
-STEP = 4
-LINE_BYTES = BLOCK * 4
-STEP_BYTES = STEP * LINE_BYTES
-#: Steps of a block that are multiplied by all rows of a panel before the next ones: at most so many, 72 KiB, and no
-#: more than half of all. Each part is summed by itself: the error of two short sums is less than that of a long one.
-PART = 96
-#: Rows of a panel; their sums lie in a thread's own memory, with a row of a result after them.
-PANEL = 128
-STAGED = PANEL * LINE_BYTES
+MR = 8
+NR = 48
+KU = 4
+ROW_BYTES = NR * 4
+STEP_BYTES = KU * ROW_BYTES
+#: At most this many steps of a block, 72 KiB, are multiplied by all MC rows before the next ones, and no more than half
+#: of all steps: each part is summed separately, and two short sums have a smaller rounding error than one long sum.
+KC = 96
+#: Rows whose sums are held in a thread's scratch memory; a spare row for the epilogue follows them.
+MC = 128
+SPARE = MC * ROW_BYTES
 
 
-class Floats(Streamed):
-    """A weight [in, out] in blocks of columns, float32 [blocks, in/4, 4, 48]: block, step, row, column."""
+class Fp32Weight(PackedWeight):
+    """A weight [in, out] in blocks of columns, float32 [blocks, in/KU, KU, NR]: block, step, row, column."""
 
-    #: `in` is a multiple of it.
-    step: ClassVar = STEP
+    #: `in` must be a multiple of it.
+    ku: ClassVar = KU
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, gelu: bool) -> Floats:
-        """Take in a weight [in, out], `in` a multiple of 4, and a bias [out]."""
+    def of(cls, weight: Tensor, bias: Tensor | None, gelu: bool) -> Fp32Weight:
+        """Pack a weight [in, out], `in` a multiple of 4, and a bias [out]."""
         width, out = weight.shape
-        blocks = -(-out // BLOCK)
-        stream = use_huge_pages(torch.empty(blocks, width // STEP, STEP, BLOCK))
-        whole = F.pad(weight, (0, blocks * BLOCK - out)) if out % BLOCK else weight
-        stream.copy_(whole.view(width // STEP, STEP, blocks, BLOCK).permute(2, 0, 1, 3))
-        return cls(FLOATS, stream, torch.ones(0), padded(bias, blocks * BLOCK), bias, out, gelu)
+        blocks = -(-out // NR)
+        packed = use_huge_pages(torch.empty(blocks, width // KU, KU, NR))
+        padded = F.pad(weight, (0, blocks * NR - out)) if out % NR else weight
+        packed.copy_(padded.view(width // KU, KU, blocks, NR).permute(2, 0, 1, 3))
+        return cls(FP32_AVX512, packed, torch.ones(0), pad_columns(bias, blocks * NR), bias, out, gelu)
 
     @property
     def weight(self) -> Tensor:
-        """As it came, [in, out]; a copy."""
-        return self.stream.permute(1, 2, 0, 3).reshape(self.width, -1)[:, : self.out]
+        """The weight as it was given, [in, out]; a copy."""
+        return self.packed.permute(1, 2, 0, 3).reshape(self.width, -1)[:, : self.out]
 
 
 @functools.cache
 def floats_work(device: str, dtype: torch.dtype) -> bool:
-    """Whether this machine has the unit, and what it gives is right. Compiles the code.
+    """Whether this backend can be used on this machine and passes its self-test. Compiles it.
 
-    Where it cannot be had, products are computed by torch.
+    Where it cannot, torch's operators are used.
     """
     if device != "cpu" or dtype != torch.float32 or os.uname().machine != "x86_64":
         return False
     try:
         from llvmlite import binding
 
-        return bool(binding.get_host_cpu_features().get("avx512f")) and right(Floats.of, dtype, rtol=1e-5, atol=1e-4)
-    except Exception as error:  # a speed-up must never be what keeps a model from running
-        log.warning("products are computed by torch's operators, more slowly: %r", error)
+        has_avx512 = bool(binding.get_host_cpu_features().get("avx512f"))
+        return has_avx512 and self_test(Fp32Weight.of, dtype, rtol=1e-5, atol=1e-4)
+    except Exception as error:  # a speed-up must never keep a model from running
+        log.warning("matrix products use torch's operators, which are slower: %r", error)
         return False
 
 
 def _pack() -> Any:
-    """A row of x into its group: the first numbers of eight rows, then their second ones, and so on."""
+    """Build pack: a row of x into its panel, where the first elements of MR rows are followed by their second ones."""
     import numba
     from numba import carray, types
 
     floats = cast(types.int64, types.CPointer(types.float32))
 
     @numba.njit(error_model="numpy")
-    def pack(h: Any, d: Any, row: int, source: int) -> None:
-        width = d[STEPS] * STEP
-        target = carray(floats(h[PACKED] + row // GROUP * width * GROUP * 4 + row % GROUP * 4), width * GROUP)
+    def pack(program: Any, op: Any, row: int, source: int) -> None:
+        width = op[OP.k_steps] * KU
+        panel = program[ARG.packed_rows] + row // MR * width * MR * 4
+        target = carray(floats(panel + row % MR * 4), width * MR)
         if source == 0:
             for i in range(width):
-                target[i * GROUP] = np.float32(0)
+                target[i * MR] = np.float32(0)
             return
         x = carray(floats(source), width)
         for i in range(width):
-            target[i * GROUP] = x[i]
+            target[i * MR] = x[i]
 
     return pack
 
 
-def _multiplier() -> Any:
-    """All rows by a share of the blocks."""
+def _multiply() -> Any:
+    """Build multiply: all rows by one partition of the blocks."""
     import numba
     from numba import carray, types
 
     floats = cast(types.int64, types.CPointer(types.float32))
-    aim, finish, multiply = aimer(BLOCK, half=False), finisher(BLOCK, half=False, whole=False), _multiply()
+    locate, finish = epilogue_target(NR, bf16=False), epilogue(NR, bf16=False, int8=False)
+    micro_kernel = _micro_kernel()
 
     @numba.njit(inline="always")
     def parts_of(steps: int) -> int:
-        return min(max(2, (steps + PART - 1) // PART), steps)
+        return min(max(2, (steps + KC - 1) // KC), steps)
 
     @numba.njit(error_model="numpy")
-    def begin(h: Any, after: Any, share: int) -> Any:
-        """Where a share of the next product begins, and how many steps its first part has."""
-        first = after[BLOCKS] * share // h[SHARES] * after[STEPS] * STEP_BYTES
-        return after[WEIGHT] + first, after[STEPS] // parts_of(after[STEPS])
+    def begin(program: Any, next_op: Any, partition: int) -> Any:
+        """Where a partition of the next op's weight begins, and how many steps its first part has."""
+        first = next_op[OP.n_blocks] * partition // program[ARG.partitions] * next_op[OP.k_steps] * STEP_BYTES
+        return next_op[OP.weight] + first, next_op[OP.k_steps] // parts_of(next_op[OP.k_steps])
 
     @numba.njit(error_model="numpy")
-    def multiply_share(h: Any, d: Any, after: Any, share: int, own: int) -> None:
-        steps, rows, parts = d[STEPS], h[ROWS], parts_of(d[STEPS])
-        first, last = d[BLOCKS] * share // h[SHARES], d[BLOCKS] * (share + 1) // h[SHARES]
-        for start in range(0, rows, PANEL):
-            stop = min(start + PANEL, rows)
+    def multiply(program: Any, op: Any, next_op: Any, partition: int, scratch: int) -> None:
+        steps, rows, parts = op[OP.k_steps], program[ARG.rows], parts_of(op[OP.k_steps])
+        first, last = (
+            op[OP.n_blocks] * partition // program[ARG.partitions],
+            op[OP.n_blocks] * (partition + 1) // program[ARG.partitions],
+        )
+        for start in range(0, rows, MC):
+            stop = min(start + MC, rows)
             for block in range(first, last):
-                sums = carray(floats(own), (stop - start + GROUP) * BLOCK)
-                for i in range((stop - start + GROUP - 1) // GROUP * GROUP * BLOCK):
+                sums = carray(floats(scratch), (stop - start + MR) * NR)
+                for i in range((stop - start + MR - 1) // MR * MR * NR):
                     sums[i] = np.float32(0)
                 for part in range(parts):
                     at, end = steps * part // parts, steps * (part + 1) // parts
-                    w = d[WEIGHT] + (block * steps + at) * STEP_BYTES
+                    w = op[OP.weight] + (block * steps + at) * STEP_BYTES
                     soon, quarter = w + (end - at) * STEP_BYTES, (end - at) * STEP_BYTES // 4
                     if part + 1 == parts and block + 1 == last:
-                        soon, length = (w, end - at) if stop < rows or after[WEIGHT] == 0 else begin(h, after, share)
+                        soon, length = (
+                            (w, end - at)
+                            if stop < rows or next_op[OP.weight] == 0
+                            else begin(program, next_op, partition)
+                        )
                         quarter = length * STEP_BYTES // 4
-                    for row in range(start, stop, GROUP):
-                        x = h[PACKED] + (row * steps + at * GROUP) * STEP * 4
-                        # A third of what comes next by each of the first three groups, or all by the first if there
-                        # are fewer; those after them ask for what is there.
-                        group, fast = (row - start) // GROUP, stop - start <= 2 * GROUP
-                        next_ = soon + group * (end - at) * 64 if group < (1 if fast else 3) else w
-                        to = own + (row - start) * LINE_BYTES
-                        multiply(min(GROUP, stop - row), fast and group == 0, x, w, end - at, to, next_, quarter)
-                finish(h, aim(h, d, own, start, stop - start, block), 0, stop - start, own + STAGED)
-
-    return multiply_share
-
-
-def _multiply() -> Any:
-    """Up to 8 rows by a part of a block, onto their sums [rows, 48], while lines of what comes next are asked for."""
-    import numba
-
-    registers = [*(f"xmm{i}" for i in range(32)), "rax", "rcx", "rdx", "rsi", "rdi", "flags"]
-    changes = ",".join(f"~{{{register}}}" for register in registers)
-    slow, fast = (_by_rows(lines, changes) for lines in (1, 3))
-
-    @numba.njit(error_model="numpy")
-    def multiply(rows: int, all_lines: bool, x: int, w: int, steps: int, sums: int, soon: int, quarter: int) -> None:
-        if all_lines:
-            fast(rows, x, w, steps, sums, soon, quarter)
-        else:
-            slow(rows, x, w, steps, sums, soon, quarter)
+                    for row in range(start, stop, MR):
+                        x = program[ARG.packed_rows] + (row * steps + at * MR) * KU * 4
+                        # The first three panels prefetch a third each of what comes next; with one or two panels the
+                        # first prefetches all of it. The panels after them prefetch the current part, at no cost.
+                        panel, few = (row - start) // MR, stop - start <= 2 * MR
+                        target = soon + panel * (end - at) * 64 if panel < (1 if few else 3) else w
+                        to = scratch + (row - start) * ROW_BYTES
+                        micro_kernel(min(MR, stop - row), few and panel == 0, x, w, end - at, to, target, quarter)
+                finish(
+                    program, locate(program, op, scratch, start, stop - start, block), 0, stop - start, scratch + SPARE
+                )
 
     return multiply
 
 
-def _by_rows(lines: int, changes: str) -> Any:
-    """The instructions for at least so many rows as there are: 1, 2, 4 or 8."""
+def _micro_kernel() -> Any:
+    """Build micro_kernel: up to MR rows by some steps of a block, added to their sums [rows, NR], while prefetching."""
     import numba
 
-    one, two, four, eight = (assembly(_instructions(rows, lines), 6, changes) for rows in (1, 2, 4, 8))
+    registers = [*(f"xmm{i}" for i in range(32)), "rax", "rcx", "rdx", "rsi", "rdi", "flags"]
+    clobbers = ",".join(f"~{{{register}}}" for register in registers)
+    one_line, three_lines = (_by_rows(lines, clobbers) for lines in (1, 3))
 
     @numba.njit(error_model="numpy")
-    def multiply(rows: int, x: int, w: int, steps: int, sums: int, soon: int, quarter: int) -> None:
+    def micro_kernel(
+        rows: int, all_lines: bool, x: int, w: int, steps: int, sums: int, soon: int, quarter: int
+    ) -> None:
+        if all_lines:
+            three_lines(rows, x, w, steps, sums, soon, quarter)
+        else:
+            one_line(rows, x, w, steps, sums, soon, quarter)
+
+    return micro_kernel
+
+
+def _by_rows(lines: int, clobbers: str) -> Any:
+    """Choose the instructions for 1, 2, 4 or 8 rows, the smallest number that is enough."""
+    import numba
+
+    one, two, four, eight = (assembly(_instructions(rows, lines), 6, clobbers) for rows in (1, 2, 4, 8))
+
+    @numba.njit(error_model="numpy")
+    def micro_kernel(rows: int, x: int, w: int, steps: int, sums: int, soon: int, quarter: int) -> None:
         if rows == 1:
             one(x, w, steps, sums, soon, quarter)
         elif rows == 2:
@@ -200,40 +204,52 @@ def _by_rows(lines: int, changes: str) -> Any:
         else:
             eight(x, w, steps, sums, soon, quarter)
 
-    return multiply
+    return micro_kernel
 
 
 def _instructions(rows: int, lines: int) -> str:
-    """For rows at $0, a part of a block at $1 with $2 steps, sums at $3; asks for so many lines a step of each quarter
-    of what lies at $4, whose quarters have $5 bytes.
+    """The instructions for a number of rows: $0 are the packed rows, $1 the steps of a block, $2 their number, $3 sums.
+
+    In each step they prefetch `lines` cache lines of each quarter of the memory at $4, whose quarters have $5 bytes.
     """
     sums = [(row, third, f"%zmm{3 * row + third}") for row in range(rows) for third in range(3)]
     text = ["movq $0, %rax", "movq $1, %rcx", "movq $2, %rdx", "movq $4, %rsi", "leaq (%rsi,$5,2), %rdi"]
     text += [f"vpxord {register}, {register}, {register}" for *_, register in sums]
     text += ["1:"]
-    for step in range(STEP):
-        text += [f"vmovups {LINE_BYTES * step + 64 * third}(%rcx), %zmm{24 + third}" for third in range(3)]
-        place = ["(%rsi)", "(%rsi,$5)", "(%rdi)", "(%rdi,$5)"][step]
+    for k in range(KU):
+        text += [f"vmovups {ROW_BYTES * k + 64 * third}(%rcx), %zmm{24 + third}" for third in range(3)]
+        place = ["(%rsi)", "(%rsi,$5)", "(%rdi)", "(%rdi,$5)"][k]
         text += [f"prefetcht1 {64 * line}{place}" for line in range(lines)]
         for row in range(rows):
-            number = f"%zmm{27 + row % 4}"
-            text += [f"vbroadcastss {4 * (GROUP * step + row)}(%rax), {number}"]
-            text += [f"vfmadd231ps {number}, %zmm{24 + third}, %zmm{3 * row + third}" for third in range(3)]
-    text += [f"addq $${4 * GROUP * STEP}, %rax", f"addq $${STEP_BYTES}, %rcx"]
+            x = f"%zmm{27 + row % 4}"
+            text += [f"vbroadcastss {4 * (MR * k + row)}(%rax), {x}"]
+            text += [f"vfmadd231ps {x}, %zmm{24 + third}, %zmm{3 * row + third}" for third in range(3)]
+    text += [f"addq $${4 * MR * KU}, %rax", f"addq $${STEP_BYTES}, %rcx"]
     text += [f"addq $${64 * lines}, %rsi", f"addq $${64 * lines}, %rdi", "decq %rdx", "jnz 1b"]
-    text += [f"vaddps {LINE_BYTES * row + 64 * third}($3), {register}, {register}" for row, third, register in sums]
-    text += [f"vmovups {register}, {LINE_BYTES * row + 64 * third}($3)" for row, third, register in sums]
+    text += [f"vaddps {ROW_BYTES * row + 64 * third}($3), {register}, {register}" for row, third, register in sums]
+    text += [f"vmovups {register}, {ROW_BYTES * row + 64 * third}($3)" for row, third, register in sums]
     return "\n".join(text)
 
 
-def _parts() -> Parts:
+def _build() -> MicroKernel:
     import numba
 
     @numba.njit
-    def nothing(h: Any, own: int) -> None:
+    def nothing(program: Any, scratch: int) -> None:
         pass
 
-    return Parts(nothing, nothing, _pack(), _multiplier())
+    return MicroKernel(nothing, nothing, _pack(), _multiply())
 
 
-FLOATS = Kind("float32", torch.float32, 4, STEP, BLOCK, GROUP, STAGED + LINE_BYTES, False, GELU_NUMBERS, _parts)
+FP32_AVX512 = GemmBackend(
+    fingerprint="floats",
+    dtype=torch.float32,
+    itemsize=4,
+    ku=KU,
+    nr=NR,
+    mr=MR,
+    scratch_bytes=SPARE + ROW_BYTES,
+    packs_output=False,
+    constants=GELU_CONSTANTS,
+    micro_kernel=_build,
+)

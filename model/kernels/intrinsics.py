@@ -1,82 +1,25 @@
-"""What compiled kernels are made of: torch's threads, addresses, memory asked for ahead, assembly, `exp`.
+"""Building blocks of compiled kernels: casts, pointers, prefetching, inline assembly, `exp`, rounding to bfloat16.
 
-numba compiles Python functions to machine code; what Python has no words for is given to it here in LLVM's. numba is
-imported when a kernel is first asked for: it takes half a second.
+numba compiles Python functions to machine code. The operations here have no Python equivalent, so each function builds
+a numba intrinsic that emits LLVM IR. numba is imported inside the functions, because the import takes half a second.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-#: Sums are taken in vectors, in an order that is fixed when they are compiled. NaN must stay NaN: it is how a broken
-#: row is known, so that "nnan" and "ninf" are not among the liberties.
-LIBERTIES = {"reassoc", "contract", "nsz", "arcp"}
+#: Sums may be reordered into vectors; the order is fixed when the code is compiled. "nnan" and "ninf" are left out: NaN
+#: must stay NaN, because the sampler recognises a broken row by it.
+FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
 
-#: `madvise`: back this memory with pages of 2 MiB.
-MADV_HUGEPAGE = 14
-PAGE = 4096
-
-Numbers = np.ndarray[Any, np.dtype[np.int64]]
-
-
-class Team:
-    """The OpenMP threads that torch's own operators run in. Threads of another pool would fight with those, which wait
-    for their next operator by spinning."""
-
-    def __init__(self, runtime: str) -> None:
-        from llvmlite import binding
-
-        binding.load_library_permanently(runtime)  # so that compiled code finds `omp_get_thread_num`
-        self._parallel = ctypes.CDLL(runtime).GOMP_parallel
-        self._parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        self._parallel.restype = None
-
-    def run(self, function: int, arguments: Numbers, threads: int) -> None:
-        """Call a C function of one pointer, to `arguments`, once in each of so many threads."""
-        self._parallel(function, arguments.ctypes.data, threads, 0)
-
-
-@functools.cache
-def team() -> Team:
-    """torch's team. Raises RuntimeError or OSError where it cannot be had."""
-    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/lib" in line}
-    found = sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libiomp", "libomp")))
-    ours = [path for path in found if "torch" in path]
-    if not found:
-        raise RuntimeError("torch has loaded no OpenMP runtime")
-    return Team((ours or found)[0])
-
-
-def use_huge_pages(tensor: Tensor) -> Tensor:
-    """Ask for pages of 2 MiB under a tensor that nothing has been written to: memory is then read ahead further."""
-    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.itemsize
-    start = -(-start // PAGE) * PAGE
-    if tensor.device.type == "cpu" and end - start >= 2**21:
-        madvise = getattr(ctypes.CDLL(None), "madvise", None)
-        if madvise is not None:  # where it fails nothing is lost but speed
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t((end - start) // PAGE * PAGE), ctypes.c_int(MADV_HUGEPAGE))
-    return tensor
-
-
-def team_functions() -> tuple[Any, Any]:
-    """For compiled code: the number of this thread in its team, and how many there are."""
-    from numba import types
-
-    return (
-        types.ExternalFunction("omp_get_thread_num", types.int32()),
-        types.ExternalFunction("omp_get_num_threads", types.int32()),
-    )
+Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def cast(source: Any, target: Any) -> Any:
-    """A function for compiled code that reads bits as those of another type, or a number as an address."""
+    """A function for compiled code that reinterprets the bits of a value, or turns an address into a pointer."""
     from numba import types
     from numba.extending import intrinsic
 
@@ -93,14 +36,14 @@ def cast(source: Any, target: Any) -> Any:
 
 
 def prefetch() -> Any:
-    """A function for compiled code that asks for a cache line before it is needed; any address may be named."""
+    """A function for compiled code that prefetches the cache line at an address; an invalid address is allowed."""
     from llvmlite import ir
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
 
     @intrinsic
-    def fetch(_: Any, _address: Any) -> Any:
+    def prefetch_line(_: Any, _address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
             byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
             kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
@@ -110,11 +53,11 @@ def prefetch() -> Any:
 
         return types.void(types.int64), generate
 
-    return fetch
+    return prefetch_line
 
 
-def call() -> Any:
-    """A function for compiled code that calls a C function of one pointer: its address, and the pointer."""
+def call_pointer() -> Any:
+    """A function for compiled code that calls a C function of one pointer, given its address and the pointer."""
     from llvmlite import ir
     from numba import types
     from numba.extending import intrinsic
@@ -132,21 +75,26 @@ def call() -> Any:
     return function
 
 
-def assembly(text: str, operands: int, changes: str = "") -> Callable[..., Any]:
-    """A function for compiled code of so many int64 operands, $0 and on, that is these instructions (AT&T's order).
+def assembly(text: str, operands: int, clobbers: str = "") -> Callable[..., Any]:
+    """A function for compiled code that executes these instructions (AT&T syntax).
 
-    `changes` names the registers they change, as LLVM does: "~{xmm0}"; "~{flags}" for those that arithmetic and
-    comparisons set. Raises ValueError for "cc", which LLVM takes and does not heed.
+    Args:
+        operands: how many int64 parameters the function has; the instructions refer to them as $0, $1 and so on.
+        clobbers: the registers that the instructions change, as LLVM writes them: "~{xmm0}", and "~{flags}" for the
+            flags that arithmetic and comparisons set.
+
+    Raises:
+        ValueError: "~{cc}" is among the clobbers; LLVM accepts it and ignores it.
     """
     from llvmlite import binding, ir
     from numba import types
     from numba.extending import intrinsic
 
-    if "~{cc}" in changes:
-        raise ValueError("flags are called ~{flags}")
+    if "~{cc}" in clobbers:
+        raise ValueError("the clobber ~{cc} has no effect in LLVM; use ~{flags}")
     binding.initialize_native_asmparser()
     word = ir.IntType(64)
-    constraints = ",".join(["r"] * operands + [part for part in (changes, "~{memory}") if part])
+    constraints = ",".join(["r"] * operands + [part for part in (clobbers, "~{memory}") if part])
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
         kind = ir.FunctionType(ir.VoidType(), [word] * operands)
@@ -154,7 +102,7 @@ def assembly(text: str, operands: int, changes: str = "") -> Callable[..., Any]:
         return context.get_dummy_value()
 
     signature = types.void(*[types.int64] * operands)
-    # numba counts the parameters, so there is one function for each number of them.
+    # numba inspects the number of parameters, so each number needs a function of its own.
     typed: list[Callable[..., Any]] = [
         lambda _: (signature, generate),
         lambda _, a: (signature, generate),  # noqa: ARG005
@@ -168,21 +116,23 @@ def assembly(text: str, operands: int, changes: str = "") -> Callable[..., Any]:
     return function
 
 
-def clean_up() -> Any:
-    """For the end of code that has used assembly: lets go of the upper halves of registers, which the compiler would do
-    had it used them itself. What is left in them slows other code, and is saved whenever threads change.
+def vzeroupper() -> Any:
+    """A function for the end of code with inline assembly: it clears the upper halves of the vector registers.
+
+    The compiler does this only after vector code of its own. Dirty upper halves slow other code down, and the kernel
+    saves them at every context switch.
     """
     return assembly("vzeroupper", 0, ",".join(f"~{{xmm{i}}}" for i in range(16)))
 
 
 def exponential() -> Any:
-    """e**x for x up to 0, after Cephes (Moshier 1989), in a form that a compiler turns into vectors."""
+    """A function for compiled code: e**x in float32 for x <= 0, after Cephes (Moshier 1989); LLVM can vectorise it."""
     import numba
     from numba import types
 
     value = cast(types.uint32, types.float32)
 
-    @numba.njit(inline="always", fastmath=LIBERTIES)
+    @numba.njit(inline="always", fastmath=FAST_MATH)
     def exp(x: Any) -> Any:
         x = max(x, np.float32(-87.0)) if x == x else x
         n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
@@ -199,7 +149,7 @@ def exponential() -> Any:
 
 
 def round_to_bfloat16() -> Any:
-    """A float32 as the 16 bits of a bfloat16: rounded to the nearest, of two equally near to the even one."""
+    """A function for compiled code: a float32 as the 16 bits of a bfloat16, rounded to nearest, ties to even."""
     import numba
     from numba import types
 

@@ -14,11 +14,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from safetensors.numpy import load
 
+import headrace.model.attention
+import headrace.model.block
+import headrace.model.config
 import headrace.model.gpt2
 import headrace.model.kv_cache
 from headrace.client.wire.comparison import Row
 from headrace.client.wire.requests import parse_request
 from headrace.config import Settings
+from headrace.model.fused_decoder import FusedDecoder
 from headrace.model.hub import DEMO
 from headrace.model.linear import Linear
 from headrace.worker.engine.build import load_engine
@@ -62,12 +66,13 @@ def erf_gelu(patch: pytest.MonkeyPatch, engine: Engine) -> None:
 
 
 def unscaled_scores(patch: pytest.MonkeyPatch, engine: Engine) -> None:
-    patch.setattr(headrace.model.gpt2.GPT2Config, "scale", 1.0)
+    patch.setattr(headrace.model.config.GPT2Config, "scale", 1.0)
 
 
 def replace_in_block_0(engine: Engine, **parts: Any) -> None:
-    blocks = engine.runner.model.blocks  # type: ignore[attr-defined]
-    blocks[0] = dataclasses.replace(blocks[0], **parts)
+    model = engine.runner.model  # type: ignore[attr-defined]
+    model.blocks[0] = dataclasses.replace(model.blocks[0], **parts)
+    model.fused_decoder = FusedDecoder.of(model.blocks)
 
 
 def transposed_qkv(patch: pytest.MonkeyPatch, engine: Engine) -> None:
@@ -83,15 +88,15 @@ def transposed_projection(patch: pytest.MonkeyPatch, engine: Engine) -> None:
 
 def cache_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
     """Keys are written one row further than they belong."""
-    attend = headrace.model.kv_cache._Prefill.attend
+    attend = headrace.model.attention._Prefill.attend
 
     def shifted(self: Any, layer: int, q: Any, k: Any, v: Any, *rest: Any) -> None:
         attend(self, layer, q, k, v, *rest)
         keys = self.arena.k[layer][self.slot]
         keys[:, 1 : len(k) + 1] = k.transpose(0, 1)
 
-    patch.setattr(headrace.model.kv_cache._Prefill, "attend", shifted)
-    patch.setattr(headrace.model.kv_cache, "SHORT", 0)
+    patch.setattr(headrace.model.attention._Prefill, "attend", shifted)
+    patch.setattr(headrace.model.attention, "SHORT", 0)
 
 
 def unbiased_variance(patch: pytest.MonkeyPatch, engine: Engine) -> None:
@@ -99,8 +104,8 @@ def unbiased_variance(patch: pytest.MonkeyPatch, engine: Engine) -> None:
         centred = x - x.mean(-1, keepdim=True)
         return centred / torch.sqrt(x.var(-1, keepdim=True, correction=1) + self.epsilon) * self.weight + self.bias
 
-    patch.setattr(headrace.model.gpt2.Norm, "__call__", norm)
-    patch.setattr(engine.runner.model, "_passes", None)  # type: ignore[attr-defined]  # which compute norms themselves
+    patch.setattr(headrace.model.block.Norm, "__call__", norm)
+    patch.setattr(engine.runner.model, "fused_decoder", None)  # type: ignore[attr-defined]  # it has its own norms
 
 
 def positions_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
@@ -122,8 +127,8 @@ def mask_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
             attn_mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(1)
         return attention(q, k, v, attn_mask=attn_mask, scale=scale)
 
-    patch.setattr(headrace.model.kv_cache.F, "scaled_dot_product_attention", leaky)
-    patch.setattr(headrace.model.kv_cache, "SHORT", 0)
+    patch.setattr(headrace.model.attention.F, "scaled_dot_product_attention", leaky)
+    patch.setattr(headrace.model.attention, "SHORT", 0)
 
 
 MUTATIONS: list[tuple[Plant, int, str]] = [

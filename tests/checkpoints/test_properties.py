@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from headrace.client.wire.errors import JobCancelled
 from headrace.client.wire.requests import parse_request
 from headrace.client.wire.results import Choice, Result
-from headrace.model.gpt2 import GPT2, GPT2Config
+from headrace.model.config import GPT2Config
+from headrace.model.gpt2 import GPT2
 from headrace.model.tokenizer import gpt2_tokenizer
 from headrace.model.weights import expected_shapes
 from headrace.worker.engine.cache_slots import SlotTable

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from headrace.client.wire.activations import CHECKPOINTS
 from headrace.client.wire.comparison import compare
 from headrace.model import GPT2, ModelError, load_model, load_tokenizer
-from headrace.model.gpt2 import GPT2Config
+from headrace.model.config import GPT2Config
 from headrace.model.tokenizer import END_OF_TEXT, _byte_alphabet
 from headrace.model.weights import expected_shapes
 from headrace.worker.fidelity.tensor_files import read_tensors

@@ -11,7 +11,8 @@ import torch
 
 from headrace import __version__
 from headrace.config import Settings
-from headrace.model.gpt2 import GPT2, GPT2Config
+from headrace.model.config import GPT2Config
+from headrace.model.gpt2 import GPT2
 from headrace.model.hub import ModelError
 from headrace.model.kernels.attention import decode_kernel
 from headrace.model.tokenizer import Tokenizer, load_tokenizer

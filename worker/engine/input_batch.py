@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-from headrace.model.kv_cache import Chunk, DecodeGroup
+from headrace.model.attention import Chunk, DecodeGroup
 from headrace.model.sampler import Draw, RowParams
 from headrace.worker.engine.scheduler import PromptChunk, Step
 from headrace.worker.engine.sequence import Sequence, Slot

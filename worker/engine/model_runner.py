@@ -14,9 +14,10 @@ from torch import Tensor
 from headrace.client.wire.activations import CHECKPOINT_TENSORS
 from headrace.client.wire.requests import MAX_LOGPROBS
 from headrace.model.activations import PROBS_TEMPERATURE, Trace
+from headrace.model.attention import CachedAttention
 from headrace.model.cuda_graphs import decode_graphs
 from headrace.model.gpt2 import GPT2
-from headrace.model.kv_cache import CachedAttention, KVCache
+from headrace.model.kv_cache import KVCache
 from headrace.model.sampler import Draw, RowParams, filtered, sample, top_logprobs
 from headrace.worker.engine.cache_slots import Move
 from headrace.worker.engine.input_batch import InputBatch, SampledRow, accepted_rows, slot_of

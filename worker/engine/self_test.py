@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from headrace.client.wire.requests import GenerateRequest
+from headrace.model.attention import SHORT
 from headrace.model.gpt2 import GPT2
-from headrace.model.kv_cache import SHORT
 from headrace.worker.engine.cache_slots import SlotTable
 from headrace.worker.engine.model_runner import Runner
 from headrace.worker.engine.scheduler import PromptChunk, Step

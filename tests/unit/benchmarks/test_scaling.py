@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.scaling import Cost, Reading, busy_s, costs, long_jobs, needs, processor_s, rate_in_the_middle
+from benchmarks.capacity import Cost, costs, needs
+from benchmarks.scaling import long_jobs
+from benchmarks.usage import Reading, busy_s, processor_s, rate_in_the_middle
 
 
 def test_what_a_job_takes_is_the_difference_of_two_readings() -> None:

@@ -1,4 +1,4 @@
-"""Products of float32 by the vector unit: the numbers of the formula, in the same bits whatever the company."""
+"""GEMM in float32 on AVX-512: correct, and batch-invariant."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from headrace.model.kernels.gemm_fp32_avx512 import FLOATS, PART, STEP, Floats, floats_work
+from headrace.model.kernels.gemm_fp32_avx512 import FP32_AVX512, KC, KU, Fp32Weight, floats_work
 from headrace.model.linear import Linear
 from tests.instruction_sets import needs_avx512
-from tests.unit.model.streamed import check_apart, check_broken, check_company
+from tests.unit.model.gemm_checks import check_batch_invariance, check_nan_and_infinity, check_strides
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -32,7 +32,7 @@ def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
     sizes = x.double().abs() @ weight.double().abs() + bias.double().abs()  # what rounding is in proportion to
     if gelu:
         exact = F.gelu(exact, approximate="tanh")
-    product = Floats.of(weight, bias, gelu)
+    product = Fp32Weight.of(weight, bias, gelu)
     for count in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 24, 64, 127, 128, 129, 301):
         found = product(x[:count])
         assert found.shape == (count, outer)
@@ -49,9 +49,9 @@ def test_its_mean_error_is_that_of_short_sums() -> None:
     (In root mean square.) The k-th partial sum has variance k, so the mean square error is u**2 * n**2 / 6. A sum in
     parts of c rows has the error of its n/c parts, and that of adding them.
     """
-    inner, part, u = 3072, PART * STEP, 2.0**-24
+    inner, part, u = 3072, KC * KU, 2.0**-24
     weight, x = normal(inner, 768), normal(64, inner)
-    error = Floats.of(weight, None, False)(x).double() - x.double() @ weight.double()
+    error = Fp32Weight.of(weight, None, False)(x).double() - x.double() @ weight.double()
     parts = inner / part
     assert error.square().mean() < u**2 * (inner * part / 6 + part * parts * (parts + 1) / 6)
 
@@ -60,7 +60,7 @@ def test_its_mean_error_is_that_of_short_sums() -> None:
 def test_gelu_is_that_of_float32_from_the_smallest_to_the_largest() -> None:
     sizes = torch.cat([torch.logspace(-30, 4, 2000), torch.linspace(0, 12, 2000)])
     x = torch.cat([sizes, -sizes])[:, None]
-    found = Floats.of(torch.tensor([[1.0], [0], [0], [0]]), None, True)(F.pad(x, (0, 3)))
+    found = Fp32Weight.of(torch.tensor([[1.0], [0], [0], [0]]), None, True)(F.pad(x, (0, 3)))
     exact = F.gelu(x.double(), approximate="tanh")
     assert ((found.double() - exact).abs() <= 1e-6 * exact.abs() + 1e-7 * (x.abs() > 3)).all()
 
@@ -69,24 +69,24 @@ def test_gelu_is_that_of_float32_from_the_smallest_to_the_largest() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: int) -> None:
     counts = [*range(1, 40), 63, 64, 65, 127, 128, 129, 255, 256, 257, 512, 600]
-    check_company(Floats.of(normal(500, 200), None, True), normal(600, 500), threads, counts)
+    check_batch_invariance(Fp32Weight.of(normal(500, 200), None, True), normal(600, 500), threads, counts)
 
 
 @needs_avx512
 def test_rows_may_lie_apart_or_across() -> None:
-    check_apart(Floats.of(normal(64, 96), None, False), normal(48, 256))
+    check_strides(Fp32Weight.of(normal(64, 96), None, False), normal(48, 256))
 
 
 @needs_avx512
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
-    check_broken(lambda gelu: Floats.of(normal(64, 96), normal(96), gelu), normal(40, 64), bad)
+    check_nan_and_infinity(lambda gelu: Fp32Weight.of(normal(64, 96), normal(96), gelu), normal(40, 64), bad)
 
 
 @needs_avx512
 def test_a_width_that_is_no_multiple_of_a_step_is_multiplied_by_torch() -> None:
-    assert not isinstance(Linear.of(normal(33, 48)).product, Floats)
-    assert isinstance(Linear.of(normal(36, 48)).product, Floats)
+    assert not isinstance(Linear.of(normal(33, 48)).gemm, Fp32Weight)
+    assert isinstance(Linear.of(normal(36, 48)).gemm, Fp32Weight)
 
 
 def test_without_the_unit_or_numba_or_with_wrong_numbers_it_is_left_to_torch(
@@ -109,8 +109,8 @@ def test_without_the_unit_or_numba_or_with_wrong_numbers_it_is_left_to_torch(
     for missing in ("numba", "llvmlite"):
         with monkeypatch.context() as patch:
             patch.setattr(builtins, "__import__", without(missing))
-            patch.delitem(FLOATS.__dict__, "kernel", raising=False)
+            patch.delitem(FP32_AVX512.__dict__, "kernel", raising=False)
             assert not fresh("cpu", torch.float32)
-    call = Floats.__call__
-    monkeypatch.setattr(Floats, "__call__", lambda self, x: call(self, x) + 1)
+    call = Fp32Weight.__call__
+    monkeypatch.setattr(Fp32Weight, "__call__", lambda self, x: call(self, x) + 1)
     assert not fresh("cpu", torch.float32)

@@ -1,4 +1,4 @@
-"""Products of whole numbers of 8 bits: the numbers of the formula, worked out by torch in float64, in any company."""
+"""GEMM in int8 on AMX: exactly the formula, computed by torch in float64, and batch-invariant."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headrace.model import load_model
 from headrace.model.hub import DEMO, ModelError
-from headrace.model.kernels.gemm_int8_amx import Int8
+from headrace.model.kernels.gemm_int8_amx import Int8Weight
 from tests.instruction_sets import needs_amx_int8
 
 
@@ -33,7 +33,7 @@ def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
     exact = rounded(x, 1) @ rounded(weight, 0) + bias.double()
     if gelu:
         exact = F.gelu(exact, approximate="tanh")
-    product = Int8.of(weight, bias, gelu)
+    product = Int8Weight.of(weight, bias, gelu)
     # A number that lies halfway between two whole ones may go to either side: one step of 127 in each factor.
     step = x.double().abs().amax() / 127 * weight.double().abs().amax() * 1.5
     for count in (1, 15, 16, 17, 33, 64, 300):
@@ -53,14 +53,14 @@ def test_what_is_already_whole_loses_nothing() -> None:
     whole[:, 0] = 127
     weight = torch.randint(-127, 128, (64, 96), generator=torch.Generator().manual_seed(2)).float()
     weight[0] = -127
-    found = Int8.of(weight, None, False)(whole)
+    found = Int8Weight.of(weight, None, False)(whole)
     assert torch.equal(found, (whole.double() @ weight.double()).bfloat16())
 
 
 @needs_amx_int8
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: int) -> None:
-    product, x = Int8.of(normal(128, 200), None, True), normal(600, 128).bfloat16()
+    product, x = Int8Weight.of(normal(128, 200), None, True), normal(600, 128).bfloat16()
     torch.set_num_threads(2)
     expected = product(x)
     torch.set_num_threads(threads)
@@ -71,7 +71,7 @@ def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: i
 
 @needs_amx_int8
 def test_rows_may_lie_apart_or_across() -> None:
-    product, x = Int8.of(normal(64, 96), None, False), normal(48, 256).bfloat16()
+    product, x = Int8Weight.of(normal(64, 96), None, False), normal(48, 256).bfloat16()
     expected = product(x[:, 64:128].contiguous())
     assert torch.equal(product(x[:, 64:128]), expected)
     assert torch.equal(product(x[:, 64:128].t().contiguous().t()), expected)
@@ -80,7 +80,7 @@ def test_rows_may_lie_apart_or_across() -> None:
 @needs_amx_int8
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
-    product, x = Int8.of(normal(64, 96), normal(96), False), normal(40, 64).bfloat16()
+    product, x = Int8Weight.of(normal(64, 96), normal(96), False), normal(40, 64).bfloat16()
     clean = product(x)
     broken = x.clone()
     broken[7, 3] = bad
@@ -94,7 +94,7 @@ def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
 def test_rows_and_columns_of_zeros_give_the_bias() -> None:
     weight, bias, x = normal(64, 40), normal(40), normal(3, 64).bfloat16()
     weight[:, 5], x[1] = 0, 0
-    found = Int8.of(weight, bias, False)(x)
+    found = Int8Weight.of(weight, bias, False)(x)
     assert torch.equal(found[1], bias.bfloat16())
     assert torch.equal(found[:, 5], bias[5].bfloat16().expand(3))
 
@@ -102,7 +102,7 @@ def test_rows_and_columns_of_zeros_give_the_bias() -> None:
 @needs_amx_int8
 def test_rows_are_rounded_to_the_nearest_and_to_even_between_two() -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, -0.5, -2.5, 3.0] + [0.0] * 58, [0.0] * 64]).bfloat16()
-    found = Int8.of(torch.eye(64), None, False)(x)  # each column is one of the whole numbers
+    found = Int8Weight.of(torch.eye(64), None, False)(x)  # each column is one of the whole numbers
     assert found[0, :6].tolist() == [127, 0, 2, 0, -2, 3]
     assert not found[1].any()
 
@@ -113,9 +113,9 @@ def test_the_model_in_int8_holds_a_quarter_of_the_bytes_and_says_nearly_the_same
     assert whole.products == "int8"
     assert whole.dtype == torch.bfloat16
     assert exact.products != "int8"
-    block = whole.blocks[0].c_fc.product
-    assert isinstance(block, Int8)
-    assert block.stream.nbytes * 4 == exact.blocks[0].c_fc.weight.nbytes
+    block = whole.blocks[0].c_fc.gemm
+    assert isinstance(block, Int8Weight)
+    assert block.packed.nbytes * 4 == exact.blocks[0].c_fc.weight.nbytes
     tokens = torch.tensor([[(7919 * i) % 50257 for i in range(60)]])
     p, q = exact.logits(tokens)[0].log_softmax(-1), whole.logits(tokens)[0].log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1).mean()
@@ -124,7 +124,7 @@ def test_the_model_in_int8_holds_a_quarter_of_the_bytes_and_says_nearly_the_same
 
 def test_a_machine_or_model_that_cannot_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("headrace.model.weights.int8_works", lambda _: False)
-    with pytest.raises(ModelError, match=r"dtype 'int8' on cpu: it takes .* HEADRACE_DTYPE=bfloat16"):
+    with pytest.raises(ModelError, match=r"dtype 'int8' on cpu: it needs .* HEADRACE_DTYPE=bfloat16"):
         load_model("demo", device="cpu", dtype="int8")
     monkeypatch.setattr("headrace.model.weights.int8_works", lambda _: True)
     config = (DEMO / "config.json").read_text().replace('"n_embd": 128', '"n_embd": 96')

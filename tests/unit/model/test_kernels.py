@@ -1,4 +1,4 @@
-"""Attention of decoding rows, compiled: the numbers of the formula, and nobody's business but the row's."""
+"""The compiled attention of decoding rows: correct, and batch-invariant."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import headrace.model.kernels.attention
-import headrace.model.kernels.intrinsics
-from headrace.model.kernels.attention import DecodeKernel, Rows, decode_kernel
+import headrace.model.kernels.openmp
+from headrace.model.kernels.attention import DecodeKernel, DecodeRows, decode_kernel
 
 POSITIONS = 96
-#: Compiled loops, and those written out in instructions where the CPU has them.
+#: Compiled loops, and assembly where the CPU has AVX-512.
 WAYS = [(8, torch.float32), (64, torch.float32), (64, torch.bfloat16)]
 
 
@@ -27,7 +27,7 @@ def kernel(width: int, dtype: torch.dtype) -> DecodeKernel:
 
 
 class Case:
-    """R rows with caches of their own. cache: [k/v, R, H, positions, D]; qkv: [R, q/k/v, H, D]."""
+    """R rows, each with its own cache. cache: [k/v, R, H, positions, D]; qkv: [R, q/k/v, H, D]."""
 
     def __init__(self, lengths: list[int], *, heads: int, width: int, dtype: torch.dtype, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -44,7 +44,7 @@ class Case:
         qkv = self.qkv[rows]
         out = torch.full((len(rows), heads, width), 7.0, dtype=self.cache.dtype)
         counts = np.ones(len(rows), dtype=np.int64)
-        where = Rows.of(k, v, np.full(len(rows), self.cache.stride(2)), lengths, counts, heads)
+        where = DecodeRows.of(k, v, np.full(len(rows), self.cache.stride(2)), lengths, counts, heads)
         kernel(width, self.cache.dtype)(0, qkv[:, 0], qkv[:, 1], qkv[:, 2], out, where, 0.3)
         return out
 
@@ -136,14 +136,14 @@ def test_scores_far_apart_do_not_overflow(width: int, dtype: torch.dtype, length
 def test_heads_are_shared_out_by_the_positions_they_read() -> None:
     torch.set_num_threads(2)
     zeros = np.zeros((1, 3))
-    where = Rows.of(zeros, zeros, np.zeros(3), np.array([10, 10, 40]), np.array([1, 1, 1]), 2)
-    assert where.shares.tolist() == [0, 4, 6]  # 20 + 20 + 80 positions: halves of 60 meet inside the last row
-    where = Rows.of(zeros, zeros, np.zeros(3), np.array([10, 10, 10]), np.array([4, 1, 1]), 2)
-    assert where.shares.tolist() == [0, 1, 6]  # 80 + 20 + 20: the second half begins inside the first slot
+    where = DecodeRows.of(zeros, zeros, np.zeros(3), np.array([10, 10, 40]), np.array([1, 1, 1]), 2)
+    assert where.partitions.tolist() == [0, 4, 6]  # 20 + 20 + 80 positions: halves of 60 meet inside the last row
+    where = DecodeRows.of(zeros, zeros, np.zeros(3), np.array([10, 10, 10]), np.array([4, 1, 1]), 2)
+    assert where.partitions.tolist() == [0, 1, 6]  # 80 + 20 + 20: the second half begins inside the first slot
     assert (where.first.tolist(), where.longest) == ([0, 4, 5], 13)
     torch.set_num_threads(1)
     one = np.ones(1, dtype=np.int64)
-    assert Rows.of(zeros[:, :1], zeros[:, :1], np.zeros(1), 9 * one, one, 12).shares.tolist() == [0, 12]
+    assert DecodeRows.of(zeros[:, :1], zeros[:, :1], np.zeros(1), 9 * one, one, 12).partitions.tolist() == [0, 12]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -159,7 +159,7 @@ def test_rows_of_one_slot_have_the_bits_they_have_one_after_another(
         starts = np.array(slots) * case.cache.stride(1) * case.cache.itemsize
         k, v = ((tensor.data_ptr() + starts)[None] for tensor in case.cache)
         out, qkv = torch.empty(len(rows), heads, width, dtype=dtype), case.qkv[rows]
-        places = Rows.of(k, v, np.full(len(slots), case.cache.stride(2)), lengths, counts, heads)
+        places = DecodeRows.of(k, v, np.full(len(slots), case.cache.stride(2)), lengths, counts, heads)
         kernel(width, dtype)(0, qkv[:, 0], qkv[:, 1], qkv[:, 2], out, places, 0.3)
         return out
 
@@ -204,8 +204,8 @@ def test_without_numba_or_openmp_or_with_wrong_numbers_it_is_left_to_torch(
         patch.setattr(builtins, "__import__", no_numba)
         assert fresh(8, torch.float32, "cpu") is None
     with monkeypatch.context() as patch:
-        patch.setattr(headrace.model.kernels.intrinsics.Path, "read_text", lambda *_, **__: "")
-        patch.setattr(headrace.model.kernels.attention, "team", headrace.model.kernels.intrinsics.team.__wrapped__)
+        patch.setattr(headrace.model.kernels.openmp.Path, "read_text", lambda *_, **__: "")
+        patch.setattr(headrace.model.kernels.attention, "team", headrace.model.kernels.openmp.team.__wrapped__)
         assert fresh(8, torch.float32, "cpu") is None
     call = DecodeKernel.__call__
     monkeypatch.setattr(DecodeKernel, "__call__", lambda self, *a: (call(self, *a), a[4].add_(1))[0])

@@ -1,4 +1,4 @@
-"""Rows of a product keep their bits whatever their number; the promise of equal answers rests on this."""
+"""Linear layers are batch-invariant: the promise of equal answers depends on it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 import headrace.model.linear
-from headrace.model.linear import Linear, Packed, Plain, RowRange, matmul_rows, measure_rows, packing_works
+from headrace.model.kernels.onednn import OneDnnWeight, TorchWeight, packing_works
+from headrace.model.kernels.row_range import RowRange, matmul_rows, measure_rows
+from headrace.model.linear import Linear
 
 COUNTS = [*range(1, 41), 63, 64, 65, *range(120, 137), 191, 192, 193, 255, 256, 257, 258, 300, 511, 512, 513, 700]
 
@@ -33,7 +35,7 @@ def test_a_row_has_the_same_bits_for_every_number_of_rows(
     monkeypatch.setattr(headrace.model.linear, "packing_works", lambda *_: packed)
     torch.set_num_threads(threads)
     product = linear(inner, outer, gelu=outer > inner)
-    assert isinstance(product.product, Packed if packed else Plain)
+    assert isinstance(product.gemm, OneDnnWeight if packed else TorchWeight)
     x = normal(700, inner)
     expected = product(x)
     for count in COUNTS:
@@ -119,16 +121,16 @@ def test_where_every_number_of_rows_gives_other_bits_none_is_kept_away() -> None
 def test_another_torch_without_the_private_operators_multiplies_by_the_public_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def gone(*_: object) -> Packed:
+    def gone(*_: object) -> OneDnnWeight:
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
 
-    monkeypatch.setattr(Packed, "of", gone)
+    monkeypatch.setattr(OneDnnWeight, "of", gone)
     assert not packing_works.__wrapped__("cpu", torch.float32)
     assert not packing_works.__wrapped__("cuda", torch.bfloat16)
     assert not packing_works.__wrapped__("cpu", torch.float16)
 
 
 def test_a_packed_product_that_gives_other_numbers_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    call = Packed.__call__
-    monkeypatch.setattr(Packed, "__call__", lambda self, x: call(self, x) + 1)
+    call = OneDnnWeight.__call__
+    monkeypatch.setattr(OneDnnWeight, "__call__", lambda self, x: call(self, x) + 1)
     assert not packing_works.__wrapped__("cpu", torch.float32)

@@ -1,4 +1,4 @@
-"""Products on the matrix unit: the numbers of the formula, in the same bits whatever the company."""
+"""GEMM in bfloat16 on AMX: correct, and batch-invariant."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 import headrace.model.kernels.gemm_bf16_amx
-from headrace.model.kernels.gemm_bf16_amx import TILES, Tiled, tiles_work
-from headrace.model.linear import Linear, Packed, packing_works
+from headrace.model.kernels.gemm_bf16_amx import BF16_AMX, Bf16Weight, tiles_work
+from headrace.model.kernels.onednn import OneDnnWeight, packing_works
+from headrace.model.linear import Linear
 from tests.instruction_sets import needs_amx
-from tests.unit.model.streamed import check_apart, check_broken, check_company
+from tests.unit.model.gemm_checks import check_batch_invariance, check_nan_and_infinity, check_strides
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -30,7 +31,7 @@ def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
     exact = x.double() @ weight.double() + bias.double()
     if gelu:
         exact = F.gelu(exact, approximate="tanh")
-    product = Tiled.of(weight, bias, gelu)
+    product = Bf16Weight.of(weight, bias, gelu)
     for count in (1, 15, 16, 17, 31, 32, 33, 64, 500, 701):
         found = product(x[:count])
         assert found.shape == (count, outer)
@@ -45,18 +46,18 @@ def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: int) -> None:
     counts = [*range(1, 40), 63, 64, 65, 127, 128, 129, 511, 512, 513, 600]
-    check_company(Tiled.of(normal(96, 200), None, True), normal(600, 96), threads, counts)
+    check_batch_invariance(Bf16Weight.of(normal(96, 200), None, True), normal(600, 96), threads, counts)
 
 
 @needs_amx
 def test_rows_may_lie_apart_or_across() -> None:
-    check_apart(Tiled.of(normal(64, 96), None, False), normal(48, 256))
+    check_strides(Bf16Weight.of(normal(64, 96), None, False), normal(48, 256))
 
 
 @needs_amx
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
-    check_broken(lambda gelu: Tiled.of(normal(64, 96), normal(96), gelu), normal(40, 64), bad)
+    check_nan_and_infinity(lambda gelu: Bf16Weight.of(normal(64, 96), normal(96), gelu), normal(40, 64), bad)
 
 
 @needs_amx
@@ -64,7 +65,7 @@ def test_torchs_own_products_on_the_unit_are_not_disturbed() -> None:
     if not packing_works("cpu", torch.bfloat16):
         pytest.skip("this torch has no packed product to disturb")
     weight, x = normal(128, 256), normal(64, 128)
-    theirs, ours = Packed.of(weight, None, False), Tiled.of(weight, None, False)
+    theirs, ours = OneDnnWeight.of(weight, None, False), Bf16Weight.of(weight, None, False)
     expected, mine = theirs(x), ours(x)
     for _ in range(5):
         assert torch.equal(ours(x), mine)
@@ -75,9 +76,9 @@ def test_torchs_own_products_on_the_unit_are_not_disturbed() -> None:
 def test_a_width_that_is_no_multiple_of_a_tiles_is_multiplied_by_torch() -> None:
     weight, x = normal(40, 48), normal(5, 40)
     product = Linear.of(weight)
-    assert not isinstance(product.product, Tiled)
+    assert not isinstance(product.gemm, Bf16Weight)
     assert (product(x).double() - x.double() @ weight.double()).abs().max() < 0.2
-    assert isinstance(Linear.of(normal(64, 48)).product, Tiled)
+    assert isinstance(Linear.of(normal(64, 48)).gemm, Bf16Weight)
 
 
 def test_without_the_unit_or_numba_or_with_wrong_numbers_it_is_left_to_torch(
@@ -100,11 +101,11 @@ def test_without_the_unit_or_numba_or_with_wrong_numbers_it_is_left_to_torch(
     for missing in ("numba", "llvmlite"):
         with monkeypatch.context() as patch:
             patch.setattr(builtins, "__import__", without(missing))
-            patch.delitem(TILES.__dict__, "kernel", raising=False)
+            patch.delitem(BF16_AMX.__dict__, "kernel", raising=False)
             assert not fresh("cpu", torch.bfloat16)
     with monkeypatch.context() as patch:
         patch.setattr(headrace.model.kernels.gemm_bf16_amx, "_permitted", lambda: False)
         assert not fresh("cpu", torch.bfloat16)
-    call = Tiled.__call__
-    monkeypatch.setattr(Tiled, "__call__", lambda self, x: call(self, x) + 1)
+    call = Bf16Weight.__call__
+    monkeypatch.setattr(Bf16Weight, "__call__", lambda self, x: call(self, x) + 1)
     assert not fresh("cpu", torch.bfloat16)

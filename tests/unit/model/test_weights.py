@@ -140,16 +140,19 @@ def spoil(name: str, tensor: Tensor | None) -> Callable[[dict[str, Tensor]], Non
     [
         (spoil("transformer.h.1.ln_2.bias", None), r"tensor h\.1\.ln_2\.bias is missing \(1 in all\)"),
         (spoil("transformer.wte.weight", None), r"tensor wte\.weight is missing"),
-        (spoil("transformer.h.2.ln_1.bias", torch.zeros(36)), r"transformer\.h\.2\.ln_1\.bias is no part .* 2 layers"),
-        (spoil("score.weight", torch.zeros(3)), r"tensor score\.weight is no part"),
+        (
+            spoil("transformer.h.2.ln_1.bias", torch.zeros(36)),
+            r"transformer\.h\.2\.ln_1\.bias does not belong to .* 2 layers",
+        ),
+        (spoil("score.weight", torch.zeros(3)), r"tensor score\.weight does not belong"),
         (
             spoil("transformer.h.0.attn.c_attn.weight", torch.zeros(108, 36)),
-            r"transformer\.h\.0\.attn\.c_attn\.weight has shape \[108, 36\]; config\.json asks for \[36, 108\]",
+            r"transformer\.h\.0\.attn\.c_attn\.weight has shape \[108, 36\]; config\.json requires \[36, 108\]",
         ),
         (spoil("transformer.ln_f.weight", torch.zeros(1, 36)), r"ln_f\.weight has shape \[1, 36\]"),
         (spoil("lm_head.weight", torch.zeros(91, 36)), r"tensor lm_head\.weight differs from wte\.weight"),
         (spoil("lm_head.weight", torch.zeros(36, 91)), r"tensor lm_head\.weight differs from wte\.weight"),
-        (spoil("ln_f.bias", torch.zeros(36)), r"ln_f\.bias is there twice"),
+        (spoil("ln_f.bias", torch.zeros(36)), r"ln_f\.bias occurs twice"),
         (spoil("transformer.ln_f.bias", torch.zeros(36).int()), r"ln_f\.bias is of type torch\.int32"),
     ],
 )
@@ -216,7 +219,7 @@ def test_pickled_weights_are_named_and_never_read(folder: Path, tmp_path: Path) 
 
 def test_a_directory_without_weights_or_config_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    refused(folder, r"neither model\.safetensors nor model\.safetensors\.index\.json is there$")
+    refused(folder, r"it contains neither model\.safetensors nor model\.safetensors\.index\.json$")
     (folder / "config.json").unlink()
     refused(folder, r"config\.json: there is no such file")
 
@@ -243,8 +246,8 @@ def test_a_directory_without_weights_or_config_is_refused(folder: Path) -> None:
         ({"n_inner": 0}, "n_inner is 0"),
         ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon is 0.0"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
-        ({"n_layer": 1}, r"transformer\.h\.1\..* is no part of a GPT-2 with 1 layers"),
-        ({"n_positions": 41}, r"transformer\.wpe\.weight has shape \[40, 36\]; config\.json asks for \[41, 36\]"),
+        ({"n_layer": 1}, r"transformer\.h\.1\..* does not belong to a GPT-2 with 1 layers"),
+        ({"n_positions": 41}, r"transformer\.wpe\.weight has shape \[40, 36\]; config\.json requires \[41, 36\]"),
     ],
 )
 def test_configs_that_are_not_this_gpt2_are_refused(folder: Path, fields: dict[str, Any], said: str) -> None:

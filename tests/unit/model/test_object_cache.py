@@ -1,4 +1,4 @@
-"""Kernels kept on disk: used again if they are whole and nobody else could have written them, else compiled anew."""
+"""The cache of compiled kernels: a file is used if it is intact and nobody else could have written it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from headrace.model.kernels import intrinsics as native
-from headrace.model.kernels import object_cache as machine_code
+from headrace.model.kernels import object_cache, openmp
+from headrace.model.kernels.intrinsics import assembly
 from tests.patience import PATIENCE_S
 
 
@@ -25,13 +25,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def adding(number: int) -> Callable[[], Any]:
-    """A kernel that adds a number to its first, and calls OpenMP as all of ours do."""
+    """A kernel that adds a number to its first argument, and calls OpenMP like all kernels."""
 
     def compile_it() -> Any:
         import numba
         from numba import carray, types
 
-        thread, _ = native.team_functions()
+        thread, _ = openmp.thread_functions()
 
         @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
         def kernel(arguments: Any) -> None:
@@ -47,25 +47,25 @@ def never() -> Any:
     raise AssertionError("it was compiled again")
 
 
-def result_of(kernel: machine_code.Kernel) -> int:
+def result_of(kernel: object_cache.Kernel) -> int:
     numbers = np.array([40], dtype=np.int64)
-    native.team().run(kernel.address, numbers, 2)
+    openmp.team().run(kernel.address, numbers, 2)
     return int(numbers[0])
 
 
 def test_the_second_one_is_read_and_computes_the_same(cache: Path) -> None:
-    assert result_of(machine_code.kernel("two", adding(2))) == 42
-    assert result_of(machine_code.kernel("two", never)) == 42
+    assert result_of(object_cache.load_or_compile("two", adding(2))) == 42
+    assert result_of(object_cache.load_or_compile("two", never)) == 42
     assert len(list(cache.iterdir())) == 1
 
 
 def test_each_name_has_a_kernel_of_its_own(cache: Path) -> None:
-    machine_code.kernel("two", adding(2))
-    assert result_of(machine_code.kernel("three", adding(3))) == 43
+    object_cache.load_or_compile("two", adding(2))
+    assert result_of(object_cache.load_or_compile("three", adding(3))) == 43
 
 
 def test_others_can_read_neither_file_nor_directory(cache: Path) -> None:
-    machine_code.kernel("two", adding(2))
+    object_cache.load_or_compile("two", adding(2))
     assert cache.stat().st_mode & 0o777 == 0o700
     assert next(cache.iterdir()).stat().st_mode & 0o777 == 0o600
 
@@ -103,26 +103,26 @@ def empty(path: Path) -> None:
     ids=lambda f: f.__name__,
 )
 def test_what_cannot_be_trusted_is_compiled_again(cache: Path, harm: Callable[[Path], None]) -> None:
-    machine_code.kernel("two", adding(2))
+    object_cache.load_or_compile("two", adding(2))
     harm(next(cache.iterdir()))
     with pytest.raises(AssertionError, match="compiled again"):
-        machine_code.kernel("two", never)
-    assert result_of(machine_code.kernel("two", adding(2))) == 42
+        object_cache.load_or_compile("two", never)
+    assert result_of(object_cache.load_or_compile("two", adding(2))) == 42
 
 
 def test_code_that_calls_what_is_not_there_is_not_loaded(cache: Path) -> None:
     """LLVM would end the process."""
-    machine_code.kernel("two", adding(2))
+    object_cache.load_or_compile("two", adding(2))
     path = next(cache.iterdir())
     _, names, code = path.read_bytes().split(b"\n", 2)
     about = json.loads(names)
     assert "omp_get_thread_num" in about["calls"]
     about["calls"].append("no_such_function")
     names = json.dumps(about).encode()
-    digest = machine_code.hashlib.sha256(names + code).hexdigest().encode()
+    digest = object_cache.hashlib.sha256(names + code).hexdigest().encode()
     path.write_bytes(b"\n".join((digest, names, code)))
     with pytest.raises(AssertionError, match="compiled again"):
-        machine_code.kernel("two", never)
+        object_cache.load_or_compile("two", never)
 
 
 def test_a_kernel_that_asks_for_memory_is_refused(cache: Path) -> None:
@@ -138,11 +138,11 @@ def test_a_kernel_that_asks_for_memory_is_refused(cache: Path) -> None:
         return kernel
 
     with pytest.raises(LookupError, match="may not allocate"):
-        machine_code.kernel("greedy", compile_it)
+        object_cache.load_or_compile("greedy", compile_it)
     assert not list(cache.glob("*.kernel"))
 
 
-#: In a process of its own: a kept kernel first, and what numba compiles afterwards.
+#: Run in a separate process: load a cached kernel, then compile with numba.
 AFTERWARDS = """
 import sys, numpy as np, torch
 from headrace.model.kernels import intrinsics as native, object_cache as machine_code
@@ -175,21 +175,21 @@ def test_numba_is_not_needed_by_who_reads_a_kernel_and_works_after_it(cache: Pat
 
 def test_without_a_place_to_keep_it_the_kernel_is_compiled_all_the_same(cache: Path) -> None:
     cache.parent.joinpath("headrace").write_text("a file where the directory should be")
-    assert result_of(machine_code.kernel("two", adding(2))) == 42
+    assert result_of(object_cache.load_or_compile("two", adding(2))) == 42
 
 
 def test_another_source_compiler_or_processor_is_another_kernel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = machine_code._key("two")
+    before = object_cache._key("two")
     monkeypatch.setattr("headrace.model.kernels.object_cache.version", lambda _: "0.0.1")
-    assert machine_code._key("two") != before
+    assert object_cache._key("two") != before
     monkeypatch.undo()
     real = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b"#" * (path.name == "gemm_bf16_amx.py"))
-    assert machine_code._key("two") != before
+    assert object_cache._key("two") != before
     monkeypatch.undo()
-    assert machine_code._key("two") == before
+    assert object_cache._key("two") == before
 
 
 def test_flags_are_named_as_llvm_heeds_it() -> None:
     with pytest.raises(ValueError, match="flags"):
-        native.assembly("decq %rax", 0, "~{rax},~{cc}")
+        assembly("decq %rax", 0, "~{rax},~{cc}")

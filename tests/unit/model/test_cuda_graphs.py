@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from headrace.model.attention import CachedAttention, DecodeGroup
 from headrace.model.cuda_graphs import MAX_SHAPES, DecodeGraphs, decode_graphs
-from headrace.model.kv_cache import CachedAttention, DecodeGroup, KVCache
+from headrace.model.kv_cache import KVCache
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.model_runner import Runner
 from tests.unit.worker.engine.engine_helpers import ask, build, drive, tokens_of, torch_model

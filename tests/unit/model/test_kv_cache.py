@@ -1,4 +1,4 @@
-"""The cache: what its arenas keep, and that attention over it is attention."""
+"""The key/value cache: what its arenas keep, and attention over it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.model.gpt2 import GPT2Config
-from headrace.model.kv_cache import Arena, CachedAttention, Chunk, DecodeGroup, KVCache
+from headrace.model.attention import CachedAttention, Chunk, DecodeGroup
+from headrace.model.config import GPT2Config
+from headrace.model.kv_cache import Arena, KVCache
 
 CONFIG = GPT2Config(n_layer=2, n_head=3, n_embd=24, n_positions=64)
 CPU = torch.device("cpu")

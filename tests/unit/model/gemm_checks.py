@@ -1,4 +1,4 @@
-"""What every product of ours must do, whatever its type."""
+"""Checks for every compiled GEMM."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from headrace.model.kernels.program import Streamed
+from headrace.model.kernels.packed_weight import PackedWeight
 
 
-def check_company(product: Streamed, x: Tensor, threads: int, counts: Sequence[int]) -> None:
+def check_batch_invariance(product: PackedWeight, x: Tensor, threads: int, counts: Sequence[int]) -> None:
     """A row has the same bits for every number of rows and threads."""
     torch.set_num_threads(2)
     expected = product(x)
@@ -21,15 +21,15 @@ def check_company(product: Streamed, x: Tensor, threads: int, counts: Sequence[i
         assert torch.equal(product(x[len(x) - count :]), expected[len(x) - count :]), f"the last {count} rows"
 
 
-def check_apart(product: Streamed, x: Tensor) -> None:
-    """Rows may lie apart or across. x: [M, more than 128], `in` is 64."""
+def check_strides(product: PackedWeight, x: Tensor) -> None:
+    """Rows may have any stride, or be transposed. x: [M, more than 128], `in` is 64."""
     expected = product(x[:, 64:128].contiguous())
     assert torch.equal(product(x[:, 64:128]), expected)
     assert torch.equal(product(x[:, 64:128].t().contiguous().t()), expected)
 
 
-def check_broken(made: Callable[[bool], Streamed], x: Tensor, bad: float) -> None:
-    """What is no number stays in its row and is seen, with and without GELU."""
+def check_nan_and_infinity(made: Callable[[bool], PackedWeight], x: Tensor, bad: float) -> None:
+    """NaN and infinity stay in their row and are visible there, with and without GELU."""
     for gelu in (False, True):
         product = made(gelu)
         clean = product(x)

@@ -1,0 +1,65 @@
+"""One transformer block, and the attention that it calls.
+
+Shapes: M packed rows (tokens of any number of sequences, end to end), E n_embd, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from headrace.model.activations import Trace
+from headrace.model.linear import Linear
+
+
+class Attention(Protocol):
+    """Attention of one layer over packed rows; it knows which rows form a sequence and what they may attend to."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v: [M, H, D] -> [M, H, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Layer norm: biased variance, epsilon inside the root."""
+
+    weight: Tensor  # [E]
+    bias: Tensor  # [E]
+    epsilon: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block: attention, then feed-forward, each on a normed copy and added to the residual stream.
+
+    It is called only where torch computes the GEMMs; compiled kernels run all blocks together (fused_decoder.py).
+    """
+
+    ln_1: Norm
+    c_attn: Linear  # E -> 3E: q, k, v side by side
+    c_proj: Linear  # E -> E
+    ln_2: Norm
+    c_fc: Linear  # E -> 4E, with GELU
+    mlp_proj: Linear  # 4E -> E
+    n_head: int
+
+    def __call__(self, layer: int, x: Tensor, attend: Attention, captures: Sequence[Trace]) -> Tensor:
+        normed = self.ln_1(x)  # [M, E]
+        q, k, v = self.c_attn(normed).view(len(x), 3, self.n_head, -1).unbind(1)  # [M, H, D] each
+        attn = self.c_proj(attend(layer, q, k, v).reshape(x.shape))  # [M, E]
+        x = x + attn
+        mlp = self.mlp_proj(self.c_fc(self.ln_2(x)))  # [M, E]
+        x = x + mlp
+        for capture in captures:
+            if layer == 0:
+                capture.record(ln_1=normed, q=q, k=k, v=v, attn=attn, mlp=mlp, block_0=x)
+            capture.record_hidden(layer + 1, x)
+        return x

@@ -1,0 +1,150 @@
+"""The epilogue of a GEMM: scales, bias, GELU or residual, and rounding, applied to sums before they are written.
+
+An epilogue has two parts. `epilogue_target` computes once for a block of sums where they are written and what is
+applied to them; `epilogue` then processes any of their rows. A micro-kernel can therefore finish the previous sums
+while it computes the next ones.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from headrace.model.kernels.intrinsics import assembly, cast
+from headrace.model.kernels.ops import ARG, OP
+
+#: What is applied after the bias: the position of the op's word that requests it, or NOTHING.
+NOTHING, ADD_RESIDUAL, APPLY_GELU = 0, OP.residual, OP.gelu
+
+#: GELU by tanh is x / (1 + 2**t), where t = x * (c0 + c1 * x**2), but at least c2: below c2 the processor would be a
+#: hundred times slower at 2**t (denormals), and 1 + 2**t is 1 in any case. The other constants are the coefficients of
+#: two polynomials for 2**r with r from -1/2 to 1/2, highest power first. Their relative errors are 3e-6 and 2e-9.
+GELU_CONSTANTS = np.array(
+    [
+        -2 * math.sqrt(2 / math.pi) / math.log(2),
+        -2 * math.sqrt(2 / math.pi) / math.log(2) * 0.044715,
+        -100.0,
+        *(0.00958285293508711, 0.05590642482350801, 0.2402409861467386, 0.6931241933769179, 1.0),
+        *(0.00015353361852507902, 0.0013398874432624655, 0.009618437358045436, 0.05550332471067313),
+        *(0.24022647913623332, 0.6931472028551032, 1.0),
+    ],
+    np.float32,
+)
+
+
+def epilogue_target(nr: int, *, bf16: bool, mr: int = 0) -> Any:
+    """Build locate(program, op, sums, first_row, rows, block), which returns the `target` of `epilogue`.
+
+    `sums` is the address of sums [rows, nr], `first_row` the row of the result that they begin at, `block` the number
+    of their block of columns. With `mr` the result can be written packed in panels of `mr` rows, where the op says so;
+    `first_row` is then a multiple of `mr`.
+    """
+    import numba
+
+    itemsize = 2 if bf16 else 4
+
+    @numba.njit(error_model="numpy", forceinline=True)
+    def locate(program: Any, op: Any, sums: int, first_row: int, rows: int, block: int) -> Any:
+        column = block * nr
+        offset, row_bytes, residual = first_row * op[OP.out_row_bytes] + column * itemsize, op[OP.out_row_bytes], 0
+        panel_bytes = row_bytes * mr
+        if mr and op[OP.packs_output] != 0:
+            row_bytes, panel_bytes = nr * itemsize, op[OP.n_blocks] * mr * nr * itemsize
+            offset = first_row // mr * panel_bytes + block * mr * row_bytes
+        if op[OP.residual] != 0:
+            residual = op[OP.residual] - op[OP.out]
+        then = ADD_RESIDUAL if op[OP.residual] != 0 else APPLY_GELU if op[OP.gelu] != 0 else NOTHING
+        columns = min(nr, op[OP.columns] - column)
+        bias, column_scales = op[OP.bias] + column * 4, op[OP.column_scales] + column * 4
+        row_scales, out = program[ARG.row_scales] + first_row * 4, op[OP.out] + offset
+        return sums, rows, columns, out, row_bytes, panel_bytes, residual, bias, column_scales, row_scales, then
+
+    return locate
+
+
+def epilogue(nr: int, *, bf16: bool, int8: bool, mr: int = 0) -> Any:
+    """Build finish(program, target, first, count, spare): process `count` rows of the sums of a target from `first` on.
+
+    `target` comes from `epilogue_target`. `spare` is the address of memory for one row: a last block with fewer than
+    `nr` columns is computed there and copied. With `int8` the sums are int32 and are scaled by row and by column.
+    """
+    import numba
+    from numba import carray, types
+
+    elements = cast(types.int64, types.CPointer(types.uint16 if bf16 else types.float32))
+    clobbers = ",".join(f"~{{xmm{i}}}" for i in range(12))
+    text = ["\n".join(_row_instructions(nr // 16, bf16, int8, then)) for then in (NOTHING, APPLY_GELU, ADD_RESIDUAL)]
+    plain, gelu, add_residual = (assembly(each, 6, clobbers) for each in text)
+
+    @numba.njit(error_model="numpy", forceinline=True)
+    def finish(program: Any, target: Any, first: int, count: int, spare: int) -> None:
+        sums, rows, columns, out, row_bytes, panel_bytes, residual, bias, column_scales, row_scales, then = target
+        for row in range(first, min(first + count, rows)):
+            place = out + (row // mr * panel_bytes + row % mr * row_bytes if mr else row * row_bytes)
+            to, onto, line, row_scale = place, place + residual, sums + row * nr * 4, row_scales + row * 4
+            if columns < nr:
+                to = spare
+                if then == ADD_RESIDUAL:
+                    given, copy = carray(elements(onto), columns), carray(elements(spare), columns)
+                    for i in range(columns):
+                        copy[i] = given[i]
+                    onto = spare
+            if then == ADD_RESIDUAL:
+                add_residual(line, to, bias, column_scales, row_scale, onto)
+            elif then == APPLY_GELU:
+                gelu(line, to, bias, column_scales, row_scale, program[ARG.constants])
+            else:
+                plain(line, to, bias, column_scales, row_scale, 0)
+            if columns < nr:
+                wanted, computed = carray(elements(place), columns), carray(elements(spare), columns)
+                for i in range(columns):
+                    wanted[i] = computed[i]
+
+    return finish
+
+
+def _row_instructions(vectors: int, bf16: bool, int8: bool, then: int) -> list[str]:
+    """Instructions that turn the sums at $0 into a row of the result at $1.
+
+    $2 is the address of the bias, $3 and $4 those of the column scales and the row scale (int8), $5 that of the
+    constants of GELU or of the residual row.
+    """
+    lines = []
+    for i in range(vectors):
+        x, at, spare = f"%zmm{i}", 64 * i, [f"%zmm{3 + 3 * i + j}" for j in range(3)]
+        if int8:
+            lines += [f"vcvtdq2ps {at}($0), {x}", f"vmulps {at}($3), {x}, {x}", f"vmulps ($4){{1to16}}, {x}, {x}"]
+        else:
+            lines += [f"vmovups {at}($0), {x}"]
+        lines += [f"vaddps {at}($2), {x}, {x}"]
+        if then == APPLY_GELU:
+            lines += _gelu_instructions(x, *spare, exact=not bf16)
+        elif then == ADD_RESIDUAL and bf16:
+            lines += [f"vpmovzxwd {at // 2}($5), {spare[0]}", f"vpslld $$16, {spare[0]}, {spare[0]}"]
+            lines += [f"vaddps {spare[0]}, {x}, {x}"]
+        elif then == ADD_RESIDUAL:
+            lines += [f"vaddps {at}($5), {x}, {x}"]
+    if bf16:
+        return [*lines, "vcvtne2ps2bf16 %zmm0, %zmm1, %zmm0", "vmovups %zmm0, ($1)"]
+    return [*lines, *(f"vmovups %zmm{i}, {64 * i}($1)" for i in range(vectors))]
+
+
+def _gelu_instructions(x: str, t: str, n: str, power: str, *, exact: bool) -> list[str]:
+    """Instructions that replace register x by its GELU, to the precision of float32 if `exact`, else of bfloat16.
+
+    GELU_CONSTANTS are at $5; t, n and power are spare registers. Written as assembly because compiled code takes
+    several times as long: in int8 as long as the GEMM itself.
+    """
+    first, last = (32, 56) if exact else (12, 28)
+    lines = [f"vmulps {x}, {x}, {t}", f"vbroadcastss 4($5), {n}", f"vfmadd213ps ($5){{1to16}}, {n}, {t}"]
+    # vmaxps of a number and NaN gives its first operand in this syntax, which is t: NaN is kept.
+    lines += [f"vmulps {x}, {t}, {t}", f"vbroadcastss 8($5), {n}", f"vmaxps {t}, {n}, {t}"]
+    lines += [f"vrndscaleps $$0, {t}, {n}", f"vsubps {n}, {t}, {t}"]  # t = n + r; from here on t holds r
+    lines += [f"vbroadcastss {first}($5), {power}"]
+    lines += [f"vfmadd213ps {at}($5){{1to16}}, {t}, {power}" for at in range(first + 4, last + 4, 4)]
+    lines += [f"vscalefps {n}, {power}, {power}", f"vaddps {last}($5){{1to16}}, {power}, {power}"]
+    if exact:
+        return [*lines, f"vdivps {power}, {x}, {x}"]
+    return [*lines, f"vrcp14ps {power}, {power}", f"vmulps {power}, {x}, {x}"]

@@ -1,0 +1,105 @@
+"""Weights that are packed for a GEMM backend, and the test that a backend passes before it is used."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from headrace.model.kernels.ops import Op
+from headrace.model.kernels.program import GemmBackend, Program
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [in, out] in the order in which the micro-kernel reads it, with its bias.
+
+    Must not be copied with `copy.deepcopy`: `op` contains the addresses of the tensors.
+    """
+
+    backend: GemmBackend
+    packed: Tensor  # its first dimensions are the blocks and the steps
+    scales: Tensor  # float32, one for each column of each block; only for int8
+    biases: Tensor  # float32, one for each column of each block, zero without a bias
+    bias: Tensor | None  # [out]
+    out: int
+    gelu: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, [in, out]; a copy."""
+        raise NotImplementedError
+
+    @property
+    def width(self) -> int:
+        """Elements of a row of x."""
+        return self.packed.shape[1] * self.backend.ku
+
+    @functools.cached_property
+    def op(self) -> Op:
+        """The GEMM with this weight, without the addresses of its rows and its result."""
+        return Op(
+            weight=self.packed.data_ptr(),
+            k_steps=self.packed.shape[1],
+            n_blocks=self.packed.shape[0],
+            bias=self.biases.data_ptr(),
+            column_scales=self.scales.data_ptr(),
+            columns=self.out,
+            gelu=int(self.gelu),
+        )
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError unless x is a CPU tensor [M, in] of the right type: compiled code reads it by address."""
+        backend = self.backend
+        if x.dim() != 2 or x.shape[1] != self.width or x.dtype != backend.dtype or x.device.type != "cpu":
+            raise ValueError(f"rows are {x.dtype} {list(x.shape)}; they must be {backend.dtype} [M, {self.width}]")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[M, in] -> [M, out], with GELU (the tanh approximation) if requested. Raises ValueError like `check`."""
+        self.check(x)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        out = x.new_empty(len(x), self.out)
+        op = self.op._replace(
+            source=x.data_ptr(),
+            source_row_bytes=x.stride(0) * x.itemsize,
+            out=out.data_ptr(),
+            out_row_bytes=out.stride(0) * x.itemsize,
+        )
+        Program(self.backend, len(x), self.width).run(np.array([op], dtype=np.int64))
+        return out
+
+
+def pad_columns(values: Tensor | None, count: int) -> Tensor:
+    """float32 [count]: the values, then zeros."""
+    out = torch.zeros(count)
+    if values is not None:
+        out[: len(values)] = values
+    return out
+
+
+def self_test(
+    pack: Callable[[Tensor, Tensor | None, bool], PackedWeight], dtype: torch.dtype, *, rtol: float, atol: float
+) -> bool:
+    """Check a backend against the formula in float64, and that a row's bits do not depend on the other rows.
+
+    Returns True. Raises RuntimeError where the backend fails.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(*s, generator=generator).to(dtype) for s in ((96, 80), (80,), (75, 96)))
+    for gelu in (False, True):
+        gemm = pack(weight, bias, gelu)
+        expected = torch.addmm(bias.double(), x.double(), weight.double())
+        if gelu:
+            expected = F.gelu(expected, approximate="tanh")
+        found = gemm(x)
+        if not torch.allclose(found.double(), expected, rtol=rtol, atol=atol):
+            raise RuntimeError("the results are wrong")
+        if not all(torch.equal(gemm(x[at : at + 1])[0], found[at]) for at in (0, 20, 50, 74)):
+            raise RuntimeError("a row's bits depend on the other rows")
+    return True
