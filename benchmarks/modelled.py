@@ -16,9 +16,9 @@ from headrace.config import Settings
 from headrace.model.tokenizer import load_tokenizer
 from headrace.worker.celery import app
 from headrace.worker.engine import build
-from headrace.worker.engine.cache_slots import LENGTH_CLASSES, Move, SlotTable
+from headrace.worker.engine.cache_slots import LENGTH_CLASSES, SlotMove, SlotTable
 from headrace.worker.engine.engine import Engine
-from headrace.worker.engine.scheduler import Copy, Outcome, Scheduler, Step
+from headrace.worker.engine.scheduler import ModelRunnerOutput, PrefixCopy, Scheduler, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence, Slot, TokenScore
 
 __all__ = ["ModelledRunner", "app", "modelled_engine"]
@@ -36,19 +36,21 @@ class ModelledRunner:
     def __init__(self, step_s: float) -> None:
         self.step_s = step_s
 
-    def run(self, step: Step) -> Outcome:
+    def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Give a token to each sequence that decodes."""
         if self.step_s:
             time.sleep(self.step_s)
-        return Outcome([(s, TokenScore(echo(s.prompt, len(s.output)), None, [])) for s in step.drawing], [])
+        return ModelRunnerOutput(
+            [(s, TokenScore(echo(s.prompt, len(s.output)), None, [])) for s in step.sampled_sequences], []
+        )
 
     def fit(self, capacity: dict[int, int]) -> None:
         """There is no cache."""
 
-    def move(self, move: Move) -> None:
+    def move(self, move: SlotMove) -> None:
         """There is no cache."""
 
-    def copy(self, copy: Copy) -> None:
+    def copy(self, copy: PrefixCopy) -> None:
         """There is no cache."""
 
     def clear(self, slot: Slot) -> None:

@@ -26,7 +26,7 @@ from headrace.config import load_settings
 from headrace.worker.engine.build import load_engine
 from headrace.worker.engine.engine import Engine
 from headrace.worker.jobs.store import RedisStore
-from headrace.worker.jobs.stream_writer import TELL_EVERY_S, EventWriter
+from headrace.worker.jobs.stream_writer import STREAM_INTERVAL_S, StreamWriter
 from headrace.worker.redis_server import EmbeddedRedis
 
 ROWS = 64
@@ -39,14 +39,14 @@ def requests(new_tokens: int) -> list[GenerateRequest]:
     return [parse_request({"prompt": [rng.randrange(50000) for _ in range(16)], **fields}) for _ in range(ROWS)]
 
 
-def round_s(engine: Engine, events: EventWriter | None, asked: list[GenerateRequest]) -> float:
+def round_s(engine: Engine, events: StreamWriter | None, asked: list[GenerateRequest]) -> float:
     """Seconds for all rows, which are streamed if `events` is given."""
     started = time.perf_counter()
     futures = []
     for request in asked:
         job_id = uuid.uuid4().hex
         on_text = events.begin(job_id) if events else None
-        future = engine.submit(request, job_id=job_id, on_text=on_text, text_every_s=TELL_EVERY_S)
+        future = engine.submit(request, job_id=job_id, on_text=on_text, text_every_s=STREAM_INTERVAL_S)
         if events:
             future.add_done_callback(lambda _, name=job_id: events.end([name]))  # type: ignore[misc]
         futures.append(future)
@@ -62,7 +62,7 @@ def measure(model: str, dtype: str, new_tokens: int, pairs: int) -> dict[str, fl
         EmbeddedRedis.ephemeral() as server,
         load_engine(load_settings(model=model, dtype=dtype, device="cpu")) as engine,
     ):
-        events = EventWriter(RedisStore(connect(server.url), result_ttl_s=600, checkpoint_ttl_s=600, events_ttl_s=60))
+        events = StreamWriter(RedisStore(connect(server.url), result_ttl_s=600, checkpoint_ttl_s=600, events_ttl_s=60))
         for warm in (None, events):
             round_s(engine, warm, asked)
         costs, plain = [], []

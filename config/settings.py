@@ -161,7 +161,7 @@ class Settings(BaseSettings):
     @classmethod
     def _check_keys(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
         min_length = MIN_SIGNING_KEY_LENGTH if info.field_name == "signing_key" else MIN_API_KEY_LENGTH
-        if not all(is_key(key, min_length) for key in _split_keys(value)):
+        if not all(is_valid_key(key, min_length) for key in _split_keys(value)):
             raise ValueError("length")
         return value
 
@@ -223,7 +223,7 @@ class Settings(BaseSettings):
         return self.model_copy(update={"model": f"{name}={self.models[name]}", "served_name": None})
 
 
-def is_key(key: str, min_length: int) -> bool:
+def is_valid_key(key: str, min_length: int) -> bool:
     """Whether a secret has at least `min_length` characters and no spaces."""
     return len(key) >= min_length and len(key.split()) == 1
 

@@ -21,7 +21,7 @@ def tensors_of(model: str, prompt: list[int]) -> dict[str, torch.Tensor]:
     kept: dict[str, bytes] = {}
     request = parse_request({"prompt": prompt, "max_tokens": 10, "temperature": 0, "checkpoints": "all"})
     with load_engine(load_settings(model=model)) as engine:
-        engine.submit(request, on_trace=kept.update).result()
+        engine.submit(request, on_activations=kept.update).result()
     return {name: load(data)["tensor"].float() for name, data in kept.items()}
 
 

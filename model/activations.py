@@ -19,7 +19,7 @@ from headrace.model.kv_cache import KVCache
 PROBS_TEMPERATURE = 0.8
 
 
-class Trace:
+class ActivationCapture:
     """Captures the activations of one sequence, over all passes that compute its prompt and its new tokens.
 
     The names are those of the checkpoints. Rows of tokens after the prompt are kept separately, because the checkpoints
@@ -39,7 +39,7 @@ class Trace:
         self._pending: list[tuple[list[Tensor], Tensor]] = []
         self._whole: dict[str, Tensor] = {}
 
-    def at(self, rows: slice) -> Trace:
+    def at(self, rows: slice) -> ActivationCapture:
         """Set the packed rows of this sequence in the next pass. What a failed pass has recorded is dropped."""
         self.rows = rows
         self._pending.clear()
@@ -100,7 +100,12 @@ class CapturableModel(Protocol):
         ...
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, attend: CachedAttention, captures: Sequence[Trace] = (), /
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attend: CachedAttention,
+        captures: Sequence[ActivationCapture] = (),
+        /,
     ) -> Tensor:
         """token_ids, positions: [M] -> [M, E]."""
         ...
@@ -116,7 +121,7 @@ def capture_activations(model: CapturableModel, token_ids: Tensor) -> dict[str, 
     cache = KVCache(model.config, lengths=(length,), dtype=model.dtype, device=model.device)
     cache.arenas[length].resize(1)
     attend = CachedAttention.of(cache, model.config.scale, groups=[], chunks=[Chunk(length, 0, 0, length, 0)])
-    capture = Trace(model.config.scale, length)
+    capture = ActivationCapture(model.config.scale, length)
     hidden = model.forward(token_ids, torch.arange(length, device=model.device), attend, [capture])
     logits = model.head(hidden).float()
     arena = cache.arenas[length]

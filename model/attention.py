@@ -21,7 +21,7 @@ from headrace.model.kv_cache import Arena, KVCache
 #: torch's operator reads keys up to a multiple of this: padding within it does not change a row's bits, more might.
 KEY_STEP = 16
 #: Prompts of at most this many tokens are computed like decoding rows, because torch's operator is slower for them.
-SHORT = 128
+MAX_COMPILED_PROMPT = 128
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,10 @@ class CachedAttention:
         if kernel is None:
             parts: list[_Compiled | Decode | _Prefill] = [Decode.of(cache.arenas[g.length_class], g) for g in groups]
             return cls(scale, [*parts, *(_Prefill(cache.arenas[c.length_class], c) for c in chunks)])
-        short = [chunk for chunk in chunks if chunk.start + chunk.count <= SHORT]
-        prefills = [_Prefill(cache.arenas[c.length_class], c) for c in chunks if c.start + c.count > SHORT]
+        short = [chunk for chunk in chunks if chunk.start + chunk.count <= MAX_COMPILED_PROMPT]
+        prefills = [
+            _Prefill(cache.arenas[c.length_class], c) for c in chunks if c.start + c.count > MAX_COMPILED_PROMPT
+        ]
         return cls(scale, [_Compiled(kernel, cache, groups, short), *prefills] if groups or short else prefills)
 
     def layer_calls(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> LayerCalls | None:

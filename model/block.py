@@ -12,7 +12,7 @@ from typing import Protocol
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from headrace.model.activations import Trace
+from headrace.model.activations import ActivationCapture
 from headrace.model.linear import Linear
 
 
@@ -51,7 +51,7 @@ class Block:
     mlp_proj: Linear  # 4E -> E
     n_head: int
 
-    def __call__(self, layer: int, x: Tensor, attend: Attention, captures: Sequence[Trace]) -> Tensor:
+    def __call__(self, layer: int, x: Tensor, attend: Attention, captures: Sequence[ActivationCapture]) -> Tensor:
         normed = self.ln_1(x)  # [M, E]
         q, k, v = self.c_attn(normed).view(len(x), 3, self.n_head, -1).unbind(1)  # [M, H, D] each
         attn = self.c_proj(attend(layer, q, k, v).reshape(x.shape))  # [M, E]

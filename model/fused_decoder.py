@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.model.activations import Trace
+from headrace.model.activations import ActivationCapture
 from headrace.model.attention import CachedAttention
 from headrace.model.block import Attention, Block
 from headrace.model.kernels.attention import LayerCalls
@@ -60,7 +60,7 @@ class FusedDecoder:
         packed = {at: [gemm for gemm in gemms[at] if isinstance(gemm, PackedWeight)] for at in names}
         return cls(blocks, packed) if all(len(packed[at]) == len(blocks) for at in names) else None
 
-    def __call__(self, x: Tensor, attend: Attention, captures: Sequence[Trace]) -> Tensor:
+    def __call__(self, x: Tensor, attend: Attention, captures: Sequence[ActivationCapture]) -> Tensor:
         """Run all blocks in place: the residual stream [M, E] after the embeddings becomes that after the last block.
 
         Raises:

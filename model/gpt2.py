@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from headrace.model.activations import Trace, capture_activations
+from headrace.model.activations import ActivationCapture, capture_activations
 from headrace.model.block import Attention, Block, Norm
 from headrace.model.config import GPT2Config
 from headrace.model.fused_decoder import FusedDecoder
@@ -49,7 +49,7 @@ class GPT2:
         return count if self.device.type != "cpu" else self.blocks[0].c_attn.padded_rows(count)
 
     @property
-    def products(self) -> str:
+    def gemm_backend(self) -> str:
         """How GEMMs are computed, as in the fingerprint: `int8`, `tiled`, `floats`, `packed` or `plain`."""
         return self.blocks[0].c_attn.fingerprint
 
@@ -64,7 +64,7 @@ class GPT2:
         return self.wte.dtype
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, attend: Attention, captures: Sequence[Trace] = ()
+        self, token_ids: Tensor, positions: Tensor, attend: Attention, captures: Sequence[ActivationCapture] = ()
     ) -> Tensor:
         """Run packed rows through all blocks and the final norm. token_ids, positions: [M] -> [M, E]."""
         x = F.embedding(token_ids, self.wte) + F.embedding(positions, self.wpe)  # [M, E]

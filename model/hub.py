@@ -45,7 +45,7 @@ def find_model(name_or_path: str | Path) -> Path:
     if os.path.isdir(path):  # unlike Path.is_dir it returns False for a name that is too long
         return path
     if path.is_absolute() or str(name_or_path).startswith((".", "~")) or str(name_or_path).count("/") > 1:
-        raise ModelError(f"model {shown(str(name_or_path))}: there is no such directory")
+        raise ModelError(f"model {short_repr(str(name_or_path))}: there is no such directory")
     return _from_hub(str(name_or_path))
 
 
@@ -54,7 +54,9 @@ def _from_hub(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError:
-        raise ModelError(f"model {shown(name)} is no directory, and {missing_package('huggingface_hub')}") from None
+        raise ModelError(
+            f"model {short_repr(name)} is no directory, and {missing_package('huggingface_hub')}"
+        ) from None
 
     repo = RELEASED.get(name, name)
     for cached in dict.fromkeys((repo, name)):
@@ -68,8 +70,8 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
     except Exception as error:
         raise ModelError(
-            f"model {shown(name)} is neither a directory nor in the local hub cache, and the hub did not give it "
-            f"({type(error).__name__}). Do one of: run `hf download {shorter(repo)}` where there is a network and "
+            f"model {short_repr(name)} is neither a directory nor in the local hub cache, and the hub did not give it "
+            f"({type(error).__name__}). Do one of: run `hf download {shorten(repo)}` where there is a network and "
             "copy the cache here; point HEADRACE_MODEL at a directory with config.json and model.safetensors; "
             "or use the bundled model, HEADRACE_MODEL=demo"
         ) from error
@@ -94,7 +96,7 @@ def weight_files(folder: Path) -> list[Path]:
     files = []
     for name in sorted(set(shards.values())):
         if Path(name).name != name or not os.path.isfile(folder / name):  # Path.is_file raises on long names
-            raise ModelError(f"{index}: it names {shown(name)}, which is no file in {folder}")
+            raise ModelError(f"{index}: it names {short_repr(name)}, which is no file in {folder}")
         files.append(folder / name)
     return files
 
@@ -104,7 +106,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     try:
         value = json.loads(read_text(path, limit))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON ({shorter(str(error))})") from None
+        raise ModelError(f"{path}: not JSON ({shorten(str(error))})") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: must hold a JSON object")
     return value
@@ -129,12 +131,12 @@ def read_text(path: Path, limit: int) -> str:
         raise ModelError(f"{path}: not UTF-8 ({error})") from None
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value from a file, shortened for an error message."""
-    return shorter(reprlib.repr(value))
+    return shorten(reprlib.repr(value))
 
 
-def shorter(text: str) -> str:
+def shorten(text: str) -> str:
     """The first 120 characters of a text, with unpaired surrogates escaped."""
     text = text.encode(errors="backslashreplace").decode()
     return text if len(text) <= 120 else text[:117] + "..."

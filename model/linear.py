@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headrace.model.kernels.gemm_bf16_amx import Bf16Weight, tiles_work
-from headrace.model.kernels.gemm_fp32_avx512 import Fp32Weight, floats_work
+from headrace.model.kernels.gemm_bf16_amx import Bf16Weight, bf16_amx_works
+from headrace.model.kernels.gemm_fp32_avx512 import Fp32Weight, fp32_avx512_works
 from headrace.model.kernels.gemm_int8_amx import Int8Weight
 from headrace.model.kernels.onednn import OneDnnWeight, TorchWeight, packing_works
 from headrace.model.kernels.packed_weight import PackedWeight
@@ -75,6 +75,6 @@ class Linear:
 
 def packed_weight_type(device: str, dtype: torch.dtype) -> type[Bf16Weight | Fp32Weight] | None:
     """The compiled GEMM for this type on this machine, self-tested; None where torch's operators are used."""
-    if tiles_work(device, dtype):
+    if bf16_amx_works(device, dtype):
         return Bf16Weight
-    return Fp32Weight if floats_work(device, dtype) else None
+    return Fp32Weight if fp32_avx512_works(device, dtype) else None

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from headrace.model.hub import ModelError, find_model, missing_package, read_json, read_text, shorter, shown
+from headrace.model.hub import ModelError, find_model, missing_package, read_json, read_text, short_repr, shorten
 
 if TYPE_CHECKING:
     import tiktoken
@@ -163,7 +163,7 @@ def _merge(path: Path, merge: Any) -> str:
     """A merge as one string; newer files contain pairs."""
     parts = [merge] if isinstance(merge, str) else merge
     if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-        raise ModelError(f"{path}: merge {shown(merge)} must be a pair of tokens")
+        raise ModelError(f"{path}: merge {short_repr(merge)} must be a pair of tokens")
     return " ".join(parts)
 
 
@@ -190,13 +190,15 @@ def _from_vocabulary(path: Path, vocabulary: Any, merges: list[str], added: Mapp
         raise ModelError(f"{path}: the vocabulary has no token for byte {missing[0]:#04x}; it is not byte-level BPE")
     ids = [vocabulary.get(merge.replace(" ", "")) if merge.count(" ") == 1 else None for merge in merges]
     if None in ids:
-        raise ModelError(f"{path}: merge {shown(merges[ids.index(None)])} makes a token that is not in the vocabulary")
+        raise ModelError(
+            f"{path}: merge {short_repr(merges[ids.index(None)])} makes a token that is not in the vocabulary"
+        )
     if ids != sorted(ids):  # type: ignore[type-var]
         raise ModelError(f"{path}: token ids do not rise in the order of the merges; this vocabulary cannot be used")
     try:
         encoding = _tiktoken().Encoding(str(path), pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
     except (ValueError, UnicodeEncodeError) as error:  # unpaired surrogates, or too many special tokens
-        raise ModelError(f"{path}: tiktoken does not take this vocabulary ({shorter(str(error))})") from None
+        raise ModelError(f"{path}: tiktoken does not take this vocabulary ({shorten(str(error))})") from None
     return Tokenizer(encoding)
 
 

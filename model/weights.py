@@ -19,9 +19,17 @@ from torch import Tensor
 
 from headrace.model.config import GPT2Config
 from headrace.model.gpt2 import GPT2
-from headrace.model.hub import MAX_CONFIG_BYTES, ModelError, find_model, read_json, shorter, shown, weight_files
+from headrace.model.hub import (
+    MAX_CONFIG_BYTES,
+    ModelError,
+    find_model,
+    read_json,
+    short_repr,
+    shorten,
+    weight_files,
+)
 from headrace.model.kernels.attention import decode_kernel
-from headrace.model.kernels.gemm_int8_amx import KU, int8_works
+from headrace.model.kernels.gemm_int8_amx import KU, int8_amx_works
 from headrace.model.linear import packed_weight_type
 
 #: The types that can be requested -> the type of the activations.
@@ -79,21 +87,23 @@ def read_config(path: Path) -> GPT2Config:
     for name, allowed in _FIXED.items():
         if raw.get(name, allowed[0]) not in allowed:
             raise ModelError(
-                f"{path}: {name} is {shown(raw[name])}; only {' or '.join(map(repr, allowed))} is supported"
+                f"{path}: {name} is {short_repr(raw[name])}; only {' or '.join(map(repr, allowed))} is supported"
             )
     sizes: dict[str, int] = {}
     for name, default in {"n_layer": 0, "n_head": 0, "n_embd": 0, "n_positions": 1024, "vocab_size": 50257}.items():
         value = raw.get(name, default)
         if type(value) is not int or not 1 <= value <= 1_000_000:
-            raise ModelError(f"{path}: {name} is {shown(value)}; it must be a whole number from 1 to 1,000,000")
+            raise ModelError(f"{path}: {name} is {short_repr(value)}; it must be a whole number from 1 to 1,000,000")
         sizes[name] = value
     if sizes["n_embd"] % sizes["n_head"]:
         raise ModelError(f"{path}: n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}")
     inner, epsilon = raw.get("n_inner"), raw.get("layer_norm_epsilon", 1e-5)
     if inner is not None and (type(inner) is not int or not 1 <= inner <= 1_000_000):
-        raise ModelError(f"{path}: n_inner is {shown(inner)}; it must be null or a whole number from 1 to 1,000,000")
+        raise ModelError(
+            f"{path}: n_inner is {short_repr(inner)}; it must be null or a whole number from 1 to 1,000,000"
+        )
     if not isinstance(epsilon, float) or not (math.isfinite(epsilon) and epsilon > 0):
-        raise ModelError(f"{path}: layer_norm_epsilon is {shown(epsilon)}; it must be a small positive number")
+        raise ModelError(f"{path}: layer_norm_epsilon is {short_repr(epsilon)}; it must be a small positive number")
     return GPT2Config(**sizes, n_inner=inner, layer_norm_epsilon=epsilon)
 
 
@@ -163,13 +173,13 @@ def _places(folder: Path, files: list[Path], config: GPT2Config) -> dict[str, tu
             expected = _shape_of(name, config)
             if expected is not None and shape != expected:
                 raise ModelError(
-                    f"{path}: tensor {key} has shape {shown(list(shape))}; config.json requires {list(expected)}"
+                    f"{path}: tensor {key} has shape {short_repr(list(shape))}; config.json requires {list(expected)}"
                 )
             if expected is not None or name == "lm_head.weight":
                 places[name] = (path, key)
             elif not _is_mask_buffer(name):
                 raise ModelError(
-                    f"{path}: tensor {shorter(key)} does not belong to a GPT-2 with {config.n_layer} layers"
+                    f"{path}: tensor {shorten(key)} does not belong to a GPT-2 with {config.n_layer} layers"
                 )
     missing = next((name for name, _ in _shapes(config) if name not in places), None)
     if missing is not None:
@@ -226,7 +236,7 @@ def _tensor(path: Path, key: str) -> Tensor:
 
 
 def _broken(path: Path, error: Exception) -> ModelError:
-    return ModelError(f"{path}: not a whole safetensors file ({shorter(str(error))}); copy it again")
+    return ModelError(f"{path}: not a whole safetensors file ({shorten(str(error))}); copy it again")
 
 
 def _digest(files: list[Path]) -> str:
@@ -256,7 +266,7 @@ def _check_widths(path: Path, config: GPT2Config) -> None:
 
 
 def _need_int8(device: torch.device) -> None:
-    if not int8_works(device.type):
+    if not int8_amx_works(device.type):
         raise ModelError(
             f"dtype 'int8' on {device}: it needs Linux, numba, and a CPU with int8 matrix instructions ("
             "Intel AMX, in Xeons since Sapphire Rapids); use HEADRACE_DTYPE=bfloat16"

@@ -23,7 +23,7 @@ from headrace.client.wire.errors import RedisUnreachable
 from headrace.client.wire.redis import answers, check_access, connect, has_keepalive, resolve_url
 from headrace.config import Settings, SettingsError, load_settings
 from headrace.config.logging import setup_logging
-from headrace.worker.queue.permissions import RightsMissing, check_rights
+from headrace.worker.queue.permissions import MissingPermissions, check_permissions
 from headrace.worker.redis_server import AlreadyRunning, EmbeddedRedis, EmbeddedRedisError
 from headrace.worker.tasks import add_tasks
 
@@ -132,8 +132,8 @@ def _find_redis(instance: Any, **_: Any) -> None:
     try:
         check_access(settings.redis_url)  # Celery would retry a wrong password or certificate for ever
         with contextlib.suppress(redis.RedisError), connect(settings.redis_url) as connection:
-            check_rights(connection, settings.models)
-    except (RedisUnreachable, RightsMissing) as error:
+            check_permissions(connection, settings.models)
+    except (RedisUnreachable, MissingPermissions) as error:
         raise SystemExit(f"headrace: {error}") from None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from headrace.client.batch.items import Row
+from headrace.client.batch.items import BatchItem
 from headrace.client.batch.rows import ItemReader
 from headrace.client.batch.sources import Source
 from headrace.client.wire.errors import Fault, InputChanged, InvalidBatch, InvalidRequest
@@ -159,7 +159,7 @@ def check(
     return checked
 
 
-def read_items(source: Source, reader: ItemReader, *, limit: int | None = None) -> Iterator[Row]:
+def read_items(source: Source, reader: ItemReader, *, limit: int | None = None) -> Iterator[BatchItem]:
     """Read the requests of a checked source again. Raises InputChanged if it has changed."""
     count = 0
     for line, item in source.items():

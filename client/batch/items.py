@@ -12,7 +12,7 @@ from headrace.client.wire.errors import InvalidRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class BatchItem:
     """A request of a batch.
 
     Attributes:

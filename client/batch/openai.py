@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from headrace.client.batch.items import Row, to_python
+from headrace.client.batch.items import BatchItem, to_python
 from headrace.client.wire.results import Choice, Outcome, Result, TokenLogprob
 
 #: The only endpoint that lines of a batch may name.
@@ -80,7 +80,7 @@ class Written(NamedTuple):
     failed: bool
 
 
-def output_line(row: Row, job_id: str, outcome: Outcome | Exception) -> bytes:
+def output_line(row: BatchItem, job_id: str, outcome: Outcome | Exception) -> bytes:
     """The output line of a request. A job has no HTTP status: it has status code 200, or an `error` and no response."""
     line: dict[str, Any] = {"id": ROW_ID + row.digest, "custom_id": row.custom_id, "response": None, "error": None}
     if isinstance(outcome, Result):

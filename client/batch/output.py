@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from headrace.client.batch.items import Row
+from headrace.client.batch.items import BatchItem
 from headrace.client.batch.openai import Written, output_line, read_output_line
 from headrace.client.batch.run_file import RunFile
 from headrace.client.batch.sources import open_lines
@@ -226,7 +226,7 @@ class Output:
                 file.repair(without_failures=self._retrying)
             file.open()
 
-    def write(self, pairs: Iterable[tuple[Row, Outcome | Exception]]) -> None:
+    def write(self, pairs: Iterable[tuple[BatchItem, Outcome | Exception]]) -> None:
         """Write the lines of requests that are done. Raises OutputRefused."""
         results: list[bytes] = []
         failures: list[bytes] = results if self._failures is self._results else []

@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from headrace.client.batch.items import Row, digest_of, to_python
+from headrace.client.batch.items import BatchItem, digest_of, to_python
 from headrace.client.batch.openai import ENDPOINT, completion_fields
 from headrace.client.batch.sources import MAX_LINE_BYTES
 from headrace.client.wire.errors import InvalidRequest
@@ -35,7 +35,7 @@ class ItemReader:
     ) -> None:
         self._model_name, self._params, self._text, self._models = model_name, params, text, models
 
-    def read(self, line: int, item: Any) -> Row | None:
+    def read(self, line: int, item: Any) -> BatchItem | None:
         """The request in a line (bytes) or in an item of an iterable; None if the line is blank.
 
         Raises:
@@ -54,7 +54,7 @@ class ItemReader:
         name = f"row-{line}" if custom_id is None else custom_id
         digest = digest_of({**content, "custom_id": name, "model": model})
         # The seed follows from the content, so that every computation of the request draws the same numbers.
-        return Row(line, name, {"priority": "bulk", "seed": int(digest[:13], 16), **fields}, digest)
+        return BatchItem(line, name, {"priority": "bulk", "seed": int(digest[:13], 16), **fields}, digest)
 
     def _decode(self, raw: bytes, *, first: bool) -> Any:
         """The text of a line, or the value of its JSON; None if it is blank."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from headrace.client.batch.check import Checked, check, read_items
-from headrace.client.batch.items import Row
+from headrace.client.batch.items import BatchItem
 from headrace.client.batch.openai import failure_code
 from headrace.client.batch.output import Output
 from headrace.client.batch.rows import ItemReader
@@ -115,7 +115,7 @@ class Batch:
             self._source, self._reader, client.submitter.prepare, limit=limit, on_line=on_line
         )
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[BatchItem]:
         """The requests, read again from the input."""
         return read_items(self._source, self._reader, limit=self._limit)
 
@@ -158,7 +158,7 @@ class Batch:
             sink.open(overwrite=overwrite)
             missing = (row for row in self.rows() if not _is_set(done, row.line))
             jobs = ((row, self._prepared(row, sink.run)) for row in missing)
-            window: Window[Row] = Window(
+            window: Window[BatchItem] = Window(
                 self.client, size=max_inflight, ordered=ordered, tell=tell, tick=lambda: on_progress(report)
             )
             on_progress(report)
@@ -186,7 +186,7 @@ class Batch:
             done[line // 8] |= 1 << line % 8
         return done
 
-    def _prepared(self, row: Row, run: str) -> PreparedJob:
+    def _prepared(self, row: BatchItem, run: str) -> PreparedJob:
         return self.client.submitter.prepare({**row.fields, "id": row.job_id(run)})
 
 

@@ -11,7 +11,7 @@ from headrace.client.http.errors import ApiError, invalid
 from headrace.client.wire.errors import InvalidRequest, NoCheckpoints, UnknownJob
 
 if TYPE_CHECKING:
-    from headrace.client.wire.comparison import Row, Tensors
+    from headrace.client.wire.comparison import CheckpointResult, Tensors
 
 #: Bytes of tensors of each job. All tensors of GPT-2 124M at 100 tokens take half of it; they are compared in float64.
 MAX_BYTES = 64 * 2**20
@@ -72,7 +72,7 @@ def _compare(ours: Tensors, theirs: Tensors) -> list[dict[str, Any]]:
     return [_to_json(row) for row in rows]
 
 
-def _to_json(row: Row) -> dict[str, Any]:
+def _to_json(row: CheckpointResult) -> dict[str, Any]:
     """A row for JSON, which has neither infinity nor NaN."""
     fields = row.to_json()
     for name in ("max_abs", "max_rel"):

@@ -18,7 +18,7 @@ from headrace.client.wire.errors import InvalidRequest
 from headrace.config import Settings
 from headrace.config.directories import data_dir
 from headrace.config.logging import setup_logging
-from headrace.config.settings import MIN_API_KEY_LENGTH, is_key
+from headrace.config.settings import MIN_API_KEY_LENGTH, is_valid_key
 from headrace.config.tracing import setup_tracing
 
 #: Concurrent connections; uvicorn answers further ones with 503.
@@ -30,7 +30,7 @@ def serve(
     *,
     host: str,
     port: int,
-    tell: Callable[[str], None],
+    announce: Callable[[str], None],
     api_keys: Sequence[str] = (),
     insecure: bool = False,
     cors: Sequence[str] = (),
@@ -44,7 +44,7 @@ def serve(
     """Serve until SIGTERM or SIGINT; running requests then have HEADRACE_SOFT_SHUTDOWN_S to finish.
 
     Args:
-        tell: called once with the line that says where the server listens.
+        announce: called once with the line that says where the server listens.
         api_keys: keys in addition to those of the settings.
         insecure: allow an address that other machines can reach although no key is configured.
         cors: origins whose pages may send requests from a browser.
@@ -75,7 +75,9 @@ def serve(
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
         app = make_app(settings, limits, store, directory, timeout_s=timeout)
         server = uvicorn.Server(_config(app, settings))
-        tell(f"headrace serves {_url(listener)}/v1 ({_describe_access(keys, insecure=insecure)}); files in {directory}")
+        announce(
+            f"headrace serves {_url(listener)}/v1 ({_describe_access(keys, insecure=insecure)}); files in {directory}"
+        )
         try:
             _run(server, listener)
         finally:
@@ -85,7 +87,7 @@ def serve(
 def _keys(settings: Settings, more: Sequence[str], host: str, *, insecure: bool) -> tuple[str, ...]:
     """All accepted API keys. Raises InvalidRequest if one is too short, or if none protects a public address."""
     keys = (*settings.api_key_list, *more)
-    if not all(is_key(key, MIN_API_KEY_LENGTH) for key in keys):
+    if not all(is_valid_key(key, MIN_API_KEY_LENGTH) for key in keys):
         raise InvalidRequest("api-key", "a short one", f"at least {MIN_API_KEY_LENGTH} characters without spaces")
     if not keys and not insecure and not is_loopback(host):
         expected = "HEADRACE_API_KEYS to be set, or --insecure if everybody on the network may use the server"

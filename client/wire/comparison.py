@@ -18,7 +18,7 @@ Tensors = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckpointResult:
     """One checkpoint compared with one reference: the largest difference over all prompts.
 
     `ok` is None if nothing was compared.
@@ -41,7 +41,7 @@ class Row:
 
 def compare(
     ours: Tensors, theirs: Tensors, *, reference: str, tolerances: Mapping[int, float], job: bool = True
-) -> list[Row]:
+) -> list[CheckpointResult]:
     """Compare checkpoints 1 to 12 for one prompt.
 
     Args:
@@ -54,11 +54,11 @@ def compare(
     rows = []
     for number, (name, names, tolerance) in CHECKPOINTS.items():
         if number == 3:
-            rows.append(check_cache(ours) if job else Row(3, name))
+            rows.append(check_cache(ours) if job else CheckpointResult(3, name))
         elif number > 0:
             present = [tensor for tensor in names if tensor in ours and tensor in theirs]
             parts = [_compare_one(ours[t], theirs[t], tolerances.get(number, tolerance)) for t in present]
-            row = Row(number, name, f"{', '.join(present)} with {reference}" if present else "")
+            row = CheckpointResult(number, name, f"{', '.join(present)} with {reference}" if present else "")
             rows.append(worst([replace(row, **part) for part in parts]) if parts else row)
     return [_check_exact(row, ours, job) for row in rows]
 
@@ -74,9 +74,9 @@ def _compare_one(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> dict
     return found | {"max_abs": largest, "max_rel": largest / scale if scale else 0.0, "ok": largest <= tolerance}
 
 
-def check_cache(ours: Tensors) -> Row:
+def check_cache(ours: Tensors) -> CheckpointResult:
     """Check checkpoint 3, without a reference: the cache is exactly the k and v of checkpoint 2, and 0 elsewhere."""
-    row = Row(3, CHECKPOINTS[3].name, "cache with what k, v wrote", tolerance=0.0)
+    row = CheckpointResult(3, CHECKPOINTS[3].name, "cache with what k, v wrote", tolerance=0.0)
     if "cache_k" not in ours:
         return replace(row, compared="")
     largest = float(ours["cache_rest"])
@@ -89,7 +89,7 @@ def check_cache(ours: Tensors) -> Row:
     return replace(row, shape=shape, max_abs=largest, max_rel=0.0, ok=largest == 0.0, note=note)
 
 
-def _check_exact(row: Row, ours: Tensors, job: bool) -> Row:
+def _check_exact(row: CheckpointResult, ours: Tensors, job: bool) -> CheckpointResult:
     """Check that checkpoint 9 of a job is the last row of 8, bit for bit, and that the probabilities of 11 sum to 1."""
     last_row = job and row.number == 9 and row.ok and "logits" in ours
     if last_row and not np.array_equal(ours["last_logits"], ours["logits"][-1]):
@@ -99,6 +99,6 @@ def _check_exact(row: Row, ours: Tensors, job: bool) -> Row:
     return row
 
 
-def worst(rows: Sequence[Row]) -> Row:
+def worst(rows: Sequence[CheckpointResult]) -> CheckpointResult:
     """The row with the largest difference, of rows of one checkpoint. A failed row is worse than any that holds."""
     return max(rows, key=lambda row: (row.ok is not None, row.ok is False, row.max_abs or 0.0))

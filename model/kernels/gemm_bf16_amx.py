@@ -79,7 +79,7 @@ class Bf16Weight(PackedWeight):
 
 
 @functools.cache
-def tiles_work(device: str, dtype: torch.dtype) -> bool:
+def bf16_amx_works(device: str, dtype: torch.dtype) -> bool:
     """Whether this backend can be used on this machine and passes its self-test. Compiles it.
 
     Where it cannot, torch's operators are used.

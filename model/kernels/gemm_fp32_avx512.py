@@ -69,7 +69,7 @@ class Fp32Weight(PackedWeight):
 
 
 @functools.cache
-def floats_work(device: str, dtype: torch.dtype) -> bool:
+def fp32_avx512_works(device: str, dtype: torch.dtype) -> bool:
     """Whether this backend can be used on this machine and passes its self-test. Compiles it.
 
     Where it cannot, torch's operators are used.

@@ -20,10 +20,10 @@ from headrace.model.kernels.gemm_bf16_amx import (
     BF16_AMX,
     MR,
     NR,
+    bf16_amx_works,
     multiply_partition,
     packed_row,
     tile_configuration,
-    tiles_work,
 )
 from headrace.model.kernels.intrinsics import cast
 from headrace.model.kernels.memory import use_huge_pages
@@ -66,12 +66,12 @@ class Int8Weight(PackedWeight):
 
 
 @functools.cache
-def int8_works(device: str) -> bool:
+def int8_amx_works(device: str) -> bool:
     """Whether this machine multiplies int8 on its matrix unit and gives exact results. Compiles the backend.
 
     There is no other implementation of int8.
     """
-    if not tiles_work(device, torch.bfloat16):
+    if not bf16_amx_works(device, torch.bfloat16):
         return False
     try:
         from llvmlite import binding

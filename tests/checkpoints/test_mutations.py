@@ -19,7 +19,7 @@ import headrace.model.block
 import headrace.model.config
 import headrace.model.gpt2
 import headrace.model.kv_cache
-from headrace.client.wire.comparison import Row
+from headrace.client.wire.comparison import CheckpointResult
 from headrace.client.wire.requests import parse_request
 from headrace.config import Settings
 from headrace.model.fused_decoder import FusedDecoder
@@ -46,11 +46,13 @@ def engine() -> Engine:
     return load_engine(Settings(model="demo"))
 
 
-def rows(engine: Engine, arbiter: Float64) -> tuple[list[Row], dict[str, np.ndarray], dict[str, np.ndarray]]:
+def rows(
+    engine: Engine, arbiter: Float64
+) -> tuple[list[CheckpointResult], dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The verdicts, our tensors, and those of float64."""
     dump: dict[str, bytes] = {}
     fields = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0, "ignore_eos": True, "checkpoints": "all"}
-    engine.submit(parse_request(fields), on_trace=dump.update)
+    engine.submit(parse_request(fields), on_activations=dump.update)
     while engine.step():
         pass
     ours = {name: load(data)["tensor"] for name, data in dump.items()}

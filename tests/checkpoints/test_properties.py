@@ -23,7 +23,7 @@ from headrace.model.tokenizer import gpt2_tokenizer
 from headrace.model.weights import expected_shapes
 from headrace.worker.engine.cache_slots import SlotTable
 from headrace.worker.engine.engine import Engine
-from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.sequence_text import TextDelta
 
@@ -42,7 +42,7 @@ def small_model() -> GPT2:
 
 
 def engine(slots: int = 64, step_tokens: int = 512, chunk: int = 32, drafts: int = 0) -> Engine:
-    runner = Runner(small_model(), [32, 64, POSITIONS])
+    runner = ModelRunner(small_model(), [32, 64, POSITIONS])
     table = SlotTable([32, 64, POSITIONS], position_bytes=runner.position_bytes, budget_bytes=2**24)
     scheduler = Scheduler(table, max_rows=slots, step_tokens=step_tokens, prefill_chunk=chunk, draft_tokens=drafts)
     names = {"model_name": "small", "vocab_size": VOCABULARY, "max_context": POSITIONS}

@@ -35,7 +35,7 @@ def traced(engine: Engine, prompt: list[int], crowd: bool, **params: Any) -> dic
         for _ in range(3):
             engine.step()
     fields = {"prompt": prompt, "max_tokens": 4, "temperature": 0, "checkpoints": "all", **params}
-    future = engine.submit(parse_request(fields), on_trace=tensors.update)
+    future = engine.submit(parse_request(fields), on_activations=tensors.update)
     while engine.step():
         pass
     assert future.result()

@@ -115,12 +115,12 @@ def paced(step_s: float) -> str:
     """A patch: each step waits so long first. Jobs then last for a time that does not hang on how fast a machine is."""
     return f"""
 import time
-from headrace.worker.engine.model_runner import Runner
-run = Runner.run
+from headrace.worker.engine.model_runner import ModelRunner
+run = ModelRunner.run
 def paced(self, step):
     time.sleep({step_s})
     return run(self, step)
-Runner.run = paced
+ModelRunner.run = paced
 """
 
 
@@ -128,13 +128,13 @@ def _slowly_while(file: Path) -> str:
     """A patch: each step waits while this file is there."""
     return f"""
 import os, time
-from headrace.worker.engine.model_runner import Runner
-run = Runner.run
+from headrace.worker.engine.model_runner import ModelRunner
+run = ModelRunner.run
 def slowly(self, step, run=run):
     if os.path.exists({str(file)!r}):
         time.sleep(0.05)
     return run(self, step)
-Runner.run = slowly
+ModelRunner.run = slowly
 """
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from headrace.client import Client, InvalidBatch, InvalidRequest, JobFailed, OutputRefused
 from headrace.client.batch import window
-from headrace.client.batch.items import Row
+from headrace.client.batch.items import BatchItem
 from headrace.client.batch.window import Window
 from headrace.client.wire import keys
 from headrace.config import load_settings
@@ -152,7 +152,7 @@ def test_a_queue_that_is_full_is_waited_for(redis_url: str, tmp_path: Path) -> N
 def test_jobs_that_redis_lost_are_queued_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window, "RESUBMIT_S", 0.1)
     with EmbeddedRedis.ephemeral() as server, Client(redis_url=server.url) as client:
-        row = Row(1, "a", {"prompt": "a"}, "")
+        row = BatchItem(1, "a", {"prompt": "a"}, "")
         counts: list[int] = []
 
         class Enough(Exception):
@@ -165,7 +165,7 @@ def test_jobs_that_redis_lost_are_queued_again(monkeypatch: pytest.MonkeyPatch) 
             elif counts.count(1) > 2:
                 raise Enough
 
-        under_test: Window[Row] = Window(client, tick=tick)
+        under_test: Window[BatchItem] = Window(client, tick=tick)
         with pytest.raises(Enough):
             list(under_test.run([(row, client.submitter.prepare({"prompt": "a", "id": "a"}))]))
         assert counts[0] == 1

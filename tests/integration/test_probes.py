@@ -23,13 +23,13 @@ from tests.patience import PATIENCE_S
 #: The second step of one job takes four seconds, as where a GPU hangs for a while.
 STUCK = """
 import time
-from headrace.worker.engine.model_runner import Runner
-go = Runner.run
+from headrace.worker.engine.model_runner import ModelRunner
+go = ModelRunner.run
 def stuck(self, step):
     if any(s.prompt == [15496, 11] and len(s.output) == 1 for s in step.decodes):
         time.sleep(4)
     return go(self, step)
-Runner.run = stuck
+ModelRunner.run = stuck
 """
 
 

@@ -15,7 +15,7 @@ from redis.retry import Retry
 from headrace.client import Client, RedisRefused, RedisUnreachable
 from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
-from headrace.worker.queue.permissions import RightsMissing, check_rights, needed
+from headrace.worker.queue.permissions import MissingPermissions, check_permissions, required_commands
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.integration.servers import redis_on_a_port
 from tests.patience import PATIENCE_S
@@ -217,22 +217,22 @@ def test_a_wrong_password_is_an_error_that_says_so(port: int, url: Url, tmp_path
 
 
 def test_the_workers_user_has_all_the_rights_that_are_asked_for_and_any_that_is_missing_is_named(url: Url) -> None:
-    check_rights(connect(url("worker")), ["demo"])
+    check_permissions(connect(url("worker")), ["demo"])
     admin, rules = connect(url("admin")), ACL.read_text().splitlines()[2].split()
     place = url("worker").replace(url("worker").split("@")[0], "redis://probed:probed")
-    for command in needed(["demo"]):
+    for command in required_commands(["demo"]):
         shown, name = command[:2], command[0].lower()
         if name == "evalsha":
             shown = (command[0], command[3])
         own = [rule for rule in rules[2:] if not rule.startswith("#")]
         admin.execute_command("ACL", "SETUSER", "probed", *own, ">probed", f"-{name}")
-        with pytest.raises(RightsMissing, match=r"config/redis-users\.acl") as caught:
-            check_rights(connect(place), ["demo"])
+        with pytest.raises(MissingPermissions, match=r"config/redis-users\.acl") as caught:
+            check_permissions(connect(place), ["demo"])
         assert " ".join(shown) in caught.value.commands
         assert all(missing.startswith(command[0]) for missing in caught.value.commands)
     admin.execute_command("ACL", "SETUSER", "probed", *own, ">probed", "resetkeys", "~headrace:job:*")
-    with pytest.raises(RightsMissing) as caught:
-        check_rights(connect(place), ["demo"])
+    with pytest.raises(MissingPermissions) as caught:
+        check_permissions(connect(place), ["demo"])
     assert f"BRPOP {keys.hint('demo')}" in caught.value.commands
     assert not any("job:" in missing for missing in caught.value.commands)
 

@@ -21,13 +21,13 @@ from tests.patience import PATIENCE_S
 POISON = [13, 13, 13]
 DEADLY = f"""
 import os
-from headrace.worker.engine.model_runner import Runner
-run = Runner.run
+from headrace.worker.engine.model_runner import ModelRunner
+run = ModelRunner.run
 def deadly(self, step):
     if any(sequence.prompt == {POISON} for sequence in step.sequences):
         os.kill(os.getpid(), 9)
     return run(self, step)
-Runner.run = deadly
+ModelRunner.run = deadly
 """
 
 #: Jobs that last: each token of theirs takes a step, and each step 0.03 s.

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from headrace.model import load_model
-from headrace.model.kernels.gemm_int8_amx import int8_works
+from headrace.model.kernels.gemm_int8_amx import int8_amx_works
 from tests.patience import PATIENCE_S
 
 
@@ -60,7 +60,7 @@ def test_a_dump_with_a_mistake_fails_with_the_cause_and_the_next_command(dump: P
 
 def test_other_precisions_have_tolerances_of_their_own_and_say_what_they_cost() -> None:
     """int8 where the CPU has a matrix unit for whole numbers, else bfloat16, in which all but the products is."""
-    dtype = "int8" if int8_works("cpu") else "bfloat16"
+    dtype = "int8" if int8_amx_works("cpu") else "bfloat16"
     done = validate("--reference", "transformers", "--dtype", dtype, "--json", "--prompt", "Once upon a time")
     assert done.returncode == 0, done.stdout + done.stderr
     report, library = json.loads(done.stdout)

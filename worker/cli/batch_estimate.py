@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from headrace.client import Client, SamplingParams
-from headrace.client.batch.items import Row
+from headrace.client.batch.items import BatchItem
 from headrace.client.batch.run import Batch, BatchReport
 from headrace.client.batch.window import Window
 from headrace.config import Settings
@@ -86,7 +86,7 @@ def estimate(backends: Backends, given: BatchInput, *, max_inflight: int, as_jso
         click.echo(found.as_text())
 
 
-def _count(batch: Batch, settings: Settings) -> tuple[Estimate, list[Row]]:
+def _count(batch: Batch, settings: Settings) -> tuple[Estimate, list[BatchItem]]:
     """The counts of all rows, and a random sample of the rows that the model can compute."""
     from headrace.model.hub import MAX_CONFIG_BYTES, find_model, read_json
     from headrace.model.tokenizer import load_tokenizer
@@ -96,7 +96,7 @@ def _count(batch: Batch, settings: Settings) -> tuple[Estimate, list[Row]]:
     config = read_json(find_model(source) / "config.json", MAX_CONFIG_BYTES)
     positions = config.get("n_positions", 1024)
     max_context = min(settings.max_context or positions, positions)
-    found, sample, dice = Estimate(), list[Row](), random.Random(1)  # noqa: S311
+    found, sample, dice = Estimate(), list[BatchItem](), random.Random(1)  # noqa: S311
     for row in batch.rows():
         prompt = row.fields["prompt"]
         tokens = len(tokenizer.encode(prompt)) or 1 if isinstance(prompt, str) else len(prompt)
@@ -109,11 +109,11 @@ def _count(batch: Batch, settings: Settings) -> tuple[Estimate, list[Row]]:
     return found, sample
 
 
-def _measure(client: Client, sample: list[Row], max_inflight: int) -> BatchReport:
+def _measure(client: Client, sample: list[BatchItem], max_inflight: int) -> BatchReport:
     """Compute rows and drop their results."""
     report, run = BatchReport(rows=len(sample)), secrets.token_hex(6)
     drafts = ((row, client.submitter.prepare({**row.fields, "id": row.job_id(run)})) for row in sample)
-    for pairs in Window[Row](client, size=max_inflight).run(drafts):
+    for pairs in Window[BatchItem](client, size=max_inflight).run(drafts):
         for _, outcome in pairs:
             report.count(outcome)
     return report

@@ -32,4 +32,4 @@ def serve(backends: Backends, /, **options: Any) -> None:
     """
     with command_errors(as_json=False):
         given = {name: value for name, value in options.items() if value is not None}
-        backends.serve_http(load_settings(), tell=lambda line: click.echo(line, err=True), **given)
+        backends.serve_http(load_settings(), announce=lambda line: click.echo(line, err=True), **given)

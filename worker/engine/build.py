@@ -20,7 +20,7 @@ from headrace.model.weights import load_model
 from headrace.worker.engine.cache_slots import SlotTable, length_classes
 from headrace.worker.engine.cgroups import free_memory
 from headrace.worker.engine.engine import Engine
-from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.self_test import is_batch_invariant
 
@@ -64,7 +64,7 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
     check_vocabulary(source, model.config, tokenizer)
     max_context = min(settings.max_context or model.config.n_positions, model.config.n_positions)
     lengths = length_classes(max_context)
-    runner = Runner(model, lengths)
+    runner = ModelRunner(model, lengths)
     if settings.kv_cache_bytes:
         budget = settings.kv_cache_bytes // parts
     else:
@@ -132,7 +132,7 @@ def fingerprint(model: GPT2, prefill_chunk: int, invariant: bool) -> str:
         device.replace(" ", "-"),
         str(model.dtype).removeprefix("torch."),
         f"threads-{torch.get_num_threads()}",
-        f"products-{model.products}",
+        f"products-{model.gemm_backend}",
         f"attention-{'compiled' if decode_kernel(model.config.head_dim, model.dtype, model.device.type) else 'torch'}",
         f"chunk-{prefill_chunk}",
         f"weights-{model.digest[:12] or 'unknown'}",

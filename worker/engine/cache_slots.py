@@ -26,7 +26,7 @@ def length_classes(max_context: int) -> list[int]:
     return [length for length in LENGTH_CLASSES if length < last] + [last]
 
 
-class Move(NamedTuple):
+class SlotMove(NamedTuple):
     """Copy `length` positions from slot `source` to slot `target` of the same arena."""
 
     length_class: int
@@ -52,7 +52,7 @@ class SlotTable:
         self.arenas: dict[int, list[Sequence | None]] = {length: [] for length in sorted(lengths)}
         #: Length class -> slots for which the arena has memory.
         self.capacity = dict.fromkeys(self.arenas, 0)
-        self._moves: list[Move] = []
+        self._moves: list[SlotMove] = []
         self.position_bytes = position_bytes
         self.budget_bytes = budget_bytes
         least = max(self.arenas) * position_bytes
@@ -100,7 +100,7 @@ class SlotTable:
         for length in self.arenas:
             self._move_below(length, self._in_use(length))
 
-    def take_moves(self) -> list[Move]:
+    def take_moves(self) -> list[SlotMove]:
         """The copies to make, in this order, before an arena shrinks or is written. Clears the list."""
         moves, self._moves = self._moves, []
         return moves
@@ -115,7 +115,7 @@ class SlotTable:
             target = arena.index(None)
             arena[target], last.slot = last, Slot(length, target)
             if written := min(length, last.prefilled + len(last.output)):
-                self._moves.append(Move(length, len(arena), target, written))
+                self._moves.append(SlotMove(length, len(arena), target, written))
         _drop_holes_at_end(arena)
 
     def _make_room(self, length: int) -> bool:

@@ -30,7 +30,7 @@ from headrace.worker.engine.request_table import RequestTable
 from headrace.worker.engine.requests import RequestState, prepare
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.sequence_text import TextDelta
-from headrace.worker.engine.stats import EngineStats, RowStats
+from headrace.worker.engine.stats import EngineStats, SequenceStats
 from headrace.worker.engine.step_loop import StepLoop
 from headrace.worker.engine.step_runner import StepRunner
 
@@ -99,20 +99,20 @@ class Engine:
         on_start: Callable[[], None] | None = None,
         on_text: Callable[[TextDelta], None] | None = None,
         text_every_s: float = 0.0,
-        on_trace: Callable[[dict[str, bytes]], None] | None = None,
+        on_activations: Callable[[dict[str, bytes]], None] | None = None,
     ) -> Future[Result]:
         """Take a job. The future gives its Result or raises a JobError. Cancelling the future cancels the job.
 
         Args:
             request: what to compute.
             job_id: the name of the job in results and for `cancel`; a random one by default.
-            on_start: called when the job gets its first slot. `on_start`, `on_text` and `on_trace` run in the engine's
-                thread and hold up all jobs, so they must return quickly.
+            on_start: called when the job gets its first slot. The callbacks run in the engine's thread and hold up all
+                jobs, so they must return quickly.
             on_text: called with each piece of text, in whole characters, as it is generated.
             text_every_s: seconds between two calls of `on_text` for one sample; text in between is sent together. The
                 first and the last piece are sent at once.
-            on_trace: called before the future is done, with the activations of the checkpoints that the request asks
-                for, each as safetensors bytes by name.
+            on_activations: called before the future is done, with the activations of the checkpoints that the request
+                asks for, each as safetensors bytes by name.
 
         Raises:
             EngineStopped: the engine takes no more jobs.
@@ -130,7 +130,7 @@ class Engine:
         except JobError as error:
             future.set_exception(error)
             return future
-        state.on_start, state.on_text, state.on_trace = on_start, on_text, on_trace
+        state.on_start, state.on_text, state.on_activations = on_start, on_text, on_activations
         state.text_every_s = text_every_s
         future.add_done_callback(lambda done: self._note_cancelled(state) if done.cancelled() else None)
         with self._lock:
@@ -163,19 +163,19 @@ class Engine:
             tokens=self._outputs.tokens,
             prompt_tokens=self._executor.prompt_tokens,
             steps=self._executor.steps,
-            drafted=self._outputs.proposed,
+            proposed=self._outputs.proposed,
             accepted=self._outputs.accepted,
             cache_bytes=slots.used_bytes,
             cache_usage=slots.usage,
             step_age_s=0.0 if progress_at is None else time.monotonic() - progress_at,
         )
 
-    def rows(self) -> list[RowStats]:
+    def running_sequences(self) -> list[SequenceStats]:
         """Progress of the running sequences. Read without a lock, like `stats`."""
         now = time.monotonic()
         running = [(sequence, self._requests.owner.get(sequence)) for sequence in list(self.scheduler.running)]
         return [
-            RowStats(
+            SequenceStats(
                 state.id,
                 now - (sequence.admitted_at or now),
                 prompt=len(sequence.prompt),

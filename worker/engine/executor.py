@@ -11,7 +11,7 @@ import structlog
 from headrace.client.wire.keys import PRIORITIES
 from headrace.worker.engine.oom import CACHE_MESSAGE, STEP_MESSAGE, AdaptiveLimit, out_of_memory, row_count, split
 from headrace.worker.engine.request_table import PRIORITY_STEP, RequestTable
-from headrace.worker.engine.scheduler import Outcome, Scheduler, Step
+from headrace.worker.engine.scheduler import ModelRunnerOutput, Scheduler, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence
 from headrace.worker.engine.step_runner import StepRunner
 
@@ -124,7 +124,7 @@ class StepExecutor:
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
-    def run(self, step: Step) -> tuple[Step, Outcome]:
+    def run(self, step: SchedulerOutput) -> tuple[SchedulerOutput, ModelRunnerOutput]:
         """Compute a step. Returns the part of it that was computed, and its outcome.
 
         If the step fails, its sequences are computed one by one: those that fail end, the others continue. If memory
@@ -133,7 +133,7 @@ class StepExecutor:
         the newest of them fails.
         """
         self.steps += 1
-        computed, outcome = Step(), Outcome([], [])
+        computed, outcome = SchedulerOutput(), ModelRunnerOutput([], [])
         starved: list[Sequence] = []
         parts = deque((part, False) for part in split(step, self._row_limit.current))
         while parts:
@@ -151,29 +151,31 @@ class StepExecutor:
             elif single:
                 self._fail(part, error)
             else:
-                log.warning("engine.step_failed", rows=len(part.drawing), error=repr(error))
+                log.warning("engine.step_failed", rows=len(part.sampled_sequences), error=repr(error))
                 self._scheduler.stop_sharing(part)
                 parts.extendleft(reversed([(piece, True) for piece in part.by_sequence()]))
         self._adjust_limits(bool(computed), starved)
         return computed, outcome
 
-    def _halve(self, part: Step, error: Exception) -> list[Step]:
+    def _halve(self, part: SchedulerOutput, error: Exception) -> list[SchedulerOutput]:
         self._row_limit.lower(max(1, min(self._row_limit.current, row_count(part) // 2)))
         log.warning("engine.step_out_of_memory", rows=row_count(part), error=repr(error))
         return split(part, self._row_limit.current)
 
-    def _remaining(self, part: Step, starved: list[Sequence]) -> Step:
+    def _remaining(self, part: SchedulerOutput, starved: list[Sequence]) -> SchedulerOutput:
         """The part without sequences whose request has ended meanwhile, and without those that lack memory."""
         owner = self._requests.owner
         here = {sequence for sequence in part.sequences if sequence in owner and sequence not in starved}
-        return Step(
+        return SchedulerOutput(
             [sequence for sequence in part.decodes if sequence in here],
             [chunk for chunk in part.chunks if chunk.sequence in here],
             {source: [s for s in same if s in owner] for source, same in part.same_prompt.items() if source in here},
             {sequence: tokens for sequence, tokens in part.proposed.items() if sequence in here},
         )
 
-    def _compute(self, part: Step, computed: Step, outcome: Outcome) -> Exception | None:
+    def _compute(
+        self, part: SchedulerOutput, computed: SchedulerOutput, outcome: ModelRunnerOutput
+    ) -> Exception | None:
         """Compute a part of a step, and add it to what is computed. Returns the error if that failed."""
         try:
             result = self._runner.run(part)
@@ -194,7 +196,7 @@ class StepExecutor:
         outcome.prompt_scores.extend(result.prompt_scores)
         return None
 
-    def _fail(self, part: Step, error: Exception) -> None:
+    def _fail(self, part: SchedulerOutput, error: Exception) -> None:
         """Fail the request of a part that holds one sequence and cannot be computed."""
         trace = "".join(traceback.format_exception(error))
         message = f"computing this job failed: {type(error).__name__}; the worker's log has the details"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from headrace.model.attention import Chunk, DecodeGroup
 from headrace.model.sampler import Draw, RowParams
-from headrace.worker.engine.scheduler import PromptChunk, Step
+from headrace.worker.engine.scheduler import PromptChunk, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence, Slot
 
 #: Parameters that the sampler takes from the request by name.
@@ -53,7 +53,7 @@ def accepted_rows(rows: list[SampledRow], tokens: list[int]) -> list[int]:
 class InputBatch:
     """The rows of a step: decoding sequences arena by arena in the order of their slots, then chunks of prompts."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: SchedulerOutput) -> None:
         self.token_ids: list[int] = []
         self.positions: list[int] = []
         self.decode_groups: list[DecodeGroup] = []
@@ -93,11 +93,11 @@ class InputBatch:
         self.positions += [0] * missing
 
     def sampled(self) -> list[SampledRow]:
-        """The rows from which tokens are sampled: one for each sequence of `Step.drawing`, then its proposed tokens."""
+        """The rows from which tokens are sampled: one for each sampled sequence, then its proposed tokens."""
         step = self._step
         source_of = {sequence: source for source, same in step.same_prompt.items() for sequence in same}
         rows = []
-        for sequence in step.drawing:
+        for sequence in step.sampled_sequences:
             row, proposed = self._row_of[source_of.get(sequence, sequence)], step.proposed.get(sequence, [])
             rows += [SampledRow(sequence, row + i, proposed[:i]) for i in range(len(proposed) + 1)]
         return rows

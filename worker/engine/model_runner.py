@@ -13,22 +13,22 @@ from torch import Tensor
 
 from headrace.client.wire.activations import CHECKPOINT_TENSORS
 from headrace.client.wire.requests import MAX_LOGPROBS
-from headrace.model.activations import PROBS_TEMPERATURE, Trace
+from headrace.model.activations import PROBS_TEMPERATURE, ActivationCapture
 from headrace.model.attention import CachedAttention
 from headrace.model.cuda_graphs import decode_graphs
 from headrace.model.gpt2 import GPT2
 from headrace.model.kv_cache import KVCache
 from headrace.model.sampler import Draw, RowParams, filtered, sample, top_logprobs
-from headrace.worker.engine.cache_slots import Move
+from headrace.worker.engine.cache_slots import SlotMove
 from headrace.worker.engine.input_batch import InputBatch, SampledRow, accepted_rows, slot_of
-from headrace.worker.engine.scheduler import Copy, Outcome, PromptChunk, Step
+from headrace.worker.engine.scheduler import ModelRunnerOutput, PrefixCopy, PromptChunk, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence, Slot, TokenScore
 
 #: Prompt positions whose log probabilities are computed at once: 128 rows of GPT-2's logits are 26 MB.
 SCORE_ROWS = 128
 
 
-class Runner:
+class ModelRunner:
     """A model with its key-value cache. Implements `StepRunner`.
 
     Args:
@@ -66,7 +66,7 @@ class Runner:
                 self.graphs.forget()  # they hold the addresses of the arenas
                 self.cache.arenas[length].resize(count)
 
-    def move(self, move: Move) -> None:
+    def move(self, move: SlotMove) -> None:
         """Move a sequence to another slot.
 
         The target is cleared first, because captured activations show what the cache holds. The source is cleared
@@ -77,7 +77,7 @@ class Runner:
         arena.copy(move.source, move.target, move.length)
         arena.clear(move.source, move.length)
 
-    def copy(self, copy: Copy) -> None:
+    def copy(self, copy: PrefixCopy) -> None:
         """Copy the keys and values of a prefix from one sequence to another."""
         source, target = slot_of(copy.source), slot_of(copy.target)
         if source.length_class == target.length_class:
@@ -94,7 +94,7 @@ class Runner:
     # --- a step ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def run(self, step: Step) -> Outcome:
+    def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Compute one forward pass over all rows of the step, and sample a token for each sequence that gets one."""
         batch = InputBatch(step)
         captured = self._captured(batch)
@@ -108,13 +108,13 @@ class Runner:
         prompt_scores = [self._score_chunk(chunk, hidden[rows]) for chunk, rows in batch.scored_chunks()]
         for source, same in step.same_prompt.items():
             for sequence in same:
-                self.copy(Copy(source, sequence, len(source.prompt)))
-        outcome = Outcome(self._sample(batch.sampled(), hidden), prompt_scores)
+                self.copy(PrefixCopy(source, sequence, len(source.prompt)))
+        outcome = ModelRunnerOutput(self._sample(batch.sampled(), hidden), prompt_scores)
         for sequence, _ in captured:
             sequence.activations.commit()
         return outcome
 
-    def _forward(self, batch: InputBatch, traces: list[Trace]) -> Tensor:
+    def _forward(self, batch: InputBatch, traces: list[ActivationCapture]) -> Tensor:
         """Hidden states of the rows, [M, E], M rounded up to what the model computes well."""
         batch.pad(self.model.padded_rows(len(batch.token_ids)))
         tokens, positions = (torch.tensor(x, device=self.model.device) for x in (batch.token_ids, batch.positions))
@@ -172,7 +172,7 @@ class Runner:
         for sequence, rows in batch.spans():
             if sequence.captures_activations:
                 if sequence.activations is None:
-                    sequence.activations = Trace(self.model.config.scale, len(sequence.prompt))
+                    sequence.activations = ActivationCapture(self.model.config.scale, len(sequence.prompt))
                 if not sequence.prefilled:  # this may be true again: its first step failed, and it was moved since then
                     self.clear(slot_of(sequence))
                 captured.append((sequence, rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headrace.worker.engine.scheduler import PromptChunk, Step
+from headrace.worker.engine.scheduler import PromptChunk, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence
 
 #: Steps without trouble before the limit is doubled. The wait doubles each time that this turns out to be too much.
@@ -55,12 +55,12 @@ class AdaptiveLimit:
             self.current, self._quiet, self._probing = min(max(1, 2 * self.current), self.full), 0, True
 
 
-def row_count(step: Step) -> int:
+def row_count(step: SchedulerOutput) -> int:
     """Rows of the step's forward pass."""
     return step.decode_rows + sum(chunk.count for chunk in step.chunks)
 
 
-def split(step: Step, rows: int) -> list[Step]:
+def split(step: SchedulerOutput, rows: int) -> list[SchedulerOutput]:
     """Split a step into parts of at most `rows` rows, in order.
 
     A chunk of a prompt is never cut, because where it begins and ends decides its bits; a part may be larger for that.
@@ -68,12 +68,12 @@ def split(step: Step, rows: int) -> list[Step]:
     """
     if row_count(step) <= rows:
         return [step]
-    parts, used = [Step()], 0
+    parts, used = [SchedulerOutput()], 0
     items: list[Sequence | PromptChunk] = [*step.decodes, *step.chunks]
     for item in items:
         count = item.count if isinstance(item, PromptChunk) else 1
         if used and used + count > rows:
-            parts.append(Step())
+            parts.append(SchedulerOutput())
             used = 0
         used += count
         part = parts[-1]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from headrace.worker.engine.request_table import RequestTable
 from headrace.worker.engine.requests import RequestState
-from headrace.worker.engine.scheduler import Outcome, Step
+from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence
 from headrace.worker.engine.step_runner import StepRunner
 
@@ -32,7 +32,7 @@ class OutputProcessor:
         self._runner, self._requests = runner, requests
         self._model_name, self._fingerprint = model_name, fingerprint
 
-    def process(self, step: Step, outcome: Outcome) -> list[Sequence]:
+    def process(self, step: SchedulerOutput, outcome: ModelRunnerOutput) -> list[Sequence]:
         """Append the step's tokens to their sequences, and stream their text. Returns the finished sequences."""
         now, owner = time.monotonic(), self._requests.owner
         for sequence, scores in outcome.prompt_scores:
@@ -60,7 +60,7 @@ class OutputProcessor:
                     self._stream(state, sequence, state.on_text, now)
         return [s for s in (*step.decodes, *step.prefilled) if s.finish_reason and s in owner]
 
-    def _count_accepted(self, step: Step, outcome: Outcome) -> None:
+    def _count_accepted(self, step: SchedulerOutput, outcome: ModelRunnerOutput) -> None:
         """Count the proposed tokens that were accepted: each gave its sequence one more token."""
         tokens = Counter(sequence for sequence, _ in outcome.tokens)
         for sequence, proposed in step.proposed.items():
@@ -90,8 +90,10 @@ class OutputProcessor:
         for sequence in finished:
             if (state := self._requests.owner.get(sequence)) is None:
                 continue  # another sequence of the same request has ended it
-            if sequence.activations is not None and state.on_trace is not None:
-                self._requests.guard(state, functools.partial(self._hand_over_activations, sequence, state.on_trace))
+            if sequence.activations is not None and state.on_activations is not None:
+                self._requests.guard(
+                    state, functools.partial(self._hand_over_activations, sequence, state.on_activations)
+                )
             self._requests.release(sequence)
             if state.finished and state in self._requests:
                 self._requests.guard(state, functools.partial(self._complete, state))

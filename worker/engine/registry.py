@@ -19,7 +19,7 @@ from headrace.worker.engine.step_loop import StepLoop
 log = structlog.get_logger("headrace.worker")
 
 
-class Models:
+class ModelRegistry:
     """The engines of a process, by the names of their models. May be used from any thread.
 
     Args:
@@ -51,7 +51,7 @@ class Models:
         self._stopped = False
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> Models:
+    def from_settings(cls, settings: Settings) -> ModelRegistry:
         """A registry for the models of the settings. None is loaded yet."""
         return cls(
             settings.models,
@@ -107,7 +107,7 @@ class Models:
             self._used_at[name] = time.monotonic()
         engine.start(self._loop)
 
-    def fetch(self, names: Iterable[str], then: Callable[[], None]) -> None:
+    def load_in_background(self, names: Iterable[str], then: Callable[[], None]) -> None:
         """Load the models that are not loaded, each in a thread of its own, and call `then` after each one.
 
         Loaded models continue to compute meanwhile.

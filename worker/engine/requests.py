@@ -31,7 +31,7 @@ class RequestState:
     on_start: Callable[[], None] | None = None
     on_text: Callable[[TextDelta], None] | None = None
     text_every_s: float = 0.0
-    on_trace: Callable[[dict[str, bytes]], None] | None = None
+    on_activations: Callable[[dict[str, bytes]], None] | None = None
 
     @property
     def finished(self) -> bool:

@@ -30,7 +30,7 @@ class PromptChunk:
         return self.start + self.count == len(self.sequence.prompt)
 
 
-class Copy(NamedTuple):
+class PrefixCopy(NamedTuple):
     """Copy the keys and values of the first `length` positions from the slot of one sequence to that of another."""
 
     source: Sequence
@@ -39,7 +39,7 @@ class Copy(NamedTuple):
 
 
 @dataclass
-class Step:
+class SchedulerOutput:
     """One forward pass: all decoding sequences, and the chunks of prompts that the token budget leaves room for."""
 
     decodes: list[Sequence] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Step:
         return [s for source in computed for s in (source, *self.same_prompt.get(source, ()))]
 
     @property
-    def drawing(self) -> list[Sequence]:
+    def sampled_sequences(self) -> list[Sequence]:
         """The sequences that get a token from this step. A request for no tokens only has its prompt computed."""
         return [*self.decodes, *(s for s in self.prefilled if s.request.max_tokens > 0)]
 
@@ -73,16 +73,16 @@ class Step:
         """The sequences that have rows in this step."""
         return [*self.decodes, *dict.fromkeys(chunk.sequence for chunk in self.chunks)]
 
-    def by_sequence(self) -> Iterator[Step]:
+    def by_sequence(self) -> Iterator[SchedulerOutput]:
         """The same work in steps of one sequence, without proposed tokens, to find the one that makes it fail."""
         for sequence in self.decodes:
-            yield Step(decodes=[sequence])
+            yield SchedulerOutput(decodes=[sequence])
         for _, chunks in itertools.groupby(self.chunks, key=lambda chunk: chunk.sequence):
-            yield Step(chunks=list(chunks))
+            yield SchedulerOutput(chunks=list(chunks))
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ModelRunnerOutput:
     """What the model runner computed for a step.
 
     Attributes:
@@ -149,13 +149,13 @@ class Scheduler:
             heapq.heappop(self._waiting)
         return admitted
 
-    def schedule(self) -> Step:
+    def schedule(self) -> SchedulerOutput:
         """The next step: all decoding sequences, then chunks of prompts in order of admission within the token budget.
 
         At least one chunk is included, however many rows decode. Where a chunk begins and ends depends on its prompt
         alone, so that the bits of its keys and values do not depend on the batch composition.
         """
-        step = Step(decodes=[s for s in self.running if not s.prefilling])
+        step = SchedulerOutput(decodes=[s for s in self.running if not s.prefilling])
         self._add_proposed_tokens(step)
         room = self.step_tokens - step.decode_rows
         for sequence in self.running:
@@ -171,7 +171,7 @@ class Scheduler:
                     step.same_prompt[sequence] = same
         return step
 
-    def _add_proposed_tokens(self, step: Step) -> None:
+    def _add_proposed_tokens(self, step: SchedulerOutput) -> None:
         """If few sequences decode, fill the step up to SPECULATIVE_ROWS with proposed tokens, in equal shares."""
         room = min(SPECULATIVE_ROWS, self.step_tokens) - len(step.decodes)
         if not self.draft_tokens or room <= 0:
@@ -238,17 +238,17 @@ class Scheduler:
     def _waiting_for_prompt_of(self, source: Sequence) -> list[Sequence]:
         return [s for s in self.running if s.prefix_source is source and s.reuses_whole_prompt]
 
-    def reuse_prefixes(self) -> list[Copy]:
+    def reuse_prefixes(self) -> list[PrefixCopy]:
         """The prefixes that their sources have computed by now; counts them as prefilled. Copy them in this order."""
         copies = []
         for sequence in self.running:  # a source is before the sequences that wait for it
             source = sequence.prefix_source
             if source is not None and not sequence.reuses_whole_prompt and source.prefilled >= sequence.prefix_length:
-                copies.append(Copy(source, sequence, sequence.prefix_length))
+                copies.append(PrefixCopy(source, sequence, sequence.prefix_length))
                 sequence.prefix_source, sequence.prefilled = None, sequence.prefix_length
         return copies
 
-    def stop_sharing(self, step: Step) -> None:
+    def stop_sharing(self, step: SchedulerOutput) -> None:
         """Let sequences that reuse a prefill of this step compute their own, so that an error in one ends no other."""
         for sequence in itertools.chain.from_iterable(step.same_prompt.values()):
             sequence.prefix_source = None

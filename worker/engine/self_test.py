@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from headrace.client.wire.requests import GenerateRequest
-from headrace.model.attention import SHORT
+from headrace.model.attention import MAX_COMPILED_PROMPT
 from headrace.model.gpt2 import GPT2
 from headrace.worker.engine.cache_slots import SlotTable
-from headrace.worker.engine.model_runner import Runner
-from headrace.worker.engine.scheduler import PromptChunk, Step
+from headrace.worker.engine.model_runner import ModelRunner
+from headrace.worker.engine.scheduler import PromptChunk, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence, TokenScore
 
 #: Steps after which the log probabilities of the probe are compared.
@@ -27,7 +27,7 @@ def is_batch_invariant(model: GPT2) -> bool:
     batches = (
         [[t] for t in (1, 2, 3)],
         [[t, t + 1] for t in range(20)],
-        [*(list(range(t, t + 7)) for t in range(20)), list(range(min(SHORT + 1, most)))],
+        [*(list(range(t, t + 7)) for t in range(20)), list(range(min(MAX_COMPILED_PROMPT + 1, most)))],
     )
     return all(_probe_scores(model, probe, others) == alone for others in batches)
 
@@ -37,13 +37,13 @@ def _probe_scores(model: GPT2, probe: list[int], others: list[list[int]]) -> lis
     request = GenerateRequest(prompt=[0], max_tokens=STEPS + 1, temperature=0, logprobs=1, ignore_eos=True)
     prompts = [*others, probe]
     length = -(-(max(map(len, prompts)) + STEPS + 1) // 16) * 16
-    runner = Runner(model, [length])
+    runner = ModelRunner(model, [length])
     slots = SlotTable([length], position_bytes=1, budget_bytes=length * (len(prompts) + 8))
     sequences = [Sequence(request, [t % model.config.vocab_size for t in prompt], 0, 0) for prompt in prompts]
     for sequence in sequences:
         slots.allocate(sequence)
     runner.fit(slots.capacity)
-    step = Step(chunks=[PromptChunk(s, 0, len(s.prompt)) for s in sequences])
+    step = SchedulerOutput(chunks=[PromptChunk(s, 0, len(s.prompt)) for s in sequences])
     scores: list[TokenScore | None] = []
     for _ in range(STEPS):
         for sequence, score in runner.run(step).tokens:
@@ -52,5 +52,5 @@ def _probe_scores(model: GPT2, probe: list[int], others: list[list[int]]) -> lis
                 sequence.append(score)
             if sequence is sequences[-1]:
                 scores.append(score)
-        step = Step(decodes=sequences)
+        step = SchedulerOutput(decodes=sequences)
     return scores

@@ -19,7 +19,7 @@ class EngineStats:
     prompt_tokens: int
     steps: int
     #: Tokens that n-gram speculative decoding proposed, and how many of them were accepted.
-    drafted: int
+    proposed: int
     accepted: int
     #: Memory of the key-value cache.
     cache_bytes: int
@@ -30,7 +30,7 @@ class EngineStats:
 
 
 @dataclass(frozen=True)
-class RowStats:
+class SequenceStats:
     """Progress of one running sequence."""
 
     job_id: str

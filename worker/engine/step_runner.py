@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from headrace.worker.engine.cache_slots import Move
-from headrace.worker.engine.scheduler import Copy, Outcome, Step
+from headrace.worker.engine.cache_slots import SlotMove
+from headrace.worker.engine.scheduler import ModelRunnerOutput, PrefixCopy, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence, Slot
 
 
@@ -17,7 +17,7 @@ class StepRunner(Protocol):
         """Whether the slots in use should be the first of their arena."""
         ...
 
-    def run(self, step: Step) -> Outcome:
+    def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Compute a step."""
         ...
 
@@ -25,11 +25,11 @@ class StepRunner(Protocol):
         """Give the arena of each length class memory for so many slots."""
         ...
 
-    def move(self, move: Move) -> None:
+    def move(self, move: SlotMove) -> None:
         """Move a sequence to another slot of its arena."""
         ...
 
-    def copy(self, copy: Copy) -> None:
+    def copy(self, copy: PrefixCopy) -> None:
         """Copy the keys and values of a prefix from one sequence to another."""
         ...
 

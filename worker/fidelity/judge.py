@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from headrace.client.wire.activations import CHECKPOINTS
-from headrace.client.wire.comparison import Row, Tensors, compare
+from headrace.client.wire.comparison import CheckpointResult, Tensors, compare
 from headrace.worker.fidelity.references.float64 import NAME
 
 LOGITS, NEXT_TOKEN, TOKENS = 8, 10, 12
@@ -25,7 +25,7 @@ def judge(
     *,
     tolerances: Mapping[int, float] | None = None,
     job: bool = True,
-) -> list[Row]:
+) -> list[CheckpointResult]:
     """Rows 1 to 12 of one prompt: an implementation's tensors against those of float64.
 
     A token other than float64's is accepted only if float64's logits of the two differ by at most twice the tolerance
@@ -55,7 +55,7 @@ def next_margin(tensors: Tensors, exact: Tensors) -> np.ndarray | None:
     return np.array(logits.max() - logits[int(token)])
 
 
-def _tokens(row: Row, tensors: Tensors, margins: np.ndarray | None, allowed: float) -> Row:
+def _tokens(row: CheckpointResult, tensors: Tensors, margins: np.ndarray | None, allowed: float) -> CheckpointResult:
     if margins is None:
         return row
     (name,) = CHECKPOINTS[row.number][1]

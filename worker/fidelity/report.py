@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from headrace.client.wire.comparison import Row
+from headrace.client.wire.comparison import CheckpointResult
 from headrace.worker.fidelity.references.float64 import NAME
 from headrace.worker.fidelity.tensor_files import Loss
 
@@ -26,7 +26,7 @@ class Report:
     subject: str
     fingerprint: str
     prompts: int
-    rows: list[Row]
+    rows: list[CheckpointResult]
     cause: str = ""
     note: str = ""
     #: Whether an error over the tolerance fails the validation. A library's own error is only reported.

@@ -18,7 +18,7 @@ from typing import IO
 import numpy as np
 
 from headrace.client.wire.activations import CHECKPOINTS
-from headrace.client.wire.comparison import Row, Tensors, worst
+from headrace.client.wire.comparison import CheckpointResult, Tensors, worst
 
 #: A tensor larger than this is no checkpoint: the logits of GPT-2 XL at 1,024 tokens have a tenth.
 MAX_TENSOR_BYTES = 2**31
@@ -56,7 +56,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return scores
 
 
-def table(prompts: Sequence[Sequence[Row]]) -> list[Row]:
+def table(prompts: Sequence[Sequence[CheckpointResult]]) -> list[CheckpointResult]:
     """The worst of all prompts for each checkpoint."""
     return [worst(rows) for rows in zip(*prompts, strict=True)]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from headrace.client import Client
 from headrace.client.wire.activations import CHECKPOINTS
-from headrace.client.wire.comparison import Row
+from headrace.client.wire.comparison import CheckpointResult
 from headrace.client.wire.errors import HeadraceError
 from headrace.config import Settings
 from headrace.config.extras import how_to_install
@@ -161,9 +161,11 @@ class Validation:
             *(self._file_report(name, found, tolerances) for name, found in self._files.items()),
         ]
 
-    def _ready_row(self, client: Client) -> Row:
+    def _ready_row(self, client: Client) -> CheckpointResult:
         ready = client.status().serves(self.settings.model_name)
-        return Row(0, CHECKPOINTS[0][0], f"{len(self.cases)} jobs through client, queue and worker", ok=ready)
+        return CheckpointResult(
+            0, CHECKPOINTS[0][0], f"{len(self.cases)} jobs through client, queue and worker", ok=ready
+        )
 
     def _library_report(self, reference: Reference) -> Report:
         """A library in float32. Its error is its own affair: it is reported and fails nothing."""
@@ -183,7 +185,7 @@ class Validation:
 
     def _tables(
         self, found: Sequence[Mapping[str, np.ndarray]], tolerances: Mapping[int, float], *, job: bool
-    ) -> list[list[Row]]:
+    ) -> list[list[CheckpointResult]]:
         """Rows 1 to 12 for each of the first prompts; `found` are an implementation's tensors for them."""
         cases = self.cases[: len(found)]
         return [
@@ -227,7 +229,7 @@ class Validation:
     def _fits(self, tokens: Sequence[int]) -> bool:
         return 0 < len(tokens) <= self.config.n_positions - NEW_TOKENS
 
-    def _cause(self, tables: Sequence[Sequence[Row]], found: Sequence[Mapping[str, np.ndarray]]) -> str:
+    def _cause(self, tables: Sequence[Sequence[CheckpointResult]], found: Sequence[Mapping[str, np.ndarray]]) -> str:
         """What the first failed checkpoint suggests, from the prompt in which it fails first."""
         failed = [(row.number, i) for i, rows in enumerate(tables) for row in rows if row.ok is False]
         if not failed:
@@ -240,7 +242,7 @@ class Validation:
     def _report(
         self,
         subject: str,
-        rows: list[Row],
+        rows: list[CheckpointResult],
         *,
         fingerprint: str = "",
         cause: str = "",

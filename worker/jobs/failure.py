@@ -13,7 +13,7 @@ from celery.worker import state
 from headrace.client.wire.redis import connect, resolve_url
 from headrace.config import Settings
 from headrace.worker.engine.errors import ModelUnavailable
-from headrace.worker.queue.permissions import RightsMissing, check_rights, is_forbidden
+from headrace.worker.queue.permissions import MissingPermissions, check_permissions, is_forbidden
 
 log = structlog.get_logger("headrace.worker")
 
@@ -54,7 +54,7 @@ class ProcessFailure:
         """What to do about a missing permission. It names all missing ones if Redis still answers."""
         try:
             with connect(resolve_url(self._settings)) as connection:
-                check_rights(connection, self._settings.models)
-        except (RightsMissing, redis.RedisError) as missing:
+                check_permissions(connection, self._settings.models)
+        except (MissingPermissions, redis.RedisError) as missing:
             return str(missing)
-        return str(RightsMissing(["do that"]))
+        return str(MissingPermissions(["do that"]))

@@ -11,7 +11,7 @@ from celery.worker import state
 from headrace.worker.jobs.store import WORKER_TTL_S
 
 if TYPE_CHECKING:
-    from headrace.worker.engine.registry import Models
+    from headrace.worker.engine.registry import ModelRegistry
 
 
 class Health:
@@ -23,7 +23,7 @@ class Health:
         consuming: whether Celery reads the queue.
     """
 
-    def __init__(self, models: Models, stall_s: float, consuming: Callable[[], bool]) -> None:
+    def __init__(self, models: ModelRegistry, stall_s: float, consuming: Callable[[], bool]) -> None:
         self._models, self._stall_s, self._consuming = models, stall_s, consuming
         #: Redis did not answer the last request of the heartbeat.
         self.redis_down = False

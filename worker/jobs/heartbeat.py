@@ -24,7 +24,7 @@ from headrace.worker.jobs.worker_record import WorkerRecord
 from headrace.worker.queue.permissions import is_forbidden
 
 if TYPE_CHECKING:
-    from headrace.worker.engine.registry import Models
+    from headrace.worker.engine.registry import ModelRegistry
 
 log = structlog.get_logger("headrace.worker")
 
@@ -54,7 +54,7 @@ class Heartbeat:
         self,
         *,
         settings: Settings,
-        models: Models,
+        models: ModelRegistry,
         store: Store,
         book: DeliveryBook,
         cancellation: Cancellation,
@@ -105,7 +105,7 @@ class Heartbeat:
                 self._health.redis_down = True
             except Exception:
                 # A bug here must not let the leases of all jobs run out.
-                log.error("monitor.failed", trace=traceback.format_exc())
+                log.error("heartbeat.failed", trace=traceback.format_exc())
             self._stop.wait(TICK_S if self._book.deliveries() or stopping() else IDLE_TICK_S)
 
     def tick(self) -> bool:
@@ -140,7 +140,7 @@ class Heartbeat:
         if stalled:
             log.error("engine.stalled", step_age_s=round(age_s, 1), limit_s=self._settings.stall_s)
         else:
-            log.warning("engine.goes_on")
+            log.warning("engine.resumed")
 
     def _write_started(self) -> None:
         here = set(self._book.open_jobs())

@@ -182,13 +182,13 @@ class Intake:
 
     def _submit_admitted(self) -> None:
         """Submit the jobs whose turn it is. Their attempts are counted first, because a job may kill the process."""
-        self._models.fetch(self._quarantine.models(), self.look)
+        self._models.load_in_background(self._quarantine.models(), self.look)
         while candidates := self._quarantine.admit(self._models.loaded):
             if not self._count_attempts([candidate.job_id for candidate in candidates]):
                 return
             for candidate in candidates:
                 if candidate.attempts:
-                    log.warning("job.on_trial", job_id=candidate.job_id, attempts=candidate.attempts)
+                    log.warning("job.quarantined", job_id=candidate.job_id, attempts=candidate.attempts)
                 self._submit(candidate)
 
     def _count_attempts(self, job_ids: list[str]) -> bool:

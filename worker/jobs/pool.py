@@ -42,7 +42,7 @@ from headrace.worker.queue.engine_consumer import JobPool
 from headrace.worker.queue.messages import argument, model_of, read_group
 
 if TYPE_CHECKING:
-    from headrace.worker.engine.registry import Models
+    from headrace.worker.engine.registry import ModelRegistry
 
 log = structlog.get_logger("headrace.worker")
 
@@ -69,7 +69,7 @@ class EnginePool(BasePool, JobPool):
         self._probes: Probes | None = None
 
     @property
-    def models(self) -> Models:
+    def models(self) -> ModelRegistry:
         """The models that this process serves."""
         return self._engine_service.models
 

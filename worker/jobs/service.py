@@ -23,12 +23,12 @@ from headrace.config import Settings
 from headrace.worker.engine.errors import EngineStopped
 from headrace.worker.jobs.retry import retry_until_available
 from headrace.worker.jobs.store import RedisStore, Store
-from headrace.worker.jobs.stream_writer import TELL_EVERY_S, EventWriter
+from headrace.worker.jobs.stream_writer import STREAM_INTERVAL_S, StreamWriter
 from headrace.worker.queue.messages import BAD_SIGNATURE, read_group, read_wire
 from headrace.worker.queue.permissions import is_forbidden
 
 if TYPE_CHECKING:
-    from headrace.worker.engine.registry import Models
+    from headrace.worker.engine.registry import ModelRegistry
 
 log = structlog.get_logger("headrace.worker")
 
@@ -49,11 +49,11 @@ class Service:
     """
 
     def __init__(
-        self, models: Models, store: Store, *, checkpoint_max_bytes: int, signing_keys: tuple[bytes, ...] = ()
+        self, models: ModelRegistry, store: Store, *, checkpoint_max_bytes: int, signing_keys: tuple[bytes, ...] = ()
     ) -> None:
         self.models = models
         self.store = store
-        self.events = EventWriter(store)
+        self.events = StreamWriter(store)
         self._signing_keys = signing_keys
         self._checkpoint_max_bytes = checkpoint_max_bytes
         #: Raise the error if the Redis user lacks a permission, instead of retrying: the pool ends the process for it.
@@ -147,8 +147,8 @@ class Service:
             job_id=job_id,
             on_start=on_start,
             on_text=self.events.begin(job_id) if request.stream else None,
-            text_every_s=TELL_EVERY_S,
-            on_trace=tensors.update,
+            text_every_s=STREAM_INTERVAL_S,
+            on_activations=tensors.update,
         )
         self._tensors[future] = tensors
         return future
@@ -204,12 +204,12 @@ def service_for(settings: Settings) -> Service:
 
 @functools.cache
 def _build(settings: Settings) -> Service:
-    from headrace.worker.engine.registry import Models  # imports torch, which the command line does not need
+    from headrace.worker.engine.registry import ModelRegistry  # imports torch, which the command line does not need
 
     ttl = {name: getattr(settings, name) for name in ("result_ttl_s", "checkpoint_ttl_s", "events_ttl_s")}
     store = RedisStore(connect(resolve_url(settings)), **ttl)
     return Service(
-        Models.from_settings(settings),
+        ModelRegistry.from_settings(settings),
         store,
         checkpoint_max_bytes=settings.checkpoint_max_bytes,
         signing_keys=settings.signing_keys,

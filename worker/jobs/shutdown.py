@@ -20,7 +20,7 @@ from headrace.worker.jobs.quarantine import Quarantine
 from headrace.worker.jobs.retry import PatientStore
 
 if TYPE_CHECKING:
-    from headrace.worker.engine.registry import Models
+    from headrace.worker.engine.registry import ModelRegistry
 
 log = structlog.get_logger("headrace.worker")
 
@@ -60,7 +60,7 @@ class Shutdown:
     def __init__(
         self,
         *,
-        models: Models,
+        models: ModelRegistry,
         store: PatientStore,
         book: DeliveryBook,
         quarantine: Quarantine,

@@ -87,7 +87,7 @@ class Store(Protocol):
         """Renew the leases of messages, so that no other worker takes them."""
         ...
 
-    def announce(self, worker: str, record: Mapping[str, str | int | float]) -> None:
+    def heartbeat(self, worker: str, record: Mapping[str, str | int | float]) -> None:
         """Write the record of a live worker, and that it serves the record's `model`."""
         ...
 
@@ -217,7 +217,7 @@ class RedisStore:
         if leases := dict.fromkeys(delivery_tags, now):
             self._redis.zadd(keys.unacked_index(), leases, xx=True)
 
-    def announce(self, worker: str, record: Mapping[str, str | int | float]) -> None:
+    def heartbeat(self, worker: str, record: Mapping[str, str | int | float]) -> None:
         now = time.time()
         pipe = self._redis.pipeline()
         fields: dict[Any, Any] = {**record, "beat_at": now}

@@ -26,7 +26,7 @@ log = structlog.get_logger("headrace.worker")
 
 #: Seconds between two pieces of one sample, and between two requests. Each costs the engine time, which readers do not
 #: notice.
-TELL_EVERY_S = WRITE_EVERY_S = 0.05
+STREAM_INTERVAL_S = WRITE_EVERY_S = 0.05
 #: Each streaming job adds this many seconds between two requests: events cost CPU time that the engine needs.
 WRITE_EVERY_S_A_JOB = 0.003
 #: A larger event is written without its text: readers take the rest of the text from the result.
@@ -64,7 +64,7 @@ class _Pending:
         return text if len(text) <= MAX_EVENT_CHARS else StreamEvent(end=self.end).model_dump_json()
 
 
-class EventWriter:
+class StreamWriter:
     """Takes text from the engine's thread, and writes it in a thread that starts with the first streaming job."""
 
     def __init__(self, store: Store) -> None:

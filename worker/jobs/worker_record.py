@@ -19,8 +19,8 @@ from headrace.worker.jobs.store import Store
 
 if TYPE_CHECKING:
     from headrace.worker.engine.engine import Engine
-    from headrace.worker.engine.registry import Models
-    from headrace.worker.engine.stats import RowStats
+    from headrace.worker.engine.registry import ModelRegistry
+    from headrace.worker.engine.stats import SequenceStats
 
 log = structlog.get_logger("headrace.worker")
 
@@ -51,7 +51,7 @@ class WorkerRecord:
     def __init__(
         self,
         store: Store,
-        models: Models,
+        models: ModelRegistry,
         book: DeliveryBook,
         health: Health,
         *,
@@ -71,7 +71,7 @@ class WorkerRecord:
         engines, passed_s = self._models.loaded, max(1e-9, now - self._written_at)
         self._written_at = now
         for model in self._models.names:
-            self._store.announce(
+            self._store.heartbeat(
                 self._name_for(model),
                 {
                     "model": model,
@@ -106,14 +106,14 @@ class WorkerRecord:
             "running": stats.running,
             "waiting": stats.waiting,
             "tokens_per_s": round(rate, 1),
-            "drafted": stats.drafted,
+            "drafted": stats.proposed,
             "accepted": stats.accepted,
             "step_age_s": round(self._health.stalled_for_s or stats.step_age_s, 1),
-            "rows": json.dumps([_row_fields(row) for row in engine.rows()[:SHOWN_ROWS]]),
+            "rows": json.dumps([_row_fields(row) for row in engine.running_sequences()[:SHOWN_ROWS]]),
         }
 
 
-def _row_fields(row: RowStats) -> dict[str, str | int | float]:
+def _row_fields(row: SequenceStats) -> dict[str, str | int | float]:
     """What the record says of a running sample. People who may not read the job may read the record."""
     return {
         "job": keys.tag(row.job_id),

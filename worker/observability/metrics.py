@@ -20,7 +20,7 @@ from headrace.client.wire.results import Result
 
 if TYPE_CHECKING:
     from headrace.worker.engine.engine import Engine
-    from headrace.worker.engine.registry import Models
+    from headrace.worker.engine.registry import ModelRegistry
 
 PREFIX = "headrace_"
 
@@ -142,7 +142,7 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(PREFIX + name, text, ["model_name", *labels], registry=self._registry)
 
-    def watch(self, held: HeldJobs, models: Models, health: WorkerHealth, queues: QueueDepths) -> None:
+    def watch(self, held: HeldJobs, models: ModelRegistry, health: WorkerHealth, queues: QueueDepths) -> None:
         """Add the metrics that are read from these at each scrape."""
         self._registry.register(_Live(self._model_names, held, models, health, queues))
 
@@ -197,7 +197,7 @@ class _Live:
         self,
         model_names: tuple[str, ...],
         held: HeldJobs,
-        models: Models,
+        models: ModelRegistry,
         health: WorkerHealth,
         queues: QueueDepths,
     ) -> None:
@@ -253,6 +253,6 @@ class _Live:
             "selftest_ok": "batch-invariant" in engine.fingerprint.split("/"),
             "prompt_tokens": stats.prompt_tokens,
             "generation_tokens": stats.tokens,
-            "spec_decode_num_draft_tokens": stats.drafted,
+            "spec_decode_num_draft_tokens": stats.proposed,
             "spec_decode_num_accepted_tokens": stats.accepted,
         }

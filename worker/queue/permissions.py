@@ -21,7 +21,7 @@ _IN_SCRIPTS = ("user executing the script can't", "ACL failure in script")
 NAMED = 4
 
 
-class RightsMissing(HeadraceError):
+class MissingPermissions(HeadraceError):
     """Raised when the Redis user lacks permissions that a worker needs.
 
     Attributes:
@@ -47,7 +47,7 @@ def is_forbidden(error: BaseException) -> bool:
     return isinstance(error, redis.ResponseError) and any(words in str(error) for words in _IN_SCRIPTS)
 
 
-def check_rights(connection: redis.Redis, model_names: Iterable[str]) -> None:
+def check_permissions(connection: redis.Redis, model_names: Iterable[str]) -> None:
     """Check that the user may run every command that a worker runs, on the keys it uses. Nothing is executed.
 
     Redis checks permissions when it queues the commands of a transaction, and this transaction is never executed.
@@ -58,8 +58,8 @@ def check_rights(connection: redis.Redis, model_names: Iterable[str]) -> None:
     """
     transaction = connection.connection_pool.get_connection()
     try:
-        if missing := _denied(transaction, [("MULTI",)]) or _denied(transaction, needed(model_names)):
-            raise RightsMissing(missing)
+        if missing := _denied(transaction, [("MULTI",)]) or _denied(transaction, required_commands(model_names)):
+            raise MissingPermissions(missing)
     finally:
         transaction.disconnect()  # type: ignore[no-untyped-call]  # this discards the transaction
         connection.connection_pool.release(transaction)
@@ -85,7 +85,7 @@ def _with_key(command: tuple[str, ...]) -> tuple[str, ...]:
     return command[:2]
 
 
-def needed(model_names: Iterable[str]) -> list[tuple[str, ...]]:
+def required_commands(model_names: Iterable[str]) -> list[tuple[str, ...]]:
     """The commands that a worker runs, each once for each kind of key that it uses."""
     queues = [command for name in model_names for command in _queue_commands(name)]
     return [*queues, *_message_commands(), *_job_commands(), *_worker_commands()]

@@ -13,7 +13,7 @@ import pytest
 
 from headrace.client import Client, InvalidBatch, InvalidRequest
 from headrace.client.batch.check import MAX_FAULTS, ItemIndex, check, read_items
-from headrace.client.batch.items import Row
+from headrace.client.batch.items import BatchItem
 from headrace.client.batch.rows import ItemReader
 from headrace.client.batch.sources import MAX_LINE_BYTES, open_source
 from headrace.client.wire.errors import InputChanged
@@ -27,7 +27,7 @@ def client() -> Iterator[Client]:
         yield made
 
 
-def rows_of(client: Client, source: Any, params: dict[str, Any] | None = None, **options: Any) -> list[Row]:
+def rows_of(client: Client, source: Any, params: dict[str, Any] | None = None, **options: Any) -> list[BatchItem]:
     limit = options.pop("limit", None)
     reader = ItemReader(client.model_name, params or {}, **options)
     opened = open_source(source)

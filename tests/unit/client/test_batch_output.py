@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from headrace.client.batch.items import Row
+from headrace.client.batch.items import BatchItem
 from headrace.client.batch.openai import completion, output_line
 from headrace.client.batch.output import Output
 from headrace.client.wire.errors import JobFailed, OutputRefused
 from headrace.client.wire.results import Choice, Result, Timings, TokenLogprob, TopLogprob, Usage
 
 
-def row(name: str, digest: str = "0123456789abcdef") -> Row:
-    return Row(1, name, {"prompt": "p"}, digest)
+def row(name: str, digest: str = "0123456789abcdef") -> BatchItem:
+    return BatchItem(1, name, {"prompt": "p"}, digest)
 
 
 def result(text: str = "out", logprobs: list[TokenLogprob] | None = None) -> Result:

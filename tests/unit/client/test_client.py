@@ -289,7 +289,7 @@ def served(redis_url: str) -> Iterator[Callable[[str, str], None]]:
     connection = connect(redis_url.replace("db=0", "db=9"))
     connection.flushdb()
     store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=60)
-    yield lambda worker, model: store.announce(worker, {"model": model})
+    yield lambda worker, model: store.heartbeat(worker, {"model": model})
     connection.flushdb()
 
 

@@ -14,7 +14,7 @@ from headrace.model.attention import CachedAttention, DecodeGroup
 from headrace.model.cuda_graphs import MAX_SHAPES, DecodeGraphs, decode_graphs
 from headrace.model.kv_cache import KVCache
 from headrace.worker.engine.engine import Engine
-from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.model_runner import ModelRunner
 from tests.unit.worker.engine.engine_helpers import ask, build, drive, tokens_of, torch_model
 
 CPU = torch.device("cpu")
@@ -136,7 +136,7 @@ def crowd(engine: Engine) -> list[list[int]]:
 def test_an_engine_that_replays_gives_the_same_texts() -> None:
     record = Recordings()
 
-    class Recorded(Runner):
+    class Recorded(ModelRunner):
         def __init__(self, *arguments: object) -> None:
             super().__init__(*arguments)  # type: ignore[arg-type]
             self.graphs = DecodeGraphs(self.model, self.cache, record)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from headrace.model.kernels.gemm_fp32_avx512 import FP32_AVX512, KC, KU, Fp32Weight, floats_work
+from headrace.model.kernels.gemm_fp32_avx512 import FP32_AVX512, KC, KU, Fp32Weight, fp32_avx512_works
 from headrace.model.linear import Linear
 from tests.instruction_sets import needs_avx512
 from tests.unit.model.gemm_checks import check_batch_invariance, check_nan_and_infinity, check_strides
@@ -93,7 +93,7 @@ def test_without_the_unit_or_numba_or_with_wrong_numbers_it_is_left_to_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a kernel that is kept needs no numba
-    fresh = floats_work.__wrapped__
+    fresh = fp32_avx512_works.__wrapped__
     assert not fresh("cuda", torch.float32)
     assert not fresh("cpu", torch.bfloat16)
     import_ = builtins.__import__

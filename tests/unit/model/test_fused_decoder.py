@@ -10,7 +10,7 @@ from torch import Tensor
 
 import headrace.model.attention
 import headrace.model.linear
-from headrace.model.activations import Trace
+from headrace.model.activations import ActivationCapture
 from headrace.model.attention import CachedAttention, Chunk, DecodeGroup
 from headrace.model.config import GPT2Config
 from headrace.model.fused_decoder import FusedDecoder
@@ -120,7 +120,7 @@ def test_a_pass_with_captured_activations_has_the_same_bits(dtype: str) -> None:
     gpt2 = made(dtype)
     run, x = fused(gpt2), rows(gpt2, 2)
     expected = run(x.clone(), Stage(gpt2).attention([0, 1]), [])
-    trace = Trace(gpt2.config.scale, 1).at(slice(0, 1))
+    trace = ActivationCapture(gpt2.config.scale, 1).at(slice(0, 1))
     assert torch.equal(run(x.clone(), Stage(gpt2).attention([0, 1]), [trace]), expected)
 
 
@@ -147,7 +147,7 @@ def test_norms_are_those_of_the_formula() -> None:
         * torch.tensor([1e-4, 1e-2, 1, 1e2, 1, 1])[:, None]
     )
     x = x + torch.tensor([0, 0, 0, 0, 300, -3000])[:, None]
-    trace = Trace(1.0, 6).at(slice(0, 6))
+    trace = ActivationCapture(1.0, 6).at(slice(0, 6))
     trace.record(embeddings=x)
     trace.record_hidden(0, x)
     fused(gpt2)(x.clone(), Stage(gpt2).attention([], 6), [trace])

@@ -110,9 +110,9 @@ def test_rows_are_rounded_to_the_nearest_and_to_even_between_two() -> None:
 @needs_amx_int8
 def test_the_model_in_int8_holds_a_quarter_of_the_bytes_and_says_nearly_the_same() -> None:
     exact, whole = load_model("demo", device="cpu", dtype="float32"), load_model("demo", device="cpu", dtype="int8")
-    assert whole.products == "int8"
+    assert whole.gemm_backend == "int8"
     assert whole.dtype == torch.bfloat16
-    assert exact.products != "int8"
+    assert exact.gemm_backend != "int8"
     block = whole.blocks[0].c_fc.gemm
     assert isinstance(block, Int8Weight)
     assert block.packed.nbytes * 4 == exact.blocks[0].c_fc.weight.nbytes
@@ -123,10 +123,10 @@ def test_the_model_in_int8_holds_a_quarter_of_the_bytes_and_says_nearly_the_same
 
 
 def test_a_machine_or_model_that_cannot_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("headrace.model.weights.int8_works", lambda _: False)
+    monkeypatch.setattr("headrace.model.weights.int8_amx_works", lambda _: False)
     with pytest.raises(ModelError, match=r"dtype 'int8' on cpu: it needs .* HEADRACE_DTYPE=bfloat16"):
         load_model("demo", device="cpu", dtype="int8")
-    monkeypatch.setattr("headrace.model.weights.int8_works", lambda _: True)
+    monkeypatch.setattr("headrace.model.weights.int8_amx_works", lambda _: True)
     config = (DEMO / "config.json").read_text().replace('"n_embd": 128', '"n_embd": 96')
     (tmp_path / "config.json").write_text(config.replace('"n_head": 2', '"n_head": 4'))
     (tmp_path / "model.safetensors").symlink_to(DEMO / "model.safetensors")

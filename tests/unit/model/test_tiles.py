@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 import headrace.model.kernels.gemm_bf16_amx
-from headrace.model.kernels.gemm_bf16_amx import BF16_AMX, Bf16Weight, tiles_work
+from headrace.model.kernels.gemm_bf16_amx import BF16_AMX, Bf16Weight, bf16_amx_works
 from headrace.model.kernels.onednn import OneDnnWeight, packing_works
 from headrace.model.linear import Linear
 from tests.instruction_sets import needs_amx
@@ -85,7 +85,7 @@ def test_without_the_unit_or_numba_or_with_wrong_numbers_it_is_left_to_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a kernel that is kept needs no numba
-    fresh = tiles_work.__wrapped__
+    fresh = bf16_amx_works.__wrapped__
     assert not fresh("cuda", torch.bfloat16)
     assert not fresh("cpu", torch.float32)
     import_ = builtins.__import__

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from headrace.client.wire.activations import CHECKPOINTS
-from headrace.client.wire.comparison import Row, check_cache, compare, worst
+from headrace.client.wire.comparison import CheckpointResult, check_cache, compare, worst
 from headrace.worker.fidelity.tensor_files import half_tolerances, loss, read_tensors
 
 
@@ -97,7 +97,11 @@ def test_the_last_logits_must_be_the_last_row_bit_for_bit_and_probabilities_sum_
 
 
 def test_the_worst_row_is_a_failed_one_then_the_largest() -> None:
-    rows = [Row(1, "a", max_abs=5.0, ok=True), Row(1, "a", max_abs=1.0, ok=False), Row(1, "a")]
+    rows = [
+        CheckpointResult(1, "a", max_abs=5.0, ok=True),
+        CheckpointResult(1, "a", max_abs=1.0, ok=False),
+        CheckpointResult(1, "a"),
+    ]
     assert worst(rows) is rows[1]
     assert worst([rows[0], rows[2]]) is rows[0]
 

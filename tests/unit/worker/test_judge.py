@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from headrace.client.wire.comparison import Row
+from headrace.client.wire.comparison import CheckpointResult
 from headrace.worker.fidelity.judge import judge
 from headrace.worker.fidelity.report import Report, passed, report_json, report_text
 
@@ -25,7 +25,7 @@ def found(**changes: Any) -> dict[str, np.ndarray]:
     return tensors | {"tokens": np.array([0, 1])} | changes
 
 
-def verdicts(tensors: dict[str, np.ndarray], margins: list[float], **more: Any) -> dict[int, Row]:
+def verdicts(tensors: dict[str, np.ndarray], margins: list[float], **more: Any) -> dict[int, CheckpointResult]:
     rows = judge(tensors, EXACT, np.array(margins), job=False, **more)
     return {row.number: row for row in rows if row.ok is not None}
 
@@ -63,7 +63,7 @@ def test_only_a_jobs_last_row_must_be_the_same_bits() -> None:
 
 
 def report(subject: str, ok: bool, *, judged: bool) -> Report:
-    rows = [Row(8, "logits", "logits with float64", max_abs=0.5, tolerance=1e-3, ok=ok)]
+    rows = [CheckpointResult(8, "logits", "logits with float64", max_abs=0.5, tolerance=1e-3, ok=ok)]
     return Report("demo", "float32", subject, "", 1, rows, judged=judged)
 
 

@@ -239,7 +239,7 @@ def test_options_of_status_against_a_real_redis(redis_url: str, monkeypatch: pyt
     connect(own).flushdb()
     monkeypatch.setenv("HEADRACE_REDIS_URL", own)
     record = {"model": "demo", "slots": 4, "running": 0, "waiting": 0, "tokens_per_s": 0.0}
-    RedisStore(connect(own), result_ttl_s=60, checkpoint_ttl_s=60).announce("elsewhere-7", record)
+    RedisStore(connect(own), result_ttl_s=60, checkpoint_ttl_s=60).heartbeat("elsewhere-7", record)
     assert {name for of, name, _ in cases() if of == "status"} == {"here", "as_json"}
     shown = CliRunner().invoke(main, ["status", "--json"])
     assert (shown.exit_code, len(json.loads(shown.stdout)["workers"])) == (0, 1)

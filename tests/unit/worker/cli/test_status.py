@@ -46,7 +46,7 @@ def test_exit_codes_say_who_serves(
 ) -> None:
     store = RedisStore(connect(url), result_ttl_s=60, checkpoint_ttl_s=60)
     for name, record in workers.items():
-        store.announce(name, {"model": "demo", "slots": 4, "running": 0, "waiting": 0, "tokens_per_s": 0.0, **record})
+        store.heartbeat(name, {"model": "demo", "slots": 4, "running": 0, "waiting": 0, "tokens_per_s": 0.0, **record})
     for flags, code in (([], everywhere), (["--here"], here)):
         shown = CliRunner().invoke(main, ["status", *flags])
         assert shown.exit_code == code, shown.output
@@ -66,6 +66,6 @@ def test_without_redis_it_is_code_3(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_worker_that_does_not_speak_any_more_is_gone(url: str) -> None:
     connection: redis.Redis = connect(url)
-    RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=60).announce(HERE, {"model": "demo"})
+    RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=60).heartbeat(HERE, {"model": "demo"})
     connection.delete(keys.worker(HERE))  # as Redis does when its lifetime is over
     assert CliRunner().invoke(main, ["status", "--here"]).exit_code == 3

@@ -17,7 +17,7 @@ from headrace.model import GPT2, Tokenizer, load_model
 from headrace.worker.engine.build import load_engine
 from headrace.worker.engine.cache_slots import SlotTable, length_classes
 from headrace.worker.engine.engine import Engine
-from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.scheduler import Scheduler
 
 WORDS = (
@@ -36,7 +36,7 @@ def demo_engine() -> Engine:
 
 def demo_model() -> GPT2:
     runner = demo_engine().runner
-    assert isinstance(runner, Runner)
+    assert isinstance(runner, ModelRunner)
     return runner.model
 
 
@@ -44,7 +44,7 @@ def demo_model() -> GPT2:
 def torch_model() -> GPT2:
     """The bundled model as on a device for which there are no products of ours."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headrace.model.linear.floats_work", lambda *_: False)
+        patch.setattr("headrace.model.linear.fp32_avx512_works", lambda *_: False)
         return load_model("demo", device="cpu", dtype="float32")
 
 
@@ -59,7 +59,7 @@ def build(
     prefill_chunk: int = 128,
     draft_tokens: int = 0,
     budget_positions: int = 64 * 1024,
-    runner: type[Runner] = Runner,
+    runner: type[ModelRunner] = ModelRunner,
     model: GPT2 | None = None,
     **more: Any,
 ) -> Engine:

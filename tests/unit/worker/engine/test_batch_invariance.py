@@ -13,7 +13,7 @@ import torch
 
 from headrace.client.wire.requests import GenerateRequest
 from headrace.model import GPT2, load_model
-from headrace.worker.engine.scheduler import Outcome, Step
+from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence
 from headrace.worker.engine.sequence_text import SequenceText
 from tests.unit.worker.engine.engine_helpers import (
@@ -196,7 +196,7 @@ def test_prompts_that_begin_alike_give_what_each_gives_alone(dtype: str) -> None
     expected = [substance(drive(single, single.submit(request))[0]) for request in requests]
     rows, run = [], crowd.runner.run
 
-    def counted(step: Step) -> Outcome:
+    def counted(step: SchedulerOutput) -> ModelRunnerOutput:
         rows.append(sum(chunk.count for chunk in step.chunks))
         return run(step)
 

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from headrace.worker.engine.cache_slots import GROWTH, Move, SlotTable
+from headrace.worker.engine.cache_slots import GROWTH, SlotMove, SlotTable
 from headrace.worker.engine.sequence import Sequence, Slot
 from tests.unit.worker.engine.engine_helpers import ask
 
@@ -75,7 +75,7 @@ def test_the_last_rows_move_into_holes_where_that_is_asked() -> None:
     slots.free(first)
     slots.free(third)
     slots.compact()
-    assert slots.take_moves() == [Move(128, source=3, target=0, length=42)]
+    assert slots.take_moves() == [SlotMove(128, source=3, target=0, length=42)]
     assert slots.take_moves() == []
     assert (second.slot, fourth.slot) == (Slot(128, 1), Slot(128, 0))
     assert slots.arenas[128] == [fourth, second]
@@ -107,7 +107,10 @@ def test_rows_move_when_their_arena_must_give_back_the_slots_they_have() -> None
         slots.free(each)
     placed(slots, 200)  # two of the short slots
     assert slots.capacity == {128: 6, 256: 1, 512: 0, 1024: 0}
-    assert slots.take_moves() == [Move(128, source=7, target=0, length=10), Move(128, source=6, target=1, length=10)]
+    assert slots.take_moves() == [
+        SlotMove(128, source=7, target=0, length=10),
+        SlotMove(128, source=6, target=1, length=10),
+    ]
 
 
 def test_unused_slots_are_given_back_when_another_class_needs_them() -> None:

@@ -237,7 +237,7 @@ def test_rows_say_how_far_each_sample_is() -> None:
     engine.submit(ask(tokens_of(4), max_tokens=5), job_id="waits")
     for _ in range(3):
         engine.step()
-    long, short = engine.rows()
+    long, short = engine.running_sequences()
     assert (long.job_id, long.prompt, long.read, long.most) == ("long", 200, 200, 9)
     assert (short.job_id, short.prompt, short.read, short.most) == ("short", 3, 3, 5)
     assert 0 < long.written <= short.written < 5

@@ -11,8 +11,8 @@ import pytest
 
 from headrace.client.wire.errors import JobCancelled, JobExpired
 from headrace.worker.engine.engine import Engine
-from headrace.worker.engine.model_runner import Runner
-from headrace.worker.engine.scheduler import Outcome, Step
+from headrace.worker.engine.model_runner import ModelRunner
+from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine.engine_helpers import ask, build, drive, expected, idle, substance, tokens_of
 
@@ -115,8 +115,8 @@ def test_a_job_past_its_deadline_expires_waiting_or_running() -> None:
 
 
 def test_a_running_engine_expires_jobs_without_being_woken() -> None:
-    class Waiting(Runner):
-        def run(self, step: Step) -> Outcome:
+    class Waiting(ModelRunner):
+        def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
             time.sleep(0.01)
             return super().run(step)
 

@@ -10,8 +10,8 @@ import tiktoken
 
 from headrace.model import GPT2, Tokenizer, load_model
 from headrace.model.kv_cache import KVCache
-from headrace.worker.engine.model_runner import Runner
-from headrace.worker.engine.scheduler import Outcome, Step
+from headrace.worker.engine.model_runner import ModelRunner
+from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence, Slot
 from tests.unit.worker.engine.engine_helpers import (
     ask,
@@ -29,12 +29,12 @@ from tests.unit.worker.engine.engine_helpers import (
 GUILTY = 4242
 
 
-class FaultyRunner(Runner):
+class FaultyRunner(ModelRunner):
     """The real one, which cannot compute guilty sequences."""
 
     guilty: Callable[[Sequence], bool] = staticmethod(lambda sequence: GUILTY in sequence.prompt)
 
-    def run(self, step: Step) -> Outcome:
+    def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
         if any(self.guilty(sequence) for sequence in step.sequences):
             raise RuntimeError("the kernel is not in the mood")
         return super().run(step)
@@ -116,10 +116,10 @@ def test_a_job_with_nan_logits_fails_alone(poisoned: GPT2) -> None:
 
 
 def test_one_sample_with_nan_logits_ends_its_job_and_no_other(poisoned: GPT2) -> None:
-    class PoisonOne(Runner):
+    class PoisonOne(ModelRunner):
         """Takes one of three samples to the poisoned position by writing a NaN where it reads."""
 
-        def run(self, step: Step) -> Outcome:
+        def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
             for sequence in step.decodes:
                 if len(sequence.prompt) == 7 and sequence.index == 0 and sequence.slot is not None:
                     self.cache.arenas[sequence.slot.length_class].v[0][sequence.slot.index] = float("nan")

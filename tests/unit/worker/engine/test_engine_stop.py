@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from headrace.worker.engine.cache_slots import Move
+from headrace.worker.engine.cache_slots import SlotMove
 from headrace.worker.engine.errors import EngineStopped
-from headrace.worker.engine.model_runner import Runner
-from headrace.worker.engine.scheduler import Outcome, Step
+from headrace.worker.engine.model_runner import ModelRunner
+from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
 from headrace.worker.engine.sequence import Slot
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine.engine_helpers import ask, build
@@ -17,12 +17,12 @@ class AcceleratorError(RuntimeError):
     """Named like torch's error after which a device answers nothing any more."""
 
 
-class DyingRunner(Runner):
+class DyingRunner(ModelRunner):
     """Its device answers for two steps, then to nothing any more."""
 
     calls = 0
 
-    def run(self, step: Step) -> Outcome:
+    def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
         self.calls += 1
         if self.calls > 2:
             raise AcceleratorError("device-side assert")
@@ -31,7 +31,7 @@ class DyingRunner(Runner):
     def clear(self, slot: Slot) -> None:
         raise AcceleratorError("device-side assert, still")
 
-    def move(self, move: Move) -> None:
+    def move(self, move: SlotMove) -> None:
         raise AcceleratorError("device-side assert, still")
 
 
@@ -50,7 +50,7 @@ def test_a_fatal_error_reaches_every_waiter_and_the_owner() -> None:
 
 
 def test_an_error_outside_the_steps_reaches_every_waiter_too() -> None:
-    class NoRoom(Runner):
+    class NoRoom(ModelRunner):
         def fit(self, capacity: dict[int, int]) -> None:
             raise RuntimeError("no room")
 

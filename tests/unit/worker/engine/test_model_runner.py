@@ -8,15 +8,15 @@ from safetensors.torch import load
 
 from headrace.model import GPT2, load_model
 from headrace.model.kv_cache import Arena
-from headrace.worker.engine.cache_slots import Move
-from headrace.worker.engine.model_runner import Runner
-from headrace.worker.engine.scheduler import PromptChunk, Step
+from headrace.worker.engine.cache_slots import SlotMove
+from headrace.worker.engine.model_runner import ModelRunner
+from headrace.worker.engine.scheduler import PromptChunk, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence, Slot, TokenScore
 from tests.unit.worker.engine.engine_helpers import ask, demo_model, demo_tokenizer, tokens_of
 
 
-def runner(capacity: int = 4, model: GPT2 | None = None) -> Runner:
-    made = Runner(model or demo_model(), [128, 256])
+def runner(capacity: int = 4, model: GPT2 | None = None) -> ModelRunner:
+    made = ModelRunner(model or demo_model(), [128, 256])
     made.fit({128: capacity, 256: capacity})
     return made
 
@@ -27,12 +27,12 @@ def sequence(prompt: list[int], slot: Slot, **fields: object) -> Sequence:
     return made
 
 
-def whole(*sequences: Sequence) -> Step:
+def whole(*sequences: Sequence) -> SchedulerOutput:
     """A step that reads the prompts of all."""
-    return Step(chunks=[PromptChunk(each, 0, len(each.prompt)) for each in sequences])
+    return SchedulerOutput(chunks=[PromptChunk(each, 0, len(each.prompt)) for each in sequences])
 
 
-def take(made: Runner, step: Step) -> dict[Sequence, TokenScore]:
+def take(made: ModelRunner, step: SchedulerOutput) -> dict[Sequence, TokenScore]:
     scores = {}
     for each, score in made.run(step).tokens:
         assert score is not None
@@ -72,7 +72,7 @@ def test_cached_steps_give_the_logits_of_the_plain_forward_pass() -> None:
         sequence(tokens_of(180, seed=4), Slot(256, 0), logprobs=5),
     ]
     scores = [take(made, whole(*rows))]
-    scores += [take(made, Step(decodes=rows)) for _ in range(3)]
+    scores += [take(made, SchedulerOutput(decodes=rows)) for _ in range(3)]
     for each in rows:
         logits = demo_model().logits(torch.tensor([each.prompt + each.output]))[0, len(each.prompt) - 1 : -1]
         for row, step in zip(logits.log_softmax(-1), scores, strict=True):
@@ -96,19 +96,21 @@ def test_a_moved_row_goes_on_with_the_same_bits_and_leaves_nothing_behind() -> N
     moved, stays = (sequence(tokens_of(20), Slot(128, 3), logprobs=3) for _ in range(2))
     take(made, whole(moved, sequence(tokens_of(40, seed=2), Slot(128, 0))))
     take(still, whole(stays))
-    made.move(Move(128, source=3, target=0, length=20))
+    made.move(SlotMove(128, source=3, target=0, length=20))
     moved.slot = Slot(128, 0)
     assert not any(tensor[3].any() for tensor in contents(made.cache.arenas[128]))
     assert not any(tensor[0, :, 20:].any() for tensor in contents(made.cache.arenas[128])), "of who had the slot before"
     for _ in range(4):
-        assert [*take(made, Step(decodes=[moved])).values()] == [*take(still, Step(decodes=[stays])).values()]
+        assert [*take(made, SchedulerOutput(decodes=[moved])).values()] == [
+            *take(still, SchedulerOutput(decodes=[stays])).values()
+        ]
 
 
 def test_a_trace_that_begins_again_elsewhere_tells_of_its_own_slot_only(monkeypatch: pytest.MonkeyPatch) -> None:
     made, traced = runner(), sequence(tokens_of(20), Slot(128, 1), checkpoints=[3])
     take(made, whole(sequence(tokens_of(40, seed=2), Slot(128, 2))))
     with monkeypatch.context() as patch:
-        patch.delattr(Runner, "_forward")
+        patch.delattr(ModelRunner, "_forward")
         with pytest.raises(AttributeError):
             made.run(whole(traced))
     traced.slot = Slot(128, 2)  # with nothing in the cache it is moved without a copy
@@ -127,7 +129,7 @@ def test_a_follower_gets_the_prefill_of_its_leader_in_whatever_arena(target: Slo
     follower.prefilled = leader.prefilled
     assert first[leader] == first[follower]
     for _ in range(3):
-        scores = take(made, Step(decodes=[leader, follower]))
+        scores = take(made, SchedulerOutput(decodes=[leader, follower]))
         assert scores[leader] == scores[follower]
 
 
@@ -145,7 +147,7 @@ def test_scores_of_a_prompt_come_chunk_by_chunk() -> None:
     each = sequence(tokens_of(150), Slot(256, 0), echo=True, logprobs=1)
     parts = []
     for start, count in ((0, 64), (64, 64), (128, 22)):
-        outcome = made.run(Step(chunks=[PromptChunk(each, start, count)]))
+        outcome = made.run(SchedulerOutput(chunks=[PromptChunk(each, start, count)]))
         parts.append([score.token_id for _, scores in outcome.prompt_scores for score in scores])
     assert [len(part) for part in parts] == [65, 64, 21]
     assert sum(parts, []) == each.prompt  # noqa: RUF017

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.oom import FIRST_WAIT, AdaptiveLimit, out_of_memory, row_count
-from headrace.worker.engine.scheduler import Outcome, Step
+from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
 from tests.unit.worker.engine.engine_helpers import (
     ask,
     build,
@@ -34,7 +34,7 @@ LACKS = [
 ]
 
 
-class SmallRunner(Runner):
+class SmallRunner(ModelRunner):
     """Has memory for so many rows of a step, and for so many slots."""
 
     rows, slots = 10**9, 10**9
@@ -44,7 +44,7 @@ class SmallRunner(Runner):
         super().__init__(*args)
         self.computed: list[int] = []
 
-    def run(self, step: Step) -> Outcome:
+    def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
         outcome = super().run(step)  # what it wrote until then must do no harm
         if row_count(step) > self.rows:
             raise self.lack
@@ -99,8 +99,8 @@ def test_as_much_as_before_is_tried_again_when_memory_is_back() -> None:
 
 
 def test_a_job_that_fits_nowhere_fails_with_what_to_set_and_harms_no_other() -> None:
-    class Guilty(Runner):
-        def run(self, step: Step) -> Outcome:
+    class Guilty(ModelRunner):
+        def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
             if any(GUILTY in sequence.prompt for sequence in step.sequences):
                 raise MemoryError
             return super().run(step)

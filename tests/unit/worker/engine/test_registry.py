@@ -11,8 +11,8 @@ from headrace.config import Settings
 from headrace.worker.engine.build import default_budget, load_engine
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.errors import EngineStopped, ModelUnavailable
-from headrace.worker.engine.model_runner import Runner
-from headrace.worker.engine.registry import Models
+from headrace.worker.engine.model_runner import ModelRunner
+from headrace.worker.engine.registry import ModelRegistry
 from headrace.worker.engine.step_loop import StepLoop
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine.engine_helpers import ask, build, expected, substance, tokens_of
@@ -87,7 +87,7 @@ def test_engines_in_one_thread_give_the_bits_that_each_gives_alone() -> None:
 
 
 def test_an_engine_that_dies_takes_no_other_with_it() -> None:
-    class NoRoom(Runner):
+    class NoRoom(ModelRunner):
         def fit(self, capacity: dict[int, int]) -> None:
             raise RuntimeError("no room")
 
@@ -104,14 +104,14 @@ def test_an_engine_that_dies_takes_no_other_with_it() -> None:
     assert len(fatal) == 1
 
 
-def loader(*names: str, **more: Any) -> tuple[Models, list[str]]:
+def loader(*names: str, **more: Any) -> tuple[ModelRegistry, list[str]]:
     loaded: list[str] = []
 
     def load(name: str) -> Engine:
         loaded.append(name)
         return build(slots=1)
 
-    return Models(names, load, **more), loaded
+    return ModelRegistry(names, load, **more), loaded
 
 
 def test_all_are_loaded_at_the_start_unless_idle_ones_are_unloaded() -> None:
@@ -129,7 +129,7 @@ def test_all_are_loaded_at_the_start_unless_idle_ones_are_unloaded() -> None:
 @pytest.mark.parametrize("idle_s", [0, 5])
 def test_a_model_that_is_not_there_is_known_at_the_start(idle_s: float) -> None:
     settings = Settings(model="demo,other=/nowhere", device="cpu", threads=1, idle_unload_s=idle_s)
-    models = Models.from_settings(settings)
+    models = ModelRegistry.from_settings(settings)
     with pytest.raises(ModelUnavailable, match="/nowhere") as caught:
         models.start()
     assert caught.value.name == "other"
@@ -145,7 +145,7 @@ def test_only_idle_models_are_unloaded_and_asked_for_they_come_back() -> None:
     assert set(models.loaded) == {"a"}
     assert first.ended.is_set()
     there = threading.Event()
-    models.fetch(["a", "b"], there.set)
+    models.load_in_background(["a", "b"], there.set)
     assert there.wait(PATIENCE_S)
     assert loaded == ["a", "b", "b"]
     assert models.get("b").submit(ask()).result(timeout=PATIENCE_S).text

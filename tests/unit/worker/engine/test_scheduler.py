@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from headrace.worker.engine.cache_slots import SlotTable
 from headrace.worker.engine.oom import row_count, split
-from headrace.worker.engine.scheduler import PromptChunk, Scheduler, Step
+from headrace.worker.engine.scheduler import PromptChunk, Scheduler, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence, TokenScore
 from tests.unit.worker.engine.engine_helpers import ask
 
@@ -33,18 +33,18 @@ def several(*reads: int, write: int = 4) -> list[Sequence]:
     return [sequence(read, write, first=i + 1) for i, read in enumerate(reads)]
 
 
-def borders(step: Step, of: Sequence) -> list[tuple[int, int]]:
+def borders(step: SchedulerOutput, of: Sequence) -> list[tuple[int, int]]:
     return [(chunk.start, chunk.count) for chunk in step.chunks if chunk.sequence is of]
 
 
-def run(scheduler: Scheduler, step: Step) -> list[Sequence]:
+def run(scheduler: Scheduler, step: SchedulerOutput) -> list[Sequence]:
     """What the engine does with a step, with token 5 for everybody. Returns those that left."""
     for chunk in step.chunks:
         scheduler.advance(chunk)
-    for each in step.drawing:
+    for each in step.sampled_sequences:
         each.append(TokenScore(5, None, []))
     scheduler.reuse_prefixes()
-    gone = [each for each in step.drawing if each.finish_reason]
+    gone = [each for each in step.sampled_sequences if each.finish_reason]
     for each in gone:
         scheduler.remove(each)
     return gone
@@ -283,7 +283,9 @@ def test_detached_followers_compute_their_own() -> None:
 
 def test_a_step_taken_apart_has_each_sequence_once() -> None:
     a, b, c = several(3, 300, 5)
-    parts = Step(decodes=[a], chunks=[PromptChunk(b, 0, 128), PromptChunk(b, 128, 128), PromptChunk(c, 0, 5)])
+    parts = SchedulerOutput(
+        decodes=[a], chunks=[PromptChunk(b, 0, 128), PromptChunk(b, 128, 128), PromptChunk(c, 0, 5)]
+    )
     assert [(part.decodes, [chunk.start for chunk in part.chunks]) for part in parts.by_sequence()] == [
         ([a], []),
         ([], [0, 128]),
@@ -296,7 +298,7 @@ def repeating(write: int = 50, **fields: object) -> Sequence:
     return Sequence(ask([5] * 9, max_tokens=write, ignore_eos=True, **fields), [5] * 9, 0, 0)
 
 
-def decoding(line: Scheduler, *sequences: Sequence) -> Step:
+def decoding(line: Scheduler, *sequences: Sequence) -> SchedulerOutput:
     """The step in which these sequences decode for the first time."""
     for each in sequences:
         line.add(each, priority=0)

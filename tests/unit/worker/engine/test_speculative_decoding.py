@@ -10,9 +10,9 @@ import pytest
 from headrace.client.wire.requests import GenerateRequest
 from headrace.model import GPT2, load_model
 from headrace.worker.engine.engine import Engine
-from headrace.worker.engine.model_runner import Runner
+from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.oom import row_count
-from headrace.worker.engine.scheduler import Outcome, Step
+from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
 from headrace.worker.engine.sequence_text import TextDelta
 from tests.unit.worker.engine.engine_helpers import ask, build, drive, failure, idle, settle, substance, tokens_of
 from tests.unit.worker.engine.test_batch_invariance import alone, mixed_requests
@@ -66,7 +66,7 @@ def test_tokens_and_log_probabilities_are_the_same_bits_with_drafts(dtype: str, 
     assert texts(engine, repetitive()) == expected
     assert idle(engine)
     assert engine.stats().tokens == sum(result["usage"]["completion_tokens"] for result in expected)
-    assert 0 < engine.stats().accepted < engine.stats().drafted
+    assert 0 < engine.stats().accepted < engine.stats().proposed
 
 
 @pytest.mark.parametrize("slots", [2, 9])
@@ -110,9 +110,9 @@ def test_a_traced_job_has_no_drafts_and_finds_its_slot_empty() -> None:
     for drafts in (0, 7):
         engine = build(draft_tokens=drafts, slots=1)
         drive(engine, engine.submit(ask(CHANT, max_tokens=40, ignore_eos=True)))
-        before = engine.stats().drafted
-        drive(engine, engine.submit(request, on_trace=traces.append))
-        assert engine.stats().drafted == before
+        before = engine.stats().proposed
+        drive(engine, engine.submit(request, on_activations=traces.append))
+        assert engine.stats().proposed == before
         assert bool(before) == bool(drafts)
     assert traces[0] == traces[1]
 
@@ -147,7 +147,7 @@ def _watch(engine: Engine, reached: list[int]) -> None:
     run = engine.runner.run
     first: list[object] = []
 
-    def watched(step: Step) -> Outcome:
+    def watched(step: SchedulerOutput) -> ModelRunnerOutput:
         for sequence in step.decodes:
             first[:] = first or [sequence]
             if sequence is first[0]:
@@ -158,8 +158,8 @@ def _watch(engine: Engine, reached: list[int]) -> None:
 
 
 def test_a_step_that_fails_with_drafts_is_computed_without_them() -> None:
-    class NoDrafts(Runner):
-        def run(self, step: Step) -> Outcome:
+    class NoDrafts(ModelRunner):
+        def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
             if step.proposed:
                 raise RuntimeError("the kernel is not in the mood")
             return super().run(step)
@@ -170,8 +170,8 @@ def test_a_step_that_fails_with_drafts_is_computed_without_them() -> None:
 
 
 def test_where_memory_holds_one_row_there_are_no_drafts_and_nobody_fails() -> None:
-    class OneRow(Runner):
-        def run(self, step: Step) -> Outcome:
+    class OneRow(ModelRunner):
+        def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
             if step.decodes and row_count(step) > 1:
                 raise MemoryError
             return super().run(step)

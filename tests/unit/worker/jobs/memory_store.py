@@ -68,7 +68,7 @@ class MemoryStore:
     def renew(self, delivery_tags: Iterable[str]) -> None:
         self.leases.update({tag: time.time() for tag in delivery_tags if tag in self.leases})
 
-    def announce(self, worker: str, record: Mapping[str, str | int | float]) -> None:
+    def heartbeat(self, worker: str, record: Mapping[str, str | int | float]) -> None:
         self.workers[worker] = dict(record)
 
     def queued(self, model_name: str) -> dict[str, int]:

@@ -21,7 +21,7 @@ from headrace.client.wire.signing import mark
 from headrace.config import load_settings
 from headrace.worker.celery import make_app
 from headrace.worker.engine.engine import Engine
-from headrace.worker.engine.registry import Models
+from headrace.worker.engine.registry import ModelRegistry
 from headrace.worker.jobs.observers import MetricsObserver
 from headrace.worker.jobs.pool import EnginePool
 from headrace.worker.jobs.service import Service
@@ -63,10 +63,10 @@ def make() -> Iterator[Make]:
     pools = []
 
     def start(
-        store: MemoryStore, engine: Engine | None = None, models: Models | None = None, **settings: Any
+        store: MemoryStore, engine: Engine | None = None, models: ModelRegistry | None = None, **settings: Any
     ) -> EnginePool:
         app = make_app(load_settings(redis_url="redis://localhost:1/0", slots=4, **settings))
-        models = models or Models(["demo"], lambda _: engine or build(slots=4))
+        models = models or ModelRegistry(["demo"], lambda _: engine or build(slots=4))
         pool = EnginePool(limit=6, app=app, service=Service(models, store, checkpoint_max_bytes=0))
         pool.on_start()
         pools.append(pool)
@@ -254,7 +254,7 @@ def test_jobs_go_to_the_model_of_their_queue_and_have_windows_of_their_own(make:
     stuck = build(runner=type("Blocked", (BlockedRunner,), {"go_on": go_on}), slots=4)
     other = build(slots=4)
     other.model_name = "other"
-    pool = make(store, models=Models(["demo", "other"], {"demo": stuck, "other": other}.__getitem__))
+    pool = make(store, models=ModelRegistry(["demo", "other"], {"demo": stuck, "other": other}.__getitem__))
     first = deliver(pool, Message("a", "b", "c"))
     assert not pool.has_room("demo"), "half of the six that the pool may hold"
     assert pool.has_room("other")
@@ -271,7 +271,7 @@ def test_jobs_go_to_the_model_of_their_queue_and_have_windows_of_their_own(make:
 
 def test_a_model_is_loaded_for_its_first_job_and_again_after_it_was_idle(make: Make) -> None:
     store, load = MemoryStore(), Loading("other")
-    pool = make(store, models=Models(["demo", "other"], load, idle_s=0.2))
+    pool = make(store, models=ModelRegistry(["demo", "other"], load, idle_s=0.2))
     assert load.loaded == ["demo"]
     waits = deliver(pool, Message("w", queue="headrace.other"))
     for name in "ab":
@@ -294,7 +294,7 @@ def test_a_model_is_loaded_for_its_first_job_and_again_after_it_was_idle(make: M
 
 def test_a_job_is_cancelled_while_its_model_is_being_loaded(make: Make) -> None:
     store, load = MemoryStore(), Loading("other")
-    pool = make(store, models=Models(["demo", "other"], load, idle_s=60))
+    pool = make(store, models=ModelRegistry(["demo", "other"], load, idle_s=60))
     waits = deliver(pool, Message("w", queue="headrace.other"))
     until(lambda: pool.flow.quarantine.models() == {"other"})
     store.cancels.add("w")
@@ -311,7 +311,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_process_and_no_job(make: Make, m
 
     monkeypatch.setattr(state, "should_stop", None)
     store = MemoryStore()
-    pool = make(store, models=Models(["demo", "other"], load, idle_s=60))
+    pool = make(store, models=ModelRegistry(["demo", "other"], load, idle_s=60))
     with capture_logs() as lines:
         waits = deliver(pool, Message("w", queue="headrace.other"))
         until(lambda: pool.failed)

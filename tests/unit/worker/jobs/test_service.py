@@ -242,8 +242,8 @@ def test_the_tensors_of_a_job_are_kept_if_it_succeeds_and_gone_from_memory_in_an
     class Computed:
         """An engine that has the tensors at once, and then succeeds or fails."""
 
-        def submit(self, request: Any, *, on_trace: Any, **_: Any) -> Future[Result]:
-            on_trace({"q": b"1"})
+        def submit(self, request: Any, *, on_activations: Any, **_: Any) -> Future[Result]:
+            on_activations({"q": b"1"})
             future: Future[Result] = Future()
             if fails:
                 future.set_exception(JobFailed("nan_logits", "no numbers"))

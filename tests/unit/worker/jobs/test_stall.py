@@ -14,8 +14,8 @@ import pytest
 from headrace.client.jobs.status import Status, WorkerStatus
 from headrace.client.wire.errors import JobExpired
 from headrace.config import Settings
-from headrace.worker.engine.model_runner import Runner
-from headrace.worker.engine.scheduler import Outcome, Step
+from headrace.worker.engine.model_runner import ModelRunner
+from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
 from headrace.worker.jobs.health import Health
 from headrace.worker.jobs.heartbeat import Heartbeat
 from headrace.worker.jobs.leases import Leases
@@ -26,12 +26,12 @@ from tests.unit.worker.engine.engine_helpers import ask, build, models_of
 from tests.unit.worker.jobs.memory_store import MemoryStore
 
 
-class BlockedRunner(Runner):
+class BlockedRunner(ModelRunner):
     """Its device does not answer until `go_on` is set."""
 
     go_on: threading.Event
 
-    def run(self, step: Step) -> Outcome:
+    def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
         assert self.go_on.wait(PATIENCE_S)
         return super().run(step)
 

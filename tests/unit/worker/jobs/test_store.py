@@ -107,7 +107,7 @@ def test_tensors_may_be_saved_twice(case: Case) -> None:
 def test_started_returned_and_announced_need_no_record_before(case: Case) -> None:
     case.store.started(["a"], "w")
     case.store.returned(["a"], [])
-    case.store.announce("w", {"slots": 4, "model": "demo"})
+    case.store.heartbeat("w", {"slots": 4, "model": "demo"})
     case.store.deregister("w")
     case.store.deregister("w")
 
@@ -130,7 +130,7 @@ def test_the_redis_records_have_their_fields_and_lifetimes(redis_url: str) -> No
     assert 0 < connection.ttl(keys.result("b")) <= 60  # type: ignore[operator]
     assert (heard.get_message(timeout=1) or {})["data"] == "{}"
     heard.close()
-    store.announce("w", {"slots": 4, "model": "demo"})
+    store.heartbeat("w", {"slots": 4, "model": "demo"})
     assert connection.zrange(keys.models(), 0, -1) == ["demo"]
     assert keys.KNOWN_MODEL_S - 60 < connection.ttl(keys.models()) <= keys.KNOWN_MODEL_S  # type: ignore[operator]
     assert 0 < connection.ttl(keys.worker("w")) <= 15  # type: ignore[operator]

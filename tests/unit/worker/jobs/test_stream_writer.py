@@ -13,7 +13,7 @@ from headrace.client.wire.results import StreamEvent
 from headrace.worker.engine.sequence_text import TextDelta
 from headrace.worker.jobs import retry
 from headrace.worker.jobs import stream_writer as events
-from headrace.worker.jobs.stream_writer import EventWriter
+from headrace.worker.jobs.stream_writer import StreamWriter
 from tests.integration.processes import wait_until
 from tests.unit.worker.jobs.memory_store import MemoryStore
 
@@ -51,7 +51,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_comes_between_two_requests_goes_together(monkeypatch: pytest.MonkeyPatch) -> None:
     store = MemoryStore()
-    writer = EventWriter(store)
+    writer = StreamWriter(store)
     blocked = threading.Event()
     monkeypatch.setattr(
         store, "append_events", lambda told: (blocked.wait(5), MemoryStore.append_events(store, told))[1]
@@ -74,7 +74,7 @@ def test_what_comes_between_two_requests_goes_together(monkeypatch: pytest.Monke
 def test_what_is_refused_comes_later_and_holds_up_nobody() -> None:
     store = Refusing()
     store.refused = frozenset("a")
-    writer = EventWriter(store)
+    writer = StreamWriter(store)
     tell_a, tell_b = writer.begin("a"), writer.begin("b")
     tell_a(delta(0, "one "))
     tell_b(delta(0, "two "))
@@ -90,7 +90,7 @@ def test_what_is_refused_comes_later_and_holds_up_nobody() -> None:
 def test_a_redis_that_is_away_keeps_nothing_of_jobs_that_have_ended() -> None:
     store = Refusing()
     store.away = True
-    writer = EventWriter(store)
+    writer = StreamWriter(store)
     writer.begin("a")(delta(0, "x"))
     writer.begin("b")(delta(0, "y"))
     wait_until(lambda: set(writer._pending) == {"a", "b"})
@@ -105,7 +105,7 @@ def test_a_redis_that_is_away_keeps_nothing_of_jobs_that_have_ended() -> None:
 def test_a_piece_that_is_too_large_is_left_to_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "MAX_EVENT_CHARS", 100)
     store = MemoryStore()
-    writer = EventWriter(store)
+    writer = StreamWriter(store)
     writer.begin("a")(delta(0, "x" * 200))
     writer.end(["a"])
     writer.stop()
@@ -115,7 +115,7 @@ def test_a_piece_that_is_too_large_is_left_to_the_result(monkeypatch: pytest.Mon
 
 def test_without_a_job_that_streams_there_is_no_thread() -> None:
     before = threading.active_count()
-    writer = EventWriter(MemoryStore())
+    writer = StreamWriter(MemoryStore())
     writer.end(["a"])
     writer.stop()
     assert threading.active_count() == before

@@ -132,7 +132,7 @@ def test_gauges_say_what_the_engine_does(watched: tuple[Metrics, Any, Any]) -> N
     assert value(metrics, "prompt_tokens_total") == 120
     assert value(metrics, "generation_tokens_total") == 180
     drafted = value(metrics, "spec_decode_num_draft_tokens_total")
-    assert drafted == engine.stats().drafted
+    assert drafted == engine.stats().proposed
     assert 0 <= value(metrics, "spec_decode_num_accepted_tokens_total") <= drafted
     assert value(metrics, "leases") == 3
     assert value(metrics, "num_requests_queued", priority="bulk") == 6
