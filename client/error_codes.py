@@ -1,4 +1,4 @@
-"""What to do about each error code, in Markdown; docs/client.md is made from these tables.
+"""What to do about each error code, in Markdown; docs/errors.md is made from these tables.
 
 A code is fixed: programs decide by it.
 """

@@ -29,7 +29,7 @@ class HeadraceError(Exception):
     """The base class of all errors of headrace.
 
     Attributes:
-        code: a fixed identifier, for example `queue_full`; docs/client.md says what to do about each.
+        code: a fixed identifier, for example `queue_full`; docs/errors.md says what to do about each.
         job: the `client.Job` or `client.AsyncJob` that the error is about; None if it is not about one job.
     """
 

@@ -142,14 +142,14 @@ def test_the_page_of_settings_has_each_with_its_default(site: Path) -> None:
     assert "max_num_seqs" in rows[PREFIX + "SLOTS"][3]
 
 
-def test_the_page_of_the_client_has_every_error_code(site: Path) -> None:
-    rows = read(site, "client.md").rows
+def test_the_page_of_errors_has_every_code(site: Path) -> None:
+    rows = read(site, "errors.md").rows
     assert rows["queue_full"][1] == "QueueFull"
     assert set(rows) >= ERRORS.keys() | JOB_FAILURES.keys()
 
 
-def test_the_page_of_deployment_has_the_log_events_with_levels_and_fields(site: Path) -> None:
-    rows = read(site, "deployment.md").rows
+def test_the_page_of_log_events_has_them_with_levels_and_fields(site: Path) -> None:
+    rows = read(site, "log-events.md").rows
     assert rows["message.finished"][1:3] == ["info", "message_id, seconds, jobs"]
     assert rows["engine.stalled"][1:3] == ["error", "step_age_s, limit_s"]
     assert set(rows["job.finished"][2].split(", ")) >= {"job_id", "state", "code", "seconds", "trace_id"}

@@ -15,7 +15,7 @@ from headrace.client.wire.errors import JobError
 ROOT = Path(__file__).parents[2]
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__))
 #: The calls that give a job's failure its code, and which argument that is.
-FAILING = {"JobFailed": 0, "_fail": 1}
+FAILING = {"JobFailed": 0, "fail": 1}
 
 
 def classes(base: type[HeadraceError] = HeadraceError) -> dict[str, type[HeadraceError]]:
