@@ -16,7 +16,7 @@ from headrace.client.wire.activations import CHECKPOINTS
 from headrace.client.wire.comparison import CheckpointResult
 from headrace.client.wire.errors import HeadraceError
 from headrace.config import Settings
-from headrace.config.extras import how_to_install
+from headrace.extras import how_to_install
 from headrace.model.hub import ModelError, find_model
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
 from headrace.model.weights import check_weights, read_config

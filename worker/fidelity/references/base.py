@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.config.extras import how_to_install
+from headrace.extras import how_to_install
 
 Array = NDArray[Any]
 
