@@ -25,6 +25,7 @@ from headrace.model.weights import expected_shapes
 from headrace.worker.engine.cache_slots import SlotTable
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.model_runner import ModelRunner
+from headrace.worker.engine.requests import prepare
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.sequence_text import TextDelta
 
@@ -194,9 +195,16 @@ def test_n_samples_are_n_jobs_with_their_sample_index(fields: dict[str, Any], n:
     together = alone({**fields, "n": n})
     for index in range(n):
         single = engine()
-        generation = single._prepare(parse_request({**fields, "n": n}), "one", future := Future())
-        generation.sequences = [generation.sequences[index]]
-        single._inbox.append(generation)
+        state = prepare(
+            parse_request({**fields, "n": n}),
+            "one",
+            future := Future(),
+            tokenizer=single.tokenizer,
+            vocab_size=single.vocab_size,
+            max_context=single.max_context,
+        )
+        state.sequences = [state.sequences[index]]
+        single._inbox.append(state)
         finish(single)
         assert future.result().choices == [together[index]]
 
