@@ -67,7 +67,7 @@ class EventStream:
     A slow reader slows the generator down: the next event is requested after the last one was sent.
 
     Args:
-        events: encoded events. An error before anything was sent is raised, so that it gets a status of its own.
+        events: encoded events. An error before the first event is raised, so that it gets its own status.
         encode_error: encodes a later error as the last event.
         start_immediately: send the headers before the first event exists.
         headers: additional response headers.

@@ -218,7 +218,7 @@ class UnreadableRecord(HeadraceError):
 
 
 class NoCheckpoints(HeadraceError, KeyError):
-    """Raised when a job has no captured tensors: it was submitted without, has not succeeded, or they have expired."""
+    """Raised when a job has no captured tensors: it has not succeeded, did not request any, or they expired."""
 
     code = "no_checkpoints"
 
@@ -267,7 +267,7 @@ class ResultTimeout(HeadraceError, TimeoutError):
 
 
 class NoWorker(ResultTimeout):
-    """A `ResultTimeout` of a job whose queue no worker serves."""
+    """Raised instead of `ResultTimeout` when no worker serves the queue of the job."""
 
     code = "no_worker"
 
@@ -284,7 +284,7 @@ class NoWorker(ResultTimeout):
 
 
 class JobError(HeadraceError):
-    """The job ended without a result.
+    """Raised when a job ended without a result.
 
     Attributes:
         code: a fixed identifier, for example `context_length_exceeded`.

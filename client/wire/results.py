@@ -1,4 +1,4 @@
-"""Results: what a worker stores of a job that has ended, and what it streams before.
+"""Results: the record that a worker stores when a job ends, and the events that it streams before.
 
 Celery's result backend stores one record for each job; `parse_outcome` reads it.
 """
@@ -162,6 +162,6 @@ def _are_texts(value: Any) -> TypeGuard[list[str]]:
 
 
 def _shortened(text: str, limit: int) -> str:
-    """Text from outside, made safe for terminals and logs."""
+    """Text from a record, shortened and made safe for terminals and logs."""
     text = text.encode(errors="replace").decode()
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,6 +1,6 @@
 """`POST /v1/completions` in the OpenAI format, and `POST /execute` with events for each token.
 
-`client.batch.rows` and `client.batch.output` hold the parts that these routes share with batches.
+`client.batch.openai` has the conversions that these routes share with batches.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _parse_prompts(value: Any) -> tuple[list[Prompt], bool]:
             return value, True
         if not any(isinstance(item, (str, list)) for item in value):
             return [value], False
-        raise InvalidRequest("prompt", "a list of several kinds", PROMPT_FORMS)
+        raise InvalidRequest("prompt", "a list of mixed types", PROMPT_FORMS)
     raise InvalidRequest("prompt", "an empty list" if value == [] else f"a {type(value).__name__}", PROMPT_FORMS)
 
 
