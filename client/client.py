@@ -119,9 +119,9 @@ class Client:
             raise InvalidRequest("requests", f"a {type(requests).__name__}", "a list of prompts; use submit for one")
         prepared = []
         for index, request in enumerate(requests):
-            own = request if isinstance(request, Mapping) else {"prompt": request}
+            fields = request if isinstance(request, Mapping) else {"prompt": request}
             try:
-                prepared.append(self.submitter.prepare({**params, **own}))
+                prepared.append(self.submitter.prepare({**params, **fields}))
             except InvalidRequest as error:
                 raise InvalidRequest(f"requests[{index}].{error.field}", error.value, error.expected) from None
         if not prepared:
@@ -233,7 +233,7 @@ class Client:
         """A job as a Celery signature, for `group`, `chord` and `chain`; docs/client.md has examples.
 
         Takes and checks the same arguments as `submit`, and queues nothing. `timeout_s` starts now. The signature is
-        immutable: in a chain it does not receive the result of the task before it. Its own result is `client.Result`
+        immutable: in a chain it does not receive the result of the task before it. The task returns a `client.Result`
         as JSON.
         """
         job = self.submitter.prepare({"prompt": prompt, "id": id, **params})

@@ -64,8 +64,8 @@ HELP: dict[str, dict[str, SettingHelp]] = {
             vllm="max_model_len",
         ),
         "kv_cache_bytes": SettingHelp(
-            "Memory for the KV cache, divided equally among the models of the worker. A sample takes what its own "
-            "length needs, and waits while there is no room.",
+            "Memory for the KV cache, divided equally among the models of the worker. A sample takes what its "
+            "length needs, and waits until there is room.",
             default="all slots at full length, but at most a quarter of the memory that is free when a model is loaded",
             vllm="kv_cache_memory_bytes",
         ),

@@ -45,8 +45,8 @@ class ItemReader:
             item = self._decode(item, first=line == 1)
             if item is None:
                 return None
-        custom_id, own = _split_custom_id(to_python(item))
-        fields = {name: value for name, value in {**self._params, **own}.items() if value is not None}
+        custom_id, given = _split_custom_id(to_python(item))
+        fields = {name: value for name, value in {**self._params, **given}.items() if value is not None}
         if "stream" in fields:
             raise InvalidRequest(
                 "stream", repr(fields["stream"])[:80], "no such parameter; a batch writes complete results"

@@ -1,7 +1,7 @@
 """Waiting for jobs: which commands to send to Redis next, and what the replies mean. Performs no I/O itself.
 
 `JobReader` and `AsyncClient` send the commands of `PollState.request` in one round trip, pass the replies to `answer`,
-and sleep for `rest_s`. One connection is enough for any number of jobs; no job needs a channel of its own.
+and sleep for `rest_s`. One connection is enough for any number of jobs; jobs need no separate channels.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class PollState:
         self._due = {}
         commands: list[Command] = []
         if self._streams:
-            blocking = ("BLOCK", wait_ms) if wait_ms > 0 else ()  # BLOCK 0 would wait for ever
+            blocking = ("BLOCK", wait_ms) if wait_ms > 0 else ()  # BLOCK 0 would wait without limit
             names = map(keys.events, self._streams)
             commands.append(("XREAD", *blocking, "STREAMS", *names, *self._streams.values()))
         for start in range(0, len(self._requested), MGET_KEYS):

@@ -1,4 +1,4 @@
-"""Turn the event stream of a job into its text, in order and with each token once.
+"""Convert the event stream of a job to its text, in order and with each token once.
 
 A job may be computed more than once: after a worker was killed, another one starts it again, and both write the same
 text in different pieces. Every piece has its position, so text that was yielded before is skipped. After a gap, the

@@ -165,7 +165,7 @@ _ADVICE = {
     "authentication required": "put user and password into HEADRACE_REDIS_URL, redis://user:password@host",
     "wrong version number": "it does not use TLS: for a connection without TLS write redis://",
     "record layer failure": "it does not use TLS: for a connection without TLS write redis://",
-    NO_TLS.lower(): "turn TLS on there, or write redis:// in HEADRACE_REDIS_URL for a connection without encryption",
+    NO_TLS.lower(): "enable TLS there, or write redis:// in HEADRACE_REDIS_URL for a connection without encryption",
     TLS.lower(): "write rediss:// in HEADRACE_REDIS_URL, with ?ssl_ca_certs=/path/to/ca.pem for your own authority",
 }
 

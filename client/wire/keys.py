@@ -12,7 +12,7 @@ _RESULT = "celery-task-meta-"
 #: Public priority -> Celery's number on Redis, where 0 is the most urgent and the steps are 0, 3, 6, 9.
 PRIORITIES = {"interactive": 0, "normal": 3, "bulk": 9}
 
-#: How long the record of an unfinished job is kept. The settings say how long it is kept after the job has ended.
+#: How long the record of an unfinished job is kept. After the job has ended, `result_ttl_s` applies.
 UNFINISHED_TTL_S = 30 * 86_400
 
 #: Unreadable messages: how many are kept, for how many seconds after the last one, and how many bytes of each.

@@ -35,7 +35,7 @@ from headrace.config.sentinel import is_sentinel, parse_sentinel
 from headrace.config.settings import Settings, redact_url
 
 #: Seconds after which a connection without an answer fails. It must be more than the one second for which kombu's BRPOP
-#: waits; None would wait for ever on a dead connection.
+#: waits; None would wait without limit on a dead connection.
 SOCKET_TIMEOUT_S = 30
 CONNECT_TIMEOUT_S = 5
 #: Timeout in seconds of the check whether a server uses TLS.
@@ -88,7 +88,7 @@ def connect_async(url: str) -> redis.asyncio.Redis:
 
 
 def _primary(url: str, sentinel: Any, client: Any, text: bool, once: Any) -> Any:
-    """A client of the primary that the Sentinels name. Each Sentinel is asked `once`: all have the same data."""
+    """A client of the primary that the Sentinels name. No Sentinel is retried: all have the same data."""
     address = parse_sentinel(url)
     sentinels = sentinel(list(address.hosts), sentinel_kwargs={**SENTINEL_OPTIONS, "retry": once})
     login = {**address.login, "db": address.database}

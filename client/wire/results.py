@@ -123,7 +123,7 @@ def parse_outcome(record: str | None) -> Outcome | None:
     if record is None:
         return None
     try:
-        record.encode()  # raises for lone surrogates, which stand for bytes that are not UTF-8
+        record.encode()  # raises for lone surrogates, which represent bytes that are not UTF-8
         meta = json.loads(record)
         status, value = meta["status"], meta["result"]
         if status == "SUCCESS":

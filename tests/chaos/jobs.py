@@ -45,7 +45,7 @@ class Batch:
 
 
 def catalogue(seed: int, size: int) -> list[dict[str, Any]]:
-    """Different requests, each with a seed of its own; about one in 25 can only be refused by the worker."""
+    """Different requests, each with its seed; about one in 25 can only be refused by the worker."""
     dice = random.Random(f"catalogue {seed}")
     return [_request(dice) for _ in range(size)]
 
@@ -106,7 +106,7 @@ def _planned_job(
 
 
 def poison(salt: int, requests: int) -> Batch:
-    """A poison in a message of its own, or in one message with harmless jobs."""
+    """A poison in a separate message, or in one message with harmless jobs."""
     dice = random.Random(f"poison {salt}")
     neighbours = 5 if dice.random() < 0.5 else 0
     jobs = [_planned_job(dice, f"p{salt}-{i}", requests) for i in range(neighbours)]

@@ -91,9 +91,9 @@ def test_another_text_than_the_reference(facts: Facts) -> None:
 
 
 def test_the_first_place_where_a_success_is_another_is_named(facts: Facts) -> None:
-    said: dict[str, Any] = {"seed": 1, "choices": [{"text": "so", "logprobs": [-1.0, -2.0]}]}
+    expected: dict[str, Any] = {"seed": 1, "choices": [{"text": "so", "logprobs": [-1.0, -2.0]}]}
     other = {"seed": 1, "choices": [{"text": "so", "logprobs": [-1.0, -2.5]}]}
-    facts.jobs["a"] = JobFact(replace(GOOD, content=said), [(0.0, 0.1)])
+    facts.jobs["a"] = JobFact(replace(GOOD, content=expected), [(0.0, 0.1)])
     facts.final["a"] = facts.seen["a"] = End("succeeded", digest="xyz", content=other)
     assert wrong(facts).endswith("instead of succeeded abc choices 0 logprobs 1: -2.5 instead of -2.0")
 
