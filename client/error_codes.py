@@ -28,7 +28,7 @@ ERRORS: dict[str, str] = {
 JOB_FAILURES: dict[str, str] = {
     "invalid_request": "correct the field it names; the message was not written by this version of the client",
     "context_length_exceeded": "shorten the prompt or lower `max_tokens`",
-    "empty_prompt": "write a prompt: this model has no token to start an empty one",
+    "empty_prompt": "submit a prompt that is not empty: this model has no start token",
     "invalid_token_id": "use only token ids of this model's vocabulary",
     "too_many_logprobs": "lower `n`, `max_tokens` or `logprobs`, or submit several jobs",
     "checkpoints_off": "raise the worker's `HEADRACE_CHECKPOINT_MAX_BYTES`",

@@ -28,8 +28,7 @@ class BatchItem:
     digest: str
 
     def job_id(self, run: str) -> str:
-        """The id of the job, the same in every process that works on the run: so a process that resumes the run
-        finds the jobs that were submitted."""
+        """The id of the job. It is the same in every process of the run, so a resumed run finds its submitted jobs."""
         return f"{run}.{digest_of(self.fields | {'custom_id': self.custom_id})}"
 
 

@@ -181,10 +181,9 @@ class Batch:
         written = ((each.custom_id, each.digest) for each in sink.scan(retry_errors=retry_errors))
         for line, agrees in self.checked.index.matches(written):
             if not agrees:
-                message = (
-                    "the output has this custom_id with another request, model or parameters; compute everything again "
-                )
-                raise InvalidBatch([Fault(line, "custom_id", f"{message}(--overwrite) or write to another file")])
+                message = "the output has this custom_id with another request, model or parameters; "
+                advice = "compute everything again (--overwrite) or write to another file"
+                raise InvalidBatch([Fault(line, "custom_id", message + advice)])
             done[line // 8] |= 1 << line % 8
         return done
 

@@ -168,7 +168,7 @@ class Window(Generic[K]):
             self._submitter.submit(jobs)
         except QueueFull as error:
             self._chunk = max(1, self._chunk // 2)  # a smaller part may fit
-            self._notify_now_and_then(str(error))
+            self._notify_rate_limited(str(error))
             return False
         except (RedisUnreachable, RedisRefused) as error:
             self._redis_failed(error)
@@ -216,7 +216,7 @@ class Window(Generic[K]):
             self._notify(f"{error}; waiting for it")
             self._reminded_at = time.monotonic()
         else:
-            self._notify_now_and_then(f"{error}; waiting for it since {time.monotonic() - self._failing_since:.0f} s")
+            self._notify_rate_limited(f"{error}; waiting for it since {time.monotonic() - self._failing_since:.0f} s")
 
     def _redis_answered(self) -> None:
         if self._failing_since is not None:
@@ -254,7 +254,7 @@ class Window(Generic[K]):
                         "start one with `celery -A worker worker`"
                     )
 
-    def _notify_now_and_then(self, message: str) -> None:
+    def _notify_rate_limited(self, message: str) -> None:
         """Notify the user, but not again within REMIND_S."""
         if time.monotonic() - self._reminded_at >= REMIND_S:
             self._reminded_at = time.monotonic()

@@ -1,7 +1,7 @@
 """Server-sent events, and cancelling work when the client disconnects.
 
 This is not sse-starlette, because it breaks three promises of `headrace serve`: it sends status 200 before the first
-event exists, so that an error cannot have an error status; it replaces `uvicorn.Server.handle_exit` when it is
+event exists, so that a first error cannot set the status; it replaces `uvicorn.Server.handle_exit` when it is
 imported and ends every stream at SIGTERM, where requests have HEADRACE_SOFT_SHUTDOWN_S to finish; and its task group
 cancels each `await` in the generator's own cleanup.
 """

@@ -144,7 +144,7 @@ class Job(Handle):
 
 @contextlib.contextmanager
 def job_in_errors(make_job: Callable[[str], Handle]) -> Iterator[None]:
-    """In errors that are raised in the block, replace job ids by handles: in `job`, and in `accepted` of Redis errors.
+    """In errors that are raised in the block, replace job ids with handles: in `job`, and in `accepted` of RedisFailed.
 
     Args:
         make_job: makes a handle from a job id.

@@ -125,7 +125,7 @@ class Served(NamedTuple):
     """Names of models: those that live workers serve, and those that a worker served within `keys.KNOWN_MODEL_S`."""
 
     now: set[str]
-    lately: set[str]
+    recent: set[str]
 
 
 def read_served(connection: redis.Redis) -> Served | None:
@@ -134,13 +134,13 @@ def read_served(connection: redis.Redis) -> Served | None:
         pipe = connection.pipeline(transaction=False)
         pipe.zrange(keys.workers(), 0, -1)
         pipe.zrange(keys.models(), 0, -1)
-        names, lately = pipe.execute()
+        names, recent = pipe.execute()
         for name in names:
             pipe.hget(keys.worker(name), "model")
         found = pipe.execute(raise_on_error=False)
     except redis.exceptions.NoPermissionError:
         return None
-    return Served(_valid_names(found), _valid_names(lately))
+    return Served(_valid_names(found), _valid_names(recent))
 
 
 def _valid_names(models: list[Any]) -> set[str]:
@@ -181,7 +181,7 @@ class ServedModels:
     def names(self) -> set[str]:
         """The configured models, and those served now or within the last day. Raises RedisUnreachable, RedisRefused."""
         served = self.served()
-        return self._configured if served is None else self._configured | served.now | served.lately
+        return self._configured if served is None else self._configured | served.now | served.recent
 
     def check(self, models: Iterable[str]) -> None:
         """Refuse models that no worker serves, which are probably misspelt. Without any live worker, all are accepted.
@@ -192,6 +192,6 @@ class ServedModels:
         """
         others = set(models) - self._configured
         served = self.served() if others else None
-        if served and served.now and (unknown := sorted(others - served.now - served.lately)):
+        if served and served.now and (unknown := sorted(others - served.now - served.recent)):
             expected = f"one that is served: {', '.join(sorted(served.now))}"
             raise InvalidRequest("model", repr(unknown[0]), expected)

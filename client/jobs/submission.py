@@ -34,8 +34,8 @@ from headrace.config.settings import slug
 
 #: Number of job records that are written in one round trip.
 RECORD_JOBS = 512
-#: Limits of one message. They are small, so that many jobs spread over several workers and a lost
-#: message costs little.
+#: Limits of one message. They are small, so that workers can share many jobs, and a lost message costs
+#: little.
 GROUP_JOBS, GROUP_BYTES = 16, 65_536
 
 
@@ -203,7 +203,7 @@ class Submitter:
                 task_id=first.id if is_single else uuid.uuid4().hex,
                 queue=queue(first.model),
                 priority=first.urgency,
-                argsrepr="<redacted>",  # headers and events contain it, and must not contain the prompt
+                argsrepr="<redacted>",  # headers and events contain argsrepr, and must not contain the prompt
                 kwargsrepr="{}",
                 headers=headers if is_single else {**headers, JOBS_HEADER: len(group)},
                 ignore_result=not is_single,

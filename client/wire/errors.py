@@ -182,7 +182,7 @@ class RedisRefused(RedisFailed):
 
     def __str__(self) -> str:
         advice = "check its memory limit, its disk, and the user's rights"
-        return self._with_accepted(f"Redis at {self.url} refuses ({self.reason}); {advice}")
+        return self._with_accepted(f"Redis at {self.url} refused the command ({self.reason}); {advice}")
 
 
 class UnknownJob(HeadraceError, KeyError):
@@ -267,7 +267,7 @@ class ResultTimeout(HeadraceError, TimeoutError):
 
 
 class NoWorker(ResultTimeout):
-    """Raised instead of `ResultTimeout` when no worker serves the queue of the job."""
+    """A `ResultTimeout` that is raised when no worker serves the queue of the job."""
 
     code = "no_worker"
 
