@@ -70,4 +70,4 @@ def test_a_chord_calls_a_task_of_ones_own_when_all_are_done(client: Client, mine
 def test_a_chain_runs_jobs_in_their_order(client: Client) -> None:
     last = chain(client.signature("Hello.", **FIELDS), client.signature([15496, 13], **FIELDS))()
     assert last.get(timeout=PATIENCE_S)["choices"][0]["text"] == TEXT
-    assert last.parent.get(timeout=5)["id"] == last.parent.id
+    assert last.parent.get(timeout=PATIENCE_S)["id"] == last.parent.id
