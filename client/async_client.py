@@ -1,8 +1,7 @@
 """`AsyncClient`: the methods of `Client` for asyncio.
 
-Short calls (submit, cancel, status) run in one thread of this client. All waiting is done by one task over one
-connection. It polls for all jobs together, as `client.jobs.polling` says, and passes each update to those who wait for
-it.
+Short calls (submit, cancel, status) run in one thread of the client. One task waits for all jobs over one connection:
+it polls them together (see `client.jobs.polling`) and passes each update to the callers that wait for it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from headrace.config import Settings
 if TYPE_CHECKING:
     import numpy as np
 
-#: How many seconds Redis may delay a reply to wait for events. A job that is added meanwhile waits that long.
+#: How many seconds Redis may delay a reply to wait for events. A job added in the meantime is polled after that.
 BLOCK_S = 0.1
 
 P = ParamSpec("P")
@@ -42,7 +41,8 @@ Inbox = asyncio.Queue[Updates | BaseException]
 class AsyncClient:
     """`Client` for asyncio, for one event loop. Use it with `async with`, or await `close`.
 
-    Arguments and errors are those of `Client`. Any number of unfinished jobs takes the same few connections.
+    Arguments and errors are those of `Client`. The number of connections does not grow with the number of
+    unfinished jobs.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections. Submitted jobs continue; code that still waits here gets a RuntimeError."""
+        """Close the connections. Submitted jobs continue; code that is still waiting for one gets a RuntimeError."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -134,7 +134,7 @@ class AsyncClient:
                                 yield job, event
 
     async def status(self) -> Status:
-        """Queues, workers and slots at this moment. Raises RedisUnreachable."""
+        """The current status: queues, workers and slots. Raises RedisUnreachable."""
         return await self._run_in_thread(self._client.status)
 
     async def models(self) -> set[str]:
@@ -155,7 +155,7 @@ class AsyncClient:
     async def _updates(
         self, job_ids: Iterable[str], timeout: float | None, *, events: bool = False
     ) -> AsyncGenerator[Updates]:
-        """Wait for jobs: yield updates until the outcome of each has come; see `JobReader.updates`."""
+        """Wait for jobs: yield updates until every job has ended; see `JobReader.updates`."""
         check_timeout(timeout)
         waiting = dict.fromkeys(job_ids)
         inbox: Inbox = asyncio.Queue()
@@ -165,7 +165,7 @@ class AsyncClient:
             while waiting:
                 left = REMIND_S if timeout is None else max(0.0, started + timeout - time.monotonic())
                 try:
-                    async with asyncio.timeout(left if answered else None):  # Redis is polled once at least
+                    async with asyncio.timeout(left if answered else None):  # poll Redis at least once
                         updates = await inbox.get()
                 except TimeoutError:
                     if timeout is not None:
@@ -230,7 +230,7 @@ class AsyncClient:
                 self._give_up(list(self._polls), lambda: fault)  # noqa: B023
 
     def _deliver(self, updates: Updates) -> None:
-        """Give each inbox the part of the updates that is about its jobs."""
+        """Put the updates into the inboxes of the callers that wait for these jobs."""
         parts: dict[Inbox, Updates] = {}
         for job_id in updates.jobs():
             for inbox in self._inboxes.get(job_id, ()):
@@ -241,7 +241,7 @@ class AsyncClient:
             self._inboxes.pop(job_id, None)
 
     def _give_up(self, job_ids: list[str], error: Callable[[], BaseException]) -> None:
-        """Raise an error where the jobs are waited for. Each waiter gets a new one, because tracebacks differ."""
+        """Raise an error in every call that waits for the jobs. Each gets its own exception: tracebacks differ."""
         for inbox in {inbox: None for job_id in job_ids for inbox in self._inboxes.pop(job_id, ())}:
             inbox.put_nowait(error())
         for job_id in job_ids:
@@ -249,7 +249,7 @@ class AsyncClient:
 
 
 class AsyncJob(Handle):
-    """A job, as `Job`. `AsyncClient.submit` and `AsyncClient.job(id)` return one."""
+    """A job, like `Job` but for asyncio. `AsyncClient.submit` and `AsyncClient.job(id)` return one."""
 
     def __init__(self, job_id: str, client: AsyncClient) -> None:
         super().__init__(job_id, client.url)

@@ -1,4 +1,4 @@
-"""`Client`: submit jobs, wait for them, cancel them, ask for the status.
+"""`Client`: submit jobs, wait for them, cancel them, read the status.
 
 `client.jobs.submission` publishes and `client.jobs.reading` polls, over one connection for any number of jobs.
 `AsyncClient` offers the same for asyncio.
@@ -35,16 +35,16 @@ class Client:
 
     Args:
         redis_url: HEADRACE_REDIS_URL if not given, else the embedded server of this user's data directory, else
-            localhost. Which of the two is looked up for each new connection, so the server may start after the client.
+            localhost. Each new connection looks for the embedded server, so it may start after the client.
         model: the model of jobs that name none; the first of HEADRACE_MODEL if not given.
         settings: all settings at once, instead of the environment.
 
     Attributes:
         settings: the settings in use.
-        url: the URL of the Redis in use; `embedded://` if it is looked up for each connection.
+        url: the URL of the Redis in use; `embedded://...` if the client looks for the server at each connection.
         model_name: the model of jobs that name none.
-        submitter: checks and submits jobs; what `submit` is made of.
-        reader: polls and cancels jobs; what `Job` is made of.
+        submitter: checks and submits jobs; `submit` uses it.
+        reader: polls and cancels jobs; `Job` uses it.
 
     Raises:
         SettingsError: a setting is unknown or its value is not valid.
@@ -102,7 +102,7 @@ class Client:
         """Queue many prompts: each is a text, token ids, or a mapping with `prompt` and its own parameters.
 
         All requests are checked before the first is queued. Up to 16 jobs share one message; each has its own id, state
-        and result, and can be cancelled alone. Those with the highest priority are sent first.
+        and result, and can be cancelled separately. Those with the highest priority are sent first.
 
         Args:
             requests: the prompts.
@@ -112,16 +112,16 @@ class Client:
             InvalidRequest: a request is wrong, in a field such as `requests[3].top_p`, or there are none; nothing was
                 queued.
             QueueFull: the queue does not accept that many jobs; nothing was queued.
-            RedisUnreachable, RedisRefused: Redis does not answer, or with an error; `accepted` has the jobs that were
-                queued before, by their index in `requests`.
+            RedisUnreachable, RedisRefused: Redis does not answer, or answers with an error; `accepted` has the jobs
+                that were queued before, by their index in `requests`.
         """
         if isinstance(requests, (str, Mapping)) or not isinstance(requests, Iterable):
             raise InvalidRequest("requests", f"a {type(requests).__name__}", "a list of prompts; use submit for one")
         prepared = []
         for index, request in enumerate(requests):
-            own = request if isinstance(request, Mapping) else {"prompt": request}
+            fields = request if isinstance(request, Mapping) else {"prompt": request}
             try:
-                prepared.append(self.submitter.prepare({**params, **own}))
+                prepared.append(self.submitter.prepare({**params, **fields}))
             except InvalidRequest as error:
                 raise InvalidRequest(f"requests[{index}].{error.field}", error.value, error.expected) from None
         if not prepared:
@@ -149,7 +149,7 @@ class Client:
         Args:
             source: a path (JSON lines, gzipped or not; with `text` each line is a prompt), or an iterable of prompts,
                 token ids and mappings with `prompt`, parameters and `custom_id`.
-            output: a path. The file has JSON lines in the form of the OpenAI Batch API, each written when its request
+            output: a path. The file has JSON lines in the format of the OpenAI Batch API, each written when its request
                 is done; it is gzipped if the name ends in `.gz`.
             limit: process only this many requests.
             params: defaults for requests that do not set the parameter.
@@ -204,8 +204,8 @@ class Client:
         Returns whether the job had not ended yet: a bool, or for many a list of them.
 
         Raises:
-            UnknownJob: there is no such job. Of many, up to 512 with the unknown one were not cancelled.
-            RedisUnreachable, RedisRefused: Redis does not answer, or with an error.
+            UnknownJob: there is no such job. Of many jobs, those in the same round trip (up to 512) were not cancelled.
+            RedisUnreachable, RedisRefused: Redis does not answer, or answers with an error.
         """
         with job_in_errors(self.job):
             if isinstance(jobs, (str, Handle)):
@@ -213,7 +213,7 @@ class Client:
             return self.reader.cancel([job_id_of(job) for job in jobs])
 
     def as_completed(self, jobs: Iterable[Job], timeout: float | None = None) -> Iterator[Job]:
-        """Yield the jobs as they end, also those that fail. `job.result()` then returns at once.
+        """Yield the jobs as they end, including those that fail. `job.result()` then returns or raises at once.
 
         Raises:
             ResultTimeout: some have not ended after `timeout` seconds in all.
@@ -233,7 +233,7 @@ class Client:
         """A job as a Celery signature, for `group`, `chord` and `chain`; docs/client.md has examples.
 
         Takes and checks the same arguments as `submit`, and queues nothing. `timeout_s` starts now. The signature is
-        immutable: in a chain it does not receive the result of the task before it. Its own result is `client.Result`
+        immutable: in a chain it does not receive the result of the task before it. The task returns a `client.Result`
         as JSON.
         """
         job = self.submitter.prepare({"prompt": prompt, "id": id, **params})
@@ -254,11 +254,11 @@ class Client:
         return results_app(self.settings, self.url)
 
     def status(self) -> Status:
-        """Queues, workers and slots at this moment. Raises RedisUnreachable."""
+        """The current status: queues, workers and slots. Raises RedisUnreachable."""
         return self.reader.status()
 
     def models(self) -> set[str]:
-        """The models that jobs may name: those of this client, and those that are served or were within a day.
+        """The models that jobs may name: those of its settings, and those served now or within the last day.
 
         While there is no live worker, jobs may name any model. Raises RedisUnreachable.
         """

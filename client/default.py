@@ -1,4 +1,4 @@
-"""The functions of the package: methods of one client, which is made from the environment when it is first needed."""
+"""The functions of `headrace.client`: they call one client, which is made from the environment at the first call."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What to do about each error code, in Markdown; docs/errors.md is made from these tables.
 
-A code is fixed: programs decide by it.
+The codes are stable: programs may depend on them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ERRORS: dict[str, str] = {
     "redis_unreachable": "start Redis or correct `HEADRACE_REDIS_URL`; `.accepted` has the jobs queued before",
     "redis_refused": "check Redis' memory limit, its disk, and the rights of the user (`config/redis-users.acl`)",
     "unknown_job": "check the id and `HEADRACE_REDIS_URL`; records expire after `HEADRACE_RESULT_TTL_S`",
-    "unreadable_record": "find out what else writes to this Redis; the job may still run, and its result is kept apart",
+    "unreadable_record": "find out what else writes to this Redis; the job may still run: its result has another key",
     "no_checkpoints": 'submit with `checkpoints="all"`, and read within `HEADRACE_CHECKPOINT_TTL_S`',
     "stream_changed": "discard what was streamed and take `job.result()`",
     "result_timeout": "wait again, since the job continues; or cancel it",
@@ -28,14 +28,14 @@ ERRORS: dict[str, str] = {
 JOB_FAILURES: dict[str, str] = {
     "invalid_request": "correct the field it names; the message was not written by this version of the client",
     "context_length_exceeded": "shorten the prompt or lower `max_tokens`",
-    "empty_prompt": "give a prompt: this model has no token to begin with",
+    "empty_prompt": "submit a prompt that is not empty: this model has no start token",
     "invalid_token_id": "use only token ids of this model's vocabulary",
     "too_many_logprobs": "lower `n`, `max_tokens` or `logprobs`, or submit several jobs",
     "checkpoints_off": "raise the worker's `HEADRACE_CHECKPOINT_MAX_BYTES`",
     "checkpoints_too_large": "request fewer checkpoints, or raise `HEADRACE_CHECKPOINT_MAX_BYTES`",
     "checkpoints_not_stored": "free memory in Redis and submit again",
     "result_too_large": "request fewer samples or log probabilities",
-    "nan_logits": "check the model's weights: they give logits that are not numbers for this prompt",
+    "nan_logits": "check the model's weights: for this prompt some logits are NaN",
     "out_of_memory": "shorten the prompt, or give the worker more memory (`HEADRACE_KV_CACHE_BYTES`)",
     "internal_error": "read the worker's log, which has the traceback under the job's id",
     "max_attempts": "find out why the worker process ended each time; submit again under another id",

@@ -1,4 +1,4 @@
-"""Where this user's files are: data, the embedded Redis server, and its socket."""
+"""The directories of this user: data, the embedded Redis server, and its socket."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def socket_for(directory: Path) -> Path:
     """The unix socket of the server whose data is in `directory`.
 
     Its name is a digest of the directory's real path, so it is short however long the path is, and no two directories
-    share a socket. Where even `runtime_dir()` is too long for a socket, the socket is in `/tmp`.
+    share a socket. If even the path of `runtime_dir()` is too long, the socket is in `/tmp`.
     """
     digest = hashlib.sha256(os.fsencode(os.path.realpath(directory))).hexdigest()[:16]
     socket = runtime_dir() / f"{digest}.sock"
@@ -62,16 +62,18 @@ class ServerAddress(NamedTuple):
 
 
 def write_address(directory: Path, address: ServerAddress) -> None:
-    """Tell clients where the server of this data directory listens. Call it with the directory's lock held."""
+    """Publish the address of the server of this data directory for clients. The caller holds the directory's lock."""
     part = directory / "address.part"
     part.write_text(json.dumps(address._asdict()))
     part.replace(directory / "address")
 
 
 def read_address(directory: Path) -> ServerAddress | None:
-    """The address that the server of this data directory has, or had before it was killed. None: it has none.
+    """The last published address of the server of this data directory; None if there is none.
 
-    A directory of another user has no address: its server would read the prompts that are sent there.
+    A killed server leaves its address behind.
+
+    An address in a directory of another user is ignored: that user's server would receive our prompts.
     """
     try:
         with (directory / "address").open() as file:
@@ -83,5 +85,5 @@ def read_address(directory: Path) -> ServerAddress | None:
 
 
 def remove_address(directory: Path) -> None:
-    """Call it when the server has ended, with the directory's lock held."""
+    """Withdraw the address when the server has ended. The caller holds the directory's lock."""
     (directory / "address").unlink(missing_ok=True)

@@ -20,7 +20,7 @@ _PASSWORD = re.compile(r"((?:rediss?|redis\+socket|unix|sentinel)://[^\s:/?#@]*:
 _PASSWORD_IN_QUERY = re.compile(r"((?:rediss?|redis\+socket|unix|sentinel)://\S*?[?&]password=)[^\s&]+")
 
 #: Loggers of libraries, and whether `log_level=debug` enables them. The last two would log arguments and results of
-#: tasks, which contain prompts and generated texts.
+#: tasks, which contain prompts and generated text.
 _LIBRARY_LOGGERS = {"celery": True, "kombu": True, "celery.app.trace": False, "celery.pool": False}
 
 

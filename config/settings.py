@@ -133,8 +133,8 @@ class Settings(BaseSettings):
     metrics_host: str = Field(
         "127.0.0.1", description="an address or a name of this machine, or 0.0.0.0 or :: for all", min_length=1
     )
-    #: Export OpenTelemetry spans as the OTEL_* variables say. In a program that has set up OpenTelemetry itself, spans
-    #: are exported regardless of this setting.
+    #: Export OpenTelemetry spans, configured by the OTEL_* variables. In a program that has set up OpenTelemetry
+    #: itself, spans are exported regardless of this setting.
     otel: bool = Field(False, description="1 or 0")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="'debug', 'info', 'warning' or 'error'"

@@ -39,8 +39,8 @@ HELP: dict[str, dict[str, SettingHelp]] = {
             default="the embedded server if it runs, else `redis://localhost:6379/0`",
         ),
         "signing_key": SettingHelp(
-            "If set, workers compute only jobs that are signed with it. Of several keys, workers accept all and "
-            "clients sign with the first.",
+            "If set, workers compute only jobs that are signed with it. With several keys, workers accept "
+            "all of them and clients sign with the first.",
             default="none: jobs are not signed",
         ),
         "device": SettingHelp(
@@ -64,8 +64,8 @@ HELP: dict[str, dict[str, SettingHelp]] = {
             vllm="max_model_len",
         ),
         "kv_cache_bytes": SettingHelp(
-            "Memory for the KV cache, divided equally among the models of the worker. A sample takes what its own "
-            "length needs, and waits while there is no room.",
+            "Memory for the KV cache, divided equally among the models of the worker. A sample takes what its "
+            "length needs, and waits until there is room.",
             default="all slots at full length, but at most a quarter of the memory that is free when a model is loaded",
             vllm="kv_cache_memory_bytes",
         ),
@@ -144,14 +144,14 @@ HELP: dict[str, dict[str, SettingHelp]] = {
             "The port where the worker answers `/livez`, `/readyz` and `/metrics`.",
         ),
         "metrics_host": SettingHelp(
-            "The address on which it answers them.",
+            "The address on which the worker listens on this port.",
         ),
         "otel": SettingHelp(
-            "1: workers and commands set OpenTelemetry up by the `OTEL_*` variables and send spans; see "
-            "[Traces](deployment.md#traces). Where the program has set it up itself, spans are sent in any case.",
+            "1: workers and commands configure OpenTelemetry from the `OTEL_*` variables and send spans; see "
+            "[Traces](deployment.md#traces). If a program has set up OpenTelemetry itself, spans are sent in any case.",
         ),
         "log_level": SettingHelp(
-            "No level logs prompts or texts.",
+            "Prompts and generated text are not logged at any level.",
         ),
         "log_format": SettingHelp(
             "`auto` is `console` on a terminal, else `json`.",

@@ -68,12 +68,12 @@ def setup_tracing(settings: Settings, service: str) -> Callable[[], None]:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         raise SettingsError(MISSING) from error
-    own = {
+    identity = {
         "service.name": service,
         "service.version": __version__,
         "service.instance.id": f"{socket.gethostname()}-{os.getpid()}",
     }
-    resource = Resource.create(own | dict(OTELResourceDetector().detect().attributes))
+    resource = Resource.create(identity | dict(OTELResourceDetector().detect().attributes))
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)

@@ -11,10 +11,10 @@ import sys
 from headrace import client
 
 
-async def serve(own: client.AsyncClient, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def serve(service: client.AsyncClient, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     prompt = (await reader.readline()).decode(errors="replace").strip()
     try:
-        job = await own.submit(prompt, max_tokens=200, temperature=0, priority="interactive", stream=True)
+        job = await service.submit(prompt, max_tokens=200, temperature=0, priority="interactive", stream=True)
         try:
             async for event in job.stream(timeout=60):
                 writer.write(event.text.encode())
@@ -28,8 +28,8 @@ async def serve(own: client.AsyncClient, reader: asyncio.StreamReader, writer: a
 
 
 async def main(port: int) -> None:
-    async with client.AsyncClient() as own:
-        server = await asyncio.start_server(lambda reader, writer: serve(own, reader, writer), "127.0.0.1", port)
+    async with client.AsyncClient() as service:
+        server = await asyncio.start_server(lambda reader, writer: serve(service, reader, writer), "127.0.0.1", port)
         print("listening on port", server.sockets[0].getsockname()[1], flush=True)
         async with server:
             await server.serve_forever()

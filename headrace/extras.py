@@ -1,4 +1,4 @@
-"""How to install an optional part of the project. Every error that misses one takes its advice from here."""
+"""How to install an optional part of the project. Errors about a missing part use this advice."""
 
 from __future__ import annotations
 
@@ -26,4 +26,4 @@ def why_no_worker() -> str:
     missing = [name for name in WORKER_PACKAGES if find_spec(name) is None]
     if not missing:
         return ""
-    return f"computing needs {missing[0]}, which the extra [worker] brings: {how_to_install('worker')}"
+    return f"computing needs {missing[0]}, which the extra [worker] installs: {how_to_install('worker')}"

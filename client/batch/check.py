@@ -1,6 +1,6 @@
 """Check the whole input of a batch before the first request is submitted.
 
-Memory does not grow with the input: what must be known of all requests is in a temporary database.
+Memory does not grow with the input: a temporary database holds the ids and digests of all requests.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _as_blob(custom_id: str) -> bytes:
 
 
 class Faults:
-    """The first MAX_FAULTS faults by line, and the number of all."""
+    """The first MAX_FAULTS faults in the order of their lines, and the total number of faults."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, Fault]] = []
@@ -154,7 +154,7 @@ def check(
     for line, first in checked.index.duplicates():
         faults.add(line, "custom_id", f"custom_id: the same as in line {first}; expected one that no other line has")
     if not checked.rows and not faults.count:
-        faults.add(0, "input", "the input holds no rows")
+        faults.add(0, "input", "the input has no requests; expected at least one line that is not blank")
     faults.raise_if_any()
     return checked
 

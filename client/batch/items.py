@@ -1,4 +1,4 @@
-"""One request of a batch, and helpers for the values that users' tables hold."""
+"""One request of a batch, and conversions of values from pyarrow, numpy and pandas."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BatchItem:
     digest: str
 
     def job_id(self, run: str) -> str:
-        """The id of the job, the same in every process that works on the run: so a submitted job is found again."""
+        """The id of the job. It is the same in every process of the run, so a resumed run finds its submitted jobs."""
         return f"{run}.{digest_of(self.fields | {'custom_id': self.custom_id})}"
 
 
@@ -37,7 +37,9 @@ def digest_of(content: dict[str, Any]) -> str:
     try:
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=json_default)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequest("line", f"what JSON cannot hold ({error})", "texts, numbers, and lists of them") from None
+        raise InvalidRequest(
+            "line", f"a value that JSON cannot represent ({error})", "texts, numbers, and lists of them"
+        ) from None
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -50,7 +52,7 @@ def to_python(item: Any) -> Any:
 
 
 def json_default(value: Any) -> Any:
-    """For `json.dumps`: convert arrays and scalars of tables. Raises TypeError for other values."""
+    """The `default` of `json.dumps`: converts values of pyarrow, numpy and pandas. Raises TypeError for others."""
     converted = to_python(value)
     if converted is value:
         raise TypeError(f"a {type(value).__name__}")

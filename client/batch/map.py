@@ -47,9 +47,9 @@ def _prepared(
     run = secrets.token_hex(6)
     for index, item in enumerate(prompts):
         item = to_python(item)
-        own = item if isinstance(item, Mapping) else {"prompt": item}
+        fields = item if isinstance(item, Mapping) else {"prompt": item}
         try:
-            job = client.submitter.prepare({**params, **own, "id": f"{run}.{index}"})
+            job = client.submitter.prepare({**params, **fields, "id": f"{run}.{index}"})
             with contextlib.suppress(RedisUnreachable, RedisRefused):  # the window waits for Redis
                 client.submitter.check_models([job])
             yield index, job

@@ -1,4 +1,4 @@
-"""The forms of the OpenAI API: bodies of completions, and the lines of batch output files."""
+"""Formats of the OpenAI API: bodies of completions, and the lines of batch output files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ ENDPOINT = "/v1/completions"
 #: The `id` of an output line is this prefix and the digest of the request.
 ROW_ID = "batch_req_"
 
-#: Fields of the OpenAI API without an effect here -> whether a value (with the whole body) asks for nothing else.
+#: Fields of the OpenAI API that headrace ignores -> whether it may ignore a value, given the whole body. With any other
+#: value the request is refused.
 _IGNORED_FIELDS: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
     "user": lambda value, _: isinstance(value, str),
     "stream": lambda value, _: value is False,
@@ -35,7 +36,7 @@ def completion_fields(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def completion(result: Result) -> dict[str, Any]:
-    """A result in the form of the completions API, with the seed, and with `stop_reason` as in vLLM."""
+    """A result in the format of the completions API, with the seed, and with `stop_reason` as in vLLM."""
     return {
         "id": f"cmpl-{result.id}",
         "object": "text_completion",
@@ -55,7 +56,7 @@ def _choice(choice: Choice) -> dict[str, Any]:
 
 
 def logprobs_fields(scores: list[TokenLogprob], at: int = 0) -> dict[str, Any]:
-    """Log probabilities in the form of the completions API, of tokens from character `at` of the text."""
+    """Log probabilities in the format of the completions API. The first token is at character `at` of the text."""
     offsets = []
     for score in scores:
         offsets.append(at)
@@ -92,7 +93,7 @@ def output_line(row: BatchItem, job_id: str, outcome: Outcome | Exception) -> by
 
 
 def read_output_line(line: bytes) -> Written | None:
-    """What an output line says; None if it is incomplete or no output line."""
+    """Parse an output line. Returns None if it is incomplete or is not an output line."""
     if not line.endswith(b"\n"):
         return None  # at least its last byte is missing
     try:
@@ -109,5 +110,5 @@ def read_output_line(line: bytes) -> Written | None:
 
 
 def failure_code(error: Exception) -> str:
-    """The code by which failures are counted."""
+    """The error code under which a failure is counted."""
     return getattr(error, "code", None) or "invalid_request"

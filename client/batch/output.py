@@ -1,7 +1,7 @@
-"""The output of a batch: lines in the form of the OpenAI Batch API, each written when its request is done.
+"""The output of a batch: lines in the format of the OpenAI Batch API, each written when its request is done.
 
-An output that a crashed process left is repaired from the files alone: an incomplete last line is removed, and all
-complete lines are kept.
+After a crash the output files contain everything that is needed to repair them: an incomplete last line is removed, and
+all complete lines are kept.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class RowFile:
     def repair(self, *, without_failures: bool) -> None:
         """Remove the incomplete end that `scan` found, and the failures if they are to be computed again.
 
-        A file that must be written anew is replaced in one step, so that a crash leaves either the old or the new one.
+        A file that must be rewritten is replaced atomically: a crash leaves either the old file or the new one.
         """
         if not self.path.exists() or not (self._torn or without_failures):
             return
@@ -194,12 +194,14 @@ class Output:
                 raise OutputRefused(f"{file.path} is the input; write to another file")
             exists = file.path.exists() and file.path.stat().st_size > 0
             if (exists or (self._run_file and self._run_file.existed)) and not (resume or overwrite):
-                raise OutputRefused(f"{file.path} exists; resume it (--resume), or compute all again (--overwrite)")
+                raise OutputRefused(
+                    f"{file.path} exists; resume it (--resume), or compute everything again (--overwrite)"
+                )
 
     def scan(self, *, retry_errors: bool) -> Iterator[Written]:
-        """The requests that are in the files and remain there: all, or with `retry_errors` those that succeeded.
+        """Yield the requests whose lines will be kept: all, or with `retry_errors` those that succeeded.
 
-        Read to the end before calling `open`.
+        Exhaust the iterator before calling `open`.
 
         Raises:
             OutputRefused: a file is not an output of a batch.
@@ -217,7 +219,7 @@ class Output:
         """Repair the files after `scan`, or empty them, and open them for writing. Raises OutputRefused."""
         self._begun = True
         if self._run_file is not None and (overwrite or self._retrying):
-            self._run_file.renew()  # under the old ids the failed jobs would be found, and fail again
+            self._run_file.renew()  # under its old id a failed job would not be computed again
             self.run = self._run_file.run
         for file in self._files:
             if overwrite:
@@ -239,12 +241,12 @@ class Output:
             self._failures.write(failures)
 
     def finish(self) -> None:
-        """Note that all requests are done, so that there is nothing to resume."""
+        """Mark the output as complete: all requests are done, and nothing is left to resume."""
         if self._run_file is not None:
             self._run_file.remove()
 
     def close(self) -> None:
-        """Close the files. A new run that was never opened leaves nothing behind."""
+        """Close the files. If the files of a new run were never opened, no run file remains."""
         for file in self._files:
             file.close()
         if self._run_file is not None:

@@ -1,7 +1,7 @@
 """Read one line of the input, or one item of an iterable, as a request.
 
-A line is a request in the form of the OpenAI Batch API, or an object with `prompt` and parameters, or, for a text file,
-a prompt.
+A line is a request in the format of the OpenAI Batch API, an object with `prompt` and parameters, or, in a text file, a
+prompt.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ class ItemReader:
             item = self._decode(item, first=line == 1)
             if item is None:
                 return None
-        custom_id, own = _split_custom_id(to_python(item))
-        fields = {name: value for name, value in {**self._params, **own}.items() if value is not None}
+        custom_id, given = _split_custom_id(to_python(item))
+        fields = {name: value for name, value in {**self._params, **given}.items() if value is not None}
         if "stream" in fields:
-            raise InvalidRequest("stream", repr(fields["stream"])[:80], "no such parameter; a file takes whole results")
+            raise InvalidRequest(
+                "stream", repr(fields["stream"])[:80], "no such parameter; a batch writes complete results"
+            )
         model = self._model_of(fields)
         content = {name: value for name, value in fields.items() if name not in ("priority", "timeout_s")}
         name = f"row-{line}" if custom_id is None else custom_id
@@ -71,7 +73,9 @@ class ItemReader:
         try:
             return json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InvalidRequest("line", f"no JSON ({error})", "a JSON object; plain text lines need --text") from None
+            raise InvalidRequest(
+                "line", f"invalid JSON ({error})", "a JSON object; plain text lines need --text"
+            ) from None
 
     def _model_of(self, fields: dict[str, Any]) -> str:
         named = fields.get("model")
@@ -84,7 +88,7 @@ class ItemReader:
 
 
 def _split_custom_id(item: Any) -> tuple[str | None, dict[str, Any]]:
-    """The custom id, if there is one, and the parameters of a request in any form."""
+    """The custom id (None if there is none) and the parameters of a request in any of the formats."""
     if isinstance(item, (str, list, tuple)):
         return None, {"prompt": list(item) if isinstance(item, tuple) else item}
     if not isinstance(item, Mapping):

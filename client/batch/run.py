@@ -15,21 +15,21 @@ from headrace.client.batch.openai import failure_code
 from headrace.client.batch.output import Output
 from headrace.client.batch.rows import ItemReader
 from headrace.client.batch.sources import Source, open_source
-from headrace.client.batch.window import MAX_INFLIGHT, JobService, Tell, Window, warn
+from headrace.client.batch.window import MAX_INFLIGHT, JobService, Notify, Window, warn
 from headrace.client.jobs.submission import PreparedJob
 from headrace.client.wire.errors import Fault, InvalidBatch
 from headrace.client.wire.results import Outcome, Result
 
 
 class DropBatch(Exception):
-    """To be raised by `on_progress` to end a batch. Its unfinished jobs are cancelled."""
+    """Raise this in `on_progress` to end a batch. Its unfinished jobs are cancelled."""
 
 
 @dataclass
 class BatchReport:
     """The progress of a batch, and in the end its result: numbers of requests.
 
-    `before` counts those that the output already had, and `failed_before` the failures among them.
+    `before` counts the requests that the output already had, and `failed_before` the failures among them.
     """
 
     rows: int = 0
@@ -83,14 +83,14 @@ class Batch:
     """A checked input. `run` computes the requests that the output does not have yet.
 
     Args:
-        client: a `Client`; jobs are submitted to it. The attribute may be set to another one before `run`.
+        client: a `Client`; jobs are submitted to it. The attribute may be replaced before `run`.
         source: a path (gzipped or not), a binary file, or an iterable of prompts and mappings. An input that can be
             read only once is copied to a temporary file.
         params: defaults for requests that do not set the parameter.
         text: each line of a file is a prompt.
         limit: process only this many requests.
         models: the models that requests may name; any if not given.
-        on_line: called with the number of checked lines, every thousand.
+        on_line: called with the number of lines read, every 1000 lines.
 
     Raises:
         InvalidBatch: requests are wrong; it lists the first ones.
@@ -129,7 +129,7 @@ class Batch:
         overwrite: bool = False,
         max_inflight: int = MAX_INFLIGHT,
         ordered: bool = False,
-        tell: Tell = warn,
+        tell: Notify = warn,
         on_progress: Callable[[BatchReport], None] = lambda _: None,
     ) -> BatchReport:
         """Compute the requests and write each when it is done.
@@ -159,7 +159,7 @@ class Batch:
             missing = (row for row in self.rows() if not _is_set(done, row.line))
             jobs = ((row, self._prepared(row, sink.run)) for row in missing)
             window: Window[BatchItem] = Window(
-                self.client, size=max_inflight, ordered=ordered, tell=tell, tick=lambda: on_progress(report)
+                self.client, size=max_inflight, ordered=ordered, notify=tell, tick=lambda: on_progress(report)
             )
             on_progress(report)
             try:
@@ -181,8 +181,9 @@ class Batch:
         written = ((each.custom_id, each.digest) for each in sink.scan(retry_errors=retry_errors))
         for line, agrees in self.checked.index.matches(written):
             if not agrees:
-                message = "the output has this custom_id with another request, model or parameters; compute all again "
-                raise InvalidBatch([Fault(line, "custom_id", f"{message}(--overwrite) or write to another file")])
+                message = "the output has this custom_id with another request, model or parameters; "
+                advice = "compute everything again (--overwrite) or write to another file"
+                raise InvalidBatch([Fault(line, "custom_id", message + advice)])
             done[line // 8] |= 1 << line % 8
         return done
 

@@ -26,7 +26,7 @@ class Source(Protocol):
     """Numbered lines or items that can be read more than once."""
 
     def items(self) -> Iterator[tuple[int, Any]]:
-        """Read from the start: numbers from 1, each with the bytes of the line or with the item of the iterable."""
+        """Read from the start. Yields pairs: a number from 1, and a line as bytes or an item of the iterable."""
         ...
 
 
@@ -60,7 +60,7 @@ def open_source(source: str | Path | IO[bytes] | Iterable[Any]) -> Source:
 
     Raises:
         InvalidBatch: the file does not exist or cannot be read.
-        InvalidRequest: it is no input.
+        InvalidRequest: it is not a path, a file or an iterable.
     """
     if isinstance(source, (str, Path)):
         path = Path(source)
@@ -88,7 +88,7 @@ def _json_line(item: Any) -> bytes:
         return json.dumps(item, default=json_default).encode() + b"\n"
     except (TypeError, ValueError) as error:
         raise InvalidRequest(
-            "prompts", f"an item of type {type(item).__name__}", f"what JSON can hold ({error})"
+            "prompts", f"an item of type {type(item).__name__}", f"a value that JSON can represent ({error})"
         ) from None
 
 
@@ -154,7 +154,7 @@ class _Unzipped(gzip.GzipFile):
 
 
 def numbered_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """The lines and their numbers from 1. Of a line that is too long only the beginning is returned.
+    """The lines and their numbers from 1. A line that is too long is cut off after `MAX_LINE_BYTES` + 1.
 
     Raises:
         InvalidBatch: the file cannot be read to its end, for example because it is an incomplete gzip file.

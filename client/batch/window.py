@@ -31,7 +31,7 @@ from headrace.client.wire.results import Outcome
 
 log = logging.getLogger("headrace.client")
 
-#: Enough that a few workers with 64 slots each always have work. vLLM's run-batch has the same default.
+#: Enough to keep a few workers with 64 slots each busy. vLLM's run-batch has the same default.
 MAX_INFLIGHT = 1024
 #: Jobs that are submitted at once.
 CHUNK = 256
@@ -39,12 +39,12 @@ CHUNK = 256
 RETRY_S = 0.5
 #: Unfinished jobs are submitted again this often. It has no effect unless Redis has lost them.
 RESUBMIT_S = 30.0
-#: Parts of Redis errors that do not go away by waiting.
+#: Parts of the messages of Redis errors that are permanent: waiting does not help.
 _PERMANENT = ("noperm", "noauth", "wrongpass", "permission")
 
 K = TypeVar("K")
 Tick = Callable[[], None]
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 class JobService(Protocol):
@@ -56,7 +56,7 @@ class JobService(Protocol):
 
 
 def warn(message: str) -> None:
-    """The default of `tell`: log a warning."""
+    """Log a warning; the default way to notify the user."""
     log.warning("%s", message)
 
 
@@ -68,7 +68,7 @@ class Window(Generic[K]):
     Args:
         size: the maximum number of jobs that were read from the input and whose outcome was not returned yet.
         ordered: return outcomes in the order of the input. An unfinished job then delays all that follow it.
-        tell: called with a line of text for the user.
+        notify: called with a line of text for the user.
         tick: called at least every RETRY_S.
 
     Raises:
@@ -81,13 +81,13 @@ class Window(Generic[K]):
         *,
         size: int = MAX_INFLIGHT,
         ordered: bool = False,
-        tell: Tell = warn,
+        notify: Notify = warn,
         tick: Tick = lambda: None,
     ) -> None:
         if type(size) is not int or size < 1:
             raise InvalidRequest("max_inflight", repr(size)[:80], "a whole number of at least 1")
         self._submitter, self._reader = client.submitter, client.reader
-        self._size, self._ordered, self._tell, self._tick = size, ordered, tell, tick
+        self._size, self._ordered, self._notify, self._tick = size, ordered, notify, tick
         self._waiting: dict[str, tuple[int, K, PreparedJob]] = {}  # submitted jobs
         self._polls = PollState()
         self._unsent: deque[tuple[int, K, PreparedJob]] = deque()
@@ -110,7 +110,7 @@ class Window(Generic[K]):
                 returned as its outcome.
 
         Raises:
-            RedisUnreachable, RedisRefused: for a reason that does not go away by waiting.
+            RedisUnreachable, RedisRefused: the reason is permanent, for example a wrong password.
         """
         source = iter(items)
         more = True
@@ -168,7 +168,7 @@ class Window(Generic[K]):
             self._submitter.submit(jobs)
         except QueueFull as error:
             self._chunk = max(1, self._chunk // 2)  # a smaller part may fit
-            self._notice(str(error))
+            self._notify_rate_limited(str(error))
             return False
         except (RedisUnreachable, RedisRefused) as error:
             self._redis_failed(error)
@@ -183,7 +183,7 @@ class Window(Generic[K]):
             updates = self._reader.poll_once(self._polls)
         except (RedisUnreachable, RedisRefused) as error:
             for job_id in self._polls.failed():
-                self._polls.add(job_id)  # a batch gives no job up
+                self._polls.add(job_id)  # a batch never gives up a job
             self._redis_failed(error)
             return
         self._redis_answered()
@@ -213,14 +213,14 @@ class Window(Generic[K]):
             raise error
         if self._failing_since is None:
             self._failing_since = time.monotonic()
-            self._tell(f"{error}; waiting for it")
+            self._notify(f"{error}; waiting for it")
             self._reminded_at = time.monotonic()
         else:
-            self._notice(f"{error}; waiting for it since {time.monotonic() - self._failing_since:.0f} s")
+            self._notify_rate_limited(f"{error}; waiting for it since {time.monotonic() - self._failing_since:.0f} s")
 
     def _redis_answered(self) -> None:
         if self._failing_since is not None:
-            self._tell(f"Redis answers again, after {time.monotonic() - self._failing_since:.0f} s")
+            self._notify(f"Redis answers again, after {time.monotonic() - self._failing_since:.0f} s")
             self._failing_since = None
             self._resubmitted_at = 0.0  # resubmit now: Redis may have lost data that was not on disk yet
 
@@ -236,7 +236,7 @@ class Window(Generic[K]):
                 return
 
     def _remind(self) -> None:
-        """Tell the user if no job ends because no worker serves the queue."""
+        """Notify the user if no job ends because no worker serves the queue."""
         now = time.monotonic()
         if (
             not self._waiting
@@ -249,13 +249,13 @@ class Window(Generic[K]):
             status = self._reader.status()
             for model in sorted({job.model for *_, job in self._waiting.values()}):
                 if not status.serves(model):
-                    self._tell(
+                    self._notify(
                         f"{len(self._waiting)} jobs wait and no worker serves queue {keys.queue(model)}; "
                         "start one with `celery -A worker worker`"
                     )
 
-    def _notice(self, message: str) -> None:
-        """Tell the user, at most every REMIND_S."""
+    def _notify_rate_limited(self, message: str) -> None:
+        """Notify the user, but not again within REMIND_S."""
         if time.monotonic() - self._reminded_at >= REMIND_S:
             self._reminded_at = time.monotonic()
-            self._tell(message)
+            self._notify(message)

@@ -40,7 +40,7 @@ OWNER_KEY = "headrace.owner"
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Who may use the server, and how much.
+    """Access rules of the server, and limits on its use.
 
     Attributes:
         keys: each request must send one of them; empty if no key is needed.

@@ -1,4 +1,4 @@
-"""What all routes share: the objects they work with, reading JSON bodies, and pagination."""
+"""Helpers of all routes: access to the objects of the application, JSON bodies, pagination."""
 
 from __future__ import annotations
 

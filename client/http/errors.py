@@ -49,7 +49,7 @@ class ApiError(Exception):
 
     Attributes:
         status: HTTP status code.
-        code: a short fixed word, one of headrace's or of OpenAI's.
+        code: a stable identifier, one of headrace's or of OpenAI's.
         message: one sentence for the user of the API.
         param: the field at fault.
         retry_after_s: seconds until a retry may succeed; None if a retry would fail again.
@@ -110,7 +110,7 @@ def translate(error: Exception) -> ApiError:
     if isinstance(error, NoWorker):
         return ApiError(503, error.code, "no worker serves the model; try again later", retry_after_s=RETRY_AFTER_S)
     if isinstance(error, (ResultTimeout, JobExpired)):
-        return ApiError(504, error.code, "the job timed out; ask for fewer tokens, or raise timeout_s")
+        return ApiError(504, error.code, "the job timed out; request fewer tokens, or raise timeout_s")
     if isinstance(error, JobCancelled):
         return ApiError(CLIENT_CLOSED_REQUEST, error.code, "the job was cancelled")
     if isinstance(error, JobError):

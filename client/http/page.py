@@ -17,7 +17,7 @@ from starlette.responses import Response
 from headrace.client.http.errors import ApiError
 from headrace.client.http.jobs import JobRunner
 
-#: Seconds between samples of the throughput; workers report their numbers as often.
+#: Seconds between samples of the throughput; workers report their numbers at the same interval.
 SAMPLE_INTERVAL_S = 2.0
 #: Seconds of throughput that the chart shows.
 CHART_SPAN_S = 600.0

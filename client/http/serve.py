@@ -44,7 +44,7 @@ def serve(
     """Serve until SIGTERM or SIGINT; running requests then have HEADRACE_SOFT_SHUTDOWN_S to finish.
 
     Args:
-        announce: called once with the line that says where the server listens.
+        announce: called once with a line that names the address of the server.
         api_keys: keys in addition to those of the settings.
         insecure: allow an address that other machines can reach although no key is configured.
         cors: origins whose pages may send requests from a browser.
@@ -71,7 +71,7 @@ def serve(
     with contextlib.closing(listener):
         store = FileStore(directory, max_files_bytes)
         setup_logging(settings)
-        # It logs a warning for every invalid byte of an upload; the client gets an error response anyway.
+        # python_multipart logs a warning for every invalid byte of an upload; the client gets an error response anyway.
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
         app = make_app(settings, limits, store, directory, timeout_s=timeout)
         server = uvicorn.Server(_config(app, settings))
@@ -127,7 +127,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.listen(MAX_CONNECTIONS)
     except OSError as error:
         listener.close()
-        expected = f"an address that is free here ({error.strerror})"
+        expected = f"an address of this machine that is free ({error.strerror})"
         raise InvalidRequest("host", f"{host}, port {port}", expected) from None
     return listener
 

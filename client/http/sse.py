@@ -1,7 +1,7 @@
 """Server-sent events, and cancelling work when the client disconnects.
 
 This is not sse-starlette, because it breaks three promises of `headrace serve`: it sends status 200 before the first
-event exists, so that an error cannot have a status of its own; it replaces `uvicorn.Server.handle_exit` when it is
+event exists, so that a first error cannot set the status; it replaces `uvicorn.Server.handle_exit` when it is
 imported and ends every stream at SIGTERM, where requests have HEADRACE_SOFT_SHUTDOWN_S to finish; and its task group
 cancels each `await` in the generator's own cleanup.
 """
@@ -20,7 +20,7 @@ from headrace.client.http.errors import CLIENT_CLOSED_REQUEST, ApiError, transla
 T = TypeVar("T")
 
 #: After this many seconds without an event the stream sends a comment, so that proxies keep the connection open. The
-#: first comment also sends the headers; until then an error can be a response with its own status.
+#: first comment also sends the headers; until then an error can still become an error response.
 KEEPALIVE_S = 10.0
 KEEPALIVE = b": keep-alive\n\n"
 
@@ -67,7 +67,7 @@ class EventStream:
     A slow reader slows the generator down: the next event is requested after the last one was sent.
 
     Args:
-        events: encoded events. An error before anything was sent is raised, so that it gets a status of its own.
+        events: encoded events. An error before the first event is raised, so that it becomes an error response.
         encode_error: encodes a later error as the last event.
         start_immediately: send the headers before the first event exists.
         headers: additional response headers.

@@ -22,7 +22,7 @@ class Handle:
     Attributes:
         id: the job id.
         url: the Redis where the job is.
-        outcome: how the job ended, once this handle knows it; else None.
+        outcome: the result or the error of the job; None until this handle has read it.
     """
 
     def __init__(self, job_id: str, url: str) -> None:
@@ -97,8 +97,8 @@ class Job(Handle):
     def stream(self, timeout: float | None = None) -> Iterator[Event]:
         """Yield the text while it is generated, always from its beginning. The last event has the result.
 
-        Submit the job with `stream=True`. The text of any other job comes in one event for each sample when the job has
-        ended. Each token comes once and in order, also when connections are lost and workers or Redis restart.
+        Submit the job with `stream=True`. The text of any other job arrives when the job has ended, in one event for
+        each sample. Each token arrives once and in order, even if connections are lost and workers or Redis restart.
 
         Raises:
             StreamChanged: the job was computed again, on a machine that rounds differently.
@@ -144,10 +144,10 @@ class Job(Handle):
 
 @contextlib.contextmanager
 def job_in_errors(make_job: Callable[[str], Handle]) -> Iterator[None]:
-    """Set `job` of errors that are about one job, and the jobs in `accepted` of errors of Redis.
+    """In errors that are raised in the block, replace job ids with handles: in `job`, and in `accepted` of RedisFailed.
 
     Args:
-        make_job: makes a handle of a job id.
+        make_job: makes a handle from a job id.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""Waiting for jobs: which commands to send to Redis next, and what the replies mean. Does no input or output itself.
+"""Waiting for jobs: which commands to send to Redis next, and what the replies mean. Performs no I/O itself.
 
 `JobReader` and `AsyncClient` send the commands of `PollState.request` in one round trip, pass the replies to `answer`,
-and sleep for `rest_s`. One connection is enough for any number of jobs; no job needs a channel of its own.
+and sleep for `rest_s`. One connection is enough for any number of jobs; jobs need no separate channels.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 from headrace.client.wire import keys
 from headrace.client.wire.results import Outcome, parse_outcome
 
-#: The pause between polls grows from the first to the last value: a short job ends without delay, and a long one costs
-#: one request a second.
+#: The pause between polls grows from the first to the last value: the end of a short job is noticed at once, and
+#: a long job costs one request a second.
 FIRST_POLL_S, LAST_POLL_S, POLL_GROWTH = 0.01, 1.0, 1.5
 #: A client spends at most this share of its time on polling, as long as its pauses need not be longer than this.
 POLL_SHARE, LONGEST_REST_S = 0.05, 0.1
 #: Number of results in one MGET.
 MGET_KEYS = 250
-#: How many seconds a wait survives without an answer from Redis; a restart takes less.
+#: How many seconds a wait continues without an answer from Redis. A restart of Redis takes less.
 PATIENCE_S = 60.0
 #: How often in seconds a warning is repeated: that no worker serves a queue, or that Redis does not answer.
 REMIND_S = 30.0
@@ -32,7 +32,7 @@ Command = tuple[str | int, ...]
 
 @dataclass
 class Updates:
-    """What the replies to one request say, by job id."""
+    """The contents of the replies to one request, by job id."""
 
     #: New entries of the event streams, in order.
     events: dict[str, list[str]] = field(default_factory=dict)
@@ -74,11 +74,11 @@ class PollState:
         self._jobs: dict[str, _Waiting] = {}
         self._due: dict[str, None] = {}  # jobs that the next request must include
         # The jobs of the last request. Until its replies come, jobs may be added and dropped.
-        self._asked: list[str] = []
+        self._requested: list[str] = []
         self._new: list[str] = []
         self._streams: dict[str, str] = {}
-        self._asked_at = 0.0
-        self._turn, self._parts = 0, 1
+        self._requested_at = 0.0
+        self._round, self._parts = 0, 1
         self._pause_s = FIRST_POLL_S
         self._answered_at = time.monotonic()
         #: Seconds to sleep before the next request.
@@ -105,18 +105,18 @@ class PollState:
 
     def request(self, block_s: float) -> list[Command]:
         """The commands to send, in this order. Redis may delay the replies by `block_s` seconds to wait for events."""
-        self._asked, self._asked_at = self._choose(), time.monotonic()
-        self._new = [job_id for job_id in self._asked if not self._jobs[job_id].known]
+        self._requested, self._requested_at = self._choose(), time.monotonic()
+        self._new = [job_id for job_id in self._requested if not self._jobs[job_id].known]
         self._streams = {job_id: w.last_event for job_id, w in self._jobs.items() if w.last_event is not None}
         wait_ms = 0 if self._due else int(1000 * min(self._pause_s, block_s))
         self._due = {}
         commands: list[Command] = []
         if self._streams:
-            blocking = ("BLOCK", wait_ms) if wait_ms > 0 else ()  # BLOCK 0 would wait for ever
+            blocking = ("BLOCK", wait_ms) if wait_ms > 0 else ()  # BLOCK 0 would wait without limit
             names = map(keys.events, self._streams)
             commands.append(("XREAD", *blocking, "STREAMS", *names, *self._streams.values()))
-        for start in range(0, len(self._asked), MGET_KEYS):
-            commands.append(("MGET", *map(keys.result, self._asked[start : start + MGET_KEYS])))
+        for start in range(0, len(self._requested), MGET_KEYS):
+            commands.append(("MGET", *map(keys.result, self._requested[start : start + MGET_KEYS])))
         # Checks the result again, because it may have been stored after the MGET.
         commands += [("EXISTS", keys.job(job_id), keys.result(job_id)) for job_id in self._new]
         return commands
@@ -129,10 +129,10 @@ class PollState:
         self._parts = 1
         if self._streams:
             self._take_events(replies.pop(0), updates)
-        for start in range(0, len(self._asked), MGET_KEYS):
-            self._take_results(self._asked[start : start + MGET_KEYS], replies.pop(0), updates)
+        for start in range(0, len(self._requested), MGET_KEYS):
+            self._take_results(self._requested[start : start + MGET_KEYS], replies.pop(0), updates)
         updates.unknown = [job_id for job_id, exists in zip(self._new, replies, strict=True) if not exists]
-        for job_id in self._asked:
+        for job_id in self._requested:
             if job_id in self._jobs:
                 self._jobs[job_id].known = True
         for job_id in (*updates.outcomes, *updates.unknown):
@@ -147,7 +147,7 @@ class PollState:
         """
         patient = time.monotonic() - self._answered_at < PATIENCE_S
         given_up = [job_id for job_id, waiting in self._jobs.items() if not (patient and waiting.known)]
-        self._due.update(dict.fromkeys(self._asked))
+        self._due.update(dict.fromkeys(self._requested))
         for job_id in given_up:
             self.drop(job_id)
         self._pace(Updates())
@@ -160,12 +160,12 @@ class PollState:
         Jobs end roughly in the order in which they were submitted. So each request has the oldest ones, more of them
         while many end, and another part of the rest each time.
         """
-        self._turn += 1
+        self._round += 1
         front = self._parts * MGET_KEYS
         chosen = dict(self._due)
         chosen.update(dict.fromkeys(islice(self._jobs, front)))
         if (parts := -(-(len(self._jobs) - front) // MGET_KEYS)) > 0:
-            start = front + self._turn % parts * MGET_KEYS
+            start = front + self._round % parts * MGET_KEYS
             chosen.update(dict.fromkeys(islice(self._jobs, start, start + MGET_KEYS)))
         return [job_id for job_id in chosen if job_id in self._jobs]
 
@@ -175,7 +175,7 @@ class PollState:
             job_id = ids[name]
             waiting = self._jobs.get(job_id)
             if waiting is None or waiting.last_event != self._streams[job_id]:
-                continue  # added again from the first entry meanwhile: the next request reads all of it
+                continue  # added again in the meantime: the next request reads its stream from the first entry
             waiting.last_event = entries[-1][0]
             updates.events[job_id] = [fields.get("event", "") for _, fields in entries]
             if '"end":' in updates.events[job_id][-1]:
@@ -197,5 +197,5 @@ class PollState:
         elif self._streams:  # Redis delays the next replies; a short sleep collects the events of several jobs
             self.rest_s = FIRST_POLL_S if updates else 0.0
         else:
-            took_s = time.monotonic() - self._asked_at
+            took_s = time.monotonic() - self._requested_at
             self.rest_s = max(self._pause_s, min(took_s / POLL_SHARE, LONGEST_REST_S))

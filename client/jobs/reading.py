@@ -1,4 +1,4 @@
-"""Reading from Redis what has become of jobs: states, results, streamed text, captured tensors."""
+"""Read jobs from Redis: states, results, streamed text, captured tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CANCEL_JOBS = 512
 
 
 class JobReader:
-    """Reads about jobs from one Redis. All methods raise RedisUnreachable and RedisRefused.
+    """Reads jobs from one Redis. All methods raise RedisUnreachable and RedisRefused.
 
     Errors about one job have a `job_id`; `client.jobs.handle.job_in_errors` adds the job itself.
 
@@ -47,12 +47,12 @@ class JobReader:
     """
 
     def __init__(self, url: str, connection: redis.Redis, *, model_name: str) -> None:
-        #: Where the jobs are.
+        #: The Redis where the jobs are.
         self.url = url
         self._redis, self._model_name = connection, model_name
 
     def poll(self, job_id: str) -> tuple[Outcome | None, State]:
-        """The outcome and the state of a job. The state counts only if there is no outcome.
+        """The outcome and the state of a job. Ignore the state if there is an outcome.
 
         Raises:
             UnknownJob: there is no such job.
@@ -62,7 +62,7 @@ class JobReader:
         return outcome, cast("State", state)
 
     def cancel(self, job_ids: Sequence[str]) -> list[bool]:
-        """Ask for jobs to be cancelled. Returns for each whether it had not ended yet.
+        """Request the cancellation of jobs. Returns for each job whether it had not ended yet.
 
         Raises:
             UnknownJob: one does not exist. None of the up to CANCEL_JOBS jobs of its round trip was cancelled.
@@ -71,10 +71,11 @@ class JobReader:
         return [flag for part in parts for flag in self._cancel_part(part)]
 
     def updates(self, job_ids: Iterable[str], timeout: float | None, *, events: bool = False) -> Iterator[Updates]:
-        """Wait for jobs: yield updates until the outcome of each has come.
+        """Wait for jobs: yield updates until every job has ended.
 
         Args:
-            timeout: seconds in all; None waits for ever and logs a warning now and then if no worker serves the queue.
+            timeout: seconds in all; None waits without limit, and logs a warning every REMIND_S if no worker serves the
+                queue.
             events: include the entries of the jobs' event streams, from the first entry.
 
         Raises:
@@ -88,7 +89,7 @@ class JobReader:
         started, remind_after = time.monotonic(), REMIND_S
         while polls:
             left = LAST_POLL_S if timeout is None else max(0.0, started + timeout - time.monotonic())
-            if updates := self._poll_patiently(polls, left):
+            if updates := self._poll_unless_given_up(polls, left):
                 yield updates
             elif timeout is not None and time.monotonic() - started >= timeout:
                 raise self.timeout_error(next(iter(polls)), timeout)
@@ -99,7 +100,7 @@ class JobReader:
                 time.sleep(min(polls.rest_s, left))
 
     def poll_once(self, polls: PollState, block_s: float = 0.0) -> Updates:
-        """Send the next request of `polls` in one round trip, and return what the replies say."""
+        """Send the next request of `polls` in one round trip, and return the updates in the replies."""
         with redis_errors(self.url):
             pipe = self._redis.pipeline(transaction=False)
             for command in polls.request(block_s):
@@ -181,16 +182,21 @@ class JobReader:
                     pipe.set(keys.cancel(job_id), "1", ex=keys.UNFINISHED_TTL_S)
                 pipe.mget([keys.result(job_id) for job_id in open_jobs])
                 records = pipe.execute()[-1]
-                # No worker deletes the keys of jobs that have ended in between.
+                # If a job ended in between, no worker will delete its key.
                 late = {j for j, record in zip(open_jobs, records, strict=True) if parse_outcome(record) is not None}
                 for job_id in late:
-                    pipe.expire(keys.cancel(job_id), 0)  # not DEL: a client has no right to it
+                    pipe.expire(keys.cancel(job_id), 0)  # not DEL: the Redis user of clients may not use it
                 pipe.execute()
             ended |= late
         return [job_id not in ended for job_id in job_ids]
 
-    def _poll_patiently(self, polls: PollState, block_s: float) -> Updates:
-        """Poll once. Raises UnknownJob, and RedisUnreachable when `polls` gives jobs up."""
+    def _poll_unless_given_up(self, polls: PollState, block_s: float) -> Updates:
+        """Poll once. While Redis does not answer, returns no updates until `polls` gives up a job.
+
+        Raises:
+            UnknownJob: a job does not exist.
+            RedisUnreachable: Redis does not answer, and `polls` has given up a job.
+        """
         try:
             updates = self.poll_once(polls, block_s)
         except RedisUnreachable:
@@ -216,7 +222,7 @@ def check_timeout(timeout: Any) -> None:
 
 
 def _read_tensors(connection: redis.Redis, job_id: str, max_bytes: int) -> dict[bytes, bytes]:
-    """Read a job's tensors one by one, up to `max_bytes`: those in Redis may have any size."""
+    """Read a job's tensors one by one, up to `max_bytes`: the values in Redis may have any size."""
     fields, size = {}, 0
     for name in TENSOR_NAMES:
         data = cast("bytes | None", connection.hget(keys.checkpoint(job_id), name))
@@ -224,7 +230,7 @@ def _read_tensors(connection: redis.Redis, job_id: str, max_bytes: int) -> dict[
             fields[name.encode()] = data
             size += len(data)
         if size > max_bytes:
-            expected = f"{max_bytes} at most; ask for fewer (8, the logits, is the largest), or shorten the prompt"
+            expected = f"{max_bytes} at most; request fewer (8, the logits, is the largest), or shorten the prompt"
             raise InvalidRequest("checkpoints", f"over {max_bytes} bytes of tensors of job {job_id}", expected)
     return fields
 

@@ -16,7 +16,7 @@ from headrace.client.wire.queue_depth import QueueStatus, count_delivered, queue
 from headrace.client.wire.redis import redis_errors
 from headrace.config.settings import slug
 
-#: How many seconds the answer to which models are served is reused.
+#: For how many seconds a client caches the list of served models.
 SERVED_S = 1.0
 
 
@@ -122,25 +122,25 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
 
 
 class Served(NamedTuple):
-    """Names of models: those of live workers, and those that any worker served within `keys.KNOWN_MODEL_S`."""
+    """Names of models: those that live workers serve, and those that a worker served within `keys.KNOWN_MODEL_S`."""
 
     now: set[str]
-    lately: set[str]
+    recent: set[str]
 
 
 def read_served(connection: redis.Redis) -> Served | None:
-    """The models that are served; None if the Redis user may not read that. Raises redis.RedisError."""
+    """The models that workers serve; None if the Redis user may not read them. Raises redis.RedisError."""
     try:
         pipe = connection.pipeline(transaction=False)
         pipe.zrange(keys.workers(), 0, -1)
         pipe.zrange(keys.models(), 0, -1)
-        names, lately = pipe.execute()
+        names, recent = pipe.execute()
         for name in names:
             pipe.hget(keys.worker(name), "model")
         found = pipe.execute(raise_on_error=False)
     except redis.exceptions.NoPermissionError:
         return None
-    return Served(_valid_names(found), _valid_names(lately))
+    return Served(_valid_names(found), _valid_names(recent))
 
 
 def _valid_names(models: list[Any]) -> set[str]:
@@ -159,19 +159,19 @@ def _worker(name: str, record: Any) -> WorkerStatus | None:
 
 
 class ServedModels:
-    """Which models jobs may name. What Redis says about it is reused for SERVED_S.
+    """The models that jobs may name. The list in Redis is cached for SERVED_S.
 
     Args:
-        own: the models of the settings, which jobs may always name: their worker may be started later.
+        configured: the models of the settings. Jobs may always name them, because their worker may be started later.
     """
 
-    def __init__(self, connection: redis.Redis, url: str, own: set[str]) -> None:
-        self._redis, self._url, self._own = connection, url, own
+    def __init__(self, connection: redis.Redis, url: str, configured: set[str]) -> None:
+        self._redis, self._url, self._configured = connection, url, configured
         self._served: Served | None = None
         self._read_at = -SERVED_S
 
     def served(self) -> Served | None:
-        """The models that are served; None if the user may not read that. Raises RedisUnreachable, RedisRefused."""
+        """The served models; None if the Redis user may not read them. Raises RedisUnreachable, RedisRefused."""
         if time.monotonic() - self._read_at >= SERVED_S:
             with redis_errors(self._url):
                 self._served = read_served(self._redis)
@@ -179,19 +179,19 @@ class ServedModels:
         return self._served
 
     def names(self) -> set[str]:
-        """The own models, and those that are served or were within a day. Raises RedisUnreachable, RedisRefused."""
+        """The configured models, and those served now or within the last day. Raises RedisUnreachable, RedisRefused."""
         served = self.served()
-        return self._own if served is None else self._own | served.now | served.lately
+        return self._configured if served is None else self._configured | served.now | served.recent
 
     def check(self, models: Iterable[str]) -> None:
         """Refuse models that no worker serves, which are probably misspelt. Without any live worker, all are accepted.
 
         Raises:
-            InvalidRequest: a model is not served, and was not within a day.
-            RedisUnreachable, RedisRefused: Redis does not answer, or with an error.
+            InvalidRequest: no worker serves a model, and none did within the last day.
+            RedisUnreachable, RedisRefused: Redis does not answer, or answers with an error.
         """
-        others = set(models) - self._own
+        others = set(models) - self._configured
         served = self.served() if others else None
-        if served and served.now and (unknown := sorted(others - served.now - served.lately)):
+        if served and served.now and (unknown := sorted(others - served.now - served.recent)):
             expected = f"one that is served: {', '.join(sorted(served.now))}"
             raise InvalidRequest("model", repr(unknown[0]), expected)

@@ -1,8 +1,8 @@
-"""Turn the event stream of a job into its text, in order and with each token once.
+"""Convert the event stream of a job to its text, in order and with each token once.
 
 A job may be computed more than once: after a worker was killed, another one starts it again, and both write the same
 text in different pieces. Every piece has its position, so text that was yielded before is skipped. After a gap, the
-rest comes from the result.
+rest is taken from the result.
 """
 
 from __future__ import annotations
@@ -94,6 +94,6 @@ class StreamReader:
 
 
 def _agree(before: list[int] | str, new: list[int] | str, last: str | None) -> bool:
-    """Whether one begins with the other. `before` must not be longer than a last piece."""
+    """Whether one is a prefix of the other. `before` must not be longer than the last piece of a sample."""
     common = min(len(before), len(new))
     return before[:common] == new[:common] and not (last and len(before) > len(new))

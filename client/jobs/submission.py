@@ -34,7 +34,8 @@ from headrace.config.settings import slug
 
 #: Number of job records that are written in one round trip.
 RECORD_JOBS = 512
-#: Limits of one message. They are small so that several workers share many jobs, and a lost message costs little.
+#: Limits of one message. They are small, so that workers can share many jobs, and a lost message costs
+#: little.
 GROUP_JOBS, GROUP_BYTES = 16, 65_536
 
 
@@ -63,7 +64,7 @@ class PreparedJob:
         return keys.PRIORITIES[self.request.priority]
 
     def record(self) -> dict[Any, Any]:
-        """The first fields of the job's record."""
+        """The initial fields of the job's record."""
         record = {"state": "queued", "model": self.model, "submitted_at": f"{time.time():.6f}"}
         return record if self.mark is None else {**record, "mark": self.mark}
 
@@ -80,7 +81,7 @@ class Submitter:
 
     def __init__(self, settings: Settings, url: str, connection: redis.Redis, app: Celery, *, model_name: str) -> None:
         self._settings, self._url, self._redis, self._app, self._model_name = settings, url, connection, app, model_name
-        #: Which models requests may name.
+        #: The models that requests may name.
         self.models = ServedModels(connection, url, {model_name, *settings.models})
 
     def prepare(self, fields: Mapping[str, Any]) -> PreparedJob:
@@ -118,8 +119,8 @@ class Submitter:
         Raises:
             InvalidRequest: a job id belongs to another request; nothing was queued.
             QueueFull: a queue does not accept that many jobs; nothing was queued.
-            RedisUnreachable, RedisRefused: Redis does not answer, or with an error. `accepted` has the ids of the jobs
-                that were queued before, by their index in `jobs`.
+            RedisUnreachable, RedisRefused: Redis does not answer, or answers with an error. `accepted` has the ids of
+                the jobs that were queued before, by their index in `jobs`.
         """
         accepted: set[str] = set()
         try:
@@ -193,19 +194,19 @@ class Submitter:
 
     def _publish(self, group: list[PreparedJob], producer: Any) -> None:
         """Send one message. The message of a single job has the job's id, so that Celery knows the job by it."""
-        first, alone = group[0], len(group) == 1
+        first, is_single = group[0], len(group) == 1
         wires = [{"id": job.id, "request": job.wire} for job in group]
         with sending([job.id for job in group], keys.queue(first.model)) as headers:
             self._app.send_task(
-                TASK_NAME if alone else GROUP_TASK_NAME,
-                args=[first.wire if alone else wires],
-                task_id=first.id if alone else uuid.uuid4().hex,
+                TASK_NAME if is_single else GROUP_TASK_NAME,
+                args=[first.wire if is_single else wires],
+                task_id=first.id if is_single else uuid.uuid4().hex,
                 queue=queue(first.model),
                 priority=first.urgency,
-                argsrepr="<redacted>",  # it is part of headers and events, which must not contain the prompt
+                argsrepr="<redacted>",  # headers and events contain argsrepr, and must not contain the prompt
                 kwargsrepr="{}",
-                headers=headers if alone else {**headers, JOBS_HEADER: len(group)},
-                ignore_result=not alone,
+                headers=headers if is_single else {**headers, JOBS_HEADER: len(group)},
+                ignore_result=not is_single,
                 producer=producer,
                 # A Redis list needs no declaration. If the connection is lost during one, kombu continues with the
                 # channel that it has closed, and fails with an AttributeError.
@@ -247,7 +248,7 @@ def _groups(jobs: Iterable[PreparedJob]) -> Iterator[list[PreparedJob]]:
 
 
 def _digest(request: GenerateRequest, model: str) -> str:
-    """Equal for equal requests, whenever they expire."""
+    """A digest of the request and its model, but not of the time when it expires."""
     wire = {"model": model, **request.model_copy(update={"expires_at": None}).to_wire()}
     return hashlib.sha256(json.dumps(wire, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -18,7 +18,7 @@ class Checkpoint(NamedTuple):
     tolerance: float
 
 
-#: Checkpoint number -> the checkpoint. 0 and 12 are about the whole way of a job.
+#: Checkpoint number -> the checkpoint. 0 and 12 check a whole job from end to end.
 CHECKPOINTS: dict[int, Checkpoint] = {
     0: Checkpoint("worker ready and taking jobs", (), 0.0),
     1: Checkpoint("first layer norm", ("embeddings", "ln_1"), 1e-5),
@@ -35,8 +35,8 @@ CHECKPOINTS: dict[int, Checkpoint] = {
     12: Checkpoint("tokens end to end", ("tokens",), 0.0),
 }
 
-#: Tensors that a worker captures beside the compared ones. Those of checkpoint 3 are compared with each other; `hidden`
-#: is the input of block 0 and the output of every block: it shows in which layer a difference begins.
+#: Tensors that a worker captures in addition to the compared ones. Those of checkpoint 3 are compared with each other;
+#: `hidden` is the input of block 0 and the output of every block: it shows in which layer a difference begins.
 _ALSO_CAPTURED: dict[int, tuple[str, ...]] = {
     3: ("k", "v", "cache_k", "cache_v", "cache_rest", "k_new", "v_new", "cache_k_end", "cache_v_end"),
     7: ("hidden",),

@@ -45,7 +45,7 @@ def sentinel_options(url: str) -> dict[str, Any]:
 
 
 def broker_settings(settings: Settings, url: str) -> dict[str, Any]:
-    """Celery's settings for the broker. Client and worker must share them: the shortest lease of all counts."""
+    """Celery's settings for the broker. kombu applies the shortest lease of all processes, so they must agree."""
     return {
         "broker_url": celery_url(url),
         "broker_transport": "headrace.client.wire.embedded_redis:EmbeddedTransport" if is_embedded(url) else None,

@@ -100,5 +100,5 @@ def _check_exact(row: CheckpointResult, ours: Tensors, job: bool) -> CheckpointR
 
 
 def worst(rows: Sequence[CheckpointResult]) -> CheckpointResult:
-    """The row with the largest difference, of rows of one checkpoint. A failed row is worse than any that holds."""
+    """The row of one checkpoint with the largest difference. A row that fails is worse than any that passes."""
     return max(rows, key=lambda row: (row.ok is not None, row.ok is False, row.max_abs or 0.0))

@@ -2,7 +2,7 @@
 
 Without HEADRACE_REDIS_URL the address is looked up for every new connection, not once for each process: the embedded
 server of this user's data directory if one runs, else the default port of this host. So a client, a producer and a
-worker that start before `headrace up` connect as soon as there is something to connect to.
+worker that start before `headrace up` connect as soon as it runs.
 
 `embedded:///DIRECTORY` is the internal URL for this. It is the same string wherever the server is at the moment.
 """
@@ -26,11 +26,11 @@ from headrace.config.directories import read_address
 from headrace.config.settings import DEFAULT_REDIS_URL
 
 SCHEME = "embedded"
-#: What connecting to the socket of a server that does not run raises. Other errors come from one that runs.
+#: Errors of connecting to the socket of a server that is not running. A running server causes other errors.
 NOT_RUNNING = (FileNotFoundError, ConnectionRefusedError)
 
 #: The last socket at which this process has reached the server of a data directory. A process that has used an embedded
-#: server waits until it is back, and does not continue on another Redis, which knows nothing of its jobs.
+#: server waits for it to return: another Redis would not have its jobs.
 _reached: dict[str, str] = {}
 
 
@@ -75,7 +75,7 @@ def is_listening(path: str) -> bool:
 
 
 def _is_ours(path: str) -> bool:
-    """Whether the socket is in a directory of this user: in another user's it could be a trap for our prompts."""
+    """Whether the socket is in a directory of this user: another user could collect our prompts there."""
     with contextlib.suppress(OSError):
         return os.stat(os.path.dirname(path)).st_uid == os.getuid()
     return False
@@ -87,13 +87,13 @@ def _socket_of(directory: str) -> str | None:
 
 
 def _check_fallback(directory: str) -> None:
-    """See that the default port may be tried: not where this process has used the embedded server.
+    """Check that the default port may be tried.
 
     Raises:
-        ConnectionRefusedError: it has, and that server is away.
+        ConnectionRefusedError: this process has used the embedded server, so it must wait for that one.
     """
     if directory in _reached:
-        raise ConnectionRefusedError("the embedded Redis server does not run")
+        raise ConnectionRefusedError("the embedded Redis server is not running")
 
 
 class EmbeddedConnection(redis.Connection):
@@ -127,7 +127,7 @@ class EmbeddedConnection(redis.Connection):
 
 
 class AsyncEmbeddedConnection(redis.asyncio.Connection):
-    """The same for asyncio."""
+    """`EmbeddedConnection` for asyncio."""
 
     def __init__(self, *, directory: str, **options: Any) -> None:
         super().__init__(**options)
@@ -161,7 +161,7 @@ class EmbeddedTransport(kombu_redis.Transport):
     """kombu's transport for the embedded server: Celery's setting `broker_transport`, with the internal URL."""
 
     Channel = EmbeddedChannel
-    #: The URL stays whole in `hostname`, where the channel finds the directory.
+    #: kombu then keeps the whole URL in `hostname`, from which the channel reads the directory.
     can_parse_url = True
 
     def as_uri(self, uri: str, include_password: bool = False, mask: str = "**") -> str:  # noqa: ARG002

@@ -165,7 +165,7 @@ _ADVICE = {
     "authentication required": "put user and password into HEADRACE_REDIS_URL, redis://user:password@host",
     "wrong version number": "it does not use TLS: for a connection without TLS write redis://",
     "record layer failure": "it does not use TLS: for a connection without TLS write redis://",
-    NO_TLS.lower(): "turn TLS on there, or write redis:// in HEADRACE_REDIS_URL for a connection without encryption",
+    NO_TLS.lower(): "enable TLS there, or write redis:// in HEADRACE_REDIS_URL for a connection without encryption",
     TLS.lower(): "write rediss:// in HEADRACE_REDIS_URL, with ?ssl_ca_certs=/path/to/ca.pem for your own authority",
 }
 
@@ -182,7 +182,7 @@ class RedisRefused(RedisFailed):
 
     def __str__(self) -> str:
         advice = "check its memory limit, its disk, and the user's rights"
-        return self._with_accepted(f"Redis at {self.url} refuses ({self.reason}); {advice}")
+        return self._with_accepted(f"Redis at {self.url} refused the command ({self.reason}); {advice}")
 
 
 class UnknownJob(HeadraceError, KeyError):
@@ -218,7 +218,7 @@ class UnreadableRecord(HeadraceError):
 
 
 class NoCheckpoints(HeadraceError, KeyError):
-    """Raised when a job has no captured tensors: it was submitted without, has not succeeded, or they have expired."""
+    """Raised when a job has no captured tensors: it has not succeeded, did not request any, or they expired."""
 
     code = "no_checkpoints"
 
@@ -267,7 +267,7 @@ class ResultTimeout(HeadraceError, TimeoutError):
 
 
 class NoWorker(ResultTimeout):
-    """A `ResultTimeout` of a job whose queue no worker serves."""
+    """A `ResultTimeout` that is raised when no worker serves the queue of the job."""
 
     code = "no_worker"
 
@@ -284,7 +284,7 @@ class NoWorker(ResultTimeout):
 
 
 class JobError(HeadraceError):
-    """The job ended without a result.
+    """Raised when a job ended without a result.
 
     Attributes:
         code: a fixed identifier, for example `context_length_exceeded`.

@@ -12,13 +12,13 @@ _RESULT = "celery-task-meta-"
 #: Public priority -> Celery's number on Redis, where 0 is the most urgent and the steps are 0, 3, 6, 9.
 PRIORITIES = {"interactive": 0, "normal": 3, "bulk": 9}
 
-#: How long the record of an unfinished job is kept. The settings say how long it is kept after the job has ended.
+#: How long the record of an unfinished job is kept. After the job has ended, `result_ttl_s` applies.
 UNFINISHED_TTL_S = 30 * 86_400
 
-#: Unreadable messages: how many are kept, how many seconds after the last one, and how many bytes of each.
+#: Unreadable messages: how many are kept, for how many seconds after the last one, and how many bytes of each.
 DEAD_ENTRIES, DEAD_TTL_S, DEAD_TEXT_BYTES = 1_000, 7 * 86_400, 4_096
 
-#: How long a model that a worker served remains known: jobs for it are accepted and wait for a worker.
+#: How many seconds a model remains known after a worker served it: jobs for it are accepted and wait for a worker.
 KNOWN_MODEL_S = 86_400
 
 #: Hints that messages wait: their lifetime in seconds, and their maximum number.
@@ -69,7 +69,7 @@ def job(job_id: str) -> str:
 
 
 def result(job_id: str) -> str:
-    """String: Celery's result record as JSON. It alone decides how a job has ended."""
+    """String: Celery's result record as JSON. Only this record decides how a job has ended."""
     return f"{PREFIX}{_RESULT}{job_id}"
 
 

@@ -35,13 +35,13 @@ from headrace.config.sentinel import is_sentinel, parse_sentinel
 from headrace.config.settings import Settings, redact_url
 
 #: Seconds after which a connection without an answer fails. It must be more than the one second for which kombu's BRPOP
-#: waits; None would wait for ever on a dead connection.
+#: waits; None would wait without limit on a dead connection.
 SOCKET_TIMEOUT_S = 30
 CONNECT_TIMEOUT_S = 5
 #: Timeout in seconds of the check whether a server uses TLS.
 PROBE_S = 2
 _OPTIONS: dict[str, Any] = {
-    # Records written by others may contain bytes that are not UTF-8. They become lone surrogates, which readers reject.
+    # Other programs may write bytes that are not UTF-8. They become lone surrogates, which readers reject.
     "encoding_errors": "surrogateescape",
     "socket_timeout": SOCKET_TIMEOUT_S,
     "socket_connect_timeout": CONNECT_TIMEOUT_S,
@@ -51,10 +51,10 @@ SENTINEL_OPTIONS: dict[str, Any] = {"socket_timeout": 1.0, "socket_connect_timeo
 
 
 def resolve_url(settings: Settings) -> str:
-    """The URL of the Redis that the settings mean, for `connect` and the other functions here.
+    """The URL of the configured Redis, for `connect` and the other functions of this module.
 
     Without `redis_url` this is an internal URL, which stays the same while the embedded server starts, stops and moves.
-    `current_url` says where the server is now.
+    `current_url` returns where the server is now.
     """
     return settings.redis_url or embedded_url(redis_dir())
 
@@ -88,7 +88,7 @@ def connect_async(url: str) -> redis.asyncio.Redis:
 
 
 def _primary(url: str, sentinel: Any, client: Any, text: bool, once: Any) -> Any:
-    """A client of the primary that the Sentinels name. Each Sentinel is asked `once`: another one knows as much."""
+    """A client of the primary that the Sentinels name. No Sentinel is retried: all have the same data."""
     address = parse_sentinel(url)
     sentinels = sentinel(list(address.hosts), sentinel_kwargs={**SENTINEL_OPTIONS, "retry": once})
     login = {**address.login, "db": address.database}
@@ -113,8 +113,8 @@ def has_keepalive(url: str) -> bool:
 def explain(url: str, error: BaseException) -> str:
     """The reason of a failed connection, including a mismatch of TLS between the server and the URL.
 
-    With such a mismatch both sides wait for each other, or one hangs up, and the error alone does not tell why. Takes
-    at most PROBE_S seconds.
+    With such a mismatch both sides wait for each other, or one closes the connection, and the error does not name the
+    cause. Takes at most PROBE_S seconds.
     """
     reason, parts = str(error) or type(error).__name__, urlsplit(current_url(url))
     signs = {"rediss": ("timeout",), "redis": ("reset", "closed", "protocol error")}.get(parts.scheme, ())
@@ -176,11 +176,11 @@ def check_access(url: str) -> None:
         if connection_advice(reason) is not None:
             raise RedisUnreachable(redact_url(url), reason) from error
     except redis.RedisError:
-        pass  # it answers, perhaps that it is loading its data
+        pass  # Redis answers, for example that it is loading its data
 
 
 def answers(url: str) -> bool:
-    """Ask once whether a Redis answers. One that is loading its data does; one that wants a login does not."""
+    """Whether a Redis answers one PING. True while it loads its data; False if it requires a login."""
     try:
         with _connect_once(url) as connection:
             connection.ping()

@@ -34,7 +34,7 @@ _JOB_ID = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456
 
 Priority = Literal["interactive", "normal", "bulk"]
 
-#: Names that other libraries use -> the name here.
+#: Names of parameters in other libraries -> the name in headrace, for advice in error messages.
 _ALIASES = {
     "max_new_tokens": "max_tokens",
     "max_length": "max_tokens",
@@ -167,7 +167,7 @@ class SamplingParams(BaseModel):
 
 
 class GenerateRequest(SamplingParams):
-    """A request as the worker gets it: a prompt, sampling parameters, and when it expires."""
+    """A request as the worker receives it: a prompt, sampling parameters, and the time at which it expires."""
 
     schema_version: Int = Field(SCHEMA_VERSION, description="set by the client")
     prompt: Annotated[str | list[Int], BeforeValidator(_prompt)] = Field(
@@ -272,7 +272,7 @@ class _ShortRepr(reprlib.Repr):
 
 
 def _show(value: Any, name: Any = "") -> str:
-    """A value for an error message: shortened; of a prompt only its type."""
+    """A value for an error message, shortened. For a prompt only its type: messages must not quote prompts."""
     if name == "prompt":
         return f"a value of type {type(value).__name__}"
     if isinstance(value, float) and not math.isfinite(value):
@@ -282,7 +282,7 @@ def _show(value: Any, name: Any = "") -> str:
 
 
 def _show_name(name: Any) -> str:
-    """A field name from outside, safe to print."""
+    """A field name that a user chose, made safe to print."""
     return name if isinstance(name, str) and name.isprintable() and 0 < len(name) <= MAX_NAME else _show(name)
 
 

@@ -1,4 +1,4 @@
-"""Results: what a worker stores of a job that has ended, and what it streams before.
+"""Results: the record that a worker stores when a job ends, and the events that it streams before.
 
 Celery's result backend stores one record for each job; `parse_outcome` reads it.
 """
@@ -123,7 +123,7 @@ def parse_outcome(record: str | None) -> Outcome | None:
     if record is None:
         return None
     try:
-        record.encode()  # raises for lone surrogates, which stand for bytes that are not UTF-8
+        record.encode()  # raises for lone surrogates, which represent bytes that are not UTF-8
         meta = json.loads(record)
         status, value = meta["status"], meta["result"]
         if status == "SUCCESS":
@@ -162,6 +162,6 @@ def _are_texts(value: Any) -> TypeGuard[list[str]]:
 
 
 def _shortened(text: str, limit: int) -> str:
-    """Text from outside, made safe for terminals and logs."""
+    """Text from a record, shortened and made safe for terminals and logs."""
     text = text.encode(errors="replace").decode()
     return text if len(text) <= limit else text[: limit - 3] + "..."

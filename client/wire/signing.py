@@ -3,8 +3,8 @@
 A signature is an HMAC-SHA-256 over the job id, the model of the queue, and the request exactly as it is sent, including
 the schema version. It is sent in the request under `SIGNATURE`. Without a key nothing is added.
 
-The job's record has a mark as well: a job submitted with the key does not fail because others send a message with its
-id.
+The job's record has a mark as well: a message that someone without the key sends under the id of a signed job does not
+make that job fail.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ TRACES_HEADER = "traces"
 
 @contextlib.contextmanager
 def sending(job_ids: Sequence[str], queue: str) -> Iterator[dict[str, Any]]:
-    """Start a span for each job while its message is sent. Gives the headers of the message, empty without tracing.
+    """Start a span for each job while its message is sent. Yields the headers of the message, empty without tracing.
 
     The spans are children of the caller's current span, if there is one.
     """
@@ -78,7 +78,7 @@ def carrier_of(span: Any) -> dict[str, str]:
 
 
 def context_of(carrier: Any) -> Context:
-    """The context in headers that anyone may have written; empty if they are not valid."""
+    """The context in headers, which may come from anyone; empty if they are not valid."""
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     given = carrier if isinstance(carrier, Mapping) else {}

@@ -1,1 +1,1 @@
-"""Real workers and a real Redis that are killed, stopped, cut off and filled up. `python -m tests.chaos --help`."""
+"""Fault injection into real workers and a real Redis. See `python -m tests.chaos --help`."""

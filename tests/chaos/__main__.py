@@ -1,4 +1,4 @@
-"""`python -m tests.chaos --seed 1 --jobs 2000 --minutes 3`: a storm and its ledger. Exit code 1 if it is wrong."""
+"""`python -m tests.chaos --seed 1 --jobs 2000 --minutes 3`: inject faults, print the ledger. Exit code 1 on errors."""
 
 from __future__ import annotations
 
@@ -20,15 +20,21 @@ from tests.chaos.schedule import KINDS, WAVE_S
 
 
 @click.command()
-@click.option("--seed", "seeds", type=int, multiple=True, help="Of schedule and jobs; may be given several times.")
-@click.option("--jobs", default=2000, show_default=True, help="Jobs, in every three minutes.")
-@click.option("--minutes", default=3.0, show_default=True, help="Length of the storm.")
-@click.option("--workers", default=2, show_default=True)
-@click.option("--slots", default=8, show_default=True, help="Of each worker.")
-@click.option("--lease", default=4, show_default=True, help="Seconds.")
-@click.option("--appendfsync", type=click.Choice(["always", "everysec"]), default="always", show_default=True)
+@click.option("--seed", "seeds", type=int, multiple=True, help="Seed of faults and jobs; repeat it for several runs.")
+@click.option("--jobs", default=2000, show_default=True, help="Number of jobs for every three minutes.")
+@click.option("--minutes", default=3.0, show_default=True, help="For how long faults are injected.")
+@click.option("--workers", default=2, show_default=True, help="Number of workers.")
+@click.option("--slots", default=8, show_default=True, help="Slots of each worker.")
+@click.option("--lease", default=4, show_default=True, help="Lease in seconds.")
+@click.option(
+    "--appendfsync",
+    type=click.Choice(["always", "everysec"]),
+    default="always",
+    show_default=True,
+    help="The setting of Redis.",
+)
 @click.option("--without", type=click.Choice(KINDS), multiple=True, help="Leave out this kind of fault.")
-@click.option("--json", "file", type=click.Path(dir_okay=False), help="Write the ledgers here; figures as it goes.")
+@click.option("--json", "file", type=click.Path(dir_okay=False), help="File for the current figures and the ledgers.")
 def main(
     seeds: tuple[int, ...],
     jobs: int,
@@ -40,11 +46,11 @@ def main(
     without: tuple[str, ...],
     file: str | None,
 ) -> None:
-    """Kill, stop, cut off and fill up real workers and a real Redis, and see that every job ends once and rightly."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no worker, stopped perhaps, outlives this
+    """Inject faults into real workers and a real Redis, and check that every job ends once with the right outcome."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up: a stopped worker must not outlive this process
     for name in [name for name in os.environ if name.startswith("HEADRACE_")]:
         del os.environ[name]
-    setup_logging(load_settings(log_level="error"))  # that Redis is away is no news here
+    setup_logging(load_settings(log_level="error"))  # hide warnings that Redis is unreachable
     balanced = True
     ledgers: list[dict[str, Any]] = []
 
@@ -63,8 +69,8 @@ def main(
             lease_s=lease,
             appendfsync=appendfsync,
             without=[kind for kind in KINDS if kind in without],
-            say=lambda line: click.echo(line, err=True),
-            tell=lambda figures, seed=seed: write({"seed": seed, "over": False, **figures}),  # type: ignore[misc]
+            log=lambda line: click.echo(line, err=True),
+            on_figures=lambda figures, seed=seed: write({"seed": seed, "over": False, **figures}),  # type: ignore[misc]
         )
         ledger = balance(run(plan))
         write(last := {"seed": seed, "over": True, "minutes": minutes, "balanced": not ledger.wrong, **asdict(ledger)})

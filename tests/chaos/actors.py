@@ -1,4 +1,4 @@
-"""Redis, the workers, and the callers: real ones, with handles to break them by."""
+"""Real Redis, workers and callers, with methods that inject faults."""
 
 from __future__ import annotations
 
@@ -31,38 +31,38 @@ from headrace.client.wire.redis import connect
 from headrace.client.wire.results import Outcome, outcome_state, parse_outcome
 from headrace.config import Settings
 from headrace.worker.redis_server import EmbeddedRedis, die_with_parent
-from tests.chaos.jobs import Batch, Draft
+from tests.chaos.jobs import Batch, PlannedJob
 from tests.chaos.ledger import Death, End, JobFact
 
-#: A submission that raised is tried again after this time.
+#: Seconds until a submission that raised is repeated.
 RETRY_S = 0.5
-#: A worker that died unasked is started again after this time.
+#: Seconds until a worker that died by itself is restarted.
 RESTART_S = 0.5
-#: How often results are asked for.
+#: Seconds between polls for results.
 POLL_S = 0.25
-#: Results asked for at once.
+#: Number of results in one poll.
 POLL_JOBS = 500
 
-#: The suite's own requests to Redis take no longer: it must go on while Redis is stopped.
+#: Timeout in seconds of this suite's own requests to Redis, so that it continues while Redis is stopped.
 ADMIN_S = 5.0
 
 BALLAST = "chaos:ballast"
 
 
 def end_of(outcome: Outcome, at: float = 0.0) -> End:
-    """What is compared of an outcome: of a success all that does not hang on when and where it was computed."""
+    """The part of an outcome that must not depend on when and where the job was computed."""
     if isinstance(outcome, Result):
-        says = outcome.model_dump(mode="json", exclude={"id", "timings"})
-        digest = hashlib.sha256(json.dumps(says, sort_keys=True).encode()).hexdigest()[:16]
-        return End("succeeded", digest=digest, at=at, says=says)
+        content = outcome.model_dump(mode="json", exclude={"id", "timings"})
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return End("succeeded", digest=digest, at=at, content=content)
     return End(outcome_state(outcome), outcome.code, at=at)
 
 
 class Server:
-    """A Redis that may be killed, stopped, cut off and filled. Start it in the main thread.
+    """A Redis that can be killed, stopped, disconnected and filled. Start it in the main thread.
 
-    With `appendfsync always` all it has answered to is on disk, so that whatever is lost was not lost by Redis. With
-    `everysec`, the embedded server's own way, a kill -9 may take the writes of a moment in which an fsync was late.
+    With `appendfsync always` every acknowledged write is on disk, so Redis itself loses no job. With `everysec`, the
+    setting of the embedded server, a kill -9 may lose writes that were delayed by a slow fsync.
     """
 
     def __init__(self, appendfsync: str) -> None:
@@ -75,7 +75,7 @@ class Server:
 
     @property
     def admin(self) -> redis.Redis:
-        """A connection of the suite's own, made anew each time: the last one may have been cut. It gives up soon."""
+        """A new connection for this suite, with a short timeout. It is not reused, because faults cut connections."""
         return redis.Redis.from_url(
             self.url, decode_responses=True, socket_timeout=ADMIN_S, retry=Retry(NoBackoff(), retries=0)
         )
@@ -91,19 +91,19 @@ class Server:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.go_on()
+        self.resume()
         self._redis.stop()
 
     def kill(self) -> None:
-        """kill -9, and wait until it is gone."""
+        """kill -9, and wait until the process has ended."""
         self._send(signal.SIGKILL)
         while self._redis.alive:
             time.sleep(0.01)
 
-    def halt(self) -> None:
+    def pause(self) -> None:
         self._send(signal.SIGSTOP)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         self._send(signal.SIGCONT)
 
     def _send(self, number: signal.Signals) -> None:
@@ -111,7 +111,7 @@ class Server:
             os.kill(self._redis.pid, number)
 
     def cut(self, salt: int) -> int:
-        """Cut connections: all, or a random half. Returns how many."""
+        """Kill all connections or a random half of them. Returns their number."""
         dice = random.Random(f"cut {salt}")
         share = dice.choice((0.5, 1.0))
         with self.admin as admin:
@@ -119,7 +119,7 @@ class Server:
             return sum(admin.client_kill_filter(_id=name, skipme=True) for name in chosen)
 
     def fill(self) -> None:
-        """Fill it until it refuses the smallest write."""
+        """Fill the memory until Redis refuses the smallest write."""
         with self.admin as admin:
             admin.config_set("maxmemory", int(admin.info("memory")["used_memory"]) + 8 * 2**20)
             for size in (2**20, 2**16, 2**10, 1):
@@ -127,14 +127,14 @@ class Server:
                     while True:
                         admin.rpush(BALLAST, "x" * size)
 
-    def relieve(self) -> None:
+    def free_memory(self) -> None:
         with self.admin as admin:
             admin.delete(BALLAST)
             admin.config_set("maxmemory", 0)
 
 
 class Worker:
-    """A worker that is started again whenever its process ends, as a supervisor would. Call `look` often."""
+    """A worker process with its supervisor, which restarts it whenever it ends. Call `supervise` often."""
 
     def __init__(self, name: str, directory: Path, settings: Settings) -> None:
         self.name = name
@@ -143,8 +143,8 @@ class Worker:
         self._directory = directory
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
-        #: Why the process is to end, if it was asked to; and when the next one is to be started.
-        self._asked: str | None = None
+        #: Why the current process was told to end, if it was; and when the next one is started.
+        self._end_reason: str | None = None
         self._start_at = 0.0
 
     def start(self) -> None:
@@ -156,7 +156,7 @@ class Worker:
             self._process = subprocess.Popen(
                 die_with_parent(command), env=environment, stdout=out, stderr=out, start_new_session=True
             )
-        self._asked = None
+        self._end_reason = None
 
     @property
     def pid(self) -> int:
@@ -169,61 +169,61 @@ class Worker:
 
     @property
     def ready(self) -> bool:
-        """Whether this process reads the queue."""
+        """Whether the process consumes the queue."""
         return self.alive and self._noted("ready")
 
     def _noted(self, event: str) -> bool:
         return any(note["event"] == event for note in read_notes(self._directory / f"{self.pid}.jsonl"))
 
-    def look(self) -> None:
-        """See whether it died, and start it when it is time."""
+    def supervise(self) -> None:
+        """Record the death of the process, and start the next one when it is due."""
         if self._process is None or self.alive:
             return
         if all(death.pid != self.pid for death in self.deaths):
-            why = self._asked or ("poison" if self._noted("poisoned") else "own")
-            detail = f"code {self._process.poll()}: {self._last_words()}" if why == "own" else ""
+            why = self._end_reason or ("poison" if self._noted("poisoned") else "own")
+            detail = f"code {self._process.poll()}: {self._last_error()}" if why == "own" else ""
             self.deaths.append(Death(time.time(), self.pid, why, detail))
             self._start_at = max(self._start_at, time.monotonic() + RESTART_S)
         if time.monotonic() >= self._start_at:
             self.start()
 
     def kill(self, down_s: float = math.inf) -> None:
-        """kill -9, also of one that is stopped; `look` starts the next one after `down_s`."""
-        self._ask("kill", down_s)
+        """kill -9, even if the process is stopped; `supervise` starts the next one after `down_s` seconds."""
+        self._expect_end("kill", down_s)
         self.send(signal.SIGKILL)
         if self._process is not None:
             self._process.wait()
 
     def end(self, down_s: float) -> None:
-        """SIGTERM; `look` starts the next one after `down_s`, or when it has ended."""
-        self._ask("end", down_s)
+        """SIGTERM; `supervise` starts the next one after `down_s` seconds, or when this one has ended."""
+        self._expect_end("end", down_s)
         self.send(signal.SIGTERM)
 
-    def _ask(self, why: str, down_s: float) -> None:
-        self.look()  # what died before did not die of this
+    def _expect_end(self, why: str, down_s: float) -> None:
+        self.supervise()  # record a death that had another cause
         if self.alive:
-            self._asked = why
+            self._end_reason = why
         self._start_at = time.monotonic() + down_s
 
     def send(self, number: signal.Signals) -> None:
         if self.alive:
             os.kill(self.pid, number)
 
-    def _last_words(self) -> str:
+    def _last_error(self) -> str:
         errors = list(errors_in(self.log))
-        return errors[-1] if errors else "no error in its log"
+        return errors[-1] if errors else "no error in the log"
 
 
 def read_notes(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines that a worker wrote (tests/chaos/startup.py)."""
+    """The events that a worker process recorded (tests/chaos/startup.py)."""
     if path.exists():
         for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # the last one may be torn
+            with contextlib.suppress(ValueError):  # the last line may be incomplete
                 yield json.loads(line)
 
 
 def errors_in(log: Path) -> Iterator[str]:
-    """The errors in a worker's log: the event, and what was raised."""
+    """The errors in a worker's log: each as the event and the last line of the exception."""
     for line in log.read_text(errors="replace").splitlines():
         if line.startswith("{"):
             with contextlib.suppress(ValueError):
@@ -236,17 +236,17 @@ def errors_in(log: Path) -> Iterator[str]:
 
 
 class Submitter:
-    """Submits a plan in a thread of its own, each batch until it is accepted."""
+    """Submits a plan in its own thread, and repeats each batch until it is accepted."""
 
     def __init__(self, settings: Settings, catalogue: list[dict[str, Any]]) -> None:
         self._client = Client(settings=settings)
         self._catalogue = catalogue
-        #: How each request of the catalogue ends.
+        #: The expected end of each request of the catalogue.
         self.expected: list[End] = []
         self._extra: queue.SimpleQueue[Batch] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        #: What was accepted so far; read by other threads.
+        #: The jobs that were accepted so far; other threads read it.
         self.jobs: dict[str, JobFact] = {}
         self.refusals: Counter[str] = Counter()
         self.failure: BaseException | None = None
@@ -256,7 +256,7 @@ class Submitter:
         self._thread.start()
 
     def add(self, batch: Batch) -> None:
-        """Submit this one too, as soon as may be."""
+        """Submit another batch as soon as possible."""
         self._extra.put(batch)
 
     @property
@@ -288,7 +288,7 @@ class Submitter:
             self._submit(self._extra.get())
 
     def _submit(self, batch: Batch) -> None:
-        left = list(batch.drafts)
+        left = list(batch.jobs)
         calls: list[tuple[float, float]] = []
         while left and not self._stop.is_set():
             began = time.time()
@@ -296,26 +296,26 @@ class Submitter:
                 accepted = dict(enumerate(self._call(left)))
             except HeadraceError as error:
                 self.refusals[type(error).__name__] += 1
-                # With ids of their own all are submitted again, as a caller would who knows nothing.
+                # Jobs with chosen ids are all submitted again, as by a caller who ignores `accepted`.
                 failed = isinstance(error, (RedisRefused, RedisUnreachable))
-                accepted = error.accepted if failed and not left[0].own_id else {}
+                accepted = error.accepted if failed and not left[0].chosen_id else {}
                 self._stop.wait(RETRY_S)
             calls.append((began, time.time()))
             for place, job in accepted.items():
                 self._note(left[place], job, list(calls))
-            left = [draft for place, draft in enumerate(left) if place not in accepted]
+            left = [planned for place, planned in enumerate(left) if place not in accepted]
 
-    def _call(self, drafts: list[Draft]) -> list[Job]:
-        fields = [draft.fields(self._catalogue) for draft in drafts]
+    def _call(self, jobs: list[PlannedJob]) -> list[Job]:
+        fields = [planned.fields(self._catalogue) for planned in jobs]
         return [self._client.submit(**fields[0])] if len(fields) == 1 else self._client.submit_many(fields)
 
-    def _note(self, draft: Draft, job: Job, calls: list[tuple[float, float]]) -> None:
-        expected = None if draft.request is None else self.expected[draft.request]
-        self.jobs[job.id] = JobFact(expected, calls, may_expire=draft.timeout_s is not None)
+    def _note(self, planned: PlannedJob, job: Job, calls: list[tuple[float, float]]) -> None:
+        expected = None if planned.request is None else self.expected[planned.request]
+        self.jobs[job.id] = JobFact(expected, calls, may_expire=planned.timeout_s is not None)
 
 
 class Collector:
-    """Asks for the outcomes of all accepted jobs in a thread of its own, and keeps what it saw first."""
+    """Polls for the outcomes of all accepted jobs in its own thread, and keeps the first outcome that it sees."""
 
     def __init__(self, url: str, jobs: dict[str, JobFact]) -> None:
         self._redis = connect(url)
@@ -334,15 +334,15 @@ class Collector:
 
     @property
     def waiting(self) -> list[str]:
-        """Accepted jobs of which no end was seen."""
+        """Accepted jobs whose end was not seen yet."""
         return [job_id for job_id in list(self._jobs) if job_id not in self.seen]
 
     def _run(self) -> None:
         while not self._stop.wait(POLL_S):
             with contextlib.suppress(redis.RedisError):
-                self._look()
+                self._poll()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         waiting = self.waiting
         for start in range(0, len(waiting), POLL_JOBS):
             part = waiting[start : start + POLL_JOBS]
@@ -353,7 +353,7 @@ class Collector:
 
 
 def final_ends(settings: Settings, job_ids: list[str]) -> dict[str, End]:
-    """How jobs ended, asked of a new client as any caller would."""
+    """The ends of jobs as a new client reads them."""
     ends: dict[str, End] = {}
     with Client(settings=settings) as client:
         for job in client.as_completed([client.job(job_id) for job_id in job_ids], timeout=60):

@@ -1,7 +1,7 @@
 """`python -m tests.chaos.batch --lines 3000 --seed 1`: kill -9 of client, worker and Redis during a batch.
 
-The client is started again with `--resume` after each of its deaths. In the end the output must hold each custom_id
-once, with what an undisturbed run gives. Exit code 1 if not.
+The client is restarted with `--resume` after each kill. At the end the output must contain each custom_id once, with
+the same result as an undisturbed run. Exit code 1 if it does not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TEXT = "the river mill turns a wheel of stone and water runs on under grey morn
 
 
 def make_lines(count: int, seed: int) -> list[dict[str, Any]]:
-    """Requests in the Batch form: greedy and sampled, a few that must fail."""
+    """Requests in the format of the Batch API: greedy and sampled ones, and a few that must fail."""
     dice = random.Random(f"lines {seed}")
     lines = []
     for number in range(count):
@@ -45,13 +45,13 @@ def make_lines(count: int, seed: int) -> list[dict[str, Any]]:
         if dice.random() < 0.1:
             body |= {"logprobs": 2, "stop": ["."]}
         if dice.random() < 0.02:
-            body["max_tokens"] = 5000  # more than the model reads
+            body["max_tokens"] = 5000  # more than the model's context
         lines.append({"custom_id": f"line-{number}", "method": "POST", "url": "/v1/completions", "body": body})
     return lines
 
 
 def read_output(path: Path) -> list[dict[str, Any]]:
-    """The lines of an output, without what differs between two runs: the names of jobs, and when they ended."""
+    """The lines of an output, without the fields that differ between runs: job ids and times."""
     rows = []
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         for line in file:
@@ -66,36 +66,36 @@ def read_output(path: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class Verdict:
-    """What came of it."""
+    """The result of a run."""
 
     lines: int
     deaths: Counter[str] = field(default_factory=Counter)
     starts: int = 0
-    #: Starts that ended at once, rightly, because Redis or the worker was not there.
+    #: Starts that correctly ended at once, because Redis or the worker was not available.
     refused: int = 0
     seconds: float = 0.0
     missing: int = 0
     repeated: int = 0
     different: int = 0
-    #: Of the first lines that are not as in the undisturbed run: what they say, and what they should.
+    #: The first lines that differ from the undisturbed run, each with the difference.
     examples: list[str] = field(default_factory=list)
     exit_code: int = 0
 
     @property
-    def right(self) -> bool:
-        """Whether each line is there once, as in the undisturbed run."""
+    def correct(self) -> bool:
+        """Whether the output has each line once, as in the undisturbed run."""
         return not (self.missing or self.repeated or self.different)
 
 
 class Storm:
-    """Runs the batch and kills who has his turn, whenever the output has come so far."""
+    """Runs the batch and kills the next victim whenever the output reaches a planned length."""
 
     def __init__(self, directory: Path, lines: int, seed: int, deaths: int, *, zipped: bool) -> None:
         self._directory, self._dice = directory, random.Random(f"storm {seed}")
         self._source = directory / "in.jsonl"
         self._source.write_text("".join(json.dumps(line) + "\n" for line in make_lines(lines, seed)))
         self._output = directory / ("out.jsonl.gz" if zipped else "out.jsonl")
-        order = [VICTIMS[turn % len(VICTIMS)] for turn in range(deaths)]
+        order = [VICTIMS[number % len(VICTIMS)] for number in range(deaths)]
         self._dice.shuffle(order)
         at = sorted(self._dice.sample(range(lines * 9 // 10), deaths))
         self._plan = list(zip(at, order, strict=True))
@@ -104,7 +104,7 @@ class Storm:
         self.verdict = Verdict(lines)
 
     def run(self) -> Verdict:
-        """The undisturbed run, the disturbed one, and how they compare."""
+        """Run the batch undisturbed, run it with kills, and compare the outputs."""
         with Server("always") as server:
             settings = load_settings(redis_url=server.url, lease_s=LEASE_S, slots=16)
             worker = Worker("one", self._directory, settings)
@@ -142,27 +142,27 @@ class Storm:
             raise RuntimeError(done.stderr.decode())
 
     def _disturbed(self, server: Server, worker: Worker) -> None:
-        moved_at, before = time.monotonic(), 0
+        progress_at, before = time.monotonic(), 0
         while True:
-            worker.look()
+            worker.supervise()
             self._revive(server)
             if (code := self._step_client(server)) is not None:
                 self.verdict.exit_code = code
                 return
-            there = self._lines_there()
-            if there != before:
-                moved_at, before = time.monotonic(), there
-            if time.monotonic() - moved_at > PATIENCE_S:
-                raise TimeoutError(f"no line for {PATIENCE_S:g} s:\n{self._said()}")
-            while self._plan and there >= self._plan[0][0] and self._client is not None:
+            count = self._count_lines()
+            if count != before:
+                progress_at, before = time.monotonic(), count
+            if time.monotonic() - progress_at > PATIENCE_S:
+                raise TimeoutError(f"no line for {PATIENCE_S:g} s:\n{self._client_log()}")
+            while self._plan and count >= self._plan[0][0] and self._client is not None:
                 self._kill(self._plan.pop(0)[1], server, worker)
             time.sleep(0.03)
 
     def _step_client(self, server: Server) -> int | None:
-        """Start it if it is not there; its exit code when it has ended by itself, with nobody to die any more."""
+        """Start the client if it does not run. Returns its exit code once it has ended by itself, else None."""
         if self._client is None:
             if self._redis_back_at:
-                return None  # it would say, rightly, that there is no Redis
+                return None  # it would correctly report that Redis is unreachable
             self._client = self._start_client(server.url)
             return None
         code = self._client.poll()
@@ -175,7 +175,7 @@ class Storm:
             self.verdict.refused += 1
             time.sleep(0.2)
             return None
-        raise RuntimeError(f"the client ended with {code}:\n{self._said()}")
+        raise RuntimeError(f"the client ended with {code}:\n{self._client_log()}")
 
     def _start_client(self, url: str) -> subprocess.Popen[bytes]:
         self.verdict.starts += 1
@@ -188,7 +188,7 @@ class Storm:
             )
 
     def _has_begun(self) -> bool:
-        """Whether the process that ended last had found Redis and a worker: it says so before it computes."""
+        """Whether the last client had found Redis and a worker: it logs this before it computes."""
         return "resuming" in (self._directory / "client.log").read_text(errors="replace")
 
     def _kill(self, victim: str, server: Server, worker: Worker) -> None:
@@ -209,7 +209,7 @@ class Storm:
             self._redis_back_at = 0.0
             server.start()
 
-    def _lines_there(self) -> int:
+    def _count_lines(self) -> int:
         if not self._output.exists():
             return 0
         return sum(1 for _ in readable(self._output))
@@ -219,7 +219,7 @@ class Storm:
             self._client.kill()
             self._client.wait()
 
-    def _said(self) -> str:
+    def _client_log(self) -> str:
         return (self._directory / "client.log").read_text(errors="replace")[-3000:]
 
     def _compare(self, expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> None:
@@ -237,7 +237,7 @@ class Storm:
 
 
 def readable(path: Path) -> Iterator[bytes]:
-    """The lines of a file that is being written."""
+    """The complete lines of a file that may still be written to."""
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         try:
             yield from file
@@ -246,18 +246,20 @@ def readable(path: Path) -> Iterator[bytes]:
 
 
 def storm(lines: int, seed: int, deaths: int, *, zipped: bool = False) -> Verdict:
-    """One batch through so many deaths."""
+    """Run one batch with this number of kills."""
     with tempfile.TemporaryDirectory() as directory:
         return Storm(Path(directory), lines, seed, deaths, zipped=zipped).run()
 
 
 @click.command()
-@click.option("--lines", default=3000, show_default=True)
-@click.option("--seed", default=1, show_default=True)
-@click.option("--deaths", default=24, show_default=True, help="A third each: client, worker, Redis.")
-@click.option("--zipped", is_flag=True, help="Write gzip.")
+@click.option("--lines", default=3000, show_default=True, help="Number of requests.")
+@click.option("--seed", default=1, show_default=True, help="Seed of requests and kills.")
+@click.option(
+    "--deaths", default=24, show_default=True, help="Number of kills, a third each of client, worker and Redis."
+)
+@click.option("--zipped", is_flag=True, help="Write a gzipped output.")
 def main(lines: int, seed: int, deaths: int, zipped: bool) -> None:
-    """Kill client, worker and Redis during a batch and see that its output is whole and right."""
+    """Kill client, worker and Redis during a batch, and check that its output is complete and correct."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for name in [name for name in os.environ if name.startswith("HEADRACE_")]:
         del os.environ[name]
@@ -267,11 +269,11 @@ def main(lines: int, seed: int, deaths: int, zipped: bool) -> None:
         f"seed {seed}: {verdict.lines} lines, killed: {died}; {verdict.starts} starts of the client "
         f"({verdict.refused} found no Redis or worker), "
         f"{verdict.seconds:.0f} s; missing {verdict.missing}, repeated {verdict.repeated}, "
-        f"different {verdict.different}: {'right' if verdict.right else 'WRONG'}"
+        f"different {verdict.different}: {'correct' if verdict.correct else 'WRONG'}"
     )
     for example in verdict.examples:
         click.echo(f"WRONG {example}")
-    sys.exit(0 if verdict.right else 1)
+    sys.exit(0 if verdict.correct else 1)
 
 
 if __name__ == "__main__":

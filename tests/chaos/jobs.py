@@ -1,4 +1,4 @@
-"""What is asked for, and when: pure functions of the seed."""
+"""The requests, and when they are submitted: pure functions of the seed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: The prompt at which the worker of this suite kills itself (tests/chaos/startup.py); to the product it is a prompt.
+#: The prompt at which the worker of this suite kills itself (tests/chaos/startup.py); headrace does not treat it
+#: specially.
 POISON_PROMPT = "This prompt ends the process that computes it."
 
 PRIORITIES = ("interactive", "normal", "bulk")
@@ -17,34 +18,34 @@ _STOPS = (["."], ["\n"], [" the", ","], ["a"])
 
 
 @dataclass(frozen=True)
-class Draft:
-    """A job to submit. `request` is an index into the catalogue; None is the poison."""
+class PlannedJob:
+    """A job to submit. `request` is an index into the catalogue, or None for the poison."""
 
     name: str
     request: int | None
-    #: Submitted under an id of our own, so that it may be submitted again; else the client chooses one.
-    own_id: bool
+    #: Whether the caller chooses the id, so that the job can be submitted again; otherwise the client generates one.
+    chosen_id: bool
     priority: str = "normal"
-    #: Nobody waits for longer than this; such a job may expire.
+    #: A job with a time limit may expire.
     timeout_s: float | None = None
 
     def fields(self, catalogue: list[dict[str, Any]]) -> dict[str, Any]:
-        """What `Client.submit` takes."""
+        """The arguments of `Client.submit`."""
         request = {"prompt": POISON_PROMPT, "max_tokens": 4} if self.request is None else catalogue[self.request]
         fields = {**request, "priority": self.priority, "timeout_s": self.timeout_s}
-        return {**fields, "id": self.name} if self.own_id else fields
+        return {**fields, "id": self.name} if self.chosen_id else fields
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Jobs that are submitted by one call: one by `submit`, more by `submit_many`."""
+    """Jobs that are submitted in one call: a single one with `submit`, several with `submit_many`."""
 
     at: float
-    drafts: tuple[Draft, ...]
+    jobs: tuple[PlannedJob, ...]
 
 
 def catalogue(seed: int, size: int) -> list[dict[str, Any]]:
-    """Different requests, each with a seed of its own; about one in 25 is one that only the worker can refuse."""
+    """Different requests, each with its seed; about one in 25 can only be refused by the worker."""
     dice = random.Random(f"catalogue {seed}")
     return [_request(dice) for _ in range(size)]
 
@@ -74,7 +75,7 @@ def _request(dice: random.Random) -> dict[str, Any]:
 
 
 def plan(seed: int, count: int, span_s: float, requests: int) -> list[Batch]:
-    """`count` jobs over `span_s` seconds, by time."""
+    """`count` jobs spread over `span_s` seconds, ordered by time."""
     dice = random.Random(f"plan {seed}")
     sizes: list[int] = []
     while (left := count - sum(sizes)) > 0:
@@ -82,27 +83,32 @@ def plan(seed: int, count: int, span_s: float, requests: int) -> list[Batch]:
     times = sorted(dice.uniform(0, span_s) for _ in sizes)
     batches, number = [], 0
     for at, size in zip(times, sizes, strict=True):
-        own_id = dice.random() < 0.7
-        # Where the client chooses the ids, only the order says which of many were accepted, and that is by priority.
-        priorities = PRIORITIES if own_id else (dice.choice(PRIORITIES),)
+        chosen_id = dice.random() < 0.7
+        # Without chosen ids the accepted jobs are identified by their order, which depends on the priority.
+        priorities = PRIORITIES if chosen_id else (dice.choice(PRIORITIES),)
         batches.append(
-            Batch(at, tuple(_draft(dice, f"s{seed}-{number + i}", requests, own_id, priorities) for i in range(size)))
+            Batch(
+                at,
+                tuple(
+                    _planned_job(dice, f"s{seed}-{number + i}", requests, chosen_id, priorities) for i in range(size)
+                ),
+            )
         )
         number += size
     return batches
 
 
-def _draft(
-    dice: random.Random, name: str, requests: int, own_id: bool = True, priorities: Sequence[str] = PRIORITIES
-) -> Draft:
+def _planned_job(
+    dice: random.Random, name: str, requests: int, chosen_id: bool = True, priorities: Sequence[str] = PRIORITIES
+) -> PlannedJob:
     timeout_s = 3.0 if dice.random() < 0.03 else None
-    return Draft(name, dice.randrange(requests), own_id, dice.choice(priorities), timeout_s)
+    return PlannedJob(name, dice.randrange(requests), chosen_id, dice.choice(priorities), timeout_s)
 
 
 def poison(salt: int, requests: int) -> Batch:
-    """A poison alone, or one among innocents in one message."""
+    """A poison in a separate message, or in one message with harmless jobs."""
     dice = random.Random(f"poison {salt}")
-    crowd = 5 if dice.random() < 0.5 else 0
-    drafts = [_draft(dice, f"p{salt}-{i}", requests) for i in range(crowd)]
-    drafts.insert(crowd // 2, Draft(f"poison-{salt}", None, True))
-    return Batch(0, tuple(drafts))
+    neighbours = 5 if dice.random() < 0.5 else 0
+    jobs = [_planned_job(dice, f"p{salt}-{i}", requests) for i in range(neighbours)]
+    jobs.insert(neighbours // 2, PlannedJob(f"poison-{salt}", None, True))
+    return Batch(0, tuple(jobs))

@@ -1,4 +1,4 @@
-"""From what was seen to what it is worth: pure, so that it can be shown wrong facts and must find them."""
+"""Judge the facts of a run. A pure function, so that tests can pass it wrong facts, which it must report."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from tests.chaos.schedule import Kind
 
-#: How much later than it really happened something may have been noted, and the other way round.
+#: How far the recorded time of an event may be off, in seconds.
 CLOCK_S = 0.3
-#: What a Redis that was full of records may keep when they are gone: buffers of its own, half-empty pages of lists.
+#: Memory that Redis may keep after its records are deleted: internal buffers and partly filled pages.
 MEMORY_SLACK_BYTES = 2**20
 
 
@@ -24,26 +24,26 @@ class End:
     state: str
     code: str = ""
     digest: str = ""
-    #: When the suite first saw it.
+    #: When this suite first saw it.
     at: float = 0.0
-    #: All that a success says; its digest is of this.
-    says: Any = None
+    #: The content of a success, from which the digest is computed.
+    content: Any = None
 
     @property
-    def what(self) -> tuple[str, str, str]:
+    def key(self) -> tuple[str, str, str]:
         return self.state, self.code, self.digest
 
     def __str__(self) -> str:
-        return " ".join(filter(None, self.what))
+        return " ".join(filter(None, self.key))
 
 
 @dataclass
 class JobFact:
     """A job that was accepted."""
 
-    #: How it ends in an undisturbed engine; the poison has no such end.
+    #: How it ends in an undisturbed engine; None for the poison.
     expected: End | None
-    #: The calls that submitted it, begin and end: more than one where the first ones raised.
+    #: Begin and end of the calls that submitted it: several if the first ones raised.
     calls: list[tuple[float, float]]
     may_expire: bool = False
     cancel_asked: bool = False
@@ -55,7 +55,7 @@ class JobFact:
 
 @dataclass(frozen=True)
 class Event:
-    """Something happened to a worker process."""
+    """An event in a worker process."""
 
     at: float
     pid: int
@@ -63,14 +63,14 @@ class Event:
 
 @dataclass(frozen=True)
 class Delivery(Event):
-    """A message reached it."""
+    """A message reached the process."""
 
     jobs: tuple[str, ...]
 
 
 @dataclass
 class Computation:
-    """An engine took a job; `how` is `succeeded`, a code, or "" where its process ended first."""
+    """A computation of a job; `how` is `succeeded`, an error code, or "" if its process died first."""
 
     job: str
     pid: int
@@ -81,7 +81,7 @@ class Computation:
 
 @dataclass(frozen=True)
 class Death(Event):
-    """It ended: `kill` and `end` were asked for, `poison` was to be expected, `own` never is."""
+    """The process ended: `kill` and `end` were requested, `poison` is expected, `own` is always an error."""
 
     why: str
     detail: str = ""
@@ -89,7 +89,7 @@ class Death(Event):
 
 @dataclass(frozen=True)
 class Fault:
-    """What was done, and when all was as before again. `pid` is the worker's."""
+    """A fault, when it began, and when it was undone. `pid` is the process id of the worker."""
 
     kind: Kind
     began: float
@@ -100,7 +100,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Remains:
-    """Keys in Redis that have no lifetime, by how many elements each has; and its memory without jobs' records."""
+    """The keys in Redis without a lifetime, with their numbers of elements, and its memory without job records."""
 
     keys: Mapping[str, int]
     memory_bytes: int
@@ -108,7 +108,7 @@ class Remains:
 
 @dataclass
 class Facts:
-    """Everything that was seen."""
+    """Everything that was recorded in a run."""
 
     lease_s: float
     jobs: dict[str, JobFact] = field(default_factory=dict)
@@ -116,40 +116,40 @@ class Facts:
     final: dict[str, End] = field(default_factory=dict)
     deliveries: list[Delivery] = field(default_factory=list)
     computations: list[Computation] = field(default_factory=list)
-    #: By process: when it read the clock, and when the renewal was done.
+    #: Process id -> its renewals: when it read the clock, and when the renewal was written.
     renewals: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
     deaths: list[Death] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     before: Remains = field(default_factory=lambda: Remains({}, 0))
     after: Remains = field(default_factory=lambda: Remains({}, 0))
-    #: Job records and results that no time would take away.
+    #: Job records and results that never expire.
     without_lifetime: list[str] = field(default_factory=list)
     unacked: tuple[int, int] = (0, 0)
     #: Submissions that raised, by the name of the error.
     refusals: Counter[str] = field(default_factory=Counter)
     #: Errors that the worker logged, by event.
     logged: Counter[str] = field(default_factory=Counter)
-    #: A job in the hands of this many workers that died may be given up; 0 where the product has no such limit.
+    #: A job that was held by this many dying workers may be given up; 0 means no limit.
     max_attempts: int = 0
 
 
 @dataclass
 class Ledger:
-    """The figures, and what is wrong. Nothing is wrong if `wrong` is empty."""
+    """The figures of a run, and the errors: the run is correct if `wrong` is empty."""
 
     submitted: int = 0
     submitted_again: int = 0
-    #: Jobs that a worker computed though `submit` had raised: their callers were never told an id.
+    #: Jobs that a worker computed although `submit` had raised: their callers never received an id.
     unclaimed: int = 0
     refusals: dict[str, int] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)
-    #: Innocent jobs that were in the hands of too many workers that died.
+    #: Harmless jobs that were held by too many dying workers.
     given_up: int = 0
     redelivered: int = 0
     computed: int = 0
-    #: Jobs computed to the end once more, by the reason.
+    #: Repeated complete computations, by reason.
     duplicates: dict[str, int] = field(default_factory=dict)
-    #: By kind of fault: seconds from its end until a job ended that it had met in a worker's hands.
+    #: Kind of fault -> seconds from its end until a job ended that a worker held when it began.
     longest_recovery_s: dict[str, float] = field(default_factory=dict)
     actions: dict[str, int] = field(default_factory=dict)
     deaths: dict[str, int] = field(default_factory=dict)
@@ -187,7 +187,7 @@ def balance(facts: Facts) -> Ledger:
     for job_id, reason in history.duplicates():
         reasons[reason or "unexplained"] += 1
         if reason is None:
-            ledger.wrong.append(f"{job_id} was computed to the end twice for no reason: {history.tell(job_id)}")
+            ledger.wrong.append(f"{job_id} was completed twice for no known reason: {history.describe(job_id)}")
     ledger.duplicates = dict(reasons)
     ledger.wrong += [f"worker {d.pid} ended by itself: {d.detail}" for d in facts.deaths if d.why == "own"]
     ledger.wrong += _judge_remains(facts)
@@ -199,32 +199,32 @@ def _name(end: End) -> str:
 
 
 def _judge_end(history: History, job_id: str, job: JobFact, end: End | None) -> str | None:
-    """What is wrong with how a job ended."""
+    """The error in how a job ended; None if it ended correctly."""
     if end is None:
-        return f"never ended: {history.tell(job_id)}"
+        return f"never ended: {history.describe(job_id)}"
     seen = history.facts.seen.get(job_id)
-    if seen is not None and seen.what != end.what:
-        return f"ended as {seen} and then as {end}"
+    if seen is not None and seen.key != end.key:
+        return f"ended first as {seen} and then as {end}"
     if end.state == "cancelled":
-        return None if job.cancel_asked else "was cancelled and nobody asked for it"
+        return None if job.cancel_asked else "was cancelled without a request"
     if end.state == "expired":
-        return None if job.may_expire else "expired and had no time limit"
+        return None if job.may_expire else "expired without a time limit"
     if end.code == "max_attempts" and history.crashes(job_id) >= max(1, history.facts.max_attempts):
         return None
     expected = job.expected or End("failed", "max_attempts")
-    if end.what == expected.what:
+    if end.key == expected.key:
         return None
-    return f"ended as {end} and not as {expected}{difference(expected.says, end.says)}"
+    return f"ended as {end} instead of {expected}{difference(expected.content, end.content)}"
 
 
 def difference(expected: Any, got: Any) -> str:
-    """The first place where two things read from JSON differ, and what they have there."""
+    """The first place where two JSON values differ, and both values there; empty if they are equal."""
     if isinstance(expected, dict) and isinstance(got, dict):
         places: list[tuple[Any, Any, Any]] = [(k, expected.get(k), got.get(k)) for k in {**expected, **got}]
     elif isinstance(expected, list) and isinstance(got, list) and len(expected) == len(got):
         places = list(zip(range(len(got)), expected, got, strict=True))
     else:
-        return "" if expected == got else f": {got!r:.200} and not {expected!r:.200}"
+        return "" if expected == got else f": {got!r:.200} instead of {expected!r:.200}"
     return next((f" {key}{found}" for key, one, other in places if (found := difference(one, other))), "")
 
 
@@ -243,7 +243,7 @@ def _judge_remains(facts: Facts) -> Iterator[str]:
 
 
 class History:
-    """The facts by job."""
+    """The facts, grouped by job."""
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
@@ -257,11 +257,11 @@ class History:
         self._died = {death.pid: death.at for death in facts.deaths}
 
     def crashes(self, job_id: str) -> int:
-        """How many workers died with the job in hand."""
+        """How many workers died while they held the job."""
         return sum(c.ended is None and c.pid in self._died for c in self.computations.get(job_id, ()))
 
     def duplicates(self) -> Iterator[tuple[str, str | None]]:
-        """For each computation to the end after the first: the job, and why it was to be expected."""
+        """For each complete computation after the first one: the job, and the reason; None if it is unexplained."""
         for job_id, computations in self.computations.items():
             complete = [c for c in computations if c.how == "succeeded"]
             for first, second in itertools.pairwise(complete):
@@ -280,7 +280,7 @@ class History:
         return None
 
     def _lease_ran_out(self, job_id: str, first: Computation, second: Computation) -> bool:
-        """Whether either worker failed to renew its lease while the job was in its hands."""
+        """Whether either worker failed to renew its lease while it held the job."""
         for one in (first, second):
             got = max(
                 (d.at for d in self.deliveries.get(job_id, ()) if d.pid == one.pid and d.at <= one.started + CLOCK_S),
@@ -292,7 +292,7 @@ class History:
         return False
 
     def _longest_pause(self, pid: int, since: float, until: float) -> float:
-        """The longest time from a renewal's reading of the clock until the next renewal was in Redis."""
+        """The longest time from when one renewal read the clock until the next renewal was written."""
         renewals = self.facts.renewals.get(pid, [])
         at = bisect.bisect_left(renewals, (since, since))
         reads, writes = [since], []
@@ -304,7 +304,7 @@ class History:
         return max(written - read for read, written in zip(reads, [*writes, until], strict=True))
 
     def _sent_twice(self, job_id: str) -> bool:
-        """Whether the call that submitted the job met a fault of the connection: it may have sent two messages."""
+        """Whether the call that submitted the job hit a connection fault: it may have sent two messages."""
         job = self.facts.jobs.get(job_id)
         if job is None:
             return True  # its submission raised
@@ -313,31 +313,34 @@ class History:
             fault.began - CLOCK_S <= end and begin <= fault.ended + CLOCK_S for begin, end in job.calls for fault in cut
         )
 
-    def tell(self, job_id: str) -> str:
-        """The job's life in one line, in seconds since it was submitted."""
+    def describe(self, job_id: str) -> str:
+        """The history of a job in one line, in seconds since it was submitted."""
         job = self.facts.jobs.get(job_id)
         zero = job.calls[0][0] if job else 0.0
-        told = [(d.at, f"delivered to {d.pid}") for d in self.deliveries.get(job_id, ())]
+        entries = [(d.at, f"delivered to {d.pid}") for d in self.deliveries.get(job_id, ())]
         for c in self.computations.get(job_id, ()):
-            told.append((c.started, f"started by {c.pid}"))
+            entries.append((c.started, f"started by {c.pid}"))
             if c.ended is not None:
-                told.append((c.ended, f"{c.how} in {c.pid}"))
+                entries.append((c.ended, f"{c.how} in {c.pid}"))
             if c.pid in self._died:
-                told.append((self._died[c.pid], f"{c.pid} died"))
+                entries.append((self._died[c.pid], f"{c.pid} died"))
         if (seen := self.facts.seen.get(job_id)) is not None:
-            told.append((seen.at, f"seen {seen.state}"))
-        told += [(f.began, f"({f.kind} for {f.ended - f.began:.1f})") for f in self._near(told, zero)]
-        lines = [f"{at - zero:+.2f} {what}" for at, what in sorted(set(told))]
+            entries.append((seen.at, f"seen {seen.state}"))
+        entries += [(f.began, f"({f.kind} for {f.ended - f.began:.1f})") for f in self._near(entries, zero)]
+        lines = [f"{at - zero:+.2f} {what}" for at, what in sorted(set(entries))]
         return "; ".join(lines if self.deliveries.get(job_id) else ["never delivered", *lines])
 
-    def _near(self, told: Iterable[tuple[float, str]], zero: float) -> list[Fault]:
-        """The faults at about the time of a job's life."""
-        last = max((at for at, _ in told), default=zero)
+    def _near(self, entries: Iterable[tuple[float, str]], zero: float) -> list[Fault]:
+        """The faults at about the time of the job."""
+        last = max((at for at, _ in entries), default=zero)
         return [f for f in self.facts.faults if f.began <= last + 2 and f.ended >= zero - 2 and f.kind != "cancel"]
 
 
 def _recoveries(facts: Facts) -> dict[str, float]:
-    """By kind of fault: the longest time from its end until a job that it met ended, with no other fault in between."""
+    """Kind of fault -> the longest recovery: from its end until a job ended that a worker held when it began.
+
+    Jobs are ignored if another fault ended in between.
+    """
     longest: dict[str, float] = {}
     faults = [fault for fault in facts.faults if fault.kind not in ("cancel", "poison")]
     over = sorted(fault.ended for fault in faults)
@@ -352,17 +355,17 @@ def _recoveries(facts: Facts) -> dict[str, float]:
 
 
 def table(ledger: Ledger) -> str:
-    """The ledger for people."""
+    """The ledger as a table of text."""
     rows: list[tuple[str, Any]] = [
         ("submitted", ledger.submitted),
         ("submitted more than once", ledger.submitted_again),
-        ("computed though submit raised", ledger.unclaimed),
+        ("computed although submit raised", ledger.unclaimed),
         *((f"submit raised {name}", count) for name, count in sorted(ledger.refusals.items())),
         *sorted(ledger.ends.items()),
-        ("given up beside dying workers", ledger.given_up),
+        ("given up with dying workers", ledger.given_up),
         ("redelivered", ledger.redelivered),
-        ("computed to the end", ledger.computed),
-        *((f"computed twice: {reason}", count) for reason, count in sorted(ledger.duplicates.items())),
+        ("complete computations", ledger.computed),
+        *((f"completed twice: {reason}", count) for reason, count in sorted(ledger.duplicates.items())),
         *((f"longest recovery after {kind}", f"{took} s") for kind, took in sorted(ledger.longest_recovery_s.items())),
         *((f"action {kind}", count) for kind, count in sorted(ledger.actions.items())),
         *((f"workers ended by {why}", count) for why, count in sorted(ledger.deaths.items())),
@@ -372,5 +375,5 @@ def table(ledger: Ledger) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     return "\n".join(
-        [*lines, *(f"WRONG {what}" for what in ledger.wrong), "balanced" if not ledger.wrong else "NOT balanced"]
+        [*lines, *(f"WRONG {error}" for error in ledger.wrong), "balanced" if not ledger.wrong else "NOT balanced"]
     )

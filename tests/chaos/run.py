@@ -1,4 +1,4 @@
-"""One run: a storm over workers that compute, then calm, then the facts."""
+"""One run: inject faults while workers compute, wait for all jobs, then collect the facts."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from tests.chaos.ledger import Computation, Delivery, End, Facts, Fault, Remains
 from tests.chaos.schedule import Action, Kind, storm
 from tests.patience import PATIENCE_S
 
-#: How often the run looks at its workers.
+#: Seconds between checks of the workers.
 TICK_S = 0.05
-#: Share of the storm in which jobs are submitted.
+#: Share of the run during which jobs are submitted.
 SUBMIT_SHARE = 0.85
-#: How often the figures so far are told.
-TELL_S = 10.0
+#: Seconds between reports of the current figures.
+FIGURES_INTERVAL_S = 10.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is made of; `actions` instead of the storm of its seed, where given."""
+    """The parameters of a run. `actions`, if given, replaces the faults of the seed."""
 
     seed: int = 1
     jobs: int = 2000
@@ -49,13 +49,13 @@ class Plan:
     appendfsync: str = "always"
     without: Sequence[Kind] = ()
     actions: Sequence[Action] | None = None
-    say: Callable[[str], None] = field(default=lambda _: None)
-    #: Told the figures so far every `TELL_S`.
-    tell: Callable[[dict[str, Any]], None] = field(default=lambda _: None)
+    log: Callable[[str], None] = field(default=lambda _: None)
+    #: Called with the current figures every `FIGURES_INTERVAL_S`.
+    on_figures: Callable[[dict[str, Any]], None] = field(default=lambda _: None)
 
     @property
     def settings(self) -> Settings:
-        """Of the reference and of the workers: results name the number of threads."""
+        """The settings of the reference and of the workers. Their threads must agree: results name the number."""
         return load_settings(slots=self.slots, lease_s=self.lease_s, threads=1, log_format="json")
 
     @property
@@ -68,7 +68,7 @@ class Plan:
 
 
 def reference_ends(requests: list[dict[str, Any]], settings: Settings) -> list[End]:
-    """How each request ends in an engine of this process that nothing disturbs."""
+    """How each request ends in an undisturbed engine in this process."""
     import torch
 
     from headrace.worker.engine.build import load_engine
@@ -88,28 +88,28 @@ def reference_ends(requests: list[dict[str, Any]], settings: Settings) -> list[E
     return ends
 
 
-def run(what: Plan) -> Facts:
-    """Make the facts of a run. Takes its span, and about as long as the jobs that are left then need."""
+def run(run_plan: Plan) -> Facts:
+    """Carry out a run and return its facts. Takes `span_s`, plus the time that the remaining jobs need."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headrace-chaos-")))
-        server = stack.enter_context(Server(what.appendfsync))
-        return Run(what, server, directory, stack).carry_out()
+        server = stack.enter_context(Server(run_plan.appendfsync))
+        return Run(run_plan, server, directory, stack).carry_out()
 
 
 class Run:
-    """The actors of a run, and what is done to them."""
+    """The actors of a run, and the faults that are injected into them."""
 
     def __init__(
         self,
-        what: Plan,
+        run_plan: Plan,
         server: Server,
         directory: Path,
         stack: ExitStack,
     ) -> None:
-        self.what, self.server, self.directory = what, server, directory
-        self.requests = catalogue(what.seed, what.requests)
-        self.settings = what.settings.model_copy(update={"redis_url": server.url})
-        self.workers = [Worker(f"w{i}", directory, self.settings) for i in range(what.workers)]
+        self.run_plan, self.server, self.directory = run_plan, server, directory
+        self.requests = catalogue(run_plan.seed, run_plan.requests)
+        self.settings = run_plan.settings.model_copy(update={"redis_url": server.url})
+        self.workers = [Worker(f"w{i}", directory, self.settings) for i in range(run_plan.workers)]
         for worker in self.workers:
             stack.callback(worker.kill)
         self.submitter = Submitter(self.settings, self.requests)
@@ -117,58 +117,62 @@ class Run:
         self.collector = Collector(server.url, self.submitter.jobs)
         self.canceller = Client(settings=self.settings)
         stack.callback(self.canceller.close)
-        #: Does what has to ask Redis, which may be stopped: the storm goes on meanwhile.
-        self.aside = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="chaos-aside"))
-        #: When the storm began: what was before is none of it.
+        #: Runs calls to Redis, which may block while it is stopped, so that the faults keep their schedule.
+        self.background = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="chaos-background"))
+        #: When the first fault could begin; earlier events are ignored.
         self.began = 0.0
-        self._tell_at = 0.0
+        self._next_figures_at = 0.0
         self.faults: list[Fault] = []
-        #: Faults of workers that are over when the next process is ready: action, when it began, and the old process.
+        #: Faults that end when the next worker process is ready: action, when it began, and the old process id.
         self._returning: dict[int, tuple[Action, float, int]] = {}
 
     def carry_out(self) -> Facts:
         for worker in self.workers:
             worker.start()
-        self.what.say(f"seed {self.what.seed}: computing the reference of {len(self.requests)} requests")
-        self.submitter.expected = reference_ends(self.requests, self.what.settings)
+        self.run_plan.log(f"seed {self.run_plan.seed}: computing the reference of {len(self.requests)} requests")
+        self.submitter.expected = reference_ends(self.requests, self.run_plan.settings)
         self._wait(lambda: all(worker.ready for worker in self.workers), 120)
         self._warm_up()
         before = self._remains()
         self.began = time.time()
-        self.what.say(f"storm of {self.what.span_s:.0f} s over {self.what.jobs} jobs")
+        self.run_plan.log(f"injecting faults for {self.run_plan.span_s:.0f} s into {self.run_plan.jobs} jobs")
         self.collector.start()
-        self.submitter.start(plan(self.what.seed, self.what.jobs, self.what.span_s * SUBMIT_SHARE, len(self.requests)))
-        self._blow()
+        self.submitter.start(
+            plan(self.run_plan.seed, self.run_plan.jobs, self.run_plan.span_s * SUBMIT_SHARE, len(self.requests))
+        )
+        self._inject_faults()
         self._drain()
         return self._facts(before)
 
     # --- the storm -------------------------------------------------------------------------------------------------
 
-    def _blow(self) -> None:
-        """Begin and end each fault at its time, and look after the workers in between."""
+    def _inject_faults(self) -> None:
+        """Begin and end each fault at its time, and supervise the workers in between."""
         zero = time.monotonic()
         steps: list[tuple[float, int, Action, Callable[[], None] | None]] = []
-        for number, action in enumerate(self.what.storm):
+        for number, action in enumerate(self.run_plan.storm):
             heapq.heappush(steps, (action.at, number, action, None))
         while steps:
             at, number, action, undo = heapq.heappop(steps)
-            self._rest(zero + at)
+            self._supervise_until(zero + at)
             if undo is not None:
                 undo()
                 continue
-            self.what.say(f"{at:6.1f} {action.kind} {action.worker if action.worker >= 0 else ''} {action.seconds:.1f}")
+            self.run_plan.log(
+                f"{at:6.1f} {action.kind} {action.worker if action.worker >= 0 else ''} {action.seconds:.1f}"
+            )
             if (undo := self._begin(action)) is not None:
                 heapq.heappush(steps, (action.at + action.seconds, number, action, undo))
-        self._rest(zero + self.what.span_s)
+        self._supervise_until(zero + self.run_plan.span_s)
 
-    def _rest(self, until: float) -> None:
+    def _supervise_until(self, until: float) -> None:
         self._supervise()
         while (rest := until - time.monotonic()) > 0:
             time.sleep(min(rest, TICK_S))
             self._supervise()
-            if self.began and time.monotonic() >= self._tell_at:
-                self._tell_at = time.monotonic() + TELL_S
-                self.what.tell(self._so_far())
+            if self.began and time.monotonic() >= self._next_figures_at:
+                self._next_figures_at = time.monotonic() + FIGURES_INTERVAL_S
+                self.run_plan.on_figures(self._so_far())
 
     def _so_far(self) -> dict[str, Any]:
         seen = list(self.collector.seen.values())
@@ -183,7 +187,7 @@ class Run:
 
     def _supervise(self) -> None:
         for index, worker in enumerate(self.workers):
-            worker.look()
+            worker.supervise()
             if index in self._returning and worker.pid != self._returning[index][2] and worker.ready:
                 self._returned(index)
 
@@ -195,7 +199,7 @@ class Run:
         self.faults.append(Fault(action.kind, began, time.time(), pid, action.seconds))
 
     def _begin(self, action: Action) -> Callable[[], None] | None:
-        """Do it. Returns how it is undone, if it is not over at once or by itself."""
+        """Begin a fault. Returns the function that undoes it, or None if it ends at once or by itself."""
         began = time.time()
         if action.kind in ("kill_worker", "end_worker"):
             self._take_down(action, began)
@@ -204,10 +208,10 @@ class Run:
         ways: dict[Kind, tuple[Callable[[], Any], Callable[[], Any] | None]] = {
             "stop_worker": (lambda: worker.send(signal.SIGSTOP), lambda: worker.send(signal.SIGCONT)),
             "kill_redis": (self.server.kill, self.server.start),
-            "stop_redis": (self.server.halt, self.server.go_on),
-            "fill_redis": (self.server.fill, self.server.relieve),
-            "cut": (lambda: self.aside.submit(self._cut, action, began), None),
-            "cancel": (lambda: self.aside.submit(self._cancel, action, began), None),
+            "stop_redis": (self.server.pause, self.server.resume),
+            "fill_redis": (self.server.fill, self.server.free_memory),
+            "cut": (lambda: self.background.submit(self._cut, action, began), None),
+            "cancel": (lambda: self.background.submit(self._cancel, action, began), None),
             "poison": (lambda: self._poison(action, began), None),
         }
         do, undo = ways[action.kind]
@@ -224,14 +228,14 @@ class Run:
 
     def _take_down(self, action: Action, began: float) -> None:
         if action.worker in self._returning:
-            self._returned(action.worker)  # it took longer to start than was allowed for
+            self._returned(action.worker)  # it took longer to start than WORKER_START_S
         worker = self.workers[action.worker]
         self._returning[action.worker] = (action, began, worker.pid)
         take = worker.kill if action.kind == "kill_worker" else worker.end
         take(action.seconds)
 
     def _cut(self, action: Action, began: float) -> None:
-        with suppress(redis.RedisError):  # it is away
+        with suppress(redis.RedisError):  # Redis is down
             self.server.cut(action.salt)
         self._note(action, began)
 
@@ -247,31 +251,33 @@ class Run:
         self.submitter.add(poison(action.salt, len(self.requests)))
         self._note(action, began)
 
-    # --- calm ------------------------------------------------------------------------------------------------------
+    # --- waiting ---------------------------------------------------------------------------------------------------
 
     def _drain(self) -> None:
-        """Wait until all jobs have ended and all messages are acknowledged; a job counts as lost when no more end."""
-        self.what.say("calm")
+        """Wait until all jobs have ended and all messages are acknowledged, or for PATIENCE_S without progress."""
+        self.run_plan.log("no more faults: waiting for all jobs")
         left, last_progress = -1, time.monotonic()
         while not self.submitter.done or self.collector.waiting or self._returning:
             if left != (left := len(self.collector.waiting)):
-                self.what.say(f"{left} jobs wait")
+                self.run_plan.log(f"{left} jobs have not ended")
                 last_progress = time.monotonic()
             if time.monotonic() - last_progress > PATIENCE_S:
                 break
-            self._rest(time.monotonic() + 0.1)
-        self._wait(lambda: self._unacked() == (0, 0) and not self._queued(), 3 * self.what.lease_s + 12, strict=False)
+            self._supervise_until(time.monotonic() + 0.1)
+        self._wait(
+            lambda: self._unacked() == (0, 0) and not self._queued(), 3 * self.run_plan.lease_s + 12, strict=False
+        )
 
     def _wait(self, condition: Callable[[], bool], timeout_s: float, strict: bool = True) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline:
-                assert not strict, "it did not come about in time"
+                assert not strict, "timed out while waiting for a condition"
                 return
-            self._rest(time.monotonic() + TICK_S)
+            self._supervise_until(time.monotonic() + TICK_S)
 
     def _warm_up(self) -> None:
-        """One job for each worker, so that all that Redis keeps for ever is there; their records go again."""
+        """Run one job for each worker, so that every permanent key exists before the keys are counted."""
         with Client(settings=self.settings) as client:
             jobs = [client.submit("Hello.", max_tokens=2) for _ in self.workers]
             for job in jobs:
@@ -289,7 +295,7 @@ class Run:
         return -1
 
     def _remains(self) -> Remains:
-        """What stays for ever. Job records and results are taken away here, for their memory to be free."""
+        """The permanent keys and the memory of Redis. Deletes job records and results first, to free their memory."""
         with self.server.admin as admin:
             for start in keys.job("*"), keys.result("*"):
                 if names := list(admin.scan_iter(start, count=1000)):
@@ -297,7 +303,7 @@ class Run:
             sizes = {name: size(admin, name) for name in admin.scan_iter("*", count=1000)}
             admin.memory_purge()
             info = admin.info("memory")
-        # Beside what connections and the log of writes take for a moment.
+        # Do not count the temporary buffers of connections and of the append-only file.
         passing = sum(int(info[name]) for name in ("mem_clients_normal", "mem_clients_slaves", "mem_aof_buffer"))
         return Remains(sizes, int(info["used_memory"]) - passing)
 
@@ -306,7 +312,7 @@ class Run:
     def _facts(self, before: Remains) -> Facts:
         self.collector.close()
         facts = Facts(
-            float(self.what.lease_s),
+            float(self.run_plan.lease_s),
             jobs=dict(self.submitter.jobs),
             seen=dict(self.collector.seen),
             final=final_ends(self.settings, list(self.collector.seen)),
@@ -330,7 +336,7 @@ class Run:
 
 
 def add_notes(facts: Facts, pid: int, notes: Iterable[dict[str, Any]]) -> None:
-    """Put what a worker noted among the facts."""
+    """Add the recorded events of a worker process to the facts."""
     running: dict[str, list[Computation]] = {}
     for note in notes:
         match note["event"]:
@@ -348,7 +354,7 @@ def add_notes(facts: Facts, pid: int, notes: Iterable[dict[str, Any]]) -> None:
 
 
 def size(admin: redis.Redis, name: str) -> int:
-    """How many elements a key has; 0 for one that has a lifetime, and for the names of workers, which stay a while."""
+    """The number of elements of a key; 0 for keys with a lifetime and for the worker names, which are removed late."""
     count = {"string": "strlen", "list": "llen", "hash": "hlen", "set": "scard", "zset": "zcard", "stream": "xlen"}
     kind = str(admin.type(name))
     if kind not in count or name == keys.workers() or admin.ttl(name) >= 0:

@@ -1,4 +1,4 @@
-"""When what is done to whom: a pure function of the seed."""
+"""The schedule of faults: a pure function of the seed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal[
-    "kill_worker",  # kill -9, and started again after `seconds`
-    "end_worker",  # SIGTERM; it finishes what runs, for which `seconds` should do, and is started again
-    "stop_worker",  # SIGSTOP for `seconds`: its leases run out, and it does not know
-    "kill_redis",  # kill -9, and started again after `seconds`
-    "stop_redis",  # SIGSTOP for `seconds`: it holds its connections and answers nothing
+    "kill_worker",  # kill -9, restarted after `seconds`
+    "end_worker",  # SIGTERM; it finishes its running jobs in about `seconds`, and is restarted
+    "stop_worker",  # SIGSTOP for `seconds`: its leases run out without its notice
+    "kill_redis",  # kill -9, restarted after `seconds`
+    "stop_redis",  # SIGSTOP for `seconds`: connections stay open, but Redis does not answer
     "fill_redis",  # at its memory limit for `seconds`
     "cut",  # CLIENT KILL of connections
-    "cancel",  # of jobs that have not ended
+    "cancel",  # cancel jobs that have not ended
     "poison",  # a job that kills the worker which computes it
 ]
 
@@ -31,12 +31,12 @@ KINDS: tuple[Kind, ...] = (
     "poison",
 )
 
-#: What a worker takes to be there again; its next fault comes after that.
+#: Seconds that a worker needs to start; its next fault begins later than that.
 WORKER_START_S = 9.0
-#: Between two faults of the same process.
+#: Seconds between two faults of the same process.
 GAP_S = 1.0
 SHORT_OUTAGE_S, LONG_OUTAGE_S = 1.0, 40.0
-#: Below this length of a storm the long outage would leave little of it.
+#: In a shorter storm the long outage would leave too little time for other faults.
 SHORTEST_FOR_LONG_OUTAGE_S = 75.0
 #: A storm of this length has each kind of fault at least once.
 WAVE_S = 180.0
@@ -44,7 +44,7 @@ WAVE_S = 180.0
 
 @dataclass(frozen=True, order=True)
 class Action:
-    """One fault, undone after `seconds`. `salt` seeds whatever choices are left: which connections, which jobs."""
+    """One fault, undone after `seconds`. `salt` seeds the remaining choices: which connections, which jobs."""
 
     at: float
     kind: Kind
@@ -54,7 +54,7 @@ class Action:
 
     @property
     def length(self) -> float:
-        """Seconds until its process may have the next fault."""
+        """Seconds until the next fault of the same process may begin."""
         return self.seconds + (WORKER_START_S if self.kind in ("kill_worker", "end_worker") else 0.0)
 
     @property
@@ -65,9 +65,9 @@ class Action:
 def storm(
     seed: int, span_s: float, *, workers: int = 2, lease_s: float = 4.0, without: Sequence[Kind] = ()
 ) -> list[Action]:
-    """The faults of `span_s` seconds, by time. All are undone by then.
+    """The faults within `span_s` seconds, ordered by time. All are undone by the end.
 
-    Faults of one process do not overlap, those of different processes may: a worker dies while Redis is away.
+    Faults of one process do not overlap. Those of different processes may: a worker may die during an outage of Redis.
     """
     dice = random.Random(f"storm {seed}")
     waves = max(1.0, span_s / WAVE_S)
@@ -100,9 +100,9 @@ def _worker_lane(dice: random.Random, waves: float, lease_s: float, worker: int)
 
 
 def _place(dice: random.Random, lane: list[Action], span_s: float) -> Iterator[Action]:
-    """One after the other in random order, with random pauses between them; those for which there is no time go."""
+    """Place faults one after another in random order, with random pauses. Faults that do not fit are dropped."""
     dice.shuffle(lane)
-    lane.sort(key=lambda action: action.seconds != LONG_OUTAGE_S)  # it is the last to go
+    lane.sort(key=lambda action: action.seconds != LONG_OUTAGE_S)  # it is dropped last
     while lane and sum(action.length + GAP_S for action in lane) > 0.9 * span_s:
         lane.pop()
     dice.shuffle(lane)

@@ -1,8 +1,8 @@
-"""Starts a worker that notes what it is given, what it computes and when it renews its leases.
+"""Start a worker that records its deliveries, its computations and the renewals of its leases.
 
-`python -m tests.chaos.startup DIRECTORY worker -n one@%h ...` is `celery -A worker worker -n one@%h ...` with notes in
-DIRECTORY/PID.jsonl, and with a prompt that kills the process. Whole lines, written before anything else happens: what
-was noted before a kill -9 is there after it.
+`python -m tests.chaos.startup DIRECTORY worker -n one@%h ...` runs `celery -A worker worker -n one@%h ...`, records
+events in DIRECTORY/PID.jsonl, and kills the process at a certain prompt. Each line is written in one call before the
+worker continues, so that a kill -9 loses no event.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.chaos.jobs import POISON_PROMPT
 
 
 class Notes:
-    """Lines of JSON: what happened in this process, and when."""
+    """The file of events of this process: JSON lines with the time of each."""
 
     def __init__(self, directory: Path) -> None:
         path = directory / f"{os.getpid()}.jsonl"
@@ -41,7 +41,7 @@ class Notes:
 
 
 def note_deliveries(notes: Notes) -> None:
-    """`delivered`: a message has come, with these jobs."""
+    """Record `delivered`: a message with these jobs reached the pool."""
     on_apply = EnginePool.on_apply
 
     def noted(self: EnginePool, target: Any, args: tuple[Any, ...] = (), *rest: Any, **named: Any) -> None:
@@ -54,7 +54,7 @@ def note_deliveries(notes: Notes) -> None:
 
 
 def note_computations(notes: Notes) -> None:
-    """`started` and `ended`: the engine took a job, and what it made of it."""
+    """Record `started` and `ended`: the engine accepted a job, and how the computation ended."""
     submit = Engine.submit
 
     def noted(self: Engine, request: Any, *, job_id: str, on_start: Any = None, **rest: Any) -> Future[Any]:
@@ -69,7 +69,7 @@ def note_computations(notes: Notes) -> None:
 
 
 def crash(notes: Notes, on_start: Callable[[], None] | None) -> Callable[[], None]:
-    """Die as a process does for which there is no memory: when the job and all others have their slots."""
+    """Kill the process as the kernel does when memory runs out: after the job and its neighbours got their slots."""
 
     def die() -> None:
         if on_start is not None:
@@ -81,7 +81,7 @@ def crash(notes: Notes, on_start: Callable[[], None] | None) -> Callable[[], Non
 
 
 def how(done: Future[Any]) -> str:
-    """`succeeded`, `stopped`, or the code of the failure."""
+    """How a computation ended: `succeeded`, `stopped`, or the error code."""
     if done.cancelled():
         return "cancelled"
     error = done.exception()
@@ -91,7 +91,7 @@ def how(done: Future[Any]) -> str:
 
 
 def note_leases(notes: Notes) -> None:
-    """`renewed`: all leases of this process; `began` is when it read the clock for them."""
+    """Record `renewed`: all leases of this process. `began` is the time that the process read for them."""
     renew = RedisStore.renew
 
     def noted(self: RedisStore, *args: Any, **named: Any) -> Any:

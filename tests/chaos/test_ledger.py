@@ -1,4 +1,4 @@
-"""The ledger finds what is wrong: it is shown runs with one thing wrong in each, made by hand."""
+"""The ledger reports errors: each test passes it the facts of a run with one error, made by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def seconds(*reads: float) -> list[tuple[float, float]]:
 
 @pytest.fixture
 def facts() -> Facts:
-    """Job `a` came to worker ONE at 1 and ended at 3; all is well. The lease is 4 seconds."""
+    """Job `a` was delivered to worker ONE at 1 and ended at 3, without errors. The lease is 4 seconds."""
     return Facts(
         lease_s=4,
         jobs={"a": JobFact(GOOD, [(0.0, 0.1)])},
@@ -46,7 +46,7 @@ def facts() -> Facts:
 
 
 def computed_again(facts: Facts, started: float = 5.0) -> Facts:
-    """The same job once more, by worker TWO."""
+    """Add a second computation of the job, by worker TWO."""
     facts.deliveries.append(Delivery(started, TWO, ("a",)))
     facts.computations.append(Computation("a", TWO, started, started + 1, "succeeded"))
     facts.seen["a"] = End("succeeded", digest="abc", at=started + 1.2)
@@ -55,7 +55,7 @@ def computed_again(facts: Facts, started: float = 5.0) -> Facts:
 
 
 def wrong(facts: Facts) -> str:
-    """The one complaint."""
+    """The only error of the ledger."""
     (complaint,) = balance(facts).wrong
     return complaint
 
@@ -82,31 +82,31 @@ def test_a_job_that_never_ended(facts: Facts) -> None:
 
 def test_a_job_that_ended_in_two_ways(facts: Facts) -> None:
     facts.seen["a"] = End("cancelled", "cancelled", at=2)
-    assert wrong(facts) == "a ended as cancelled cancelled and then as succeeded abc"
+    assert wrong(facts) == "a ended first as cancelled cancelled and then as succeeded abc"
 
 
 def test_another_text_than_the_reference(facts: Facts) -> None:
     facts.seen["a"] = facts.final["a"] = End("succeeded", digest="xyz")
-    assert wrong(facts) == "a ended as succeeded xyz and not as succeeded abc"
+    assert wrong(facts) == "a ended as succeeded xyz instead of succeeded abc"
 
 
 def test_the_first_place_where_a_success_is_another_is_named(facts: Facts) -> None:
-    said: dict[str, Any] = {"seed": 1, "choices": [{"text": "so", "logprobs": [-1.0, -2.0]}]}
+    expected: dict[str, Any] = {"seed": 1, "choices": [{"text": "so", "logprobs": [-1.0, -2.0]}]}
     other = {"seed": 1, "choices": [{"text": "so", "logprobs": [-1.0, -2.5]}]}
-    facts.jobs["a"] = JobFact(replace(GOOD, says=said), [(0.0, 0.1)])
-    facts.final["a"] = facts.seen["a"] = End("succeeded", digest="xyz", says=other)
-    assert wrong(facts).endswith("not as succeeded abc choices 0 logprobs 1: -2.5 and not -2.0")
+    facts.jobs["a"] = JobFact(replace(GOOD, content=expected), [(0.0, 0.1)])
+    facts.final["a"] = facts.seen["a"] = End("succeeded", digest="xyz", content=other)
+    assert wrong(facts).endswith("instead of succeeded abc choices 0 logprobs 1: -2.5 instead of -2.0")
 
 
 @pytest.mark.parametrize(
     ("end", "excuse", "complaint"),
     [
-        (End("cancelled", "cancelled"), {"cancel_asked": True}, "a was cancelled and nobody asked for it"),
-        (End("expired", "expired"), {"may_expire": True}, "a expired and had no time limit"),
+        (End("cancelled", "cancelled"), {"cancel_asked": True}, "a was cancelled without a request"),
+        (End("expired", "expired"), {"may_expire": True}, "a expired without a time limit"),
         (
             End("failed", "invalid_token_id"),
             {"expected": End("failed", "invalid_token_id")},
-            "a ended as failed invalid_token_id and not as succeeded abc",
+            "a ended as failed invalid_token_id instead of succeeded abc",
         ),
     ],
     ids=["cancelled", "expired", "failed"],
@@ -121,7 +121,7 @@ def test_an_end_that_needs_a_reason(facts: Facts, end: End, excuse: dict[str, ob
 
 def test_a_poison_must_fail_by_its_attempts(facts: Facts) -> None:
     facts.jobs["a"].expected = None
-    assert wrong(facts) == "a ended as succeeded abc and not as failed max_attempts"
+    assert wrong(facts) == "a ended as succeeded abc instead of failed max_attempts"
     facts.seen["a"] = facts.final["a"] = End("failed", "max_attempts")
     assert balance(facts).wrong == []
     assert balance(facts).given_up == 0
@@ -131,7 +131,7 @@ def test_an_innocent_may_be_given_up_only_beside_that_many_workers_that_died(fac
     facts.seen["a"] = facts.final["a"] = End("failed", "max_attempts")
     facts.computations = [Computation("a", pid, float(pid)) for pid in (1, 2, 3)]
     facts.deaths = [Death(pid + 0.5, pid, "kill") for pid in (1, 2)]
-    assert wrong(facts) == "a ended as failed max_attempts and not as succeeded abc"
+    assert wrong(facts) == "a ended as failed max_attempts instead of succeeded abc"
     facts.deaths.append(Death(3.5, 3, "poison"))
     ledger = balance(facts)
     assert (ledger.wrong, ledger.given_up) == ([], 1)
@@ -139,7 +139,7 @@ def test_an_innocent_may_be_given_up_only_beside_that_many_workers_that_died(fac
 
 def test_a_job_computed_twice_for_no_reason(facts: Facts) -> None:
     complaint = wrong(computed_again(facts))
-    assert complaint.startswith("a was computed to the end twice for no reason: +1.00 delivered to 101;")
+    assert complaint.startswith("a was completed twice for no known reason: +1.00 delivered to 101;")
     assert balance(facts).duplicates == {"unexplained": 1}
     assert balance(facts).redelivered == 1
 
@@ -160,7 +160,7 @@ def test_a_renewal_counts_from_when_the_clock_was_read_until_the_next_one_was_wr
 
 
 def test_a_worker_that_woke_up_with_a_lease_that_had_run_out_is_a_reason(facts: Facts) -> None:
-    """TWO got the job first, was stopped, and computed it after ONE had."""
+    """TWO received the job first, was stopped, and computed it after ONE had."""
     computed_again(facts, started=8)
     facts.deliveries[1] = Delivery(0.5, TWO, ("a",))
     facts.renewals = {ONE: seconds(1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 8.5), TWO: seconds(0.7)}
@@ -172,7 +172,9 @@ def test_a_worker_that_died_before_the_result_was_stored_is_a_reason(facts: Fact
     computed_again(facts)
     facts.deaths = [Death(3.1, ONE, "kill")]
     assert balance(facts).duplicates == {"worker died before the result was stored": 1}
-    facts.seen["a"] = End("succeeded", digest="abc", at=3.2)  # it was stored, and the second worker was to know
+    facts.seen["a"] = End(
+        "succeeded", digest="abc", at=3.2
+    )  # the result was stored, so the second worker must not compute
     assert balance(facts).duplicates == {"unexplained": 1}
     facts.seen["a"] = End("succeeded", digest="abc", at=6.2)
     facts.deaths = [Death(8.0, ONE, "kill")]  # long after
@@ -233,6 +235,6 @@ def test_the_figures(facts: Facts) -> None:
     assert ledger.refusals == {"RedisRefused": 2}
     assert ledger.unclaimed == 1
     assert ledger.actions == {"kill_redis 1 s": 1, "stop_worker": 2, "cut": 1, "cancel": 1}
-    assert ledger.longest_recovery_s == {"stop_worker": 0.2}, "of the faults that met the job it was over last"
+    assert ledger.longest_recovery_s == {"stop_worker": 0.2}, "only the last fault that ended before the job counts"
     del facts.faults[1:3]
     assert balance(facts).longest_recovery_s == {"kill_redis": 0.4}

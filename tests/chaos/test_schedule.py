@@ -1,4 +1,4 @@
-"""The storm and the jobs are functions of their seed, and the storm ends with all undone."""
+"""Faults and jobs are functions of the seed, and every fault is undone at the end."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def test_what_is_left_out_is_left_out() -> None:
 def test_the_jobs_are_mixed_and_as_many_as_asked_for() -> None:
     batches = plan(7, 2000, 150, 400)
     assert batches == plan(7, 2000, 150, 400)
-    drafts = [draft for batch in batches for draft in batch.drafts]
-    assert len(drafts) == len({draft.name for draft in drafts}) == 2000
+    jobs = [planned for batch in batches for planned in batch.jobs]
+    assert len(jobs) == len({planned.name for planned in jobs}) == 2000
     assert [batch.at for batch in batches] == sorted(batch.at for batch in batches)
-    assert {len(batch.drafts) for batch in batches} >= {1, 2, 5, 16, 17, 40}
-    assert {draft.priority for draft in drafts} == {"interactive", "normal", "bulk"}
-    assert {draft.own_id for draft in drafts} == {True, False}
-    assert len({draft.request for draft in drafts}) > 350
+    assert {len(batch.jobs) for batch in batches} >= {1, 2, 5, 16, 17, 40}
+    assert {planned.priority for planned in jobs} == {"interactive", "normal", "bulk"}
+    assert {planned.chosen_id for planned in jobs} == {True, False}
+    assert len({planned.request for planned in jobs}) > 350
 
 
 def test_the_catalogue_holds_requests_of_every_kind() -> None:
@@ -71,5 +71,5 @@ def test_the_catalogue_holds_requests_of_every_kind() -> None:
 
 def test_the_poison_comes_alone_and_among_innocents() -> None:
     batches = [poison(salt, 400) for salt in range(20)]
-    assert {len(batch.drafts) for batch in batches} == {1, 6}
-    assert all(sum(draft.request is None for draft in batch.drafts) == 1 for batch in batches)
+    assert {len(batch.jobs) for batch in batches} == {1, 6}
+    assert all(sum(planned.request is None for planned in batch.jobs) == 1 for batch in batches)

@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz`: every target on many cases, each in a process of its own, as a table. Exit code 1 on a fault.
+"""`python -m tests.fuzz`: run each target in its own process and print a table. Exit code 1 if one fails.
 
 python -m tests.fuzz [--cases N] [TARGET ...]
 """
@@ -17,25 +17,25 @@ import structlog
 from tests.fuzz.harness import run
 from tests.fuzz.targets import TARGETS
 
-#: Cases of one round.
+#: Number of cases in one round.
 ROUND = 500
 
-#: A target that takes longer waits for something that never comes.
+#: A target that takes longer hangs.
 TARGET_TIMEOUT_S = 900
 
 
 def main() -> None:
-    """Run the targets named, or all."""
+    """Run the given targets, or all of them."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.fuzz", description="Fuzz everything that comes from outside."
+        prog="python -m tests.fuzz", description="Fuzz all code that reads untrusted input."
     )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(target.name for target in TARGETS))
-    parser.add_argument("--cases", type=int, help="of each target, instead of its usual number")
+    parser.add_argument("--cases", type=int, help="number of cases of each target, instead of its default")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     chosen = [target for target in TARGETS if not given.targets or target.name in given.targets]
     if given.child:
-        _child(chosen[0].name, given.cases or chosen[0].many)
+        _child(chosen[0].name, given.cases or chosen[0].full_cases)
         return
     print(f"{'target':<14}{'cases':>8}{'seconds':>9}{'peak MB':>9}", flush=True)
     failed, total, began = [], 0, time.monotonic()
@@ -47,7 +47,7 @@ def main() -> None:
             "--child",
             target.name,
             "--cases",
-            str(given.cases or target.many),
+            str(given.cases or target.full_cases),
         ]
         try:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=TARGET_TIMEOUT_S)
@@ -69,19 +69,19 @@ def main() -> None:
 
 def _child(name: str, cases: int) -> None:
     target = next(target for target in TARGETS if target.name == name)
-    # What the code says of hostile input as it should, a line for each, is not what is looked for here.
+    # The code logs a line for each hostile input, as it should; here these lines would only hide the table.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    run(target, 1, seeded=True)  # what is built once, models and tables, is no case's doing
+    run(target, 1, seeded=True)  # build models and tables once, so that their memory is not counted
     before = _peak()
     began = time.monotonic()
     done = 0
-    while done < cases:  # in rounds: hypothesis remembers what it has tried, and that is not to count
+    while done < cases:  # in rounds: hypothesis stores every example, and that memory must not count
         done += run(target, min(ROUND, cases - done), seeded=False)
     print(done, f"{time.monotonic() - began:.1f}", _peak() - before)
 
 
 def _peak() -> int:
-    """The most memory this process has held, in MB."""
+    """The peak memory of this process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 

@@ -1,4 +1,4 @@
-"""Settings from the environment, and what workers and messages in Redis say to `headrace status`."""
+"""Fuzz targets: settings from the environment, and the records that `headrace status` reads from Redis."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from headrace.client.jobs.status import WorkerStatus, _worker
 from headrace.client.wire.queue_depth import _jobs_in, _scaled
 from headrace.config.settings import PREFIX, Settings, SettingsError, load_settings
-from tests.fuzz.harness import Target, is_plain
+from tests.fuzz.harness import Target, check_message
 from tests.fuzz.values import ANY_TEXT, JSON, NUMBERS, objects
 
-#: What an environment can hold: no NUL, and bytes that are no UTF-8 as lone surrogates from U+DC80 on.
+#: Values of environment variables: without NUL, and with invalid UTF-8 as lone surrogates from U+DC80 on.
 TEXTS = st.one_of(
     st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20),
     st.binary(max_size=20).map(lambda data: os.fsdecode(data.replace(b"\0", b""))),
@@ -53,12 +53,12 @@ ENVIRONMENTS = (
 
 
 def check_environment(environment: dict[str, str]) -> None:
-    """Settings are taken whole or refused by name, and the password is shown nowhere."""
+    """Settings are accepted, or refused with an error that names one. The password is never shown."""
     with mock.patch.dict(os.environ, environment):
         try:
             settings = load_settings()
         except SettingsError as error:
-            is_plain(str(error), *(name[:100] for name in environment), PREFIX)
+            check_message(str(error), *(name[:100] for name in environment), PREFIX)
             assert SECRET not in str(error)
             return
     assert SECRET not in repr(settings)
@@ -74,7 +74,7 @@ MESSAGES = st.one_of(
 
 
 def check_status(case: tuple[dict[str, Any], list[str]]) -> None:
-    """A worker's record is shown or left out; what messages claim about themselves stays within reason."""
+    """A worker's record is shown or skipped, and the job count that a message claims is bounded by its length."""
     record, messages = case
     worker = _worker("a", record)
     assert worker is None or worker.name == "a"
@@ -82,6 +82,6 @@ def check_status(case: tuple[dict[str, Any], list[str]]) -> None:
 
 
 TARGETS = [
-    Target("settings", ENVIRONMENTS, check_environment, many=10_000),
-    Target("status", st.tuples(WORKERS, st.lists(MESSAGES, max_size=3)), check_status, many=6_000),
+    Target("settings", ENVIRONMENTS, check_environment, full_cases=10_000),
+    Target("status", st.tuples(WORKERS, st.lists(MESSAGES, max_size=3)), check_status, full_cases=6_000),
 ]

@@ -1,4 +1,4 @@
-"""Model directories, vocabularies and files of tensors, as a stranger could make them."""
+"""Fuzz targets: model directories, vocabularies and tensor files from untrusted sources."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from headrace.model.config import GPT2Config
 from headrace.model.tokenizer import END_OF_TEXT, _byte_alphabet
 from headrace.model.weights import expected_shapes
 from headrace.worker.fidelity.tensor_files import read_tensors
-from tests.fuzz.harness import Target, is_plain
+from tests.fuzz.harness import Target, check_message
 from tests.fuzz.values import ANY_TEXT, JSON, NUMBERS, objects
 
 CONFIG: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 4, "n_positions": 8, "vocab_size": 8}
@@ -33,7 +33,7 @@ HUGE = st.sampled_from([0, 1, 2, 3, 1_000, 999_999, 1_000_000, 1_000_001, 2**31,
 
 @contextlib.contextmanager
 def folder(files: dict[str, bytes]) -> Iterator[Path]:
-    """A directory with these files; nothing outside it may be touched."""
+    """A temporary directory with these files."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
         for file, data in files.items():
             (Path(name) / file).write_bytes(data)
@@ -41,13 +41,13 @@ def folder(files: dict[str, bytes]) -> Iterator[Path]:
 
 
 def safetensors(header: Any, data: bytes, claimed: int | None) -> bytes:
-    """A file in the safetensors format, with the length of its header as it is or as claimed."""
+    """A file in the safetensors format. `claimed` replaces the true length of the header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", (len(text) if claimed is None else claimed) % 2**64) + text + data
 
 
 def good_header() -> tuple[dict[str, Any], int]:
-    """The header of a model that fits `CONFIG`, and the bytes of its tensors."""
+    """The header of a model that fits `CONFIG`, and the size of its tensors in bytes."""
     header, at = {}, 0
     for name, shape in SHAPES.items():
         size = 4 * int(np.prod(shape))
@@ -82,7 +82,7 @@ NAMES = (
 )
 HEADERS = st.one_of(
     st.just(HEADER),
-    st.dictionaries(NAMES, ENTRIES | JSON, max_size=2).map(lambda spoilt: {**HEADER, **spoilt}),
+    st.dictionaries(NAMES, ENTRIES | JSON, max_size=2).map(lambda invalid: {**HEADER, **invalid}),
     st.sets(st.sampled_from(sorted(SHAPES)), max_size=2).map(
         lambda gone: {n: e for n, e in HEADER.items() if n not in gone}
     ),
@@ -117,7 +117,7 @@ CONFIGS = st.one_of(
 
 
 def check_model(case: tuple[bytes, bytes]) -> None:
-    """A directory is a model or a ModelError that names a file in it."""
+    """A directory is loaded as a model, or refused with a ModelError that names the directory."""
     config, weights = case
     with folder({"config.json": config, "model.safetensors": weights}) as path:
         _load(path)
@@ -127,7 +127,7 @@ def _load(path: Path) -> None:
     try:
         assert isinstance(load_model(path, device="cpu", dtype="float32"), GPT2)
     except ModelError as error:
-        is_plain(str(error), str(path))
+        check_message(str(error), str(path))
 
 
 SHARD_NAMES = st.one_of(
@@ -160,7 +160,7 @@ INDEXES = st.one_of(
 
 
 def check_index(case: tuple[Any, bytes, bytes]) -> None:
-    """An index names files of its own directory, or is refused."""
+    """The shards of an index are loaded from its own directory, or the index is refused with a ModelError."""
     index, first, second = case
     files = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors.index.json": json.dumps(index).encode()}
     with folder({**files, "a.safetensors": first, "b.safetensors": second}) as path:
@@ -212,12 +212,12 @@ SAMPLES = ("", "abc abcab", " \u00e9\U0001f600 <1>", "a" * 300 + " " * 300)
 
 
 def check_vocabulary(files: dict[str, bytes]) -> None:
-    """A vocabulary gives every text back, or is a ModelError that names its file."""
+    """A vocabulary round-trips every text, or is refused with a ModelError that names its directory."""
     with folder(files) as path:
         try:
             tokenizer = load_tokenizer(path)
         except ModelError as error:
-            is_plain(str(error), str(path))
+            check_message(str(error), str(path))
             return
         for text in SAMPLES:
             assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -240,8 +240,8 @@ def npy(array: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def npy_lie(dtype: str, shape: str, version: int) -> bytes:
-    """A file of numpy's whose header claims anything."""
+def npy_with_header(dtype: str, shape: str, version: int) -> bytes:
+    """A file in numpy's format whose header does not match its content."""
     header = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     return (
         b"\x93NUMPY"
@@ -255,7 +255,7 @@ def npy_lie(dtype: str, shape: str, version: int) -> bytes:
 NPY = st.one_of(
     ARRAYS.map(npy),
     st.builds(
-        npy_lie,
+        npy_with_header,
         st.sampled_from(["<f4", "<f8", "|O", "S0", "<U999999999", "zz"]),
         st.sampled_from(
             [
@@ -278,7 +278,7 @@ NPY = st.one_of(
 
 
 def archive(members: list[tuple[str, bytes]], method: int, cut: int, flip: int) -> bytes:
-    """A zip file, whole or not."""
+    """A zip file, truncated by `cut` bytes, with the byte at `-flip` inverted."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", method) as file:
         for name, data in dict(members).items():
@@ -303,7 +303,7 @@ TENSOR_FILES = st.one_of(
     ),
     st.tuples(
         st.just("a.npz"),
-        st.just(archive([("logits.npy", npy_lie("<f4", "(536870912,)", 1) + bytes(2**22))], 8, 0, 10**6)),
+        st.just(archive([("logits.npy", npy_with_header("<f4", "(536870912,)", 1) + bytes(2**22))], 8, 0, 10**6)),
     ),
     st.tuples(
         st.just("a.safetensors"),
@@ -316,26 +316,26 @@ TENSOR_FILES = st.one_of(
     ),
     st.tuples(st.sampled_from(["a.txt", "a.npz", "a.npy", "a.safetensors"]), st.binary(max_size=40)),
 )
-OURS = {name: np.ones((2, 4), np.float32) for _, names, _ in CHECKPOINTS.values() for name in names} | {
+CAPTURED = {name: np.ones((2, 4), np.float32) for _, names, _ in CHECKPOINTS.values() for name in names} | {
     "cache_rest": np.zeros(())
 }
 
 
 def check_tensors(case: tuple[str, bytes]) -> None:
-    """A file of tensors can be compared with, or is a ValueError that names it."""
+    """A tensor file can be used as a reference, or is refused with a ValueError that names it."""
     name, data = case
     with folder({name: data}) as path:
         try:
             found = read_tensors(path / name)
         except ValueError as error:
-            is_plain(str(error), name)
+            check_message(str(error), name)
             return
-        assert len(compare(OURS, found, reference=name, tolerances={})) == 12
+        assert len(compare(CAPTURED, found, reference=name, tolerances={})) == 12
 
 
 TARGETS = [
-    Target("model", st.tuples(CONFIGS, WEIGHTS), check_model, many=12_000),
-    Target("index", st.tuples(INDEXES, WEIGHTS, WEIGHTS), check_index, many=6_000),
-    Target("vocabulary", VOCABULARY_FILES, check_vocabulary, many=6_000, few=20),
-    Target("tensors", TENSOR_FILES, check_tensors, many=7_000),
+    Target("model", st.tuples(CONFIGS, WEIGHTS), check_model, full_cases=12_000),
+    Target("index", st.tuples(INDEXES, WEIGHTS, WEIGHTS), check_index, full_cases=6_000),
+    Target("vocabulary", VOCABULARY_FILES, check_vocabulary, full_cases=6_000, test_cases=20),
+    Target("tensors", TENSOR_FILES, check_tensors, full_cases=7_000),
 ]

@@ -1,8 +1,8 @@
-"""What every fuzz target shares: a number of made-up cases, none of which may crash, hang, or take memory without end.
+"""The harness of all fuzz targets: generate cases, none of which may crash, hang, or use unbounded memory.
 
-A case is checked inside an address space that may grow by `ROOM_BYTES` only and for `CASE_CPU_S` of processor time.
-The first counts whatever allocates, Python, torch or a library in Rust; a case that asks for more meets a MemoryError,
-which no target expects.
+While a target runs, the address space may grow by `EXTRA_ADDRESS_SPACE_BYTES`, and each case has `CASE_CPU_S` of CPU
+time. The limit covers allocations by Python, torch and Rust libraries alike; a case that needs more fails with a
+MemoryError, which no target expects.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
-#: Processor time of one case; the slowest honest one takes a twentieth of it.
+#: Limit of CPU time for one case, in seconds; the slowest valid case takes a twentieth of it.
 CASE_CPU_S = 5.0
-#: What one case may add to the address space, in bytes.
-ROOM_BYTES = 2**30
-#: The longest text of an error: nothing that a stranger wrote is quoted at length.
+#: How much a run of a target may add to the address space, in bytes.
+EXTRA_ADDRESS_SPACE_BYTES = 2**30
+#: The maximum length of an error message, in characters: messages must not quote untrusted input at length.
 LONGEST_MESSAGE = 1_200
 
 
 @dataclass(frozen=True)
 class Target:
-    """Something that reads what comes from outside.
+    """Code that reads untrusted input.
 
     Attributes:
-        cases: makes what it is given.
-        check: reads one case; raises where a promise is broken.
-        many: cases in `make fuzz`.
-        few: cases in the test suite.
+        cases: generates the input.
+        check: passes one case to the code; raises if a promise is broken.
+        full_cases: number of cases in `make fuzz`.
+        test_cases: number of cases in the test suite.
     """
 
     name: str
     cases: SearchStrategy[Any]
     check: Callable[[Any], None]
-    many: int
-    few: int = 25
+    full_cases: int
+    test_cases: int = 25
 
 
 class Hang(Exception):
@@ -49,7 +49,7 @@ class Hang(Exception):
 
 
 def run(target: Target, cases: int, *, seeded: bool) -> int:
-    """Check a target on `cases` cases, the same ones each time if `seeded`. Returns how many were checked."""
+    """Check a target on `cases` cases, the same ones each time if `seeded`. Returns the number of checked cases."""
     done = 0
 
     @settings(
@@ -68,14 +68,14 @@ def run(target: Target, cases: int, *, seeded: bool) -> int:
         with _time_limit():
             target.check(case)
 
-    with address_space_limit(ROOM_BYTES):
+    with address_space_limit(EXTRA_ADDRESS_SPACE_BYTES):
         one()
     return done
 
 
 @contextlib.contextmanager
 def address_space_limit(room: int) -> Iterator[None]:
-    """Let the address space of this process grow by `room` bytes and no further."""
+    """Limit the growth of this process's address space to `room` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
@@ -88,10 +88,10 @@ def address_space_limit(room: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _time_limit() -> Iterator[None]:
-    """Raise `Hang` in a case that computes for too long. One that waits is ended by the time limit of the whole run."""
+    """Raise `Hang` in a case that computes too long. The time limit of the whole run ends a case that waits."""
 
     def end(*_: object) -> None:
-        raise Hang(f"the case takes more than {CASE_CPU_S} s")
+        raise Hang(f"the case takes more than {CASE_CPU_S} s of CPU time")
 
     before = signal.signal(signal.SIGVTALRM, end)
     signal.setitimer(signal.ITIMER_VIRTUAL, CASE_CPU_S)
@@ -102,9 +102,9 @@ def _time_limit() -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def is_plain(text: str, *names: str) -> None:
-    """An error's text can be written anywhere, is short, and names what it is about, one of `names`."""
+def check_message(text: str, *names: str) -> None:
+    """Check an error message: it is printable and short, and contains one of `names`."""
     assert len(text) <= LONGEST_MESSAGE, f"{len(text)} characters: {text[:200]}..."
-    text.encode()  # no unpaired surrogates: it goes to terminals and logs
+    text.encode()  # terminals and logs reject unpaired surrogates
     json.dumps(text)
-    assert any(name in text for name in names), f"{text!r} names none of {names[:5]}"
+    assert any(name in text for name in names), f"{text!r} contains none of {names[:5]}"

@@ -1,4 +1,4 @@
-"""Requests to `headrace serve`, as a stranger could send them."""
+"""Fuzz target: requests to `headrace serve` from untrusted clients."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ BODIES = COMPLETIONS | BATCHES | JSON | st.binary(max_size=40)
 PATHS = st.sampled_from(["/v1/completions", "/execute", "/v1/batches", "/v1/files"])
 
 
-class NoQueue:
-    """Checks what is submitted as a client does, and then has no room."""
+class FullQueue:
+    """A client that checks requests as `AsyncClient` does, and then raises QueueFull."""
 
     model_name = "demo"
 
@@ -84,20 +84,20 @@ def _app() -> AccessMiddleware:
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # as the server does
     directory = Path(tempfile.mkdtemp())
     files = FileStore(directory)
-    client = cast("AsyncClient", NoQueue())
+    client = cast("AsyncClient", FullQueue())
     app = Starlette(routes=ROUTES, exception_handlers=exception_handlers())
     batches = Batches(directory, files, load_settings())
-    gateway = JobRunner(client, 600)
-    app.state.context = AppContext(client, gateway, files, batches, StatusReporter(gateway), Comparison(client))
+    runner = JobRunner(client, 600)
+    app.state.context = AppContext(client, runner, files, batches, StatusReporter(runner), Comparison(client))
     return AccessMiddleware(app, Limits(any_host=True))
 
 
 def check_body(case: tuple[str, Any]) -> None:
-    """A body is refused with an error object that names what is wrong, or gets as far as the queue; never a 500."""
+    """A body is refused with an error object, or reaches the queue, which is full. It never causes a 500."""
     path, body = case
     try:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    except RecursionError:  # how deep Python gets hangs on who asks
+    except RecursionError:  # the recursion limit depends on the depth of the caller
         content = b"[" * 5_000
     status, answer = asyncio.run(_post(path, content))
     assert status in (400, 404, 413, 429), (status, answer)
@@ -123,4 +123,4 @@ async def _post(path: str, body: bytes) -> tuple[int, bytes]:
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
 
 
-TARGETS = [Target("http", st.tuples(PATHS, BODIES), check_body, many=6_000, few=60)]
+TARGETS = [Target("http", st.tuples(PATHS, BODIES), check_body, full_cases=6_000, test_cases=60)]

@@ -1,4 +1,4 @@
-"""Jobs on the queue, and the records of jobs, results and workers, as a stranger could write them."""
+"""Fuzz targets: messages on the queue, requests, and result records from untrusted writers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from headrace.worker.engine.engine import Engine
 from headrace.worker.queue.messages import read_group, read_wire
 from tests.checkpoints.test_properties import VOCABULARY
 from tests.checkpoints.test_properties import engine as small_engine
-from tests.fuzz.harness import Target, is_plain
+from tests.fuzz.harness import Target, check_message
 from tests.fuzz.values import ANY_TEXT, GIANT, JSON, NUMBERS, nested, objects
 
 FIELDS = tuple(GenerateRequest.model_fields)
 IDS = st.integers(0, VOCABULARY - 1)
-#: Each field as it should be, at and near the ends of its range; small where large costs time.
+#: Field -> valid values, including the limits of its range; small where large values would take long.
 GOOD: dict[str, st.SearchStrategy[Any]] = {
     "schema_version": st.just(1),
     "prompt": st.lists(IDS, min_size=1, max_size=9) | st.text(max_size=9) | GIANT.filter(lambda v: isinstance(v, str)),
@@ -51,7 +51,7 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
 }
 WIRES = objects(GOOD, needed=("prompt",)) | JSON
 
-#: How a job may end whose message a stranger wrote; `internal_error` would be ours.
+#: The error codes that an untrusted message may cause; `internal_error` would be a bug.
 CODES = {"invalid_request", "unsupported_version", "context_length_exceeded", "invalid_token_id", "nan_logits"}
 
 
@@ -67,12 +67,12 @@ def _engine() -> Engine:
 
 
 def check_wire(wire: Any) -> None:
-    """A job's message gives a result that the client reads, or a failure with a code: through the whole engine."""
+    """A message, computed by a real engine, becomes a result that the client can read, or a failure with a code."""
     try:
         request = read_wire(wire)
     except JobFailed as error:
         assert error.code in CODES
-        is_plain(str(error), *FIELDS, "message", *_names(wire))
+        check_message(str(error), *FIELDS, "message", *_names(wire))
         return
     engine = _engine()
     future = engine.submit(request, job_id="a")
@@ -84,18 +84,18 @@ def check_wire(wire: Any) -> None:
         assert isinstance(parse_outcome(record), Result)
     elif isinstance(error, JobFailed):
         assert error.code in CODES, repr(error)
-        is_plain(str(error), *FIELDS)
+        check_message(str(error), *FIELDS)
     else:
         assert isinstance(error, JobError), repr(error)
 
 
 def _names(value: Any) -> list[str]:
-    """The beginnings of an object's own keys: an error about an unknown one names it, in its own way."""
+    """Words that an error about an unknown key of an object contains."""
     return ["parameter", "one of"] if isinstance(value, dict) else []
 
 
 def check_group(group: Any) -> None:
-    """Of a message with several jobs, each that can be named is read once; none that cannot."""
+    """From a message with several jobs, exactly the jobs with a valid id are read, each once."""
     jobs = read_group(group)
     members = group if isinstance(group, list) else [group]
     named = {m["id"] for m in members if isinstance(m, dict) and is_job_id(m.get("id"))}
@@ -104,25 +104,25 @@ def check_group(group: Any) -> None:
         try:
             read_wire(wire)
         except JobFailed as error:
-            is_plain(str(error), *FIELDS, "message", "parameter", "one of")
+            check_message(str(error), *FIELDS, "message", "parameter", "one of")
 
 
 @dataclass(frozen=True)
 class Deep:
-    """A value deeper than JSON can be, as a caller in Python may give it; built late, for nothing could print it."""
+    """A value nested deeper than JSON allows, as Python callers may pass it. Built late: it has no repr."""
 
     field: str
     depth: int
 
 
 def check_request(fields: dict[Any, Any] | Deep) -> None:
-    """What `submit` refuses, it refuses by field, value and what is right; what it takes survives the way."""
+    """A refused request is an error with field, value and expected values; an accepted one survives the wire format."""
     if isinstance(fields, Deep):
         fields = {"prompt": "x", fields.field: nested(fields.depth, 1, None)}
     try:
         request = parse_request(fields)
     except InvalidRequest as error:
-        is_plain(str(error), error.field)
+        check_message(str(error), error.field)
         assert error.expected
         assert len(error.value) <= 120, error.value[:200]
         assert error.field in FIELDS or error.field not in fields or "no such" in str(error) or "one of" in str(error)
@@ -169,7 +169,7 @@ RECORDS = st.one_of(
 
 
 def check_record(record: str) -> None:
-    """A result record is no outcome yet, a result whose text can be read, or an error that can be shown."""
+    """A result record is parsed as unfinished, as a result with readable text, or as an error that can be printed."""
     outcome = parse_outcome(record)
     if outcome is None:
         return
@@ -178,19 +178,19 @@ def check_record(record: str) -> None:
         assert isinstance(outcome.text, str)
         outcome.model_dump_json()
         return
-    is_plain(str(outcome), outcome.code)
+    check_message(str(outcome), outcome.code)
     assert all(isinstance(text, str) for text in outcome.partial)
     repr(outcome)
 
 
 TARGETS = [
-    Target("job", WIRES, check_wire, many=22_000, few=60),
+    Target("job", WIRES, check_wire, full_cases=22_000, test_cases=60),
     Target(
         "group",
         st.lists(objects({"id": st.sampled_from(["a", "b", "a b", ""]) | JSON, "request": WIRES}) | JSON, max_size=4)
         | JSON,
         check_group,
-        many=10_000,
+        full_cases=10_000,
     ),
     Target(
         "request",
@@ -198,8 +198,8 @@ TARGETS = [
         | st.dictionaries(ANY_TEXT | NUMBERS | st.sampled_from(FIELDS), JSON, max_size=3)
         | st.builds(Deep, st.sampled_from(FIELDS), st.sampled_from([900, 2_000, 50_000])),
         check_request,
-        many=16_000,
-        few=40,
+        full_cases=16_000,
+        test_cases=40,
     ),
-    Target("record", RECORDS, check_record, many=14_000),
+    Target("record", RECORDS, check_record, full_cases=14_000),
 ]

@@ -1,4 +1,4 @@
-"""Every fuzz target on few cases, the same ones each time. `make fuzz` runs 100,000."""
+"""Run every fuzz target on a few fixed cases. `make fuzz` runs 100,000."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from tests.fuzz.targets import TARGETS
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_nothing_from_outside_crashes_hangs_or_fills_the_memory(target: Target) -> None:
-    assert run(target, target.few, seeded=True) > 0
+    assert run(target, target.test_cases, seeded=True) > 0

@@ -1,4 +1,4 @@
-"""Values as a stranger may write them: of the wrong type, too many, too deep, too large, not quite text."""
+"""Untrusted values: of the wrong type, too many, too deep, too large, or invalid Unicode."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-#: Any code point, with the halves of surrogate pairs that are no text on their own.
+#: Any code points, including lone surrogates.
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=20)
 
 
@@ -22,7 +22,7 @@ def repeated(unit: Any, count: int) -> Any:
     return unit * count
 
 
-#: json.loads gives up at a depth near Python's recursion limit, 1,000; this is what just gets through.
+#: json.loads fails at a depth near Python's recursion limit of 1,000; these depths still pass.
 DEEP = st.builds(
     nested, st.sampled_from([2, 30, 300, 900]), st.sampled_from([0, "x", None]), st.sampled_from([None, "a"])
 )
@@ -45,7 +45,7 @@ NUMBERS = st.one_of(
 )
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, ANY_TEXT)
 
-#: What json.loads can give.
+#: Any value that json.loads can return.
 JSON = st.one_of(
     SCALARS,
     st.recursive(
@@ -57,8 +57,8 @@ JSON = st.one_of(
 
 
 def objects(good: dict[str, st.SearchStrategy[Any]], needed: tuple[str, ...] = ()) -> st.SearchStrategy[dict[str, Any]]:
-    """Objects with some of the fields of `good`: most as they should be, some anything, and at times unknown ones."""
-    spoilt = st.dictionaries(st.sampled_from(sorted(good)), JSON, max_size=2)
+    """Objects with some of the fields of `good`: most of them valid, some arbitrary, some with unknown fields."""
+    invalid = st.dictionaries(st.sampled_from(sorted(good)), JSON, max_size=2)
     unknown = st.dictionaries(
         ANY_TEXT | st.builds(repeated, st.just("max_token"), st.sampled_from([1, 9, 90_000])), JSON, max_size=1
     )
@@ -67,6 +67,6 @@ def objects(good: dict[str, st.SearchStrategy[Any]], needed: tuple[str, ...] = (
     )
     return st.one_of(
         right,
-        st.builds(lambda *parts: {k: v for part in parts for k, v in part.items()}, right, spoilt),
-        st.builds(lambda *parts: {k: v for part in parts for k, v in part.items()}, right, spoilt, unknown),
+        st.builds(lambda *parts: {k: v for part in parts for k, v in part.items()}, right, invalid),
+        st.builds(lambda *parts: {k: v for part in parts for k, v in part.items()}, right, invalid, unknown),
     )

@@ -316,7 +316,11 @@ def test_every_fault_is_listed_and_nothing_is_queued(client: Client, redis_url: 
     done = batch(redis_url, "-i", str(source), "-o", str(tmp_path / "out.jsonl"))
     assert done.returncode == 2
     said = done.stderr.decode()
-    for part in ("line 2: top_p: got 7", "line 3: line: got no JSON", "line 4: model: got 'gpt-5'; expected one that"):
+    for part in (
+        "line 2: top_p: got 7",
+        "line 3: line: got invalid",
+        "line 4: model: got 'gpt-5'; expected one that",
+    ):
         assert part in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
     assert client.status().queues[0].total == 0

@@ -187,7 +187,7 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"prompt": "Hello.", "stream": True, "stream_options": {"x": 1}}, 400, "stream_options.x", "include_usage"),
     ({}, 400, "prompt", "got nothing"),
     ({"prompt": []}, 400, "prompt", "an empty list"),
-    ({"prompt": ["a", [1]]}, 400, "prompt", "several kinds"),
+    ({"prompt": ["a", [1]]}, 400, "prompt", "mixed types"),
     ({"prompt": ["a", "\ud800"]}, 400, "prompt[1]", "surrogate"),
     ({"prompt": [[15496], []]}, 400, "prompt[1]", "0 token ids"),
     ({"prompt": ["a"] * 1025}, 400, "prompt", "at most 1024"),

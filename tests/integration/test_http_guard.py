@@ -134,7 +134,7 @@ def test_without_keys_no_page_in_a_browser_may_ask(open_http: HttpServer) -> Non
     ("flags", "part"),
     [
         (["--host", "0.0.0.0"], "HEADRACE_API_KEYS"),
-        (["--host", "192.0.2.7", "--insecure"], "free here"),
+        (["--host", "192.0.2.7", "--insecure"], "that is free"),
         (["--api-key", "short"], "at least 16"),
     ],
 )

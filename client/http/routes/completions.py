@@ -1,6 +1,6 @@
 """`POST /v1/completions` in the OpenAI format, and `POST /execute` with events for each token.
 
-`client.batch.rows` and `client.batch.output` hold the parts that these routes share with batches.
+`client.batch.openai` has the conversions that these routes share with batches.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _parse_prompts(value: Any) -> tuple[list[Prompt], bool]:
             return value, True
         if not any(isinstance(item, (str, list)) for item in value):
             return [value], False
-        raise InvalidRequest("prompt", "a list of several kinds", PROMPT_FORMS)
+        raise InvalidRequest("prompt", "a list of mixed types", PROMPT_FORMS)
     raise InvalidRequest("prompt", "an empty list" if value == [] else f"a {type(value).__name__}", PROMPT_FORMS)
 
 
@@ -101,16 +101,16 @@ def _parse_include_usage(options: Any, *, stream: bool) -> bool:
 
 async def create_completion(request: Request) -> Any:
     """`POST /v1/completions`."""
-    jobs, asked = context_of(request).jobs, parse_completion_request(await read_json(request))
-    params = {**asked.params, **({"stream": True} if asked.stream else {})}
-    submitted = await jobs.submit(asked.prompts, params, is_list=asked.is_list)
+    jobs, parsed = context_of(request).jobs, parse_completion_request(await read_json(request))
+    params = {**parsed.params, **({"stream": True} if parsed.stream else {})}
+    submitted = await jobs.submit(parsed.prompts, params, is_list=parsed.is_list)
     request_id = submitted.jobs[0].id
     headers = {"x-request-id": request_id}
-    if not asked.stream:
+    if not parsed.stream:
         results = await run_until_disconnect(request, jobs.results(submitted))
         return JSONResponse(completion_object(results), headers=headers)
-    samples = asked.params.get("n", 1)
-    encoder = ChunkEncoder(request_id, submitted.model, samples, include_usage=asked.include_usage)
+    samples = parsed.params.get("n", 1)
+    encoder = ChunkEncoder(request_id, submitted.model, samples, include_usage=parsed.include_usage)
     return EventStream(_stream_chunks(jobs, submitted, encoder), _encode_chunk_error, headers=headers)
 
 

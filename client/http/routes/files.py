@@ -63,7 +63,7 @@ def get_file(request: Request) -> Response:
 
 
 def get_content(request: Request) -> Response:
-    """`GET /v1/files/{id}/content`, as a download: a browser must not render or run what somebody uploaded."""
+    """`GET /v1/files/{id}/content`, as a download: a browser must not render or run uploaded content."""
     files = context_of(request).files
     file = files.get(request.path_params["id"], owner_of(request))
     headers = {"x-content-type-options": "nosniff"}

@@ -127,15 +127,15 @@ def test_what_json_cannot_hold_is_a_fault_of_its_line(client: Client) -> None:
     ("line", "field", "part"),
     [
         (b"not json", "line", "--text"),
-        (b"{", "line", "no JSON"),
-        (b"[" * 100_000, "line", "no JSON"),
+        (b"{", "line", "invalid JSON"),
+        (b"[" * 100_000, "line", "invalid JSON"),
         (b"\xff", "line", "UTF-8"),
         (b"7", "line", "object"),
         (b'{"prompt": "a", "max_tokens": 0}', "max_tokens", "at least 1"),
         (b'{"prompt": "a", "max_new_tokens": 5}', "max_new_tokens", "max_tokens"),
         (b'{"max_tokens": 5}', "prompt", "text"),
         (b'{"prompt": "a", "id": "x"}', "id", "custom_id"),
-        (b'{"prompt": "a", "stream": true}', "stream", "whole results"),
+        (b'{"prompt": "a", "stream": true}', "stream", "complete results"),
         (b'{"prompt": "a", "custom_id": 7}', "custom_id", "1 to 512"),
         (b'{"prompt": "a", "custom_id": "\\ud800"}', "custom_id", "1 to 512"),
         (b'{"body": {"prompt": "a"}}', "custom_id", "1 to 512"),
@@ -186,7 +186,7 @@ def test_names_are_compared_beyond_what_is_kept_in_memory() -> None:
 
 def test_an_input_without_rows_is_a_fault(client: Client) -> None:
     for source in (io.BytesIO(b"\n\n"), [], iter(())):
-        with pytest.raises(InvalidBatch, match="no rows"):
+        with pytest.raises(InvalidBatch, match="no requests"):
             rows_of(client, source)
 
 

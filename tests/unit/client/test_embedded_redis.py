@@ -140,7 +140,7 @@ def test_who_has_used_the_embedded_server_does_not_go_to_another_redis(monkeypat
             return redis.UnixDomainSocketConnection._connect(self)
 
         monkeypatch.setattr(redis.Connection, "_connect", to_the_stranger)
-        with pytest.raises(RedisUnreachable, match="does not run") as error:
+        with pytest.raises(RedisUnreachable, match="is not running") as error:
             client.status()
         assert error.value.url == current_url(url) == server.url
         assert not answers(url)

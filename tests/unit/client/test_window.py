@@ -26,7 +26,7 @@ def wait(client: Client, turns: int = 3) -> list[str]:
         if not left[0]:
             raise Enough
 
-    under_test: Window[int] = Window(client, tell=told.append, tick=tick)
+    under_test: Window[int] = Window(client, notify=told.append, tick=tick)
     with pytest.raises(Enough):
         list(under_test.run([(1, client.submitter.prepare({"prompt": "a", "id": "a"}))]))
     assert under_test.outstanding == 0
