@@ -129,7 +129,7 @@ class Batch:
         overwrite: bool = False,
         max_inflight: int = MAX_INFLIGHT,
         ordered: bool = False,
-        tell: Notify = warn,
+        notify: Notify = warn,
         on_progress: Callable[[BatchReport], None] = lambda _: None,
     ) -> BatchReport:
         """Compute the requests and write each when it is done.
@@ -142,7 +142,7 @@ class Batch:
             overwrite: compute everything, and replace an existing output.
             max_inflight: how many jobs may be queued or running.
             ordered: write in the order of the input, not as jobs end.
-            tell: called with a line of text for the user.
+            notify: called with a line of text for the user.
             on_progress: called at least every half second. It may raise `DropBatch`.
 
         Raises:
@@ -159,7 +159,7 @@ class Batch:
             missing = (row for row in self.rows() if not _is_set(done, row.line))
             jobs = ((row, self._prepared(row, sink.run)) for row in missing)
             window: Window[BatchItem] = Window(
-                self.client, size=max_inflight, ordered=ordered, notify=tell, tick=lambda: on_progress(report)
+                self.client, size=max_inflight, ordered=ordered, notify=notify, tick=lambda: on_progress(report)
             )
             on_progress(report)
             try:

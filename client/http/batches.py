@@ -188,7 +188,7 @@ class Batches:
                     errors=failures,
                     resume=True,
                     on_progress=lambda report: self._record_progress(batch_id, report),
-                    tell=lambda message: log.warning("batch.waits", batch=batch_id, reason=message),
+                    notify=lambda message: log.warning("batch.waits", batch=batch_id, reason=message),
                 )
             except DropBatch:
                 self._finish(batch_id, "cancelled" if self._states[batch_id].status == "cancelling" else "expired")

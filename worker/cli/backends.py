@@ -23,7 +23,7 @@ def _serve_http(settings: Settings, **options: Any) -> None:
     try:
         from headrace.client.http.serve import serve
     except ModuleNotFoundError as error:
-        advice = f"headrace serve needs {error.name}, which the extra 'http' brings: {how_to_install('http')}"
+        advice = f"headrace serve needs {error.name}, which the extra [http] installs: {how_to_install('http')}"
         raise NothingRuns(advice) from None
     serve(settings, **options)
 

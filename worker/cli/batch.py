@@ -93,7 +93,7 @@ def run_batch(backends: Backends, given: BatchInput, *, output: str | None, as_j
         if options["resume"] or options["retry_errors"]:
             display.notify(f"resuming {output}")
         try:
-            checked.run(output, tell=display.notify, on_progress=show_progress, **options)
+            checked.run(output, notify=display.notify, on_progress=show_progress, **options)
         except KeyboardInterrupt:
             note.print(stopped(report, local=stack.local), soft_wrap=True, markup=False)
             raise SystemExit(INTERRUPTED) from None
