@@ -230,7 +230,7 @@ def test_a_model_that_cannot_be_loaded_is_told_in_one_sentence(place: Path, kind
         "missing": (place / "nowhere", "there is no such directory"),
         "empty": (place / "home", "config.json: there is no such file"),
         "no model": (place / "other", "config.json: model_type is 'llama'; only 'gpt2' is supported"),
-        "broken": (place / "broken", "not a whole safetensors file"),
+        "broken": (place / "broken", "not a complete safetensors file"),
     }[kind]
     if kind == "broken":
         broken(place)

@@ -178,7 +178,7 @@ def test_rows_of_one_slot_have_the_bits_they_have_one_after_another(
 def test_heads_that_do_not_lie_end_to_end_are_refused() -> None:
     case = Case([4], heads=2, width=8, dtype=torch.float32)
     case.qkv = case.qkv.transpose(2, 3).contiguous().transpose(2, 3)
-    with pytest.raises(ValueError, match="heads must lie end to end"):
+    with pytest.raises(ValueError, match="heads must be contiguous"):
         case.run([0])
 
 

@@ -102,7 +102,7 @@ def test_unpaired_surrogates_are_refused_with_their_place() -> None:
 
 @pytest.mark.parametrize("token", [50257, -1, 2**40])
 def test_ids_that_are_no_token_are_refused(token: int) -> None:
-    with pytest.raises(ValueError, match=f"{token} is no token id of this vocabulary of 50257"):
+    with pytest.raises(ValueError, match=f"{token} is not a token id of this vocabulary of 50257"):
         tokenizer().decode([1, token])
     assert tokenizer().token_text(token) == ""
     assert tokenizer().decoder().push(token) == ""

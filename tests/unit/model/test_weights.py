@@ -170,7 +170,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
 def test_a_cut_file_is_refused_by_its_name(folder: Path, keep: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    refused(folder, r"model\.safetensors: not a whole safetensors file.*copy it again")
+    refused(folder, r"model\.safetensors: not a complete safetensors file.*copy it again")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_cut_file_is_refused_by_its_name(folder: Path, keep: int) -> None:
 )
 def test_garbage_is_refused_by_the_files_name(folder: Path, garbage: bytes) -> None:
     (folder / "model.safetensors").write_bytes(garbage)
-    refused(folder, r"model\.safetensors: not a whole safetensors file")
+    refused(folder, r"model\.safetensors: not a complete safetensors file")
 
 
 def shard(folder: Path, index: object) -> None:
@@ -197,7 +197,7 @@ def shard(folder: Path, index: object) -> None:
 def test_an_index_that_names_no_file_of_the_directory_is_refused(folder: Path, name: str) -> None:
     (folder.parent / "part.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     shard(folder, {"weight_map": {"wte.weight": name}})
-    refused(folder, r"index\.json: it names .* which is no file in")
+    refused(folder, r"index\.json: it names .* which is not a file in")
 
 
 @pytest.mark.parametrize("index", ["[]", "{", {}, {"weight_map": []}, {"weight_map": {"wte.weight": 3}}, "[" * 100_000])
@@ -242,7 +242,7 @@ def test_a_directory_without_weights_or_config_is_refused(folder: Path) -> None:
         ({"vocab_size": -1}, "vocab_size is -1"),
         ({"n_positions": None}, "n_positions is None"),
         ({"n_head": True}, "n_head is True"),
-        ({"n_head": 5}, "n_embd 36 is no multiple of n_head 5"),
+        ({"n_head": 5}, "n_embd 36 is not a multiple of n_head 5"),
         ({"n_inner": 0}, "n_inner is 0"),
         ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon is 0.0"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
