@@ -1,9 +1,9 @@
 """Attention of decoding rows and short prompts on a CPU, over exactly the positions that each row has.
 
 torch has no operator for single queries over caches of different lengths: its operator reads all rows up to the
-length of the longest one, and has an overhead of a microsecond for each head. This kernel is compiled by numba when it is first
-needed. Its inner loops are assembly where the CPU has AVX-512 (attention_avx512.py), else compiled Python
-(attention_loops.py). It runs in torch's own OpenMP threads (openmp.py).
+length of the longest one, and has an overhead of a microsecond for each head. This kernel is compiled by numba when it
+is first needed. Its inner loops are assembly if the CPU has AVX-512 (attention_avx512.py), else compiled Python
+(attention_loops.py). It runs in torch's OpenMP threads (openmp.py).
 
 The kernel is batch-invariant: one thread computes a head of a row, in the order of the positions. A slot may have
 several rows at consecutive positions. One thread computes a head for all of them in this order, so each row finds the
