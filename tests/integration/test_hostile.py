@@ -52,7 +52,9 @@ def client(server: EmbeddedRedis, worker: WorkerProcess) -> Iterator[Client]:
     ],
     ids=["object", "kwargs", "far away", "null", "nothing", "id", "penalty"],
 )
-def test_a_strange_message_harms_nobody(client: Client, worker: WorkerProcess, call: dict[str, object]) -> None:
+def test_an_invalid_message_affects_no_other_job(
+    client: Client, worker: WorkerProcess, call: dict[str, object]
+) -> None:
     # Not through `app`: its result backend would refuse a strange id before it is sent.
     client._app.send_task("headrace.generate", **call)
     assert client.submit("Hello.", max_tokens=2).result(PATIENCE_S)

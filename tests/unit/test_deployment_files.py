@@ -260,7 +260,7 @@ def test_the_unit_leaves_a_worker_time_to_finish() -> None:
     assert float(service["TimeoutStopSec"]) >= longest + MARGIN_S
 
 
-def test_the_unit_takes_away_nothing_that_is_needed() -> None:
+def test_the_unit_restricts_nothing_that_is_needed() -> None:
     """A GPU's devices, and the right to run what was compiled a moment before."""
     service = unit()["Service"]
     assert not {"MemoryDenyWriteExecute", "PrivateDevices", "DeviceAllow", "PrivateNetwork"} & set(service)

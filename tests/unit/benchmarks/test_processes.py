@@ -64,7 +64,7 @@ def test_between_calls_the_process_is_stopped(remote: Remote) -> None:
     assert state(pid) == "T"
 
 
-def test_an_error_is_told_and_the_process_goes_on(remote: Remote) -> None:
+def test_an_error_is_reported_and_the_process_continues(remote: Remote) -> None:
     with pytest.raises(Failed, match="ValueError: no such plan"):
         remote.call("fail")
     assert remote.call("add", 1, 1) == 2

@@ -29,7 +29,7 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_every_setting_is_there_and_nothing_else(file: str) -> None:
+def test_the_files_contain_every_setting_and_nothing_else(file: str) -> None:
     assert set(assignments(file, commented_out=True)) == {PREFIX + name.upper() for name in Settings.model_fields}
 
 

@@ -141,7 +141,7 @@ def test_an_unknown_argument_is_refused() -> None:
 
 
 @pytest.mark.parametrize("url", ["redis://localhost:6379/0", "rediss://host/1", "unix:///run/redis.sock"])
-def test_urls_that_are_taken(url: str) -> None:
+def test_valid_urls_are_accepted(url: str) -> None:
     assert load_settings(redis_url=url).redis_url == url
 
 
@@ -195,14 +195,14 @@ def test_slug(model: str, name: str) -> None:
     assert slug(model) == name
 
 
-def test_a_directory_goes_by_its_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_is_named_by_its_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "some" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert slug("some/model") == "model"
     assert load_settings(model=str(tmp_path / "some" / "model")).model_name == "model"
 
 
-def test_a_served_name_goes_before_the_models_own() -> None:
+def test_a_served_name_replaces_the_name_of_the_model() -> None:
     assert load_settings(model="gpt2", served_name="chat-1").model_name == "chat-1"
 
 

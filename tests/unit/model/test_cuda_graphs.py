@@ -93,7 +93,7 @@ def test_a_replay_is_the_pass_and_writes_nothing_else() -> None:
 
 
 @torch.inference_mode()
-def test_what_is_recorded_for_which_step() -> None:
+def test_which_steps_are_recorded_and_replayed() -> None:
     record = Recordings()
     cache = filled()
     graphs = DecodeGraphs(torch_model(), cache, record)
@@ -115,7 +115,7 @@ def test_what_is_recorded_for_which_step() -> None:
 
 
 @torch.inference_mode()
-def test_recordings_are_few() -> None:
+def test_the_number_of_recordings_is_limited() -> None:
     graphs = DecodeGraphs(torch_model(), filled(), Recordings())
     known = graphs._known
     known.update({((64, i, 16),): None for i in range(MAX_SHAPES)})  # type: ignore[misc]

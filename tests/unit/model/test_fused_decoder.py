@@ -160,7 +160,7 @@ def test_norms_are_those_of_the_formula() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_no_number_stays_in_its_row(dtype: str) -> None:
+def test_nan_and_infinity_stay_in_their_row(dtype: str) -> None:
     gpt2 = made(dtype)
     x = rows(gpt2, 2)
     expected = fused(gpt2)(x.clone(), Stage(gpt2).attention([0, 1]), [])

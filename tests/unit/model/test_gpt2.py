@@ -118,7 +118,7 @@ def test_the_original_sizes_have_heads_of_64_and_a_scale_of_an_eighth() -> None:
         (torch.tensor([[-1, 5]]), "token id -1 is outside"),
     ],
 )
-def test_token_ids_that_cannot_be_are_refused(demo: GPT2, ids: torch.Tensor, said: str) -> None:
+def test_invalid_token_ids_are_refused(demo: GPT2, ids: torch.Tensor, said: str) -> None:
     for method in (demo.logits, demo.trace):
         with pytest.raises(ValueError, match=said):
             method(ids)

@@ -39,7 +39,7 @@ def test_growing_and_shrinking_keeps_the_first_slots_and_zeroes_new_ones() -> No
 
 @pytest.mark.parametrize("target", [1, 2, 4])
 @pytest.mark.parametrize("done", range(4))
-def test_an_arena_for_which_memory_runs_out_in_between_holds_what_all_of_its_layers_do(
+def test_an_arena_whose_resize_runs_out_of_memory_has_the_capacity_of_all_layers(
     monkeypatch: pytest.MonkeyPatch, target: int, done: int
 ) -> None:
     """Shrinking takes memory too. What was said to be there must be there: the compiled kernel goes by addresses."""

@@ -78,7 +78,7 @@ def test_shards_are_read_through_their_index(original: Path, tmp_path: Path) -> 
     assert torch.equal(read(sharded).logits(IDS), read(original).logits(IDS))
 
 
-def test_mask_buffers_and_an_equal_head_of_old_files_are_let_pass(original: Path, folder: Path) -> None:
+def test_mask_buffers_and_an_equal_head_in_old_files_are_accepted(original: Path, folder: Path) -> None:
     def age(weights: dict[str, Tensor]) -> None:
         weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 40, 40).tril()
         weights["transformer.h.1.attn.masked_bias"] = torch.tensor(-1e4)
@@ -89,7 +89,7 @@ def test_mask_buffers_and_an_equal_head_of_old_files_are_let_pass(original: Path
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_weights_of_any_float_type_are_read_in_the_type_asked_for(folder: Path, dtype: torch.dtype) -> None:
+def test_weights_of_any_float_type_are_converted_to_the_requested_type(folder: Path, dtype: torch.dtype) -> None:
     rewrite(folder, lambda weights: weights.update({name: t.to(dtype) for name, t in weights.items()}))
     gpt2 = read(folder)
     assert gpt2.dtype == torch.float32
@@ -201,7 +201,7 @@ def test_an_index_that_names_no_file_of_the_directory_is_refused(folder: Path, n
 
 
 @pytest.mark.parametrize("index", ["[]", "{", {}, {"weight_map": []}, {"weight_map": {"wte.weight": 3}}, "[" * 100_000])
-def test_an_index_that_is_no_index_is_refused(folder: Path, index: object) -> None:
+def test_an_invalid_index_is_refused(folder: Path, index: object) -> None:
     shard(folder, index)
     refused(folder, r"model\.safetensors\.index\.json: ")
 
@@ -273,7 +273,7 @@ def test_a_config_that_is_a_directory_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["/no/such/place", "./nowhere", "~/nowhere/at/all", "a/b/c"])
-def test_a_path_that_is_not_there_is_refused_without_asking_the_hub(name: str) -> None:
+def test_a_missing_path_is_refused_without_asking_the_hub(name: str) -> None:
     with pytest.raises(ModelError, match="there is no such directory"):
         load_model(name)
 
@@ -287,7 +287,7 @@ def unreachable_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["gpt2-medium", "someone/gpt2-of-theirs", "not a name"])
-def test_an_unreachable_hub_is_answered_with_three_ways_out(unreachable_hub: Path, name: str) -> None:
+def test_an_unreachable_hub_is_reported_with_three_solutions(unreachable_hub: Path, name: str) -> None:
     with pytest.raises(ModelError) as caught:
         load_model(name)
     said = str(caught.value)
@@ -306,7 +306,7 @@ def test_a_cached_model_is_found_without_the_hub(unreachable_hub: Path, original
 
 
 @pytest.mark.parametrize(("option", "said"), [({"dtype": "int4"}, "dtype 'int4'"), ({"device": "cuda:0"}, "no CUDA")])
-def test_devices_and_types_that_cannot_be_are_refused(original: Path, option: dict[str, str], said: str) -> None:
+def test_unsupported_devices_and_types_are_refused(original: Path, option: dict[str, str], said: str) -> None:
     if "device" in option and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     with pytest.raises(ModelError, match=said):

@@ -40,7 +40,7 @@ def test_the_pool_of_processes_is_refused_by_class_too() -> None:
 
 
 @pytest.mark.parametrize("pool", [None, ENGINE_POOL, EnginePool, "solo", "threads"])
-def test_other_pools_are_not(pool: Any) -> None:
+def test_other_pools_are_accepted(pool: Any) -> None:
     start_with(pool)  # it would raise SystemExit
 
 

@@ -257,7 +257,7 @@ def test_kill_9_of_the_parent_ends_it(server: EmbeddedRedis, how: str) -> None:
         wait_until(lambda: not runs(pid))
 
 
-def test_the_next_one_takes_over_from_one_that_was_killed(server: EmbeddedRedis) -> None:
+def test_a_new_server_replaces_one_whose_parent_was_killed(server: EmbeddedRedis) -> None:
     with starter(server) as (parent, pid):
         with connect(server) as connection:
             connection.set("key", "value")
@@ -268,7 +268,7 @@ def test_the_next_one_takes_over_from_one_that_was_killed(server: EmbeddedRedis)
             assert connection.get("key") == "value"
 
 
-def test_the_watcher_for_other_systems_ends_a_process_with_us() -> None:
+def test_the_watcher_ends_the_server_with_this_process() -> None:
     with subprocess.Popen(["sleep", "60"]) as sleeper, embedded._watch(sleeper.pid) as watcher:
         time.sleep(0.05)
         assert sleeper.poll() is None
@@ -289,7 +289,7 @@ def test_started_in_a_thread_it_stops_like_any_other(server: EmbeddedRedis) -> N
 # Two at one place
 
 
-def test_a_second_one_is_told_where_the_first_is(server: EmbeddedRedis, tmp_path: Path) -> None:
+def test_a_second_server_is_refused_with_the_address_of_the_first(server: EmbeddedRedis, tmp_path: Path) -> None:
     second = EmbeddedRedis(directory=server.directory, socket=tmp_path / "other")
     with server:
         with pytest.raises(EmbeddedRedisError, match="already running") as refused:

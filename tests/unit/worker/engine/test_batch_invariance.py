@@ -88,7 +88,7 @@ def test_64_mixed_jobs_at_once_give_the_same_bits_as_one_by_one(shape: dict[str,
 
 
 @pytest.mark.parametrize(("threads", "gpt2"), [(2, demo_model), (1, torch_model)])
-def test_more_threads_and_products_by_torch_keep_the_promise_too(threads: int, gpt2: Callable[[], GPT2]) -> None:
+def test_more_threads_and_torchs_gemms_are_batch_invariant_too(threads: int, gpt2: Callable[[], GPT2]) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -155,7 +155,7 @@ def test_n_samples_are_the_same_bits_as_n_computations_of_one_sample() -> None:
         assert text.choice() == choice
 
 
-def test_a_bare_prompt_repeated_gives_one_answer_however_the_prefill_was_shared() -> None:
+def test_equal_prompts_give_equal_results_however_their_prefill_is_shared() -> None:
     engine = build(slots=6)
     prompt = tokens_of(300)
     requests = [ask(prompt, max_tokens=count, logprobs=1) for count in (4, 400, 8, 100, 1, 8, 30)]
@@ -177,7 +177,7 @@ def test_cancelled_futures_raise_cancelled_error() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_prompts_that_begin_alike_give_what_each_gives_alone(dtype: str) -> None:
+def test_prompts_with_a_common_prefix_give_the_same_bits_as_alone(dtype: str) -> None:
     begin, model = tokens_of(300), load_model("demo", device="cpu", dtype=dtype)
     kinds = [
         (300, 7, 0.0),

@@ -59,7 +59,7 @@ def test_a_job_that_makes_the_step_raise_fails_alone() -> None:
     assert idle(engine)
 
 
-def test_samples_that_share_a_guilty_prompt_fail_together_and_alone() -> None:
+def test_samples_of_a_faulty_prompt_fail_together_and_fail_no_other_job() -> None:
     engine = build(runner=FaultyRunner, slots=8)
     bad = engine.submit(ask([*tokens_of(200), GUILTY], n=3))
     good = engine.submit(ask(tokens_of(140), n=2, temperature=1.0, seed=1))
@@ -92,7 +92,7 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("dense")
-def test_a_row_moved_into_the_place_of_a_failed_one_keeps_its_prompt() -> None:
+def test_a_sequence_moved_into_the_slot_of_a_failed_one_keeps_its_prompt() -> None:
     """The last row is computed before the guilty one in front of it, whose place it then takes."""
     first, second = ask(tokens_of(14), max_tokens=1), ask(tokens_of(5, seed=2), logprobs=1)
     engine = build(runner=FaultyRunner, step_tokens=16)
@@ -144,7 +144,7 @@ def test_one_sample_with_nan_logits_ends_its_job_and_no_other(poisoned: GPT2) ->
         pytest.param(ask(tokens_of(800), max_tokens=10), id="cancelled while its prompt is read"),
     ],
 )
-def test_what_a_nan_leaves_in_the_cache_does_not_reach_the_next_owner(poisoned: GPT2, bad: Any) -> None:
+def test_a_nan_in_the_cache_does_not_reach_the_next_sequence_of_the_slot(poisoned: GPT2, bad: Any) -> None:
     good = ask(tokens_of(585), max_tokens=10, logprobs=1)  # reads keys up to the next multiple of 16, which is 608
     engine = build(model=poisoned, slots=1, step_tokens=128)
     first = engine.submit(bad, job_id="bad")
@@ -156,7 +156,7 @@ def test_what_a_nan_leaves_in_the_cache_does_not_reach_the_next_owner(poisoned: 
 
 
 @pytest.mark.usefixtures("dense")
-def test_a_nan_does_not_stay_in_a_place_that_its_row_was_moved_out_of(poisoned: GPT2) -> None:
+def test_a_nan_does_not_stay_in_a_slot_that_its_sequence_was_moved_from(poisoned: GPT2) -> None:
     engine = build(model=poisoned, slots=2, step_tokens=128)
     head = engine.submit(ask(tokens_of(515, seed=2), max_tokens=7, ignore_eos=True))
     bad = engine.submit(ask(tokens_of(1000), max_tokens=10), job_id="bad")
@@ -170,7 +170,7 @@ def test_a_nan_does_not_stay_in_a_place_that_its_row_was_moved_out_of(poisoned: 
     assert [substance(r) for r in drive(engine, *map(engine.submit, good))] == expected(*good)
 
 
-def test_a_prompt_whose_scores_are_nan_is_no_result(poisoned: GPT2) -> None:
+def test_a_prompt_whose_scores_are_nan_fails_its_job(poisoned: GPT2) -> None:
     engine = build(model=poisoned)
     future = engine.submit(ask(tokens_of(620), max_tokens=0, echo=True, logprobs=1))
     settle(engine, future)
@@ -194,7 +194,7 @@ def test_a_job_for_gigabytes_of_log_probabilities_is_refused(request_: dict[str,
     assert idle(engine)
 
 
-def test_the_empty_prompt_needs_a_token_to_begin_with() -> None:
+def test_the_empty_prompt_needs_an_end_of_text_token() -> None:
     engine = build()
     engine.tokenizer = Tokenizer(tiktoken.Encoding("plain", pat_str="a", mergeable_ranks={b"a": 0}, special_tokens={}))
     assert failure(engine.submit(ask(""))).code == "empty_prompt"

@@ -62,7 +62,7 @@ def test_an_error_outside_the_steps_reaches_every_waiter_too() -> None:
     assert len(fatal) == 1
 
 
-def test_leaving_the_context_finishes_what_was_taken() -> None:
+def test_leaving_the_context_finishes_the_accepted_jobs() -> None:
     engine = build(slots=2)
     with engine:
         futures = [engine.submit(ask(max_tokens=20)) for _ in range(6)]
@@ -71,7 +71,7 @@ def test_leaving_the_context_finishes_what_was_taken() -> None:
         engine.submit(ask())
 
 
-def test_stopping_without_finishing_tells_those_who_wait() -> None:
+def test_stopping_without_finishing_fails_the_waiting_jobs() -> None:
     engine = build(slots=1)
     engine.start()
     futures = [engine.submit(ask(max_tokens=1000, ignore_eos=True)) for _ in range(3)]

@@ -113,7 +113,7 @@ def test_seeds_follow_from_that_of_the_llm() -> None:
     assert first != texts(2)
 
 
-def test_without_max_tokens_the_model_reads_on_to_its_end() -> None:
+def test_without_max_tokens_the_context_is_filled() -> None:
     with LLM(model="demo", max_model_len=40) as made:
         (output,) = made.generate("The river", SamplingParams(max_tokens=None, ignore_eos=True))
     assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 40

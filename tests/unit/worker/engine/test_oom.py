@@ -85,7 +85,7 @@ def test_rows_that_decode_are_computed_in_parts_too() -> None:
     assert [substance(r) for r in results] == expected(*requests)
 
 
-def test_as_much_as_before_is_tried_again_when_memory_is_back() -> None:
+def test_the_full_number_of_rows_is_tried_again_when_memory_is_available() -> None:
     engine = build(runner=small(rows=2))
     runner = engine.runner
     assert isinstance(runner, SmallRunner)
@@ -116,7 +116,7 @@ def test_a_job_that_fits_nowhere_fails_with_what_to_set_and_harms_no_other() -> 
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5, 9])
-def test_a_cache_that_memory_does_not_hold_takes_fewer_jobs_at_a_time(slots: int) -> None:
+def test_if_memory_does_not_hold_the_cache_fewer_jobs_run_at_a_time(slots: int) -> None:
     started: list[int] = []
     engine = build(runner=small(slots=slots))
     futures = [
@@ -155,6 +155,6 @@ def test_a_limit_recovers_slowly_and_more_slowly_after_each_attempt_that_fails()
     assert limit.current == 100
 
 
-def test_what_is_a_lack_of_memory() -> None:
+def test_out_of_memory_errors_are_recognised() -> None:
     assert all(out_of_memory(error) for error in LACKS)
     assert not any(out_of_memory(error) for error in (RuntimeError("shape"), ValueError("out of memory"), KeyError()))
