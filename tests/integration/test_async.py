@@ -1,4 +1,4 @@
-"""The face for asyncio: the same verbs, one connection for all that waits."""
+"""AsyncClient: the same methods, and one connection for all waiting calls."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_errors_are_the_same_and_carry_the_job(redis_url: str) -> None:
 
 
 def test_ten_thousand_outstanding_jobs_take_one_connection() -> None:
-    """Beside those of redis-py and kombu for publishing, which are there before anybody waits."""
+    """Not counting the connections of redis-py and kombu for publishing, which exist before."""
     with EmbeddedRedis.ephemeral() as server:
         connection = connect(server.url)
         record = '{"status": "REVOKED", "result": null}'

@@ -161,7 +161,7 @@ def test_jobs_that_redis_lost_are_queued_again(monkeypatch: pytest.MonkeyPatch) 
         def tick() -> None:
             counts.append(client.status().queues[0].bulk + client.status().queues[0].normal)
             if counts.count(1) == 1:
-                client._redis.flushdb()  # all that is there, as a restart without its file would
+                client._redis.flushdb()  # like a restart of Redis without its file
             elif counts.count(1) > 2:
                 raise Enough
 
@@ -173,7 +173,7 @@ def test_jobs_that_redis_lost_are_queued_again(monkeypatch: pytest.MonkeyPatch) 
 
 
 class Scalar:
-    """A value as a pyarrow array gives it."""
+    """A value as a pyarrow array returns it."""
 
     def __init__(self, value: Any) -> None:
         self._value = value
@@ -202,7 +202,7 @@ def test_map_gives_results_in_order_and_reads_no_further_than_it_may(client: Cli
 
 
 class Column:
-    """A column as tables give it: it has a length and places, and can be iterated as often as one likes."""
+    """A column of a table: it has a length, can be indexed, and can be iterated repeatedly."""
 
     def __init__(self, values: Sequence[Any]) -> None:
         self._values = values

@@ -1,4 +1,4 @@
-"""Jobs in Celery's own canvases, with tasks of a user's own beside them."""
+"""Jobs in Celery's canvases, together with a user's tasks."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ LONG = {"max_tokens": 900, "temperature": 1, "seed": 7, "ignore_eos": True}
 
 
 def sent_by_celery(client: Client, app: Celery, args: list[object], **options: object) -> Job:
-    """A job that did not come through our client: it has no record until a worker meets it."""
+    """Send a job without the client: it has no record until a worker receives it."""
     job_id = uuid.uuid4().hex
     app.send_task("headrace.generate", args=args, task_id=job_id, **options)
     wait_until(lambda: client._redis.exists(keys.result(job_id)))
@@ -54,7 +54,7 @@ def connection(redis_url: str) -> redis.Redis:
 def test_checkpoint_12_with_a_real_redis(
     own_server: EmbeddedRedis, own_client: Client, reference: Reference, tmp_path: Path
 ) -> None:
-    """By a worker that is a program of its own, as a user's is."""
+    """The worker is a separate program, as a user starts it."""
     with WorkerProcess(tmp_path / "worker.log", bare=True, HEADRACE_REDIS_URL=own_server.url):
         result = own_client.submit("Hello.", max_tokens=10, temperature=0).result(timeout=PATIENCE_S)
     expected = reference([15496, 13], 10)
@@ -368,7 +368,7 @@ def test_nothing_is_left_unacknowledged(client: Client, connection: redis.Redis)
 
 
 def test_a_workers_heartbeat_is_heard_by_no_other_worker(connection: redis.Redis, worker: WorkerProcess) -> None:
-    """Where all listen, what Redis sends grows with the square of their number."""
+    """Otherwise the traffic of Redis would grow with the square of the number of workers."""
     with connection.pubsub() as here:
         here.psubscribe("*")
         heard = (message["channel"] for message in here.listen() if message["type"] == "pmessage")

@@ -21,7 +21,7 @@ from tests.patience import PATIENCE_S
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
-#: For `datasets`: it writes to a cache in the home, and asks a hub for news of itself.
+#: For `datasets`, which writes to a cache in the home directory and asks a hub for updates.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 

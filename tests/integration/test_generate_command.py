@@ -11,7 +11,7 @@ from headrace.client import Client, Result
 from tests.integration.processes import WorkerProcess
 from tests.patience import PATIENCE_S
 
-#: Options of every type, and the parameters that they stand for.
+#: Options of every type, and the parameters that they set.
 WORDS = (
     "--seed 7 --logprobs 2 --n 2 --max-tokens 12 --min-tokens 3 --temperature 0.8 --top-k 40 --top-p 0.95 --min-p 0.01 "
     "--frequency-penalty 0.5 --presence-penalty 0.25 --repetition-penalty 1.1 --logit-bias 50256=-100 "

@@ -1,4 +1,4 @@
-"""Files, batches, and connections that end early, at `headrace serve` and a worker that takes its time."""
+"""Files, batches, and connections that end early, with `headrace serve` and a slow worker."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def client(server: EmbeddedRedis) -> Iterator[Client]:
 
 
 def rows(count: int, **body: Any) -> bytes:
-    """An input file. Each row says its number in its prompt."""
+    """An input file. The prompt of each row contains its number."""
     lines = [
         {
             "custom_id": f"row {number}",
@@ -215,7 +215,7 @@ def test_two_servers_do_not_share_a_directory(http: HttpServer, server: Embedded
 
 
 def job_ids(server: EmbeddedRedis) -> set[str]:
-    """All jobs that have a record."""
+    """The ids of all jobs that have a record."""
     with connect(server.url) as connection:
         return {key.removeprefix("headrace:job:") for key in connection.scan_iter("headrace:job:*")}
 
@@ -277,7 +277,7 @@ def test_what_is_not_done_in_time_is_a_504_and_is_not_asked_for_again(http: Http
 def test_a_full_queue_and_a_silent_worker(
     worker: WorkerProcess, server: EmbeddedRedis, tmp_path: Path, client: Client
 ) -> None:
-    """The worker is stopped, so what is asked waits in the queue, which takes one job."""
+    """The worker is stopped, so requests wait in the queue, which holds one job."""
     with HttpServer(tmp_path, server.url, "--timeout", "0.5", HEADRACE_MAX_QUEUE="1") as own, own.openai() as api:
         worker.signal(signal.SIGSTOP)
         try:

@@ -52,7 +52,7 @@ def texts_of(*results: Result) -> list[tuple[int, str, str]]:
 
 
 def test_a_completion_has_what_openais_has(api: openai.OpenAI) -> None:
-    """The text is what transformers gives, in other tests; it stands in the README too."""
+    """Other tests compare this text, which the README shows, with transformers."""
     found = api.completions.create(**MODEL, prompt="Hello.", max_tokens=10, temperature=0)
     assert texts(found) == [(0, '\n\n"I am not going to see,"', "length")]
     assert found.id.startswith("cmpl-")
@@ -278,7 +278,7 @@ def test_health_and_the_log(http: HttpServer) -> None:
         assert plain.get("/nowhere").json()["error"]["code"] == "unknown_url"
     lines = [json.loads(line) for line in http.said().splitlines() if line.startswith("{")]
     wanted = {"path": "/v1/completions", "method": "POST", "status": 200}
-    assert any(wanted.items() <= line.items() for line in lines[-3:])  # that of the test before may end late
+    assert any(wanted.items() <= line.items() for line in lines[-3:])  # a line of the previous test may follow
     assert "Zanzibar" not in http.said()
     assert "Traceback" not in http.said()
     assert not [line for line in lines if line["event"] == "http.failed"]

@@ -1,4 +1,4 @@
-"""Who may ask `headrace serve`, how often and how much; and what it says where nobody can compute."""
+"""Authentication and limits of `headrace serve`, and its answers if no worker runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SERVE = [sys.executable, "-m", "headrace.worker.cli", "serve", "--port", "0"]
 
 @pytest.fixture(scope="module")
 def http(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
-    """With keys and small limits; no worker serves its Redis."""
+    """A server with keys and small limits; no worker serves its Redis."""
     flags = ["--api-key", KEYS[1], "--max-body-bytes", "2000", "--max-file-bytes", "3000", "--max-files-bytes", "5000"]
     flags += ["--requests-per-minute", "60", "--cors", "https://page.example"]
     with HttpServer(tmp_path_factory.mktemp("http"), server.url, *flags, HEADRACE_API_KEYS=KEYS[0]) as process:
@@ -84,7 +84,7 @@ def test_pages_of_one_origin_may_ask(http: HttpServer) -> None:
 
 
 def test_more_than_so_many_requests_a_minute_are_turned_away(http: HttpServer) -> None:
-    """The last test with these keys: of the minute's sixty few are left."""
+    """The last test with these keys, because it uses up the sixty requests of the minute."""
     with http.http(authorization=f"Bearer {KEYS[1]}") as plain:
         answers = [plain.get("/nowhere") for _ in range(62)]
     assert 429 in {answer.status_code for answer in answers}

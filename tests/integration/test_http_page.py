@@ -78,7 +78,7 @@ def asked(http: HttpServer, job: str, reference: str) -> httpx.Response:
 
 @pytest.fixture(scope="module")
 def traced(worker: object, redis_url: str) -> dict[str, Job]:
-    """Jobs that kept their tensors: two of one prompt, one of another as long, one of a longer one, one of few."""
+    """Jobs with stored tensors: two with one prompt, one with another of equal length, one longer, one with few."""
     prompts = {"one": "Hello.", "same": "Hello.", "other": "Help!", "longer": "Hello there.", "few": "Hello."}
     with Client(redis_url=redis_url) as client:
         jobs = {

@@ -1,4 +1,4 @@
-"""The Procfile as it is used: honcho starts what it names, and stops it."""
+"""honcho starts and stops the processes of the Procfile."""
 
 from __future__ import annotations
 

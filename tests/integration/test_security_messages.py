@@ -1,4 +1,4 @@
-"""What strangers put into the queue is read as JSON, within bounds, or not at all."""
+"""Untrusted messages are read only as JSON and within size limits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.patience import PATIENCE_S
 
-#: An ear on the interpreter: every class or function that pickle looks up is written down.
+#: An audit hook that prints every class or function that pickle looks up.
 LISTENING = """
 import sys
 def hear(event, arguments):
@@ -59,7 +59,7 @@ def client(server: EmbeddedRedis, worker: WorkerProcess) -> Iterator[Client]:
 
 
 def put(client: Client, body: bytes, content_type: str = "application/json", **headers: Any) -> None:
-    """A message as kombu writes it, around any body."""
+    """Queue a message with any body, as kombu writes it."""
     name = keys.queue_lists("demo")[1]
     delivery = {"exchange": "", "routing_key": name.removeprefix(keys.PREFIX)}
     message = {
@@ -150,7 +150,7 @@ def test_all_four_places_read_and_write_json_alone(app: Celery) -> None:
 
 
 def test_no_class_is_ever_looked_up_for_pickle_in_a_worker(client: Client, worker: WorkerProcess, app: Celery) -> None:
-    """The whole of a worker's life so far, its start and all the messages above; and checkpoints."""
+    """This covers the worker's start, all messages of the tests above, and checkpoints."""
     job = client.submit("Hello.", max_tokens=3, checkpoints="all")
     assert job.result(PATIENCE_S)
     assert job.checkpoints()
@@ -200,7 +200,7 @@ def test_headers_of_any_shape_end_no_worker(client: Client, worker: WorkerProces
 
 
 def test_the_largest_request_there_can_be_fits(client: Client) -> None:
-    """What the client accepts no worker may refuse for its size."""
+    """A worker must not refuse for its size what the client accepts."""
     from headrace.client.wire.requests import MAX_BIASES, MAX_PROMPT_BYTES, MAX_PROMPT_TOKENS, MAX_STOP_BYTES, TOKEN_IDS
 
     more = {

@@ -1,4 +1,4 @@
-"""rediss://: client, broker and result backend over TLS, and no way around its certificates by mistake."""
+"""rediss://: client, broker and result backend over TLS, which cannot skip certificate checks by mistake."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_who_speaks_no_tls_to_a_server_that_does_is_told(proxy: TlsProxy) -> Non
 
 
 def test_who_speaks_tls_to_a_server_that_does_not_is_told(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each waits for the other until a timeout, which is shorter here."""
+    """Client and server wait for each other until a timeout, which is shorter here."""
     monkeypatch.setitem(transport._OPTIONS, "socket_timeout", 0.5)
     monkeypatch.setattr(transport, "SOCKET_TIMEOUT_S", 0.5)
     monkeypatch.setattr(transport, "CONNECT_TIMEOUT_S", 0.5)
@@ -133,7 +133,7 @@ def test_who_speaks_tls_to_a_server_that_does_not_is_told(port: int, monkeypatch
 
 
 def test_a_server_that_is_away_or_does_not_answer_is_said_to_be_that(port: int) -> None:
-    """Nothing is said of TLS where nothing is known of it."""
+    """The error does not mention TLS without evidence for it."""
     for place in (f"rediss://localhost:{free_port()}/0", f"redis://localhost:{free_port()}/0"):
         with Client(redis_url=place) as client, pytest.raises(RedisUnreachable, match="start it") as caught:
             client.status()

@@ -1,4 +1,4 @@
-"""Text as it comes, to both faces of the client: whole, once and in order, whatever happens on the way."""
+"""Streaming with Client and AsyncClient: text arrives complete, once and in order, despite failures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, paced, wait_until, worker_on
 from tests.patience import PATIENCE_S
 
-#: Of workers here: jobs last long enough to be looked at in the middle, on a fast machine too.
+#: Makes jobs long enough to be observed while they run, on fast machines too.
 SLOWLY = {"patch": paced(0.015), "HEADRACE_DRAFT_TOKENS": "0"}
 LONG = {"max_tokens": 120, "temperature": 0, "ignore_eos": True, "stream": True}
 
@@ -49,13 +49,13 @@ def client(server: EmbeddedRedis, worker: WorkerProcess) -> Iterator[Client]:
 
 @pytest.fixture(params=["plain", "asyncio"])
 def stream(request: pytest.FixtureRequest, server: EmbeddedRedis) -> Stream:
-    """Reads a job's stream to the end, by its id, in a client of its own; `seen` gets the events on the way."""
+    """Reads a job's stream to the end by its id, in a new client; `seen` gets the events."""
     plain, with_asyncio = both_faces(server)
     return plain if request.param == "plain" else with_asyncio
 
 
 def both_faces(server: EmbeddedRedis) -> tuple[Stream, Stream]:
-    """What `stream` gives, with Client and with AsyncClient."""
+    """The two variants of `stream`: Client and AsyncClient."""
 
     def plain(job_id: str, seen: list[Event] | None = None, timeout: float = PATIENCE_S) -> list[Event]:
         seen = [] if seen is None else seen
@@ -77,7 +77,7 @@ def both_faces(server: EmbeddedRedis) -> tuple[Stream, Stream]:
 
 
 def assembled(events: list[Event]) -> dict[int, tuple[str, list[int], Any, str | None]]:
-    """What the pieces of each sample make up, in the form of `of_result`."""
+    """The pieces of each sample, joined, in the form of `of_result`."""
     made: dict[int, tuple[str, list[int], Any, str | None]] = {}
     for event in events:
         if event.result is not None:
@@ -221,7 +221,7 @@ def test_a_redis_that_is_killed_and_comes_back(client: Client, server: EmbeddedR
 
 
 def test_a_worker_that_is_killed_in_the_middle(server: EmbeddedRedis, directory: Path) -> None:
-    """Another begins again, and cuts the text elsewhere; who reads along does not notice, who comes later neither."""
+    """Another worker starts again and splits the text elsewhere; neither current nor later readers notice."""
     own = {"HEADRACE_SERVED_NAME": "killed", **SLOWLY}
     with (
         Client(redis_url=server.url, model="killed") as client,

@@ -48,7 +48,7 @@ USERS_FOLDERS = {"client/orders.py": "OWNER = 'user'\n", "worker/mail.py": "OWNE
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the files under version control, so that nothing that lies about gets into it."""
+    """Built from a copy of the files under version control, so that no other file gets into it."""
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
@@ -88,7 +88,7 @@ def project(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 
 class Shell:
-    """Runs programs of the environment in the user's directory, with settings of the test's own."""
+    """Runs programs of the environment in the user's directory, with the settings of the test."""
 
     def __init__(self, environment: Path, folder: Path, **settings: str) -> None:
         self.bin, self.folder = environment / "bin", folder
@@ -113,7 +113,7 @@ class Shell:
 
     @contextmanager
     def running(self, *command: str, until: str) -> Iterator[Path]:
-        """A program in the background, once its log holds this text; ended by SIGTERM, with code 0."""
+        """Start a program, wait for this text in its log, and after the block end it by SIGTERM, with code 0."""
         log = self.folder.parent / f"{command[0]}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Every contender that is installed computes the tokens that ours computes; batches and agreement by hand."""
+"""Every installed contender computes the same tokens as our engine; batches and agreement, worked out by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.peers.transformers import batch_plans, batches
 from benchmarks.throughput import LEAST_AGREEMENT, Place, agreement, check_items
 from benchmarks.workloads import Item
 
-# Prompts of 3, 1, 2 tokens, with 1, 9, 5 new ones.
+# Prompts of 3, 1 and 2 tokens with 1, 9 and 5 new tokens.
 ITEMS = [Item([0] * 3, 1), Item([0], 9), Item([0] * 2, 5)]
 
 

@@ -1,4 +1,4 @@
-"""A contender's process: answers when called, takes no processor otherwise, and goes when it is told or too slow."""
+"""A contender's process: runs only during calls, and ends when it is closed or too slow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.patience import PATIENCE_S
 
 
 class Worker:
-    """What the tests let a process do."""
+    """The object whose methods the tests call in a process."""
 
     def add(self, left: int, right: int) -> int:
         return left + right
@@ -46,7 +46,7 @@ def remote() -> Iterator[Remote]:
 
 
 def state(pid: int) -> str:
-    """The letter Linux has for what a process does: T is stopped."""
+    """The state of a process on Linux: T is stopped."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of the scaling benchmark by hand, and its workers' device."""
+"""The arithmetic of the scaling benchmark, worked out by hand, and its simulated device."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ def test_what_a_job_takes_is_the_difference_of_two_readings() -> None:
         "redis_bytes_in": 0.1,
         "redis_bytes_out": 10.0,
     }
-    # 8 seconds of all cores in 4: 6 were ours.
+    # All processes used 8 seconds of cores in 4 seconds; Redis, workers and client used 6 of them.
     assert used.shares() == {"redis": 0.25, "workers": 0.75, "client": 0.5, "others": 0.5}
 
 
 def test_the_rate_is_that_of_the_middle_half() -> None:
-    # A run from 100 to 120, so from 105 to 115: all of the first job, half of the second, nothing of the last.
+    # The run lasts from 100 to 120, so its middle half from 105 to 115: it contains all of the first job, half of the
+    # second, and nothing of the last.
     spans = [(110.0, 4.0, 40), (117.0, 4.0, 20), (120.0, 2.0, 1000)]
     assert rate_in_the_middle(spans, 100.0) == (40 + 10) / 10
 
@@ -56,7 +57,7 @@ def test_what_is_not_the_jobs_is_the_workers() -> None:
         return {"per_job": cost, "together": True, **rest}
 
     figures = {"saturate": [row(0.1, 100, 50)], "scale": [row(0.5, 300, 150, jobs_per_s=80.0, workers=16)]}
-    # 5 jobs a second for each worker, and of each the part beyond what a job costs alone.
+    # Each worker computes 5 jobs per second; its cost is what exceeds the cost of these jobs.
     assert costs(figures) == (Cost(0.1, 100, 50), Cost(pytest.approx(2.0), 1000, 500))
 
 

@@ -1,4 +1,4 @@
-"""Rows out of lines, and the check of a whole input."""
+"""Reading rows from lines, and checking a whole input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from headrace.config import Settings
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    """Nothing is sent: checking needs no Redis."""
+    """A client without a Redis, because checking sends nothing."""
     with Client(settings=Settings(redis_url="redis://localhost:1/0")) as made:
         yield made
 
@@ -89,7 +89,7 @@ def test_priority_and_patience_change_the_job_but_not_the_result(client: Client)
 
 
 class Scalar:
-    """A value as a pyarrow array gives it."""
+    """A value as a pyarrow array returns it."""
 
     def __init__(self, value: Any) -> None:
         self._value = value

@@ -1,4 +1,4 @@
-"""Output files: what is written, and what is made of what a dead process left."""
+"""Output files: what is written, and how files of killed processes are continued."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_rows_are_appended_after_every_kind_of_end(tmp_path: Path, name: str) ->
         path.write_bytes(whole[:torn])
         write(path, ["d"])
         assert names_in(path)[-1] == "d"
-    path.write_bytes(data + b"\0" * 4096)  # a power failure may leave such an end
+    path.write_bytes(data + b"\0" * 4096)  # a power failure may leave zeros at the end
     write(path, ["d"])
     assert names_in(path) == ["a", "b", "c", "d"]
 

@@ -45,7 +45,7 @@ def connection(redis_url: str) -> redis.Redis:
 
 @pytest.fixture
 def client(redis_url: str, request: pytest.FixtureRequest) -> Iterator[Client]:
-    """A client with a queue of its own."""
+    """A client with a separate queue."""
     with Client(redis_url=redis_url, model=f"unit-{abs(hash(request.node.name))}") as made:
         yield made
 
@@ -154,7 +154,7 @@ def test_jobs_submitted_together_share_messages_in_order(client: Client, connect
 
 
 def make_known(connection: redis.Redis, *models: str) -> None:
-    """As if they had been served a moment ago: a worker of other tests may live, and others would be refused."""
+    """Record models as served, because unknown models are refused if a worker of another test runs."""
     connection.zadd(keys.models(), dict.fromkeys(models, time.time()))
 
 
@@ -168,7 +168,7 @@ def test_a_message_holds_one_priority_and_one_model(client: Client, connection: 
 
 
 def test_urgent_jobs_of_a_list_are_sent_first(client: Client, connection: redis.Redis) -> None:
-    """Else those before them may fill a worker's slots."""
+    """Otherwise earlier jobs of the list may fill a worker's slots."""
     priorities = ["bulk"] * (GROUP_JOBS + 1) + ["normal", "interactive"]
     lists = [name.encode("unicode_escape").decode() for name in keys.queue_lists(client.model_name)]
     with connection.monitor() as monitor:
@@ -184,7 +184,7 @@ def test_long_prompts_do_not_pile_up_in_one_message(client: Client, connection: 
 
 
 def counted(client: Client) -> QueueStatus:
-    """The client's queue; there may be others, of workers that other tests run."""
+    """The status of the client's queue; other tests may have more queues."""
     (own,) = [queue for queue in client.status().queues if queue.model == client.model_name]
     return own
 
@@ -285,7 +285,7 @@ def test_no_worker_and_unknown_job_differ(client: Client) -> None:
 
 @pytest.fixture
 def served(redis_url: str) -> Iterator[Callable[[str, str], None]]:
-    """Says that a worker serves a model, on a Redis that `Client(redis_url=...)` of the same test uses alone."""
+    """Registers a worker for a model, on a Redis that only this test uses."""
     connection = connect(redis_url.replace("db=0", "db=9"))
     connection.flushdb()
     store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=60)
@@ -299,7 +299,7 @@ def test_a_model_that_no_worker_serves_is_refused_with_those_that_are_served(
     monkeypatch.setattr("headrace.client.jobs.status.SERVED_S", 0.0)
     own = redis_url.replace("db=0", "db=9")
     with Client(redis_url=own) as client:
-        client.submit("Hello.", model="anything")  # without any worker nobody can say what is right
+        client.submit("Hello.", model="anything")  # without a worker the valid names are unknown
         served("host-1@b", "beta")
         served("host-1@a", "alpha")
         served("spoilt", "\udcff")
@@ -323,7 +323,7 @@ def test_a_model_that_no_worker_serves_is_refused_with_those_that_are_served(
         with pytest.raises(InvalidRequest, match=r"one that is served: beta$"):
             client.submit("Hello.", model="alpha")
     with Client(redis_url=own, model="alpah") as client:
-        client.submit("Hello.")  # it was configured so: a worker may come
+        client.submit("Hello.")  # its configured model, which a worker may serve later
 
 
 def test_who_serves_is_asked_once_for_many_jobs(redis_url: str, served: Callable[[str, str], None]) -> None:

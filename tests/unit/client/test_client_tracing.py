@@ -1,4 +1,4 @@
-"""Spans of submitting, and the context that messages carry; OpenTelemetry's own SDK says what was exported."""
+"""Spans of submissions, and the trace context in messages, exported by OpenTelemetry's SDK."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from headrace.config.tracing import find_tracer
 
 @pytest.fixture
 def client(redis_url: str, request: pytest.FixtureRequest) -> Iterator[Client]:
-    """A client with a queue of its own."""
+    """A client with a separate queue."""
     with Client(redis_url=redis_url, model=f"traces-{abs(hash(request.node.name))}") as made:
         yield made
 
 
 def headers_of(client: Client) -> list[dict[str, Any]]:
-    """Of the messages in the client's queue, the first that was sent in front."""
+    """The headers of the messages in the client's queue, in the order of sending."""
     names = keys.queue_lists(client.model_name)
     with connect(client.url) as connection:
         return [json.loads(text)["headers"] for name in names for text in reversed(connection.lrange(name, 0, -1))]  # type: ignore[arg-type]
@@ -90,7 +90,7 @@ def test_a_job_that_could_not_be_sent_has_a_span_with_the_code(spans: InMemorySp
 
 
 def test_a_program_without_opentelemetry_submits(client: Client) -> None:
-    """An import would raise; redis-py tries one itself."""
+    """Importing opentelemetry raises here; redis-py tries to import it too."""
     code = (
         "import sys; sys.modules['opentelemetry'] = None; from headrace.client import Client; "
         f"Client(redis_url={client.url!r}, model={client.model_name!r}).submit('Hello.')"
@@ -104,7 +104,7 @@ def test_a_program_that_has_not_set_it_up_has_no_tracer() -> None:
     assert find_tracer() is None
 
 
-GOOD = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"  # the example of W3C's Trace Context
+GOOD = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"  # the example in W3C's Trace Context specification
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a client asks while it waits, and what it makes of the answers: no Redis, no clock but the machine's."""
+"""The requests of a waiting client, and how it handles the answers, without Redis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REVOKED = '{"status": "REVOKED", "result": null}'
 
 
 class FakeServer:
-    """Answers the commands of a watch from what the test put there."""
+    """Answers the commands of a PollState with data of the test."""
 
     def __init__(self) -> None:
         self.results: dict[str, str] = {}

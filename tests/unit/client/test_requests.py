@@ -1,4 +1,4 @@
-"""Everything that can be known wrong is refused with the field, the value and what would be right."""
+"""Every invalid request is refused with the field, the value and what is valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signatures: what they bind together, and that strange input is a no and never an error."""
+"""Signatures: what they cover, and that malformed input is invalid and never an error."""
 
 from __future__ import annotations
 

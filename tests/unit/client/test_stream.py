@@ -1,4 +1,4 @@
-"""A job's events -> its text: each token once and in order, however often and in whatever cuts it was written."""
+"""A job's events -> its text: each token once and in order, however often and in whatever pieces it was written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headrace.client.jobs.handle import Handle, job_in_errors
 from headrace.client.jobs.stream import StreamReader
 from headrace.client.wire.results import Choice, Result, StreamEvent, StreamPiece, Timings, TokenLogprob, Usage
 
-TEXTS = ["He", "ll", "o", " w", "", "", "é", "!"]  # of eight tokens; two in the middle have no character of their own
+TEXTS = ["He", "ll", "o", " w", "", "", "é", "!"]  # of eight tokens; two in the middle complete no character
 LOGPROBS = [TokenLogprob(token_id=i, token=text, logprob=-float(i)) for i, text in enumerate(TEXTS)]
 
 
@@ -59,7 +59,7 @@ def check(events: list[Event], index: int = 0) -> None:
 
 @given(st.randoms(use_true_random=False), st.integers(1, 3), st.floats(0, 1))
 def test_several_writers_and_lost_entries_make_one_text(dice: random.Random, writers: int, lost: float) -> None:
-    """Each writer cuts the text in places of its own; their entries come in turn, and some do not come."""
+    """Each writer splits the text at other places; their entries are interleaved, and some are lost."""
     lanes = []
     for _ in range(writers):
         cuts = [0, *sorted(dice.sample(range(1, len(TEXTS)), dice.randint(0, 6))), len(TEXTS)]

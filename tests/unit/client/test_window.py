@@ -1,4 +1,4 @@
-"""The window, where nobody answers. What it does with a real Redis is in tests/integration/test_batch.py."""
+"""The window without a worker. tests/integration/test_batch.py tests it with a real Redis."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from headrace.client.jobs.submission import PreparedJob
 
 
 class Enough(Exception):
-    """Ends a wait that has no end of its own."""
+    """Ends a wait that would last forever."""
 
 
 def wait(client: Client, turns: int = 3) -> list[str]:
-    """What is said while one job waits to be submitted."""
+    """The notices while one job waits to be submitted."""
     told: list[str] = []
     left = [turns]
 
@@ -58,7 +58,7 @@ def test_a_redis_that_is_full_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
         (said,) = wait(full)
     assert "OOM" in said
     with failing(QueueFull("headrace.demo", 9, 9)) as queue_full:
-        assert wait(queue_full) == []  # it is nothing unusual; said when it lasts
+        assert wait(queue_full) == []  # not unusual; reported only if it lasts
 
 
 @pytest.mark.parametrize(

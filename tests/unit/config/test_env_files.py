@@ -16,7 +16,7 @@ SECRETS = ["HEADRACE_SIGNING_KEY", "HEADRACE_API_KEYS"]
 
 
 def assignments(file: str, *, commented_out: bool) -> dict[str, str]:
-    """Names and values of a file, those that are commented out on demand."""
+    """Names and values in a file, on request including those that are commented out."""
     pattern = re.compile(rf"^{'#?' if commented_out else ''}([A-Z_]+)=(.*)$", re.MULTILINE)
     return dict(pattern.findall((CONFIG / file).read_text()))
 

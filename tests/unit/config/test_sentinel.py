@@ -1,4 +1,4 @@
-"""URLs of Sentinels: read, refused, handed to Celery as kombu itself reads them, and shown without their password."""
+"""URLs of Sentinels: parsed, refused, passed to Celery as kombu parses them, and shown without their password."""
 
 from __future__ import annotations
 

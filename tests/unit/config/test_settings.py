@@ -1,4 +1,4 @@
-"""Settings: what they are when nothing is set, and what a wrong one is told."""
+"""Settings: defaults, sources, and the errors for wrong values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headrace.config.settings import PREFIX, Settings, SettingsError, load_setti
 
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The settings of whoever runs the tests do not count."""
+    """Remove the settings of the environment that runs the tests."""
     for name in list(os.environ):
         if name.startswith(PREFIX):
             monkeypatch.delenv(name)
@@ -53,7 +53,7 @@ def test_settings_cannot_be_changed() -> None:
     assert settings.slots == 64
 
 
-#: For every setting a value that it cannot have. None where any value is right.
+#: For every setting an invalid value; None if every value is valid.
 WRONG: dict[str, str | None] = {
     "model": "demo,",
     "served_name": "two words",
@@ -82,7 +82,7 @@ WRONG: dict[str, str | None] = {
     "files_dir": None,
     "metrics_port": "65536",
     "otel": "otlp",
-    "metrics_host": None,  # whether it is one of the machine's is known at the start
+    "metrics_host": None,  # whether the machine has the address is checked at the start
     "log_level": "verbose",
     "log_format": "xml",
 }

@@ -1,4 +1,4 @@
-"""The largest logit: what torch's `max` gives, by rows that may be odd."""
+"""Argmax: the same results as torch's `max`, also for unusual rows."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Recorded steps. A recording of torch's operators stands for one of CUDA's kernels: all that Python decided, sizes and
-addresses too, is fixed in both, and looking at a value fails in both."""
+"""Recorded steps. A recording of torch's operators replaces one of CUDA's kernels: both fix everything that Python
+decides, including sizes and addresses, and in both it is an error to read a value."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Recordings:
 
 @pytest.fixture(autouse=True)
 def _no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All by torch's operators, as on CUDA."""
+    """Use torch's operators only, as on CUDA."""
     monkeypatch.setattr(KVCache, "decode_kernel", lambda _: None)
 
 
 def filled(capacity: int = 6) -> KVCache:
-    """A cache in which every slot belongs to somebody."""
+    """A cache in which every slot has data."""
     cache = KVCache(torch_model().config, lengths=LENGTHS, dtype=torch.float32, device=CPU)
     generator = torch.Generator().manual_seed(3)
     for arena in cache.arenas.values():
@@ -125,7 +125,7 @@ def test_the_number_of_recordings_is_limited() -> None:
 
 
 def crowd(engine: Engine) -> list[list[int]]:
-    """Tokens of texts of several lengths that come while others run, through arenas that grow."""
+    """Tokens of jobs of several lengths that arrive while others run, so that arenas grow."""
     first = [engine.submit(ask(tokens_of(n, n), max_tokens=30, ignore_eos=True)) for n in (3, 9, 30)]
     for _ in range(10):
         engine.step()

@@ -29,7 +29,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
     weight, bias, x = normal(inner, outer), normal(outer), normal(301, inner)
     exact = x.double() @ weight.double() + bias.double()
-    sizes = x.double().abs() @ weight.double().abs() + bias.double().abs()  # what rounding is in proportion to
+    sizes = x.double().abs() @ weight.double().abs() + bias.double().abs()  # rounding errors are proportional to this
     if gelu:
         exact = F.gelu(exact, approximate="tanh")
     product = Fp32Weight.of(weight, bias, gelu)
@@ -44,10 +44,11 @@ def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
 
 @needs_avx512
 def test_its_mean_error_is_that_of_short_sums() -> None:
-    """A sum of n products of normal numbers rounds n times, each time off by u/sqrt(3) of the partial sum or less.
+    """A sum of n products of normal numbers rounds n times.
 
-    (In root mean square.) The k-th partial sum has variance k, so the mean square error is u**2 * n**2 / 6. A sum in
-    parts of c rows has the error of its n/c parts, and that of adding them.
+    The root mean square of each error is at most u/sqrt(3) of the partial sum. The k-th partial sum has variance k, so
+    the mean square error is u**2 * n**2 / 6. A sum in parts of c rows has the errors of its n/c parts and of adding
+    them.
     """
     inner, part, u = 3072, KC * KU, 2.0**-24
     weight, x = normal(inner, 768), normal(64, inner)

@@ -102,7 +102,7 @@ def test_a_pass_computes_what_its_blocks_do(
 def test_a_decoding_row_has_the_same_bits_alone_beside_others_and_beside_a_prompt(
     dtype: str, threads: int, short: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Alone and beside decoding rows or a short prompt a pass is one call; beside another prompt, one call a layer."""
+    """A pass is one call, with or without other decoding rows or a short prompt; with a long one, a call per layer."""
     monkeypatch.setattr(headrace.model.attention, "SHORT", short)
     torch.set_num_threads(threads)
     gpt2 = made(dtype)

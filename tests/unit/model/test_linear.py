@@ -1,4 +1,4 @@
-"""Linear layers are batch-invariant: the promise of equal answers depends on it."""
+"""Linear layers are batch-invariant; equal results for equal requests depend on it."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_gemm_never_runs_outside_the_measured_range(count: int) -> None:
 
 
 def test_the_measured_range_is_the_true_range_of_the_gemm() -> None:
-    """A product whose last bits change below 17, so that 24 is the least that is run, and above 320 rows."""
+    """A GEMM whose last bits change below 17 rows, so that at least 24 rows are run, and above 320 rows."""
 
     def product(x: Tensor) -> Tensor:
         return x * (1.0 + 2.0**-20 * ((len(x) > 16) + (len(x) > 320)))

@@ -1,4 +1,4 @@
-"""The cache of compiled kernels: a file is used if it is intact and nobody else could have written it."""
+"""The cache of compiled kernels: a file is used if it is intact and no other user could have written it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def adding(number: int) -> Callable[[], Any]:
-    """A kernel that adds a number to its first argument, and calls OpenMP like all kernels."""
+    """Builds a kernel that adds a number to its first argument, and calls OpenMP like all kernels."""
 
     def compile_it() -> Any:
         import numba

@@ -1,4 +1,4 @@
-"""Sampling on probabilities written by hand, and beside transformers' logits processors."""
+"""Sampling on hand-written probabilities, and compared with transformers' logits processors."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_log_probabilities_are_natural_ones_of_the_given_logits() -> None:
     assert values[0].tolist() == pytest.approx([math.log(0.4), math.log(0.3)], abs=1e-6)
 
 
-# --- beside transformers --------------------------------------------------------------------------------------------
+# --- compared with transformers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_filters_agree_with_transformers(params: dict[str, Any], warper: Any) ->
     logits = torch.randn(64, 997, generator=torch.Generator().manual_seed(1)) * 3
     expected = warper(torch.zeros(64, 1, dtype=torch.long), logits.clone()).softmax(-1)
     ours = filtered(logits, [RowParams(**params)] * 64)
-    ours = ours / ours.sum(-1, keepdim=True)  # min-p leaves it to the draw to divide by the sum
+    ours = ours / ours.sum(-1, keepdim=True)  # after min-p the sum is not 1: drawing takes that into account
     assert torch.equal(ours > 0, expected > 0)
     assert torch.allclose(ours.float(), expected, atol=1e-6)
 
@@ -226,7 +226,7 @@ def test_draws_follow_the_probabilities() -> None:
     assert shares.tolist() == pytest.approx(P, abs=0.012)
 
 
-# --- rows do not meet -----------------------------------------------------------------------------------------------
+# --- batch invariance -----------------------------------------------------------------------------------------------
 
 
 def mixed_draws(count: int) -> list[Draw]:

@@ -36,7 +36,7 @@ def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
         found = product(x[:count])
         assert found.shape == (count, outer)
         assert found.dtype == torch.bfloat16
-        # bfloat16 has 8 bits; the sums before it are of float32, off by little beside the largest of them.
+        # bfloat16 has 8 bits; the float32 sums before rounding have small errors relative to the largest of them.
         error = (found.double() - exact[:count]).abs() - exact[:count].abs() * 2.0**-8
         assert error.max() < 1e-5 * inner**0.5 * 8, f"{count} rows"
     assert torch.equal(product.weight, weight)

@@ -1,4 +1,4 @@
-"""Text to tokens and back, beside the tokenizers library that Hugging Face uses."""
+"""Text to tokens and back, compared with Hugging Face's tokenizers library."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_an_incomplete_character_becomes_a_replacement_character_at_the_end() ->
     assert tokenizer().token_text(first) == "\ufffd"
 
 
-# --- a vocabulary of one's own --------------------------------------------------------------------------------------
+# --- custom vocabularies --------------------------------------------------------------------------------------------
 
 CORPUS = ["the king and the queen of the old castle", "Straße, Café und Übermut", "1999 was 1998 plus 1", *TEXTS] * 3
 

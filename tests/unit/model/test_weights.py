@@ -1,4 +1,4 @@
-"""Reading a model directory: what is taken, and what is refused by name."""
+"""Reading a model directory: what is accepted, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
-    """A directory that a test may spoil."""
+    """A copy of a model directory that a test may change."""
     return shutil.copytree(original, tmp_path / "model")
 
 
@@ -60,7 +60,7 @@ def refused(folder: Path, said: str) -> None:
         read(folder)
 
 
-# --- what is taken --------------------------------------------------------------------------------------------------
+# --- what is accepted -----------------------------------------------------------------------------------------------
 
 
 def test_names_are_taken_with_and_without_the_prefix(original: Path, folder: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_config_that_is_a_directory_is_refused(folder: Path) -> None:
     refused(folder, r"config\.json: ")
 
 
-# --- models that are not there --------------------------------------------------------------------------------------
+# --- missing models -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["/no/such/place", "./nowhere", "~/nowhere/at/all", "a/b/c"])

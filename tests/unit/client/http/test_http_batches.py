@@ -35,7 +35,7 @@ def files(tmp_path: Path) -> Any:
 
 
 def left_behind(directory: Path, files: FileStore, **fields: Any) -> BatchState:
-    """A batch as a server that was killed leaves it: two rows done, and a third one half written."""
+    """A batch as a killed server leaves it: two rows are done, and a third one is half written."""
     source = files.add(io.BytesIO(b'{"custom_id": "a", "prompt": "a"}\n'), filename="in", owner="me")
     now = int(time.time())
     state = BatchState(

@@ -1,4 +1,4 @@
-"""Every failure as an answer: its status, and what the openai package makes of it."""
+"""Every failure as an HTTP response: its status, and the exception that the openai package raises for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLASSES = {
 }
 CODES = [*((code, CLASSES[code]) for code in ERRORS), *((code, "JobFailed") for code in JOB_FAILURES)]
 
-#: What each code is over HTTP; all others are 500.
+#: The HTTP status of each code; all others are 500.
 STATUS = {
     "invalid_request": 400,
     "queue_full": 429,
@@ -69,7 +69,7 @@ def test_every_code_has_its_status(code: str, name: str) -> None:
     assert (found.code, found.status) == (code, STATUS.get(code, 500))
     body = json.loads(bytes(found.as_response().body))
     assert body["error"].keys() == {"message", "type", "param", "code"}
-    if found.status >= 429:  # what is no mistake of the client's tells nothing of this side
+    if found.status >= 429:  # errors that the client did not cause reveal nothing about the server
         assert "10.1.2.3" not in found.message
         assert "/home" not in found.message
 

@@ -1,4 +1,4 @@
-"""What is asked and answered at /v1/completions, without a queue."""
+"""Requests and responses of /v1/completions, without a queue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The outermost layer, called as a server calls it."""
+"""The outermost ASGI middleware, called as a server calls it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Clock:
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """Reads the body and says whose it is."""
+    """Read the body, and answer with its owner."""
     size, more = 0, True
     while more:
         message = await receive()

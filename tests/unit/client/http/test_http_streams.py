@@ -1,4 +1,4 @@
-"""Answers as server-sent events, at a connection that a test holds the other end of."""
+"""Responses as server-sent events, on a simulated connection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headrace.client.http.sse import EventStream, encode_event
 
 
 class Connection:
-    """What a server gives an application; it is closed after `open_s`."""
+    """The ASGI connection that a server gives an application; the client closes it after `open_s`."""
 
     def __init__(self, open_s: float = 5) -> None:
         self.open_s, self.sent = open_s, list[dict[str, Any]]()
@@ -33,7 +33,7 @@ class Connection:
 
 
 class Source:
-    """Events, with pauses where a number stands and errors where one does."""
+    """Yields events; a number is a pause, and an exception is raised."""
 
     def __init__(self, *items: bytes | float | Exception) -> None:
         self.items, self.closed = items, False
