@@ -1,4 +1,4 @@
-"""The worker's Celery app: which pools it runs in, and which consumer goes with them."""
+"""The worker's Celery app: the supported pools, and their consumers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from headrace.worker.queue.engine_consumer import EngineConsumer, make_consumer
 
 
 def start_with(pool: Any) -> None:
-    """What Celery sends before a worker starts. Celery waits for the Redis that does not answer, so this returns."""
+    """Send the signal that Celery sends before a worker starts. It returns although Redis does not answer."""
     settings = load_settings(redis_url="redis://localhost:1/0")
     worker = SimpleNamespace(app=SimpleNamespace(headrace_settings=settings))
     signals.celeryd_init.send(sender="worker@here", instance=worker, conf=None, options={"pool": pool})

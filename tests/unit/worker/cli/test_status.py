@@ -1,4 +1,4 @@
-"""`headrace status` and its exit codes, which health checks go by, with workers that only say that they are there."""
+"""`headrace status` and its exit codes, which health checks use, with workers that exist as records only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From settings to an engine."""
+"""Building an engine from the settings."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused() -> None:
 
 
 def test_the_engine_uses_the_configured_number_of_threads_from_its_first_gemm_on() -> None:
-    """OpenMP has a number for each thread, and a new thread begins with OpenMP's own."""
+    """OpenMP has a setting for each thread, and new threads begin with the default."""
     seen: list[int] = []
     engine = load_engine(Settings(model="demo", threads=3, device="cpu", dtype="float32", slots=2))
     model: Any = engine.runner.model  # type: ignore[attr-defined]
@@ -156,6 +156,6 @@ def test_the_engine_uses_the_configured_number_of_threads_from_its_first_gemm_on
 
 
 def openmp_threads() -> int:
-    """The number that oneDNN goes by in this thread."""
+    """The number of threads that oneDNN uses when this thread calls it."""
     paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
     return int(ctypes.CDLL(sorted(paths, key=lambda path: "torch" not in path)[0]).omp_get_max_threads())

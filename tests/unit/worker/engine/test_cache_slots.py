@@ -1,4 +1,4 @@
-"""Slots of the cache: plain numbers."""
+"""Slots of the cache, without tensors."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_longer_slot_that_is_free_becomes_short_ones() -> None:
 
 
 def test_no_slots_are_freed_if_that_would_not_be_enough() -> None:
-    """An arena that shrinks is copied: not with every sequence that leaves while a long one waits."""
+    """Shrinking copies an arena, which must not happen for every sequence that ends while a long one waits."""
     slots = table(1024)
     short = placed(slots, *[100] * 8)
     for i, each in enumerate(short):
@@ -164,7 +164,7 @@ def test_a_budget_below_one_longest_sequence_is_refused_with_both_numbers() -> N
 
 
 class SlotsMachine(RuleBasedStateMachine):
-    """Sequences come and go in any order; `contents` plays the cache."""
+    """Sequences arrive and end in any order; `contents` simulates the cache."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What an engine answers, one job at a time or a few: compared with Hugging Face transformers on the bundled model."""
+"""Results of an engine for one job or a few, compared with Hugging Face transformers on the bundled model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs that end before they are done: cancels and deadlines, and who goes first."""
+"""Jobs that end early: cancellation, deadlines; and priorities."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_future_cancelled_beside_a_first_admission_in_a_new_arena_harms_nobody
 
 
 def test_jobs_with_the_same_id_are_all_answered() -> None:
-    """A message delivered twice puts the same job id in twice."""
+    """A message that is delivered twice submits the same job id twice."""
     engine = build()
     futures = [engine.submit(ask("Twice", max_tokens=count), job_id="twice") for count in (3, 9, 3)]
     assert [len(r.choices[0].token_ids) for r in drive(engine, *futures)] == [3, 9, 3]

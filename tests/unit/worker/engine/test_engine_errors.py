@@ -1,4 +1,4 @@
-"""One bad job harms no other: rows that raise, and rows that are no numbers."""
+"""A faulty job affects no other: rows that raise exceptions, and rows with NaN."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.unit.worker.engine.engine_helpers import (
     tokens_of,
 )
 
-#: A job whose prompt or output holds this token is guilty.
+#: A job whose prompt or output contains this token is faulty.
 GUILTY = 4242
 
 
 class FaultyRunner(ModelRunner):
-    """The real one, which cannot compute guilty sequences."""
+    """The real model runner, which raises an exception for faulty sequences."""
 
     guilty: Callable[[Sequence], bool] = staticmethod(lambda sequence: GUILTY in sequence.prompt)
 
@@ -87,17 +87,17 @@ def test_one_sample_that_fails_ends_its_job_and_no_other(guilty_sample: int) -> 
 
 @pytest.fixture
 def dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention is torch's: it reads beyond a row's own positions, and rows move to the front of their arena."""
+    """Use torch's attention, which reads beyond a row's positions and needs the first slots of an arena."""
     monkeypatch.setattr(KVCache, "decode_kernel", lambda _: None)
 
 
 @pytest.mark.usefixtures("dense")
 def test_a_sequence_moved_into_the_slot_of_a_failed_one_keeps_its_prompt() -> None:
-    """The last row is computed before the guilty one in front of it, whose place it then takes."""
+    """The last sequence is computed before the faulty one in front of it, whose slot it then takes."""
     first, second = ask(tokens_of(14), max_tokens=1), ask(tokens_of(5, seed=2), logprobs=1)
     engine = build(runner=FaultyRunner, step_tokens=16)
     head, moved, bad = (engine.submit(r) for r in (first, second, ask([*tokens_of(4), GUILTY])))
-    drive(engine, head)  # the guilty row, last so far, moves to the front: now it stands before the good one
+    drive(engine, head)  # the faulty sequence moves to the front, before the good one
     settle(engine, moved, bad)
     assert failure(bad).code == "internal_error"
     assert [substance(moved.result())] == expected(second)
@@ -117,7 +117,7 @@ def test_a_job_with_nan_logits_fails_alone(poisoned: GPT2) -> None:
 
 def test_one_sample_with_nan_logits_ends_its_job_and_no_other(poisoned: GPT2) -> None:
     class PoisonOne(ModelRunner):
-        """Takes one of three samples to the poisoned position by writing a NaN where it reads."""
+        """Writes a NaN to a position that one of three samples reads."""
 
         def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
             for sequence in step.decodes:

@@ -1,4 +1,4 @@
-"""The end of an engine: nobody is left waiting."""
+"""Stopping an engine: every future is completed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.unit.worker.engine.engine_helpers import ask, build
 
 
 class AcceleratorError(RuntimeError):
-    """Named like torch's error after which a device answers nothing any more."""
+    """Has the name of torch's error after which a device is unusable."""
 
 
 class DyingRunner(ModelRunner):
-    """Its device answers for two steps, then to nothing any more."""
+    """A model runner whose device fails after two steps."""
 
     calls = 0
 

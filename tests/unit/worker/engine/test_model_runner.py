@@ -1,4 +1,4 @@
-"""The tensor side by itself: steps in, tokens out, and what stays in the cache."""
+"""The model runner alone: the tokens of steps, and the contents of the cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sequence(prompt: list[int], slot: Slot, **fields: object) -> Sequence:
 
 
 def whole(*sequences: Sequence) -> SchedulerOutput:
-    """A step that reads the prompts of all."""
+    """A step that computes the whole prompts of these sequences."""
     return SchedulerOutput(chunks=[PromptChunk(each, 0, len(each.prompt)) for each in sequences])
 
 
@@ -99,7 +99,9 @@ def test_a_moved_sequence_continues_with_the_same_bits_and_its_old_slot_is_clear
     made.move(SlotMove(128, source=3, target=0, length=20))
     moved.slot = Slot(128, 0)
     assert not any(tensor[3].any() for tensor in contents(made.cache.arenas[128]))
-    assert not any(tensor[0, :, 20:].any() for tensor in contents(made.cache.arenas[128])), "of who had the slot before"
+    assert not any(tensor[0, :, 20:].any() for tensor in contents(made.cache.arenas[128])), (
+        "data of the slot's previous sequence remain"
+    )
     for _ in range(4):
         assert [*take(made, SchedulerOutput(decodes=[moved])).values()] == [
             *take(still, SchedulerOutput(decodes=[stays])).values()

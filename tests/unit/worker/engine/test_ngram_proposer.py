@@ -1,4 +1,4 @@
-"""Guesses from what stood after the same two tokens before; worked out by hand."""
+"""Tokens proposed from earlier occurrences of the last two tokens, worked out by hand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_output_is_read_as_it_grows() -> None:
     assert proposer.propose(output, 2) == []
     output.append(2)
     assert proposer.propose(output, 2) == [3, 4]
-    output += [8, 9, 4, 1]  # several at once, where guesses were right
+    output += [8, 9, 4, 1]  # several at once, as when proposed tokens were accepted
     assert proposer.propose(output, 2) == [2, 8]
 
 

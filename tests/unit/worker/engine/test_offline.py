@@ -1,4 +1,4 @@
-"""vLLM's names over the engine, against transformers on the same weights."""
+"""The engine under vLLM's names, compared with transformers on the same weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPTS = ["Hello, my name is", "The river", "The capital of France is"]
 
 @pytest.fixture(scope="module", autouse=True)
 def _leave_logging_alone() -> Iterator[None]:
-    """The suite has a log of its own."""
+    """Keep the logging configuration of the test suite."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("headrace.worker.engine.offline.setup_logging", lambda settings: None)
         yield

@@ -1,4 +1,4 @@
-"""Memory that runs out: fewer rows at once, the same answers; a job fails only if it cannot be computed even alone."""
+"""Running out of memory: fewer rows at once, the same results; a job fails only if it cannot be computed alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.unit.worker.engine.test_engine_errors import GUILTY
 
 
 class OutOfMemoryError(RuntimeError):
-    """Named like torch's on a GPU."""
+    """Has the name of torch's error on a GPU."""
 
 
 LACKS = [
@@ -35,7 +35,7 @@ LACKS = [
 
 
 class SmallRunner(ModelRunner):
-    """Has memory for so many rows of a step, and for so many slots."""
+    """Has memory for a limited number of rows in a step, and of slots."""
 
     rows, slots = 10**9, 10**9
     lack: Exception = LACKS[2]
@@ -45,7 +45,7 @@ class SmallRunner(ModelRunner):
         self.computed: list[int] = []
 
     def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        outcome = super().run(step)  # what it wrote until then must do no harm
+        outcome = super().run(step)  # the cache contents that it wrote must not matter
         if row_count(step) > self.rows:
             raise self.lack
         self.computed.append(row_count(step))
@@ -124,7 +124,7 @@ def test_if_memory_does_not_hold_the_cache_fewer_jobs_run_at_a_time(slots: int) 
         for number, request in enumerate(MIX)
     ]
     assert [substance(r) for r in drive(engine, *futures)] == expected(*MIX)
-    assert started == list(range(len(MIX))), "who came first goes first"
+    assert started == list(range(len(MIX))), "jobs start in the order of arrival"
     assert idle(engine)
 
 

@@ -1,4 +1,4 @@
-"""Several engines in one thread, and models that are loaded, unloaded, or not to be had."""
+"""Several engines in one thread, and models that are loaded, unloaded, or cannot be loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.unit.worker.jobs.test_stall import until
 
 
 class Player:
-    """Takes so many turns, and says whose each is."""
+    """Runs a number of steps, and records its name for each."""
 
     def __init__(self, name: str, turns: int, said: list[str]) -> None:
         self.name, self.left, self.said = name, turns, said
@@ -38,7 +38,7 @@ def test_engines_run_alternately_until_one_has_ended() -> None:
     said: list[str] = []
 
     class Gate(Player):
-        """Has a turn for itself until the others have joined."""
+        """Blocks in its step until the others have been added."""
 
         inside, go_on = threading.Event(), threading.Event()
 

@@ -38,7 +38,7 @@ def borders(step: SchedulerOutput, of: Sequence) -> list[tuple[int, int]]:
 
 
 def run(scheduler: Scheduler, step: SchedulerOutput) -> list[Sequence]:
-    """What the engine does with a step, with token 5 for everybody. Returns those that left."""
+    """Process a step as the engine does, with token 5 for every sequence. Returns the finished sequences."""
     for chunk in step.chunks:
         scheduler.advance(chunk)
     for each in step.sampled_sequences:
@@ -68,7 +68,7 @@ def test_a_long_sequence_first_in_line_is_not_overtaken_by_short_ones() -> None:
     for each in (running, long, *short):
         line.add(each, 3)
     assert line.admit() == [running]
-    assert line.admit() == [], "short ones pass the long one by"
+    assert line.admit() == [], "short ones overtake the long one"
     line.remove(running)
     assert line.admit() == [long]
 
@@ -176,7 +176,7 @@ def test_equal_prompts_share_one_prefill() -> None:
     line.add(after, 3)
     line.admit()
     assert (after.prefix_source, after.prefix_length) == (leader, 128), (
-        "the whole chunk is there; the rest is computed anew"
+        "the whole chunk is reused; the rest is computed again"
     )
 
 
@@ -211,7 +211,7 @@ def test_a_dependent_may_end_before_its_prefix_source() -> None:
 
 
 def beginning(common: int, rest: int, first: int, write: int = 4, **fields: object) -> Sequence:
-    """A prompt whose first `common` tokens are everybody's, and whose others are its own."""
+    """A sequence whose prompt shares its first `common` tokens with the others."""
     prompt = [7] * common + [first] * rest
     return Sequence(ask(prompt, max_tokens=write, ignore_eos=True, **fields), prompt, 0, 0)
 
@@ -225,7 +225,7 @@ def test_a_common_prefix_is_computed_once() -> None:
     line.admit()
     assert [(s.prefix_source, s.prefix_length) for s in (second, third)] == [(leader, 256)] * 2
     assert (other.prefix_source, scoring.prefix_source) == (None, None)
-    assert line.reuse_prefixes() == [], "nothing is there yet"
+    assert line.reuse_prefixes() == [], "the prefix is not computed yet"
     step = line.schedule()
     assert borders(step, leader) == [(0, 128), (128, 128), (256, 64)]
     assert not borders(step, second)
@@ -248,7 +248,9 @@ def test_a_later_sequence_reuses_the_prefix_of_a_decoding_one() -> None:
     for each in (late, last):
         line.add(each, 3)
     line.admit()
-    assert [(c.target, c.length) for c in line.reuse_prefixes()] == [(late, 256)], "a row is needed to draw from"
+    assert [(c.target, c.length) for c in line.reuse_prefixes()] == [(late, 256)], (
+        "the first token needs a row to be sampled from"
+    )
     step = line.schedule()
     assert borders(step, late) == [(256, 10)]
     assert borders(step, last) == [(0, 128)]
@@ -294,7 +296,7 @@ def test_a_step_split_by_sequence_has_each_sequence_once() -> None:
 
 
 def repeating(write: int = 50, **fields: object) -> Sequence:
-    """A sequence whose text is token 5 again and again."""
+    """A sequence whose text repeats token 5."""
     return Sequence(ask([5] * 9, max_tokens=write, ignore_eos=True, **fields), [5] * 9, 0, 0)
 
 
@@ -401,4 +403,4 @@ def test_every_sequence_is_served_in_any_order_of_events(
             break
     assert len(left | cancelled) == len(reads)
     assert all(len(each.output) == each.request.max_tokens for each in left)
-    assert not line._prefilling, "a prefill belongs to a sequence that is gone"
+    assert not line._prefilling, "a prefill belongs to a sequence that was removed"

@@ -1,4 +1,4 @@
-"""Text, stop strings and deltas of one sequence, with a vocabulary of bytes so that token borders fall anywhere."""
+"""Text, stop strings and deltas of one sequence, with a vocabulary of bytes (any token boundary can occur)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def sequence(max_tokens: int = 100, **fields: Any) -> Sample:
 
 
 def feed(sequence: Sample, tokens: list[int]) -> list[TextDelta]:
-    """Give tokens until it ends; the deltas on the way."""
+    """Append tokens until the sequence ends. Returns the deltas."""
     deltas = []
     for token in tokens:
         if sequence.finish_reason:

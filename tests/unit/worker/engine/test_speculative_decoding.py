@@ -1,4 +1,4 @@
-"""Drafts change how many steps a text takes, and nothing else: the same bits with them and without."""
+"""Speculative decoding changes only the number of steps: results have the same bits with and without it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from headrace.worker.engine.sequence_text import TextDelta
 from tests.unit.worker.engine.engine_helpers import ask, build, drive, failure, idle, settle, substance, tokens_of
 from tests.unit.worker.engine.test_batch_invariance import alone, mixed_requests
 
-#: " said the King, said the King, ...": the bundled model goes on so, and drafts are mostly right.
+#: " said the King, said the King, ...": the bundled model repeats this, and accepts most proposed tokens.
 CHANT = [531, 262, 2677, 11] * 8
 
 
@@ -28,7 +28,7 @@ def half() -> GPT2:
 
 @functools.cache
 def repetitive() -> list[GenerateRequest]:
-    """Requests whose texts repeat, so that drafts are accepted, ended in every way there is."""
+    """Requests with repetitive texts, so that proposed tokens are accepted, and with every kind of end."""
     kinds: list[dict[str, Any]] = [
         {"max_tokens": 90, "logprobs": 3},
         {"temperature": 0.5, "n": 3, "logprobs": 1},
@@ -54,7 +54,7 @@ def texts(engine: Engine, requests: list[GenerateRequest]) -> list[dict[str, Any
 
 @functools.cache
 def without_drafts(dtype: str = "float32") -> list[dict[str, Any]]:
-    """What the requests give where nothing is guessed."""
+    """The results of the requests without speculative decoding."""
     return texts(build(model=half() if dtype == "bfloat16" else None), repetitive())
 
 
@@ -118,7 +118,7 @@ def test_a_captured_job_proposes_no_tokens_and_gets_an_empty_slot() -> None:
 
 
 def test_a_nan_in_rows_of_proposed_tokens_fails_no_job() -> None:
-    """The position after those of the first text is poisoned, and its drafts reach it."""
+    """The position after the first text has a NaN, and the rows of its proposed tokens reach it."""
     meets = ask(CHANT, max_tokens=90, ignore_eos=True)
     stops = ask(CHANT, max_tokens=90, min_tokens=60, stop=[" "], logprobs=1, ignore_eos=True)
     written = texts(build(), [stops])[0]["usage"]["completion_tokens"]
@@ -143,7 +143,7 @@ def test_a_nan_in_rows_of_proposed_tokens_fails_no_job() -> None:
 
 
 def _watch(engine: Engine, reached: list[int]) -> None:
-    """Note the last position that the first job's rows reach."""
+    """Record the last position that the first job's rows reach."""
     run = engine.runner.run
     first: list[object] = []
 

@@ -1,4 +1,4 @@
-"""The book of deliveries: which message stands for each job, and when a message is done."""
+"""The book of deliveries: the message of each job, and when a message is done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The observers of jobs: what the log, the counters and the metrics make of each end."""
+"""The observers of jobs: what log, counters and metrics record for each end."""
 
 from __future__ import annotations
 

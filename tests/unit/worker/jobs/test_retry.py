@@ -22,7 +22,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def after(*errors: redis.RedisError) -> Callable[..., str]:
-    """A question that is answered after these errors."""
+    """A request that raises these errors first and then succeeds."""
     left = list(errors)
 
     def ask(*_: Any) -> str:

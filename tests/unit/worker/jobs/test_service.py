@@ -282,7 +282,7 @@ def test_what_is_not_signed_never_reaches_the_engine() -> None:
         with pytest.raises(JobFailed) as caught:
             keyed.submit("a", wire).result(0)
         assert caught.value.code == "bad_signature"
-    for service in (keyed, plain):  # clients have a key before workers do
+    for service in (keyed, plain):  # during an upgrade, clients have a key before workers do
         assert service.submit("a", sign(key, "a", "demo", {"prompt": "x"})).result(0) == "x"
 
 

@@ -17,7 +17,7 @@ from tests.unit.worker.jobs.memory_store import MemoryStore
 
 @dataclass
 class Case:
-    """A store, and what others do to it: a client cancels, Celery stores a result, kombu delivers a message."""
+    """A store, and the actions of others: a client cancels, Celery stores a result, kombu delivers a message."""
 
     store: Store
     cancel: Callable[[str], object]

@@ -67,7 +67,7 @@ def test_a_job_is_a_span_under_its_clients_with_what_the_time_went_to(make: Make
         assert [part.name for part in inside] == ["wait", "prefill", "decode", "store"]
         marks = [inside[0].start_time, *[part.end_time for part in inside]]
         assert marks == sorted(marks)  # type: ignore[type-var]
-        assert [part.start_time for part in inside] == marks[:-1], "one begins where the other ends"
+        assert [part.start_time for part in inside] == marks[:-1], "each phase begins when the one before ends"
         assert (marks[0], marks[-1]) == (span.start_time, span.end_time)
     assert dict(found["a"].attributes or {}) == {
         "gen_ai.operation.name": "text_completion",
