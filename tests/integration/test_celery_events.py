@@ -46,7 +46,7 @@ def state(app: Celery) -> Iterator[State]:
             thread.join()
 
 
-def test_celery_is_told_when_jobs_really_began_and_how_long_they_took(
+def test_celery_events_have_the_true_start_and_duration_of_jobs(
     server: EmbeddedRedis, app: Celery, state: State, tmp_path: Path
 ) -> None:
     """With one slot the second job is received while the first is computed, and starts when the first has ended."""

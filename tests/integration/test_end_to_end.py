@@ -280,7 +280,7 @@ def test_plain_celery_gets_the_result_and_the_exception(settings: Settings, clie
     app.close()
 
 
-def test_a_message_nobody_could_have_submitted_fails_plainly(settings: Settings, client: Client) -> None:
+def test_a_message_that_no_client_could_send_fails_its_job(settings: Settings, client: Client) -> None:
     from headrace.worker.celery import make_app
 
     app = make_app(settings)
@@ -297,7 +297,7 @@ def test_a_message_nobody_could_have_submitted_fails_plainly(settings: Settings,
     app.close()
 
 
-def test_unknown_job_no_worker_and_too_late_are_three_errors(
+def test_unknown_job_no_worker_and_timeout_are_three_errors(
     settings: Settings, client: Client, worker: WorkerProcess
 ) -> None:
     with pytest.raises(UnknownJob, match="never-was"):
@@ -367,7 +367,7 @@ def test_nothing_is_left_unacknowledged(client: Client, connection: redis.Redis)
     assert connection.zcard(keys.unacked_index()) == 0
 
 
-def test_a_workers_heartbeat_is_heard_by_no_other_worker(connection: redis.Redis, worker: WorkerProcess) -> None:
+def test_workers_do_not_receive_the_heartbeats_of_others(connection: redis.Redis, worker: WorkerProcess) -> None:
     """Otherwise the traffic of Redis would grow with the square of the number of workers."""
     with connection.pubsub() as here:
         here.psubscribe("*")
@@ -376,7 +376,7 @@ def test_a_workers_heartbeat_is_heard_by_no_other_worker(connection: redis.Redis
         assert connection.publish(channel, "{}") == 1, "only this test"
 
 
-def test_the_log_says_what_happened_and_no_text(client: Client, worker: WorkerProcess) -> None:
+def test_the_log_has_the_events_and_no_text(client: Client, worker: WorkerProcess) -> None:
     job = client.submit("Peculiar zebra 7312", max_tokens=5, temperature=0)
     text = job.result(PATIENCE_S).text
     wait_until(lambda: any(line["job_id"] == job.id for line in worker.events("job.finished")))
@@ -419,9 +419,7 @@ def test_a_job_keeps_its_checkpoints_when_asked_and_not_otherwise(client: Client
         plain.checkpoints()
 
 
-def test_the_status_shows_what_is_in_the_slots_and_what_failed_and_gives_no_id_away(
-    client: Client, worker: WorkerProcess
-) -> None:
+def test_the_status_shows_running_samples_and_failures_without_job_ids(client: Client, worker: WorkerProcess) -> None:
     failing = client.submit([60_000], max_tokens=1)
     assert failing.wait(timeout=PATIENCE_S) == "failed"
     with worker.slowly():

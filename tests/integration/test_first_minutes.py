@@ -225,7 +225,7 @@ def broken(place: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "no model", "broken"])
-def test_a_model_that_cannot_be_loaded_is_told_in_one_sentence(place: Path, kind: str) -> None:
+def test_a_model_that_cannot_be_loaded_is_reported_in_one_sentence(place: Path, kind: str) -> None:
     model, reason = {
         "missing": (place / "nowhere", "there is no such directory"),
         "empty": (place / "home", "config.json: there is no such file"),

@@ -57,7 +57,7 @@ def test_all_sampling_options_at_once_give_what_the_client_gets(
     assert all(choice.text.startswith("The old house") and choice.logprobs for choice in result.choices)
 
 
-def test_the_text_goes_to_standard_output_and_the_figures_beside_it(worker: WorkerProcess, redis_url: str) -> None:
+def test_the_text_goes_to_stdout_and_the_figures_to_stderr(worker: WorkerProcess, redis_url: str) -> None:
     done = generate(redis_url, "--seed", "7", "--logprobs", "2", "--max-tokens", "4")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -75,14 +75,14 @@ def test_an_invalid_message_affects_no_other_job(
     ],
     ids=["number", "nothing", "empty", "members", "lists", "keyword", "id"],
 )
-def test_a_strange_group_harms_nobody(client: Client, worker: WorkerProcess, call: dict[str, object]) -> None:
+def test_an_invalid_group_affects_no_other_job(client: Client, worker: WorkerProcess, call: dict[str, object]) -> None:
     client._app.send_task("headrace.generate_many", **call)
     assert client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
     assert worker.alive
     wait_until(lambda: connect(client.url).hlen(keys.unacked()) == 0)
 
 
-def test_of_a_strange_group_each_job_that_has_a_name_gets_its_own_end(client: Client) -> None:
+def test_each_job_of_an_invalid_group_with_an_id_gets_its_own_result(client: Client) -> None:
     good = {"prompt": "Hello.", "max_tokens": 2, "ignore_eos": True}
     members = [
         {"id": "group:good", "request": good},
@@ -173,7 +173,7 @@ def test_a_failed_job_says_what_was_wrong_with_its_message(client: Client, app: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT], ids=lambda n: n.name)
-def test_a_generate_that_is_ended_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interrupted_generate_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
     command = [*HEADRACE, "generate", "Hello.", "--max-tokens", "1000", "--ignore-eos"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -235,7 +235,7 @@ def test_a_message_that_nobody_can_read_is_put_aside_and_the_worker_goes_on(
     ],
     ids=["task", "limits", "group"],
 )
-def test_a_job_that_a_refused_message_names_has_an_end(
+def test_a_job_that_a_refused_message_names_fails(
     client: Client, connection: redis.Redis, worker: WorkerProcess, message: str, job_id: str
 ) -> None:
     connection.lpush(NORMAL, message)
@@ -245,7 +245,7 @@ def test_a_job_that_a_refused_message_names_has_an_end(
     assert caught.value.code == "unreadable_message"
 
 
-def test_only_so_many_unreadable_messages_are_kept(connection: redis.Redis, worker: WorkerProcess) -> None:
+def test_the_number_of_kept_unreadable_messages_is_limited(connection: redis.Redis, worker: WorkerProcess) -> None:
     connection.lpush(keys.dead(), *["{}"] * (keys.DEAD_ENTRIES + 5))
     connection.lpush(NORMAL, b"\xff" * 10_000)
     wait_until(lambda: connection.llen(keys.dead()) == keys.DEAD_ENTRIES)
@@ -266,7 +266,7 @@ def test_an_unreadable_message_of_a_dead_worker_does_not_hide_the_others(
     assert client.status().dead == 3
 
 
-def test_a_cancel_that_comes_as_the_job_ends_leaves_no_key(
+def test_a_cancellation_at_the_end_of_a_job_leaves_no_key(
     client: Client, connection: redis.Redis, worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = client.submit("Hello.", max_tokens=1)

@@ -135,7 +135,7 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 150
 
 
-def test_nobody_is_told_to_install_a_name_that_is_not_ours() -> None:
+def test_no_page_installs_a_name_of_another_project() -> None:
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "docker").rglob("*.md")]
     for page in pages:
         assert not re.search(r"pip install[^`\n]*[ '\"]headrace", page.read_text()), page
@@ -159,7 +159,7 @@ def messages() -> list[str]:
     return found
 
 
-def test_the_messages_under_troubleshooting_are_those_of_the_code() -> None:
+def test_the_messages_in_troubleshooting_exist_in_the_code() -> None:
     quoted = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
     assert len(quoted) > 10
     written = messages()

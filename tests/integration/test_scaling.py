@@ -11,7 +11,7 @@ from benchmarks.scaling import Fleet, idle, long_jobs, run, short_jobs
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_workers_with_modelled_devices_do_all_jobs_and_what_they_took_is_told() -> None:
+def test_workers_with_simulated_devices_compute_all_jobs_and_report_their_cost() -> None:
     """`run` compares every token with that of the device."""
     with Fleet(step_ms=5, slots=4) as fleet:
         fleet.grow(1)

@@ -118,7 +118,7 @@ def everything_that_can_happen(place: str, worker: WorkerProcess, errors: io.Str
     print(unreachable.value, repr(unreachable.value), file=errors)
 
 
-def test_nothing_of_it_is_anywhere_else(tmp_path: Path) -> None:
+def test_prompts_and_secrets_appear_nowhere_else(tmp_path: Path) -> None:
     errors, spoken = io.StringIO(), io.StringIO()
     log = tmp_path / "worker.log"
     with contextlib.ExitStack() as stack:

@@ -47,7 +47,7 @@ def outcome(client: Client, job_id: str) -> str:
 
 
 @pytest.mark.parametrize("key", [NEW, OLD, f"{NEW},{OLD}", f"{OLD},{FOREIGN}"], ids=["new", "old", "both", "first"])
-def test_what_is_signed_with_a_key_of_the_worker_is_computed(
+def test_jobs_signed_with_a_key_of_the_worker_are_computed(
     server: EmbeddedRedis, worker: WorkerProcess, key: str
 ) -> None:
     with client_of(server, key) as client:
@@ -71,7 +71,7 @@ def test_anything_else_fails_and_is_never_computed(
     assert {line["code"] for line in finished} == {"bad_signature"}
 
 
-def test_of_a_group_each_job_is_judged_alone(server: EmbeddedRedis, worker: WorkerProcess, app: Celery) -> None:
+def test_each_job_of_a_group_is_verified_separately(server: EmbeddedRedis, worker: WorkerProcess, app: Celery) -> None:
     good = [sign(NEW.encode(), f"each:{i}", "demo", REQUEST) for i in range(6)]
     members: list[dict[str, Any]] = [
         {"id": "each:0", "request": good[0]},
@@ -131,7 +131,7 @@ def test_a_message_sent_again_is_one_result(server: EmbeddedRedis, worker: Worke
     assert [line["state"] for line in worker.events("job.finished") if line["job_id"] == "again"] == ["succeeded"]
 
 
-def test_what_an_envelope_asks_for_beside_the_request_is_left_out(
+def test_instructions_in_an_unsigned_envelope_are_ignored(
     server: EmbeddedRedis, worker: WorkerProcess, app: Celery
 ) -> None:
     """Celery's envelope is not signed, including its callbacks and its start time."""
@@ -168,7 +168,7 @@ def test_celerys_own_tasks_are_refused(
     wait_until(lambda: connect(server.url).hlen(keys.unacked()) == 0)
 
 
-def test_without_a_key_the_message_is_as_it_always_was(server: EmbeddedRedis) -> None:
+def test_without_a_key_the_message_is_unchanged(server: EmbeddedRedis) -> None:
     with EmbeddedRedis.ephemeral() as own, client_of(own, None) as client:
         client.submit("Hello.", id="plain", max_tokens=3, seed=1)
         client.submit_many([{"prompt": "Hello.", "id": f"plain:{i}", "seed": 1} for i in range(2)])

@@ -88,7 +88,7 @@ def denied(url: Url) -> set[tuple[str, str]]:
     return {(entry["username"].removeprefix("headrace-"), entry["object"]) for entry in entries}
 
 
-def test_as_it_is_shipped_no_server_takes_it(tmp_path: Path) -> None:
+def test_redis_refuses_the_acl_file_without_passwords(tmp_path: Path) -> None:
     """This prevents servers with a password from the repository."""
     with (
         pytest.raises(AssertionError, match="password hash must be exactly 64 characters"),
@@ -175,7 +175,7 @@ READERS = (
 
 
 @pytest.mark.parametrize("command", [*SERVER, *READERS], ids=" ".join)
-def test_a_client_may_not(url: Url, command: list[str]) -> None:
+def test_a_client_cannot_run_commands_of_workers_or_administrators(url: Url, command: list[str]) -> None:
     with pytest.raises(redis.exceptions.NoPermissionError):
         connect(url("client")).execute_command(*command)
 
@@ -187,7 +187,7 @@ def test_a_worker_may_not(url: Url, command: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", ["'FLUSHALL'", "'CONFIG', 'GET', '*'", "'GET', 'somebody-elses'", "'KEYS', '*'"])
-def test_a_script_may_no_more_than_the_worker_that_runs_it(url: Url, command: str) -> None:
+def test_a_script_has_the_permissions_of_the_worker(url: Url, command: str) -> None:
     with pytest.raises(redis.exceptions.ResponseError, match=r"can't run this command|can't access|not allowed"):
         connect(url("worker")).eval(f"return redis.call({command})", 0)
 

@@ -117,9 +117,7 @@ def test_sigterm_without_redis_ends_in_time_and_the_jobs_end_elsewhere(
         assert {job.result(90).usage.completion_tokens for job in jobs} == {400}
 
 
-def test_a_job_that_celerys_tracer_cannot_finish_ends_all_the_same(
-    own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
-) -> None:
+def test_a_job_ends_even_if_celerys_tracer_fails(own_server: EmbeddedRedis, own_client: Client, tmp_path: Path) -> None:
     """Both for a separate message and while a group has adopted the job: the group is neither lost nor recomputed."""
     patch = f"{SLOWLY}\nfrom headrace.worker.queue.backend import ResultBackend\nResultBackend.store_result = None"
     request = {**LONG, "prompt": "Hello.", "max_tokens": 150}

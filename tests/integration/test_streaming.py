@@ -126,7 +126,7 @@ def test_the_pieces_are_the_result_and_streaming_changes_nothing(
     assert of_result(plain.choices) == assembled(events)
 
 
-def test_text_comes_while_it_is_computed(client: Client, stream: Stream) -> None:
+def test_text_is_streamed_while_it_is_computed(client: Client, stream: Stream) -> None:
     job = client.submit("Hello.", **LONG)
     seen: list[Event] = []
     reading = threading.Thread(target=stream, args=(job.id, seen))
@@ -137,7 +137,7 @@ def test_text_comes_while_it_is_computed(client: Client, stream: Stream) -> None
     check(seen)
 
 
-def test_from_the_start_however_late(client: Client, server: EmbeddedRedis, stream: Stream) -> None:
+def test_a_late_reader_gets_the_whole_text(client: Client, server: EmbeddedRedis, stream: Stream) -> None:
     job = client.submit("Hello.", **LONG)
     wait_until(lambda: connect(server.url).xlen(keys.events(job.id)) >= 3)
     check(stream(job.id))
@@ -146,7 +146,7 @@ def test_from_the_start_however_late(client: Client, server: EmbeddedRedis, stre
     check(stream(job.id))
 
 
-def test_a_job_that_does_not_stream_comes_whole(client: Client, server: EmbeddedRedis, stream: Stream) -> None:
+def test_a_job_that_does_not_stream_gives_one_result(client: Client, server: EmbeddedRedis, stream: Stream) -> None:
     job = client.submit("Hello.", max_tokens=5, n=2)
     events = stream(job.id)
     check(events)
@@ -171,7 +171,7 @@ def test_cut_connections_leave_no_gap_and_no_repeat(client: Client, server: Embe
 
 
 @pytest.mark.parametrize("end", ["failed", "cancelled", "expired"])
-def test_what_ends_in_the_middle_raises_what_result_raises(client: Client, stream: Stream, end: str) -> None:
+def test_a_stream_that_ends_early_raises_the_error_of_result(client: Client, stream: Stream, end: str) -> None:
     fields = {"timeout_s": 1.2} if end == "expired" else {"max_tokens": 2000} if end == "failed" else {}
     job = client.submit("Hello.", **{**LONG, **fields})
     seen: list[Event] = []
@@ -186,7 +186,7 @@ def test_what_ends_in_the_middle_raises_what_result_raises(client: Client, strea
         assert caught.value.partial[0].startswith("".join(event.text for event in seen))
 
 
-def test_what_cannot_be_waited_for(client: Client, stream: Stream) -> None:
+def test_an_unknown_job_and_a_timeout_are_errors(client: Client, stream: Stream) -> None:
     with pytest.raises(UnknownJob) as unknown:
         stream("nobody")
     assert unknown.value.job.id == "nobody"
@@ -196,7 +196,9 @@ def test_what_cannot_be_waited_for(client: Client, stream: Stream) -> None:
     assert late.value.job == job
 
 
-def test_a_full_redis_costs_pieces_and_not_the_stream(client: Client, server: EmbeddedRedis, stream: Stream) -> None:
+def test_a_full_redis_delays_pieces_and_does_not_break_the_stream(
+    client: Client, server: EmbeddedRedis, stream: Stream
+) -> None:
     job = client.submit("Hello.", **LONG)
     connection = connect(server.url)
     wait_until(lambda: connection.xlen(keys.events(job.id)) >= 2)

@@ -183,7 +183,7 @@ def test_up_generate_and_batch_run_in_the_users_directory(environment: Path, pro
         assert json.loads((project / "results.jsonl").read_text())["custom_id"] == "a"
 
 
-def test_generate_alone_brings_redis_and_a_worker_of_its_own(environment: Path, project: Path) -> None:
+def test_generate_without_a_worker_starts_a_local_stack(environment: Path, project: Path) -> None:
     shell = Shell(environment, project)
     result = json.loads(shell.run("headrace", "generate", "Hello.", "--max-tokens", "3", "--json"))
     assert result["usage"]["completion_tokens"] == 3
@@ -220,7 +220,7 @@ def test_a_base_install_submits_and_serves_without_torch(
 @pytest.mark.parametrize(
     "command", [("up",), ("validate",), ("generate", "Hello."), ("batch", "-i", "prompts.jsonl", "--dry-run")]
 )
-def test_what_needs_the_worker_says_so_in_one_sentence(
+def test_commands_that_need_the_worker_extra_say_so_in_one_sentence(
     environment: Path, project: Path, command: tuple[str, ...]
 ) -> None:
     (project / "prompts.jsonl").write_text('"Hello."\n')

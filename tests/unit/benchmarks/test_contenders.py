@@ -27,7 +27,7 @@ def test_peers_compute_the_same_tokens_in_float32(peer: str, tmp_path: Path) -> 
     assert agreement(theirs, ours) >= LEAST_AGREEMENT
 
 
-def test_int8_counts_where_bfloat16_does() -> None:
+def test_int8_peers_are_compared_with_bfloat16() -> None:
     assert [entry.name for entry in entries("float32", ["llama.cpp"])] == ["headrace float32", "llama.cpp float32"]
     assert [entry.name for entry in entries("bfloat16", ["llama.cpp"])] == [
         "headrace bfloat16",
@@ -37,12 +37,12 @@ def test_int8_counts_where_bfloat16_does() -> None:
     ]
 
 
-def test_batches_hold_prompts_of_like_length_or_like_count() -> None:
+def test_batches_hold_prompts_of_similar_length_or_similar_new_tokens() -> None:
     assert batches(ITEMS, "batches of 2 by prompt length") == [[1, 2], [0]]
     assert batches(ITEMS, "batches of 2 by new tokens") == [[0, 2], [1]]
 
 
-def test_plans_leave_out_what_makes_no_difference() -> None:
+def test_equivalent_plans_are_left_out() -> None:
     assert batch_plans(ITEMS, (2, 3, 64)) == [
         "batches of 2 by prompt length",
         "batches of 2 by new tokens",

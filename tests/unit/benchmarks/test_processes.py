@@ -70,7 +70,7 @@ def test_an_error_is_reported_and_the_process_continues(remote: Remote) -> None:
     assert remote.call("add", 1, 1) == 2
 
 
-def test_a_death_is_told(remote: Remote) -> None:
+def test_a_died_process_is_reported(remote: Remote) -> None:
     with pytest.raises(Failed, match="exit code 3"):
         remote.call("die")
     assert not remote.alive
@@ -84,6 +84,6 @@ def test_a_call_past_its_limit_ends_the_process(remote: Remote) -> None:
     assert not remote.alive
 
 
-def test_what_cannot_be_built_is_told() -> None:
+def test_an_object_that_cannot_be_built_is_reported() -> None:
     with pytest.raises(Failed, match="RuntimeError: no model"):
         Remote(Unbuildable)

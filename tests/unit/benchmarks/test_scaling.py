@@ -12,7 +12,7 @@ from benchmarks.scaling import long_jobs
 from benchmarks.usage import Reading, busy_s, processor_s, rate_in_the_middle
 
 
-def test_what_a_job_takes_is_the_difference_of_two_readings() -> None:
+def test_the_cost_of_a_job_is_the_difference_of_two_readings() -> None:
     before = Reading(at=100, redis_s=1, workers_s=10, client_s=2, busy_s=50, commands=1000, bytes_in=0, bytes_out=5000)
     after = Reading(at=104, redis_s=2, workers_s=13, client_s=4, busy_s=58, commands=1800, bytes_in=40, bytes_out=9000)
     used = after - before
@@ -35,12 +35,12 @@ def test_the_rate_is_that_of_the_middle_half() -> None:
     assert rate_in_the_middle(spans, 100.0) == (40 + 10) / 10
 
 
-def test_jobs_have_64_tokens_in_the_mean() -> None:
+def test_jobs_have_64_tokens_on_average() -> None:
     assert sum(item.new_tokens for item in long_jobs(650)) / 650 == 64
     assert {item.new_tokens for item in long_jobs(650)} == set(range(32, 97))
 
 
-def test_what_a_thousand_gpus_need() -> None:
+def test_the_needs_of_a_thousand_gpus() -> None:
     job, worker = Cost(cpu_ms=0.2, bytes_in=2000, bytes_out=1000), Cost(cpu_ms=1, bytes_in=10_000, bytes_out=5_000)
     found = needs(1000, 6400, 64, job, worker, connections=8)
     assert found.jobs_per_s == 100_000
@@ -51,7 +51,7 @@ def test_what_a_thousand_gpus_need() -> None:
     assert found.connections == 8000
 
 
-def test_what_is_not_the_jobs_is_the_workers() -> None:
+def test_the_cost_of_workers_is_what_exceeds_that_of_jobs() -> None:
     def row(cpu_ms: float, bytes_in: float, bytes_out: float, **rest: float) -> dict[str, Any]:
         cost = {"redis_cpu_ms": cpu_ms, "redis_bytes_in": bytes_in, "redis_bytes_out": bytes_out}
         return {"per_job": cost, "together": True, **rest}

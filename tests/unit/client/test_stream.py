@@ -75,7 +75,7 @@ def test_several_writers_and_lost_entries_make_one_text(dice: random.Random, wri
         check(events, index)
 
 
-def test_what_is_behind_a_gap_waits_for_the_result() -> None:
+def test_text_after_a_gap_waits_for_the_result() -> None:
     under_test = reader()
     assert [e.token_ids for e in under_test.take(entry(piece(0, 2)))] == [[0, 1]]
     assert list(under_test.take(entry(piece(3, 5)))) == []
@@ -91,7 +91,7 @@ def test_what_is_behind_a_gap_waits_for_the_result() -> None:
     ],
     ids=["another token", "another text", "an earlier end"],
 )
-def test_another_text_than_told_is_an_error_with_the_job(other: dict[str, object]) -> None:
+def test_text_that_contradicts_earlier_text_is_an_error_with_the_job(other: dict[str, object]) -> None:
     under_test = reader()
     list(under_test.take(entry(piece(0, 3))))
     with pytest.raises(StreamChanged, match=r"job\.result\(\)") as caught, job_in_errors(lambda name: Handle(name, "")):
@@ -109,7 +109,7 @@ def test_the_result_is_compared_too() -> None:
 @pytest.mark.parametrize(
     "junk", ["", "null", "[]", '{"pieces": 3}', '{"pieces": [{"at": -1, "text": "x"}]}', "[" * 999]
 )
-def test_entries_that_cannot_be_read_are_passed_over(junk: str) -> None:
+def test_unreadable_entries_are_skipped(junk: str) -> None:
     under_test = reader()
     assert list(under_test.take(junk)) == []
     check(list(under_test.finish(result())))

@@ -58,7 +58,7 @@ def answered(source: Source, connection: Connection, **options: Any) -> Connecti
     return connection
 
 
-def test_events_go_out_as_they_come_and_the_answer_ends() -> None:
+def test_events_are_sent_as_they_arrive_and_the_response_ends() -> None:
     found = answered(Source(b"a\n\n", b"b\n\n"), Connection(), headers={"x-request-id": "1"})
     assert [message["type"] for message in found.sent] == ["http.response.start", *["http.response.body"] * 3]
     assert dict(found.sent[0]["headers"])[b"x-request-id"] == b"1"
@@ -66,7 +66,7 @@ def test_events_go_out_as_they_come_and_the_answer_ends() -> None:
     assert [message["more_body"] for message in found.sent[1:]] == [True, True, False]
 
 
-def test_an_error_before_the_first_event_is_an_answer_of_its_own() -> None:
+def test_an_error_before_the_first_event_is_a_plain_error_response() -> None:
     connection, source = Connection(), Source(ApiError(400, "code", "message"))
     with pytest.raises(ApiError):
         answered(source, connection)
@@ -84,7 +84,7 @@ def test_a_later_error_is_the_last_event(options: dict[str, Any]) -> None:
     assert not found.sent[-1]["more_body"]
 
 
-def test_a_quiet_stream_says_that_it_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quiet_stream_sends_keep_alive_comments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "KEEPALIVE_S", 0.05)
     found = answered(Source(0.2, b"a\n\n"), Connection())
     comments = found.body.count(b": keep-alive\n\n")
@@ -93,6 +93,6 @@ def test_a_quiet_stream_says_that_it_is_alive(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("items", [(5.0,), (b"a\n\n", 5.0)])
-def test_a_closed_connection_ends_what_the_events_come_from(items: tuple[Any, ...]) -> None:
+def test_a_closed_connection_closes_the_source_of_events(items: tuple[Any, ...]) -> None:
     found = answered(Source(*items), Connection(open_s=0.05))
     assert all(message.get("more_body", True) for message in found.sent)

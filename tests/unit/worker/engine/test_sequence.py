@@ -1,4 +1,4 @@
-"""Text, stop strings and deltas of one sequence, with a vocabulary of bytes (any token boundary can occur)."""
+"""Text, stop strings and deltas of one sequence, with a vocabulary of bytes, so that tokens can end anywhere."""
 
 from __future__ import annotations
 
