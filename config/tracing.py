@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from headrace import __version__
-from headrace.config.extras import how_to_install
 from headrace.config.settings import Settings, SettingsError
+from headrace.extras import how_to_install
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer, TracerProvider

@@ -9,6 +9,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from headrace.extras import how_to_install
+
 DEMO = Path(__file__).parent / "demo"
 
 #: Released sizes: the short name -> the repository on the hub. The short name is also looked up in the local cache.
@@ -30,7 +32,7 @@ class ModelError(Exception):
 
 def missing_package(name: str) -> str:
     """The end of an error message for a package that only the `worker` extra installs."""
-    return f"the package {name} is not installed: run `pip install '.[worker]'` in a clone of headrace"
+    return f"the package {name} is not installed: {how_to_install('worker')}"
 
 
 def find_model(name_or_path: str | Path) -> Path:

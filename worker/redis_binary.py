@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from headrace.config.extras import how_to_install
+from headrace.extras import how_to_install
 
 #: kombu uses ZRANGE ... BYSCORE REV and ZADD ... GT, which came with this version.
 OLDEST_VERSION = (6, 2)

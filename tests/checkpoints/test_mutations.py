@@ -98,7 +98,7 @@ def cache_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
         keys[:, 1 : len(k) + 1] = k.transpose(0, 1)
 
     patch.setattr(headrace.model.attention._Prefill, "attend", shifted)
-    patch.setattr(headrace.model.attention, "SHORT", 0)
+    patch.setattr(headrace.model.attention, "MAX_COMPILED_PROMPT", 0)
 
 
 def unbiased_variance(patch: pytest.MonkeyPatch, engine: Engine) -> None:
@@ -130,7 +130,7 @@ def mask_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
         return attention(q, k, v, attn_mask=attn_mask, scale=scale)
 
     patch.setattr(headrace.model.attention.F, "scaled_dot_product_attention", leaky)
-    patch.setattr(headrace.model.attention, "SHORT", 0)
+    patch.setattr(headrace.model.attention, "MAX_COMPILED_PROMPT", 0)
 
 
 MUTATIONS: list[tuple[Plant, int, str]] = [

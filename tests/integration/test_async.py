@@ -132,7 +132,9 @@ def test_ten_thousand_outstanding_jobs_take_one_connection() -> None:
             before = len(connection.client_list())
             waiting = [asyncio.create_task(job.wait(PATIENCE_S)) for job in jobs]
             done = asyncio.create_task(_collect(own, jobs))
-            await asyncio.sleep(0.5)
+            async with asyncio.timeout(PATIENCE_S):
+                while len(own._polls) < JOBS:
+                    await asyncio.sleep(0.02)
             assert len(own._polls) == JOBS
             assert len(connection.client_list()) - before <= 1
             pipe = connection.pipeline(transaction=False)

@@ -70,4 +70,4 @@ def test_a_chord_calls_the_users_task_when_all_jobs_are_done(client: Client, min
 def test_a_chain_runs_jobs_in_their_order(client: Client) -> None:
     last = chain(client.signature("Hello.", **FIELDS), client.signature([15496, 13], **FIELDS))()
     assert last.get(timeout=PATIENCE_S)["choices"][0]["text"] == TEXT
-    assert last.parent.get(timeout=5)["id"] == last.parent.id
+    assert last.parent.get(timeout=PATIENCE_S)["id"] == last.parent.id

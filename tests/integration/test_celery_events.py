@@ -22,8 +22,8 @@ from tests.patience import PATIENCE_S
 STEP_S = 0.02
 JOB: dict[str, Any] = {"prompt": "Hello.", "temperature": 0, "ignore_eos": True}
 LONG, SHORT = 250, 20
-#: Tolerance for the calls between the engine's event and Celery's, one of which stores the result.
-NEAR_S = 2.0
+#: Seconds by which the monotonic clock and the time of day may differ on one machine.
+CLOCK_S = 0.05
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_celery_events_have_the_true_start_and_duration_of_jobs(
     server: EmbeddedRedis, app: Celery, state: State, tmp_path: Path
 ) -> None:
     """With one slot the second job is received while the first is computed, and starts when the first has ended."""
-    inspect = app.control.inspect(timeout=10, limit=1)
+    inspect = app.control.inspect(timeout=PATIENCE_S, limit=1)
     settings = {"HEADRACE_SLOTS": "1", "HEADRACE_DRAFT_TOKENS": "0"}
     with (
         Client(redis_url=server.url) as client,
@@ -64,7 +64,7 @@ def test_celery_events_have_the_true_start_and_duration_of_jobs(
         ((active,),) = inspect.active().values()
         assert active["id"] == first.id
         assert sent_at <= active["time_start"] <= time.time()
-        assert active["time_start"] == pytest.approx(state.tasks[first.id].started, abs=NEAR_S)
+        assert active["time_start"] <= state.tasks[first.id].started + CLOCK_S, "the event is sent afterwards"
         assert inspect.ping()
         (stats,) = inspect.stats().values()
         assert (stats["pool"]["slots"], stats["pool"]["running"]) == (1, 1)
@@ -72,16 +72,17 @@ def test_celery_events_have_the_true_start_and_duration_of_jobs(
         assert second.id in {task["id"] for task in waiting}
         timings = {job.id: job.result(PATIENCE_S).timings for job in (first, second, *group)}
         wait_until(lambda: sum(task.state == "SUCCESS" for task in state.tasks.values()) == 3)
+        ended_at = time.time()
 
     one, two = state.tasks[first.id], state.tasks[second.id]
     for task, tokens in ((one, LONG), (two, SHORT)):
         took = timings[task.uuid].prefill_s + timings[task.uuid].decode_s
-        assert tokens * STEP_S <= took <= task.runtime + 0.01
-        assert task.runtime == pytest.approx(took, abs=NEAR_S)
-        assert task.succeeded - task.started == pytest.approx(task.runtime, abs=NEAR_S)
-        assert task.started - task.received == pytest.approx(timings[task.uuid].waiting_s, abs=NEAR_S)
+        assert tokens * STEP_S <= took <= task.runtime + CLOCK_S
+        assert sent_at <= task.received <= task.started <= task.succeeded <= ended_at
+        # Neither the time in the queue of the engine nor that before the message came is part of it.
+        assert task.runtime + timings[task.uuid].waiting_s <= task.succeeded - task.received + CLOCK_S
     assert two.received < one.succeeded
-    assert two.started - one.started >= LONG * STEP_S, "it had to wait for the slot"
+    assert two.started >= sent_at + LONG * STEP_S, "it had to wait for the slot"
     (several,) = [task for task in state.tasks.values() if task.name == "headrace.generate_many"]
     assert several.runtime >= 2 * SHORT * STEP_S, "the jobs of a message were computed one after the other"
     assert (one.args, one.result) == ("<redacted>", "<redacted>")

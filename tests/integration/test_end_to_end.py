@@ -172,7 +172,7 @@ def test_celerys_own_revoke_stops_one_row(settings: Settings, client: Client, wo
         with pytest.raises(JobCancelled):
             job.result(PATIENCE_S)
     assert neighbour.result(PATIENCE_S).usage.completion_tokens == 200
-    assert app.control.ping(timeout=2)
+    assert app.control.inspect(timeout=PATIENCE_S, limit=1).ping()
     app.close()
 
 
@@ -202,10 +202,10 @@ def test_jobs_of_one_message_are_cancelled_revoked_and_fail_alone(
         with pytest.raises(JobExpired):
             expired.result(PATIENCE_S)
     assert good.result(PATIENCE_S).usage.completion_tokens == 200
-    assert AsyncResult(good.id, app=app).get(timeout=5)["usage"]["completion_tokens"] == 200
+    assert AsyncResult(good.id, app=app).get(timeout=PATIENCE_S)["usage"]["completion_tokens"] == 200
     assert [AsyncResult(job.id, app=app).state for job in (revoked, bad)] == ["REVOKED", "FAILURE"]
     with pytest.raises(JobFailed, match="60000"):
-        AsyncResult(bad.id, app=app).get(timeout=5)
+        AsyncResult(bad.id, app=app).get(timeout=PATIENCE_S)
     app.close()
 
 
@@ -216,7 +216,7 @@ def test_revoking_a_message_ends_all_its_jobs(settings: Settings, client: Client
     with worker.slowly():
         jobs = client.submit_many(["Hello."] * 3, **LONG)
         wait_until(lambda: all(job.status() == "running" for job in jobs))
-        (active,) = app.control.inspect(timeout=5, limit=1).active().values()
+        (active,) = app.control.inspect(timeout=PATIENCE_S, limit=1).active().values()
         (message,) = [task["id"] for task in active if task["name"] == "headrace.generate_many"]
         app.control.revoke(message, terminate=True)
         for job in jobs:
@@ -345,12 +345,13 @@ def test_waiting_for_many_jobs_takes_one_connection_and_no_channel(client: Clien
     assert set(connection.pubsub_channels()) == channels
 
 
-def test_priority_goes_first(client: Client) -> None:
+def test_priority_goes_first(client: Client, worker: WorkerProcess) -> None:
     """A worker that is full takes an interactive job before bulk jobs that came earlier."""
-    bulk = client.submit_many(["Hello."] * 200, max_tokens=60, ignore_eos=True, temperature=0, priority="bulk")
-    urgent = client.submit("Hello.", max_tokens=1, priority="interactive")
-    urgent.result(PATIENCE_S)
-    assert sum(job.status() == "succeeded" for job in bulk) < 190
+    with worker.slowly():
+        bulk = client.submit_many(["Hello."] * 200, max_tokens=60, ignore_eos=True, temperature=0, priority="bulk")
+        urgent = client.submit("Hello.", max_tokens=1, priority="interactive")
+        urgent.result(PATIENCE_S)
+        assert sum(job.status() == "succeeded" for job in bulk) < 190
     for _ in client.as_completed(bulk, timeout=PATIENCE_S):
         pass
 

@@ -95,16 +95,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def up(place: Path, **settings: str) -> AbstractContextManager[Process]:
-    return started(place, "up", "-m", "headrace.worker.cli.main", "up", **settings)
+    return started(place, "up", "-m", "headrace.worker.cli", "up", **settings)
 
 
 def serve(place: Path) -> AbstractContextManager[Process]:
-    return started(place, "serve", "-m", "headrace.worker.cli.main", "serve", "--port", "0")
+    return started(place, "serve", "-m", "headrace.worker.cli", "serve", "--port", "0")
 
 
 def run(place: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "headrace.worker.cli.main", *command],
+        [sys.executable, "-m", "headrace.worker.cli", *command],
         env=environment(place),
         capture_output=True,
         text=True,

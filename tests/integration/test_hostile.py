@@ -115,9 +115,8 @@ def test_copies_of_a_group_and_of_its_jobs_are_one_result_each(
     app.send_task("headrace.generate", args=[request], task_id=names[0])
     assert {job.result(PATIENCE_S).usage.completion_tokens for job in jobs} == {150}
     wait_until(lambda: connect(client.url).hlen(keys.unacked()) == 0)
-    active, reserved = (
-        ask() for ask in (app.control.inspect(timeout=2).active, app.control.inspect(timeout=2).reserved)
-    )
+    inspect = app.control.inspect(timeout=PATIENCE_S, limit=1)
+    active, reserved = inspect.active(), inspect.reserved()
     assert [*active.values(), *reserved.values()] == [[], []]
 
 
@@ -150,7 +149,7 @@ def test_inspect_shows_no_prompt(client: Client, app: Celery, worker: WorkerProc
         )
         wait_until(lambda: all(one.status() == "running" for one in (job, pair[0])))
         assert pair[1].status() == "queued", "with two slots, the second of the pair is to wait"
-        shown = json.dumps(app.control.inspect(timeout=3).active() or {})
+        shown = json.dumps(app.control.inspect(timeout=PATIENCE_S, limit=1).active())
         assert job.id in shown
         assert "headrace.generate_many" in shown
         assert "zebra" not in shown

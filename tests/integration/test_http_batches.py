@@ -237,7 +237,8 @@ def test_a_closed_connection_cancels_what_waits_for_a_whole_completion(
     body = {"prompt": "Hello.", "max_tokens": 900, "ignore_eos": True, "n": 4}
     before = job_ids(server)
     with http.http() as plain, pytest.raises(httpx.ReadTimeout):
-        plain.post("/v1/completions", json=body, timeout=0.5)
+        plain.post("/v1/completions", json=body, timeout=1.5)
+    wait_until(lambda: job_ids(server) - before)
     (whole,) = job_ids(server) - before
     assert client.job(whole).wait(PATIENCE_S) == "cancelled"
     with http.http() as plain, plain.stream("POST", "/execute", json=body) as response:

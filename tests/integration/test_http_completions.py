@@ -176,10 +176,10 @@ def test_asyncio_streams_many_at_once(http: HttpServer, client: Client) -> None:
 
 WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"prompt": "Hello.", "max_tokens": -1}, 400, "max_tokens", "max_tokens: got -1; expected a whole number"),
-    ({"prompt": "Hello.", "temperature": 3}, 400, "temperature", "0 (always the likeliest token) to 2"),
+    ({"prompt": "Hello.", "temperature": 3}, 400, "temperature", "0 (always the most probable token) to 2"),
     ({"prompt": "Hello.", "max_new_tokens": 3}, 400, "max_new_tokens", "did you mean max_tokens?"),
-    ({"prompt": "Hello.", "best_of": 3}, 400, "best_of", "all n samples are given back"),
-    ({"prompt": "Hello.", "suffix": "world"}, 400, "suffix", "behind the prompt"),
+    ({"prompt": "Hello.", "best_of": 3}, 400, "best_of", "all n samples are returned"),
+    ({"prompt": "Hello.", "suffix": "world"}, 400, "suffix", "GPT-2 can only continue the prompt"),
     ({"prompt": "Hello.", "id": "mine"}, 400, "id", "no such parameter"),
     ({"prompt": "Hello.", "function": "f", "self": 1}, 400, "function", "expected one of"),
     ({"prompt": "Hello.", "stream": "yes"}, 400, "stream", "True or False"),

@@ -20,14 +20,15 @@ from tests.integration.processes import attempts, paced, wait_until, worker_on
 from tests.integration.servers import free_port
 from tests.patience import PATIENCE_S
 
-#: The second step of one job takes four seconds, like a GPU that hangs for a while.
+#: The second step of one job waits until a file exists, like a GPU that hangs for a while.
 STUCK = """
-import time
+import pathlib, time
 from headrace.worker.engine.model_runner import ModelRunner
 go = ModelRunner.run
 def stuck(self, step):
     if any(s.prompt == [15496, 11] and len(s.output) == 1 for s in step.decodes):
-        time.sleep(4)
+        while not pathlib.Path("{release}").exists():
+            time.sleep(0.05)
     return go(self, step)
 ModelRunner.run = stuck
 """
@@ -64,7 +65,9 @@ def test_checkpoint_0_a_worker_starts_takes_a_job_and_says_when_it_is_unwell(
 ) -> None:
     probed = Probed(port := free_port())
     settings = {"HEADRACE_METRICS_PORT": str(port), "HEADRACE_STALL_S": "2", "HEADRACE_DRAFT_TOKENS": "0"}
-    with worker_on(own_server, tmp_path / "worker.log", patch=paced(0.05) + STUCK, **settings) as worker:
+    release = tmp_path / "go on"
+    patch = paced(0.05) + STUCK.format(release=release)
+    with worker_on(own_server, tmp_path / "worker.log", patch=patch, **settings) as worker:
         wait_until(lambda: probed.get("/livez")[0])
         assert probed.get("/livez") == (200, "ok\n")
         wait_until(lambda: probed.get("/readyz")[0] == 200)
@@ -93,6 +96,7 @@ def test_checkpoint_0_a_worker_starts_takes_a_job_and_says_when_it_is_unwell(
         assert status == 503
         assert re.fullmatch(r"the engine has been at one step for \d+ s\n", text)
         assert probed.samples()["headrace_last_step_age_seconds"] > 2
+        release.touch()
         assert stuck.result(PATIENCE_S).usage.completion_tokens == 3
         wait_until(lambda: probed.get("/readyz") == probed.get("/livez") == (200, "ok\n"))
 

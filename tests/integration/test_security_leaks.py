@@ -135,7 +135,7 @@ def test_prompts_and_secrets_appear_nowhere_else(tmp_path: Path) -> None:
             with Client(settings=load_settings(redis_url=place, signing_key=KEY)) as client, worker.slowly():
                 jobs = [client.submit(PROMPT, **LONG), *client.submit_many([PROMPT] * 8, **LONG)]
                 wait_until(lambda: jobs[0].status() == "running")
-                inspect = app.control.inspect(timeout=3, limit=1)
+                inspect = app.control.inspect(timeout=PATIENCE_S, limit=1)
                 for ask in (inspect.active, inspect.reserved, inspect.scheduled, inspect.stats, inspect.conf):
                     answer = ask()
                     assert answer, ask

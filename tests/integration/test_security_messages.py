@@ -137,7 +137,7 @@ def test_remote_control_and_results_are_json_too(
         connection.set(keys.result("evil"), evil)
         with pytest.raises(Exception, match=r"decode|utf-8|JSON|Expecting"):
             app.backend.get_task_meta("evil")
-    assert app.control.inspect(timeout=3, limit=1).ping()
+    assert app.control.inspect(timeout=PATIENCE_S, limit=1).ping()
     assert not trap.exists()
 
 
@@ -154,7 +154,7 @@ def test_no_class_is_ever_looked_up_for_pickle_in_a_worker(client: Client, worke
     job = client.submit("Hello.", max_tokens=3, checkpoints="all")
     assert job.result(PATIENCE_S)
     assert job.checkpoints()
-    assert app.control.inspect(timeout=3, limit=1).stats()
+    assert app.control.inspect(timeout=PATIENCE_S, limit=1).stats()
     assert "HEARD" not in worker.text()
 
 

@@ -172,7 +172,9 @@ def test_cut_connections_leave_no_gap_and_no_repeat(client: Client, server: Embe
 
 @pytest.mark.parametrize("end", ["failed", "cancelled", "expired"])
 def test_a_stream_that_ends_early_raises_the_error_of_result(client: Client, stream: Stream, end: str) -> None:
-    fields = {"timeout_s": 1.2} if end == "expired" else {"max_tokens": 2000} if end == "failed" else {}
+    fields = (
+        {"timeout_s": 3, "max_tokens": 900} if end == "expired" else {"max_tokens": 2000} if end == "failed" else {}
+    )
     job = client.submit("Hello.", **{**LONG, **fields})
     seen: list[Event] = []
     if end == "cancelled":
@@ -211,7 +213,7 @@ def test_a_full_redis_delays_pieces_and_does_not_break_the_stream(
 def test_a_redis_that_is_killed_and_comes_back(client: Client, server: EmbeddedRedis, stream: Stream) -> None:
     job = client.submit("Hello.", **{**LONG, "max_tokens": 300})
     seen: list[Event] = []
-    reading = threading.Thread(target=stream, args=(job.id, seen), kwargs={"timeout": 60})
+    reading = threading.Thread(target=stream, args=(job.id, seen), kwargs={"timeout": PATIENCE_S})
     reading.start()
     wait_until(lambda: len(seen) >= 2)
     assert server.pid is not None

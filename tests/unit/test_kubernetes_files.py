@@ -79,7 +79,7 @@ def test_the_probes_ask_what_the_worker_answers() -> None:
     ports = {port["name"]: port["containerPort"] for port in worker["ports"]}
     assert ports == {"metrics": int(environment_of("Deployment")["HEADRACE_METRICS_PORT"])}
     answers = Probes.answer
-    stub: Any = type("Loading", (), {"_monitor": None})()
+    stub: Any = type("Loading", (), {"_health": None})()
     paths = {name: worker[name]["httpGet"]["path"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}
     assert {name: answers(stub, path, "")[0] for name, path in paths.items()} == {
         "startupProbe": 200,

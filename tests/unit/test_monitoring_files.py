@@ -28,10 +28,12 @@ def samples() -> dict[str, set[str]]:
     """Every sample that a worker shows, with its labels."""
     zeros: dict[str, Any] = dict.fromkeys(EngineStats.__dataclass_fields__, 0)
     engine = SimpleNamespace(stats=lambda: EngineStats(**zeros), fingerprint="f")
-    monitor = SimpleNamespace(name="w", queued={"demo": {"normal": 0}}, redis_answers=True, why_not_ready=lambda: "")
+    held = SimpleNamespace(held_jobs=lambda _: 0, held_messages=lambda _: 0)
+    health = SimpleNamespace(redis_answers=True, why_not_ready=lambda: "")
+    queues = SimpleNamespace(name="w", queued={"demo": {"normal": 0}})
     metrics = Metrics("demo")
     models = SimpleNamespace(loaded={"demo": engine})
-    metrics.watch(SimpleNamespace(deliveries=list), models, monitor)  # type: ignore[arg-type]
+    metrics.watch(held, models, health, queues)  # type: ignore[arg-type]
     metrics.ended(JobFailed("nan_logits"), "demo")
     found: dict[str, set[str]] = {}
     for family in parse(metrics.render()[1].decode()):

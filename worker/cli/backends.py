@@ -11,7 +11,7 @@ import click
 
 from headrace.client.batch.run import Batch
 from headrace.config import Settings
-from headrace.config.extras import how_to_install
+from headrace.extras import how_to_install
 from headrace.worker.cli.local_stack import NothingRuns, ServingStack, find_or_start_stack, start_local_stack
 
 if TYPE_CHECKING:

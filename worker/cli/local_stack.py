@@ -18,8 +18,8 @@ from headrace.client import Client, RedisUnreachable
 from headrace.client.wire.errors import HeadraceError
 from headrace.client.wire.keys import queue
 from headrace.config import Settings, load_settings
-from headrace.config.extras import why_no_worker
 from headrace.config.tracing import setup_tracing
+from headrace.extras import why_no_worker
 from headrace.worker.redis_server import EmbeddedRedis, die_with_parent
 
 #: The longest a worker may take to load its model when a command starts one.

@@ -1,1 +1,1 @@
-"""`headrace validate`: the model's tensors compared with reference implementations."""
+"""`headrace validate`: measure the error of the model and of other implementations against float64."""

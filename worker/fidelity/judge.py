@@ -1,7 +1,7 @@
-"""An implementation's error: its checkpoint tensors against a float64 evaluation of the same weights. numpy only.
+"""Measure the error of one implementation against a float64 evaluation of the same weights. Uses numpy only.
 
-Two implementations in float32 each have rounding errors, and the difference between them is about the sum of both. The
-tolerance of a checkpoint is for one implementation's own error, so each is measured against float64 by itself.
+Two float32 implementations each have rounding errors, and their difference is about the sum of both. The tolerance of a
+checkpoint limits the error of one implementation, so each implementation is compared with float64 separately.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ def judge(
     tolerances: Mapping[int, float] | None = None,
     job: bool = True,
 ) -> list[CheckpointResult]:
-    """Rows 1 to 12 of one prompt: an implementation's tensors against those of float64.
+    """Compare the tensors of one prompt with float64. Returns the rows of checkpoints 1 to 12.
 
-    A token other than float64's is accepted only if float64's logits of the two differ by at most twice the tolerance
-    of the logits: each of the two logits may be off by that tolerance, so that neither token is wrong.
+    A token that differs from float64's token is accepted only as a near tie: float64's logits of the two tokens may
+    differ by at most twice the tolerance of the logits, because each of the two logits may be off by that tolerance.
 
     Args:
-        exact: what `Float64.traces` gives for the prompt.
-        margins: what `Float64.margins` gives for `tensors["tokens"]`; None if there are none.
-        tolerances: replace those of the table, for half precision.
-        job: `tensors` are a job's: its cache and the last row of its logits are checked bit for bit.
+        tensors: the implementation's tensors by name.
+        exact: the prompt's tensors from `Float64.traces`.
+        margins: the result of `Float64.margins` for `tensors["tokens"]`; None if there are no tokens.
+        tolerances: replaces the tolerances of the table, for lower precisions.
+        job: whether `tensors` belong to a job. If so, its cache and the last row of its logits are checked bit for bit.
     """
     tolerances = tolerances or {}
     compared = {name: tensor for name, tensor in exact.items() if name not in ("next_token", "tokens")}
@@ -46,7 +47,7 @@ def judge(
 
 
 def next_margin(tensors: Tensors, exact: Tensors) -> np.ndarray | None:
-    """How far the logit of `next_token` is below the largest, in float64; infinite for what is no token."""
+    """Return by how much the float64 logit of `next_token` is below the largest; infinite for an invalid token."""
     if "next_token" not in tensors:
         return None
     token, logits = tensors["next_token"], exact["last_logits"]

@@ -1,4 +1,4 @@
-"""Where an implementation's error grows, as a picture: layers down, positions across, the error as colour."""
+"""Plot how the error of an implementation grows, by layer (rows) and position (columns)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import numpy as np
 
 
 def draw_difference(found: np.ndarray, exact: np.ndarray, subject: str, path: str) -> None:
-    """Write a PNG of log10 of the largest error of the residual stream [n_layer + 1, T, E].
+    """Write a PNG with log10 of the largest error at each layer and position.
+
+    Args:
+        found: the residual stream of the tested implementation [n_layer + 1, T, E].
+        exact: the same in float64.
+        subject: the implementation's name, for the title.
+        path: the file to write.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""What `headrace validate` found, as JSON and as tables."""
+"""The results of `headrace validate`, as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ class Report:
 
     model: str
     dtype: str
-    #: Whose tensors these are: "headrace", a library and its version, or a file.
+    #: The implementation under test: "headrace", a library and its version, or a file.
     subject: str
     fingerprint: str
     prompts: int
     rows: list[CheckpointResult]
     cause: str = ""
     note: str = ""
-    #: Whether an error over the tolerance fails the validation. A library's own error is only reported.
+    #: Whether an error over the tolerance fails the validation. A library's error is only reported.
     judged: bool = True
-    #: Of other precisions than float32.
+    #: The accuracy that a precision other than float32 costs.
     loss: Loss | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether all that was compared holds, and something was."""
+        """Whether at least one checkpoint was compared and none failed."""
         return all(row.ok is not False for row in self.rows) and any(row.ok for row in self.rows if 0 < row.number < 12)
 
 
 def passed(reports: Sequence[Report]) -> bool:
-    """Whether everything that is judged holds."""
+    """Return whether all reports that can fail the validation are ok."""
     return all(report.ok for report in reports if report.judged)
 
 
 def report_json(reports: Sequence[Report]) -> str:
-    """All reports as one JSON array."""
+    """Format all reports as one JSON array."""
     return json.dumps([_plain(report) for report in reports])
 
 
@@ -66,7 +66,7 @@ def _plain(report: Report) -> dict[str, Any]:
 
 
 def report_text(reports: Sequence[Report]) -> str:
-    """All reports as tables."""
+    """Format all reports as tables."""
     out = io.StringIO()
     console = Console(file=out, width=150, highlight=False)
     for report in reports:

@@ -1,7 +1,7 @@
-"""What `headrace validate` needs around `client.wire.activations`: several prompts, half precision, files. numpy only.
+"""Helpers of `headrace validate` around `client.wire.activations`. Uses numpy only.
 
-Ours come out of the path that serves jobs (`Job.checkpoints`), the others from `worker.fidelity.references`
-or from a file.
+They combine the results of several prompts, derive the tolerances of lower precisions, and read tensors from files that
+other implementations wrote.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 from headrace.client.wire.activations import CHECKPOINTS
 from headrace.client.wire.comparison import CheckpointResult, Tensors, worst
 
-#: A tensor larger than this is no checkpoint: the logits of GPT-2 XL at 1,024 tokens have a tenth.
+#: The largest tensor that is read. The logits of GPT-2 XL at 1,024 tokens have a tenth of this size.
 MAX_TENSOR_BYTES = 2**31
-#: deflate makes nothing smaller than this; a member of an archive that claims more lies.
+#: The largest ratio that deflate can compress by. An archive member that claims a larger one is malformed.
 DEFLATE = 1032
 
 _BROKEN = (zipfile.BadZipFile, zlib.error, tokenize.TokenError, SyntaxError, TypeError)
@@ -30,17 +30,17 @@ _BROKEN = (zipfile.BadZipFile, zlib.error, tokenize.TokenError, SyntaxError, Typ
 
 @dataclass(frozen=True)
 class Loss:
-    """What a precision costs, over all positions of all prompts, where the reference computes in float32."""
+    """The accuracy that a precision costs, over all positions of all prompts, compared with float64."""
 
     positions: int
-    #: Kullback-Leibler divergence of the distribution of the next token from the reference's, in nats, on average.
+    #: Mean Kullback-Leibler divergence of the next token's distribution from the reference's, in nats.
     divergence: float
-    #: Share of positions at which the likeliest token is the same.
+    #: Fraction of positions with the same most likely token.
     agreement: float
 
 
 def loss(ours: Sequence[Tensors], theirs: Sequence[Tensors]) -> Loss | None:
-    """From the logits, [T, V] for each prompt; None if there are none."""
+    """Compute the loss from the logits, [T, V] for each prompt. Returns None if no prompt has logits on both sides."""
     divergences, same = [], []
     for mine, other in zip(ours, theirs, strict=True):
         if "logits" in mine and "logits" in other:
@@ -57,12 +57,12 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def table(prompts: Sequence[Sequence[CheckpointResult]]) -> list[CheckpointResult]:
-    """The worst of all prompts for each checkpoint."""
+    """Return the worst row of all prompts for each checkpoint."""
     return [worst(rows) for rows in zip(*prompts, strict=True)]
 
 
 def half_tolerances(exact: Sequence[Tensors], half: Sequence[Tensors]) -> dict[int, float]:
-    """Tolerances for half precision: twice what transformers in that type differs from itself in float32."""
+    """Return tolerances for a lower precision: twice the error that transformers has in that precision."""
     tolerances = {}
     for number, (_, names, tolerance) in CHECKPOINTS.items():
         if tolerance:
@@ -72,17 +72,19 @@ def half_tolerances(exact: Sequence[Tensors], half: Sequence[Tensors]) -> dict[i
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Tensors that another implementation wrote, by our names: a safetensors, npz or npy file (`logits.npy`).
+    """Read the tensors that another implementation wrote.
+
+    The file is a safetensors, npz or npy file (`logits.npy`) and uses the names of the checkpoint tensors.
 
     Raises:
-        ValueError: the file is none of these, cannot be read, or holds no tensor with a name of ours.
+        ValueError: the file has another format, cannot be read, or holds no checkpoint tensor.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     known = {name for _, names, _ in CHECKPOINTS.values() for name in names} | {"hidden"}
     try:
-        if not path.is_file():  # a pipe would be waited on for ever
+        if not path.is_file():  # reading a pipe could block forever
             raise ValueError("there is no such file")
         if path.suffix == ".safetensors":
             found = dict(load_file(path))
@@ -97,8 +99,10 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
             raise ValueError("its name must end in .safetensors, .npz or .npy")
         for name in known & found.keys():
             if found[name].dtype.kind not in "fiub":
-                raise ValueError(f"{name} holds {found[name].dtype}, no numbers that can be compared")
-    # What zipfile and numpy raise at files that are not what they claim to be is written down nowhere.
+                raise ValueError(
+                    f"{name} has dtype {found[name].dtype}, which cannot be compared; use floats, integers or booleans"
+                )
+    # zipfile and numpy do not document which exceptions they raise for malformed files.
     except (OSError, ValueError, LookupError, RuntimeError, EOFError, SafetensorError, *_BROKEN) as error:
         raise ValueError(f"{path} cannot be read as tensors: {str(error)[:200]}") from None
     if not known & found.keys():
@@ -111,23 +115,26 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarra
     size = member.file_size
     if size > DEFLATE * max(1, member.compress_size):
         raise ValueError(f"{member.filename} claims {size} bytes")
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # what numpy writes
-        raise ValueError(f"{member.filename} is compressed in another way than numpy does it")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the methods that numpy writes
+        raise ValueError(f"{member.filename} uses a compression method that numpy does not write")
     with archive.open(member) as file:
         return _read_npy(file, size)
 
 
 def _read_npy(file: IO[bytes], size: int) -> np.ndarray:
-    """An array in numpy's format out of a file of `size` bytes: numpy takes the memory before it reads."""
+    """Read an array in numpy's format from a file of `size` bytes.
+
+    numpy's own reader allocates what the header claims before it reads, so the claim is checked first.
+    """
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"version {version} of numpy's format")
+        raise ValueError(f"version {version} of numpy's format is not supported")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, column_order, dtype = read(file)
     count = math.prod(shape)
     if dtype.hasobject or count < 0 or not 0 <= count * dtype.itemsize <= min(size, MAX_TENSOR_BYTES):
-        raise ValueError(f"its header claims {len(shape)} dimensions of {dtype} that the file does not hold")
+        raise ValueError(f"its header claims an array of {len(shape)} dimensions of {dtype} that does not fit the file")
     data = file.read(count * dtype.itemsize)
     if len(data) < count * dtype.itemsize:
-        raise ValueError("it ends too early")
+        raise ValueError("it is truncated")
     return np.frombuffer(data, dtype).reshape(shape, order="F" if column_order else "C")

@@ -1,6 +1,6 @@
-"""`headrace validate`: jobs through client, queue and worker, their tensors measured against float64.
+"""`headrace validate`: run jobs through client, queue and worker, and measure their tensors against float64.
 
-The libraries that are installed, and files of tensors that the user names, are measured in the same way.
+Installed libraries, and files of tensors that the user names, are measured in the same way.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from headrace.client.wire.activations import CHECKPOINTS
 from headrace.client.wire.comparison import CheckpointResult
 from headrace.client.wire.errors import HeadraceError
 from headrace.config import Settings
-from headrace.config.extras import how_to_install
+from headrace.extras import how_to_install
 from headrace.model.hub import ModelError, find_model
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
 from headrace.model.weights import check_weights, read_config
-from headrace.worker.fidelity import tensor_files as checkpoints
 from headrace.worker.fidelity.diagnosis import likely_cause
 from headrace.worker.fidelity.judge import judge
 from headrace.worker.fidelity.references import REFERENCES, Reference, ReferenceUnavailable, load_reference
 from headrace.worker.fidelity.references.float64 import Float64
 from headrace.worker.fidelity.report import Report
+from headrace.worker.fidelity.tensor_files import Loss, half_tolerances, read_tensors, table
+from headrace.worker.fidelity.tensor_files import loss as loss_of
 
-#: The usual prompts: text, the empty prompt, one token, and (below) one that fills the context.
+#: The default prompts: text, the empty prompt and one token. `_cases` adds one that fills the context.
 PROMPTS = ("Hello.", "The quick brown", "Once upon a time", "", "The")
 NEW_TOKENS = 10
-#: What other precisions than float32 cost is measured on text: H. G. Wells, The Time Machine (1895), its beginning.
+#: Text on which the loss of lower precisions is measured: the beginning of H. G. Wells, The Time Machine (1895).
 PASSAGE = (
     "The Time Traveller (for so it will be convenient to speak of him) was expounding a recondite matter to us. "
     "His pale grey eyes shone and twinkled, and his usually pale face was flushed and animated. The fire burnt "
@@ -39,11 +40,15 @@ PASSAGE = (
     "submitted to be sat upon, and there was that luxurious after-dinner atmosphere, when thought runs gracefully "
     "free of the trammels of precision."
 )
-#: Logits of a prompt this long are 200 MB: they are looked at in the shorter ones.
+#: The logits of longer prompts are not compared: at 1,024 tokens they take 200 MB.
 LOGITS_LIMIT = 256
-#: Company for the jobs that are looked at, so that they are computed in a batch.
-COMPANY = ("It was a dark night, and", "She said that", "London", "The river ran past the old house on the hill " * 8)
-
+#: Prompts of other jobs, so that the jobs under test are computed in a batch.
+BATCH_PROMPTS = (
+    "It was a dark night, and",
+    "She said that",
+    "London",
+    "The river ran past the old house on the hill " * 8,
+)
 
 #: The subject of the report on our own worker.
 OURS = "headrace"
@@ -55,7 +60,7 @@ class ValidationError(HeadraceError):
 
 @dataclass
 class Case:
-    """One prompt, what our worker made of it, and what float64 does."""
+    """One prompt, the tensors of our worker, and those of float64."""
 
     tokens: list[int]
     new_tokens: int
@@ -65,7 +70,7 @@ class Case:
 
 
 class Validation:
-    """The errors of one model's implementations: ours, those of libraries, and those in files.
+    """Measures the errors of all implementations of one model: our worker, libraries, and files of tensors.
 
     Raises:
         ValidationError: the model cannot be read, or a reference is unknown or cannot be loaded.
@@ -93,7 +98,7 @@ class Validation:
                 if name in REFERENCES:
                     libraries.append(load_reference(name, self.folder))
                 else:
-                    files[name] = checkpoints.read_tensors(Path(name))
+                    files[name] = read_tensors(Path(name))
             except ReferenceUnavailable as error:
                 if names:
                     raise ValidationError(str(error)) from error
@@ -104,7 +109,7 @@ class Validation:
         return libraries, files
 
     def _load_half(self) -> Reference | None:
-        """What the tolerances of other precisions than float32 come from."""
+        """Load the reference from which the tolerances of lower precisions are derived; None for float32."""
         if self.settings.dtype == "float32":
             return None
         try:
@@ -129,18 +134,25 @@ class Validation:
         return cases
 
     def run(self, client: Client, progress: Callable[[str], None] = lambda _: None) -> list[Report]:
-        """Submit everything at once, and compare; `progress` is told what is being done.
+        """Submit all prompts at once and measure the errors.
 
-        Raises JobFailed and the like if a job fails.
+        Args:
+            client: submits the jobs.
+            progress: called with a description of each step.
+
+        Raises:
+            JobError: a job failed.
         """
         self._progress = progress
         common = {"temperature": 0, "ignore_eos": True}
-        company = [{"prompt": text, "max_tokens": 40, **common} for text in COMPANY if self.config.n_positions >= 256]
+        others = [
+            {"prompt": text, "max_tokens": 40, **common} for text in BATCH_PROMPTS if self.config.n_positions >= 256
+        ]
         wanted = [
             {"prompt": c.tokens, "max_tokens": c.new_tokens, "checkpoints": c.numbers, **common} for c in self.cases
         ]
         self._progress(f"computing {len(self.cases)} prompts here")
-        jobs = client.submit_many([*company, *wanted])[len(company) :]
+        jobs = client.submit_many([*others, *wanted])[len(others) :]
         for case, job in zip(self.cases, jobs, strict=True):
             result = job.result(timeout=600)
             case.tensors = job.checkpoints()
@@ -153,8 +165,8 @@ class Validation:
         ours = [case.tensors for case in self.cases]
         tolerances = self._tolerances()
         tables = self._tables(ours, tolerances, job=True)
-        rows = [self._ready_row(client), *checkpoints.table(tables)]
-        loss = None if self._half is None else checkpoints.loss(ours, [case.exact for case in self.cases])
+        rows = [self._ready_row(client), *table(tables)]
+        loss = None if self._half is None else loss_of(ours, [case.exact for case in self.cases])
         return [
             self._report(OURS, rows, fingerprint=result.fingerprint, cause=self._cause(tables, ours), loss=loss),
             *(self._library_report(reference) for reference in self._references),
@@ -168,25 +180,25 @@ class Validation:
         )
 
     def _library_report(self, reference: Reference) -> Report:
-        """A library in float32. Its error is its own affair: it is reported and fails nothing."""
+        """Report the error of a library in float32. It never fails the validation."""
         theirs = []
         for i, case in enumerate(self.cases):
             count = f"prompt {i + 1} of {len(self.cases)}, {len(case.tokens)} tokens"
             self._progress(f"computing with {reference.name}: {count}")
             tokens = np.array(reference.generate(case.tokens, case.new_tokens), dtype=np.int64)
             theirs.append({**reference.trace(case.tokens), "tokens": tokens})
-        rows = checkpoints.table(self._tables(theirs, {}, job=False))
+        rows = table(self._tables(theirs, {}, job=False))
         return self._report(reference.name, rows, judged=False)
 
     def _file_report(self, name: str, tensors: dict[str, np.ndarray], tolerances: Mapping[int, float]) -> Report:
-        """Another implementation's tensors of the first prompt. They are what the user asks to be judged."""
+        """Report the error of another implementation's tensors of the first prompt. It can fail the validation."""
         (rows,) = self._tables([tensors], tolerances, job=False)
         return self._report(name, rows, cause=self._cause([rows], [tensors]), prompts=1)
 
     def _tables(
         self, found: Sequence[Mapping[str, np.ndarray]], tolerances: Mapping[int, float], *, job: bool
     ) -> list[list[CheckpointResult]]:
-        """Rows 1 to 12 for each of the first prompts; `found` are an implementation's tensors for them."""
+        """Return rows 1 to 12 of the first prompts; `found` has an implementation's tensors of each."""
         cases = self.cases[: len(found)]
         return [
             judge(tensors, case.exact, margins, tolerances=tolerances, job=job)
@@ -194,7 +206,7 @@ class Validation:
         ]
 
     def _margins(self, found: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray | None]:
-        """See `Float64.margins`, of each prompt's new tokens; infinite where they are not the number asked for."""
+        """Return `Float64.margins` of each prompt's new tokens. They are infinite if tokens are invalid or missing."""
         margins: list[np.ndarray | None] = [None] * len(found)
         wanted: dict[int, list[int]] = {}
         for i, tensors in enumerate(found):
@@ -203,7 +215,7 @@ class Validation:
             case, known = self.cases[i], np.arange(self.config.vocab_size)
             if tokens.shape != (case.new_tokens,) or not np.isin(tokens, known).all():
                 margins[i] = np.full(max(1, tokens.size), np.inf)
-            elif case.new_tokens == 1:  # the prompt may fill the context: it is not computed a second time
+            elif case.new_tokens == 1:  # the prompt may fill the context, so it is not computed again
                 logits = case.exact["last_logits"]
                 margins[i] = logits.max() - logits[tokens.astype(np.int64)]
             else:
@@ -214,30 +226,30 @@ class Validation:
         return margins
 
     def _tolerances(self) -> dict[int, float]:
-        """In other precisions: from the error that transformers has in that type.
+        """Return the tolerances of a lower precision, derived from the error of transformers in that precision.
 
-        The usual prompts are computed in any case: a single short one may happen to have a small error.
+        The default prompts are always included, because the error of a single short prompt may be small by chance.
         """
         if self._half is None:
             return {}
         self._progress(f"computing with {self._half.name} in {self.settings.dtype}")
-        others = [tokens for tokens in map(self.tokenizer.encode, (*PROMPTS, PASSAGE)) if self._fits(tokens)]
-        exact = [*(case.exact for case in self.cases), *self._arbiter.traces(others)]
-        rounded = [self._half.trace(tokens) for tokens in [*(case.tokens for case in self.cases), *others]]
-        return checkpoints.half_tolerances(exact, rounded)
+        defaults = [tokens for tokens in map(self.tokenizer.encode, (*PROMPTS, PASSAGE)) if self._fits(tokens)]
+        exact = [*(case.exact for case in self.cases), *self._arbiter.traces(defaults)]
+        rounded = [self._half.trace(tokens) for tokens in [*(case.tokens for case in self.cases), *defaults]]
+        return half_tolerances(exact, rounded)
 
     def _fits(self, tokens: Sequence[int]) -> bool:
         return 0 < len(tokens) <= self.config.n_positions - NEW_TOKENS
 
     def _cause(self, tables: Sequence[Sequence[CheckpointResult]], found: Sequence[Mapping[str, np.ndarray]]) -> str:
-        """What the first failed checkpoint suggests, from the prompt in which it fails first."""
+        """Describe the first failed checkpoint and its likely cause, from the first prompt that fails it."""
         failed = [(row.number, i) for i, rows in enumerate(tables) for row in rows if row.ok is False]
         if not failed:
             return ""
         number, index = min(failed)
         case = self.cases[index]
         cause = likely_cause(number, found[index], case.exact, self._arbiter.weights, case.tokens)
-        return f"checkpoint {number} fails first: {cause or 'none of the usual mistakes explains it'}"
+        return f"checkpoint {number} fails first: {cause or 'no common mistake explains it'}"
 
     def _report(
         self,
@@ -248,7 +260,7 @@ class Validation:
         cause: str = "",
         judged: bool = True,
         prompts: int | None = None,
-        loss: checkpoints.Loss | None = None,
+        loss: Loss | None = None,
     ) -> Report:
         return Report(
             model=self.model,
@@ -264,9 +276,9 @@ class Validation:
         )
 
     def draw(self, path: str) -> None:
-        """Draw the error of the residual stream, by layer and position.
+        """Plot the error of the residual stream by layer and position.
 
-        That of the first file that has it ("hidden"), else our own for the longest prompt.
+        The plot is of the first file that contains the tensor `hidden`, or else of our worker and the longest prompt.
 
         Raises:
             ValidationError: matplotlib is not installed.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import structlog
 
 from headrace.config import Settings
-from headrace.config.extras import how_to_install
+from headrace.extras import how_to_install
 
 if TYPE_CHECKING:
     from headrace.worker.observability.metrics import Metrics

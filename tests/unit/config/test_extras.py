@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from headrace.config.extras import Extra, how_to_install
+from headrace.extras import Extra, how_to_install
 
 ROOT = Path(__file__).parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -1,6 +1,6 @@
-"""GPT-2 as other people's libraries compute it: what the checkpoints are compared with.
+"""GPT-2 as other libraries compute it, and a float64 evaluation to measure errors against.
 
-Each module builds the forward pass from its library's own primitives and shares no code with `model`. A library is
+Each module builds the forward pass from the primitives of its library and shares no code with `model`. A library is
 imported only when its reference is loaded.
 """
 
@@ -19,21 +19,23 @@ __all__ = ["DTYPES", "REFERENCES", "Reference", "ReferenceUnavailable", "load_re
 
 
 def load_reference(name: str, folder: Path, dtype: str = "float32") -> Reference:
-    """A reference with the weights of a directory in Hugging Face form (config.json and safetensors).
+    """Load a reference with the weights of a directory in Hugging Face format (config.json and safetensors).
 
     Args:
-        dtype: what it computes in; others than "float32" with transformers only. "int8" is bfloat16 with what goes into
-            each product rounded to whole numbers of 8 bits, a row and a column each by a scale of its own.
+        name: one of `REFERENCES`.
+        folder: the directory.
+        dtype: one of `DTYPES`; only transformers supports others than "float32". "int8" computes in bfloat16 and rounds
+            the operands of each matrix product to 8-bit integers, with one scale for each row and each column.
 
     Raises:
-        ValueError: unknown name or dtype; or a config that is not a plain GPT-2's.
-        FileNotFoundError: the directory lacks its config or its weights.
-        ReferenceUnavailable: the library is not installed, or cannot run here or in that dtype.
+        ValueError: the name or the dtype is unknown, or the config is not that of a plain GPT-2.
+        FileNotFoundError: the directory has no config or no weights.
+        ReferenceUnavailable: the library is not installed, or cannot run on this machine or in that dtype.
     """
     if name not in REFERENCES:
-        raise ValueError(f"unknown reference {name!r}; there are {', '.join(REFERENCES)}")
+        raise ValueError(f"unknown reference {name!r}; expected one of {', '.join(REFERENCES)}")
     if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
+        raise ValueError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     if dtype != "float32" and name != "transformers":
         raise ReferenceUnavailable(f"the reference {name!r} computes in float32 only, not in {dtype}")
     load: Callable[[Path, str], Reference] = import_module(f"{__name__}.{name}").load

@@ -1,4 +1,4 @@
-"""What every reference has in common: its interface, its errors, and the checkpoints that follow from the logits."""
+"""The interface of references, their errors, and the checkpoints that are derived from the logits."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.config.extras import how_to_install
+from headrace.extras import how_to_install
 
 Array = NDArray[Any]
 
-#: Name of a reference -> (its package on PyPI, the version the recorded outputs were made with).
+#: Reference name -> (package on PyPI, version that produced the recorded outputs).
 PACKAGES = {
     "transformers": ("transformers", "5.23.0"),
     "tinygrad": ("tinygrad", "0.14.0"),
@@ -26,7 +26,7 @@ PROBS_TEMPERATURE = 0.8
 
 
 class ReferenceUnavailable(RuntimeError):
-    """Raised when a reference cannot run here; the message says what to install."""
+    """Raised when a reference cannot run on this machine; the message says what to install."""
 
 
 class Reference(Protocol):
@@ -34,31 +34,31 @@ class Reference(Protocol):
 
     @property
     def name(self) -> str:
-        """Library and version: "transformers 5.23.0"."""
+        """Library and version, for example "transformers 5.23.0"."""
         ...
 
     def trace(self, token_ids: Sequence[int]) -> dict[str, Array]:
-        """The checkpoint tensors of T tokens, float32 and without a batch dimension.
+        """Return the activations at the checkpoints for T tokens, in float32 and without a batch dimension.
 
         `embeddings`, `ln_1`, `attn`, `mlp`, `block_0` [T, E]; `q`, `k`, `v` [T, H, D]; `scores` [H, T, T], scaled and
         before the mask; `logits` [T, V]; `last_logits`, `probs` [V]; `next_token` [], int64. Also `hidden`
         [n_layer + 1, T, E]: the residual stream after the embeddings and after each block.
 
         Raises:
-            ValueError: no tokens, more than the model has positions, or an id outside the vocabulary.
+            ValueError: there are no tokens, more tokens than positions, or a token id outside the vocabulary.
         """
         ...
 
     def generate(self, token_ids: Sequence[int], count: int) -> list[int]:
-        """`count` more tokens by argmax; end of text does not stop it. Raises ValueError like `trace`."""
+        """Return `count` new tokens by argmax, without stopping at end of text. Raises ValueError like `trace`."""
         ...
 
 
 def import_library(reference: str, module: str) -> ModuleType:
-    """A module of the reference's library.
+    """Import a module of the reference's library.
 
     Raises:
-        ReferenceUnavailable: it is not installed.
+        ReferenceUnavailable: the library is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -71,7 +71,7 @@ def import_library(reference: str, module: str) -> ModuleType:
 
 
 def library_name(reference: str) -> str:
-    """Library and version, as installed."""
+    """Return the library's name and installed version."""
     try:
         return f"{reference} {version(PACKAGES[reference][0])}"
     except PackageNotFoundError:
@@ -79,13 +79,13 @@ def library_name(reference: str) -> str:
 
 
 def check_tokens(token_ids: Sequence[int], *, count: int = 0, n_positions: int, vocab_size: int) -> list[int]:
-    """The tokens as ints, once they and `count` more fit the model.
+    """Check that the tokens and `count` new ones fit the model. Returns the tokens as ints.
 
     Raises:
-        ValueError: they do not.
+        ValueError: there are no tokens, too many, or one is outside the vocabulary.
     """
     ids = [int(token) for token in token_ids]
-    # The last new token is never fed back, so it needs no position.
+    # The last new token is not fed back into the model, so it needs no position.
     needed = len(ids) + max(count - 1, 0)
     if not ids:
         raise ValueError("there are no tokens; an empty prompt stands for the one token 50256")
@@ -98,7 +98,7 @@ def check_tokens(token_ids: Sequence[int], *, count: int = 0, n_positions: int, 
 
 
 def with_outcome(tensors: dict[str, Array]) -> dict[str, Array]:
-    """Add what follows from `logits` [T, V]: `last_logits`, `next_token` and `probs`."""
+    """Add the tensors derived from `logits` [T, V]: `last_logits`, `next_token` and `probs`."""
     last = tensors["logits"][-1]
     return tensors | {
         "last_logits": last,
@@ -108,8 +108,8 @@ def with_outcome(tensors: dict[str, Array]) -> dict[str, Array]:
 
 
 def probabilities(logits: Array) -> Array:
-    """Softmax at checkpoint 11's temperature. [V] -> float32 [V]."""
-    # In float64: the checkpoint allows 1e-6, a float32 sum over 50,257 numbers is worse than that.
+    """Return the softmax at the temperature of checkpoint 11. [V] -> float32 [V]."""
+    # Computed in float64, because the error of a float32 sum of 50,257 numbers exceeds the tolerance of 1e-6.
     scaled = logits.astype(np.float64) / PROBS_TEMPERATURE
     weights = np.exp(scaled - scaled.max())
     probs: Array = weights / weights.sum()

@@ -1,7 +1,7 @@
 """GPT-2 from the primitives of Candle's Python package, candle-nn.
 
-They are few: matmul, softmax, tanh, broadcasting. Its layer norm takes three dimensions only, and its GELU
-(`candle.functional.gelu`) is the erf form, so these two are put together from smaller ones here.
+The package offers few: matmul, softmax, tanh, broadcasting. Its layer norm accepts only three dimensions and its GELU
+(`candle.functional.gelu`) is the erf form, so both are built from smaller operations here.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from safetensors.numpy import load_file, save_file
 from headrace.worker.fidelity.references.base import Array, check_tokens, import_library, library_name, with_outcome
 from headrace.worker.fidelity.references.files import Shape, read_shape, read_weights
 
-#: A candle.Tensor; the package has no types that mypy could read.
+#: A candle.Tensor. The package has no type annotations that mypy can read.
 Tensor = Any
 
-#: What is added to the scores that the mask hides; float32 has room for it, and its exponential is exactly 0.
+#: Added to masked scores. It is finite in float32, and its exponential is exactly 0.
 HIDDEN = -1e9
 
 
 class CandleReference:
-    """The forward pass in float32 on the CPU, without a cache. Call `load` to make one."""
+    """The forward pass in float32 on the CPU, without a cache. Created by `load`."""
 
     def __init__(self, shape: Shape, weights: Mapping[str, Array]) -> None:
         self.name = library_name("candle")
@@ -55,11 +55,11 @@ class CandleReference:
         return ids[len(token_ids) :]
 
     def _residuals(self, ids: list[int], kept: dict[str, Tensor]) -> Iterator[Tensor]:
-        """The residual stream after the embeddings and after each block: [T, E] each."""
+        """Yield the residual stream [T, E] after the embeddings and after each block."""
         x = self._weights["wte.weight"].index_select(self._candle.tensor(ids), 0)  # [T, E]
         x = x + self._weights["wpe.weight"].narrow(0, 0, len(ids))
         yield x
-        # [T, T]: row t may look at columns 0 to t
+        # [T, T]: row t attends to columns 0 to t
         mask = self._to_candle({"mask": np.triu(np.full((len(ids), len(ids)), HIDDEN, np.float32), 1)})["mask"]
         for layer in range(self.shape.n_layer):
             x = self._block(f"h.{layer}.", x, mask, kept if layer == 0 else {})
@@ -89,7 +89,7 @@ class CandleReference:
         return self._linear(prefix + "c_proj", rows)
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
-        """[T, E] -> [T, E]. The formula of candle.nn.LayerNorm, which takes three dimensions only."""
+        """[T, E] -> [T, E]. The formula of candle.nn.LayerNorm, which accepts only three dimensions."""
         width = float(self.shape.n_embd)
         centred = x.broadcast_sub(x.sum_keepdim(1) / width)
         variance = centred.sqr().sum_keepdim(1) / width  # [T, 1]
@@ -97,11 +97,11 @@ class CandleReference:
         return normed.broadcast_mul(self._weights[name + ".weight"]).broadcast_add(self._weights[name + ".bias"])
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        """[T, in] -> [T, out]; the files keep these weights as [in, out]."""
+        """[T, in] -> [T, out]; the files store these weights as [in, out]."""
         return x.matmul(self._weights[name + ".weight"]).broadcast_add(self._weights[name + ".bias"])
 
     def _gelu(self, x: Tensor) -> Tensor:
-        """GELU by tanh: Hendrycks and Gimpel 2016, section 2."""
+        """GELU, tanh approximation: Hendrycks and Gimpel 2016, section 2."""
         inner = (x + x * x * x * 0.044715) * math.sqrt(2 / math.pi)
         return x * (self._functional.tanh(inner) + 1.0) * 0.5
 
@@ -113,8 +113,8 @@ class CandleReference:
         shape = self.shape
         return check_tokens(token_ids, count=count, n_positions=shape.n_positions, vocab_size=shape.vocab_size)
 
-    # Candle takes and gives Python lists, number by number: minutes and gigabytes for a model. It also reads and writes
-    # safetensors files, so that is how arrays cross over, bit for bit.
+    # Candle converts tensors only from and to Python lists, which takes minutes and gigabytes for a model. It also
+    # reads and writes safetensors files, so arrays are exchanged through files, bit for bit.
 
     def _to_candle(self, arrays: Mapping[str, Array]) -> dict[str, Tensor]:
         with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
@@ -130,6 +130,6 @@ class CandleReference:
 
 
 def load(folder: Path, dtype: str) -> CandleReference:  # noqa: ARG001
-    """The reference with the weights of a directory. Raises what `load_reference` does."""
+    """Load the reference with the weights of a directory. Raises the errors of `load_reference`."""
     import_library("candle", "candle")
     return CandleReference(read_shape(folder), read_weights(folder))

@@ -1,4 +1,4 @@
-"""A directory in Hugging Face form, for the references that have no reader of their own for it."""
+"""Read a model directory in Hugging Face format, for references whose library cannot read it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headrace.worker.fidelity.references.base import Array
 
 INDEX = "model.safetensors.index.json"
 
-#: What the references here compute, by the names of config.json; a file that does not say means the first.
+#: Options of config.json -> the values that the references support. The first is the default.
 _COMPUTED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "scale_attn_weights": (True,),
@@ -22,13 +22,13 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-#: Names of a safetensors header -> how numpy reads them. It has no bfloat16: those are the upper halves of float32.
+#: Types of a safetensors header -> numpy types. numpy has no bfloat16, which is the upper half of a float32.
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of config.json."""
+    """The shape of the model, from config.json."""
 
     n_layer: int
     n_head: int
@@ -39,17 +39,17 @@ class Shape:
 
 
 def read_shape(folder: Path) -> Shape:
-    """The numbers of config.json.
+    """Read the shape of the model from config.json.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not one of a GPT-2, or asks for a variant that the references do not compute.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not the config of a GPT-2, or selects a variant that the references do not support.
     """
     config = json.loads((folder / "config.json").read_text())
     for name, allowed in _COMPUTED.items():
         if config.get(name, allowed[0]) not in allowed:
             raise ValueError(
-                f"{folder / 'config.json'}: {name} is {config[name]!r}; the references compute {allowed[0]!r}"
+                f"{folder / 'config.json'}: {name} is {config[name]!r}; the references support only {allowed[0]!r}"
             )
     try:
         return Shape(
@@ -61,14 +61,14 @@ def read_shape(folder: Path) -> Shape:
             epsilon=config.get("layer_norm_epsilon", 1e-5),
         )
     except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} does not say {error}") from error
+        raise ValueError(f"{folder / 'config.json'} has no {error}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, in the order of their names.
+    """Return the safetensors files of a model, sorted by name.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: a file is missing.
     """
     if (folder / INDEX).is_file():
         names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
@@ -82,17 +82,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_weights(folder: Path) -> dict[str, Array]:
-    """All weights as float32, by their names without `transformer.`.
+    """Read all weights as float32. The keys are their names without `transformer.`.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a weight is in a format that is not read here.
+        ValueError: a weight has an unsupported type.
     """
     return {plain_name(name): array for file in weight_files(folder) for name, array in read_file(file) if wanted(name)}
 
 
 class StoredWeights(Mapping[str, Array]):
-    """The weights of a model by their names without `transformer.`, each read when it is asked for, as float32.
+    """The weights of a model by their names without `transformer.`; each is read on access, as float32.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -106,7 +106,7 @@ class StoredWeights(Mapping[str, Array]):
         }
 
     def __getitem__(self, name: str) -> Array:
-        """One weight. Raises KeyError if there is none of that name, ValueError if its format is not read here."""
+        """Read one weight. Raises KeyError for an unknown name and ValueError for an unsupported type."""
         file, stored, entry, begin = self._places[name]
         with file.open("rb") as stream:
             return _read_entry(stream, stored, entry, begin)
@@ -119,27 +119,27 @@ class StoredWeights(Mapping[str, Array]):
 
 
 def plain_name(name: str) -> str:
-    """The name of a tensor without the prefix that some files put before it."""
+    """Return the name of a tensor without the prefix that some files have."""
     return name.removeprefix("transformer.")
 
 
 def wanted(name: str) -> bool:
-    """Whether a tensor is a weight: old files also keep the causal mask, and the head that is the embedding again."""
+    """Return whether a tensor is a weight. Old files also hold the causal mask and a copy of the embedding."""
     return not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))
 
 
 def read_file(file: Path) -> Iterator[tuple[str, Array]]:
-    """The tensors of one safetensors file as float32."""
+    """Yield the names and tensors of one safetensors file, as float32."""
     with file.open("rb") as stream:
         for name, entry, begin in _entries(file):
             yield name, _read_entry(stream, name, entry, begin)
 
 
 def _entries(file: Path) -> Iterator[tuple[str, Mapping[str, Any], int]]:
-    """The weights that a safetensors file lists: name, entry of the header, and where the file's data begins.
+    """Yield the name and header entry of each weight in a safetensors file, with the offset of the file's data.
 
-    Format: https://huggingface.co/docs/safetensors. Eight bytes with the length of the header, the header in JSON, then
-    the tensors where the header says.
+    Format (https://huggingface.co/docs/safetensors): eight bytes with the length of the header, the header as JSON,
+    then the tensors at the offsets that the header gives.
     """
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
@@ -157,7 +157,7 @@ def _read_entry(stream: IO[bytes], name: str, entry: Mapping[str, Any], data: in
 
 def _as_float32(name: str, dtype: str, data: bytes) -> Array:
     if dtype not in _DTYPES:
-        raise ValueError(f"the weight {name} is stored as {dtype}; {', '.join(_DTYPES)} are read")
+        raise ValueError(f"the weight {name} is stored as {dtype}; supported are {', '.join(_DTYPES)}")
     stored = np.frombuffer(data, _DTYPES[dtype])
     if dtype == "BF16":
         return (stored.astype(np.uint32) << 16).view(np.float32)

@@ -1,7 +1,8 @@
-"""GPT-2 in float64: what every implementation's error is measured against.
+"""GPT-2 in float64, against which the error of every implementation is measured.
 
-numpy only, one layer's weights in memory at a time, and no code shared with `model`. Its own rounding errors are some
-hundred million times smaller than those of float32. Weights are taken as float32, as every implementation reads them.
+It uses numpy only, holds the weights of one layer at a time, and shares no code with `model`. Its rounding errors are
+about five hundred million times smaller than those of float32. Weights are read as float32, like in every
+implementation.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ NAME = "float64"
 
 
 class Float64:
-    """The arbiter for the weights of a directory in Hugging Face form.
+    """The float64 evaluation of the weights of a directory in Hugging Face format.
 
     Raises:
-        FileNotFoundError: the directory lacks its config or its weights.
-        ValueError: the config is not a plain GPT-2's.
+        FileNotFoundError: the directory has no config or no weights.
+        ValueError: the config is not that of a plain GPT-2.
     """
 
     name = NAME
@@ -33,15 +34,16 @@ class Float64:
         self.weights = StoredWeights(folder)
 
     def trace(self, token_ids: Sequence[int]) -> dict[str, Array]:
-        """All the tensors of `Reference.trace`, float64. Raises ValueError like it."""
+        """Return the tensors of `Reference.trace` in float64. Raises the same ValueError."""
         (tensors,) = self.traces([token_ids])
         return tensors
 
     def traces(self, prompts: Sequence[Sequence[int]], *, logits_limit: int | None = None) -> list[dict[str, Array]]:
-        """The tensors of several prompts; the weights are read once for all of them.
+        """Return the tensors of several prompts. The weights are read once for all of them.
 
         Args:
-            logits_limit: prompts of more tokens have `last_logits` and what follows from them, but no `logits`.
+            prompts: token ids.
+            logits_limit: longer prompts get no `logits`, only `last_logits` and the tensors derived from them.
         """
         kept: list[dict[str, Array]] = [{} for _ in prompts]
         finals = self._run(prompts, kept)
@@ -54,9 +56,16 @@ class Float64:
         return kept
 
     def margins(self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[Array]:
-        """How far each new token's logit is below the largest, after the prompt and the new tokens before it.
+        """Return by how much the logit of each new token is below the largest logit at its position.
 
-        Zero for the likeliest token. -> for each prompt float64 [number of its tokens].
+        It is zero for the most likely token.
+
+        Args:
+            prompts: token ids.
+            tokens: the new tokens of each prompt.
+
+        Returns:
+            A float64 array [number of new tokens] for each prompt.
         """
         fed = [[*prompt, *new[:-1]] for prompt, new in zip(prompts, tokens, strict=True)]
         found = []
@@ -78,7 +87,7 @@ class Float64:
         return {"n_positions": self.shape.n_positions, "vocab_size": self.shape.vocab_size}
 
     def _run(self, prompts: Sequence[Sequence[int]], kept: list[dict[str, Array]] | None) -> list[Array]:
-        """The residual stream after the last block, [T, E] for each prompt; what is traced goes into `kept`."""
+        """Return the residual stream [T, E] of each prompt after the last block; `kept` gets the activations."""
         ids = [check_tokens(prompt, **self._limits) for prompt in prompts]
         tokens, positions = self.weights["wte.weight"], self.weights["wpe.weight"]
         streams = [tokens[row].astype(np.float64) + positions[: len(row)] for row in ids]
@@ -130,18 +139,18 @@ class Float64:
         """The final norm and the tied head. [R, E] -> [R, V]."""
         normed = self._norm(self._weight("ln_f.weight"), self._weight("ln_f.bias"), x)
         tokens = self.weights["wte.weight"]
-        parts = np.array_split(tokens, max(1, tokens.size // 2**24))  # in float64 it is twice as large
+        parts = np.array_split(tokens, max(1, tokens.size // 2**24))  # in parts, because float64 doubles its size
         return np.concatenate([normed @ part.astype(np.float64).T for part in parts], axis=-1)
 
 
 def _largest(scores: Array, future: Array) -> Array:
-    """The largest score that each row may see. [T, T] -> [T, 1]."""
+    """Return the largest unmasked score of each row. [T, T] -> [T, 1]."""
     seen: Array = np.where(future, -np.inf, scores).max(-1, keepdims=True)
     return seen
 
 
 def _gelu(x: Array) -> Array:
-    """GELU in its tanh form, with which GPT-2 was trained."""
+    """GELU, tanh approximation, with which GPT-2 was trained."""
     value: Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
     return value
 

@@ -1,7 +1,7 @@
-"""GPT-2 from tinygrad's tensors: its layernorm, linear, gelu (by tanh unless told otherwise) and softmax.
+"""GPT-2 from tinygrad's tensor operations: layernorm, linear, gelu (tanh approximation by default) and softmax.
 
-After tinygrad's own `examples/gpt2.py`. tinygrad compiles its kernels, for the CPU with clang; where only gcc is found,
-the C that tinygrad writes is handed to that.
+It follows tinygrad's `examples/gpt2.py`. tinygrad compiles its CPU kernels with clang. If only gcc is installed, the C
+code that tinygrad generates is compiled with gcc.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from headrace.worker.fidelity.references.base import (
 )
 from headrace.worker.fidelity.references.files import Shape, read_shape, read_weights
 
-#: A tinygrad.Tensor; imported only when the reference is loaded.
+#: A tinygrad.Tensor. The library is imported only when the reference is loaded.
 Tensor = Any
 
 DEVICE = "CPU"
 
 
 class TinygradReference:
-    """The forward pass in float32 on the CPU, without a cache. Call `load` to make one."""
+    """The forward pass in float32 on the CPU, without a cache. Created by `load`."""
 
     def __init__(self, shape: Shape, weights: Mapping[str, Array]) -> None:
         self.name = library_name("tinygrad")
@@ -46,7 +46,7 @@ class TinygradReference:
             self._weights = {name: self._tensor(array).realize() for name, array in weights.items()}
 
     def trace(self, token_ids: Sequence[int]) -> dict[str, Array]:
-        """See `Reference.trace`. Kernels are compiled for every new number of tokens, which takes seconds."""
+        """See `Reference.trace`. Kernels are compiled for each new prompt length, which takes seconds."""
         ids = self._check(token_ids)
         kept: dict[str, Tensor] = {}
         with _compiling():
@@ -60,7 +60,7 @@ class TinygradReference:
     def generate(self, token_ids: Sequence[int], count: int) -> list[int]:
         """See `Reference.generate`."""
         ids = self._check(token_ids, count=count)
-        # Padded to one length, so that the kernels are compiled once. No row looks at the padding behind it.
+        # All steps are padded to one length, so that kernels are compiled once. No row attends to the padding after it.
         total = len(ids) + max(count - 1, 0)
         with _compiling():
             for _ in range(count):
@@ -70,14 +70,14 @@ class TinygradReference:
         return ids[len(token_ids) :]
 
     def _residuals(self, ids: list[int], kept: dict[str, Tensor]) -> Iterator[Tensor]:
-        """The residual stream after the embeddings and after each block: [T, E] each."""
+        """Yield the residual stream [T, E] after the embeddings and after each block."""
         rows = self._tensor(np.array(ids, np.int32))
         x = (self._weights["wte.weight"][rows] + self._weights["wpe.weight"][: len(ids)]).realize()  # [T, E]
         yield x
-        # [T, T]: row t may look at columns 0 to t
+        # [T, T]: row t attends to columns 0 to t
         mask = self._tensor(np.triu(np.full((len(ids), len(ids)), -np.inf, np.float32), 1)).realize()
         for layer in range(self.shape.n_layer):
-            # Only block 0 has its inner tensors made; the others are free to fuse them away.
+            # Only block 0 realizes its inner tensors, so that tinygrad can fuse the operations of the other blocks.
             inner: dict[str, Tensor] = {}
             x = self._block(f"h.{layer}.", x, mask, inner)
             x.realize(*(inner.values() if layer == 0 else ()))
@@ -111,7 +111,7 @@ class TinygradReference:
         return normed * self._weights[name + ".weight"] + self._weights[name + ".bias"]
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        """[T, in] -> [T, out]; the files keep these weights as [in, out], and so does tinygrad's `linear`."""
+        """[T, in] -> [T, out]; the files store these weights as [in, out], as tinygrad's `linear` expects."""
         return x.linear(self._weights[name + ".weight"], self._weights[name + ".bias"])
 
     def _head(self, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class TinygradReference:
         return self._norm("ln_f", x).matmul(self._weights["wte.weight"].transpose(0, 1))
 
     def _tensor(self, array: Array) -> Tensor:
-        # The device is named every time: tinygrad's default is the first GPU it finds.
+        # The device is explicit, because tinygrad's default is the first GPU that it finds.
         return self._library.Tensor(np.ascontiguousarray(array), device=DEVICE)
 
     def _check(self, token_ids: Sequence[int], *, count: int = 0) -> list[int]:
@@ -128,29 +128,29 @@ class TinygradReference:
 
 
 def load(folder: Path, dtype: str) -> TinygradReference:  # noqa: ARG001
-    """The reference with the weights of a directory. Raises what `load_reference` does."""
+    """Load the reference with the weights of a directory. Raises the errors of `load_reference`."""
     import_library("tinygrad", "tinygrad")
     return TinygradReference(read_shape(folder), read_weights(folder))
 
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """What tinygrad needs to compile for the CPU here, taken back afterwards.
+    """Let tinygrad compile for the CPU with the installed compiler, and restore its compiler afterwards.
 
     Raises:
-        ReferenceUnavailable: there is neither clang nor gcc.
+        ReferenceUnavailable: neither clang nor gcc is installed.
     """
     compiler = import_library("tinygrad", "tinygrad.runtime.support.compiler_cpu").ClangCompiler
     context = import_library("tinygrad", "tinygrad.helpers").Context
     original = compiler.compile
-    # In this process (PARALLEL), where the change to the compiler holds; and kept out of tinygrad's cache on disk
-    # (CCACHE), which takes all kernels to be clang's.
+    # PARALLEL=0 compiles in this process, where the replaced compiler is in effect. CCACHE=0 keeps kernels that gcc
+    # compiled out of tinygrad's cache on disk, which assumes clang.
     with context(PARALLEL=0, CCACHE=0):
         if not _clang_is_tinygrads_choice():
             gcc = shutil.which("gcc")
             if gcc is None:
                 raise ReferenceUnavailable(
-                    "The reference 'tinygrad' compiles its kernels: install clang (or gcc) and have it on the PATH."
+                    "The reference 'tinygrad' needs a C compiler: install clang (or gcc) and add it to the PATH."
                 )
             compiler.compile = lambda self, source: _compile_with_gcc(gcc, self.args, source)
         try:
@@ -160,25 +160,26 @@ def _compiling() -> Iterator[None]:
 
 
 def _clang_is_tinygrads_choice() -> bool:
-    """Whether the compiler that tinygrad would start is there and a clang."""
+    """Return whether the compiler that tinygrad would start is an installed clang."""
     command = os.environ.get("CC", "clang")
     return "clang" in Path(command).name and shutil.which(command) is not None
 
 
-#: clang's way to declare a vector type, as tinygrad writes it: element, name, alignment, number of elements.
+#: clang's declaration of a vector type, as tinygrad generates it: element, name, alignment, number of elements.
 _VECTOR = re.compile(r"typedef (.+?) (\w+) __attribute__\(\(aligned\((\d+)\),ext_vector_type\((\d+)\)\)\);")
 _GCC_VECTOR = r"typedef \1 \2 __attribute__((aligned(\3),vector_size(\4*sizeof(\1))));"
-#: clang has this one built in.
+#: A built-in function of clang that gcc lacks.
 _BIT_CAST = "#define __builtin_bit_cast(T, x) (((union { __typeof__(x) from; T to; }){.from = (x)}).to)\n"
-#: tinygrad's own options without `--target`, which gcc does not know; and no unwind tables, which tinygrad cannot load.
+#: tinygrad's options without `--target`, which gcc does not support, and without unwind tables, which tinygrad cannot
+#: load.
 _GCC_OPTIONS = ["-x", "c", "-c", "-O2", "-fPIC", "-ffreestanding", "-fno-math-errno", "-nostdlib", "-fno-ident"]
 _GCC_OPTIONS += ["-fno-asynchronous-unwind-tables"]
 
 
 def _compile_with_gcc(gcc: str, machine: Sequence[str], source: str) -> bytes:
-    """C as tinygrad writes it for clang -> an object file's bytes."""
+    """Compile the C code that tinygrad generates for clang. Returns the bytes of the object file."""
     with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
-        output = Path(folder) / "kernel.o"  # gcc's assembler cannot write to a pipe
+        output = Path(folder) / "kernel.o"  # the assembler of gcc cannot write to a pipe
         done = subprocess.run(  # noqa: S603
             [gcc, *_GCC_OPTIONS, *machine, "-", "-o", str(output)],
             input=_BIT_CAST + _VECTOR.sub(_GCC_VECTOR, source),
@@ -188,6 +189,6 @@ def _compile_with_gcc(gcc: str, machine: Sequence[str], source: str) -> bytes:
         )
         if done.returncode:
             raise ReferenceUnavailable(
-                f"gcc does not compile what tinygrad writes; install clang. It said: {done.stderr.strip()[:400]}"
+                f"gcc cannot compile the code of tinygrad; install clang. gcc said: {done.stderr.strip()[:400]}"
             )
         return output.read_bytes()

@@ -1,4 +1,4 @@
-"""transformers' own GPT2LMHeadModel, read through hooks. Nothing of GPT-2 is computed here."""
+"""The GPT2LMHeadModel of transformers. Its activations are captured by hooks; this module computes no part of GPT-2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headrace.worker.fidelity.references.files import read_shape, weight_files
 
 
 class TransformersReference:
-    """Hugging Face's model, in eager attention: the only kind that makes its scores as a tensor."""
+    """The model of Hugging Face with eager attention, the only implementation that materializes its scores."""
 
     def __init__(self, model: Any) -> None:
         self.name = library_name("transformers")
@@ -24,7 +24,7 @@ class TransformersReference:
 
     def trace(self, token_ids: Sequence[int]) -> dict[str, Array]:
         """See `Reference.trace`."""
-        taps = _Taps()
+        captured = _Captured()
         body = self.model.transformer
         block = body.h[0]
         with ExitStack() as hooks:
@@ -34,16 +34,16 @@ class TransformersReference:
                 "attn": block.attn,
                 "mlp": block.mlp,
             }.items():
-                hooks.enter_context(taps.output(name, module))
-            # What enters a block is the sum of all before it; what enters the final norm, the sum of everything.
+                hooks.enter_context(captured.output(name, module))
+            # The input of each block, and of the final norm, is the residual stream.
             for layer, module in enumerate([*body.h, body.ln_f]):
-                hooks.enter_context(taps.input(f"hidden_{layer}", module))
+                hooks.enter_context(captured.input(f"hidden_{layer}", module))
             scores = hooks.enter_context(_reading_scores(block.attn))
             logits = self._logits(token_ids)
-        tensors = {name: taps.tensors[name] for name in ("ln_1", "attn", "mlp")}
-        tensors |= {"embeddings": taps.tensors["hidden_0"], "block_0": taps.tensors["hidden_1"]}
-        tensors |= {"scores": scores.first, "logits": logits, **self._heads(taps.tensors["qkv"])}
-        tensors["hidden"] = torch.stack([taps.tensors[f"hidden_{layer}"] for layer in range(len(body.h) + 1)])
+        tensors = {name: captured.tensors[name] for name in ("ln_1", "attn", "mlp")}
+        tensors |= {"embeddings": captured.tensors["hidden_0"], "block_0": captured.tensors["hidden_1"]}
+        tensors |= {"scores": scores.first, "logits": logits, **self._heads(captured.tensors["qkv"])}
+        tensors["hidden"] = torch.stack([captured.tensors[f"hidden_{layer}"] for layer in range(len(body.h) + 1)])
         return with_outcome({name: tensor.float().numpy() for name, tensor in tensors.items()})
 
     def generate(self, token_ids: Sequence[int], count: int) -> list[int]:
@@ -56,7 +56,7 @@ class TransformersReference:
 
     @torch.inference_mode()
     def _logits(self, token_ids: Sequence[int], *, rows: int = 0) -> Tensor:
-        """The last `rows` rows of the logits, all by default. -> [rows, V]."""
+        """Return the last `rows` rows of the logits, or all if it is 0. -> [rows, V]."""
         ids = torch.tensor([self._check(token_ids)])
         logits: Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits
         return logits[0]
@@ -72,9 +72,9 @@ class TransformersReference:
 
 
 def load(folder: Path, dtype: str) -> TransformersReference:
-    """The reference with the weights of a directory. Raises what `load_reference` does."""
+    """Load the reference with the weights of a directory. Raises the errors of `load_reference`."""
     library = import_library("transformers", "transformers")
-    read_shape(folder)  # refuses the same directories as the other references do
+    read_shape(folder)  # rejects the same directories as the other references
     weight_files(folder)
     with _without_progress_bar(library.logging):
         model, report = library.GPT2LMHeadModel.from_pretrained(
@@ -85,20 +85,20 @@ def load(folder: Path, dtype: str) -> TransformersReference:
             use_safetensors=True,
             output_loading_info=True,
         )
-    # transformers makes up the weights that a file lacks, and goes on.
+    # transformers initializes missing weights at random and only warns.
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder} has no weights named {', '.join(missing[:3])}")
     if dtype == "int8":
-        _round_products(model, library.pytorch_utils.Conv1D)
+        _round_operands(model, library.pytorch_utils.Conv1D)
     return TransformersReference(model.eval())
 
 
-def _round_products(model: Any, conv: type[torch.nn.Module]) -> None:
-    """Let every product have rows and columns that are whole numbers from -127 to 127, each times its scale."""
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # the embedding stays as it is
+def _round_operands(model: Any, conv: type[torch.nn.Module]) -> None:
+    """Round the operands of every matrix product to 8-bit integers, with a scale for each row and each column."""
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # the embedding itself is not rounded
     for module in model.modules():
         if isinstance(module, (conv, torch.nn.Linear)):
-            summed = 0 if isinstance(module, conv) else 1  # theirs are [in, out], torch's own [out, in]
+            summed = 0 if isinstance(module, conv) else 1  # Conv1D stores [in, out], Linear [out, in]
             weight: Any = module.weight
             weight.data = _rounded(weight.data, summed)
             module.register_forward_pre_hook(lambda _, args: (_rounded(args[0], -1),))
@@ -120,15 +120,15 @@ def _without_progress_bar(logging: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class _Taps:
-    """Keeps what goes into and comes out of modules, without its batch dimension of one."""
+class _Captured:
+    """Captures inputs and outputs of modules, without the batch dimension."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
 
     @contextmanager
     def output(self, name: str, module: torch.nn.Module) -> Iterator[None]:
-        """Keep what comes out of the module; of a tuple, the first."""
+        """Capture the output of the module, or the first element of a tuple."""
 
         def keep(_module: object, _args: object, output: Any) -> None:
             self.tensors[name] = (output[0] if isinstance(output, tuple) else output)[0].clone()
@@ -141,7 +141,7 @@ class _Taps:
 
     @contextmanager
     def input(self, name: str, module: torch.nn.Module) -> Iterator[None]:
-        """Keep the first argument of the module."""
+        """Capture the first argument of the module."""
 
         def keep(_module: object, args: tuple[Any, ...]) -> None:
             self.tensors[name] = args[0][0].clone()
@@ -153,11 +153,11 @@ class _Taps:
             handle.remove()
 
 
-class _Products(TorchFunctionMode):
-    """Keeps the first four-dimensional product `tensor * number` made while it listens.
+class _ScoreListener(TorchFunctionMode):
+    """Captures the first product of a four-dimensional tensor and a number while it listens.
 
-    In eager attention that is `torch.matmul(query, key.transpose(-1, -2)) * scaling`: the scores, before the mask is
-    added. They are in no module's output, so hooks alone cannot see them.
+    In eager attention this is `torch.matmul(query, key.transpose(-1, -2)) * scaling`: the scores, before the mask is
+    added. No module returns them, so hooks cannot capture them.
     """
 
     def __init__(self) -> None:
@@ -181,9 +181,9 @@ class _Products(TorchFunctionMode):
 
 
 @contextmanager
-def _reading_scores(attention: torch.nn.Module) -> Iterator[_Products]:
-    """Listens while that one module runs."""
-    products = _Products()
+def _reading_scores(attention: torch.nn.Module) -> Iterator[_ScoreListener]:
+    """Listen while the module runs."""
+    products = _ScoreListener()
 
     def start(_module: object, _args: object) -> None:
         products.listening = True

@@ -61,6 +61,7 @@ def build(
     budget_positions: int = 64 * 1024,
     runner: type[ModelRunner] = ModelRunner,
     model: GPT2 | None = None,
+    model_name: str = "demo",
     **more: Any,
 ) -> Engine:
     """Create an engine that is not started. `budget_positions` is the budget of the cache, in positions."""
@@ -76,7 +77,7 @@ def build(
         Scheduler(
             table, max_rows=slots, step_tokens=step_tokens, prefill_chunk=prefill_chunk, draft_tokens=draft_tokens
         ),
-        model_name="demo",
+        model_name=model_name,
         vocab_size=gpt2.config.vocab_size,
         max_context=gpt2.config.n_positions,
         **more,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -98,13 +99,31 @@ def test_jobs_with_the_same_id_are_all_answered() -> None:
     assert idle(engine)
 
 
-def test_a_job_past_its_deadline_expires_waiting_or_running() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Stops the clock; called, it puts it forward."""
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+
+    def forward(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    return forward
+
+
+def test_a_job_past_its_deadline_expires_waiting_or_running(clock: Callable[[float], None]) -> None:
     engine = build(slots=1)
     now = time.time()
     past = engine.submit(ask("late", expires_at=now - 1))
     running = engine.submit(ask(max_tokens=1000, ignore_eos=True, expires_at=now + 0.5))
     waiting = engine.submit(ask("x", expires_at=now + 0.1))
     patient = engine.submit(ask("Next", expires_at=now + 3600))
+    for _ in range(3):
+        engine.step()
+    assert not running.done()
+    assert not waiting.done()
+    clock(1)
     drive(engine, patient)
     for future in (past, running, waiting):
         with pytest.raises(JobExpired):
@@ -123,15 +142,15 @@ def test_a_running_engine_expires_jobs_without_being_woken() -> None:
     with build(runner=Waiting, slots=1) as engine:
         future = engine.submit(ask(max_tokens=1000, ignore_eos=True, expires_at=time.time() + 0.15))
         with pytest.raises(JobExpired):
-            future.result(timeout=5)
+            future.result(timeout=PATIENCE_S)
 
 
-def test_the_deadline_of_an_earlier_job_with_the_same_id_does_not_apply() -> None:
+def test_the_deadline_of_an_earlier_job_with_the_same_id_does_not_apply(clock: Callable[[float], None]) -> None:
     engine = build()
     drive(engine, engine.submit(ask(max_tokens=1, expires_at=time.time() + 0.2), job_id="again"))
     later = engine.submit(ask(max_tokens=30, ignore_eos=True), job_id="again")
     engine.step()
-    time.sleep(0.25)
+    clock(1)
     assert drive(engine, later)[0].usage.completion_tokens == 30
 
 

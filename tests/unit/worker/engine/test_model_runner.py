@@ -12,6 +12,7 @@ from headrace.worker.engine.cache_slots import SlotMove
 from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.scheduler import PromptChunk, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence, Slot, TokenScore
+from tests.unit.model.references import demo_reference
 from tests.unit.worker.engine.engine_helpers import ask, demo_model, demo_tokenizer, tokens_of
 
 
@@ -64,7 +65,7 @@ def test_fit_resizes_every_arena_and_keeps_its_contents() -> None:
     assert all(torch.equal(new[:2], old) for new, old in zip(contents(made.cache.arenas[128]), before, strict=True))
 
 
-def test_cached_steps_give_the_logits_of_the_plain_forward_pass() -> None:
+def test_cached_steps_give_the_logits_of_transformers_in_float64() -> None:
     made = runner()
     rows = [
         sequence(tokens_of(60, seed=2), Slot(128, 1), logprobs=5),
@@ -74,7 +75,8 @@ def test_cached_steps_give_the_logits_of_the_plain_forward_pass() -> None:
     scores = [take(made, whole(*rows))]
     scores += [take(made, SchedulerOutput(decodes=rows)) for _ in range(3)]
     for each in rows:
-        logits = demo_model().logits(torch.tensor([each.prompt + each.output]))[0, len(each.prompt) - 1 : -1]
+        with torch.inference_mode():
+            logits = demo_reference()(torch.tensor([each.prompt + each.output])).logits[0, len(each.prompt) - 1 : -1]
         for row, step in zip(logits.log_softmax(-1), scores, strict=True):
             assert step[each].token_id == int(row.argmax())
             assert step[each].logprob == pytest.approx(float(row.max()), abs=1e-4)

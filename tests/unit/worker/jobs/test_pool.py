@@ -240,9 +240,7 @@ class Loading:
         if name in self.go_on:
             assert self.go_on[name].wait(PATIENCE_S)
         self.loaded.append(name)
-        engine = build(slots=4)
-        engine.model_name = name
-        return engine
+        return build(slots=4, model_name=name)
 
 
 def model_of(store: MemoryStore, job_id: str) -> str:
@@ -252,8 +250,7 @@ def model_of(store: MemoryStore, job_id: str) -> str:
 def test_jobs_go_to_the_model_of_their_queue_and_have_windows_of_their_own(make: Make) -> None:
     store, go_on = MemoryStore(), threading.Event()
     stuck = build(runner=type("Blocked", (BlockedRunner,), {"go_on": go_on}), slots=4)
-    other = build(slots=4)
-    other.model_name = "other"
+    other = build(slots=4, model_name="other")
     pool = make(store, models=ModelRegistry(["demo", "other"], {"demo": stuck, "other": other}.__getitem__))
     first = deliver(pool, Message("a", "b", "c"))
     assert not pool.has_room("demo"), "half of the six that the pool may hold"
