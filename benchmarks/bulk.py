@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.whole_way import Alone, requests, tokens, whole_way
+from benchmarks.whole_way import EngineOnly, requests, tokens, whole_way
 from benchmarks.workloads import WORKLOADS, Item
 
 #: Repetitions of the ragged workload, so that the end of a run, where slots are empty, has little weight.
@@ -90,15 +90,15 @@ def memory(counts: Sequence[int], url: str) -> list[dict[str, Any]]:
 def rate(url: str, threads: int, rounds: int) -> dict[str, Any]:
     """New tokens per second of the engine alone and of the command, measured alternately."""
     items: list[Item] = WORKLOADS["ragged"]() * REPEATS
-    alone = Alone("demo", "float32")
-    alone.run(items[:64])
+    engine_only = EngineOnly("demo", "float32")
+    engine_only.run(items[:64])
     best: dict[str, float] = {"engine": 0.0, "batch": 0.0}
     with tempfile.TemporaryDirectory() as directory:
         source, output = Path(directory) / "in.jsonl", Path(directory) / "out.jsonl"
         source.write_text("".join(json.dumps(fields) + "\n" for fields in requests(items)))
         command = ("-m", "headrace.worker.cli", "batch", "-i", str(source), "-o", str(output), "--overwrite", "--json")
         for _ in range(rounds):
-            best["engine"] = max(best["engine"], tokens(items) / alone.run(items))
+            best["engine"] = max(best["engine"], tokens(items) / engine_only.run(items))
             report = own_process(*command, HEADRACE_REDIS_URL=url)
             if report["completion_tokens"] != tokens(items):
                 raise SystemExit(f"the batch made {report['completion_tokens']} tokens of {tokens(items)}")

@@ -50,7 +50,7 @@ def needs(gpus: int, gpu_tokens_per_s: float, job_tokens: float, job: Cost, work
 
 
 def costs(figures: dict[str, Any]) -> tuple[Cost, Cost]:
-    """The cost of a job, from `saturate`, where hardly anything else runs, and of a worker: the rest of `scale`."""
+    """The cost of a job, from `saturate`, where jobs cause nearly all load, and of a worker, the rest of `scale`."""
 
     def cost(row: dict[str, Any]) -> Cost:
         per_job = row["per_job"]

@@ -23,7 +23,7 @@ class Contender(Protocol):
         """The possible ways to run this workload. Each is tried once, and the fastest one is measured."""
 
     def prepare(self, items: Sequence[Item], plan: str) -> Callable[[], Tokens]:
-        """Do what a server does once before it accepts prompts. The returned function is what is timed."""
+        """Do what a server does once before it accepts prompts. Returns the function to be timed."""
 
 
 class Headrace:
@@ -41,7 +41,7 @@ class Headrace:
         self.engine = load_engine(settings)
 
     def plans(self, items: Sequence[Item]) -> list[str]:  # noqa: ARG002
-        return ["default settings, no drafts"]
+        return ["default settings, no speculative decoding"]
 
     def prepare(self, items: Sequence[Item], plan: str) -> Callable[[], Tokens]:  # noqa: ARG002
         return lambda: self._run(items)
@@ -93,9 +93,9 @@ PEERS = [name for name in _KINDS if name != OURS]
 
 
 def entries(dtype: str, peers: Sequence[str]) -> list[Entry]:
-    """Ours in `dtype`, then the peers in the precisions that count against it: int8 counts where bfloat16 does.
+    """Our engine in `dtype`, then the peers in comparable precisions.
 
-    There ours in int8 runs as well.
+    With bfloat16 these include int8, in which our engine runs as well.
     """
     allowed = {dtype, "int8"} if dtype == "bfloat16" else {dtype}
     chosen = [OURS, *(name for name in PEERS if name in peers)]
@@ -115,11 +115,11 @@ class Seat:
         self.contender: Contender | None = None
 
     def load(self, folder: Path) -> None:
-        """Build the contender on this model. Raises whatever the peer raises for a model or precision it cannot do."""
+        """Build the contender on this model. Raises what the peer raises for an unsupported model or precision."""
         import torch
 
         torch.set_num_threads(self.threads)
-        self.contender = None  # let go of the model before, if there was one
+        self.contender = None  # free the previous model
         module, _, name = _KINDS[self.entry.peer][0].partition(":")
         build = getattr(import_module(module), name)
         self.contender = build(folder, self.entry.precision, self.threads, self.scratch)
@@ -140,5 +140,5 @@ class Seat:
         tokens = compute()
         took = time.perf_counter() - began
         if [len(row) for row in tokens] != [item.new_tokens for item in items]:
-            raise RuntimeError(f"{self.entry.name} gave other numbers of tokens than it was asked for")
+            raise RuntimeError(f"{self.entry.name} did not give the requested numbers of tokens")
         return took, tokens

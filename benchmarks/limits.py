@@ -2,17 +2,17 @@
 
 Every schedule has to do two things (a roofline model).
 
-**Bytes read.** The first token of a prompt comes from the pass over the prompt and each further one from a pass of its
-own, which needs the token before it. A workload therefore takes at least as many passes as the most new tokens of any
-prompt, and exactly as many if all prompts run together. Each pass reads every matrix once: `12 * width**2` weights in
-a block (3 for queries, keys and values, 1 for the output of attention, 4 + 4 for the feed-forward layer), and
-`vocabulary * width` in the head. Besides, a token after the first reads the keys and values of all positions before
-its own, `2 * layers * width` numbers each; that of its own, and those within a prompt, were computed in the same pass.
+**Bytes read.** The pass over a prompt gives its first new token, and each further token takes another pass, because it
+depends on the token before it. A workload therefore takes at least as many passes as the most new tokens of any prompt,
+and exactly as many if all prompts run together. Each pass reads every matrix once: `12 * width**2` weights in a block
+(3 for queries, keys and values, 1 for the output of attention, 4 + 4 for the feed-forward layer), and
+`vocabulary * width` in the head. In addition, each token after the first reads the keys and values of all earlier
+positions, `2 * layers * width` numbers each. Keys and values that are computed in the same pass are not counted.
 
-**Operations.** Every token that enters the model, `prompt + new - 1` of each row as the last one never does, takes a
-multiplication and an addition with each weight of the blocks; each new token the same with the head. At position `t`
-attention takes `t + 1` positions times the query and as many times the values, `4 * width * (t + 1)` operations in a
-layer. Norms, GELU, softmax, sampling and everything that is written are left out.
+**Operations.** Every token that enters the model takes a multiplication and an addition with each weight of the blocks;
+these are `prompt + new - 1` tokens of each row, because the last token never enters. Each new token takes the same with
+the head. At position `t` attention multiplies `t + 1` keys by the query and `t + 1` values by their weights, which are
+`4 * width * (t + 1)` operations in a layer. Norms, GELU, softmax, sampling and writes are left out.
 
 The limit is the longer of the two times, as if reading and computing overlapped perfectly. It is a
 lower bound for this machine in this precision, not a promise that a program could reach it. One caveat: the rate of
@@ -59,7 +59,7 @@ def bytes_read(shape: Shape, items: Sequence[Item], itemsize: int) -> int:
     """Bytes that any schedule reads for the workload, with elements of `itemsize` bytes."""
     passes = max(item.new_tokens for item in items)
     weights = passes * (shape.block_weights + shape.head_weights)
-    # The token after the first reads `prompt` positions, the next one more, and so on for new_tokens - 1 tokens.
+    # The second token reads `prompt` positions, the third one position more, and so on for new_tokens - 1 tokens.
     positions = sum(sum(range(len(i.prompt), len(i.prompt) + i.new_tokens - 1)) for i in items)
     return itemsize * (weights + positions * 2 * shape.layers * shape.width)
 
@@ -79,7 +79,7 @@ def limit_s(shape: Shape, items: Sequence[Item], itemsize: int, rates: Rates) ->
 
 
 class Machine:
-    """Measures the rates, in a process of its own like a contender."""
+    """Measures the rates, in a separate process like a contender."""
 
     def __init__(self, threads: int) -> None:
         import torch
@@ -88,7 +88,7 @@ class Machine:
         self._large = torch.ones(2**28)  # 1 GiB
 
     def rates(self, dtype: str) -> Rates:
-        """The best of several tries: the sum of a large array, and a matrix product of large square matrices."""
+        """The best of several tries: the sum of a large array, and a GEMM of large square matrices."""
         import torch
 
         square = torch.randn(4096, 4096).to(getattr(torch, dtype))

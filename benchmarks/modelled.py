@@ -3,7 +3,7 @@
     MODELLED_STEP_MS=100 celery -A benchmarks.modelled worker
 
 Scheduler, slots, pool, broker, leases and results are the real ones. Many workers therefore fit on one machine, and
-what is measured is what they cost each other and Redis.
+the benchmark measures how much they cost Redis and how they affect each other.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ModelledRunner:
 
 
 def modelled_engine(settings: Settings, name: str | None = None) -> Engine:
-    """What `load_engine` gives, with the device of MODELLED_STEP_MS (default 100) in place of the model."""
+    """An engine like that of `load_engine`, whose device takes MODELLED_STEP_MS (default 100) for each step."""
     step_ms = float(os.environ.get("MODELLED_STEP_MS", "100"))
     tokenizer = load_tokenizer("demo")
     longest = LENGTH_CLASSES[-1]
@@ -78,9 +78,9 @@ def modelled_engine(settings: Settings, name: str | None = None) -> Engine:
         model_name=name or settings.model_name,
         vocab_size=tokenizer.vocab_size,
         max_context=longest,
-        fingerprint=f"modelled/step-{step_ms:g}-ms/process-{os.getpid()}",  # says who computed a job
+        fingerprint=f"modelled/step-{step_ms:g}-ms/process-{os.getpid()}",  # identifies the worker that computed a job
     )
 
 
-# Only in this process: the pool and the tasks both ask for their engine here, and must get one and the same.
+# Only in this process. The pool and the tasks both get their engine from here, and it must be the same one.
 build.load_engine = modelled_engine

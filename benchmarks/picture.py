@@ -34,7 +34,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     """Write a PNG with a row of bars for each workload and a column for each precision.
 
     Args:
-        report: what `benchmarks.throughput --output` writes.
+        report: the JSON that `benchmarks.throughput --output` writes.
     """
     import matplotlib as mpl
 

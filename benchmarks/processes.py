@@ -1,6 +1,6 @@
-"""Run each contender in a process of its own, which is stopped with a signal while another one is measured.
+"""Run each contender in a separate process, which is stopped with a signal while another one is measured.
 
-The threads of OpenMP and ggml spin for a while after their work is done, some of them forever. That would take cores
+The threads of OpenMP and ggml spin for a while after their work is done, some of them forever. They would take cores
 from the next contender; a stopped process takes none.
 """
 
@@ -47,8 +47,8 @@ class Remote:
         """Call a method and return its result. The process runs only during the call.
 
         Raises:
-            TooSlow: it took more than `limit_s`; the process is gone.
-            Failed: it raised, or the process is gone.
+            TooSlow: the call took more than `limit_s`; the process was ended.
+            Failed: the call raised an exception, or the process has ended.
         """
         if not self.alive:
             raise Failed("its process has ended")

@@ -46,13 +46,13 @@ START_S = 300.0
 
 
 def long_jobs(count: int) -> list[Item]:
-    """Prompts of 8 to 128 tokens, 32 to 96 new ones, 64 in the mean."""
+    """Prompts of 8 to 128 tokens with 32 to 96 new tokens each, 64 on average."""
     rng = random.Random(1)
     return [Item([rng.randrange(50000) for _ in range(rng.randint(8, 128))], 32 + i * 37 % 65) for i in range(count)]
 
 
 def short_jobs(count: int) -> list[Item]:
-    """Prompts of 8 to 32 tokens, one new."""
+    """Prompts of 8 to 32 tokens with one new token each."""
     rng = random.Random(3)
     return [Item([rng.randrange(50000) for _ in range(rng.randint(8, 32))], 1) for _ in range(count)]
 
@@ -140,7 +140,7 @@ class Fleet:
         return int(info["used_memory"])
 
     def connections(self) -> int:
-        """Of everybody to Redis."""
+        """The number of connections to Redis, of all its clients."""
         info: dict[str, Any] = self.redis.info("clients")  # type: ignore[assignment]
         return int(info["connected_clients"])
 
@@ -176,8 +176,8 @@ def run(fleet: Fleet, items: Sequence[Item], *, together: bool = True, every_s: 
     """Run the items and return the measurements.
 
     Args:
-        together: submitted in messages of up to 16; else each in its own.
-        every_s: how often somebody comes with an interactive job; None if nobody does.
+        together: submit the jobs in messages of up to 16; otherwise one message for each job.
+        every_s: seconds between two interactive jobs; None for no interactive jobs.
     """
     wanted = [request(item, priority="bulk") for item in items]
     spans: list[tuple[float, float, int]] = []
@@ -192,7 +192,7 @@ def run(fleet: Fleet, items: Sequence[Item], *, together: bool = True, every_s: 
         used = fleet.read() - before
     for item, job in zip(items, jobs, strict=True):
         if job.result(0).choices[0].token_ids != [echo(item.prompt, i) for i in range(item.new_tokens)]:
-            raise SystemExit(f"job {job.id} has tokens that its device did not give")
+            raise SystemExit(f"job {job.id} has tokens that its device did not compute")
     tokens = sum(item.new_tokens for item in items)
     shares = Counter(job.result(0).fingerprint for job in jobs)
     return {
@@ -300,7 +300,7 @@ def memory(fleet: Fleet, jobs: int) -> dict[str, float]:
 
 
 def measure(kind: str, options: argparse.Namespace) -> Any:
-    """Run `scale`, `saturate` or `memory` with workers of its own."""
+    """Run `scale`, `saturate` or `memory` with newly started workers."""
     step_ms = options.step_ms if kind == "scale" else 0.0
     with Fleet(step_ms=step_ms, slots=options.slots, flags=options.flag) as fleet:
         if kind == "scale":

@@ -40,7 +40,7 @@ def requests(new_tokens: int) -> list[GenerateRequest]:
 
 
 def round_s(engine: Engine, events: StreamWriter | None, asked: list[GenerateRequest]) -> float:
-    """Seconds for all rows, which are streamed if `events` is given."""
+    """Seconds for all requests, which are streamed if `events` is given."""
     started = time.perf_counter()
     futures = []
     for request in asked:

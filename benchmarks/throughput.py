@@ -24,7 +24,7 @@ from benchmarks.models import SHAPES, VOCABULARY, demo_model, random_model
 from benchmarks.processes import Failed, Remote, TooSlow
 from benchmarks.workloads import WORKLOADS, Item
 
-#: A float32 contender that agrees with ours on a smaller share of tokens than this computes something else.
+#: A float32 contender that agrees with our engine on a smaller share of tokens does not compute the same function.
 LEAST_AGREEMENT = 0.95
 
 
@@ -43,7 +43,7 @@ class Standing:
 
 
 class Place:
-    """The process of a contender, restarted after a call was given up."""
+    """The process of a contender, restarted after a call failed or took too long."""
 
     def __init__(self, entry: Entry, threads: int, scratch: Path, folder: Path) -> None:
         self.entry, self._threads, self._scratch, self._folder = entry, threads, scratch, folder
@@ -57,7 +57,7 @@ class Place:
             try:
                 remote.call("load", self._folder)
             except Failed:
-                remote.close()  # so that the next try says the same
+                remote.close()  # the next call starts a new process and fails in the same way
                 raise
             self._remote = remote
             self.run(_warm_up(), self._remote.call("plans", _warm_up())[0], None)
@@ -104,12 +104,12 @@ def agreement(tokens: Tokens, reference: Tokens) -> float:
 
 
 def verify(places: Sequence[Place], reference: Place) -> list[Place]:
-    """Compare every contender's greedy tokens on the bundled trained model with ours in float32, and print the shares.
+    """Compare each contender's greedy tokens on the bundled model with ours in float32, and print the agreement.
 
-    Random weights would not do: with a tied head they repeat the last token of the prompt, whatever attention does.
+    Random weights are not suitable: with a tied head they repeat the last token of the prompt, whatever attention does.
 
     Returns:
-        Those that can be measured: they load, and in float32 they agree.
+        The contenders that can be measured: they load the model and, in float32, agree.
     """
     expected = reference.generate(demo_model(), check_items())
     fit = []
@@ -120,17 +120,18 @@ def verify(places: Sequence[Place], reference: Place) -> list[Place]:
             print(f"  {place.entry.name:32} left out: {error}", flush=True)
             continue
         right = place.entry.precision != "float32" or place.agreement >= LEAST_AGREEMENT
-        verdict = "" if right else ": left out, it computes something else"
-        print(f"  {place.entry.name:32} {place.agreement:6.1%} of tokens as ours in float32{verdict}", flush=True)
+        verdict = "" if right else ": left out, its tokens differ too much"
+        print(f"  {place.entry.name:32} {place.agreement:6.1%} of tokens agree with ours{verdict}", flush=True)
         if right:
             fit.append(place)
     return fit
 
 
 def measure(places: Sequence[Place], items: Sequence[Item], options: argparse.Namespace) -> dict[str, Standing]:
-    """Try the plans of each contender, then run each one's best in alternation. Ours is first and sets the patience.
+    """Try the plans of each contender, then run the best plan of each in alternation.
 
-    The run in which a plan turned out best counts as its first round.
+    Our engine is first, and its time sets the time limit of the others. The run that selected a plan counts as its
+    first round.
     """
     standings = {place.entry.name: Standing() for place in places}
     patience = float(options.limit)
@@ -148,7 +149,7 @@ def measure(places: Sequence[Place], items: Sequence[Item], options: argparse.Na
 
 
 def _choose(place: Place, items: Sequence[Item], standing: Standing, limit: float, tuning: float) -> None:
-    """Run every plan once, for `tuning` seconds in all. One that is a quarter slower than the best is given up."""
+    """Run every plan once, within `tuning` seconds. A plan is stopped when it takes a quarter longer than the best."""
     spent = 0.0
     try:
         plans = place.remote.call("plans", items)
@@ -157,7 +158,7 @@ def _choose(place: Place, items: Sequence[Item], standing: Standing, limit: floa
         return
     for plan in plans:
         if spent > tuning:
-            standing.tried[plan] = f"not tried, {tuning:.0f} s were over"
+            standing.tried[plan] = f"not tried, because {tuning:.0f} s had passed"
             continue
         within = min(limit, 1.25 * _seconds(items, standing.best) + 1) if standing.best else limit
         try:
@@ -230,7 +231,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def compare(options: argparse.Namespace, dtype: str, folder: Path, scratch: Path) -> Iterator[dict[str, Any]]:
-    """Every workload asked for, in one precision."""
+    """Measure every requested workload in one precision."""
     with ExitStack() as stack:
 
         def place(entry: Entry) -> Place:
@@ -262,9 +263,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=BYTES, default=list(BYTES))
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=2, help="runs of each contender's best plan")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="none if the option stands alone")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="none if no name follows")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--models", type=Path, help="where to keep the random models, if they are to be kept")
+    parser.add_argument("--models", type=Path, help="keep the random models in this directory")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare tokens first")
     parser.add_argument("--patience", type=float, default=4, help="stop a peer that takes this many times our time")
     parser.add_argument("--limit", type=float, default=600, help="stop any run that takes this many seconds")
@@ -281,7 +282,7 @@ def set_environment(threads: int) -> None:
         "MKL_NUM_THREADS": str(threads),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_OFFLINE": "1",
-        # A process that was ended leaves semaphores, which the system takes back without being told.
+        # A process that was ended leaves semaphores, which the system frees; do not warn about them.
         "PYTHONWARNINGS": "ignore:resource_tracker",
     }
 
@@ -300,7 +301,7 @@ def main() -> None:
             for result in compare(options, dtype, folder, Path(scratch)):
                 show(result)
                 report["figures"].append(result)
-                if options.output:  # after each, since a run takes long and may be interrupted
+                if options.output:  # after each workload, because a run takes long and may be interrupted
                     options.output.write_text(json.dumps(report, indent=2))
     if options.picture:
         from benchmarks.picture import draw

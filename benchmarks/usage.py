@@ -60,8 +60,9 @@ def rate_in_the_middle(spans: Sequence[tuple[float, float, int]], began: float) 
     """Tokens per second in the middle half of a run, in which it neither fills its slots nor runs out of jobs.
 
     Args:
-        spans: of each job when it ended, how long it had its slot, over which its tokens are spread, and these.
-        began: when the run did.
+        spans: for each job the time at which it ended, the seconds that it had its slot, and its new tokens, which are
+            assumed to be spread evenly over these seconds.
+        began: the time at which the run began.
     """
     ended = max(end for end, _, _ in spans)
     first, last = began + (ended - began) / 4, began + (ended - began) * 3 / 4

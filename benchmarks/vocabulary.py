@@ -23,6 +23,6 @@ def words() -> list[str]:
 
 
 def merges() -> list[str]:
-    """The merges, first to last, without the line that names the version."""
+    """The merges, from first to last, without the version line."""
     lines = vocabulary_files()[1].read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line and not line.startswith("#version")]

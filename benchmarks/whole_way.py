@@ -1,8 +1,9 @@
 """Benchmark the whole path through client, Redis and Celery against the engine alone, with the same jobs.
 
-Starts a Redis and a `celery -A worker worker` of its own. Engine and worker have the same model, number type and
-threads, and are measured in turn, so that only one of them computes at a time. Figures are jobs' new tokens per second,
-prompts included; the client's checking, publishing and reading count too. Only ratios within one run mean much.
+Starts its own Redis and its own `celery -A worker worker`. Engine and worker have the same model, number type and
+threads, and are measured alternately, so that only one of them computes at a time. Figures are new tokens per second.
+The time includes the prompts, and the client's checking, publishing and reading. Only ratios within one run are
+meaningful.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ IDLE_S = 30.0
 
 
 def flood(count: int) -> list[Item]:
-    """Prompts of 8 to 32 tokens, 4 new ones each."""
+    """Prompts of 8 to 32 tokens with 4 new tokens each."""
     rng = random.Random(3)
     return [Item([rng.randrange(50000) for _ in range(rng.randint(8, 32))], 4) for _ in range(count)]
 
@@ -51,7 +52,7 @@ def tokens(items: Sequence[Item]) -> int:
     return sum(item.new_tokens for item in items)
 
 
-class Alone:
+class EngineOnly:
     """The engine, driven step by step in this thread."""
 
     def __init__(self, model: str, dtype: str) -> None:
@@ -100,7 +101,7 @@ class WholeWay:
 def whole_way(model: str, dtype: str, threads: int) -> Iterator[WholeWay]:
     """A context manager: a Redis and a worker that is ready."""
     settings = {"HEADRACE_MODEL": model, "HEADRACE_DTYPE": dtype, "HEADRACE_THREADS": str(threads)}
-    settings["HEADRACE_DRAFT_TOKENS"] = "0"  # random token ids, and often random weights: drafts would flatter
+    settings["HEADRACE_DRAFT_TOKENS"] = "0"  # too favourable here: random weights repeat themselves
     with EmbeddedRedis.ephemeral() as server, tempfile.NamedTemporaryFile() as log:
         environment = {**os.environ, **settings, "HEADRACE_REDIS_URL": server.url, "HEADRACE_DEVICE": "cpu"}
         command = die_with_parent([sys.executable, "-m", "celery", "-A", "worker", "worker"])
@@ -117,12 +118,12 @@ def whole_way(model: str, dtype: str, threads: int) -> Iterator[WholeWay]:
             process.wait()
 
 
-def compare(alone: Alone, way: WholeWay, name: str, items: Sequence[Item], rounds: int) -> dict[str, Any]:
+def compare(engine_only: EngineOnly, way: WholeWay, name: str, items: Sequence[Item], rounds: int) -> dict[str, Any]:
     """Measure both alternately; returns the best round of each."""
     engine_s, way_s, submit_s = [], [], []
     for _ in range(rounds):
         time.sleep(1)
-        engine_s.append(alone.run(items))
+        engine_s.append(engine_only.run(items))
         time.sleep(1)
         submitted, took = way.run(items)
         submit_s.append(submitted)
@@ -147,8 +148,8 @@ def idle_share(way: WholeWay) -> float:
     return share
 
 
-def crowded(way: WholeWay, count: int) -> dict[str, Any]:
-    """Speed on W64 at priority `interactive`, and memory, with nothing else queued and with `count` jobs behind it."""
+def backlog(way: WholeWay, count: int) -> dict[str, Any]:
+    """Speed on W64 at priority `interactive`, and memory, with an empty queue and with `count` jobs behind it."""
     items = WORKLOADS["ragged"]()
     urgent = [{**fields, "priority": "interactive"} for fields in requests(items)]
 
@@ -166,10 +167,10 @@ def crowded(way: WholeWay, count: int) -> dict[str, Any]:
     queued_s = time.perf_counter() - began
     behind_s, behind = min(seconds(), seconds()), way.resident_bytes()
     other.close()
-    row = {"queued": count, "queued_in_s": queued_s, "w64_s": before_s, "w64_crowded_s": behind_s}
-    row |= {"resident_bytes": before, "resident_crowded_bytes": behind}
+    row = {"queued": count, "queued_in_s": queued_s, "w64_s": before_s, "w64_backlog_s": behind_s}
+    row |= {"resident_bytes": before, "resident_backlog_bytes": behind}
     print(
-        f"crowded    {count} jobs queued in {queued_s:.1f} s; W64 {before_s:.2f} s -> {behind_s:.2f} s, "
+        f"backlog    {count} jobs queued in {queued_s:.1f} s; W64 {before_s:.2f} s -> {behind_s:.2f} s, "
         f"memory {before / 2**20:.0f} -> {behind / 2**20:.0f} MiB",
         flush=True,
     )
@@ -184,10 +185,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--flood", type=int, default=FLOOD_JOBS, help="number of short jobs that are submitted at once")
     parser.add_argument("--queued", type=int, default=QUEUED_JOBS, help="jobs that wait while W64 is measured again")
-    parser.add_argument("--only", nargs="+", choices=["ragged", "flood", "idle", "crowded"], help="run only these")
+    parser.add_argument("--only", nargs="+", choices=["ragged", "flood", "idle", "backlog"], help="run only these")
     parser.add_argument("--json", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
-    wanted = options.only or ["ragged", "flood", "idle", "crowded"]
+    wanted = options.only or ["ragged", "flood", "idle", "backlog"]
     torch.set_num_threads(options.threads)
     conditions = {"model": Path(options.model).name, "dtype": options.dtype, "threads": options.threads}
     conditions |= {
@@ -201,14 +202,14 @@ def main() -> None:
         if "idle" in wanted:
             figures["idle_share"] = idle_share(way)
         if {"ragged", "flood"} & set(wanted):
-            alone = Alone(options.model, options.dtype)
-            alone.run(flood(64))  # warm up both
+            engine_only = EngineOnly(options.model, options.dtype)
+            engine_only.run(flood(64))  # warm up both
             way.run(flood(64))
             for name, items in (("ragged", WORKLOADS["ragged"]()), ("flood", flood(options.flood))):
                 if name in wanted:
-                    figures[name] = compare(alone, way, name, items, options.rounds)
-        if "crowded" in wanted:
-            figures["crowded"] = crowded(way, options.queued)
+                    figures[name] = compare(engine_only, way, name, items, options.rounds)
+        if "backlog" in wanted:
+            figures["backlog"] = backlog(way, options.queued)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2))
 

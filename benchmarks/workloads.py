@@ -15,7 +15,7 @@ class Item:
 
 
 def w64(*, uniform: bool) -> list[Item]:
-    """64 prompts of 8 to 128 tokens, then 16 to 96 new ones each ("ragged"), or 64 each ("uniform")."""
+    """64 prompts of 8 to 128 tokens with 16 to 96 new tokens each ("ragged"), or 64 each ("uniform")."""
     rng = random.Random(1)
     items = []
     for _ in range(64):
@@ -25,19 +25,19 @@ def w64(*, uniform: bool) -> list[Item]:
 
 
 def long_prompts() -> list[Item]:
-    """64 prompts of 512 to 900 tokens, 32 new ones each."""
+    """64 prompts of 512 to 900 tokens with 32 new tokens each."""
     rng = random.Random(2)
     return [Item([rng.randrange(50000) for _ in range(rng.randint(512, 900))], 32) for _ in range(64)]
 
 
 def short_jobs() -> list[Item]:
-    """256 prompts of 8 to 32 tokens, 4 new ones each."""
+    """256 prompts of 8 to 32 tokens with 4 new tokens each."""
     rng = random.Random(3)
     return [Item([rng.randrange(50000) for _ in range(rng.randint(8, 32))], 4) for _ in range(256)]
 
 
 def one_row() -> list[Item]:
-    """One prompt of 32 tokens, 64 new ones."""
+    """One prompt of 32 tokens with 64 new tokens."""
     rng = random.Random(4)
     return [Item([rng.randrange(50000) for _ in range(32)], 64)]
 

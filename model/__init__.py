@@ -1,4 +1,4 @@
-"""GPT-2 in plain torch. It can be used without the rest of headrace:
+"""GPT-2 in torch, with compiled kernels for CPUs. It can be used without the rest of headrace:
 
 from headrace.model import load_model, load_tokenizer
 gpt2, tokenizer = load_model("demo"), load_tokenizer("demo")

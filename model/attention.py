@@ -73,7 +73,7 @@ class CachedAttention:
     def layer_calls(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> LayerCalls | None:
         """The compiled calls of all layers, which read the same q, k, v and write the same `out`.
 
-        None unless the compiled kernel computes all rows.
+        Returns None unless the compiled kernel computes all rows.
         """
         part = self._parts[0] if len(self._parts) == 1 else None
         if not isinstance(part, _Compiled) or part.count != len(q):
@@ -100,7 +100,7 @@ class _Compiled:
         joined = _joined(chunks)
         groups = [*groups, *(DecodeGroup(c.length_class, [c.slot], [c.start], [c.count], c.row) for c in joined)]
         arenas = [cache.arenas[group.length_class] for group in groups]
-        self._read = [(*arena.k, *arena.v) for arena in arenas]  # read by address, so they must be kept alive
+        self._read = [(*arena.k, *arena.v) for arena in arenas]  # the kernel reads them by address: keep them alive
         self._where = DecodeRows.of(
             k=np.concatenate([_addresses(a.k, g.slots) for a, g in zip(arenas, groups, strict=True)], axis=1),
             v=np.concatenate([_addresses(a.v, g.slots) for a, g in zip(arenas, groups, strict=True)], axis=1),

@@ -1,6 +1,6 @@
 """One transformer block, and the attention that it calls.
 
-Shapes: M packed rows (tokens of any number of sequences, end to end), E n_embd, H heads, D head size.
+Shapes: M packed rows (tokens of any number of sequences, concatenated), E n_embd, H heads, D head size.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Norm:
 class Block:
     """One transformer block: attention, then feed-forward, each on a normed copy and added to the residual stream.
 
-    It is called only where torch computes the GEMMs; compiled kernels run all blocks together (fused_decoder.py).
+    It is called only if torch computes the GEMMs; compiled kernels run all blocks together (fused_decoder.py).
     """
 
     ln_1: Norm

@@ -6,7 +6,7 @@
 
 A pass of decoding rows and short prompts is one call, attention included. If it contains longer prompts, part of the
 attention is torch's, and the ops between two attentions are one call. Both ways run the same compiled code, so a row
-has the same bits in either.
+has the same bits either way.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class FusedDecoder:
 
     @classmethod
     def of(cls, blocks: Sequence[Block]) -> FusedDecoder | None:
-        """The decoder for these blocks; None where torch computes a GEMM of theirs."""
+        """The decoder for these blocks; None if torch computes any of their GEMMs."""
         names = {PROJECTION: "c_proj", FEED: "c_fc", FEED_PROJECTION: "mlp_proj", QKV: "c_attn"}
         gemms = {at: [getattr(getattr(block, names[at]), "gemm", None) for block in blocks] for at in names}
         packed = {at: [gemm for gemm in gemms[at] if isinstance(gemm, PackedWeight)] for at in names}
@@ -64,12 +64,12 @@ class FusedDecoder:
         """Run all blocks in place: the residual stream [M, E] after the embeddings becomes that after the last block.
 
         Raises:
-            ValueError: x has another type or width, or its rows are not end to end.
+            ValueError: x has another type or width, or its rows are not contiguous.
         """
         rows, width = x.shape
         self._weights[QKV][0].check(x)
         if not x.is_contiguous():
-            raise ValueError(f"rows must lie end to end; strides are {x.stride()}")
+            raise ValueError(f"rows must be contiguous; strides are {x.stride()}")
         first = {at: self._weights[at][0] for at in self._weights}
         backend = first[QKV].backend
         qkv = x.new_empty(rows, first[QKV].out)

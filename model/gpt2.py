@@ -1,7 +1,7 @@
 """GPT-2: embeddings, blocks, final norm, tied head.
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Shapes are in the comments: M packed
-rows (tokens of any number of sequences, end to end), E n_embd, H heads, D head size, V vocabulary, B sequences of T
+rows (tokens of any number of sequences, concatenated), E n_embd, H heads, D head size, V vocabulary, B sequences of T
 tokens.
 """
 
@@ -25,7 +25,7 @@ class GPT2:
 
     Args:
         weights: tensors by their names in the files, without a prefix.
-        digest: SHA-256 of the files that the weights came from; empty for weights created in memory.
+        digest: SHA-256 of the files that the weights were read from; empty for weights created in memory.
         int8: quantize the matrices to int8, whatever their type is; everything else is bfloat16 then.
     """
 
@@ -34,13 +34,13 @@ class GPT2:
     ) -> None:
         dtype = torch.bfloat16 if int8 else weights["wte.weight"].dtype
         self.config = config
-        #: SHA-256 of the files the weights came from; empty for weights made in memory.
+        #: SHA-256 of the files that the weights were read from; empty for weights created in memory.
         self.digest = digest
         self.wte = weights["wte.weight"].to(dtype)  # [V, E]: embeds tokens, and is the head's weight
         self.wpe = weights["wpe.weight"].to(dtype)  # [n_positions, E]
         self.blocks = [_block(config, weights, f"h.{i}.", dtype, int8) for i in range(config.n_layer)]
         self.ln_f = _norm(config, weights, "ln_f", dtype)
-        #: Runs all blocks together; None where torch computes the GEMMs. Built from `blocks`.
+        #: Runs all blocks together; None if torch computes the GEMMs. Built from `blocks`.
         self.fused_decoder = FusedDecoder.of(self.blocks)
         self.lm_head = Linear.of(weights["wte.weight"].t(), int8=int8)
 

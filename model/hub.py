@@ -57,7 +57,7 @@ def _from_hub(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError:
         raise ModelError(
-            f"model {short_repr(name)} is no directory, and {missing_package('huggingface_hub')}"
+            f"model {short_repr(name)} is not a directory, and {missing_package('huggingface_hub')}"
         ) from None
 
     repo = RELEASED.get(name, name)
@@ -72,9 +72,9 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
     except Exception as error:
         raise ModelError(
-            f"model {short_repr(name)} is neither a directory nor in the local hub cache, and the hub did not give it "
-            f"({type(error).__name__}). Do one of: run `hf download {shorten(repo)}` where there is a network and "
-            "copy the cache here; point HEADRACE_MODEL at a directory with config.json and model.safetensors; "
+            f"model {short_repr(name)} is neither a directory nor in the local hub cache, and could not be downloaded "
+            f"({type(error).__name__}). Do one of: run `hf download {shorten(repo)}` on a machine with a network and "
+            "copy its cache here; point HEADRACE_MODEL at a directory with config.json and model.safetensors; "
             "or use the bundled model, HEADRACE_MODEL=demo"
         ) from error
 
@@ -83,7 +83,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model directory: one file, or the shards in its index.
 
     Raises:
-        ModelError: there are none, or only pickled weights, or the index names a file that is missing or elsewhere.
+        ModelError: there are none, or only pickled weights, or the index names a file that is not in the directory.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -98,7 +98,7 @@ def weight_files(folder: Path) -> list[Path]:
     files = []
     for name in sorted(set(shards.values())):
         if Path(name).name != name or not os.path.isfile(folder / name):  # Path.is_file raises on long names
-            raise ModelError(f"{index}: it names {short_repr(name)}, which is no file in {folder}")
+            raise ModelError(f"{index}: it names {short_repr(name)}, which is not a file in {folder}")
         files.append(folder / name)
     return files
 

@@ -5,7 +5,7 @@ The longest length of a sequence is known when it arrives, so it gets a slot in 
     arena 128   k[layer]  [capacity, H, 128, D]     slot 0 | slot 1 | slot 2 | ...
     arena 256   k[layer]  [capacity, H, 256, D]     slot 0 | ...
 
-The scheduler decides which sequence has which slot (worker/engine/scheduler.py); this module only holds the tensors.
+The scheduler decides which sequence has which slot (worker/engine/scheduler.py); this module only stores the tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Arena:
     def resize(self, capacity: int) -> None:
         """Change the number of slots and keep the contents of the first ones.
 
-        Layers are copied one at a time, so that little memory is held twice. If memory runs out in between, the
+        Layers are copied one at a time, so that little memory is in use twice. If memory runs out in between, the
         capacity is the smaller of the old and the new one, which all layers have.
         """
         self.capacity, held = min(capacity, self.capacity), self.capacity

@@ -60,7 +60,7 @@ class Tokenizer:
         try:
             return self._encoding.decode_single_token_bytes(token_id)
         except (KeyError, OverflowError):
-            raise ValueError(f"{token_id} is no token id of this vocabulary of {self.vocab_size}") from None
+            raise ValueError(f"{token_id} is not a token id of this vocabulary of {self.vocab_size}") from None
 
     def token_text(self, token_id: int) -> str:
         """The text of a single token, for logprobs: invalid UTF-8 becomes U+FFFD, an unknown id the empty text."""
@@ -198,7 +198,7 @@ def _from_vocabulary(path: Path, vocabulary: Any, merges: list[str], added: Mapp
     try:
         encoding = _tiktoken().Encoding(str(path), pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
     except (ValueError, UnicodeEncodeError) as error:  # unpaired surrogates, or too many special tokens
-        raise ModelError(f"{path}: tiktoken does not take this vocabulary ({shorten(str(error))})") from None
+        raise ModelError(f"{path}: tiktoken does not accept this vocabulary ({shorten(str(error))})") from None
     return Tokenizer(encoding)
 
 

@@ -57,7 +57,8 @@ def load_model(
             model/kernels/gemm_int8_amx.py) and computes everything else in bfloat16; it needs a CPU with Intel AMX.
 
     Raises:
-        ModelError: the model is not found, not reachable or not a GPT-2, or its weights do not match config.json.
+        ModelError: the model cannot be found, cannot be downloaded or is not a GPT-2, or its weights do not match
+            config.json.
     """
     folder = find_model(name_or_path)
     config = read_config(folder / "config.json")
@@ -67,7 +68,7 @@ def load_model(
         _check_widths(folder / "config.json", config)
     files = weight_files(folder)
     with ThreadPoolExecutor(3, thread_name_prefix="headrace-load") as pool:
-        places = _places(folder, files, config)  # first, so that nothing is computed for a wrong shape
+        places = _places(folder, files, config)  # before compiling, so that wrong shapes are reported at once
         digest = pool.submit(_digest, files)
         # Compiled while the files are read; numba compiles one function at a time.
         gemm = pool.submit(_need_int8, device) if int8 else pool.submit(packed_weight_type, device.type, wanted)
@@ -96,7 +97,7 @@ def read_config(path: Path) -> GPT2Config:
             raise ModelError(f"{path}: {name} is {short_repr(value)}; it must be a whole number from 1 to 1,000,000")
         sizes[name] = value
     if sizes["n_embd"] % sizes["n_head"]:
-        raise ModelError(f"{path}: n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}")
+        raise ModelError(f"{path}: n_embd {sizes['n_embd']} is not a multiple of n_head {sizes['n_head']}")
     inner, epsilon = raw.get("n_inner"), raw.get("layer_norm_epsilon", 1e-5)
     if inner is not None and (type(inner) is not int or not 1 <= inner <= 1_000_000):
         raise ModelError(
@@ -205,7 +206,7 @@ def _check_tied(places: Mapping[str, tuple[Path, str]]) -> None:
 
 
 def _is_mask_buffer(name: str) -> bool:
-    """Old files contain the causal mask as `h.N.attn.bias` and `h.N.attn.masked_bias`, which are no weights."""
+    """Old files contain the causal mask as `h.N.attn.bias` and `h.N.attn.masked_bias`, which are not weights."""
     return name.startswith("h.") and name.endswith((".attn.bias", ".attn.masked_bias"))
 
 
@@ -236,7 +237,7 @@ def _tensor(path: Path, key: str) -> Tensor:
 
 
 def _broken(path: Path, error: Exception) -> ModelError:
-    return ModelError(f"{path}: not a whole safetensors file ({shorten(str(error))}); copy it again")
+    return ModelError(f"{path}: not a complete safetensors file ({shorten(str(error))}); copy it again")
 
 
 def _digest(files: list[Path]) -> str:

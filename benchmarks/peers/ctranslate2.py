@@ -13,9 +13,9 @@ from benchmarks.workloads import Item
 
 
 class CTranslate2:
-    """Greedy search; a batch has one length, so rows are cut to what was asked, as in padded `generate`.
+    """Greedy search. All rows of a batch get the same length and are cut to the requested one, as in padded `generate`.
 
-    Batches are queued together, and computed one after another by all threads or side by side by one thread each.
+    Batches are queued together, and computed one after another by all threads, or in parallel by one thread each.
     """
 
     def __init__(self, folder: Path, precision: str, threads: int, scratch: Path) -> None:

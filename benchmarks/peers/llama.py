@@ -23,7 +23,7 @@ _NORMAL, _CONTROL = 1, 3  # kinds of token
 
 _REPACKED = "weights repacked"
 
-#: Tokens in one call of llama_decode, what llama-server takes by default.
+#: Tokens in one call of llama_decode, as in llama-server by default.
 BATCH = 2048
 
 
@@ -39,7 +39,7 @@ class LlamaCpp:
         import llama_cpp
 
         self.lib = llama_cpp
-        self._log = llama_cpp.llama_log_callback(_silent)  # kept, since llama.cpp goes on calling it
+        self._log = llama_cpp.llama_log_callback(_silent)  # kept alive, because llama.cpp keeps calling it
         llama_cpp.llama_log_set(self._log, ctypes.c_void_p(0))
         self.path = scratch / f"{folder.name}-{precision}.gguf"
         if not self.path.exists():
@@ -63,7 +63,7 @@ class LlamaCpp:
         return plans
 
     def prepare(self, items: Sequence[Item], plan: str) -> Callable[[], Tokens]:
-        """Make a context that holds the longest sequences that the plan may have together."""
+        """Create a context that can hold the longest sequences that may run at once in this plan."""
         lib, sequences = self.lib, int(plan.split()[0])
         self._load(repacked=_REPACKED in plan)
         lengths = sorted((len(item.prompt) + item.new_tokens for item in items), reverse=True)[:sequences]
@@ -119,7 +119,7 @@ class LlamaCpp:
         return [row.tokens for row in rows]
 
     def _fill(self, running: list[_Row]) -> list[_Row]:
-        """Write the next batch: first the new token of each row that decodes, then prompts as far as they fit.
+        """Write the next batch: first the new token of each row that decodes, then as many prompt tokens as fit.
 
         Returns:
             The rows whose next token the batch computes, in the order of their logits.

@@ -30,8 +30,8 @@ def orders(items: Sequence[Item]) -> dict[str, list[int]]:
 
 
 def batch_plans(items: Sequence[Item], sizes: Sequence[int]) -> list[str]:
-    """`batches of 16 by prompt length` and the like: every batch size, cut to the workload, with every order."""
-    # With one batch for all, the order makes no difference.
+    """`batches of 16 by prompt length` and the like: every batch size, at most the workload, with every order."""
+    # If one batch holds all prompts, the order makes no difference.
     return [
         f"batches of {size} {order}"
         for size in dict.fromkeys(min(size, len(items)) for size in sizes)
@@ -82,7 +82,7 @@ class Padded:
 class Continuous:
     """Continuous batching over a paged cache, each request with its own number of tokens.
 
-    Attention runs over the pages of all requests at once under a mask, so that many at a time need not be best.
+    Attention runs over the pages of all requests at once under a mask, so more requests at a time may be slower.
     """
 
     def __init__(self, folder: Path, precision: str, threads: int, scratch: Path) -> None:  # noqa: ARG002
@@ -102,7 +102,7 @@ class Continuous:
         return lambda: self._run(items)
 
     def _start(self, together: int, longest: int) -> None:
-        """A manager whose cache holds `together` requests of the longest length; kept while that is the same."""
+        """Start a manager whose cache holds `together` requests of the longest length, unless the present one does."""
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
         if self._settings == (together, longest):
@@ -115,7 +115,7 @@ class Continuous:
             num_blocks=together * (-(-longest // page) + 1) + 16,
             max_batch_tokens=512,
             max_requests_per_batch=together,
-            allow_block_sharing=False,  # random prompts have no common beginnings to look for
+            allow_block_sharing=False,  # random prompts share no prefixes
             auto_switch_to_flash=False,  # not on a CPU
         )
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)

@@ -73,7 +73,7 @@ def _kernel(dtype: torch.dtype) -> Kernel | None:
         kernel = object_cache.load_or_compile(f"argmax {'bf16' if bf16 else 'fp32'}", lambda: compile_argmax(bf16))
         if not _self_test(kernel, dtype):
             raise RuntimeError("its results differ from torch's")
-    except Exception as error:  # a speed-up must never keep a model from running
+    except Exception as error:  # an optimization must never keep a model from running
         log.warning("argmax uses torch's operator, which is slower: %r", error)
         return None
     return kernel

@@ -1,9 +1,9 @@
-"""Attention of decoding rows and short prompts on a CPU, over exactly the keys and values that each row has.
+"""Attention of decoding rows and short prompts on a CPU, over exactly the positions that each row has.
 
-torch has no operator for one query each over caches of different lengths: its operator reads all rows up to the length
-of the longest one, and costs a microsecond for each head on top. This kernel is compiled by numba when it is first
-needed. Its inner loops are assembly where the CPU has AVX-512 (attention_avx512.py), else compiled Python
-(attention_loops.py). It runs in torch's own OpenMP threads (openmp.py).
+torch has no operator for single queries over caches of different lengths: its operator reads all rows up to the
+length of the longest one, and has an overhead of a microsecond for each head. This kernel is compiled by numba when it
+is first needed. Its inner loops are assembly if the CPU has AVX-512 (attention_avx512.py), else compiled Python
+(attention_loops.py). It runs in torch's OpenMP threads (openmp.py).
 
 The kernel is batch-invariant: one thread computes a head of a row, in the order of the positions. A slot may have
 several rows at consecutive positions. One thread computes a head for all of them in this order, so each row finds the
@@ -74,8 +74,8 @@ class DecodeRows:
     """Where the keys and values of the rows of S slots are; created once for all layers of a step.
 
     Args:
-        k, v: int64 [layers, S], end to end: addresses of the first position of the first head.
-        head_stride: int64 [S], elements from one head to the next; the positions of a head are end to end.
+        k, v: int64 [layers, S], contiguous: addresses of the first position of the first head.
+        head_stride: int64 [S], elements from one head to the next; the positions of a head are contiguous.
         lengths: int64 [S], positions that a slot's first row reads, the new one included; each next row reads one more.
         counts: int64 [S], rows of each slot.
     """
@@ -101,7 +101,7 @@ class DecodeRows:
         heads: int,
         first: Int64Array | None = None,
     ) -> DecodeRows:
-        """Partition the heads among as many threads as torch uses. Without `first` the slots' rows are end to end."""
+        """Partition the heads among as many threads as torch uses. Without `first`, rows are consecutive."""
         reads = counts * (2 * lengths + counts - 1) // 2  # each row reads one position more than the one before
         read, threads = np.cumsum(np.repeat(reads, heads)), torch.get_num_threads()
         inner = np.searchsorted(read, read[-1] * np.arange(1, threads) / threads)
@@ -131,10 +131,10 @@ class DecodeKernel:
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: DecodeRows, scale: float
     ) -> None:
-        """Compute one layer. q, k, v, out: [R, H, D], heads end to end, any distance between rows; writes `out`.
+        """Compute one layer. q, k, v, out: [R, H, D], heads contiguous, any row stride; writes `out`.
 
         Raises:
-            ValueError: heads that are not end to end.
+            ValueError: the heads are not contiguous.
         """
         packed, _scratch = self._arguments([layer], q, k, v, out, rows, scale)
         team().run(self._kernel.address, packed[0], len(rows.partitions) - 1)
@@ -150,7 +150,7 @@ class DecodeKernel:
         _, heads, width = q.shape
         for tensor in (q, k, v, out):
             if tensor.stride()[1:] != (width, 1):
-                raise ValueError(f"heads must lie end to end; strides are {tensor.stride()} of {tuple(tensor.shape)}")
+                raise ValueError(f"heads must be contiguous; strides are {tensor.stride()} of {tuple(tensor.shape)}")
         longest, threads = rows.longest, len(rows.partitions) - 1
         scratch = np.empty(threads * (longest + 2 * width + 2 * LINE) + LINE, dtype=np.float32)
         arguments = AttentionArguments(
@@ -192,7 +192,7 @@ def decode_kernel(head_dim: int, dtype: torch.dtype, device: str) -> DecodeKerne
         kernel = DecodeKernel(object_cache.load_or_compile(name, lambda: compile_attention(head_dim, bf16)))
         if not _self_test(kernel, head_dim, dtype):
             raise RuntimeError("its results differ from the formula")
-    except Exception as error:  # a speed-up must never keep a model from running
+    except Exception as error:  # an optimization must never keep a model from running
         log.warning("attention uses torch's operators, which are slower: %r", error)
         return None
     return kernel

@@ -88,7 +88,7 @@ def bf16_amx_works(device: str, dtype: torch.dtype) -> bool:
         return False
     try:
         return self_test(Bf16Weight.of, dtype, rtol=2.0**-8, atol=1e-3)
-    except Exception as error:  # a speed-up must never keep a model from running
+    except Exception as error:  # an optimization must never keep a model from running
         log.warning("matrix products use torch's operators, which are slower: %r", error)
         return False
 

@@ -81,7 +81,7 @@ def fp32_avx512_works(device: str, dtype: torch.dtype) -> bool:
 
         has_avx512 = bool(binding.get_host_cpu_features().get("avx512f"))
         return has_avx512 and self_test(Fp32Weight.of, dtype, rtol=1e-5, atol=1e-4)
-    except Exception as error:  # a speed-up must never keep a model from running
+    except Exception as error:  # an optimization must never keep a model from running
         log.warning("matrix products use torch's operators, which are slower: %r", error)
         return False
 

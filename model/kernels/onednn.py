@@ -1,6 +1,6 @@
-"""GEMM by torch's operators: on a weight that oneDNN has packed, or on the weight as it is.
+"""GEMM by torch's operators: on a weight that oneDNN has packed, or on the unpacked weight.
 
-The packed product uses the private operators behind `torch.compile`'s CPU backend. It is used only if it agrees with
+The packed GEMM uses the private operators behind `torch.compile`'s CPU backend. It is used only if it agrees with
 the public operators.
 """
 
@@ -64,7 +64,7 @@ class OneDnnWeight:
 
 @functools.cache
 def packing_works(device: str, dtype: torch.dtype) -> bool:
-    """Whether this torch on this machine has the packed product, and it agrees with the public operators."""
+    """Whether this torch on this machine has the packed GEMM, and it agrees with the public operators."""
     if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
     try:

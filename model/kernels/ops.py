@@ -20,7 +20,7 @@ class Op(NamedTuple):
     norm_weight: int = 0  # address of float32 [K]; 0 for no layer norm
     norm_bias: int = 0  # address of float32 [K]
     epsilon_bits: int = 0  # the bits of a float64
-    normed_out: int = 0  # address of a copy of the normed rows, end to end
+    normed_out: int = 0  # address of a copy of the normed rows, contiguous
     weight: int = 0  # address of the packed weight
     k_steps: int = 0  # K / KU: steps along the rows of the weight
     n_blocks: int = 0  # blocks of NR columns
@@ -40,7 +40,7 @@ class Op(NamedTuple):
 class ProgramArguments(NamedTuple):
     """What all ops of a program share."""
 
-    ops: int = 0  # address of the ops, end to end
+    ops: int = 0  # address of the ops, contiguous
     op_count: int = 0
     rows: int = 0  # M
     partitions: int = 0  # into how many parts the rows and the blocks are split: the number of threads

@@ -97,7 +97,7 @@ class Program:
         self._arguments = np.array(arguments, dtype=np.int64)
 
     def run(self, ops: Int64Array) -> None:
-        """Run ops, int64 [ops, OP_WORDS] end to end, one after the other."""
+        """Run ops, int64 [ops, OP_WORDS], contiguous, one after the other."""
         self._arguments[ARG.ops], self._arguments[ARG.op_count] = ops.ctypes.data, len(ops)
         team().run(self._kernel.address, self._arguments, self._threads)
 

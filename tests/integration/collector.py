@@ -1,4 +1,4 @@
-"""A collector of OpenTelemetry's for tests: it takes spans over HTTP and decodes them with opentelemetry-proto."""
+"""An OpenTelemetry collector for tests: it receives spans over HTTP and decodes them with opentelemetry-proto."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 @dataclass
 class Collected:
-    """A span as it came, with the name of the service that sent it."""
+    """A received span, with the name of the service that sent it."""
 
     service: str
     name: str
@@ -27,7 +27,7 @@ class Collected:
 
 
 class Collector:
-    """Listens at `url` while it is entered; `spans` has what came, `raw` the bytes."""
+    """Listens at `url` in a `with` block; `spans` has the received spans, `raw` the bytes."""
 
     def __init__(self) -> None:
         self.spans: list[Collected] = []
@@ -60,7 +60,7 @@ class Collector:
 
     @property
     def settings(self) -> dict[str, str]:
-        """The environment of a program that is to send its spans here, and soon."""
+        """The environment of a program that sends its spans here with a short delay."""
         delay = {"OTEL_BSP_SCHEDULE_DELAY": "100"}
         return {"HEADRACE_OTEL": "1", "OTEL_EXPORTER_OTLP_ENDPOINT": self.url, **delay}
 
@@ -76,7 +76,7 @@ class Collector:
                 self.spans.append(Collected(service, span.name, *ids, span.kind, span.status.code, *times, found))
 
     def of_job(self, job_id: str) -> list[Collected]:
-        """The spans that workers made of a job, in the order they came."""
+        """The spans that workers created for a job, in the order of arrival."""
         return [s for s in self.spans if s.attributes.get("headrace.job_id") == job_id and s.kind == 5]
 
 

@@ -39,7 +39,7 @@ def client(settings: Settings) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[EmbeddedRedis]:
-    """A Redis for the tests of one file, which may fill it, stop it or leave things in it."""
+    """A Redis for the tests of one file, which may fill it, stop it or leave data in it."""
     with EmbeddedRedis.ephemeral() as own:
         yield own
 
@@ -59,7 +59,7 @@ def own_client(own_server: EmbeddedRedis) -> Iterator[Client]:
 
 @pytest.fixture
 def app(server: EmbeddedRedis) -> Iterator[Celery]:
-    """A Celery that can write any message for that file's workers."""
+    """A Celery app that can send any message to the workers of the same file."""
     made = make_app(load_settings(redis_url=server.url))
     yield made
     made.close()
@@ -67,7 +67,7 @@ def app(server: EmbeddedRedis) -> Iterator[Celery]:
 
 @pytest.fixture(scope="session")
 def reference() -> Reference:
-    """Greedy tokens after a prompt, as transformers' own `generate` gives them on the bundled weights, in float64."""
+    """Computes greedy tokens after a prompt with transformers' `generate` on the bundled weights, in float64."""
     import torch
     from transformers import GPT2LMHeadModel
 

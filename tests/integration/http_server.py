@@ -1,4 +1,4 @@
-"""`headrace serve` for tests: started as a user starts it, on a port of its own, and always gone in the end."""
+"""`headrace serve` for tests: started as a user starts it, on a free port, and always ended by the test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.patience import PATIENCE_S
 
 
 class HttpServer:
-    """A server that keeps files in `directory` and writes what it says to `directory`/server.log."""
+    """A server that keeps files in `directory` and writes its output to `directory`/server.log."""
 
     def __init__(self, directory: Path, redis_url: str, *flags: str, **environment: str) -> None:
         command = [
@@ -75,17 +75,17 @@ class HttpServer:
         return self._process.wait(PATIENCE_S)
 
     def said(self) -> str:
-        """All it has written so far."""
+        """Its output so far."""
         return self.log.read_text() if self.log.exists() else ""
 
     def openai(self, key: str = "none-is-needed", **options: Any) -> openai.OpenAI:
-        """The official client. It repeats nothing unless asked: a test wants the first answer."""
+        """The official client, by default without retries, because tests check the first answer."""
         return openai.OpenAI(
             base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, "timeout": PATIENCE_S, **options}
         )
 
     def async_openai(self) -> openai.AsyncOpenAI:
-        """The same for asyncio."""
+        """The official client for asyncio."""
         return openai.AsyncOpenAI(
             base_url=f"{self.url}/v1", api_key="none-is-needed", max_retries=0, timeout=PATIENCE_S
         )
@@ -96,7 +96,7 @@ class HttpServer:
 
 
 def events_of(response: httpx.Response) -> Iterator[tuple[str, str]]:
-    """Server-sent events as they come: name and data."""
+    """Yield server-sent events as they arrive: name and data."""
     name = ""
     for line in response.iter_lines():
         if line.startswith("event: "):

@@ -1,4 +1,4 @@
-"""Worker processes for tests, always gone in the end."""
+"""Worker processes for tests, always ended by the test."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.patience import PATIENCE_S
 class WorkerProcess:
     """A `celery -A worker worker` in a process group of its own, writing JSON lines to `log`.
 
-    `patch` is Python that runs in it first, to bring about what a user cannot. Unless it is `bare`, it is forked from a
-    process that is warm already (tests/integration/warm.py).
+    `patch` is Python code that runs in it first, to cause faults that a user cannot cause. Unless it is `bare`, it is
+    forked from a warm process (tests/integration/warm.py).
     """
 
     def __init__(self, log: Path, *flags: str, patch: str = "", bare: bool = False, **environment: str) -> None:
@@ -33,7 +33,7 @@ class WorkerProcess:
         assert not (bare and patch), "a program of its own runs what users run"
         self._slow = log.with_suffix(".slow")
         self.patch, self.bare = "" if bare else _slowly_while(self._slow) + patch, bare
-        # One thread: where several workers share two cores, threads that wait for each other take minutes for seconds.
+        # One thread: if several workers share two cores, threads that wait for each other are many times slower.
         self.environment = {**os.environ, "HEADRACE_LOG_FORMAT": "json", "HEADRACE_THREADS": "1", **environment}
         self.environment.pop("OMP_NUM_THREADS", None)  # tests/conftest.py
         self.process: subprocess.Popen[bytes] | WarmProcess | None = None
@@ -57,7 +57,7 @@ class WorkerProcess:
 
     @contextlib.contextmanager
     def slowly(self) -> Iterator[None]:
-        """Meanwhile its jobs go on for long: a test can look at one that runs, however fast the machine is."""
+        """Slow its jobs down during the block, so that a test can observe a running job on any machine."""
         assert not self.bare, "a program of its own runs what users run"
         self._slow.touch()
         try:
@@ -73,7 +73,7 @@ class WorkerProcess:
         self.wait_for("worker.ready", timeout)
 
     def wait_for(self, event: str, timeout: float = PATIENCE_S, count: int = 1) -> None:
-        """Wait until the log holds this many lines of an event."""
+        """Wait until the log contains this many lines of an event."""
         deadline = time.monotonic() + timeout
         while len(self.events(event)) < count:
             assert self.alive, (
@@ -99,20 +99,20 @@ class WorkerProcess:
         return self.process.wait(timeout)
 
     def kill(self) -> None:
-        """kill -9, and wait until it is gone."""
+        """Send SIGKILL, and wait until the process has ended."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
 
 
 def worker_on(server: EmbeddedRedis, log: Path, *flags: str, patch: str = "", **settings: str) -> WorkerProcess:
-    """A worker of a test's own, of few slots and with the shortest lease there is."""
+    """Create a worker for one test, with few slots and the shortest possible lease."""
     defaults = {"HEADRACE_REDIS_URL": server.url, "HEADRACE_SLOTS": "4", "HEADRACE_LEASE_S": "3"}
     return WorkerProcess(log, *flags, patch=patch, **{**defaults, **settings})
 
 
 def paced(step_s: float) -> str:
-    """A patch: each step waits so long first. Jobs then last for a time that does not hang on how fast a machine is."""
+    """A patch that delays each step, so that the duration of jobs does not depend on the speed of the machine."""
     return f"""
 import time
 from headrace.worker.engine.model_runner import ModelRunner
@@ -125,7 +125,7 @@ ModelRunner.run = paced
 
 
 def _slowly_while(file: Path) -> str:
-    """A patch: each step waits while this file is there."""
+    """A patch that delays each step while this file exists."""
     return f"""
 import os, time
 from headrace.worker.engine.model_runner import ModelRunner
@@ -139,13 +139,13 @@ ModelRunner.run = slowly
 
 
 def attempts(client: Client, job_id: str) -> int:
-    """How often workers have begun a job, as its record says."""
+    """The number of attempts in the record of a job."""
     return int(client._redis.hget(keys.job(job_id), "attempts") or 0)
 
 
 def wait_until(condition: Any, timeout: float = PATIENCE_S) -> None:
-    """Wait for a condition that another process brings about."""
+    """Wait until a condition holds that another process causes."""
     deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, "the condition did not come about in time"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.02)

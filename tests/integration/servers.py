@@ -25,14 +25,14 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def redis_on_a_port(directory: Path, *options: str) -> Iterator[int]:
-    """A server on a port of this machine; it fails with the server's last lines where the options are refused."""
+    """A server on a port of this machine. Fails with the last lines of its log if it refuses the options."""
     port, log = free_port(), directory / "redis.log"
     command = [str(find_server()[0]), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
     with log.open("wb") as out:
         process = subprocess.Popen([*command, *options], stdout=out, stderr=out)
     try:
         deadline = time.monotonic() + PATIENCE_S
-        # Not whether somebody listens there: it may be a neighbour who took the port a moment before.
+        # Connecting to the port would not prove it: another process may have taken the port just before.
         while "Ready to accept connections" not in log.read_text():
             assert process.poll() is None, f"the server ended: {log.read_text()[-1500:]}"
             assert time.monotonic() < deadline, "the server does not listen"
@@ -44,7 +44,7 @@ def redis_on_a_port(directory: Path, *options: str) -> Iterator[int]:
 
 
 class Authority:
-    """A certificate authority of a test's own, and a certificate of it for localhost; made by the openssl program."""
+    """A certificate authority for one test, and its certificate for localhost, created by the openssl program."""
 
     def __init__(self, directory: Path) -> None:
         assert shutil.which("openssl"), "the tests of TLS need the openssl program"
@@ -66,11 +66,11 @@ def _openssl(*arguments: str | Path) -> None:
 
 
 class Link:
-    """The way to a server on a port of this machine. It can be cut as a network is: nobody is told, all goes silent.
+    """A proxy to a server on a port of this machine. It can be cut like a network: no packet and no error arrives.
 
-    What is sent meanwhile is not lost, for whoever sent it sends it again until it arrives, as TCP does: when the link
-    heals it comes through, however late, and from connections that have been closed since. New connections are not
-    answered (Linux) or answered and then silent.
+    Data that is sent during the cut is not lost, because TCP repeats it: when the link heals, it arrives, even from
+    connections that have been closed in the meantime. New connections are not accepted (Linux), or accepted without
+    any data.
     """
 
     def __init__(self, target: int) -> None:
@@ -97,15 +97,15 @@ class Link:
         self._ready.close()
 
     def cut(self) -> None:
-        """Nothing passes from now on, in either direction."""
+        """Stop all traffic in both directions."""
         self._silent.clear()
         self._whole.clear()
         assert self._silent.wait(PATIENCE_S)
-        self._listener.listen(0)  # with one connection that nobody takes, Linux drops all others' packets
+        self._listener.listen(0)  # while one connection is not accepted, Linux drops the packets of others
         self._fillers = [socket.create_connection(("127.0.0.1", self.port))]
 
     def heal(self) -> None:
-        """Everything passes again, and first what was sent meanwhile."""
+        """Resume the traffic, beginning with what was sent during the cut."""
         for filler in self._fillers:
             filler.close()
         self._fillers = []
@@ -142,7 +142,7 @@ class Link:
 
 
 class TlsProxy:
-    """Ends TLS in front of a Redis whose own build has none, as stunnel or a cloud's load balancer does."""
+    """Terminates TLS in front of a Redis without TLS support, as stunnel or a cloud's load balancer does."""
 
     def __init__(self, target: int, authority: Authority, *, client_ca: Path | None = None) -> None:
         self._target = target

@@ -1,4 +1,4 @@
-"""The face for asyncio: the same verbs, one connection for all that waits."""
+"""AsyncClient: the same methods, and one connection for all waiting calls."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(redis_url: str, body: Callable[[AsyncClient], Awaitable[Any]], **options
 
 
 @pytest.mark.usefixtures("worker")
-def test_every_verb_gives_what_the_other_face_gives(client: Client, redis_url: str) -> None:
+def test_every_method_gives_the_results_of_the_synchronous_client(client: Client, redis_url: str) -> None:
     plain = client.submit("Hello.", max_tokens=10, temperature=0).result(PATIENCE_S)
 
     async def body(own: AsyncClient) -> None:
@@ -122,7 +122,7 @@ def test_errors_are_the_same_and_carry_the_job(redis_url: str) -> None:
 
 
 def test_ten_thousand_outstanding_jobs_take_one_connection() -> None:
-    """Beside those of redis-py and kombu for publishing, which are there before anybody waits."""
+    """Not counting the connections of redis-py and kombu for publishing, which exist before."""
     with EmbeddedRedis.ephemeral() as server:
         connection = connect(server.url)
         record = '{"status": "REVOKED", "result": null}'
@@ -153,7 +153,7 @@ async def _collect(client: AsyncClient, jobs: list[Any]) -> int:
     return len([job async for job in client.as_completed([client.job(job.id) for job in jobs], timeout=PATIENCE_S)])
 
 
-def test_a_redis_that_is_not_there_is_an_error_for_each_who_waits() -> None:
+def test_an_unreachable_redis_is_an_error_for_each_waiting_call() -> None:
     async def body(own: AsyncClient) -> None:
         answers = await asyncio.gather(*(own.job(name).result(5) for name in "abc"), return_exceptions=True)
         assert [type(answer) for answer in answers] == [RedisUnreachable] * 3
@@ -162,7 +162,7 @@ def test_a_redis_that_is_not_there_is_an_error_for_each_who_waits() -> None:
     run("redis://localhost:1/0", body)
 
 
-def test_closing_ends_what_waits(redis_url: str) -> None:
+def test_closing_ends_waiting_calls(redis_url: str) -> None:
     async def inside() -> None:
         client = AsyncClient(redis_url=redis_url, model="nobody-serves")
         job = await client.submit("Hello.")

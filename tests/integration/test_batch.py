@@ -49,7 +49,7 @@ def batch(redis_url: str, *arguments: str, **options: Any) -> subprocess.Complet
     return subprocess.run([*HEADRACE, *arguments], env=environment, capture_output=True, timeout=PATIENCE_S, **options)
 
 
-def test_rows_come_to_what_each_comes_to_alone(client: Client, tmp_path: Path, reference: Reference) -> None:
+def test_rows_give_the_same_results_as_one_by_one(client: Client, tmp_path: Path, reference: Reference) -> None:
     rows = [{"custom_id": "greedy", "prompt": [15496, 13], "temperature": 0, "max_tokens": 6}, *prompts(40)]
     report = client.batch(iter(rows), tmp_path / "out.jsonl")
     assert (report.rows, report.succeeded, report.failed, report.left) == (41, 41, 0, 0)
@@ -126,7 +126,7 @@ def test_only_failures_are_computed_again(client: Client, tmp_path: Path) -> Non
     assert set(texts_of(out)) == {"p0", "p1", "p2", "p3"}
 
 
-def test_an_output_of_other_requests_is_not_added_to(client: Client, tmp_path: Path) -> None:
+def test_an_output_of_another_input_is_refused(client: Client, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     client.batch(prompts(2), out)
     before = out.read_bytes()
@@ -136,7 +136,7 @@ def test_an_output_of_other_requests_is_not_added_to(client: Client, tmp_path: P
     assert client.batch(prompts(3), out, overwrite=True, params={"temperature": 0}).succeeded == 3
 
 
-def test_rows_are_written_in_order_where_that_is_asked(client: Client, tmp_path: Path) -> None:
+def test_with_ordered_rows_are_written_in_order(client: Client, tmp_path: Path) -> None:
     rows = [{"prompt": "a", "max_tokens": 200 if i == 0 else 1, "ignore_eos": True} for i in range(40)]
     client.batch(rows, tmp_path / "out.jsonl", ordered=True, max_inflight=16)
     assert [row["custom_id"] for row in lines_of(tmp_path / "out.jsonl")] == [f"row-{i}" for i in range(1, 41)]
@@ -161,7 +161,7 @@ def test_jobs_that_redis_lost_are_queued_again(monkeypatch: pytest.MonkeyPatch) 
         def tick() -> None:
             counts.append(client.status().queues[0].bulk + client.status().queues[0].normal)
             if counts.count(1) == 1:
-                client._redis.flushdb()  # all that is there, as a restart without its file would
+                client._redis.flushdb()  # like a restart of Redis without its file
             elif counts.count(1) > 2:
                 raise Enough
 
@@ -173,7 +173,7 @@ def test_jobs_that_redis_lost_are_queued_again(monkeypatch: pytest.MonkeyPatch) 
 
 
 class Scalar:
-    """A value as a pyarrow array gives it."""
+    """A value as a pyarrow array returns it."""
 
     def __init__(self, value: Any) -> None:
         self._value = value
@@ -182,7 +182,7 @@ class Scalar:
         return self._value
 
 
-def test_map_gives_results_in_order_and_reads_no_further_than_it_may(client: Client) -> None:
+def test_map_returns_results_in_order_and_reads_within_its_window(client: Client) -> None:
     read = []
 
     def column() -> Iterator[Any]:
@@ -202,7 +202,7 @@ def test_map_gives_results_in_order_and_reads_no_further_than_it_may(client: Cli
 
 
 class Column:
-    """A column as tables give it: it has a length and places, and can be iterated as often as one likes."""
+    """A column of a table: it has a length, can be indexed, and can be iterated repeatedly."""
 
     def __init__(self, values: Sequence[Any]) -> None:
         self._values = values
@@ -214,7 +214,7 @@ class Column:
         return self._values[place]
 
 
-def test_columns_of_tables_are_taken_as_they_are(client: Client, tmp_path: Path) -> None:
+def test_columns_of_tables_are_accepted(client: Client, tmp_path: Path) -> None:
     import numpy as np
 
     texts = ["Hello.", "The river"]
@@ -251,7 +251,7 @@ def test_map_raises_at_the_prompt_that_fails(client: Client) -> None:
         client.map(["a"], max_inflight=0)
 
 
-def test_what_map_left_behind_is_cancelled(client: Client) -> None:
+def test_jobs_that_map_leaves_behind_are_cancelled(client: Client) -> None:
     long = {"prompt": "a", "max_tokens": 1000, "ignore_eos": True, "priority": "bulk"}
     results = client.map([{"prompt": "a", "max_tokens": 1}, *[long] * 300])
     next(results)
@@ -262,7 +262,7 @@ def test_what_map_left_behind_is_cancelled(client: Client) -> None:
         time.sleep(0.05)
 
 
-def test_what_redis_has_lost_keeps_none_of_the_others_from_being_cancelled(redis_url: str) -> None:
+def test_jobs_that_redis_lost_do_not_prevent_cancelling_the_others(redis_url: str) -> None:
     class Enough(Exception):
         pass
 
@@ -296,7 +296,7 @@ def test_standard_input_goes_to_standard_output(redis_url: str) -> None:
     assert "Generation: " in said
 
 
-def test_the_exit_code_says_what_came_of_it(redis_url: str, tmp_path: Path) -> None:
+def test_the_exit_code_is_that_of_the_result(redis_url: str, tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", str(tmp_path / "out.jsonl")
     source.write_text('{"prompt": "a", "max_tokens": 5000}\n{"prompt": "b"}\n')
     done = batch(redis_url, "-i", str(source), "-o", out, "--json")
@@ -343,7 +343,7 @@ def test_a_dry_run_counts_and_estimates_and_writes_nothing(redis_url: str, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_ctrl_c_says_how_to_go_on(redis_url: str, tmp_path: Path) -> None:
+def test_ctrl_c_prints_the_command_to_resume(redis_url: str, tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in prompts(600)))
     environment = {**os.environ, "HEADRACE_REDIS_URL": redis_url}

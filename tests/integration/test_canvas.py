@@ -1,4 +1,4 @@
-"""Jobs in Celery's own canvases, with tasks of a user's own beside them."""
+"""Jobs in Celery's canvases, together with a user's tasks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_signature_is_a_job_under_its_id(client: Client) -> None:
         client.signature("Hello.", max_new_tokens=3)
 
 
-def test_a_chord_calls_a_task_of_ones_own_when_all_are_done(client: Client, mine: Celery) -> None:
+def test_a_chord_calls_the_users_task_when_all_jobs_are_done(client: Client, mine: Celery) -> None:
     join = mine.tasks["canvas.join"]
     done = chord([client.signature("Hello.", **FIELDS), client.signature("Hello.", **FIELDS)])(
         join.s(last="!").set(queue="mine")

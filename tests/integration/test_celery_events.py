@@ -1,4 +1,4 @@
-"""What Celery's own tools are told of jobs: events as Flower reads them, `inspect`, `ping`; one slot, and a queue."""
+"""What Celery's tools show of jobs: events as Flower reads them, `inspect`, `ping`; with one slot and a queue."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import paced, wait_until, worker_on
 from tests.patience import PATIENCE_S
 
-#: Each token of a job takes a step, so that a job takes at least so long as its tokens say.
+#: Each token of a job takes a step of this many seconds, so the number of tokens is a lower bound of its duration.
 STEP_S = 0.02
 JOB: dict[str, Any] = {"prompt": "Hello.", "temperature": 0, "ignore_eos": True}
 LONG, SHORT = 250, 20
-#: How far two clocks of one machine may be apart, the monotonic one and that of the time of day.
+#: Seconds by which the monotonic clock and the time of day may differ on one machine.
 CLOCK_S = 0.05
 
 
 @pytest.fixture
 def state(app: Celery) -> Iterator[State]:
-    """What Celery's events say, as they come; it is what Flower keeps."""
+    """The state that Celery's events describe, as Flower keeps it."""
     found, stop = State(), threading.Event()
     with app.connection() as connection:
         receiver = app.events.Receiver(connection, handlers={"*": found.event})
@@ -46,10 +46,10 @@ def state(app: Celery) -> Iterator[State]:
             thread.join()
 
 
-def test_celery_is_told_when_jobs_really_began_and_how_long_they_took(
+def test_celery_events_have_the_true_start_and_duration_of_jobs(
     server: EmbeddedRedis, app: Celery, state: State, tmp_path: Path
 ) -> None:
-    """With one slot the second job is received while the first is computed, and begins when it has ended."""
+    """With one slot the second job is received while the first is computed, and starts when the first has ended."""
     inspect = app.control.inspect(timeout=PATIENCE_S, limit=1)
     settings = {"HEADRACE_SLOTS": "1", "HEADRACE_DRAFT_TOKENS": "0"}
     with (

@@ -39,7 +39,7 @@ LONG = {"max_tokens": 900, "temperature": 1, "seed": 7, "ignore_eos": True}
 
 
 def sent_by_celery(client: Client, app: Celery, args: list[object], **options: object) -> Job:
-    """A job that did not come through our client: it has no record until a worker meets it."""
+    """Send a job without the client: it has no record until a worker receives it."""
     job_id = uuid.uuid4().hex
     app.send_task("headrace.generate", args=args, task_id=job_id, **options)
     wait_until(lambda: client._redis.exists(keys.result(job_id)))
@@ -54,7 +54,7 @@ def connection(redis_url: str) -> redis.Redis:
 def test_checkpoint_12_with_a_real_redis(
     own_server: EmbeddedRedis, own_client: Client, reference: Reference, tmp_path: Path
 ) -> None:
-    """By a worker that is a program of its own, as a user's is."""
+    """The worker is a separate program, as a user starts it."""
     with WorkerProcess(tmp_path / "worker.log", bare=True, HEADRACE_REDIS_URL=own_server.url):
         result = own_client.submit("Hello.", max_tokens=10, temperature=0).result(timeout=PATIENCE_S)
     expected = reference([15496, 13], 10)
@@ -280,7 +280,7 @@ def test_plain_celery_gets_the_result_and_the_exception(settings: Settings, clie
     app.close()
 
 
-def test_a_message_nobody_could_have_submitted_fails_plainly(settings: Settings, client: Client) -> None:
+def test_a_message_that_no_client_could_send_fails_its_job(settings: Settings, client: Client) -> None:
     from headrace.worker.celery import make_app
 
     app = make_app(settings)
@@ -297,7 +297,7 @@ def test_a_message_nobody_could_have_submitted_fails_plainly(settings: Settings,
     app.close()
 
 
-def test_unknown_job_no_worker_and_too_late_are_three_errors(
+def test_unknown_job_no_worker_and_timeout_are_three_errors(
     settings: Settings, client: Client, worker: WorkerProcess
 ) -> None:
     with pytest.raises(UnknownJob, match="never-was"):
@@ -368,8 +368,8 @@ def test_nothing_is_left_unacknowledged(client: Client, connection: redis.Redis)
     assert connection.zcard(keys.unacked_index()) == 0
 
 
-def test_a_workers_heartbeat_is_heard_by_no_other_worker(connection: redis.Redis, worker: WorkerProcess) -> None:
-    """Where all listen, what Redis sends grows with the square of their number."""
+def test_workers_do_not_receive_the_heartbeats_of_others(connection: redis.Redis, worker: WorkerProcess) -> None:
+    """Otherwise the traffic of Redis would grow with the square of the number of workers."""
     with connection.pubsub() as here:
         here.psubscribe("*")
         heard = (message["channel"] for message in here.listen() if message["type"] == "pmessage")
@@ -377,7 +377,7 @@ def test_a_workers_heartbeat_is_heard_by_no_other_worker(connection: redis.Redis
         assert connection.publish(channel, "{}") == 1, "only this test"
 
 
-def test_the_log_says_what_happened_and_no_text(client: Client, worker: WorkerProcess) -> None:
+def test_the_log_has_the_events_and_no_text(client: Client, worker: WorkerProcess) -> None:
     job = client.submit("Peculiar zebra 7312", max_tokens=5, temperature=0)
     text = job.result(PATIENCE_S).text
     wait_until(lambda: any(line["job_id"] == job.id for line in worker.events("job.finished")))
@@ -420,9 +420,7 @@ def test_a_job_keeps_its_checkpoints_when_asked_and_not_otherwise(client: Client
         plain.checkpoints()
 
 
-def test_the_status_shows_what_is_in_the_slots_and_what_failed_and_gives_no_id_away(
-    client: Client, worker: WorkerProcess
-) -> None:
+def test_the_status_shows_running_samples_and_failures_without_job_ids(client: Client, worker: WorkerProcess) -> None:
     failing = client.submit([60_000], max_tokens=1)
     assert failing.wait(timeout=PATIENCE_S) == "failed"
     with worker.slowly():

@@ -21,7 +21,7 @@ from tests.patience import PATIENCE_S
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
-#: For `datasets`: it writes to a cache in the home, and asks a hub for news of itself.
+#: For `datasets`, which writes to a cache in the home directory and asks a hub for updates.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
@@ -37,7 +37,7 @@ def run(name: str, *arguments: str, env: dict[str, str]) -> str:
     return done.stdout
 
 
-def test_bulk_over_a_file_goes_on_where_it_was(environment: dict[str, str], tmp_path: Path) -> None:
+def test_bulk_over_a_file_resumes(environment: dict[str, str], tmp_path: Path) -> None:
     source, target = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     lines = [{"custom_id": name, "prompt": name} for name in ("Alice", "Bob", "Carol")]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -56,13 +56,13 @@ def test_columns_of_datasets_pandas_and_pyarrow_give_the_same_texts(environment:
     assert "'prompt': 'The old house'" in printed
 
 
-def test_a_seed_gives_the_samples_again(environment: dict[str, str]) -> None:
+def test_a_seed_reproduces_the_samples(environment: dict[str, str]) -> None:
     printed = run("samples_with_a_seed.py", env=environment)
     assert printed.count("\n") == 6
     assert "the same again with seed" in printed
 
 
-def test_two_models_part_where_their_weights_do(environment: dict[str, str], tmp_path: Path) -> None:
+def test_two_models_are_compared(environment: dict[str, str], tmp_path: Path) -> None:
     shutil.copytree(find_model("demo"), other := tmp_path / "other")
     weights = load_file(other / "model.safetensors")
     name = next(name for name in weights if name.endswith("h.0.mlp.c_proj.bias"))
@@ -89,7 +89,7 @@ def service(environment: dict[str, str]) -> Iterator[int]:
         process.stdout.close()
 
 
-def test_the_service_answers_many_at_once_and_outlives_who_hangs_up(service: int, client: Client) -> None:
+def test_the_service_answers_many_at_once_and_survives_disconnects(service: int, client: Client) -> None:
     expected = client.submit("The river", max_tokens=200, temperature=0).result(timeout=PATIENCE_S).text
     connections = [socket.create_connection(("127.0.0.1", service), timeout=PATIENCE_S) for _ in range(3)]
     for connection in connections:

@@ -76,7 +76,7 @@ def started(place: Path, name: str, *command: str, **settings: str) -> Iterator[
 
 
 def environment(place: Path) -> dict[str, str]:
-    """What a new user has. Compiled kernels are taken from where the other tests keep them."""
+    """The environment of a new user, with the kernel cache of the other tests."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HEADRACE_", "XDG_"))}
     cache = str(cache_directory().parent)
     return {**kept, "HOME": str(place / "home"), "TMPDIR": str(place / "tmp"), "XDG_CACHE_HOME": cache}
@@ -126,7 +126,7 @@ def test_serve_before_up(place: Path) -> None:
         assert "cannot be reached" in early.text
         with up(place) as worker:
             worker.wait_for("worker.ready")
-            # For a second or two the server remembers that no worker was there.
+            # The server remembers for a second or two that there was no worker.
             wait_until(lambda: "no_worker" not in complete(server).text)
             late = complete(server)
             assert late.status_code == 200, late.text
@@ -216,7 +216,7 @@ def test_a_worker_follows_a_redis_that_moves(place: Path) -> None:
 
 
 def broken(place: Path) -> Path:
-    """The bundled model, but for the end of its weights."""
+    """The bundled model with truncated weights."""
     folder = place / "broken"
     shutil.copytree(DEMO, folder)
     weights = folder / "model.safetensors"
@@ -225,12 +225,12 @@ def broken(place: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "no model", "broken"])
-def test_a_model_that_cannot_be_loaded_is_told_in_one_sentence(place: Path, kind: str) -> None:
+def test_a_model_that_cannot_be_loaded_is_reported_in_one_sentence(place: Path, kind: str) -> None:
     model, reason = {
         "missing": (place / "nowhere", "there is no such directory"),
         "empty": (place / "home", "config.json: there is no such file"),
         "no model": (place / "other", "config.json: model_type is 'llama'; only 'gpt2' is supported"),
-        "broken": (place / "broken", "not a whole safetensors file"),
+        "broken": (place / "broken", "not a complete safetensors file"),
     }[kind]
     if kind == "broken":
         broken(place)

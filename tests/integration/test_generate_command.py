@@ -11,7 +11,7 @@ from headrace.client import Client, Result
 from tests.integration.processes import WorkerProcess
 from tests.patience import PATIENCE_S
 
-#: Options of every type, and the parameters that they stand for.
+#: Options of every type, and the parameters that they set.
 WORDS = (
     "--seed 7 --logprobs 2 --n 2 --max-tokens 12 --min-tokens 3 --temperature 0.8 --top-k 40 --top-p 0.95 --min-p 0.01 "
     "--frequency-penalty 0.5 --presence-penalty 0.25 --repetition-penalty 1.1 --logit-bias 50256=-100 "
@@ -57,7 +57,7 @@ def test_all_sampling_options_at_once_give_what_the_client_gets(
     assert all(choice.text.startswith("The old house") and choice.logprobs for choice in result.choices)
 
 
-def test_the_text_goes_to_standard_output_and_the_figures_beside_it(worker: WorkerProcess, redis_url: str) -> None:
+def test_the_text_goes_to_stdout_and_the_figures_to_stderr(worker: WorkerProcess, redis_url: str) -> None:
     done = generate(redis_url, "--seed", "7", "--logprobs", "2", "--max-tokens", "4")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

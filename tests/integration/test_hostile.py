@@ -1,4 +1,4 @@
-"""What strangers and accidents do to a worker: it says so, and goes on."""
+"""Invalid messages and failures of Redis: the worker logs them and continues."""
 
 from __future__ import annotations
 
@@ -52,8 +52,10 @@ def client(server: EmbeddedRedis, worker: WorkerProcess) -> Iterator[Client]:
     ],
     ids=["object", "kwargs", "far away", "null", "nothing", "id", "penalty"],
 )
-def test_a_strange_message_harms_nobody(client: Client, worker: WorkerProcess, call: dict[str, object]) -> None:
-    # Not through `app`: its result backend would refuse a strange id before it is sent.
+def test_an_invalid_message_affects_no_other_job(
+    client: Client, worker: WorkerProcess, call: dict[str, object]
+) -> None:
+    # Not with `app`, whose result backend would refuse an invalid id before it is sent.
     client._app.send_task("headrace.generate", **call)
     assert client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
     assert worker.alive
@@ -73,14 +75,14 @@ def test_a_strange_message_harms_nobody(client: Client, worker: WorkerProcess, c
     ],
     ids=["number", "nothing", "empty", "members", "lists", "keyword", "id"],
 )
-def test_a_strange_group_harms_nobody(client: Client, worker: WorkerProcess, call: dict[str, object]) -> None:
+def test_an_invalid_group_affects_no_other_job(client: Client, worker: WorkerProcess, call: dict[str, object]) -> None:
     client._app.send_task("headrace.generate_many", **call)
     assert client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
     assert worker.alive
     wait_until(lambda: connect(client.url).hlen(keys.unacked()) == 0)
 
 
-def test_of_a_strange_group_each_job_that_has_a_name_gets_its_own_end(client: Client) -> None:
+def test_each_job_of_an_invalid_group_with_an_id_gets_its_own_result(client: Client) -> None:
     good = {"prompt": "Hello.", "max_tokens": 2, "ignore_eos": True}
     members = [
         {"id": "group:good", "request": good},
@@ -104,7 +106,7 @@ def test_of_a_strange_group_each_job_that_has_a_name_gets_its_own_end(client: Cl
 def test_copies_of_a_group_and_of_its_jobs_are_one_result_each(
     client: Client, app: Celery, worker: WorkerProcess
 ) -> None:
-    """A client that dies between sending and noting it sends again, in other company."""
+    """A client that dies before it records the message sends the job again, in another batch composition."""
     request = {"prompt": "Hello.", "max_tokens": 150, "temperature": 0, "ignore_eos": True}
     names = [f"copies:{i}" for i in range(4)]
     jobs = client.submit_many([{**request, "id": name} for name in names])
@@ -121,7 +123,7 @@ def test_copies_of_a_group_and_of_its_jobs_are_one_result_each(
 def test_a_redis_that_is_full_for_a_while_costs_no_job(
     client: Client, server: EmbeddedRedis, worker: WorkerProcess
 ) -> None:
-    """Results cannot be stored meanwhile; they are when there is room again, and the worker goes on."""
+    """Results cannot be stored for a while. They are stored when there is room again, and the worker continues."""
     connection = connect(server.url)
     refused: dict[str, Any] = {"rejected_calls": 0}  # of SETEX, with which Celery stores a result
     before = connection.info("commandstats").get("cmdstat_setex", refused)["rejected_calls"]
@@ -170,7 +172,7 @@ def test_a_failed_job_says_what_was_wrong_with_its_message(client: Client, app: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT], ids=lambda n: n.name)
-def test_a_generate_that_is_ended_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interrupted_generate_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
     command = [*HEADRACE, "generate", "Hello.", "--max-tokens", "1000", "--ignore-eos"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

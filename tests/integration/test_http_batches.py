@@ -1,4 +1,4 @@
-"""Files, batches, and connections that end early, at `headrace serve` and a worker that takes its time."""
+"""Files, batches, and connections that end early, with `headrace serve` and a slow worker."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def client(server: EmbeddedRedis) -> Iterator[Client]:
 
 
 def rows(count: int, **body: Any) -> bytes:
-    """An input file. Each row says its number in its prompt."""
+    """An input file. The prompt of each row contains its number."""
     lines = [
         {
             "custom_id": f"row {number}",
@@ -112,7 +112,7 @@ def test_a_file_is_kept_listed_read_and_deleted(api: openai.OpenAI) -> None:
         api.files.create(file=("a", b"a"), purpose="batch", expires_after={"anchor": "created_at", "seconds": 5})
 
 
-def test_a_batch_comes_to_what_each_row_comes_to_alone(api: openai.OpenAI, client: Client) -> None:
+def test_a_batch_gives_the_results_of_its_rows_one_by_one(api: openai.OpenAI, client: Client) -> None:
     content = rows(20) + rows(22, max_tokens=5000).splitlines(keepends=True)[20] + b"\n"
     begun = begin(api, content, metadata={"for": "a test"})
     assert begun.status in ("validating", "in_progress")
@@ -137,7 +137,7 @@ def test_a_batch_comes_to_what_each_row_comes_to_alone(api: openai.OpenAI, clien
         api.batches.cancel(batch.id)
 
 
-def test_a_batch_of_wrong_rows_fails_with_their_lines(api: openai.OpenAI) -> None:
+def test_a_batch_with_invalid_rows_fails_with_their_lines(api: openai.OpenAI) -> None:
     batch = wait_ended(api, begin(api, rows(2) + rows(1, n=0) + b"no json\n" + rows(3, model="gpt-5")).id)
     assert batch.status == "failed"
     assert batch.output_file_id is None
@@ -154,7 +154,7 @@ def test_a_batch_of_wrong_rows_fails_with_their_lines(api: openai.OpenAI) -> Non
         ({"extra_body": {"more": 1}}, "more"),
     ],
 )
-def test_a_batch_that_cannot_be_is_refused(api: openai.OpenAI, change: dict[str, Any], param: str) -> None:
+def test_an_invalid_batch_is_refused(api: openai.OpenAI, change: dict[str, Any], param: str) -> None:
     file = api.files.create(file=("rows.jsonl", rows(1)), purpose="batch")
     asked: dict[str, Any] = {"endpoint": "/v1/completions", "completion_window": "24h", **change}
     with pytest.raises(openai.BadRequestError) as caught:
@@ -215,7 +215,7 @@ def test_two_servers_do_not_share_a_directory(http: HttpServer, server: Embedded
 
 
 def job_ids(server: EmbeddedRedis) -> set[str]:
-    """All jobs that have a record."""
+    """The ids of all jobs that have a record."""
     with connect(server.url) as connection:
         return {key.removeprefix("headrace:job:") for key in connection.scan_iter("headrace:job:*")}
 
@@ -247,7 +247,7 @@ def test_a_closed_connection_cancels_what_waits_for_a_whole_completion(
     assert client.job(json.loads(data)["id"]).wait(PATIENCE_S) == "cancelled"
 
 
-def test_a_server_that_stops_cancels_what_does_not_end_in_time(
+def test_a_stopping_server_cancels_requests_that_do_not_end_in_time(
     worker: WorkerProcess, server: EmbeddedRedis, tmp_path: Path, client: Client
 ) -> None:
     with HttpServer(tmp_path, server.url, HEADRACE_SOFT_SHUTDOWN_S="1") as own, own.openai() as api:
@@ -258,7 +258,7 @@ def test_a_server_that_stops_cancels_what_does_not_end_in_time(
         stream.close()
 
 
-def test_a_job_that_somebody_else_cancels_is_an_error(api: openai.OpenAI, client: Client) -> None:
+def test_a_job_cancelled_by_another_client_is_an_error(api: openai.OpenAI, client: Client) -> None:
     stream = api.completions.create(**ENDLESS, stream=True)
     job = client.job(next(iter(stream)).id.removeprefix("cmpl-"))
     assert job.cancel()
@@ -267,7 +267,7 @@ def test_a_job_that_somebody_else_cancels_is_an_error(api: openai.OpenAI, client
     assert caught.value.code == "cancelled"
 
 
-def test_what_is_not_done_in_time_is_a_504_and_is_not_asked_for_again(http: HttpServer) -> None:
+def test_a_request_that_times_out_is_a_504_and_not_retried(http: HttpServer) -> None:
     with http.openai(max_retries=2) as patient:
         with pytest.raises(openai.APIStatusError) as caught:
             patient.completions.create(**{**ENDLESS, "extra_body": {"ignore_eos": True, "timeout_s": 0.5}})
@@ -278,7 +278,7 @@ def test_what_is_not_done_in_time_is_a_504_and_is_not_asked_for_again(http: Http
 def test_a_full_queue_and_a_silent_worker(
     worker: WorkerProcess, server: EmbeddedRedis, tmp_path: Path, client: Client
 ) -> None:
-    """The worker is stopped, so what is asked waits in the queue, which takes one job."""
+    """The worker is stopped, so requests wait in the queue, which holds one job."""
     with HttpServer(tmp_path, server.url, "--timeout", "0.5", HEADRACE_MAX_QUEUE="1") as own, own.openai() as api:
         worker.signal(signal.SIGSTOP)
         try:

@@ -51,8 +51,8 @@ def texts_of(*results: Result) -> list[tuple[int, str, str]]:
     return [(index, choice.text, choice.finish_reason) for index, choice in enumerate(choices)]
 
 
-def test_a_completion_has_what_openais_has(api: openai.OpenAI) -> None:
-    """The text is what transformers gives, in other tests; it stands in the README too."""
+def test_a_completion_has_the_fields_of_openais(api: openai.OpenAI) -> None:
+    """Other tests compare this text, which the README shows, with transformers."""
     found = api.completions.create(**MODEL, prompt="Hello.", max_tokens=10, temperature=0)
     assert texts(found) == [(0, '\n\n"I am not going to see,"', "length")]
     assert found.id.startswith("cmpl-")
@@ -202,7 +202,7 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("body", "status", "param", "part"), WRONG, ids=[f"{i}" for i in range(len(WRONG))])
-def test_a_mistake_is_named_with_its_field(
+def test_an_invalid_field_is_named(
     http: HttpServer, body: dict[str, Any], status: int, param: str | None, part: str, stream: bool
 ) -> None:
     if stream and "stream" not in body:
@@ -228,7 +228,7 @@ def test_the_openai_package_raises_its_own_errors(api: openai.OpenAI) -> None:
     assert "/v1/completions" in chat.value.message
 
 
-def test_what_is_no_json_is_refused(http: HttpServer) -> None:
+def test_a_body_that_is_not_json_is_refused(http: HttpServer) -> None:
     with http.http() as plain:
         for content in (b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"prompt": ' + b"9" * 5000 + b"}"):
             response = plain.post("/v1/completions", content=content)
@@ -246,7 +246,7 @@ def test_models_are_those_that_workers_serve(api: openai.OpenAI) -> None:
         api.models.retrieve("openai/gpt2")
 
 
-def test_execute_tells_start_tokens_and_end(http: HttpServer, client: Client) -> None:
+def test_execute_streams_start_tokens_and_end(http: HttpServer, client: Client) -> None:
     body = {"prompt": [15496, 13], "max_tokens": 10, "temperature": 0, "logprobs": 0}
     with http.http() as plain, plain.stream("POST", "/execute", json=body) as response:
         found = [(name, json.loads(data)) for name, data in events_of(response)]
@@ -261,7 +261,7 @@ def test_execute_tells_start_tokens_and_end(http: HttpServer, client: Client) ->
     assert tokens[-1]["finish_reason"] == "length"
 
 
-def test_execute_tells_errors(http: HttpServer) -> None:
+def test_execute_streams_errors(http: HttpServer) -> None:
     with http.http() as plain:
         refused = plain.post("/execute", json={"prompt": "Hello.", "n": 0})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
@@ -271,14 +271,14 @@ def test_execute_tells_errors(http: HttpServer) -> None:
     assert json.loads(found[1][1])["error"]["code"] == "context_length_exceeded"
 
 
-def test_health_and_the_log(http: HttpServer) -> None:
+def test_health_is_answered_and_requests_are_logged(http: HttpServer) -> None:
     with http.http() as plain:
         assert plain.get("/health").json() == {"status": "ok"}
         assert plain.post("/v1/completions", json={**SHORT, "prompt": "Zanzibar"}).status_code == 200
         assert plain.get("/nowhere").json()["error"]["code"] == "unknown_url"
     lines = [json.loads(line) for line in http.said().splitlines() if line.startswith("{")]
     wanted = {"path": "/v1/completions", "method": "POST", "status": 200}
-    assert any(wanted.items() <= line.items() for line in lines[-3:])  # that of the test before may end late
+    assert any(wanted.items() <= line.items() for line in lines[-3:])  # a line of the previous test may follow
     assert "Zanzibar" not in http.said()
     assert "Traceback" not in http.said()
     assert not [line for line in lines if line["event"] == "http.failed"]

@@ -1,4 +1,4 @@
-"""Who may ask `headrace serve`, how often and how much; and what it says where nobody can compute."""
+"""Authentication and limits of `headrace serve`, and its answers if no worker runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SERVE = [sys.executable, "-m", "headrace.worker.cli", "serve", "--port", "0"]
 
 @pytest.fixture(scope="module")
 def http(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
-    """With keys and small limits; no worker serves its Redis."""
+    """A server with keys and small limits; no worker serves its Redis."""
     flags = ["--api-key", KEYS[1], "--max-body-bytes", "2000", "--max-file-bytes", "3000", "--max-files-bytes", "5000"]
     flags += ["--requests-per-minute", "60", "--cors", "https://page.example"]
     with HttpServer(tmp_path_factory.mktemp("http"), server.url, *flags, HEADRACE_API_KEYS=KEYS[0]) as process:
@@ -36,7 +36,7 @@ def open_http(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize("header", ["", "Bearer wrong", "Bearer", f"Basic {KEYS[0]}", f"Bearer {KEYS[0]}x", KEYS[0]])
-def test_without_a_right_key_there_is_nothing_but_health(http: HttpServer, header: str) -> None:
+def test_without_a_valid_key_only_health_is_answered(http: HttpServer, header: str) -> None:
     with http.http(**({"authorization": header} if header else {})) as plain:
         for path in ("/v1/models", "/v1/files", "/execute", "/nowhere"):
             response = plain.get(path)
@@ -45,7 +45,7 @@ def test_without_a_right_key_there_is_nothing_but_health(http: HttpServer, heade
         assert plain.get("/health").status_code == 503  # it is there, and says that no worker is
 
 
-def test_each_key_has_files_of_its_own(http: HttpServer) -> None:
+def test_each_key_has_its_own_files(http: HttpServer) -> None:
     first, second = http.openai(KEYS[0]), http.openai(KEYS[1])
     with first, second:
         file = first.files.create(file=("a.jsonl", b"a"), purpose="batch")
@@ -59,7 +59,7 @@ def test_each_key_has_files_of_its_own(http: HttpServer) -> None:
             http.openai("neither-of-the-two-keys").files.list()
 
 
-def test_what_is_too_large_is_refused(http: HttpServer) -> None:
+def test_too_large_requests_and_files_are_refused(http: HttpServer) -> None:
     with http.http(authorization=f"Bearer {KEYS[0]}") as plain:
         large = b'{"prompt": "' + b"a" * 3_000_000 + b'"}'
         for content in (large, iter([large])):  # with its length said before, and without
@@ -74,7 +74,7 @@ def test_what_is_too_large_is_refused(http: HttpServer) -> None:
         assert response.json()["error"]["code"] == "no_room"
 
 
-def test_pages_of_one_origin_may_ask(http: HttpServer) -> None:
+def test_pages_of_the_allowed_origin_may_send_requests(http: HttpServer) -> None:
     asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
     for origin, allowed in (("https://page.example", "https://page.example"), ("https://other.example", None)):
         with http.http(origin=origin) as plain:
@@ -83,8 +83,8 @@ def test_pages_of_one_origin_may_ask(http: HttpServer) -> None:
             assert plain.get("/v1/models").headers.get("access-control-allow-origin") == allowed
 
 
-def test_more_than_so_many_requests_a_minute_are_turned_away(http: HttpServer) -> None:
-    """The last test with these keys: of the minute's sixty few are left."""
+def test_requests_over_the_rate_limit_are_refused(http: HttpServer) -> None:
+    """The last test with these keys, because it uses up the sixty requests of the minute."""
     with http.http(authorization=f"Bearer {KEYS[1]}") as plain:
         answers = [plain.get("/nowhere") for _ in range(62)]
     assert 429 in {answer.status_code for answer in answers}
@@ -114,7 +114,7 @@ def test_no_worker_and_no_redis_are_503(open_http: HttpServer, tmp_path: Path) -
     assert "s3cret" not in alone.said()
 
 
-def test_without_keys_no_page_in_a_browser_may_ask(open_http: HttpServer) -> None:
+def test_without_keys_requests_of_web_pages_are_refused(open_http: HttpServer) -> None:
     port = httpx.URL(open_http.url).port
     answers = {
         (): 200,
@@ -138,7 +138,7 @@ def test_without_keys_no_page_in_a_browser_may_ask(open_http: HttpServer) -> Non
         (["--api-key", "short"], "at least 16"),
     ],
 )
-def test_a_start_that_would_open_the_door_is_refused(tmp_path: Path, flags: list[str], part: str) -> None:
+def test_serving_a_network_without_keys_is_refused(tmp_path: Path, flags: list[str], part: str) -> None:
     done = subprocess.run(
         [*SERVE, "--files", str(tmp_path), *flags], capture_output=True, text=True, timeout=PATIENCE_S
     )

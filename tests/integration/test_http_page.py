@@ -78,7 +78,7 @@ def asked(http: HttpServer, job: str, reference: str) -> httpx.Response:
 
 @pytest.fixture(scope="module")
 def traced(worker: object, redis_url: str) -> dict[str, Job]:
-    """Jobs that kept their tensors: two of one prompt, one of another as long, one of a longer one, one of few."""
+    """Jobs with stored tensors: two with one prompt, one with another of equal length, one longer, one with few."""
     prompts = {"one": "Hello.", "same": "Hello.", "other": "Help!", "longer": "Hello there.", "few": "Hello."}
     with Client(redis_url=redis_url) as client:
         jobs = {
@@ -111,9 +111,7 @@ def test_the_rows_are_the_differences_of_the_tensors(http: HttpServer, client: C
     assert rows[3]["ok"] is True, "each cache holds what its own job wrote"
 
 
-def test_shapes_that_differ_and_tensors_that_one_does_not_have_are_said(
-    http: HttpServer, traced: dict[str, Job]
-) -> None:
+def test_different_shapes_and_missing_tensors_are_reported(http: HttpServer, traced: dict[str, Job]) -> None:
     longer = asked(http, traced["one"].id, traced["longer"].id).json()["rows"][7]
     assert (longer["number"], longer["ok"], longer["max_abs"]) == (8, False, None)
     assert "the reference has shape [3, " in longer["note"]

@@ -1,4 +1,4 @@
-"""Two thousand jobs at once: all finish, and the worker's memory stays what it was."""
+"""Two thousand jobs at once: all finish, and the worker's memory does not grow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How messages are taken out of Redis: none is lost on the way, and one that nobody can read harms nobody."""
+"""How messages are taken out of Redis: none is lost, and an unreadable one affects no other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.patience import PATIENCE_S
 
 NORMAL = keys.queue_lists("demo")[1]
 
-#: A worker that is killed at a point of taking a message: before the one step, and right after it.
+#: Kills a worker while it takes a message: before the atomic step, and right after it.
 KILL = (
     "import os\nfrom headrace.worker.queue import transport\ntransport.Channel.{} = lambda *_: os.kill(os.getpid(), 9)"
 )
@@ -58,7 +58,7 @@ def worker(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 
 @contextlib.contextmanager
 def full(connection: redis.Redis) -> Iterator[None]:
-    """Redis refuses whatever takes memory."""
+    """Redis refuses every command that needs memory."""
     connection.config_set("maxmemory", "1")
     try:
         yield
@@ -72,7 +72,7 @@ def relieve(connection: redis.Redis) -> None:
 
 @contextlib.contextmanager
 def asleep(worker: WorkerProcess) -> Iterator[None]:
-    """The worker takes nothing meanwhile."""
+    """The worker takes no message during the block."""
     worker.signal(signal.SIGSTOP)
     try:
         yield
@@ -126,7 +126,7 @@ def test_a_worker_that_starts_while_redis_is_full_works_when_it_is_not(
 def test_a_message_is_neither_lost_nor_in_the_way_while_redis_is_full(
     client: Client, connection: redis.Redis, worker: WorkerProcess
 ) -> None:
-    """The hint is handed to a worker that sleeps; when it wakes up, Redis takes no more. Then it has to reconnect."""
+    """A sleeping worker gets the hint; when it wakes up, Redis is full. Then it has to reconnect."""
     refused = len(worker.events("redis.refused"))
     worker.signal(signal.SIGSTOP)
     job = client.submit("Hello.", max_tokens=1)
@@ -235,7 +235,7 @@ def test_a_message_that_nobody_can_read_is_put_aside_and_the_worker_goes_on(
     ],
     ids=["task", "limits", "group"],
 )
-def test_a_job_that_a_refused_message_names_has_an_end(
+def test_a_job_that_a_refused_message_names_fails(
     client: Client, connection: redis.Redis, worker: WorkerProcess, message: str, job_id: str
 ) -> None:
     connection.lpush(NORMAL, message)
@@ -245,7 +245,7 @@ def test_a_job_that_a_refused_message_names_has_an_end(
     assert caught.value.code == "unreadable_message"
 
 
-def test_only_so_many_unreadable_messages_are_kept(connection: redis.Redis, worker: WorkerProcess) -> None:
+def test_the_number_of_kept_unreadable_messages_is_limited(connection: redis.Redis, worker: WorkerProcess) -> None:
     connection.lpush(keys.dead(), *["{}"] * (keys.DEAD_ENTRIES + 5))
     connection.lpush(NORMAL, b"\xff" * 10_000)
     wait_until(lambda: connection.llen(keys.dead()) == keys.DEAD_ENTRIES)
@@ -256,7 +256,7 @@ def test_only_so_many_unreadable_messages_are_kept(connection: redis.Redis, work
 def test_an_unreadable_message_of_a_dead_worker_does_not_hide_the_others(
     client: Client, connection: redis.Redis, worker: WorkerProcess
 ) -> None:
-    """kombu's sweep goes by the time of the leases, and one entry that it cannot read would end it each time."""
+    """kombu's sweep runs in the order of the leases, and would stop at each entry that it cannot read."""
     good = task(id="behind")
     held = {"one": "[hello]", "two": "[null]", "three": '[null, "", "q"]', "good": f'[{good}, "", "headrace.demo"]'}
     connection.hset(keys.unacked(), mapping=held)
@@ -266,7 +266,7 @@ def test_an_unreadable_message_of_a_dead_worker_does_not_hide_the_others(
     assert client.status().dead == 3
 
 
-def test_a_cancel_that_comes_as_the_job_ends_leaves_no_key(
+def test_a_cancellation_at_the_end_of_a_job_leaves_no_key(
     client: Client, connection: redis.Redis, worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = client.submit("Hello.", max_tokens=1)
@@ -279,7 +279,7 @@ def test_a_cancel_that_comes_as_the_job_ends_leaves_no_key(
 def test_every_key_has_a_lifetime_that_ends_with_the_result(
     client: Client, connection: redis.Redis, worker: WorkerProcess
 ) -> None:
-    """But the queues, kombu's list of what is delivered, and its bindings, which are as many as there are queues."""
+    """Except the queues, kombu's list of delivered messages, and its bindings, one for each queue."""
     app = make_app(client.settings)
     app.control.revoke("revoked")
     named = [

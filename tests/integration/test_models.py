@@ -1,4 +1,4 @@
-"""Several models: a worker of two, workers of one each, and models that come and go while jobs run."""
+"""Several models: a worker of two, workers of one each, and models that are loaded and unloaded while jobs run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.integration.servers import free_port
 from tests.integration.test_probes import Probed
 from tests.patience import PATIENCE_S
 
-#: Of a few kinds; each twice, for one model and for the other.
+#: Several kinds of requests. Each is submitted twice, once for each model.
 JOBS: list[dict[str, Any]] = [
     {
         "prompt": "The river " * (1 + number % 3) + str(number),
@@ -54,7 +54,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tiny: Path) -> Answers:
-    """What each job gives where its model is the only one, computed one job after the other."""
+    """The results of the jobs if their model is the only one, computed one by one."""
     answers = {}
     for name, model in {"demo": "demo", "tiny": str(tiny)}.items():
         with load_engine(load_settings(model=model, threads=1)) as engine:
@@ -67,7 +67,7 @@ def substance(result: Result) -> dict[str, Any]:
 
 
 def submit(client: Client, count: int) -> dict[str, list[Job]]:
-    """The first of the jobs, those of the two models in turn."""
+    """Submit the first jobs, alternately for the two models."""
     mixed = client.submit_many([{**job, "model": name} for job in JOBS[:count] for name in ("demo", "tiny")])
     return {"demo": mixed[::2], "tiny": mixed[1::2]}
 
@@ -104,7 +104,7 @@ def client(server: EmbeddedRedis) -> Iterator[Client]:
 
 
 def count(worker: WorkerProcess, event: str, name: str) -> int:
-    """How often the log says this of a model."""
+    """How often the log contains an event of a model."""
     return len([line for line in worker.events(event) if line["model"] == name])
 
 
@@ -179,11 +179,11 @@ def test_models_are_swapped_while_jobs_run_and_none_is_lost(
     with worker_of(f"tiny={tiny}", "tiny.log") as second:
         second.wait_ready()
         mine = answers_of({"tiny": jobs["tiny"]})
-        assert unfinished("demo"), "nobody serves their model: they wait"
+        assert unfinished("demo"), "no worker serves their model, so they wait"
         late = [own_client.submit(**job, model="tiny") for job in JOBS + JOBS]
         wait_until(lambda: any(job.status() == "succeeded" for job in late))  # four at a time
         jobs["tiny"] += late
-        second.signal(signal.SIGQUIT)  # what runs goes back too
+        second.signal(signal.SIGQUIT)  # running jobs are returned too
         assert second.wait() == 0
     assert unfinished("tiny")
     with worker_of("demo", "demo.log") as third:

@@ -1,4 +1,4 @@
-"""A worker is cut off from Redis, by a network that tells nobody: its jobs are done elsewhere, once and rightly."""
+"""A network failure without errors cuts a worker off from Redis: other workers compute its jobs, once and correctly."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REQUESTS: list[dict[str, Any]] = [
 
 @contextlib.contextmanager
 def cut_off_worker(port: int, log: Path, step_s: float) -> Iterator[tuple[WorkerProcess, Link]]:
-    """A worker that takes so long for each token, and its own way to Redis."""
+    """A worker that takes `step_s` for each token, and its link to Redis."""
     settings = {"HEADRACE_SLOTS": "16", "HEADRACE_LEASE_S": str(LEASE_S), "HEADRACE_LOG_LEVEL": "debug"}
     with Link(port) as link:
         settings["HEADRACE_REDIS_URL"] = f"redis://127.0.0.1:{link.port}/0"
@@ -41,7 +41,7 @@ def cut_off_worker(port: int, log: Path, step_s: float) -> Iterator[tuple[Worker
 
 
 def submit(client: Client) -> list[Job]:
-    """The requests: some in messages of their own, the others in one together."""
+    """Submit the requests, some in separate messages and the others in one message."""
     common = {"max_tokens": TOKENS, "ignore_eos": True}
     alone = [client.submit(**{**common, **request}) for request in REQUESTS[:3]]
     return alone + client.submit_many([{**common, **request} for request in REQUESTS[3:]])
@@ -52,7 +52,7 @@ def answers(jobs: list[Job]) -> list[Any]:
 
 
 def both_live(client: Client) -> bool:
-    """Whether both workers have spoken lately."""
+    """Whether both workers have a current record."""
     return len([w for w in client.status().workers if time.time() - w.beat_at < 5]) == 2
 
 

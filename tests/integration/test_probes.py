@@ -1,4 +1,4 @@
-"""Checkpoint 0: a worker is started, ready, healthy and takes a job; and what its probes say when it is not."""
+"""Checkpoint 0: a worker starts, becomes ready and healthy, and takes a job; its probes report when it is not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.integration.processes import attempts, paced, wait_until, worker_on
 from tests.integration.servers import free_port
 from tests.patience import PATIENCE_S
 
-#: The second step of one job ends when a file is there, as where a GPU hangs for a while.
+#: The second step of one job waits until a file exists, like a GPU that hangs for a while.
 STUCK = """
 import pathlib, time
 from headrace.worker.engine.model_runner import ModelRunner
@@ -35,13 +35,13 @@ ModelRunner.run = stuck
 
 
 class Probed:
-    """What a worker's port says."""
+    """Reads the probes and metrics of a worker."""
 
     def __init__(self, port: int) -> None:
         self.base = f"http://127.0.0.1:{port}"
 
     def get(self, path: str) -> tuple[int, str]:
-        """Status and text; 0 while nothing listens."""
+        """Status and text; the status is 0 while the port is closed."""
         try:
             with urllib.request.urlopen(self.base + path, timeout=5) as answer:
                 return answer.status, answer.read().decode()
@@ -52,7 +52,7 @@ class Probed:
             return 0, ""
 
     def samples(self) -> dict[str, float]:
-        """Sums over the labels of a name, so that each needs no more than its name."""
+        """The metrics by name, summed over their labels."""
         sums: dict[str, float] = {}
         for family in parse(self.get("/metrics")[1]):
             for sample in family.samples:
@@ -115,7 +115,7 @@ def test_checkpoint_0_a_worker_starts_takes_a_job_and_says_when_it_is_unwell(
 def test_sigterm_remapped_to_sigquit_finishes_what_it_may_and_hands_back_the_rest(
     own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
 ) -> None:
-    """As the Kubernetes manifests have it; REMAP_SIGTERM is Celery's."""
+    """As in the Kubernetes manifests; REMAP_SIGTERM is a variable of Celery."""
     settings = {"REMAP_SIGTERM": "SIGQUIT", "HEADRACE_SOFT_SHUTDOWN_S": "300", "HEADRACE_DRAFT_TOKENS": "0"}
     with worker_on(own_server, tmp_path / "worker.log", patch=paced(0.05), **settings) as worker:
         worker.wait_ready()

@@ -1,4 +1,4 @@
-"""The Procfile as it is used: honcho starts what it names, and stops it."""
+"""honcho starts and stops the processes of the Procfile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.patience import PATIENCE_S
 ROOT = Path(__file__).parents[2]
 
 
-def test_honcho_brings_up_a_worker_that_does_a_job(
+def test_honcho_starts_a_worker_that_computes_a_job(
     own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
 ) -> None:
     binaries = Path(sys.executable).parent

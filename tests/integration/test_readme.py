@@ -1,4 +1,4 @@
-"""The blocks of README and docs run at a real worker, in the order of the page, and print what is shown."""
+"""The code blocks of README and docs run against a real worker, in order, and print the output shown."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PATTERN = re.compile(r"```(python|sh)\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.D
 
 
 def blocks(page: Path) -> list[tuple[str, str, str]]:
-    """The language and the text of each block that runs, and the output that stands under it."""
+    """The language and the text of each block that runs, and the output shown after it."""
     return PATTERN.findall(page.read_text())
 
 
@@ -39,7 +39,7 @@ def name_of(page: Path) -> str:
 
 @pytest.fixture
 def at_the_worker(worker: object, redis_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What a user's shell has: the address of a Redis with a worker on it, and a directory to write to."""
+    """The environment of a user's shell: the address of a Redis with a worker, and a writable directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HEADRACE_REDIS_URL", redis_url)
 
@@ -135,7 +135,7 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 150
 
 
-def test_nobody_is_told_to_install_a_name_that_is_not_ours() -> None:
+def test_no_page_installs_a_name_of_another_project() -> None:
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "docker").rglob("*.md")]
     for page in pages:
         assert not re.search(r"pip install[^`\n]*[ '\"]headrace", page.read_text()), page
@@ -146,7 +146,7 @@ def test_nobody_is_told_to_install_a_name_that_is_not_ours() -> None:
 
 
 def messages() -> list[str]:
-    """The strings of the product, with `…` where a value is put in."""
+    """The strings in the sources of headrace, with `…` for inserted values."""
     found = []
     for package in ("client", "worker", "model", "config"):
         for path in (ROOT / package).rglob("*.py"):
@@ -159,7 +159,7 @@ def messages() -> list[str]:
     return found
 
 
-def test_the_messages_under_troubleshooting_are_those_of_the_code() -> None:
+def test_the_messages_in_troubleshooting_exist_in_the_code() -> None:
     quoted = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
     assert len(quoted) > 10
     written = messages()

@@ -1,4 +1,4 @@
-"""What people write, passwords and keys stand where they have to, and nowhere else."""
+"""Prompts, passwords and keys appear only where they must."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LONG = {"max_tokens": 1000, "ignore_eos": True}
 
 
 def forms(marker: str) -> Iterator[str]:
-    """The marker as it is, and what of it shows in base64 wherever it begins."""
+    """The marker, and its fragments in base64 at each alignment."""
     yield marker
     for shift in range(3):
         code = base64.b64encode(b"x" * shift + marker.encode()).decode()
@@ -53,7 +53,7 @@ def assert_clean(text: str, where: str) -> None:
 
 
 class Ear(threading.Thread):
-    """Hears everything that is published to Celery's events."""
+    """Records everything that is published to Celery's events."""
 
     def __init__(self, connection: redis.Redis) -> None:
         super().__init__(daemon=True)
@@ -69,7 +69,7 @@ class Ear(threading.Thread):
 
 
 def ended(job: Any, error: io.StringIO) -> None:
-    """Wait for a job; what its error says is kept."""
+    """Wait for a job, and record the text of its error."""
     try:
         job.result(PATIENCE_S)
     except HeadraceError as failure:
@@ -77,7 +77,7 @@ def ended(job: Any, error: io.StringIO) -> None:
 
 
 def everything_that_can_happen(place: str, worker: WorkerProcess, errors: io.StringIO) -> None:
-    """Success, failures of all kinds, bad signatures, cancelling, lost connections, a full Redis."""
+    """Cause success, failures of all kinds, bad signatures, cancelling, lost connections, a full Redis."""
     with Client(settings=load_settings(redis_url=place, signing_key=KEY)) as client:
         print(client.settings, repr(client.settings), file=errors)
         for request in ({"top_p": 7}, {"stop": [""]}, {"max_tokenz": 1}, {"schema_version": 3}):
@@ -118,7 +118,7 @@ def everything_that_can_happen(place: str, worker: WorkerProcess, errors: io.Str
     print(unreachable.value, repr(unreachable.value), file=errors)
 
 
-def test_nothing_of_it_is_anywhere_else(tmp_path: Path) -> None:
+def test_prompts_and_secrets_appear_nowhere_else(tmp_path: Path) -> None:
     errors, spoken = io.StringIO(), io.StringIO()
     log = tmp_path / "worker.log"
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What strangers put into the queue is read as JSON, within bounds, or not at all."""
+"""Untrusted messages are read only as JSON and within size limits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.patience import PATIENCE_S
 
-#: An ear on the interpreter: every class or function that pickle looks up is written down.
+#: An audit hook that prints every class or function that pickle looks up.
 LISTENING = """
 import sys
 def hear(event, arguments):
@@ -59,7 +59,7 @@ def client(server: EmbeddedRedis, worker: WorkerProcess) -> Iterator[Client]:
 
 
 def put(client: Client, body: bytes, content_type: str = "application/json", **headers: Any) -> None:
-    """A message as kombu writes it, around any body."""
+    """Queue a message with any body, as kombu writes it."""
     name = keys.queue_lists("demo")[1]
     delivery = {"exchange": "", "routing_key": name.removeprefix(keys.PREFIX)}
     message = {
@@ -109,7 +109,7 @@ def test_nothing_but_json_is_read_and_nothing_is_unpickled(
     assert not trap.exists()
 
 
-def test_the_trap_works(tmp_path: Path) -> None:
+def test_the_pickle_payload_would_create_the_file(tmp_path: Path) -> None:
     trap = tmp_path / "trap"
     pickle.loads(pickle.dumps(Touch(trap)))
     assert trap.exists()
@@ -141,7 +141,7 @@ def test_remote_control_and_results_are_json_too(
     assert not trap.exists()
 
 
-def test_all_four_places_read_and_write_json_alone(app: Celery) -> None:
+def test_all_four_serializers_are_json(app: Celery) -> None:
     conf = app.conf
     assert conf.accept_content == conf.result_accept_content == ["json"]
     assert {conf.task_serializer, conf.result_serializer, conf.event_serializer} == {"json"}
@@ -150,7 +150,7 @@ def test_all_four_places_read_and_write_json_alone(app: Celery) -> None:
 
 
 def test_no_class_is_ever_looked_up_for_pickle_in_a_worker(client: Client, worker: WorkerProcess, app: Celery) -> None:
-    """The whole of a worker's life so far, its start and all the messages above; and checkpoints."""
+    """This covers the worker's start, all messages of the tests above, and checkpoints."""
     job = client.submit("Hello.", max_tokens=3, checkpoints="all")
     assert job.result(PATIENCE_S)
     assert job.checkpoints()
@@ -159,7 +159,7 @@ def test_no_class_is_ever_looked_up_for_pickle_in_a_worker(client: Client, worke
 
 
 @pytest.mark.parametrize(("name", "pack"), [("zlib", zlib.compress), ("bzip2", bz2.compress), ("lzma", lzma.compress)])
-def test_nothing_is_unpacked(client: Client, worker: WorkerProcess, name: str, pack: Any) -> None:
+def test_compressed_messages_are_not_decompressed(client: Client, worker: WorkerProcess, name: str, pack: Any) -> None:
     """A hundred kilobytes may unpack to a hundred megabytes."""
     before = len(worker.events("message.refused"))
     put(client, pack(arguments({"prompt": " " * 10**8})), compression=name)
@@ -192,15 +192,15 @@ def test_a_group_that_is_too_large_is_refused(client: Client, worker: WorkerProc
     ],
     ids=str,
 )
-def test_headers_of_any_shape_end_no_worker(client: Client, worker: WorkerProcess, headers: dict[str, Any]) -> None:
+def test_invalid_headers_end_no_worker(client: Client, worker: WorkerProcess, headers: dict[str, Any]) -> None:
     put(client, arguments({"prompt": "x", "max_tokens": 1}), **headers)
     assert client.submit("Hello.", max_tokens=2).result(PATIENCE_S)
     wait_until(lambda: client._redis.hlen(keys.unacked()) == 0)
     assert worker.alive
 
 
-def test_the_largest_request_there_can_be_fits(client: Client) -> None:
-    """What the client accepts no worker may refuse for its size."""
+def test_the_largest_valid_request_is_accepted(client: Client) -> None:
+    """A worker must not refuse for its size what the client accepts."""
     from headrace.client.wire.requests import MAX_BIASES, MAX_PROMPT_BYTES, MAX_PROMPT_TOKENS, MAX_STOP_BYTES, TOKEN_IDS
 
     more = {

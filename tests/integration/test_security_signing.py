@@ -1,4 +1,4 @@
-"""A worker with a signing key computes what was signed with it, and nothing else."""
+"""A worker with a signing key computes only jobs that were signed with it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def client_of(server: EmbeddedRedis, key: str | None) -> Client:
 
 
 def outcome(client: Client, job_id: str) -> str:
-    """How a job ended, once it has: its text, or the code of its failure."""
+    """Wait for a job, and return its text or the code of its failure."""
     wait_until(lambda: client._redis.exists(keys.result(job_id)))
     try:
         return client.job(job_id).result(5).text
@@ -47,7 +47,7 @@ def outcome(client: Client, job_id: str) -> str:
 
 
 @pytest.mark.parametrize("key", [NEW, OLD, f"{NEW},{OLD}", f"{OLD},{FOREIGN}"], ids=["new", "old", "both", "first"])
-def test_what_is_signed_with_a_key_of_the_worker_is_computed(
+def test_jobs_signed_with_a_key_of_the_worker_are_computed(
     server: EmbeddedRedis, worker: WorkerProcess, key: str
 ) -> None:
     with client_of(server, key) as client:
@@ -71,7 +71,7 @@ def test_anything_else_fails_and_is_never_computed(
     assert {line["code"] for line in finished} == {"bad_signature"}
 
 
-def test_of_a_group_each_job_is_judged_alone(server: EmbeddedRedis, worker: WorkerProcess, app: Celery) -> None:
+def test_each_job_of_a_group_is_verified_separately(server: EmbeddedRedis, worker: WorkerProcess, app: Celery) -> None:
     good = [sign(NEW.encode(), f"each:{i}", "demo", REQUEST) for i in range(6)]
     members: list[dict[str, Any]] = [
         {"id": "each:0", "request": good[0]},
@@ -90,7 +90,7 @@ def test_of_a_group_each_job_is_judged_alone(server: EmbeddedRedis, worker: Work
 
 
 def test_who_has_no_key_ends_no_job_by_naming_it(server: EmbeddedRedis, worker: WorkerProcess, app: Celery) -> None:
-    """Not one that runs, not one that waits, not one that is yet to come; and what was sent is kept with its reason."""
+    """This holds for running, waiting and future jobs; the refused message is kept with a reason."""
     refused = len(worker.events("message.refused"))
     long = {**REQUEST, "max_tokens": 900, "ignore_eos": True}
     forged = sign(FOREIGN.encode(), "victim:0", "demo", REQUEST)
@@ -109,7 +109,7 @@ def test_who_has_no_key_ends_no_job_by_naming_it(server: EmbeddedRedis, worker: 
         assert {job.result(PATIENCE_S).usage.completion_tokens for job in victims} == {900}
         letters = [json.loads(text)["reason"] for text in client._redis.lrange(keys.dead(), 0, 8)]  # type: ignore[union-attr]
         wait_until(lambda: client._redis.hlen(keys.unacked()) == 0)
-    assert sum("1 of its 1 jobs have no signature that holds" in reason for reason in letters) == 8
+    assert sum("1 of its 1 jobs have no valid signature" in reason for reason in letters) == 8
     assert sum("only signed jobs" in reason for reason in letters) == 1
     assert not worker.events("message.adopted")
     ended = [(line["job_id"], line["state"]) for line in worker.events("job.finished") if "victim" in line["job_id"]]
@@ -117,7 +117,7 @@ def test_who_has_no_key_ends_no_job_by_naming_it(server: EmbeddedRedis, worker: 
 
 
 def test_a_message_sent_again_is_one_result(server: EmbeddedRedis, worker: WorkerProcess) -> None:
-    """Who overhears a signed message can send it again: it is known by its id, and nothing is computed."""
+    """An attacker can replay a signed message: the worker knows its id and computes nothing."""
     with client_of(server, NEW) as client:
         job = client.submit(id="again", **REQUEST)
         first = job.result(PATIENCE_S)
@@ -125,16 +125,16 @@ def test_a_message_sent_again_is_one_result(server: EmbeddedRedis, worker: Worke
         wire = client.submitter.prepare({"id": "again", **REQUEST, "seed": first.seed}).wire
         client._app.send_task("headrace.generate", args=[wire], task_id="again")
         client._app.send_task("headrace.generate_many", args=[[{"id": "again", "request": wire}]])
-        assert client.submit(**REQUEST).result(PATIENCE_S)  # those before it have been looked at
+        assert client.submit(**REQUEST).result(PATIENCE_S)  # the messages before it have been processed
         wait_until(lambda: client._redis.hlen(keys.unacked()) == 0)
         assert client._redis.get(keys.result("again")) == before
     assert [line["state"] for line in worker.events("job.finished") if line["job_id"] == "again"] == ["succeeded"]
 
 
-def test_what_an_envelope_asks_for_beside_the_request_is_left_out(
+def test_instructions_in_an_unsigned_envelope_are_ignored(
     server: EmbeddedRedis, worker: WorkerProcess, app: Celery
 ) -> None:
-    """Nobody signs Celery's envelope: not the tasks it calls afterwards, nor when it is to run."""
+    """Celery's envelope is not signed, including its callbacks and its start time."""
     follower = app.tasks["headrace.generate"].signature(args=[REQUEST], task_id="follower")
     for name, more in {
         "envelope:link": {"link": follower},
@@ -168,7 +168,7 @@ def test_celerys_own_tasks_are_refused(
     wait_until(lambda: connect(server.url).hlen(keys.unacked()) == 0)
 
 
-def test_without_a_key_the_message_is_as_it_always_was(server: EmbeddedRedis) -> None:
+def test_without_a_key_the_message_is_unchanged(server: EmbeddedRedis) -> None:
     with EmbeddedRedis.ephemeral() as own, client_of(own, None) as client:
         client.submit("Hello.", id="plain", max_tokens=3, seed=1)
         client.submit_many([{"prompt": "Hello.", "id": f"plain:{i}", "seed": 1} for i in range(2)])

@@ -1,4 +1,4 @@
-"""rediss://: client, broker and result backend over TLS, and no way around its certificates by mistake."""
+"""rediss://: client, broker and result backend over TLS, which cannot skip certificate checks by mistake."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ def quoted(path: Path) -> str:
     return str(path).replace(" ", "%20")
 
 
-def test_the_whole_way_goes_over_tls_with_a_certificate_on_each_side(
-    port: int, ours: Authority, tmp_path: Path
-) -> None:
+def test_all_connections_use_tls_with_a_certificate_on_each_side(port: int, ours: Authority, tmp_path: Path) -> None:
     with TlsProxy(port, ours, client_ca=ours.ca) as proxy:
         files = f"&ssl_certfile={quoted(ours.cert)}&ssl_keyfile={quoted(ours.key)}"
         place = url(proxy, f"?ssl_ca_certs={quoted(ours.ca)}{files}")
@@ -80,7 +78,7 @@ def test_the_whole_way_goes_over_tls_with_a_certificate_on_each_side(
     [("?ssl_ca_certs={theirs}", "localhost"), ("", "localhost"), ("?ssl_ca_certs={ours}", "127.0.0.1")],
     ids=["another authority", "no authority named", "another host"],
 )
-def test_a_certificate_that_does_not_fit_is_refused_with_what_to_do(
+def test_a_wrong_certificate_is_refused_with_what_to_do(
     proxy: TlsProxy, ours: Authority, theirs: Authority, query: str, host: str
 ) -> None:
     place = url(proxy, query.format(ours=quoted(ours.ca), theirs=quoted(theirs.ca)), host)
@@ -93,7 +91,7 @@ def test_a_certificate_that_does_not_fit_is_refused_with_what_to_do(
     assert proxy.connections == 0
 
 
-def test_a_worker_that_is_shown_a_wrong_certificate_ends_and_says_so(
+def test_a_worker_that_gets_a_wrong_certificate_ends_with_an_error(
     proxy: TlsProxy, theirs: Authority, tmp_path: Path
 ) -> None:
     place = url(proxy, f"?ssl_ca_certs={quoted(theirs.ca)}")
@@ -105,7 +103,7 @@ def test_a_worker_that_is_shown_a_wrong_certificate_ends_and_says_so(
     assert proxy.connections == 0
 
 
-def test_a_file_of_certificates_that_is_not_there_is_named(proxy: TlsProxy, tmp_path: Path) -> None:
+def test_a_missing_certificate_file_is_named(proxy: TlsProxy, tmp_path: Path) -> None:
     place = url(proxy, "?ssl_ca_certs=/nowhere/ca.pem")
     with Client(redis_url=place) as client, pytest.raises(RedisUnreachable, match=r"No such file.*ssl_ca_certs"):
         client.submit("Hello.")
@@ -120,7 +118,7 @@ def test_who_speaks_no_tls_to_a_server_that_does_is_told(proxy: TlsProxy) -> Non
 
 
 def test_who_speaks_tls_to_a_server_that_does_not_is_told(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each waits for the other until a timeout, which is shorter here."""
+    """Client and server wait for each other until a timeout, which is shorter here."""
     monkeypatch.setitem(transport._OPTIONS, "socket_timeout", 0.5)
     monkeypatch.setattr(transport, "SOCKET_TIMEOUT_S", 0.5)
     monkeypatch.setattr(transport, "CONNECT_TIMEOUT_S", 0.5)
@@ -132,8 +130,8 @@ def test_who_speaks_tls_to_a_server_that_does_not_is_told(port: int, monkeypatch
     assert "ssword-5519" not in str(caught.value)
 
 
-def test_a_server_that_is_away_or_does_not_answer_is_said_to_be_that(port: int) -> None:
-    """Nothing is said of TLS where nothing is known of it."""
+def test_an_unreachable_or_silent_server_is_reported_as_such(port: int) -> None:
+    """The error does not mention TLS without evidence for it."""
     for place in (f"rediss://localhost:{free_port()}/0", f"redis://localhost:{free_port()}/0"):
         with Client(redis_url=place) as client, pytest.raises(RedisUnreachable, match="start it") as caught:
             client.status()

@@ -1,4 +1,4 @@
-"""config/redis-users.acl: enough for client and worker, and no more."""
+"""config/redis-users.acl grants what client and worker need, and nothing else."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def passwords(directory: Path) -> dict[str, str]:
-    """The file made ready by the commands of SECURITY.md, run as they stand there."""
+    """Prepare the file with the commands of SECURITY.md."""
     assert RECIPE is not None
     (directory / "config").mkdir()
     (directory / "config" / ACL.name).write_text(ACL.read_text())
@@ -61,7 +61,7 @@ def url(port: int, passwords: dict[str, str]) -> Url:
 
 @pytest.fixture(scope="module")
 def lost(url: Url) -> str:
-    """A job whose message a worker had that is no more."""
+    """A job whose message a worker held when it died."""
     with Client(redis_url=url("client")) as client, connect(url("admin")) as admin:
         job = client.submit("Hello.", max_tokens=5)
         admin.hset(keys.unacked(), "lost", f'[{admin.rpop(QUEUE)}, "", "headrace.demo"]')
@@ -88,8 +88,8 @@ def denied(url: Url) -> set[tuple[str, str]]:
     return {(entry["username"].removeprefix("headrace-"), entry["object"]) for entry in entries}
 
 
-def test_as_it_is_shipped_no_server_takes_it(tmp_path: Path) -> None:
-    """So that nobody runs with a password that stands in a repository."""
+def test_redis_refuses_the_acl_file_without_passwords(tmp_path: Path) -> None:
+    """This prevents servers with a password from the repository."""
     with (
         pytest.raises(AssertionError, match="password hash must be exactly 64 characters"),
         redis_on_a_port(tmp_path, "--aclfile", str(ACL)),
@@ -175,7 +175,7 @@ READERS = (
 
 
 @pytest.mark.parametrize("command", [*SERVER, *READERS], ids=" ".join)
-def test_a_client_may_not(url: Url, command: list[str]) -> None:
+def test_a_client_cannot_run_commands_of_workers_or_administrators(url: Url, command: list[str]) -> None:
     with pytest.raises(redis.exceptions.NoPermissionError):
         connect(url("client")).execute_command(*command)
 
@@ -187,7 +187,7 @@ def test_a_worker_may_not(url: Url, command: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", ["'FLUSHALL'", "'CONFIG', 'GET', '*'", "'GET', 'somebody-elses'", "'KEYS', '*'"])
-def test_a_script_may_no_more_than_the_worker_that_runs_it(url: Url, command: str) -> None:
+def test_a_script_has_the_permissions_of_the_worker(url: Url, command: str) -> None:
     with pytest.raises(redis.exceptions.ResponseError, match=r"can't run this command|can't access|not allowed"):
         connect(url("worker")).eval(f"return redis.call({command})", 0)
 
@@ -240,7 +240,7 @@ def test_the_workers_user_has_all_the_rights_that_are_asked_for_and_any_that_is_
 def test_a_worker_without_a_right_refuses_to_start_and_one_that_loses_it_ends_and_no_job_is_lost(
     url: Url, tmp_path: Path, worker: WorkerProcess, client: Client
 ) -> None:
-    """The right to write results; the message is then neither acknowledged nor forgotten."""
+    """Without the right to write results, the message is neither acknowledged nor lost."""
     admin = connect(url("admin"))
     own = ACL.read_text().splitlines()[2].replace("#WORKER-PASSWORD-SHA256", ">losing").split()[2:]
     admin.execute_command("ACL", "SETUSER", "losing", *own)

@@ -1,4 +1,4 @@
-"""A primary that dies, a real Sentinel that makes its replica the primary, and a worker and clients that go there."""
+"""A primary dies, a real Sentinel promotes its replica, and a worker and clients reconnect to it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.patience import PATIENCE_S
 
 @contextlib.contextmanager
 def sentinel_on_a_port(directory: Path, primary: int) -> Iterator[int]:
-    """A Sentinel that decides alone, and soon."""
+    """A single Sentinel that decides quickly."""
     port, config = free_port(), directory / "sentinel.conf"
     config.write_text(
         f"port {port}\nbind 127.0.0.1\ndir {directory}\n"
@@ -64,7 +64,7 @@ def test_no_accepted_job_is_lost_when_a_replica_becomes_the_primary(
         redis_on_a_port(directories["replica"], *aof, "--replicaof", "127.0.0.1", str(primary)) as replica,
         sentinel_on_a_port(directories["sentinel"], primary) as sentinel,
     ):
-        url = f"sentinel://127.0.0.1:1,127.0.0.1:{sentinel}/0?master=jobs"  # the first one is away
+        url = f"sentinel://127.0.0.1:1,127.0.0.1:{sentinel}/0?master=jobs"  # the first one does not answer
         environment = {"HEADRACE_REDIS_URL": url, "HEADRACE_SLOTS": "2", "HEADRACE_DRAFT_TOKENS": "0"}
         worker = WorkerProcess(tmp_path / "worker.log", patch=paced(0.05), **environment, HEADRACE_LEASE_S="10")
         with worker, Client(redis_url=url) as client, connect(f"redis://127.0.0.1:{primary}") as first:

@@ -1,4 +1,4 @@
-"""How a worker process ends, wanted or not: nothing is lost, nobody is failed for it, and it does end."""
+"""Ends of a worker process, intended or not: no job is lost or fails because of it, and the process does end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import attempts, paced, wait_until, worker_on
 from tests.patience import PATIENCE_S
 
-#: A prompt that kills the process when it is computed, in whatever company.
+#: A prompt that kills the process when it is computed, in any batch composition.
 POISON = [13, 13, 13]
 DEADLY = f"""
 import os
@@ -30,7 +30,7 @@ def deadly(self, step):
 ModelRunner.run = deadly
 """
 
-#: Jobs that last: each token of theirs takes a step, and each step 0.03 s.
+#: Long jobs: each of their tokens takes a step of 0.03 s.
 SLOWLY = paced(0.03)
 LONG = {"temperature": 0, "ignore_eos": True}
 
@@ -51,8 +51,8 @@ def test_a_prompt_that_kills_its_process_fails_and_takes_nobody_with_it(
                 wait_until(lambda: connect(own_server.url).hlen(keys.unacked()) == 0)
             else:
                 deaths += 1
-    assert deaths == 2, "once in company, once alone"
-    assert texts[0] == texts[-1], "computed in other company, the text is the same"
+    assert deaths == 2, "once with other jobs, once alone"
+    assert texts[0] == texts[-1], "the text does not depend on the batch composition"
     with pytest.raises(JobFailed, match="begun 2 times") as caught:
         group[2].result(1)
     assert caught.value.code == "max_attempts"
@@ -117,10 +117,8 @@ def test_sigterm_without_redis_ends_in_time_and_the_jobs_end_elsewhere(
         assert {job.result(90).usage.completion_tokens for job in jobs} == {400}
 
 
-def test_a_job_that_celerys_tracer_cannot_finish_ends_all_the_same(
-    own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
-) -> None:
-    """Alone, and while a group that names it too has adopted it: the group is neither lost nor computed again."""
+def test_a_job_ends_even_if_celerys_tracer_fails(own_server: EmbeddedRedis, own_client: Client, tmp_path: Path) -> None:
+    """Both for a separate message and while a group has adopted the job: the group is neither lost nor recomputed."""
     patch = f"{SLOWLY}\nfrom headrace.worker.queue.backend import ResultBackend\nResultBackend.store_result = None"
     request = {**LONG, "prompt": "Hello.", "max_tokens": 150}
     app = make_app(own_client.settings)

@@ -1,4 +1,4 @@
-"""Text as it comes, to both faces of the client: whole, once and in order, whatever happens on the way."""
+"""Streaming with Client and AsyncClient: text arrives complete, once and in order, despite failures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, paced, wait_until, worker_on
 from tests.patience import PATIENCE_S
 
-#: Of workers here: jobs last long enough to be looked at in the middle, on a fast machine too.
+#: Makes jobs long enough to be observed while they run, on fast machines too.
 SLOWLY = {"patch": paced(0.015), "HEADRACE_DRAFT_TOKENS": "0"}
 LONG = {"max_tokens": 120, "temperature": 0, "ignore_eos": True, "stream": True}
 
@@ -49,13 +49,13 @@ def client(server: EmbeddedRedis, worker: WorkerProcess) -> Iterator[Client]:
 
 @pytest.fixture(params=["plain", "asyncio"])
 def stream(request: pytest.FixtureRequest, server: EmbeddedRedis) -> Stream:
-    """Reads a job's stream to the end, by its id, in a client of its own; `seen` gets the events on the way."""
+    """Reads a job's stream to the end by its id, in a new client; `seen` gets the events."""
     plain, with_asyncio = both_faces(server)
     return plain if request.param == "plain" else with_asyncio
 
 
 def both_faces(server: EmbeddedRedis) -> tuple[Stream, Stream]:
-    """What `stream` gives, with Client and with AsyncClient."""
+    """The two variants of `stream`: Client and AsyncClient."""
 
     def plain(job_id: str, seen: list[Event] | None = None, timeout: float = PATIENCE_S) -> list[Event]:
         seen = [] if seen is None else seen
@@ -77,7 +77,7 @@ def both_faces(server: EmbeddedRedis) -> tuple[Stream, Stream]:
 
 
 def assembled(events: list[Event]) -> dict[int, tuple[str, list[int], Any, str | None]]:
-    """What the pieces of each sample make up, in the form of `of_result`."""
+    """The pieces of each sample, joined, in the form of `of_result`."""
     made: dict[int, tuple[str, list[int], Any, str | None]] = {}
     for event in events:
         if event.result is not None:
@@ -126,7 +126,7 @@ def test_the_pieces_are_the_result_and_streaming_changes_nothing(
     assert of_result(plain.choices) == assembled(events)
 
 
-def test_text_comes_while_it_is_computed(client: Client, stream: Stream) -> None:
+def test_text_is_streamed_while_it_is_computed(client: Client, stream: Stream) -> None:
     job = client.submit("Hello.", **LONG)
     seen: list[Event] = []
     reading = threading.Thread(target=stream, args=(job.id, seen))
@@ -137,7 +137,7 @@ def test_text_comes_while_it_is_computed(client: Client, stream: Stream) -> None
     check(seen)
 
 
-def test_from_the_start_however_late(client: Client, server: EmbeddedRedis, stream: Stream) -> None:
+def test_a_late_reader_gets_the_whole_text(client: Client, server: EmbeddedRedis, stream: Stream) -> None:
     job = client.submit("Hello.", **LONG)
     wait_until(lambda: connect(server.url).xlen(keys.events(job.id)) >= 3)
     check(stream(job.id))
@@ -146,7 +146,7 @@ def test_from_the_start_however_late(client: Client, server: EmbeddedRedis, stre
     check(stream(job.id))
 
 
-def test_a_job_that_does_not_stream_comes_whole(client: Client, server: EmbeddedRedis, stream: Stream) -> None:
+def test_a_job_that_does_not_stream_gives_one_result(client: Client, server: EmbeddedRedis, stream: Stream) -> None:
     job = client.submit("Hello.", max_tokens=5, n=2)
     events = stream(job.id)
     check(events)
@@ -171,7 +171,7 @@ def test_cut_connections_leave_no_gap_and_no_repeat(client: Client, server: Embe
 
 
 @pytest.mark.parametrize("end", ["failed", "cancelled", "expired"])
-def test_what_ends_in_the_middle_raises_what_result_raises(client: Client, stream: Stream, end: str) -> None:
+def test_a_stream_that_ends_early_raises_the_error_of_result(client: Client, stream: Stream, end: str) -> None:
     fields = (
         {"timeout_s": 3, "max_tokens": 900} if end == "expired" else {"max_tokens": 2000} if end == "failed" else {}
     )
@@ -188,7 +188,7 @@ def test_what_ends_in_the_middle_raises_what_result_raises(client: Client, strea
         assert caught.value.partial[0].startswith("".join(event.text for event in seen))
 
 
-def test_what_cannot_be_waited_for(client: Client, stream: Stream) -> None:
+def test_an_unknown_job_and_a_timeout_are_errors(client: Client, stream: Stream) -> None:
     with pytest.raises(UnknownJob) as unknown:
         stream("nobody")
     assert unknown.value.job.id == "nobody"
@@ -198,7 +198,9 @@ def test_what_cannot_be_waited_for(client: Client, stream: Stream) -> None:
     assert late.value.job == job
 
 
-def test_a_full_redis_costs_pieces_and_not_the_stream(client: Client, server: EmbeddedRedis, stream: Stream) -> None:
+def test_a_full_redis_delays_pieces_and_does_not_break_the_stream(
+    client: Client, server: EmbeddedRedis, stream: Stream
+) -> None:
     job = client.submit("Hello.", **LONG)
     connection = connect(server.url)
     wait_until(lambda: connection.xlen(keys.events(job.id)) >= 2)
@@ -223,7 +225,7 @@ def test_a_redis_that_is_killed_and_comes_back(client: Client, server: EmbeddedR
 
 
 def test_a_worker_that_is_killed_in_the_middle(server: EmbeddedRedis, directory: Path) -> None:
-    """Another begins again, and cuts the text elsewhere; who reads along does not notice, who comes later neither."""
+    """Another worker starts again and splits the text elsewhere; neither current nor later readers notice."""
     own = {"HEADRACE_SERVED_NAME": "killed", **SLOWLY}
     with (
         Client(redis_url=server.url, model="killed") as client,

@@ -20,7 +20,7 @@ from tests.integration.processes import WorkerProcess, attempts, paced, wait_unt
 from tests.patience import PATIENCE_S
 
 KEY = "key-" * 8
-#: The example of W3C's Trace Context.
+#: The example in W3C's Trace Context specification.
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
@@ -32,7 +32,7 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture
 def client(server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
-    """One that signs: nobody signs the context."""
+    """A client that signs, because trace contexts are not signed."""
     monkeypatch.setenv("HEADRACE_SIGNING_KEY", KEY)
     with Client(redis_url=server.url) as made:
         yield made

@@ -1,4 +1,4 @@
-"""A worker and what a client of an earlier version has left for it."""
+"""A worker reads messages of an earlier client."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "queue-v1.json"
 
 @pytest.mark.usefixtures("worker")
 def test_a_message_that_an_earlier_client_left_in_the_queue_is_computed(redis_url: str, client: Client) -> None:
-    """The file is what the first client put into Redis; it stays as it is when the format goes on."""
+    """The file is what the first client put into Redis; it is not updated when the format changes."""
     stored: dict[str, Any] = json.loads(GOLDEN.read_text())
     with connect(redis_url) as connection:
         connection.delete(*(key(job_id) for job_id in stored["records"] for key in (keys.job, keys.result)))

@@ -1,4 +1,4 @@
-"""`headrace validate` as a user runs it: tables, files from elsewhere, pictures, exit codes."""
+"""`headrace validate` as a user runs it: tables, files of other programs, pictures, exit codes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def validate(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another implementation's tensors for "Hello.", here the plain forward pass."""
+    """Tensors of another implementation for "Hello.", here of the plain forward pass."""
     path = tmp_path_factory.mktemp("dump") / "other.npz"
     traced = load_model("demo", device="cpu", dtype="float32").trace(torch.tensor([[15496, 13]]))
     np.savez(path, **{name: tensor[0].numpy() for name, tensor in traced.items()})
@@ -59,7 +59,7 @@ def test_a_dump_with_a_mistake_fails_with_the_cause_and_the_next_command(dump: P
 
 
 def test_other_precisions_have_tolerances_of_their_own_and_say_what_they_cost() -> None:
-    """int8 where the CPU has a matrix unit for whole numbers, else bfloat16, in which all but the products is."""
+    """int8 if the CPU has a matrix unit for integers, otherwise bfloat16."""
     dtype = "int8" if int8_amx_works("cpu") else "bfloat16"
     done = validate("--reference", "transformers", "--dtype", dtype, "--json", "--prompt", "Once upon a time")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -48,7 +48,7 @@ USERS_FOLDERS = {"client/orders.py": "OWNER = 'user'\n", "worker/mail.py": "OWNE
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the files under version control, so that nothing that lies about gets into it."""
+    """Built from a copy of the files under version control, so that no other file gets into it."""
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
@@ -88,7 +88,7 @@ def project(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 
 class Shell:
-    """Runs programs of the environment in the user's directory, with settings of the test's own."""
+    """Runs programs of the environment in the user's directory, with the settings of the test."""
 
     def __init__(self, environment: Path, folder: Path, **settings: str) -> None:
         self.bin, self.folder = environment / "bin", folder
@@ -113,7 +113,7 @@ class Shell:
 
     @contextmanager
     def running(self, *command: str, until: str) -> Iterator[Path]:
-        """A program in the background, once its log holds this text; ended by SIGTERM, with code 0."""
+        """Start a program, wait for this text in its log, and after the block end it by SIGTERM, with code 0."""
         log = self.folder.parent / f"{command[0]}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
@@ -183,7 +183,7 @@ def test_up_generate_and_batch_run_in_the_users_directory(environment: Path, pro
         assert json.loads((project / "results.jsonl").read_text())["custom_id"] == "a"
 
 
-def test_generate_alone_brings_redis_and_a_worker_of_its_own(environment: Path, project: Path) -> None:
+def test_generate_without_a_worker_starts_a_local_stack(environment: Path, project: Path) -> None:
     shell = Shell(environment, project)
     result = json.loads(shell.run("headrace", "generate", "Hello.", "--max-tokens", "3", "--json"))
     assert result["usage"]["completion_tokens"] == 3
@@ -220,7 +220,7 @@ def test_a_base_install_submits_and_serves_without_torch(
 @pytest.mark.parametrize(
     "command", [("up",), ("validate",), ("generate", "Hello."), ("batch", "-i", "prompts.jsonl", "--dry-run")]
 )
-def test_what_needs_the_worker_says_so_in_one_sentence(
+def test_commands_that_need_the_worker_extra_say_so_in_one_sentence(
     environment: Path, project: Path, command: tuple[str, ...]
 ) -> None:
     (project / "prompts.jsonl").write_text('"Hello."\n')

@@ -1,4 +1,4 @@
-"""What happens to the worker process: bad starts, signals, kills, and a Redis that goes away."""
+"""The worker process: failing starts, signals, kills, and outages of Redis."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import attempts, paced, wait_until, worker_on
 from tests.patience import PATIENCE_S
 
-#: Jobs that last: each token of theirs takes a step, and each step 0.02 s.
+#: Long jobs: each of their tokens takes a step of 0.02 s.
 SLOWLY = paced(0.02)
 LONG = {"max_tokens": 200, "temperature": 0, "ignore_eos": True}
 
@@ -82,7 +82,7 @@ def test_sigterm_finishes_what_runs_and_returns_the_rest(
 def test_a_group_that_is_returned_in_the_middle_is_finished_elsewhere_and_nothing_runs_twice(
     own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
 ) -> None:
-    """Six jobs are the window of 4 slots: one message of 16 jobs is more than that, and no second one is taken."""
+    """With 4 slots a worker holds six jobs: a message of 16 jobs exceeds that, so it takes no second message."""
     with worker_on(own_server, tmp_path / "worker.log", patch=SLOWLY, HEADRACE_LOG_LEVEL="debug") as worker:
         worker.wait_ready()
         requests = [{"prompt": "Hello.", "max_tokens": 2 if i < 3 else 100} for i in range(20)]

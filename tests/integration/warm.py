@@ -1,8 +1,8 @@
-"""Workers forked from a process that has imported what they import: that is most of what a start costs.
+"""Workers forked from a process that has already imported their modules, which takes most of the time of a start.
 
-Each process of tests has one such parent (multiprocessing's fork server), which ends with it. A worker's environment,
-arguments and standard streams are its own; its command line is the parent's. Where that matters, and to show that a
-worker starts as users start it, tests begin it as a program of its own (`WorkerProcess(..., bare=True)`).
+Each test process has one such parent (multiprocessing's fork server), which ends with it. A worker's environment,
+arguments and standard streams are its own; its command line is the parent's. Where that matters, and to test a
+worker as users start it, tests start it as a separate program (`WorkerProcess(..., bare=True)`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-#: Nothing of this reads settings, opens a connection or starts a thread.
+#: None of these modules reads settings, opens a connection or starts a thread when it is imported.
 MODULES = (
     "torch",
     "celery.bin.celery",
@@ -33,11 +33,11 @@ _parent.set_forkserver_preload([*MODULES, __name__])
 
 
 class WarmProcess:
-    """What tests use of `subprocess.Popen`."""
+    """The part of the interface of `subprocess.Popen` that tests use."""
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str], log: Path, patch: str) -> None:
         self._process = _parent.Process(target=_run, args=(list(argv), dict(environment), str(log), patch))
-        kept = os.environ.pop("OMP_NUM_THREADS", None)  # the parent would keep it, and hand it on
+        kept = os.environ.pop("OMP_NUM_THREADS", None)  # the parent would keep it and pass it to its children
         try:
             self._process.start()
         finally:

@@ -1,4 +1,4 @@
-"""The structure of the product, read from its sources: who may import whom, and what must not come back."""
+"""The structure of the code, read from its sources: allowed imports, and retired names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FLOORS = {
     "model.kernels": 1,
     "config": 1,
 }
-#: The worker knows what travels between it and a client, and nothing else of the client; but these two are clients.
+#: The worker imports only the wire format of the client, except in these two folders, which are clients.
 CLIENTS_IN_WORKER = ("worker.cli", "worker.fidelity")
 #: The modules of the worker that may import torch.
 TORCH = {"worker.engine.model_runner", "worker.engine.input_batch", "worker.engine.build", "worker.engine.self_test"}
@@ -52,7 +52,7 @@ def modules() -> dict[str, Path]:
 
 @functools.cache
 def imports(module: str) -> frozenset[str]:
-    """Everything that a module imports, wherever in it and for types alone too; names of ours without `headrace.`."""
+    """Everything that a module imports, in functions and for types too; our modules without `headrace.`."""
     found = set()
     for node in ast.walk(ast.parse(modules()[module].read_text())):
         if isinstance(node, ast.Import):
@@ -73,7 +73,7 @@ def ours(module: str) -> set[str]:
 
 
 def floor(module: str) -> tuple[int, str]:
-    """The floor of a module, and the folder that says so."""
+    """The floor of a module, and the folder that has this floor."""
     parts = module.split(".")
     names = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
     folder = next(name for name in names if name in FLOORS)
@@ -205,7 +205,7 @@ def test_torch_is_pinned_in_one_place() -> None:
     assert pins == ["constraints.txt: torch==2.13.0"]
 
 
-#: What turns bytes into objects by running what the bytes say.
+#: Functions that can execute code while they decode bytes.
 UNSAFE = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "jsonpickle"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "numpy.load", "np.load"}
 

@@ -260,8 +260,8 @@ def test_the_unit_leaves_a_worker_time_to_finish() -> None:
     assert float(service["TimeoutStopSec"]) >= longest + MARGIN_S
 
 
-def test_the_unit_takes_away_nothing_that_is_needed() -> None:
-    """A GPU's devices, and the right to run what was compiled a moment before."""
+def test_the_unit_restricts_nothing_that_is_needed() -> None:
+    """The worker needs a GPU's devices, and permission to execute compiled kernels."""
     service = unit()["Service"]
     assert not {"MemoryDenyWriteExecute", "PrivateDevices", "DeviceAllow", "PrivateNetwork"} & set(service)
     assert "XDG_CACHE_HOME=%C" in service["Environment"]

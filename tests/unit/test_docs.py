@@ -1,4 +1,4 @@
-"""The built guide: every page has its text, every block its code, and the generated tables what the code says."""
+"""The built guide: every page has its text, every block its code, and generated tables match the code."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def container(kind: str) -> dict[str, Any]:
 
 
 def environment_of(kind: str) -> dict[str, str]:
-    """A container's variables, with what stands in the Secret."""
+    """A container's variables, including those of the Secret."""
     secret = manifest("Secret")
     values = {}
     for variable in container(kind)["env"]:

@@ -1,4 +1,4 @@
-"""The Grafana dashboard, Prometheus' configuration, alerts and KEDA's query: all they ask for exists."""
+"""The Grafana dashboard, Prometheus' configuration, alerts and KEDA's query: everything they refer to exists."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def samples() -> dict[str, set[str]]:
 
 
 def queries() -> dict[str, str]:
-    """Every query in any file, by where it stands."""
+    """Every query in these files, by its place."""
     found = {f"{panel['title']} {t['refId']}": t["expr"] for panel in PANELS for t in panel["targets"]}
     for group in yaml.safe_load((DOCKER / "alerts.yaml").read_text())["groups"]:
         found |= {rule["alert"]: rule["expr"] for rule in group["rules"]}

@@ -27,7 +27,7 @@ SAMPLE, WARM_UP = 128, 8
 
 @dataclass
 class Estimate:
-    """What a batch would take: its tokens, counted, and its time, from the rate of a sample of rows."""
+    """The size of a batch: its tokens, counted, and its time, estimated from the rate of a sample of rows."""
 
     rows: int = 0
     prompt_tokens: int = 0
@@ -64,7 +64,7 @@ class Estimate:
 
 
 def estimate(backends: Backends, given: BatchInput, *, max_inflight: int, as_json: bool) -> None:
-    """Check the input, count its tokens, compute a sample of its rows, and print what all of it would take.
+    """Check the input, count its tokens, compute a sample of its rows, and print the estimate for all of them.
 
     Raises:
         HeadraceError, SettingsError, EmbeddedRedisError, ModelError: the estimate cannot be made.

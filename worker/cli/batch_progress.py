@@ -15,7 +15,7 @@ from headrace.worker.cli.batch_report import duration
 
 #: How often a line is written if standard error is not a terminal.
 LINE_EVERY_S = 10.0
-#: Speed and remaining time are those of the last seconds, this many.
+#: Speed and remaining time are measured over this many last seconds.
 RECENT_S = 30.0
 
 

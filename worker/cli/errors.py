@@ -47,7 +47,7 @@ def _exit_code(error: Exception) -> int:
 
 @contextlib.contextmanager
 def command_errors(as_json: bool) -> Iterator[None]:
-    """Turn the errors that a user can meet into CommandFailed; every other error keeps its traceback."""
+    """Turn the errors that users can cause into CommandFailed; every other error keeps its traceback."""
     try:
         yield
     except (HeadraceError, SettingsError, EmbeddedRedisError) as error:

@@ -1,4 +1,4 @@
-"""What serves the jobs of one command: workers that already run, else a local stack of its own, Redis and worker."""
+"""Serves the jobs of one command: by running workers, else by a local stack (Redis and a worker) for this command."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class NothingRuns(HeadraceError):
 
 
 class ServingStack(NamedTuple):
-    """A client whose jobs are served. Call `supervise` often: it restarts what died of a local stack."""
+    """A client whose jobs are served. Call `supervise` often: it restarts the processes of a local stack that died."""
 
     client: Client
     supervise: Callable[[], None]
@@ -59,7 +59,7 @@ class ServingStack(NamedTuple):
 def find_or_start_stack(
     settings: Settings, open_client: Callable[[Settings], Client] = lambda settings: Client(settings=settings)
 ) -> Iterator[ServingStack]:
-    """A client of the workers that serve the model, else of a local stack that exists during the block.
+    """Yield a client of the workers that serve the model, else of a local stack that exists during the block.
 
     Raises:
         NothingRuns: no worker serves the model on the Redis that the settings name, or the local one cannot start.
@@ -128,7 +128,7 @@ class _WorkerProcess:
         ours = {name: getattr(settings, name) for name in ("redis_url", "model", "served_name", "dtype", "lease_s")}
         given = {f"HEADRACE_{name.upper()}": "" if value is None else str(value) for name, value in ours.items()}
         self._environment = {**os.environ, **given}
-        # No port: that of the environment may be another worker's.
+        # No metrics port: another worker may use the one in the environment.
         self._environment |= {"HEADRACE_LOG_FORMAT": "json", "HEADRACE_METRICS_PORT": "0"}
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`
         self._pause, self._restart_at = RESTART_S, 0.0
@@ -163,7 +163,7 @@ class _WorkerProcess:
             self._restart_at, self._process = 0.0, self._start()
 
     def close(self) -> None:
-        self._process.kill()  # nobody else's jobs are on its Redis, which goes too
+        self._process.kill()  # its Redis, which ends too, holds no jobs of others
         self._process.wait()
         self._output.close()
 

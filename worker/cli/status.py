@@ -16,7 +16,7 @@ from headrace.worker.cli.local_stack import note
 
 
 @click.command()
-@click.option("--here", is_flag=True, help="look at the workers of this host only, as a health check does")
+@click.option("--here", is_flag=True, help="check only the workers of this host, as a health check does")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 def status(here: bool, as_json: bool) -> None:
     """Show queues, workers and slots.
@@ -58,4 +58,4 @@ def _print_status(found: Status) -> None:
         queues.add_row(q.model, str(q.interactive), str(q.normal), str(q.bulk))
     console.print(workers, queues, f"{found.delivered} jobs are with workers")
     if found.dead:
-        console.print(f"{found.dead} messages could not be understood; the list {dead()} says what they were")
+        console.print(f"{found.dead} messages could not be read; the list {dead()} contains them")

@@ -11,7 +11,7 @@ from headrace.worker.cli.local_stack import NothingRuns, check_worker_packages
 
 @click.command()
 def up() -> None:
-    """Run a worker in the foreground, with an embedded Redis unless one is set or runs here."""
+    """Run a worker in the foreground, with an embedded Redis unless one is configured or runs here."""
     with command_errors(as_json=False):
         load_settings()
         check_worker_packages()
@@ -26,7 +26,7 @@ def run_worker() -> int:
     """
     from headrace.worker.celery import app  # reads the settings, and registers what starts an embedded Redis server
 
-    # Without its banner: a reason why the worker cannot start would stand below twenty lines of it.
+    # Without the banner: otherwise the reason why a worker cannot start would follow twenty lines of it.
     code = app.start(["--quiet", "worker", "--without-gossip", "--without-mingle"])
     if (reason := getattr(app, "headrace_unavailable", None)) is not None:
         raise NothingRuns(reason)

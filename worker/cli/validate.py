@@ -42,9 +42,9 @@ def validate(
 ) -> None:
     """Measure the model's error, tensor by tensor, against float64: the thirteen checkpoints.
 
-    Starts an embedded Redis and a worker of its own, so that the tensors come from the path that serves jobs. The
-    errors of libraries are reported beside it; a file of tensors is judged like the model. Exit code 0 only if every
-    checkpoint of the model, and of the files, holds.
+    Starts its own embedded Redis and worker, so that the tensors come from the path that serves jobs. The
+    errors of libraries are reported too; a file of tensors is judged like the model. Exit code 0 only if every
+    checkpoint of the model and of the files passes.
     """
     with command_errors(as_json):
         check_worker_packages()

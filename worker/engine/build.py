@@ -45,16 +45,15 @@ def load_engine(settings: Settings, name: str | None = None) -> Engine:
         except BaseException as error:
             loaded.set_exception(error)
 
-    # Loading computes, and OpenMP gives every thread that computes a team of its own. When the teams together have more
-    # threads than there are cores, a thread that would wait for a neighbour for a moment goes to sleep instead: an
-    # engine's thread was measured 1.6 times slower beside a main thread that has computed. So the thread that loads
-    # ends, and its team with it.
+    # Loading computes, and OpenMP creates a team of threads for every thread that computes. When all teams together
+    # have more threads than there are cores, waiting threads sleep instead of spinning: an engine's thread was measured
+    # 1.6 times slower if the main thread had computed before. So a thread that ends loads the model; its team ends too.
     threading.Thread(target=load, name="headrace-load", daemon=True).start()
     return loaded.result()
 
 
 def build_engine(settings: Settings, name: str | None = None) -> Engine:
-    """The same in the caller's thread. Raises ModelError and ValueError like `load_engine`."""
+    """Like `load_engine`, in the caller's thread. Raises ModelError and ValueError like `load_engine`."""
     name = name or settings.model_name
     source, parts = settings.models[name], len(settings.models)
     if settings.threads is not None:
@@ -102,7 +101,7 @@ def default_budget(wanted: int, device: torch.device, parts: int = 1) -> int:
     """Default size of the key-value cache of one of `parts` models, in bytes.
 
     Args:
-        wanted: bytes of all slots at full length.
+        wanted: bytes that all slots take at full length.
         device: whose free memory limits the size to CACHE_SHARE / parts of it.
         parts: models of this process, which share the memory equally.
     """
@@ -120,7 +119,7 @@ def check_vocabulary(name: str, config: GPT2Config, tokenizer: Tokenizer) -> Non
 
 
 def fingerprint(model: GPT2, prefill_chunk: int, invariant: bool) -> str:
-    """What a result depends on besides prompt, parameters and seed. Equal fingerprints mean equal results."""
+    """Identify what results depend on besides prompt, parameters and seed. Equal fingerprints mean equal results."""
     device = (
         torch.cuda.get_device_name(model.device)
         if model.device.type == "cuda"

@@ -1,4 +1,4 @@
-"""Which sequence has which slot of the key-value cache. Numbers only, no tensors.
+"""Assigns slots of the key-value cache to sequences. Numbers only, no tensors.
 
 The cache has an arena for each length class. The slots of an arena are a list: the index of a sequence in it is its
 slot. A sequence that leaves makes a hole, which the next one fills. All arenas share one memory budget: an arena grows

@@ -36,14 +36,14 @@ from headrace.worker.engine.step_runner import StepRunner
 
 log = structlog.get_logger("headrace.engine")
 
-#: The longest sleep between two looks at the queue, in seconds: longer ones overflow the clocks of some systems.
+#: The longest sleep between two checks of the queue, in seconds: longer ones overflow the clocks of some systems.
 LONGEST_SLEEP_S = 3600.0
 
 STOPPED_MESSAGE = "the engine was stopped before the job was done"
 
 
 class Engine:
-    """Takes requests from any thread, and gives futures. Sequences are only touched by `step`, in one thread.
+    """Takes requests from any thread and returns futures. Only `step`, in one thread, accesses sequences.
 
     Args:
         runner: computes steps.
@@ -76,7 +76,7 @@ class Engine:
         self.max_context = max_context
         self.fingerprint = fingerprint
         self.on_fatal = on_fatal
-        #: Set when the engine computes nothing any more and every caller has its answer.
+        #: Set when the engine has stopped computing and every future is done.
         self.ended = threading.Event()
         self._inbox: deque[RequestState] = deque()
         self._cancelled: deque[str | RequestState] = deque()  # by id, or because the caller cancelled its future
@@ -188,7 +188,7 @@ class Engine:
         ]
 
     def start(self, loop: StepLoop | None = None) -> None:
-        """Run steps until `stop`, in turn with the other engines of `loop`, or in a thread of its own by default."""
+        """Run steps until `stop`, in `loop` alternately with its other engines; by default in a new step loop."""
         self._loop = loop or StepLoop()
         self._loop.add(self)
 

@@ -19,7 +19,7 @@ log = structlog.get_logger("headrace.engine")
 
 
 class StepExecutor:
-    """Brings the cache and the model runner to do what the scheduler decided, as far as memory allows.
+    """Carries out what the scheduler decided, on the cache and the model runner, within the available memory.
 
     Args:
         scheduler: whose sequences get slots.
@@ -58,7 +58,7 @@ class StepExecutor:
             except Exception as error:
                 if not out_of_memory(error) or not admitted:
                     raise
-            # Outside of the handler: the error keeps alive what was being computed.
+            # Outside the handler: while the error exists, it keeps tensors alive.
             self._preempt(admitted, before)
 
     def copy_prefixes(self) -> None:
@@ -74,13 +74,13 @@ class StepExecutor:
             self._runner.move(move)
 
     def _blocked(self) -> bool:
-        """Whether sequences wait for nothing but memory that the cache may be able to get again."""
+        """Whether sequences wait only for memory that the cache may be able to allocate again."""
         scheduler = self._scheduler
         below_full = scheduler.slots.budget_bytes < self._cache_limit.full
         return bool(scheduler.waiting) and not scheduler.running and below_full
 
     def _preempt(self, admitted: list[Sequence], before: dict[int, int]) -> None:
-        """Put sequences back into the queue, for whose slots there is no memory, and lower the limit of the cache.
+        """Return sequences to the queue for whose slots there is no memory, and lower the limit of the cache.
 
         If no other sequence has a slot and the first one cannot get even one slot, its request fails.
         """
@@ -129,8 +129,8 @@ class StepExecutor:
 
         If the step fails, its sequences are computed one by one: those that fail end, the others continue. If memory
         runs out, half of the rows are computed at a time; the bits of a row do not depend on the batch composition. A
-        sequence for which there is no memory even then waits for the next step. If no row at all could be computed,
-        the newest of them fails.
+        sequence for which memory does not suffice even then waits for the next step. If no row at all could be
+        computed, the newest sequence fails.
         """
         self.steps += 1
         computed, outcome = SchedulerOutput(), ModelRunnerOutput([], [])
@@ -216,5 +216,5 @@ class StepExecutor:
 
 
 def _is_fatal(error: Exception) -> bool:
-    """Whether the device answers nothing any more after this error, so that every later step would fail too."""
+    """Whether the device is unusable after this error, so that every later step would fail too."""
     return type(error).__name__ == "AcceleratorError"

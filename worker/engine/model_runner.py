@@ -54,13 +54,13 @@ class ModelRunner:
 
     @property
     def dense(self) -> bool:
-        """Whether the slots in use should be the first of their arena: torch's attention reads all up to the last."""
+        """Whether the slots in use should be the first of their arena: torch's attention reads up to the last slot."""
         return self.cache.decode_kernel() is None
 
     # --- the cache -------------------------------------------------------------------------------------------------
 
     def fit(self, capacity: dict[int, int]) -> None:
-        """Resize the arena of each length class to so many slots; those that shrink go first."""
+        """Resize the arena of each length class to this many slots; arenas that shrink are resized first."""
         for length, count in sorted(capacity.items(), key=lambda item: item[1] - self.cache.arenas[item[0]].capacity):
             if self.cache.arenas[length].capacity != count:
                 self.graphs.forget()  # they hold the addresses of the arenas
@@ -88,7 +88,7 @@ class ModelRunner:
             new[target.index, :, : copy.length] = old[source.index, :, : copy.length]
 
     def clear(self, slot: Slot) -> None:
-        """Set a slot to zero whose sequence may have left a NaN in it."""
+        """Set a slot to zero, because its sequence may have left a NaN in it."""
         self.cache.arenas[slot.length_class].clear(slot.index)
 
     # --- a step ----------------------------------------------------------------------------------------------------

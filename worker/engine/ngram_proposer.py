@@ -2,7 +2,7 @@
 
 The proposed tokens are those that followed the last two tokens at their latest earlier occurrence. The model computes
 all of them in one step, and keeps those that it would have sampled itself, up to the first that differs. So proposals
-never change a text, only how many steps it takes. No tensors.
+never change a text, only the number of steps that it takes. No tensors.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What an engine does when memory runs out: it computes less at once, and slowly tries more again. No tensors."""
+"""When memory runs out, an engine computes fewer rows at once, and slowly raises the number again. No tensors."""
 
 from __future__ import annotations
 
 from headrace.worker.engine.scheduler import PromptChunk, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence
 
-#: Steps without trouble before the limit is doubled. The wait doubles each time that this turns out to be too much.
+#: Steps in which memory suffices before the limit is doubled. If memory runs out after that, the number doubles.
 FIRST_WAIT, LONGEST_WAIT = 64, 8192
 
 #: How torch on a CPU, cuBLAS and older versions of torch on a GPU report it, in a plain RuntimeError.
@@ -22,7 +22,7 @@ CACHE_MESSAGE = (
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python, torch or a device says that memory ran out."""
+    """Whether an error of Python, torch or a device means that memory ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _MESSAGES)
@@ -38,7 +38,7 @@ class AdaptiveLimit:
     def __init__(self, full: int) -> None:
         self.full = self.current = full
         self._wait, self._quiet = FIRST_WAIT, 0
-        self._probing = False  # the limit was raised last, and has not proved right yet
+        self._probing = False  # the limit was raised last, and memory has not proved sufficient for it yet
 
     def lower(self, limit: int) -> None:
         """Lower the limit. If it had just been raised, wait twice as long before raising it again."""
@@ -63,7 +63,7 @@ def row_count(step: SchedulerOutput) -> int:
 def split(step: SchedulerOutput, rows: int) -> list[SchedulerOutput]:
     """Split a step into parts of at most `rows` rows, in order.
 
-    A chunk of a prompt is never cut, because where it begins and ends decides its bits; a part may be larger for that.
+    A chunk of a prompt is never split, because its bits depend on where it begins and ends, so a part may be larger.
     The parts have no proposed tokens, which are optional.
     """
     if row_count(step) <= rows:

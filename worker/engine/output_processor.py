@@ -22,7 +22,7 @@ class OutputProcessor:
 
     Args:
         runner: clears slots, and gives captured activations.
-        requests: of the engine.
+        requests: the engine's requests.
         model_name: how results name the model.
         fingerprint: how results name software, hardware and weights.
     """

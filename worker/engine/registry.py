@@ -23,7 +23,7 @@ class ModelRegistry:
     """The engines of a process, by the names of their models. May be used from any thread.
 
     Args:
-        names: of the models, in the order of the settings. A job that names no model goes to the first.
+        names: the names of the models, in the order of the settings. A job that names no model goes to the first.
         load: builds the engine of a model, without starting it. Raises if the model cannot be loaded.
         find: looks for the files of a model that is not loaded yet. Raises if they cannot be found.
         idle_s: seconds without a job after which a model may be unloaded; 0 keeps all loaded.
@@ -65,7 +65,7 @@ class ModelRegistry:
     def start(self) -> None:
         """Load all models. If idle models are unloaded, load the first only, and check that the others' files exist.
 
-        So a wrong setting is known before a job is taken.
+        A wrong setting is therefore reported before a job is taken.
 
         Raises:
             ModelUnavailable: a model cannot be loaded or found.

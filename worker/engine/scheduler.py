@@ -11,8 +11,8 @@ from typing import NamedTuple
 from headrace.worker.engine.cache_slots import SlotTable
 from headrace.worker.engine.sequence import Sequence, TokenScore
 
-#: A step is filled up to this many rows with proposed tokens. A matrix product of 16 rows takes hardly longer than one
-#: of a few rows, because both read the whole weight.
+#: A step is filled up to this many rows with proposed tokens. A GEMM with 16 rows takes hardly longer than one with
+#: a few rows, because both read the whole weight.
 SPECULATIVE_ROWS = 16
 
 
@@ -102,7 +102,7 @@ class Scheduler:
     starve a long one.
 
     Args:
-        slots: of the key-value cache.
+        slots: the slots of the key-value cache.
         max_rows: sequences that run at once (`max_num_seqs` in vLLM).
         step_tokens: tokens that one step computes (`max_num_batched_tokens` in vLLM). A step computes at least one
             chunk of a prompt even if its decoding rows exceed this.

@@ -17,9 +17,9 @@ STEPS = 3
 def is_batch_invariant(model: GPT2) -> bool:
     """Whether a row's log probabilities have the same bits alone and beside 3, 20 and 21 other rows.
 
-    That results do not depend on the batch composition relies on kernels for which nobody guarantees it. So it is
-    measured here, on this machine with this model, and results tell what was found. One of the other prompts is so long
-    that attention computes the step in pieces.
+    Batch invariance depends on kernels that do not guarantee it. So it is measured on this machine with this model, and
+    the fingerprint of each result says whether it holds. One of the other prompts is so long that attention computes
+    the step in pieces.
     """
     most = model.config.n_positions - 4
     probe = [(7919 * i) % model.config.vocab_size for i in range(min(20, most))]
@@ -33,7 +33,7 @@ def is_batch_invariant(model: GPT2) -> bool:
 
 
 def _probe_scores(model: GPT2, probe: list[int], others: list[list[int]]) -> list[TokenScore | None]:
-    """Scores of the tokens after the probe, computed beside other prompts in a cache of its own."""
+    """Scores of the tokens after the probe, computed beside other prompts in a new cache."""
     request = GenerateRequest(prompt=[0], max_tokens=STEPS + 1, temperature=0, logprobs=1, ignore_eos=True)
     prompts = [*others, probe]
     length = -(-(max(map(len, prompts)) + STEPS + 1) // 16) * 16

@@ -32,10 +32,10 @@ class Sequence:
     """One sample of a request: its tokens, its slot in the cache, and why it ended.
 
     Args:
-        request: what was asked.
+        request: the request that the sequence belongs to.
         prompt: the prompt's token ids.
         index: the number of this sample in its request, from 0.
-        seed: of the request; the sampler combines it with `index`.
+        seed: the seed of the request; the sampler combines it with `index`.
         end_of_text: the token that ends a text, if the vocabulary has one.
     """
 

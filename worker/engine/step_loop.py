@@ -1,9 +1,8 @@
 """The thread in which all engines of a process compute, one step each in turn.
 
-Engines do not have a thread each, because torch gives every thread that computes a team of as many threads as there are
-cores. When the teams together have more threads than that, a thread that would wait for a neighbour for a moment goes
-to sleep instead. In one thread a step is as fast as when its engine is alone; it only comes half as often while another
-model has work too.
+Engines share a thread, because torch starts as many OpenMP threads as there are cores for every thread that computes.
+With several such teams, threads that wait for each other sleep instead of spinning, and steps become slower. In one
+thread each step is as fast as with a single engine; an engine only runs fewer steps per second while others have work.
 """
 
 from __future__ import annotations

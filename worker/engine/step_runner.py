@@ -1,4 +1,7 @@
-"""What the engine asks of the tensor side. `model_runner.Runner` implements it; benchmarks have one without a model."""
+"""The interface between the engine and the code that computes on tensors.
+
+`model_runner.ModelRunner` implements it; benchmarks have an implementation without a model.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class StepRunner(Protocol):
         ...
 
     def fit(self, capacity: dict[int, int]) -> None:
-        """Give the arena of each length class memory for so many slots."""
+        """Resize the arena of each length class to this many slots."""
         ...
 
     def move(self, move: SlotMove) -> None:

@@ -32,8 +32,8 @@ Traced = tuple[bool, Any, float]
 class Completion:
     """Stores the outcomes of jobs, and acknowledges a message when its last job is stored.
 
-    The job of a message of its own goes through Celery's tracer, which stores its result and sends events, in the
-    finisher threads. Grouped jobs go to the writer thread, which stores all that wait with one request.
+    A job that has its own message goes through Celery's tracer, which stores its result and sends events, in the
+    finisher threads. Grouped jobs go to the writer thread, which stores all waiting results with one request.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Completion:
                 self._store.ask(lambda store: store.ended([job_id]))
             self.settle([job_id], (task_failed, value, runtime))
         except BaseException as error:
-            # A message must not stay open: it would occupy a place in this worker's window for ever.
+            # A message must not stay open: it would count as held by this worker for ever.
             log.error("job.finish_failed", job_id=job_id, error=repr(error), trace=traceback.format_exc())
             if future is not None:  # storing the result failed, or what follows it; the job has ended all the same
                 self._writer.put(job_id, future)

@@ -46,7 +46,7 @@ class Delivery:
 
     @property
     def message_id(self) -> str:
-        """The id of the message, which is the job's if it has a message of its own."""
+        """The id of the message, which is the id of its job if the message cannot hold several."""
         message_id: str = self.args[1]
         return message_id
 
@@ -79,7 +79,7 @@ class Delivery:
 
 
 class Adoption(NamedTuple):
-    """What changed when a message took over its jobs.
+    """What changed when a message adopted its jobs.
 
     Attributes:
         new: the jobs that were not in this process before.
@@ -107,7 +107,7 @@ class DeliveryBook:
             self._deliveries[delivery.handle] = delivery
 
     def adopt(self, delivery: Delivery) -> Adoption:
-        """Take over the jobs of a message.
+        """Assign the jobs of a message to it.
 
         A job that is already here continues, and belongs to this message instead of the older one.
         """

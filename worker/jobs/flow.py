@@ -25,7 +25,7 @@ from headrace.worker.jobs.worker_record import WorkerRecord
 
 
 class JobFlow:
-    """The parts that hold jobs and messages, and after `connect` also those that work on them."""
+    """The parts that hold jobs and messages, and, after `connect`, the parts that process them."""
 
     completion: Completion
     intake: Intake
@@ -38,14 +38,14 @@ class JobFlow:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        #: The messages that are here.
+        #: The messages that this process holds.
         self.book = DeliveryBook()
         #: The jobs that wait for an engine.
         self.quarantine = Quarantine(settings.slots, settings.max_attempts)
         #: How jobs have ended.
         self.counts = JobCounts()
         self._started = StartedJobs()
-        #: Are notified about each job.
+        #: Observers that are notified about each job.
         self.observers = Observers(self.counts, self._started, JobLog())
         self.failure = ProcessFailure(settings)
         self.main_thread = MainThread()
@@ -155,12 +155,12 @@ class JobFlow:
         self._patient_store.closing = True
 
     def take_messages(self, on: bool) -> None:
-        """Take messages from the queue, or stop taking them: while an engine is stalled, they would only wait here."""
+        """Take messages from the queue, or stop taking them: while an engine is stalled, they would only wait."""
         self.takes_messages = on
         self.main_thread.wake()
 
     def look(self) -> None:
-        """Submit jobs whose turn it is, and unload idle models. Returns at once."""
+        """Submit the jobs that may run now, and unload idle models. Returns at once."""
         self.intake.look()
 
     def end_process(self, error: BaseException) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("headrace.worker")
 
-#: Seconds between two rounds while jobs are here, and while none are.
+#: Seconds between two rounds while the worker holds jobs, and while it holds none.
 TICK_S, IDLE_TICK_S = 0.2, 1.0
 #: Seconds between two heartbeats: far below the lifetime of the worker's record.
 BEAT_S = 2.0
@@ -48,7 +48,7 @@ class Hooks(Protocol):
 
 
 class Heartbeat:
-    """Looks after the messages in hand. An outage of Redis is logged once, and otherwise waited out."""
+    """Keeps the leases of the messages that this process holds. It logs an outage of Redis once and retries."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class Heartbeat:
         return jobs or beat
 
     def _check_engines(self) -> None:
-        """Check that the engines make progress. While one is stalled no lease is renewed: others do its jobs."""
+        """Check that the engines make progress. While one is stalled, leases are not renewed: others get its jobs."""
         age_s = self._health.stalled_for_s
         stalled = age_s > 0
         if stalled == self._stalled:

@@ -1,4 +1,4 @@
-"""From a delivered message to a job in the engine: one thread, one request to Redis for all messages that wait."""
+"""From a delivered message to a job in the engine: one thread, one request to Redis for all waiting messages."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ log = structlog.get_logger("headrace.worker")
 INTAKE_BATCH = 128
 
 MAX_ATTEMPTS = (
-    "the job was begun {} times and each time the worker process ended before it did, the last time with no other job "
-    "in it; the worker's log and the kernel's log (memory) have the cause. When it is fixed, submit the job again with "
-    "another id"
+    "the job was started {} times, and each time the worker process ended before the job did, the last time while it "
+    "computed no other job; the worker's log and the kernel's log (memory) have the cause. When it is fixed, submit "
+    "the job again with another id"
 )
 
 
@@ -48,7 +48,7 @@ class Refusal:
 
 
 class _Signal(Enum):
-    """What else wakes the intake thread."""
+    """What wakes the intake thread besides messages."""
 
     LOOK = "admit waiting jobs, and unload idle models"
     STOP = "end the thread"
@@ -82,7 +82,7 @@ class Intake:
         self._thread.start()
 
     def stop(self) -> None:
-        """Process what has been put so far without submitting anything, and end the thread."""
+        """Look up the messages that were put so far without submitting their jobs, and end the thread."""
         self._inbox.put(_Signal.STOP)
         self._thread.join()
 
@@ -96,7 +96,7 @@ class Intake:
             self._inbox.put(Refusal(job_ids, error))
 
     def look(self) -> None:
-        """Submit the jobs whose model has been loaded or whose turn it is, and unload idle models. Returns at once."""
+        """Submit the jobs whose model has been loaded or that may run now, and unload idle models. Returns at once."""
         self._inbox.put(_Signal.LOOK)
 
     # --- in the intake thread --------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class Intake:
     def _run(self) -> None:
         try:
             self._process_batches()
-        except BaseException as error:  # without this thread the worker would look alive and take no job
+        except BaseException as error:  # without this thread the worker would look healthy and take no job
             self._on_fatal(error)
 
     def _process_batches(self) -> None:
@@ -181,7 +181,7 @@ class Intake:
         self._completion.fail_unheld(job_ids, refusal.error)
 
     def _submit_admitted(self) -> None:
-        """Submit the jobs whose turn it is. Their attempts are counted first, because a job may kill the process."""
+        """Submit the jobs that may run now. Their attempts are counted first, because a job may kill the process."""
         self._models.load_in_background(self._quarantine.models(), self.look)
         while candidates := self._quarantine.admit(self._models.loaded):
             if not self._count_attempts([candidate.job_id for candidate in candidates]):
@@ -205,5 +205,5 @@ class Intake:
             return  # the shutdown returns the message
         except Exception as error:
             log.error("job.intake_failed", job_id=job_id, error=repr(error), trace=traceback.format_exc())
-            message = f"the message cannot be worked on: {type(error).__name__}"
+            message = f"the message cannot be processed: {type(error).__name__}"
             self._completion.computed(job_id, failed(JobFailed("invalid_request", message)))

@@ -1,4 +1,4 @@
-"""Renews the leases of the messages in hand, and finds jobs that others ended because a lease ran out."""
+"""Renews the leases of held messages, and finds jobs that other workers ended because a lease ran out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Leases:
 
     Args:
         store: keeps the leases.
-        book: the messages in hand.
+        book: the messages that this process holds.
         lease_s: other workers may take a message whose lease was not renewed for this many seconds.
         let_go: called with jobs that another worker has ended.
     """

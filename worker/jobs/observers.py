@@ -83,7 +83,7 @@ class Observers(JobObserver):
         self._observers = list(observers)
 
     def add(self, observer: JobObserver) -> None:
-        """Add an observer, in front of those that are there: the log comes last and has the details of all others."""
+        """Add an observer, in front of the others: the log comes last and has the details that all others added."""
         self._observers.insert(0, observer)
 
     def received(self, delivery: Delivery) -> None:

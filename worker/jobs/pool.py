@@ -1,4 +1,4 @@
-"""Celery's pool over the engines: messages go in as they are delivered, and are done when their results are stored.
+"""Celery's pool over the engines: messages enter as they are delivered, and are done when their results are stored.
 
     thread      does                                                         module
     main        Celery: on_apply puts a message into the intake; afterwards  pool.py, main_thread.py
@@ -63,7 +63,7 @@ class EnginePool(BasePool, JobPool):
         super().__init__(*args, **kwargs)
         self.settings: Settings = self.app.headrace_settings
         self._service = service
-        #: The parts that jobs pass through; observers of jobs may be added to it.
+        #: The parts that jobs pass through; observers of jobs can be added to it.
         self.flow = JobFlow(self.settings)
         self.flow.failure.on_unavailable = self._note_unavailable
         self._probes: Probes | None = None
@@ -170,7 +170,7 @@ class EnginePool(BasePool, JobPool):
     def has_room(self, model: str | None = None) -> bool:
         """Whether another message may be taken for the model; without a name, for any model.
 
-        Each model has a window of its own, so that jobs that wait for one engine do not keep out those for another.
+        The limit applies to each model separately, so that jobs that wait for one engine do not block those of another.
         """
         names = self.models.names
         window = max(1, int(self.limit) // len(names))

@@ -6,9 +6,9 @@ any job that ran in that process may be the cause. Hence:
 
 - jobs without attempts run together, and never at the same time as a job with attempts;
 - jobs with attempts run in small groups, those with the fewest first, and alone before their last attempt;
-- only jobs that went to the engine are counted, not those that wait here or for their model.
+- only jobs that went to the engine are counted, not jobs in quarantine or jobs that wait for their model.
 
-A job fails for its attempts only if the last one, which it had to itself, did not end. The neighbour of a poison
+A job fails for its attempts only if its last attempt, in which it ran alone, did not end. The neighbour of a poison
 message loses at most the attempts that it shared with it, and succeeds when it runs alone. If a worker is killed for
 another reason (by the kernel, by an operator), its jobs run in smaller groups for a while, and none of them fails.
 """

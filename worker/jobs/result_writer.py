@@ -1,4 +1,4 @@
-"""Stores the outcomes of grouped jobs: one thread, one request to Redis for all that wait."""
+"""Stores the outcomes of grouped jobs: one thread, one request to Redis for all waiting outcomes."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class ResultWriter:
         try:
             while (first := self._inbox.get()) is not None:
                 self._write(first)
-        except BaseException as error:  # without this thread the worker would look alive and no job would end
+        except BaseException as error:  # without this thread the worker would look healthy and no job would end
             self._on_fatal(error)
 
     def _write(self, item: Ended | None) -> None:
-        """Store one outcome and those that wait behind it."""
+        """Store one outcome and those queued after it."""
         batch: list[Ended] = []
         records: dict[str, str] = {}
         chars = 0

@@ -45,8 +45,8 @@ class ColdShutdown:
 class Shutdown:
     """The steps of a shutdown. Their order matters:
 
-    1. The intake ends, and jobs without a slot are let go: a shutdown must not take as long as the queue is.
-    2. Running jobs are finished, or given up when their time is over, and their results are stored, however long Redis
+    1. The intake ends, and jobs without a slot are let go: a shutdown must not depend on the length of the queue.
+    2. Running jobs are finished, or given up when their time runs out, and their results are stored, however long Redis
        takes.
     3. Acknowledgements are flushed by hand, because the main loop has ended: otherwise finished jobs would run again.
     4. Leases are renewed until then, and the worker's record is removed last.

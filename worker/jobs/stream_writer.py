@@ -24,8 +24,8 @@ from headrace.worker.jobs.store import Store
 
 log = structlog.get_logger("headrace.worker")
 
-#: Seconds between two pieces of one sample, and between two requests. Each costs the engine time, which readers do not
-#: notice.
+#: Seconds between two pieces of one sample, and between two requests. Each piece and each request slow the engine down,
+#: and readers do not notice delays this short.
 STREAM_INTERVAL_S = WRITE_EVERY_S = 0.05
 #: Each streaming job adds this many seconds between two requests: events cost CPU time that the engine needs.
 WRITE_EVERY_S_A_JOB = 0.003

@@ -232,7 +232,7 @@ class _Live:
         yield info
 
     def _values(self, model: str, engine: Engine | None) -> dict[str, float]:
-        """The values of a model. If it is not loaded, those of its engine are left out."""
+        """The values of a model, without those of its engine if it is not loaded."""
         of_process = {
             "leases": self._held.held_messages(model),
             "ready": not self._health.why_not_ready(),

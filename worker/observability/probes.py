@@ -1,5 +1,5 @@
-"""The HTTP port for probes and metrics. It is meant for a private network: anybody who reaches it may read, and nobody
-can change anything.
+"""The HTTP port for probes and metrics. It is meant for a private network: anyone who can reach it can read everything,
+and change nothing.
 
     /livez    200, or 503 if a restart would help: the engine is stuck in a step (HEADRACE_STALL_S)
     /readyz   200, or 503 and why no job would be taken now

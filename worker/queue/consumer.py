@@ -31,9 +31,9 @@ REFUSED_PAUSE_S = 1.0
 
 
 class SafeConsumer(Consumer):
-    """Validates messages, and keeps those in hand when the connection to Redis is lost.
+    """Validates messages, and keeps held messages when the connection to Redis is lost.
 
-    On a lost connection stock Celery returns every message in hand to the queue, so each running job would run twice.
+    On a lost connection stock Celery returns every held message to the queue, so each running job would run twice.
     If Redis itself has ended (kill -9, a restart), kombu reads the host name of a connection that it has discarded, and
     the AttributeError ends the worker (Consumer.on_connection_error_after_connected,
     kombu.transport.redis._connparams). This consumer tells the channels not to return messages; the engine continues
@@ -92,7 +92,7 @@ class SafeConsumer(Consumer):
                     handle(message)
             except CONNECTION_ERRORS:
                 raise
-            except Exception as error:  # stock Celery would end this worker, and each worker that gets it afterwards
+            except Exception as error:  # it would end this worker, and each that gets the message afterwards
                 self._refuse_read(message, f"it is not a task that can be read ({type(error).__name__})")
 
         return receive
@@ -101,7 +101,7 @@ class SafeConsumer(Consumer):
         """Remove the jobs without a valid signature, and keep the original message. Returns whether jobs are left."""
         model = model_of(message.delivery_info) or self.app.headrace_settings.model_name
         unsigned, left = take_out_unsigned(message, self._signing_keys, model)
-        reason = f"{len(unsigned)} of its {len(unsigned) + left} jobs have no signature that holds"
+        reason = f"{len(unsigned)} of its {len(unsigned) + left} jobs have no valid signature"
         if unsigned:
             self._fail_jobs(unsigned, JobFailed("bad_signature", BAD_SIGNATURE))
         if not left:
@@ -221,6 +221,6 @@ def _named_jobs(message: Any) -> list[str]:
         if headers.get("task") == GROUP_TASK_NAME and len(message.body) <= MAX_MESSAGE_BYTES:
             args, kwargs, _ = message.payload
             return list(read_group(argument(GROUP_TASK_NAME, args, kwargs)))
-    except Exception:  # the message has been refused for whatever this is
+    except Exception:  # the message has already been refused for this error
         return []
     return [headers["id"]] if is_job_id(headers.get("id")) else []

@@ -53,7 +53,7 @@ def check_permissions(connection: redis.Redis, model_names: Iterable[str]) -> No
     Redis checks permissions when it queues the commands of a transaction, and this transaction is never executed.
 
     Raises:
-        RightsMissing: a permission is missing.
+        MissingPermissions: a permission is missing.
         redis.RedisError: Redis does not answer.
     """
     transaction = connection.connection_pool.get_connection()

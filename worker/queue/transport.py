@@ -34,7 +34,7 @@ log = structlog.get_logger("headrace.worker")
 
 #: Seconds that a worker with room for more waits for a hint before it checks its queues anyway.
 WAIT_S = 0.5
-#: Errors of the connection, not of the message in hand. kombu's own list also contains KeyError.
+#: Errors of the connection, not of a message. kombu's own list also contains KeyError.
 CONNECTION_ERRORS = (redis.ConnectionError, redis.TimeoutError, OSError)
 
 TAKE_SCRIPT = importlib.resources.files(__package__).joinpath("take.lua").read_text(encoding="utf-8")
@@ -127,7 +127,7 @@ class Channel:
             return False
         number, message = answer
         queue = queues[number]
-        self._queue_cycle.rotate(queue)  # queues of one priority take turns
+        self._queue_cycle.rotate(queue)  # queues of one priority are served in rotation
         self._deliver_message(tag, queue, message)
         return True
 

@@ -3,7 +3,7 @@
 Anybody who can reach the queue may have written a message, and Celery trusts what it reads. Refused are messages that
 are not JSON, are compressed, are too large, or hold too many jobs. Where requests are signed, tasks other than
 headrace's and jobs without a valid signature are refused as well: they reach neither Celery nor the pool, so they
-cannot take the place of the job that they name. An envelope is not signed, so its instructions to Celery (wait, store
+cannot replace the job that they name. An envelope is not signed, so its instructions to Celery (wait, store
 no result, call other tasks afterwards) are removed. Reasons and log lines never quote the body of a message.
 """
 
@@ -37,7 +37,7 @@ UNSIGNED_HEADERS = (
 
 
 def reason_to_refuse(message: Any, *, signed_only: bool) -> str | None:
-    """Return why a message is refused, or None. With `signed_only`, also remove from it what nobody signed."""
+    """Return why a message is refused, or None. With `signed_only`, also remove the unsigned parts of its envelope."""
     if message.content_type != "application/json":
         return f"its content type is {str(message.content_type)[:80]!r}; only application/json is read"
     if len(message.body) > MAX_MESSAGE_BYTES:

@@ -1,4 +1,4 @@
-"""Every contender that is installed computes the tokens that ours computes; batches and agreement by hand."""
+"""Every installed contender computes the same tokens as our engine; batches and agreement, worked out by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.peers.transformers import batch_plans, batches
 from benchmarks.throughput import LEAST_AGREEMENT, Place, agreement, check_items
 from benchmarks.workloads import Item
 
-# Prompts of 3, 1, 2 tokens, with 1, 9, 5 new ones.
+# Prompts of 3, 1 and 2 tokens with 1, 9 and 5 new tokens.
 ITEMS = [Item([0] * 3, 1), Item([0], 9), Item([0] * 2, 5)]
 
 
@@ -27,7 +27,7 @@ def test_peers_compute_the_same_tokens_in_float32(peer: str, tmp_path: Path) -> 
     assert agreement(theirs, ours) >= LEAST_AGREEMENT
 
 
-def test_int8_counts_where_bfloat16_does() -> None:
+def test_int8_peers_are_compared_with_bfloat16() -> None:
     assert [entry.name for entry in entries("float32", ["llama.cpp"])] == ["headrace float32", "llama.cpp float32"]
     assert [entry.name for entry in entries("bfloat16", ["llama.cpp"])] == [
         "headrace bfloat16",
@@ -37,12 +37,12 @@ def test_int8_counts_where_bfloat16_does() -> None:
     ]
 
 
-def test_batches_hold_prompts_of_like_length_or_like_count() -> None:
+def test_batches_hold_prompts_of_similar_length_or_similar_new_tokens() -> None:
     assert batches(ITEMS, "batches of 2 by prompt length") == [[1, 2], [0]]
     assert batches(ITEMS, "batches of 2 by new tokens") == [[0, 2], [1]]
 
 
-def test_plans_leave_out_what_makes_no_difference() -> None:
+def test_equivalent_plans_are_left_out() -> None:
     assert batch_plans(ITEMS, (2, 3, 64)) == [
         "batches of 2 by prompt length",
         "batches of 2 by new tokens",

@@ -1,4 +1,4 @@
-"""The machine's limit, worked out by hand on a model small enough for it."""
+"""The machine's limit, worked out by hand for a tiny model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from benchmarks.limits import Rates, Shape, bytes_read, limit_s, operations
 from benchmarks.workloads import Item
 
 TINY = Shape(layers=1, width=2, vocabulary=3)
-# Two tokens of prompt, two new: the passes compute [p0 p1] -> n0 and [n0] -> n1.
+# Two prompt tokens and two new ones: the passes compute [p0 p1] -> n0 and [n0] -> n1.
 PAIR = Item([0, 1], 2)
-# One token of prompt, one new: one pass.
+# One prompt token and one new one: one pass.
 SINGLE = Item([0], 1)
 
 
@@ -31,7 +31,7 @@ def test_passes_are_shared_by_prompts_that_run_together() -> None:
 
 def test_operations_of_one_prompt() -> None:
     blocks = 3 * 2 * 48  # p0, p1 and n0 enter the model
-    head = 2 * 2 * 6  # n0 and n1 come out of it
+    head = 2 * 2 * 6  # for n0 and n1
     attention = (1 + 2 + 3) * 2 * (2 * 2)  # positions 0 to 2, each with queries times keys and weights times values
     assert operations(TINY, [PAIR]) == blocks + head + attention
 

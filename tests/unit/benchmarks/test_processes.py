@@ -1,4 +1,4 @@
-"""A contender's process: answers when called, takes no processor otherwise, and goes when it is told or too slow."""
+"""A contender's process: runs only during calls, and ends when it is closed or too slow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.patience import PATIENCE_S
 
 
 class Worker:
-    """What the tests let a process do."""
+    """The object whose methods the tests call in a process."""
 
     def add(self, left: int, right: int) -> int:
         return left + right
@@ -46,7 +46,7 @@ def remote() -> Iterator[Remote]:
 
 
 def state(pid: int) -> str:
-    """The letter Linux has for what a process does: T is stopped."""
+    """The state of a process on Linux: T is stopped."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
@@ -64,13 +64,13 @@ def test_between_calls_the_process_is_stopped(remote: Remote) -> None:
     assert state(pid) == "T"
 
 
-def test_an_error_is_told_and_the_process_goes_on(remote: Remote) -> None:
+def test_an_error_is_reported_and_the_process_continues(remote: Remote) -> None:
     with pytest.raises(Failed, match="ValueError: no such plan"):
         remote.call("fail")
     assert remote.call("add", 1, 1) == 2
 
 
-def test_a_death_is_told(remote: Remote) -> None:
+def test_a_died_process_is_reported(remote: Remote) -> None:
     with pytest.raises(Failed, match="exit code 3"):
         remote.call("die")
     assert not remote.alive
@@ -84,6 +84,6 @@ def test_a_call_past_its_limit_ends_the_process(remote: Remote) -> None:
     assert not remote.alive
 
 
-def test_what_cannot_be_built_is_told() -> None:
+def test_an_object_that_cannot_be_built_is_reported() -> None:
     with pytest.raises(Failed, match="RuntimeError: no model"):
         Remote(Unbuildable)

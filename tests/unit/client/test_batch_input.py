@@ -1,4 +1,4 @@
-"""Rows out of lines, and the check of a whole input."""
+"""Reading rows from lines, and checking a whole input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from headrace.config import Settings
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    """Nothing is sent: checking needs no Redis."""
+    """A client without a Redis, because checking sends nothing."""
     with Client(settings=Settings(redis_url="redis://localhost:1/0")) as made:
         yield made
 
@@ -60,12 +60,12 @@ def test_plain_rows_are_named_by_their_line(client: Client) -> None:
     ]
 
 
-def test_text_lines_are_prompts_as_they_stand(client: Client) -> None:
+def test_with_text_each_line_is_a_prompt(client: Client) -> None:
     rows = rows_of(client, io.BytesIO(b'  {"prompt": 1}\n\nsecond \n'), text=True)
     assert [row.fields["prompt"] for row in rows] == ['  {"prompt": 1}', "second "]
 
 
-def test_parameters_hold_for_rows_that_do_not_say_otherwise(client: Client) -> None:
+def test_parameters_apply_to_rows_that_do_not_set_them(client: Client) -> None:
     rows = rows_of(client, [{"prompt": "a"}, {"prompt": "b", "max_tokens": 9}], {"max_tokens": 3, "priority": "normal"})
     assert [row.fields["max_tokens"] for row in rows] == [3, 9]
     assert rows[0].fields["priority"] == "normal"
@@ -89,7 +89,7 @@ def test_priority_and_patience_change_the_job_but_not_the_result(client: Client)
 
 
 class Scalar:
-    """A value as a pyarrow array gives it."""
+    """A value as a pyarrow array returns it."""
 
     def __init__(self, value: Any) -> None:
         self._value = value
@@ -113,7 +113,7 @@ def test_columns_of_tables_give_prompts(client: Client) -> None:
         assert rows[0].digest != rows[1].digest
 
 
-def test_what_json_cannot_hold_is_a_fault_of_its_line(client: Client) -> None:
+def test_values_that_json_cannot_represent_are_faults_of_their_line(client: Client) -> None:
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
@@ -147,7 +147,7 @@ def test_what_json_cannot_hold_is_a_fault_of_its_line(client: Client) -> None:
         (b'{"custom_id": "a", "body": {"prompt": "a", "model": "gpt-5"}}', "model", "demo"),
     ],
 )
-def test_what_is_wrong_with_a_line_is_named(client: Client, line: bytes, field: str, part: str) -> None:
+def test_the_fault_of_a_line_is_named(client: Client, line: bytes, field: str, part: str) -> None:
     with pytest.raises(InvalidBatch) as caught:
         rows_of(client, io.BytesIO(b'{"prompt": "right"}\n' + line + b"\n"), models={"demo"})
     (fault,) = caught.value.faults
@@ -167,14 +167,14 @@ def test_every_fault_is_counted_and_the_first_are_listed_by_line(client: Client)
     assert str(error).endswith(f"and {3 * MAX_FAULTS - 1} more")
 
 
-def test_a_name_that_comes_twice_is_a_fault_that_says_where_it_was_first(client: Client) -> None:
+def test_a_repeated_custom_id_is_a_fault_that_names_its_first_line(client: Client) -> None:
     with pytest.raises(InvalidBatch, match="line 3: custom_id: the same as in line 1"):
         rows_of(client, [{"prompt": "a", "custom_id": "x"}, "b", {"prompt": "c", "custom_id": "x"}])
     with pytest.raises(InvalidBatch, match="line 2: custom_id: the same as in line 1"):
         rows_of(client, [{"prompt": "a", "custom_id": "row-2"}, "b"])
 
 
-def test_names_are_compared_beyond_what_is_kept_in_memory() -> None:
+def test_repeated_custom_ids_are_found_in_inputs_larger_than_memory_limits() -> None:
     index = ItemIndex()
     for line in range(1, 300_001):  # about 10 MB, more than SQLite keeps in memory
         index.add(f"name-{line % 299_998}", "0f", line)
@@ -197,12 +197,12 @@ def test_a_line_without_end_is_a_fault_and_is_not_read_into_memory(client: Clien
     assert [fault.line for fault in caught.value.faults] == [1, 3]
 
 
-def test_only_the_first_rows_are_looked_at_where_a_limit_says_so(client: Client) -> None:
+def test_with_a_limit_only_the_first_rows_are_read(client: Client) -> None:
     rows = rows_of(client, io.BytesIO(b'{"prompt": "a"}\n\n{"prompt": "b"}\nwrong\n'), limit=2)
     assert [row.line for row in rows] == [1, 3]
 
 
-def test_files_are_read_zipped_or_not(client: Client, tmp_path: Path) -> None:
+def test_files_may_be_gzipped(client: Client, tmp_path: Path) -> None:
     data = b'{"prompt": "a"}\n{"prompt": "b"}\n'
     (tmp_path / "plain").write_bytes(data)
     (tmp_path / "zipped").write_bytes(gzip.compress(data[:16]) + gzip.compress(data[16:]))
@@ -214,7 +214,7 @@ def test_files_are_read_zipped_or_not(client: Client, tmp_path: Path) -> None:
         rows_of(client, tmp_path / "none")
 
 
-def test_what_is_no_source_is_refused(client: Client) -> None:
+def test_invalid_sources_are_refused(client: Client) -> None:
     for source in (7, {"prompt": "a"}):
         with pytest.raises(InvalidRequest, match="source"):
             rows_of(client, source)
@@ -222,7 +222,7 @@ def test_what_is_no_source_is_refused(client: Client) -> None:
         rows_of(client, iter([object()]))
 
 
-def test_an_input_that_changes_between_the_readings_is_noticed(client: Client, tmp_path: Path) -> None:
+def test_an_input_that_changes_between_two_readings_is_detected(client: Client, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     reader = ItemReader("demo", {})

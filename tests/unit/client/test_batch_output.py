@@ -1,4 +1,4 @@
-"""Output files: what is written, and what is made of what a dead process left."""
+"""Output files: what is written, and how files of killed processes are continued."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_rows_are_appended_after_every_kind_of_end(tmp_path: Path, name: str) ->
         path.write_bytes(whole[:torn])
         write(path, ["d"])
         assert names_in(path)[-1] == "d"
-    path.write_bytes(data + b"\0" * 4096)  # a power failure may leave such an end
+    path.write_bytes(data + b"\0" * 4096)  # a power failure may leave zeros at the end
     write(path, ["d"])
     assert names_in(path) == ["a", "b", "c", "d"]
 
@@ -101,7 +101,7 @@ def test_each_row_can_be_read_before_the_file_is_closed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz"])
-def test_failures_leave_the_file_when_they_are_to_be_computed_again(tmp_path: Path, name: str) -> None:
+def test_failures_are_removed_when_they_are_retried(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     write(path, ["a", "b", "c"], failed=("b",))
     run = json.loads((tmp_path / f"{name}.run").read_text())["run"]
@@ -111,7 +111,7 @@ def test_failures_leave_the_file_when_they_are_to_be_computed_again(tmp_path: Pa
     assert sorted(p.name for p in tmp_path.iterdir()) == [name, f"{name}.run"]
 
 
-def test_failures_go_to_a_file_of_their_own(tmp_path: Path) -> None:
+def test_failures_go_to_the_error_file(tmp_path: Path) -> None:
     out, errors = tmp_path / "out.jsonl", tmp_path / "errors.jsonl"
     with Output(out, errors) as output:
         output.open(overwrite=False)
@@ -152,7 +152,7 @@ def test_two_processes_cannot_write_to_one_output(tmp_path: Path) -> None:
     Output(tmp_path / "out.jsonl").close()
 
 
-def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
+def test_existing_output_is_overwritten_only_on_request(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     write(path, ["a"], finish=True)
     before = path.read_bytes()
@@ -179,7 +179,7 @@ def test_the_input_is_not_written_to(tmp_path: Path) -> None:
     assert path.read_text() == '{"prompt": "a"}\n'
 
 
-def test_a_file_of_something_else_is_not_touched(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_output_is_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     for data in (b"my diary\nsecond line\n", output_line(row("a"), "j", result()) + b"x\n" + b"y\n"):
         path.write_bytes(data)
@@ -194,7 +194,7 @@ def test_a_file_of_something_else_is_not_touched(tmp_path: Path) -> None:
         list(output.scan(retry_errors=False))
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(OutputRefused, match=r"out\.jsonl\.run cannot be written: No such file"):
         Output(tmp_path / "none" / "out.jsonl")
     output = Output(tmp_path / "out.jsonl", tmp_path / "none" / "errors.jsonl")

@@ -45,7 +45,7 @@ def connection(redis_url: str) -> redis.Redis:
 
 @pytest.fixture
 def client(redis_url: str, request: pytest.FixtureRequest) -> Iterator[Client]:
-    """A client with a queue of its own."""
+    """A client with a separate queue."""
     with Client(redis_url=redis_url, model=f"unit-{abs(hash(request.node.name))}") as made:
         yield made
 
@@ -86,7 +86,7 @@ def test_no_queue_is_declared_that_a_lost_connection_could_leave_half_declared(
 
 
 @pytest.mark.parametrize(("priority", "place"), [("interactive", 0), ("normal", 1), ("bulk", 3)])
-def test_priorities_have_lists_of_their_own(client: Client, connection: redis.Redis, priority: str, place: int) -> None:
+def test_each_priority_has_its_own_list(client: Client, connection: redis.Redis, priority: str, place: int) -> None:
     client.submit("Hello.", priority=priority)
     lengths = [connection.llen(name) for name in keys.queue_lists(client.model_name)]
     assert lengths == [int(i == place) for i in range(4)]
@@ -116,7 +116,7 @@ def test_a_seed_is_chosen_before_the_job_is_queued(client: Client) -> None:
         ({"schema_version": 1}, "schema_version"),
     ],
 )
-def test_what_is_wrong_is_refused_before_anything_is_queued(
+def test_an_invalid_request_is_refused_before_anything_is_queued(
     client: Client, connection: redis.Redis, arguments: dict[str, object], field: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -125,19 +125,19 @@ def test_what_is_wrong_is_refused_before_anything_is_queued(
     assert queued(client, connection) == []
 
 
-def test_one_wrong_request_among_many_queues_none(client: Client, connection: redis.Redis) -> None:
+def test_one_invalid_request_among_many_queues_none(client: Client, connection: redis.Redis) -> None:
     with pytest.raises(InvalidRequest, match=r"requests\[2\]\.top_p: got 7"):
         client.submit_many(["a", [1, 2], {"prompt": "c", "top_p": 7}])
     assert queued(client, connection) == []
 
 
 @pytest.mark.parametrize("requests", [[], None, 5, "one prompt", {"prompt": "x"}, [{"max_tokens": 3}], [5]])
-def test_submit_many_refuses_what_is_no_list_of_prompts(client: Client, requests: object) -> None:
+def test_submit_many_refuses_anything_but_a_list_of_prompts(client: Client, requests: object) -> None:
     with pytest.raises(InvalidRequest):
         client.submit_many(requests)  # type: ignore[arg-type]
 
 
-def test_common_parameters_hold_where_a_request_has_none_of_its_own(client: Client, connection: redis.Redis) -> None:
+def test_common_parameters_apply_to_requests_that_do_not_set_them(client: Client, connection: redis.Redis) -> None:
     client.submit_many(["a", {"prompt": "b", "max_tokens": 9}], max_tokens=4)
     (message,) = queued(client, connection)
     assert [job["request"]["max_tokens"] for job in jobs_in(message)] == [4, 9]  # type: ignore[index]
@@ -154,7 +154,7 @@ def test_jobs_submitted_together_share_messages_in_order(client: Client, connect
 
 
 def make_known(connection: redis.Redis, *models: str) -> None:
-    """As if they had been served a moment ago: a worker of other tests may live, and others would be refused."""
+    """Record models as served, because unknown models are refused if a worker of another test runs."""
     connection.zadd(keys.models(), dict.fromkeys(models, time.time()))
 
 
@@ -168,7 +168,7 @@ def test_a_message_holds_one_priority_and_one_model(client: Client, connection: 
 
 
 def test_urgent_jobs_of_a_list_are_sent_first(client: Client, connection: redis.Redis) -> None:
-    """Else those before them may fill a worker's slots."""
+    """Otherwise earlier jobs of the list may fill a worker's slots."""
     priorities = ["bulk"] * (GROUP_JOBS + 1) + ["normal", "interactive"]
     lists = [name.encode("unicode_escape").decode() for name in keys.queue_lists(client.model_name)]
     with connection.monitor() as monitor:
@@ -178,13 +178,13 @@ def test_urgent_jobs_of_a_list_are_sent_first(client: Client, connection: redis.
     assert [job.id for job in jobs[:GROUP_JOBS]] == [job["id"] for job in jobs_in(queued(client, connection)[-1])]
 
 
-def test_long_prompts_do_not_pile_up_in_one_message(client: Client, connection: redis.Redis) -> None:
+def test_long_prompts_are_split_over_messages(client: Client, connection: redis.Redis) -> None:
     client.submit_many(["x" * 30_000] * 4)
     assert [len(jobs_in(message)) for message in queued(client, connection)] == [2, 2]
 
 
 def counted(client: Client) -> QueueStatus:
-    """The client's queue; there may be others, of workers that other tests run."""
+    """The status of the client's queue; other tests may have more queues."""
     (own,) = [queue for queue in client.status().queues if queue.model == client.model_name]
     return own
 
@@ -241,7 +241,7 @@ def test_the_same_id_for_another_model_is_another_request(client: Client, connec
 
 
 @pytest.mark.parametrize("timeout", [float("nan"), -1, "5", True])
-def test_a_timeout_that_is_no_number_of_seconds_is_refused(client: Client, timeout: object) -> None:
+def test_an_invalid_timeout_is_refused(client: Client, timeout: object) -> None:
     with pytest.raises(InvalidRequest, match="timeout"):
         client.submit("Hello.").result(timeout)  # type: ignore[arg-type]
 
@@ -251,7 +251,7 @@ def test_jobs_of_another_redis_are_not_waited_for(client: Client) -> None:
         list(client.as_completed([elsewhere.job("x")]))
 
 
-def test_a_full_redis_refuses_in_our_words() -> None:
+def test_a_full_redis_raises_redis_refused() -> None:
     with EmbeddedRedis.ephemeral() as server, Client(redis_url=server.url) as client:
         connect(server.url).config_set("maxmemory", "1")
         with pytest.raises(RedisRefused, match="memory"):
@@ -285,7 +285,7 @@ def test_no_worker_and_unknown_job_differ(client: Client) -> None:
 
 @pytest.fixture
 def served(redis_url: str) -> Iterator[Callable[[str, str], None]]:
-    """Says that a worker serves a model, on a Redis that `Client(redis_url=...)` of the same test uses alone."""
+    """Registers a worker for a model, on a Redis that only this test uses."""
     connection = connect(redis_url.replace("db=0", "db=9"))
     connection.flushdb()
     store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=60)
@@ -299,7 +299,7 @@ def test_a_model_that_no_worker_serves_is_refused_with_those_that_are_served(
     monkeypatch.setattr("headrace.client.jobs.status.SERVED_S", 0.0)
     own = redis_url.replace("db=0", "db=9")
     with Client(redis_url=own) as client:
-        client.submit("Hello.", model="anything")  # without any worker nobody can say what is right
+        client.submit("Hello.", model="anything")  # without a worker the valid names are unknown
         served("host-1@b", "beta")
         served("host-1@a", "alpha")
         served("spoilt", "\udcff")
@@ -323,10 +323,10 @@ def test_a_model_that_no_worker_serves_is_refused_with_those_that_are_served(
         with pytest.raises(InvalidRequest, match=r"one that is served: beta$"):
             client.submit("Hello.", model="alpha")
     with Client(redis_url=own, model="alpah") as client:
-        client.submit("Hello.")  # it was configured so: a worker may come
+        client.submit("Hello.")  # its configured model, which a worker may serve later
 
 
-def test_who_serves_is_asked_once_for_many_jobs(redis_url: str, served: Callable[[str, str], None]) -> None:
+def test_the_served_models_are_read_once_for_many_jobs(redis_url: str, served: Callable[[str, str], None]) -> None:
     own = redis_url.replace("db=0", "db=9")
     served("host-1", "alpha")
     with Client(redis_url=own) as client, connect(own) as admin:
@@ -381,7 +381,7 @@ def test_a_result_that_is_none_of_ours_fails_its_job(
     assert client.job(job.id).status() == "failed"
 
 
-def test_strange_records_of_workers_and_models_harm_no_status(client: Client, connection: redis.Redis) -> None:
+def test_invalid_records_of_workers_and_models_are_ignored_by_status(client: Client, connection: redis.Redis) -> None:
     connection.zadd(keys.workers(), {"strange": 1, b"\xff": 1, "list": 1})
     connection.hset(keys.worker("strange"), mapping={"model": NOT_TEXT, "slots": "x"})
     connection.lpush(keys.worker("list"), "x")

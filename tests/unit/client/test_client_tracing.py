@@ -1,4 +1,4 @@
-"""Spans of submitting, and the context that messages carry; OpenTelemetry's own SDK says what was exported."""
+"""Spans of submissions, and the trace context in messages, exported by OpenTelemetry's SDK."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from headrace.config.tracing import find_tracer
 
 @pytest.fixture
 def client(redis_url: str, request: pytest.FixtureRequest) -> Iterator[Client]:
-    """A client with a queue of its own."""
+    """A client with a separate queue."""
     with Client(redis_url=redis_url, model=f"traces-{abs(hash(request.node.name))}") as made:
         yield made
 
 
 def headers_of(client: Client) -> list[dict[str, Any]]:
-    """Of the messages in the client's queue, the first that was sent in front."""
+    """The headers of the messages in the client's queue, in the order of sending."""
     names = keys.queue_lists(client.model_name)
     with connect(client.url) as connection:
         return [json.loads(text)["headers"] for name in names for text in reversed(connection.lrange(name, 0, -1))]  # type: ignore[arg-type]
@@ -61,7 +61,7 @@ def test_a_job_is_sent_within_the_callers_span(client: Client, spans: InMemorySp
     assert "secret" not in sent.to_json()
 
 
-def test_each_job_of_a_message_has_a_context_of_its_own(client: Client, spans: InMemorySpanExporter) -> None:
+def test_each_job_of_a_message_has_its_own_context(client: Client, spans: InMemorySpanExporter) -> None:
     jobs = client.submit_many(["Hello."] * 20)
     sent = {(span.attributes or {})["headrace.job_id"]: span for span in spans.get_finished_spans()}
     assert len({span.context.trace_id for span in sent.values() if span.context}) == 20, "a trace a job"
@@ -70,7 +70,7 @@ def test_each_job_of_a_message_has_a_context_of_its_own(client: Client, spans: I
     assert found[0] | found[1] == {job.id: {"traceparent": parent_in(sent[job.id])} for job in jobs}
 
 
-def test_the_client_for_asyncio_takes_part_in_the_callers_trace(client: Client, spans: InMemorySpanExporter) -> None:
+def test_the_asyncio_client_continues_the_callers_trace(client: Client, spans: InMemorySpanExporter) -> None:
     async def submit() -> None:
         async with AsyncClient(redis_url=client.url, model=client.model_name) as other:
             with trace.get_tracer("caller").start_as_current_span("caller"):
@@ -90,7 +90,7 @@ def test_a_job_that_could_not_be_sent_has_a_span_with_the_code(spans: InMemorySp
 
 
 def test_a_program_without_opentelemetry_submits(client: Client) -> None:
-    """An import would raise; redis-py tries one itself."""
+    """Importing opentelemetry raises here; redis-py tries to import it too."""
     code = (
         "import sys; sys.modules['opentelemetry'] = None; from headrace.client import Client; "
         f"Client(redis_url={client.url!r}, model={client.model_name!r}).submit('Hello.')"
@@ -104,7 +104,7 @@ def test_a_program_that_has_not_set_it_up_has_no_tracer() -> None:
     assert find_tracer() is None
 
 
-GOOD = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"  # the example of W3C's Trace Context
+GOOD = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"  # the example in W3C's Trace Context specification
 
 
 @pytest.mark.parametrize(
@@ -124,14 +124,14 @@ GOOD = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"  # the example 
         {"tracestate": "a=b"},
     ],
 )
-def test_what_is_no_context_is_none(carrier: Any) -> None:
+def test_an_invalid_context_is_ignored(carrier: Any) -> None:
     assert context_of(carrier) == {}
     for headers in (carrier, {TRACES_HEADER: carrier}, {TRACES_HEADER: {"job": carrier}}):
         if isinstance(headers, dict):
             assert carried(headers, "job", grouped=True) == {}
 
 
-def test_a_state_that_is_too_long_is_left_out() -> None:
+def test_a_tracestate_that_is_too_long_is_left_out() -> None:
     state = ",".join(f"k{i}={'v' * 200}" for i in range(30))
     span = trace.get_current_span(context_of({"traceparent": GOOD, "tracestate": state})).get_span_context()
     assert format_trace_id(span.trace_id) == "0af7651916cd43dd8448eb211c80319c"

@@ -1,4 +1,4 @@
-"""Clients and producers that start before the embedded Redis server, and keep up with it when it moves."""
+"""Clients and producers that start before the embedded Redis server, and follow it when it moves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from headrace.worker.redis_server import EmbeddedRedis
 
 
 class NothingThere(OSError):
-    """What the default port answers in these tests, whatever runs on the machine."""
+    """The error of the default port in these tests, whatever runs on the machine."""
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_the_url_is_one_string_and_the_address_is_looked_up() -> None:
     assert current_url(url) == DEFAULT_REDIS_URL
 
 
-def test_a_client_that_is_earlier_than_the_server_finds_it() -> None:
+def test_a_client_that_starts_before_the_server_finds_it() -> None:
     with Client() as client:
         with pytest.raises(RedisUnreachable, match=DEFAULT_REDIS_URL):
             client.submit("Hello.")
@@ -70,7 +70,7 @@ def test_a_client_that_is_earlier_than_the_server_finds_it() -> None:
             assert [each.id for each in client.submit_many(["Hello."])]
 
 
-def test_an_asyncio_client_that_is_earlier_than_the_server_finds_it() -> None:
+def test_an_asyncio_client_that_starts_before_the_server_finds_it() -> None:
     async def use() -> None:
         async with AsyncClient() as client:
             job = client.job("later")
@@ -81,14 +81,14 @@ def test_an_asyncio_client_that_is_earlier_than_the_server_finds_it() -> None:
                 job = await client.submit("Hello.", id="later")
                 assert await job.status() == "queued"
                 with pytest.raises(TimeoutError):
-                    await job.result(timeout=0.1)  # over the connection that all who wait share
+                    await job.result(timeout=0.1)  # over the connection that all waiting calls share
             finally:
                 server.stop()
 
     asyncio.run(use())
 
 
-def test_a_producer_of_celery_that_is_earlier_than_the_server_finds_it() -> None:
+def test_a_celery_producer_that_starts_before_the_server_finds_it() -> None:
     with Client() as client:
         server = EmbeddedRedis()
         later = threading.Timer(0.5, server.start)
@@ -96,7 +96,7 @@ def test_a_producer_of_celery_that_is_earlier_than_the_server_finds_it() -> None
         try:
             result = client.signature("Hello.").apply_async()  # Celery connects to the result backend first, and waits
             assert result.state == "PENDING"
-            del result  # it takes its subscription back, for which Redis has to be there
+            del result  # this unsubscribes, for which Redis must be available
             assert queued(client) == 1
         finally:
             later.join()
@@ -128,8 +128,8 @@ def test_clients_follow_a_server_that_moves(tmp_path: Path) -> None:
     asyncio.run(both())
 
 
-def test_who_has_used_the_embedded_server_does_not_go_to_another_redis(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Redis on the default port knows nothing of the jobs."""
+def test_a_client_of_the_embedded_server_never_switches_to_another_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Redis on the default port does not have the jobs."""
     url = resolve_url(load_settings())
     with EmbeddedRedis.ephemeral() as stranger, Client() as client:
         with EmbeddedRedis() as server:

@@ -1,4 +1,4 @@
-"""What a client asks while it waits, and what it makes of the answers: no Redis, no clock but the machine's."""
+"""The requests of a waiting client, and how it handles the answers, without Redis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REVOKED = '{"status": "REVOKED", "result": null}'
 
 
 class FakeServer:
-    """Answers the commands of a watch from what the test put there."""
+    """Answers the commands of a PollState with data of the test."""
 
     def __init__(self) -> None:
         self.results: dict[str, str] = {}
@@ -64,7 +64,7 @@ def test_a_job_is_waited_for_until_its_outcome_is_there(server: FakeServer) -> N
     assert len(under_test) == 0
 
 
-def test_a_job_that_does_not_exist_is_news_once(server: FakeServer) -> None:
+def test_a_job_that_does_not_exist_is_reported_once(server: FakeServer) -> None:
     under_test = PollState()
     server.unknown = {"b"}
     under_test.add("a")
@@ -73,7 +73,7 @@ def test_a_job_that_does_not_exist_is_news_once(server: FakeServer) -> None:
     assert list(under_test) == ["a"]
 
 
-def test_events_come_once_and_the_last_one_brings_the_result_at_once(server: FakeServer) -> None:
+def test_events_are_returned_once_and_the_last_one_with_the_result(server: FakeServer) -> None:
     under_test = PollState()
     under_test.add("a", events=True)
     server.events["a"] = ["one", "two"]
@@ -88,7 +88,7 @@ def test_events_come_once_and_the_last_one_brings_the_result_at_once(server: Fak
     assert asked(under_test.request(1), "XREAD")[0] == "STREAMS", "Redis is not to hold back what is there"
 
 
-def test_who_comes_later_gets_the_events_from_the_first_on(server: FakeServer) -> None:
+def test_a_later_reader_gets_all_events(server: FakeServer) -> None:
     under_test = PollState()
     under_test.add("a", events=True)
     server.events["a"] = ["one"]
@@ -100,7 +100,7 @@ def test_who_comes_later_gets_the_events_from_the_first_on(server: FakeServer) -
     assert under_test.answer(server.answer(under_test.request(1))).events == {"a": ["one", "two"]}
 
 
-def test_of_many_jobs_the_oldest_are_asked_for_and_the_others_in_turn(server: FakeServer) -> None:
+def test_of_many_jobs_the_oldest_are_polled_first_and_the_others_in_rotation(server: FakeServer) -> None:
     under_test = PollState()
     names = [f"{i:05}" for i in range(10 * MGET_KEYS)]
     for name in names:
@@ -123,7 +123,7 @@ def test_of_many_jobs_the_oldest_are_asked_for_and_the_others_in_turn(server: Fa
     assert turns <= 3
 
 
-def test_polling_slows_down_while_there_is_nothing_and_begins_anew_with_news(server: FakeServer) -> None:
+def test_polling_slows_down_without_updates_and_is_fast_again_after_one(server: FakeServer) -> None:
     under_test = PollState()
     under_test.add("a")
     under_test.add("b")
@@ -138,9 +138,7 @@ def test_polling_slows_down_while_there_is_nothing_and_begins_anew_with_news(ser
     assert under_test.rest_s < 0.2
 
 
-def test_a_redis_that_is_away_is_waited_for_but_not_by_those_who_never_had_an_answer(
-    server: FakeServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_outage_is_waited_for_only_after_a_first_answer(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     under_test = PollState()
     under_test.add("old")
     under_test.answer(server.answer(under_test.request(1)))

@@ -20,7 +20,7 @@ def test_the_version_is_that_of_the_distribution() -> None:
 
 @pytest.mark.parametrize("name", ["headrace.client", "client"])
 def test_all_names_without_an_underscore_are_public_or_submodules(name: str) -> None:
-    """In a process of its own: each test module that imports a submodule adds it to the package."""
+    """In a separate process, because importing a submodule adds it to the package."""
     code = f"import {name} as module; print(*(n for n in vars(module) if not n.startswith('_')))"
     listed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     for other in set(listed) - set(client.__all__):

@@ -1,4 +1,4 @@
-"""Everything that can be known wrong is refused with the field, the value and what would be right."""
+"""Every invalid request is refused with the field, the value and what is valid."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ GOOD = {"prompt": "Hello."}
         ("stop", ["\ud83d"], "U+D83D", "valid Unicode"),
     ],
 )
-def test_a_wrong_value_is_named(field: str, value: object, shown: str, expected: str) -> None:
+def test_an_invalid_value_is_named(field: str, value: object, shown: str, expected: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse_request({**GOOD, field: value})
     assert caught.value.field == field
@@ -79,7 +79,7 @@ def test_a_wrong_value_is_named(field: str, value: object, shown: str, expected:
     assert str(caught.value).startswith(f"{field}: got ")
 
 
-def test_numbers_of_thousands_of_digits_are_named_too() -> None:
+def test_numbers_with_thousands_of_digits_are_reported_by_size() -> None:
     with pytest.raises(InvalidRequest, match=r"max_tokens: got a number of \d+ bits"):
         parse_request({**GOOD, "max_tokens": 10**5000})
     with pytest.raises(InvalidRequest, match="item 1 is not a token id"):
@@ -105,7 +105,7 @@ def test_an_unknown_name_is_refused_with_the_right_one(name: str, hint: str) -> 
     assert hint in caught.value.expected
 
 
-def test_a_prompt_is_missing() -> None:
+def test_a_missing_prompt_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="prompt: got nothing"):
         parse_request({"max_tokens": 3})
 
@@ -125,14 +125,14 @@ def test_defaults_are_those_of_the_openai_api_and_vllm() -> None:
     assert SamplingParams().model_dump() == expected
 
 
-def test_numpy_numbers_and_arrays_are_taken() -> None:
+def test_numpy_numbers_and_arrays_are_accepted() -> None:
     request = parse_request(
         {"prompt": np.array([15496, 13]), "max_tokens": np.int64(3), "temperature": np.float32(0.5), "stop": ("a", "b")}
     )
     assert (request.prompt, request.max_tokens, request.temperature, request.stop) == ([15496, 13], 3, 0.5, ["a", "b"])
 
 
-def test_one_stop_string_and_string_keys_are_taken() -> None:
+def test_a_single_stop_string_and_string_keys_are_accepted() -> None:
     request = parse_request({**GOOD, "stop": "\n", "logit_bias": {"50256": -100}})
     assert (request.stop, request.logit_bias) == (["\n"], {50256: -100.0})
 

@@ -51,7 +51,9 @@ def test_a_result_of_a_later_worker_is_read_and_what_is_new_in_it_passed_over() 
         ("JobExpired", JobExpired, "expired"),
     ],
 )
-def test_our_errors_come_back_with_code_message_and_partial_text(name: str, kind: type[JobError], state: str) -> None:
+def test_errors_of_jobs_are_decoded_with_code_message_and_partial_text(
+    name: str, kind: type[JobError], state: str
+) -> None:
     outcome = parse_outcome(failure(name, "some_code", "what to do", ["half a te"]))
     assert isinstance(outcome, kind)
     assert (outcome.code, outcome.message, outcome.partial) == ("some_code", "what to do", ["half a te"])
@@ -71,17 +73,17 @@ def test_any_other_exception_is_a_failure_that_names_it() -> None:
 
 
 @pytest.mark.parametrize("status", ["PENDING", "STARTED", "RETRY"])
-def test_states_before_the_end_are_no_outcome(status: str) -> None:
+def test_unfinished_states_are_no_outcome(status: str) -> None:
     assert parse_outcome(record(status, None)) is None
     assert parse_outcome(None) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "{}", record("SUCCESS", {"id": 5}), record("FAILURE", "x")])
-def test_a_record_that_cannot_be_read_is_a_failure_and_no_crash(text: str) -> None:
+def test_an_unreadable_record_is_a_failed_job(text: str) -> None:
     outcome = parse_outcome(text)
     assert isinstance(outcome, JobFailed)
     assert outcome.code == "unreadable_result"
 
 
-def test_an_errors_repr_holds_no_text_of_a_user() -> None:
+def test_the_repr_of_an_error_contains_no_text_of_a_user() -> None:
     assert "secret" not in repr(JobCancelled(message="the job was cancelled", partial=["secret"]))

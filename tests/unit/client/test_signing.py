@@ -1,4 +1,4 @@
-"""Signatures: what they bind together, and that strange input is a no and never an error."""
+"""Signatures: what they cover, and that malformed input is invalid and never an error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_signature_is_the_hmac_of_a_text_written_out_by_hand() -> None:
     assert sign(KEY, "job-1", "demo", wire)["signature"] == hmac.digest(KEY, text.encode(), "sha256").hex()
 
 
-def test_it_holds_for_this_request_of_this_job_in_this_queue_alone() -> None:
+def test_a_signature_covers_request_job_and_queue() -> None:
     signed = sign(KEY, "job-1", "demo", WIRE)
     assert unsigned(signed) == WIRE
     assert verified([KEY], "job-1", "demo", signed)
@@ -40,12 +40,12 @@ def test_it_holds_for_this_request_of_this_job_in_this_queue_alone() -> None:
     assert not verified([KEY], "job-1", "demo", {n: v for n, v in signed.items() if n != "max_tokens"})
 
 
-def test_parts_cannot_be_shifted_from_one_field_to_the_next() -> None:
+def test_text_cannot_be_moved_from_one_signed_field_to_another() -> None:
     assert not verified([KEY], "a", '","b', sign(KEY, 'a","', "b", WIRE))
     assert not verified([KEY], "ab", "c", sign(KEY, "a", "bc", WIRE))
 
 
-def test_while_keys_change_both_are_accepted() -> None:
+def test_old_and_new_keys_are_accepted_during_rotation() -> None:
     assert verified([KEY, OLD], "job-1", "demo", sign(OLD, "job-1", "demo", WIRE))
     assert verified([KEY, OLD], "job-1", "demo", sign(KEY, "job-1", "demo", WIRE))
     assert not verified([KEY, OLD], "job-1", "demo", sign(KEY[1:], "job-1", "demo", WIRE))
@@ -78,7 +78,7 @@ def nest(depth: int) -> list[Any]:
         {"prompt": "\ud800", "signature": "0" * 64},
     ],
 )
-def test_what_no_client_sends_is_refused_without_an_error(wire: Any) -> None:
+def test_malformed_signatures_are_invalid_without_an_exception(wire: Any) -> None:
     assert verified([KEY], "job-1", "demo", wire) is False
 
 
@@ -96,12 +96,12 @@ REQUESTS = st.fixed_dictionaries(
 
 
 @given(REQUESTS)
-def test_a_request_means_the_same_after_its_way_through_json(fields: dict[str, Any]) -> None:
+def test_the_signature_survives_json_encoding(fields: dict[str, Any]) -> None:
     wire = sign(KEY, "job-1", "demo", parse_request(fields).to_wire())
     assert verified([KEY], "job-1", "demo", json.loads(json.dumps(wire)))
 
 
-def test_without_a_key_nothing_is_added_and_with_one_a_signature_alone() -> None:
+def test_only_a_signature_is_added_and_only_with_a_key() -> None:
     plain = load_settings(redis_url="redis://localhost:1/0")
     with Client(settings=plain) as without, Client(settings=plain.model_copy(update={"signing_key": None})) as none:
         wires = [c.submitter.prepare({"prompt": "Hello.", "seed": 1}).wire for c in (without, none)]
@@ -112,7 +112,7 @@ def test_without_a_key_nothing_is_added_and_with_one_a_signature_alone() -> None
     assert verified([b"k" * 32], "mine", "demo", prepared.wire)
 
 
-def test_nobody_can_pass_a_signature_as_a_parameter() -> None:
+def test_a_signature_is_not_a_parameter() -> None:
     with (
         Client(redis_url="redis://localhost:1/0") as client,
         pytest.raises(InvalidRequest, match="signature: got 'x'; expected"),

@@ -1,4 +1,4 @@
-"""A job's events -> its text: each token once and in order, however often and in whatever cuts it was written."""
+"""A job's events -> its text: each token once and in order, however often and in whatever pieces it was written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headrace.client.jobs.handle import Handle, job_in_errors
 from headrace.client.jobs.stream import StreamReader
 from headrace.client.wire.results import Choice, Result, StreamEvent, StreamPiece, Timings, TokenLogprob, Usage
 
-TEXTS = ["He", "ll", "o", " w", "", "", "é", "!"]  # of eight tokens; two in the middle have no character of their own
+TEXTS = ["He", "ll", "o", " w", "", "", "é", "!"]  # of eight tokens; two in the middle complete no character
 LOGPROBS = [TokenLogprob(token_id=i, token=text, logprob=-float(i)) for i, text in enumerate(TEXTS)]
 
 
@@ -59,7 +59,7 @@ def check(events: list[Event], index: int = 0) -> None:
 
 @given(st.randoms(use_true_random=False), st.integers(1, 3), st.floats(0, 1))
 def test_several_writers_and_lost_entries_make_one_text(dice: random.Random, writers: int, lost: float) -> None:
-    """Each writer cuts the text in places of its own; their entries come in turn, and some do not come."""
+    """Each writer splits the text at other places; their entries are interleaved, and some are lost."""
     lanes = []
     for _ in range(writers):
         cuts = [0, *sorted(dice.sample(range(1, len(TEXTS)), dice.randint(0, 6))), len(TEXTS)]
@@ -75,7 +75,7 @@ def test_several_writers_and_lost_entries_make_one_text(dice: random.Random, wri
         check(events, index)
 
 
-def test_what_is_behind_a_gap_waits_for_the_result() -> None:
+def test_text_after_a_gap_waits_for_the_result() -> None:
     under_test = reader()
     assert [e.token_ids for e in under_test.take(entry(piece(0, 2)))] == [[0, 1]]
     assert list(under_test.take(entry(piece(3, 5)))) == []
@@ -91,7 +91,7 @@ def test_what_is_behind_a_gap_waits_for_the_result() -> None:
     ],
     ids=["another token", "another text", "an earlier end"],
 )
-def test_another_text_than_told_is_an_error_with_the_job(other: dict[str, object]) -> None:
+def test_text_that_contradicts_earlier_text_is_an_error_with_the_job(other: dict[str, object]) -> None:
     under_test = reader()
     list(under_test.take(entry(piece(0, 3))))
     with pytest.raises(StreamChanged, match=r"job\.result\(\)") as caught, job_in_errors(lambda name: Handle(name, "")):
@@ -109,7 +109,7 @@ def test_the_result_is_compared_too() -> None:
 @pytest.mark.parametrize(
     "junk", ["", "null", "[]", '{"pieces": 3}', '{"pieces": [{"at": -1, "text": "x"}]}', "[" * 999]
 )
-def test_entries_that_cannot_be_read_are_passed_over(junk: str) -> None:
+def test_unreadable_entries_are_skipped(junk: str) -> None:
     under_test = reader()
     assert list(under_test.take(junk)) == []
     check(list(under_test.finish(result())))

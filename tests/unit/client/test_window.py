@@ -1,4 +1,4 @@
-"""The window, where nobody answers. What it does with a real Redis is in tests/integration/test_batch.py."""
+"""The window without a worker. tests/integration/test_batch.py tests it with a real Redis."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from headrace.client.jobs.submission import PreparedJob
 
 
 class Enough(Exception):
-    """Ends a wait that has no end of its own."""
+    """Ends a wait that would last forever."""
 
 
 def wait(client: Client, turns: int = 3) -> list[str]:
-    """What is said while one job waits to be submitted."""
+    """The notices while one job waits to be submitted."""
     told: list[str] = []
     left = [turns]
 
@@ -33,7 +33,7 @@ def wait(client: Client, turns: int = 3) -> list[str]:
     return told
 
 
-def test_a_redis_that_is_away_is_waited_for_and_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outage_of_redis_is_waited_for_and_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window, "RETRY_S", 0.0)
     with Client(redis_url=f"unix://{tmp_path}/redis.sock?db=0") as client:
         (said,) = wait(client)
@@ -58,7 +58,7 @@ def test_a_redis_that_is_full_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
         (said,) = wait(full)
     assert "OOM" in said
     with failing(QueueFull("headrace.demo", 9, 9)) as queue_full:
-        assert wait(queue_full) == []  # it is nothing unusual; said when it lasts
+        assert wait(queue_full) == []  # not unusual; reported only if it lasts
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,12 @@ def test_a_redis_that_is_full_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
         RedisUnreachable("redis://localhost:1/0", "invalid username-password pair"),
     ],
 )
-def test_what_waiting_does_not_mend_is_raised(error: Exception) -> None:
+def test_permanent_errors_are_raised(error: Exception) -> None:
     with failing(error) as client, pytest.raises(type(error)):
         list(Window[int](client).run([(1, client.submitter.prepare({"prompt": "a", "id": "a"}))]))
 
 
-def test_errors_that_stand_for_a_job_come_back_in_their_place() -> None:
+def test_errors_of_single_jobs_are_returned_in_their_place() -> None:
     with Client(redis_url="redis://localhost:1/0") as client:
         errors = [ValueError(str(number)) for number in range(3 * MAX_INFLIGHT)]
         given = [pair for pairs in Window[int](client, ordered=True).run(enumerate(errors)) for pair in pairs]

@@ -53,7 +53,7 @@ def test_sockets_are_in_a_directory_of_this_user(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_runtime_directory_of_another_user_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As after `sudo -E` and some kinds of `su`."""
+    """This happens after `sudo -E` and some forms of `su`."""
     theirs = tmp_path / "run"
     theirs.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(theirs))

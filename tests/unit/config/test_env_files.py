@@ -16,7 +16,7 @@ SECRETS = ["HEADRACE_SIGNING_KEY", "HEADRACE_API_KEYS"]
 
 
 def assignments(file: str, *, commented_out: bool) -> dict[str, str]:
-    """Names and values of a file, those that are commented out on demand."""
+    """Names and values in a file, on request including those that are commented out."""
     pattern = re.compile(rf"^{'#?' if commented_out else ''}([A-Z_]+)=(.*)$", re.MULTILINE)
     return dict(pattern.findall((CONFIG / file).read_text()))
 
@@ -29,7 +29,7 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_every_setting_is_there_and_nothing_else(file: str) -> None:
+def test_the_files_contain_every_setting_and_nothing_else(file: str) -> None:
     assert set(assignments(file, commented_out=True)) == {PREFIX + name.upper() for name in Settings.model_fields}
 
 

@@ -15,7 +15,7 @@ from headrace.extras import Extra, how_to_install
 ROOT = Path(__file__).parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NAMES = "|".join({re.escape(PROJECT["name"]), "headrace"})
-#: The name as an argument of an installer, alone or with an extra or a version; a path that contains it is none.
+#: The name as an argument of an installer, alone or with an extra or a version, but not as part of a path.
 INSTALLED_BY_NAME = re.compile(
     rf"\b(?:install|add|inject|run|download)\b[^\n]*?(?<![\w/.@-])(?:{NAMES})(?=[\[\s'\"=<>~!]|$)"
 )
@@ -54,7 +54,7 @@ def test_the_search_finds_names_and_no_paths(line: str, found: bool) -> None:
 
 def test_nothing_is_installed_by_a_name_that_anybody_could_take() -> None:
     for path in texts():
-        if path.is_file() and path.name != "pyproject.toml":  # there an extra contains others of the same project
+        if path.is_file() and path.name != "pyproject.toml":  # in which an extra includes other extras of the project
             for number, line in enumerate(path.read_text().splitlines(), 1):
                 assert not by_name(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
 

@@ -1,4 +1,4 @@
-"""Logging: the same fields from every logger, once, and nothing in them that is nobody's business."""
+"""Logging: every logger writes the same fields, once, and no private data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
-    """Logging belongs to the whole process: put back what these tests change."""
+    """Restore the logging of the process, which these tests change."""
     names = ("headrace", "celery", "kombu", "celery.app.trace", "celery.pool")
     levels = {name: logging.getLogger(name).level for name in names}
     yield
@@ -38,7 +38,7 @@ def _logging_as_it_was() -> Iterator[None]:
 
 
 def start(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO | None = None, **overrides: Any) -> io.StringIO:
-    """Set logging up onto a stream of our own."""
+    """Set up logging to a stream."""
     stream = stream or io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     setup_logging(load_settings(**overrides))
@@ -117,7 +117,7 @@ def test_levels(monkeypatch: pytest.MonkeyPatch, log_level: str, seen: list[str]
     loggers = {
         "ours": structlog.get_logger("headrace.x"),
         "celery": logging.getLogger("celery.worker"),
-        # Celery's tracer logs results at the level info, and they are what somebody had written.
+        # Celery's tracer logs results, which contain users' text, at the level info.
         "trace": logging.getLogger("celery.app.trace"),
     }
     for name, logger in loggers.items():

@@ -1,4 +1,4 @@
-"""URLs of Sentinels: read, refused, handed to Celery as kombu itself reads them, and shown without their password."""
+"""URLs of Sentinels: parsed, refused, passed to Celery as kombu parses them, and shown without their password."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_all_parts_are_read() -> None:
         "sentinel://[::1]:26379/0?master=jobs",
     ],
 )
-def test_what_cannot_be_is_refused(url: str) -> None:
+def test_invalid_urls_are_refused(url: str) -> None:
     with pytest.raises(SettingsError, match=r"HEADRACE_REDIS_URL.*master=name"):
         load_settings(redis_url=url)
 

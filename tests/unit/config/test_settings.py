@@ -1,4 +1,4 @@
-"""Settings: what they are when nothing is set, and what a wrong one is told."""
+"""Settings: defaults, sources, and the errors for wrong values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headrace.config.settings import PREFIX, Settings, SettingsError, load_setti
 
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The settings of whoever runs the tests do not count."""
+    """Remove the settings of the environment that runs the tests."""
     for name in list(os.environ):
         if name.startswith(PREFIX):
             monkeypatch.delenv(name)
@@ -53,7 +53,7 @@ def test_settings_cannot_be_changed() -> None:
     assert settings.slots == 64
 
 
-#: For every setting a value that it cannot have. None where any value is right.
+#: For every setting an invalid value; None if every value is valid.
 WRONG: dict[str, str | None] = {
     "model": "demo,",
     "served_name": "two words",
@@ -82,7 +82,7 @@ WRONG: dict[str, str | None] = {
     "files_dir": None,
     "metrics_port": "65536",
     "otel": "otlp",
-    "metrics_host": None,  # whether it is one of the machine's is known at the start
+    "metrics_host": None,  # whether the machine has the address is checked at the start
     "log_level": "verbose",
     "log_format": "xml",
 }
@@ -141,7 +141,7 @@ def test_an_unknown_argument_is_refused() -> None:
 
 
 @pytest.mark.parametrize("url", ["redis://localhost:6379/0", "rediss://host/1", "unix:///run/redis.sock"])
-def test_urls_that_are_taken(url: str) -> None:
+def test_valid_urls_are_accepted(url: str) -> None:
     assert load_settings(redis_url=url).redis_url == url
 
 
@@ -195,14 +195,14 @@ def test_slug(model: str, name: str) -> None:
     assert slug(model) == name
 
 
-def test_a_directory_goes_by_its_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_is_named_by_its_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "some" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert slug("some/model") == "model"
     assert load_settings(model=str(tmp_path / "some" / "model")).model_name == "model"
 
 
-def test_a_served_name_goes_before_the_models_own() -> None:
+def test_a_served_name_replaces_the_name_of_the_model() -> None:
     assert load_settings(model="gpt2", served_name="chat-1").model_name == "chat-1"
 
 

@@ -10,7 +10,7 @@ from headrace.model import GPT2, load_model
 
 @pytest.fixture(scope="package", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Two threads that wait for each other are slow wherever other processes use the cores too."""
+    """Use one thread: threads that wait for each other are slow while other processes use the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -27,5 +27,5 @@ def _threads_as_before() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def demo() -> GPT2:
-    """The bundled model, read once. Tests leave its weights alone."""
+    """The bundled model, read once. Tests must not change its weights."""
     return load_model("demo", device="cpu", dtype="float32")

@@ -1,4 +1,4 @@
-"""Models of Hugging Face transformers to compare with, in float64: their own rounding errors do not count."""
+"""Reference models of Hugging Face transformers in float64, so that their rounding errors are negligible."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headrace.model.hub import DEMO
 
 @functools.cache
 def demo_reference() -> GPT2LMHeadModel:
-    """The bundled model as transformers reads it. Eager attention: only that one shows its inner tensors."""
+    """The bundled model as transformers reads it. Eager attention, because only that exposes its inner tensors."""
     return GPT2LMHeadModel.from_pretrained(DEMO, dtype=torch.float64, attn_implementation="eager").eval()
 
 
@@ -38,7 +38,7 @@ def saved(model: GPT2LMHeadModel, folder: Path, **options: Any) -> Path:
 
 
 def inner_tensors(model: GPT2LMHeadModel, token_ids: Tensor) -> dict[str, Tensor]:
-    """What passes through block 0, caught by hooks on transformers' own modules. token_ids: [B, T]."""
+    """The inner tensors of block 0, captured by hooks on transformers' modules. token_ids: [B, T]."""
     block = model.transformer.h[0]
     caught: dict[str, Tensor] = {}
 

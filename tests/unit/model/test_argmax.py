@@ -1,4 +1,4 @@
-"""The largest logit: what torch's `max` gives, by rows that may be odd."""
+"""Argmax: the same results as torch's `max`, also for unusual rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [1, 2, 1023, 1024, 1025, 50257])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_it_is_torchs(dtype: torch.dtype, width: int, threads: int) -> None:
+def test_argmax_agrees_with_torch(dtype: torch.dtype, width: int, threads: int) -> None:
     torch.set_num_threads(threads)
     x = torch.randn(7, width, generator=torch.Generator().manual_seed(width)).to(dtype)
     x[3] = x[3].round()  # many are equal
@@ -32,7 +32,7 @@ def test_it_is_torchs(dtype: torch.dtype, width: int, threads: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_of_equal_ones_it_is_the_first_and_zeros_are_equal(dtype: torch.dtype) -> None:
+def test_ties_go_to_the_first_token_and_both_zeros_are_equal(dtype: torch.dtype) -> None:
     x = torch.full((4, 3000), -1.0, dtype=dtype)
     x[0, [2999, 70, 1500]] = 5
     x[1, 1100], x[1, 2200] = -0.0, 0.0
@@ -43,7 +43,7 @@ def test_of_equal_ones_it_is_the_first_and_zeros_are_equal(dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("at", [0, 1023, 1024, 2999])
-def test_what_is_no_number_is_seen_in_its_row_alone(dtype: torch.dtype, sign: int, at: int) -> None:
+def test_nan_is_reported_for_its_row_only(dtype: torch.dtype, sign: int, at: int) -> None:
     x = torch.randn(3, 3000, generator=torch.Generator().manual_seed(1)).to(dtype)
     x[1, at] = torch.copysign(torch.tensor(NAN), torch.tensor(float(sign)))
     x[1, 5] = INF
@@ -55,7 +55,7 @@ def test_what_is_no_number_is_seen_in_its_row_alone(dtype: torch.dtype, sign: in
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_numba_or_with_wrong_ones_it_is_torchs(
+def test_without_numba_or_with_wrong_results_torch_is_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a kernel that is kept needs no numba

@@ -1,5 +1,5 @@
-"""Recorded steps. A recording of torch's operators stands for one of CUDA's kernels: all that Python decided, sizes and
-addresses too, is fixed in both, and looking at a value fails in both."""
+"""Recorded steps. A recording of torch's operators replaces one of CUDA's kernels: both fix everything that Python
+decides, including sizes and addresses, and in both it is an error to read a value."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ class Recordings:
 
 @pytest.fixture(autouse=True)
 def _no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All by torch's operators, as on CUDA."""
+    """Use torch's operators only, as on CUDA."""
     monkeypatch.setattr(KVCache, "decode_kernel", lambda _: None)
 
 
-#: The tolerance of a block's output and of what is kept of it, for our own error against float64.
+#: The tolerance of a block's output and of its cached values, for our error against float64.
 TOLERANCE = 1e-4
 
 
 def filled(capacity: int = 6, dtype: torch.dtype = torch.float32) -> KVCache:
-    """A cache in which every slot belongs to somebody."""
+    """A cache in which every slot has data."""
     cache = KVCache(torch_model().config, lengths=LENGTHS, dtype=dtype, device=CPU)
     generator = torch.Generator().manual_seed(3)
     for arena in cache.arenas.values():
@@ -106,7 +106,7 @@ def test_a_replay_is_the_pass_and_writes_nothing_else() -> None:
 
 
 @torch.inference_mode()
-def test_what_is_recorded_for_which_step() -> None:
+def test_which_steps_are_recorded_and_replayed() -> None:
     record = Recordings()
     cache = filled()
     graphs = DecodeGraphs(torch_model(), cache, record)
@@ -128,7 +128,7 @@ def test_what_is_recorded_for_which_step() -> None:
 
 
 @torch.inference_mode()
-def test_recordings_are_few() -> None:
+def test_the_number_of_recordings_is_limited() -> None:
     graphs = DecodeGraphs(torch_model(), filled(), Recordings())
     known = graphs._known
     known.update({((64, i, 16),): None for i in range(MAX_SHAPES)})  # type: ignore[misc]
@@ -138,7 +138,7 @@ def test_recordings_are_few() -> None:
 
 
 def crowd(engine: Engine) -> list[list[int]]:
-    """Tokens of texts of several lengths that come while others run, through arenas that grow."""
+    """Tokens of jobs of several lengths that arrive while others run, so that arenas grow."""
     first = [engine.submit(ask(tokens_of(n, n), max_tokens=30, ignore_eos=True)) for n in (3, 9, 30)]
     for _ in range(10):
         engine.step()

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 
 
-def test_the_card_describes_the_model_that_is_there() -> None:
+def test_the_model_card_matches_the_bundled_model() -> None:
     demo = ROOT / "model" / "demo"
     card = (demo / "README.md").read_text()
     weights = (demo / "model.safetensors").read_bytes()

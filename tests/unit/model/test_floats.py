@@ -29,7 +29,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
     weight, bias, x = normal(inner, outer), normal(outer), normal(301, inner)
     exact = x.double() @ weight.double() + bias.double()
-    sizes = x.double().abs() @ weight.double().abs() + bias.double().abs()  # what rounding is in proportion to
+    sizes = x.double().abs() @ weight.double().abs() + bias.double().abs()  # rounding errors are proportional to this
     if gelu:
         exact = F.gelu(exact, approximate="tanh")
     product = Fp32Weight.of(weight, bias, gelu)
@@ -44,10 +44,11 @@ def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
 
 @needs_avx512
 def test_its_mean_error_is_that_of_short_sums() -> None:
-    """A sum of n products of normal numbers rounds n times, each time off by u/sqrt(3) of the partial sum or less.
+    """A sum of n products of normal numbers rounds n times.
 
-    (In root mean square.) The k-th partial sum has variance k, so the mean square error is u**2 * n**2 / 6. A sum in
-    parts of c rows has the error of its n/c parts, and that of adding them.
+    The root mean square of each error is at most u/sqrt(3) of the partial sum. The k-th partial sum has variance k, so
+    the mean square error is u**2 * n**2 / 6. A sum in parts of c rows has the errors of its n/c parts and of adding
+    them.
     """
     inner, part, u = 3072, KC * KU, 2.0**-24
     weight, x = normal(inner, 768), normal(64, inner)
@@ -73,23 +74,23 @@ def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: i
 
 
 @needs_avx512
-def test_rows_may_lie_apart_or_across() -> None:
+def test_rows_may_have_any_stride_or_be_transposed() -> None:
     check_strides(Fp32Weight.of(normal(64, 96), None, False), normal(48, 256))
 
 
 @needs_avx512
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
+def test_nan_and_infinity_stay_in_their_row_and_are_visible(bad: float) -> None:
     check_nan_and_infinity(lambda gelu: Fp32Weight.of(normal(64, 96), normal(96), gelu), normal(40, 64), bad)
 
 
 @needs_avx512
-def test_a_width_that_is_no_multiple_of_a_step_is_multiplied_by_torch() -> None:
+def test_a_width_that_is_not_a_multiple_of_a_step_uses_torch() -> None:
     assert not isinstance(Linear.of(normal(33, 48)).gemm, Fp32Weight)
     assert isinstance(Linear.of(normal(36, 48)).gemm, Fp32Weight)
 
 
-def test_without_the_unit_or_numba_or_with_wrong_numbers_it_is_left_to_torch(
+def test_without_the_instructions_or_numba_or_with_wrong_results_torch_is_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a kernel that is kept needs no numba

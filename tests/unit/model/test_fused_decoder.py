@@ -124,7 +124,7 @@ def test_a_pass_computes_what_its_blocks_do(
 def test_a_decoding_row_has_the_same_bits_alone_beside_others_and_beside_a_prompt(
     dtype: str, threads: int, short: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Alone and beside decoding rows or a short prompt a pass is one call; beside another prompt, one call a layer."""
+    """A pass is one call, with or without other decoding rows or a short prompt; with a long one, a call per layer."""
     monkeypatch.setattr(headrace.model.attention, "MAX_COMPILED_PROMPT", short)
     torch.set_num_threads(threads)
     gpt2 = made(dtype)
@@ -180,7 +180,7 @@ def test_norms_are_those_of_the_formula() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_no_number_stays_in_its_row(dtype: str) -> None:
+def test_nan_and_infinity_stay_in_their_row(dtype: str) -> None:
     gpt2 = made(dtype)
     x = rows(gpt2, 2)
     expected = fused(gpt2)(x.clone(), Stage(gpt2).attention([0, 1]), [])
@@ -210,7 +210,7 @@ def test_rows_of_another_width_or_type_are_refused(dtype: str) -> None:
             product(wrong)
         with pytest.raises(ValueError, match="rows are"):
             run(wrong.reshape(-1, wrong.shape[-1])[:, :40], Stage(gpt2).attention([0, 1]), [])
-    with pytest.raises(ValueError, match="end to end"):
+    with pytest.raises(ValueError, match="contiguous"):
         run(rows(gpt2, 4)[::2], Stage(gpt2).attention([0, 1]), [])
 
 

@@ -1,4 +1,4 @@
-"""The forward pass beside Hugging Face transformers: on the bundled model and on tiny ones of odd shapes."""
+"""The forward pass compared with Hugging Face transformers, on the bundled model and on tiny ones of odd shapes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_trace_holds_the_checkpoints_of_transformers_modules(demo: GPT2, batch: 
     assert torch.equal(trace["cache_v"], trace["v"])
     assert torch.equal(trace["last_logits"], trace["logits"][:, -1])
     assert torch.equal(trace["next_token"], expected["logits"][:, -1].argmax(-1))
-    # In float64: transformers' own softmax in float32 is off by more than the tolerance, as is anybody's through torch.
+    # In float64, because the error of torch's float32 softmax, which transformers uses, exceeds the tolerance.
     probs = (trace["logits"][:, -1].double() / 0.8).softmax(-1)
     assert (trace["probs"] - probs).abs().max() < 1e-6
     assert (trace["probs"] - (expected["logits"][:, -1].double() / 0.8).softmax(-1)).abs().max() < 1e-6
@@ -121,7 +121,7 @@ def test_the_original_sizes_have_heads_of_64_and_a_scale_of_an_eighth() -> None:
         (torch.tensor([[-1, 5]]), "token id -1 is outside"),
     ],
 )
-def test_token_ids_that_cannot_be_are_refused(demo: GPT2, ids: torch.Tensor, said: str) -> None:
+def test_invalid_token_ids_are_refused(demo: GPT2, ids: torch.Tensor, said: str) -> None:
     for method in (demo.logits, demo.trace):
         with pytest.raises(ValueError, match=said):
             method(ids)

@@ -56,7 +56,7 @@ def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
 
 
 @needs_amx_int8
-def test_what_is_already_whole_loses_nothing() -> None:
+def test_whole_numbers_are_quantized_without_loss() -> None:
     whole = torch.randint(-127, 128, (40, 64), generator=torch.Generator().manual_seed(1)).bfloat16()
     whole[:, 0] = 127
     weight = torch.randint(-127, 128, (64, 96), generator=torch.Generator().manual_seed(2)).float()
@@ -78,7 +78,7 @@ def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: i
 
 
 @needs_amx_int8
-def test_rows_may_lie_apart_or_across() -> None:
+def test_rows_may_have_any_stride_or_be_transposed() -> None:
     product, x = Int8Weight.of(normal(64, 96), None, False), normal(48, 256).bfloat16()
     expected = product(x[:, 64:128].contiguous())
     assert torch.equal(product(x[:, 64:128]), expected)
@@ -87,7 +87,7 @@ def test_rows_may_lie_apart_or_across() -> None:
 
 @needs_amx_int8
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
+def test_nan_and_infinity_stay_in_their_row_and_are_visible(bad: float) -> None:
     product, x = Int8Weight.of(normal(64, 96), normal(96), False), normal(40, 64).bfloat16()
     clean = product(x)
     broken = x.clone()
@@ -116,7 +116,7 @@ def test_rows_are_rounded_to_the_nearest_and_to_even_between_two() -> None:
 
 
 @needs_amx_int8
-def test_the_model_in_int8_holds_a_quarter_of_the_bytes_and_says_nearly_the_same() -> None:
+def test_the_model_in_int8_takes_a_quarter_of_the_memory_and_agrees_closely() -> None:
     exact, whole = load_model("demo", device="cpu", dtype="float32"), load_model("demo", device="cpu", dtype="int8")
     assert whole.gemm_backend == "int8"
     assert whole.dtype == torch.bfloat16
@@ -130,7 +130,7 @@ def test_the_model_in_int8_holds_a_quarter_of_the_bytes_and_says_nearly_the_same
     assert 0 < divergence < 0.05
 
 
-def test_a_machine_or_model_that_cannot_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_int8_on_an_unsupported_machine_or_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("headrace.model.weights.int8_amx_works", lambda _: False)
     with pytest.raises(ModelError, match=r"dtype 'int8' on cpu: it needs .* HEADRACE_DTYPE=bfloat16"):
         load_model("demo", device="cpu", dtype="int8")

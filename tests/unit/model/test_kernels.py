@@ -87,9 +87,7 @@ def test_it_computes_the_formula_and_keeps_the_new_key_and_value(width: int, dty
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("width", [16, 64])
 @pytest.mark.parametrize("longest", [95, 96])
-def test_a_row_has_the_same_bits_alone_and_in_any_company(
-    dtype: torch.dtype, threads: int, width: int, longest: int
-) -> None:
+def test_attention_is_batch_invariant(dtype: torch.dtype, threads: int, width: int, longest: int) -> None:
     lengths = [5, 80, 17, longest, 1, 15, 47]
     case = Case(lengths, heads=4, width=width, dtype=dtype)
     torch.set_num_threads(1)
@@ -101,7 +99,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_process_that_compiles_has_the_bits_of_those_that_read_what_it_kept(
+def test_the_compiling_process_computes_the_same_bits_as_those_that_load_from_the_cache(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -133,7 +131,7 @@ def test_scores_far_apart_do_not_overflow(width: int, dtype: torch.dtype, length
     assert torch.allclose(case.run([0])[0], case.cache[1, 0, :, 0], atol=1e-6)
 
 
-def test_heads_are_shared_out_by_the_positions_they_read() -> None:
+def test_heads_are_partitioned_by_the_positions_they_read() -> None:
     torch.set_num_threads(2)
     zeros = np.zeros((1, 3))
     where = DecodeRows.of(zeros, zeros, np.zeros(3), np.array([10, 10, 40]), np.array([1, 1, 1]), 2)
@@ -149,9 +147,7 @@ def test_heads_are_shared_out_by_the_positions_they_read() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("width", [16, 64])
-def test_rows_of_one_slot_have_the_bits_they_have_one_after_another(
-    dtype: torch.dtype, threads: int, width: int
-) -> None:
+def test_rows_of_one_slot_have_the_same_bits_as_one_by_one(dtype: torch.dtype, threads: int, width: int) -> None:
     counts, lengths, heads = np.array([1, 4, 2]), np.array([40, 14, 1]), 4
     one_by_one, at_once = (Case([0] * 7, heads=heads, width=width, dtype=dtype) for _ in range(2))
 
@@ -175,20 +171,20 @@ def test_rows_of_one_slot_have_the_bits_they_have_one_after_another(
     assert torch.equal(at_once.cache, one_by_one.cache)
 
 
-def test_heads_that_do_not_lie_end_to_end_are_refused() -> None:
+def test_heads_that_are_not_contiguous_are_refused() -> None:
     case = Case([4], heads=2, width=8, dtype=torch.float32)
     case.qkv = case.qkv.transpose(2, 3).contiguous().transpose(2, 3)
-    with pytest.raises(ValueError, match="heads must lie end to end"):
+    with pytest.raises(ValueError, match="heads must be contiguous"):
         case.run([0])
 
 
-def test_types_and_widths_it_is_not_made_for_are_left_to_torch() -> None:
+def test_unsupported_types_and_widths_use_torch() -> None:
     assert decode_kernel(64, torch.float16, "cpu") is None
     assert decode_kernel(5, torch.bfloat16, "cpu") is None
     assert decode_kernel(64, torch.bfloat16, "cuda") is None
 
 
-def test_without_numba_or_openmp_or_with_wrong_numbers_it_is_left_to_torch(
+def test_without_numba_or_openmp_or_with_wrong_results_torch_is_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a kernel that is kept needs no numba

@@ -1,4 +1,4 @@
-"""The key/value cache: what its arenas keep, and attention over it."""
+"""The key/value cache: the contents of its arenas, and attention over it."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def test_growing_and_shrinking_keeps_the_first_slots_and_zeroes_new_ones() -> No
 
 @pytest.mark.parametrize("target", [1, 2, 4])
 @pytest.mark.parametrize("done", range(4))
-def test_an_arena_for_which_memory_runs_out_in_between_holds_what_all_of_its_layers_do(
+def test_an_arena_whose_resize_runs_out_of_memory_has_the_capacity_of_all_layers(
     monkeypatch: pytest.MonkeyPatch, target: int, done: int
 ) -> None:
-    """Shrinking takes memory too. What was said to be there must be there: the compiled kernel goes by addresses."""
+    """Shrinking needs memory too. The slots up to the capacity must exist, because compiled kernels use addresses."""
     cut = arena(3)
     before = [tensor.clone() for tensor in (*cut.k, *cut.v)]
     asked: list[Tensor] = []
@@ -138,7 +138,7 @@ def test_a_prompt_in_chunks_attends_like_the_whole(chunks: list[int]) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_two_chunks_of_one_prompt_in_one_step_attend_like_the_whole(threads: int) -> None:
-    """The second reads what the first writes, whichever threads compute them."""
+    """The second chunk reads what the first one writes, whichever threads compute them."""
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(60, 3, 8, generator=generator) for _ in range(3))
@@ -164,7 +164,7 @@ def test_decoding_rows_attend_over_their_own_slot_only(
     cache = KVCache(CONFIG, lengths=[64], dtype=torch.float32, device=CPU)
     cache.arenas[64].resize(5)
     for tensor in (*cache.arenas[64].k, *cache.arenas[64].v):
-        tensor.fill_(99.0)  # what former owners left
+        tensor.fill_(99.0)  # data of earlier sequences
     last = [n - 1 for n in lengths]
     for slot, keys, values, n in zip(slots, k, v, last, strict=True):
         cache.arenas[64].k[0][slot, :, :n] = keys[:n].transpose(0, 1)

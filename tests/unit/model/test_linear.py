@@ -1,4 +1,4 @@
-"""Linear layers are batch-invariant: the promise of equal answers depends on it."""
+"""Linear layers are batch-invariant; equal results for equal requests depend on it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_head_has_the_same_bits_for_every_number_of_rows(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("ours", [True, False])
-def test_the_product_is_the_product(
+def test_the_result_is_that_of_the_formula(
     dtype: torch.dtype, gelu: bool, ours: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not ours:
@@ -86,7 +86,7 @@ def test_the_product_is_the_product(
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 128, 129, 257, 1024, 1031])
-def test_a_product_never_runs_outside_the_measured_range(count: int) -> None:
+def test_a_gemm_never_runs_outside_the_measured_range(count: int) -> None:
     seen = []
 
     def product(rows: Tensor) -> Tensor:
@@ -98,8 +98,8 @@ def test_a_product_never_runs_outside_the_measured_range(count: int) -> None:
     assert all(16 <= rows <= 128 for rows in seen)
 
 
-def test_the_range_that_is_measured_is_the_one_a_product_has() -> None:
-    """A product whose last bits change below 17, so that 24 is the least that is run, and above 320 rows."""
+def test_the_measured_range_is_the_true_range_of_the_gemm() -> None:
+    """A GEMM whose last bits change below 17 rows, so that at least 24 rows are run, and above 320 rows."""
 
     def product(x: Tensor) -> Tensor:
         return x * (1.0 + 2.0**-20 * ((len(x) > 16) + (len(x) > 320)))
@@ -107,18 +107,18 @@ def test_the_range_that_is_measured_is_the_one_a_product_has() -> None:
     assert measure_rows(product, 8, 8, torch.float32) == RowRange(24, 320)
 
 
-def test_a_range_is_looked_for_elsewhere_if_the_one_around_a_full_batch_is_too_narrow() -> None:
+def test_another_range_is_used_if_the_one_around_a_full_batch_is_too_narrow() -> None:
     def product(x: Tensor) -> Tensor:
         return x * (1.0 + 2.0**-20 * (60 < len(x) < 70))
 
     assert measure_rows(product, 8, 8, torch.float32) == RowRange(80, 512)
 
 
-def test_where_every_number_of_rows_gives_other_bits_none_is_kept_away() -> None:
+def test_if_all_numbers_of_rows_give_different_bits_all_are_allowed() -> None:
     assert measure_rows(lambda x: x * (1.0 + 2.0**-20 * len(x)), 8, 8, torch.float32) == RowRange()
 
 
-def test_another_torch_without_the_private_operators_multiplies_by_the_public_ones(
+def test_without_the_private_operators_torchs_public_ones_are_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def gone(*_: object) -> OneDnnWeight:
@@ -130,7 +130,7 @@ def test_another_torch_without_the_private_operators_multiplies_by_the_public_on
     assert not packing_works.__wrapped__("cpu", torch.float16)
 
 
-def test_a_packed_product_that_gives_other_numbers_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packed_gemm_with_wrong_results_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     call = OneDnnWeight.__call__
     monkeypatch.setattr(OneDnnWeight, "__call__", lambda self, x: call(self, x) + 1)
     assert not packing_works.__wrapped__("cpu", torch.float32)

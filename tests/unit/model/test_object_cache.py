@@ -1,4 +1,4 @@
-"""The cache of compiled kernels: a file is used if it is intact and nobody else could have written it."""
+"""The cache of compiled kernels: a file is used if it is intact and no other user could have written it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def adding(number: int) -> Callable[[], Any]:
-    """A kernel that adds a number to its first argument, and calls OpenMP like all kernels."""
+    """Builds a kernel that adds a number to its first argument, and calls OpenMP like all kernels."""
 
     def compile_it() -> Any:
         import numba
@@ -53,13 +53,13 @@ def result_of(kernel: object_cache.Kernel) -> int:
     return int(numbers[0])
 
 
-def test_the_second_one_is_read_and_computes_the_same(cache: Path) -> None:
+def test_a_cached_kernel_is_loaded_and_computes_the_same(cache: Path) -> None:
     assert result_of(object_cache.load_or_compile("two", adding(2))) == 42
     assert result_of(object_cache.load_or_compile("two", never)) == 42
     assert len(list(cache.iterdir())) == 1
 
 
-def test_each_name_has_a_kernel_of_its_own(cache: Path) -> None:
+def test_each_name_has_a_separate_kernel(cache: Path) -> None:
     object_cache.load_or_compile("two", adding(2))
     assert result_of(object_cache.load_or_compile("three", adding(3))) == 43
 
@@ -102,7 +102,7 @@ def empty(path: Path) -> None:
     [writable_by_others, in_a_directory_writable_by_others, a_link, torn, changed, empty],
     ids=lambda f: f.__name__,
 )
-def test_what_cannot_be_trusted_is_compiled_again(cache: Path, harm: Callable[[Path], None]) -> None:
+def test_untrusted_files_are_compiled_again(cache: Path, harm: Callable[[Path], None]) -> None:
     object_cache.load_or_compile("two", adding(2))
     harm(next(cache.iterdir()))
     with pytest.raises(AssertionError, match="compiled again"):
@@ -110,7 +110,7 @@ def test_what_cannot_be_trusted_is_compiled_again(cache: Path, harm: Callable[[P
     assert result_of(object_cache.load_or_compile("two", adding(2))) == 42
 
 
-def test_code_that_calls_what_is_not_there_is_not_loaded(cache: Path) -> None:
+def test_code_that_calls_a_missing_symbol_is_not_loaded(cache: Path) -> None:
     """LLVM would end the process."""
     object_cache.load_or_compile("two", adding(2))
     path = next(cache.iterdir())
@@ -125,7 +125,7 @@ def test_code_that_calls_what_is_not_there_is_not_loaded(cache: Path) -> None:
         object_cache.load_or_compile("two", never)
 
 
-def test_a_kernel_that_asks_for_memory_is_refused(cache: Path) -> None:
+def test_a_kernel_that_allocates_memory_is_refused(cache: Path) -> None:
     def compile_it() -> Any:
         import numba
         from numba import carray, types
@@ -162,7 +162,7 @@ except IndexError:
 """
 
 
-def test_numba_is_not_needed_by_who_reads_a_kernel_and_works_after_it(cache: Path) -> None:
+def test_loading_a_kernel_does_not_need_numba_and_numba_works_afterwards(cache: Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache.parent)}
     said = []
     for _ in range(2):
@@ -173,12 +173,12 @@ def test_numba_is_not_needed_by_who_reads_a_kernel_and_works_after_it(cache: Pat
     assert said == [["True", "raised"], ["False", "raised"]]
 
 
-def test_without_a_place_to_keep_it_the_kernel_is_compiled_all_the_same(cache: Path) -> None:
+def test_a_kernel_is_compiled_even_if_it_cannot_be_cached(cache: Path) -> None:
     cache.parent.joinpath("headrace").write_text("a file where the directory should be")
     assert result_of(object_cache.load_or_compile("two", adding(2))) == 42
 
 
-def test_another_source_compiler_or_processor_is_another_kernel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_key_covers_sources_compiler_and_processor(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = object_cache._key("two")
     monkeypatch.setattr("headrace.model.kernels.object_cache.version", lambda _: "0.0.1")
     assert object_cache._key("two") != before
@@ -190,6 +190,6 @@ def test_another_source_compiler_or_processor_is_another_kernel(cache: Path, mon
     assert object_cache._key("two") == before
 
 
-def test_flags_are_named_as_llvm_heeds_it() -> None:
+def test_the_clobber_cc_is_refused() -> None:
     with pytest.raises(ValueError, match="flags"):
         assembly("decq %rax", 0, "~{rax},~{cc}")

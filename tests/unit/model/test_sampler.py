@@ -1,4 +1,4 @@
-"""Sampling on probabilities written by hand, and beside transformers' logits processors."""
+"""Sampling on hand-written probabilities, and compared with transformers' logits processors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def probs(**params: Any) -> list[float]:
 # --- by hand --------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_asked_leaves_the_probabilities() -> None:
+def test_default_parameters_leave_the_probabilities_unchanged() -> None:
     assert probs() == P
 
 
@@ -88,7 +88,7 @@ def test_top_p_of_equal_tokens_keeps_the_lowest_ids() -> None:
     assert (kept[0] > NEVER).tolist() == [True, True, False, False]
 
 
-def test_rows_that_want_no_cut_are_untouched_beside_rows_that_do() -> None:
+def test_rows_without_filters_are_unchanged_beside_rows_with_filters() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     params = [RowParams(), RowParams(top_k=3, top_p=0.5, min_p=0.1), RowParams()]
     together = filtered(logits, params)
@@ -110,11 +110,11 @@ def test_bias_bans_and_repetition_apply_in_that_order() -> None:
 
 
 @pytest.mark.parametrize(("u", "token"), [(0.0, 0), (0.39, 0), (0.41, 1), (0.69, 1), (0.71, 2), (0.91, 3)])
-def test_a_draw_is_where_the_running_sum_passes_the_random_number(u: float, token: int) -> None:
+def test_the_drawn_token_is_where_the_cumulative_sum_exceeds_the_random_number(u: float, token: int) -> None:
     assert draw_tokens(torch.tensor([P]), torch.tensor([u], dtype=torch.float64)).tolist() == [token]
 
 
-def test_a_draw_never_takes_a_token_of_no_probability() -> None:
+def test_a_token_with_probability_0_is_never_drawn() -> None:
     table = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).expand(3, 5)
     numbers = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
     assert draw_tokens(table, numbers).tolist() == [1, 3, 3]
@@ -133,7 +133,7 @@ def test_log_probabilities_are_natural_ones_of_the_given_logits() -> None:
     assert values[0].tolist() == pytest.approx([math.log(0.4), math.log(0.3)], abs=1e-6)
 
 
-# --- beside transformers --------------------------------------------------------------------------------------------
+# --- compared with transformers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_filters_agree_with_transformers(params: dict[str, Any], warper: Any) ->
     logits = torch.randn(64, 997, generator=torch.Generator().manual_seed(1)) * 3
     expected = warper(torch.zeros(64, 1, dtype=torch.long), logits.double()).softmax(-1)
     ours = filtered(logits, [RowParams(**params)] * 64)
-    ours = ours / ours.sum(-1, keepdim=True)  # min-p leaves it to the draw to divide by the sum
+    ours = ours / ours.sum(-1, keepdim=True)  # after min-p the sum is not 1: drawing takes that into account
     assert torch.equal(ours > 0, expected > 0)
     # The division by the temperature is rounded to float32, the rest is float64: that shifts two logits by as much as
     # one unit roundoff of the largest each, and their probabilities by the same share.
@@ -229,7 +229,7 @@ def test_draws_follow_the_probabilities() -> None:
     assert shares.tolist() == pytest.approx(P, abs=0.012)
 
 
-# --- rows do not meet -----------------------------------------------------------------------------------------------
+# --- batch invariance -----------------------------------------------------------------------------------------------
 
 
 def mixed_draws(count: int) -> list[Draw]:
@@ -244,7 +244,7 @@ def mixed_draws(count: int) -> list[Draw]:
     return [draw((1, 2), tuple(range(i % 5)), seed=i, **kinds[i % len(kinds)]) for i in range(count)]
 
 
-def test_a_row_is_drawn_the_same_alone_and_among_others() -> None:
+def test_sampling_is_batch_invariant() -> None:
     logits = torch.randn(60, 50257, generator=torch.Generator().manual_seed(4)) * 2
     draws = mixed_draws(60)
     together = sample(logits, draws).tolist()
@@ -253,7 +253,7 @@ def test_a_row_is_drawn_the_same_alone_and_among_others() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_rows_that_are_no_numbers_give_minus_one_and_leave_the_others(bad: float) -> None:
+def test_rows_with_nan_give_minus_one_and_leave_the_others(bad: float) -> None:
     logits = torch.randn(12, 1000, generator=torch.Generator().manual_seed(5))
     draws = mixed_draws(12)
     expected = sample(logits, draws).tolist()

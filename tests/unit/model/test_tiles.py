@@ -53,18 +53,18 @@ def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: i
 
 
 @needs_amx
-def test_rows_may_lie_apart_or_across() -> None:
+def test_rows_may_have_any_stride_or_be_transposed() -> None:
     check_strides(Bf16Weight.of(normal(64, 96), None, False), normal(48, 256))
 
 
 @needs_amx
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_no_number_stays_in_its_row_and_is_seen(bad: float) -> None:
+def test_nan_and_infinity_stay_in_their_row_and_are_visible(bad: float) -> None:
     check_nan_and_infinity(lambda gelu: Bf16Weight.of(normal(64, 96), normal(96), gelu), normal(40, 64), bad)
 
 
 @needs_amx
-def test_torchs_own_products_on_the_unit_are_not_disturbed() -> None:
+def test_torchs_gemms_on_the_matrix_unit_still_work() -> None:
     if not packing_works("cpu", torch.bfloat16):
         pytest.skip("this torch has no packed product to disturb")
     weight, x = normal(128, 256), normal(64, 128)
@@ -76,7 +76,7 @@ def test_torchs_own_products_on_the_unit_are_not_disturbed() -> None:
 
 
 @needs_amx
-def test_a_width_that_is_no_multiple_of_a_tiles_is_multiplied_by_torch() -> None:
+def test_a_width_that_is_not_a_multiple_of_a_tile_uses_torch() -> None:
     weight, x = normal(40, 48), normal(5, 40)
     product = Linear.of(weight)
     assert not isinstance(product.gemm, Bf16Weight)
@@ -85,7 +85,7 @@ def test_a_width_that_is_no_multiple_of_a_tiles_is_multiplied_by_torch() -> None
     assert isinstance(Linear.of(normal(64, 48)).gemm, Bf16Weight)
 
 
-def test_without_the_unit_or_numba_or_with_wrong_numbers_it_is_left_to_torch(
+def test_without_the_instructions_or_numba_or_with_wrong_results_torch_is_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a kernel that is kept needs no numba

@@ -1,4 +1,4 @@
-"""Text to tokens and back, beside the tokenizers library that Hugging Face uses."""
+"""Text to tokens and back, compared with Hugging Face's tokenizers library."""
 
 from __future__ import annotations
 
@@ -86,29 +86,29 @@ def test_ids_of_random_text_are_those_of_transformers(peer: GPT2Tokenizer) -> No
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
-def test_any_text_comes_back(text: str) -> None:
+def test_any_text_is_decoded_to_itself(text: str) -> None:
     assert tokenizer().decode(tokenizer().encode(text)) == text
 
 
-def test_end_of_text_is_never_read_out_of_text() -> None:
+def test_end_of_text_is_never_parsed_from_text() -> None:
     assert 50256 not in tokenizer().encode("<|endoftext|> a<|endoftext|>")
     assert tokenizer().decode([50256]) == END_OF_TEXT
 
 
-def test_unpaired_surrogates_are_refused_with_their_place() -> None:
+def test_unpaired_surrogates_are_refused_with_their_position() -> None:
     with pytest.raises(ValueError, match="unpaired surrogate at character 2"):
         tokenizer().encode("ab\ud800c")
 
 
 @pytest.mark.parametrize("token", [50257, -1, 2**40])
-def test_ids_that_are_no_token_are_refused(token: int) -> None:
-    with pytest.raises(ValueError, match=f"{token} is no token id of this vocabulary of 50257"):
+def test_invalid_token_ids_cannot_be_decoded(token: int) -> None:
+    with pytest.raises(ValueError, match=f"{token} is not a token id of this vocabulary of 50257"):
         tokenizer().decode([1, token])
     assert tokenizer().token_text(token) == ""
     assert tokenizer().decoder().push(token) == ""
 
 
-def test_a_long_word_takes_no_long_time() -> None:
+def test_a_long_word_is_encoded_quickly() -> None:
     assert len(tokenizer().encode("a" * 60_000)) < 60_000
     assert tokenizer().decode(tokenizer().encode("ab" * 30_000)) == "ab" * 30_000
 
@@ -118,7 +118,7 @@ def test_a_long_word_takes_no_long_time() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(0, 50256), max_size=40))
-def test_pieces_make_up_the_whole_text(token_ids: list[int]) -> None:
+def test_incremental_pieces_join_to_the_whole_text(token_ids: list[int]) -> None:
     decoder = tokenizer().decoder()
     pieces = [decoder.push(token) for token in token_ids]
     assert "".join(pieces) + decoder.flush() == tokenizer().decode(token_ids)
@@ -126,7 +126,7 @@ def test_pieces_make_up_the_whole_text(token_ids: list[int]) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=40))
-def test_half_a_character_is_never_shown(text: str) -> None:
+def test_incomplete_characters_are_held_back(text: str) -> None:
     decoder, shown = tokenizer().decoder(), ""
     for token in tokenizer().encode(text):
         shown += decoder.push(token)
@@ -135,7 +135,7 @@ def test_half_a_character_is_never_shown(text: str) -> None:
     assert decoder.flush() == ""
 
 
-def test_an_unfinished_character_shows_as_a_mark_at_the_end() -> None:
+def test_an_incomplete_character_becomes_a_replacement_character_at_the_end() -> None:
     first, *_ = tokenizer().encode("🙂")
     decoder = tokenizer().decoder()
     assert decoder.push(first) == ""
@@ -143,7 +143,7 @@ def test_an_unfinished_character_shows_as_a_mark_at_the_end() -> None:
     assert tokenizer().token_text(first) == "\ufffd"
 
 
-# --- a vocabulary of one's own --------------------------------------------------------------------------------------
+# --- custom vocabularies --------------------------------------------------------------------------------------------
 
 CORPUS = ["the king and the queen of the old castle", "Straße, Café und Übermut", "1999 was 1998 plus 1", *TEXTS] * 3
 
@@ -176,7 +176,7 @@ def as_one_file(own: Peer, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["as_two_files", "as_one_file"])
-def test_a_vocabulary_of_its_own_gives_the_ids_of_the_library_that_made_it(
+def test_a_custom_vocabulary_gives_the_ids_of_the_library_that_created_it(
     own: Peer, form: str, request: pytest.FixtureRequest
 ) -> None:
     ours = load_tokenizer(request.getfixturevalue(form))
@@ -198,7 +198,7 @@ def test_merges_may_be_pairs_or_strings(own: Peer, as_one_file: Path) -> None:
         assert load_tokenizer(as_one_file).encode("the king") == own.encode("the king").ids
 
 
-def test_tokens_that_no_merge_makes_are_never_read_out_of_text(own: Peer, as_two_files: Path) -> None:
+def test_tokens_that_no_merge_produces_are_never_parsed_from_text(own: Peer, as_two_files: Path) -> None:
     vocabulary = json.loads((as_two_files / "vocab.json").read_text())
     extra = {"Ġzebra": len(vocabulary), "qqqq": len(vocabulary) + 1}
     (as_two_files / "vocab.json").write_text(json.dumps(vocabulary | extra))
@@ -210,7 +210,7 @@ def test_tokens_that_no_merge_makes_are_never_read_out_of_text(own: Peer, as_two
     assert ours.decode([extra["Ġzebra"]]).endswith("zebra")
 
 
-def test_added_tokens_are_decoded_and_not_read(own: Peer, as_one_file: Path) -> None:
+def test_added_tokens_are_decoded_and_never_parsed(own: Peer, as_one_file: Path) -> None:
     more = Peer.from_str(own.to_str())
     more.add_special_tokens([AddedToken("<pad>", special=True)])
     more.save(str(as_one_file / "tokenizer.json"))

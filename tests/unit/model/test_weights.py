@@ -1,4 +1,4 @@
-"""Reading a model directory: what is taken, and what is refused by name."""
+"""Reading a model directory: what is accepted, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
-    """A directory that a test may spoil."""
+    """A copy of a model directory that a test may change."""
     return shutil.copytree(original, tmp_path / "model")
 
 
@@ -60,7 +60,7 @@ def refused(folder: Path, said: str) -> None:
         read(folder)
 
 
-# --- what is taken --------------------------------------------------------------------------------------------------
+# --- what is accepted -----------------------------------------------------------------------------------------------
 
 
 def test_names_are_taken_with_and_without_the_prefix(original: Path, folder: Path) -> None:
@@ -78,7 +78,7 @@ def test_shards_are_read_through_their_index(original: Path, tmp_path: Path) -> 
     assert torch.equal(read(sharded).logits(IDS), read(original).logits(IDS))
 
 
-def test_mask_buffers_and_an_equal_head_of_old_files_are_let_pass(original: Path, folder: Path) -> None:
+def test_mask_buffers_and_an_equal_head_in_old_files_are_accepted(original: Path, folder: Path) -> None:
     def age(weights: dict[str, Tensor]) -> None:
         weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 40, 40).tril()
         weights["transformer.h.1.attn.masked_bias"] = torch.tensor(-1e4)
@@ -89,7 +89,7 @@ def test_mask_buffers_and_an_equal_head_of_old_files_are_let_pass(original: Path
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_weights_of_any_float_type_are_read_in_the_type_asked_for(folder: Path, dtype: torch.dtype) -> None:
+def test_weights_of_any_float_type_are_converted_to_the_requested_type(folder: Path, dtype: torch.dtype) -> None:
     rewrite(folder, lambda weights: weights.update({name: t.to(dtype) for name, t in weights.items()}))
     gpt2 = read(folder)
     assert gpt2.dtype == torch.float32
@@ -170,7 +170,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
 def test_a_cut_file_is_refused_by_its_name(folder: Path, keep: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    refused(folder, r"model\.safetensors: not a whole safetensors file.*copy it again")
+    refused(folder, r"model\.safetensors: not a complete safetensors file.*copy it again")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_cut_file_is_refused_by_its_name(folder: Path, keep: int) -> None:
 )
 def test_garbage_is_refused_by_the_files_name(folder: Path, garbage: bytes) -> None:
     (folder / "model.safetensors").write_bytes(garbage)
-    refused(folder, r"model\.safetensors: not a whole safetensors file")
+    refused(folder, r"model\.safetensors: not a complete safetensors file")
 
 
 def shard(folder: Path, index: object) -> None:
@@ -197,11 +197,11 @@ def shard(folder: Path, index: object) -> None:
 def test_an_index_that_names_no_file_of_the_directory_is_refused(folder: Path, name: str) -> None:
     (folder.parent / "part.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     shard(folder, {"weight_map": {"wte.weight": name}})
-    refused(folder, r"index\.json: it names .* which is no file in")
+    refused(folder, r"index\.json: it names .* which is not a file in")
 
 
 @pytest.mark.parametrize("index", ["[]", "{", {}, {"weight_map": []}, {"weight_map": {"wte.weight": 3}}, "[" * 100_000])
-def test_an_index_that_is_no_index_is_refused(folder: Path, index: object) -> None:
+def test_an_invalid_index_is_refused(folder: Path, index: object) -> None:
     shard(folder, index)
     refused(folder, r"model\.safetensors\.index\.json: ")
 
@@ -242,7 +242,7 @@ def test_a_directory_without_weights_or_config_is_refused(folder: Path) -> None:
         ({"vocab_size": -1}, "vocab_size is -1"),
         ({"n_positions": None}, "n_positions is None"),
         ({"n_head": True}, "n_head is True"),
-        ({"n_head": 5}, "n_embd 36 is no multiple of n_head 5"),
+        ({"n_head": 5}, "n_embd 36 is not a multiple of n_head 5"),
         ({"n_inner": 0}, "n_inner is 0"),
         ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon is 0.0"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
@@ -269,11 +269,11 @@ def test_a_config_that_is_a_directory_is_refused(folder: Path) -> None:
     refused(folder, r"config\.json: ")
 
 
-# --- models that are not there --------------------------------------------------------------------------------------
+# --- missing models -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["/no/such/place", "./nowhere", "~/nowhere/at/all", "a/b/c"])
-def test_a_path_that_is_not_there_is_refused_without_asking_the_hub(name: str) -> None:
+def test_a_missing_path_is_refused_without_asking_the_hub(name: str) -> None:
     with pytest.raises(ModelError, match="there is no such directory"):
         load_model(name)
 
@@ -287,7 +287,7 @@ def unreachable_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["gpt2-medium", "someone/gpt2-of-theirs", "not a name"])
-def test_an_unreachable_hub_is_answered_with_three_ways_out(unreachable_hub: Path, name: str) -> None:
+def test_an_unreachable_hub_is_reported_with_three_solutions(unreachable_hub: Path, name: str) -> None:
     with pytest.raises(ModelError) as caught:
         load_model(name)
     said = str(caught.value)
@@ -306,7 +306,7 @@ def test_a_cached_model_is_found_without_the_hub(unreachable_hub: Path, original
 
 
 @pytest.mark.parametrize(("option", "said"), [({"dtype": "int4"}, "dtype 'int4'"), ({"device": "cuda:0"}, "no CUDA")])
-def test_devices_and_types_that_cannot_be_are_refused(original: Path, option: dict[str, str], said: str) -> None:
+def test_unsupported_devices_and_types_are_refused(original: Path, option: dict[str, str], said: str) -> None:
     if "device" in option and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     with pytest.raises(ModelError, match=said):

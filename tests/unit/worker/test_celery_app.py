@@ -1,4 +1,4 @@
-"""The worker's Celery app: which pools it runs in, and which consumer goes with them."""
+"""The worker's Celery app: the supported pools, and their consumers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from headrace.worker.queue.engine_consumer import EngineConsumer, make_consumer
 
 
 def start_with(pool: Any) -> None:
-    """What Celery sends before a worker starts. Celery waits for the Redis that does not answer, so this returns."""
+    """Send the signal that Celery sends before a worker starts. It returns although Redis does not answer."""
     settings = load_settings(redis_url="redis://localhost:1/0")
     worker = SimpleNamespace(app=SimpleNamespace(headrace_settings=settings))
     signals.celeryd_init.send(sender="worker@here", instance=worker, conf=None, options={"pool": pool})
@@ -40,7 +40,7 @@ def test_the_pool_of_processes_is_refused_by_class_too() -> None:
 
 
 @pytest.mark.parametrize("pool", [None, ENGINE_POOL, EnginePool, "solo", "threads"])
-def test_other_pools_are_not(pool: Any) -> None:
+def test_other_pools_are_accepted(pool: Any) -> None:
     start_with(pool)  # it would raise SystemExit
 
 

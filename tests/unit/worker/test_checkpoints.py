@@ -66,7 +66,7 @@ def test_a_nan_and_another_shape_fail() -> None:
     assert [n for n, ok in verdicts(theirs).items() if not ok] == [5, 6]
 
 
-def test_what_the_reference_does_not_have_is_not_compared() -> None:
+def test_tensors_that_the_reference_lacks_are_not_compared() -> None:
     found = verdicts({"logits": ours()["logits"]})
     assert {n: ok for n, ok in found.items() if ok is not None} == {3: True, 8: True}
 
@@ -106,7 +106,7 @@ def test_the_worst_row_is_a_failed_one_then_the_largest() -> None:
     assert worst([rows[0], rows[2]]) is rows[0]
 
 
-def test_half_precision_gets_twice_what_the_reference_differs_from_itself_by() -> None:
+def test_the_tolerance_in_half_precision_is_twice_the_references_own_difference() -> None:
     exact, half = ours(), ours()
     half["mlp"] = half["mlp"] + np.float32(0.25)
     found = half_tolerances([exact], [half])
@@ -127,7 +127,7 @@ def test_tensors_are_read_from_three_kinds_of_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing.npz", "cut.safetensors", "cut.npy", "pickled.npy", "notes.txt", "other.npz"])
-def test_a_file_that_is_none_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_an_invalid_tensor_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 20)
     (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
     np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(60)
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
-    """A server in a place of its own, not started."""
+    """A server with its own directory, not started."""
     place = EmbeddedRedis(directory=tmp_path / "data", socket=tmp_path / "run" / "s")
     yield place
     place.stop()
@@ -184,7 +184,7 @@ def test_a_path_with_spaces_works(tmp_path: Path) -> None:
         assert redis_.ping()
 
 
-# Keeping what it was given
+# Persistence
 
 
 def test_what_was_written_is_there_after_a_restart(server: EmbeddedRedis) -> None:
@@ -236,7 +236,7 @@ STARTER = """
 
 @contextmanager
 def starter(server: EmbeddedRedis, how: str = "main") -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A process that runs the server in the place of `server`, and the server's process id."""
+    """A process that runs a server on the directory of `server`, and the process id of that server."""
     command = [sys.executable, "-c", textwrap.dedent(STARTER), str(server.directory), str(server.socket), how]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -257,7 +257,7 @@ def test_kill_9_of_the_parent_ends_it(server: EmbeddedRedis, how: str) -> None:
         wait_until(lambda: not runs(pid))
 
 
-def test_the_next_one_takes_over_from_one_that_was_killed(server: EmbeddedRedis) -> None:
+def test_a_new_server_replaces_one_whose_parent_was_killed(server: EmbeddedRedis) -> None:
     with starter(server) as (parent, pid):
         with connect(server) as connection:
             connection.set("key", "value")
@@ -268,12 +268,12 @@ def test_the_next_one_takes_over_from_one_that_was_killed(server: EmbeddedRedis)
             assert connection.get("key") == "value"
 
 
-def test_the_watcher_for_other_systems_ends_a_process_with_us() -> None:
+def test_the_watcher_ends_the_server_with_this_process() -> None:
     with subprocess.Popen(["sleep", "60"]) as sleeper, embedded._watch(sleeper.pid) as watcher:
         time.sleep(0.05)
         assert sleeper.poll() is None
         assert watcher.stdin is not None
-        watcher.stdin.close()  # as the system does when we end
+        watcher.stdin.close()  # as the system does when this process ends
         assert sleeper.wait(PATIENCE_S) == -signal.SIGTERM
 
 
@@ -286,10 +286,10 @@ def test_started_in_a_thread_it_stops_like_any_other(server: EmbeddedRedis) -> N
     assert not is_alive(server.socket)
 
 
-# Two at one place
+# Two servers on one directory
 
 
-def test_a_second_one_is_told_where_the_first_is(server: EmbeddedRedis, tmp_path: Path) -> None:
+def test_a_second_server_is_refused_with_the_address_of_the_first(server: EmbeddedRedis, tmp_path: Path) -> None:
     second = EmbeddedRedis(directory=server.directory, socket=tmp_path / "other")
     with server:
         with pytest.raises(EmbeddedRedisError, match="already running") as refused:
@@ -335,7 +335,7 @@ def test_the_lock_of_a_dead_holder_is_waited_for_but_not_for_ever(
         assert time.monotonic() - began >= 0.2
 
 
-# What can be wrong
+# Errors
 
 
 def test_no_server_program_names_the_ways_out(server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +396,7 @@ def test_a_server_that_never_answers_is_quoted_and_ended(tmp_path: Path, monkeyp
         server.start()
     assert not runs(int(str(error.value).split()[-1]))
     monkeypatch.undo()
-    with server:  # the lock was given back
+    with server:  # the lock was released
         assert is_alive(server.socket)
 
 

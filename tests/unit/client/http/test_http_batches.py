@@ -35,7 +35,7 @@ def files(tmp_path: Path) -> Any:
 
 
 def left_behind(directory: Path, files: FileStore, **fields: Any) -> BatchState:
-    """A batch as a server that was killed leaves it: two rows done, and a third one half written."""
+    """A batch as a killed server leaves it: two rows are done, and a third one is half written."""
     source = files.add(io.BytesIO(b'{"custom_id": "a", "prompt": "a"}\n'), filename="in", owner="me")
     now = int(time.time())
     state = BatchState(
@@ -63,7 +63,7 @@ def left_behind(directory: Path, files: FileStore, **fields: Any) -> BatchState:
         ({"status": "cancelling", "in_progress_at": 5, "cancelling_at": 6}, "cancelled"),
     ],
 )
-def test_what_was_done_is_in_the_files_of_a_batch_that_goes_no_further(
+def test_a_batch_that_cannot_continue_keeps_its_finished_rows(
     tmp_path: Path, files: FileStore, fields: dict[str, Any], status: str
 ) -> None:
     left = left_behind(tmp_path, files, **fields)
@@ -84,7 +84,7 @@ def test_what_was_done_is_in_the_files_of_a_batch_that_goes_no_further(
     assert Batches(tmp_path, files, load_settings()).get("batch_1", "me") == state  # it is on disk
 
 
-def test_a_batch_that_waits_is_cancelled_at_once_and_then_no_more(tmp_path: Path, files: FileStore) -> None:
+def test_a_waiting_batch_is_cancelled_at_once_and_only_once(tmp_path: Path, files: FileStore) -> None:
     left = left_behind(tmp_path, files)
     batches = Batches(tmp_path, files, load_settings())
     assert batches.uses(left.input_file_id)
@@ -97,7 +97,7 @@ def test_a_batch_that_waits_is_cancelled_at_once_and_then_no_more(tmp_path: Path
     batches.stop()
 
 
-def test_what_only_the_server_has_to_know_is_not_told(tmp_path: Path, files: FileStore) -> None:
+def test_internal_fields_are_not_returned(tmp_path: Path, files: FileStore) -> None:
     told = left_behind(tmp_path, files).public()
     assert not {"owner", "rows_id", "failures_id"} & told.keys()
     assert told["object"] == "batch"

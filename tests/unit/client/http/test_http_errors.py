@@ -1,4 +1,4 @@
-"""Every failure as an answer: its status, and what the openai package makes of it."""
+"""Every failure as an HTTP response: its status, and the exception that the openai package raises for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLASSES = {
 }
 CODES = [*((code, CLASSES[code]) for code in ERRORS), *((code, "JobFailed") for code in JOB_FAILURES)]
 
-#: What each code is over HTTP; all others are 500.
+#: The HTTP status of each code; all others are 500.
 STATUS = {
     "invalid_request": 400,
     "queue_full": 429,
@@ -69,31 +69,31 @@ def test_every_code_has_its_status(code: str, name: str) -> None:
     assert (found.code, found.status) == (code, STATUS.get(code, 500))
     body = json.loads(bytes(found.as_response().body))
     assert body["error"].keys() == {"message", "type", "param", "code"}
-    if found.status >= 429:  # what is no mistake of the client's tells nothing of this side
+    if found.status >= 429:  # errors that the client did not cause reveal nothing about the server
         assert "10.1.2.3" not in found.message
         assert "/home" not in found.message
 
 
 @pytest.mark.parametrize(("code", "name"), CODES)
-def test_only_what_may_come_right_is_asked_again(code: str, name: str) -> None:
+def test_only_temporary_errors_are_retried(code: str, name: str) -> None:
     headers = translate(made(code, name)).as_response().headers
     may = code in ("queue_full", "redis_unreachable", "redis_refused", "no_worker")
     assert ("retry-after" in headers) == may
     assert (headers.get("x-should-retry") == "false") == (not may and STATUS.get(code, 500) != 400)
 
 
-def test_an_error_of_no_kind_we_know_says_nothing() -> None:
+def test_an_unknown_error_reveals_nothing() -> None:
     found = translate(ValueError("a prompt that somebody wrote"))
     assert (found.status, found.code, found.kind) == (500, "internal_error", "server_error")
     assert "prompt" not in found.message
 
 
-def test_addresses_that_are_not_there_name_those_that_are() -> None:
+def test_an_unknown_path_is_answered_with_the_known_ones() -> None:
     assert "/v1/completions" in translate(HTTPException(404)).message
     assert translate(HTTPException(405)).status == 405
 
 
-def test_an_error_of_ours_stays_as_it_is() -> None:
+def test_an_api_error_is_not_translated() -> None:
     error = ApiError(413, "too_large", "large")
     assert translate(error) is error
     assert error.kind == "invalid_request_error"

@@ -15,7 +15,7 @@ def add(store: FileStore, content: bytes = b"line\n", owner: str = "me", **optio
     return store.add(io.BytesIO(content), filename="in.jsonl", owner=owner, **options).id
 
 
-def test_files_are_there_after_a_restart(tmp_path: Path) -> None:
+def test_files_survive_a_restart(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
     file_id = add(store)
     hidden = store.new_id()
@@ -44,7 +44,7 @@ def test_a_directory_has_one_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "../lock", "file-", "x" * 1000, "\0", "file-" + "0" * 32])
-def test_only_ids_that_were_given_name_a_file(tmp_path: Path, name: str) -> None:
+def test_only_issued_ids_name_a_file(tmp_path: Path, name: str) -> None:
     store = FileStore(tmp_path)
     add(store)
     with pytest.raises(ApiError) as caught:
@@ -53,7 +53,7 @@ def test_only_ids_that_were_given_name_a_file(tmp_path: Path, name: str) -> None
     store.close()
 
 
-def test_a_file_is_its_owners(tmp_path: Path) -> None:
+def test_only_its_owner_can_access_a_file(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
     file_id = add(store, owner="me")
     assert store.get(file_id, "me").owner == "me"
@@ -64,7 +64,7 @@ def test_a_file_is_its_owners(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_full_directory_takes_no_more_until_something_is_deleted(tmp_path: Path) -> None:
+def test_a_full_directory_accepts_files_after_a_deletion(tmp_path: Path) -> None:
     store = FileStore(tmp_path, max_total_bytes=1_000)
     file_id = add(store, b"a" * 1_000)
     with pytest.raises(ApiError) as caught:
@@ -76,7 +76,7 @@ def test_a_full_directory_takes_no_more_until_something_is_deleted(tmp_path: Pat
     store.close()
 
 
-def test_what_has_expired_goes_unless_it_is_needed(tmp_path: Path) -> None:
+def test_expired_files_are_deleted_unless_a_batch_needs_them(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
     kept, needed, gone = add(store), add(store, retention_s=-1), add(store, retention_s=-1)
     store.delete_expired({needed})
@@ -85,7 +85,7 @@ def test_what_has_expired_goes_unless_it_is_needed(tmp_path: Path) -> None:
     store.close()
 
 
-def test_json_is_written_in_one_step(tmp_path: Path) -> None:
+def test_json_files_are_replaced_atomically(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     write_json(path, {"a": 1})
     with pytest.raises(TypeError):

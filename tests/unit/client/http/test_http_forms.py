@@ -1,4 +1,4 @@
-"""What is asked and answered at /v1/completions, without a queue."""
+"""Requests and responses of /v1/completions, without a queue."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_prompts_come_in_four_forms(prompt: Any, prompts: list[Any], listed: boo
         ({"prompt": "a", "stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
     ],
 )
-def test_a_wrong_form_is_named(body: dict[str, Any], field: str) -> None:
+def test_an_invalid_form_is_named(body: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse_completion_request(body)
     assert caught.value.field == field
@@ -93,7 +93,7 @@ def test_choices_are_numbered_prompt_by_prompt_and_usage_is_summed() -> None:
     assert completion_object([result(1)])["seed"] == 8
 
 
-def test_offsets_in_a_stream_go_on_where_the_last_piece_ended() -> None:
+def test_offsets_in_a_stream_continue_where_the_last_piece_ended() -> None:
     chunks = ChunkEncoder("job", "demo", 2, include_usage=False)
 
     def offsets(prompt: int, index: int, *tokens: str) -> tuple[int, list[int]]:

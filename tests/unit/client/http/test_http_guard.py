@@ -1,4 +1,4 @@
-"""The outermost layer, called as a server calls it."""
+"""The outermost ASGI middleware, called as a server calls it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Clock:
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """Reads the body and says whose it is."""
+    """Read the body, and answer with its owner."""
     size, more = 0, True
     while more:
         message = await receive()
@@ -55,7 +55,7 @@ def ask(
     return sent[0]["status"], body, {name.decode(): value.decode() for name, value in sent[0]["headers"]}
 
 
-def test_each_key_is_an_owner_and_none_is_nobody() -> None:
+def test_each_key_is_an_owner() -> None:
     guard = AccessMiddleware(echo, Limits(keys=KEYS))
     owners = [ask(guard, authorization=f"Bearer {key}")[1][0] for key in (*KEYS, KEYS[0])]
     assert owners[0] == owners[2] != owners[1]
@@ -66,7 +66,7 @@ def test_each_key_is_an_owner_and_none_is_nobody() -> None:
     assert ask(AccessMiddleware(echo, Limits()))[1] == ["", 0]
 
 
-def test_a_minutes_requests_come_evenly_and_each_key_has_its_own() -> None:
+def test_the_rate_limit_is_even_and_applies_to_each_key() -> None:
     clock = Clock()
     guard = AccessMiddleware(echo, Limits(keys=KEYS, requests_per_minute=6), clock)
     first, second = ({"authorization": f"Bearer {key}"} for key in KEYS)
@@ -84,7 +84,7 @@ def test_a_minutes_requests_come_evenly_and_each_key_has_its_own() -> None:
     assert ask(guard, "/health")[0] == 200
 
 
-def test_a_body_is_counted_as_it_comes_and_by_what_it_says() -> None:
+def test_the_body_limit_checks_the_announced_and_the_received_size() -> None:
     guard = AccessMiddleware(refusing_as_starlette_does, Limits(max_body_bytes=10, max_file_bytes=100))
     assert ask(guard, chunks=(b"a" * 5, b"b" * 5))[0] == 200
     assert ask(guard, chunks=(b"a" * 5, b"b" * 6))[0] == 413
@@ -102,7 +102,7 @@ async def refusing_as_starlette_does(scope: Any, receive: Any, send: Any) -> Non
         await error.as_response()(scope, receive, send)
 
 
-def test_a_fault_is_logged_without_its_words() -> None:
+def test_an_exception_is_logged_without_its_message() -> None:
     with capture_logs() as logged:
         status, body, _ = ask(AccessMiddleware(echo, Limits()), "/fails")
     assert (status, body["error"]["code"]) == (500, "internal_error")
@@ -123,7 +123,7 @@ def test_a_fault_is_logged_without_its_words() -> None:
         (Limits(keys=KEYS), {"host": "server.example", "authorization": f"Bearer {KEYS[0]}"}, 200),
     ],
 )
-def test_whose_pages_may_ask(limits: Limits, headers: dict[str, str], status: int) -> None:
+def test_which_origins_may_send_requests(limits: Limits, headers: dict[str, str], status: int) -> None:
     assert ask(AccessMiddleware(echo, limits), **headers)[0] == status
 
 
@@ -134,5 +134,5 @@ def test_whose_pages_may_ask(limits: Limits, headers: dict[str, str], status: in
         *((host, False) for host in ("0.0.0.0", "192.168.1.5", "localhost.example", "", "::")),
     ],
 )
-def test_addresses_that_only_this_machine_reaches(host: str, own: bool) -> None:
+def test_which_addresses_are_local(host: str, own: bool) -> None:
     assert is_loopback(host) == own

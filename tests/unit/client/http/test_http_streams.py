@@ -1,4 +1,4 @@
-"""Answers as server-sent events, at a connection that a test holds the other end of."""
+"""Responses as server-sent events, on a simulated connection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headrace.client.http.sse import EventStream, encode_event
 
 
 class Connection:
-    """What a server gives an application; it is closed after `open_s`."""
+    """The ASGI connection that a server gives an application; the client closes it after `open_s`."""
 
     def __init__(self, open_s: float = 5) -> None:
         self.open_s, self.sent = open_s, list[dict[str, Any]]()
@@ -33,7 +33,7 @@ class Connection:
 
 
 class Source:
-    """Events, with pauses where a number stands and errors where one does."""
+    """Yields events; a number is a pause, and an exception is raised."""
 
     def __init__(self, *items: bytes | float | Exception) -> None:
         self.items, self.closed = items, False
@@ -58,7 +58,7 @@ def answered(source: Source, connection: Connection, **options: Any) -> Connecti
     return connection
 
 
-def test_events_go_out_as_they_come_and_the_answer_ends() -> None:
+def test_events_are_sent_as_they_arrive_and_the_response_ends() -> None:
     found = answered(Source(b"a\n\n", b"b\n\n"), Connection(), headers={"x-request-id": "1"})
     assert [message["type"] for message in found.sent] == ["http.response.start", *["http.response.body"] * 3]
     assert dict(found.sent[0]["headers"])[b"x-request-id"] == b"1"
@@ -66,7 +66,7 @@ def test_events_go_out_as_they_come_and_the_answer_ends() -> None:
     assert [message["more_body"] for message in found.sent[1:]] == [True, True, False]
 
 
-def test_an_error_before_the_first_event_is_an_answer_of_its_own() -> None:
+def test_an_error_before_the_first_event_is_a_plain_error_response() -> None:
     connection, source = Connection(), Source(ApiError(400, "code", "message"))
     with pytest.raises(ApiError):
         answered(source, connection)
@@ -84,7 +84,7 @@ def test_a_later_error_is_the_last_event(options: dict[str, Any]) -> None:
     assert not found.sent[-1]["more_body"]
 
 
-def test_a_quiet_stream_says_that_it_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quiet_stream_sends_keep_alive_comments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "KEEPALIVE_S", 0.05)
     found = answered(Source(0.2, b"a\n\n"), Connection())
     comments = found.body.count(b": keep-alive\n\n")
@@ -93,6 +93,6 @@ def test_a_quiet_stream_says_that_it_is_alive(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("items", [(5.0,), (b"a\n\n", 5.0)])
-def test_a_closed_connection_ends_what_the_events_come_from(items: tuple[Any, ...]) -> None:
+def test_a_closed_connection_closes_the_source_of_events(items: tuple[Any, ...]) -> None:
     found = answered(Source(*items), Connection(open_s=0.05))
     assert all(message.get("more_body", True) for message in found.sent)

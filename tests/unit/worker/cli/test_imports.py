@@ -1,4 +1,4 @@
-"""What the command loads before it knows what it has to do."""
+"""The modules that the command loads at its start."""
 
 from __future__ import annotations
 

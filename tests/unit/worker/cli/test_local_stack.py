@@ -12,7 +12,7 @@ from headrace.worker.cli.local_stack import NothingRuns, find_or_start_stack
 
 
 class StubClient:
-    """A client whose Redis has a worker for some model, or does not answer."""
+    """A client whose Redis has a worker for one model, or does not answer."""
 
     def __init__(self, served: str | None) -> None:
         self.served, self.workers = served, list[Any]()
@@ -43,7 +43,7 @@ def test_workers_that_run_are_used() -> None:
 
 
 def test_an_error_of_the_command_passes_through() -> None:
-    """Also a RedisUnreachable, which before the block means that a local stack is needed."""
+    """Even a RedisUnreachable, which would start a local stack if it were raised before the block."""
     error = RedisUnreachable("unix:///none", "it has gone away")
     with pytest.raises(RedisUnreachable) as caught, find(load_settings(), "demo"):
         raise error

@@ -1,4 +1,4 @@
-"""Every option of every command, under each of its names, as what stands behind the command receives it.
+"""Every option of every command, under each of its names, reaches the backend of the command.
 
 The cases are click's own lists of options and the fields of the schema: a new option fails here until it has a value.
 """
@@ -28,7 +28,7 @@ from headrace.worker.cli.local_stack import ServingStack
 from headrace.worker.cli.options import EFFECTS, given_params, value_type
 from headrace.worker.jobs.store import RedisStore
 
-#: Sampling parameter -> what is typed (nothing for a flag; several times, as a list), and what the request then has.
+#: Sampling parameter -> the typed value (empty for a flag, a list for several), and the value in the request.
 SAMPLING: dict[str, tuple[list[str], Any]] = {
     "max_tokens": (["24"], 24),
     "temperature": (["0.5"], 0.5),
@@ -49,7 +49,7 @@ SAMPLING: dict[str, tuple[list[str], Any]] = {
     "stop_token_ids": (["13", "50256"], [13, 50256]),
 }
 
-#: (command, parameter) -> what is typed, and what the command's backends then receive under that name.
+#: (command, parameter) -> the typed value, and the value that the command's backend receives under that name.
 VALUES: dict[tuple[str, str], tuple[list[str], Any]] = {
     **{("generate", name): value for name, value in SAMPLING.items()},
     ("generate", "prompt"): (["Once"], "Once"),
@@ -104,7 +104,7 @@ RESULT = JobResult.model_validate(
 
 
 class RecordingBackends:
-    """A local stack, a batch, a server and a validation that only note what they are asked for."""
+    """A local stack, a batch, a server and a validation that only record their arguments."""
 
     def __init__(self) -> None:
         self.received: dict[str, Any] = {}
@@ -161,7 +161,7 @@ class RecordingBackends:
         self.received |= options
 
 
-#: What each command needs besides the option under test: parameter -> words.
+#: The required arguments of each command: parameter -> words.
 NEEDED: dict[str, dict[str, list[str]]] = {
     "generate": {"prompt": ["Hello."]},
     "batch": {"source": ["-i", "in.jsonl"], "output": ["-o", "out.jsonl"]},
@@ -174,9 +174,9 @@ NEEDED: dict[str, dict[str, list[str]]] = {
 
 @pytest.fixture
 def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Result, dict[str, Any]]]:
-    """Run a command against backends that record: what it printed, and what they received."""
+    """Runs a command with recording backends; returns click's result and the recorded arguments."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HEADRACE_REDIS_URL", "redis://localhost:1/0")  # a command that asked it would not succeed
+    monkeypatch.setenv("HEADRACE_REDIS_URL", "redis://localhost:1/0")  # a command that connected to it would fail
 
     def run(command: str, *words: str) -> tuple[Result, dict[str, Any]]:
         recording = RecordingBackends()
@@ -200,7 +200,7 @@ def cases() -> list[tuple[str, str, str]]:
 
 
 def words_for(command: str, name: str, spelling: str) -> list[str]:
-    """What a user types to give this parameter, with all that the command needs besides."""
+    """The command line that gives this parameter, with the other arguments that the command requires."""
     values, _ = VALUES[command, name]
     needed = [word for other, words in NEEDED[command].items() if other != name for word in words]
     if not spelling.startswith("-"):

@@ -1,4 +1,4 @@
-"""`headrace status` and its exit codes, which health checks go by, with workers that only say that they are there."""
+"""`headrace status` and its exit codes, which health checks use, with workers that exist as records only."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_without_redis_it_is_code_3(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown.exit_code == 3
 
 
-def test_a_worker_that_does_not_speak_any_more_is_gone(url: str) -> None:
+def test_a_worker_without_a_heartbeat_is_not_listed(url: str) -> None:
     connection: redis.Redis = connect(url)
     RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=60).heartbeat(HERE, {"model": "demo"})
     connection.delete(keys.worker(HERE))  # as Redis does when its lifetime is over

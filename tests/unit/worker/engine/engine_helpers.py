@@ -27,9 +27,9 @@ WORDS = (
 
 @functools.cache
 def demo_engine() -> Engine:
-    """The engine that the settings give; its model and tokenizer are shared by all others here.
+    """The engine for the default settings; all other engines here share its model and tokenizer.
 
-    One thread: two that wait for each other make a small model slower wherever other processes use the cores too.
+    It uses one thread: threads that wait for each other are slow while other processes use the cores.
     """
     return load_engine(Settings(model="demo", device="cpu", dtype="float32", threads=1))
 
@@ -42,7 +42,7 @@ def demo_model() -> GPT2:
 
 @functools.cache
 def torch_model() -> GPT2:
-    """The bundled model as on a device for which there are no products of ours."""
+    """The bundled model without compiled GEMMs, as on an unsupported device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("headrace.model.linear.fp32_avx512_works", lambda *_: False)
         return load_model("demo", device="cpu", dtype="float32")
@@ -64,7 +64,7 @@ def build(
     model_name: str = "demo",
     **more: Any,
 ) -> Engine:
-    """A fresh engine, not started. `budget_positions` is the cache's budget in positions of one sequence."""
+    """Create an engine that is not started. `budget_positions` is the budget of the cache, in positions."""
     gpt2 = model or demo_model()
     lengths = length_classes(gpt2.config.n_positions)
     tensors = runner(gpt2, lengths)
@@ -85,7 +85,7 @@ def build(
 
 
 def models_of(engine: Any, name: str = "demo") -> Any:
-    """What a worker knows of its models where it has one, loaded; the engine may be a stand-in."""
+    """A registry with one loaded model; the engine may be a test double."""
     return SimpleNamespace(
         names=(name,),
         loaded={name: engine},
@@ -107,7 +107,7 @@ def tokens_of(count: int, seed: int = 1) -> list[int]:
 
 
 def drive(engine: Engine, *futures: Future[Result], steps: int = 5000) -> list[Result]:
-    """Step by hand until the futures are done; their results."""
+    """Run steps until the futures are done, and return their results."""
     for _ in range(steps):
         if all(future.done() for future in futures):
             return [future.result(timeout=0) for future in futures]
@@ -116,31 +116,31 @@ def drive(engine: Engine, *futures: Future[Result], steps: int = 5000) -> list[R
 
 
 def substance(result: Result) -> dict[str, Any]:
-    """What a result says, without its id and its timings."""
+    """A result without its id and its timings."""
     return result.model_dump(exclude={"id", "timings"})
 
 
 def idle(engine: Engine) -> bool:
-    """Whether nothing is left in the engine: no sequence, no slot in use, nobody who waits."""
+    """Whether the engine is empty: no sequence, no slot in use, no waiting request."""
     scheduler = engine.scheduler
     return not scheduler.running and scheduler.waiting == 0 and not any(scheduler.slots.arenas.values())
 
 
 def expected(*requests: GenerateRequest) -> list[dict[str, Any]]:
-    """What each request gives when nothing else runs."""
+    """The result of each request, computed alone."""
     engine = build()
     return [substance(drive(engine, engine.submit(request))[0]) for request in requests]
 
 
 def failure(future: Future[Result]) -> JobFailed:
-    """Why the job failed; it is an error if it did not."""
+    """The error of a job that must have failed."""
     with pytest.raises(JobFailed) as caught:
         future.result(timeout=0)
     return caught.value
 
 
 def settle(engine: Engine, *futures: Future[Result]) -> None:
-    """Step by hand until the futures are done, well or not."""
+    """Run steps until the futures are done, whether they succeed or fail."""
     for _ in range(2000):
         if all(future.done() for future in futures):
             return

@@ -1,4 +1,4 @@
-"""The first promise: a job's tokens, text and log probabilities are the same bits alone or in a crowd."""
+"""Batch invariance: a job's tokens, text and log probabilities have the same bits in any batch composition."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.unit.worker.engine.engine_helpers import (
 
 @functools.cache
 def mixed_requests() -> list[GenerateRequest]:
-    """64 requests, no two alike in kind: lengths around every border of chunks and classes, all parameters."""
+    """64 different requests: lengths around all boundaries of chunks and length classes, all parameters."""
     draw = random.Random(20190214)
     lengths = [1, 2, 3, 15, 16, 17, 60, 100, 120, 127, 128, 129, 140, 200, 256, 257, 300, 513]
     kinds: list[dict[str, Any]] = [
@@ -64,7 +64,7 @@ def mixed_requests() -> list[GenerateRequest]:
 
 @functools.cache
 def alone() -> list[dict[str, Any]]:
-    """What each of the requests gives when nothing else runs."""
+    """The result of each of the requests, computed alone."""
     engine = build()
     return [substance(drive(engine, engine.submit(request))[0]) for request in mixed_requests()]
 
@@ -88,7 +88,7 @@ def test_64_mixed_jobs_at_once_give_the_same_bits_as_one_by_one(shape: dict[str,
 
 
 @pytest.mark.parametrize(("threads", "gpt2"), [(2, demo_model), (1, torch_model)])
-def test_more_threads_and_products_by_torch_keep_the_promise_too(threads: int, gpt2: Callable[[], GPT2]) -> None:
+def test_more_threads_and_torchs_gemms_are_batch_invariant_too(threads: int, gpt2: Callable[[], GPT2]) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -111,7 +111,7 @@ def test_jobs_that_arrive_one_after_another_among_cancelled_ones_give_the_same_b
         for _ in range(min(len(order), draw.randint(0, 3))):
             i, request = order.pop()
             futures[i] = engine.submit(request)
-            # A neighbour, sometimes with the very same prompt, so that it may be the one whose prefill is shared.
+            # Another request, sometimes with the same prompt, so that it may become the prefix source.
             neighbour = ask(request.prompt, max_tokens=20, temperature=1.0, n=draw.randint(1, 2))
             neighbour = draw.choice([neighbour, ask(tokens_of(200, seed=i), max_tokens=50)])
             job_id = f"neighbour-{i}"
@@ -133,7 +133,7 @@ def test_jobs_that_arrive_one_after_another_among_cancelled_ones_give_the_same_b
 
 
 def test_n_samples_are_the_same_bits_as_n_computations_of_one_sample() -> None:
-    """Sample i computed by itself: the others of its job are taken out before the first step."""
+    """Sample i is computed alone: the other samples of its job are removed before the first step."""
     request = ask(tokens_of(150), n=4, temperature=1.3, seed=99, logprobs=2, max_tokens=10)
     engine = build()
     (together,) = drive(engine, engine.submit(request))
@@ -155,7 +155,7 @@ def test_n_samples_are_the_same_bits_as_n_computations_of_one_sample() -> None:
         assert text.choice() == choice
 
 
-def test_a_bare_prompt_repeated_gives_one_answer_however_the_prefill_was_shared() -> None:
+def test_equal_prompts_give_equal_results_however_their_prefill_is_shared() -> None:
     engine = build(slots=6)
     prompt = tokens_of(300)
     requests = [ask(prompt, max_tokens=count, logprobs=1) for count in (4, 400, 8, 100, 1, 8, 30)]
@@ -177,7 +177,7 @@ def test_cancelled_futures_raise_cancelled_error() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_prompts_that_begin_alike_give_what_each_gives_alone(dtype: str) -> None:
+def test_prompts_with_a_common_prefix_give_the_same_bits_as_alone(dtype: str) -> None:
     begin, model = tokens_of(300), load_model("demo", device="cpu", dtype=dtype)
     kinds = [
         (300, 7, 0.0),
@@ -203,5 +203,5 @@ def test_prompts_that_begin_alike_give_what_each_gives_alone(dtype: str) -> None
     crowd.runner.run = counted  # type: ignore[method-assign]
     results = drive(crowd, *[crowd.submit(request) for request in requests])
     assert [substance(result) for result in results] == expected
-    assert sum(rows) < sum(len(request.prompt) for request in requests) - 5 * 128, "beginnings were computed again"
+    assert sum(rows) < sum(len(request.prompt) for request in requests) - 5 * 128, "common prefixes were computed again"
     assert idle(crowd)

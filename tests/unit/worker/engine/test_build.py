@@ -1,4 +1,4 @@
-"""From settings to an engine."""
+"""Building an engine from the settings."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_length_classes_end_at_the_context_in_steps_of_16(context: int, classes:
     assert length_classes(context) == classes
 
 
-def test_the_cache_takes_what_it_wants_but_no_more_than_a_quarter_of_what_is_free(
+def test_the_cache_takes_at_most_a_quarter_of_the_free_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cpu = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_settings_reach_the_engine() -> None:
 
 
 @pytest.mark.parametrize("missing", ["invariance", "kernel"])
-def test_there_are_no_drafts_where_a_row_could_feel_them(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tokens_are_proposed_without_batch_invariance(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if missing == "invariance":
         monkeypatch.setattr("headrace.worker.engine.build.is_batch_invariant", lambda *_: False)
     else:
@@ -82,7 +82,7 @@ def test_there_are_no_drafts_where_a_row_could_feel_them(missing: str, monkeypat
     assert engine.scheduler.draft_tokens == 0
 
 
-def test_max_context_cannot_pass_the_models_positions() -> None:
+def test_max_context_is_limited_by_the_models_positions() -> None:
     engine = load_engine(Settings(model="demo", max_context=5000, device="cpu", dtype="float32"))
     assert engine.max_context == 1024
 
@@ -92,13 +92,13 @@ def test_a_budget_that_does_not_hold_one_sequence_is_refused() -> None:
         build_engine(Settings(model="demo", kv_cache_bytes=1000, device="cpu", dtype="float32"))
 
 
-def test_the_default_engine_holds_its_slots_and_says_that_batches_change_nothing() -> None:
+def test_the_default_engine_holds_its_slots_and_is_batch_invariant() -> None:
     engine = demo_engine()
     assert engine.scheduler.slots.budget_bytes == 64 * 1024 * 4096
     assert engine.fingerprint.endswith("/batch-invariant")
 
 
-def test_the_fingerprint_differs_where_results_may() -> None:
+def test_the_fingerprint_differs_if_results_may_differ() -> None:
     model = demo_model()
     base = fingerprint(model, 128, True)
     half = load_model("demo", device="cpu", dtype="bfloat16")
@@ -110,7 +110,7 @@ def test_the_fingerprint_differs_where_results_may() -> None:
     assert f"weights-{model.digest[:12]}" in base
 
 
-def test_batches_are_measured_to_change_nothing_here() -> None:
+def test_the_self_test_finds_batch_invariance_on_this_machine() -> None:
     assert is_batch_invariant(demo_model())
 
 
@@ -124,7 +124,7 @@ class Noisy(GPT2):
 
 
 @pytest.mark.parametrize("quiet_below", [1, 4, 20])
-def test_a_model_whose_bits_depend_on_the_batch_is_found_out(quiet_below: int) -> None:
+def test_the_self_test_detects_a_model_that_is_not_batch_invariant(quiet_below: int) -> None:
     model = load_model("demo", device="cpu", dtype="float32")
     model.__class__ = Noisy
     model.quiet_below = quiet_below  # type: ignore[attr-defined]
@@ -138,8 +138,8 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused() -> None:
     check_vocabulary("x", replace(config, vocab_size=50304), demo_tokenizer())
 
 
-def test_the_engines_thread_computes_in_as_many_threads_as_are_set_from_its_first_product_on() -> None:
-    """OpenMP has a number for each thread, and a new thread begins with OpenMP's own."""
+def test_the_engine_uses_the_configured_number_of_threads_from_its_first_gemm_on() -> None:
+    """OpenMP has a setting for each thread, and new threads begin with the default."""
     seen: list[int] = []
     engine = load_engine(Settings(model="demo", threads=3, device="cpu", dtype="float32", slots=2))
     model: Any = engine.runner.model  # type: ignore[attr-defined]
@@ -156,6 +156,6 @@ def test_the_engines_thread_computes_in_as_many_threads_as_are_set_from_its_firs
 
 
 def openmp_threads() -> int:
-    """The number that oneDNN goes by in this thread."""
+    """The number of threads that oneDNN uses when this thread calls it."""
     paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
     return int(ctypes.CDLL(sorted(paths, key=lambda path: "torch" not in path)[0]).omp_get_max_threads())

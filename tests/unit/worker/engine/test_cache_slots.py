@@ -1,4 +1,4 @@
-"""Slots of the cache: plain numbers."""
+"""Slots of the cache, without tensors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_an_arena_grows_by_less_where_the_budget_ends() -> None:
     assert late.slot is None
 
 
-def test_the_next_one_fills_the_hole_and_nobody_moves() -> None:
+def test_the_next_sequence_fills_the_hole_and_none_moves() -> None:
     slots = table(100_000)
     first, second, third = placed(slots, 100, 100, 100)
     slots.free(first)
@@ -67,7 +67,7 @@ def test_the_next_one_fills_the_hole_and_nobody_moves() -> None:
     assert slots.arenas[128] == []
 
 
-def test_the_last_rows_move_into_holes_where_that_is_asked() -> None:
+def test_compact_moves_the_last_sequences_into_holes() -> None:
     slots = table(100_000)
     first, second, third, fourth = placed(slots, 100, 100, 100, 100)
     for each in (second, third, fourth):
@@ -98,7 +98,7 @@ def test_a_move_copies_no_more_than_the_arena_is_long() -> None:
     assert [move.length for move in slots.take_moves()] == [128]
 
 
-def test_rows_move_when_their_arena_must_give_back_the_slots_they_have() -> None:
+def test_sequences_move_when_their_arena_must_shrink() -> None:
     slots = table(1024)
     short = placed(slots, *[100] * 8)
     for each in short:
@@ -113,7 +113,7 @@ def test_rows_move_when_their_arena_must_give_back_the_slots_they_have() -> None
     ]
 
 
-def test_unused_slots_are_given_back_when_another_class_needs_them() -> None:
+def test_unused_slots_are_freed_when_another_class_needs_memory() -> None:
     slots = table(1024)
     short = placed(slots, *[100] * 8)
     assert not slots.allocate(sequence(1024))
@@ -124,7 +124,7 @@ def test_unused_slots_are_given_back_when_another_class_needs_them() -> None:
     assert slots.capacity == {128: 0, 256: 0, 512: 0, 1024: 1}
 
 
-def test_only_as_much_is_given_back_as_is_needed() -> None:
+def test_only_as_many_slots_are_freed_as_needed() -> None:
     slots = table(8 * 1024)
     short = placed(slots, *[100] * 64)  # all of the budget
     for each in short[10:]:
@@ -142,8 +142,8 @@ def test_a_longer_slot_that_is_free_becomes_short_ones() -> None:
     assert [s.slot for s in placed(slots, 90, 200)] == [Slot(128, 1), Slot(256, 0)]
 
 
-def test_nothing_is_given_back_where_that_would_not_be_enough() -> None:
-    """An arena that shrinks is copied: not with every sequence that leaves while a long one waits."""
+def test_no_slots_are_freed_if_that_would_not_be_enough() -> None:
+    """Shrinking copies an arena, which must not happen for every sequence that ends while a long one waits."""
     slots = table(1024)
     short = placed(slots, *[100] * 8)
     for i, each in enumerate(short):
@@ -153,7 +153,7 @@ def test_nothing_is_given_back_where_that_would_not_be_enough() -> None:
     placed(slots, 1024)
 
 
-def test_a_sequence_longer_than_every_class_has_no_place() -> None:
+def test_a_sequence_longer_than_every_class_gets_no_slot() -> None:
     assert not table(9999).allocate(sequence(1025))
 
 
@@ -164,7 +164,7 @@ def test_a_budget_below_one_longest_sequence_is_refused_with_both_numbers() -> N
 
 
 class SlotsMachine(RuleBasedStateMachine):
-    """Sequences come and go in any order; `contents` plays the cache."""
+    """Sequences arrive and end in any order; `contents` simulates the cache."""
 
     def __init__(self) -> None:
         super().__init__()

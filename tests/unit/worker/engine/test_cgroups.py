@@ -55,13 +55,13 @@ def test_more_than_the_limit_leaves_nothing(groups: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "many", "12 13"])
-def test_files_that_say_something_else_are_no_limit(groups: Path, text: str) -> None:
+def test_unreadable_limit_files_are_ignored(groups: Path, text: str) -> None:
     limit(groups / "a" / "b", GIB, 0)
     (groups / "a" / "b" / "memory.max").write_text(text)
     assert limits.free_memory() == 16 * GIB
 
 
-def test_elsewhere_than_on_linux_there_are_none(groups: Path, tmp_path: Path) -> None:
+def test_without_linux_there_are_no_control_groups(groups: Path, tmp_path: Path) -> None:
     limit(groups / "a" / "b", GIB, 0)
     (tmp_path / "own").unlink()
     assert limits.free_memory() == 16 * GIB

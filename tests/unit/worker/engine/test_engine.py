@@ -1,4 +1,4 @@
-"""What an engine answers, one job at a time or a few: compared with Hugging Face transformers on the bundled model."""
+"""Results of an engine for one job or a few, compared with Hugging Face transformers on the bundled model."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_prompt_and_new_tokens_may_fill_all_positions(reference: GPT2LMHeadModel
     assert result.choices[0].finish_reason == "length"
 
 
-def test_1024_prompt_tokens_can_be_scored_and_not_continued() -> None:
+def test_a_prompt_of_1024_tokens_can_be_scored_but_not_continued() -> None:
     engine = build()
     scored = engine.submit(ask(tokens_of(1024), max_tokens=0, echo=True, logprobs=1))
     refused = engine.submit(ask(tokens_of(1024), max_tokens=1))
@@ -191,7 +191,7 @@ def test_deltas_make_up_the_text_of_every_sample() -> None:
         assert mine[-1].finish_reason == choice.finish_reason
 
 
-def test_deltas_that_are_to_come_seldom_come_first_and_last() -> None:
+def test_with_text_every_s_the_first_and_last_deltas_are_sent_at_once() -> None:
     deltas: list[TextDelta] = []
     engine = build()
     request = ask("Once upon", n=2, temperature=1, seed=2, max_tokens=25, echo=True, logprobs=1, ignore_eos=True)
@@ -218,7 +218,7 @@ def test_on_start_is_called_once_when_the_job_gets_its_first_slot() -> None:
     assert started == ["first", "second"]
 
 
-def test_timings_and_counts_are_told() -> None:
+def test_results_have_timings_and_counts() -> None:
     engine = build()
     before = time.monotonic()
     (result,) = drive(engine, engine.submit(ask(tokens_of(50), max_tokens=5, ignore_eos=True)))
@@ -230,7 +230,7 @@ def test_timings_and_counts_are_told() -> None:
     assert (stats.tokens, stats.steps, stats.running, stats.waiting) == (5, 5, 0, 0)
 
 
-def test_rows_say_how_far_each_sample_is() -> None:
+def test_running_sequences_report_their_progress() -> None:
     engine = build(slots=2)
     engine.submit(ask(tokens_of(200), max_tokens=9, ignore_eos=True), job_id="long")
     engine.submit(ask(tokens_of(3), max_tokens=5, ignore_eos=True), job_id="short")

@@ -1,4 +1,4 @@
-"""Jobs that end before they are done: cancels and deadlines, and who goes first."""
+"""Jobs that end early: cancellation, deadlines; and priorities."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_cancelling_a_running_job_frees_its_slots_before_the_next_step() -> None
     assert [substance(r) for r in drive(engine, waiting)] == expected(ask("Next"))
 
 
-def test_cancelling_a_waiting_job_takes_it_out_of_the_line() -> None:
+def test_cancelling_a_waiting_job_removes_it_from_the_queue() -> None:
     engine = build(slots=1)
     first, second, third = (engine.submit(ask(), job_id=name) for name in ("first", "second", "third"))
     engine.step()
@@ -69,7 +69,7 @@ def test_cancelling_the_future_cancels_the_job(steps: int, n: int) -> None:
         future.result(timeout=0)
 
 
-def test_cancelled_futures_in_front_do_not_hold_up_the_line() -> None:
+def test_cancelled_futures_at_the_front_do_not_delay_the_queue() -> None:
     engine = build(slots=2)
     gone = [engine.submit(ask()) for _ in range(5)]
     last = engine.submit(ask("Next"))
@@ -86,8 +86,8 @@ def test_a_future_cancelled_beside_a_first_admission_in_a_new_arena_harms_nobody
     assert [substance(r) for r in drive(engine, stays)] == expected(ask(tokens_of(151)))
 
 
-def test_jobs_of_one_name_are_each_answered() -> None:
-    """A message delivered twice puts the same job id in twice."""
+def test_jobs_with_the_same_id_are_all_answered() -> None:
+    """A message that is delivered twice submits the same job id twice."""
     engine = build()
     futures = [engine.submit(ask("Twice", max_tokens=count), job_id="twice") for count in (3, 9, 3)]
     assert [len(r.choices[0].token_ids) for r in drive(engine, *futures)] == [3, 9, 3]
@@ -145,7 +145,7 @@ def test_a_running_engine_expires_jobs_without_being_woken() -> None:
             future.result(timeout=PATIENCE_S)
 
 
-def test_an_earlier_job_of_that_name_does_not_bring_its_deadline(clock: Callable[[float], None]) -> None:
+def test_the_deadline_of_an_earlier_job_with_the_same_id_does_not_apply(clock: Callable[[float], None]) -> None:
     engine = build()
     drive(engine, engine.submit(ask(max_tokens=1, expires_at=time.time() + 0.2), job_id="again"))
     later = engine.submit(ask(max_tokens=30, ignore_eos=True), job_id="again")

@@ -1,4 +1,4 @@
-"""One bad job harms no other: rows that raise, and rows that are no numbers."""
+"""A faulty job affects no other: rows that raise exceptions, and rows with NaN."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.unit.worker.engine.engine_helpers import (
     tokens_of,
 )
 
-#: A job whose prompt or output holds this token is guilty.
+#: A job whose prompt or output contains this token is faulty.
 GUILTY = 4242
 
 
 class FaultyRunner(ModelRunner):
-    """The real one, which cannot compute guilty sequences."""
+    """The real model runner, which raises an exception for faulty sequences."""
 
     guilty: Callable[[Sequence], bool] = staticmethod(lambda sequence: GUILTY in sequence.prompt)
 
@@ -59,7 +59,7 @@ def test_a_job_that_makes_the_step_raise_fails_alone() -> None:
     assert idle(engine)
 
 
-def test_samples_that_share_a_guilty_prompt_fail_together_and_alone() -> None:
+def test_samples_of_a_faulty_prompt_fail_together_and_fail_no_other_job() -> None:
     engine = build(runner=FaultyRunner, slots=8)
     bad = engine.submit(ask([*tokens_of(200), GUILTY], n=3))
     good = engine.submit(ask(tokens_of(140), n=2, temperature=1.0, seed=1))
@@ -87,17 +87,17 @@ def test_one_sample_that_fails_ends_its_job_and_no_other(guilty_sample: int) -> 
 
 @pytest.fixture
 def dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention is torch's: it reads beyond a row's own positions, and rows move to the front of their arena."""
+    """Use torch's attention, which reads beyond a row's positions and needs the first slots of an arena."""
     monkeypatch.setattr(KVCache, "decode_kernel", lambda _: None)
 
 
 @pytest.mark.usefixtures("dense")
-def test_a_row_moved_into_the_place_of_a_failed_one_keeps_its_prompt() -> None:
-    """The last row is computed before the guilty one in front of it, whose place it then takes."""
+def test_a_sequence_moved_into_the_slot_of_a_failed_one_keeps_its_prompt() -> None:
+    """The last sequence is computed before the faulty one in front of it, whose slot it then takes."""
     first, second = ask(tokens_of(14), max_tokens=1), ask(tokens_of(5, seed=2), logprobs=1)
     engine = build(runner=FaultyRunner, step_tokens=16)
     head, moved, bad = (engine.submit(r) for r in (first, second, ask([*tokens_of(4), GUILTY])))
-    drive(engine, head)  # the guilty row, last so far, moves to the front: now it stands before the good one
+    drive(engine, head)  # the faulty sequence moves to the front, before the good one
     settle(engine, moved, bad)
     assert failure(bad).code == "internal_error"
     assert [substance(moved.result())] == expected(second)
@@ -117,7 +117,7 @@ def test_a_job_with_nan_logits_fails_alone(poisoned: GPT2) -> None:
 
 def test_one_sample_with_nan_logits_ends_its_job_and_no_other(poisoned: GPT2) -> None:
     class PoisonOne(ModelRunner):
-        """Takes one of three samples to the poisoned position by writing a NaN where it reads."""
+        """Writes a NaN to a position that one of three samples reads."""
 
         def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
             for sequence in step.decodes:
@@ -144,7 +144,7 @@ def test_one_sample_with_nan_logits_ends_its_job_and_no_other(poisoned: GPT2) ->
         pytest.param(ask(tokens_of(800), max_tokens=10), id="cancelled while its prompt is read"),
     ],
 )
-def test_what_a_nan_leaves_in_the_cache_does_not_reach_the_next_owner(poisoned: GPT2, bad: Any) -> None:
+def test_a_nan_in_the_cache_does_not_reach_the_next_sequence_of_the_slot(poisoned: GPT2, bad: Any) -> None:
     good = ask(tokens_of(585), max_tokens=10, logprobs=1)  # reads keys up to the next multiple of 16, which is 608
     engine = build(model=poisoned, slots=1, step_tokens=128)
     first = engine.submit(bad, job_id="bad")
@@ -156,7 +156,7 @@ def test_what_a_nan_leaves_in_the_cache_does_not_reach_the_next_owner(poisoned: 
 
 
 @pytest.mark.usefixtures("dense")
-def test_a_nan_does_not_stay_in_a_place_that_its_row_was_moved_out_of(poisoned: GPT2) -> None:
+def test_a_nan_does_not_stay_in_a_slot_that_its_sequence_was_moved_from(poisoned: GPT2) -> None:
     engine = build(model=poisoned, slots=2, step_tokens=128)
     head = engine.submit(ask(tokens_of(515, seed=2), max_tokens=7, ignore_eos=True))
     bad = engine.submit(ask(tokens_of(1000), max_tokens=10), job_id="bad")
@@ -170,7 +170,7 @@ def test_a_nan_does_not_stay_in_a_place_that_its_row_was_moved_out_of(poisoned: 
     assert [substance(r) for r in drive(engine, *map(engine.submit, good))] == expected(*good)
 
 
-def test_a_prompt_whose_scores_are_nan_is_no_result(poisoned: GPT2) -> None:
+def test_a_prompt_whose_scores_are_nan_fails_its_job(poisoned: GPT2) -> None:
     engine = build(model=poisoned)
     future = engine.submit(ask(tokens_of(620), max_tokens=0, echo=True, logprobs=1))
     settle(engine, future)
@@ -194,7 +194,7 @@ def test_a_job_for_gigabytes_of_log_probabilities_is_refused(request_: dict[str,
     assert idle(engine)
 
 
-def test_the_empty_prompt_needs_a_token_to_begin_with() -> None:
+def test_the_empty_prompt_needs_an_end_of_text_token() -> None:
     engine = build()
     engine.tokenizer = Tokenizer(tiktoken.Encoding("plain", pat_str="a", mergeable_ranks={b"a": 0}, special_tokens={}))
     assert failure(engine.submit(ask(""))).code == "empty_prompt"

@@ -1,4 +1,4 @@
-"""The end of an engine: nobody is left waiting."""
+"""Stopping an engine: every future is completed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.unit.worker.engine.engine_helpers import ask, build
 
 
 class AcceleratorError(RuntimeError):
-    """Named like torch's error after which a device answers nothing any more."""
+    """Has the name of torch's error after which a device is unusable."""
 
 
 class DyingRunner(ModelRunner):
-    """Its device answers for two steps, then to nothing any more."""
+    """A model runner whose device fails after two steps."""
 
     calls = 0
 
@@ -62,7 +62,7 @@ def test_an_error_outside_the_steps_reaches_every_waiter_too() -> None:
     assert len(fatal) == 1
 
 
-def test_leaving_the_context_finishes_what_was_taken() -> None:
+def test_leaving_the_context_finishes_the_accepted_jobs() -> None:
     engine = build(slots=2)
     with engine:
         futures = [engine.submit(ask(max_tokens=20)) for _ in range(6)]
@@ -71,7 +71,7 @@ def test_leaving_the_context_finishes_what_was_taken() -> None:
         engine.submit(ask())
 
 
-def test_stopping_without_finishing_tells_those_who_wait() -> None:
+def test_stopping_without_finishing_fails_the_waiting_jobs() -> None:
     engine = build(slots=1)
     engine.start()
     futures = [engine.submit(ask(max_tokens=1000, ignore_eos=True)) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""The tensor side by itself: steps in, tokens out, and what stays in the cache."""
+"""The model runner alone: the tokens of steps, and the contents of the cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sequence(prompt: list[int], slot: Slot, **fields: object) -> Sequence:
 
 
 def whole(*sequences: Sequence) -> SchedulerOutput:
-    """A step that reads the prompts of all."""
+    """A step that computes the whole prompts of these sequences."""
     return SchedulerOutput(chunks=[PromptChunk(each, 0, len(each.prompt)) for each in sequences])
 
 
@@ -56,7 +56,7 @@ def test_a_position_takes_keys_and_values_of_all_layers() -> None:
     assert sum(t.nbytes for t in (*arena.k, *arena.v)) == 3 * 128 * runner().position_bytes
 
 
-def test_fit_gives_every_arena_its_capacity_and_keeps_what_is_there() -> None:
+def test_fit_resizes_every_arena_and_keeps_its_contents() -> None:
     made = runner(capacity=2)
     take(made, whole(sequence(tokens_of(5), Slot(128, 1))))
     before = contents(made.cache.arenas[128])
@@ -93,7 +93,7 @@ def test_a_step_writes_its_own_slots_and_positions_only() -> None:
     assert not any(tensor.any() for tensor in contents(made.cache.arenas[256]))
 
 
-def test_a_moved_row_goes_on_with_the_same_bits_and_leaves_nothing_behind() -> None:
+def test_a_moved_sequence_continues_with_the_same_bits_and_its_old_slot_is_cleared() -> None:
     made, still = runner(), runner()
     moved, stays = (sequence(tokens_of(20), Slot(128, 3), logprobs=3) for _ in range(2))
     take(made, whole(moved, sequence(tokens_of(40, seed=2), Slot(128, 0))))
@@ -101,14 +101,16 @@ def test_a_moved_row_goes_on_with_the_same_bits_and_leaves_nothing_behind() -> N
     made.move(SlotMove(128, source=3, target=0, length=20))
     moved.slot = Slot(128, 0)
     assert not any(tensor[3].any() for tensor in contents(made.cache.arenas[128]))
-    assert not any(tensor[0, :, 20:].any() for tensor in contents(made.cache.arenas[128])), "of who had the slot before"
+    assert not any(tensor[0, :, 20:].any() for tensor in contents(made.cache.arenas[128])), (
+        "data of the slot's previous sequence remain"
+    )
     for _ in range(4):
         assert [*take(made, SchedulerOutput(decodes=[moved])).values()] == [
             *take(still, SchedulerOutput(decodes=[stays])).values()
         ]
 
 
-def test_a_trace_that_begins_again_elsewhere_tells_of_its_own_slot_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_restarted_in_another_slot_shows_that_slot_only(monkeypatch: pytest.MonkeyPatch) -> None:
     made, traced = runner(), sequence(tokens_of(20), Slot(128, 1), checkpoints=[3])
     take(made, whole(sequence(tokens_of(40, seed=2), Slot(128, 2))))
     with monkeypatch.context() as patch:
@@ -121,7 +123,7 @@ def test_a_trace_that_begins_again_elsewhere_tells_of_its_own_slot_only(monkeypa
 
 
 @pytest.mark.parametrize("target", [Slot(128, 3), Slot(256, 2)])
-def test_a_follower_gets_the_prefill_of_its_leader_in_whatever_arena(target: Slot) -> None:
+def test_a_prefill_is_copied_from_its_source_across_arenas(target: Slot) -> None:
     made = runner()
     leader = sequence(tokens_of(50), Slot(128, 0), logprobs=2)
     follower = sequence(leader.prompt, target, logprobs=2)

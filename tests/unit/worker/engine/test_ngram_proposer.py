@@ -1,4 +1,4 @@
-"""Guesses from what stood after the same two tokens before; worked out by hand."""
+"""Tokens proposed from earlier occurrences of the last two tokens, worked out by hand."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def test_what_followed_the_last_two_tokens_is_proposed() -> None:
     assert NgramProposer([7]).propose([7], 3) == []
 
 
-def test_of_several_places_the_latest_counts() -> None:
+def test_the_latest_of_several_occurrences_is_used() -> None:
     assert NgramProposer([1, 2, 3, 1, 2, 4, 1, 2]).propose([], 2) == [4, 1]
 
 
-def test_a_text_that_repeats_itself_is_guessed_to_go_on_so() -> None:
+def test_for_a_repeating_text_the_repetition_is_proposed() -> None:
     assert NgramProposer([5, 6, 6, 6]).propose([], 4) == [6, 6, 6, 6]
     assert NgramProposer([1, 2, 3, 1, 2]).propose([], 4) == [3, 1, 2, 3]
 
@@ -29,11 +29,11 @@ def test_the_output_is_read_as_it_grows() -> None:
     assert proposer.propose(output, 2) == []
     output.append(2)
     assert proposer.propose(output, 2) == [3, 4]
-    output += [8, 9, 4, 1]  # several at once, where guesses were right
+    output += [8, 9, 4, 1]  # several at once, as when proposed tokens were accepted
     assert proposer.propose(output, 2) == [2, 8]
 
 
-def test_right_guesses_bring_more_and_wrong_ones_fewer() -> None:
+def test_accepted_tokens_raise_the_number_of_proposals_and_rejected_ones_lower_it() -> None:
     proposer = NgramProposer([6] * 50)
     first = len(proposer.propose([], 15))
     proposer.note(first, first)
@@ -43,7 +43,7 @@ def test_right_guesses_bring_more_and_wrong_ones_fewer() -> None:
     assert 0 < len(proposer.propose([], 15)) < first
 
 
-def test_where_guesses_are_mostly_wrong_one_is_made_now_and_then_until_one_is_right() -> None:
+def test_after_many_rejections_one_token_is_proposed_from_time_to_time_until_one_is_accepted() -> None:
     proposer = NgramProposer([6] * 50)
     while proposer.acceptance >= MIN_PROBABILITY:
         proposer.note(1, 0)
@@ -55,7 +55,7 @@ def test_where_guesses_are_mostly_wrong_one_is_made_now_and_then_until_one_is_ri
 
 
 @pytest.mark.parametrize("most", [0, 1, 5])
-def test_never_more_than_asked_for(most: int) -> None:
+def test_at_most_the_requested_number_is_proposed(most: int) -> None:
     proposer = NgramProposer([6] * 50)
     proposer.note(100, 100)
     assert len(proposer.propose([], most)) == most

@@ -1,4 +1,4 @@
-"""vLLM's names over the engine, against transformers on the same weights."""
+"""The engine under vLLM's names, compared with transformers on the same weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPTS = ["Hello, my name is", "The river", "The capital of France is"]
 
 @pytest.fixture(scope="module", autouse=True)
 def _leave_logging_alone() -> Iterator[None]:
-    """The suite has a log of its own."""
+    """Keep the logging configuration of the test suite."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("headrace.worker.engine.offline.setup_logging", lambda settings: None)
         yield
@@ -113,7 +113,7 @@ def test_seeds_follow_from_that_of_the_llm() -> None:
     assert first != texts(2)
 
 
-def test_without_max_tokens_the_model_reads_on_to_its_end() -> None:
+def test_without_max_tokens_the_context_is_filled() -> None:
     with LLM(model="demo", max_model_len=40) as made:
         (output,) = made.generate("The river", SamplingParams(max_tokens=None, ignore_eos=True))
     assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 40

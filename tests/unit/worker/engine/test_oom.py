@@ -1,4 +1,4 @@
-"""Memory that runs out: fewer rows at once, the same answers; a job fails only if it cannot be computed even alone."""
+"""Running out of memory: fewer rows at once, the same results; a job fails only if it cannot be computed alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.unit.worker.engine.test_engine_errors import GUILTY
 
 
 class OutOfMemoryError(RuntimeError):
-    """Named like torch's on a GPU."""
+    """Has the name of torch's error on a GPU."""
 
 
 LACKS = [
@@ -35,7 +35,7 @@ LACKS = [
 
 
 class SmallRunner(ModelRunner):
-    """Has memory for so many rows of a step, and for so many slots."""
+    """Has memory for a limited number of rows in a step, and of slots."""
 
     rows, slots = 10**9, 10**9
     lack: Exception = LACKS[2]
@@ -45,7 +45,7 @@ class SmallRunner(ModelRunner):
         self.computed: list[int] = []
 
     def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        outcome = super().run(step)  # what it wrote until then must do no harm
+        outcome = super().run(step)  # the cache contents that it wrote must not matter
         if row_count(step) > self.rows:
             raise self.lack
         self.computed.append(row_count(step))
@@ -85,7 +85,7 @@ def test_rows_that_decode_are_computed_in_parts_too() -> None:
     assert [substance(r) for r in results] == expected(*requests)
 
 
-def test_as_much_as_before_is_tried_again_when_memory_is_back() -> None:
+def test_the_full_number_of_rows_is_tried_again_when_memory_is_available() -> None:
     engine = build(runner=small(rows=2))
     runner = engine.runner
     assert isinstance(runner, SmallRunner)
@@ -116,7 +116,7 @@ def test_a_job_that_fits_nowhere_fails_with_what_to_set_and_harms_no_other() -> 
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5, 9])
-def test_a_cache_that_memory_does_not_hold_takes_fewer_jobs_at_a_time(slots: int) -> None:
+def test_if_memory_does_not_hold_the_cache_fewer_jobs_run_at_a_time(slots: int) -> None:
     started: list[int] = []
     engine = build(runner=small(slots=slots))
     futures = [
@@ -124,7 +124,7 @@ def test_a_cache_that_memory_does_not_hold_takes_fewer_jobs_at_a_time(slots: int
         for number, request in enumerate(MIX)
     ]
     assert [substance(r) for r in drive(engine, *futures)] == expected(*MIX)
-    assert started == list(range(len(MIX))), "who came first goes first"
+    assert started == list(range(len(MIX))), "jobs start in the order of arrival"
     assert idle(engine)
 
 
@@ -155,6 +155,6 @@ def test_a_limit_recovers_slowly_and_more_slowly_after_each_attempt_that_fails()
     assert limit.current == 100
 
 
-def test_what_is_a_lack_of_memory() -> None:
+def test_out_of_memory_errors_are_recognised() -> None:
     assert all(out_of_memory(error) for error in LACKS)
     assert not any(out_of_memory(error) for error in (RuntimeError("shape"), ValueError("out of memory"), KeyError()))

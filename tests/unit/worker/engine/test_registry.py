@@ -1,4 +1,4 @@
-"""Several engines in one thread, and models that are loaded, unloaded, or not to be had."""
+"""Several engines in one thread, and models that are loaded, unloaded, or cannot be loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.unit.worker.jobs.test_stall import until
 
 
 class Player:
-    """Takes so many turns, and says whose each is."""
+    """Runs a number of steps, and records its name for each."""
 
     def __init__(self, name: str, turns: int, said: list[str]) -> None:
         self.name, self.left, self.said = name, turns, said
@@ -34,11 +34,11 @@ class Player:
         return 0.0
 
 
-def test_turns_alternate_until_one_is_over() -> None:
+def test_engines_run_alternately_until_one_has_ended() -> None:
     said: list[str] = []
 
     class Gate(Player):
-        """Has a turn for itself until the others have joined."""
+        """Blocks in its step until the others have been added."""
 
         inside, go_on = threading.Event(), threading.Event()
 
@@ -57,7 +57,7 @@ def test_turns_alternate_until_one_is_over() -> None:
     assert "".join(said) == "abababbb"
 
 
-def test_who_rests_is_woken_and_a_thread_that_is_over_begins_again() -> None:
+def test_a_sleeping_loop_is_woken_and_starts_a_new_thread_after_its_end() -> None:
     class Sleeper(Player):
         def run_step(self) -> float:
             super().run_step()
@@ -86,7 +86,7 @@ def test_engines_in_one_thread_give_the_bits_that_each_gives_alone() -> None:
         assert [substance(future.result(timeout=0)) for future in each] == alone
 
 
-def test_an_engine_that_dies_takes_no_other_with_it() -> None:
+def test_an_engine_that_fails_ends_no_other() -> None:
     class NoRoom(ModelRunner):
         def fit(self, capacity: dict[int, int]) -> None:
             raise RuntimeError("no room")
@@ -127,7 +127,7 @@ def test_all_are_loaded_at_the_start_unless_idle_ones_are_unloaded() -> None:
 
 
 @pytest.mark.parametrize("idle_s", [0, 5])
-def test_a_model_that_is_not_there_is_known_at_the_start(idle_s: float) -> None:
+def test_a_missing_model_is_reported_at_the_start(idle_s: float) -> None:
     settings = Settings(model="demo,other=/nowhere", device="cpu", threads=1, idle_unload_s=idle_s)
     models = ModelRegistry.from_settings(settings)
     with pytest.raises(ModelUnavailable, match="/nowhere") as caught:
@@ -136,7 +136,7 @@ def test_a_model_that_is_not_there_is_known_at_the_start(idle_s: float) -> None:
     models.stop()
 
 
-def test_only_idle_models_are_unloaded_and_asked_for_they_come_back() -> None:
+def test_only_idle_models_are_unloaded_and_a_request_loads_them_again() -> None:
     models, loaded = loader("a", "b", idle_s=0.05)
     for name in ("a", "b"):
         models.get(name)
@@ -169,7 +169,7 @@ def test_without_the_setting_none_is_unloaded() -> None:
     models.stop()
 
 
-def test_the_cache_is_shared_out_in_equal_parts() -> None:
+def test_the_models_get_equal_shares_of_the_cache() -> None:
     one = load_engine(Settings(model="demo", device="cpu", threads=1, kv_cache_bytes=2**24))
     half = load_engine(Settings(model="demo,other=demo", device="cpu", threads=1, kv_cache_bytes=2**24), "other")
     assert (one.scheduler.slots.budget_bytes, half.scheduler.slots.budget_bytes) == (2**24, 2**23)

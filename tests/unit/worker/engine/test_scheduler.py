@@ -38,7 +38,7 @@ def borders(step: SchedulerOutput, of: Sequence) -> list[tuple[int, int]]:
 
 
 def run(scheduler: Scheduler, step: SchedulerOutput) -> list[Sequence]:
-    """What the engine does with a step, with token 5 for everybody. Returns those that left."""
+    """Process a step as the engine does, with token 5 for every sequence. Returns the finished sequences."""
     for chunk in step.chunks:
         scheduler.advance(chunk)
     for each in step.sampled_sequences:
@@ -68,7 +68,7 @@ def test_a_long_sequence_first_in_line_is_not_overtaken_by_short_ones() -> None:
     for each in (running, long, *short):
         line.add(each, 3)
     assert line.admit() == [running]
-    assert line.admit() == [], "short ones pass the long one by"
+    assert line.admit() == [], "short ones overtake the long one"
     line.remove(running)
     assert line.admit() == [long]
 
@@ -176,11 +176,11 @@ def test_equal_prompts_share_one_prefill() -> None:
     line.add(after, 3)
     line.admit()
     assert (after.prefix_source, after.prefix_length) == (leader, 128), (
-        "the whole chunk is there; the rest is computed anew"
+        "the whole chunk is reused; the rest is computed again"
     )
 
 
-def test_when_a_leader_leaves_early_its_first_follower_starts_over_for_the_others() -> None:
+def test_if_a_prefix_source_ends_early_the_first_dependent_computes_the_prompt_for_the_others() -> None:
     line = scheduler(step_tokens=128)
     leader, second, third = sequence(200), sequence(200), sequence(200)
     for each in (leader, second, third):
@@ -198,7 +198,7 @@ def test_when_a_leader_leaves_early_its_first_follower_starts_over_for_the_other
     assert not third.prefilling
 
 
-def test_a_follower_may_leave_before_its_leader() -> None:
+def test_a_dependent_may_end_before_its_prefix_source() -> None:
     line = scheduler(step_tokens=128)
     leader, second, third = sequence(200), sequence(200), sequence(200)
     for each in (leader, second, third):
@@ -211,12 +211,12 @@ def test_a_follower_may_leave_before_its_leader() -> None:
 
 
 def beginning(common: int, rest: int, first: int, write: int = 4, **fields: object) -> Sequence:
-    """A prompt whose first `common` tokens are everybody's, and whose others are its own."""
+    """A sequence whose prompt shares its first `common` tokens with the others."""
     prompt = [7] * common + [first] * rest
     return Sequence(ask(prompt, max_tokens=write, ignore_eos=True, **fields), prompt, 0, 0)
 
 
-def test_prompts_that_begin_alike_compute_the_beginning_once() -> None:
+def test_a_common_prefix_is_computed_once() -> None:
     line = scheduler()
     leader, second, third = (beginning(300, 20, first) for first in (1, 2, 3))
     other, scoring = beginning(0, 320, 4), beginning(300, 20, 5, echo=True, logprobs=1)
@@ -225,7 +225,7 @@ def test_prompts_that_begin_alike_compute_the_beginning_once() -> None:
     line.admit()
     assert [(s.prefix_source, s.prefix_length) for s in (second, third)] == [(leader, 256)] * 2
     assert (other.prefix_source, scoring.prefix_source) == (None, None)
-    assert line.reuse_prefixes() == [], "nothing is there yet"
+    assert line.reuse_prefixes() == [], "the prefix is not computed yet"
     step = line.schedule()
     assert borders(step, leader) == [(0, 128), (128, 128), (256, 64)]
     assert not borders(step, second)
@@ -239,7 +239,7 @@ def test_prompts_that_begin_alike_compute_the_beginning_once() -> None:
     assert borders(step, second) == borders(step, third) == [(256, 64)]
 
 
-def test_who_comes_later_takes_over_from_a_sequence_that_decodes() -> None:
+def test_a_later_sequence_reuses_the_prefix_of_a_decoding_one() -> None:
     line = scheduler()
     leader, late, last = beginning(256, 10, 1), beginning(256, 10, 2), beginning(128, 0, 3)
     line.add(leader, 3)
@@ -248,13 +248,15 @@ def test_who_comes_later_takes_over_from_a_sequence_that_decodes() -> None:
     for each in (late, last):
         line.add(each, 3)
     line.admit()
-    assert [(c.target, c.length) for c in line.reuse_prefixes()] == [(late, 256)], "a row is needed to draw from"
+    assert [(c.target, c.length) for c in line.reuse_prefixes()] == [(late, 256)], (
+        "the first token needs a row to be sampled from"
+    )
     step = line.schedule()
     assert borders(step, late) == [(256, 10)]
     assert borders(step, last) == [(0, 128)]
 
 
-def test_when_the_one_who_computes_a_beginning_leaves_the_next_one_does() -> None:
+def test_if_the_prefix_source_ends_the_next_sequence_computes_the_prefix() -> None:
     line = scheduler(step_tokens=128)
     leader, second, third = (beginning(256, 20, first) for first in (1, 2, 3))
     for each in (leader, second, third):
@@ -268,7 +270,7 @@ def test_when_the_one_who_computes_a_beginning_leaves_the_next_one_does() -> Non
         run(line, line.schedule())
 
 
-def test_detached_followers_compute_their_own() -> None:
+def test_after_stop_sharing_dependents_compute_their_own_prefill() -> None:
     line = scheduler()
     leader, second = sequence(20), sequence(20)
     for each in (leader, second):
@@ -281,7 +283,7 @@ def test_detached_followers_compute_their_own() -> None:
     assert borders(line.schedule(), second) == [(0, 20)]
 
 
-def test_a_step_taken_apart_has_each_sequence_once() -> None:
+def test_a_step_split_by_sequence_has_each_sequence_once() -> None:
     a, b, c = several(3, 300, 5)
     parts = SchedulerOutput(
         decodes=[a], chunks=[PromptChunk(b, 0, 128), PromptChunk(b, 128, 128), PromptChunk(c, 0, 5)]
@@ -294,7 +296,7 @@ def test_a_step_taken_apart_has_each_sequence_once() -> None:
 
 
 def repeating(write: int = 50, **fields: object) -> Sequence:
-    """A sequence whose text is token 5 again and again."""
+    """A sequence whose text repeats token 5."""
     return Sequence(ask([5] * 9, max_tokens=write, ignore_eos=True, **fields), [5] * 9, 0, 0)
 
 
@@ -321,14 +323,14 @@ def decoding(line: Scheduler, *sequences: Sequence) -> SchedulerOutput:
         (3, 0, []),
     ],
 )
-def test_few_decoding_sequences_share_the_rows_for_drafts(texts: int, drafts: int, counts: list[int]) -> None:
+def test_few_decoding_sequences_share_the_rows_for_proposed_tokens(texts: int, drafts: int, counts: list[int]) -> None:
     step = decoding(scheduler(drafts=drafts), *(repeating() for _ in range(texts)))
     assert len(step.decodes) == texts
     assert [len(guesses) for guesses in step.proposed.values()] == counts
     assert step.decode_rows == texts + sum(counts) <= max(16, texts)
 
 
-def test_who_has_nothing_to_guess_leaves_the_rows_to_the_others() -> None:
+def test_a_sequence_without_proposals_leaves_its_rows_to_others() -> None:
     speechless = Sequence(ask([1, 2, 3], max_tokens=9), [1, 2, 3], 0, 0)
     eager = repeating()
     line = scheduler(drafts=7)
@@ -339,16 +341,16 @@ def test_who_has_nothing_to_guess_leaves_the_rows_to_the_others() -> None:
 
 
 @pytest.mark.parametrize(("write", "count"), [(2, 0), (3, 1), (4, 2), (50, 4)])
-def test_drafts_end_before_the_last_token_that_is_asked_for(write: int, count: int) -> None:
+def test_proposals_end_before_the_last_requested_token(write: int, count: int) -> None:
     step = decoding(scheduler(drafts=7), repeating(write))
     assert sum(map(len, step.proposed.values())) == count
 
 
-def test_a_traced_sequence_has_no_drafts() -> None:
+def test_a_captured_sequence_proposes_no_tokens() -> None:
     assert not decoding(scheduler(drafts=7), repeating(checkpoints=[2])).proposed
 
 
-def test_drafts_count_against_the_step_and_are_left_out_where_it_is_taken_apart() -> None:
+def test_proposed_tokens_count_in_the_token_budget_and_are_dropped_from_split_steps() -> None:
     line = scheduler(drafts=7, step_tokens=130)
     writing, reading = repeating(), sequence(300, first=3)
     decoding(line, writing)
@@ -368,7 +370,7 @@ def test_drafts_count_against_the_step_and_are_left_out_where_it_is_taken_apart(
     budget=st.integers(1024, 6000),
     seed=st.integers(0, 1000),
 )
-def test_whatever_comes_and_goes_everybody_is_served(
+def test_every_sequence_is_served_in_any_order_of_events(
     reads: Rows[tuple[int, int, int]], rows: int, budget: int, seed: int
 ) -> None:
     draw = random.Random(seed)
@@ -401,4 +403,4 @@ def test_whatever_comes_and_goes_everybody_is_served(
             break
     assert len(left | cancelled) == len(reads)
     assert all(len(each.output) == each.request.max_tokens for each in left)
-    assert not line._prefilling, "a prefill belongs to a sequence that is gone"
+    assert not line._prefilling, "a prefill belongs to a sequence that was removed"

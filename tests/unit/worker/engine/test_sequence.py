@@ -1,4 +1,4 @@
-"""Text, stop strings and deltas of one sequence, with a vocabulary of bytes so that token borders fall anywhere."""
+"""Text, stop strings and deltas of one sequence, with a vocabulary of bytes, so that tokens can end anywhere."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def sequence(max_tokens: int = 100, **fields: Any) -> Sample:
 
 
 def feed(sequence: Sample, tokens: list[int]) -> list[TextDelta]:
-    """Give tokens until it ends; the deltas on the way."""
+    """Append tokens until the sequence ends. Returns the deltas."""
     deltas = []
     for token in tokens:
         if sequence.finish_reason:
@@ -146,7 +146,7 @@ def test_min_tokens_bans_ends_and_overlooks_stop_strings_until_then() -> None:
     assert (each.text, each.finish_reason) == ("stop ", "stop")
 
 
-def test_the_token_that_makes_min_tokens_full_may_complete_a_stop_string() -> None:
+def test_the_token_that_reaches_min_tokens_may_complete_a_stop_string() -> None:
     each = sequence(min_tokens=4, stop=["op"])
     feed(each, [*spell("abc"), 259])
     assert (each.text, each.finish_reason, len(each.output)) == ("abc", "stop", 4)
@@ -176,7 +176,7 @@ def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_none() -> None:
     min_tokens=st.integers(0, 10),
     max_tokens=st.integers(10, 30),
 )
-def test_deltas_make_up_the_text_and_never_show_what_a_stop_takes_back(
+def test_deltas_join_to_the_text_and_never_contain_text_that_a_stop_string_removes(
     tokens: list[int], stop: list[str], min_tokens: int, max_tokens: int
 ) -> None:
     each = sequence(max_tokens, stop=stop, min_tokens=min_tokens, stop_token_ids=[262])
@@ -202,7 +202,7 @@ def test_deltas_make_up_the_text_and_never_show_what_a_stop_takes_back(
         assert min_tokens > 0 or each.stop_reason == 262 or not any(s in whole for s in stop)
 
 
-def test_a_choice_begins_with_the_prompt_where_echo_asks_for_it() -> None:
+def test_a_choice_begins_with_the_prompt_if_echo_is_set() -> None:
     each = sequence(max_tokens=2, prompt_text="\x01\x02", echo=True, logprobs=1)
     each.sequence.prompt_scores = [TokenScore(1, None, []), TokenScore(2, -2.0, [(9, -0.1), (8, -0.2)])]
     each.append(TokenScore(ord("a"), -1.0, [(ord("a"), -1.0), (ord("b"), -1.5)]))

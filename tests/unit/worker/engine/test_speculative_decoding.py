@@ -1,4 +1,4 @@
-"""Drafts change how many steps a text takes, and nothing else: the same bits with them and without."""
+"""Speculative decoding changes only the number of steps: results have the same bits with and without it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from headrace.worker.engine.sequence_text import TextDelta
 from tests.unit.worker.engine.engine_helpers import ask, build, drive, failure, idle, settle, substance, tokens_of
 from tests.unit.worker.engine.test_batch_invariance import alone, mixed_requests
 
-#: " said the King, said the King, ...": the bundled model goes on so, and drafts are mostly right.
+#: " said the King, said the King, ...": the bundled model repeats this, and accepts most proposed tokens.
 CHANT = [531, 262, 2677, 11] * 8
 
 
@@ -28,7 +28,7 @@ def half() -> GPT2:
 
 @functools.cache
 def repetitive() -> list[GenerateRequest]:
-    """Requests whose texts repeat, so that drafts are accepted, ended in every way there is."""
+    """Requests with repetitive texts, so that proposed tokens are accepted, and with every kind of end."""
     kinds: list[dict[str, Any]] = [
         {"max_tokens": 90, "logprobs": 3},
         {"temperature": 0.5, "n": 3, "logprobs": 1},
@@ -54,12 +54,12 @@ def texts(engine: Engine, requests: list[GenerateRequest]) -> list[dict[str, Any
 
 @functools.cache
 def without_drafts(dtype: str = "float32") -> list[dict[str, Any]]:
-    """What the requests give where nothing is guessed."""
+    """The results of the requests without speculative decoding."""
     return texts(build(model=half() if dtype == "bfloat16" else None), repetitive())
 
 
 @pytest.mark.parametrize(("dtype", "slots"), [("float32", 1), ("float32", 12), ("bfloat16", 3)])
-def test_tokens_and_log_probabilities_are_the_same_bits_with_drafts(dtype: str, slots: int) -> None:
+def test_tokens_and_log_probabilities_have_the_same_bits_with_speculative_decoding(dtype: str, slots: int) -> None:
     model = half() if dtype == "bfloat16" else None
     engine = build(model=model, slots=slots, draft_tokens=7)
     expected = without_drafts(dtype)
@@ -70,12 +70,12 @@ def test_tokens_and_log_probabilities_are_the_same_bits_with_drafts(dtype: str, 
 
 
 @pytest.mark.parametrize("slots", [2, 9])
-def test_mixed_jobs_of_all_kinds_are_the_same_bits_with_drafts(slots: int) -> None:
+def test_mixed_jobs_have_the_same_bits_with_speculative_decoding(slots: int) -> None:
     engine = build(slots=slots, draft_tokens=7, step_tokens=200)
     assert texts(engine, mixed_requests()) == alone()
 
 
-def test_text_comes_in_the_same_pieces() -> None:
+def test_streamed_text_has_the_same_pieces() -> None:
     told: list[list[TextDelta]] = []
     for drafts in (0, 7):
         engine = build(draft_tokens=drafts)
@@ -87,14 +87,14 @@ def test_text_comes_in_the_same_pieces() -> None:
     assert len(told[0]) > 5
 
 
-def test_each_right_draft_saves_a_step() -> None:
+def test_each_accepted_token_saves_a_step() -> None:
     engine = build(draft_tokens=7)
     drive(engine, engine.submit(ask(CHANT, max_tokens=80, ignore_eos=True)))
     assert engine.stats().steps == 80 - engine.stats().accepted
     assert engine.stats().accepted > 40
 
 
-def test_a_job_cancelled_between_drafts_leaves_a_slot_that_gives_the_next_one_its_own_bits() -> None:
+def test_the_slot_of_a_job_cancelled_during_speculation_does_not_affect_the_next_job() -> None:
     (expected,) = texts(build(), [ask(tokens_of(30), max_tokens=60, logprobs=1, ignore_eos=True)])
     engine = build(draft_tokens=7, slots=1)
     chant = engine.submit(ask(CHANT, max_tokens=90, ignore_eos=True))
@@ -104,7 +104,7 @@ def test_a_job_cancelled_between_drafts_leaves_a_slot_that_gives_the_next_one_it
     assert texts(engine, [ask(tokens_of(30), max_tokens=60, logprobs=1, ignore_eos=True)]) == [expected]
 
 
-def test_a_traced_job_has_no_drafts_and_finds_its_slot_empty() -> None:
+def test_a_captured_job_proposes_no_tokens_and_gets_an_empty_slot() -> None:
     request = ask(CHANT, max_tokens=20, checkpoints="all", ignore_eos=True)
     traces: list[dict[str, bytes]] = []
     for drafts in (0, 7):
@@ -117,8 +117,8 @@ def test_a_traced_job_has_no_drafts_and_finds_its_slot_empty() -> None:
     assert traces[0] == traces[1]
 
 
-def test_a_nan_that_only_a_draft_met_is_nobodys() -> None:
-    """The position after those of the first text is poisoned, and its drafts reach it."""
+def test_a_nan_in_rows_of_proposed_tokens_fails_no_job() -> None:
+    """The position after the first text has a NaN, and the rows of its proposed tokens reach it."""
     meets = ask(CHANT, max_tokens=90, ignore_eos=True)
     stops = ask(CHANT, max_tokens=90, min_tokens=60, stop=[" "], logprobs=1, ignore_eos=True)
     written = texts(build(), [stops])[0]["usage"]["completion_tokens"]
@@ -143,7 +143,7 @@ def test_a_nan_that_only_a_draft_met_is_nobodys() -> None:
 
 
 def _watch(engine: Engine, reached: list[int]) -> None:
-    """Note the last position that the first job's rows reach."""
+    """Record the last position that the first job's rows reach."""
     run = engine.runner.run
     first: list[object] = []
 
@@ -157,7 +157,7 @@ def _watch(engine: Engine, reached: list[int]) -> None:
     engine.runner.run = watched  # type: ignore[method-assign]
 
 
-def test_a_step_that_fails_with_drafts_is_computed_without_them() -> None:
+def test_a_step_that_fails_with_proposed_tokens_is_computed_without_them() -> None:
     class NoDrafts(ModelRunner):
         def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
             if step.proposed:
@@ -169,7 +169,7 @@ def test_a_step_that_fails_with_drafts_is_computed_without_them() -> None:
     assert engine.stats().accepted == 0
 
 
-def test_where_memory_holds_one_row_there_are_no_drafts_and_nobody_fails() -> None:
+def test_if_memory_holds_one_row_no_tokens_are_proposed_and_no_job_fails() -> None:
     class OneRow(ModelRunner):
         def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
             if step.decodes and row_count(step) > 1:

@@ -11,7 +11,7 @@ from headrace.worker.jobs.store import JobRecord
 
 @dataclass
 class MemoryStore:
-    """Tests set `results` and `cancels` as Celery's backend and a client would."""
+    """A store whose `results` and `cancels` tests set, as Celery's backend and a client would."""
 
     results: dict[str, str] = field(default_factory=dict)
     cancels: set[str] = field(default_factory=set)

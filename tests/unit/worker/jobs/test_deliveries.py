@@ -1,4 +1,4 @@
-"""The book of deliveries: which message stands for each job, and when a message is done."""
+"""The book of deliveries: the message of each job, and when a message is done."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_message_is_done_with_its_last_job() -> None:
     assert book.held_jobs("demo") == 1
 
 
-def test_a_newer_message_takes_over_jobs_and_keeps_when_they_started() -> None:
+def test_a_newer_message_adopts_jobs_and_keeps_their_start_times() -> None:
     book = DeliveryBook()
     older = taken_in(book, "a", "b")
     older.started_at = 7.0
@@ -77,7 +77,7 @@ def test_a_newer_message_takes_over_jobs_and_keeps_when_they_started() -> None:
     assert book.deliveries() == []
 
 
-def test_a_message_whose_jobs_are_all_taken_over_is_superseded() -> None:
+def test_a_message_whose_jobs_are_all_adopted_is_superseded() -> None:
     book = DeliveryBook()
     older = taken_in(book, "a", "b")
     newer = message("a", "b")
@@ -87,7 +87,7 @@ def test_a_message_whose_jobs_are_all_taken_over_is_superseded() -> None:
     assert book.held_jobs("demo") == 2
 
 
-def test_dropping_a_job_removes_the_message_that_stands_for_it() -> None:
+def test_dropping_a_job_removes_the_message_that_it_belongs_to() -> None:
     book = DeliveryBook()
     older = taken_in(book, "a")
     newer = taken_in(book, "a")
@@ -96,7 +96,7 @@ def test_dropping_a_job_removes_the_message_that_stands_for_it() -> None:
     assert book.drop("a", older) is older, "and itself if none does"
 
 
-def test_handles_tell_messages_apart() -> None:
+def test_handles_are_unique() -> None:
     book = DeliveryBook()
     assert len({taken_in(book, str(number)).handle for number in range(5)}) == 5
 

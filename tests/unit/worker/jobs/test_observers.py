@@ -1,4 +1,4 @@
-"""The observers of jobs: what the log, the counters and the metrics make of each end."""
+"""The observers of jobs: what log, counters and metrics record for each end."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_started_jobs_are_taken_once() -> None:
     assert started.take() == []
 
 
-def test_an_observer_need_not_care() -> None:
+def test_observer_methods_do_nothing_by_default() -> None:
     observer: JobObserver = StartedJobs()
     observer.computed("a")
     observer.ended(ending(result()))

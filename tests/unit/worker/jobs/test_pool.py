@@ -1,4 +1,4 @@
-"""The pool between Celery and the engine, without either: messages go in by hand, and the store is in memory."""
+"""The pool between Celery and the engine, without either: tests put the messages in, and the store is in memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Make = Callable[..., EnginePool]
 
 
 class Message:
-    """Stands in for Celery's Request: a group of jobs, and the queue that it came from."""
+    """Replaces Celery's Request: a group of jobs, and the queue that it came from."""
 
     def __init__(self, *job_ids: str, queue: str = "headrace.demo") -> None:
         self.type, self.id = GROUP_TASK_NAME, f"message of {job_ids}"
@@ -134,7 +134,7 @@ def test_what_ends_and_what_comes_again_is_counted_once(make: Make) -> None:
 
 
 def test_revoking_while_redis_is_silent_does_not_hold_up_the_main_thread(make: Make) -> None:
-    """If the main thread waited for the store, which answers only when `answers` is set, this test would hang."""
+    """The store answers only when `answers` is set, so the test would hang if the main thread waited for it."""
 
     class Silent(MemoryStore):
         answers = threading.Event()
@@ -188,7 +188,7 @@ def test_jobs_that_others_ended_while_redis_could_not_be_reached_are_let_go_of(m
     store = Away()
     pool = make(store, engine, lease_s=3)
     message = deliver(pool, Message("a", "b"))
-    until(lambda: engine.stats().running + engine.stats().waiting == 2)  # one may have come before the other
+    until(lambda: engine.stats().running + engine.stats().waiting == 2)  # they may start one after the other
     store.away = True
     time.sleep(2)  # over half of the lease
     store.results["a"] = "as it ended"
@@ -278,7 +278,7 @@ def test_a_model_is_loaded_for_its_first_job_and_again_after_it_was_idle(make: M
     load.go_on["other"].set()
     assert waits.over.wait(PATIENCE_S)
     assert model_of(store, "w") == "other"
-    until(lambda: not pool.models.loaded)  # the monitor sees to that
+    until(lambda: not pool.models.loaded)  # the heartbeat causes this
     assert {record["loaded"] for record in store.workers.values()} <= {0, 1}
     again = [deliver(pool, Message("x", queue="headrace.other")), deliver(pool, Message("y"))]
     assert all(message.over.wait(PATIENCE_S) for message in again)

@@ -18,7 +18,7 @@ def admitted(quarantine: Quarantine) -> list[str]:
     return [candidate.job_id for candidate in quarantine.admit({"demo"})]
 
 
-def test_new_jobs_go_in_together_and_later_ones_beside_them() -> None:
+def test_new_jobs_are_admitted_together_and_later_ones_join_them() -> None:
     quarantine = Quarantine(64, 3)
     put_all(quarantine, {"a": 0, "b": 0})
     assert admitted(quarantine) == ["a", "b"]

@@ -22,7 +22,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def after(*errors: redis.RedisError) -> Callable[..., str]:
-    """A question that is answered after these errors."""
+    """A request that raises these errors first and then succeeds."""
     left = list(errors)
 
     def ask(*_: Any) -> str:
@@ -33,21 +33,21 @@ def after(*errors: redis.RedisError) -> Callable[..., str]:
     return ask
 
 
-def test_it_is_asked_again_until_there_is_an_answer() -> None:
+def test_requests_are_repeated_until_redis_answers() -> None:
     retries: list[None] = []
     errors = (AWAY, redis.ResponseError("OOM"), AWAY)
     assert retry_until_available(after(*errors), on_retry=lambda: retries.append(None)) == "answer"
     assert len(retries) == 3
 
 
-def test_an_error_that_is_given_up_on_is_raised() -> None:
+def test_an_error_for_which_give_up_is_true_is_raised() -> None:
     with pytest.raises(redis.ResponseError, match="OOM"):
         retry_until_available(
             after(AWAY, redis.ResponseError("OOM")), give_up=lambda error: isinstance(error, redis.ResponseError)
         )
 
 
-def test_a_closing_worker_asks_once_and_goes_without_an_answer() -> None:
+def test_a_closing_worker_sends_each_request_once() -> None:
     store = PatientStore(MemoryStore())
     assert store.ask(after(AWAY, AWAY)) == "answer"
     store.closing = True

@@ -85,7 +85,7 @@ def test_a_redis_that_refuses_the_tensors_fails_the_job_and_one_that_is_away_is_
         ({1: 2, "prompt": "x"}, "invalid_request"),
     ],
 )
-def test_what_strangers_write_is_refused_with_a_code(wire: Any, code: str) -> None:
+def test_invalid_requests_are_refused_with_a_code(wire: Any, code: str) -> None:
     with pytest.raises(JobFailed) as caught:
         read_wire(wire)
     assert caught.value.code == code
@@ -116,7 +116,7 @@ def test_the_next_worker_reads_the_requests_of_this_client(monkeypatch: pytest.M
         ([{"id": "a", "request": 1}, {"id": "a", "request": 2}, {"id": "b", "colour": "red"}], {"a": 1, "b": None}),
     ],
 )
-def test_of_a_group_every_job_with_a_name_is_read_once(group: Any, jobs: dict[str, Any]) -> None:
+def test_each_job_of_a_group_with_a_valid_id_is_read_once(group: Any, jobs: dict[str, Any]) -> None:
     assert read_group(group) == jobs
 
 
@@ -282,7 +282,7 @@ def test_what_is_not_signed_never_reaches_the_engine() -> None:
         with pytest.raises(JobFailed) as caught:
             keyed.submit("a", wire).result(0)
         assert caught.value.code == "bad_signature"
-    for service in (keyed, plain):  # clients have a key before workers do
+    for service in (keyed, plain):  # during an upgrade, clients have a key before workers do
         assert service.submit("a", sign(key, "a", "demo", {"prompt": "x"})).result(0) == "x"
 
 

@@ -17,7 +17,7 @@ from tests.unit.worker.jobs.memory_store import MemoryStore
 
 @dataclass
 class Case:
-    """A store, and what others do to it: a client cancels, Celery stores a result, kombu delivers a message."""
+    """A store, and the actions of others: a client cancels, Celery stores a result, kombu delivers a message."""
 
     store: Store
     cancel: Callable[[str], object]
@@ -138,7 +138,7 @@ def test_the_redis_records_have_their_fields_and_lifetimes(redis_url: str) -> No
     assert connection.zcard(keys.workers()) == 0
 
 
-def test_attempts_are_counted_and_taken_back(case: Case) -> None:
+def test_attempts_are_counted_and_withdrawn(case: Case) -> None:
     assert [record.attempts for record in case.store.lookup(["a", "b"])] == [0, 0]
     assert case.store.count_attempts(["a", "b"]) == [1, 1]
     assert case.store.count_attempts(["b"]) == [2]
@@ -159,7 +159,7 @@ def test_a_record_that_a_stranger_spoilt_holds_up_no_job(redis_url: str, attempt
     assert store.count_attempts(["spoilt"]) == [1]
 
 
-def test_events_are_appended_and_one_that_is_refused_holds_up_no_other(redis_url: str) -> None:
+def test_events_are_appended_and_a_refused_one_delays_no_other(redis_url: str) -> None:
     for connection in (fakeredis.FakeStrictRedis(decode_responses=True), connect(redis_url.replace("db=0", "db=5"))):
         connection.flushall() if isinstance(connection, fakeredis.FakeStrictRedis) else connection.flushdb()
         store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=30, events_ttl_s=40)

@@ -49,7 +49,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "RETRY_S", 0.01)
 
 
-def test_what_comes_between_two_requests_goes_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_between_two_requests_is_written_together(monkeypatch: pytest.MonkeyPatch) -> None:
     store = MemoryStore()
     writer = StreamWriter(store)
     blocked = threading.Event()
@@ -71,7 +71,7 @@ def test_what_comes_between_two_requests_goes_together(monkeypatch: pytest.Monke
     assert "not streaming" not in store.events
 
 
-def test_what_is_refused_comes_later_and_holds_up_nobody() -> None:
+def test_refused_events_are_written_later_and_delay_no_other_job() -> None:
     store = Refusing()
     store.refused = frozenset("a")
     writer = StreamWriter(store)
@@ -87,7 +87,7 @@ def test_what_is_refused_comes_later_and_holds_up_nobody() -> None:
     assert len(store.events["b"]) == 1
 
 
-def test_a_redis_that_is_away_keeps_nothing_of_jobs_that_have_ended() -> None:
+def test_events_of_ended_jobs_are_dropped_during_an_outage() -> None:
     store = Refusing()
     store.away = True
     writer = StreamWriter(store)
@@ -102,7 +102,7 @@ def test_a_redis_that_is_away_keeps_nothing_of_jobs_that_have_ended() -> None:
     assert "a" not in store.events
 
 
-def test_a_piece_that_is_too_large_is_left_to_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_event_that_is_too_large_is_written_without_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "MAX_EVENT_CHARS", 100)
     store = MemoryStore()
     writer = StreamWriter(store)

@@ -67,7 +67,7 @@ def test_a_job_is_a_span_under_its_clients_with_what_the_time_went_to(make: Make
         assert [part.name for part in inside] == ["wait", "prefill", "decode", "store"]
         marks = [inside[0].start_time, *[part.end_time for part in inside]]
         assert marks == sorted(marks)  # type: ignore[type-var]
-        assert [part.start_time for part in inside] == marks[:-1], "one begins where the other ends"
+        assert [part.start_time for part in inside] == marks[:-1], "each phase begins when the one before ends"
         assert (marks[0], marks[-1]) == (span.start_time, span.end_time)
     assert dict(found["a"].attributes or {}) == {
         "gen_ai.operation.name": "text_completion",
@@ -104,7 +104,7 @@ def test_a_job_that_fails_has_status_error_and_the_code(make: Make, spans: InMem
     assert [part.name for part in parts(spans, span)] == ["wait", "store"]
 
 
-def test_a_job_that_comes_again_says_which_attempt_it_is(make: Make, spans: InMemorySpanExporter) -> None:
+def test_the_span_of_a_redelivered_job_has_its_attempt(make: Make, spans: InMemorySpanExporter) -> None:
     again = message("a")
     again.request_dict["delivery_info"] = {"redelivered": True}  # type: ignore[assignment]
     assert deliver(make(MemoryStore(attempts={"a": 1})), again).over.wait(PATIENCE_S)
@@ -113,7 +113,7 @@ def test_a_job_that_comes_again_says_which_attempt_it_is(make: Make, spans: InMe
     assert (attributes["headrace.attempt"], attributes["headrace.redelivered"]) == (2, True)
 
 
-def test_a_job_that_goes_back_says_so(make: Make, spans: InMemorySpanExporter) -> None:
+def test_the_span_of_a_returned_job_says_so(make: Make, spans: InMemorySpanExporter) -> None:
     go_on = threading.Event()
     store = MemoryStore()
     pool = make(store, build(runner=type("Blocked", (BlockedRunner,), {"go_on": go_on}), slots=4))
@@ -127,21 +127,21 @@ def test_a_job_that_goes_back_says_so(make: Make, spans: InMemorySpanExporter) -
     assert [part.name for part in parts(spans, span)] == ["wait", "compute"]
 
 
-def test_a_job_that_was_cancelled_is_no_error(make: Make, spans: InMemorySpanExporter) -> None:
+def test_the_span_of_a_cancelled_job_has_no_error_status(make: Make, spans: InMemorySpanExporter) -> None:
     assert deliver(make(MemoryStore(cancels={"a"})), message("a")).over.wait(PATIENCE_S)
     span = visits(spans)["a"]
     assert span.status.status_code == StatusCode.UNSET
     assert (span.attributes or {})["headrace.state"] == "cancelled"
 
 
-def test_what_the_client_does_not_sample_is_not_recorded(make: Make, spans: InMemorySpanExporter) -> None:
+def test_jobs_that_the_client_does_not_sample_are_not_recorded(make: Make, spans: InMemorySpanExporter) -> None:
     store = MemoryStore()
     assert deliver(make(store), message("a", sampled=False)).over.wait(PATIENCE_S)
     assert "a" in store.results
     assert spans.get_finished_spans() == ()
 
 
-def test_headers_of_a_strangers_harm_nobody(make: Make, spans: InMemorySpanExporter) -> None:
+def test_invalid_trace_headers_cause_no_failure(make: Make, spans: InMemorySpanExporter) -> None:
     """OpenTelemetry's protocol cannot encode such numbers, and the export of all spans would fail."""
     odd = message("a", seed=2**80, top_k=-(2**70))
     odd.request_dict[TRACES_HEADER] = {"a": {"traceparent": ["00"], "tracestate": {}}}  # type: ignore[assignment]
@@ -152,13 +152,13 @@ def test_headers_of_a_strangers_harm_nobody(make: Make, spans: InMemorySpanExpor
     assert not {"gen_ai.request.seed", "gen_ai.request.top_k"} & (span.attributes or {}).keys()
 
 
-def test_without_its_packages_the_setting_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_opentelemetry_the_setting_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
     with pytest.raises(SettingsError, match=r"pip install '\.\[otel\]' -c constraints.txt` in a clone"):
         setup_tracing(load_settings(otel=True), "test")
 
 
-def test_nothing_is_set_up_over_what_the_program_has(spans: InMemorySpanExporter) -> None:
+def test_an_existing_tracer_provider_is_not_replaced(spans: InMemorySpanExporter) -> None:
     from opentelemetry import trace
 
     before = trace.get_tracer_provider()

@@ -53,7 +53,7 @@ def result(*reasons: Any, tokens: int, waiting: float = 0.0, prefill: float = 0.
     )
 
 
-def test_a_job_is_told_once_in_every_histogram() -> None:
+def test_a_job_is_observed_once_in_every_histogram() -> None:
     metrics = Metrics("demo")
     metrics.ended(result("length", tokens=11, waiting=0.25, prefill=0.5, decode=2.0), "demo")
     expected = {
@@ -117,7 +117,7 @@ def watched() -> Iterator[tuple[Metrics, Any, Any]]:
     engine.stop()
 
 
-def test_gauges_say_what_the_engine_does(watched: tuple[Metrics, Any, Any]) -> None:
+def test_gauges_show_the_state_of_the_engine(watched: tuple[Metrics, Any, Any]) -> None:
     metrics, engine, health = watched
     assert value(metrics, "kv_cache_usage_perc") == 0
     futures = [engine.submit(ask(tokens_of(40, i), max_tokens=60, ignore_eos=True)) for i in range(3)]
@@ -141,7 +141,7 @@ def test_gauges_say_what_the_engine_does(watched: tuple[Metrics, Any, Any]) -> N
     assert value(metrics, "redis_up") == value(metrics, "ready") == 0
 
 
-def test_who_computes_and_whether_the_self_test_held(watched: tuple[Metrics, Any, Any]) -> None:
+def test_engine_information_and_the_self_test_result_are_shown(watched: tuple[Metrics, Any, Any]) -> None:
     metrics, engine, _ = watched
     assert value(metrics, "selftest_ok") == 0
     engine.fingerprint = "headrace-0/float32/batch-invariant"
@@ -151,7 +151,7 @@ def test_who_computes_and_whether_the_self_test_held(watched: tuple[Metrics, Any
     assert dict(labels)["worker"] == "host-1"
 
 
-def test_all_names_are_there_with_help_and_one_label(watched: tuple[Metrics, Any, Any]) -> None:
+def test_all_metrics_have_help_texts_and_one_label(watched: tuple[Metrics, Any, Any]) -> None:
     metrics, _, _ = watched
     families = {family.name: family for family in parse(metrics.render()[1].decode())}
     ours = {name: family for name, family in families.items() if name.startswith("headrace_")}
@@ -164,7 +164,7 @@ def test_all_names_are_there_with_help_and_one_label(watched: tuple[Metrics, Any
     assert not [name for name in families if name.endswith("_created")]
 
 
-def test_openmetrics_is_given_to_who_asks_for_it(watched: tuple[Metrics, Any, Any]) -> None:
+def test_openmetrics_is_returned_if_requested(watched: tuple[Metrics, Any, Any]) -> None:
     metrics, _, _ = watched
     content_type, text = metrics.render("application/openmetrics-text; version=1.0.0; charset=utf-8")
     assert content_type.startswith("application/openmetrics-text")

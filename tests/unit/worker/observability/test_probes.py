@@ -69,19 +69,19 @@ def test_other_paths_and_methods_are_refused(probes: Probes) -> None:
     connection.close()
 
 
-def test_who_asks_slowly_holds_up_nobody(probes: Probes) -> None:
+def test_a_slow_client_delays_no_other(probes: Probes) -> None:
     with socket.create_connection(("127.0.0.1", probes.port)) as slow:
         slow.sendall(b"GET /livez HT")
         assert get(probes, "/livez") == (200, "ok\n")
 
 
-def test_a_port_that_is_taken_is_named_and_what_to_do(probes: Probes) -> None:
+def test_the_error_for_a_taken_port_names_it_and_says_what_to_do(probes: Probes) -> None:
     settings = load_settings(metrics_port=probes.port)
     with pytest.raises(ProbesError, match=rf"port {probes.port} \(Address already in use\).*HEADRACE_METRICS_PORT"):
         open_probes(settings)
 
 
-def test_an_address_that_is_none_of_this_machine_is_named() -> None:
+def test_the_error_for_a_foreign_address_names_it() -> None:
     with pytest.raises(ProbesError, match=r"192\.0\.2\.1.*HEADRACE_METRICS_HOST"):
         Probes("192.0.2.1", 0, Metrics("demo"))
 

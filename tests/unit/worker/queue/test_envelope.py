@@ -13,7 +13,7 @@ GOOD: dict[str, Any] = {"body": "", "headers": {}, "properties": {"delivery_info
 
 
 def without(path: str, value: Any) -> dict[str, Any]:
-    """A good envelope with another value at a path such as `properties.priority`."""
+    """A valid envelope with another value at a path such as `properties.priority`."""
     envelope = json.loads(json.dumps(GOOD))
     *outer, name = path.split(".")
     place = envelope
