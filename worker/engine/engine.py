@@ -26,13 +26,13 @@ from headrace.model.tokenizer import Tokenizer
 from headrace.worker.engine.errors import EngineStopped
 from headrace.worker.engine.executor import StepExecutor
 from headrace.worker.engine.output_processor import OutputProcessor
+from headrace.worker.engine.protocols import StepRunner
 from headrace.worker.engine.request_table import RequestTable
 from headrace.worker.engine.requests import RequestState, prepare
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.sequence_text import TextDelta
 from headrace.worker.engine.stats import EngineStats, SequenceStats
 from headrace.worker.engine.step_loop import StepLoop
-from headrace.worker.engine.step_runner import StepRunner
 
 log = structlog.get_logger("headrace.engine")
 

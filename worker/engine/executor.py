@@ -10,10 +10,10 @@ import structlog
 
 from headrace.client.wire.keys import PRIORITIES
 from headrace.worker.engine.oom import CACHE_MESSAGE, STEP_MESSAGE, AdaptiveLimit, out_of_memory, row_count, split
+from headrace.worker.engine.protocols import StepRunner
 from headrace.worker.engine.request_table import PRIORITY_STEP, RequestTable
 from headrace.worker.engine.scheduler import ModelRunnerOutput, Scheduler, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence
-from headrace.worker.engine.step_runner import StepRunner
 
 log = structlog.get_logger("headrace.engine")
 

@@ -1,4 +1,7 @@
-"""When memory runs out, an engine computes fewer rows at once, and slowly raises the number again. No tensors."""
+"""Limits for when memory runs out: compute fewer rows at once, and slowly raise the number again. No tensors.
+
+`executor.py` catches the errors and applies the limits.
+"""
 
 from __future__ import annotations
 

@@ -8,11 +8,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from headrace.worker.engine.protocols import StepRunner
 from headrace.worker.engine.request_table import RequestTable
 from headrace.worker.engine.requests import RequestState
 from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence
-from headrace.worker.engine.step_runner import StepRunner
 
 NAN_MESSAGE = "the model gave no numbers for this prompt (NaN); check its weights"
 

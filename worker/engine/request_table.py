@@ -15,10 +15,10 @@ from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobF
 from headrace.client.wire.keys import PRIORITIES
 from headrace.client.wire.results import Result
 from headrace.worker.engine.errors import EngineStopped
+from headrace.worker.engine.protocols import StepRunner
 from headrace.worker.engine.requests import RequestState
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.sequence import Sequence
-from headrace.worker.engine.step_runner import StepRunner
 
 log = structlog.get_logger("headrace.engine")
 

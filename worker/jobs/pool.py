@@ -34,8 +34,8 @@ from headrace.config import Settings, SettingsError
 from headrace.config.tracing import find_tracer, setup_tracing
 from headrace.worker.engine.errors import ModelUnavailable
 from headrace.worker.jobs.deliveries import Delivery
-from headrace.worker.jobs.flow import JobFlow
 from headrace.worker.jobs.observers import MetricsObserver, SpanObserver
+from headrace.worker.jobs.pipeline import JobPipeline
 from headrace.worker.jobs.service import Service, service_for
 from headrace.worker.observability.probes import Probes, ProbesError, open_probes
 from headrace.worker.queue.engine_consumer import JobPool
@@ -64,8 +64,8 @@ class EnginePool(BasePool, JobPool):
         self.settings: Settings = self.app.headrace_settings
         self._service = service
         #: The parts that jobs pass through; observers of jobs can be added to it.
-        self.flow = JobFlow(self.settings)
-        self.flow.failure.on_unavailable = self._note_unavailable
+        self.pipeline = JobPipeline(self.settings)
+        self.pipeline.failure.on_unavailable = self._note_unavailable
         self._probes: Probes | None = None
 
     @property
@@ -76,7 +76,7 @@ class EnginePool(BasePool, JobPool):
     @property
     def failed(self) -> bool:
         """Whether the process cannot continue: it must not end with exit code 0."""
-        return self.flow.failure.failed
+        return self.pipeline.failure.failed
 
     # --- starting --------------------------------------------------------------------------------------------------
 
@@ -94,19 +94,19 @@ class EnginePool(BasePool, JobPool):
             service.models.start()
         except ModelUnavailable as error:
             # The error says what to do: the process ends with this line and without a traceback.
-            self.flow.failure.log_unavailable(error)
+            self.pipeline.failure.log_unavailable(error)
             raise SystemExit(EX_FAILURE) from error
         service.fail_fast = self.app.backend.fail_fast = True
         self.app.conf.worker_soft_shutdown_timeout = 0.0  # Celery would sleep for this time; `finish_within` does not
-        self.flow.connect(service, self.app.backend, stop_probes=self._stop_probes, flush_traces=flush_traces)
+        self.pipeline.connect(service, self.app.backend, stop_probes=self._stop_probes, flush_traces=flush_traces)
         if self._probes is not None:
             metrics = self._probes.metrics
-            self.flow.observers.add(MetricsObserver(metrics))
+            self.pipeline.observers.add(MetricsObserver(metrics))
             service.on_retry = self.app.backend.on_retry = metrics.retried
-            metrics.watch(self.flow.book, service.models, self.flow.health, self.flow.heartbeat)
-        self.flow.start()
+            metrics.watch(self.pipeline.book, service.models, self.pipeline.health, self.pipeline.heartbeat)
+        self.pipeline.start()
         if self._probes is not None:
-            self._probes.watch(self.flow.health)
+            self._probes.watch(self.pipeline.health)
 
     def _set_up_traces(self) -> Callable[[], None]:
         """Set up OpenTelemetry if the settings ask for it. Returns what sends the last spans."""
@@ -118,12 +118,12 @@ class EnginePool(BasePool, JobPool):
         if (tracer := find_tracer()) is not None:
             from headrace.worker.observability.tracing import JobTraces
 
-            self.flow.observers.add(SpanObserver(JobTraces(tracer)))
+            self.pipeline.observers.add(SpanObserver(JobTraces(tracer)))
         return flush
 
     def register_with_event_loop(self, hub: Hub) -> None:
         """Called by Celery with the loop of the main thread, just before it begins to read the queue."""
-        self.flow.main_thread.hub = hub
+        self.pipeline.main_thread.hub = hub
 
     # --- messages --------------------------------------------------------------------------------------------------
 
@@ -163,9 +163,9 @@ class EnginePool(BasePool, JobPool):
             jobs=jobs,
             verdict=verdict,
         )
-        self.flow.observers.received(delivery)
-        self.flow.book.add(delivery)
-        self.flow.intake.put(delivery)
+        self.pipeline.observers.received(delivery)
+        self.pipeline.book.add(delivery)
+        self.pipeline.intake.put(delivery)
 
     def has_room(self, model: str | None = None) -> bool:
         """Whether another message may be taken for the model; without a name, for any model.
@@ -175,15 +175,15 @@ class EnginePool(BasePool, JobPool):
         names = self.models.names
         window = max(1, int(self.limit) // len(names))
         names = (model,) if model else names
-        return self.flow.takes_messages and any(self.flow.book.held_jobs(name) < window for name in names)
+        return self.pipeline.takes_messages and any(self.pipeline.book.held_jobs(name) < window for name in names)
 
     def refuse(self, job_ids: Sequence[str], error: JobFailed) -> None:
         """Fail the jobs that a refused message names, unless they may belong to somebody else."""
-        self.flow.intake.refuse(job_ids, error)
+        self.pipeline.intake.refuse(job_ids, error)
 
     def revoke(self, request: Any, reason: str) -> None:
         """End the jobs of a message that was revoked or has expired, without disturbing others."""
-        if not self.flow.cancellation.revoke(request, reason):  # Celery asks before it passes on the message
+        if not self.pipeline.cancellation.revoke(request, reason):  # Celery asks before it passes on the message
             args, callback = (request.type, request.id, request.request_dict), request.on_success
             self.on_apply(None, args, callback=callback, verdict=TaskRevokedError(reason))  # type: ignore[arg-type]
 
@@ -210,26 +210,26 @@ class EnginePool(BasePool, JobPool):
 
     def end_process(self, error: BaseException) -> None:
         """End this process, because it cannot continue. May be called from any thread, and repeatedly."""
-        self.flow.end_process(error)
+        self.pipeline.end_process(error)
 
     def _note_unavailable(self, reason: str) -> None:
         self.app.headrace_unavailable = reason  # `headrace up` ends with it
 
     def on_close(self) -> None:
         """Called by Celery when a shutdown begins."""
-        self.flow.close()
+        self.pipeline.close()
 
     def finish_within(self, seconds: float) -> None:
         """Called in the signal handler of a cold shutdown: running jobs may take this many seconds to finish."""
-        self.flow.cold_shutdown.finish_within(seconds)
+        self.pipeline.cold_shutdown.finish_within(seconds)
 
     def on_stop(self) -> None:
         """Called by Celery for a warm shutdown."""
-        self.flow.shutdown.warm()
+        self.pipeline.shutdown.warm()
 
     def on_terminate(self) -> None:
         """Called by Celery for a cold shutdown."""
-        self.flow.shutdown.cold()
+        self.pipeline.shutdown.cold()
 
     def _stop_probes(self) -> None:
         if self._probes is not None:

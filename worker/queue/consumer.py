@@ -16,7 +16,7 @@ from celery.worker.consumer import Consumer
 from headrace.client.wire.celery import GROUP_TASK_NAME, TASK_NAME
 from headrace.client.wire.errors import JobFailed
 from headrace.client.wire.requests import is_job_id
-from headrace.worker.queue.envelope import dead_letter
+from headrace.worker.queue.dead_letters import dead_letter
 from headrace.worker.queue.messages import BAD_SIGNATURE, argument, model_of, read_group
 from headrace.worker.queue.permissions import is_forbidden
 from headrace.worker.queue.transport import CONNECTION_ERRORS, plain_client, transport_that_takes

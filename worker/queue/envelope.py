@@ -1,14 +1,10 @@
-"""The envelope that kombu writes around a Celery message: reads it, checks it, and keeps what cannot be read."""
+"""The envelope that kombu writes around a Celery message: reads and checks it."""
 
 from __future__ import annotations
 
-import json
-import time
 from typing import Any
 
 from kombu.utils.json import loads
-
-from headrace.client.wire import keys
 
 
 def read_envelope(message: bytes | str) -> dict[str, Any]:
@@ -58,14 +54,3 @@ def _check_envelope(envelope: Any) -> dict[str, Any]:
 def as_text(value: bytes | str) -> str:
     """Decode what a Redis connection returns, which depends on `decode_responses`."""
     return value if isinstance(value, str) else value.decode()
-
-
-def dead_letter(connection: Any, queue: str, message: bytes, reason: str) -> None:
-    """Append a refused message to the dead letter list. Raises redis.RedisError."""
-    text = message[: keys.DEAD_TEXT_BYTES].decode(errors="replace")
-    entry = {"reason": reason, "at": time.time(), "queue": queue, "bytes": len(message), "message": text}
-    pipe = connection.pipeline()
-    pipe.lpush(keys.dead(), json.dumps(entry))
-    pipe.ltrim(keys.dead(), 0, keys.DEAD_ENTRIES - 1)
-    pipe.expire(keys.dead(), keys.DEAD_TTL_S)
-    pipe.execute()

@@ -94,9 +94,9 @@ def test_a_job_that_ended_elsewhere_is_not_computed_when_its_message_comes_again
     assert store.results["before"] == "as it ended"
     assert json.loads(store.results["new"])["status"] == "SUCCESS"
     assert store.attempts == {"new": 1}, "only one went to the engine"
-    assert pool.flow.counts.finished["succeeded"] == 1
+    assert pool.pipeline.counts.finished["succeeded"] == 1
     assert deliver(pool, Message("before", "new")).over.wait(PATIENCE_S)
-    assert pool.flow.counts.finished["succeeded"] == 1
+    assert pool.pipeline.counts.finished["succeeded"] == 1
 
 
 def test_a_worker_whose_port_is_taken_ends_before_it_loads_a_model() -> None:
@@ -115,14 +115,14 @@ def test_a_cold_shutdown_may_begin_before_the_models_are_loaded() -> None:
     app = make_app(load_settings(redis_url="redis://localhost:1/0"))
     pool = EnginePool(limit=6, app=app)
     pool.finish_within(0)  # called in a signal handler, where an error would end the process without a shutdown
-    assert pool.flow.cold_shutdown.requested
+    assert pool.pipeline.cold_shutdown.requested
     app.close()
 
 
 def test_what_ends_and_what_comes_again_is_counted_once(make: Make) -> None:
     metrics = Metrics("demo")
     pool = make(MemoryStore(results={"before": "as it ended"}))
-    pool.flow.observers.add(MetricsObserver(metrics))
+    pool.pipeline.observers.add(MetricsObserver(metrics))
     again = Message("before", "new")
     again.request_dict["delivery_info"] = {"redelivered": True}
     for message in (again, Message("other")):
@@ -193,12 +193,12 @@ def test_jobs_that_others_ended_while_redis_could_not_be_reached_are_let_go_of(m
     time.sleep(2)  # over half of the lease
     store.results["a"] = "as it ended"
     store.away = False
-    until(lambda: pool.flow.book.open_jobs() == ["b"])
+    until(lambda: pool.pipeline.book.open_jobs() == ["b"])
     go_on.set()
     assert message.over.wait(PATIENCE_S)
     assert store.results["a"] == "as it ended"
     assert json.loads(store.results["b"])["status"] == "SUCCESS"
-    assert pool.flow.counts.finished == {"succeeded": 1, "failed": 0, "cancelled": 0, "expired": 0}
+    assert pool.pipeline.counts.finished == {"succeeded": 1, "failed": 0, "cancelled": 0, "expired": 0}
 
 
 def test_a_refused_message_ends_no_job_that_is_here_and_any_other_that_it_names(make: Make) -> None:
@@ -207,7 +207,7 @@ def test_a_refused_message_ends_no_job_that_is_here_and_any_other_that_it_names(
     store = MemoryStore()
     pool = make(store, engine)
     message = deliver(pool, Message("runs"))
-    until(lambda: pool.flow.book.open_jobs() == ["runs"])
+    until(lambda: pool.pipeline.book.open_jobs() == ["runs"])
     pool.refuse(["runs", "waits"], JobFailed("unreadable_message", "no task"))
     until(lambda: "waits" in store.results)
     go_on.set()
@@ -225,7 +225,7 @@ def test_with_a_key_a_refused_message_fails_only_what_a_client_without_the_key_s
     pool.refuse(names, JobFailed("bad_signature", "no signature"))
     until(lambda: len(store.results) == 2)
     pool.refuse(names, JobFailed("bad_signature", "no signature"))
-    until(lambda: pool.flow.counts.finished["failed"] == 4)
+    until(lambda: pool.pipeline.counts.finished["failed"] == 4)
     assert sorted(store.results) == ["theirs", "unmarked"]
 
 
@@ -256,7 +256,7 @@ def test_jobs_go_to_the_model_of_their_queue_and_have_windows_of_their_own(make:
     assert not pool.has_room("demo"), "half of the six that the pool may hold"
     assert pool.has_room("other")
     assert pool.has_room()
-    assert pool.flow.book.held_jobs("demo") == 3
+    assert pool.pipeline.book.held_jobs("demo") == 3
     deliver(pool, Message("d", queue="headrace.other"))
     until(lambda: "d" in store.attempts)
     go_on.set()  # one thread computes for both
@@ -283,9 +283,9 @@ def test_a_model_is_loaded_for_its_first_job_and_again_after_it_was_idle(make: M
     again = [deliver(pool, Message("x", queue="headrace.other")), deliver(pool, Message("y"))]
     assert all(message.over.wait(PATIENCE_S) for message in again)
     assert sorted(load.loaded) == ["demo", "demo", "other", "other"]
-    assert pool.flow.counts.finished["succeeded"] == 5
+    assert pool.pipeline.counts.finished["succeeded"] == 5
     until(lambda: any(record["loaded"] == 0 for record in store.workers.values()))
-    names = {pool.flow.heartbeat.name + "@demo": "demo", pool.flow.heartbeat.name + "@other": "other"}
+    names = {pool.pipeline.heartbeat.name + "@demo": "demo", pool.pipeline.heartbeat.name + "@other": "other"}
     assert {name: record["model"] for name, record in store.workers.items()} == names
 
 
@@ -293,10 +293,10 @@ def test_a_job_is_cancelled_while_its_model_is_being_loaded(make: Make) -> None:
     store, load = MemoryStore(), Loading("other")
     pool = make(store, models=ModelRegistry(["demo", "other"], load, idle_s=60))
     waits = deliver(pool, Message("w", queue="headrace.other"))
-    until(lambda: pool.flow.quarantine.models() == {"other"})
+    until(lambda: pool.pipeline.quarantine.models() == {"other"})
     store.cancels.add("w")
     assert waits.over.wait(PATIENCE_S)
-    assert pool.flow.counts.finished["cancelled"] == 1
+    assert pool.pipeline.counts.finished["cancelled"] == 1
     load.go_on["other"].set()
 
 

@@ -24,7 +24,7 @@ from headrace.worker.jobs.shutdown_watchdog import ShutdownWatchdog
 from headrace.worker.jobs.worker_record import WorkerRecord
 
 
-class JobFlow:
+class JobPipeline:
     """The parts that hold jobs and messages, and, after `connect`, the parts that process them."""
 
     completion: Completion

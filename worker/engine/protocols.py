@@ -1,4 +1,4 @@
-"""The interface between the engine and the code that computes on tensors.
+"""The interface between the engine, which knows no tensors, and the code that computes on them.
 
 `model_runner.ModelRunner` implements it; benchmarks have an implementation without a model.
 """
