@@ -40,7 +40,7 @@ class Hooks(Protocol):
     def take_messages(self, on: bool) -> None:
         """Take messages from the queue, or stop taking them."""
 
-    def look(self) -> None:
+    def wake_intake(self) -> None:
         """Check for idle models."""
 
     def end_process(self, error: BaseException) -> None:
@@ -117,7 +117,7 @@ class Heartbeat:
         self._cancellation.cancel_requested()
         self._check_engines()
         if self._models.unloads and not stopping():
-            self._hooks.look()
+            self._hooks.wake_intake()
         if not self._stalled:
             self._leases.renew(now)
         if beat := now >= self._beat_at or stopping():

@@ -95,7 +95,7 @@ class Intake:
         if job_ids:
             self._inbox.put(Refusal(job_ids, error))
 
-    def look(self) -> None:
+    def wake(self) -> None:
         """Submit the jobs whose model has been loaded or that may run now, and unload idle models. Returns at once."""
         self._inbox.put(_Signal.LOOK)
 
@@ -182,7 +182,7 @@ class Intake:
 
     def _submit_admitted(self) -> None:
         """Submit the jobs that may run now. Their attempts are counted first, because a job may kill the process."""
-        self._models.load_in_background(self._quarantine.models(), self.look)
+        self._models.load_in_background(self._quarantine.models(), self.wake)
         while candidates := self._quarantine.admit(self._models.loaded):
             if not self._count_attempts([candidate.job_id for candidate in candidates]):
                 return

@@ -103,7 +103,7 @@ class JobPipeline:
             quarantine=self.quarantine,
             observers=self.observers,
             main_thread=self.main_thread,
-            on_vacant=self.look,
+            on_vacant=self.wake_intake,
             on_fatal=self.end_process,
         )
         self.intake = Intake(
@@ -159,9 +159,9 @@ class JobPipeline:
         self.takes_messages = on
         self.main_thread.wake()
 
-    def look(self) -> None:
+    def wake_intake(self) -> None:
         """Submit the jobs that may run now, and unload idle models. Returns at once."""
-        self.intake.look()
+        self.intake.wake()
 
     def end_process(self, error: BaseException) -> None:
         """End this process, because it cannot continue. May be called from any thread, and repeatedly."""
