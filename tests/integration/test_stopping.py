@@ -53,7 +53,7 @@ def test_a_prompt_that_kills_its_process_fails_and_takes_nobody_with_it(
                 deaths += 1
     assert deaths == 2, "once with other jobs, once alone"
     assert texts[0] == texts[-1], "the text does not depend on the batch composition"
-    with pytest.raises(JobFailed, match="begun 2 times") as caught:
+    with pytest.raises(JobFailed, match="started 2 times") as caught:
         group[2].result(1)
     assert caught.value.code == "max_attempts"
 

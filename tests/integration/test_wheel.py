@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
 import textwrap
+import urllib.request
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -213,8 +215,10 @@ def test_a_base_install_submits_and_serves_without_torch(
     (project / "prompts.jsonl").write_text('{"custom_id": "a", "prompt": "Hello.", "max_tokens": 3}\n')
     shell.run("headrace", "batch", "-i", "prompts.jsonl", "-o", "results.jsonl")
     assert json.loads((project / "results.jsonl").read_text())["response"]["status_code"] == 200
-    with shell.running("headrace", "serve", "--port", "0", until="http://"):
-        pass
+    with shell.running("headrace", "serve", "--port", "0", until="http://") as log:
+        (url,) = re.findall(r"http://[\d.:]+", log.read_text())
+        with urllib.request.urlopen(f"{url}/health", timeout=PATIENCE_S) as answer:
+            assert answer.status == 200
 
 
 @pytest.mark.parametrize(
