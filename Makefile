@@ -11,20 +11,20 @@ help: ## show this
 
 $(VENV)/run: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and "headrace needs Python 3.11 or 3.12; set PYTHON, for example make PYTHON=python3.12")'
-	@echo "Installing headrace, PyTorch and a Redis server into $(VENV); this takes about a minute, once."
+	@echo "Installing headrace, PyTorch and a Redis server into $(VENV); this takes up to a minute, once."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable '.[worker,embedded]'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/run
-	@echo "Installing the tools for development into $(VENV); this takes about a minute, once."
+	@echo "Installing the tools for development into $(VENV); this takes up to a minute, once."
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
 setup: $(VENV)/dev ## create .venv with everything for development
 
 demo: $(VENV)/run ## generate text from the bundled model through an embedded Redis and a worker
-	@echo "Starting an embedded Redis and a worker; the first start compiles the kernels, which takes about 20 seconds."
+	@echo "Starting an embedded Redis and a worker; the first start compiles the kernels, which takes some seconds."
 	$(BIN)/headrace generate "Hello." --max-tokens 24 --temperature 0
 
 test: $(VENV)/dev ## run the whole test suite, in four processes
