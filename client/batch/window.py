@@ -251,7 +251,7 @@ class Window(Generic[K]):
                 if not status.serves(model):
                     self._notify(
                         f"{len(self._waiting)} jobs wait and no worker serves queue {keys.queue(model)}; "
-                        "start one with `celery -A worker worker`"
+                        "start one with `celery -A headrace.worker worker`"
                     )
 
     def _notify_rate_limited(self, message: str) -> None:

@@ -152,7 +152,7 @@ class JobReader:
             model = self._model_of(waiting[0])
             if not self.status().serves(model):
                 log.warning(
-                    "%d jobs wait and no worker serves queue %s; start one with `celery -A worker worker`",
+                    "%d jobs wait and no worker serves queue %s; start one with `celery -A headrace.worker worker`",
                     len(waiting),
                     keys.queue(model),
                 )

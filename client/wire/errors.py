@@ -279,7 +279,7 @@ class NoWorker(ResultTimeout):
     def __str__(self) -> str:
         return (
             f"job {self.job_id} is still {self.state} after {self.timeout_s:g} s and no worker serves queue "
-            f"{self.queue}; the job waits there: start a worker with `celery -A worker worker`"
+            f"{self.queue}; the job waits there: start a worker with `celery -A headrace.worker worker`"
         )
 
 

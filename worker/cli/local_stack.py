@@ -87,7 +87,7 @@ def _is_served(client: Client, settings: Settings) -> bool:
         served = ", ".join(sorted({worker.model for worker in status.workers})) or "nothing"
         raise NothingRuns(
             f"no worker serves {queue(settings.model_name)} on the Redis that HEADRACE_REDIS_URL names; "
-            f"start one with `celery -A worker worker`. Served there: {served}"
+            f"start one with `celery -A headrace.worker worker`. Served there: {served}"
         )
     return status.serves(settings.model_name)
 

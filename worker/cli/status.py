@@ -41,7 +41,7 @@ def status(here: bool, as_json: bool) -> None:
         raise SystemExit(FAILED)
     if missing := [name for name in settings.models if not found.serves(name)]:
         if not as_json:
-            note.print(f"no worker serves {queue(missing[0])}; start one with `celery -A worker worker`")
+            note.print(f"no worker serves {queue(missing[0])}; start one with `celery -A headrace.worker worker`")
         raise SystemExit(NOT_RUNNING)
 
 

@@ -19,7 +19,7 @@ def up() -> None:
 
 
 def run_worker() -> int:
-    """Run a worker in this process until a signal ends it, as `celery -A worker worker` does. Returns the exit code.
+    """Run a worker in this process until a signal ends it, as the `celery` command does. Returns the exit code.
 
     Raises:
         NothingRuns: a model cannot be loaded.
