@@ -97,8 +97,8 @@ class Submitter:
         given = {name: value for name, value in fields.items() if not is_missing(value)}
         job_id, model, timeout_s = given.pop("id", None), given.pop("model", None), given.pop("timeout_s", None)
         for internal, advice in {"expires_at": "use timeout_s", "schema_version": "it is set for you"}.items():
-            if internal in fields:
-                raise InvalidRequest(internal, show(fields[internal]), f"no such parameter; {advice}")
+            if internal in given:
+                raise InvalidRequest(internal, show(given[internal]), f"no such parameter; {advice}")
         if timeout_s is not None:
             given["expires_at"] = time.time() + _check_timeout_s(timeout_s)
         request = parse_request(given)

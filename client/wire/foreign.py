@@ -68,6 +68,10 @@ def _is_n(value: Any, fields: Mapping[str, Any]) -> bool:
     return _same(value, 1 if is_missing(n) else to_whole(n))
 
 
+def _is_off(value: Any, _: Mapping[str, Any]) -> bool:
+    return isinstance(value, dict) and all(option is None or option is False for option in value.values())
+
+
 NO_VALUE = Foreign(lambda _value, _fields: False)
 _TEXT = any_of(str, "text")
 _FLAG = any_of(bool, "True or False")
@@ -96,7 +100,15 @@ FOREIGN: dict[str, Foreign] = {
     "metadata": any_of(dict, "an object"),
     "store": _OFF,
     "service_tier": only("auto", "default"),
-    "stream_options": only({}, advice="only streams over HTTP have options"),
+    "stream_options": Foreign(_is_off, "{}", "only streams over HTTP have options"),
+    "extra_body": only({}, advice="the openai package merges it into the body"),
+    "extra_headers": only({}),
+    "extra_query": only({}),
+    "reasoning_effort": only("none"),
+    "chat_template_kwargs": only({}, advice=_CHAT),
+    "continue_final_message": only(False, advice=_CHAT),
+    "add_generation_prompt": _FLAG,
+    "documents": only([]),
     "response_format": only({"type": "text"}, advice=_SCHEMA),
     "modalities": only(["text"]),
     "tools": only([], advice=_CHAT),

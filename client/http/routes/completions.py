@@ -22,6 +22,7 @@ from headrace.client.http.jobs import JobRunner, Prompt, SubmittedJobs
 from headrace.client.http.sse import EventStream, encode_event, run_until_disconnect
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.requests import plain_fields
 from headrace.client.wire.results import Result
 from headrace.client.wire.values import show, show_name
 
@@ -89,9 +90,9 @@ def _parse_prompts(value: Any) -> tuple[list[Prompt], bool]:
 
 
 def _parse_include_usage(options: Any, *, stream: bool) -> bool:
-    if options is None or options == {}:
+    if options is None:
         return False
-    if not isinstance(options, dict) or not stream:
+    if not isinstance(options, dict) or (any(options.values()) and not stream):
         raise InvalidRequest("stream_options", show(options), "an object, and only with stream")
     for name, value in options.items():
         if value is not None and (name not in _STREAM_OPTIONS or not isinstance(value, bool)):
@@ -222,7 +223,7 @@ def _encode_chunk_error(error: ApiError) -> bytes:
 
 async def execute(request: Request) -> Any:
     """`POST /execute`: one prompt with the fields of `Client.submit`; events `started`, `token`, `end`, `error`."""
-    jobs, fields = context_of(request).jobs, await read_json(request)
+    jobs, fields = context_of(request).jobs, plain_fields(await read_json(request))
     if fields.pop("stream", True) is not True:
         raise InvalidRequest("stream", "another value", "True: /execute always streams")
     if "prompt" not in fields:

@@ -187,7 +187,8 @@ def test_other_negative_seeds_are_seeds(seed: Any) -> None:
 
 NEUTRAL: dict[str, list[Any]] = {
     "suffix": [""], "best_of": [1, 1.0], "user": ["u", ""], "metadata": [{}, {"a": "b"}], "store": [False],
-    "service_tier": ["auto", "default"], "response_format": [{"type": "text"}], "stream_options": [{}],
+    "service_tier": ["auto", "default"], "response_format": [{"type": "text"}], "extra_body": [{}],
+    "stream_options": [{}, {"include_usage": False}],
     "tools": [[]], "tool_choice": ["none", "auto"], "parallel_tool_calls": [True], "top_logprobs": [0],
     "use_beam_search": [False, np.False_], "length_penalty": [1, 1.0, np.float32(1)], "early_stopping": [False],
     "skip_special_tokens": [True], "spaces_between_special_tokens": [True], "include_stop_str_in_output": [False],

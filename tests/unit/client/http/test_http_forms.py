@@ -78,7 +78,7 @@ def test_fields_that_ask_for_nothing_are_left_out() -> None:
     nothing = {"suffix": "", "best_of": 1, "n": None, "use_beam_search": False, "skip_special_tokens": True,
                "priority": 0, "response_format": {"type": "text"}, "stream": None, "stream_options": None}  # fmt: skip
     assert parse_completion_request({"prompt": "a", **nothing}) == parse_completion_request({"prompt": "a"})
-    for options in ({}, None):
+    for options in ({}, {"include_usage": False}, None):
         assert not parse_completion_request({"prompt": "a", "stream_options": options}).include_usage
     options = {"include_usage": None, "include_obfuscation": True}
     assert not parse_completion_request({"prompt": "a", "stream": True, "stream_options": options}).include_usage
