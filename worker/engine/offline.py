@@ -42,11 +42,22 @@ from headrace.worker.engine.offline_types import (
     Logprob,
     RequestOutput,
     SamplingParams,
+    TextPrompt,
+    TokensPrompt,
     output_of,
     refuse_unknown,
 )
 
-__all__ = ["LLM", "CompletionOutput", "InvalidPrompt", "Logprob", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "InvalidPrompt",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
+]
 
 #: vLLM's names of types that have other names here.
 _DTYPES = {"half": "float16", "float": "float32"}

@@ -6,7 +6,7 @@ import copy
 import difflib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, NotRequired, Self, TypedDict
 
 from headrace.client.wire.requests import MAX_TOKENS, GenerateRequest, parse_request
 from headrace.client.wire.results import Choice, Result, TokenLogprob
@@ -109,6 +109,19 @@ class SamplingParams:
         if room is None or request.max_tokens <= room:
             return request
         return request.model_copy(update={"max_tokens": room, "min_tokens": min(request.min_tokens, room)})
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids, and its text if `RequestOutput.prompt` is to have it."""
+
+    prompt_token_ids: list[int]
+    prompt: NotRequired[str]
 
 
 @dataclass

@@ -10,7 +10,7 @@ import pytest
 
 from headrace.client import InvalidRequest, JobFailed
 from headrace.client.wire.requests import parse_request
-from headrace.worker.engine.offline import LLM, SamplingParams
+from headrace.worker.engine.offline import LLM, SamplingParams, TokensPrompt
 
 PROMPTS = ["Hello, my name is", "The river", "The capital of France is"]
 
@@ -291,7 +291,10 @@ def test_options_of_generate_that_are_not_computed_are_value_errors(
 
 
 def test_outputs_have_the_fields_of_vllm(llm: LLM) -> None:
-    asked = [{"prompt_token_ids": [15496, 13], "prompt": "Hello."}, {"prompt": "Hello.", "multi_modal_data": None}]
+    asked = [
+        TokensPrompt(prompt_token_ids=[15496, 13], prompt="Hello."),
+        {"prompt": "Hello.", "multi_modal_data": None},
+    ]
     params = [SamplingParams(temperature=0, max_tokens=3, stop=["\0"]), SamplingParams(temperature=0, max_tokens=3)]
     first, second = llm.generate(asked, params, use_tqdm=False, lora_request=None, priority=[0, 0])
     assert first.outputs == second.outputs
