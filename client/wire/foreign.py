@@ -273,6 +273,8 @@ def advice(name: Any, public: Collection[str]) -> str:
     others = [other for other in public if other != name]
     simple = name.strip().lower().replace("-", "_")
     near = [simple] if simple in others else difflib.get_close_matches(simple, others, n=1, cutoff=0.6)
-    if (meant := ALIASES.get(simple) or next(iter(near), None)) and meant != name:
-        return f"no such parameter; did you mean {meant}?"
+    if (alias := ALIASES.get(simple)) in others:
+        near = [str(alias)]
+    if near:
+        return f"no such parameter; did you mean {near[0]}?"
     return f"one of {', '.join(sorted(others))}"

@@ -5,7 +5,7 @@ On the wire a request is JSON. A request with a field that is not listed here is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -194,6 +194,8 @@ class GenerateRequest(SamplingParams):
 #: What callers may name: `Client.submit` takes the last three and sends `expires_at` in place of `timeout_s`.
 PUBLIC_NAMES = frozenset(GenerateRequest.model_fields) - {"schema_version", "expires_at"} | {"timeout_s", "id", "model"}
 
+#: What messages of other producers may name.
+WIRE_NAMES = frozenset(GenerateRequest.model_fields)
 #: Parameters that are whole numbers, also if a table or another language wrote them as 64.0.
 WHOLE_NAMES = frozenset({"max_tokens", "top_k", "n", "seed", "logprobs", "min_tokens"})
 
@@ -206,8 +208,12 @@ def plain_fields(fields: Mapping[Any, Any]) -> dict[Any, Any]:
     }
 
 
-def parse_request(fields: Mapping[Any, Any]) -> GenerateRequest:
+def parse_request(fields: Mapping[Any, Any], *, public: Collection[str] = PUBLIC_NAMES) -> GenerateRequest:
     """Check the fields of a request and return it. Fields that ask for nothing are ignored; see `foreign.FOREIGN`.
+
+    Args:
+        fields: of the request.
+        public: the names that an error may suggest.
 
     Raises:
         InvalidRequest: a field is wrong. It names the first such field, its value, and what is expected.
@@ -215,7 +221,7 @@ def parse_request(fields: Mapping[Any, Any]) -> GenerateRequest:
     given = drop_neutral(fields)
     for name in given:
         if name not in GenerateRequest.model_fields:
-            raise InvalidRequest(show_name(name), show(given[name], name), advice(name, PUBLIC_NAMES))
+            raise InvalidRequest(show_name(name), show(given[name], name), advice(name, public))
     try:
         return GenerateRequest.model_validate(given)
     except ValidationError as error:

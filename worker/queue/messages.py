@@ -9,7 +9,7 @@ import structlog
 from headrace.client.wire import keys
 from headrace.client.wire.celery import GROUP_TASK_NAME
 from headrace.client.wire.errors import InvalidRequest, JobFailed
-from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request
+from headrace.client.wire.requests import WIRE_NAMES, GenerateRequest, is_job_id, parse_request
 from headrace.client.wire.version import SCHEMA_VERSION, is_readable
 
 log = structlog.get_logger("headrace.worker")
@@ -48,7 +48,7 @@ def read_wire(wire: Any) -> GenerateRequest:
             f"{SCHEMA_VERSION}; upgrade the workers before the clients",
         )
     try:
-        return parse_request(wire)
+        return parse_request(wire, public=WIRE_NAMES)
     except InvalidRequest as error:
         raise JobFailed("invalid_request", str(error)) from error
 

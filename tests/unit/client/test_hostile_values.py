@@ -119,6 +119,20 @@ def test_every_field_with_every_hostile_value(client: Client, value: Any) -> Non
             check_error(error, name, "min_tokens")
 
 
+@pytest.mark.parametrize(
+    "value", [10**5000, Broken(), "\ud83d", math.nan, np.array([1])], ids=lambda v: type(v).__name__
+)
+def test_other_arguments_of_hostile_values_are_refused_by_name(client: Client, value: Any) -> None:
+    for call in (
+        lambda: client.cancel([value]),
+        lambda: client.job("a").result(timeout=value if not isinstance(value, int) else -value),
+        lambda: next(client.map(["a"], max_inflight=value if not isinstance(value, int) else -value)),
+    ):
+        with pytest.raises(InvalidRequest, match=r"^(job|timeout|max_inflight): got") as caught:
+            call()
+        str(caught.value).encode()
+
+
 @RUN
 @given(st.lists(st.dictionaries(st.sampled_from([*NAMES, "custom_id", "body", "url", "method"]), VALUES, max_size=3)))
 def test_rows_of_hostile_values_are_faults_of_their_lines(client: Client, rows: list[dict[str, Any]]) -> None:

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.client.batch.openai import completion_fields
-from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.errors import InvalidRequest, JobFailed
 from headrace.client.wire.foreign import ALIASES, FOREIGN, advice
 from headrace.client.wire.requests import PUBLIC_NAMES, WHOLE_NAMES, GenerateRequest, SamplingParams, parse_request
 from headrace.client.wire.results import Result
+from headrace.worker.queue.messages import read_wire
 
 GOOD = {"prompt": "Hello."}
 
@@ -291,6 +292,15 @@ def test_no_hint_names_the_rejected_word_itself(name: str, at: int, letter: str)
             hint = advice(word, public)
             assert f"did you mean {word}?" not in hint
             assert word not in hint.removeprefix("one of ").split(", ")
+
+
+@pytest.mark.parametrize("word", ["model", "id", "timeout_s", "timeout", "expires", "max_completion_tokens"])
+def test_a_hint_for_other_producers_names_what_a_message_may_have(word: str) -> None:
+    with pytest.raises(JobFailed) as caught:
+        read_wire({"prompt": "x", word: 1})
+    _, _, hint = caught.value.message.partition("; expected ")
+    names = hint.removeprefix("no such parameter; did you mean ").removeprefix("one of ").rstrip("?").split(", ")
+    assert set(names) <= set(GenerateRequest.model_fields)
 
 
 @pytest.mark.parametrize(
