@@ -261,6 +261,18 @@ def test_whole_numbers_may_be_written_as_floats(name: str) -> None:
             parse_request({**GOOD, name: wrong})
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": True}, {"top_p": np.True_}, {"logit_bias": {5: True}}, {"logit_bias": {True: 1}},
+        {"prompt": [True, 1]}, {"stop_token_ids": [False]}, {"checkpoints": [True]}, {"min_p": False},
+    ],
+)  # fmt: skip
+def test_a_bool_is_not_a_number(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{next(iter(fields))}: got"):
+        parse_request({**GOOD, **fields})
+
+
 def test_token_ids_may_be_written_as_floats() -> None:
     request = parse_request(
         {"prompt": np.array([15496.0, 13.0]), "logit_bias": {13.0: np.float32(1)}, "stop_token_ids": [5.0]}
@@ -292,6 +304,12 @@ def test_no_hint_names_the_rejected_word_itself(name: str, at: int, letter: str)
             hint = advice(word, public)
             assert f"did you mean {word}?" not in hint
             assert word not in hint.removeprefix("one of ").split(", ")
+
+
+def test_messages_of_other_producers_may_have_null_and_whole_floats_everywhere() -> None:
+    nothing = dict.fromkeys(set(GenerateRequest.model_fields) | FOREIGN.keys())
+    assert read_wire({**nothing, **GOOD}) == parse_request(GOOD)
+    assert read_wire({**GOOD, "schema_version": 1.0, "max_tokens": 4.0}).max_tokens == 4
 
 
 @pytest.mark.parametrize("word", ["model", "id", "timeout_s", "timeout", "expires", "max_completion_tokens"])
