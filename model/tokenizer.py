@@ -107,8 +107,10 @@ class IncrementalDecoder:
 
     @property
     def rest(self) -> bytes:
-        """The bytes that are held back."""
-        return self._utf8.getstate()[0]
+        """The bytes that are held back and can begin a character."""
+        held = self._utf8.getstate()[0]
+        # Python also holds back two bytes of a surrogate, which are two U+FFFD whatever follows.
+        return held if len(held.decode("utf-8", errors="replace")) == 1 else b""
 
     def push(self, token_id: int) -> str:
         """The text that this token completes. An id beyond the vocabulary (of a padded embedding) adds nothing."""
@@ -140,8 +142,8 @@ class OffsetCounter:
     def next(self, token_id: int) -> int:
         """The offset of the next token."""
         at, data = self._characters, self._bytes(token_id)
-        if self._rest and data and not continues(self._rest, data):
-            at += 1
+        if self._rest and data:
+            at += len((self._rest + data[:1]).decode("utf-8", errors="replace")) - 1
         text, read = codecs.utf_8_decode(self._rest + data, "replace", False)
         self._characters += len(text)
         self._rest = (self._rest + data)[read:]

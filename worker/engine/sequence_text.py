@@ -52,7 +52,7 @@ class SequenceText:
         self._scan_from = 0  # no stop string begins before this character
         self._sent_text = self._sent_tokens = 0
         self._logprobs: list[TokenLogprob] = []  # of the first tokens, so that each is converted once
-        self._offsets: OffsetCounter | None = None  # made for the first of them
+        self._offsets = OffsetCounter(tokenizer, len(prompt_text) - bool(prompt_rest), prompt_rest)
 
     def decode_last_token(self) -> None:
         """Append the text of the sequence's newest token. If that completes a stop string, end the sequence there."""
@@ -77,7 +77,6 @@ class SequenceText:
         if continues(rest, data):
             self._prompt_text = self._prompt_text[:-1]
             self._decoder = self._tokenizer.decoder(rest)
-            self._offsets = OffsetCounter(self._tokenizer, self._text_start, rest)
 
     def _cut_at_stop_string(self, before: int) -> None:
         """Look for the earliest stop string that the text from character `before` on completes."""
@@ -141,9 +140,9 @@ class SequenceText:
         sequence, logprobs = self.sequence, self._logprobs
         if sequence.request.logprobs is None:
             return None
-        if self._offsets is None:
-            self._offsets = OffsetCounter(self._tokenizer, self._text_start)
-        logprobs.extend([self._logprob(score, self._offsets) for score in sequence.scores[len(logprobs) :]])
+        hidden = 0 if sequence.request.echo else len(self._prompt_text)
+        for score in sequence.scores[len(logprobs) :]:
+            logprobs.append(self._logprob(score, max(self._offsets.next(score.token_id) - hidden, 0)))
         if sequence.finish_reason == "stop":
             end = self._text_start + len(self.text)
             if not isinstance(sequence.stop_reason, str):
@@ -158,14 +157,14 @@ class SequenceText:
         if logprobs is None:
             return None
         offsets = OffsetCounter(self._tokenizer)
-        return [*(self._logprob(score, offsets) for score in self.sequence.prompt_scores), *logprobs]
+        return [*(self._logprob(s, offsets.next(s.token_id)) for s in self.sequence.prompt_scores), *logprobs]
 
-    def _logprob(self, score: TokenScore, offsets: OffsetCounter) -> TokenLogprob:
+    def _logprob(self, score: TokenScore, text_offset: int) -> TokenLogprob:
         name, count = self._tokenizer.token_name, self.sequence.request.logprobs
         return TokenLogprob(
             token_id=score.token_id,
             token=name(score.token_id),
             logprob=score.logprob,
             top=[TopLogprob(token_id=i, token=name(i), logprob=p) for i, p in score.top[:count]],
-            text_offset=offsets.next(score.token_id),
+            text_offset=text_offset,
         )

@@ -169,7 +169,7 @@ def offsets_of(choice: Choice) -> list[int | None]:
 
 tokens = st.one_of(
     st.integers(0, END - 1),
-    st.sampled_from([*FACE, DASHES, 22757, 21253, 4210, 6353, END, UNKNOWN, 11, 257]),
+    st.sampled_from([*FACE, DASHES, 22757, 21253, 169, 94, 222, 4210, 6353, END, UNKNOWN, 11, 257]),
     st.integers(0, 343).map(lambda number: byte_tokens()[number]),
 )
 #: Tokens of any text, of none, and of texts that are cut anywhere.
@@ -256,6 +256,7 @@ def test_what_a_stop_removes_from_the_text_is_at_its_end(
         pytest.param(FACE[:1], [FACE[0]], True, "\ufffd\ufffd", [0, 1], id="another character begins"),
         pytest.param(FACE[:1], [], True, "\ufffd", [0], id="nothing follows"),
         pytest.param(FACE[:1], [UNKNOWN, FACE[1], 11], True, "😀,", [0, 0, 0, 1], id="an id without bytes between"),
+        pytest.param(FACE[:1], [UNKNOWN], True, "\ufffd", [0, 0], id="nothing but an id without bytes"),
         pytest.param(FACE[:1], [END], True, "\ufffd", [0, 1], id="the end of text follows"),
         pytest.param(FACE[:1], [END], False, "", [0], id="the end of text, without echo"),
         pytest.param("", [464], True, "<|endoftext|>The", [0, 13], id="the empty prompt"),
@@ -264,6 +265,8 @@ def test_what_a_stop_removes_from_the_text_is_at_its_end(
         pytest.param([DASHES, DASHES], [242, 11], True, "\ufffd\u2014,", [0, 1, 1, 2], id="an incomplete one before"),
         pytest.param([164, 99], [22757, 11], True, "覚醒,", [0, 0, 0, 2], id="a token that ends one and has another"),
         pytest.param([164, 99], [21253, 228], False, "覚\ufffd", [0, 1], id="a token that ends one and begins another"),
+        pytest.param([169, 94], [0, 222, 0], True, "\ufffd\ufffd!\ufffd!", [0, 1, 2, 3, 4], id="bytes of a surrogate"),
+        pytest.param([169, 94], [222, 0], False, "\ufffd!", [0, 1], id="the last byte of a surrogate in the output"),
         pytest.param([187], [4210], True, "\ufffd\ufffd", [0, 1], id="a byte of no character and a real U+FFFD"),
     ],
 )
