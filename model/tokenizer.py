@@ -42,6 +42,7 @@ class Tokenizer:
         self.vocab_size = encoding.n_vocab
         specials = {text: encoding.encode_single_token(text) for text in encoding.special_tokens_set}
         self._special_ids = frozenset(specials.values())
+        self._names: dict[int, str] = {}  # of the tokens whose name was needed: log probabilities name 21 a token
         #: The id of the end-of-text token, 50256 in GPT-2; None if the vocabulary has none.
         self.end_of_text: int | None = specials.get(END_OF_TEXT)
 
@@ -75,6 +76,11 @@ class Tokenizer:
         byte in hexadecimal: `bytes:\xe2\x80`. Text that begins like such a name is written in bytes too. An id without
         bytes, of a padded embedding, is `token_id:50300`.
         """
+        if (name := self._names.get(token_id)) is None:
+            name = self._names[token_id] = self._name(token_id)
+        return name
+
+    def _name(self, token_id: int) -> str:
         data = self.known_bytes(token_id)
         try:
             text = data.decode()

@@ -144,14 +144,18 @@ class SequenceText:
         for score in sequence.scores[len(logprobs) :]:
             logprobs.append(self._logprob(score, max(self._offsets.next(score.token_id) - hidden, 0)))
         if sequence.finish_reason == "stop":
-            end = self._text_start + len(self.text)
-            if not isinstance(sequence.stop_reason, str):
-                logprobs[-1].text_offset = end  # a stop token, whose text is left out
-            for score in reversed(logprobs):
-                if (score.text_offset or 0) <= end:
-                    break
-                score.text_offset = end
+            self._move_removed_tokens()
         return logprobs[at:]
+
+    def _move_removed_tokens(self) -> None:
+        """Give the tokens whose text a stop has removed the offset of the end of the text."""
+        end = self._text_start + len(self.text)
+        if not isinstance(self.sequence.stop_reason, str):
+            self._logprobs[-1].text_offset = end  # a stop token
+        for last in reversed(self._logprobs):
+            if last.text_offset is None or last.text_offset <= end:
+                break
+            last.text_offset = end
 
     def _with_prompt(self, logprobs: list[TokenLogprob] | None) -> list[TokenLogprob] | None:
         if logprobs is None:
