@@ -20,7 +20,7 @@ class TopLogprob(BaseModel):
     """One of the most probable tokens at this position."""
 
     token_id: int
-    #: The name of the token: its text, or `bytes:\\xe2\\x80` if its bytes are not whole characters.
+    #: The name of the token: its text, or `bytes:\xe2\x80` if its bytes are not whole characters.
     token: str
     logprob: float
 
@@ -29,7 +29,7 @@ class TokenLogprob(BaseModel):
     """A token with its log probability (base e) under the model: before penalties, temperature, top_k and top_p."""
 
     token_id: int
-    #: The name of the token: its text, or `bytes:\\xe2\\x80` if its bytes are not whole characters.
+    #: The name of the token: its text, or `bytes:\xe2\x80` if its bytes are not whole characters.
     token: str
     #: None for the first token of an echoed prompt, which has no context.
     logprob: float | None
