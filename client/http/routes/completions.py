@@ -15,7 +15,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from headrace.client.batch.openai import completion, completion_fields, logprobs_fields
+from headrace.client.batch.openai import completion, completion_fields, logprobs_fields, take_names_field
 from headrace.client.http.context import context_of, read_json, route
 from headrace.client.http.errors import ApiError
 from headrace.client.http.jobs import JobRunner, Prompt, SubmittedJobs
@@ -42,6 +42,7 @@ class CompletionRequest:
         params: parameters for all prompts, as `Client.submit` takes them.
         stream: whether to answer with server-sent events.
         include_usage: whether the stream ends with the token counts.
+        as_token_ids: whether log probabilities name tokens by their ids.
     """
 
     prompts: list[Prompt]
@@ -49,6 +50,7 @@ class CompletionRequest:
     params: dict[str, Any] = field(default_factory=dict)
     stream: bool = False
     include_usage: bool = False
+    as_token_ids: bool = False
 
 
 def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
@@ -59,6 +61,7 @@ def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
     """
     fields = dict(body)
     stream_options = fields.pop("stream_options", None)
+    as_token_ids = take_names_field(fields)
     stream = fields.pop("stream", None) or False
     if not isinstance(stream, bool):
         raise InvalidRequest("stream", repr(stream)[:80], "True or False")
@@ -67,7 +70,8 @@ def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
     prompt = fields.pop("prompt")
     prompts, is_list = _parse_prompts("" if prompt is None else prompt)  # OpenAI: null begins a new document
     params = {name: value for name, value in completion_fields(fields).items() if value is not None}
-    return CompletionRequest(prompts, is_list, params, stream, _parse_include_usage(stream_options, stream=stream))
+    include_usage = _parse_include_usage(stream_options, stream=stream)
+    return CompletionRequest(prompts, is_list, params, stream, include_usage, as_token_ids)
 
 
 def _parse_prompts(value: Any) -> tuple[list[Prompt], bool]:
@@ -108,15 +112,16 @@ async def create_completion(request: Request) -> Any:
     headers = {"x-request-id": request_id}
     if not parsed.stream:
         results = await run_until_disconnect(request, jobs.results(submitted))
-        return JSONResponse(completion_object(results), headers=headers)
+        return JSONResponse(completion_object(results, as_token_ids=parsed.as_token_ids), headers=headers)
     samples = parsed.params.get("n", 1)
-    encoder = ChunkEncoder(request_id, submitted.model, samples, include_usage=parsed.include_usage)
+    options = {"include_usage": parsed.include_usage, "as_token_ids": parsed.as_token_ids}
+    encoder = ChunkEncoder(request_id, submitted.model, samples, **options)
     return EventStream(_stream_chunks(jobs, submitted, encoder), _encode_chunk_error, headers=headers)
 
 
-def completion_object(results: Sequence[Result]) -> dict[str, Any]:
+def completion_object(results: Sequence[Result], *, as_token_ids: bool = False) -> dict[str, Any]:
     """OpenAI's completion object for one result per prompt. Choices are numbered across prompts."""
-    parts = [completion(result) for result in results]
+    parts = [completion(result, as_token_ids=as_token_ids) for result in results]
     whole = parts[0]
     whole["choices"] = [choice for part in parts for choice in part["choices"]]
     for index, choice in enumerate(whole["choices"]):
@@ -141,13 +146,16 @@ class ChunkEncoder:
         request_id: id of the first job.
         samples: number of choices for each prompt (`n`).
         include_usage: whether the stream ends with the token counts.
+        as_token_ids: whether log probabilities name tokens by their ids.
     """
 
-    def __init__(self, request_id: str, model: str, samples: int, *, include_usage: bool) -> None:
+    def __init__(
+        self, request_id: str, model: str, samples: int, *, include_usage: bool, as_token_ids: bool = False
+    ) -> None:
         created = int(time.time())
         self._common = {"id": f"cmpl-{request_id}", "object": "text_completion", "created": created, "model": model}
-        self._samples, self._include_usage = samples, include_usage
-        self._text_offsets: dict[int, int] = {}
+        self._samples, self._include_usage, self._as_token_ids = samples, include_usage, as_token_ids
+        self._text_offsets: dict[int, int] = {}  # for the scores of older workers, which have none
 
     def encode(self, prompt_index: int, event: Event) -> bytes:
         """The chunk with the new text of one choice."""
@@ -156,7 +164,7 @@ class ChunkEncoder:
         if event.logprobs is not None:
             offset = self._text_offsets.get(index, 0)
             self._text_offsets[index] = offset + sum(len(score.token) for score in event.logprobs)
-            logprobs = logprobs_fields(event.logprobs, offset)
+            logprobs = logprobs_fields(event.logprobs, as_token_ids=self._as_token_ids, at=offset)
         choice = {"index": index, "text": event.text, "logprobs": logprobs, "finish_reason": event.finish_reason}
         usage = {"usage": None} if self._include_usage else {}
         return encode_event(json.dumps({**self._common, "choices": [choice], **usage}))
