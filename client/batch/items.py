@@ -21,12 +21,14 @@ class BatchItem:
         custom_id: the name of the request in input and output.
         fields: what `Client.submit` takes, including the seed.
         digest: 16 hexadecimal digits, equal for requests that must have the same result.
+        as_token_ids: whether the output names tokens by their ids.
     """
 
     line: int
     custom_id: str
     fields: dict[str, Any]
     digest: str
+    as_token_ids: bool = False
 
     def job_id(self, run: str) -> str:
         """The id of the job. It is the same in every process of the run, so a resumed run finds its submitted jobs."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from headrace.client.batch.items import BatchItem
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.requests import parse_request, plain_fields
-from headrace.client.wire.results import Choice, Outcome, Result, TokenLogprob
+from headrace.client.wire.results import Choice, Outcome, Result, TokenLogprob, TopLogprob
 from headrace.client.wire.values import show, to_whole
 
 #: The only endpoint that lines of a batch may name.
@@ -18,6 +18,8 @@ ENDPOINT = "/v1/completions"
 #: The `id` of an output line is this prefix and the digest of the request.
 ROW_ID = "batch_req_"
 
+#: The field with which vLLM names tokens by their ids.
+NAMES_FIELD = "return_tokens_as_token_ids"
 #: OpenAI's newer name of `max_tokens`.
 _NEWER_NAME = "max_completion_tokens"
 
@@ -48,41 +50,73 @@ def _check_newer_name(newer: Any, fields: Mapping[str, Any]) -> None:
         raise InvalidRequest(_NEWER_NAME, show(newer), f"one of the two: max_tokens is {show(older)}")
 
 
-def completion(result: Result) -> dict[str, Any]:
+def take_names_field(fields: dict[str, Any]) -> bool:
+    """Remove `return_tokens_as_token_ids`, which concerns the format alone. Returns whether it is set.
+
+    Raises:
+        InvalidRequest: it is neither true, false nor null.
+    """
+    value = fields.pop(NAMES_FIELD, None)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequest(NAMES_FIELD, show(value), "True or False")
+    return bool(value)
+
+
+def completion(result: Result, *, as_token_ids: bool = False) -> dict[str, Any]:
     """A result in the format of the completions API, with the seed, and with `stop_reason` as in vLLM."""
     return {
         "id": f"cmpl-{result.id}",
         "object": "text_completion",
         "created": int(time.time()),
         "model": result.model,
-        "choices": [_choice(choice) for choice in result.choices],
+        "choices": [_choice(choice, as_token_ids) for choice in result.choices],
         "usage": result.usage.model_dump(),
         "system_fingerprint": result.fingerprint,
         "seed": result.seed,
     }
 
 
-def _choice(choice: Choice) -> dict[str, Any]:
-    scores = None if choice.logprobs is None else logprobs_fields(choice.logprobs)
+def _choice(choice: Choice, as_token_ids: bool) -> dict[str, Any]:
+    scores = None if choice.logprobs is None else logprobs_fields(choice.logprobs, as_token_ids=as_token_ids)
     fields = choice.model_dump(include={"index", "text", "finish_reason", "stop_reason"})
     return {**fields, "logprobs": scores}
 
 
-def logprobs_fields(scores: list[TokenLogprob], at: int = 0) -> dict[str, Any]:
-    """Log probabilities in the format of the completions API. The first token is at character `at` of the text."""
+def logprobs_fields(scores: list[TokenLogprob], *, as_token_ids: bool = False, at: int = 0) -> dict[str, Any]:
+    """Log probabilities in the format of the completions API.
+
+    Args:
+        scores: of consecutive tokens.
+        as_token_ids: name tokens `token_id:13`, as vLLM does with `return_tokens_as_token_ids`.
+        at: the offset of the first token, if an older worker made the scores: it sent no offsets.
+    """
     offsets = []
     for score in scores:
-        offsets.append(at)
+        offsets.append(at if score.text_offset is None else score.text_offset)
         at += len(score.token)
     return {
-        "tokens": [score.token for score in scores],
+        "tokens": [_id_name(score) if as_token_ids else score.token for score in scores],
         "token_logprobs": [score.logprob for score in scores],
-        "top_logprobs": [
-            None if s.logprob is None else {s.token: s.logprob} | {top.token: top.logprob for top in s.top}
-            for s in scores
-        ],
+        "top_logprobs": [_top_logprobs(score, as_token_ids) for score in scores],
         "text_offset": offsets,
     }
+
+
+def _top_logprobs(score: TokenLogprob, as_token_ids: bool) -> dict[str, float] | None:
+    """The token itself and the likeliest tokens at its place, by name. Each token has an entry of its own."""
+    if score.logprob is None:
+        return None
+    found = {_id_name(score) if as_token_ids else score.token: score.logprob}
+    for top in score.top:
+        if top.token_id != score.token_id:
+            name = top.token
+            # Two tokens of a vocabulary can have the same text, and older workers named all bytes U+FFFD.
+            found[_id_name(top) if as_token_ids or name in found else name] = top.logprob
+    return found
+
+
+def _id_name(token: TokenLogprob | TopLogprob) -> str:
+    return f"token_id:{token.token_id}"
 
 
 class Written(NamedTuple):
@@ -98,7 +132,8 @@ def output_line(row: BatchItem, job_id: str, outcome: Outcome | Exception) -> by
     """The output line of a request. A job has no HTTP status: it has status code 200, or an `error` and no response."""
     line: dict[str, Any] = {"id": ROW_ID + row.digest, "custom_id": row.custom_id, "response": None, "error": None}
     if isinstance(outcome, Result):
-        line["response"] = {"status_code": 200, "request_id": job_id, "body": completion(outcome)}
+        body = completion(outcome, as_token_ids=row.as_token_ids)
+        line["response"] = {"status_code": 200, "request_id": job_id, "body": body}
     else:
         message = getattr(outcome, "message", None) or str(outcome)
         line["error"] = {"code": failure_code(outcome), "message": message}

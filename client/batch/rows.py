@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from headrace.client.batch.items import BatchItem, digest_of
-from headrace.client.batch.openai import ENDPOINT, completion_fields
+from headrace.client.batch.openai import ENDPOINT, NAMES_FIELD, completion_fields, take_names_field
 from headrace.client.batch.sources import MAX_LINE_BYTES
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.requests import plain_fields
@@ -52,12 +52,17 @@ class ItemReader:
         fields = plain_fields({**self._params, **without_gaps(given)})
         if (stream := fields.pop("stream", False)) is not False:
             raise InvalidRequest("stream", show(stream), "no such parameter; a batch writes complete results")
+        as_token_ids = take_names_field(fields)
         model = self._model_of(fields)
         content = {name: value for name, value in fields.items() if name not in ("priority", "timeout_s")}
         name = f"row-{line}" if custom_id is None else custom_id
-        digest = digest_of({**content, "custom_id": name, "model": model})
+        content |= {"custom_id": name, "model": model}
+        digest = digest_of(content)
         # The seed follows from the content, so that every computation of the request draws the same numbers.
-        return BatchItem(line, name, {"priority": "bulk", "seed": int(digest[:13], 16), **fields}, digest)
+        fields = {"priority": "bulk", "seed": int(digest[:13], 16), **fields}
+        if as_token_ids:
+            digest = digest_of({**content, NAMES_FIELD: True})  # another output, of the same numbers
+        return BatchItem(line, name, fields, digest, as_token_ids)
 
     def _decode(self, raw: bytes, *, first: bool) -> Any:
         """The text of a line, or the value of its JSON; None if it is blank."""

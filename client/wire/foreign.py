@@ -80,7 +80,7 @@ _ZERO, _ONE, _OFF = only(0), only(1), only(False)
 _GREEDY = "headrace samples, or with temperature=0 takes the most probable token"
 _SCHEMA = "headrace does not constrain the text"
 _CHAT = "GPT-2 has no chat format"
-_SPECIAL = "the text has no special tokens; token_ids has all of them"
+_SPECIAL = "the end-of-text token that ends a text is left out of it; token_ids has it"
 _TRUNCATION = "shorten the prompt before you send it"
 _PENALTY = "use repetition_penalty, presence_penalty or frequency_penalty"
 _PROMPT_SCORES = "use echo=True with logprobs"

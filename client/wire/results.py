@@ -20,6 +20,7 @@ class TopLogprob(BaseModel):
     """One of the most probable tokens at this position."""
 
     token_id: int
+    #: The name of the token: its text, or `bytes:\xe2\x80` if its bytes are not whole characters.
     token: str
     logprob: float
 
@@ -28,14 +29,22 @@ class TokenLogprob(BaseModel):
     """A token with its log probability (base e) under the model: before penalties, temperature, top_k and top_p."""
 
     token_id: int
+    #: The name of the token: its text, or `bytes:\xe2\x80` if its bytes are not whole characters.
     token: str
     #: None for the first token of an echoed prompt, which has no context.
     logprob: float | None
     top: list[TopLogprob] = []
+    #: The character of the choice's text where the token begins. A token that begins inside a character begins where
+    #: that character does, and one whose text was left out at the end of the text. None in records of older workers.
+    text_offset: int | None = None
 
 
 class Choice(BaseModel):
-    """One sample. With `echo`, text, token_ids and logprobs include the prompt."""
+    """One sample. With `echo`, text, token_ids and logprobs include the prompt.
+
+    Prompt and output are decoded together. A character that begins in a prompt of token ids and ends in the output
+    belongs to the output.
+    """
 
     index: int
     text: str

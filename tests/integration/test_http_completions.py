@@ -165,8 +165,29 @@ def test_an_echoed_prompt_is_scored(api: openai.OpenAI, client: Client) -> None:
         assert top == {score.token: score.logprob} | {other.token: other.logprob for other in score.top}
 
 
+def test_tokens_that_are_parts_of_a_character_have_names_and_offsets(api: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {**MODEL, "echo": True, "logprobs": 5, "max_tokens": 0}
+    (choice,) = api.completions.create(prompt="😀 and", **asked).choices
+    scores = choice.logprobs
+    assert scores is not None
+    assert (choice.text, scores.text_offset) == ("😀 and", [0, 0, 1])
+    assert scores.tokens == [r"bytes:\xf0\x9f\x98", r"bytes:\x80", " and"]
+    (named,) = api.completions.create(prompt="😀 and", **asked, extra_body={"return_tokens_as_token_ids": True}).choices
+    assert named.logprobs is not None
+    assert named.logprobs.tokens == ["token_id:47249", "token_id:222", "token_id:290"]
+    for each in (scores, named.logprobs):
+        assert each.tokens is not None
+        assert each.token_logprobs is not None
+        assert each.top_logprobs is not None
+        values = [top[name] for name, top in zip(each.tokens[1:], each.top_logprobs[1:], strict=True)]
+        assert values == scores.token_logprobs[1:]  # type: ignore[index]
+    forced = {"extra_body": {"logit_bias": {"222": 100}}, "temperature": 0, "max_tokens": 1}
+    whole = [api.completions.create(**MODEL, prompt=[47249], echo=e, **forced).choices[0].text for e in (False, True)]
+    assert whole == ["😀", "😀"]
+
+
 def test_a_stream_is_the_completion_in_pieces(api: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {**MODEL, "prompt": ["The river", "The sea"], "n": 2, "seed": 5, "max_tokens": 30}
+    asked: dict[str, Any] = {**MODEL, "prompt": ["The river 😀", "The sea"], "n": 2, "seed": 5, "max_tokens": 30}
     asked |= {"logprobs": 1, "echo": True}
     whole = api.completions.create(**asked)
     pieces: dict[int, list[Any]] = {}

@@ -126,10 +126,11 @@ class TokensPrompt(TypedDict):
 
 @dataclass
 class Logprob:
-    """Log probability and text of a token, and its rank from 1 if it is among the likeliest."""
+    """Log probability of a token, and its rank from 1 if it is among the likeliest."""
 
     logprob: float
     rank: int | None = None
+    #: The token's text, or all of its bytes (`bytes:` and hexadecimal) if it is only part of a character.
     decoded_token: str | None = None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from headrace.client.batch.openai import completion, completion_fields, logprobs_fields
+from headrace.client.batch.openai import completion, completion_fields, logprobs_fields, take_names_field
 from headrace.client.http.context import context_of, read_json, route
 from headrace.client.http.errors import ApiError
 from headrace.client.http.jobs import JobRunner, Prompt, SubmittedJobs
@@ -44,6 +44,7 @@ class CompletionRequest:
         params: parameters for all prompts, as `Client.submit` takes them.
         stream: whether to answer with server-sent events.
         include_usage: whether the stream ends with the token counts.
+        as_token_ids: whether log probabilities name tokens by their ids.
     """
 
     prompts: list[Prompt]
@@ -51,6 +52,7 @@ class CompletionRequest:
     params: dict[str, Any] = field(default_factory=dict)
     stream: bool = False
     include_usage: bool = False
+    as_token_ids: bool = False
 
 
 def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
@@ -61,6 +63,7 @@ def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
     """
     fields = dict(body)
     stream_options = fields.pop("stream_options", None)
+    as_token_ids = take_names_field(fields)
     stream = fields.pop("stream", None)
     stream = False if stream is None else stream
     if not isinstance(stream, bool):
@@ -69,9 +72,8 @@ def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
         raise InvalidRequest("prompt", "nothing", PROMPT_FORMS)
     prompt = fields.pop("prompt")
     prompts, is_list = _parse_prompts("" if prompt is None else prompt)  # OpenAI: null begins a new document
-    return CompletionRequest(
-        prompts, is_list, completion_fields(fields), stream, _parse_include_usage(stream_options, stream=stream)
-    )
+    include_usage = _parse_include_usage(stream_options, stream=stream)
+    return CompletionRequest(prompts, is_list, completion_fields(fields), stream, include_usage, as_token_ids)
 
 
 def _parse_prompts(value: Any) -> tuple[list[Prompt], bool]:
@@ -112,18 +114,19 @@ async def create_completion(request: Request) -> Any:
     headers = {"x-request-id": request_id}
     if not parsed.stream:
         results = await run_until_disconnect(request, jobs.results(submitted))
-        return JSONResponse(completion_object(results), headers=headers)
+        return JSONResponse(completion_object(results, as_token_ids=parsed.as_token_ids), headers=headers)
     samples = parsed.params.get("n", 1)
-    encoder = ChunkEncoder(request_id, submitted.model, samples, include_usage=parsed.include_usage)
+    options = {"include_usage": parsed.include_usage, "as_token_ids": parsed.as_token_ids}
+    encoder = ChunkEncoder(request_id, submitted.model, samples, **options)
     return EventStream(_stream_chunks(jobs, submitted, encoder, samples), _encode_chunk_error, headers=headers)
 
 
-def completion_object(results: Sequence[Result]) -> dict[str, Any]:
+def completion_object(results: Sequence[Result], *, as_token_ids: bool = False) -> dict[str, Any]:
     """OpenAI's completion object for one result per prompt. Choices are numbered across prompts.
 
     Of several prompts, each choice names the seed with which its prompt gives the same text again.
     """
-    parts = [completion(result) for result in results]
+    parts = [completion(result, as_token_ids=as_token_ids) for result in results]
     whole = parts[0]
     if len(parts) > 1:
         for part in parts:
@@ -152,13 +155,16 @@ class ChunkEncoder:
         request_id: id of the first job.
         samples: number of choices for each prompt (`n`).
         include_usage: whether the stream ends with the token counts.
+        as_token_ids: whether log probabilities name tokens by their ids.
     """
 
-    def __init__(self, request_id: str, model: str, samples: int, *, include_usage: bool) -> None:
+    def __init__(
+        self, request_id: str, model: str, samples: int, *, include_usage: bool, as_token_ids: bool = False
+    ) -> None:
         created = int(time.time())
         self._common = {"id": f"cmpl-{request_id}", "object": "text_completion", "created": created, "model": model}
-        self._samples, self._include_usage = samples, include_usage
-        self._text_offsets: dict[int, int] = {}
+        self._samples, self._include_usage, self._as_token_ids = samples, include_usage, as_token_ids
+        self._text_offsets: dict[int, int] = {}  # for the scores of older workers, which have none
 
     def encode(self, prompt_index: int, event: Event, result: Result | None = None) -> bytes:
         """The chunk with the new text of one choice.
@@ -171,7 +177,7 @@ class ChunkEncoder:
         if event.logprobs is not None:
             offset = self._text_offsets.get(index, 0)
             self._text_offsets[index] = offset + sum(len(score.token) for score in event.logprobs)
-            logprobs = logprobs_fields(event.logprobs, offset)
+            logprobs = logprobs_fields(event.logprobs, as_token_ids=self._as_token_ids, at=offset)
         choice = {"index": index, "text": event.text, "logprobs": logprobs, "finish_reason": event.finish_reason}
         if event.finish_reason is not None:
             choice["stop_reason"] = event.stop_reason

@@ -129,6 +129,19 @@ class Scalar:
         return self._value
 
 
+def test_names_of_tokens_change_the_output_but_not_the_job(client: Client) -> None:
+    plain, neutral, named = (
+        rows_of(client, [{"custom_id": "a", "prompt": "a", **more}])[0]
+        for more in ({}, {"return_tokens_as_token_ids": False}, {"return_tokens_as_token_ids": True})
+    )
+    assert plain == neutral
+    assert (plain.as_token_ids, named.as_token_ids) == (False, True)
+    assert plain.fields == named.fields
+    assert plain.digest != named.digest  # so that a resumed run does not mix both in one output
+    with pytest.raises(InvalidBatch, match="return_tokens_as_token_ids"):
+        rows_of(client, [{"prompt": "a", "return_tokens_as_token_ids": 1}])
+
+
 def test_columns_of_tables_give_prompts(client: Client) -> None:
     import numpy as np
 

@@ -68,6 +68,18 @@ def test_log_probabilities_are_as_the_completions_api_writes_them() -> None:
     }
 
 
+def test_a_row_may_ask_for_names_that_are_token_ids() -> None:
+    score = TokenLogprob(token_id=2, token="llo", logprob=-1.0, top=[TopLogprob(token_id=3, token="y", logprob=-0.5)])
+    named = BatchItem(1, "a", {"prompt": "p"}, "0123456789abcdef", as_token_ids=True)
+    body = json.loads(output_line(named, "job", result(logprobs=[score])))["response"]["body"]
+    assert body["choices"][0]["logprobs"] == {
+        "tokens": ["token_id:2"],
+        "token_logprobs": [-1.0],
+        "top_logprobs": [{"token_id:2": -1.0, "token_id:3": -0.5}],
+        "text_offset": [0],
+    }
+
+
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz"])
 def test_rows_are_appended_after_every_kind_of_end(tmp_path: Path, name: str) -> None:
     path = tmp_path / name

@@ -222,7 +222,7 @@ def test_every_foreign_parameter_may_be_null_and_is_refused_by_name_otherwise() 
 @pytest.mark.parametrize(
     ("fields", "part"),
     [
-        ({"skip_special_tokens": False}, "except True; the text has no special tokens"),
+        ({"skip_special_tokens": False}, "except True; the end-of-text token"),
         ({"use_beam_search": True}, "except False; headrace samples"),
         ({"use_beam_search": 0}, "except False"),
         ({"length_penalty": 0.8}, "except 1"),

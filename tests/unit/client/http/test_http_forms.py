@@ -63,6 +63,7 @@ def test_prompts_come_in_four_forms(prompt: Any, prompts: list[Any], listed: boo
         ({"prompt": [[1], "a"]}, "prompt"),
         ({"prompt": ["a"] * 1025}, "prompt"),
         ({"prompt": "a", "stream": 1}, "stream"),
+        ({"prompt": "a", "return_tokens_as_token_ids": "yes"}, "return_tokens_as_token_ids"),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
         ({"prompt": "a", "stream": True, "stream_options": []}, "stream_options"),
         ({"prompt": "a", "stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
@@ -124,7 +125,13 @@ def test_choices_are_numbered_prompt_by_prompt_and_usage_is_summed() -> None:
     assert completion_object([result(1)])["seed"] == 8
 
 
-def test_offsets_in_a_stream_continue_where_the_last_piece_ended() -> None:
+@pytest.mark.parametrize("value", [None, False, True])
+def test_names_of_tokens_are_no_parameter_of_the_job(value: bool | None) -> None:
+    order = parse_completion_request({"prompt": "a", "return_tokens_as_token_ids": value})
+    assert (order.as_token_ids, order.params) == (bool(value), {})
+
+
+def test_offsets_that_an_older_worker_did_not_send_continue_where_the_last_piece_ended() -> None:
     chunks = ChunkEncoder("job", "demo", 2, include_usage=False)
 
     def offsets(prompt: int, index: int, *tokens: str) -> tuple[int, list[int]]:

@@ -102,6 +102,15 @@ def test_prompts_come_in_all_the_forms_of_vllm(llm: LLM) -> None:
     assert llm.generate([], greedy) == []
 
 
+def test_a_character_may_begin_in_the_prompt(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=1, logit_bias={222: 100.0}, logprobs=0)
+    (output,) = llm.generate([47249], params)
+    (sample,) = output.outputs
+    assert (sample.text, sample.token_ids) == ("😀", [222])
+    assert sample.logprobs is not None
+    assert sample.logprobs[0][222].decoded_token == r"bytes:\x80"
+
+
 def test_seeds_follow_from_that_of_the_llm() -> None:
     def texts(seed: int) -> list[str]:
         with LLM(model="demo", seed=seed) as made:
