@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.values import is_missing, to_python
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +46,10 @@ def digest_of(content: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def to_python(item: Any) -> Any:
-    """Convert a value of pyarrow, numpy or pandas to plain Python."""
-    for method in ("as_py", "tolist"):
-        if hasattr(item, method) and not isinstance(item, (str, bytes)):
-            return getattr(item, method)()
-    return item
-
-
 def json_default(value: Any) -> Any:
     """The `default` of `json.dumps`: converts values of pyarrow, numpy and pandas. Raises TypeError for others."""
+    if is_missing(value):
+        return None
     converted = to_python(value)
     if converted is value:
         raise TypeError(f"a {type(value).__name__}")

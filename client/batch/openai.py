@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from headrace.client.batch.items import BatchItem, to_python
+from headrace.client.batch.items import BatchItem
 from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.requests import parse_request, plain_fields
 from headrace.client.wire.results import Choice, Outcome, Result, TokenLogprob, TopLogprob
+from headrace.client.wire.values import show, to_whole
 
 #: The only endpoint that lines of a batch may name.
 ENDPOINT = "/v1/completions"
@@ -18,25 +20,34 @@ ROW_ID = "batch_req_"
 
 #: The field with which vLLM names tokens by their ids.
 NAMES_FIELD = "return_tokens_as_token_ids"
-
-#: Fields of the OpenAI API that headrace ignores -> whether it may ignore a value, given the whole body. With any other
-#: value the request is refused.
-_IGNORED_FIELDS: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
-    "user": lambda value, _: isinstance(value, str),
-    "stream": lambda value, _: value is False,
-    "best_of": lambda value, body: value == body.get("n", 1),
-}
+#: OpenAI's newer name of `max_tokens`.
+_NEWER_NAME = "max_completion_tokens"
 
 
 def completion_fields(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a body of the completions API to what `Client.submit` takes, without fields that have no effect."""
-    fields = {name: to_python(value) for name, value in body.items()}
-    ignored = [
-        name
-        for name, has_no_effect in _IGNORED_FIELDS.items()
-        if name in fields and (fields[name] is None or has_no_effect(fields[name], fields))
-    ]
-    return {name: value for name, value in fields.items() if name not in ignored}
+    """Convert a body of the completions API to what `Client.submit` takes, without fields that ask for nothing.
+
+    Raises:
+        InvalidRequest: `max_completion_tokens` is wrong, or is another number than `max_tokens`.
+    """
+    fields = plain_fields(body)
+    if fields.get("stream") is False:
+        del fields["stream"]
+    if _NEWER_NAME in fields:
+        newer = to_whole(fields.pop(_NEWER_NAME))
+        _check_newer_name(newer, fields)
+        fields["max_tokens"] = newer
+    return fields
+
+
+def _check_newer_name(newer: Any, fields: Mapping[str, Any]) -> None:
+    """Check `max_completion_tokens`, so that errors have the name that the caller used."""
+    try:
+        parse_request({"prompt": "", "echo": fields.get("echo") is True, "max_tokens": newer})
+    except InvalidRequest as error:
+        raise InvalidRequest(_NEWER_NAME, error.value, error.expected) from None
+    if (older := fields.get("max_tokens", newer)) != newer:
+        raise InvalidRequest(_NEWER_NAME, show(newer), f"one of the two: max_tokens is {show(older)}")
 
 
 def take_names_field(fields: dict[str, Any]) -> bool:
@@ -47,7 +58,7 @@ def take_names_field(fields: dict[str, Any]) -> bool:
     """
     value = fields.pop(NAMES_FIELD, None)
     if value is not None and not isinstance(value, bool):
-        raise InvalidRequest(NAMES_FIELD, repr(value)[:80], "True or False")
+        raise InvalidRequest(NAMES_FIELD, show(value), "True or False")
     return bool(value)
 
 

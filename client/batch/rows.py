@@ -10,14 +10,17 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from headrace.client.batch.items import BatchItem, digest_of, to_python
+from headrace.client.batch.items import BatchItem, digest_of
 from headrace.client.batch.openai import ENDPOINT, NAMES_FIELD, completion_fields, take_names_field
 from headrace.client.batch.sources import MAX_LINE_BYTES
 from headrace.client.wire.errors import InvalidRequest
-from headrace.config.settings import slug
+from headrace.client.wire.requests import plain_fields
+from headrace.client.wire.values import is_gap, is_missing, show, to_python, without_gaps
+from headrace.config.model_names import served_name
 
 MAX_CUSTOM_ID = 512
 _BATCH_KEYS = ("custom_id", "method", "url", "body")
+_TARGET = {"method": "POST", "url": ENDPOINT}
 
 
 class ItemReader:
@@ -46,11 +49,9 @@ class ItemReader:
             if item is None:
                 return None
         custom_id, given = _split_custom_id(to_python(item))
-        fields = {name: value for name, value in {**self._params, **given}.items() if value is not None}
-        if "stream" in fields:
-            raise InvalidRequest(
-                "stream", repr(fields["stream"])[:80], "no such parameter; a batch writes complete results"
-            )
+        fields = plain_fields({**self._params, **without_gaps(given)})
+        if (stream := fields.pop("stream", False)) is not False:
+            raise InvalidRequest("stream", show(stream), "no such parameter; a batch writes complete results")
         as_token_ids = take_names_field(fields)
         model = self._model_of(fields)
         content = {name: value for name, value in fields.items() if name not in ("priority", "timeout_s")}
@@ -86,9 +87,11 @@ class ItemReader:
         named = fields.get("model")
         if not isinstance(named, str) or not named:  # the check of the parameters refuses it, if it is given
             return self._model_name
-        model = slug(named)
+        model = served_name(named)
+        if model is None:
+            return self._model_name  # refused by the same check
         if self._models is not None and model not in self._models:
-            raise InvalidRequest("model", repr(model)[:80], f"one that is served: {', '.join(sorted(self._models))}")
+            raise InvalidRequest("model", show(named), f"one that is served: {', '.join(sorted(self._models))}")
         return model
 
 
@@ -102,13 +105,13 @@ def _split_custom_id(item: Any) -> tuple[str | None, dict[str, Any]]:
     if not fields.keys() & {"method", "url", "body"}:
         custom_id = fields.pop("custom_id", None)
         if "id" in fields:
-            raise InvalidRequest("id", repr(fields["id"])[:80], "custom_id, the name of a request in a batch")
-        return _check_custom_id(custom_id) if custom_id is not None else None, fields
+            raise InvalidRequest("id", show(fields["id"]), "custom_id, the name of a request in a batch")
+        return None if is_gap(custom_id) else _check_custom_id(custom_id), fields
     if unknown := [name for name in fields if name not in _BATCH_KEYS]:
         raise InvalidRequest(str(unknown[0])[:80], "a field", f"only the fields {', '.join(_BATCH_KEYS)}")
-    if fields.get("method", "POST") != "POST" or fields.get("url", ENDPOINT) != ENDPOINT:
-        got = f"{fields.get('method', 'POST')} {fields.get('url', ENDPOINT)}"
-        raise InvalidRequest("url", repr(got)[:80], f"'POST {ENDPOINT}'")
+    method, url = (right if is_missing(fields.get(name)) else fields[name] for name, right in _TARGET.items())
+    if (method, url) != tuple(_TARGET.values()):
+        raise InvalidRequest("url", show(f"{show(method)} {show(url)}"), f"'POST {ENDPOINT}'")
     if not isinstance(fields.get("body"), Mapping):
         raise InvalidRequest("body", f"a {type(fields.get('body')).__name__}", "an object with prompt and parameters")
     return _check_custom_id(fields.get("custom_id")), completion_fields(fields["body"])
@@ -116,7 +119,7 @@ def _split_custom_id(item: Any) -> tuple[str | None, dict[str, Any]]:
 
 def _check_custom_id(value: Any) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= MAX_CUSTOM_ID or not _is_unicode(value):
-        raise InvalidRequest("custom_id", repr(value)[:80], f"text of 1 to {MAX_CUSTOM_ID} characters")
+        raise InvalidRequest("custom_id", show(value), f"text of 1 to {MAX_CUSTOM_ID} characters")
     return value
 
 

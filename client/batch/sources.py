@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
-from headrace.client.batch.items import is_column, json_default, to_python
+from headrace.client.batch.items import is_column, json_default
 from headrace.client.wire.errors import Fault, InvalidBatch, InvalidRequest
+from headrace.client.wire.values import to_python
 
 #: The longest line. A request at all its limits is shorter, even with every character escaped.
 MAX_LINE_BYTES = 2**20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from starlette.requests import Request
 from starlette.routing import Route
@@ -47,12 +47,17 @@ def owner_of(request: Request) -> str:
 async def read_json(request: Request) -> dict[str, Any]:
     """The request body. Raises ApiError if it is not a JSON object."""
     try:
-        body = json.loads(await request.body())
+        body = json.loads(await request.body(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "invalid_json", f"the body is not valid JSON: {str(error)[:80]}") from None
     if not isinstance(body, dict):
         raise ApiError(400, "invalid_json", "the body must be a JSON object")
     return body
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    """Refuse `NaN` and `Infinity`, which Python writes and JSON does not have."""
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def paginate(request: Request, items: list[dict[str, Any]], default_limit: int, max_limit: int) -> dict[str, Any]:

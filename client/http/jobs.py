@@ -15,6 +15,8 @@ from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import HeadraceError, InvalidRequest, RedisRefused, RedisUnreachable
 from headrace.client.wire.results import Result
+from headrace.client.wire.values import show
+from headrace.config.model_names import served_name
 
 #: For how many seconds the status of the workers is cached.
 STATUS_CACHE_S = 1.0
@@ -105,14 +107,14 @@ class JobRunner:
             requested = default
         if not isinstance(requested, str):
             raise ApiError(400, "invalid_request", "model: expected the name of a model", param="model")
-        for name in (requested, requested.replace("/", "-")):  # `config.settings.slug` turns a hub id into such a name
-            if name in served:
-                return name
-        if requested == default or not served or requested in await self._recently_served():
+        name = served_name(requested)
+        if name is not None and name in served:
+            return name
+        if name is not None and (name == default or not served or name in await self._recently_served()):
             raise ApiError(503, "no_worker", "no worker serves the model; try again later", retry_after_s=RETRY_AFTER_S)
         names = ", ".join(sorted(served))
         raise ApiError(
-            404, "model_not_found", f"model: no worker serves {requested[:80]!r}; served: {names}", param="model"
+            404, "model_not_found", f"model: no worker serves {show(requested)}; served: {names}", param="model"
         )
 
     async def _recently_served(self) -> set[str]:

@@ -11,6 +11,7 @@ from headrace.client.jobs.stream import Event, StreamReader
 from headrace.client.wire.errors import HeadraceError, InvalidRequest, RedisFailed
 from headrace.client.wire.requests import is_job_id
 from headrace.client.wire.results import Outcome, Result, State, outcome_state
+from headrace.client.wire.values import show
 
 if TYPE_CHECKING:
     import numpy as np
@@ -164,7 +165,7 @@ def job_id_of(job: Any) -> str:
     """The id of a job, or the id itself. Raises InvalidRequest for anything else."""
     job_id = job.id if isinstance(job, Handle) else job
     if not is_job_id(job_id):
-        raise InvalidRequest("job", repr(job_id)[:80], "a job, or its id")
+        raise InvalidRequest("job", show(job_id), "a job, or its id")
     return job_id
 
 

@@ -14,7 +14,7 @@ from headrace.client.wire import keys
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.queue_depth import QueueStatus, count_delivered, queue_status
 from headrace.client.wire.redis import redis_errors
-from headrace.config.settings import slug
+from headrace.config.model_names import is_served_name
 
 #: For how many seconds a client caches the list of served models.
 SERVED_S = 1.0
@@ -145,7 +145,7 @@ def read_served(connection: redis.Redis) -> Served | None:
 
 def _valid_names(models: list[Any]) -> set[str]:
     """The values that are names of models; anyone who can write to Redis may have added others."""
-    return {model for model in models if isinstance(model, str) and model == slug(model)}
+    return {model for model in models if isinstance(model, str) and is_served_name(model)}
 
 
 def _worker(name: str, record: Any) -> WorkerStatus | None:

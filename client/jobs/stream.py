@@ -31,8 +31,10 @@ class Event:
     logprobs: list[TokenLogprob] | None = None
     #: Set in the last event of each sample.
     finish_reason: Literal["stop", "length"] | None = None
-    #: Set in the last event of the job, which has no text.
+    #: Set in the last event of the job, which has no text: all of it, with the seed and the fingerprint.
     result: Result | None = None
+    #: In the last event of a sample: the stop string or stop token id that ended it, if one did.
+    stop_reason: str | int | None = None
 
 
 @dataclass
@@ -70,6 +72,7 @@ class StreamReader:
                     token_ids=choice.token_ids,
                     logprobs=choice.logprobs,
                     finish_reason=choice.finish_reason,
+                    stop_reason=choice.stop_reason,
                 )
             )
         yield Event(result=result)
@@ -90,7 +93,7 @@ class StreamReader:
             before.token_ids += tokens
             before.finished = piece.finish_reason is not None
             logprobs = None if piece.logprobs is None else piece.logprobs[known:]
-            yield Event(piece.index, text, tokens, logprobs, piece.finish_reason)
+            yield Event(piece.index, text, tokens, logprobs, piece.finish_reason, stop_reason=piece.stop_reason)
 
 
 def _agree(before: list[int] | str, new: list[int] | str, last: str | None) -> bool:

@@ -29,8 +29,9 @@ from headrace.client.wire.redis import redis_errors
 from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request
 from headrace.client.wire.signing import mark, sign
 from headrace.client.wire.tracing import sending
+from headrace.client.wire.values import is_missing, show, to_python
 from headrace.config import Settings
-from headrace.config.settings import slug
+from headrace.config.model_names import served_name
 
 #: Number of job records that are written in one round trip.
 RECORD_JOBS = 512
@@ -93,15 +94,15 @@ class Submitter:
         Raises:
             InvalidRequest: a field is wrong.
         """
-        given = {name: value for name, value in fields.items() if value is not None}
+        given = {name: value for name, value in fields.items() if not is_missing(value)}
         job_id, model, timeout_s = given.pop("id", None), given.pop("model", None), given.pop("timeout_s", None)
         for internal, advice in {"expires_at": "use timeout_s", "schema_version": "it is set for you"}.items():
-            if internal in fields:
-                raise InvalidRequest(internal, repr(fields[internal])[:80], f"no such parameter; {advice}")
+            if internal in given:
+                raise InvalidRequest(internal, show(given[internal]), f"no such parameter; {advice}")
         if timeout_s is not None:
             given["expires_at"] = time.time() + _check_timeout_s(timeout_s)
         request = parse_request(given)
-        model = self._model_name if model is None else _check_model(model)
+        model = self._model_name if model is None else check_model(model)
         digest = _digest(request, model) if job_id is not None else ""
         if request.seed is None:
             # Chosen here, so that a job that is computed again after a crash draws the same numbers.
@@ -258,18 +259,22 @@ def _id_is_used(job_id: str) -> InvalidRequest:
 
 
 def _check_timeout_s(timeout_s: Any) -> float:
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < 1e9:
-        raise InvalidRequest("timeout_s", repr(timeout_s), "a number of seconds above 0, or None")
-    return timeout_s
+    seconds = to_python(timeout_s)
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < 1e9:
+        raise InvalidRequest("timeout_s", show(timeout_s), "a number of seconds above 0, or None")
+    return seconds
 
 
 def _check_id(job_id: Any) -> str:
     if not is_job_id(job_id):
-        raise InvalidRequest("id", repr(job_id)[:80], "1 to 128 letters, digits, '.', '_', '-' or ':'")
+        raise InvalidRequest("id", show(job_id), "1 to 128 letters, digits, '.', '_', '-' or ':'")
     return job_id
 
 
-def _check_model(model: Any) -> str:
-    if not isinstance(model, str) or not model or len(model) > 256:
-        raise InvalidRequest("model", repr(model)[:80], "the name of a model that a worker serves")
-    return slug(model)
+def check_model(model: Any) -> str:
+    """The served name that a request means; see `served_name`. Raises InvalidRequest."""
+    name = served_name(model) if isinstance(model, str) else None
+    if name is None:
+        expected = "the name of a model that a worker serves; a path belongs into the worker's HEADRACE_MODEL"
+        raise InvalidRequest("model", show(model), expected)
+    return name

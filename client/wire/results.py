@@ -105,6 +105,7 @@ class StreamPiece(BaseModel):
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] | None = None
     finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: str | int | None = None
 
 
 class StreamEvent(BaseModel):

@@ -23,6 +23,7 @@ from headrace.client.http.file_store import FileStore
 from headrace.client.http.jobs import JobRunner
 from headrace.client.http.page import StatusReporter
 from headrace.client.jobs.status import Status, WorkerStatus
+from headrace.client.wire.foreign import FOREIGN
 from headrace.config import load_settings
 from tests.fuzz.harness import LONGEST_MESSAGE, Target
 from tests.fuzz.jobs import GOOD
@@ -31,6 +32,7 @@ from tests.fuzz.values import ANY_TEXT, JSON, objects
 PROMPTS = GOOD["prompt"] | st.lists(GOOD["prompt"], max_size=3)
 COMPLETIONS = objects(
     {
+        **dict.fromkeys(sorted(FOREIGN), JSON),
         **{name: good for name, good in GOOD.items() if name not in ("schema_version", "expires_at")},
         "prompt": PROMPTS,
         "model": st.sampled_from(["demo", "gpt-5", "a/b"]),
@@ -38,6 +40,7 @@ COMPLETIONS = objects(
         "stream_options": st.just({"include_usage": True}),
         "user": st.just("u"),
         "best_of": st.integers(0, 3),
+        "max_completion_tokens": JSON | st.integers(0, 4),
         "timeout_s": st.sampled_from([1, 0.5, 1e9]),
         "self": JSON,
         "function": JSON,

@@ -9,7 +9,8 @@ import structlog
 from headrace.client.wire import keys
 from headrace.client.wire.celery import GROUP_TASK_NAME
 from headrace.client.wire.errors import InvalidRequest, JobFailed
-from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request
+from headrace.client.wire.requests import WIRE_NAMES, GenerateRequest, is_job_id, parse_request
+from headrace.client.wire.values import show, to_whole
 from headrace.client.wire.version import SCHEMA_VERSION, is_readable
 
 log = structlog.get_logger("headrace.worker")
@@ -41,14 +42,15 @@ def read_wire(wire: Any) -> GenerateRequest:
     """
     if not isinstance(wire, dict):
         raise JobFailed("invalid_request", f"the message contains a {type(wire).__name__} instead of a request")
-    if not is_readable(wire.get("schema_version", SCHEMA_VERSION)):
+    version = wire.get("schema_version")
+    if not is_readable(SCHEMA_VERSION if version is None else to_whole(version)):
         raise JobFailed(
             "unsupported_version",
-            f"the request has schema version {str(wire['schema_version'])[:20]} and this worker reads none above "
+            f"the request has schema version {show(version)[:20]} and this worker reads none above "
             f"{SCHEMA_VERSION}; upgrade the workers before the clients",
         )
     try:
-        return parse_request(wire)
+        return parse_request(wire, public=WIRE_NAMES)
     except InvalidRequest as error:
         raise JobFailed("invalid_request", str(error)) from error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,9 @@ from headrace.client.http.jobs import JobRunner, Prompt, SubmittedJobs
 from headrace.client.http.sse import EventStream, encode_event, run_until_disconnect
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.requests import plain_fields
 from headrace.client.wire.results import Result
+from headrace.client.wire.values import show, show_name
 
 #: Prompts of one request; for more, use a batch.
 MAX_PROMPTS = 1_024
@@ -62,16 +64,16 @@ def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
     fields = dict(body)
     stream_options = fields.pop("stream_options", None)
     as_token_ids = take_names_field(fields)
-    stream = fields.pop("stream", None) or False
+    stream = fields.pop("stream", None)
+    stream = False if stream is None else stream
     if not isinstance(stream, bool):
-        raise InvalidRequest("stream", repr(stream)[:80], "True or False")
+        raise InvalidRequest("stream", show(stream), "True or False")
     if "prompt" not in fields:
         raise InvalidRequest("prompt", "nothing", PROMPT_FORMS)
     prompt = fields.pop("prompt")
     prompts, is_list = _parse_prompts("" if prompt is None else prompt)  # OpenAI: null begins a new document
-    params = {name: value for name, value in completion_fields(fields).items() if value is not None}
     include_usage = _parse_include_usage(stream_options, stream=stream)
-    return CompletionRequest(prompts, is_list, params, stream, include_usage, as_token_ids)
+    return CompletionRequest(prompts, is_list, completion_fields(fields), stream, include_usage, as_token_ids)
 
 
 def _parse_prompts(value: Any) -> tuple[list[Prompt], bool]:
@@ -92,11 +94,11 @@ def _parse_prompts(value: Any) -> tuple[list[Prompt], bool]:
 def _parse_include_usage(options: Any, *, stream: bool) -> bool:
     if options is None:
         return False
-    if not isinstance(options, dict) or not stream:
-        raise InvalidRequest("stream_options", repr(options)[:80], "an object, and only with stream")
+    if not isinstance(options, dict) or (any(options.values()) and not stream):
+        raise InvalidRequest("stream_options", show(options), "an object, and only with stream")
     for name, value in options.items():
-        if name not in _STREAM_OPTIONS or not isinstance(value, bool):
-            raise InvalidRequest(f"stream_options.{str(name)[:40]}", repr(value)[:80], "include_usage, True or False")
+        if value is not None and (name not in _STREAM_OPTIONS or not isinstance(value, bool)):
+            raise InvalidRequest(f"stream_options.{show_name(name)[:40]}", show(value), "include_usage, True or False")
     return bool(options.get("include_usage"))
 
 
@@ -116,13 +118,20 @@ async def create_completion(request: Request) -> Any:
     samples = parsed.params.get("n", 1)
     options = {"include_usage": parsed.include_usage, "as_token_ids": parsed.as_token_ids}
     encoder = ChunkEncoder(request_id, submitted.model, samples, **options)
-    return EventStream(_stream_chunks(jobs, submitted, encoder), _encode_chunk_error, headers=headers)
+    return EventStream(_stream_chunks(jobs, submitted, encoder, samples), _encode_chunk_error, headers=headers)
 
 
 def completion_object(results: Sequence[Result], *, as_token_ids: bool = False) -> dict[str, Any]:
-    """OpenAI's completion object for one result per prompt. Choices are numbered across prompts."""
+    """OpenAI's completion object for one result per prompt. Choices are numbered across prompts.
+
+    Of several prompts, each choice names the seed with which its prompt gives the same text again.
+    """
     parts = [completion(result, as_token_ids=as_token_ids) for result in results]
     whole = parts[0]
+    if len(parts) > 1:
+        for part in parts:
+            for choice in part["choices"]:
+                choice["seed"] = part["seed"]
     whole["choices"] = [choice for part in parts for choice in part["choices"]]
     for index, choice in enumerate(whole["choices"]):
         choice["index"] = index
@@ -157,8 +166,12 @@ class ChunkEncoder:
         self._samples, self._include_usage, self._as_token_ids = samples, include_usage, as_token_ids
         self._text_offsets: dict[int, int] = {}  # for the scores of older workers, which have none
 
-    def encode(self, prompt_index: int, event: Event) -> bytes:
-        """The chunk with the new text of one choice."""
+    def encode(self, prompt_index: int, event: Event, result: Result | None = None) -> bytes:
+        """The chunk with the new text of one choice.
+
+        Args:
+            result: of the prompt, if this is its last chunk: the chunk then names seed and fingerprint.
+        """
         index = prompt_index * self._samples + event.index
         logprobs = None
         if event.logprobs is not None:
@@ -166,24 +179,42 @@ class ChunkEncoder:
             self._text_offsets[index] = offset + sum(len(score.token) for score in event.logprobs)
             logprobs = logprobs_fields(event.logprobs, as_token_ids=self._as_token_ids, at=offset)
         choice = {"index": index, "text": event.text, "logprobs": logprobs, "finish_reason": event.finish_reason}
-        usage = {"usage": None} if self._include_usage else {}
-        return encode_event(json.dumps({**self._common, "choices": [choice], **usage}))
+        if event.finish_reason is not None:
+            choice["stop_reason"] = event.stop_reason
+        more: dict[str, Any] = {"usage": None} if self._include_usage else {}
+        if result is not None:
+            more |= {"system_fingerprint": result.fingerprint, "seed": result.seed}
+        return encode_event(json.dumps({**self._common, "choices": [choice], **more}))
 
     def encode_end(self, results: Sequence[Result]) -> bytes:
         """The end of a complete stream: `[DONE]`, after the token counts if they were requested."""
         done = encode_event("[DONE]")
         if not self._include_usage:
             return done
-        fingerprints = {result.fingerprint for result in results}
-        fingerprint = fingerprints.pop() if len(fingerprints) == 1 else None
-        last = {**self._common, "choices": [], "system_fingerprint": fingerprint, "usage": total_usage(results)}
-        return encode_event(json.dumps(last)) + done
+        same = {"system_fingerprint": _shared(r.fingerprint for r in results), "seed": _shared(r.seed for r in results)}
+        return encode_event(json.dumps({**self._common, "choices": [], **same, "usage": total_usage(results)})) + done
 
 
-async def _stream_chunks(jobs: JobRunner, submitted: SubmittedJobs, encoder: ChunkEncoder) -> AsyncGenerator[bytes]:
+def _shared(values: Iterable[Any]) -> Any:
+    """The value, if all are the same; else None."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
+
+
+async def _stream_chunks(
+    jobs: JobRunner, submitted: SubmittedJobs, encoder: ChunkEncoder, samples: int
+) -> AsyncGenerator[bytes]:
+    unfinished = dict.fromkeys(range(len(submitted.jobs)), samples)
+    last: dict[int, Event] = {}  # of each prompt: waits for the result, which has the seed and the fingerprint
     async with contextlib.aclosing(jobs.events(submitted)) as events:
         async for prompt_index, event in events:
-            if event.result is None:
+            unfinished[prompt_index] -= event.finish_reason is not None
+            if event.result is not None:
+                if prompt_index in last:
+                    yield encoder.encode(prompt_index, last.pop(prompt_index), event.result)
+            elif event.finish_reason is not None and not unfinished[prompt_index]:
+                last[prompt_index] = event
+            else:
                 yield encoder.encode(prompt_index, event)
     yield encoder.encode_end([await job.result() for job in submitted.jobs])
 
@@ -198,7 +229,7 @@ def _encode_chunk_error(error: ApiError) -> bytes:
 
 async def execute(request: Request) -> Any:
     """`POST /execute`: one prompt with the fields of `Client.submit`; events `started`, `token`, `end`, `error`."""
-    jobs, fields = context_of(request).jobs, await read_json(request)
+    jobs, fields = context_of(request).jobs, plain_fields(await read_json(request))
     if fields.pop("stream", True) is not True:
         raise InvalidRequest("stream", "another value", "True: /execute always streams")
     if "prompt" not in fields:
@@ -216,7 +247,8 @@ async def _stream_events(jobs: JobRunner, submitted: SubmittedJobs) -> AsyncGene
                 return
             logprobs = None if event.logprobs is None else [score.model_dump() for score in event.logprobs]
             token = {"index": event.index, "text": event.text, "token_ids": event.token_ids, "logprobs": logprobs}
-            yield encode_event(json.dumps({**token, "finish_reason": event.finish_reason}), "token")
+            ended = {"finish_reason": event.finish_reason, "stop_reason": event.stop_reason}
+            yield encode_event(json.dumps({**token, **ended}), "token")
 
 
 def _encode_error_event(error: ApiError) -> bytes:

@@ -50,6 +50,37 @@ def test_a_line_of_the_batch_api_and_a_plain_one_mean_the_same(client: Client) -
     assert first.fields["priority"] == "bulk"
 
 
+def test_rows_that_ask_for_the_same_are_the_same(client: Client) -> None:
+    import numpy as np
+    import pandas as pd
+
+    plain = rows_of(client, [{"prompt": "a", "max_tokens": 64}, {"prompt": "b"}])
+    table = pd.DataFrame({"prompt": ["a", "b"], "max_tokens": [64, None], "stop": [None, pd.NA], "seed": [-1, -1]})
+    nothing = {"priority": 0, "best_of": 1, "suffix": "", "temperature": float("nan"), "use_beam_search": np.False_}
+    rows = [{**row, **nothing, "custom_id": None, "stream": False} for row in table.to_dict("records")]
+    assert rows_of(client, rows) == plain
+    assert rows_of(client, iter(rows)) == plain
+    assert rows_of(client, as_lines(*plain_rows())) == plain
+    batch = [
+        {"custom_id": f"row-{number}", "body": {"prompt": prompt, "max_completion_tokens": size, "seed": -1, "n": None}}
+        for number, prompt, size in ((1, "a", 64.0), (2, "b", None))
+    ]
+    assert rows_of(client, as_lines(*batch)) == plain
+
+
+def plain_rows() -> list[dict[str, Any]]:
+    return [{"prompt": "a", "max_tokens": 64.0, "seed": -1.0}, {"prompt": "b", "max_tokens": float("nan")}]
+
+
+def test_gaps_leave_the_default_of_the_batch(client: Client) -> None:
+    rows = rows_of(
+        client,
+        [{"prompt": "a", "max_tokens": float("nan")}, {"prompt": "b", "top_p": None}],
+        {"max_tokens": 3, "top_p": 0.5},
+    )
+    assert [(row.fields["max_tokens"], row.fields["top_p"]) for row in rows] == [(3, 0.5)] * 2
+
+
 def test_plain_rows_are_named_by_their_line(client: Client) -> None:
     source = io.BytesIO(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n  \n"b"\n[15496, 13]')
     rows = rows_of(client, source)
@@ -146,6 +177,14 @@ def test_values_that_json_cannot_represent_are_faults_of_their_line(client: Clie
         (b"7", "line", "object"),
         (b'{"prompt": "a", "max_tokens": 0}', "max_tokens", "at least 1"),
         (b'{"prompt": "a", "max_new_tokens": 5}', "max_new_tokens", "max_tokens"),
+        (b'{"prompt": "a", "max_completion_tokens": 5}', "max_completion_tokens", "did you mean max_tokens"),
+        (b'{"prompt": "a", "max_tokens": 64.5}', "max_tokens", "64.5"),
+        (
+            b'{"custom_id": "a", "body": {"prompt": "a", "max_tokens": 4, "max_completion_tokens": 5}}',
+            "max_completion_tokens",
+            "max_tokens is 4",
+        ),
+        (b'{"prompt": "a", "model": "~/demo"}', "model", "a path belongs into"),
         (b'{"max_tokens": 5}', "prompt", "text"),
         (b'{"prompt": "a", "id": "x"}', "id", "custom_id"),
         (b'{"prompt": "a", "stream": true}', "stream", "complete results"),

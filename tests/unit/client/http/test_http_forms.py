@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
 from headrace.client.http.jobs import as_request_field
-from headrace.client.http.routes.completions import ChunkEncoder, completion_object, parse_completion_request
+from headrace.client.http.routes.completions import (
+    ChunkEncoder,
+    _stream_chunks,
+    completion_object,
+    parse_completion_request,
+)
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.results import Choice, Result, Timings, TokenLogprob, Usage
@@ -55,7 +64,7 @@ def test_prompts_come_in_four_forms(prompt: Any, prompts: list[Any], listed: boo
         ({"prompt": ["a"] * 1025}, "prompt"),
         ({"prompt": "a", "stream": 1}, "stream"),
         ({"prompt": "a", "return_tokens_as_token_ids": "yes"}, "return_tokens_as_token_ids"),
-        ({"prompt": "a", "stream_options": {}}, "stream_options"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
         ({"prompt": "a", "stream": True, "stream_options": []}, "stream_options"),
         ({"prompt": "a", "stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
     ],
@@ -64,6 +73,28 @@ def test_an_invalid_form_is_named(body: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse_completion_request(body)
     assert caught.value.field == field
+
+
+def test_fields_that_ask_for_nothing_are_left_out() -> None:
+    nothing = {"suffix": "", "best_of": 1, "n": None, "use_beam_search": False, "skip_special_tokens": True,
+               "priority": 0, "response_format": {"type": "text"}, "stream": None, "stream_options": None}  # fmt: skip
+    assert parse_completion_request({"prompt": "a", **nothing}) == parse_completion_request({"prompt": "a"})
+    for options in ({}, {"include_usage": False}, None):
+        assert not parse_completion_request({"prompt": "a", "stream_options": options}).include_usage
+    options = {"include_usage": None, "include_obfuscation": True}
+    assert not parse_completion_request({"prompt": "a", "stream": True, "stream_options": options}).include_usage
+
+
+def test_max_completion_tokens_is_another_name_of_max_tokens() -> None:
+    for body in ({"max_completion_tokens": 5.0}, {"max_completion_tokens": 5, "max_tokens": 5}, {"max_tokens": 5.0}):
+        params = parse_completion_request({"prompt": "a", **body}).params
+        assert params == {"max_tokens": 5}
+        assert type(params["max_tokens"]) is int
+    for wrong in ({"max_tokens": 6}, {"max_tokens": "5"}, {"max_completion_tokens": 5.5}, {"max_completion_tokens": 0}):
+        with pytest.raises(InvalidRequest, match=r"^max_completion_tokens: got \d"):
+            parse_completion_request({"prompt": "a", "max_completion_tokens": 5, **wrong})
+    with pytest.raises(InvalidRequest, match="True"):
+        parse_completion_request({"prompt": "a", "max_completion_tokens": True, "max_tokens": 1})
 
 
 @pytest.mark.parametrize(
@@ -113,3 +144,48 @@ def test_offsets_that_an_older_worker_did_not_send_continue_where_the_last_piece
     assert offsets(1, 0, "abcd") == (2, [0])
     assert offsets(0, 1, "d", "e") == (1, [3, 4])
     assert chunks.encode_end([result(0)]) == b"data: [DONE]\n\n"
+
+
+class Streams:
+    """Jobs of two prompts whose events arrive mixed."""
+
+    async def events(self, _: object) -> AsyncGenerator[tuple[int, Event]]:
+        yield 0, Event(0, "a", [1], finish_reason="stop", stop_reason="x")
+        yield 1, Event(0, "b", [1])
+        yield 1, Event(1, "c", [1], finish_reason="length")
+        yield 0, Event(1, "d", [1], finish_reason="stop", stop_reason=5)
+        yield 0, Event(result=result(0))
+        yield 1, Event(0, "e", [1], finish_reason="stop")
+        yield 1, Event(result=result(1))
+
+
+def test_the_last_chunk_of_each_prompt_names_what_its_text_depends_on() -> None:
+    async def collect(*, include_usage: bool) -> list[Any]:
+        jobs = [SimpleNamespace(result=AsyncMock(return_value=result(number))) for number in range(2)]
+        chunks = ChunkEncoder("job", "demo", 2, include_usage=include_usage)
+        streamed = _stream_chunks(Streams(), SimpleNamespace(jobs=jobs), chunks, 2)  # type: ignore[arg-type]
+        data = b"".join([part async for part in streamed]).decode().removesuffix("data: [DONE]\n\n")
+        return [json.loads(event.removeprefix("data: ")) for event in data.split("\n\n")[:-1]]
+
+    found = asyncio.run(collect(include_usage=False))
+    choices = [chunk["choices"][0] for chunk in found]
+    assert [(choice["index"], choice["text"]) for choice in choices] == [
+        (0, "a"),
+        (2, "b"),
+        (3, "c"),
+        (1, "d"),
+        (2, "e"),
+    ]
+    assert [choice.get("stop_reason", "") for choice in choices] == ["x", "", None, 5, None]
+    assert [(chunk.get("seed"), chunk.get("system_fingerprint")) for chunk in found] == [
+        *[(None, None)] * 3,
+        (7, "same"),
+        (8, "same"),
+    ]
+    last = asyncio.run(collect(include_usage=True))[-1]
+    assert (last["seed"], last["system_fingerprint"]) == (None, "same")  # the prompts have different seeds
+
+
+def test_choices_of_several_prompts_name_their_seeds() -> None:
+    assert [choice["seed"] for choice in completion_object([result(0), result(1)])["choices"]] == [7, 7, 8, 8]
+    assert "seed" not in completion_object([result(0)])["choices"][0]
