@@ -20,6 +20,12 @@ BAD_SIGNATURE = (
 )
 
 
+#: In the delivery info of a message: the routing key that its sender wrote.
+ADDRESSED_TO = "headrace_addressed_to"
+#: Header: the model that a message is for. A message in the queue of another one is refused.
+MODEL_HEADER = "model"
+
+
 def model_of(delivery_info: Any) -> str | None:
     """Return the model of the queue that a message came from, or None if it came from no queue."""
     queue = delivery_info.get("routing_key") if isinstance(delivery_info, dict) else None
@@ -33,8 +39,8 @@ def argument(task: str, args: Any, kwargs: Any) -> Any:
     return kwargs.get("jobs" if task == GROUP_TASK_NAME else "request") if isinstance(kwargs, dict) else None
 
 
-def read_wire(wire: Any) -> GenerateRequest:
-    """Parse a request from a message.
+def read_wire(wire: Any, model: str) -> GenerateRequest:
+    """Parse a request from a message for a model. A request may name the model, if it is that of its queue.
 
     Raises:
         JobFailed: with the code `unsupported_version` or `invalid_request`.
@@ -47,8 +53,14 @@ def read_wire(wire: Any) -> GenerateRequest:
             f"the request has schema version {str(wire['schema_version'])[:20]} and this worker reads none above "
             f"{SCHEMA_VERSION}; upgrade the workers before the clients",
         )
+    if (named := wire.get("model", model)) != model:
+        raise JobFailed(
+            "invalid_request",
+            f"model: got {str(named)[:80]!r} in the queue {keys.queue(model)!r}; the queue names the model: send the "
+            f"request to the queue of the model that is meant, {keys.queue('<model>')}",
+        )
     try:
-        return parse_request(wire)
+        return parse_request({name: value for name, value in wire.items() if name != "model"})
     except InvalidRequest as error:
         raise JobFailed("invalid_request", str(error)) from error
 
