@@ -27,9 +27,14 @@ MODEL_HEADER = "model"
 
 
 def model_of(delivery_info: Any) -> str | None:
-    """Return the model of the queue that a message came from, or None if it came from no queue."""
+    """Return the model of the queue that a message came from, or None if it came from no queue.
+
+    For a queue that belongs to no model this is its name in parentheses, which is the name of no model.
+    """
     queue = delivery_info.get("routing_key") if isinstance(delivery_info, dict) else None
-    return keys.model_of(queue) if isinstance(queue, str) else None
+    if not isinstance(queue, str):
+        return None
+    return keys.model_of(queue) if keys.names_model(queue) else f"({queue})"
 
 
 def argument(task: str, args: Any, kwargs: Any) -> Any:
