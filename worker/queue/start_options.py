@@ -54,8 +54,9 @@ def check_options(options: Mapping[str, Any], app: Any) -> None:
             raise ValueError(f"{flag} has no effect here: {advice}")
     if options.get("schedule_filename") not in (None, app.conf.beat_schedule_filename):
         raise ValueError(f"--schedule has no effect here: {_NO_SCHEDULE}")
-    for flag, advice in _without_effect(pool, options, app.conf):
-        raise ValueError(f"{flag} has no effect in {pool or 'headrace'}'s pool: {advice}")
+    if not pool:
+        for flag, advice in _without_effect(options, app.conf):
+            raise ValueError(f"{flag} has no effect in headrace's pool: {advice}")
     selected_queues(options, app.headrace_settings.models)
 
 
@@ -97,12 +98,10 @@ def is_explicit(parameter: str) -> bool:
     return source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 
 
-def _without_effect(pool: str, options: Mapping[str, Any], conf: Any) -> Iterator[tuple[str, str]]:
-    """The options that have no effect in this pool, each with what to do instead."""
+def _without_effect(options: Mapping[str, Any], conf: Any) -> Iterator[tuple[str, str]]:
+    """The options that have no effect in headrace's own pool, each with what to do instead."""
     concurrency, multiplier = options.get("concurrency"), options.get("prefetch_multiplier")
-    if not pool and is_auto_concurrency(concurrency):
+    if is_auto_concurrency(concurrency):
         yield "-c auto", "it takes as many jobs as its slots need; leave -c out, or set HEADRACE_SLOTS"
-    if not pool and multiplier not in (None, conf.worker_prefetch_multiplier):
+    if multiplier not in (None, conf.worker_prefetch_multiplier):
         yield "--prefetch-multiplier", "it takes messages by the number of jobs that it holds, which -c sets"
-    if pool == "solo" and concurrency not in (None, "", 1, conf.worker_concurrency):
-        yield "-c", "it runs one task at a time"

@@ -21,9 +21,10 @@ from celery.exceptions import ImproperlyConfigured
 from click.core import ParameterSource
 from kombu import Queue
 
+from headrace.client.wire.errors import JobFailed
 from headrace.config import load_settings
 from headrace.config.logging import setup_logging
-from headrace.worker import celery
+from headrace.worker import celery, tasks
 from headrace.worker.celery import make_app
 from headrace.worker.jobs.pool import EnginePool
 from headrace.worker.queue.consumer import SafeConsumer
@@ -91,7 +92,6 @@ def test_other_pools_are_accepted(app: Celery, pool: Any) -> None:
         ({"purge": True}, ["--purge", "cancel"]),
         ({"concurrency": "auto"}, ["-c auto", "HEADRACE_SLOTS"]),
         ({"prefetch_multiplier": 4}, ["--prefetch-multiplier", "-c"]),
-        ({"pool": "solo", "concurrency": 3}, ["-c", "one task at a time"]),
         ({"queues": ["headrace.demo", "headrace.third"]}, ["-Q", "'headrace.third'", "HEADRACE_MODEL"]),
         ({"queues": "headrace.demo,celery"}, ["-Q", "'celery'", "headrace.demo, headrace.other", "your own"]),
         ({"queues": ["other"]}, ["-Q", "did you mean 'headrace.other'"]),
@@ -126,7 +126,7 @@ def test_an_option_that_a_worker_cannot_honour_is_refused_by_name(
         {"queues": ["headrace.demo"]},
         {"queues": "headrace.other, headrace.demo"},
         {"queues": None, "exclude_queues": ["headrace.demo"]},
-        {"pool": "solo", "concurrency": 1},
+        {"pool": "solo", "concurrency": 4},
         {"pool": "threads", "concurrency": "auto", "prefetch_multiplier": 4},
     ],
     ids=str,
@@ -184,3 +184,24 @@ def test_the_consumer_fits_the_pool() -> None:
     assert type(make_consumer(lambda _: None, pool=engine_pool, **given)) is EngineConsumer
     assert type(make_consumer(lambda _: None, pool=solo, **given)) is SafeConsumer
     app.close()
+
+
+@pytest.mark.parametrize("queue", ["headrace.third", "mine", Queue("headrace.third")], ids=str)
+def test_a_task_that_runs_eagerly_is_not_computed_for_a_model_that_is_not_here(app: Celery, queue: Any) -> None:
+    app.conf.update(task_always_eager=True, task_eager_propagates=True)
+    with pytest.raises(JobFailed, match=r"expected one that this worker serves: 'demo', 'other'"):
+        app.tasks["headrace.generate"].apply_async([{"prompt": "x"}], queue=queue)
+
+
+def test_a_task_is_computed_by_the_model_of_its_queue_whoever_calls_it(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`celery.map` calls the task directly, and an eager task has no message."""
+    service = SimpleNamespace(generate=lambda _, request, model: {"prompt": request, "model": model})
+    monkeypatch.setattr(tasks, "service_for", lambda _: service)
+    generate = app.tasks["headrace.generate"]
+    for options in ({"queue": "headrace.other"}, {"routing_key": "headrace.other"}):
+        assert generate.apply(["x"], **options).get() == {"prompt": "x", "model": "other"}
+        calls = app.tasks["celery.map"].apply([app.signature("headrace.generate"), ["x"]], **options)
+        assert calls.get()[0]["model"] == ("other" if "routing_key" in options else None)
+    assert generate.apply(["x"]).get()["model"] is None
