@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from celery import Celery, chain, chord, group
 from celery.contrib.testing.worker import start_worker
+from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
 
 from headrace.client import Client, InvalidRequest, JobFailed
+from tests.integration.processes import WorkerProcess
 from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.usefixtures("worker")
@@ -71,3 +73,27 @@ def test_a_chain_runs_jobs_in_their_order(client: Client) -> None:
     last = chain(client.signature("Hello.", **FIELDS), client.signature([15496, 13], **FIELDS))()
     assert last.get(timeout=PATIENCE_S)["choices"][0]["text"] == TEXT
     assert last.parent.get(timeout=PATIENCE_S)["id"] == last.parent.id
+
+
+def test_a_signature_sent_to_the_queue_of_another_model_fails(client: Client, worker: WorkerProcess) -> None:
+    signature = client.signature("Hello.", id="canvas:elsewhere", model="demo", **FIELDS)
+    signature.clone(headers={"model": "other"}).apply_async()
+    with pytest.raises(JobFailed, match="its header 'model' names 'other'"):
+        AsyncResult("canvas:elsewhere", app=client.celery_app).get(timeout=PATIENCE_S)
+
+
+def test_celery_map_computes_each_and_the_options_of_a_single_job_are_honoured(client: Client) -> None:
+    signature = client.celery_app.signature("headrace.generate")
+    requests = [{"prompt": "Hello.", **FIELDS}] * 2
+    mapped = client.celery_app.send_task(
+        "celery.map", kwargs={"task": signature, "it": requests}, queue="headrace.demo", argsrepr="", kwargsrepr=""
+    )
+    assert [result["choices"][0]["text"] for result in mapped.get(timeout=PATIENCE_S)] == [TEXT, TEXT]
+    options = {"shadow": "a name", "retries": 2, "time_limit": 600, "expires": 600, "reply_to": "somebody"}
+    assert (
+        client.signature("Hello.", **FIELDS).apply_async(**options).get(timeout=PATIENCE_S)["choices"][0]["text"]
+        == TEXT
+    )
+    expired = client.signature("Hello.", **FIELDS).apply_async(expires=-1)
+    with pytest.raises(TaskRevokedError, match="expired"):
+        expired.get(timeout=PATIENCE_S)
