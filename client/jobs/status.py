@@ -121,7 +121,10 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
     except redis.exceptions.NoPermissionError:
         delivered, dead = sum(worker.running + worker.waiting for worker in workers), None
     queues = [queue_status(connection, model) for model in models]
-    misplaced = find_misplaced(connection, models)
+    try:
+        misplaced = find_misplaced(connection, models)
+    except redis.exceptions.NoPermissionError:
+        misplaced = []
     return Status(workers=workers, queues=queues, delivered=delivered, dead=dead, misplaced=misplaced)
 
 

@@ -38,11 +38,15 @@ def find_misplaced(connection: redis.Redis, models: Iterable[str]) -> list[Mispl
     """Look for misplaced messages of these models. Lists that the Redis user may not read are left out.
 
     Raises:
+        redis.exceptions.NoPermissionError: the Redis user may not read lists without the prefix.
         redis.RedisError: Redis does not answer.
     """
     places = [(keys.queue(model), "set global_keyprefix", False) for model in models]
     places += [(DEFAULT_QUEUE, "set global_keyprefix and a queue", True)]
     places += [(keys.PREFIX + DEFAULT_QUEUE, "name a queue", True)]
+    connection.exists(
+        places[0][0]
+    )  # Redis logs each command that it denies, so a user without the right sends one only
     pipe = connection.pipeline(transaction=False)
     for key, _, shared in places:
         for name in keys.priority_lists(key):

@@ -22,11 +22,18 @@ class MisplacedMessages:
     def __init__(self, models: Iterable[str]) -> None:
         self._models = list(models)
         self._reported: set[str] = set()
+        self._allowed = True
 
     def look(self, connection: redis.Redis) -> None:
-        """Look once. Without the right to, or without Redis, nothing is reported."""
+        """Look once. Without Redis nothing is reported; without the right to read the lists it never looks again."""
+        if not self._allowed:
+            return
         with contextlib.suppress(redis.RedisError, OSError):
-            found = find_misplaced(connection, self._models)
+            try:
+                found = find_misplaced(connection, self._models)
+            except redis.exceptions.NoPermissionError:
+                self._allowed = False
+                return
             for place in found:
                 if place.key not in self._reported:
                     log.warning("messages.misplaced", key=place.key, messages=place.messages, hint=place.advice)

@@ -76,11 +76,18 @@ def test_a_list_is_reported_once_until_it_is_empty_again(connection: redis.Redis
     assert "global_keyprefix" in lines[0]["hint"]
 
 
-def test_without_redis_nothing_is_reported() -> None:
-    class Away:
-        def pipeline(self, **_: Any) -> Any:
-            raise redis.ConnectionError("no route")
+@pytest.mark.parametrize("error", [redis.ConnectionError("no route"), redis.exceptions.NoPermissionError("no right")])
+def test_a_redis_that_is_away_is_asked_again_and_one_that_denies_it_is_not(error: Exception) -> None:
+    class Refusing:
+        asked = 0
 
+        def exists(self, _: str) -> int:
+            self.asked += 1
+            raise error
+
+    connection, messages = Refusing(), MisplacedMessages(["demo"])
     with capture_logs() as lines:
-        MisplacedMessages(["demo"]).look(Away())  # type: ignore[arg-type]
+        for _ in range(2):
+            messages.look(connection)  # type: ignore[arg-type]
     assert not lines
+    assert connection.asked == (2 if isinstance(error, redis.ConnectionError) else 1)
