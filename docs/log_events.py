@@ -54,6 +54,7 @@ EVENTS: dict[str, Event] = {
     "message.finished": Event("the results of all its jobs are stored"),
     "message.adopted": Event("a message was delivered again while its jobs are running here; they continue"),
     "message.refused": Event("a message cannot be read; it went to the list `headrace:dead`"),
+    "followers.failed": Event("a refused message is part of a chord or a chain, which could not be failed with it"),
     "messages.misplaced": Event(
         "messages for headrace are in a list of Redis that no worker reads; once for each list, until it is empty"
     ),

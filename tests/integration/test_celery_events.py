@@ -137,11 +137,14 @@ def test_what_a_plain_producer_sends_shows_no_prompt_and_control_does_what_it_sa
         )
         first, second = send(max_tokens=LONG // 2), send(max_tokens=SHORT)
         failing = send(max_tokens=1, stop=[SECRET] * 99)
+        calls = {"task": plain.signature("headrace.generate"), "it": [{**secret, "stop": [SECRET] * 99}]}
+        mapped = plain.send_task("celery.map", kwargs=calls, queue="headrace.demo")
         wait_until(lambda: first.id in state.tasks and state.tasks[first.id].started)
         shown = [inspect.active(), inspect.reserved(), inspect.scheduled(), inspect.query_task(first.id, later.id)]
         assert {first.id, second.id, later.id} <= set(re.findall(r"'id': '([^']+)'", repr(shown)))
-        with pytest.raises(JobFailed, match="stop"):
+        with pytest.raises(JobFailed, match=f"stop.*{SECRET}"):
             result(failing)
+        wait_until(lambda: connection.exists(keys.result(mapped.id)))
         assert result(first).usage.completion_tokens == LONG // 2
         wait_until(lambda: state.tasks[first.id].succeeded and state.tasks[failing.id].failed)
         assert state.tasks[failing.id].exception == "JobFailed('invalid_request', ...)"

@@ -9,6 +9,7 @@ from typing import Any
 
 import redis
 import structlog
+from celery.app.task import Context
 from celery.exceptions import InvalidTaskError
 from celery.worker import state
 from celery.worker.consumer import Consumer
@@ -21,7 +22,7 @@ from headrace.worker.queue.message_options import compression_of, reason_to_refu
 from headrace.worker.queue.messages import BAD_SIGNATURE, argument, model_of, read_group
 from headrace.worker.queue.misplaced import LOOK_S, MisplacedMessages
 from headrace.worker.queue.permissions import is_forbidden
-from headrace.worker.queue.redaction import RedactedRequest
+from headrace.worker.queue.redaction import RedactedRequest, redact_error_logs
 from headrace.worker.queue.transport import CONNECTION_ERRORS, plain_client, transport_that_takes
 from headrace.worker.queue.validation import MAX_MESSAGE_BYTES, forbid_compression, reason_to_refuse, take_out_unsigned
 
@@ -58,6 +59,7 @@ class SafeConsumer(Consumer):
         self._misplaced = MisplacedMessages(kwargs["app"].headrace_settings.models)
         self._look_timer: Any = None
         forbid_compression()
+        redact_error_logs()
         # With gossip every worker receives every heartbeat of every other worker, and does nothing with it.
         super().__init__(take, *args, **{**kwargs, "without_gossip": True})
         self._signing_keys = self.app.headrace_settings.signing_keys
@@ -137,8 +139,24 @@ class SafeConsumer(Consumer):
         """Refuse a message that kombu could read. The jobs that it names fail, because callers may wait for them."""
         for request in [request for request in state.requests.values() if request.message is message]:
             state.task_ready(request)
-        self._fail_jobs(_named_jobs(message), JobFailed("unreadable_message", f"the message was refused: {reason}"))
+        error = JobFailed("unreadable_message", f"the message was refused: {reason}")
+        self._fail_jobs(_named_jobs(message), error)
+        self._fail_followers(message, error)
         self._refuse(message.delivery_tag, *_original(message), reason)
+
+    def _fail_followers(self, message: Any, error: JobFailed) -> None:
+        """Fail the chord and the chain that a refused message is part of, and call its `link_error`, as Celery does."""
+        try:
+            followers = message.payload[2]
+            if any(followers.values()):
+                request = Context({**message.headers, **followers, "chain": None, "delivery_info": {}})
+                # Its own result is stored by the pool, which knows whether the job is running.
+                self.app.backend.mark_as_failure(request.id, error, request=request, store_result=False)
+                self.app.backend._fail_chain(followers.get("chain"), error)
+        except CONNECTION_ERRORS:
+            log.warning("followers.failed", message_id=str(message.headers.get("id"))[:128], kind="RedisError")
+        except Exception as failure:  # the message may have any content
+            log.info("followers.failed", message_id=str(message.headers.get("id"))[:128], kind=type(failure).__name__)
 
     def _refuse(self, tag: str, queue: str, message: bytes, reason: str) -> None:
         self._dead_letter(tag, queue, message, reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -48,3 +49,42 @@ def redact_exception(text: str) -> str:
         return REDACTED
     name, code = found.groups()
     return f"{name}({code}, ...)" if code else f"{name}(...)"
+
+
+#: Celery's loggers that write errors of tasks.
+_ERROR_LOGGERS = ("celery.app.trace", "celery.backends.base", "celery.backends.redis")
+
+
+class _ErrorsWithoutMessages(logging.Filter):
+    """Reduces the errors in a log record to their class and code, and tracebacks to the lines of the program."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.exc_info = record.exc_text = None
+        if isinstance(record.args, dict):
+            record.args = {**record.args, **_redacted_context(record.args)}
+            record.__dict__["data"] = record.args
+        elif record.args:
+            record.args = tuple(
+                redact_exception(repr(arg)) if isinstance(arg, BaseException) else arg for arg in record.args
+            )
+        return True
+
+
+_FILTER = _ErrorsWithoutMessages()
+
+
+def redact_error_logs() -> None:
+    """Keep the messages of errors, which may quote a request, out of Celery's log records in this process."""
+    for name in _ERROR_LOGGERS:
+        logging.getLogger(name).addFilter(_FILTER)  # adding it again changes nothing
+
+
+def _redacted_context(context: Any) -> dict[str, str]:
+    """The redacted values among those that Celery logs about a task."""
+    redacted = {name: REDACTED for name in ("args", "kwargs", "return_value") if name in context}
+    if "exc" in context:
+        redacted["exc"] = redact_exception(str(context["exc"]))
+    if "traceback" in context:
+        places = [line for line in str(context["traceback"]).splitlines() if line.startswith("  File ")]
+        redacted["traceback"] = "\n".join(places)
+    return redacted

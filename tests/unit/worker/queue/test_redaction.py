@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import traceback
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,7 @@ from headrace.client.wire.celery import TASK_NAME
 from headrace.client.wire.errors import JobFailed
 from headrace.config import load_settings
 from headrace.worker.celery import make_app
-from headrace.worker.queue.redaction import RedactedRequest, redact_exception
+from headrace.worker.queue.redaction import RedactedRequest, redact_error_logs, redact_exception
 
 SECRET = "the secret prompt"
 
@@ -56,6 +58,23 @@ def test_a_request_shows_no_argument_whatever_its_producer_wrote(named: bool) ->
 )
 def test_an_exception_is_reduced_to_its_class_and_code(text: str, shown: str) -> None:
     assert redact_exception(text) == shown
+
+
+@pytest.mark.parametrize("name", ["celery.app.trace", "celery.backends.redis"])
+def test_error_lines_of_celery_show_the_class_and_the_place_of_an_error(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    redact_error_logs()
+    logger = logging.getLogger(name)
+    try:
+        raise JobFailed("invalid_request", f"stop: got {SECRET!r}")
+    except JobFailed as error:
+        text = traceback.format_exc()
+        logger.exception("Chord %r raised: %r", "c", error)
+        logger.error("raised: %(exc)s %(traceback)s", {"exc": repr(error), "traceback": text, "args": SECRET})
+    assert SECRET not in caplog.text
+    assert "Chord 'c' raised: \"JobFailed('invalid_request', ...)\"" in caplog.text.replace("\\", "")
+    assert f'File "{__file__}", line' in caplog.text
 
 
 def test_what_the_workers_app_sends_for_a_canvas_shows_no_argument() -> None:
