@@ -44,8 +44,8 @@ def argument(task: str, args: Any, kwargs: Any) -> Any:
     return kwargs.get("jobs" if task == GROUP_TASK_NAME else "request") if isinstance(kwargs, dict) else None
 
 
-def read_wire(wire: Any, model: str) -> GenerateRequest:
-    """Parse a request from a message for a model. A request may name the model, if it is that of its queue.
+def read_wire(wire: Any, model: str | None = None) -> GenerateRequest:
+    """Parse a request from a message. It may name its model, if that is `model`, the model of its queue.
 
     Raises:
         JobFailed: with the code `unsupported_version` or `invalid_request`.
@@ -58,14 +58,14 @@ def read_wire(wire: Any, model: str) -> GenerateRequest:
             f"the request has schema version {str(wire['schema_version'])[:20]} and this worker reads none above "
             f"{SCHEMA_VERSION}; upgrade the workers before the clients",
         )
-    if (named := wire.get("model", model)) != model:
+    if model is not None and (named := wire.get("model")) not in (None, model):
         raise JobFailed(
             "invalid_request",
             f"model: got {str(named)[:80]!r} in the queue {keys.queue(model)!r}; the queue names the model: send the "
             f"request to the queue of the model that is meant, {keys.queue('<model>')}",
         )
     try:
-        return parse_request({name: value for name, value in wire.items() if name != "model"})
+        return parse_request(wire if model is None else {name: wire[name] for name in wire if name != "model"})
     except InvalidRequest as error:
         raise JobFailed("invalid_request", str(error)) from error
 

@@ -123,8 +123,9 @@ def test_a_message_passes_only_if_nothing_in_it_names_another_model(queue: str, 
 
 
 def test_a_request_may_name_the_model_of_its_queue_and_no_other() -> None:
-    assert read_wire({"prompt": "x", "model": "demo"}, "demo").prompt == "x"
+    for named in ("demo", None):
+        assert read_wire({"prompt": "x", "model": named}, "demo").prompt == "x"
     with pytest.raises(JobFailed, match=r"model: got 'other' in the queue 'headrace\.demo'; the queue names"):
         read_wire({"prompt": "x", "model": "other"}, "demo")
-    with pytest.raises(JobFailed, match=r"model: got 'None'"):
-        read_wire({"prompt": "x", "model": None}, "demo")
+    with pytest.raises(JobFailed, match=r"model: got .*demo.* in the queue"):
+        read_wire({"prompt": "x", "model": ["demo"]}, "demo")
