@@ -58,10 +58,10 @@ def _other_model(message: Any) -> str | None:
             "are not computed by another: submit them again for this model"
         )
     named = message.headers.get(MODEL_HEADER)
-    if isinstance(named, str) and named != model:
+    if named not in (None, model):
         return (
-            f"its header {MODEL_HEADER!r} names {named[:160]!r} and it was in the queue {delivery['routing_key']!r}; "
-            "send it to the queue of the model that is meant"
+            f"its header {MODEL_HEADER!r} names {str(named)[:160]!r} and it was in the queue "
+            f"{delivery['routing_key']!r}; send it to the queue of the model that is meant"
         )
     return None
 
