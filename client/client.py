@@ -247,6 +247,7 @@ class Client:
             priority=job.urgency,
             argsrepr="<redacted>",
             kwargsrepr="{}",
+            headers={"model": job.model},  # a worker refuses it in the queue of another model
         )
 
     @functools.cached_property

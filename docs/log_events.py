@@ -54,6 +54,10 @@ EVENTS: dict[str, Event] = {
     "message.finished": Event("the results of all its jobs are stored"),
     "message.adopted": Event("a message was delivered again while its jobs are running here; they continue"),
     "message.refused": Event("a message cannot be read; it went to the list `headrace:dead`"),
+    "followers.failed": Event("a refused message is part of a chord or a chain, which could not be failed with it"),
+    "messages.misplaced": Event(
+        "messages for headrace are in a list of Redis that no worker reads; once for each list, until it is empty"
+    ),
     "message.trimmed": Event(
         "the unsigned envelope of a message asked for more than its signature allows; that is ignored"
     ),
@@ -124,6 +128,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "fingerprint": ("text", "the software, hardware and weights that compute results"),
     "queue": ("text", "the name of the queue in Celery"),
     "queues": ("list of texts", "the names of the queues in Celery"),
+    "key": ("text", "the key of the list in Redis"),
     "url": ("text", "the address of Redis, without its password"),
     "tried": ("text", "the address where no Redis answered, without its password"),
     "method": ("text", "of the HTTP request"),

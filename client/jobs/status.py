@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from headrace.client.wire import keys
 from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.misplaced import Misplaced, find_misplaced
 from headrace.client.wire.queue_depth import QueueStatus, count_delivered, queue_status
 from headrace.client.wire.redis import redis_errors
 from headrace.config.model_names import is_served_name
@@ -87,12 +88,14 @@ class Status(BaseModel):
         delivered: jobs that workers have taken and not finished. For a Redis user without the right to count them it is
             the number of sequences in the heartbeats.
         dead: messages of all queues that no worker could read; None for a Redis user without the right to count them.
+        misplaced: lists with messages for these models that no worker reads, as far as the Redis user may read them.
     """
 
     workers: list[WorkerStatus]
     queues: list[QueueStatus]
     delivered: int
     dead: int | None = None
+    misplaced: list[Misplaced] = []
 
     def serves(self, model_name: str) -> bool:
         """Whether a live worker that is not stalled serves the model."""
@@ -118,7 +121,11 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
     except redis.exceptions.NoPermissionError:
         delivered, dead = sum(worker.running + worker.waiting for worker in workers), None
     queues = [queue_status(connection, model) for model in models]
-    return Status(workers=workers, queues=queues, delivered=delivered, dead=dead)
+    try:
+        misplaced = find_misplaced(connection, models)
+    except redis.exceptions.NoPermissionError:
+        misplaced = []
+    return Status(workers=workers, queues=queues, delivered=delivered, dead=dead, misplaced=misplaced)
 
 
 class Served(NamedTuple):

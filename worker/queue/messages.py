@@ -21,10 +21,21 @@ BAD_SIGNATURE = (
 )
 
 
+#: In the delivery info of a message: the routing key that its sender wrote.
+ADDRESSED_TO = "headrace_addressed_to"
+#: Header: the model that a message is for. A message in the queue of another one is refused.
+MODEL_HEADER = "model"
+
+
 def model_of(delivery_info: Any) -> str | None:
-    """Return the model of the queue that a message came from, or None if it came from no queue."""
+    """Return the model of the queue that a message came from, or None if it came from no queue.
+
+    For a queue that belongs to no model this is its name in parentheses, which is the name of no model.
+    """
     queue = delivery_info.get("routing_key") if isinstance(delivery_info, dict) else None
-    return keys.model_of(queue) if isinstance(queue, str) else None
+    if not isinstance(queue, str):
+        return None
+    return keys.model_of(queue) if keys.names_model(queue) else f"({queue})"
 
 
 def argument(task: str, args: Any, kwargs: Any) -> Any:
@@ -34,8 +45,8 @@ def argument(task: str, args: Any, kwargs: Any) -> Any:
     return kwargs.get("jobs" if task == GROUP_TASK_NAME else "request") if isinstance(kwargs, dict) else None
 
 
-def read_wire(wire: Any) -> GenerateRequest:
-    """Parse a request from a message.
+def read_wire(wire: Any, model: str | None = None) -> GenerateRequest:
+    """Parse a request from a message. It may name its model, if that is `model`, the model of its queue.
 
     Raises:
         JobFailed: with the code `unsupported_version` or `invalid_request`.
@@ -49,8 +60,15 @@ def read_wire(wire: Any) -> GenerateRequest:
             f"the request has schema version {show(version)[:20]} and this worker reads none above "
             f"{SCHEMA_VERSION}; upgrade the workers before the clients",
         )
+    if model is not None and (named := wire.get("model")) not in (None, model):
+        raise JobFailed(
+            "invalid_request",
+            f"model: got {str(named)[:80]!r} in the queue {keys.queue(model)!r}; the queue names the model: send the "
+            f"request to the queue of the model that is meant, {keys.queue('<model>')}",
+        )
     try:
-        return parse_request(wire, public=WIRE_NAMES)
+        fields = wire if model is None else {name: wire[name] for name in wire if name != "model"}
+        return parse_request(fields, public=WIRE_NAMES)
     except InvalidRequest as error:
         raise JobFailed("invalid_request", str(error)) from error
 

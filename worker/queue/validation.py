@@ -20,6 +20,7 @@ from headrace.client.wire.celery import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME
 from headrace.client.wire.requests import is_job_id
 from headrace.client.wire.signing import verified
 from headrace.client.wire.tracing import CONTEXT_HEADERS, TRACES_HEADER
+from headrace.worker.queue.message_options import compression_of, encoding_of
 from headrace.worker.queue.messages import argument
 
 log = structlog.get_logger("headrace.worker")
@@ -40,6 +41,8 @@ def reason_to_refuse(message: Any, *, signed_only: bool) -> str | None:
     """Return why a message is refused, or None. With `signed_only`, also remove the unsigned parts of its envelope."""
     if message.content_type != "application/json":
         return f"its content type is {str(message.content_type)[:80]!r}; only application/json is read"
+    if reason := compression_of(message) or encoding_of(message):
+        return reason
     if len(message.body) > MAX_MESSAGE_BYTES:
         return f"it has {len(message.body)} bytes; at most {MAX_MESSAGE_BYTES} are read"
     try:
