@@ -12,8 +12,17 @@ from headrace.client.wire.results import Choice, Outcome, Result, TokenLogprob
 
 #: The only endpoint that lines of a batch may name.
 ENDPOINT = "/v1/completions"
+_COMPLETES = f"this server completes text: send the whole text as `prompt` to {ENDPOINT}"
+#: Endpoints of the OpenAI API that need another kind of model -> what to use instead.
+OTHER_ENDPOINTS = {
+    "/v1/chat/completions": f"GPT-2 has no chat format; {_COMPLETES}, for example the messages one after another",
+    "/v1/responses": f"GPT-2 has no chat format; {_COMPLETES}, for example the messages one after another",
+    "/v1/embeddings": f"GPT-2 gives no embeddings; {_COMPLETES}",
+}
 #: The `id` of an output line is this prefix and the digest of the request.
 ROW_ID = "batch_req_"
+#: Characters that end a line for `str.splitlines`, though not for JSON: escaped, so that every reader finds the lines.
+_ESCAPED_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 #: Fields of the OpenAI API that headrace ignores -> whether it may ignore a value, given the whole body. With any other
 #: value the request is refused.
@@ -89,7 +98,8 @@ def output_line(row: BatchItem, job_id: str, outcome: Outcome | Exception) -> by
     else:
         message = getattr(outcome, "message", None) or str(outcome)
         line["error"] = {"code": failure_code(outcome), "message": message}
-    return json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    text = json.dumps(line, ensure_ascii=False).translate(_ESCAPED_LINE_ENDS)
+    return text.encode("utf-8", "replace") + b"\n"
 
 
 def read_output_line(line: bytes) -> Written | None:

@@ -6,14 +6,14 @@ prompt.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from headrace.client.batch.items import BatchItem, digest_of, to_python
-from headrace.client.batch.openai import ENDPOINT, completion_fields
+from headrace.client.batch.openai import ENDPOINT, OTHER_ENDPOINTS, completion_fields
 from headrace.client.batch.sources import MAX_LINE_BYTES
 from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.unicode import check_unicode, is_unicode, parse_json
 from headrace.config.settings import slug
 
 MAX_CUSTOM_ID = 512
@@ -45,6 +45,8 @@ class ItemReader:
             item = self._decode(item, first=line == 1)
             if item is None:
                 return None
+        else:
+            check_unicode(item)
         custom_id, given = _split_custom_id(to_python(item))
         fields = {name: value for name, value in {**self._params, **given}.items() if value is not None}
         if "stream" in fields:
@@ -71,8 +73,10 @@ class ItemReader:
         if self._text:
             return line
         try:
-            return json.loads(line)
-        except (ValueError, RecursionError) as error:
+            return parse_json(line)
+        except InvalidRequest as error:
+            raise InvalidRequest(error.field.removeprefix("body."), error.value, error.expected) from None
+        except ValueError as error:
             raise InvalidRequest(
                 "line", f"invalid JSON ({error})", "a JSON object; plain text lines need --text"
             ) from None
@@ -102,22 +106,15 @@ def _split_custom_id(item: Any) -> tuple[str | None, dict[str, Any]]:
     if unknown := [name for name in fields if name not in _BATCH_KEYS]:
         raise InvalidRequest(str(unknown[0])[:80], "a field", f"only the fields {', '.join(_BATCH_KEYS)}")
     if fields.get("method", "POST") != "POST" or fields.get("url", ENDPOINT) != ENDPOINT:
-        got = f"{fields.get('method', 'POST')} {fields.get('url', ENDPOINT)}"
-        raise InvalidRequest("url", repr(got)[:80], f"'POST {ENDPOINT}'")
+        url = fields.get("url", ENDPOINT)
+        advice = f"; {OTHER_ENDPOINTS[url]}" if isinstance(url, str) and url in OTHER_ENDPOINTS else ""
+        raise InvalidRequest("url", repr(f"{fields.get('method', 'POST')} {url}")[:80], f"'POST {ENDPOINT}'{advice}")
     if not isinstance(fields.get("body"), Mapping):
         raise InvalidRequest("body", f"a {type(fields.get('body')).__name__}", "an object with prompt and parameters")
     return _check_custom_id(fields.get("custom_id")), completion_fields(fields["body"])
 
 
 def _check_custom_id(value: Any) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_CUSTOM_ID or not _is_unicode(value):
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_CUSTOM_ID or not is_unicode(value):
         raise InvalidRequest("custom_id", repr(value)[:80], f"text of 1 to {MAX_CUSTOM_ID} characters")
     return value
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from headrace.client.wire.errors import OutputRefused
+from headrace.client.wire.unicode import parse_json
 
 
 class RunFile:
@@ -46,10 +47,10 @@ class RunFile:
 
     def _read(self) -> str:
         try:
-            run = json.loads(self.path.read_bytes()[:4096])["run"]
+            run = parse_json(self.path.read_bytes()[:4096])["run"]
         except (ValueError, LookupError, TypeError):
             return ""
-        return run if isinstance(run, str) and run.isalnum() and len(run) <= 32 else ""
+        return run if isinstance(run, str) and run.isascii() and run.isalnum() and len(run) <= 32 else ""
 
     def renew(self) -> None:
         """Give the run another id."""

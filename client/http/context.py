@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,8 @@ from headrace.client.http.errors import ApiError, invalid, not_found
 from headrace.client.http.file_store import FileStore
 from headrace.client.http.jobs import JobRunner
 from headrace.client.http.page import StatusReporter
+from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.unicode import parse_json
 
 
 @dataclass
@@ -45,10 +46,15 @@ def owner_of(request: Request) -> str:
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The request body. Raises ApiError if it is not a JSON object."""
+    """The request body. Raises ApiError if it is not a JSON object, InvalidRequest if a string in it is not Unicode."""
+    if request.headers.get("content-type", "").lower().startswith("multipart/"):
+        message = "content-type: got multipart; expected application/json"
+        raise ApiError(415, "unsupported_media_type", message, param="content-type")
     try:
-        body = json.loads(await request.body())
-    except (ValueError, RecursionError) as error:
+        body = parse_json(await request.body())
+    except InvalidRequest:
+        raise
+    except ValueError as error:
         raise ApiError(400, "invalid_json", f"the body is not valid JSON: {str(error)[:80]}") from None
     if not isinstance(body, dict):
         raise ApiError(400, "invalid_json", "the body must be a JSON object")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 
+from headrace.client.http.responses import JsonResponse
 from headrace.client.wire.errors import (
     InvalidRequest,
     JobCancelled,
@@ -72,7 +72,7 @@ class ApiError(Exception):
         """The error object of the OpenAI API."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
-    def as_response(self) -> JSONResponse:
+    def as_response(self) -> JsonResponse:
         """The HTTP response: status, headers and error object."""
         headers = {}
         if self.status == 401:
@@ -82,7 +82,7 @@ class ApiError(Exception):
         elif self.status >= 409:
             # The openai package retries these statuses by default; here a retry would compute the same failure again.
             headers["x-should-retry"] = "false"
-        return JSONResponse(self.as_dict(), self.status, headers)
+        return JsonResponse(self.as_dict(), self.status, headers)
 
 
 def invalid(message: str, param: str) -> ApiError:

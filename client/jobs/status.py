@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from typing import Annotated, Any, NamedTuple, cast
@@ -14,6 +13,7 @@ from headrace.client.wire import keys
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.queue_depth import QueueStatus, count_delivered, queue_status
 from headrace.client.wire.redis import redis_errors
+from headrace.client.wire.unicode import check_unicode, parse_json
 from headrace.config.settings import slug
 
 #: For how many seconds a client caches the list of served models.
@@ -22,6 +22,8 @@ SERVED_S = 1.0
 
 class RowStatus(BaseModel):
     """A sequence in a slot of a worker: first its prompt is read, then new tokens are generated."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     #: `keys.tag` of the job id.
     job: str
@@ -38,19 +40,21 @@ class RowStatus(BaseModel):
 class FailureStatus(BaseModel):
     """A job that failed: `keys.tag` of the job id, the error code, and the Unix time in seconds."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     job: str
     code: str
     at: float
 
 
 def _parsed(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
+    return parse_json(value) if isinstance(value, str) else value
 
 
 class WorkerStatus(BaseModel):
     """The last heartbeat of a worker. A worker of several models has one record for each, named HOST-PID@MODEL."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     name: str
     model: str
@@ -153,8 +157,9 @@ def _worker(name: str, record: Any) -> WorkerStatus | None:
     if not isinstance(record, dict) or "model" not in record:
         return None
     try:
+        check_unicode([name, record])  # bytes that are not UTF-8 could not be printed
         return WorkerStatus.model_validate({**record, "name": name})
-    except ValidationError:
+    except (ValidationError, InvalidRequest):
         return None
 
 

@@ -6,19 +6,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
-from headrace.client.batch.openai import completion, completion_fields, logprobs_fields
+from headrace.client.batch.openai import ENDPOINT, OTHER_ENDPOINTS, completion, completion_fields, logprobs_fields
 from headrace.client.http.context import context_of, read_json, route
 from headrace.client.http.errors import ApiError
 from headrace.client.http.jobs import JobRunner, Prompt, SubmittedJobs
+from headrace.client.http.responses import JsonResponse, encode_json
 from headrace.client.http.sse import EventStream, encode_event, run_until_disconnect
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import InvalidRequest
@@ -108,7 +107,7 @@ async def create_completion(request: Request) -> Any:
     headers = {"x-request-id": request_id}
     if not parsed.stream:
         results = await run_until_disconnect(request, jobs.results(submitted))
-        return JSONResponse(completion_object(results), headers=headers)
+        return JsonResponse(completion_object(results), headers=headers)
     samples = parsed.params.get("n", 1)
     encoder = ChunkEncoder(request_id, submitted.model, samples, include_usage=parsed.include_usage)
     return EventStream(_stream_chunks(jobs, submitted, encoder), _encode_chunk_error, headers=headers)
@@ -159,7 +158,7 @@ class ChunkEncoder:
             logprobs = logprobs_fields(event.logprobs, offset)
         choice = {"index": index, "text": event.text, "logprobs": logprobs, "finish_reason": event.finish_reason}
         usage = {"usage": None} if self._include_usage else {}
-        return encode_event(json.dumps({**self._common, "choices": [choice], **usage}))
+        return encode_event(encode_json({**self._common, "choices": [choice], **usage}))
 
     def encode_end(self, results: Sequence[Result]) -> bytes:
         """The end of a complete stream: `[DONE]`, after the token counts if they were requested."""
@@ -169,7 +168,7 @@ class ChunkEncoder:
         fingerprints = {result.fingerprint for result in results}
         fingerprint = fingerprints.pop() if len(fingerprints) == 1 else None
         last = {**self._common, "choices": [], "system_fingerprint": fingerprint, "usage": total_usage(results)}
-        return encode_event(json.dumps(last)) + done
+        return encode_event(encode_json(last)) + done
 
 
 async def _stream_chunks(jobs: JobRunner, submitted: SubmittedJobs, encoder: ChunkEncoder) -> AsyncGenerator[bytes]:
@@ -182,7 +181,7 @@ async def _stream_chunks(jobs: JobRunner, submitted: SubmittedJobs, encoder: Chu
 
 def _encode_chunk_error(error: ApiError) -> bytes:
     """The error as the last event, without `[DONE]`: the stream is incomplete."""
-    return encode_event(json.dumps(error.as_dict()))
+    return encode_event(encode_json(error.as_dict()))
 
 
 # --- /execute --------------------------------------------------------------------------------------------------------
@@ -200,22 +199,32 @@ async def execute(request: Request) -> Any:
 
 
 async def _stream_events(jobs: JobRunner, submitted: SubmittedJobs) -> AsyncGenerator[bytes]:
-    yield encode_event(json.dumps({"id": submitted.jobs[0].id, "model": submitted.model}), "started")
+    yield encode_event(encode_json({"id": submitted.jobs[0].id, "model": submitted.model}), "started")
     async with contextlib.aclosing(jobs.events(submitted)) as events:
         async for _, event in events:
             if event.result is not None:
-                yield encode_event(event.result.model_dump_json(), "end")
+                yield encode_event(encode_json(event.result.model_dump(mode="json")), "end")
                 return
             logprobs = None if event.logprobs is None else [score.model_dump() for score in event.logprobs]
             token = {"index": event.index, "text": event.text, "token_ids": event.token_ids, "logprobs": logprobs}
-            yield encode_event(json.dumps({**token, "finish_reason": event.finish_reason}), "token")
+            yield encode_event(encode_json({**token, "finish_reason": event.finish_reason}), "token")
 
 
 def _encode_error_event(error: ApiError) -> bytes:
-    return encode_event(json.dumps(error.as_dict()), "error")
+    return encode_event(encode_json(error.as_dict()), "error")
+
+
+# --- endpoints of other models ---------------------------------------------------------------------------------------
+
+
+async def refuse_endpoint(request: Request) -> Any:
+    """An endpoint of the OpenAI API that needs another kind of model: the error says what this server offers."""
+    path = request.scope["path"]
+    raise ApiError(404, "unsupported_endpoint", f"{path}: {OTHER_ENDPOINTS[path]}", param="url")
 
 
 ROUTES = [
-    route("POST", "/v1/completions", create_completion),
+    route("POST", ENDPOINT, create_completion),
     route("POST", "/execute", execute),
+    *(route("POST", path, refuse_endpoint) for path in OTHER_ENDPOINTS),
 ]

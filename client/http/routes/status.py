@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from headrace.client.http.auth import HEALTH_PATH, PAGE_PATH
 from headrace.client.http.context import context_of, route
 from headrace.client.http.errors import ApiError, invalid
 from headrace.client.http.page import page
+from headrace.client.http.responses import JsonResponse
 from headrace.client.wire.requests import is_job_id
 
 
@@ -19,9 +20,9 @@ async def health(request: Request) -> Response:
     try:
         served = await context.jobs.served_models()
     except ApiError:
-        return JSONResponse({"status": "no_redis"}, 503)
+        return JsonResponse({"status": "no_redis"}, 503)
     ok = context.client.model_name in served
-    return JSONResponse({"status": "ok" if ok else "no_worker"}, 200 if ok else 503)
+    return JsonResponse({"status": "ok" if ok else "no_worker"}, 200 if ok else 503)
 
 
 async def show_page(_: Request) -> Response:
@@ -31,13 +32,13 @@ async def show_page(_: Request) -> Response:
 
 async def get_status(request: Request) -> Response:
     """`GET /status.json`: workers, queues and recent throughput."""
-    return JSONResponse(await context_of(request).status.report())
+    return JsonResponse(await context_of(request).status.report())
 
 
 async def compare_checkpoints(request: Request) -> Response:
     """`GET /checkpoints.json?job=ID&reference=ID`: the largest difference of each tensor of two jobs."""
     job_id, reference_id = (_job_id(request.query_params, name) for name in ("job", "reference"))
-    return JSONResponse(await context_of(request).comparison.compare(job_id, reference_id))
+    return JsonResponse(await context_of(request).comparison.compare(job_id, reference_id))
 
 
 def _job_id(query: QueryParams, name: str) -> str:
