@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from headrace.client.batch.items import BatchItem, to_python
-from headrace.client.wire.results import Choice, Outcome, Result, TokenLogprob
+from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.requests import GenerateRequest
+from headrace.client.wire.results import Choice, Outcome, Result, TokenLogprob, Usage
 
 #: The only endpoint that lines of a batch may name.
 ENDPOINT = "/v1/completions"
@@ -18,6 +20,17 @@ OTHER_ENDPOINTS = {
     "/v1/chat/completions": f"GPT-2 has no chat format; {_COMPLETES}, for example the messages one after another",
     "/v1/responses": f"GPT-2 has no chat format; {_COMPLETES}, for example the messages one after another",
     "/v1/embeddings": f"GPT-2 gives no embeddings; {_COMPLETES}",
+}
+#: Codes of jobs that failed because of the request -> the field at fault. Every other code is a fault of the server.
+REQUEST_ERRORS = {
+    "context_length_exceeded": "prompt",
+    "empty_prompt": "prompt",
+    "invalid_token_id": "prompt",
+    "too_many_logprobs": "logprobs",
+    "checkpoints_off": "checkpoints",
+    "checkpoints_too_large": "checkpoints",
+    "result_too_large": "max_tokens",
+    "invalid_request": None,
 }
 #: The `id` of an output line is this prefix and the digest of the request.
 ROW_ID = "batch_req_"
@@ -42,6 +55,57 @@ def completion_fields(body: Mapping[str, Any]) -> dict[str, Any]:
         if name in fields and (fields[name] is None or has_no_effect(fields[name], fields))
     ]
     return {name: value for name, value in fields.items() if name not in ignored}
+
+
+#: Prompts of one request.
+MAX_PROMPTS = 1_024
+PROMPT_FORMS = f"a text, a list of token ids, or a list of 1 to {MAX_PROMPTS} of these"
+
+Prompt = str | list[int]
+
+
+def split_prompts(value: Any) -> tuple[list[Any], bool]:
+    """The prompts of a request, and whether they came as a list. `Client.submit` checks each prompt.
+
+    Raises:
+        InvalidRequest: the value has none of PROMPT_FORMS.
+    """
+    if isinstance(value, str):
+        return [value], False
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value) or all(isinstance(item, list) for item in value):
+            if len(value) > MAX_PROMPTS:
+                raise InvalidRequest("prompt", f"a list of {len(value)} prompts", f"at most {MAX_PROMPTS}; see batches")
+            return value, True
+        if not any(isinstance(item, (str, list)) for item in value):
+            return [value], False
+        raise InvalidRequest("prompt", "a list of mixed types", PROMPT_FORMS)
+    raise InvalidRequest("prompt", "an empty list" if value == [] else f"a {type(value).__name__}", PROMPT_FORMS)
+
+
+class JoinedResult(Result):
+    """The results of all prompts of one request. Choices are numbered across prompts."""
+
+    #: None if the prompts differ in it.
+    seed: int | None  # type: ignore[assignment]
+    fingerprint: str | None = None  # type: ignore[assignment]
+
+
+def join_results(results: Sequence[Result]) -> Result:
+    """One result for the prompts of a request, in their order, with the id of the first."""
+    first = results[0]
+    if len(results) == 1:
+        return first
+    choices = [choice for result in results for choice in result.choices]
+    return JoinedResult(
+        id=first.id,
+        model=first.model,
+        choices=[choice.model_copy(update={"index": index}) for index, choice in enumerate(choices)],
+        usage=Usage(**{name: sum(getattr(r.usage, name) for r in results) for name in Usage.model_fields}),
+        timings=first.timings,
+        seed=first.seed if all(result.seed == first.seed for result in results) else None,
+        fingerprint=first.fingerprint if all(r.fingerprint == first.fingerprint for r in results) else None,
+    )
 
 
 def completion(result: Result) -> dict[str, Any]:
@@ -91,10 +155,16 @@ class Written(NamedTuple):
 
 
 def output_line(row: BatchItem, job_id: str, outcome: Outcome | Exception) -> bytes:
-    """The output line of a request. A job has no HTTP status: it has status code 200, or an `error` and no response."""
+    """The output line of a request, as OpenAI writes it.
+
+    A request that was computed has status code 200, and one that could never be computed has 400 and an error object as
+    its body. If anything else happened to the job, the line has an `error` and no response.
+    """
     line: dict[str, Any] = {"id": ROW_ID + row.digest, "custom_id": row.custom_id, "response": None, "error": None}
     if isinstance(outcome, Result):
         line["response"] = {"status_code": 200, "request_id": job_id, "body": completion(outcome)}
+    elif (body := request_error(outcome)) is not None:
+        line["response"] = {"status_code": 400, "request_id": job_id, "body": body}
     else:
         message = getattr(outcome, "message", None) or str(outcome)
         line["error"] = {"code": failure_code(outcome), "message": message}
@@ -117,6 +187,24 @@ def read_output_line(line: bytes) -> Written | None:
     digest = row_id.removeprefix(ROW_ID)
     ours = row_id.startswith(ROW_ID) and len(digest) == 16 and set(digest) <= set("0123456789abcdef")
     return Written(custom_id, digest if ours else "", failed)
+
+
+def request_error(error: Exception) -> dict[str, Any] | None:
+    """OpenAI's error object, for a job that failed because of its request; None for any other failure."""
+    code = failure_code(error)
+    if code not in REQUEST_ERRORS:
+        return None
+    message = getattr(error, "message", None) or str(error)
+    param = getattr(error, "field", None)
+    if param is None:
+        first_word = message.partition(" ")[0]  # an invalid token id may be in one of several fields
+        param = first_word if first_word in GenerateRequest.model_fields else REQUEST_ERRORS[code]
+    return error_object(message, "invalid_request_error", param, code)
+
+
+def error_object(message: str, kind: str, param: str | None, code: str) -> dict[str, Any]:
+    """The error object of the OpenAI API."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def failure_code(error: Exception) -> str:

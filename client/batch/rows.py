@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from headrace.client.batch.items import BatchItem, digest_of, to_python
-from headrace.client.batch.openai import ENDPOINT, OTHER_ENDPOINTS, completion_fields
+from headrace.client.batch.items import BatchItem, digest_of, seed_of, to_python
+from headrace.client.batch.openai import ENDPOINT, OTHER_ENDPOINTS, completion_fields, split_prompts
 from headrace.client.batch.sources import MAX_LINE_BYTES
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.unicode import check_unicode, is_unicode, parse_json
@@ -58,7 +58,8 @@ class ItemReader:
         name = f"row-{line}" if custom_id is None else custom_id
         digest = digest_of({**content, "custom_id": name, "model": model})
         # The seed follows from the content, so that every computation of the request draws the same numbers.
-        return BatchItem(line, name, {"priority": "bulk", "seed": int(digest[:13], 16), **fields}, digest)
+        completed = {"priority": "bulk", "seed": seed_of(digest), **fields}
+        return BatchItem(line, name, completed, digest, _prompts(fields.get("prompt")), "seed" in fields)
 
     def _decode(self, raw: bytes, *, first: bool) -> Any:
         """The text of a line, or the value of its JSON; None if it is blank."""
@@ -112,6 +113,13 @@ def _split_custom_id(item: Any) -> tuple[str | None, dict[str, Any]]:
     if not isinstance(fields.get("body"), Mapping):
         raise InvalidRequest("body", f"a {type(fields.get('body')).__name__}", "an object with prompt and parameters")
     return _check_custom_id(fields.get("custom_id")), completion_fields(fields["body"])
+
+
+def _prompts(value: Any) -> list[Any] | None:
+    """The prompts of a request with a list of them; None for any other prompt, which `Submitter.prepare` checks."""
+    if not isinstance(value, list) or not any(isinstance(item, (str, list)) for item in value):
+        return None
+    return split_prompts(value)[0]
 
 
 def _check_custom_id(value: Any) -> str:

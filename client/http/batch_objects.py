@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from headrace.client.batch.openai import ENDPOINT, OTHER_ENDPOINTS
 from headrace.client.http.errors import invalid
+from headrace.client.http.file_store import MIN_RETENTION_S, RETENTION_S
 from headrace.client.wire.errors import Fault
 from headrace.client.wire.unicode import printable
 
@@ -57,6 +58,8 @@ class BatchState(BaseModel):
     metadata: dict[str, str] | None = None
 
     owner: str = Field("", repr=False)
+    #: Seconds from the creation of an output file to its deletion.
+    output_retention_s: int = RETENTION_S
     #: Nanoseconds at which it was created: the order of batches of one second.
     created_ns: int = 0
     #: File ids to which results and errors are written while the batch runs; published when it ends.
@@ -68,7 +71,16 @@ class BatchState(BaseModel):
         return self.model_dump(exclude=_PRIVATE)
 
 
-_PRIVATE = {"owner", "rows_id", "failures_id", "created_ns"}
+_PRIVATE = {"output_retention_s", "owner", "rows_id", "failures_id", "created_ns"}
+
+
+class ExpiresAfter(BaseModel):
+    """When output files are deleted: seconds after each was created."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=MIN_RETENTION_S, le=RETENTION_S)
 
 
 class BatchRequest(BaseModel):
@@ -80,6 +92,7 @@ class BatchRequest(BaseModel):
     endpoint: str
     completion_window: str
     metadata: dict[str, str] | None = Field(None, max_length=16)
+    output_expires_after: ExpiresAfter | None = None
 
 
 def parse_batch_request(body: Mapping[str, Any]) -> BatchRequest:

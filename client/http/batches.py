@@ -100,6 +100,7 @@ class Batches:
             created_ns=created_ns,
             expires_at=now + WINDOW_S,
             metadata=request.metadata,
+            output_retention_s=request.output_expires_after.seconds if request.output_expires_after else RETENTION_S,
             owner=owner,
             rows_id=self._files.new_id(),
             failures_id=self._files.new_id(),
@@ -277,7 +278,13 @@ class Batches:
         if not path.exists() or not path.stat().st_size:
             path.unlink(missing_ok=True)
             return None
-        self._files.publish(file_id, filename=f"{state.id}_{suffix}.jsonl", purpose="batch_output", owner=state.owner)
+        self._files.publish(
+            file_id,
+            filename=f"{state.id}_{suffix}.jsonl",
+            purpose="batch_output",
+            owner=state.owner,
+            retention_s=state.output_retention_s,
+        )
         return file_id
 
     def _fail(self, batch_id: str, errors: list[dict[str, Any]]) -> None:
@@ -316,7 +323,8 @@ def _count_rows(path: Path) -> tuple[int, dict[str, Any]]:
             response = json.loads(line)["response"]
             rows += 1
             for name in totals:
-                totals[name] += response["body"]["usage"][name] if response else 0
+                usage = (response or {}).get("body", {}).get("usage") or {}  # a row that failed has none
+                totals[name] += usage.get(name, 0)
     return rows, {
         "input_tokens": totals["prompt_tokens"],
         "input_tokens_details": {"cached_tokens": 0},

@@ -13,7 +13,16 @@ from typing import Any
 
 from starlette.requests import Request
 
-from headrace.client.batch.openai import ENDPOINT, OTHER_ENDPOINTS, completion, completion_fields, logprobs_fields
+from headrace.client.batch.openai import (
+    ENDPOINT,
+    OTHER_ENDPOINTS,
+    PROMPT_FORMS,
+    completion,
+    completion_fields,
+    join_results,
+    logprobs_fields,
+    split_prompts,
+)
 from headrace.client.http.context import context_of, read_json, route
 from headrace.client.http.errors import ApiError
 from headrace.client.http.jobs import JobRunner, Prompt, SubmittedJobs
@@ -23,9 +32,6 @@ from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.results import Result
 
-#: Prompts of one request; for more, use a batch.
-MAX_PROMPTS = 1_024
-PROMPT_FORMS = f"a text, a list of token ids, or a list of 1 to {MAX_PROMPTS} of these"
 _STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 
 # --- /v1/completions: the request ------------------------------------------------------------------------------------
@@ -64,24 +70,9 @@ def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
     if "prompt" not in fields:
         raise InvalidRequest("prompt", "nothing", PROMPT_FORMS)
     prompt = fields.pop("prompt")
-    prompts, is_list = _parse_prompts("" if prompt is None else prompt)  # OpenAI: null begins a new document
+    prompts, is_list = split_prompts("" if prompt is None else prompt)  # OpenAI: null begins a new document
     params = {name: value for name, value in completion_fields(fields).items() if value is not None}
     return CompletionRequest(prompts, is_list, params, stream, _parse_include_usage(stream_options, stream=stream))
-
-
-def _parse_prompts(value: Any) -> tuple[list[Prompt], bool]:
-    """The prompts, and whether they came as a list."""
-    if isinstance(value, str):
-        return [value], False
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value) or all(isinstance(item, list) for item in value):
-            if len(value) > MAX_PROMPTS:
-                raise InvalidRequest("prompt", f"a list of {len(value)} prompts", f"at most {MAX_PROMPTS}; see batches")
-            return value, True
-        if not any(isinstance(item, (str, list)) for item in value):
-            return [value], False
-        raise InvalidRequest("prompt", "a list of mixed types", PROMPT_FORMS)
-    raise InvalidRequest("prompt", "an empty list" if value == [] else f"a {type(value).__name__}", PROMPT_FORMS)
 
 
 def _parse_include_usage(options: Any, *, stream: bool) -> bool:
@@ -115,16 +106,7 @@ async def create_completion(request: Request) -> Any:
 
 def completion_object(results: Sequence[Result]) -> dict[str, Any]:
     """OpenAI's completion object for one result per prompt. Choices are numbered across prompts."""
-    parts = [completion(result) for result in results]
-    whole = parts[0]
-    whole["choices"] = [choice for part in parts for choice in part["choices"]]
-    for index, choice in enumerate(whole["choices"]):
-        choice["index"] = index
-    whole["usage"] = total_usage(results)
-    for name in ("system_fingerprint", "seed"):
-        if any(part[name] != whole[name] for part in parts):
-            whole[name] = None  # the prompts differ in it
-    return whole
+    return completion(join_results(results))
 
 
 def total_usage(results: Sequence[Result]) -> dict[str, int]:
