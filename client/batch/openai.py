@@ -60,8 +60,8 @@ def completion_fields(body: Mapping[str, Any]) -> dict[str, Any]:
 #: Prompts of one request.
 MAX_PROMPTS = 1_024
 PROMPT_FORMS = f"a text, a list of token ids, or a list of 1 to {MAX_PROMPTS} of these"
-
-Prompt = str | list[int]
+#: Fields of `stream_options`. The second has no effect; with the third, each chunk has its usage, as in vLLM.
+STREAM_OPTIONS = ("include_usage", "include_obfuscation", "continuous_usage_stats")
 
 
 def split_prompts(value: Any) -> tuple[list[Any], bool]:

@@ -68,10 +68,11 @@ class BatchState(BaseModel):
 
     def public(self) -> dict[str, Any]:
         """OpenAI's batch object, without the private fields."""
-        return self.model_dump(exclude=_PRIVATE)
+        return self.model_dump(exclude=PRIVATE_FIELDS)
 
 
-_PRIVATE = {"output_retention_s", "owner", "rows_id", "failures_id", "created_ns"}
+#: Fields of a batch that are stored and not shown.
+PRIVATE_FIELDS = {"output_retention_s", "owner", "rows_id", "failures_id", "created_ns"}
 
 
 class ExpiresAfter(BaseModel):

@@ -55,7 +55,11 @@ class StoredFile(BaseModel):
 
     def public(self) -> dict[str, Any]:
         """OpenAI's file object."""
-        return {"object": "file", "status": "processed", **self.model_dump(exclude={"owner", "created_ns"})}
+        return {"object": "file", "status": "processed", **self.model_dump(exclude=PRIVATE_FILE_FIELDS)}
+
+
+#: Fields of a file that are stored and not shown.
+PRIVATE_FILE_FIELDS = {"owner", "created_ns"}
 
 
 class FileStore:

@@ -33,6 +33,8 @@ class Event:
     finish_reason: Literal["stop", "length"] | None = None
     #: Set in the last event of the job, which has no text.
     result: Result | None = None
+    #: Number of tokens of the prompt; None if a worker of an earlier version computes the job.
+    prompt_tokens: int | None = None
 
 
 @dataclass
@@ -70,6 +72,7 @@ class StreamReader:
                     token_ids=choice.token_ids,
                     logprobs=choice.logprobs,
                     finish_reason=choice.finish_reason,
+                    prompt_tokens=result.usage.prompt_tokens,
                 )
             )
         yield Event(result=result)
@@ -90,7 +93,7 @@ class StreamReader:
             before.token_ids += tokens
             before.finished = piece.finish_reason is not None
             logprobs = None if piece.logprobs is None else piece.logprobs[known:]
-            yield Event(piece.index, text, tokens, logprobs, piece.finish_reason)
+            yield Event(piece.index, text, tokens, logprobs, piece.finish_reason, prompt_tokens=piece.prompt_tokens)
 
 
 def _agree(before: list[int] | str, new: list[int] | str, last: str | None) -> bool:

@@ -97,6 +97,8 @@ class StreamPiece(BaseModel):
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] | None = None
     finish_reason: Literal["stop", "length"] | None = None
+    #: Number of tokens of the prompt; None from workers of earlier versions.
+    prompt_tokens: int | None = None
 
 
 class StreamEvent(BaseModel):

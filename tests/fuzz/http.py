@@ -50,7 +50,7 @@ BATCHES = objects(
 BODIES = COMPLETIONS | BATCHES | JSON | st.binary(max_size=40)
 PATHS = st.sampled_from(["/v1/completions", "/execute", "/v1/batches", "/v1/files", "/v1/chat/completions"])
 TYPES = st.sampled_from(["application/json", "", "multipart/form-data; boundary=x", "text/plain"]) | ANY_TEXT
-LISTS = ("/v1/batches", "/v1/files", "/v1/models")
+LISTS = ("/v1/batches", "/v1/files", "/v1/models", "/openapi.json", "/version")
 
 
 @functools.cache

@@ -24,6 +24,7 @@ class TextDelta:
     at: int = 0
     text_at: int = 0
     logprobs: list[TokenLogprob] | None = None
+    prompt_tokens: int | None = None
 
 
 class SequenceText:
@@ -87,7 +88,8 @@ class SequenceText:
             at, text_at = at + len(sequence.prompt), text_at + len(self._prompt_text)
         elif sequence.request.echo:
             text, tokens, logprobs = self._prompt_text + text, sequence.prompt + tokens, self._with_prompt(logprobs)
-        return TextDelta(sequence.index, text, tokens, sequence.finish_reason, at, text_at, logprobs)
+        prompt_tokens = len(sequence.prompt)
+        return TextDelta(sequence.index, text, tokens, sequence.finish_reason, at, text_at, logprobs, prompt_tokens)
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that is the beginning of a stop string."""

@@ -51,6 +51,7 @@ class _Pending:
                 token_ids=delta.token_ids,
                 logprobs=delta.logprobs,
                 finish_reason=delta.finish_reason,
+                prompt_tokens=delta.prompt_tokens,
             )
             return
         piece.text += delta.text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from headrace.client.batch.openai import (
     ENDPOINT,
     OTHER_ENDPOINTS,
     PROMPT_FORMS,
+    STREAM_OPTIONS,
     completion,
     completion_fields,
     join_results,
@@ -32,8 +34,6 @@ from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.results import Result
 
-_STREAM_OPTIONS = ("include_usage", "include_obfuscation")
-
 # --- /v1/completions: the request ------------------------------------------------------------------------------------
 
 
@@ -47,6 +47,7 @@ class CompletionRequest:
         params: parameters for all prompts, as `Client.submit` takes them.
         stream: whether to answer with server-sent events.
         include_usage: whether the stream ends with the token counts.
+        continuous_usage: whether each chunk has the token counts so far.
     """
 
     prompts: list[Prompt]
@@ -54,6 +55,7 @@ class CompletionRequest:
     params: dict[str, Any] = field(default_factory=dict)
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
 
 
 def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
@@ -72,7 +74,10 @@ def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
     prompt = fields.pop("prompt")
     prompts, is_list = split_prompts("" if prompt is None else prompt)  # OpenAI: null begins a new document
     params = {name: value for name, value in completion_fields(fields).items() if value is not None}
-    return CompletionRequest(prompts, is_list, params, stream, _parse_include_usage(stream_options, stream=stream))
+    include_usage = _parse_include_usage(stream_options, stream=stream)
+    # As in vLLM, the counts in each chunk need include_usage too.
+    continuous = include_usage and bool(stream_options.get("continuous_usage_stats"))
+    return CompletionRequest(prompts, is_list, params, stream, include_usage, continuous)
 
 
 def _parse_include_usage(options: Any, *, stream: bool) -> bool:
@@ -81,7 +86,7 @@ def _parse_include_usage(options: Any, *, stream: bool) -> bool:
     if not isinstance(options, dict) or not stream:
         raise InvalidRequest("stream_options", repr(options)[:80], "an object, and only with stream")
     for name, value in options.items():
-        if name not in _STREAM_OPTIONS or not isinstance(value, bool):
+        if name not in STREAM_OPTIONS or not isinstance(value, bool):
             raise InvalidRequest(f"stream_options.{str(name)[:40]}", repr(value)[:80], "include_usage, True or False")
     return bool(options.get("include_usage"))
 
@@ -100,7 +105,14 @@ async def create_completion(request: Request) -> Any:
         results = await run_until_disconnect(request, jobs.results(submitted))
         return JsonResponse(completion_object(results), headers=headers)
     samples = parsed.params.get("n", 1)
-    encoder = ChunkEncoder(request_id, submitted.model, samples, include_usage=parsed.include_usage)
+    encoder = ChunkEncoder(
+        request_id,
+        submitted.model,
+        samples,
+        include_usage=parsed.include_usage,
+        continuous_usage=parsed.continuous_usage,
+        echo=parsed.params.get("echo") is True,
+    )
     return EventStream(_stream_chunks(jobs, submitted, encoder), _encode_chunk_error, headers=headers)
 
 
@@ -122,13 +134,26 @@ class ChunkEncoder:
         request_id: id of the first job.
         samples: number of choices for each prompt (`n`).
         include_usage: whether the stream ends with the token counts.
+        continuous_usage: whether each chunk has the token counts of its prompt and choice so far, as in vLLM.
+        echo: whether choices begin with their prompts.
     """
 
-    def __init__(self, request_id: str, model: str, samples: int, *, include_usage: bool) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        samples: int,
+        *,
+        include_usage: bool,
+        continuous_usage: bool = False,
+        echo: bool = False,
+    ) -> None:
         created = int(time.time())
         self._common = {"id": f"cmpl-{request_id}", "object": "text_completion", "created": created, "model": model}
         self._samples, self._include_usage = samples, include_usage
+        self._continuous_usage, self._echo = continuous_usage, echo
         self._text_offsets: dict[int, int] = {}
+        self._tokens: Counter[int] = Counter()
 
     def encode(self, prompt_index: int, event: Event) -> bytes:
         """The chunk with the new text of one choice."""
@@ -139,8 +164,16 @@ class ChunkEncoder:
             self._text_offsets[index] = offset + sum(len(score.token) for score in event.logprobs)
             logprobs = logprobs_fields(event.logprobs, offset)
         choice = {"index": index, "text": event.text, "logprobs": logprobs, "finish_reason": event.finish_reason}
-        usage = {"usage": None} if self._include_usage else {}
+        usage = {"usage": self._usage_so_far(index, event)} if self._include_usage else {}
         return encode_event(encode_json({**self._common, "choices": [choice], **usage}))
+
+    def _usage_so_far(self, index: int, event: Event) -> dict[str, int] | None:
+        """The token counts of one prompt and choice; None if they were not requested, or an old worker gives none."""
+        self._tokens[index] += len(event.token_ids)
+        if not self._continuous_usage or (prompt := event.prompt_tokens) is None:
+            return None
+        new = self._tokens[index] - (prompt if self._echo else 0)
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     def encode_end(self, results: Sequence[Result]) -> bytes:
         """The end of a complete stream: `[DONE]`, after the token counts if they were requested."""

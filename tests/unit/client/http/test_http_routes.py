@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from headrace.client import __version__
+from headrace.client.http.app import ROUTES
 from headrace.client.http.auth import Limits
+from headrace.client.http.openapi import OPERATIONS
+from headrace.client.wire.requests import GenerateRequest
 from tests.http_app import HttpApp
 
 
@@ -107,3 +113,41 @@ def test_a_wrong_expiry_of_the_output_is_refused(app: HttpApp, policy: Any, para
     good = app.ask("POST", "/v1/batches", {**asked, "output_expires_after": None})
     assert good.status == 200
     assert "output_retention_s" not in good.json()
+
+
+def test_the_description_has_every_route_and_every_schema_that_it_names(app: HttpApp) -> None:
+    found = app.ask("GET", "/openapi.json").json()
+    described = {(method.upper(), path) for path, methods in found["paths"].items() for method in methods}
+    paths = [(route.methods or set(), re.sub(r":\w+}", "}", route.path)) for route in ROUTES]
+    served = {(method, path) for methods, path in paths for method in methods - {"HEAD"}}
+    assert described == served == OPERATIONS.keys()
+    schemas = found["components"]["schemas"]
+    named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(found)))
+    assert named <= schemas.keys()
+    assert not {"owner", "rows_id", "created_ns"} & {*schemas["Batch"]["properties"], *schemas["File"]["properties"]}
+    fields = schemas["CompletionRequest"]["properties"].keys()
+    internal = {"schema_version", "expires_at"}
+    assert GenerateRequest.model_fields.keys() - internal <= fields
+    assert not internal & fields
+
+
+def test_answers_have_the_fields_of_their_description(app: HttpApp) -> None:
+    schemas = app.ask("GET", "/openapi.json").json()["components"]["schemas"]
+    file = app.upload().json()
+    batch = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+    answers = {
+        "File": file,
+        "Batch": app.ask("POST", "/v1/batches", batch).json(),
+        "Model": app.ask("GET", "/v1/models/demo").json(),
+        "Error": app.ask("GET", "/nowhere").json(),
+    }
+    for name, answer in answers.items():
+        assert answer.keys() == schemas[name]["properties"].keys(), name
+
+
+def test_version_and_description_need_no_key(tmp_path: Path) -> None:
+    app = HttpApp(tmp_path / "own", Limits(keys=("a-key-0123456789-0123",)))
+    assert app.ask("GET", "/version").json() == {"version": __version__}
+    assert app.ask("GET", "/openapi.json").status == 200
+    assert app.ask("GET", "/status.json").status == 401
+    app.close()
