@@ -29,6 +29,7 @@ from headrace.client.wire.redis import redis_errors
 from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request
 from headrace.client.wire.signing import mark, sign
 from headrace.client.wire.tracing import sending
+from headrace.client.wire.unicode import is_unicode
 from headrace.config import Settings
 from headrace.config.settings import slug
 
@@ -270,6 +271,6 @@ def _check_id(job_id: Any) -> str:
 
 
 def _check_model(model: Any) -> str:
-    if not isinstance(model, str) or not model or len(model) > 256:
+    if not isinstance(model, str) or not model or len(model) > 256 or not is_unicode(model):
         raise InvalidRequest("model", repr(model)[:80], "the name of a model that a worker serves")
     return slug(model)
