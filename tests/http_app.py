@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 from pathlib import Path
@@ -41,6 +42,9 @@ class FullQueue:
         raise QueueFull("headrace.demo", 1, 1)
 
 
+_full_queue = functools.cache(FullQueue)
+
+
 class _NoThreads:
     """An executor that starts nothing: accepted batches wait."""
 
@@ -68,7 +72,7 @@ class HttpApp:
     def __init__(self, directory: Path, limits: Limits | None = None, models: tuple[str, ...] = ("demo",)) -> None:
         logging.getLogger("python_multipart").setLevel(logging.ERROR)  # as the server does
         self.files = FileStore(directory)
-        client = cast("AsyncClient", FullQueue(models))
+        client = cast("AsyncClient", _full_queue(models))
         runner, self.batches = JobRunner(client, 600), Batches(directory, self.files, load_settings())
         self.batches._threads = cast("Any", _NoThreads())
         app, self._asgi = make_protected_app(limits or Limits(any_host=True))
