@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple
 
 import redis
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from headrace.client.wire import keys
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.queue_depth import QueueStatus, count_delivered, queue_status
+from headrace.client.wire.queue_depth import QueueStatus, count_delivered, execute_typed, queue_status
 from headrace.client.wire.redis import redis_errors
 from headrace.client.wire.unicode import check_unicode, parse_json
 from headrace.config.settings import slug
@@ -109,8 +109,9 @@ class Status(BaseModel):
 
 def read_status(connection: redis.Redis, model_name: str) -> Status:
     """Read the status: all live workers, their queues, and the queue of `model_name`."""
-    names = cast("list[str]", connection.zrange(keys.workers(), 0, -1))
     pipe = connection.pipeline(transaction=False)
+    pipe.zrange(keys.workers(), 0, -1)
+    (names,) = execute_typed(pipe, [[]])
     for name in names:
         pipe.hgetall(keys.worker(name))
     records = pipe.execute(raise_on_error=False)  # a key of another type is not a worker's record
@@ -118,7 +119,9 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
     workers = [worker for name, record in zip(names, records, strict=True) if (worker := _worker(name, record))]
     models = sorted({model_name, *(worker.model for worker in workers)})
     try:
-        delivered, dead = count_delivered(connection), connection.llen(keys.dead())
+        delivered = count_delivered(connection)
+        pipe.llen(keys.dead())
+        (dead,) = execute_typed(pipe, [None])
     except redis.exceptions.NoPermissionError:
         delivered, dead = sum(worker.running + worker.waiting for worker in workers), None
     queues = [queue_status(connection, model) for model in models]
@@ -138,7 +141,7 @@ def read_served(connection: redis.Redis) -> Served | None:
         pipe = connection.pipeline(transaction=False)
         pipe.zrange(keys.workers(), 0, -1)
         pipe.zrange(keys.models(), 0, -1)
-        names, recent = pipe.execute()
+        names, recent = execute_typed(pipe, [[], []])
         for name in names:
             pipe.hget(keys.worker(name), "model")
         found = pipe.execute(raise_on_error=False)
