@@ -229,6 +229,6 @@ def check_rows(rows: list[Any]) -> None:
 
 TARGETS = [
     Target("http", st.tuples(PATHS, BODIES, TYPES), check_body, full_cases=8_000, test_cases=60),
-    Target("requests", st.lists(STEPS, min_size=1, max_size=6), check_requests, full_cases=3_000),
+    Target("requests", st.lists(STEPS, min_size=1, max_size=6), check_requests, full_cases=3_000, test_cases=8),
     Target("rows", ROWS, check_rows, full_cases=5_000, test_cases=40),
 ]
