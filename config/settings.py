@@ -142,6 +142,14 @@ class Settings(BaseSettings):
     #: 'console' for people, 'json' for programs; 'auto' is 'console' on a terminal.
     log_format: Literal["auto", "console", "json"] = Field("auto", description="'auto', 'console' or 'json'")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_unicode(cls, value: Any) -> Any:
+        """Refuse bytes that are not UTF-8: they could neither be printed nor be stored."""
+        if isinstance(value, str):
+            value.encode()  # raises a ValueError
+        return value
+
     @field_validator("redis_url")
     @classmethod
     def _check_redis_url(cls, value: str | None) -> str | None:
@@ -274,7 +282,9 @@ def _explain(error: ValidationError) -> str:
         return f"{_truncate(name)} is not a setting of headrace"
     shown = {"redis_url": redact_url(str(first["input"])), "signing_key": "***", "api_keys": "***"}
     value = shown.get(name, first["input"])
-    return f"{PREFIX}{name.upper()} is {_truncate(repr(value))}; it must be {field.description}"
+    unreadable = any("\ud800" <= character <= "\udfff" for character in str(first["input"]))
+    expected = f"text in UTF-8: {field.description}" if unreadable else field.description
+    return f"{PREFIX}{name.upper()} is {_truncate(repr(value))}; it must be {expected}"
 
 
 def _truncate(text: str) -> str:

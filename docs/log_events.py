@@ -31,6 +31,7 @@ class Event:
 
 
 EVENTS: dict[str, Event] = {
+    "record.unreadable": Event("the record of a file or batch cannot be read; it stays where it is and is in no list"),
     "model.loaded": Event("the model is in memory and has passed its self-test"),
     "model.wanted": Event("a job came for a model that is not loaded"),
     "model.unloaded": Event("the model had no job for `HEADRACE_IDLE_UNLOAD_S`"),
@@ -118,6 +119,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "bytes": ("bytes", "size of the message"),
     "wanted_bytes": ("bytes", "size of the cache that was requested"),
     "cache_bytes": ("bytes", "size of the cache"),
+    "file": ("text", "the name of the record in the directory of files or of batches"),
     "error": ("text", "the message of the exception, or its class alone"),
     "kind": ("text", "the class of the exception"),
     "trace": ("text", "the traceback, without the values of variables"),

@@ -10,12 +10,14 @@ import sqlite3
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from headrace.client.batch.items import BatchItem
 from headrace.client.batch.rows import ItemReader
 from headrace.client.batch.sources import Source
 from headrace.client.wire.errors import Fault, InputChanged, InvalidBatch, InvalidRequest
+
+T = TypeVar("T")
 
 #: How many faults are listed; further ones are only counted.
 MAX_FAULTS = 100
@@ -148,7 +150,8 @@ def check(
                 continue
             checked.rows += 1
             checked.index.add(row.custom_id, row.digest, line)
-            validate(row.fields)
+            for index, fields in enumerate(row.requests()):
+                validate_part(validate, row, index, fields)
         except InvalidRequest as error:
             faults.add(line, error.field, str(error))
     for line, first in checked.index.duplicates():
@@ -157,6 +160,16 @@ def check(
         faults.add(0, "input", "the input has no requests; expected at least one line that is not blank")
     faults.raise_if_any()
     return checked
+
+
+def validate_part(validate: Callable[[dict[str, Any]], T], row: BatchItem, index: int, fields: dict[str, Any]) -> T:
+    """Validate one job of a request. Raises InvalidRequest that names the prompt of a list by its index."""
+    try:
+        return validate(fields)
+    except InvalidRequest as error:
+        if row.prompts is None or error.field != "prompt":
+            raise
+        raise InvalidRequest(f"prompt[{index}]", error.value, error.expected) from None
 
 
 def read_items(source: Source, reader: ItemReader, *, limit: int | None = None) -> Iterator[BatchItem]:

@@ -22,6 +22,8 @@ class BatchItem:
         fields: what `Client.submit` takes, including the seed.
         digest: 16 hexadecimal digits, equal for requests that must have the same result.
         as_token_ids: whether the output names tokens by their ids.
+        prompts: the prompts of a request with a list of them, each computed as a job; None if it has one prompt.
+        has_own_seed: whether the request set a seed, so that `fields` does not have one derived from the digest.
     """
 
     line: int
@@ -29,10 +31,27 @@ class BatchItem:
     fields: dict[str, Any]
     digest: str
     as_token_ids: bool = False
+    prompts: list[Any] | None = None
+    has_own_seed: bool = True
 
     def job_id(self, run: str) -> str:
         """The id of the job. It is the same in every process of the run, so a resumed run finds its submitted jobs."""
         return f"{run}.{digest_of(self.fields | {'custom_id': self.custom_id})}"
+
+    def requests(self) -> list[dict[str, Any]]:
+        """What `Client.submit` takes for each job of the request: one, or one for each prompt of a list."""
+        if self.prompts is None:
+            return [self.fields]
+        requests = [{**self.fields, "prompt": prompt} for prompt in self.prompts]
+        if not self.has_own_seed:  # one for each prompt, so that equal prompts have samples that differ
+            for index, fields in enumerate(requests):
+                fields["seed"] = seed_of(digest_of({"seed": self.fields["seed"], "prompt": index}))
+        return requests
+
+
+def seed_of(digest: str) -> int:
+    """The seed of a request that has none. Every computation of the request draws the same numbers."""
+    return int(digest[:13], 16)
 
 
 def digest_of(content: dict[str, Any]) -> str:

@@ -6,15 +6,22 @@ prompt.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from headrace.client.batch.items import BatchItem, digest_of
-from headrace.client.batch.openai import ENDPOINT, NAMES_FIELD, completion_fields, take_names_field
+from headrace.client.batch.items import BatchItem, digest_of, seed_of
+from headrace.client.batch.openai import (
+    ENDPOINT,
+    NAMES_FIELD,
+    OTHER_ENDPOINTS,
+    completion_fields,
+    split_prompts,
+    take_names_field,
+)
 from headrace.client.batch.sources import MAX_LINE_BYTES
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.requests import plain_fields
+from headrace.client.wire.unicode import check_unicode, is_unicode, parse_json
 from headrace.client.wire.values import is_gap, is_missing, show, to_python, without_gaps
 from headrace.config.model_names import served_name
 
@@ -48,6 +55,8 @@ class ItemReader:
             item = self._decode(item, first=line == 1)
             if item is None:
                 return None
+        else:
+            check_unicode(item)
         custom_id, given = _split_custom_id(to_python(item))
         fields = plain_fields({**self._params, **without_gaps(given)})
         if (stream := fields.pop("stream", False)) is not False:
@@ -59,10 +68,10 @@ class ItemReader:
         content |= {"custom_id": name, "model": model}
         digest = digest_of(content)
         # The seed follows from the content, so that every computation of the request draws the same numbers.
-        fields = {"priority": "bulk", "seed": int(digest[:13], 16), **fields}
+        completed = {"priority": "bulk", "seed": seed_of(digest), **fields}
         if as_token_ids:
             digest = digest_of({**content, NAMES_FIELD: True})  # another output, of the same numbers
-        return BatchItem(line, name, fields, digest, as_token_ids)
+        return BatchItem(line, name, completed, digest, as_token_ids, _prompts(fields.get("prompt")), "seed" in fields)
 
     def _decode(self, raw: bytes, *, first: bool) -> Any:
         """The text of a line, or the value of its JSON; None if it is blank."""
@@ -77,8 +86,10 @@ class ItemReader:
         if self._text:
             return line
         try:
-            return json.loads(line)
-        except (ValueError, RecursionError) as error:
+            return parse_json(line)
+        except InvalidRequest as error:
+            raise InvalidRequest(error.field.removeprefix("body."), error.value, error.expected) from None
+        except ValueError as error:
             raise InvalidRequest(
                 "line", f"invalid JSON ({error})", "a JSON object; plain text lines need --text"
             ) from None
@@ -111,21 +122,21 @@ def _split_custom_id(item: Any) -> tuple[str | None, dict[str, Any]]:
         raise InvalidRequest(str(unknown[0])[:80], "a field", f"only the fields {', '.join(_BATCH_KEYS)}")
     method, url = (right if is_missing(fields.get(name)) else fields[name] for name, right in _TARGET.items())
     if (method, url) != tuple(_TARGET.values()):
-        raise InvalidRequest("url", show(f"{show(method)} {show(url)}"), f"'POST {ENDPOINT}'")
+        advice = f"; {OTHER_ENDPOINTS[url]}" if isinstance(url, str) and url in OTHER_ENDPOINTS else ""
+        raise InvalidRequest("url", show(f"{show(method)} {show(url)}"), f"'POST {ENDPOINT}'{advice}")
     if not isinstance(fields.get("body"), Mapping):
         raise InvalidRequest("body", f"a {type(fields.get('body')).__name__}", "an object with prompt and parameters")
     return _check_custom_id(fields.get("custom_id")), completion_fields(fields["body"])
 
 
+def _prompts(value: Any) -> list[Any] | None:
+    """The prompts of a request with a list of them; None for any other prompt, which `Submitter.prepare` checks."""
+    if not isinstance(value, list) or not any(isinstance(item, (str, list)) for item in value):
+        return None
+    return split_prompts(value)[0]
+
+
 def _check_custom_id(value: Any) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_CUSTOM_ID or not _is_unicode(value):
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_CUSTOM_ID or not is_unicode(value):
         raise InvalidRequest("custom_id", show(value), f"text of 1 to {MAX_CUSTOM_ID} characters")
     return value
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -70,7 +70,7 @@ class Batches:
 
     def start(self) -> None:
         """Resume batches that a previous server left incomplete."""
-        for state in sorted(self._states.values(), key=lambda state: state.created_at):
+        for state in sorted(self._states.values(), key=lambda state: (state.created_at, state.created_ns)):
             if state.status in OPEN_STATUSES:
                 self._threads.submit(self._run, state.id)
 
@@ -91,18 +91,26 @@ class Batches:
         self._files.check_space()
         if len(self._input_files()) >= MAX_OPEN:
             raise ApiError(429, "too_many_batches", "too many batches are open; try again later", retry_after_s=60)
-        now = int(time.time())
+        created_ns = time.time_ns()
+        now = created_ns // 10**9
         state = BatchState(
             id=f"batch_{uuid.uuid4().hex}",
             input_file_id=file.id,
             created_at=now,
+            created_ns=created_ns,
             expires_at=now + WINDOW_S,
             metadata=request.metadata,
+            output_retention_s=request.output_expires_after.seconds if request.output_expires_after else RETENTION_S,
             owner=owner,
             rows_id=self._files.new_id(),
             failures_id=self._files.new_id(),
         )
-        self._save(state)
+        with self._lock:
+            try:
+                self._write(state)  # before it is in any list: what cannot be stored is not accepted
+            except OSError as error:
+                raise ApiError(507, "no_room", f"the batch cannot be stored: {error.strerror}") from error
+            self._states[state.id] = state
         self._threads.submit(self._run, state.id)
         return state
 
@@ -118,7 +126,7 @@ class Batches:
         """All batches of one owner, the oldest first."""
         with self._lock:
             states = [state for state in self._states.values() if state.owner == owner]
-        return sorted(states, key=lambda state: (state.created_at, state.id))
+        return sorted(states, key=lambda state: (state.created_at, state.created_ns, state.id))
 
     def cancel(self, batch_id: str, owner: str) -> BatchState:
         """Start to cancel a batch; rows that are done are kept. Raises ApiError if the batch has ended."""
@@ -270,7 +278,13 @@ class Batches:
         if not path.exists() or not path.stat().st_size:
             path.unlink(missing_ok=True)
             return None
-        self._files.publish(file_id, filename=f"{state.id}_{suffix}.jsonl", purpose="batch_output", owner=state.owner)
+        self._files.publish(
+            file_id,
+            filename=f"{state.id}_{suffix}.jsonl",
+            purpose="batch_output",
+            owner=state.owner,
+            retention_s=state.output_retention_s,
+        )
         return file_id
 
     def _fail(self, batch_id: str, errors: list[dict[str, Any]]) -> None:
@@ -288,7 +302,10 @@ class Batches:
     def _save(self, state: BatchState) -> None:
         with self._lock:
             self._states[state.id] = state
-            write_json(self._directory / f"{state.id}.json", state.model_dump())
+            self._write(state)
+
+    def _write(self, state: BatchState) -> None:
+        write_json(self._directory / f"{state.id}.json", state)
 
 
 def _too_many_rows() -> InvalidBatch:
@@ -306,7 +323,8 @@ def _count_rows(path: Path) -> tuple[int, dict[str, Any]]:
             response = json.loads(line)["response"]
             rows += 1
             for name in totals:
-                totals[name] += response["body"]["usage"][name] if response else 0
+                usage = (response or {}).get("body", {}).get("usage") or {}  # a row that failed has none
+                totals[name] += usage.get(name, 0)
     return rows, {
         "input_tokens": totals["prompt_tokens"],
         "input_tokens_details": {"cached_tokens": 0},

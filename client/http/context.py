@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from starlette.requests import Request
 from starlette.routing import Route
@@ -18,6 +17,8 @@ from headrace.client.http.errors import ApiError, invalid, not_found
 from headrace.client.http.file_store import FileStore
 from headrace.client.http.jobs import JobRunner
 from headrace.client.http.page import StatusReporter
+from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.unicode import parse_json
 
 
 @dataclass
@@ -45,19 +46,19 @@ def owner_of(request: Request) -> str:
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The request body. Raises ApiError if it is not a JSON object."""
+    """The request body. Raises ApiError if it is not a JSON object, InvalidRequest if a string in it is not Unicode."""
+    if request.headers.get("content-type", "").lower().startswith("multipart/"):
+        message = "content-type: got multipart; expected application/json"
+        raise ApiError(415, "unsupported_media_type", message, param="content-type")
     try:
-        body = json.loads(await request.body(), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        body = parse_json(await request.body(), constants=False)
+    except InvalidRequest:
+        raise
+    except ValueError as error:
         raise ApiError(400, "invalid_json", f"the body is not valid JSON: {str(error)[:80]}") from None
     if not isinstance(body, dict):
         raise ApiError(400, "invalid_json", "the body must be a JSON object")
     return body
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    """Refuse `NaN` and `Infinity`, which Python writes and JSON does not have."""
-    raise ValueError(f"{name} is not a JSON value")
 
 
 def paginate(request: Request, items: list[dict[str, Any]], default_limit: int, max_limit: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from headrace.client.jobs.stream import Event, StreamReader
 from headrace.client.wire.errors import HeadraceError, InvalidRequest, RedisFailed
 from headrace.client.wire.requests import is_job_id
 from headrace.client.wire.results import Outcome, Result, State, outcome_state
+from headrace.client.wire.unicode import check_unicode
 from headrace.client.wire.values import show
 
 if TYPE_CHECKING:
@@ -24,9 +25,13 @@ class Handle:
         id: the job id.
         url: the Redis where the job is.
         outcome: the result or the error of the job; None until this handle has read it.
+
+    Raises:
+        InvalidRequest: the id is not valid Unicode.
     """
 
     def __init__(self, job_id: str, url: str) -> None:
+        check_unicode(job_id, "job")
         self.id = job_id
         self.url = url
         self.outcome: Outcome | None = None

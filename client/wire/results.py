@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeGuard
 from pydantic import BaseModel, ConfigDict, Field
 
 from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobFailed
+from headrace.client.wire.unicode import parse_json
 from headrace.client.wire.version import SCHEMA_VERSION
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
@@ -106,6 +107,8 @@ class StreamPiece(BaseModel):
     logprobs: list[TokenLogprob] | None = None
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: str | int | None = None
+    #: Number of tokens of the prompt; None from workers of earlier versions.
+    prompt_tokens: int | None = None
 
 
 class StreamEvent(BaseModel):
@@ -133,8 +136,7 @@ def parse_outcome(record: str | None) -> Outcome | None:
     if record is None:
         return None
     try:
-        record.encode()  # raises for lone surrogates, which represent bytes that are not UTF-8
-        meta = json.loads(record)
+        meta = parse_json(record)
         status, value = meta["status"], meta["result"]
         if status == "SUCCESS":
             result = Result.model_validate(value)

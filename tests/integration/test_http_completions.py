@@ -208,6 +208,15 @@ def test_a_stream_is_the_completion_in_pieces(api: openai.OpenAI) -> None:
     assert chunks[-1].choices == []
     assert chunks[-1].usage == whole.usage
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
+    counted: dict[int, Any] = {}
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}  # as guidellm sends them
+    for chunk in api.completions.create(**asked, stream=True, stream_options=options):
+        assert chunk.usage is not None
+        for choice in chunk.choices:
+            counted[choice.index] = chunk.usage
+    assert whole.usage is not None
+    assert sum(usage.completion_tokens for usage in counted.values()) == whole.usage.completion_tokens
+    assert counted[0].prompt_tokens + counted[2].prompt_tokens == whole.usage.prompt_tokens
 
 
 def test_a_stream_ends_as_openais_does(http: HttpServer) -> None:

@@ -25,6 +25,7 @@ class TextDelta:
     text_at: int = 0
     logprobs: list[TokenLogprob] | None = None
     stop_reason: int | str | None = None
+    prompt_tokens: int | None = None
 
 
 class SequenceText:
@@ -110,7 +111,15 @@ class SequenceText:
         elif sequence.request.echo:
             text, tokens, logprobs = self._prompt_text + text, sequence.prompt + tokens, self._with_prompt(logprobs)
         return TextDelta(
-            sequence.index, text, tokens, sequence.finish_reason, at, text_at, logprobs, sequence.stop_reason
+            sequence.index,
+            text,
+            tokens,
+            sequence.finish_reason,
+            at,
+            text_at,
+            logprobs,
+            sequence.stop_reason,
+            len(sequence.prompt),
         )
 
     def _held_back(self) -> int:

@@ -52,6 +52,7 @@ class _Pending:
                 logprobs=delta.logprobs,
                 finish_reason=delta.finish_reason,
                 stop_reason=delta.stop_reason,
+                prompt_tokens=delta.prompt_tokens,
             )
             return
         piece.text += delta.text

@@ -17,9 +17,11 @@ import structlog
 from kombu import compression
 
 from headrace.client.wire.celery import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME
+from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.requests import is_job_id
 from headrace.client.wire.signing import verified
 from headrace.client.wire.tracing import CONTEXT_HEADERS, TRACES_HEADER
+from headrace.client.wire.unicode import check_unicode
 from headrace.worker.queue.message_options import compression_of, encoding_of
 from headrace.worker.queue.messages import argument
 
@@ -54,6 +56,10 @@ def reason_to_refuse(message: Any, *, signed_only: bool) -> str | None:
         return "it is not a task in Celery's protocol 2"
     if not isinstance(task_id, str):  # no result could be stored under it, so it would be redelivered for ever
         return f"its task id is of type {type(task_id).__name__}; expected str"
+    try:
+        check_unicode(message.headers, "headers")  # they become names of keys in Redis, which must be encoded
+    except InvalidRequest as error:
+        return f"{error.field} is not valid Unicode"
     jobs = argument(task, *payload[:2])
     if task == GROUP_TASK_NAME and isinstance(jobs, list) and len(jobs) > MAX_GROUP_JOBS:
         return f"it holds {len(jobs)} jobs; at most {MAX_GROUP_JOBS} are read"

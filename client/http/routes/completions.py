@@ -6,30 +6,36 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
-from headrace.client.batch.openai import completion, completion_fields, logprobs_fields, take_names_field
+from headrace.client.batch.openai import (
+    ENDPOINT,
+    OTHER_ENDPOINTS,
+    PROMPT_FORMS,
+    STREAM_OPTIONS,
+    completion,
+    completion_fields,
+    join_results,
+    logprobs_fields,
+    split_prompts,
+    take_names_field,
+)
 from headrace.client.http.context import context_of, read_json, route
 from headrace.client.http.errors import ApiError
 from headrace.client.http.jobs import JobRunner, Prompt, SubmittedJobs
+from headrace.client.http.responses import JsonResponse, encode_json
 from headrace.client.http.sse import EventStream, encode_event, run_until_disconnect
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.requests import plain_fields
 from headrace.client.wire.results import Result
 from headrace.client.wire.values import show, show_name
-
-#: Prompts of one request; for more, use a batch.
-MAX_PROMPTS = 1_024
-PROMPT_FORMS = f"a text, a list of token ids, or a list of 1 to {MAX_PROMPTS} of these"
-_STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 
 # --- /v1/completions: the request ------------------------------------------------------------------------------------
 
@@ -45,6 +51,7 @@ class CompletionRequest:
         stream: whether to answer with server-sent events.
         include_usage: whether the stream ends with the token counts.
         as_token_ids: whether log probabilities name tokens by their ids.
+        continuous_usage: whether each chunk has the token counts so far.
     """
 
     prompts: list[Prompt]
@@ -53,6 +60,7 @@ class CompletionRequest:
     stream: bool = False
     include_usage: bool = False
     as_token_ids: bool = False
+    continuous_usage: bool = False
 
 
 def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
@@ -71,24 +79,12 @@ def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
     if "prompt" not in fields:
         raise InvalidRequest("prompt", "nothing", PROMPT_FORMS)
     prompt = fields.pop("prompt")
-    prompts, is_list = _parse_prompts("" if prompt is None else prompt)  # OpenAI: null begins a new document
+    prompts, is_list = split_prompts("" if prompt is None else prompt)  # OpenAI: null begins a new document
     include_usage = _parse_include_usage(stream_options, stream=stream)
-    return CompletionRequest(prompts, is_list, completion_fields(fields), stream, include_usage, as_token_ids)
-
-
-def _parse_prompts(value: Any) -> tuple[list[Prompt], bool]:
-    """The prompts, and whether they came as a list."""
-    if isinstance(value, str):
-        return [value], False
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value) or all(isinstance(item, list) for item in value):
-            if len(value) > MAX_PROMPTS:
-                raise InvalidRequest("prompt", f"a list of {len(value)} prompts", f"at most {MAX_PROMPTS}; see batches")
-            return value, True
-        if not any(isinstance(item, (str, list)) for item in value):
-            return [value], False
-        raise InvalidRequest("prompt", "a list of mixed types", PROMPT_FORMS)
-    raise InvalidRequest("prompt", "an empty list" if value == [] else f"a {type(value).__name__}", PROMPT_FORMS)
+    # As in vLLM, the counts in each chunk need include_usage too.
+    continuous = include_usage and bool(stream_options.get("continuous_usage_stats"))
+    params = completion_fields(fields)
+    return CompletionRequest(prompts, is_list, params, stream, include_usage, as_token_ids, continuous)
 
 
 def _parse_include_usage(options: Any, *, stream: bool) -> bool:
@@ -97,7 +93,7 @@ def _parse_include_usage(options: Any, *, stream: bool) -> bool:
     if not isinstance(options, dict) or (any(options.values()) and not stream):
         raise InvalidRequest("stream_options", show(options), "an object, and only with stream")
     for name, value in options.items():
-        if value is not None and (name not in _STREAM_OPTIONS or not isinstance(value, bool)):
+        if value is not None and (name not in STREAM_OPTIONS or not isinstance(value, bool)):
             raise InvalidRequest(f"stream_options.{show_name(name)[:40]}", show(value), "include_usage, True or False")
     return bool(options.get("include_usage"))
 
@@ -114,10 +110,17 @@ async def create_completion(request: Request) -> Any:
     headers = {"x-request-id": request_id}
     if not parsed.stream:
         results = await run_until_disconnect(request, jobs.results(submitted))
-        return JSONResponse(completion_object(results, as_token_ids=parsed.as_token_ids), headers=headers)
+        return JsonResponse(completion_object(results, as_token_ids=parsed.as_token_ids), headers=headers)
     samples = parsed.params.get("n", 1)
-    options = {"include_usage": parsed.include_usage, "as_token_ids": parsed.as_token_ids}
-    encoder = ChunkEncoder(request_id, submitted.model, samples, **options)
+    encoder = ChunkEncoder(
+        request_id,
+        submitted.model,
+        samples,
+        include_usage=parsed.include_usage,
+        continuous_usage=parsed.continuous_usage,
+        echo=parsed.params.get("echo") is True,
+        as_token_ids=parsed.as_token_ids,
+    )
     return EventStream(_stream_chunks(jobs, submitted, encoder, samples), _encode_chunk_error, headers=headers)
 
 
@@ -126,20 +129,7 @@ def completion_object(results: Sequence[Result], *, as_token_ids: bool = False) 
 
     Of several prompts, each choice names the seed with which its prompt gives the same text again.
     """
-    parts = [completion(result, as_token_ids=as_token_ids) for result in results]
-    whole = parts[0]
-    if len(parts) > 1:
-        for part in parts:
-            for choice in part["choices"]:
-                choice["seed"] = part["seed"]
-    whole["choices"] = [choice for part in parts for choice in part["choices"]]
-    for index, choice in enumerate(whole["choices"]):
-        choice["index"] = index
-    whole["usage"] = total_usage(results)
-    for name in ("system_fingerprint", "seed"):
-        if any(part[name] != whole[name] for part in parts):
-            whole[name] = None  # the prompts differ in it
-    return whole
+    return completion(join_results(results), as_token_ids=as_token_ids)
 
 
 def total_usage(results: Sequence[Result]) -> dict[str, int]:
@@ -155,16 +145,28 @@ class ChunkEncoder:
         request_id: id of the first job.
         samples: number of choices for each prompt (`n`).
         include_usage: whether the stream ends with the token counts.
+        continuous_usage: whether each chunk has the token counts of its prompt and choice so far, as in vLLM.
+        echo: whether choices begin with their prompts.
         as_token_ids: whether log probabilities name tokens by their ids.
     """
 
     def __init__(
-        self, request_id: str, model: str, samples: int, *, include_usage: bool, as_token_ids: bool = False
+        self,
+        request_id: str,
+        model: str,
+        samples: int,
+        *,
+        include_usage: bool,
+        continuous_usage: bool = False,
+        echo: bool = False,
+        as_token_ids: bool = False,
     ) -> None:
         created = int(time.time())
         self._common = {"id": f"cmpl-{request_id}", "object": "text_completion", "created": created, "model": model}
         self._samples, self._include_usage, self._as_token_ids = samples, include_usage, as_token_ids
+        self._continuous_usage, self._echo = continuous_usage, echo
         self._text_offsets: dict[int, int] = {}  # for the scores of older workers, which have none
+        self._tokens: Counter[int] = Counter()
 
     def encode(self, prompt_index: int, event: Event, result: Result | None = None) -> bytes:
         """The chunk with the new text of one choice.
@@ -181,10 +183,18 @@ class ChunkEncoder:
         choice = {"index": index, "text": event.text, "logprobs": logprobs, "finish_reason": event.finish_reason}
         if event.finish_reason is not None:
             choice["stop_reason"] = event.stop_reason
-        more: dict[str, Any] = {"usage": None} if self._include_usage else {}
+        more: dict[str, Any] = {"usage": self._usage_so_far(index, event)} if self._include_usage else {}
         if result is not None:
             more |= {"system_fingerprint": result.fingerprint, "seed": result.seed}
-        return encode_event(json.dumps({**self._common, "choices": [choice], **more}))
+        return encode_event(encode_json({**self._common, "choices": [choice], **more}))
+
+    def _usage_so_far(self, index: int, event: Event) -> dict[str, int] | None:
+        """The token counts of one prompt and choice; None if they were not requested, or an old worker gives none."""
+        self._tokens[index] += len(event.token_ids)
+        if not self._continuous_usage or (prompt := event.prompt_tokens) is None:
+            return None
+        new = self._tokens[index] - (prompt if self._echo else 0)
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     def encode_end(self, results: Sequence[Result]) -> bytes:
         """The end of a complete stream: `[DONE]`, after the token counts if they were requested."""
@@ -192,7 +202,7 @@ class ChunkEncoder:
         if not self._include_usage:
             return done
         same = {"system_fingerprint": _shared(r.fingerprint for r in results), "seed": _shared(r.seed for r in results)}
-        return encode_event(json.dumps({**self._common, "choices": [], **same, "usage": total_usage(results)})) + done
+        return encode_event(encode_json({**self._common, "choices": [], **same, "usage": total_usage(results)})) + done
 
 
 def _shared(values: Iterable[Any]) -> Any:
@@ -221,7 +231,7 @@ async def _stream_chunks(
 
 def _encode_chunk_error(error: ApiError) -> bytes:
     """The error as the last event, without `[DONE]`: the stream is incomplete."""
-    return encode_event(json.dumps(error.as_dict()))
+    return encode_event(encode_json(error.as_dict()))
 
 
 # --- /execute --------------------------------------------------------------------------------------------------------
@@ -239,23 +249,33 @@ async def execute(request: Request) -> Any:
 
 
 async def _stream_events(jobs: JobRunner, submitted: SubmittedJobs) -> AsyncGenerator[bytes]:
-    yield encode_event(json.dumps({"id": submitted.jobs[0].id, "model": submitted.model}), "started")
+    yield encode_event(encode_json({"id": submitted.jobs[0].id, "model": submitted.model}), "started")
     async with contextlib.aclosing(jobs.events(submitted)) as events:
         async for _, event in events:
             if event.result is not None:
-                yield encode_event(event.result.model_dump_json(), "end")
+                yield encode_event(encode_json(event.result.model_dump(mode="json")), "end")
                 return
             logprobs = None if event.logprobs is None else [score.model_dump() for score in event.logprobs]
             token = {"index": event.index, "text": event.text, "token_ids": event.token_ids, "logprobs": logprobs}
             ended = {"finish_reason": event.finish_reason, "stop_reason": event.stop_reason}
-            yield encode_event(json.dumps({**token, **ended}), "token")
+            yield encode_event(encode_json({**token, **ended}), "token")
 
 
 def _encode_error_event(error: ApiError) -> bytes:
-    return encode_event(json.dumps(error.as_dict()), "error")
+    return encode_event(encode_json(error.as_dict()), "error")
+
+
+# --- endpoints of other models ---------------------------------------------------------------------------------------
+
+
+async def refuse_endpoint(request: Request) -> Any:
+    """An endpoint of the OpenAI API that needs another kind of model: the error says what this server offers."""
+    path = request.scope["path"]
+    raise ApiError(404, "unsupported_endpoint", f"{path}: {OTHER_ENDPOINTS[path]}", param="url")
 
 
 ROUTES = [
-    route("POST", "/v1/completions", create_completion),
+    route("POST", ENDPOINT, create_completion),
     route("POST", "/execute", execute),
+    *(route("POST", path, refuse_endpoint) for path in OTHER_ENDPOINTS),
 ]

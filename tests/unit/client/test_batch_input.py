@@ -189,7 +189,9 @@ def test_values_that_json_cannot_represent_are_faults_of_their_line(client: Clie
         (b'{"prompt": "a", "id": "x"}', "id", "custom_id"),
         (b'{"prompt": "a", "stream": true}', "stream", "complete results"),
         (b'{"prompt": "a", "custom_id": 7}', "custom_id", "1 to 512"),
-        (b'{"prompt": "a", "custom_id": "\\ud800"}', "custom_id", "1 to 512"),
+        (b'{"prompt": "a", "custom_id": "\\ud800"}', "custom_id", "unpaired surrogate"),
+        (b'{"prompt": "a", "\\ud800": 1}', "\\ud800", "unpaired surrogate"),
+        (b'{"method": "POST", "body": {"prompt": "\\ud800"}}', "prompt", "unpaired surrogate"),
         (b'{"body": {"prompt": "a"}}', "custom_id", "1 to 512"),
         (b'{"custom_id": "a", "body": "a"}', "body", "object"),
         (b'{"custom_id": "a", "url": "/v1/chat/completions", "body": {}}', "url", "/v1/completions"),
@@ -283,3 +285,27 @@ def test_an_input_that_changes_between_two_readings_is_detected(client: Client, 
     path.write_text('{"prompt": "a"}\n{"pro\n')
     with pytest.raises(InputChanged, match="line 2"):
         list(read_items(source, reader))
+
+
+def test_a_row_may_have_a_list_of_prompts(client: Client) -> None:
+    body = {"prompt": ["Hello.", "Bye."], "max_tokens": 4}
+    batch = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (first, second) = rows_of(client, as_lines(batch, {"prompt": [[1], [2]]}))
+    assert [fields["prompt"] for fields in first.requests()] == ["Hello.", "Bye."]
+    assert second.prompts == [[1], [2]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "field"),
+    [(["a", "\ud800"], "prompt[1]"), ([[1], []], "prompt[1]"), (["a", [1]], "prompt"), (["a"] * 1_025, "prompt")],
+)
+def test_the_wrong_one_of_a_list_of_prompts_is_named(client: Client, prompts: list[Any], field: str) -> None:
+    with pytest.raises(InvalidBatch) as caught:
+        rows_of(client, as_lines({"prompt": prompts}))
+    assert [fault.field for fault in caught.value.faults] == [field]
+
+
+@pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/responses", "/v1/embeddings"])
+def test_an_endpoint_of_other_models_says_what_to_use_instead(client: Client, url: str) -> None:
+    with pytest.raises(InvalidBatch, match=r"this server completes text.*/v1/completions"):
+        rows_of(client, as_lines({"custom_id": "a", "method": "POST", "url": url, "body": {"messages": []}}))

@@ -242,3 +242,13 @@ def test_the_signing_key_is_in_no_text_about_the_settings() -> None:
     for text in (repr(settings), str(settings), settings.model_dump_json(), str(settings.model_dump())):
         assert KEY not in text
     assert load_settings(**settings.model_dump()).signing_keys == settings.signing_keys
+
+
+@pytest.mark.parametrize(
+    "name", ["FILES_DIR", "MODEL", "SERVED_NAME", "REDIS_URL", "API_KEYS", "METRICS_HOST", "LOG_LEVEL"]
+)
+def test_bytes_that_are_no_utf8_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(f"HEADRACE_{name}", os.fsdecode(b"a-key-0123456789-\xff"))
+    with pytest.raises(SettingsError, match=f"HEADRACE_{name} is .*UTF-8") as caught:
+        load_settings()
+    str(caught.value).encode()

@@ -131,6 +131,34 @@ def test_names_of_tokens_are_no_parameter_of_the_job(value: bool | None) -> None
     assert (order.as_token_ids, order.params) == (bool(value), {})
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_each_chunk_has_the_usage_so_far_if_it_is_requested(echo: bool) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    parsed = parse_completion_request({"prompt": "a", "stream": True, "stream_options": options, "echo": echo})
+    assert parsed.continuous_usage
+    chunks = ChunkEncoder("job", "demo", 2, include_usage=True, continuous_usage=True, echo=echo)
+
+    def usage(prompt: int, index: int, tokens: int, prompt_tokens: int | None) -> Any:
+        event = Event(index, "a", [1] * tokens, prompt_tokens=prompt_tokens)
+        return json.loads(chunks.encode(prompt, event).removeprefix(b"data: "))["usage"]
+
+    def counts(prompt: int, completion: int) -> dict[str, int]:
+        total = prompt + completion
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
+
+    prompt = 3 if echo else 0
+    assert usage(0, 0, prompt + 2, 3) == counts(3, 2)
+    assert usage(0, 1, prompt + 1, 3) == counts(3, 1)
+    assert usage(0, 0, 4, 3) == counts(3, 6)
+    assert usage(1, 0, 1, None) is None  # from a worker of an earlier version
+
+
+@pytest.mark.parametrize("options", [{"continuous_usage_stats": True}, {"include_usage": True}])
+def test_usage_in_each_chunk_needs_both_options(options: dict[str, bool]) -> None:
+    parsed = parse_completion_request({"prompt": "a", "stream": True, "stream_options": options})
+    assert not parsed.continuous_usage
+
+
 def test_offsets_that_an_older_worker_did_not_send_continue_where_the_last_piece_ended() -> None:
     chunks = ChunkEncoder("job", "demo", 2, include_usage=False)
 
