@@ -17,7 +17,8 @@ HeadraceError
 └── JobError                            the job ended without a result
     ├── JobFailed                       `code` says why
     ├── JobCancelled
-    └── JobExpired                      its timeout_s passed
+    ├── JobExpired                      its timeout_s passed
+    └── ResultNotKept                   it succeeded, and was sent with ignore_result=True
 """
 
 from __future__ import annotations
@@ -319,3 +320,18 @@ class JobExpired(JobError):
     """Raised when the job did not end within its `timeout_s`."""
 
     code = "expired"
+
+
+class ResultNotKept(JobError):
+    """Raised when the job succeeded and its result was not kept, because it was sent with `ignore_result=True`."""
+
+    code = "result_not_kept"
+
+    def __init__(self, code: str = "", message: str = "", partial: list[str] | None = None) -> None:
+        super().__init__(code, message or NOT_KEPT, partial)
+
+
+NOT_KEPT = (
+    "the job succeeded, and its result was not kept because the job was sent to Celery with ignore_result=True; send "
+    "it without that option to read its result"
+)

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobFailed
+from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobFailed, ResultNotKept
 from headrace.client.wire.version import SCHEMA_VERSION
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
@@ -106,7 +106,12 @@ class StreamEvent(BaseModel):
 
 
 _ERRORS: dict[str, type[JobError]] = {cls.__name__: cls for cls in (JobFailed, JobCancelled, JobExpired)}
-_STATES: dict[type[JobError], State] = {JobFailed: "failed", JobCancelled: "cancelled", JobExpired: "expired"}
+_STATES: dict[type[JobError], State] = {
+    JobFailed: "failed",
+    JobCancelled: "cancelled",
+    JobExpired: "expired",
+    ResultNotKept: "succeeded",
+}
 
 #: How a job ended.
 Outcome = Result | JobError
@@ -126,6 +131,8 @@ def parse_outcome(record: str | None) -> Outcome | None:
         record.encode()  # raises for lone surrogates, which represent bytes that are not UTF-8
         meta = json.loads(record)
         status, value = meta["status"], meta["result"]
+        if status == "SUCCESS" and value is None:
+            return ResultNotKept()
         if status == "SUCCESS":
             result = Result.model_validate(value)
             if not result.choices:
