@@ -23,7 +23,8 @@ def add_tasks(app: Celery, settings: Settings) -> None:
     @app.task(bind=True, name=TASK_NAME, shared=False, throws=(JobError,), resultrepr_maxsize=1)  # type: ignore[untyped-decorator]
     def generate(self: Task, request: dict[str, Any]) -> dict[str, Any]:
         try:
-            return service_for(settings).generate(self.request.id, request, model_of(self.request.delivery_info))
+            model, look_up = model_of(self.request.delivery_info), not self.request.is_eager
+            return service_for(settings).generate(self.request.id, request, model, look_up)
         except EngineStopped as stopped:
             raise Reject(str(stopped), requeue=True) from stopped
 
