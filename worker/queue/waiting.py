@@ -20,13 +20,16 @@ log = structlog.get_logger("headrace.worker")
 
 
 class WaitingConsumer(Protocol):
-    """What `WaitingMessages` needs of the consumer; the first five are Celery's."""
+    """What `WaitingMessages` needs of the consumer; all but the last two are Celery's."""
 
     timer: Any
     qos: Any
     task_consumer: Any
     task_buckets: Any
     on_task_request: Callable[[Any], Any]
+
+    def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:
+        """Refuse a message."""
 
     def return_message(self, tag: str) -> None:
         """Return a message to its queue."""
@@ -115,8 +118,12 @@ class WaitingMessages:
     def check_revoked(self) -> None:
         """End the waiting messages that were revoked or have expired; `JobRequest` takes them out."""
         for message in self._held.waiting():
-            if message.request is not None:
-                message.request.revoked()
+            if (request := message.request) is not None:
+                try:
+                    request.revoked()
+                except Exception as error:  # its stamps, which anybody may have written, cannot be compared
+                    self.take_out(message.tag)
+                    self._consumer.on_invalid_task(None, request.message, error)
 
     def release(self, tag: str) -> None:
         """Give a waiting message to the pool now, which finds that its jobs were cancelled."""

@@ -304,6 +304,18 @@ def test_of_many_waiting_messages_only_the_tags_are_kept(worker: Worker, monkeyp
     assert not worker.pool.held.full
 
 
+def test_stamps_that_cannot_be_compared_fail_the_job_and_delay_no_other(worker: Worker) -> None:
+    worker.consumer._dead_letter = lambda *_: None  # type: ignore[method-assign]
+    worker.deliver("bad", 60, stamped_headers=5, stamps=3)
+    worker.deliver("revoked", 60)
+    state.revoked.add("revoked")
+    worker.look()
+    assert worker.pool.refused == ["bad"]
+    assert worker.pool.revoked == [("revoked", "revoked")]
+    worker.fire()
+    assert worker.pool.applied == []
+
+
 @pytest.mark.parametrize(
     "eta", ["soon", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", 1e300, ["2030-01-01"], ""]
 )
