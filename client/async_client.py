@@ -148,6 +148,9 @@ class AsyncClient:
         job.outcome, state = await self._run_in_thread(self._client.reader.poll, job.id)
         return state if job.outcome is None else outcome_state(job.outcome)
 
+    async def _waits_until(self, job_id: str) -> float | None:
+        return await self._run_in_thread(self._client.reader.waits_until, job_id)
+
     async def _checkpoints(self, job_id: str, max_bytes: int | None) -> dict[str, np.ndarray]:
         """The captured tensors of a job; see `Job.checkpoints`."""
         return await self._run_in_thread(self._client.reader.checkpoints, job_id, max_bytes)
@@ -258,6 +261,10 @@ class AsyncJob(Handle):
     async def status(self) -> State:
         """The state of the job; see `Job.status`."""
         return await self._client._poll(self) if self.outcome is None else outcome_state(self.outcome)
+
+    async def waits_until(self) -> float | None:
+        """The Unix time of the job's ETA or countdown; see `Job.waits_until`."""
+        return await self._client._waits_until(self.id) if await self.status() == "queued" else None
 
     async def result(self, timeout: float | None = None) -> Result:
         """Wait for the result; see `Job.result`."""

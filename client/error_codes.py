@@ -21,6 +21,7 @@ ERRORS: dict[str, str] = {
     "result_timeout": "wait again, since the job continues; or cancel it",
     "no_worker": "start a worker for the queue it names",
     "cancelled": "nothing: the job was cancelled, or revoked through Celery",
+    "result_not_kept": "nothing, or send the job without `ignore_result=True`: it succeeded, its text was not kept",
     "expired": "give the job a longer `timeout_s`, a higher priority, or more workers",
 }
 

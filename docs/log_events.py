@@ -54,6 +54,8 @@ EVENTS: dict[str, Event] = {
     "message.accepted": Event("a message came from the queue"),
     "message.finished": Event("the results of all its jobs are stored"),
     "message.adopted": Event("a message was delivered again while its jobs are running here; they continue"),
+    "message.lost": Event("a message's lease ran out while it waited for its ETA; another worker has it"),
+    "messages.given_back": Event("messages that waited for an ETA or a rate limit went back to their queue"),
     "message.refused": Event("a message cannot be read; it went to the list `headrace:dead`"),
     "followers.failed": Event("a refused message is part of a chord or a chain, which could not be failed with it"),
     "messages.misplaced": Event(

@@ -40,7 +40,8 @@ def add_tasks(app: Celery, settings: Settings) -> None:
     @app.task(bind=True, base=JobTask, name=TASK_NAME, shared=False, throws=(JobError,), resultrepr_maxsize=1)  # type: ignore[untyped-decorator]
     def generate(self: Task, request: dict[str, Any]) -> dict[str, Any]:
         try:
-            return service_for(settings).generate(self.request.id, request, _model(self.request))
+            look_up = not self.request.is_eager
+            return service_for(settings).generate(self.request.id, request, _model(self.request), look_up)
         except EngineStopped as stopped:
             raise Reject(str(stopped), requeue=True) from stopped
 

@@ -21,6 +21,7 @@ from headrace.client.wire.errors import (
     QueueFull,
     RedisRefused,
     RedisUnreachable,
+    ResultNotKept,
     ResultTimeout,
 )
 
@@ -102,6 +103,8 @@ def translate(error: Exception) -> ApiError:
         return ApiError(504, error.code, "the job timed out; request fewer tokens, or raise timeout_s")
     if isinstance(error, JobCancelled):
         return ApiError(CLIENT_CLOSED_REQUEST, error.code, "the job was cancelled")
+    if isinstance(error, ResultNotKept):
+        return ApiError(410, error.code, error.message)
     if isinstance(error, JobError):
         return _from_failed_job(error)
     return ApiError(500, getattr(error, "code", None) or "internal_error", _INTERNAL)

@@ -75,6 +75,16 @@ class Job(Handle):
                 return state
         return outcome_state(self.outcome)
 
+    def waits_until(self) -> float | None:
+        """The Unix time of the ETA or countdown that the job was sent to Celery with; None if it does not wait for one.
+
+        Until then the job is `queued`, and no worker begins it. Raises RedisUnreachable.
+        """
+        if self.status() != "queued":
+            return None
+        with self._in_errors():
+            return self._reader.waits_until(self.id)
+
     def result(self, timeout: float | None = None) -> Result:
         """Wait for the result, for at most `timeout` seconds; None waits without limit.
 

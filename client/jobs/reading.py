@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
 import redis
@@ -140,16 +141,34 @@ class JobReader:
             return read_status(self._redis, self._model_name)
 
     def timeout_error(self, job_id: str, timeout: float) -> ResultTimeout:
-        """The error for a wait that took too long: NoWorker if no worker serves the job's queue."""
+        """The error for a wait that took too long: NoWorker if no worker serves the job's queue.
+
+        A job that waits for its ETA needs no worker before that.
+        """
         outcome, state = self.poll(job_id)
+        if outcome is None and state == "queued" and (until := self.waits_until(job_id)) is not None:
+            return ResultTimeout(job_id, timeout, state, until)
         model = self._model_of(job_id)
         if outcome is None and not self.status().serves(model):
             return NoWorker(job_id, timeout, state, keys.queue(model))
         return ResultTimeout(job_id, timeout, state)
 
+    def waits_until(self, job_id: str) -> float | None:
+        """The Unix time of the job's ETA or countdown; None if it has none, or if that time has passed."""
+        with redis_errors(self.url):
+            value = cast("str | None", self._redis.hget(keys.job(job_id), keys.WAITS_UNTIL))
+        try:
+            until = float(value or 0)
+            datetime.fromtimestamp(until, UTC)
+        except (ValueError, OverflowError, OSError):  # anybody may have written it
+            return None
+        return until if until > time.time() else None
+
     def warn_without_worker(self, waiting: list[str]) -> None:
         """Log a warning if no worker serves the queue of the first job."""
         with contextlib.suppress(RedisUnreachable):
+            if self.waits_until(waiting[0]) is not None:
+                return
             model = self._model_of(waiting[0])
             if not self.status().serves(model):
                 log.warning(

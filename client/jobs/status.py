@@ -65,6 +65,8 @@ class WorkerStatus(BaseModel):
     slots: int = 0
     running: int = 0
     waiting: int = 0
+    #: Jobs that the worker has taken and that wait for their ETA or countdown, or for a rate limit of Celery.
+    scheduled: int = 0
     tokens_per_s: float = 0.0
     #: Tokens proposed by speculative decoding since the worker started, and how many of them were accepted.
     drafted: int = 0

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import ssl
+import time
+from datetime import datetime
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import redis
 from celery import Celery
 from kombu.entity import Queue
 from redis.backoff import NoBackoff
@@ -14,7 +19,7 @@ from redis.retry import Retry
 from headrace.client.wire import keys
 from headrace.client.wire.embedded_redis import SCHEME as EMBEDDED
 from headrace.client.wire.embedded_redis import is_embedded
-from headrace.client.wire.redis import CONNECT_TIMEOUT_S, SENTINEL_OPTIONS, SOCKET_TIMEOUT_S, has_keepalive
+from headrace.client.wire.redis import CONNECT_TIMEOUT_S, SENTINEL_OPTIONS, SOCKET_TIMEOUT_S, connect, has_keepalive
 from headrace.config import Settings
 from headrace.config.sentinel import is_sentinel, parse_sentinel
 
@@ -81,7 +86,8 @@ def queue(model_name: str) -> Queue:
 
 def results_app(settings: Settings, url: str) -> Celery:
     """A Celery app that publishes tasks and reads results: for canvases, and for a user's own tasks and worker."""
-    app = Celery("headrace-results", set_as_current=False)
+    app = ResultsApp("headrace-results", set_as_current=False)
+    app.redis_url = url
     app.loader.override_backends = {EMBEDDED: "headrace.client.wire.embedded_redis:EmbeddedBackend"}
     app.conf.update(
         **broker_settings(settings, url),
@@ -92,6 +98,47 @@ def results_app(settings: Settings, url: str) -> Celery:
         result_expires=settings.result_ttl_s,
     )
     return app
+
+
+class ResultsApp(Celery):  # type: ignore[misc]
+    """A Celery app that writes the record of each job that it sends, so that a client finds the job before a worker.
+
+    The record says until when the job waits, if it was sent with an ETA or a countdown.
+    """
+
+    redis_url: str
+
+    def send_task(self, name: str, *args: Any, **options: Any) -> Any:
+        """Called by signatures, groups, chords and chains; see `celery.Celery.send_task`."""
+        job_id, queue_name = options.get("task_id"), options.get("queue")
+        if name == TASK_NAME and isinstance(job_id, str) and isinstance(queue_name, str):
+            with contextlib.suppress(redis.RedisError):  # sending the message reports the error
+                self._write_record(job_id, keys.model_of(queue_name), options.get("countdown"), options.get("eta"))
+        return super().send_task(name, *args, **options)
+
+    @functools.cached_property
+    def _redis(self) -> redis.Redis:
+        return connect(self.redis_url)
+
+    def close(self) -> None:
+        """Close the connections."""
+        if "_redis" in vars(self):
+            self._redis.close()
+        super().close()
+
+    def _write_record(self, job_id: str, model: str, countdown: Any, eta: Any) -> None:
+        now = time.time()
+        until = now + countdown if isinstance(countdown, (int, float)) else None
+        if until is None and isinstance(eta, datetime):
+            until = (eta if eta.tzinfo is not None else eta.replace(tzinfo=self.timezone)).timestamp()
+        pipe = self._redis.pipeline()
+        pipe.hsetnx(keys.job(job_id), "state", "queued")
+        pipe.hsetnx(keys.job(job_id), "model", model)
+        pipe.hsetnx(keys.job(job_id), "submitted_at", f"{now:.6f}")
+        if until is not None:
+            pipe.hset(keys.job(job_id), keys.WAITS_UNTIL, f"{until:.6f}")
+        pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
+        pipe.execute()
 
 
 def producer_app(settings: Settings, url: str) -> Celery:

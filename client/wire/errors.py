@@ -17,11 +17,13 @@ HeadraceError
 └── JobError                            the job ended without a result
     ├── JobFailed                       `code` says why
     ├── JobCancelled
-    └── JobExpired                      its timeout_s passed
+    ├── JobExpired                      its timeout_s passed
+    └── ResultNotKept                   it succeeded, and was sent with ignore_result=True
 """
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any, NamedTuple, Self
 
 
@@ -199,7 +201,8 @@ class UnknownJob(HeadraceError, KeyError):
     def __str__(self) -> str:
         return (
             f"no job {self.job_id!r} on this Redis: the id is wrong, the job is on another Redis (HEADRACE_REDIS_URL), "
-            "or its record has expired (HEADRACE_RESULT_TTL_S)"
+            "its record has expired (HEADRACE_RESULT_TTL_S), or another Celery program sent it and no worker has taken "
+            "its message yet"
         )
 
 
@@ -256,15 +259,25 @@ class StreamChanged(HeadraceError):
 
 
 class ResultTimeout(HeadraceError, TimeoutError):
-    """Raised when a result is not available within the timeout. The job continues; wait for it again."""
+    """Raised when a result is not available within the timeout. The job continues; wait for it again.
+
+    Attributes:
+        waits_until: the Unix time of the job's ETA or countdown, if it is to come; no worker begins the job before.
+    """
 
     code = "result_timeout"
 
-    def __init__(self, job_id: str, timeout_s: float, state: str) -> None:
-        super().__init__(job_id, timeout_s, state)
-        self.job_id, self.timeout_s, self.state = job_id, timeout_s, state
+    def __init__(self, job_id: str, timeout_s: float, state: str, waits_until: float | None = None) -> None:
+        super().__init__(job_id, timeout_s, state, waits_until)
+        self.job_id, self.timeout_s, self.state, self.waits_until = job_id, timeout_s, state, waits_until
 
     def __str__(self) -> str:
+        if self.waits_until is not None:
+            until = datetime.fromtimestamp(self.waits_until, UTC)
+            return (
+                f"job {self.job_id} is still {self.state} after {self.timeout_s:g} s: it was sent to Celery with an "
+                f"ETA or countdown and waits until {until:%Y-%m-%d %H:%M:%S} UTC; wait for it again"
+            )
         return f"job {self.job_id} is still {self.state} after {self.timeout_s:g} s; it continues, wait for it again"
 
 
@@ -321,3 +334,18 @@ class JobExpired(JobError):
     """Raised when the job did not end within its `timeout_s`."""
 
     code = "expired"
+
+
+class ResultNotKept(JobError):
+    """Raised when the job succeeded and its result was not kept, because it was sent with `ignore_result=True`."""
+
+    code = "result_not_kept"
+
+    def __init__(self, code: str = "", message: str = "", partial: list[str] | None = None) -> None:
+        super().__init__(code, message or NOT_KEPT, partial)
+
+
+NOT_KEPT = (
+    "the job succeeded, and its result was not kept because the job was sent to Celery with ignore_result=True; send "
+    "it without that option to read its result"
+)

@@ -24,6 +24,9 @@ KNOWN_MODEL_S = 86_400
 #: Hints that messages wait: their lifetime in seconds, and their maximum number.
 HINT_TTL_S, HINTS = 60, 64
 
+#: Field of a job's record: the Unix time of its ETA or countdown, before which no worker begins it.
+WAITS_UNTIL = "waits_until"
+
 _STEP_SEPARATOR = "\x06\x16"  # kombu's, between a queue's name and its priority step
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobFailed
+from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobFailed, ResultNotKept
 from headrace.client.wire.unicode import parse_json
 from headrace.client.wire.version import SCHEMA_VERSION
 
@@ -119,7 +119,12 @@ class StreamEvent(BaseModel):
 
 
 _ERRORS: dict[str, type[JobError]] = {cls.__name__: cls for cls in (JobFailed, JobCancelled, JobExpired)}
-_STATES: dict[type[JobError], State] = {JobFailed: "failed", JobCancelled: "cancelled", JobExpired: "expired"}
+_STATES: dict[type[JobError], State] = {
+    JobFailed: "failed",
+    JobCancelled: "cancelled",
+    JobExpired: "expired",
+    ResultNotKept: "succeeded",
+}
 
 #: How a job ended.
 Outcome = Result | JobError
@@ -138,6 +143,8 @@ def parse_outcome(record: str | None) -> Outcome | None:
     try:
         meta = parse_json(record)
         status, value = meta["status"], meta["result"]
+        if status == "SUCCESS" and value is None:
+            return ResultNotKept()
         if status == "SUCCESS":
             result = Result.model_validate(value)
             if not result.choices:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.client import Client
+from headrace.client import Client, Job, NoWorker, ResultNotKept, ResultTimeout
 from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
 from headrace.config import load_settings
@@ -187,6 +188,10 @@ def test_the_task_runs_under_celerys_own_pools(
         wait_until(lambda: own_client.status().dead == 1)
         (refused,) = worker.events("message.refused")
         assert "names 'other'" in refused["reason"]
+        ignored = own_client.job(own_client.signature("Hello.", max_tokens=2).apply_async(ignore_result=True).id)
+        assert ignored.wait(PATIENCE_S) == "succeeded"
+        with pytest.raises(ResultNotKept):
+            ignored.result()
 
 
 def test_the_task_runs_eagerly() -> None:
@@ -209,3 +214,57 @@ def test_a_group_runs_eagerly_and_its_results_are_stored(own_server: EmbeddedRed
     app.tasks["headrace.generate_many"].delay([{"id": name, "request": request} for name in ("a", "b")]).get()
     assert {own_client.job(name).result(1).text for name in ("a", "b")} == {'\n\n"I am'}
     app.close()
+
+
+def test_a_countdown_longer_than_the_lease_is_one_attempt_and_one_computation(
+    own_server: EmbeddedRedis, own_client: Client, tmp_path: Path
+) -> None:
+    """Three workers with leases of 3 s, and messages that wait 6 s inside Celery."""
+    with contextlib.ExitStack() as stack, connect(own_server.url) as redis:
+        workers = [
+            stack.enter_context(worker_on(own_server, tmp_path / f"{name}.log", "-n", f"{name}@%h"))
+            for name in ("one", "two", "three")
+        ]
+        for worker in workers:
+            worker.wait_ready()
+
+        def send(countdown: float) -> Job:
+            return own_client.job(own_client.signature("Hello.", max_tokens=3).apply_async(countdown=countdown).id)
+
+        jobs = [send(6) for _ in range(6)]
+        unwanted = send(3_600)
+        assert own_client.submit("Hello.", max_tokens=2).result(PATIENCE_S), "they block no other job"
+        until = jobs[0].waits_until()
+        assert until is not None
+        assert 0 < until - time.time() <= 6
+        with pytest.raises(ResultTimeout, match="countdown and waits until 20") as early:
+            jobs[0].result(timeout=0.1)
+        assert not isinstance(early.value, NoWorker)
+        wait_until(lambda: sum(worker.scheduled for worker in own_client.status().workers) == 7)
+        assert unwanted.cancel()
+        assert unwanted.wait(5) == "cancelled", "it ends at once"
+        time.sleep(max(0.0, until - 1 - time.time()))
+        renewed = [score for _, score in redis.zrange(keys.unacked_index(), 0, -1, withscores=True)]
+        assert min(renewed) > time.time() - 3, "the leases of messages that Celery holds are renewed too"
+        for job in jobs:
+            assert job.result(PATIENCE_S).usage.completion_tokens == 3
+            assert attempts(own_client, job.id) == 1
+        assert time.time() >= until
+        assert sum(len(worker.events("job.finished")) for worker in workers) == 6 + 1 + 1
+        wait_until(lambda: own_client.status().delivered == 0)
+
+        # A job whose result is ignored has ended too, and is not computed again.
+        signature = own_client.signature("Hello.", max_tokens=2)
+        ignored = own_client.job(signature.apply_async(ignore_result=True).id)
+        assert ignored.wait(PATIENCE_S) == "succeeded"
+        signature.apply_async(ignore_result=True)
+        wait_until(lambda: any(worker.events("jobs.finished_before") for worker in workers))
+        assert sum(len(worker.events("job.finished")) for worker in workers) == 6 + 1 + 1 + 1
+
+        late = send(3_600)
+        wait_until(lambda: sum(worker.scheduled for worker in own_client.status().workers) == 1)
+        for worker in workers:
+            worker.signal(signal.SIGTERM)
+        assert [worker.wait() for worker in workers] == [0, 0, 0]
+        assert unacked(own_server) == 0, "a worker that stops returns what waits"
+        assert (late.status(), late.waits_until() is not None) == ("queued", True)

@@ -57,6 +57,8 @@ def _print_status(found: Status) -> None:
     for q in found.queues:
         queues.add_row(q.model, str(q.interactive), str(q.normal), str(q.bulk))
     console.print(workers, queues, f"{found.delivered} jobs are with workers")
+    if scheduled := sum(worker.scheduled for worker in found.workers):
+        console.print(f"{scheduled} of them wait for their ETA or for a rate limit")
     if found.dead:
         console.print(f"{found.dead} messages could not be read; the list {dead()} contains them")
     for place in found.misplaced:

@@ -57,6 +57,11 @@ class Delivery:
         return headers
 
     @property
+    def redelivered(self) -> bool:
+        """Whether the message was delivered before, so that a lease ran out or a worker returned it."""
+        return bool((self.headers.get("delivery_info") or {}).get("redelivered"))
+
+    @property
     def grouped(self) -> bool:
         """Whether the message can hold several jobs; then the result writer stores their results."""
         return self.task == GROUP_TASK_NAME

@@ -20,6 +20,7 @@ from headrace.worker.jobs.health import Health, stopping
 from headrace.worker.jobs.leases import Leases
 from headrace.worker.jobs.observers import StartedJobs
 from headrace.worker.jobs.store import Store
+from headrace.worker.jobs.waiting import WaitingJobs
 from headrace.worker.jobs.worker_record import WorkerRecord
 from headrace.worker.queue.permissions import is_forbidden
 
@@ -63,10 +64,11 @@ class Heartbeat:
         record: WorkerRecord,
         started: StartedJobs,
         hooks: Hooks,
+        waiting: WaitingJobs | None = None,
     ) -> None:
         self._settings, self._models, self._store, self._book = settings, models, store, book
         self._cancellation, self._health, self._leases, self._record = cancellation, health, leases, record
-        self._started, self._hooks = started, hooks
+        self._started, self._hooks, self._waiting = started, hooks, waiting
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="headrace-heartbeat", daemon=True)
         self._beat_at = 0.0
@@ -120,6 +122,8 @@ class Heartbeat:
             self._hooks.wake_intake()
         if not self._stalled:
             self._leases.renew(now)
+            if self._waiting is not None:
+                self._waiting.look(now)
         if beat := now >= self._beat_at or stopping():
             self._record.write(now, stalled=self._stalled)
             self._beat_at = now + BEAT_S

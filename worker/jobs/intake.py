@@ -6,7 +6,7 @@ import functools
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -25,7 +25,7 @@ from headrace.worker.jobs.observers import Arrival, JobObserver
 from headrace.worker.jobs.quarantine import Candidate, Quarantine
 from headrace.worker.jobs.retry import PatientStore
 from headrace.worker.jobs.service import Service, cancelled_early, failed
-from headrace.worker.jobs.store import JobRecord
+from headrace.worker.jobs.store import JobRecord, Store, Waiting
 
 log = structlog.get_logger("headrace.worker")
 
@@ -68,7 +68,9 @@ class Intake:
         completion: Completion,
         observers: JobObserver,
         on_fatal: Callable[[BaseException], None],
+        identity: Callable[[str], str],
     ) -> None:
+        self._identity = identity
         self._settings, self._service, self._models, self._store = settings, service, service.models, store
         self._book, self._quarantine, self._completion = book, quarantine, completion
         self._observers, self._on_fatal = observers, on_fatal
@@ -134,6 +136,7 @@ class Intake:
         records = self._store.ask(lambda store: store.lookup(list(arrived))) if arrived else []
         if records is None:
             return  # closing without Redis: the messages keep their leases and go to another worker
+        self._announce(arrived, records)
         finished = []
         for (job_id, (wire, delivery)), record in zip(arrived.items(), records, strict=True):
             if record.finished:
@@ -144,6 +147,12 @@ class Intake:
             log.info("jobs.finished_before", jobs=len(finished))
             self._store.ask(lambda store: store.ended(finished))
             self._completion.settle(finished)
+
+    def _announce(self, arrived: Mapping[str, tuple[Any, Delivery]], records: Sequence[JobRecord]) -> None:
+        """Write the records of jobs that have none, because a plain Celery producer sent them."""
+        nameless = [j for j, record in zip(arrived, records, strict=True) if record.state is None]
+        if jobs := {job_id: Waiting(arrived[job_id][1].model, None) for job_id in nameless}:
+            self._store.ask(lambda store: store.announce(jobs))
 
     def _adopt(self, delivery: Delivery) -> list[str]:
         """Let a message adopt its jobs. Returns those that are new here; the others continue."""
@@ -158,14 +167,17 @@ class Intake:
 
     def _admit_job(self, job_id: str, wire: Any, delivery: Delivery, record: JobRecord) -> None:
         current = self._book.of_job(job_id) or delivery  # a later message of the batch may have adopted the job
-        self._observers.arrived(Arrival(job_id, wire, current, record.attempts + 1))
+        # Another copy of the message: the worker that began the job is alive, so that attempt has not failed.
+        shared = record.begun_elsewhere and not current.redelivered
+        attempts = record.attempts - shared
+        self._observers.arrived(Arrival(job_id, wire, current, attempts + 1))
         if record.cancelled or job_id in state.revoked or current.verdict is not None:
             self._completion.computed(job_id, failed(cancelled_early()))
-        elif record.attempts >= self._settings.max_attempts:
-            error = JobFailed("max_attempts", MAX_ATTEMPTS.format(record.attempts))
+        elif attempts >= self._settings.max_attempts:
+            error = JobFailed("max_attempts", MAX_ATTEMPTS.format(attempts))
             self._completion.computed(job_id, failed(error))
         else:
-            self._quarantine.put(Candidate(job_id, wire, record.attempts, delivery.model))
+            self._quarantine.put(Candidate(job_id, wire, attempts, delivery.model, shared))
 
     def _fail_refused(self, refusal: Refusal) -> None:
         """Fail the jobs of a refused message, because callers wait for them, but no job of another submitter.
@@ -184,15 +196,22 @@ class Intake:
         """Submit the jobs that may run now. Their attempts are counted first, because a job may kill the process."""
         self._models.load_in_background(self._quarantine.models(), self.wake)
         while candidates := self._quarantine.admit(self._models.loaded):
-            if not self._count_attempts([candidate.job_id for candidate in candidates]):
+            if not self._count_attempts(candidates):
                 return
             for candidate in candidates:
                 if candidate.attempts:
                     log.warning("job.quarantined", job_id=candidate.job_id, attempts=candidate.attempts)
                 self._submit(candidate)
 
-    def _count_attempts(self, job_ids: list[str]) -> bool:
-        return self._store.ask(lambda store: store.count_attempts(job_ids)) is not None
+    def _count_attempts(self, candidates: list[Candidate]) -> bool:
+        """Count the attempts of jobs. Returns False if this process closes without Redis."""
+        for model in dict.fromkeys(candidate.model for candidate in candidates):
+            job_ids = [candidate.job_id for candidate in candidates if candidate.model == model]
+            shared = {candidate.job_id for candidate in candidates if candidate.shared}
+            count = functools.partial(_count, job_ids, self._identity(model), shared)
+            if self._store.ask(count) is None:
+                return False
+        return True
 
     def _submit(self, candidate: Candidate) -> None:
         job_id = candidate.job_id
@@ -207,3 +226,7 @@ class Intake:
             log.error("job.intake_failed", job_id=job_id, error=repr(error), trace=traceback.format_exc())
             message = f"the message cannot be processed: {type(error).__name__}"
             self._completion.computed(job_id, failed(JobFailed("invalid_request", message)))
+
+
+def _count(job_ids: list[str], worker: str, shared: set[str], store: Store) -> list[int]:
+    return store.count_attempts(job_ids, worker, shared)

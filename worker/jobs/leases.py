@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 from headrace.worker.jobs.deliveries import DeliveryBook
 from headrace.worker.jobs.store import Store
+from headrace.worker.queue.held import HeldMessages
+
+#: How many leases one request renews.
+LEASES_AT_ONCE = 1_000
 
 
 class Leases:
@@ -16,11 +21,20 @@ class Leases:
         book: the messages that this process holds.
         lease_s: other workers may take a message whose lease was not renewed for this many seconds.
         let_go: called with jobs that another worker has ended.
+        held: all messages that this process has not acknowledged, also those that wait inside Celery.
+        forget: called with the delivery tag of each message outside the pool that another worker has taken.
     """
 
     def __init__(
-        self, store: Store, book: DeliveryBook, lease_s: float, let_go: Callable[[Sequence[str]], None]
+        self,
+        store: Store,
+        book: DeliveryBook,
+        lease_s: float,
+        let_go: Callable[[Sequence[str]], None],
+        held: HeldMessages | None = None,
+        forget: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self._held, self._forget = held or HeldMessages(), forget
         self._store, self._book, self._lease_s, self._let_go = store, book, lease_s, let_go
         self._renew_at = 0.0
         self._renewed_at = float("-inf")
@@ -33,10 +47,18 @@ class Leases:
 
     def renew(self, now: float) -> None:
         """Renew all leases if it is time. `now` is the monotonic clock's. Raises redis.RedisError."""
-        deliveries = self._book.deliveries()
-        if not deliveries or now < self._renew_at:
+        if now < self._renew_at:
             return
-        self._store.renew([delivery.tag for delivery in deliveries if delivery.tag is not None])
+        held, deliveries = self._held.tags(), self._book.deliveries()
+        in_pool = {delivery.tag for delivery in deliveries if delivery.tag is not None}
+        if not (held or deliveries):
+            return
+        outside = [tag for tag in held if tag not in in_pool]
+        self._store.renew(in_pool)
+        for part in batched(outside, LEASES_AT_ONCE):
+            self._store.renew(part)
+            for tag in self._store.lost(part):
+                self._forget(tag)
         late = now - self._lease_s / 2  # half, because the clocks of two machines differ and a lookup costs little
         for delivery in deliveries:
             if max(delivery.received_at, self._renewed_at) < late:
@@ -47,3 +69,10 @@ class Leases:
             records = zip(doubtful, self._store.lookup(doubtful), strict=True)
             if ended := [job_id for job_id, record in records if record.finished]:
                 self._let_go(ended)
+
+
+def batched(tags: Iterable[str], size: int) -> Iterator[list[str]]:
+    """The tags in lists of at most this size. Python 3.12 has it as `itertools.batched`."""
+    left = iter(tags)
+    while part := list(islice(left, size)):
+        yield part

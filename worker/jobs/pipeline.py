@@ -21,7 +21,9 @@ from headrace.worker.jobs.retry import PatientStore
 from headrace.worker.jobs.service import Service
 from headrace.worker.jobs.shutdown import ColdShutdown, Shutdown
 from headrace.worker.jobs.shutdown_watchdog import ShutdownWatchdog
+from headrace.worker.jobs.waiting import WaitingJobs
 from headrace.worker.jobs.worker_record import WorkerRecord
+from headrace.worker.queue.held import HeldMessages
 
 
 class JobPipeline:
@@ -33,6 +35,8 @@ class JobPipeline:
     health: Health
     heartbeat: Heartbeat
     shutdown: Shutdown
+    _record: WorkerRecord
+    _waiting: WaitingJobs
     _patient_store: PatientStore
     _watchdog: ShutdownWatchdog
 
@@ -40,6 +44,8 @@ class JobPipeline:
         self._settings = settings
         #: The messages that this process holds.
         self.book = DeliveryBook()
+        #: All messages that this process has not acknowledged, also those that wait inside Celery.
+        self.held = HeldMessages()
         #: The jobs that wait for an engine.
         self.quarantine = Quarantine(settings.slots, settings.max_attempts)
         #: How jobs have ended.
@@ -70,6 +76,16 @@ class JobPipeline:
             flush_traces: called afterwards.
         """
         self._patient_store = PatientStore(service.store)
+        self.health = Health(service.models, self._settings.stall_s, lambda: self.main_thread.hub is not None)
+        self._record = WorkerRecord(
+            service.store,
+            service.models,
+            self.book,
+            self.health,
+            slots=self._settings.slots,
+            failures=self.counts.failures,
+            scheduled=lambda model: self._waiting.count(model),
+        )
         self._connect_completion(service, backend)
         self._connect_heartbeat(service)
 
@@ -115,6 +131,7 @@ class JobPipeline:
             completion=self.completion,
             observers=self.observers,
             on_fatal=self.end_process,
+            identity=self._record.identity,
         )
         self.cancellation = Cancellation(
             service=service,
@@ -126,7 +143,7 @@ class JobPipeline:
 
     def _connect_heartbeat(self, service: Service) -> None:
         models, store, settings = service.models, service.store, self._settings
-        self.health = Health(models, settings.stall_s, lambda: self.main_thread.hub is not None)
+        self._waiting = WaitingJobs(store, self.held, self.main_thread, self.completion.fail_unheld)
         self.heartbeat = Heartbeat(
             settings=settings,
             models=models,
@@ -134,14 +151,18 @@ class JobPipeline:
             book=self.book,
             cancellation=self.cancellation,
             health=self.health,
-            leases=Leases(store, self.book, settings.lease_s, self.cancellation.let_go),
-            record=WorkerRecord(
-                store, models, self.book, self.health, slots=settings.slots, failures=self.counts.failures
+            leases=Leases(
+                store, self.book, settings.lease_s, self.cancellation.let_go, self.held, self._forget_message
             ),
+            record=self._record,
+            waiting=self._waiting,
             started=self._started,
             hooks=self,
         )
         self._watchdog = ShutdownWatchdog(self.health, self.book, settings.soft_shutdown_s)
+
+    def _forget_message(self, tag: str) -> None:
+        self.main_thread.call(self.held.holder.forget, tag)
 
     def start(self) -> None:
         """Start the threads."""

@@ -65,6 +65,7 @@ class EnginePool(BasePool, JobPool):
         self._service = service
         #: The parts that jobs pass through; observers of jobs can be added to it.
         self.pipeline = JobPipeline(self.settings)
+        self.held = self.pipeline.held
         self.pipeline.failure.on_unavailable = self._note_unavailable
         self._probes: Probes | None = None
 

@@ -26,12 +26,16 @@ QUARANTINE_SHARE = 8
 
 @dataclass(frozen=True)
 class Candidate:
-    """A job that waits for the engine of its model, with the number of attempts that did not end."""
+    """A job that waits for the engine of its model, with the number of attempts that did not end.
+
+    `shared` means that another live worker computes it too, from another copy of its message.
+    """
 
     job_id: str
     wire: Any
     attempts: int
     model: str
+    shared: bool = False
 
 
 class Quarantine:

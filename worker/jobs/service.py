@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import redis
 import structlog
-from celery.exceptions import TaskRevokedError, TimeLimitExceeded
+from celery.exceptions import Ignore, TaskRevokedError, TimeLimitExceeded
 
 from headrace.client.wire.errors import JobCancelled, JobError, JobFailed
 from headrace.client.wire.redis import connect, resolve_url
@@ -64,18 +64,34 @@ class Service:
         # By future, so that the tensors of a job that fails or is revoked are freed with it.
         self._tensors: weakref.WeakKeyDictionary[Future[Result], dict[str, bytes]] = weakref.WeakKeyDictionary()
 
-    def generate(self, job_id: str | None, wire: dict[str, Any], model: str | None = None) -> dict[str, Any]:
+    def generate(
+        self, job_id: str | None, wire: dict[str, Any], model: str | None = None, look_up: bool = False
+    ) -> dict[str, Any]:
         """Return the result of a job as JSON: the stashed one if there is one, otherwise compute it now.
 
         Without a job id it gets a new one; without a model the first one computes it.
 
+        Args:
+            look_up: before computing, check whether the job has ended or was cancelled.
+
         Raises:
+            Ignore: it has ended: its message was delivered again.
             JobError: the job ended without a result.
             EngineStopped, ModelUnavailable: another worker may compute the job.
         """
         job_id = job_id or uuid.uuid4().hex
-        future = self._stashed.pop(job_id, None) or self.submit(job_id, wire, model)
+        future = self._stashed.pop(job_id, None)
+        if future is None and look_up:
+            future = self._known_end(job_id)
+        future = future or self.submit(job_id, wire, model)
         return self._result(job_id, future).model_dump(mode="json")
+
+    def _known_end(self, job_id: str) -> Future[Result] | None:
+        """The end of a job that was cancelled before it started; raises Ignore for a job that has ended."""
+        (record,) = self.retry_until_available(lambda: self.store.lookup([job_id]))
+        if record.finished:
+            raise Ignore("the job has ended before")
+        return failed(cancelled_early()) if record.cancelled else None
 
     def generate_many(self, group: Any, encode: Encode, model: str | None = None) -> None:
         """Compute the jobs of a message and store a result for each, for pools without an engine of their own.

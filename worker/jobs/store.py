@@ -7,9 +7,9 @@ requests to cancel it, the leases of messages, and the records of workers.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import redis
 from redis.client import Pipeline
@@ -20,6 +20,10 @@ from headrace.client.wire.results import parse_outcome
 
 #: A worker whose last heartbeat is older than this many seconds counts as gone.
 WORKER_TTL_S = 15
+#: A worker that has written a heartbeat within this many seconds is alive; it writes one every two seconds.
+RECENT_BEAT_S = 5
+#: A `WorkerRecord.identity` in a job's record is shorter; anybody may have written another one there.
+MAX_IDENTITY = 512
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class JobRecord:
         attempts: how often it went to an engine that neither ended it nor returned it.
         state: the state of a job that has not ended, as its record says.
         mark: the submitter's `client.wire.signing.mark`, which the record contains if the job is signed.
+        begun_elsewhere: a worker that is alive began the last attempt. Unless the message was delivered before, it has
+            another copy of the message, and the attempt is not one that ended with its process.
     """
 
     finished: bool
@@ -39,6 +45,14 @@ class JobRecord:
     attempts: int = 0
     state: str | None = None
     mark: str | None = None
+    begun_elsewhere: bool = False
+
+
+class Waiting(NamedTuple):
+    """A job that waits: the model of its queue, and the Unix time of its ETA, if it has one."""
+
+    model: str
+    until: float | None
 
 
 class Store(Protocol):
@@ -48,8 +62,17 @@ class Store(Protocol):
         """Return what is known about jobs, in their order."""
         ...
 
-    def count_attempts(self, job_ids: Sequence[str]) -> list[int]:
-        """Count an attempt for jobs that are about to go to the engine. Returns how many each has had."""
+    def count_attempts(self, job_ids: Sequence[str], worker: str = "", shared: Container[str] = ()) -> list[int]:
+        """Count an attempt for jobs that are about to go to the engine. Returns how many each has had.
+
+        Args:
+            worker: the `WorkerRecord.identity` of the process that begins them.
+            shared: jobs that another live worker computes too: they are not counted a second time.
+        """
+        ...
+
+    def announce(self, jobs: Mapping[str, Waiting]) -> None:
+        """Record that jobs are queued, if nobody has: a plain Celery producer writes no record."""
         ...
 
     def started(self, job_ids: Iterable[str], worker: str) -> None:
@@ -83,8 +106,16 @@ class Store(Protocol):
         """Return those of the jobs that a client asked to cancel."""
         ...
 
+    def ends(self, job_ids: Sequence[str]) -> tuple[set[str], set[str]]:
+        """Return those of the jobs that have ended, and those that a client asked to cancel."""
+        ...
+
     def renew(self, delivery_tags: Iterable[str]) -> None:
         """Renew the leases of messages, so that no other worker takes them."""
+        ...
+
+    def lost(self, delivery_tags: Sequence[str]) -> set[str]:
+        """Return those of the messages that have no lease any more: it ran out, and another worker has the message."""
         ...
 
     def heartbeat(self, worker: str, record: Mapping[str, str | int | float]) -> None:
@@ -140,23 +171,61 @@ class RedisStore:
         pipe.mget([keys.result(job_id) for job_id in job_ids])
         pipe.mget([keys.cancel(job_id) for job_id in job_ids])
         for job_id in job_ids:
-            pipe.hmget(keys.job(job_id), "attempts", "state", "mark")
+            pipe.hmget(keys.job(job_id), "attempts", "state", "mark", "begun_by")
         answers = pipe.execute(raise_on_error=False)
         if invalid := [j for j, fields in zip(job_ids, answers[2:], strict=True) if not _is_valid(fields)]:
             self._redis.delete(*map(keys.job, invalid))  # otherwise each attempt would fail, and the jobs wait for ever
             return self.lookup(job_ids)
         records, cancels, *fields = answers
+        begun = {begun_by for attempts, _, _, begun_by in fields if int(attempts or 0) > 0 and begun_by}
+        alive = self._alive({identity for identity in begun if identity.isascii() and len(identity) < MAX_IDENTITY})
         return [
-            JobRecord(parse_outcome(record) is not None, bool(cancel), max(0, int(attempts or 0)), state, mark)
-            for record, cancel, (attempts, state, mark) in zip(records, cancels, fields, strict=True)
+            JobRecord(
+                parse_outcome(record) is not None,
+                bool(cancel),
+                max(0, int(attempts or 0)),
+                state,
+                mark,
+                begun_by in alive,
+            )
+            for record, cancel, (attempts, state, mark, begun_by) in zip(records, cancels, fields, strict=True)
         ]
 
-    def count_attempts(self, job_ids: Sequence[str]) -> list[int]:
+    def _alive(self, workers: set[str]) -> set[str]:
+        """Those of the workers, by `WorkerRecord.identity`, that have written a heartbeat recently."""
+        if not workers:
+            return set()
+        pipe = self._redis.pipeline(transaction=False)
+        named = sorted(workers)
+        for identity in named:
+            name = identity.rpartition(" ")[0]
+            pipe.hmget(keys.worker(name), "started_at", "stalled")
+            pipe.ttl(keys.worker(name))
+        answers = pipe.execute(raise_on_error=False)
+        return {
+            identity
+            for identity, fields, ttl_s in zip(named, answers[::2], answers[1::2], strict=True)
+            if fields == [identity.rpartition(" ")[2], "0"] and ttl_s >= WORKER_TTL_S - RECENT_BEAT_S
+        }
+
+    def announce(self, jobs: Mapping[str, Waiting]) -> None:
+        pipe = self._redis.pipeline(transaction=False)
+        for job_id, waiting in jobs.items():
+            name = keys.job(job_id)
+            pipe.hsetnx(name, "state", "queued")
+            pipe.hsetnx(name, "model", waiting.model)
+            if waiting.until is not None:
+                pipe.hset(name, keys.WAITS_UNTIL, f"{waiting.until:.6f}")
+            pipe.expire(name, keys.UNFINISHED_TTL_S)
+        pipe.execute()
+
+    def count_attempts(self, job_ids: Sequence[str], worker: str = "", shared: Container[str] = ()) -> list[int]:
         pipe = self._redis.pipeline(transaction=False)
         for job_id in job_ids:
-            pipe.hincrby(keys.job(job_id), "attempts", 1)
+            pipe.hincrby(keys.job(job_id), "attempts", int(job_id not in shared))
+            pipe.hset(keys.job(job_id), "begun_by", worker)
             pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
-        return pipe.execute()[::2]
+        return pipe.execute()[::3]
 
     def started(self, job_ids: Iterable[str], worker: str) -> None:
         pipe = self._redis.pipeline(transaction=False)
@@ -216,6 +285,22 @@ class RedisStore:
         now = time.time()  # the clock that kombu's sweep uses too
         if leases := dict.fromkeys(delivery_tags, now):
             self._redis.zadd(keys.unacked_index(), leases, xx=True)
+
+    def ends(self, job_ids: Sequence[str]) -> tuple[set[str], set[str]]:
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.mget([keys.result(job_id) for job_id in job_ids])
+        pipe.mget([keys.cancel(job_id) for job_id in job_ids])
+        records, flags = pipe.execute()
+        return (
+            {job_id for job_id, record in zip(job_ids, records, strict=True) if parse_outcome(record) is not None},
+            {job_id for job_id, flag in zip(job_ids, flags, strict=True) if flag},
+        )
+
+    def lost(self, delivery_tags: Sequence[str]) -> set[str]:
+        pipe = self._redis.pipeline(transaction=False)
+        for tag in delivery_tags:
+            pipe.zscore(keys.unacked_index(), tag)
+        return {tag for tag, renewed_at in zip(delivery_tags, pipe.execute(), strict=True) if renewed_at is None}
 
     def heartbeat(self, worker: str, record: Mapping[str, str | int | float]) -> None:
         now = time.time()

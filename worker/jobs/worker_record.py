@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import redis
@@ -46,6 +46,7 @@ class WorkerRecord:
         health: says whether an engine is stalled.
         slots: how many samples an engine computes at the same time.
         failures: the last failures by model.
+        scheduled: counts the jobs of a model that wait for their ETA or for a rate limit.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class WorkerRecord:
         *,
         slots: int,
         failures: Mapping[str, Iterable[object]],
+        scheduled: Callable[[str], int] = lambda _: 0,
     ) -> None:
         self._store, self._models, self._book, self._health = store, models, book, health
-        self._slots, self._failures = slots, failures
+        self._slots, self._failures, self._scheduled = slots, failures, scheduled
         #: The name of this worker.
         self.name = f"{socket.gethostname()}-{os.getpid()}"
         self._began_at = time.time()
@@ -78,6 +80,7 @@ class WorkerRecord:
                     "slots": self._slots,
                     "started_at": self._began_at,
                     "stalled": int(stalled),
+                    "scheduled": self._scheduled(model),
                     "loaded": int(model in engines),
                     "failures": json.dumps(list(self._failures[model])),
                     **self._engine_fields(model, engines.get(model), passed_s),
@@ -91,6 +94,10 @@ class WorkerRecord:
                 self._store.deregister(self._name_for(model))
         except redis.RedisError as error:
             log.warning("redis.unanswered", error=str(error))
+
+    def identity(self, model: str) -> str:
+        """The record's name with the time of its start: another process on this host may get the same name."""
+        return f"{self._name_for(model)} {self._began_at!r}"
 
     def _name_for(self, model: str) -> str:
         return self.name if len(self._models.names) == 1 else keys.worker_of(self.name, model)

@@ -10,17 +10,22 @@ from celery.backends.redis import RedisBackend, SentinelBackend
 from celery.exceptions import TaskRevokedError
 from celery.states import FAILURE, READY_STATES, REVOKED, SUCCESS
 
+from headrace.client.wire.celery import TASK_NAME
 from headrace.client.wire.embedded_redis import EmbeddedBackend
-from headrace.client.wire.errors import JobFailed
+from headrace.client.wire.errors import JobError, JobFailed
 from headrace.client.wire.results import Result
 from headrace.worker.queue.permissions import is_forbidden
 
 
 class ResultBackend(RedisBackend):
-    """Retries every error of Redis.
+    """Retries every error of Redis, and records the end of every job.
 
     The stock backend retries lost connections only. A Redis that is full, loading or briefly read-only answers with
     another kind of error, and a result that took minutes to compute would become a failure.
+
+    For a message that was sent with `ignore_result=True` the stock backend stores nothing. Without a record nobody
+    knows that the job has ended: it would stay `running`, and would be computed again if its message is redelivered.
+    So a record is stored that contains the state and the error, and no text.
     """
 
     #: Do not retry if the Redis user lacks a permission. Set by the pool, which ends the process for this error and
@@ -48,6 +53,37 @@ class ResultBackend(RedisBackend):
             return result
         return super()._store_result(task_id, result, state, *args, **named)
 
+    def mark_as_done(
+        self, task_id: str, result: Any, request: Any = None, store_result: bool = True, state: str = SUCCESS
+    ) -> None:
+        """Called by Celery's tracer for a task that succeeded; without `store_result` the sender ignores the result."""
+        ignored = not store_result or (request is not None and request.ignore_result)
+        if ignored and _is_job(request):
+            self.store_result(task_id, None, state, request=request)
+        super().mark_as_done(task_id, result, request=request, store_result=store_result, state=state)
+
+    def mark_as_failure(
+        self,
+        task_id: str,
+        exc: BaseException,
+        traceback: Any = None,
+        request: Any = None,
+        store_result: bool = True,
+        call_errbacks: bool = True,
+        state: str = FAILURE,
+    ) -> None:
+        """Called by Celery for a task that failed; without `store_result` the sender ignores the result."""
+        if not store_result and _is_job(request):
+            without_text = type(exc)(exc.code, exc.message) if isinstance(exc, JobError) else exc
+            self.store_result(task_id, without_text, state, traceback=traceback, request=request)
+        super().mark_as_failure(task_id, exc, traceback, request, store_result, call_errbacks, state)
+
+    def mark_as_revoked(
+        self, task_id: str, reason: str = "", request: Any = None, store_result: bool = True, state: str = REVOKED
+    ) -> None:
+        """Called by Celery for a task that was revoked or has expired, whether or not the sender ignores the result."""
+        super().mark_as_revoked(task_id, reason, request, store_result or _is_job(request), state)
+
     def record(self, job_id: str, outcome: Result | BaseException) -> str:
         """Encode the result record of a job exactly as this backend would store it for a task with that id."""
         if isinstance(outcome, Result):
@@ -61,6 +97,11 @@ class ResultBackend(RedisBackend):
         if len(record) > self._MAX_STR_VALUE_SIZE:
             return self.record(job_id, JobFailed("result_too_large", "the result is larger than a Redis string may be"))
         return record
+
+
+def _is_job(request: Any) -> bool:
+    """Whether a task is one job of a queue: not a task of Celery's own, and not run without a broker."""
+    return request is not None and request.task == TASK_NAME and not request.is_eager
 
 
 class EmbeddedResultBackend(ResultBackend, EmbeddedBackend):

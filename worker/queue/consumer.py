@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,17 +13,17 @@ from celery.exceptions import InvalidTaskError
 from celery.worker import state
 from celery.worker.consumer import Consumer
 
-from headrace.client.wire.celery import GROUP_TASK_NAME
+from headrace.client.wire import keys
 from headrace.client.wire.errors import JobFailed
-from headrace.client.wire.requests import is_job_id
-from headrace.worker.queue.dead_letters import dead_letter
+from headrace.worker.queue.dead_letters import dead_letter, named_jobs, original
+from headrace.worker.queue.held import HeldMessages
 from headrace.worker.queue.message_options import compression_of, reason_to_refuse_options
-from headrace.worker.queue.messages import BAD_SIGNATURE, argument, model_of, read_group
+from headrace.worker.queue.messages import BAD_SIGNATURE, model_of
 from headrace.worker.queue.misplaced import LOOK_S, MisplacedMessages
 from headrace.worker.queue.permissions import is_forbidden
 from headrace.worker.queue.redaction import RedactedRequest, redact_error_logs
 from headrace.worker.queue.transport import CONNECTION_ERRORS, plain_client, transport_that_takes
-from headrace.worker.queue.validation import MAX_MESSAGE_BYTES, forbid_compression, reason_to_refuse, take_out_unsigned
+from headrace.worker.queue.validation import forbid_compression, reason_to_refuse, take_out_unsigned
 
 log = structlog.get_logger("headrace.worker")
 
@@ -53,15 +52,24 @@ class SafeConsumer(Consumer):
     def __init__(self, on_task_request: Callable[[Any], Any], *args: Any, **kwargs: Any) -> None:
         def take(request: Any) -> Any:
             self._settle_by_tag(request)
-            return on_task_request(request)
+            self._held.take(request.message.delivery_tag)
+            try:
+                return on_task_request(request)
+            except CONNECTION_ERRORS:
+                raise
+            except Exception as error:  # Celery's timer, which may have called this, would lose the message
+                return self.on_invalid_task(None, request.message, error)
 
         self._unsettled: dict[str, Callable[[Any], None]] = {}
         self._misplaced = MisplacedMessages(kwargs["app"].headrace_settings.models)
         self._look_timer: Any = None
+        #: The messages whose leases this process renews.
+        self._held: HeldMessages = getattr(kwargs.get("pool"), "held", None) or HeldMessages()
         forbid_compression()
         redact_error_logs()
         # With gossip every worker receives every heartbeat of every other worker, and does nothing with it.
         super().__init__(take, *args, **{**kwargs, "without_gossip": True})
+        self._renews = False
         self._signing_keys = self.app.headrace_settings.signing_keys
 
     # --- what depends on the pool ----------------------------------------------------------------------------------
@@ -78,6 +86,10 @@ class SafeConsumer(Consumer):
         log.warning("redis.refused", error=str(error))
         time.sleep(REFUSED_PAUSE_S)
 
+    def _park(self, message: Any) -> bool:  # noqa: ARG002
+        """Whether the message has been put aside until its ETA. Celery's own pools keep it in Celery's timer."""
+        return False
+
     # --- messages come in ------------------------------------------------------------------------------------------
 
     def connection_for_read(self, *args: Any, **kwargs: Any) -> Any:
@@ -92,13 +104,15 @@ class SafeConsumer(Consumer):
         handle = super().create_task_handler(*args, **kwargs)
 
         def receive(message: Any) -> None:
+            self._held.add(message.delivery_tag)
             try:
                 reason = reason_to_refuse(message, signed_only=bool(self._signing_keys))
                 if reason := reason or reason_to_refuse_options(message, limits=self.keeps_time_limits):
                     self._refuse_read(message, reason)
-                elif not self._signing_keys or self._remove_unsigned_jobs(message):
+                elif (not self._signing_keys or self._remove_unsigned_jobs(message)) and not self._park(message):
                     handle(message)
             except CONNECTION_ERRORS:
+                self._held.remove([message.delivery_tag])  # its lease runs out, and it is delivered again
                 raise
             except Exception as error:  # it would end this worker, and each that gets the message afterwards
                 self._refuse_read(message, f"it is not a task that can be read ({type(error).__name__})")
@@ -113,9 +127,9 @@ class SafeConsumer(Consumer):
         if unsigned:
             self._fail_jobs(unsigned, JobFailed("bad_signature", BAD_SIGNATURE))
         if not left:
-            self._refuse(message.delivery_tag, *_original(message), reason)
+            self._refuse(message.delivery_tag, *original(message), reason)
         elif unsigned:
-            self._dead_letter(message.delivery_tag, *_original(message), reason)
+            self._dead_letter(message.delivery_tag, *original(message), reason)
         return bool(left)
 
     # --- messages that are refused ---------------------------------------------------------------------------------
@@ -140,9 +154,9 @@ class SafeConsumer(Consumer):
         for request in [request for request in state.requests.values() if request.message is message]:
             state.task_ready(request)
         error = JobFailed("unreadable_message", f"the message was refused: {reason}")
-        self._fail_jobs(_named_jobs(message), error)
+        self._fail_jobs(named_jobs(message), error)
         self._fail_followers(message, error)
-        self._refuse(message.delivery_tag, *_original(message), reason)
+        self._refuse(message.delivery_tag, *original(message), reason)
 
     def _fail_followers(self, message: Any, error: JobFailed) -> None:
         """Fail the chord and the chain that a refused message is part of, and call its `link_error`, as Celery does."""
@@ -184,6 +198,7 @@ class SafeConsumer(Consumer):
         """Called by Celery whenever it begins to consume: at the start and after each reconnect."""
         super().on_ready()
         self._settle_all()
+        self._keep_leases()
         self._look_for_misplaced()
 
     def _look_for_misplaced(self) -> None:
@@ -208,6 +223,51 @@ class SafeConsumer(Consumer):
                 qos.restore_at_shutdown = False
         self._wait_if_refused(exc)
         super().on_connection_error_after_connected(exc)
+
+    def on_close(self) -> None:
+        """Called by Celery when the connection is lost and when a shutdown begins.
+
+        Celery forgets the messages that wait for an ETA or a rate limit. Return them, as soon as there is a connection:
+        nobody would compute them otherwise, and their leases would be renewed for ever.
+        """
+        entries = [request._eta_timer_entry for request in state.scheduled_requests]
+        super().on_close()
+        for entry in filter(None, entries):
+            entry.args = ()  # the timer keeps a cancelled entry, and with it the message, until its time comes
+        forgotten = [tag for tag in self._held.untaken() if tag not in self._unsettled]
+        for tag in forgotten:
+            self._unsettled[tag] = _requeue(tag)
+            self._held.take(tag)
+        if forgotten:
+            log.info("messages.given_back", messages=len(forgotten))
+            self._settle_all()
+
+    def reset_rate_limits(self) -> None:
+        """Called by Celery when a rate limit has changed: messages that wait for the old limit wait for the new one."""
+        waiting = [item for bucket in filter(None, self.task_buckets.values()) for item in bucket.contents]
+        for bucket in filter(None, self.task_buckets.values()):
+            bucket.clear_pending()
+        super().reset_rate_limits()
+        for request, tokens in waiting:
+            if bucket := self.task_buckets[request.type]:
+                self._limit_task(request, bucket, tokens)
+            else:
+                self._limit_move_to_pool(request)
+
+    def _keep_leases(self) -> None:
+        """Renew the leases of held messages until the process ends. Celery's own pools have no thread for it."""
+        if not self._renews:
+            self._renews = True
+            self._renew_leases()
+
+    def _renew_leases(self) -> None:
+        lease_s = self.app.headrace_settings.lease_s
+        try:
+            if leases := dict.fromkeys(self._held.tags(), time.time()):
+                plain_client(self.task_consumer.channel).zadd(keys.unacked_index(), leases, xx=True)
+        except Exception as error:
+            log.warning("redis.unanswered", error=str(error))
+        self.timer.call_after(lease_s / 4, self._renew_leases)
 
     def _wait_if_refused(self, error: BaseException) -> None:
         """Pause if Redis answered with an error. Celery itself pauses only if Redis does not answer."""
@@ -236,6 +296,7 @@ class SafeConsumer(Consumer):
     def _settle(self, tag: str, action: Callable[[Any], None]) -> None:
         """Acknowledge or return a message; without a connection this waits for the next one."""
         self._unsettled[tag] = action
+        self._held.take(tag)
         self._settle_all()
 
     def _settle_all(self) -> None:
@@ -248,23 +309,19 @@ class SafeConsumer(Consumer):
                 self.timer.call_after(ACK_RETRY_S, self._settle_all)
                 return
             self._unsettled.pop(tag, None)
+            self._held.remove([tag])
+
+    def acknowledge_message(self, tag: str) -> None:
+        """Acknowledge a message; without a connection this waits for the next one."""
+        self._settle(tag, lambda channel: channel.basic_ack(tag))
+
+    def return_message(self, tag: str) -> None:
+        """Return a message to its queue; without a connection this waits for the next one."""
+        self._settle(tag, _requeue(tag))
 
     def _not_settled(self, error: Exception) -> None:
         """An acknowledgement failed; it is sent again later."""
 
 
-def _original(message: Any) -> tuple[str, bytes]:
-    """The queue of a message that kombu could read, and its text as it was delivered."""
-    return (message.delivery_info or {}).get("routing_key", ""), json.dumps(message._raw).encode()
-
-
-def _named_jobs(message: Any) -> list[str]:
-    """The valid job ids in a message, whose content may have any shape."""
-    headers = message.headers
-    try:
-        if headers.get("task") == GROUP_TASK_NAME and len(message.body) <= MAX_MESSAGE_BYTES:
-            args, kwargs, _ = message.payload
-            return list(read_group(argument(GROUP_TASK_NAME, args, kwargs)))
-    except Exception:  # the message has already been refused for this error
-        return []
-    return [headers["id"]] if is_job_id(headers.get("id")) else []
+def _requeue(tag: str) -> Callable[[Any], None]:
+    return lambda channel: channel.basic_reject(tag, requeue=True)

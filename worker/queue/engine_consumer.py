@@ -6,16 +6,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from celery.worker import state
+
 from headrace.client.wire import keys
 from headrace.client.wire.celery import GROUP_TASK_NAME, TASK_NAME
 from headrace.client.wire.errors import JobFailed
 from headrace.worker.queue.consumer import SafeConsumer
+from headrace.worker.queue.dead_letters import named_jobs
+from headrace.worker.queue.held import HeldMessages
+from headrace.worker.queue.messages import model_of
 from headrace.worker.queue.permissions import is_forbidden
 from headrace.worker.queue.redaction import RedactedRequest
+from headrace.worker.queue.waiting import WaitingMessages, eta_of
 
 
 class JobPool(ABC):
     """What `EngineConsumer` needs of a pool, beside Celery's own interface. Called in the main thread."""
+
+    #: The messages whose leases the pool renews. The consumer enters them.
+    held: HeldMessages
 
     @abstractmethod
     def has_room(self, model: str | None = None) -> bool:
@@ -47,7 +56,12 @@ class JobRequest(RedactedRequest):
 
     settle_by_tag: Callable[[Any], None]
     pool: JobPool
+    waiting: WaitingMessages
     _already_revoked: bool
+
+    def __init__(self, message: Any, **options: Any) -> None:
+        super().__init__(message, **options)
+        self.waiting.add(self)
 
     def terminate(self, pool: Any, signal: Any = None) -> None:  # noqa: ARG002
         """Called by Celery's remote control, whether the task is running or not."""
@@ -57,6 +71,7 @@ class JobRequest(RedactedRequest):
         """Called by Celery when it finds that the task is revoked."""
         if not self._already_revoked:
             self._already_revoked = True
+            self.waiting.take_out(self.message.delivery_tag)
             self.settle_by_tag(self)
             self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
             self.pool.revoke(self, reason)
@@ -68,8 +83,43 @@ class EngineConsumer(SafeConsumer):
     pool: JobPool
     keeps_time_limits = True
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._waiting = WaitingMessages(self, self._held)
+
     def _has_room(self, queue: str) -> bool:
         return self.pool.has_room(keys.model_of(queue))
+
+    def _park(self, message: Any) -> bool:
+        try:
+            until = eta_of(message.headers, self.app.conf.timezone)
+        except ValueError as error:
+            self._refuse_read(message, str(error))
+            return True
+        return until is not None and self._waiting.park(message, until, lambda: named_jobs(message))
+
+    def on_close(self) -> None:
+        """Called by Celery when the connection is lost and when a shutdown begins."""
+        for message in self._held.waiting():
+            if message.timer_entry is not None:
+                self.timer.cancel(message.timer_entry)
+        super().on_close()
+
+    def _keep_leases(self) -> None:
+        """The pool's heartbeat thread renews the leases, also while this thread is busy or reconnects."""
+
+    def apply_eta_task(self, task: Any) -> None:
+        """Called by Celery's timer when the ETA of a message has come.
+
+        Without room here the message returns to its queue, so that any worker can take it: jobs that were scheduled for
+        the same moment would otherwise all be computed by the worker that holds them.
+        """
+        if not isinstance(task, JobRequest) or self.pool.has_room(model_of(task.delivery_info)):
+            super().apply_eta_task(task)
+            return
+        self.qos.decrement_eventually()
+        state.task_ready(task)
+        self.return_message(task.message.delivery_tag)
 
     def _fail_jobs(self, job_ids: Sequence[str], error: JobFailed) -> None:
         self.pool.refuse(job_ids, error)
@@ -84,7 +134,7 @@ class EngineConsumer(SafeConsumer):
     def _request_class(self, task_name: str) -> type[RedactedRequest]:
         if task_name not in (TASK_NAME, GROUP_TASK_NAME):
             return super()._request_class(task_name)
-        hooks = {"settle_by_tag": staticmethod(self._settle_by_tag), "pool": self.pool}
+        hooks = {"settle_by_tag": staticmethod(self._settle_by_tag), "pool": self.pool, "waiting": self._waiting}
         return type("JobRequest", (JobRequest,), hooks)
 
     def cancel_active_requests(self) -> None:
@@ -100,7 +150,7 @@ class EngineConsumer(SafeConsumer):
         """Take messages by the number of jobs that the pool holds. Celery counts messages, which may hold many jobs."""
         qos = self.task_consumer.channel.qos  # of this connection; Celery's `worker_disable_prefetch` does the same
         has_credit = qos.can_consume
-        qos.can_consume = lambda: self.pool.has_room() and has_credit()
+        qos.can_consume = lambda: self.pool.has_room() and not self._held.full and has_credit()
         self.hub.on_tick.add(self._catch_up)  # a set, so adding it again changes nothing
 
     def _catch_up(self) -> None:

@@ -105,7 +105,13 @@ def _message_commands() -> list[tuple[str, ...]]:
     binding = f"{keys.PREFIX}_kombu.binding.headrace"
     return [
         *(("HSET", unacked, "t", "x"), ("HGET", unacked, "t"), ("HDEL", unacked, "t")),
-        *(("ZADD", index, "1", "t"), ("ZREM", index, "t"), ("ZRANGE", index, "0", "1"), ("WATCH", unacked)),
+        *(
+            ("ZADD", index, "1", "t"),
+            ("ZREM", index, "t"),
+            ("ZRANGE", index, "0", "1"),
+            ("ZSCORE", index, "t"),
+            ("WATCH", unacked),
+        ),
         *(("SET", mutex, "x"), ("EVALSHA", "0" * 40, "1", mutex)),
         *(("SADD", binding, "x"), ("SMEMBERS", binding)),
         *(("LPUSH", keys.dead(), "x"), ("LTRIM", keys.dead(), "0", "1"), ("EXPIRE", keys.dead(), "1")),
@@ -116,7 +122,13 @@ def _job_commands() -> list[tuple[str, ...]]:
     job, result, cancel, tensors = (key("x") for key in (keys.job, keys.result, keys.cancel, keys.checkpoint))
     events = keys.events("x")
     return [
-        *(("HMGET", job, "state"), ("HINCRBY", job, "attempts", "1"), ("HSET", job, "state", "x"), ("DEL", job)),
+        *(
+            ("HSETNX", job, "state", "x"),
+            ("HMGET", job, "state"),
+            ("HINCRBY", job, "attempts", "1"),
+            ("HSET", job, "state", "x"),
+            ("DEL", job),
+        ),
         *(("EXPIRE", job, "1"), ("MGET", cancel), ("DEL", cancel), ("MGET", result), ("GET", result)),
         *(("SET", result, "x"), ("SETEX", result, "1", "x"), ("PUBLISH", result, "x")),
         *(("DEL", tensors), ("HSET", tensors, "x", "x"), ("EXPIRE", tensors, "1")),
@@ -127,7 +139,14 @@ def _job_commands() -> list[tuple[str, ...]]:
 def _worker_commands() -> list[tuple[str, ...]]:
     name, names, models = keys.worker("x"), keys.workers(), keys.models()
     return [
-        *(("HSET", name, "x", "x"), ("EXPIRE", name, "1"), ("DEL", name), ("ZADD", names, "1", "x")),
+        *(
+            ("HSET", name, "x", "x"),
+            ("EXPIRE", name, "1"),
+            ("TTL", name),
+            ("HMGET", name, "x"),
+            ("DEL", name),
+            ("ZADD", names, "1", "x"),
+        ),
         *(("ZREMRANGEBYSCORE", names, "0", "1"), ("EXPIRE", names, "1"), ("ZREM", names, "x")),
         *(("ZADD", models, "1", "x"), ("ZREMRANGEBYSCORE", models, "0", "1"), ("EXPIRE", models, "1")),
         *(("PUBLISH", f"{keys.PREFIX}/0.celeryev/worker.heartbeat", "x"),),

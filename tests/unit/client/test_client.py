@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import itertools
 import json
@@ -11,12 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import redis
 
 from headrace.client import (
+    AsyncClient,
     Client,
     HeadraceError,
     InvalidBatch,
@@ -27,9 +30,12 @@ from headrace.client import (
     QueueFull,
     RedisRefused,
     RedisUnreachable,
+    ResultNotKept,
+    ResultTimeout,
     UnknownJob,
     UnreadableRecord,
 )
+from headrace.client.http.errors import translate
 from headrace.client.jobs.submission import GROUP_JOBS
 from headrace.client.wire import keys
 from headrace.client.wire.celery import celery_url
@@ -508,3 +514,54 @@ def test_text_that_is_no_unicode_is_refused_with_an_error_that_can_be_printed(
     with Client(redis_url="redis://localhost:1/0") as client, pytest.raises(HeadraceError) as caught:
         use(client, wrong)
     str(caught.value).encode()
+
+
+def test_a_signature_with_a_countdown_is_a_queued_job_that_says_until_when_it_waits(
+    client: Client, connection: redis.Redis
+) -> None:
+    soon = datetime.now(UTC) + timedelta(seconds=90)
+    jobs = [
+        client.job(client.signature("Hello.").apply_async(**when).id)
+        for when in ({"countdown": 90}, {"eta": soon}, {"eta": soon.replace(tzinfo=None)}, {})
+    ]
+    assert [job.status() for job in jobs] == ["queued"] * 4
+    for job in jobs[:3]:
+        assert job.waits_until() == pytest.approx(soon.timestamp(), abs=10)
+        with pytest.raises(ResultTimeout, match="countdown and waits until 20") as early:
+            job.result(timeout=0)
+        assert type(early.value) is ResultTimeout, "before its time it needs no worker"
+        assert early.value.waits_until == job.waits_until()
+    assert jobs[3].waits_until() is None
+    with pytest.raises(NoWorker):
+        jobs[3].result(timeout=0)
+    for spoilt in ("soon", "nan", "inf", "1e300", "-1", "", str(time.time() - 1)):
+        connection.hset(keys.job(jobs[0].id), keys.WAITS_UNTIL, spoilt)
+        assert jobs[0].waits_until() is None
+    assert jobs[1].cancel()
+
+
+def test_an_async_job_says_until_when_it_waits(redis_url: str, connection: redis.Redis) -> None:
+    until = time.time() + 60
+    connection.hset(keys.job("late"), mapping={"state": "queued", keys.WAITS_UNTIL: until})
+
+    async def ask() -> None:
+        async with AsyncClient(redis_url=redis_url) as client:
+            assert await client.job("late").waits_until() == pytest.approx(until)
+            with pytest.raises(ResultTimeout, match="waits until"):
+                await client.job("late").result(timeout=0)
+
+    asyncio.run(ask())
+    connection.delete(keys.job("late"))
+
+
+def test_a_job_whose_result_was_not_kept_has_ended(client: Client, connection: redis.Redis) -> None:
+    connection.set(keys.result("ignored"), json.dumps({"status": "SUCCESS", "result": None}))
+    job = client.job("ignored")
+    assert (job.status(), job.wait(0)) == ("succeeded", "succeeded")
+    for read in (job.result, lambda: list(client.job("ignored").stream())):
+        with pytest.raises(ResultNotKept, match="ignore_result=True") as raised:
+            read()
+        assert raised.value.job == job
+    assert not client.job("ignored").cancel()
+    assert translate(raised.value).status == 410
+    connection.delete(keys.result("ignored"))

@@ -197,7 +197,7 @@ def test_a_task_is_computed_by_the_model_of_its_queue_whoever_calls_it(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`celery.map` calls the task directly, and an eager task has no message."""
-    service = SimpleNamespace(generate=lambda _, request, model: {"prompt": request, "model": model})
+    service = SimpleNamespace(generate=lambda _, request, model, __: {"prompt": request, "model": model})
     monkeypatch.setattr(tasks, "service_for", lambda _: service)
     generate = app.tasks["headrace.generate"]
     for options in ({"queue": "headrace.other"}, {"routing_key": "headrace.other"}):

@@ -22,6 +22,7 @@ CODES = [*((code, CLASSES[code]) for code in ERRORS), *((code, "JobFailed") for 
 
 #: The HTTP status of each code; all others are 500.
 STATUS = {
+    "result_not_kept": 410,
     "invalid_request": 400,
     "queue_full": 429,
     "redis_unreachable": 503,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from headrace.worker.jobs.store import JobRecord
+from headrace.worker.jobs.store import JobRecord, Waiting
 
 
 @dataclass
@@ -17,6 +17,7 @@ class MemoryStore:
     cancels: set[str] = field(default_factory=set)
     states: dict[str, str] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
+    waiting: dict[str, Waiting] = field(default_factory=dict)
     marks: dict[str, str] = field(default_factory=dict)
     leases: dict[str, float] = field(default_factory=dict)
     workers: dict[str, dict[str, str | int | float]] = field(default_factory=dict)
@@ -35,8 +36,13 @@ class MemoryStore:
             for job_id in job_ids
         ]
 
-    def count_attempts(self, job_ids: Sequence[str]) -> list[int]:
-        self.attempts.update({job_id: self.attempts.get(job_id, 0) + 1 for job_id in job_ids})
+    def announce(self, jobs: Mapping[str, Waiting]) -> None:
+        for job_id, waiting in jobs.items():
+            self.states.setdefault(job_id, "queued")
+            self.waiting.setdefault(job_id, waiting)
+
+    def count_attempts(self, job_ids: Sequence[str], worker: str = "", shared: Container[str] = ()) -> list[int]:
+        self.attempts.update({job_id: self.attempts.get(job_id, 0) + (job_id not in shared) for job_id in job_ids})
         return [self.attempts[job_id] for job_id in job_ids]
 
     def started(self, job_ids: Iterable[str], worker: str) -> None:
@@ -67,6 +73,12 @@ class MemoryStore:
 
     def renew(self, delivery_tags: Iterable[str]) -> None:
         self.leases.update({tag: time.time() for tag in delivery_tags if tag in self.leases})
+
+    def ends(self, job_ids: Sequence[str]) -> tuple[set[str], set[str]]:
+        return self.results.keys() & set(job_ids), self.cancelled(job_ids)
+
+    def lost(self, delivery_tags: Sequence[str]) -> set[str]:
+        return set(delivery_tags) - self.leases.keys()
 
     def heartbeat(self, worker: str, record: Mapping[str, str | int | float]) -> None:
         self.workers[worker] = dict(record)

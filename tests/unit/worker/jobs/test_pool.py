@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import socket
@@ -161,6 +162,27 @@ def test_revoking_while_redis_is_silent_does_not_hold_up_the_main_thread(make: M
     assert unheard.over.wait(PATIENCE_S)
     assert {json.loads(record)["status"] for record in store.results.values()} == {"REVOKED"}
     assert sorted(store.results) == ["a", "b", "c"]
+
+
+def test_a_copy_of_a_message_that_a_live_worker_computes_is_not_a_death(make: Make) -> None:
+    class Elsewhere(MemoryStore):
+        def lookup(self, job_ids: Any) -> list[JobRecord]:
+            return [dataclasses.replace(record, begun_elsewhere=True) for record in super().lookup(job_ids)]
+
+    pool = make(store := Elsewhere(attempts={"a": 3, "b": 3}), max_attempts=3)
+    again = Message("b")
+    again.request_dict["delivery_info"]["redelivered"] = True
+    for message in (Message("a"), again):
+        assert deliver(pool, message).over.wait(PATIENCE_S)
+    assert json.loads(store.results["a"])["status"] == "SUCCESS"
+    assert store.attempts["a"] == 3, "both copies are one attempt"
+    assert json.loads(store.results["b"])["result"]["exc_message"][0] == "max_attempts", "its lease had run out"
+
+
+def test_a_job_of_a_plain_producer_has_a_record_while_it_waits_for_its_model(make: Make) -> None:
+    pool = make(store := MemoryStore(states={"known": "queued"}))
+    assert deliver(pool, Message("plain", "known")).over.wait(PATIENCE_S)
+    assert store.waiting == {"plain": ("demo", None)}
 
 
 def test_no_message_is_taken_while_the_engine_is_stalled(make: Make) -> None:

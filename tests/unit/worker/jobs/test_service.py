@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import pytest
 import redis
-from celery.exceptions import TaskRevokedError
+from celery.exceptions import Ignore, TaskRevokedError
 
-from headrace.client.wire.errors import JobFailed
+from headrace.client.wire.errors import JobCancelled, JobFailed
 from headrace.client.wire.requests import GenerateRequest, parse_request
 from headrace.client.wire.results import Result, Timings, Usage, parse_outcome
 from headrace.client.wire.signing import sign
@@ -36,6 +36,15 @@ def test_tensors_within_the_cap_are_kept() -> None:
     store = MemoryStore()
     service(store)._save_tensors("a", {"q": b"12345"})
     assert store.tensors == {"a": {"q": b"12345"}}
+
+
+def test_celerys_own_pools_compute_no_job_that_has_ended_or_was_cancelled() -> None:
+    """There is no engine: computing would raise another error."""
+    store = MemoryStore(results={"ended": "as it ended"}, cancels={"cancelled"})
+    with pytest.raises(Ignore):
+        service(store).generate("ended", {"prompt": "Hello."}, look_up=True)
+    with pytest.raises(JobCancelled):
+        service(store).generate("cancelled", {"prompt": "Hello."}, look_up=True)
 
 
 def test_tensors_over_the_cap_fail_the_job_with_both_numbers() -> None:

@@ -11,7 +11,7 @@ import redis
 
 from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
-from headrace.worker.jobs.store import RedisStore, Store
+from headrace.worker.jobs.store import RedisStore, Store, Waiting
 from tests.unit.worker.jobs.memory_store import MemoryStore
 
 
@@ -144,6 +144,49 @@ def test_attempts_are_counted_and_withdrawn(case: Case) -> None:
     assert case.store.count_attempts(["b"]) == [2]
     case.store.returned(["a", "b"], ["a"])
     assert [record.attempts for record in case.store.lookup(["a", "b"])] == [0, 2]
+
+
+def test_an_attempt_of_a_live_worker_is_told_apart_from_one_that_ended_with_its_process() -> None:
+    connection = fakeredis.FakeStrictRedis(decode_responses=True)
+    store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=30)
+
+    def begun_elsewhere() -> bool:
+        return store.lookup(["a"])[0].begun_elsewhere
+
+    beat: dict[str, str | int | float] = {"model": "demo", "started_at": 7.5, "stalled": 0}
+    assert store.count_attempts(["a"], "host-1 7.5") == [1]
+    assert not begun_elsewhere(), "it has never written a heartbeat"
+    store.heartbeat("host-1", beat)
+    assert begun_elsewhere()
+    assert store.count_attempts(["a"], "host-1 7.5", {"a"}) == [1], "two copies of a message are one attempt"
+    store.heartbeat("host-1", {**beat, "stalled": 1})
+    assert not begun_elsewhere()
+    store.heartbeat("host-1", {**beat, "started_at": 8.5})
+    assert not begun_elsewhere(), "another process with the same name"
+    store.heartbeat("host-1", beat)
+    connection.expire(keys.worker("host-1"), 5)
+    assert not begun_elsewhere(), "its last heartbeat is old"
+    for spoilt in ("é 1", " ", "x" * 10_000, "host-1"):
+        connection.hset(keys.job("a"), "begun_by", spoilt)
+        assert not begun_elsewhere()
+
+
+def test_a_job_without_a_record_gets_one_and_others_keep_theirs() -> None:
+    connection = fakeredis.FakeStrictRedis(decode_responses=True)
+    store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=30)
+    store.started(["b"], "worker")
+    store.announce({"a": Waiting("demo", 12.5), "b": Waiting("demo", None)})
+    assert connection.hgetall(keys.job("a")) == {"state": "queued", "model": "demo", "waits_until": "12.500000"}
+    assert connection.hget(keys.job("b"), "state") == "running"
+    assert 0 < connection.ttl(keys.job("a")) <= keys.UNFINISHED_TTL_S  # type: ignore[operator]
+
+
+def test_lost_leases_and_the_ends_of_waiting_jobs(case: Case) -> None:
+    case.deliver("kept")
+    assert case.store.lost(["kept", "gone"]) == {"gone"}
+    case.finish("b")
+    case.cancel("c")
+    assert case.store.ends(["a", "b", "c"]) == ({"b"}, {"c"})
 
 
 @pytest.mark.parametrize("attempts", ["many", "9" * 40, b"\xff", "1.5", None])
