@@ -158,6 +158,7 @@ def test_up_before_everything_else(place: Path) -> None:
                 wait_until(lambda: len(client.status().workers) == 2)
                 assert client.submit("Hello.", **JOB).result(PATIENCE_S).text == TEXT
         assert worker.end() == 0
+    assert not list((place / "tmp").iterdir())
 
 
 EARLY = """
