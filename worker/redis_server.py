@@ -21,6 +21,8 @@ from headrace.client.wire.embedded_redis import unix_url
 from headrace.config.directories import (
     MAX_SOCKET_PATH,
     ServerAddress,
+    UnsafeDirectory,
+    make_private,
     read_address,
     redis_dir,
     remove_address,
@@ -133,12 +135,12 @@ class EmbeddedRedis:
             self._wait_until_ready()
         except BaseException as error:
             self.stop()
+            if isinstance(error, UnsafeDirectory | ServerMissing):
+                raise EmbeddedRedisError(str(error)) from None
             if isinstance(error, OSError):
                 raise EmbeddedRedisError(
                     f"no Redis server can run in {self.directory} ({error}): {WAYS_OUT}"
                 ) from error
-            if isinstance(error, ServerMissing):
-                raise EmbeddedRedisError(str(error)) from None
             raise
         return self
 
@@ -174,8 +176,8 @@ class EmbeddedRedis:
                 f"the path {self.socket} has {size} bytes and that of a unix socket may have {MAX_SOCKET_PATH}; "
                 "set XDG_RUNTIME_DIR to a directory with a shorter name"
             )
-        for place in (self.directory, self.socket.parent):
-            _make_private(place)
+        make_private(self.directory, group_may_write=True)
+        make_private(self.socket.parent)
         if not self._lock.is_locked:
             _acquire(self._lock, self.directory)
             write_address(self.directory, ServerAddress(os.getpid(), str(self.socket)))
@@ -197,6 +199,7 @@ class EmbeddedRedis:
             command = die_with_parent(command)
         if self.log_file.exists():  # the last two runs are kept, so that logs do not grow for ever
             self.log_file.replace(f"{self.log_file}.1")
+        self.log_file.touch(mode=0o600)
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603
                 command,
@@ -209,6 +212,7 @@ class EmbeddedRedis:
                 pass_fds=self._lock_descriptors,
                 # Ctrl-C in the terminal must not reach the server, which this process needs while it shuts down.
                 start_new_session=True,
+                umask=0o077,  # what it writes holds prompts
             )
         if not by_kernel:
             self._watcher = _watch(self._process.pid)
@@ -257,15 +261,6 @@ def _options(directory: Path, socket: Path) -> list[str]:
         "daemonize": "no",
     }
     return [word for name, value in options.items() for word in (f"--{name}", value)]
-
-
-def _make_private(place: Path) -> None:
-    """Create a directory that only this user can use; refuse one that another user created, as is possible in /tmp."""
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if place.stat().st_uid not in (0, os.getuid()):
-        raise EmbeddedRedisError(
-            f"{place} belongs to another user; set XDG_RUNTIME_DIR and XDG_DATA_HOME to directories of your own"
-        )
 
 
 def _acquire(lock: FileLock, directory: Path) -> None:

@@ -430,3 +430,32 @@ def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(EmbeddedRedisError, match="belongs to another user"):
         EmbeddedRedis(directory=tmp_path / "data", socket=tmp_path / "s").start()
+
+
+@pytest.mark.parametrize("which", ["data", "run"])
+def test_a_directory_that_others_can_write_or_that_is_a_link_is_refused(tmp_path: Path, which: str) -> None:
+    """Nothing is written through a link in the temporary directory."""
+    place, target = tmp_path / which, tmp_path / "target"
+    target.mkdir()
+    server = EmbeddedRedis(directory=tmp_path / "data", socket=tmp_path / "run" / "s")
+    place.symlink_to(target)
+    if which == "data" and os.getuid() == 0:
+        os.chown(place, 12345, -1, follow_symlinks=False)
+    if which == "run" or os.getuid() == 0:
+        with pytest.raises(EmbeddedRedisError, match=rf"{place} is a symbolic link; remove the link"):
+            server.start()
+        assert not list(target.iterdir())
+    place.unlink()
+    place.mkdir()
+    place.chmod(0o777)
+    with pytest.raises(EmbeddedRedisError, match=rf"{place} can be written by other users: run `chmod go-w"):
+        server.start()
+
+
+def test_what_the_server_writes_is_for_this_user_alone(server: EmbeddedRedis) -> None:
+    server.directory.mkdir()
+    with server, connect(server) as connection:
+        connection.set("prompt", "secret")
+        written = [path for path in server.directory.rglob("*") if path.is_file()]
+    assert written
+    assert not [path for path in written if path.exists() and path.stat().st_mode & 0o077]
