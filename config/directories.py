@@ -127,6 +127,7 @@ class ServerAddress(NamedTuple):
 def write_address(directory: Path, address: ServerAddress) -> None:
     """Publish the address of the server of this data directory for clients. The caller holds the directory's lock."""
     part = directory / "address.part"
+    part.touch(mode=0o600)
     part.write_text(json.dumps(address._asdict()))
     part.replace(directory / "address")
 
