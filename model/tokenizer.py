@@ -193,22 +193,26 @@ def _from_vocabulary(path: Path, vocabulary: Any, merges: list[str], added: Mapp
         type(i) is int and 0 <= i < 2**31 for i in (*vocabulary.values(), *added.values())
     ):
         raise ModelError(f"{path}: the vocabulary must map tokens to ids, whole numbers below 2**31")
-    to_byte = {char: byte for byte, char in enumerate(_byte_alphabet())}
+    to_byte = {ord(char): byte for byte, char in enumerate(_byte_alphabet())}
+    alphabet = frozenset(_byte_alphabet())
     ranks: dict[bytes, int] = {}
     specials = dict(added)
-    made = {merge.replace(" ", "") for merge in merges}
+    joined = [merge.replace(" ", "") for merge in merges]
+    made = set(joined)
     for token, token_id in vocabulary.items():
         # A token that no merge produces cannot result from text, but tiktoken would match it, so it is made special.
-        ordinary = token in to_byte or (token in made and all(char in to_byte for char in token))
+        ordinary = token in alphabet or (token in made and alphabet.issuperset(token))
         if token == END_OF_TEXT or token in specials or not ordinary:
             specials[token] = token_id
         else:
-            ranks[bytes(to_byte[char] for char in token)] = token_id
+            ranks[token.translate(to_byte).encode("latin-1")] = token_id
     if len({*ranks.values(), *specials.values()}) < len(ranks) + len(specials):
         raise ModelError(f"{path}: two tokens of the vocabulary have the same id")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ModelError(f"{path}: the vocabulary has no token for byte {missing[0]:#04x}; it is not byte-level BPE")
-    ids = [vocabulary.get(merge.replace(" ", "")) if merge.count(" ") == 1 else None for merge in merges]
+    ids = [
+        vocabulary.get(whole) if merge.count(" ") == 1 else None for merge, whole in zip(merges, joined, strict=True)
+    ]
     if None in ids:
         raise ModelError(
             f"{path}: merge {short_repr(merges[ids.index(None)])} makes a token that is not in the vocabulary"
