@@ -109,9 +109,13 @@ def _socket_to_use(directory: str) -> str | None:
     """The socket to connect to; None if no server has published its address.
 
     Raises:
-        UnsafeDirectory: the socket of our server is in a directory that another user made or can change.
+        UnsafeDirectory: our data directory, or that of the socket, is one that another user made or can change.
     """
-    address = read_address(Path(directory))
+    place = Path(directory)
+    with contextlib.suppress(FileNotFoundError):
+        if place.lstat().st_uid in (0, os.getuid()):  # the directory of another user has nothing for us
+            check_private(place, group_may_write=True)
+    address = read_address(place)
     if address is None:
         return None
     with contextlib.suppress(FileNotFoundError):  # the server was killed, and its directory is gone

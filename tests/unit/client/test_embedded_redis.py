@@ -165,7 +165,7 @@ def test_a_socket_in_the_directory_of_another_user_is_not_used(tmp_path: Path, m
         assert not is_listening(str(trap.socket))
 
 
-@pytest.mark.parametrize("how", ["link", "owner", "mode", "peer"])
+@pytest.mark.parametrize("how", ["link", "owner", "mode", "peer", "data"])
 def test_nothing_is_sent_to_a_socket_that_another_user_may_have_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -177,8 +177,8 @@ def test_nothing_is_sent_to_a_socket_that_another_user_may_have_made(
             run.symlink_to(real)
         else:
             real.rename(run)
-        if how == "mode":
-            run.chmod(0o777)
+        if how in ("mode", "data"):
+            (run if how == "mode" else redis_dir()).chmod(0o777)
         if how == "owner":
             if os.getuid() == 0:
                 os.chown(run, 12345, -1)
@@ -186,7 +186,8 @@ def test_nothing_is_sent_to_a_socket_that_another_user_may_have_made(
                 monkeypatch.setattr(os, "getuid", lambda: 12345)
         if how == "peer":
             monkeypatch.setattr(embedded_redis, "PEER_CREDENTIALS", OtherUser("=iII"))
-        said = rf"{run}.* (is a symbolic link|belongs to another user|can be written by|is the socket of another user)"
+        reasons = "is a symbolic link|belongs to another user|can be written by|is the socket of another user"
+        said = rf"{redis_dir() if how == 'data' else run}.* ({reasons})"
 
         async def ask() -> None:
             async with AsyncClient() as client:
