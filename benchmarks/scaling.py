@@ -38,7 +38,8 @@ from benchmarks.usage import Reading, busy_s, processor_s, rate_in_the_middle
 from benchmarks.workloads import Item, echo
 from headrace.client import Client
 from headrace.client.wire.redis import connect
-from headrace.worker.redis_server import EmbeddedRedis, die_with_parent
+from headrace.worker.child_processes import die_with_parent
+from headrace.worker.redis_server import EmbeddedRedis
 
 MODEL = "modelled"
 NOBODY = "nobody-serves-this"

@@ -28,8 +28,9 @@ from benchmarks.workloads import WORKLOADS, Item
 from headrace.client import Client
 from headrace.client.wire.requests import parse_request
 from headrace.config import load_settings
+from headrace.worker.child_processes import die_with_parent
 from headrace.worker.engine.build import load_engine
-from headrace.worker.redis_server import EmbeddedRedis, die_with_parent
+from headrace.worker.redis_server import EmbeddedRedis
 
 FLOOD_JOBS = 5_000
 QUEUED_JOBS = 100_000

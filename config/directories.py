@@ -3,15 +3,78 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 #: Bytes that the path of a unix socket may have: `sun_path` holds 104 on macOS and 108 on Linux, with a closing zero.
 MAX_SOCKET_PATH = 103
+
+
+class UnsafeDirectory(OSError):
+    """A directory is one that another user made or can change. The message names it and says what to do.
+
+    `errno` and `strerror` are set, because redis-py quotes both.
+    """
+
+    def __init__(self, place: Path, what: str) -> None:
+        way_out = (
+            "set XDG_RUNTIME_DIR and XDG_DATA_HOME to directories of your own"
+            if "user" in what
+            else "remove the link, or set XDG_RUNTIME_DIR and XDG_DATA_HOME to other directories"
+        )
+        super().__init__(errno.EPERM, f"{place} {what}; {way_out}")
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def check_private(place: Path, *, group_may_write: bool = False) -> None:
+    """Check that a directory belongs to this user or root, that no other user can write it, and that it is no link.
+
+    A link in the temporary directory could lead to a directory of this user that another user chose, or to one of that
+    user. A link that this user or root made is followed if a group may write, that is for data, which may be elsewhere.
+
+    Args:
+        group_may_write: accept a directory that a group can write, as Kubernetes makes those in volumes.
+
+    Raises:
+        UnsafeDirectory: the directory is none of these.
+        OSError: there is no such directory.
+    """
+    trusted = (0, os.getuid())
+    about = place.lstat()
+    if stat.S_ISLNK(about.st_mode):
+        if not group_may_write or about.st_uid not in trusted:
+            raise UnsafeDirectory(place, "is a symbolic link")
+        about = place.stat()
+    if not stat.S_ISDIR(about.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+    if about.st_uid not in trusted:
+        raise UnsafeDirectory(place, "belongs to another user")
+    if about.st_mode & (stat.S_IWOTH if group_may_write else stat.S_IWOTH | stat.S_IWGRP):
+        raise UnsafeDirectory(
+            place, f"can be written by other users: run `chmod go-w {place}` if what is in it is yours"
+        )
+
+
+def make_private(place: Path, *, group_may_write: bool = False) -> None:
+    """Create a directory, and its missing parents, for this user alone; check it like `check_private` if it exists."""
+    missing = []
+    for each in (place, *place.parents):
+        if os.path.lexists(each):
+            break
+        missing.append(each)
+    for each in reversed(missing):  # `Path.mkdir` would create the parents for everybody if the umask allows it
+        with contextlib.suppress(FileExistsError):  # another process was faster; whose it is, is checked
+            each.mkdir(mode=0o700)
+        check_private(each, group_may_write=group_may_write)
+    check_private(place, group_may_write=group_may_write)
 
 
 def data_dir() -> Path:
@@ -64,6 +127,7 @@ class ServerAddress(NamedTuple):
 def write_address(directory: Path, address: ServerAddress) -> None:
     """Publish the address of the server of this data directory for clients. The caller holds the directory's lock."""
     part = directory / "address.part"
+    part.touch(mode=0o600)
     part.write_text(json.dumps(address._asdict()))
     part.replace(directory / "address")
 
@@ -73,12 +137,15 @@ def read_address(directory: Path) -> ServerAddress | None:
 
     A killed server leaves its address behind.
 
-    An address in a directory of another user is ignored: that user's server would receive our prompts.
+    An address that another user wrote or can change is ignored: that user's server would receive our prompts.
     """
     try:
-        with (directory / "address").open() as file:
-            if os.fstat(file.fileno()).st_uid != os.getuid():
+        descriptor = os.open(directory / "address", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor) as file:
+            about = os.fstat(descriptor)
+            if about.st_uid != os.getuid() or about.st_mode & stat.S_IWOTH:
                 return None
+            check_private(directory, group_may_write=True)
             return ServerAddress(**json.load(file))
     except (OSError, ValueError, TypeError):
         return None

@@ -71,6 +71,8 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto", description="'auto', 'float32', 'bfloat16', 'float16' or 'int8'"
     )
+    #: Load a model even if every user of the machine can write its directory or files.
+    allow_shared_model: bool = Field(False, description="1 or 0")
     #: The largest number of sequences in a batch (continuous batching).
     slots: int = Field(64, description="a whole number from 1 to 4096", ge=1, le=4096)
     #: The longest prompt and generated text together, in tokens. None: the model's maximum.

@@ -52,6 +52,10 @@ HELP: dict[str, dict[str, SettingHelp]] = {
             "`auto` is float32 on a CPU and bfloat16 on a GPU. `int8` needs a CPU with Intel AMX.",
             vllm="dtype",
         ),
+        "allow_shared_model": SettingHelp(
+            "A worker refuses a model whose directory or files every user of the machine can write (`o+w`), because "
+            "they could change what it answers. 1 allows it, for a machine or container without other users.",
+        ),
     },
     "How much is computed at once": {
         "slots": SettingHelp(

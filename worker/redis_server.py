@@ -9,43 +9,34 @@ import signal
 import socket as sockets
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+import redis
 from filelock import FileLock, Timeout
 
 from headrace.client.wire.embedded_redis import unix_url
 from headrace.config.directories import (
     MAX_SOCKET_PATH,
     ServerAddress,
+    UnsafeDirectory,
+    make_private,
     read_address,
     redis_dir,
     remove_address,
+    runtime_dir,
     socket_for,
     write_address,
 )
+from headrace.worker.append_only_file import find_damage, set_aside
+from headrace.worker.child_processes import die_with_parent, end, make_run_directory, runs, watch
 from headrace.worker.redis_binary import WAYS_OUT, ServerMissing, dotted, find_server
 
 #: Seconds to wait for the lock of a process that was killed: its server ends shortly after it.
 LOCK_TIMEOUT_S = 10.0
-
-# Requests a signal for the parent's end (1 is PR_SET_PDEATHSIG), then executes the server. Without it, the server would
-# survive a `kill -9` of the parent. This is a separate program because `preexec_fn` may deadlock in a process with
-# threads. The parent may have ended before the request, so the program checks its parent's process id afterwards.
-_DIE_WITH_PARENT = (
-    f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); "
-    "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
-)
-
-
-def die_with_parent(command: list[str]) -> list[str]:
-    """Wrap a command so that Linux ends it with this process; unchanged elsewhere. Start it in the main thread."""
-    if sys.platform != "linux":
-        return command
-    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
 
 
 class EmbeddedRedisError(RuntimeError):
@@ -79,6 +70,7 @@ class EmbeddedRedis:
         self.directory = Path(directory or redis_dir()).expanduser().absolute()
         self.socket = Path(socket or socket_for(self.directory)).expanduser().absolute()
         self.log_file = self.directory / "redis.log"
+        self._placeholder = self.socket.with_suffix(".open")
         self._start_timeout_s = start_timeout_s
         self._delete_on_stop = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -94,9 +86,14 @@ class EmbeddedRedis:
 
     @classmethod
     def ephemeral(cls, *, start_timeout_s: float = 30.0) -> EmbeddedRedis:
-        """Create a private server in a new temporary directory, which `stop` deletes: for one command or one test."""
-        directory = tempfile.mkdtemp(prefix="headrace-run-")
-        server = cls(directory=directory, start_timeout_s=start_timeout_s)
+        """Create a private server in a new temporary directory, for one command or one test.
+
+        `stop` deletes the directory. If this process is killed, its watcher does, or the next command.
+        """
+        directory = make_run_directory()
+        socket = directory / "redis.sock"
+        fits = len(os.fsencode(socket)) <= MAX_SOCKET_PATH
+        server = cls(directory=directory, socket=socket if fits else None, start_timeout_s=start_timeout_s)
         server._delete_on_stop = True
         return server
 
@@ -133,12 +130,12 @@ class EmbeddedRedis:
             self._wait_until_ready()
         except BaseException as error:
             self.stop()
+            if isinstance(error, UnsafeDirectory | ServerMissing):
+                raise EmbeddedRedisError(str(error)) from None
             if isinstance(error, OSError):
                 raise EmbeddedRedisError(
                     f"no Redis server can run in {self.directory} ({error}): {WAYS_OUT}"
                 ) from error
-            if isinstance(error, ServerMissing):
-                raise EmbeddedRedisError(str(error)) from None
             raise
         return self
 
@@ -152,6 +149,7 @@ class EmbeddedRedis:
             remove_address(self.directory)
             self._lock_descriptors.clear()
             self._lock.release()
+            self._leave_socket_directory()
         if self._delete_on_stop:
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -174,8 +172,8 @@ class EmbeddedRedis:
                 f"the path {self.socket} has {size} bytes and that of a unix socket may have {MAX_SOCKET_PATH}; "
                 "set XDG_RUNTIME_DIR to a directory with a shorter name"
             )
-        for place in (self.directory, self.socket.parent):
-            _make_private(place)
+        make_private(self.directory, group_may_write=True)
+        self._keep_socket_directory()
         if not self._lock.is_locked:
             _acquire(self._lock, self.directory)
             write_address(self.directory, ServerAddress(os.getpid(), str(self.socket)))
@@ -189,6 +187,23 @@ class EmbeddedRedis:
                 "not see what is in it: put the newer server on PATH, or move the directory away"
             )
 
+    def _keep_socket_directory(self) -> None:
+        """Create the directory of the socket, and a file in it: other servers that end remove it if it is empty."""
+        for left in reversed(range(5)):
+            make_private(self.socket.parent)
+            try:
+                self._placeholder.touch(mode=0o600)
+                return
+            except FileNotFoundError:  # removed in between
+                if not left:
+                    raise
+
+    def _leave_socket_directory(self) -> None:
+        self._placeholder.unlink(missing_ok=True)
+        if self.socket.parent in (runtime_dir(), socket_for(self.directory).parent):
+            with contextlib.suppress(OSError):  # it is not empty: another server uses it
+                self.socket.parent.rmdir()
+
     def _spawn(self, binary: Path) -> None:
         command = [str(binary), *_options(self.directory, self.socket)]
         # Linux sends the signal when the *thread* that started the server ends; only the main thread lasts long enough.
@@ -197,6 +212,7 @@ class EmbeddedRedis:
             command = die_with_parent(command)
         if self.log_file.exists():  # the last two runs are kept, so that logs do not grow for ever
             self.log_file.replace(f"{self.log_file}.1")
+        self.log_file.touch(mode=0o600)
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603
                 command,
@@ -209,17 +225,18 @@ class EmbeddedRedis:
                 pass_fds=self._lock_descriptors,
                 # Ctrl-C in the terminal must not reach the server, which this process needs while it shuts down.
                 start_new_session=True,
+                umask=0o077,  # what it writes holds prompts
             )
-        if not by_kernel:
-            self._watcher = _watch(self._process.pid)
+        if not by_kernel or self._delete_on_stop:
+            self._watcher = watch(self._process.pid, self.directory if self._delete_on_stop else None)
 
     def _end_process(self, timeout_s: float = 10.0) -> None:
         watcher, self._watcher = self._watcher, None
         process, self._process = self._process, None
         if watcher:  # before the server: its process id may be reused, and the watcher would signal it
-            _end(watcher, signal.SIGKILL, timeout_s)
+            end(watcher, signal.SIGKILL, timeout_s)
         if process:
-            _end(process, signal.SIGTERM, timeout_s)
+            end(process, signal.SIGTERM, timeout_s)
             self.socket.unlink(missing_ok=True)
 
     def _wait_until_ready(self) -> None:
@@ -228,15 +245,53 @@ class EmbeddedRedis:
             if reply.startswith(b"-LOADING"):  # it is loading its data, which may take long
                 deadline = time.monotonic() + self._start_timeout_s
             if not self.alive:
-                raise EmbeddedRedisError(f"the Redis server ended while it started{self._last_words()}")
+                raise EmbeddedRedisError(self._why_it_ended())
             if time.monotonic() > deadline:
                 silence = f"{self._start_timeout_s:g} s"
                 raise EmbeddedRedisError(f"the Redis server did not answer for {silence}{self._last_words()}")
             time.sleep(0.01)
 
+    def _why_it_ended(self) -> str:
+        said = self._last_words()
+        if not self._delete_on_stop and (damage := find_damage(self.directory, known_commands(), said)):
+            return (
+                f"{damage}. To start with what can be read, run `headrace up --repair-redis` once; it keeps the "
+                f"damaged file in {self.directory}"
+            )
+        return f"the Redis server ended while it started{said}"
+
+    def repair(self) -> str:
+        """Set damaged append-only files aside and keep their intact part. Returns what was done, in one sentence.
+
+        Raises:
+            AlreadyRunning: a server runs on the directory.
+            EmbeddedRedisError: there is no server program, or the directory cannot be used.
+        """
+        arities = known_commands()
+        try:
+            make_private(self.directory, group_may_write=True)
+            _acquire(self._lock, self.directory)
+            said = self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+            damage = find_damage(self.directory, arities, said)
+            if damage is None:
+                return f"nothing in {self.directory} is damaged"
+            return f"{damage}; the damaged file is kept in {set_aside(self.directory, damage)}"
+        except OSError as error:
+            raise EmbeddedRedisError(f"{self.directory} cannot be repaired: {error}") from error
+        finally:
+            self._lock_descriptors.clear()
+            self._lock.release()
+
     def _last_words(self, lines: int = 8) -> str:
         text = self.log_file.read_text(errors="replace").strip()
         return "; it logged last:\n" + ("\n".join(text.splitlines()[-lines:]) or "(nothing)")
+
+
+def known_commands() -> dict[bytes, int]:
+    """The commands of the server program found here, in lower case, and their numbers of words (see COMMAND)."""
+    with EmbeddedRedis.ephemeral() as server, redis.Redis.from_url(server.url) as connection:
+        commands: dict[str, dict[str, Any]] = connection.command()
+        return {name.lower().encode(): int(about["arity"]) for name, about in commands.items()}
 
 
 def is_alive(socket: Path) -> bool:
@@ -259,15 +314,6 @@ def _options(directory: Path, socket: Path) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
-def _make_private(place: Path) -> None:
-    """Create a directory that only this user can use; refuse one that another user created, as is possible in /tmp."""
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if place.stat().st_uid not in (0, os.getuid()):
-        raise EmbeddedRedisError(
-            f"{place} belongs to another user; set XDG_RUNTIME_DIR and XDG_DATA_HOME to directories of your own"
-        )
-
-
 def _acquire(lock: FileLock, directory: Path) -> None:
     """Acquire the lock of a data directory.
 
@@ -279,7 +325,7 @@ def _acquire(lock: FileLock, directory: Path) -> None:
 
     def holder_runs() -> bool:
         holder = read_address(directory)
-        return holder is not None and _runs(holder.pid)
+        return holder is not None and runs(holder.pid)
 
     try:
         lock.acquire(timeout=LOCK_TIMEOUT_S, poll_interval=0.05, cancel_check=holder_runs)
@@ -289,35 +335,6 @@ def _acquire(lock: FileLock, directory: Path) -> None:
             f"process {holder.pid or 'unknown'} is already running a Redis server of headrace on {directory}, socket "
             f"{holder.socket}: use it (HEADRACE_REDIS_URL={unix_url(holder.socket)}), or stop it"
         ) from None
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _watch(pid: int) -> subprocess.Popen[bytes]:
-    """Start a shell that ends process `pid` when this process ends, which closes the shell's standard input."""
-    command = ["/bin/sh", "-c", 'read _; kill -TERM "$0"', str(pid)]
-    return subprocess.Popen(  # noqa: S603
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-
-
-def _end(process: subprocess.Popen[bytes], with_signal: signal.Signals, timeout_s: float) -> None:
-    process.send_signal(with_signal)
-    try:
-        process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    if process.stdin:
-        process.stdin.close()
 
 
 def _ping(socket: Path) -> bytes:

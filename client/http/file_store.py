@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from headrace.client.http.errors import ApiError, not_found
 from headrace.client.wire.errors import HeadraceError
 from headrace.client.wire.unicode import printable
+from headrace.config.directories import UnsafeDirectory, make_private
 
 log = structlog.get_logger("headrace.http")
 
@@ -69,16 +70,16 @@ class FileStore:
         max_total_bytes: no file is accepted once all files together reach this size.
 
     Raises:
-        DirectoryInUse: another server uses the directory, or it is not writable.
+        DirectoryInUse: another server uses the directory, it is not writable, or other users can write what is in it.
     """
 
     def __init__(self, directory: Path, max_total_bytes: int = MAX_TOTAL_BYTES) -> None:
         self._max_total_bytes = max_total_bytes
         self._lock = threading.Lock()
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._directory = directory / "files"
-            self._directory.mkdir(mode=0o700, exist_ok=True)
+            for place in (self._directory, directory / "batches"):
+                make_private(place, group_may_write=True)
             # Not thread-local: the application closes the store in another thread than the one that opened it.
             self._directory_lock = FileLock(directory / "lock", mode=0o600, thread_local=False)
             self._directory_lock.acquire(blocking=False)
@@ -86,6 +87,8 @@ class FileStore:
             raise DirectoryInUse(
                 f"another server uses {directory}; choose another directory with --files DIR"
             ) from None
+        except UnsafeDirectory as error:
+            raise DirectoryInUse(str(error)) from None
         except OSError as error:
             raise DirectoryInUse(f"{error.filename} cannot be written: {error.strerror}") from None
         for part in self._directory.glob("*.part"):  # an upload that was interrupted when the server died

@@ -13,6 +13,8 @@ import asyncio
 import contextlib
 import os
 import socket
+import struct
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -22,12 +24,15 @@ import redis.asyncio
 from celery.backends.redis import RedisBackend
 from kombu.transport import redis as kombu_redis
 
-from headrace.config.directories import read_address
+from headrace.config.directories import UnsafeDirectory, check_private, read_address
 from headrace.config.settings import DEFAULT_REDIS_URL
 
 SCHEME = "embedded"
 #: Errors of connecting to the socket of a server that is not running. A running server causes other errors.
 NOT_RUNNING = (FileNotFoundError, ConnectionRefusedError)
+
+#: Process id, user id and group id of the process at the other end of a unix socket: `struct ucred` of Linux.
+PEER_CREDENTIALS = struct.Struct("=iII")
 
 #: The last socket at which this process has reached the server of a data directory. A process that has used an embedded
 #: server waits for it to return: another Redis would not have its jobs.
@@ -76,14 +81,46 @@ def is_listening(path: str) -> bool:
 
 def _is_ours(path: str) -> bool:
     """Whether the socket is in a directory of this user: another user could collect our prompts there."""
-    with contextlib.suppress(OSError):
-        return os.stat(os.path.dirname(path)).st_uid == os.getuid()
-    return False
+    try:
+        check_private(Path(path).parent)
+    except OSError:
+        return False
+    return True
+
+
+def _check_peer(connection: socket.socket, path: str) -> None:
+    """Check that the process at the other end is one of this user or root, before anything is sent.
+
+    Raises:
+        UnsafeDirectory: it is one of another user, who has put a socket in the place of ours.
+    """
+    if sys.platform == "linux":
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
+        if PEER_CREDENTIALS.unpack(credentials)[1] not in (0, os.getuid()):
+            raise UnsafeDirectory(Path(path), "is the socket of another user")
 
 
 def _socket_of(directory: str) -> str | None:
     address = read_address(Path(directory))
     return address.socket if address is not None and _is_ours(address.socket) else None
+
+
+def _socket_to_use(directory: str) -> str | None:
+    """The socket to connect to; None if no server has published its address.
+
+    Raises:
+        UnsafeDirectory: our data directory, or that of the socket, is one that another user made or can change.
+    """
+    place = Path(directory)
+    with contextlib.suppress(FileNotFoundError):
+        if place.lstat().st_uid in (0, os.getuid()):  # the directory of another user has nothing for us
+            check_private(place, group_may_write=True)
+    address = read_address(place)
+    if address is None:
+        return None
+    with contextlib.suppress(FileNotFoundError):  # the server was killed, and its directory is gone
+        check_private(Path(address.socket).parent)
+    return address.socket
 
 
 def _check_fallback(directory: str) -> None:
@@ -104,7 +141,7 @@ class EmbeddedConnection(redis.Connection):
         self.directory = directory
 
     def _connect(self) -> Any:
-        if (path := _socket_of(self.directory)) is not None:
+        if (path := _socket_to_use(self.directory)) is not None:
             with contextlib.suppress(*NOT_RUNNING):
                 return self._connect_to(path)
         _check_fallback(self.directory)
@@ -115,6 +152,7 @@ class EmbeddedConnection(redis.Connection):
         try:
             connection.settimeout(self.socket_connect_timeout)
             connection.connect(path)
+            _check_peer(connection, path)
             connection.settimeout(self.socket_timeout)
         except BaseException:
             connection.close()
@@ -134,10 +172,11 @@ class AsyncEmbeddedConnection(redis.asyncio.Connection):
         self.directory = directory
 
     async def _connect(self) -> None:
-        if (path := _socket_of(self.directory)) is not None:
+        if (path := _socket_to_use(self.directory)) is not None:
             with contextlib.suppress(*NOT_RUNNING):
                 async with asyncio.timeout(self.socket_connect_timeout):
                     self._reader, self._writer = await asyncio.open_unix_connection(path)
+                _check_peer(self._writer.get_extra_info("socket"), path)
                 _reached[self.directory] = path
                 return
         _check_fallback(self.directory)

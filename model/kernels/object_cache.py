@@ -71,7 +71,9 @@ def load_or_compile(name: str, compile_function: Callable[[], Any]) -> Kernel:
 
 def cache_directory() -> Path:
     """The directory of the cache: `$XDG_CACHE_HOME/headrace`, by default `~/.cache/headrace`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "headrace"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # A relative path would be another directory for each working directory, perhaps one of another user.
+    return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "headrace"
 
 
 def _key(name: str) -> str:
@@ -139,22 +141,37 @@ def _found(symbol: str) -> bool:
 def _read(path: Path) -> bytes | None:
     """The contents of a file; None if it is missing. Raises PermissionError if another user could have written it."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        _check_owner(path.parent.lstat(), path.parent)
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     with os.fdopen(file, "rb") as stream:
-        for about in (path.parent.lstat(), os.fstat(file)):
-            if about.st_uid != os.getuid() or stat.S_IMODE(about.st_mode) & 0o022:
-                raise PermissionError("other users could have written it")
+        _check_owner(os.fstat(file), path)
         return stream.read(MAX_BYTES)
+
+
+def _check_owner(about: os.stat_result, place: Path) -> None:
+    if stat.S_ISLNK(about.st_mode) or about.st_uid != os.getuid() or stat.S_IMODE(about.st_mode) & 0o022:
+        raise PermissionError(
+            f"{place} is a link, belongs to another user, or can be written by others: remove it, or run "
+            f"`chmod go-w {place}`"
+        )
 
 
 def _store(path: Path, data: bytes) -> None:
     """Add a kernel to the cache. A failure, for example a read-only home, only costs time at the next start."""
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_directories(path.parent)
+        _check_owner(path.parent.lstat(), path.parent)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:  # only this user may read it
             stream.write(data)
         os.replace(stream.name, path)
     except OSError as error:
         log.debug("a compiled kernel is not cached: %s: %r", path, error)
+
+
+def _make_directories(place: Path) -> None:
+    """Create a directory and its missing parents, each for this user alone."""
+    for each in reversed((place, *place.parents)):
+        if not os.path.lexists(each):
+            each.mkdir(mode=0o700, exist_ok=True)

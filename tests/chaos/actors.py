@@ -30,7 +30,8 @@ from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
 from headrace.client.wire.results import Outcome, outcome_state, parse_outcome
 from headrace.config import Settings
-from headrace.worker.redis_server import EmbeddedRedis, die_with_parent
+from headrace.worker.child_processes import die_with_parent
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.chaos.jobs import Batch, PlannedJob
 from tests.chaos.ledger import Death, End, JobFact
 

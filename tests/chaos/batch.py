@@ -24,7 +24,7 @@ from typing import Any
 import click
 
 from headrace.config import load_settings
-from headrace.worker.redis_server import die_with_parent
+from headrace.worker.child_processes import die_with_parent
 from tests.chaos.actors import Server, Worker
 from tests.chaos.ledger import difference
 from tests.patience import PATIENCE_S

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import openai
 
-from headrace.worker.redis_server import die_with_parent
+from headrace.worker.child_processes import die_with_parent
 from tests.patience import PATIENCE_S
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from headrace.client import Client
 from headrace.client.wire import keys
-from headrace.worker.redis_server import EmbeddedRedis, die_with_parent
+from headrace.worker.child_processes import die_with_parent
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.warm import WarmProcess
 from tests.patience import PATIENCE_S
 

@@ -22,7 +22,8 @@ from headrace.client.wire.redis import answers
 from headrace.config.settings import DEFAULT_REDIS_URL
 from headrace.model.hub import DEMO
 from headrace.model.kernels.object_cache import cache_directory
-from headrace.worker.redis_server import EmbeddedRedis, die_with_parent
+from headrace.worker.child_processes import die_with_parent
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.patience import PATIENCE_S
 
@@ -158,6 +159,7 @@ def test_up_before_everything_else(place: Path) -> None:
                 wait_until(lambda: len(client.status().workers) == 2)
                 assert client.submit("Hello.", **JOB).result(PATIENCE_S).text == TEXT
         assert worker.end() == 0
+    assert not list((place / "tmp").iterdir())
 
 
 EARLY = """

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from headrace.client import Client
-from headrace.worker.redis_server import EmbeddedRedis, die_with_parent
+from headrace.worker.child_processes import die_with_parent
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import wait_until
 from tests.patience import PATIENCE_S
 

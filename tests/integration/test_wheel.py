@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from headrace.worker.redis_server import EmbeddedRedis, die_with_parent
+from headrace.worker.child_processes import die_with_parent
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.patience import PATIENCE_S
 

@@ -28,6 +28,8 @@ FLOORS = {
     "client.wire": 2,
     "worker.redis_server": 4,
     "worker.redis_binary": 3,
+    "worker.append_only_file": 3,
+    "worker.child_processes": 3,
     "model.kernels": 1,
     "config": 1,
 }

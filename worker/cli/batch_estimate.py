@@ -92,7 +92,7 @@ def _count(batch: Batch, settings: Settings) -> tuple[Estimate, list[BatchItem]]
     from headrace.model.tokenizer import load_tokenizer
 
     source = settings.models[settings.model_name]
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, allow_shared=settings.allow_shared_model)
     config = read_json(find_model(source) / "config.json", MAX_CONFIG_BYTES)
     positions = config.get("n_positions", 1024)
     max_context = min(settings.max_context or positions, positions)

@@ -20,7 +20,8 @@ from headrace.client.wire.keys import queue
 from headrace.config import Settings, load_settings
 from headrace.config.tracing import setup_tracing
 from headrace.extras import why_no_worker
-from headrace.worker.redis_server import EmbeddedRedis, die_with_parent
+from headrace.worker.child_processes import die_with_parent
+from headrace.worker.redis_server import EmbeddedRedis
 
 #: The longest a worker may take to load its model when a command starts one.
 START_TIMEOUT_S = 300

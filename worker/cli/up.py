@@ -7,12 +7,20 @@ import click
 from headrace.config import load_settings
 from headrace.worker.cli.errors import command_errors
 from headrace.worker.cli.local_stack import NothingRuns, check_worker_packages
+from headrace.worker.redis_server import EmbeddedRedis
 
 
 @click.command()
-def up() -> None:
+@click.option(
+    "--repair-redis",
+    is_flag=True,
+    help="First set a damaged data file of the embedded Redis aside, and keep the part of it that can be read.",
+)
+def up(*, repair_redis: bool) -> None:
     """Run a worker in the foreground, with an embedded Redis unless one is configured or runs here."""
     with command_errors(as_json=False):
+        if repair_redis:
+            click.echo(EmbeddedRedis().repair(), err=True)
         load_settings()
         check_worker_packages()
         raise SystemExit(run_worker())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import threading
 from concurrent.futures import Future
 
@@ -13,9 +14,10 @@ from headrace import __version__
 from headrace.config import Settings
 from headrace.model.config import GPT2Config
 from headrace.model.gpt2 import GPT2
-from headrace.model.hub import ModelError
+from headrace.model.hub import ModelError, find_model
 from headrace.model.kernels.attention import decode_kernel
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
+from headrace.model.trusted_files import check_not_shared
 from headrace.model.weights import load_model
 from headrace.worker.engine.cache_slots import SlotTable, length_classes
 from headrace.worker.engine.cgroups import free_memory
@@ -58,8 +60,9 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
     source, parts = settings.models[name], len(settings.models)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    model = load_model(source, device=settings.device, dtype=settings.dtype)
-    tokenizer = load_tokenizer(source)
+    shared = settings.allow_shared_model
+    model = load_model(source, device=settings.device, dtype=settings.dtype, allow_shared=shared)
+    tokenizer = load_tokenizer(source, allow_shared=shared)
     check_vocabulary(source, model.config, tokenizer)
     max_context = min(settings.max_context or model.config.n_positions, model.config.n_positions)
     lengths = length_classes(max_context)
@@ -84,10 +87,17 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         model_name=name,
         vocab_size=model.config.vocab_size,
         max_context=max_context,
-        fingerprint=fingerprint(model, settings.prefill_chunk, invariant),
+        fingerprint=fingerprint(model, tokenizer, settings.prefill_chunk, invariant),
     )
     log.info("model.loaded", model=name, fingerprint=engine.fingerprint, cache_bytes=budget)
     return engine
+
+
+def find_files(settings: Settings, name: str) -> None:
+    """Check that the directory of a model exists and that not everybody can write it. Raises ModelError."""
+    folder = find_model(settings.models[name])
+    if not settings.allow_shared_model:
+        check_not_shared(folder)
 
 
 def release_memory() -> None:
@@ -118,7 +128,7 @@ def check_vocabulary(name: str, config: GPT2Config, tokenizer: Tokenizer) -> Non
         )
 
 
-def fingerprint(model: GPT2, prefill_chunk: int, invariant: bool) -> str:
+def fingerprint(model: GPT2, tokenizer: Tokenizer, prefill_chunk: int, invariant: bool) -> str:
     """Identify what results depend on besides prompt, parameters and seed. Equal fingerprints mean equal results."""
     device = (
         torch.cuda.get_device_name(model.device)
@@ -135,6 +145,8 @@ def fingerprint(model: GPT2, prefill_chunk: int, invariant: bool) -> str:
         f"attention-{'compiled' if decode_kernel(model.config.head_dim, model.dtype, model.device.type) else 'torch'}",
         f"chunk-{prefill_chunk}",
         f"weights-{model.digest[:12] or 'unknown'}",
+        f"config-{hashlib.sha256(repr(model.config).encode()).hexdigest()[:8]}",
+        f"vocabulary-{tokenizer.digest[:12] or 'unknown'}",
         "batch-invariant" if invariant else "batch-dependent",
     )
     return "/".join(parts)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterable
 import structlog
 
 from headrace.config import Settings
-from headrace.model.hub import find_model
 from headrace.worker.engine import build
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.errors import EngineStopped, ModelUnavailable
@@ -46,6 +45,7 @@ class ModelRegistry:
         self._loop = StepLoop()
         self._engines: dict[str, Engine] = {}
         self._used_at: dict[str, float] = {}
+        self._fingerprints: dict[str, str] = {}  # of every model that was ever loaded; guarded by `_loading`
         self._load_requested: set[str] = set()
         self._unreleased = False  # engines were unloaded whose memory has not been freed yet
         self._stopped = False
@@ -56,7 +56,7 @@ class ModelRegistry:
         return cls(
             settings.models,
             lambda name: build.load_engine(settings, name),
-            find=lambda name: find_model(settings.models[name]),
+            find=lambda name: build.find_files(settings, name),
             idle_s=settings.idle_unload_s,
         )
 
@@ -95,8 +95,16 @@ class ModelRegistry:
                 engine = self._load(name)
             except Exception as error:
                 raise ModelUnavailable(name, error) from error
+            self._compare(name, engine)
             self._register(name, engine)
             return engine
+
+    def _compare(self, name: str, engine: Engine) -> None:
+        """Say so if a model that is loaded again computes other results than before: its files were replaced."""
+        before = self._fingerprints.setdefault(name, engine.fingerprint)
+        if before != engine.fingerprint:
+            log.warning("model.changed", model=name, before=before, fingerprint=engine.fingerprint)
+            self._fingerprints[name] = engine.fingerprint
 
     def _register(self, name: str, engine: Engine) -> None:
         engine.on_fatal = lambda error: self.on_fatal(error)

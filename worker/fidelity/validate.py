@@ -83,7 +83,7 @@ class Validation:
             self.folder = find_model(self.model)
             self.config = read_config(self.folder / "config.json")
             check_weights(self.folder, self.config)
-            self.tokenizer: Tokenizer = load_tokenizer(self.model)
+            self.tokenizer: Tokenizer = load_tokenizer(self.model, allow_shared=settings.allow_shared_model)
         except ModelError as error:
             raise ValidationError(str(error)) from error
         self.skipped: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import struct
 import threading
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,54 @@ def test_a_socket_in_the_directory_of_another_user_is_not_used(tmp_path: Path, m
         monkeypatch.setattr(embedded_redis, "_reached", {})
         assert not answers(resolve_url(load_settings()))
         assert not is_listening(str(trap.socket))
+
+
+@pytest.mark.parametrize("how", ["link", "owner", "mode", "peer", "data"])
+def test_nothing_is_sent_to_a_socket_that_another_user_may_have_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The error names the directory and the way out, in both clients."""
+    real, run = tmp_path / "real", tmp_path / "run"
+    with EmbeddedRedis(socket=real / "s") as server:
+        write_address(redis_dir(), ServerAddress(1, str(run / "s")))
+        if how == "link":
+            run.symlink_to(real)
+        else:
+            real.rename(run)
+        if how in ("mode", "data"):
+            (run if how == "mode" else redis_dir()).chmod(0o777)
+        if how == "owner":
+            if os.getuid() == 0:
+                os.chown(run, 12345, -1)
+            else:
+                monkeypatch.setattr(os, "getuid", lambda: 12345)
+        if how == "peer":
+            monkeypatch.setattr(embedded_redis, "PEER_CREDENTIALS", OtherUser("=iII"))
+        reasons = "is a symbolic link|belongs to another user|can be written by|is the socket of another user"
+        said = rf"{redis_dir() if how == 'data' else run}.* ({reasons})"
+
+        async def ask() -> None:
+            async with AsyncClient() as client:
+                await client.submit("a secret")
+
+        for use in (lambda: asyncio.run(ask()), lambda: module.submit("a secret")):
+            with pytest.raises(RedisUnreachable, match=said) as caught:
+                use()
+            assert "XDG_RUNTIME_DIR" in str(caught.value)
+        run.unlink() if how == "link" else run.rename(real)
+        if how == "owner" and os.getuid() == 0:
+            os.chown(real, 0, -1)
+        monkeypatch.undo()
+        with redis.Redis.from_url(server.url) as connection:
+            assert connection.dbsize() == 0
+
+
+class OtherUser(struct.Struct):
+    """Reads the credentials of another user from those of any process."""
+
+    def unpack(self, data: Any) -> tuple[Any, ...]:
+        pid, _, group = super().unpack(data)
+        return pid, 12345, group
 
 
 def test_two_data_directories_of_one_user_are_two_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

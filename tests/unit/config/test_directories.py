@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from headrace.config.directories import (
     MAX_SOCKET_PATH,
     ServerAddress,
     data_dir,
+    make_private,
     read_address,
     redis_dir,
     remove_address,
@@ -113,3 +115,66 @@ def test_the_address_that_another_user_wrote_is_ignored(monkeypatch: pytest.Monk
 def test_an_address_is_for_this_user_alone(tmp_path: Path) -> None:
     write_address(tmp_path, ServerAddress(7, "/run/s"))
     assert not stat.S_IMODE((tmp_path / "address").stat().st_mode) & 0o022
+
+
+# Directories that another user made or can change
+
+
+def test_missing_parents_are_made_for_this_user_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        make_private(tmp_path / "a" / "b" / "c")
+    finally:
+        os.umask(before)
+    for name in ("a", "a/b", "a/b/c"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("group_may_write", [False, True])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "owner", "others write", "group writes", "file", "own link"])
+def test_a_directory_that_another_user_made_or_can_change_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, group_may_write: bool
+) -> None:
+    place, target = tmp_path / "headrace-0", tmp_path / "target"
+    target.mkdir(0o700)
+    if "link" in kind:
+        place.symlink_to(target if kind != "dangling link" else tmp_path / "nowhere")
+        if os.getuid() == 0 and kind != "own link":
+            os.chown(place, 12345, -1, follow_symlinks=False)
+        elif kind != "own link":
+            pytest.skip("only root can make the link of another user")
+    elif kind == "file":
+        place.touch()
+    else:
+        place.mkdir()
+        place.chmod({"others write": 0o707, "group writes": 0o770}.get(kind, 0o700))
+        if kind == "owner":
+            belongs_to_another_user(place, monkeypatch)
+    if group_may_write and kind in ("group writes", "own link"):
+        make_private(place, group_may_write=True)
+        return
+    said = {"owner": "belongs to another user; set XDG_RUNTIME_DIR", "file": "Not a directory"}
+    said |= dict.fromkeys(
+        ["link", "dangling link", "own link"], "is a symbolic link; remove the link, or set XDG_RUNTIME_DIR"
+    )
+    said |= dict.fromkeys(["others write", "group writes"], "can be written by other users: run `chmod go-w")
+    with pytest.raises(OSError, match=re.escape(said[kind])) as caught:
+        make_private(place, group_may_write=group_may_write)
+    assert str(place) in str(caught.value)
+    assert not list(target.iterdir())
+
+
+def test_an_address_that_others_can_change_or_that_is_a_link_is_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "address"
+    write_address(tmp_path, ServerAddress(7, "/run/s"))
+    path.chmod(0o606)
+    assert read_address(tmp_path) is None
+    path.chmod(0o600)
+    assert read_address(tmp_path)
+    path.rename(tmp_path / "real")
+    path.symlink_to(tmp_path / "real")
+    assert read_address(tmp_path) is None
+    path.unlink()
+    (tmp_path / "real").rename(path)
+    tmp_path.chmod(0o777)
+    assert read_address(tmp_path) is None

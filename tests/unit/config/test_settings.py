@@ -60,6 +60,7 @@ WRONG: dict[str, str | None] = {
     "signing_key": "thirty-one characters, one less",
     "device": "gpu",
     "dtype": "int4",
+    "allow_shared_model": "perhaps",
     "slots": "0",
     "max_context": "1",
     "kv_cache_bytes": "0",

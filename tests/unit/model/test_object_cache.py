@@ -110,6 +110,26 @@ def test_untrusted_files_are_compiled_again(cache: Path, harm: Callable[[Path], 
     assert result_of(object_cache.load_or_compile("two", adding(2))) == 42
 
 
+def test_nothing_is_written_to_a_cache_that_another_user_made(cache: Path, tmp_path: Path) -> None:
+    """The link could lead to a directory of this user that another user chose."""
+    target = tmp_path / "target"
+    target.mkdir()
+    cache.symlink_to(target)
+    assert result_of(object_cache.load_or_compile("two", adding(2))) == 42
+    assert not list(target.iterdir())
+    cache.unlink()
+    cache.mkdir()
+    cache.chmod(0o777)
+    assert result_of(object_cache.load_or_compile("two", adding(2))) == 42
+    assert not list(cache.iterdir())
+
+
+def test_a_relative_cache_directory_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be another one for each working directory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    assert object_cache.cache_directory() == Path("~/.cache/headrace").expanduser()
+
+
 def test_code_that_calls_a_missing_symbol_is_not_loaded(cache: Path) -> None:
     """LLVM would end the process."""
     object_cache.load_or_compile("two", adding(2))

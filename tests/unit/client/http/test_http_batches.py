@@ -48,7 +48,7 @@ def left_behind(directory: Path, files: FileStore, **fields: Any) -> BatchState:
         rows_id=files.new_id(),
         failures_id=files.new_id(),
     ).model_copy(update=fields)
-    (directory / "batches").mkdir()
+    (directory / "batches").mkdir(mode=0o700, exist_ok=True)
     write_json(directory / "batches" / "batch_1.json", state)
     files.path(state.rows_id).write_bytes(json.dumps(ROW).encode() + b'\n{"id": "batch_req_01')
     files.path(state.failures_id).write_bytes(

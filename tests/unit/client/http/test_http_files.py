@@ -39,6 +39,12 @@ def test_a_directory_has_one_server(tmp_path: Path) -> None:
         FileStore(tmp_path)
     store.close()
     FileStore(tmp_path).close()
+    for name in ("files", "batches"):
+        (tmp_path / name).chmod(0o777)
+        with pytest.raises(DirectoryInUse, match=rf"/{name} can be written by other users: run `chmod go-w"):
+            FileStore(tmp_path)
+        (tmp_path / name).chmod(0o2770)  # as Kubernetes makes directories in volumes
+        FileStore(tmp_path).close()
     (tmp_path / "file").write_text("")
     with pytest.raises(DirectoryInUse, match="cannot be written"):
         FileStore(tmp_path / "file")

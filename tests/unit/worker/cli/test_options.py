@@ -22,6 +22,7 @@ from headrace.client.wire.redis import connect
 from headrace.client.wire.requests import parse_request
 from headrace.client.wire.results import Result as JobResult
 from headrace.config import Settings
+from headrace.config.directories import redis_dir
 from headrace.worker.cli import main
 from headrace.worker.cli.backends import Backends
 from headrace.worker.cli.local_stack import ServingStack
@@ -87,6 +88,7 @@ VALUES: dict[tuple[str, str], tuple[list[str], Any]] = {
     ("validate", "prompts"): (["One", "Two"], ("One", "Two")),
     ("validate", "plot"): (["difference.png"], "difference.png"),
     ("validate", "as_json"): ([], True),
+    ("up", "repair_redis"): ([], True),
     ("status", "here"): ([], True),
     ("status", "as_json"): ([], True),
 }
@@ -208,7 +210,7 @@ def words_for(command: str, name: str, spelling: str) -> list[str]:
     return [*needed, *([word for value in values for word in (spelling, value)] or [spelling])]
 
 
-@pytest.mark.parametrize(("command", "name", "spelling"), [case for case in cases() if case[0] != "status"])
+@pytest.mark.parametrize(("command", "name", "spelling"), [case for case in cases() if case[0] not in ("status", "up")])
 def test_every_option_reaches_what_is_behind_the_command(
     invoke: Callable[..., tuple[Result, dict[str, Any]]], command: str, name: str, spelling: str
 ) -> None:
@@ -217,6 +219,17 @@ def test_every_option_reaches_what_is_behind_the_command(
     assert done.exit_code == 0, done.output
     assert received[name] == VALUES[command, name][1]
     assert type(received[name]) is type(VALUES[command, name][1])
+
+
+@pytest.mark.parametrize("words", [[], ["--repair-redis"]])
+def test_up_repairs_the_embedded_redis_before_the_worker_starts_if_that_is_requested(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str]
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setattr("headrace.worker.cli.up.run_worker", lambda: 7)
+    done = CliRunner().invoke(main, ["up", *words], catch_exceptions=False)
+    assert done.exit_code == 7
+    assert (f"nothing in {redis_dir()} is damaged" in done.output.replace("\n", "")) == bool(words)
 
 
 @pytest.mark.parametrize("command", sorted(set(NEEDED) - {"status", "up"}))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headrace.client.wire.requests import parse_request
 from headrace.config import Settings
-from headrace.model import GPT2, ModelError, load_model
+from headrace.model import GPT2, ModelError, Tokenizer, load_model, load_tokenizer
 from headrace.worker.engine.build import build_engine, check_vocabulary, default_budget, fingerprint, load_engine
 from headrace.worker.engine.cache_slots import length_classes
 from headrace.worker.engine.self_test import is_batch_invariant
@@ -99,14 +99,17 @@ def test_the_default_engine_holds_its_slots_and_is_batch_invariant() -> None:
 
 
 def test_the_fingerprint_differs_if_results_may_differ() -> None:
-    model = demo_model()
-    base = fingerprint(model, 128, True)
+    model, tokenizer = demo_model(), load_tokenizer("demo")
+    base = fingerprint(model, tokenizer, 128, True)
     half = load_model("demo", device="cpu", dtype="bfloat16")
-    other = load_model("demo", device="cpu", dtype="float32")
+    other, again = (load_model("demo", device="cpu", dtype="float32") for _ in range(2))
     other.digest = "0" * 64
-    prints = {base, fingerprint(model, 64, True), fingerprint(model, 128, False), fingerprint(half, 128, True)}
-    assert len(prints | {fingerprint(other, 128, True)}) == 5
-    assert fingerprint(load_model("demo", device="cpu", dtype="float32"), 128, True) == base
+    again.config = replace(model.config, layer_norm_epsilon=1e-6)
+    prints = {fingerprint(each, tokenizer, 128, True) for each in (model, half, other, again)}
+    prints |= {fingerprint(model, tokenizer, 64, True), fingerprint(model, tokenizer, 128, False)}
+    prints |= {fingerprint(model, Tokenizer(tokenizer._encoding, "0" * 64), 128, True)}
+    assert len(prints) == 7
+    assert fingerprint(load_model("demo", device="cpu", dtype="float32"), tokenizer, 128, True) == base
     assert f"weights-{model.digest[:12]}" in base
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 
 from headrace.config import Settings
+from headrace.model.hub import DEMO
 from headrace.worker.engine.build import default_budget, load_engine
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.errors import EngineStopped, ModelUnavailable
@@ -104,6 +109,12 @@ def test_an_engine_that_fails_ends_no_other() -> None:
     assert len(fatal) == 1
 
 
+@pytest.fixture
+def folder_of_model(tmp_path: Path) -> Path:
+    """A copy of the bundled model, which a test may change."""
+    return shutil.copytree(DEMO, tmp_path / "model", copy_function=shutil.copyfile)
+
+
 def loader(*names: str, **more: Any) -> tuple[ModelRegistry, list[str]]:
     loaded: list[str] = []
 
@@ -149,6 +160,28 @@ def test_only_idle_models_are_unloaded_and_a_request_loads_them_again() -> None:
     assert there.wait(PATIENCE_S)
     assert loaded == ["a", "b", "b"]
     assert models.get("b").submit(ask()).result(timeout=PATIENCE_S).text
+    models.stop()
+
+
+def test_a_model_whose_files_were_replaced_while_it_was_unloaded_is_told(
+    folder_of_model: Path,
+) -> None:
+    settings = Settings(model=f"demo,other={folder_of_model}", device="cpu", threads=1, idle_unload_s=0.01)
+    models = ModelRegistry.from_settings(settings)
+    with capture_logs() as logs:
+        before = models.get("other").fingerprint
+        for said in ([], [{"before": before}]):
+            until(lambda: models.unload_idle(set()) or "other" not in models.loaded)
+            if said:
+                weights = load_file(folder_of_model / "model.safetensors")
+                weights["transformer.ln_f.bias"].add_(1e-3)
+                save_file(
+                    {name: tensor.clone() for name, tensor in weights.items()}, folder_of_model / "model.safetensors"
+                )
+            after = models.get("other").fingerprint
+            changed = [each for each in logs if each["event"] == "model.changed"]
+            assert [{"before": each["before"]} for each in changed] == said
+            assert (after != before) == bool(said)
     models.stop()
 
 
