@@ -132,7 +132,7 @@ class Client:
         with job_in_errors(self.job):
             self.submitter.check_models(prepared)
             self.submitter.submit(prepared)
-        return [self.job(job.id) for job in prepared]
+        return [Job(job.id, self.reader, accepted=True) for job in prepared]
 
     def batch(
         self,
@@ -207,24 +207,27 @@ class Client:
             UnknownJob: there is no such job. Of many jobs, those in the same round trip (up to 512) were not cancelled.
             RedisUnreachable, RedisRefused: Redis does not answer, or answers with an error.
         """
-        with job_in_errors(self.job):
-            if isinstance(jobs, (str, Handle)):
-                return self.reader.cancel([job_id_of(jobs)])[0]
-            return self.reader.cancel([job_id_of(job) for job in jobs])
+        one = isinstance(jobs, (str, Handle))
+        given = [jobs] if isinstance(jobs, (str, Handle)) else list(jobs)
+        handles = {job.id: job for job in given if isinstance(job, Handle)}
+        with job_in_errors(lambda job_id: handles.get(job_id) or self.job(job_id)):
+            open_before = self.reader.cancel([job_id_of(job) for job in given])
+        return open_before[0] if one else open_before
 
     def as_completed(self, jobs: Iterable[Job], timeout: float | None = None) -> Iterator[Job]:
         """Yield the jobs as they end, including those that fail. `job.result()` then returns or raises at once.
 
         Raises:
             ResultTimeout: some have not ended after `timeout` seconds in all.
-            UnknownJob, RedisUnreachable: as for `Job.result`.
+            UnknownJob, JobLost, RedisUnreachable: as for `Job.result`. After JobLost, call it again with the others.
         """
         waiting = {job.id: job for job in jobs}
         check_same_redis(waiting.values(), self.url)
         for job in [job for job in waiting.values() if job.outcome is not None]:
             yield waiting.pop(job.id)
-        with job_in_errors(self.job):
-            for updates in self.reader.updates(waiting, timeout):
+        accepted = {job_id for job_id, job in waiting.items() if job.accepted}
+        with job_in_errors(lambda job_id: waiting.get(job_id) or self.job(job_id)):
+            for updates in self.reader.updates(waiting, timeout, accepted=accepted):
                 for job_id, outcome in updates.outcomes.items():
                     waiting[job_id].outcome = outcome
                     yield waiting.pop(job_id)

@@ -9,6 +9,7 @@ HeadraceError
 ├── RedisUnreachable (ConnectionError)  Redis did not answer
 ├── RedisRefused                        Redis refuses: it is full or read-only, or the user lacks a right
 ├── UnknownJob (KeyError)               no job has this id, or its record has expired
+│   └── JobLost                         it was accepted, and Redis has it no more
 ├── UnreadableRecord                    something else has overwritten the job's record
 ├── NoCheckpoints (KeyError)            the job captured no tensors, or they have expired
 ├── StreamChanged                       the streamed text differs from the job's result
@@ -198,6 +199,23 @@ class UnknownJob(HeadraceError, KeyError):
         return (
             f"no job {self.job_id!r} on this Redis: the id is wrong, the job is on another Redis (HEADRACE_REDIS_URL), "
             "or its record has expired (HEADRACE_RESULT_TTL_S)"
+        )
+
+
+class JobLost(UnknownJob):
+    """An `UnknownJob` that was accepted: Redis had it, and has it no more. Submit it again.
+
+    Redis was flushed, has restarted without its data, evicts keys, or a replica without the job has become the primary.
+    A worker that was computing the job may still end it; `Job.status` then says so.
+    """
+
+    code = "job_lost"
+
+    def __str__(self) -> str:
+        return (
+            f"job {self.job_id} was accepted, and Redis has it no more: submit it again. Redis was flushed, restarted "
+            "without its data, evicted it or kept it no longer (HEADRACE_RESULT_TTL_S); `headrace status` shows how it "
+            "keeps data"
         )
 
 
