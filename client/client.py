@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, overload
 
+import redis
 from celery import Celery, Signature
 
 from headrace.client.batch.map import map_prompts
@@ -95,6 +96,7 @@ class Client:
             QueueFull: the queue is full; nothing was queued.
             RedisUnreachable: Redis does not answer; nothing was queued, unless only the answer was lost.
             RedisRefused: Redis answers with an error; nothing was queued.
+            RedisUnsuitable: Redis would lose the job, for example because it evicts keys; nothing was queued.
         """
         return self._submit([self.submitter.prepare({"prompt": prompt, "id": id, **params})])[0]
 
@@ -240,6 +242,9 @@ class Client:
         as JSON.
         """
         job = self.submitter.prepare({"prompt": prompt, "id": id, **params})
+        if job.timeout_s is not None:
+            with contextlib.suppress(redis.RedisError):  # then the deadline is by the clock of this machine
+                self.submitter.server.measure()
         return self.celery_app.signature(
             TASK_NAME,
             args=(job.wire,),

@@ -14,6 +14,7 @@ ERRORS: dict[str, str] = {
     "queue_full": "try again later, add workers, or raise `HEADRACE_MAX_QUEUE`",
     "redis_unreachable": "start Redis or correct `HEADRACE_REDIS_URL`; `.accepted` has the jobs queued before",
     "redis_refused": "check Redis' memory limit, its disk, and the rights of the user (`config/redis-users.acl`)",
+    "redis_unsuitable": "change the setting of Redis that it names; `HEADRACE_REDIS_UNSUITABLE=allow` uses it as it is",
     "unknown_job": "check the id and `HEADRACE_REDIS_URL`; records expire after `HEADRACE_RESULT_TTL_S`",
     "job_lost": "submit the job again, and find out [how Redis lost it](troubleshooting.md#and-redis-has-it-no-more)",
     "unreadable_record": "find out what else writes to this Redis; the job may still run: its result has another key",

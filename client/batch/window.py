@@ -18,6 +18,7 @@ from headrace.client.jobs.polling import REMIND_S, PollState
 from headrace.client.jobs.reading import JobReader
 from headrace.client.jobs.submission import PreparedJob, Submitter
 from headrace.client.wire import keys
+from headrace.client.wire.connection_advice import connection_advice
 from headrace.client.wire.errors import (
     HeadraceError,
     InvalidRequest,
@@ -25,7 +26,6 @@ from headrace.client.wire.errors import (
     RedisRefused,
     RedisUnreachable,
     UnknownJob,
-    connection_advice,
 )
 from headrace.client.wire.results import Outcome
 

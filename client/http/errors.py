@@ -21,6 +21,7 @@ from headrace.client.wire.errors import (
     QueueFull,
     RedisRefused,
     RedisUnreachable,
+    RedisUnsuitable,
     ResultTimeout,
 )
 from headrace.client.wire.requests import GenerateRequest
@@ -108,6 +109,8 @@ def translate(error: Exception) -> ApiError:
         return ApiError(429, error.code, "the queue is full; try again later", retry_after_s=RETRY_AFTER_S)
     if isinstance(error, (RedisUnreachable, RedisRefused)):
         return ApiError(503, error.code, _REDIS_DOWN, retry_after_s=RETRY_AFTER_S)
+    if isinstance(error, RedisUnsuitable):
+        return ApiError(503, error.code, "the queue would lose jobs; `headrace status` on the server says why")
     if isinstance(error, NoWorker):
         return ApiError(503, error.code, "no worker serves the model; try again later", retry_after_s=RETRY_AFTER_S)
     if isinstance(error, JobLost):

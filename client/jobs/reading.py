@@ -14,6 +14,7 @@ from headrace.client.jobs.polling import LAST_POLL_S, REMIND_S, PollState, Updat
 from headrace.client.jobs.status import Status, read_status
 from headrace.client.wire import keys
 from headrace.client.wire.activations import TENSOR_NAMES
+from headrace.client.wire.clock import RedisClock
 from headrace.client.wire.errors import (
     InvalidRequest,
     JobLost,
@@ -26,6 +27,7 @@ from headrace.client.wire.errors import (
 )
 from headrace.client.wire.redis import connect, redis_errors
 from headrace.client.wire.results import Outcome, State, parse_outcome
+from headrace.client.wire.suitability import ServerReport, read_report
 from headrace.config.settings import slug
 
 if TYPE_CHECKING:
@@ -149,6 +151,11 @@ class JobReader:
         """Queues, workers and slots at this moment."""
         with redis_errors(self.url):
             return read_status(self._redis, self._model_name)
+
+    def server_report(self) -> ServerReport:
+        """What Redis says of itself, and why it would lose jobs."""
+        with redis_errors(self.url):
+            return read_report(self._redis, RedisClock())
 
     def timeout_error(self, job_id: str, timeout: float) -> ResultTimeout:
         """The error for a wait that took too long: NoWorker if no worker serves the job's queue.

@@ -14,6 +14,7 @@ from headrace.client.wire import keys
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.queue_depth import QueueStatus, count_delivered, queue_status
 from headrace.client.wire.redis import redis_errors
+from headrace.client.wire.suitability import ServerReport
 from headrace.config.settings import slug
 
 #: For how many seconds a client caches the list of served models.
@@ -87,12 +88,14 @@ class Status(BaseModel):
         delivered: jobs that workers have taken and not finished. For a Redis user without the right to count them it is
             the number of sequences in the heartbeats.
         dead: messages of all queues that no worker could read; None for a Redis user without the right to count them.
+        redis: what Redis says of itself; only in `headrace status`.
     """
 
     workers: list[WorkerStatus]
     queues: list[QueueStatus]
     delivered: int
     dead: int | None = None
+    redis: ServerReport | None = None
 
     def serves(self, model_name: str) -> bool:
         """Whether a live worker that is not stalled serves the model."""

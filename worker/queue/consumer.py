@@ -10,15 +10,17 @@ from typing import Any
 import redis
 import structlog
 from celery.exceptions import InvalidTaskError
+from celery.platforms import EX_FAILURE
 from celery.worker import state
 from celery.worker.consumer import Consumer
 
 from headrace.client.wire.celery import GROUP_TASK_NAME, TASK_NAME
-from headrace.client.wire.errors import JobFailed
+from headrace.client.wire.errors import JobFailed, RedisUnsuitable
 from headrace.client.wire.requests import is_job_id
 from headrace.worker.queue.dead_letters import dead_letter
 from headrace.worker.queue.messages import BAD_SIGNATURE, argument, model_of, read_group
 from headrace.worker.queue.permissions import is_forbidden
+from headrace.worker.queue.server_check import check_server
 from headrace.worker.queue.transport import CONNECTION_ERRORS, plain_client, transport_that_takes
 from headrace.worker.queue.validation import MAX_MESSAGE_BYTES, forbid_compression, reason_to_refuse, take_out_unsigned
 
@@ -71,6 +73,11 @@ class SafeConsumer(Consumer):
         log.warning("redis.refused", error=str(error))
         time.sleep(REFUSED_PAUSE_S)
 
+    def _redis_unsuitable(self, error: RedisUnsuitable) -> None:
+        """The Redis that answers now loses jobs: Celery is told to end this process."""
+        log.error("redis.unsuitable", error=str(error))
+        state.should_stop = EX_FAILURE
+
     # --- messages come in ------------------------------------------------------------------------------------------
 
     def connection_for_read(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,7 +85,13 @@ class SafeConsumer(Consumer):
         connection = self.app.connection_for_read(*args, **kwargs)
         transport = transport_that_takes(connection.get_transport_cls(), self._refuse, self._has_room)
         connection.get_transport_cls = lambda: transport  # remote control shows `transport_cls` itself, as JSON
-        return self.ensure_connected(connection)
+        connected = self.ensure_connected(connection)
+        try:
+            check_server(self.app.headrace_settings)  # at each connection: another server may be the primary now
+        except RedisUnsuitable as error:
+            self._redis_unsuitable(error)
+            state.maybe_shutdown()
+        return connected
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         """Called by Celery for the function that handles each message."""

@@ -10,7 +10,7 @@ from celery.worker.request import Request
 
 from headrace.client.wire import keys
 from headrace.client.wire.celery import GROUP_TASK_NAME, TASK_NAME
-from headrace.client.wire.errors import JobFailed
+from headrace.client.wire.errors import JobFailed, RedisUnsuitable
 from headrace.worker.queue.consumer import SafeConsumer
 from headrace.worker.queue.permissions import is_forbidden
 
@@ -75,6 +75,9 @@ class EngineConsumer(SafeConsumer):
         self.pool.refuse(job_ids, error)
 
     def _permission_denied(self, error: BaseException) -> None:
+        self.pool.end_process(error)
+
+    def _redis_unsuitable(self, error: RedisUnsuitable) -> None:
         self.pool.end_process(error)
 
     def _not_settled(self, error: Exception) -> None:
