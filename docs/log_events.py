@@ -78,6 +78,9 @@ EVENTS: dict[str, Event] = {
     "redis.loses_jobs": Event("the same, where `HEADRACE_REDIS_UNSUITABLE` is `allow`; `hint` has the line to change"),
     "redis.not_durable": Event("the Redis may lose jobs when it ends; `hint` has the line to change"),
     "redis.unchecked": Event("the Redis user may not run INFO, so nobody knows whether this Redis loses jobs"),
+    "clock.differs": Event(
+        "this machine's clock and Redis' differ by more than 5 s; deadlines, leases and heartbeats go by Redis' clock"
+    ),
     "redis.embedded": Event("no Redis was set and none runs here: the worker started the embedded one"),
     "ack.waiting": Event("acknowledgements wait for a connection to Redis"),
     "events.failed": Event("a fault in the events of a streamed job; the job continues"),
@@ -124,6 +127,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "places": ("list of texts", "the lines of the traceback, without the values of variables"),
     "reason": ("text", "why"),
     "problem": ("text", "what is wrong"),
+    "skew_s": ("number", "how many seconds this machine's clock is ahead of Redis'"),
     "hint": ("text", "what to do"),
     "model": ("text", "the name of the model"),
     "fingerprint": ("text", "the software, hardware and weights that compute results"),

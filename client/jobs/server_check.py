@@ -63,13 +63,7 @@ class ServerCheck:
 
     def measure(self) -> None:
         """Ask for Redis' time, unless it is known. Raises redis.RedisError."""
-        if not self.clock.is_due():
-            return
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.time()
-        sent_at = time.monotonic()
-        (reply,) = pipe.execute(raise_on_error=False)  # a user without the right to ask uses this machine's clock
-        self.clock.take(reply, sent_at)
+        self.clock.update(self._redis)
 
     def _look(self) -> None:
         report = read_report(self._redis, self.clock)

@@ -11,6 +11,7 @@ import redis
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from headrace.client.wire import keys
+from headrace.client.wire.clock import RedisClock
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.queue_depth import QueueStatus, count_delivered, queue_status
 from headrace.client.wire.redis import redis_errors
@@ -37,7 +38,7 @@ class RowStatus(BaseModel):
 
 
 class FailureStatus(BaseModel):
-    """A job that failed: `keys.tag` of the job id, the error code, and the Unix time in seconds."""
+    """A job that failed: `keys.tag` of the job id, the error code, and the Unix time in seconds by Redis' clock."""
 
     job: str
     code: str
@@ -65,8 +66,11 @@ class WorkerStatus(BaseModel):
     #: Tokens proposed by speculative decoding since the worker started, and how many of them were accepted.
     drafted: int = 0
     accepted: int = 0
+    #: Unix times in seconds, by Redis' clock.
     started_at: float = 0.0
     beat_at: float = 0.0
+    #: How many seconds the clock of the worker's machine is ahead of Redis'.
+    clock_skew_s: float = 0.0
     #: Seconds that the engine had spent in its current step; `stalled` if that is more than HEADRACE_STALL_S.
     step_age_s: float = 0.0
     stalled: bool = False
@@ -88,6 +92,7 @@ class Status(BaseModel):
         delivered: jobs that workers have taken and not finished. For a Redis user without the right to count them it is
             the number of sequences in the heartbeats.
         dead: messages of all queues that no worker could read; None for a Redis user without the right to count them.
+        at: the Unix time in seconds by Redis' clock, to which all times in the status refer.
         redis: what Redis says of itself; only in `headrace status`.
     """
 
@@ -95,6 +100,7 @@ class Status(BaseModel):
     queues: list[QueueStatus]
     delivered: int
     dead: int | None = None
+    at: float = 0.0
     redis: ServerReport | None = None
 
     def serves(self, model_name: str) -> bool:
@@ -109,10 +115,12 @@ class Status(BaseModel):
 def read_status(connection: redis.Redis, model_name: str) -> Status:
     """Read the status: all live workers, their queues, and the queue of `model_name`."""
     names = cast("list[str]", connection.zrange(keys.workers(), 0, -1))
-    pipe = connection.pipeline(transaction=False)
+    pipe, clock, sent_at = connection.pipeline(transaction=False), RedisClock(), time.monotonic()
+    pipe.time()
     for name in names:
         pipe.hgetall(keys.worker(name))
-    records = pipe.execute(raise_on_error=False)  # a key of another type is not a worker's record
+    now, *records = pipe.execute(raise_on_error=False)  # a key of another type is not a worker's record
+    clock.take(now, sent_at)
     # The record of a dead worker expires before its name is removed from the index.
     workers = [worker for name, record in zip(names, records, strict=True) if (worker := _worker(name, record))]
     models = sorted({model_name, *(worker.model for worker in workers)})
@@ -121,7 +129,7 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
     except redis.exceptions.NoPermissionError:
         delivered, dead = sum(worker.running + worker.waiting for worker in workers), None
     queues = [queue_status(connection, model) for model in models]
-    return Status(workers=workers, queues=queues, delivered=delivered, dead=dead)
+    return Status(workers=workers, queues=queues, delivered=delivered, dead=dead, at=round(clock.now(), 3))
 
 
 class Served(NamedTuple):

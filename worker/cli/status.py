@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+import time
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from headrace.client import Client, Status
+from headrace.client.wire.clock import SKEW_S
 from headrace.client.wire.keys import dead, queue
 from headrace.client.wire.suitability import ServerReport
 from headrace.config import load_settings
@@ -62,6 +64,11 @@ def _print_status(found: Status) -> None:
     console.print(workers, queues, f"{found.delivered} jobs are with workers")
     if found.redis:
         _print_server(console, found.redis)
+    skews = {w.host: w.clock_skew_s for w in found.workers} | {"this machine": time.time() - found.at}
+    for host, skew_s in skews.items():
+        if abs(skew_s) > SKEW_S:
+            side = "ahead of" if skew_s > 0 else "behind"
+            console.print(f"The clock of {host} is {abs(skew_s):.0f} s {side} Redis'", soft_wrap=True, highlight=False)
     if found.dead:
         console.print(f"{found.dead} messages could not be read; the list {dead()} contains them")
 

@@ -6,7 +6,7 @@ requests to cancel it, the leases of messages, and the records of workers.
 
 from __future__ import annotations
 
-import time
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -15,6 +15,7 @@ import redis
 from redis.client import Pipeline
 
 from headrace.client.wire import keys
+from headrace.client.wire.clock import RedisClock
 from headrace.client.wire.queue_depth import queue_status
 from headrace.client.wire.results import parse_outcome
 
@@ -42,7 +43,11 @@ class JobRecord:
 
 
 class Store(Protocol):
-    """The records of jobs and workers. With Redis, every method may raise redis.RedisError."""
+    """The records of jobs and workers. With Redis, every method but `now` may raise redis.RedisError."""
+
+    def now(self) -> float:
+        """Return the Unix time in seconds on the clock that all clients and workers share: that of Redis."""
+        ...
 
     def lookup(self, job_ids: Sequence[str]) -> list[JobRecord]:
         """Return what is known about jobs, in their order."""
@@ -134,8 +139,15 @@ class RedisStore:
         self._checkpoint_ttl_s = checkpoint_ttl_s
         self._events_ttl_s = events_ttl_s
         self._append_events = connection.register_script(APPEND_EVENTS)
+        self._clock = RedisClock()
+
+    def now(self) -> float:
+        with contextlib.suppress(redis.RedisError):  # the last answer is good enough
+            self._clock.update(self._redis)
+        return self._clock.now()
 
     def lookup(self, job_ids: Sequence[str]) -> list[JobRecord]:
+        self._clock.update(self._redis)  # the deadlines of these jobs are compared with it next
         pipe = self._redis.pipeline(transaction=False)
         pipe.mget([keys.result(job_id) for job_id in job_ids])
         pipe.mget([keys.cancel(job_id) for job_id in job_ids])
@@ -159,9 +171,9 @@ class RedisStore:
         return pipe.execute()[::2]
 
     def started(self, job_ids: Iterable[str], worker: str) -> None:
-        pipe = self._redis.pipeline(transaction=False)
+        pipe, now = self._redis.pipeline(transaction=False), self.now()
         for job_id in job_ids:
-            pipe.hset(keys.job(job_id), mapping={"state": "running", "worker": worker, "started_at": time.time()})
+            pipe.hset(keys.job(job_id), mapping={"state": "running", "worker": worker, "started_at": now})
             pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
         pipe.execute()
 
@@ -213,12 +225,12 @@ class RedisStore:
         return {job_id for job_id, flag in zip(job_ids, flags, strict=True) if flag}
 
     def renew(self, delivery_tags: Iterable[str]) -> None:
-        now = time.time()  # the clock that kombu's sweep uses too
+        now = self.now()  # `worker.queue.transport` finds leases that have ended by the same clock
         if leases := dict.fromkeys(delivery_tags, now):
             self._redis.zadd(keys.unacked_index(), leases, xx=True)
 
     def heartbeat(self, worker: str, record: Mapping[str, str | int | float]) -> None:
-        now = time.time()
+        now = self.now()
         pipe = self._redis.pipeline()
         fields: dict[Any, Any] = {**record, "beat_at": now}
         pipe.hset(keys.worker(worker), mapping=fields)
