@@ -237,9 +237,9 @@ class Client:
     def signature(self, prompt: str | Sequence[int], *, id: str | None = None, **params: Any) -> Signature:  # noqa: A002
         """A job as a Celery signature, for `group`, `chord` and `chain`; docs/client.md has examples.
 
-        Takes and checks the same arguments as `submit`, and queues nothing. `timeout_s` starts now. The signature is
-        immutable: in a chain it does not receive the result of the task before it. The task returns a `client.Result`
-        as JSON.
+        Takes and checks the same arguments as `submit`, and queues nothing. `timeout_s` starts now, by Redis' clock.
+        The signature is immutable: in a chain it does not receive the result of the task before it. The task returns a
+        `client.Result` as JSON.
         """
         job = self.submitter.prepare({"prompt": prompt, "id": id, **params})
         if job.timeout_s is not None:

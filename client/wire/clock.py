@@ -11,7 +11,7 @@ from typing import Any
 
 import redis
 
-#: A measurement is used for this many seconds. After an error the next attempt waits for fewer.
+#: A measurement is used for this many seconds. Until the first one succeeds, Redis is asked more often.
 MEASURE_S, RETRY_S = 60.0, 5.0
 #: A difference between clocks of more than this many seconds is told.
 SKEW_S = 5.0
@@ -68,7 +68,7 @@ class RedisClock:
         try:
             seconds, microseconds = map(int, reply)
         except (TypeError, ValueError):
-            self._due_at = received_at + RETRY_S
+            self._due_at = received_at + (RETRY_S if self._ahead_s is None else MEASURE_S)
             return
         round_trip_s = received_at - sent_at
         ahead_s = seconds + microseconds / 1e6 - (sent_at + received_at) / 2

@@ -14,6 +14,8 @@ import fakeredis
 import pytest
 import redis
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from headrace.client import Client
 from headrace.client.jobs import server_check
@@ -194,6 +196,34 @@ def test_a_slow_reply_does_not_replace_a_quick_one_unless_redis_clock_has_jumped
     assert clock.now() == quick
     clock.take((2_000_500, 0), machine.monotonic - 8)
     assert clock.now() == 2_000_504
+
+
+step = st.tuples(st.floats(0, 90), st.floats(-1e6, 1e6) | st.just(0.0), st.floats(0, 5), st.floats(0, 5))
+
+
+@given(st.lists(step, min_size=1, max_size=12), st.floats(-1e9, 1e9))
+def test_the_time_is_as_exact_as_the_replies_whatever_the_clocks_do(
+    steps: list[tuple[float, float, float, float]], ahead_s: float
+) -> None:
+    """Each step: time passes, this machine's clock jumps, and TIME is asked, with the delays of request and reply."""
+    now = SimpleNamespace(wall=1.8e9, monotonic=50.0)
+
+    def passes(seconds: float) -> None:
+        now.wall += seconds
+        now.monotonic += seconds
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clocks, "time", SimpleNamespace(time=lambda: now.wall, monotonic=lambda: now.monotonic))
+        clock = RedisClock()
+        for rest_s, jump_s, there_s, back_s in steps:
+            passes(rest_s)
+            now.wall += jump_s
+            sent_at = now.monotonic
+            passes(there_s)
+            seconds, part = divmod(2e9 + ahead_s + now.monotonic, 1)
+            passes(back_s)
+            clock.take((int(seconds), int(part * 1e6)), sent_at)
+            assert abs(clock.now() - (2e9 + ahead_s + now.monotonic)) <= 5.001
 
 
 @pytest.mark.parametrize("reply", [redis.exceptions.NoPermissionError("no"), None, ("x", "y"), [1]], ids=repr)
