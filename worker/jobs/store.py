@@ -171,21 +171,35 @@ class RedisStore:
         return pipe.execute()[::2]
 
     def started(self, job_ids: Iterable[str], worker: str) -> None:
-        pipe, now = self._redis.pipeline(transaction=False), self.now()
-        for job_id in job_ids:
+        now = self.now()
+        present = self._present(job_ids)
+        pipe = self._redis.pipeline(transaction=False)
+        for job_id in present:
             pipe.hset(keys.job(job_id), mapping={"state": "running", "worker": worker, "started_at": now})
             pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
         pipe.execute()
 
     def returned(self, job_ids: Iterable[str], attempted: Iterable[str]) -> None:
+        present = self._present(job_ids)
         pipe = self._redis.pipeline(transaction=False)
-        for job_id in job_ids:
+        for job_id in present:
             pipe.hset(keys.job(job_id), "state", "queued")
             pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
-        for job_id in attempted:
+        for job_id in present.intersection(attempted):
             pipe.hincrby(keys.job(job_id), "attempts", -1)
             pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
         pipe.execute()
+
+    def _present(self, job_ids: Iterable[str]) -> set[str]:
+        """Those of the jobs that have a record. If Redis has lost it, it has lost the message too.
+
+        A record that is written again would say that the job is queued or running, and its caller would wait for ever.
+        """
+        job_ids = list(job_ids)
+        pipe = self._redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipe.exists(keys.job(job_id))
+        return {job_id for job_id, exists in zip(job_ids, pipe.execute(), strict=True) if exists}
 
     def ended(self, job_ids: Iterable[str]) -> None:
         pipe = self._redis.pipeline(transaction=False)

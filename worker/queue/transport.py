@@ -51,9 +51,10 @@ class QoS(kombu_redis.QoS):
 
     @property
     def visibility_timeout(self) -> float:
-        """How long a lease lasts. kombu subtracts it from this machine's clock to find leases that have ended."""
+        """How long a lease lasts. kombu subtracts it from its `time()` to find leases that have ended."""
         lease_s: float = self.channel.visibility_timeout
-        return lease_s + time.time() - float(self.channel.redis_time())
+        now: float = kombu_redis.time()  # type: ignore[attr-defined]
+        return lease_s + now - float(self.channel.redis_time())
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """Called by kombu with each message. take.lua has already written the entry in Redis."""

@@ -18,6 +18,7 @@ from headrace.client.jobs import polling, presence
 from headrace.client.wire import keys
 from headrace.client.wire.celery import TASK_NAME
 from headrace.client.wire.redis import connect
+from headrace.worker.jobs.store import RedisStore
 from tests.patience import PATIENCE_S
 
 REVOKED = '{"status": "REVOKED", "result": null}'
@@ -160,6 +161,19 @@ def test_a_batch_submits_lost_rows_again(client: Client, connection: redis.Redis
     outcomes = [outcome for pairs in window.run(jobs) for _, outcome in pairs]
     assert sent, "they were queued a second time"
     assert [type(outcome) for outcome in outcomes] == [JobCancelled] * 3
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_worker_that_holds_a_lost_job_does_not_make_it_look_alive(client: Client, connection: redis.Redis) -> None:
+    """Its message is lost too: if the worker ended before the job, nobody would compute it, and the caller would wait."""
+    job = client.submit("Hello.")
+    store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=60)
+    store.count_attempts([job.id])
+    connection.flushdb()
+    store.started([job.id], "worker")
+    store.returned([job.id], [job.id])
+    with pytest.raises(api.JobLost):
+        job.result()
 
 
 # --- what is not lost ------------------------------------------------------------------------------------------------
