@@ -165,7 +165,7 @@ def test_a_batch_submits_lost_rows_again(client: Client, connection: redis.Redis
 
 @pytest.mark.usefixtures("quick")
 def test_a_worker_that_holds_a_lost_job_does_not_make_it_look_alive(client: Client, connection: redis.Redis) -> None:
-    """Its message is lost too: if the worker ended before the job, nobody would compute it, and the caller would wait."""
+    """Its message is lost too: if the worker ended before the job, nobody would compute it."""
     job = client.submit("Hello.")
     store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=60)
     store.count_attempts([job.id])
