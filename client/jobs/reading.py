@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("headrace.client")
 
+#: Seconds after which a job that is missing at the end of a wait is looked for again.
+LOOK_AGAIN_S = 0.2
 #: Number of jobs that are cancelled in one round trip.
 CANCEL_JOBS = 512
 
@@ -165,8 +167,12 @@ class JobReader:
         """
         try:
             outcome, state = self.poll(job_id)
-        except UnknownJob:  # Redis had it when the wait began
-            raise JobLost(job_id) from None
+        except UnknownJob:  # Redis had it when the wait began; a record may be absent for a moment
+            time.sleep(LOOK_AGAIN_S)
+            try:
+                outcome, state = self.poll(job_id)
+            except UnknownJob:
+                raise JobLost(job_id) from None
         model = self._model_of(job_id)
         if outcome is None and not self.status().serves(model):
             return NoWorker(job_id, timeout, state, keys.queue(model))

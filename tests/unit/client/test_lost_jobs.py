@@ -7,6 +7,7 @@ import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import redis
@@ -73,9 +74,10 @@ def soon(action: Callable[[], object]) -> threading.Timer:
 @pytest.mark.usefixtures("quick")
 def test_a_job_that_redis_lost_is_not_waited_for_without_end(client: Client, connection: redis.Redis, way: str) -> None:
     job = client.submit("Hello.", stream=way == "stream")
-    soon(connection.flushdb)
+    timer = soon(connection.flushdb)
     with pytest.raises(api.JobLost, match=f"{job.id}.*submit it again") as caught:
         WAITS[way](client, job)
+    timer.join()
     assert caught.value.job == job
     assert isinstance(caught.value, UnknownJob)
 
@@ -108,10 +110,11 @@ def test_one_evicted_job_among_many_is_told_after_the_outcomes_of_the_others(
         for job in jobs[:3]:
             connection.set(keys.result(job.id), REVOKED)
 
-    soon(evict)
+    timer = soon(evict)
     ended: list[Job] = []
     with pytest.raises(api.JobLost) as caught:
         ended.extend(client.as_completed(jobs))
+    timer.join()
     assert caught.value.job == jobs[500]
     assert set(ended) == set(jobs[:3])
 
@@ -179,27 +182,28 @@ def test_a_worker_that_holds_a_lost_job_does_not_make_it_look_alive(client: Clie
 # --- what is not lost ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_record_that_is_back_at_once_was_not_lost(client: Client, connection: redis.Redis) -> None:
+def test_a_record_that_is_back_at_once_was_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """For example because a worker replaces an invalid one, or a proxy asked a replica that lags."""
-    job = client.submit("Hello.")
-    fields = connection.hgetall(keys.job(job.id))
-    over = threading.Event()
+    now = 100.0
+    monkeypatch.setattr(presence, "time", SimpleNamespace(monotonic=lambda: now))
+    looks = presence.Presence()
 
-    def flicker() -> None:
-        while not over.wait(0.05):
-            connection.delete(keys.job(job.id))
-            over.wait(0.02)
-            connection.hset(keys.job(job.id), mapping=fields)  # type: ignore[arg-type]
+    def look(*exist: int) -> tuple[int, list[str]]:
+        commands = looks.request(["a", "b"])
+        return len(commands), looks.answer(exist[: len(commands)])
 
-    thread = threading.Thread(target=flicker)
-    thread.start()
-    try:
-        with pytest.raises(ResultTimeout):
-            job.result(0.8)
-    finally:
-        over.set()
-        thread.join()
+    assert look() == (0, []), "not before LOOK_S"
+    now += presence.LOOK_S
+    assert look(1) == (1, []), "one of two records is missing"
+    assert look(0, 1) == (2, []), "which one? a"
+    assert look() == (0, [])
+    now += presence.CONFIRM_S
+    assert look(1, 1) == (2, []), "it is back, and b is there"
+    now += presence.LOOK_S
+    look(1)
+    look(0, 1)
+    now += presence.CONFIRM_S
+    assert look(1, 0) == (2, ["a"]), "it is missing for the second time"
 
 
 @pytest.mark.usefixtures("quick")
@@ -227,8 +231,9 @@ def test_a_result_whose_job_record_is_gone_is_a_result(client: Client, connectio
         connection.set(keys.result(job.id), REVOKED)
         connection.delete(keys.job(job.id))
 
-    soon(end)
+    timer = soon(end)
     assert job.wait(PATIENCE_S) == "cancelled"
+    timer.join()
 
 
 def test_what_is_looked_up_costs_one_command_for_many_jobs(client: Client) -> None:
