@@ -25,7 +25,7 @@ from headrace.client.wire.requests import GenerateRequest, parse_request
 from headrace.config import load_settings
 from headrace.worker.engine.build import load_engine
 from headrace.worker.engine.engine import Engine
-from headrace.worker.jobs.store import RedisStore
+from headrace.worker.jobs.redis_store import RedisStore
 from headrace.worker.jobs.stream_writer import STREAM_INTERVAL_S, StreamWriter
 from headrace.worker.redis_server import EmbeddedRedis
 

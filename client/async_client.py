@@ -22,7 +22,7 @@ from headrace.client.jobs.polling import REMIND_S, PollState, Updates
 from headrace.client.jobs.reading import check_timeout
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event, StreamReader
-from headrace.client.wire.errors import RedisUnreachable, UnknownJob
+from headrace.client.wire.errors import RedisUnreachable
 from headrace.client.wire.redis import connect_async, redis_errors
 from headrace.client.wire.results import Result, State, outcome_state
 from headrace.config import Settings
@@ -77,13 +77,15 @@ class AsyncClient:
 
     async def submit(self, prompt: str | Sequence[int], *, id: str | None = None, **params: Any) -> AsyncJob:  # noqa: A002
         """Queue one prompt; see `Client.submit`."""
-        return self.job((await self._run_in_thread(self._client.submit, prompt, id=id, **params)).id)
+        job = await self._run_in_thread(self._client.submit, prompt, id=id, **params)
+        return AsyncJob(job.id, self, accepted=True)
 
     async def submit_many(
         self, requests: Iterable[str | Sequence[int] | Mapping[str, Any]], **params: Any
     ) -> list[AsyncJob]:
         """Queue many prompts; see `Client.submit_many`."""
-        return [self.job(job.id) for job in await self._run_in_thread(self._client.submit_many, requests, **params)]
+        jobs = await self._run_in_thread(self._client.submit_many, requests, **params)
+        return [AsyncJob(job.id, self, accepted=True) for job in jobs]
 
     def job(self, job_id: str) -> AsyncJob:
         """A handle on a job, wherever it was submitted. Sends nothing to Redis."""
@@ -103,7 +105,7 @@ class AsyncClient:
         check_same_redis(waiting.values(), self.url)
         for job in [job for job in waiting.values() if job.outcome is not None]:
             yield waiting.pop(job.id)
-        async with contextlib.aclosing(self._updates(waiting, timeout)) as all_updates:
+        async with contextlib.aclosing(self._updates(list(waiting.values()), timeout)) as all_updates:
             async for updates in all_updates:
                 for job_id, outcome in updates.outcomes.items():
                     waiting[job_id].outcome = outcome
@@ -115,12 +117,12 @@ class AsyncClient:
         """Yield the text of many jobs, each event with its job; see `Job.stream`. The first failed job ends it."""
         readers = {job.id: (job, StreamReader(job.id)) for job in jobs}
         check_same_redis([job for job, _ in readers.values()], self.url)
-        with job_in_errors(self.job):
+        with job_in_errors(lambda job_id: readers[job_id][0]):
             for job, reader in readers.values():
                 if job.outcome is not None:
                     for event in reader.finish(job.answer()):
                         yield job, event
-            waiting = [job.id for job, _ in readers.values() if job.outcome is None]
+            waiting = [job for job, _ in readers.values() if job.outcome is None]
             async with contextlib.aclosing(self._updates(waiting, timeout, events=True)) as all_updates:
                 async for updates in all_updates:
                     for job_id in updates.jobs():
@@ -145,7 +147,9 @@ class AsyncClient:
 
     async def _poll(self, job: AsyncJob) -> State:
         """The state of a job. Sets `outcome` if it has ended."""
-        job.outcome, state = await self._run_in_thread(self._client.reader.poll, job.id)
+        with job_in_errors(lambda _: job):
+            job.outcome, state = await self._run_in_thread(self._client.reader.poll, job.id)
+        job.accepted = True
         return state if job.outcome is None else outcome_state(job.outcome)
 
     async def _waits_until(self, job_id: str) -> float | None:
@@ -156,14 +160,14 @@ class AsyncClient:
         return await self._run_in_thread(self._client.reader.checkpoints, job_id, max_bytes)
 
     async def _updates(
-        self, job_ids: Iterable[str], timeout: float | None, *, events: bool = False
+        self, jobs: Iterable[AsyncJob], timeout: float | None, *, events: bool = False
     ) -> AsyncGenerator[Updates]:
         """Wait for jobs: yield updates until every job has ended; see `JobReader.updates`."""
         check_timeout(timeout)
-        waiting = dict.fromkeys(job_ids)
+        waiting = {job.id: job for job in jobs}
         inbox: Inbox = asyncio.Queue()
         started, answered = time.monotonic(), False
-        self._subscribe(waiting, inbox, events)
+        self._subscribe(waiting.values(), inbox, events)
         try:
             while waiting:
                 left = REMIND_S if timeout is None else max(0.0, started + timeout - time.monotonic())
@@ -172,19 +176,22 @@ class AsyncClient:
                         updates = await inbox.get()
                 except TimeoutError:
                     if timeout is not None:
-                        job_id = next(iter(waiting))
-                        error = await self._run_in_thread(self._client.reader.timeout_error, job_id, timeout)
-                        raise error.about(self.job(job_id)) from None
+                        job = next(iter(waiting.values()))
+                        with job_in_errors(lambda _: job):  # noqa: B023
+                            raise await self._run_in_thread(
+                                self._client.reader.timeout_error, job.id, timeout
+                            ) from None
                     await self._run_in_thread(self._client.reader.warn_without_worker, list(waiting))
                     continue
                 if isinstance(updates, BaseException):
                     raise updates
-                for job_id in updates.unknown:
-                    raise UnknownJob(job_id).about(self.job(job_id))
                 answered = True
                 for job_id in updates.outcomes:
                     waiting.pop(job_id, None)
                 yield updates
+                if missing := updates.missing_error():
+                    with job_in_errors(waiting.__getitem__):
+                        raise missing
         finally:
             self._unsubscribe(waiting, inbox)
 
@@ -196,10 +203,10 @@ class AsyncClient:
         with job_in_errors(self.job):
             return await loop.run_in_executor(self._thread, functools.partial(context.run, function, *args, **kwargs))
 
-    def _subscribe(self, job_ids: Iterable[str], inbox: Inbox, events: bool) -> None:
-        for job_id in job_ids:
-            self._inboxes.setdefault(job_id, []).append(inbox)
-            self._polls.add(job_id, events=events)
+    def _subscribe(self, jobs: Iterable[AsyncJob], inbox: Inbox, events: bool) -> None:
+        for job in jobs:
+            self._inboxes.setdefault(job.id, []).append(inbox)
+            self._polls.add(job.id, events=events, accepted=job.accepted)
         self._added.set()
         if self._polls and (self._task is None or self._task.done()):
             self._task = asyncio.get_running_loop().create_task(self._poll_all())
@@ -240,7 +247,7 @@ class AsyncClient:
                 parts.setdefault(inbox, Updates()).take(updates, job_id)
         for inbox, part in parts.items():
             inbox.put_nowait(part)
-        for job_id in (*updates.outcomes, *updates.unknown):
+        for job_id in (*updates.outcomes, *updates.unknown, *updates.lost):
             self._inboxes.pop(job_id, None)
 
     def _give_up(self, job_ids: list[str], error: Callable[[], BaseException]) -> None:
@@ -254,8 +261,8 @@ class AsyncClient:
 class AsyncJob(Handle):
     """A job, like `Job` but for asyncio. `AsyncClient.submit` and `AsyncClient.job(id)` return one."""
 
-    def __init__(self, job_id: str, client: AsyncClient) -> None:
-        super().__init__(job_id, client.url)
+    def __init__(self, job_id: str, client: AsyncClient, *, accepted: bool = False) -> None:
+        super().__init__(job_id, client.url, accepted=accepted)
         self._client = client
 
     async def status(self) -> State:
@@ -274,7 +281,7 @@ class AsyncJob(Handle):
     async def wait(self, timeout: float | None = None) -> State:
         """Wait until the job has ended; see `Job.wait`."""
         if self.outcome is None:
-            async with contextlib.aclosing(self._client._updates([self.id], timeout)) as all_updates:
+            async with contextlib.aclosing(self._client._updates([self], timeout)) as all_updates:
                 async for updates in all_updates:
                     self.outcome = updates.outcomes.get(self.id)
         return await self.status()

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, overload
 
+import redis
 from celery import Celery, Signature
 
 from headrace.client.batch.map import map_prompts
@@ -96,6 +97,7 @@ class Client:
             QueueFull: the queue is full; nothing was queued.
             RedisUnreachable: Redis does not answer; nothing was queued, unless only the answer was lost.
             RedisRefused: Redis answers with an error; nothing was queued.
+            RedisUnsuitable: Redis would lose the job, for example because it evicts keys; nothing was queued.
         """
         return self._submit([self.submitter.prepare({"prompt": prompt, "id": id, **params})])[0]
 
@@ -133,7 +135,7 @@ class Client:
         with job_in_errors(self.job):
             self.submitter.check_models(prepared)
             self.submitter.submit(prepared)
-        return [self.job(job.id) for job in prepared]
+        return [Job(job.id, self.reader, accepted=True) for job in prepared]
 
     def batch(
         self,
@@ -208,24 +210,27 @@ class Client:
             UnknownJob: there is no such job. Of many jobs, those in the same round trip (up to 512) were not cancelled.
             RedisUnreachable, RedisRefused: Redis does not answer, or answers with an error.
         """
-        with job_in_errors(self.job):
-            if isinstance(jobs, (str, Handle)):
-                return self.reader.cancel([job_id_of(jobs)])[0]
-            return self.reader.cancel([job_id_of(job) for job in jobs])
+        one = isinstance(jobs, (str, Handle))
+        given = [jobs] if isinstance(jobs, (str, Handle)) else list(jobs)
+        handles = {job.id: job for job in given if isinstance(job, Handle)}
+        with job_in_errors(lambda job_id: handles.get(job_id) or self.job(job_id)):
+            open_before = self.reader.cancel([job_id_of(job) for job in given])
+        return open_before[0] if one else open_before
 
     def as_completed(self, jobs: Iterable[Job], timeout: float | None = None) -> Iterator[Job]:
         """Yield the jobs as they end, including those that fail. `job.result()` then returns or raises at once.
 
         Raises:
             ResultTimeout: some have not ended after `timeout` seconds in all.
-            UnknownJob, RedisUnreachable: as for `Job.result`.
+            UnknownJob, JobLost, RedisUnreachable: as for `Job.result`. After JobLost, call it again with the others.
         """
         waiting = {job.id: job for job in jobs}
         check_same_redis(waiting.values(), self.url)
         for job in [job for job in waiting.values() if job.outcome is not None]:
             yield waiting.pop(job.id)
-        with job_in_errors(self.job):
-            for updates in self.reader.updates(waiting, timeout):
+        accepted = {job_id for job_id, job in waiting.items() if job.accepted}
+        with job_in_errors(lambda job_id: waiting.get(job_id) or self.job(job_id)):
+            for updates in self.reader.updates(waiting, timeout, accepted=accepted):
                 for job_id, outcome in updates.outcomes.items():
                     waiting[job_id].outcome = outcome
                     yield waiting.pop(job_id)
@@ -233,11 +238,14 @@ class Client:
     def signature(self, prompt: str | Sequence[int], *, id: str | None = None, **params: Any) -> Signature:  # noqa: A002
         """A job as a Celery signature, for `group`, `chord` and `chain`; docs/client.md has examples.
 
-        Takes and checks the same arguments as `submit`, and queues nothing. `timeout_s` starts now. The signature is
-        immutable: in a chain it does not receive the result of the task before it. The task returns a `client.Result`
-        as JSON.
+        Takes and checks the same arguments as `submit`, and queues nothing. `timeout_s` starts now, by Redis' clock.
+        The signature is immutable: in a chain it does not receive the result of the task before it. The task returns a
+        `client.Result` as JSON.
         """
         job = self.submitter.prepare({"prompt": prompt, "id": id, **params})
+        if job.timeout_s is not None:
+            with contextlib.suppress(redis.RedisError):  # then the deadline is by the clock of this machine
+                self.submitter.server.measure()
         return self.celery_app.signature(
             TASK_NAME,
             args=(job.wire,),

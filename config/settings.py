@@ -59,6 +59,8 @@ class Settings(BaseSettings):
         description="a URL such as redis://host:6379/0, rediss://..., unix:///path or "
         "sentinel://host:26379,host:26379/0?master=name",
     )
+    #: What clients and workers do with a Redis that loses jobs: one that evicts keys, a cluster, an old version.
+    redis_unsuitable: Literal["refuse", "allow"] = Field("refuse", description="'refuse' or 'allow'")
     #: Clients sign messages with the first key, workers accept every key. None: messages are not signed.
     signing_key: SecretStr | None = Field(
         None,

@@ -39,6 +39,11 @@ HELP: dict[str, dict[str, SettingHelp]] = {
             "The Redis that clients and workers share.",
             default="the embedded server if it runs, else `redis://localhost:6379/0`",
         ),
+        "redis_unsuitable": SettingHelp(
+            "What to do with a Redis that loses jobs: one that evicts keys (a `maxmemory-policy` other than "
+            "`noeviction`), one in cluster mode, or one older than 6.2. `refuse`: clients raise `RedisUnsuitable` and "
+            "workers do not start, with the line to change. `allow`: workers log it and start.",
+        ),
         "signing_key": SettingHelp(
             "If set, workers compute only jobs that are signed with it. With several keys, workers accept "
             "all of them and clients sign with the first.",

@@ -84,6 +84,13 @@ EVENTS: dict[str, Event] = {
     "redis.unanswered": Event("Redis does not answer; the worker tries again"),
     "redis.refused": Event("Redis refuses a command, for example because it is full; the worker tries again"),
     "redis.forbidden": Event("the Redis user lacks a right; the process ends"),
+    "redis.unsuitable": Event("the Redis loses jobs; `error` has the lines to change; the process ends"),
+    "redis.loses_jobs": Event("the same, where `HEADRACE_REDIS_UNSUITABLE` is `allow`; `hint` has the line to change"),
+    "redis.not_durable": Event("the Redis may lose jobs when it ends; `hint` has the line to change"),
+    "redis.unchecked": Event("the Redis user may not run INFO, so nobody knows whether this Redis loses jobs"),
+    "clock.differs": Event(
+        "this machine's clock and Redis' differ by more than 5 s; deadlines, leases and heartbeats go by Redis' clock"
+    ),
     "redis.embedded": Event("no Redis was set and none runs here: the worker started the embedded one"),
     "ack.waiting": Event("acknowledgements wait for a connection to Redis"),
     "events.failed": Event("a fault in the events of a streamed job; the job continues"),
@@ -130,6 +137,8 @@ FIELDS: dict[str, tuple[str, str]] = {
     "trace": ("text", "the traceback, without the values of variables"),
     "places": ("list of texts", "the lines of the traceback, without the values of variables"),
     "reason": ("text", "why"),
+    "problem": ("text", "what is wrong"),
+    "skew_s": ("number", "how many seconds this machine's clock is ahead of Redis'"),
     "hint": ("text", "what to do"),
     "model": ("text", "the name of the model"),
     "before": ("text", "the fingerprint of the model when it was last loaded"),

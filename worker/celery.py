@@ -21,11 +21,12 @@ from headrace.client.wire import keys
 from headrace.client.wire.celery import broker_settings, celery_url, queue, sentinel_options
 from headrace.client.wire.embedded_redis import SCHEME as EMBEDDED
 from headrace.client.wire.embedded_redis import current_url
-from headrace.client.wire.errors import RedisUnreachable
+from headrace.client.wire.errors import RedisUnreachable, RedisUnsuitable
 from headrace.client.wire.redis import answers, check_access, connect, has_keepalive, resolve_url
 from headrace.config import Settings, SettingsError, load_settings
 from headrace.config.logging import setup_logging
 from headrace.worker.queue.permissions import MissingPermissions, check_permissions
+from headrace.worker.queue.server_check import check_server
 from headrace.worker.queue.start_options import ENGINE_POOL, check_options, is_explicit
 from headrace.worker.redis_server import AlreadyRunning, EmbeddedRedis, EmbeddedRedisError
 from headrace.worker.tasks import add_tasks
@@ -122,14 +123,15 @@ def _find_redis(sender: str, instance: Any, options: Any, **_: Any) -> None:
     # Celery does this later; until then structlog would write to standard output.
     logfile = options.get("logfile")
     _configure_logging(logfile=node_format(logfile, sender) if logfile else None)
-    if settings.redis_url is None:
-        start_redis_if_none(settings)
-        return
     try:
-        check_access(settings.redis_url)  # Celery would retry a wrong password or certificate for ever
-        with contextlib.suppress(redis.RedisError), connect(settings.redis_url) as connection:
-            check_permissions(connection, settings.models)
-    except (RedisUnreachable, MissingPermissions) as error:
+        if settings.redis_url is None:
+            start_redis_if_none(settings)
+        else:
+            check_access(settings.redis_url)  # Celery would retry a wrong password or certificate for ever
+            with contextlib.suppress(redis.RedisError), connect(settings.redis_url) as connection:
+                check_permissions(connection, settings.models)
+        check_server(settings)
+    except (RedisUnreachable, RedisUnsuitable, MissingPermissions) as error:
         raise SystemExit(f"headrace: {error}") from None
 
 

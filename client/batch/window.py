@@ -18,6 +18,7 @@ from headrace.client.jobs.polling import REMIND_S, PollState
 from headrace.client.jobs.reading import JobReader
 from headrace.client.jobs.submission import PreparedJob, Submitter
 from headrace.client.wire import keys
+from headrace.client.wire.connection_advice import connection_advice
 from headrace.client.wire.errors import (
     HeadraceError,
     InvalidRequest,
@@ -25,7 +26,6 @@ from headrace.client.wire.errors import (
     RedisRefused,
     RedisUnreachable,
     UnknownJob,
-    connection_advice,
 )
 from headrace.client.wire.results import Outcome
 from headrace.client.wire.values import show
@@ -161,7 +161,7 @@ class Window(Generic[K]):
             for entry in part:
                 self._unsent.popleft()
                 self._waiting[entry[2].id] = entry
-                self._polls.add(entry[2].id)
+                self._polls.add(entry[2].id, accepted=True)
             self._chunk = min(self._chunk * 2, CHUNK)
 
     def _send(self, jobs: list[PreparedJob]) -> bool:
@@ -184,15 +184,15 @@ class Window(Generic[K]):
             updates = self._reader.poll_once(self._polls)
         except (RedisUnreachable, RedisRefused) as error:
             for job_id in self._polls.failed():
-                self._polls.add(job_id)  # a batch never gives up a job
+                self._polls.add(job_id, accepted=True)  # a batch never gives up a job
             self._redis_failed(error)
             return
         self._redis_answered()
         for job_id, outcome in updates.outcomes.items():
             index, key, _ = self._waiting.pop(job_id)
             self._done[index] = (key, outcome)
-        # Redis has lost jobs that it had accepted, because it restarted without its last second of data.
-        self._unsent.extend(self._waiting.pop(job_id) for job_id in updates.unknown)
+        # Redis has lost jobs that it had accepted, for example because it restarted without its last second of data.
+        self._unsent.extend(self._waiting.pop(job_id) for job_id in (*updates.unknown, *updates.lost))
         if updates.outcomes:
             self._ended_at = self._reminded_at = time.monotonic()
 

@@ -17,10 +17,12 @@ from headrace.client.wire.errors import (
     JobCancelled,
     JobError,
     JobExpired,
+    JobLost,
     NoWorker,
     QueueFull,
     RedisRefused,
     RedisUnreachable,
+    RedisUnsuitable,
     ResultNotKept,
     ResultTimeout,
 )
@@ -97,8 +99,12 @@ def translate(error: Exception) -> ApiError:
         return ApiError(429, error.code, "the queue is full; try again later", retry_after_s=RETRY_AFTER_S)
     if isinstance(error, (RedisUnreachable, RedisRefused)):
         return ApiError(503, error.code, _REDIS_DOWN, retry_after_s=RETRY_AFTER_S)
+    if isinstance(error, RedisUnsuitable):
+        return ApiError(503, error.code, "the queue would lose jobs; `headrace status` on the server says why")
     if isinstance(error, NoWorker):
         return ApiError(503, error.code, "no worker serves the model; try again later", retry_after_s=RETRY_AFTER_S)
+    if isinstance(error, JobLost):
+        return ApiError(503, error.code, "the queue lost the job; send the request again", retry_after_s=RETRY_AFTER_S)
     if isinstance(error, (ResultTimeout, JobExpired)):
         return ApiError(504, error.code, "the job timed out; request fewer tokens, or raise timeout_s")
     if isinstance(error, JobCancelled):

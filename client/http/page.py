@@ -7,7 +7,6 @@ import base64
 import contextlib
 import hashlib
 import re
-import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -61,11 +60,13 @@ class StatusReporter:
         """Record the throughput periodically, until cancelled."""
         while True:
             with contextlib.suppress(ApiError):
-                rate = sum(worker.tokens_per_s for worker in (await self._jobs.status()).workers)
-                self._rates.append((round(time.time(), 1), round(rate, 1)))
+                status = await self._jobs.status()
+                rate = sum(worker.tokens_per_s for worker in status.workers)
+                self._rates.append((round(status.at, 1), round(rate, 1)))
             await asyncio.sleep(SAMPLE_INTERVAL_S)
 
     async def report(self) -> dict[str, Any]:
-        """Workers with their slots, queues, and (Unix time, tokens per second) samples. Raises ApiError."""
-        status = (await self._jobs.status()).model_dump(mode="json")
-        return {"now": round(time.time(), 1), **status, "rates": list(self._rates)}
+        """Workers with their slots, queues, and (time, tokens per second) samples, by Redis' clock. Raises ApiError."""
+        status = await self._jobs.status()
+        fields = status.model_dump(mode="json", exclude={"at", "redis"})
+        return {"now": round(status.at, 1), **fields, "rates": list(self._rates)}

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 from headrace.client.http.app import TIMEOUT_S, make_app
 from headrace.client.http.auth import MAX_BODY_BYTES, MAX_FILE_BYTES, Limits, is_loopback
 from headrace.client.http.file_store import MAX_TOTAL_BYTES, FileStore
+from headrace.client.jobs.server_check import check_redis
 from headrace.client.wire.errors import InvalidRequest
 from headrace.config import Settings
 from headrace.config.directories import data_dir
@@ -53,10 +54,12 @@ def serve(
 
     Raises:
         InvalidRequest: the address is not available, or would be open to the network without a key.
+        RedisUnsuitable: Redis loses jobs, for example because it evicts keys.
         DirectoryInUse: another server uses the directory for files.
         SettingsError: HEADRACE_OTEL is set but OpenTelemetry is not installed.
     """
     keys = _keys(settings, api_keys, host, insecure=insecure)
+    check_redis(settings)
     limits = Limits(
         keys=keys,
         origins=tuple(cors),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.client.jobs.reading import JobReader
 from headrace.client.jobs.stream import Event, StreamReader
-from headrace.client.wire.errors import HeadraceError, InvalidRequest, RedisFailed
+from headrace.client.wire.errors import HeadraceError, InvalidRequest, JobLost, RedisFailed, ResultTimeout, UnknownJob
 from headrace.client.wire.requests import is_job_id
 from headrace.client.wire.results import Outcome, Result, State, outcome_state
 from headrace.client.wire.unicode import check_unicode
@@ -25,15 +25,17 @@ class Handle:
         id: the job id.
         url: the Redis where the job is.
         outcome: the result or the error of the job; None until this handle has read it.
+        accepted: Redis had the job when this handle submitted or read it; if it has it no more, the job is lost.
 
     Raises:
         InvalidRequest: the id is not valid Unicode.
     """
 
-    def __init__(self, job_id: str, url: str) -> None:
+    def __init__(self, job_id: str, url: str, *, accepted: bool = False) -> None:
         check_unicode(job_id, "job")
         self.id = job_id
         self.url = url
+        self.accepted = accepted
         self.outcome: Outcome | None = None
 
     def __repr__(self) -> str:
@@ -57,8 +59,8 @@ class Handle:
 class Job(Handle):
     """A job. `submit` returns one, and so does `Client.job(id)` in any process that reaches the same Redis."""
 
-    def __init__(self, job_id: str, reader: JobReader) -> None:
-        super().__init__(job_id, reader.url)
+    def __init__(self, job_id: str, reader: JobReader, *, accepted: bool = False) -> None:
+        super().__init__(job_id, reader.url, accepted=accepted)
         self._reader = reader
 
     def status(self) -> State:
@@ -66,11 +68,13 @@ class Job(Handle):
 
         Raises:
             UnknownJob: there is no such job.
+            JobLost: there was one when this handle was used before, and Redis has lost it.
             RedisUnreachable: Redis does not answer.
         """
         if self.outcome is None:
             with self._in_errors():
                 self.outcome, state = self._reader.poll(self.id)
+            self.accepted = True
             if self.outcome is None:
                 return state
         return outcome_state(self.outcome)
@@ -93,6 +97,7 @@ class Job(Handle):
             NoWorker: it has not ended in time, and no worker serves its queue.
             ResultTimeout: it has not ended in time.
             UnknownJob: there is no such job.
+            JobLost: there was one, and Redis has lost it: it was flushed, has restarted without its data, or evicts.
             RedisUnreachable: Redis does not answer.
         """
         self.wait(timeout)
@@ -102,11 +107,11 @@ class Job(Handle):
         """Wait until the job has succeeded, failed, was cancelled or has expired. Returns that state.
 
         Raises:
-            NoWorker, ResultTimeout, UnknownJob, RedisUnreachable: as for `result`.
+            NoWorker, ResultTimeout, UnknownJob, JobLost, RedisUnreachable: as for `result`.
         """
         if self.outcome is None:
             with self._in_errors():
-                for updates in self._reader.updates([self.id], timeout):
+                for updates in self._reader.updates([self.id], timeout, accepted=self._accepted_ids()):
                     self.outcome = updates.outcomes.get(self.id)
         return self.status()
 
@@ -118,12 +123,13 @@ class Job(Handle):
 
         Raises:
             StreamChanged: the job was computed again, on a machine that rounds differently.
-            JobError, ResultTimeout, UnknownJob, RedisUnreachable: as for `result`; `timeout` is for the whole stream.
+            JobError, ResultTimeout, UnknownJob, JobLost, RedisUnreachable: as for `result`; `timeout` is for the whole
+                stream.
         """
         reader = StreamReader(self.id)
         with self._in_errors():
             if self.outcome is None:
-                for updates in self._reader.updates([self.id], timeout, events=True):
+                for updates in self._reader.updates([self.id], timeout, events=True, accepted=self._accepted_ids()):
                     self.outcome = updates.outcomes.get(self.id)
                     for entry in updates.events.get(self.id, ()):
                         yield from reader.take(entry)
@@ -149,10 +155,13 @@ class Job(Handle):
     def cancel(self) -> bool:
         """Cancel the job: a running one stops at its next token, a queued one ends when a worker takes its message.
 
-        Returns whether the job had not ended yet. Raises UnknownJob, RedisUnreachable.
+        Returns whether the job had not ended yet. Raises UnknownJob, JobLost, RedisUnreachable.
         """
         with self._in_errors():
             return self._reader.cancel([self.id])[0]
+
+    def _accepted_ids(self) -> list[str]:
+        return [self.id] if self.accepted else []
 
     def _in_errors(self) -> contextlib.AbstractContextManager[None]:
         return job_in_errors(lambda _: self)
@@ -162,8 +171,10 @@ class Job(Handle):
 def job_in_errors(make_job: Callable[[str], Handle]) -> Iterator[None]:
     """In errors that are raised in the block, replace job ids with handles: in `job`, and in `accepted` of RedisFailed.
 
+    An unknown job whose handle says that Redis had it is a lost job.
+
     Args:
-        make_job: makes a handle from a job id.
+        make_job: makes or finds a handle from a job id.
     """
     try:
         yield
@@ -171,6 +182,9 @@ def job_in_errors(make_job: Callable[[str], Handle]) -> Iterator[None]:
         job_id = error.job.id if error.job is not None else getattr(error, "job_id", None)
         if job_id is not None:
             error.about(make_job(job_id))
+            error.job.accepted |= isinstance(error, (ResultTimeout, JobLost))
+            if type(error) is UnknownJob and error.job.accepted:
+                raise JobLost(error.job_id).about(error.job) from None
         if isinstance(error, RedisFailed):
             error.accepted = {index: make_job(job_id_of(job)) for index, job in error.accepted.items()}
         raise

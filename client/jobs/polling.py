@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from headrace.client.jobs.presence import Command, Presence
 from headrace.client.wire import keys
+from headrace.client.wire.errors import JobLost, UnknownJob
 from headrace.client.wire.results import Outcome, parse_outcome
 
 #: The pause between polls grows from the first to the last value: the end of a short job is noticed at once, and
@@ -27,8 +29,6 @@ PATIENCE_S = 60.0
 #: How often in seconds a warning is repeated: that no worker serves a queue, or that Redis does not answer.
 REMIND_S = 30.0
 
-Command = tuple[str | int, ...]
-
 
 @dataclass
 class Updates:
@@ -39,12 +39,14 @@ class Updates:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     #: Jobs that do not exist.
     unknown: list[str] = field(default_factory=list)
+    #: Jobs that existed and that Redis has lost.
+    lost: list[str] = field(default_factory=list)
     #: Jobs that were part of the request for the first time.
     known: list[str] = field(default_factory=list)
 
     def jobs(self) -> Iterable[str]:
         """The ids of all jobs in these updates."""
-        return dict.fromkeys((*self.events, *self.outcomes, *self.unknown, *self.known))
+        return dict.fromkeys((*self.events, *self.outcomes, *self.unknown, *self.lost, *self.known))
 
     def take(self, other: Updates, job_id: str) -> None:
         """Copy the part about one job from other updates."""
@@ -54,15 +56,27 @@ class Updates:
             self.outcomes[job_id] = other.outcomes[job_id]
         if job_id in other.unknown:
             self.unknown.append(job_id)
+        if job_id in other.lost:
+            self.lost.append(job_id)
+
+    def missing_error(self) -> UnknownJob | None:
+        """The error for the first job that Redis does not have."""
+        for job_id in self.lost:
+            return JobLost(job_id)
+        for job_id in self.unknown:
+            return UnknownJob(job_id)
+        return None
 
     def __bool__(self) -> bool:
-        return bool(self.events or self.outcomes or self.unknown)
+        return bool(self.events or self.outcomes or self.unknown or self.lost)
 
 
 @dataclass
 class _Waiting:
     #: Whether Redis has answered for this job.
     known: bool = False
+    #: The job was accepted before: if Redis does not have it, it is lost.
+    accepted: bool = False
     #: The id of the last entry that was read of its event stream; None if the stream is not read.
     last_event: str | None = None
 
@@ -81,6 +95,7 @@ class PollState:
         self._round, self._parts = 0, 1
         self._pause_s = FIRST_POLL_S
         self._answered_at = time.monotonic()
+        self._presence = Presence()
         #: Seconds to sleep before the next request.
         self.rest_s = 0.0
 
@@ -90,9 +105,14 @@ class PollState:
     def __iter__(self) -> Iterator[str]:
         return iter(self._jobs)
 
-    def add(self, job_id: str, *, events: bool = False) -> None:
-        """Start waiting for a job, and with `events` for its event stream from the first entry."""
+    def add(self, job_id: str, *, events: bool = False, accepted: bool = False) -> None:
+        """Start waiting for a job, and with `events` for its event stream from the first entry.
+
+        Args:
+            accepted: Redis has had the job: if it does not have it now, the job is lost and not unknown.
+        """
         waiting = self._jobs.setdefault(job_id, _Waiting())
+        waiting.accepted |= accepted
         if events:
             waiting.last_event = "0-0"
         self._due[job_id] = None
@@ -102,6 +122,7 @@ class PollState:
         """Stop waiting for a job."""
         self._jobs.pop(job_id, None)
         self._due.pop(job_id, None)
+        self._presence.drop(job_id)
 
     def request(self, block_s: float) -> list[Command]:
         """The commands to send, in this order. Redis may delay the replies by `block_s` seconds to wait for events."""
@@ -119,7 +140,7 @@ class PollState:
             commands.append(("MGET", *map(keys.result, self._requested[start : start + MGET_KEYS])))
         # Checks the result again, because it may have been stored after the MGET.
         commands += [("EXISTS", keys.job(job_id), keys.result(job_id)) for job_id in self._new]
-        return commands
+        return commands + self._presence.request(self._jobs if not self._new else self._known_jobs())
 
     def answer(self, replies: list[Any]) -> Updates:
         """The updates in the replies to the last request. Jobs that have ended, or do not exist, are dropped."""
@@ -131,11 +152,14 @@ class PollState:
             self._take_events(replies.pop(0), updates)
         for start in range(0, len(self._requested), MGET_KEYS):
             self._take_results(self._requested[start : start + MGET_KEYS], replies.pop(0), updates)
-        updates.unknown = [job_id for job_id, exists in zip(self._new, replies, strict=True) if not exists]
+        for job_id, exists in zip(self._new, replies, strict=False):
+            if not exists and job_id not in updates.outcomes:
+                self._take_missing(job_id, updates)
+        updates.lost = [j for j in self._presence.answer(replies[len(self._new) :]) if j not in updates.outcomes]
         for job_id in self._requested:
             if job_id in self._jobs:
                 self._jobs[job_id].known = True
-        for job_id in (*updates.outcomes, *updates.unknown):
+        for job_id in (*updates.outcomes, *updates.unknown, *updates.lost):
             self.drop(job_id)
         self._pace(updates)
         return updates
@@ -180,6 +204,15 @@ class PollState:
             updates.events[job_id] = [fields.get("event", "") for _, fields in entries]
             if '"end":' in updates.events[job_id][-1]:
                 self._due[job_id] = None
+
+    def _take_missing(self, job_id: str, updates: Updates) -> None:
+        if job_id in self._jobs and self._jobs[job_id].accepted:
+            self._presence.doubt(job_id)
+        else:
+            updates.unknown.append(job_id)
+
+    def _known_jobs(self) -> list[str]:
+        return [job_id for job_id, waiting in self._jobs.items() if waiting.known]
 
     def _take_results(self, part: list[str], records: list[str | None], updates: Updates) -> None:
         before = len(updates.outcomes)

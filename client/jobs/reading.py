@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,8 +15,10 @@ from headrace.client.jobs.polling import LAST_POLL_S, REMIND_S, PollState, Updat
 from headrace.client.jobs.status import Status, read_status
 from headrace.client.wire import keys
 from headrace.client.wire.activations import TENSOR_NAMES
+from headrace.client.wire.clock import RedisClock
 from headrace.client.wire.errors import (
     InvalidRequest,
+    JobLost,
     NoCheckpoints,
     NoWorker,
     RedisUnreachable,
@@ -26,6 +28,7 @@ from headrace.client.wire.errors import (
 )
 from headrace.client.wire.redis import connect, redis_errors
 from headrace.client.wire.results import Outcome, State, parse_outcome
+from headrace.client.wire.suitability import ServerReport, read_report
 from headrace.client.wire.values import show
 from headrace.config.model_names import is_served_name
 
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("headrace.client")
 
+#: Seconds after which a job that is missing at the end of a wait is looked for again.
+LOOK_AGAIN_S = 0.2
 #: Number of jobs that are cancelled in one round trip.
 CANCEL_JOBS = 512
 
@@ -72,27 +77,38 @@ class JobReader:
         parts = [job_ids[start : start + CANCEL_JOBS] for start in range(0, len(job_ids), CANCEL_JOBS)]
         return [flag for part in parts for flag in self._cancel_part(part)]
 
-    def updates(self, job_ids: Iterable[str], timeout: float | None, *, events: bool = False) -> Iterator[Updates]:
+    def updates(
+        self,
+        job_ids: Iterable[str],
+        timeout: float | None,
+        *,
+        events: bool = False,
+        accepted: Collection[str] = (),
+    ) -> Iterator[Updates]:
         """Wait for jobs: yield updates until every job has ended.
 
         Args:
             timeout: seconds in all; None waits without limit, and logs a warning every REMIND_S if no worker serves the
                 queue.
             events: include the entries of the jobs' event streams, from the first entry.
+            accepted: those of the jobs that Redis has had before.
 
         Raises:
             ResultTimeout, NoWorker: some have not ended after `timeout` seconds.
             UnknownJob: one does not exist.
+            JobLost: Redis has lost one.
         """
         check_timeout(timeout)
         polls = PollState()
         for job_id in job_ids:
-            polls.add(job_id, events=events)
+            polls.add(job_id, events=events, accepted=job_id in accepted)
         started, remind_after = time.monotonic(), REMIND_S
         while polls:
             left = LAST_POLL_S if timeout is None else max(0.0, started + timeout - time.monotonic())
             if updates := self._poll_unless_given_up(polls, left):
                 yield updates
+                if missing := updates.missing_error():
+                    raise missing
             elif timeout is not None and time.monotonic() - started >= timeout:
                 raise self.timeout_error(next(iter(polls)), timeout)
             elif timeout is None and time.monotonic() - started > remind_after:
@@ -140,12 +156,27 @@ class JobReader:
         with redis_errors(self.url):
             return read_status(self._redis, self._model_name)
 
+    def server_report(self) -> ServerReport:
+        """What Redis says of itself, and why it would lose jobs."""
+        with redis_errors(self.url):
+            return read_report(self._redis, RedisClock())
+
     def timeout_error(self, job_id: str, timeout: float) -> ResultTimeout:
         """The error for a wait that took too long: NoWorker if no worker serves the job's queue.
 
         A job that waits for its ETA needs no worker before that.
+
+        Raises:
+            JobLost: Redis has lost the job.
         """
-        outcome, state = self.poll(job_id)
+        try:
+            outcome, state = self.poll(job_id)
+        except UnknownJob:  # Redis had it when the wait began; a record may be absent for a moment
+            time.sleep(LOOK_AGAIN_S)
+            try:
+                outcome, state = self.poll(job_id)
+            except UnknownJob:
+                raise JobLost(job_id) from None
         if outcome is None and state == "queued" and (until := self.waits_until(job_id)) is not None:
             return ResultTimeout(job_id, timeout, state, until)
         model = self._model_of(job_id)
@@ -182,8 +213,8 @@ class JobReader:
             pipe = self._redis.pipeline(transaction=False)
             for job_id in job_ids:
                 pipe.get(keys.result(job_id))
-                pipe.hget(keys.job(job_id), "state")
-            answers = [_text_or_empty(answer) for answer in pipe.execute(raise_on_error=False)]
+                pipe.hmget(keys.job(job_id), "state", "attempts")
+            answers = [_text_or_empty(answer) for answer in map(_state_of, pipe.execute(raise_on_error=False))]
         found = [(parse_outcome(record), state) for record, state in zip(answers[::2], answers[1::2], strict=True)]
         for job_id, (outcome, state) in zip(job_ids, found, strict=True):
             if outcome is None and state is None:
@@ -214,18 +245,14 @@ class JobReader:
         """Poll once. While Redis does not answer, returns no updates until `polls` gives up a job.
 
         Raises:
-            UnknownJob: a job does not exist.
             RedisUnreachable: Redis does not answer, and `polls` has given up a job.
         """
         try:
-            updates = self.poll_once(polls, block_s)
+            return self.poll_once(polls, block_s)
         except RedisUnreachable:
             if polls.failed():
                 raise
             return Updates()
-        for job_id in updates.unknown:
-            raise UnknownJob(job_id)
-        return updates
 
     def _model_of(self, job_id: str) -> str:
         with redis_errors(self.url):
@@ -253,6 +280,17 @@ def _read_tensors(connection: redis.Redis, job_id: str, max_bytes: int) -> dict[
             expected = f"{max_bytes} at most; request fewer (8, the logits, is the largest), or shorten the prompt"
             raise InvalidRequest("checkpoints", f"over {max_bytes} bytes of tensors of job {job_id}", expected)
     return fields
+
+
+def _state_of(answer: Any) -> Any:
+    """The state in a job's record, from its fields `state` and `attempts`; any other answer as it is.
+
+    A producer that is not this client writes no record. A worker that takes the message writes `attempts` first.
+    """
+    if not isinstance(answer, list):
+        return answer
+    state, attempts = answer
+    return "queued" if state is None and attempts is not None else state
 
 
 def _text_or_empty(answer: Any) -> str | None:

@@ -10,10 +10,12 @@ import redis
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from headrace.client.wire import keys
+from headrace.client.wire.clock import RedisClock
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.misplaced import Misplaced, find_misplaced
 from headrace.client.wire.queue_depth import QueueStatus, count_delivered, execute_typed, queue_status
 from headrace.client.wire.redis import redis_errors
+from headrace.client.wire.suitability import ServerReport
 from headrace.client.wire.unicode import check_unicode, parse_json
 from headrace.config.model_names import is_served_name
 
@@ -39,7 +41,7 @@ class RowStatus(BaseModel):
 
 
 class FailureStatus(BaseModel):
-    """A job that failed: `keys.tag` of the job id, the error code, and the Unix time in seconds."""
+    """A job that failed: `keys.tag` of the job id, the error code, and the Unix time in seconds by Redis' clock."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -71,8 +73,11 @@ class WorkerStatus(BaseModel):
     #: Tokens proposed by speculative decoding since the worker started, and how many of them were accepted.
     drafted: int = 0
     accepted: int = 0
+    #: Unix times in seconds, by Redis' clock.
     started_at: float = 0.0
     beat_at: float = 0.0
+    #: How many seconds the clock of the worker's machine is ahead of Redis'.
+    clock_skew_s: float = 0.0
     #: Seconds that the engine had spent in its current step; `stalled` if that is more than HEADRACE_STALL_S.
     step_age_s: float = 0.0
     stalled: bool = False
@@ -95,6 +100,8 @@ class Status(BaseModel):
             the number of sequences in the heartbeats.
         dead: messages of all queues that no worker could read; None for a Redis user without the right to count them.
         misplaced: lists with messages for these models that no worker reads, as far as the Redis user may read them.
+        at: the Unix time in seconds by Redis' clock, to which all times in the status refer.
+        redis: what Redis says of itself; only in `headrace status`.
     """
 
     workers: list[WorkerStatus]
@@ -102,6 +109,8 @@ class Status(BaseModel):
     delivered: int
     dead: int | None = None
     misplaced: list[Misplaced] = []
+    at: float = 0.0
+    redis: ServerReport | None = None
 
     def serves(self, model_name: str) -> bool:
         """Whether a live worker that is not stalled serves the model."""
@@ -117,9 +126,12 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
     pipe = connection.pipeline(transaction=False)
     pipe.zrange(keys.workers(), 0, -1)
     (names,) = execute_typed(pipe, [[]])
+    clock, sent_at = RedisClock(), time.monotonic()
+    pipe.time()
     for name in names:
         pipe.hgetall(keys.worker(name))
-    records = pipe.execute(raise_on_error=False)  # a key of another type is not a worker's record
+    now, *records = pipe.execute(raise_on_error=False)  # a key of another type is not a worker's record
+    clock.take(now, sent_at)
     # The record of a dead worker expires before its name is removed from the index.
     workers = [worker for name, record in zip(names, records, strict=True) if (worker := _worker(name, record))]
     models = sorted({model_name, *(worker.model for worker in workers)})
@@ -134,7 +146,8 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
         misplaced = find_misplaced(connection, models)
     except redis.exceptions.NoPermissionError:
         misplaced = []
-    return Status(workers=workers, queues=queues, delivered=delivered, dead=dead, misplaced=misplaced)
+    at = round(clock.now(), 3)
+    return Status(workers=workers, queues=queues, delivered=delivered, dead=dead, misplaced=misplaced, at=at)
 
 
 class Served(NamedTuple):

@@ -7,6 +7,7 @@ own id, state and result.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -20,9 +21,11 @@ from typing import Any
 import redis
 from celery import Celery
 
+from headrace.client.jobs.server_check import ServerCheck
 from headrace.client.jobs.status import ServedModels
 from headrace.client.wire import keys
 from headrace.client.wire.celery import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME, queue
+from headrace.client.wire.clock import RedisClock
 from headrace.client.wire.errors import InvalidRequest, QueueFull, RedisRefused, RedisUnreachable
 from headrace.client.wire.queue_depth import count_queued
 from headrace.client.wire.redis import redis_errors
@@ -47,17 +50,38 @@ class PreparedJob:
         id: the job id.
         model: the model whose queue the job goes to.
         digest: identifies the request, for a job id that the caller chose; else empty.
-        wire: the request as it is sent, with its signature if there is a key.
+        timeout_s: seconds from now until the job expires; None means never.
         mark: shows in the job's record that its submitter has the key; None without a key.
     """
 
-    def __init__(self, job_id: str, model: str, request: GenerateRequest, digest: str, key: bytes | None) -> None:
+    def __init__(
+        self,
+        job_id: str,
+        model: str,
+        request: GenerateRequest,
+        *,
+        digest: str,
+        key: bytes | None,
+        timeout_s: float | None,
+        clock: RedisClock,
+    ) -> None:
         self.id, self.model, self.request, self.digest = job_id, model, request, digest
-        self.wire = request.to_wire()
-        self.mark: str | None = None
-        if key is not None:
-            self.wire = sign(key, job_id, model, self.wire)
-            self.mark = mark(key, job_id)
+        self.timeout_s = timeout_s
+        self.mark = None if key is None else mark(key, job_id)
+        self._key, self._clock, self._prepared_at = key, clock, time.monotonic()
+
+    @functools.cached_property
+    def wire(self) -> dict[str, Any]:
+        """The request as it is sent, with its signature if there is a key.
+
+        Read it when Redis' clock is known: the deadline is by that clock, which workers use too.
+        """
+        request = self.request
+        if self.timeout_s is not None:
+            left_s = self.timeout_s - (time.monotonic() - self._prepared_at)
+            request = request.model_copy(update={"expires_at": self._clock.now() + left_s})
+        wire = request.to_wire()
+        return wire if self._key is None else sign(self._key, self.id, self.model, wire)
 
     @property
     def urgency(self) -> int:
@@ -66,7 +90,7 @@ class PreparedJob:
 
     def record(self) -> dict[Any, Any]:
         """The initial fields of the job's record."""
-        record = {"state": "queued", "model": self.model, "submitted_at": f"{time.time():.6f}"}
+        record = {"state": "queued", "model": self.model, "submitted_at": f"{self._clock.now():.6f}"}
         return record if self.mark is None else {**record, "mark": self.mark}
 
 
@@ -84,6 +108,8 @@ class Submitter:
         self._settings, self._url, self._redis, self._app, self._model_name = settings, url, connection, app, model_name
         #: The models that requests may name.
         self.models = ServedModels(connection, url, {model_name, *settings.models})
+        #: The Redis, and its clock.
+        self.server = ServerCheck(connection, url, allow_unsuitable=settings.redis_unsuitable == "allow")
 
     def prepare(self, fields: Mapping[str, Any]) -> PreparedJob:
         """Check everything that can be checked without the model, and choose the job id and the seed.
@@ -100,7 +126,7 @@ class Submitter:
             if internal in given:
                 raise InvalidRequest(internal, show(given[internal]), f"no such parameter; {advice}")
         if timeout_s is not None:
-            given["expires_at"] = time.time() + _check_timeout_s(timeout_s)
+            timeout_s = _check_timeout_s(timeout_s)
         request = parse_request(given)
         model = self._model_name if model is None else check_model(model)
         digest = _digest(request, model) if job_id is not None else ""
@@ -108,7 +134,15 @@ class Submitter:
             # Chosen here, so that a job that is computed again after a crash draws the same numbers.
             request = request.model_copy(update={"seed": secrets.randbits(52)})
         key = next(iter(self._settings.signing_keys), None)
-        return PreparedJob(uuid.uuid4().hex if job_id is None else _check_id(job_id), model, request, digest, key)
+        return PreparedJob(
+            uuid.uuid4().hex if job_id is None else _check_id(job_id),
+            model,
+            request,
+            digest=digest,
+            key=key,
+            timeout_s=timeout_s,
+            clock=self.server.clock,
+        )
 
     def check_models(self, jobs: Iterable[PreparedJob]) -> None:
         """Refuse jobs for models that no worker serves; see `ServedModels.check`."""
@@ -120,9 +154,11 @@ class Submitter:
         Raises:
             InvalidRequest: a job id belongs to another request; nothing was queued.
             QueueFull: a queue does not accept that many jobs; nothing was queued.
+            RedisUnsuitable: Redis would lose the jobs; nothing was queued.
             RedisUnreachable, RedisRefused: Redis does not answer, or answers with an error. `accepted` has the ids of
                 the jobs that were queued before, by their index in `jobs`.
         """
+        self.server.before_submit()
         accepted: set[str] = set()
         try:
             with redis_errors(self._url):
@@ -250,7 +286,7 @@ def _groups(jobs: Iterable[PreparedJob]) -> Iterator[list[PreparedJob]]:
 
 def _digest(request: GenerateRequest, model: str) -> str:
     """A digest of the request and its model, but not of the time when it expires."""
-    wire = {"model": model, **request.model_copy(update={"expires_at": None}).to_wire()}
+    wire = {"model": model, **request.to_wire()}
     return hashlib.sha256(json.dumps(wire, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -8,7 +8,9 @@ HeadraceError
 ├── QueueFull                           refused by submit; nothing was queued
 ├── RedisUnreachable (ConnectionError)  Redis did not answer
 ├── RedisRefused                        Redis refuses: it is full or read-only, or the user lacks a right
+├── RedisUnsuitable                     refused by submit: this Redis loses jobs, or cannot hold them
 ├── UnknownJob (KeyError)               no job has this id, or its record has expired
+│   └── JobLost                         it was accepted, and Redis has it no more
 ├── UnreadableRecord                    something else has overwritten the job's record
 ├── NoCheckpoints (KeyError)            the job captured no tensors, or they have expired
 ├── StreamChanged                       the streamed text differs from the job's result
@@ -25,6 +27,8 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Self
+
+from headrace.client.wire.connection_advice import connection_advice
 
 
 class HeadraceError(Exception):
@@ -157,28 +161,6 @@ class RedisUnreachable(RedisFailed, ConnectionError):
         return self._with_accepted(f"Redis at {self.url} cannot be reached ({self.reason}); {advice}")
 
 
-#: Reasons that `client.wire.redis.explain` finds when only one side uses TLS.
-NO_TLS, TLS = "the server has no TLS", "the server speaks TLS"
-
-#: Part of a connection error -> what to do, for errors that do not go away by themselves.
-_ADVICE = {
-    "certificate verify failed": "its certificate is not trusted for this host: give the authority's file in "
-    "HEADRACE_REDIS_URL, rediss://...?ssl_ca_certs=/path/to/ca.pem, and the host as the certificate names it",
-    "no such file": "correct the paths in HEADRACE_REDIS_URL; without ssl_ca_certs the system's authorities are used",
-    "username-password": "correct user and password in HEADRACE_REDIS_URL, redis://user:password@host",
-    "authentication required": "put user and password into HEADRACE_REDIS_URL, redis://user:password@host",
-    "wrong version number": "it does not use TLS: for a connection without TLS write redis://",
-    "record layer failure": "it does not use TLS: for a connection without TLS write redis://",
-    NO_TLS.lower(): "enable TLS there, or write redis:// in HEADRACE_REDIS_URL for a connection without encryption",
-    TLS.lower(): "write rediss:// in HEADRACE_REDIS_URL, with ?ssl_ca_certs=/path/to/ca.pem for your own authority",
-}
-
-
-def connection_advice(reason: str) -> str | None:
-    """What to do about a connection error that does not go away by itself; None for any other error."""
-    return next((advice for sign, advice in _ADVICE.items() if sign in reason.lower()), None)
-
-
 class RedisRefused(RedisFailed):
     """Raised when Redis answers with an error: it is out of memory, read-only, or the user lacks a right."""
 
@@ -187,6 +169,18 @@ class RedisRefused(RedisFailed):
     def __str__(self) -> str:
         advice = "check its memory limit, its disk, and the user's rights"
         return self._with_accepted(f"Redis at {self.url} refused the command ({self.reason}); {advice}")
+
+
+class RedisUnsuitable(RedisFailed):
+    """Raised by `submit` and by workers when the settings of Redis would lose jobs: it evicts keys, or is a cluster."""
+
+    code = "redis_unsuitable"
+
+    def __str__(self) -> str:
+        return self._with_accepted(
+            f"Redis at {self.url} is not fit for jobs: {self.reason}. HEADRACE_REDIS_UNSUITABLE=allow uses it "
+            "nevertheless"
+        )
 
 
 class UnknownJob(HeadraceError, KeyError):
@@ -203,6 +197,23 @@ class UnknownJob(HeadraceError, KeyError):
             f"no job {self.job_id!r} on this Redis: the id is wrong, the job is on another Redis (HEADRACE_REDIS_URL), "
             "its record has expired (HEADRACE_RESULT_TTL_S), or another Celery program sent it and no worker has taken "
             "its message yet"
+        )
+
+
+class JobLost(UnknownJob):
+    """An `UnknownJob` that was accepted: Redis had it, and has it no more. Submit it again.
+
+    Redis was flushed, has restarted without its data, evicts keys, or a replica without the job has become the primary.
+    A worker that was computing the job may still end it; `Job.status` then says so.
+    """
+
+    code = "job_lost"
+
+    def __str__(self) -> str:
+        return (
+            f"job {self.job_id} was accepted, and Redis has it no more: submit it again. Redis was flushed, restarted "
+            "without its data, evicted it or kept it no longer (HEADRACE_RESULT_TTL_S); `headrace status` shows how it "
+            "keeps data"
         )
 
 

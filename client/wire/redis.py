@@ -21,6 +21,7 @@ from kombu.exceptions import OperationalError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from headrace.client.wire.connection_advice import NO_TLS, TLS, connection_advice
 from headrace.client.wire.embedded_redis import (
     AsyncEmbeddedConnection,
     EmbeddedConnection,
@@ -29,7 +30,7 @@ from headrace.client.wire.embedded_redis import (
     embedded_url,
     is_embedded,
 )
-from headrace.client.wire.errors import NO_TLS, TLS, RedisRefused, RedisUnreachable, connection_advice
+from headrace.client.wire.errors import RedisRefused, RedisUnreachable
 from headrace.config.directories import redis_dir
 from headrace.config.sentinel import is_sentinel, parse_sentinel
 from headrace.config.settings import Settings, redact_url

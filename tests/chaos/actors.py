@@ -25,7 +25,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from headrace.client import Client, HeadraceError, Job, JobError, RedisRefused, RedisUnreachable, Result
+from headrace.client import Client, HeadraceError, Job, JobError, JobLost, RedisRefused, RedisUnreachable, Result
+from headrace.client.jobs.reading import JobReader
 from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
 from headrace.client.wire.results import Outcome, outcome_state, parse_outcome
@@ -118,6 +119,13 @@ class Server:
         with self.admin as admin:
             chosen = [entry["id"] for entry in admin.client_list() if dice.random() <= share]
             return sum(admin.client_kill_filter(_id=name, skipme=True) for name in chosen)
+
+    def lose(self) -> None:
+        """Lose all data and end all connections, as when an empty replica becomes the primary."""
+        with self.admin as admin:
+            admin.flushall()
+            for entry in admin.client_list():
+                admin.client_kill_filter(_id=entry["id"], skipme=True)
 
     def fill(self) -> None:
         """Fill the memory until Redis refuses the smallest write."""
@@ -316,11 +324,18 @@ class Submitter:
 
 
 class Collector:
-    """Polls for the outcomes of all accepted jobs in its own thread, and keeps the first outcome that it sees."""
+    """Polls for the outcomes of all accepted jobs in its own thread, and keeps the first outcome that it sees.
+
+    Set `loses` after Redis has lost its data: from then on it also asks as a caller does whether a job is lost.
+    """
 
     def __init__(self, url: str, jobs: dict[str, JobFact]) -> None:
         self._redis = connect(url)
+        self._reader = JobReader(url, self._redis, model_name="demo")
         self._jobs = jobs
+        self.loses = False
+        #: When the caller of each lost job was told so.
+        self.lost: dict[str, float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="chaos-collect", daemon=True)
         self.seen: dict[str, End] = {}
@@ -335,8 +350,8 @@ class Collector:
 
     @property
     def waiting(self) -> list[str]:
-        """Accepted jobs whose end was not seen yet."""
-        return [job_id for job_id in list(self._jobs) if job_id not in self.seen]
+        """Accepted jobs whose end was not seen yet, and that are not lost."""
+        return [job_id for job_id in list(self._jobs) if job_id not in self.seen and job_id not in self.lost]
 
     def _run(self) -> None:
         while not self._stop.wait(POLL_S):
@@ -351,6 +366,15 @@ class Collector:
             for job_id, record in zip(part, records, strict=True):
                 if (outcome := parse_outcome(record)) is not None:
                     self.seen[job_id] = end_of(outcome, time.time())
+                elif self.loses:
+                    with contextlib.suppress(RedisUnreachable):
+                        self._ask_whether_lost(job_id)
+
+    def _ask_whether_lost(self, job_id: str) -> None:
+        try:
+            Job(job_id, self._reader, accepted=True).status()
+        except JobLost:
+            self.lost[job_id] = time.time()
 
 
 def final_ends(settings: Settings, job_ids: list[str]) -> dict[str, End]:

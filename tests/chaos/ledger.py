@@ -114,6 +114,8 @@ class Facts:
     jobs: dict[str, JobFact] = field(default_factory=dict)
     seen: dict[str, End] = field(default_factory=dict)
     final: dict[str, End] = field(default_factory=dict)
+    #: Jobs whose callers were told that Redis has lost them, and when.
+    lost: dict[str, float] = field(default_factory=dict)
     deliveries: list[Delivery] = field(default_factory=list)
     computations: list[Computation] = field(default_factory=list)
     #: Process id -> its renewals: when it read the clock, and when the renewal was written.
@@ -143,6 +145,8 @@ class Ledger:
     unclaimed: int = 0
     refusals: dict[str, int] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)
+    #: Jobs that Redis lost, and whose callers were told.
+    lost: int = 0
     #: Harmless jobs that were held by too many dying workers.
     given_up: int = 0
     redelivered: int = 0
@@ -165,6 +169,7 @@ def balance(facts: Facts) -> Ledger:
         submitted_again=sum(len(job.calls) > 1 for job in facts.jobs.values()),
         refusals=dict(facts.refusals),
         ends=dict(Counter(_name(end) for end in facts.final.values())),
+        lost=len(facts.lost),
         computed=sum(c.how == "succeeded" for c in facts.computations),
         longest_recovery_s=_recoveries(facts),
         actions=dict(
@@ -200,6 +205,8 @@ def _name(end: End) -> str:
 
 def _judge_end(history: History, job_id: str, job: JobFact, end: End | None) -> str | None:
     """The error in how a job ended; None if it ended correctly."""
+    if job_id in history.facts.lost:
+        return None if history.may_be_lost(job_id) else "was told lost, and Redis had lost nothing"
     if end is None:
         return f"never ended: {history.describe(job_id)}"
     seen = history.facts.seen.get(job_id)
@@ -260,6 +267,11 @@ class History:
         """How many workers died while they held the job."""
         return sum(c.ended is None and c.pid in self._died for c in self.computations.get(job_id, ()))
 
+    def may_be_lost(self, job_id: str) -> bool:
+        """Whether Redis lost its data after the job's submission began."""
+        began, told = self.facts.jobs[job_id].calls[0][0], self.facts.lost[job_id]
+        return any(f.kind == "lose_redis" and began <= f.ended and f.began <= told for f in self.facts.faults)
+
     def duplicates(self) -> Iterator[tuple[str, str | None]]:
         """For each complete computation after the first one: the job, and the reason; None if it is unexplained."""
         for job_id, computations in self.computations.items():
@@ -308,7 +320,7 @@ class History:
         job = self.facts.jobs.get(job_id)
         if job is None:
             return True  # its submission raised
-        cut = [f for f in self.facts.faults if f.kind in ("cut", "kill_redis", "stop_redis")]
+        cut = [f for f in self.facts.faults if f.kind in ("cut", "kill_redis", "stop_redis", "lose_redis")]
         return len(job.calls) > 1 or any(
             fault.began - CLOCK_S <= end and begin <= fault.ended + CLOCK_S for begin, end in job.calls for fault in cut
         )
@@ -362,6 +374,7 @@ def table(ledger: Ledger) -> str:
         ("computed although submit raised", ledger.unclaimed),
         *((f"submit raised {name}", count) for name, count in sorted(ledger.refusals.items())),
         *sorted(ledger.ends.items()),
+        ("lost with Redis' data, and told", ledger.lost),
         ("given up with dying workers", ledger.given_up),
         ("redelivered", ledger.redelivered),
         ("complete computations", ledger.computed),

@@ -210,6 +210,7 @@ class Run:
             "kill_redis": (self.server.kill, self.server.start),
             "stop_redis": (self.server.pause, self.server.resume),
             "fill_redis": (self.server.fill, self.server.free_memory),
+            "lose_redis": (lambda: self.background.submit(self._lose, action, began), None),
             "cut": (lambda: self.background.submit(self._cut, action, began), None),
             "cancel": (lambda: self.background.submit(self._cancel, action, began), None),
             "poison": (lambda: self._poison(action, began), None),
@@ -238,6 +239,12 @@ class Run:
         with suppress(redis.RedisError):  # Redis is down
             self.server.cut(action.salt)
         self._note(action, began)
+
+    def _lose(self, action: Action, began: float) -> None:
+        with suppress(redis.RedisError):  # Redis is down
+            self.server.lose()
+            self.collector.loses = True
+            self._note(action, began)
 
     def _cancel(self, action: Action, began: float) -> None:
         waiting = self.collector.waiting
@@ -307,6 +314,12 @@ class Run:
         passing = sum(int(info[name]) for name in ("mem_clients_normal", "mem_clients_slaves", "mem_aof_buffer"))
         return Remains(sizes, int(info["used_memory"]) - passing)
 
+    def _final_ends(self) -> dict[str, End]:
+        """The ends of jobs as a new client reads them, or as they were seen before Redis lost the results."""
+        seen, lost_at = self.collector.seen, max((f.ended for f in self.faults if f.kind == "lose_redis"), default=0.0)
+        early = {job_id: end for job_id, end in seen.items() if end.at <= lost_at}
+        return early | final_ends(self.settings, [job_id for job_id in seen if job_id not in early])
+
     # --- the facts -------------------------------------------------------------------------------------------------
 
     def _facts(self, before: Remains) -> Facts:
@@ -315,7 +328,8 @@ class Run:
             float(self.run_plan.lease_s),
             jobs=dict(self.submitter.jobs),
             seen=dict(self.collector.seen),
-            final=final_ends(self.settings, list(self.collector.seen)),
+            lost=dict(self.collector.lost),
+            final=self._final_ends(),
             deaths=[death for worker in self.workers for death in worker.deaths],
             faults=self.faults,
             before=before,

@@ -14,6 +14,7 @@ Kind = Literal[
     "kill_redis",  # kill -9, restarted after `seconds`
     "stop_redis",  # SIGSTOP for `seconds`: connections stay open, but Redis does not answer
     "fill_redis",  # at its memory limit for `seconds`
+    "lose_redis",  # all data is gone and all connections end, as when an empty replica becomes the primary
     "cut",  # CLIENT KILL of connections
     "cancel",  # cancel jobs that have not ended
     "poison",  # a job that kills the worker which computes it
@@ -26,6 +27,7 @@ KINDS: tuple[Kind, ...] = (
     "kill_redis",
     "stop_redis",
     "fill_redis",
+    "lose_redis",
     "cut",
     "cancel",
     "poison",
@@ -78,6 +80,8 @@ def storm(
     for kind, times in at_once.items():
         for _ in range(0 if kind in without else round(times * waves)):
             actions.append(Action(dice.uniform(0.03, 0.97) * span_s, kind, salt=dice.getrandbits(32)))
+    for _ in range(0 if "lose_redis" in without else round(waves)):
+        actions.append(Action(dice.uniform(0.2, 0.8) * span_s, "lose_redis"))
     return sorted(actions)
 
 

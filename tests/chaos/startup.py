@@ -24,7 +24,7 @@ from headrace.client.wire.celery import GROUP_TASK_NAME
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.errors import EngineStopped
 from headrace.worker.jobs.pool import EnginePool
-from headrace.worker.jobs.store import RedisStore
+from headrace.worker.jobs.redis_store import RedisStore
 from headrace.worker.queue.messages import argument
 from tests.chaos.jobs import POISON_PROMPT
 

@@ -60,6 +60,16 @@ def wrong(facts: Facts) -> str:
     return complaint
 
 
+def test_a_job_may_be_lost_only_with_redis_data_and_only_if_the_caller_is_told(facts: Facts) -> None:
+    facts.final, facts.seen, facts.computations = {}, {}, []
+    assert "never ended" in wrong(facts)
+    facts.lost = {"a": 3.0}
+    assert "was told lost, and Redis had lost nothing" in wrong(facts)
+    facts.faults = [Fault("lose_redis", 2.0, 2.1)]
+    ledger = balance(facts)
+    assert (ledger.wrong, ledger.lost) == ([], 1)
+
+
 def test_a_run_in_which_all_is_well_balances(facts: Facts) -> None:
     ledger = balance(facts)
     assert ledger.wrong == []

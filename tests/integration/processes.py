@@ -125,6 +125,15 @@ ModelRunner.run = paced
 """
 
 
+def skewed(seconds: float) -> str:
+    """A patch that puts the clock of a worker's machine forward, or back."""
+    return f"""
+import time
+import kombu.transport.redis
+time.time = kombu.transport.redis.time = lambda real=time.time: real() + {seconds}
+"""
+
+
 def _slowly_while(file: Path) -> str:
     """A patch that delays each step while this file exists."""
     return f"""

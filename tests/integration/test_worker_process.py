@@ -15,7 +15,7 @@ from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
 from headrace.config import load_settings
 from headrace.worker.redis_server import EmbeddedRedis
-from tests.integration.processes import attempts, paced, wait_until, worker_on
+from tests.integration.processes import attempts, paced, skewed, wait_until, worker_on
 from tests.patience import PATIENCE_S
 
 #: Long jobs: each of their tokens takes a step of 0.02 s.
@@ -159,16 +159,21 @@ def test_a_cut_connection_runs_no_job_twice(own_server: EmbeddedRedis, own_clien
 
 
 def test_a_job_longer_than_its_lease_runs_once(own_server: EmbeddedRedis, own_client: Client, tmp_path: Path) -> None:
-    """Two workers, jobs of 6 s and leases of 3: one would take the other's job if its lease were not renewed."""
-    slow = {"patch": SLOWLY, "HEADRACE_SLOTS": "8", "HEADRACE_LOG_LEVEL": "debug"}
+    """Two workers, jobs of 6 s and leases of 3: one would take the other's job if its lease were not renewed.
+
+    Their clocks are two hours apart: one would take the other's job at once, or end it as expired.
+    """
+    slow = {"HEADRACE_SLOTS": "8", "HEADRACE_LOG_LEVEL": "debug"}
+    ahead, behind = (SLOWLY + skewed(seconds) for seconds in (3_600, -3_600))
     with (
-        worker_on(own_server, tmp_path / "one.log", "-n", "one@%h", **slow) as one,
-        worker_on(own_server, tmp_path / "two.log", "-n", "two@%h", **slow) as two,
+        worker_on(own_server, tmp_path / "one.log", "-n", "one@%h", patch=ahead, **slow) as one,
+        worker_on(own_server, tmp_path / "two.log", "-n", "two@%h", patch=behind, **slow) as two,
     ):
         one.wait_ready()
         two.wait_ready()
-        jobs = own_client.submit_many(["Hello."] * 4, max_tokens=300, ignore_eos=True)
-        jobs += [own_client.submit("Hello.", max_tokens=300, ignore_eos=True) for _ in range(4)]
+        params = {"max_tokens": 300, "ignore_eos": True, "timeout_s": PATIENCE_S}
+        jobs = own_client.submit_many(["Hello."] * 4, **params)
+        jobs += [own_client.submit("Hello.", **params) for _ in range(4)]
         for job in jobs:
             job.result(PATIENCE_S)
         assert len(one.events("job.finished")) + len(two.events("job.finished")) == 8

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import socket
+import time
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from headrace.client import Client, Status
+from headrace.client.wire.clock import SKEW_S
 from headrace.client.wire.keys import dead, queue
+from headrace.client.wire.suitability import ServerReport
 from headrace.config import load_settings
 from headrace.worker.cli.errors import FAILED, NOT_RUNNING, command_errors
 from headrace.worker.cli.local_stack import note
@@ -22,12 +25,12 @@ def status(here: bool, as_json: bool) -> None:
     """Show queues, workers and slots.
 
     Exit code 0 if workers serve all of HEADRACE_MODEL and none of them is stalled, 1 if one is stalled, 3 if none
-    serves one of the models.
+    serves one of the models. Without --here also 1 if the settings of Redis lose jobs.
     """
     with command_errors(as_json):
         settings = load_settings()
         with Client(settings=settings) as client:
-            found = client.status()
+            found = client.status().model_copy(update={"redis": client.reader.server_report()})
     if here:
         own = [worker for worker in found.workers if worker.host == socket.gethostname()]
         found = found.model_copy(update={"workers": own})
@@ -38,6 +41,8 @@ def status(here: bool, as_json: bool) -> None:
     if stalled := [worker for name in settings.models for worker in found.stalled(name)]:
         if not as_json:
             note.print(f"stalled: {', '.join(stalled)}; the engine is stuck in a step, restart the worker")
+        raise SystemExit(FAILED)
+    if not here and found.redis and found.redis.problems and settings.redis_unsuitable == "refuse":
         raise SystemExit(FAILED)
     if missing := [name for name in settings.models if not found.serves(name)]:
         if not as_json:
@@ -59,7 +64,27 @@ def _print_status(found: Status) -> None:
     console.print(workers, queues, f"{found.delivered} jobs are with workers")
     if scheduled := sum(worker.scheduled for worker in found.workers):
         console.print(f"{scheduled} of them wait for their ETA or for a rate limit")
+    if found.redis:
+        _print_server(console, found.redis)
+    skews = {w.host: w.clock_skew_s for w in found.workers} | {"this machine": time.time() - found.at}
+    for host, skew_s in skews.items():
+        if abs(skew_s) > SKEW_S:
+            side = "ahead of" if skew_s > 0 else "behind"
+            console.print(f"The clock of {host} is {abs(skew_s):.0f} s {side} Redis'", soft_wrap=True, highlight=False)
     if found.dead:
         console.print(f"{found.dead} messages could not be read; the list {dead()} contains them")
     for place in found.misplaced:
         console.print(f"{place.messages} messages for headrace are in the list {place.key}: {place.advice}")
+
+
+def _print_server(console: Console, report: ServerReport) -> None:
+    parts = [report.server or "unknown server"]
+    parts += [f"maxmemory-policy {report.eviction}"] if report.eviction else []
+    parts += [f"on disk: {report.persistence}"] if report.persistence else []
+    console.print(f"Redis: {', '.join(parts)}", soft_wrap=True, highlight=False, markup=False)
+    if report.unchecked:
+        console.print(f"Redis cannot be checked: {report.unchecked}", soft_wrap=True, highlight=False, markup=False)
+    for finding in report.problems:
+        console.print(f"Redis loses jobs: {finding}", soft_wrap=True, highlight=False, markup=False)
+    for finding in report.warnings:
+        console.print(f"Redis may lose jobs: {finding}", soft_wrap=True, highlight=False, markup=False)

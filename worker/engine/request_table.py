@@ -53,7 +53,9 @@ class RequestTable:
             self.owner[sequence] = state
             self._scheduler.add(sequence, PRIORITIES[state.request.priority] * PRIORITY_STEP)
         if state.request.expires_at is not None:
-            heapq.heappush(self._deadlines, (state.request.expires_at, next(self._tie), state))
+            # From here on by the monotonic clock: the other one may jump while the request runs.
+            deadline = time.monotonic() + state.request.expires_at - time.time()
+            heapq.heappush(self._deadlines, (deadline, next(self._tie), state))
 
     # --- ending requests -------------------------------------------------------------------------------------------
 
@@ -72,12 +74,12 @@ class RequestTable:
         if len(self._deadlines) > 2 * len(self._requests) + 64:  # most belong to requests that have ended
             self._deadlines = [entry for entry in self._deadlines if entry[2] in self._requests]
             heapq.heapify(self._deadlines)
-        while self._deadlines and self._deadlines[0][0] <= time.time():
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
             self.end(heapq.heappop(self._deadlines)[2], _expired)
 
     def seconds_to_deadline(self) -> float | None:
         """Seconds until the next deadline, 0 if it has passed; None if there is none."""
-        return max(0.0, self._deadlines[0][0] - time.time()) if self._deadlines else None
+        return max(0.0, self._deadlines[0][0] - time.monotonic()) if self._deadlines else None
 
     def fail(self, sequence: Sequence, code: str, message: str) -> None:
         """End the request of a sequence with JobFailed, if it has not ended yet."""

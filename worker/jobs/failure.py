@@ -10,6 +10,7 @@ import structlog
 from celery.platforms import EX_FAILURE
 from celery.worker import state
 
+from headrace.client.wire.errors import RedisUnsuitable
 from headrace.client.wire.redis import connect, resolve_url
 from headrace.config import Settings
 from headrace.worker.engine.errors import ModelUnavailable
@@ -34,11 +35,13 @@ class ProcessFailure:
     def end_process(self, error: BaseException) -> None:
         """End this process because of an error. May be called from any thread, and repeatedly."""
         known, self._forbidden = self._forbidden, is_forbidden(error)
-        self.crash_is_ours = self._forbidden or isinstance(error, ModelUnavailable)
+        self.crash_is_ours = self._forbidden or isinstance(error, (ModelUnavailable, RedisUnsuitable))
         self.failed = True
         state.should_stop = EX_FAILURE  # Celery turns `should_terminate` into exit code 0
         if isinstance(error, ModelUnavailable):
             self.log_unavailable(error)
+        elif isinstance(error, RedisUnsuitable):
+            log.error("redis.unsuitable", error=str(error))
         elif not self._forbidden:
             log.error("worker.failed", error=repr(error), trace=traceback.format_exc())
         elif not known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 import traceback
 import uuid
 import weakref
@@ -17,12 +18,14 @@ from celery.exceptions import Ignore, TaskRevokedError, TimeLimitExceeded
 
 from headrace.client.wire.errors import JobCancelled, JobError, JobFailed
 from headrace.client.wire.redis import connect, resolve_url
+from headrace.client.wire.requests import GenerateRequest
 from headrace.client.wire.results import Result
 from headrace.client.wire.signing import unsigned, verified
 from headrace.config import Settings
 from headrace.worker.engine.errors import EngineStopped
+from headrace.worker.jobs.redis_store import RedisStore
 from headrace.worker.jobs.retry import retry_until_available
-from headrace.worker.jobs.store import RedisStore, Store
+from headrace.worker.jobs.store import Store
 from headrace.worker.jobs.stream_writer import STREAM_INTERVAL_S, StreamWriter
 from headrace.worker.queue.messages import BAD_SIGNATURE, read_group, read_wire
 from headrace.worker.queue.permissions import is_forbidden
@@ -152,7 +155,7 @@ class Service:
             model = self.model_named(model)
             if self._signing_keys and not verified(self._signing_keys, job_id, model, wire):
                 raise JobFailed("bad_signature", BAD_SIGNATURE)
-            request = read_wire(unsigned(wire), model)
+            request = self._with_local_deadline(read_wire(unsigned(wire), model))
             if request.checkpoints and not self._checkpoint_max_bytes:
                 raise JobFailed("checkpoints_off", "this worker keeps no tensors: HEADRACE_CHECKPOINT_MAX_BYTES is 0")
         except JobFailed as error:
@@ -168,6 +171,13 @@ class Service:
         )
         self._tensors[future] = tensors
         return future
+
+    def _with_local_deadline(self, request: GenerateRequest) -> GenerateRequest:
+        """Clients set deadlines by Redis' clock. The engine uses this machine's."""
+        if request.expires_at is None:
+            return request
+        local = time.time() + request.expires_at - self.store.now()
+        return request.model_copy(update={"expires_at": max(0.0, local)})
 
     def model_named(self, name: str | None) -> str:
         """Return the name if this process serves that model; without a name, the name of its first model.

@@ -6,24 +6,12 @@ requests to cancel it, the leases of messages, and the records of workers.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
-
-import redis
-from redis.client import Pipeline
-
-from headrace.client.wire import keys
-from headrace.client.wire.queue_depth import queue_status
-from headrace.client.wire.results import parse_outcome
+from typing import NamedTuple, Protocol
 
 #: A worker whose last heartbeat is older than this many seconds counts as gone.
 WORKER_TTL_S = 15
-#: A worker that has written a heartbeat within this many seconds is alive; it writes one every two seconds.
-RECENT_BEAT_S = 5
-#: A `WorkerRecord.identity` in a job's record is shorter; anybody may have written another one there.
-MAX_IDENTITY = 512
 
 
 @dataclass(frozen=True)
@@ -56,7 +44,11 @@ class Waiting(NamedTuple):
 
 
 class Store(Protocol):
-    """The records of jobs and workers. With Redis, every method may raise redis.RedisError."""
+    """The records of jobs and workers. With Redis, every method but `now` may raise redis.RedisError."""
+
+    def now(self) -> float:
+        """Return the Unix time in seconds on the clock that all clients and workers share: that of Redis."""
+        ...
 
     def lookup(self, job_ids: Sequence[str]) -> list[JobRecord]:
         """Return what is known about jobs, in their order."""
@@ -145,192 +137,3 @@ for i = 1, #KEYS do
 end
 return refused
 """
-
-
-class RedisStore:
-    """The store in Redis. Each method sends one request (two at most), however many jobs it is about.
-
-    Args:
-        connection: a client that decodes responses.
-        result_ttl_s: lifetime of results, and of the records of ended jobs, in seconds.
-        checkpoint_ttl_s: lifetime of checkpoint tensors in seconds.
-        events_ttl_s: lifetime of a stream after its last event in seconds.
-    """
-
-    def __init__(
-        self, connection: redis.Redis, *, result_ttl_s: int, checkpoint_ttl_s: int, events_ttl_s: int = 3_600
-    ) -> None:
-        self._redis = connection
-        self._ttl_s = result_ttl_s
-        self._checkpoint_ttl_s = checkpoint_ttl_s
-        self._events_ttl_s = events_ttl_s
-        self._append_events = connection.register_script(APPEND_EVENTS)
-
-    def lookup(self, job_ids: Sequence[str]) -> list[JobRecord]:
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.mget([keys.result(job_id) for job_id in job_ids])
-        pipe.mget([keys.cancel(job_id) for job_id in job_ids])
-        for job_id in job_ids:
-            pipe.hmget(keys.job(job_id), "attempts", "state", "mark", "begun_by")
-        answers = pipe.execute(raise_on_error=False)
-        if invalid := [j for j, fields in zip(job_ids, answers[2:], strict=True) if not _is_valid(fields)]:
-            self._redis.delete(*map(keys.job, invalid))  # otherwise each attempt would fail, and the jobs wait for ever
-            return self.lookup(job_ids)
-        records, cancels, *fields = answers
-        begun = {begun_by for attempts, _, _, begun_by in fields if int(attempts or 0) > 0 and begun_by}
-        alive = self._alive({identity for identity in begun if identity.isascii() and len(identity) < MAX_IDENTITY})
-        return [
-            JobRecord(
-                parse_outcome(record) is not None,
-                bool(cancel),
-                max(0, int(attempts or 0)),
-                state,
-                mark,
-                begun_by in alive,
-            )
-            for record, cancel, (attempts, state, mark, begun_by) in zip(records, cancels, fields, strict=True)
-        ]
-
-    def _alive(self, workers: set[str]) -> set[str]:
-        """Those of the workers, by `WorkerRecord.identity`, that have written a heartbeat recently."""
-        if not workers:
-            return set()
-        pipe = self._redis.pipeline(transaction=False)
-        named = sorted(workers)
-        for identity in named:
-            name = identity.rpartition(" ")[0]
-            pipe.hmget(keys.worker(name), "started_at", "stalled")
-            pipe.ttl(keys.worker(name))
-        answers = pipe.execute(raise_on_error=False)
-        return {
-            identity
-            for identity, fields, ttl_s in zip(named, answers[::2], answers[1::2], strict=True)
-            if fields == [identity.rpartition(" ")[2], "0"] and ttl_s >= WORKER_TTL_S - RECENT_BEAT_S
-        }
-
-    def announce(self, jobs: Mapping[str, Waiting]) -> None:
-        pipe = self._redis.pipeline(transaction=False)
-        for job_id, waiting in jobs.items():
-            name = keys.job(job_id)
-            pipe.hsetnx(name, "state", "queued")
-            pipe.hsetnx(name, "model", waiting.model)
-            if waiting.until is not None:
-                pipe.hset(name, keys.WAITS_UNTIL, f"{waiting.until:.6f}")
-            pipe.expire(name, keys.UNFINISHED_TTL_S)
-        pipe.execute()
-
-    def count_attempts(self, job_ids: Sequence[str], worker: str = "", shared: Container[str] = ()) -> list[int]:
-        pipe = self._redis.pipeline(transaction=False)
-        for job_id in job_ids:
-            pipe.hincrby(keys.job(job_id), "attempts", int(job_id not in shared))
-            pipe.hset(keys.job(job_id), "begun_by", worker)
-            pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
-        return pipe.execute()[::3]
-
-    def started(self, job_ids: Iterable[str], worker: str) -> None:
-        pipe = self._redis.pipeline(transaction=False)
-        for job_id in job_ids:
-            pipe.hset(keys.job(job_id), mapping={"state": "running", "worker": worker, "started_at": time.time()})
-            pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
-        pipe.execute()
-
-    def returned(self, job_ids: Iterable[str], attempted: Iterable[str]) -> None:
-        pipe = self._redis.pipeline(transaction=False)
-        for job_id in job_ids:
-            pipe.hset(keys.job(job_id), "state", "queued")
-            pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
-        for job_id in attempted:
-            pipe.hincrby(keys.job(job_id), "attempts", -1)
-            pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
-        pipe.execute()
-
-    def ended(self, job_ids: Iterable[str]) -> None:
-        pipe = self._redis.pipeline(transaction=False)
-        self._end(pipe, list(job_ids))
-        pipe.execute()
-
-    def finish(self, records: Mapping[str, str]) -> None:
-        earlier = cast("list[str | None]", self._redis.mget([keys.result(job_id) for job_id in records]))
-        pipe = self._redis.pipeline()
-        for (job_id, record), before in zip(records.items(), earlier, strict=True):
-            if parse_outcome(before) is None:
-                pipe.set(keys.result(job_id), record, ex=self._ttl_s)
-                pipe.publish(keys.result(job_id), record)  # `AsyncResult.get` is subscribed to it
-        self._end(pipe, list(records))
-        pipe.execute()
-
-    def _end(self, pipe: Pipeline, job_ids: list[str]) -> None:
-        for job_id in job_ids:
-            pipe.expire(keys.job(job_id), self._ttl_s)
-        pipe.delete(*[keys.cancel(job_id) for job_id in job_ids])
-
-    def save_tensors(self, job_id: str, tensors: Mapping[str, bytes]) -> None:
-        pipe = self._redis.pipeline()
-        pipe.delete(keys.checkpoint(job_id))
-        for name, data in tensors.items():
-            pipe.hset(keys.checkpoint(job_id), name, data)
-        pipe.expire(keys.checkpoint(job_id), self._checkpoint_ttl_s)
-        pipe.execute()
-
-    def append_events(self, events: Mapping[str, str]) -> list[str]:
-        job_ids = list(events)
-        refused = self._append_events(keys=list(map(keys.events, job_ids)), args=[self._events_ttl_s, *events.values()])
-        return [job_ids[number - 1] for number in cast("list[int]", refused)]
-
-    def cancelled(self, job_ids: Sequence[str]) -> set[str]:
-        flags = cast("list[str | None]", self._redis.mget([keys.cancel(job_id) for job_id in job_ids]))
-        return {job_id for job_id, flag in zip(job_ids, flags, strict=True) if flag}
-
-    def renew(self, delivery_tags: Iterable[str]) -> None:
-        now = time.time()  # the clock that kombu's sweep uses too
-        if leases := dict.fromkeys(delivery_tags, now):
-            self._redis.zadd(keys.unacked_index(), leases, xx=True)
-
-    def ends(self, job_ids: Sequence[str]) -> tuple[set[str], set[str]]:
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.mget([keys.result(job_id) for job_id in job_ids])
-        pipe.mget([keys.cancel(job_id) for job_id in job_ids])
-        records, flags = pipe.execute()
-        return (
-            {job_id for job_id, record in zip(job_ids, records, strict=True) if parse_outcome(record) is not None},
-            {job_id for job_id, flag in zip(job_ids, flags, strict=True) if flag},
-        )
-
-    def lost(self, delivery_tags: Sequence[str]) -> set[str]:
-        pipe = self._redis.pipeline(transaction=False)
-        for tag in delivery_tags:
-            pipe.zscore(keys.unacked_index(), tag)
-        return {tag for tag, renewed_at in zip(delivery_tags, pipe.execute(), strict=True) if renewed_at is None}
-
-    def heartbeat(self, worker: str, record: Mapping[str, str | int | float]) -> None:
-        now = time.time()
-        pipe = self._redis.pipeline()
-        fields: dict[Any, Any] = {**record, "beat_at": now}
-        pipe.hset(keys.worker(worker), mapping=fields)
-        pipe.expire(keys.worker(worker), WORKER_TTL_S)
-        pipe.zadd(keys.workers(), {worker: now})
-        pipe.zremrangebyscore(keys.workers(), 0, now - 20 * WORKER_TTL_S)
-        pipe.expire(keys.workers(), 20 * WORKER_TTL_S)
-        pipe.zadd(keys.models(), {str(record["model"]): now})
-        pipe.zremrangebyscore(keys.models(), 0, now - keys.KNOWN_MODEL_S)
-        pipe.expire(keys.models(), keys.KNOWN_MODEL_S)
-        pipe.execute()
-
-    def queued(self, model_name: str) -> dict[str, int]:
-        return queue_status(self._redis, model_name).model_dump(exclude={"model"})
-
-    def deregister(self, worker: str) -> None:
-        pipe = self._redis.pipeline()
-        pipe.delete(keys.worker(worker))
-        pipe.zrem(keys.workers(), worker)
-        pipe.execute()
-
-
-def _is_valid(fields: Any) -> bool:
-    """Whether the record of a job can be used; anybody may have written it. Raises any other error of Redis."""
-    if isinstance(fields, Exception):
-        if "WRONGTYPE" in str(fields):
-            return False
-        raise fields
-    attempts = fields[0] or "0"
-    return attempts.isascii() and attempts.removeprefix("-").isdecimal() and len(attempts) < 10

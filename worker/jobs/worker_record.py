@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +14,7 @@ import redis
 import structlog
 
 from headrace.client.wire import keys
+from headrace.client.wire.clock import SKEW_S
 from headrace.worker.jobs.deliveries import DeliveryBook
 from headrace.worker.jobs.health import Health
 from headrace.worker.jobs.store import Store
@@ -34,6 +36,9 @@ NOT_LOADED: dict[str, str | int | float] = {
     "step_age_s": 0.0,
     "rows": "[]",
 }
+
+#: A failed job as the record shows it: its tag, its error code and the time `at`, by this machine's clock.
+Failure = Mapping[str, str | float]
 
 
 class WorkerRecord:
@@ -57,14 +62,16 @@ class WorkerRecord:
         health: Health,
         *,
         slots: int,
-        failures: Mapping[str, Iterable[object]],
+        failures: Mapping[str, Iterable[Failure]],
         scheduled: Callable[[str], int] = lambda _: 0,
     ) -> None:
         self._store, self._models, self._book, self._health = store, models, book, health
         self._slots, self._failures, self._scheduled = slots, failures, scheduled
         #: The name of this worker.
         self.name = f"{socket.gethostname()}-{os.getpid()}"
-        self._began_at = time.time()
+        self._began_at = time.monotonic()
+        self._process = secrets.token_hex(8)
+        self._skew_told = False
         self._last_tokens: dict[str, int] = {}
         self._written_at = time.monotonic()
 
@@ -72,17 +79,22 @@ class WorkerRecord:
         """Write the records. `now` is the monotonic clock's. Raises redis.RedisError."""
         engines, passed_s = self._models.loaded, max(1e-9, now - self._written_at)
         self._written_at = now
+        redis_now = self._store.now()
+        skew_s = time.time() - redis_now
+        self._tell_skew(skew_s)
         for model in self._models.names:
             self._store.heartbeat(
                 self._name_for(model),
                 {
                     "model": model,
                     "slots": self._slots,
-                    "started_at": self._began_at,
+                    "process": self._process,
+                    "started_at": round(redis_now - (now - self._began_at)),
+                    "clock_skew_s": round(skew_s, 1),
                     "stalled": int(stalled),
                     "scheduled": self._scheduled(model),
                     "loaded": int(model in engines),
-                    "failures": json.dumps(list(self._failures[model])),
+                    "failures": json.dumps([_by_redis(failure, skew_s) for failure in self._failures[model]]),
                     **self._engine_fields(model, engines.get(model), passed_s),
                 },
             )
@@ -95,9 +107,16 @@ class WorkerRecord:
         except redis.RedisError as error:
             log.warning("redis.unanswered", error=str(error))
 
+    def _tell_skew(self, skew_s: float) -> None:
+        """Log once that the clocks differ. What Celery itself does, such as `eta`, goes by this machine's."""
+        skewed = abs(skew_s) > SKEW_S
+        if skewed and not self._skew_told:
+            log.warning("clock.differs", skew_s=round(skew_s, 1))
+        self._skew_told = skewed
+
     def identity(self, model: str) -> str:
-        """The record's name with the time of its start: another process on this host may get the same name."""
-        return f"{self._name_for(model)} {self._began_at!r}"
+        """The record's name and a mark of this process: another process on this host may get the same name."""
+        return f"{self._name_for(model)} {self._process}"
 
     def _name_for(self, model: str) -> str:
         return self.name if len(self._models.names) == 1 else keys.worker_of(self.name, model)
@@ -118,6 +137,10 @@ class WorkerRecord:
             "step_age_s": round(self._health.stalled_for_s or stats.step_age_s, 1),
             "rows": json.dumps([_row_fields(row) for row in engine.running_sequences()[:SHOWN_ROWS]]),
         }
+
+
+def _by_redis(failure: Failure, skew_s: float) -> Failure:
+    return {**failure, "at": round(float(failure["at"]) - skew_s, 1)}
 
 
 def _row_fields(row: SequenceStats) -> dict[str, str | int | float]:

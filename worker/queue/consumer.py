@@ -10,11 +10,13 @@ import redis
 import structlog
 from celery.app.task import Context
 from celery.exceptions import InvalidTaskError
+from celery.platforms import EX_FAILURE
 from celery.worker import state
 from celery.worker.consumer import Consumer
 
 from headrace.client.wire import keys
-from headrace.client.wire.errors import JobFailed
+from headrace.client.wire.clock import RedisClock
+from headrace.client.wire.errors import JobFailed, RedisUnsuitable
 from headrace.worker.queue.dead_letters import dead_letter, named_jobs, original
 from headrace.worker.queue.held import HeldMessages
 from headrace.worker.queue.message_options import compression_of, reason_to_refuse_options
@@ -22,6 +24,7 @@ from headrace.worker.queue.messages import BAD_SIGNATURE, model_of
 from headrace.worker.queue.misplaced import LOOK_S, MisplacedMessages
 from headrace.worker.queue.permissions import is_forbidden
 from headrace.worker.queue.redaction import RedactedRequest, redact_error_logs
+from headrace.worker.queue.server_check import check_server
 from headrace.worker.queue.transport import CONNECTION_ERRORS, plain_client, transport_that_takes
 from headrace.worker.queue.validation import forbid_compression, reason_to_refuse, take_out_unsigned
 
@@ -69,7 +72,7 @@ class SafeConsumer(Consumer):
         redact_error_logs()
         # With gossip every worker receives every heartbeat of every other worker, and does nothing with it.
         super().__init__(take, *args, **{**kwargs, "without_gossip": True})
-        self._renews = False
+        self._renews, self._clock = False, RedisClock()
         self._signing_keys = self.app.headrace_settings.signing_keys
 
     # --- what depends on the pool ----------------------------------------------------------------------------------
@@ -90,6 +93,11 @@ class SafeConsumer(Consumer):
         """Whether the message has been put aside until its ETA. Celery's own pools keep it in Celery's timer."""
         return False
 
+    def _redis_unsuitable(self, error: RedisUnsuitable) -> None:
+        """The Redis that answers now loses jobs: Celery is told to end this process."""
+        log.error("redis.unsuitable", error=str(error))
+        state.should_stop = EX_FAILURE
+
     # --- messages come in ------------------------------------------------------------------------------------------
 
     def connection_for_read(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +105,13 @@ class SafeConsumer(Consumer):
         connection = self.app.connection_for_read(*args, **kwargs)
         transport = transport_that_takes(connection.get_transport_cls(), self._refuse, self._has_room)
         connection.get_transport_cls = lambda: transport  # remote control shows `transport_cls` itself, as JSON
-        return self.ensure_connected(connection)
+        connected = self.ensure_connected(connection)
+        try:
+            check_server(self.app.headrace_settings)  # at each connection: another server may be the primary now
+        except RedisUnsuitable as error:
+            self._redis_unsuitable(error)
+            state.maybe_shutdown()
+        return connected
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         """Called by Celery for the function that handles each message."""
@@ -263,8 +277,10 @@ class SafeConsumer(Consumer):
     def _renew_leases(self) -> None:
         lease_s = self.app.headrace_settings.lease_s
         try:
-            if leases := dict.fromkeys(self._held.tags(), time.time()):
-                plain_client(self.task_consumer.channel).zadd(keys.unacked_index(), leases, xx=True)
+            if tags := self._held.tags():
+                connection = plain_client(self.task_consumer.channel)
+                self._clock.update(connection)
+                connection.zadd(keys.unacked_index(), dict.fromkeys(tags, self._clock.now()), xx=True)
         except Exception as error:
             log.warning("redis.unanswered", error=str(error))
         self.timer.call_after(lease_s / 4, self._renew_leases)

@@ -10,7 +10,7 @@ from celery.worker import state
 
 from headrace.client.wire import keys
 from headrace.client.wire.celery import GROUP_TASK_NAME, TASK_NAME
-from headrace.client.wire.errors import JobFailed
+from headrace.client.wire.errors import JobFailed, RedisUnsuitable
 from headrace.worker.queue.consumer import SafeConsumer
 from headrace.worker.queue.dead_letters import named_jobs
 from headrace.worker.queue.held import HeldMessages
@@ -125,6 +125,9 @@ class EngineConsumer(SafeConsumer):
         self.pool.refuse(job_ids, error)
 
     def _permission_denied(self, error: BaseException) -> None:
+        self.pool.end_process(error)
+
+    def _redis_unsuitable(self, error: RedisUnsuitable) -> None:
         self.pool.end_process(error)
 
     def _not_settled(self, error: Exception) -> None:

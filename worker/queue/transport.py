@@ -27,6 +27,7 @@ from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 
 from headrace.client.wire import keys
+from headrace.client.wire.clock import RedisClock
 from headrace.worker.queue.envelope import as_text, check_unacked_entry, read_envelope
 from headrace.worker.queue.messages import ADDRESSED_TO
 from headrace.worker.queue.permissions import is_forbidden
@@ -48,6 +49,13 @@ HasRoom = Callable[[str], bool]
 
 class QoS(kombu_redis.QoS):
     """Keeps leases for messages that `Channel` has already recorded as unacknowledged."""
+
+    @property
+    def visibility_timeout(self) -> float:
+        """How long a lease lasts. kombu subtracts it from its `time()` to find leases that have ended."""
+        lease_s: float = self.channel.visibility_timeout
+        now: float = kombu_redis.time()  # type: ignore[attr-defined]
+        return lease_s + now - float(self.channel.redis_time())
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """Called by kombu with each message. take.lua has already written the entry in Redis."""
@@ -76,6 +84,12 @@ class Channel:
     QoS = QoS
     #: If a worker is killed during its sweep, the sweeps of the others wait this many seconds; kombu's default is 300.
     unacked_mutex_expire = 10
+
+    def redis_time(self: Any) -> float:
+        """The time of leases: Redis' clock, so that workers whose clocks differ agree when a lease ends."""
+        clock: RedisClock = self.__dict__.setdefault("_redis_clock", RedisClock())
+        clock.update(plain_client(self))
+        return clock.now()
 
     def _brpop_start(self: Any, timeout: float | None = None) -> None:  # noqa: ARG002
         """Called by kombu when there is room for another message: start to wait for a hint."""
@@ -141,7 +155,7 @@ class Channel:
         script = plain_client(self).register_script(TAKE_SCRIPT)
         answer = script(
             keys=[self.global_keyprefix + name for name in names],
-            args=[tag, time.time(), keys.HINT_TTL_S, *map(json.dumps, queues)],
+            args=[tag, self.redis_time(), keys.HINT_TTL_S, *map(json.dumps, queues)],
         )
         return tag, answer
 

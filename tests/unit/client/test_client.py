@@ -42,7 +42,7 @@ from headrace.client.wire.celery import celery_url
 from headrace.client.wire.queue_depth import QueueStatus
 from headrace.client.wire.redis import connect
 from headrace.config import load_settings
-from headrace.worker.jobs.store import RedisStore
+from headrace.worker.jobs.redis_store import RedisStore
 from headrace.worker.redis_server import EmbeddedRedis
 
 

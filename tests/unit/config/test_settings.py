@@ -58,6 +58,7 @@ WRONG: dict[str, str | None] = {
     "served_name": "two words",
     "redis_url": "http://localhost:6379",
     "signing_key": "thirty-one characters, one less",
+    "redis_unsuitable": "warn",
     "device": "gpu",
     "dtype": "int4",
     "allow_shared_model": "perhaps",

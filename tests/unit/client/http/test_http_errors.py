@@ -27,6 +27,8 @@ STATUS = {
     "queue_full": 429,
     "redis_unreachable": 503,
     "redis_refused": 503,
+    "redis_unsuitable": 503,
+    "job_lost": 503,
     "result_timeout": 504,
     "no_worker": 503,
     "cancelled": 499,
@@ -47,7 +49,9 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "QueueFull": ("headrace.demo", 5, 5),
     "RedisUnreachable": ("redis://10.1.2.3:6379/0", "refused"),
     "RedisRefused": ("redis://10.1.2.3:6379/0", "OOM"),
+    "RedisUnsuitable": ("redis://10.1.2.3:6379/0", "it evicts keys"),
     "UnknownJob": ("id",),
+    "JobLost": ("id",),
     "UnreadableRecord": ("id",),
     "NoCheckpoints": ("id",),
     "ResultTimeout": ("id", 5.0, "queued"),
@@ -78,7 +82,7 @@ def test_every_code_has_its_status(code: str, name: str) -> None:
 @pytest.mark.parametrize(("code", "name"), CODES)
 def test_only_temporary_errors_are_retried(code: str, name: str) -> None:
     headers = translate(made(code, name)).as_response().headers
-    may = code in ("queue_full", "redis_unreachable", "redis_refused", "no_worker")
+    may = code in ("queue_full", "redis_unreachable", "redis_refused", "no_worker", "job_lost")
     assert ("retry-after" in headers) == may
     assert (headers.get("x-should-retry") == "false") == (not may and STATUS.get(code, 500) != 400)
 

@@ -27,7 +27,7 @@ from headrace.worker.cli import main
 from headrace.worker.cli.backends import Backends
 from headrace.worker.cli.local_stack import ServingStack
 from headrace.worker.cli.options import EFFECTS, given_params, value_type
-from headrace.worker.jobs.store import RedisStore
+from headrace.worker.jobs.redis_store import RedisStore
 
 #: Sampling parameter -> the typed value (empty for a flag, a list for several), and the value in the request.
 SAMPLING: dict[str, tuple[list[str], Any]] = {

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
 from headrace.worker.cli import main
-from headrace.worker.jobs.store import RedisStore
+from headrace.worker.jobs.redis_store import RedisStore
 
 HERE = f"{socket.gethostname()}-7"
 STALLED = {"stalled": 1, "step_age_s": 99.0}

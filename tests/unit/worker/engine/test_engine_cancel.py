@@ -101,9 +101,10 @@ def test_jobs_with_the_same_id_are_all_answered() -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Stops the clock; called, it puts it forward."""
+    """Stops the clocks; called, it puts them forward."""
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
 
     def forward(seconds: float) -> None:
         nonlocal now

@@ -24,6 +24,12 @@ class MemoryStore:
     tensors: dict[str, dict[str, bytes]] = field(default_factory=dict)
     events: dict[str, list[str]] = field(default_factory=dict)
 
+    #: How many seconds Redis' clock is ahead of this machine's.
+    ahead_s: float = 0.0
+
+    def now(self) -> float:
+        return time.time() + self.ahead_s
+
     def lookup(self, job_ids: Sequence[str]) -> list[JobRecord]:
         return [
             JobRecord(

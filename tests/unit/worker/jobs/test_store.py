@@ -11,7 +11,8 @@ import redis
 
 from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
-from headrace.worker.jobs.store import RedisStore, Store, Waiting
+from headrace.worker.jobs.redis_store import RedisStore
+from headrace.worker.jobs.store import Store, Waiting
 from tests.unit.worker.jobs.memory_store import MemoryStore
 
 
@@ -153,15 +154,15 @@ def test_an_attempt_of_a_live_worker_is_told_apart_from_one_that_ended_with_its_
     def begun_elsewhere() -> bool:
         return store.lookup(["a"])[0].begun_elsewhere
 
-    beat: dict[str, str | int | float] = {"model": "demo", "started_at": 7.5, "stalled": 0}
-    assert store.count_attempts(["a"], "host-1 7.5") == [1]
+    beat: dict[str, str | int | float] = {"model": "demo", "process": "7f", "stalled": 0}
+    assert store.count_attempts(["a"], "host-1 7f") == [1]
     assert not begun_elsewhere(), "it has never written a heartbeat"
     store.heartbeat("host-1", beat)
     assert begun_elsewhere()
-    assert store.count_attempts(["a"], "host-1 7.5", {"a"}) == [1], "two copies of a message are one attempt"
+    assert store.count_attempts(["a"], "host-1 7f", {"a"}) == [1], "two copies of a message are one attempt"
     store.heartbeat("host-1", {**beat, "stalled": 1})
     assert not begun_elsewhere()
-    store.heartbeat("host-1", {**beat, "started_at": 8.5})
+    store.heartbeat("host-1", {**beat, "process": "8f"})
     assert not begun_elsewhere(), "another process with the same name"
     store.heartbeat("host-1", beat)
     connection.expire(keys.worker("host-1"), 5)
@@ -174,6 +175,7 @@ def test_an_attempt_of_a_live_worker_is_told_apart_from_one_that_ended_with_its_
 def test_a_job_without_a_record_gets_one_and_others_keep_theirs() -> None:
     connection = fakeredis.FakeStrictRedis(decode_responses=True)
     store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=30)
+    store.announce({"b": Waiting("demo", None)})
     store.started(["b"], "worker")
     store.announce({"a": Waiting("demo", 12.5), "b": Waiting("demo", None)})
     assert connection.hgetall(keys.job("a")) == {"state": "queued", "model": "demo", "waits_until": "12.500000"}
