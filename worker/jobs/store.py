@@ -121,19 +121,3 @@ class Store(Protocol):
     def deregister(self, worker: str) -> None:
         """Remove the record of a worker that ends."""
         ...
-
-
-#: KEYS: streams. ARGV: their lifetime in seconds, then an event for each. Returns the numbers, from 1, of those that
-#: Redis refused. A script, because redis-py takes ten times as long to encode a pipeline of as many commands.
-APPEND_EVENTS = """
-local refused = {}
-for i = 1, #KEYS do
-    local answer = redis.pcall('XADD', KEYS[i], '*', 'event', ARGV[i + 1])
-    if type(answer) == 'table' and answer.err then
-        refused[#refused + 1] = i
-    else
-        redis.call('EXPIRE', KEYS[i], ARGV[1])
-    end
-end
-return refused
-"""
