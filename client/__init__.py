@@ -7,6 +7,7 @@ print(job.result(timeout=60).text)
 
 from headrace import __version__
 from headrace.client.async_client import AsyncClient, AsyncJob
+from headrace.client.batch.errors import InputChanged, InvalidBatch, OutputRefused
 from headrace.client.batch.run import BatchReport
 from headrace.client.client import Client
 from headrace.client.default import (
@@ -26,8 +27,6 @@ from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import (
     HeadraceError,
-    InputChanged,
-    InvalidBatch,
     InvalidRequest,
     JobCancelled,
     JobError,
@@ -36,7 +35,6 @@ from headrace.client.wire.errors import (
     JobLost,
     NoCheckpoints,
     NoWorker,
-    OutputRefused,
     QueueFull,
     RedisRefused,
     RedisUnreachable,

@@ -16,8 +16,8 @@ for _folder in (ROOT, ROOT / "docs"):  # the modules of this clone, whatever els
 import log_events  # noqa: E402
 from mkdocs.exceptions import PluginError  # noqa: E402
 
+from headrace.client import HeadraceError  # noqa: E402
 from headrace.client.error_codes import ERRORS, JOB_FAILURES  # noqa: E402
-from headrace.client.wire.errors import HeadraceError  # noqa: E402
 from headrace.config.settings import PREFIX, Settings  # noqa: E402
 from headrace.config.settings_help import HELP, SettingHelp  # noqa: E402
 
@@ -59,7 +59,7 @@ def errors_table() -> str:
 
 def _error_classes(base: type[HeadraceError]) -> Iterator[type[HeadraceError]]:
     for kind in base.__subclasses__():
-        if kind.__module__ == base.__module__:
+        if kind.__module__.startswith("headrace.client."):
             if "code" in vars(kind):
                 yield kind
             yield from _error_classes(kind)

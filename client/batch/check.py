@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from headrace.client.batch.errors import Fault, InputChanged, InvalidBatch
 from headrace.client.batch.items import BatchItem
 from headrace.client.batch.rows import ItemReader
 from headrace.client.batch.sources import Source
-from headrace.client.wire.errors import Fault, InputChanged, InvalidBatch, InvalidRequest
+from headrace.client.wire.errors import InvalidRequest
 
 T = TypeVar("T")
 

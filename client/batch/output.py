@@ -18,11 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from headrace.client.batch.errors import OutputRefused
 from headrace.client.batch.items import BatchItem
 from headrace.client.batch.openai import Written, output_line, read_output_line
 from headrace.client.batch.run_file import RunFile
 from headrace.client.batch.sources import open_lines
-from headrace.client.wire.errors import OutputRefused
 from headrace.client.wire.results import Outcome, Result
 from headrace.client.wire.unicode import printable
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from headrace.client.batch.check import Checked, check, read_items
+from headrace.client.batch.errors import Fault, InvalidBatch
 from headrace.client.batch.items import BatchItem
 from headrace.client.batch.openai import failure_code, join_results
 from headrace.client.batch.output import Output
@@ -17,7 +18,6 @@ from headrace.client.batch.rows import ItemReader
 from headrace.client.batch.sources import Source, open_source
 from headrace.client.batch.window import MAX_INFLIGHT, JobService, Notify, Window, warn
 from headrace.client.jobs.submission import PreparedJob
-from headrace.client.wire.errors import Fault, InvalidBatch
 from headrace.client.wire.results import Outcome, Result
 
 

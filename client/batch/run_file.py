@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from headrace.client.wire.errors import OutputRefused
+from headrace.client.batch.errors import OutputRefused
 from headrace.client.wire.unicode import parse_json, printable
 
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
+from headrace.client.batch.errors import Fault, InvalidBatch
 from headrace.client.batch.items import is_column, json_default
-from headrace.client.wire.errors import Fault, InvalidBatch, InvalidRequest
+from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.unicode import printable
 from headrace.client.wire.values import to_python
 

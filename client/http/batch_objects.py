@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from headrace.client.batch.errors import Fault
 from headrace.client.batch.openai import ENDPOINT, OTHER_ENDPOINTS
 from headrace.client.http.errors import invalid
 from headrace.client.http.file_store import MIN_RETENTION_S, RETENTION_S
-from headrace.client.wire.errors import Fault
 from headrace.client.wire.unicode import printable
 
 WINDOW, WINDOW_S = "24h", 86_400

@@ -18,6 +18,7 @@ from typing import Any
 
 import structlog
 
+from headrace.client.batch.errors import Fault, InvalidBatch
 from headrace.client.batch.output import RowFile
 from headrace.client.batch.run import Batch, BatchReport, DropBatch
 from headrace.client.client import Client
@@ -33,7 +34,7 @@ from headrace.client.http.batch_objects import (
 )
 from headrace.client.http.errors import ApiError, not_found
 from headrace.client.http.file_store import RETENTION_S, FileStore, load_all, write_json
-from headrace.client.wire.errors import Fault, HeadraceError, InvalidBatch
+from headrace.client.wire.errors import HeadraceError
 from headrace.config import Settings
 
 log = structlog.get_logger("headrace.http")

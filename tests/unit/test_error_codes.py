@@ -22,7 +22,7 @@ def classes(base: type[HeadraceError] = HeadraceError) -> dict[str, type[Headrac
     """The classes that a user can meet, by their codes; the worker has one more for itself."""
     found = {}
     for kind in base.__subclasses__():
-        if kind.__module__ == JobError.__module__:
+        if kind.__module__.startswith("headrace.client."):
             own = {kind.code: kind} if "code" in vars(kind) else {}
             found |= own | classes(kind)
     return found

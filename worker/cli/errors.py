@@ -10,7 +10,8 @@ from typing import IO, Any
 import click
 
 from headrace.client import NoWorker, RedisUnreachable, ResultTimeout
-from headrace.client.wire.errors import HeadraceError, InvalidBatch, InvalidRequest, OutputRefused
+from headrace.client.batch.errors import InvalidBatch, OutputRefused
+from headrace.client.wire.errors import HeadraceError, InvalidRequest
 from headrace.config import SettingsError
 from headrace.worker.cli.local_stack import NothingRuns
 from headrace.worker.redis_server import EmbeddedRedisError

@@ -13,10 +13,10 @@ import pytest
 
 from headrace.client import Client, InvalidBatch, InvalidRequest
 from headrace.client.batch.check import MAX_FAULTS, ItemIndex, check, read_items
+from headrace.client.batch.errors import InputChanged
 from headrace.client.batch.items import BatchItem
 from headrace.client.batch.rows import ItemReader
 from headrace.client.batch.sources import MAX_LINE_BYTES, open_source
-from headrace.client.wire.errors import InputChanged
 from headrace.config import Settings
 
 
