@@ -45,7 +45,7 @@ def parse_json(data: bytes | str, *, constants: bool = True) -> Any:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number in JSON; leave the field out, or write null")
+    raise ValueError(f"{name} is not a JSON value; leave the field out, or write null")
 
 
 def check_unicode(value: Any, path: str = "") -> None:

@@ -69,6 +69,8 @@ class Float64:
         Returns:
             A float64 array [number of new tokens] for each prompt.
         """
+        if not prompts:
+            return []
         fed = [[*prompt, *new[:-1]] for prompt, new in zip(prompts, tokens, strict=True)]
         finals = [final[len(prompt) - 1 :] for final, prompt in zip(self._run(fed, None), prompts, strict=True)]
         chosen = np.concatenate([check_tokens(new, **self._limits) for new in tokens])
