@@ -83,18 +83,23 @@ class Batches:
 
     def create(self, request: BatchRequest, owner: str) -> BatchState:
         """Accept a batch. Raises ApiError."""
-        file = self._files.get(request.input_file_id, owner)
-        with self._files.path(file.id).open("rb") as opened:
+        self._files.check_space()
+        with self._lock, self._files.reading(request.input_file_id, owner) as file:
+            state = self._create(request, file.id, owner)
+        self._threads.submit(self._run, state.id)
+        return state
+
+    def _create(self, request: BatchRequest, file_id: str, owner: str) -> BatchState:
+        with self._files.path(file_id).open("rb") as opened:
             if opened.read(2) == GZIP_MAGIC:
                 message = "the file is gzip-compressed; upload it as uncompressed JSON lines"
                 raise ApiError(400, "invalid_file", message, param="input_file_id")
-        self._files.check_space()
         if len(self._input_files()) >= MAX_OPEN:
             raise ApiError(429, "too_many_batches", "too many batches are open; try again later", retry_after_s=60)
         now = int(time.time())
         state = BatchState(
             id=f"batch_{uuid.uuid4().hex}",
-            input_file_id=file.id,
+            input_file_id=file_id,
             created_at=now,
             expires_at=now + WINDOW_S,
             metadata=request.metadata,
@@ -102,8 +107,10 @@ class Batches:
             rows_id=self._files.new_id(),
             failures_id=self._files.new_id(),
         )
-        self._save(state)
-        self._threads.submit(self._run, state.id)
+        try:
+            self._save(state)
+        except OSError as error:
+            raise ApiError(507, "no_room", f"the batch cannot be stored: {error.strerror}") from error
         return state
 
     def get(self, batch_id: str, owner: str) -> BatchState:
@@ -138,10 +145,18 @@ class Batches:
         """Whether an open batch reads the file."""
         return file_id in self._input_files()
 
+    def delete_file(self, file_id: str) -> None:
+        """Delete a file. Raises ApiError if an open batch reads it."""
+        with self._lock:  # `create` holds it from finding the file until the batch is open
+            if self.uses(file_id):
+                message = "a batch that is not complete reads the file; cancel it first"
+                raise ApiError(409, "file_in_use", message, param="id")
+            self._files.delete(file_id)
+
     def delete_expired(self) -> None:
         """Delete expired files, and batches that ended so long ago that their files have expired."""
-        self._files.delete_expired(keep=self._input_files())
         with self._lock:
+            self._files.delete_expired(keep=self._input_files())
             ended = [state for state in self._states.values() if state.status not in OPEN_STATUSES]
             expired = [state.id for state in ended if state.created_at + WINDOW_S + RETENTION_S < time.time()]
             for batch_id in expired:
@@ -287,8 +302,8 @@ class Batches:
 
     def _save(self, state: BatchState) -> None:
         with self._lock:
-            self._states[state.id] = state
             write_json(self._directory / f"{state.id}.json", state.model_dump())
+            self._states[state.id] = state
 
 
 def _too_many_rows() -> InvalidBatch:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from headrace.client.http.auth import UPLOAD_PATH
 from headrace.client.http.context import context_of, owner_of, paginate, route
@@ -64,21 +67,38 @@ def get_file(request: Request) -> Response:
 
 def get_content(request: Request) -> Response:
     """`GET /v1/files/{id}/content`, as a download: a browser must not render or run uploaded content."""
-    files = context_of(request).files
-    file = files.get(request.path_params["id"], owner_of(request))
+    files, held = context_of(request).files, contextlib.ExitStack()
+    file = held.enter_context(files.reading(request.path_params["id"], owner_of(request)))
     headers = {"x-content-type-options": "nosniff"}
-    return FileResponse(
-        files.path(file.id), media_type="application/octet-stream", filename=file.filename, headers=headers
+    return _Content(
+        files.path(file.id), held, media_type="application/octet-stream", filename=file.filename, headers=headers
     )
+
+
+class _Content(FileResponse):
+    """The content of a file, which remains until it was sent even if the file is deleted meanwhile.
+
+    Args:
+        held: closed when the response was sent, or the client has disconnected.
+    """
+
+    def __init__(self, path: Path, held: contextlib.ExitStack, **options: Any) -> None:
+        super().__init__(path, **options)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the file (ASGI)."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._held.close()
 
 
 def delete_file(request: Request) -> Response:
     """`DELETE /v1/files/{id}`."""
     context = context_of(request)
     file = context.files.get(request.path_params["id"], owner_of(request))
-    if context.batches.uses(file.id):
-        raise ApiError(409, "file_in_use", "a batch that is not complete reads the file; cancel it first", param="id")
-    context.files.delete(file.id)
+    context.batches.delete_file(file.id)
     return JSONResponse({"id": file.id, "object": "file", "deleted": True})
 
 
