@@ -11,7 +11,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -91,4 +91,4 @@ async def _error_response(_: Request, error: Exception) -> Response:
 
 def exception_handlers() -> Any:
     """Starlette's exception handlers: every exception of a route becomes an error object."""
-    return dict.fromkeys((ApiError, HeadraceError, HTTPException, Exception), _error_response)
+    return dict.fromkeys((ApiError, HeadraceError, HTTPException, ClientDisconnect, Exception), _error_response)
