@@ -1,7 +1,8 @@
 """`AsyncClient`: the methods of `Client` for asyncio.
 
-Short calls (submit, cancel, status) run in one thread of the client. One task waits for all jobs over one connection:
-it polls them together (see `client.jobs.polling`) and passes each update to the callers that wait for it.
+Short calls (submit, cancel, status) run in one thread of the client; submitting many prompts takes longer and has a
+thread of its own. One task waits for all jobs over one connection: it polls them together (see `client.jobs.polling`)
+and passes each update to the callers that wait for it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 #: How many seconds Redis may delay a reply to wait for events. A job added in the meantime is polled after that.
 BLOCK_S = 0.1
 
+#: So many jobs are submitted in the thread for short calls.
+FEW_JOBS = 16
+
 P = ParamSpec("P")
 T = TypeVar("T")
 Inbox = asyncio.Queue[Updates | BaseException]
@@ -52,6 +56,7 @@ class AsyncClient:
         self.settings, self.url, self.model_name = self._client.settings, self._client.url, self._client.model_name
         self._redis = connect_async(self.url)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="headrace-client")
+        self._submitting = ThreadPoolExecutor(1, thread_name_prefix="headrace-submit")
         self._polls = PollState()
         self._inboxes: dict[str, list[Inbox]] = {}
         self._added = asyncio.Event()
@@ -74,6 +79,7 @@ class AsyncClient:
         await self._redis.aclose()
         await self._run_in_thread(self._client.close)
         self._thread.shutdown(wait=False)
+        self._submitting.shutdown(wait=False)
 
     async def submit(self, prompt: str | Sequence[int], *, id: str | None = None, **params: Any) -> AsyncJob:  # noqa: A002
         """Queue one prompt; see `Client.submit`."""
@@ -83,7 +89,10 @@ class AsyncClient:
         self, requests: Iterable[str | Sequence[int] | Mapping[str, Any]], **params: Any
     ) -> list[AsyncJob]:
         """Queue many prompts; see `Client.submit_many`."""
-        return [self.job(job.id) for job in await self._run_in_thread(self._client.submit_many, requests, **params)]
+        call = functools.partial(self._client.submit_many, requests, **params)
+        few = isinstance(requests, Sequence) and len(requests) <= FEW_JOBS
+        jobs = await self._run_in(self._thread if few else self._submitting, call)
+        return [self.job(job.id) for job in jobs]
 
     def job(self, job_id: str) -> AsyncJob:
         """A handle on a job, wherever it was submitted. Sends nothing to Redis."""
@@ -189,9 +198,12 @@ class AsyncClient:
 
     async def _run_in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in the client's thread, in the caller's context. Jobs in errors become `AsyncJob`."""
+        return await self._run_in(self._thread, functools.partial(function, *args, **kwargs))
+
+    async def _run_in(self, thread: ThreadPoolExecutor, call: Callable[[], T]) -> T:
         loop, context = asyncio.get_running_loop(), contextvars.copy_context()
         with job_in_errors(self.job):
-            return await loop.run_in_executor(self._thread, functools.partial(context.run, function, *args, **kwargs))
+            return await loop.run_in_executor(thread, context.run, call)
 
     def _subscribe(self, job_ids: Iterable[str], inbox: Inbox, events: bool) -> None:
         for job_id in job_ids:

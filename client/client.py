@@ -117,13 +117,13 @@ class Client:
         """
         if isinstance(requests, (str, Mapping)) or not isinstance(requests, Iterable):
             raise InvalidRequest("requests", f"a {type(requests).__name__}", "a list of prompts; use submit for one")
-        prepared = []
-        for index, request in enumerate(requests):
-            fields = request if isinstance(request, Mapping) else {"prompt": request}
-            try:
-                prepared.append(self.submitter.prepare({**params, **fields}))
-            except InvalidRequest as error:
-                raise InvalidRequest(f"requests[{index}].{error.field}", error.value, error.expected) from None
+        prepared: list[PreparedJob] = []
+        own = (request if isinstance(request, Mapping) else {"prompt": request} for request in requests)
+        try:
+            for job in self.submitter.prepare_all({**params, **fields} for fields in own):
+                prepared.append(job)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"requests[{len(prepared)}].{error.field}", error.value, error.expected) from None
         if not prepared:
             raise InvalidRequest("requests", "an empty list", "at least one prompt")
         return self._submit(prepared)

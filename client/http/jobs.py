@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ STATUS_CACHE_S = 1.0
 #: A job's timeout is enforced by the worker; the server waits this much longer to receive the worker's answer.
 TIMEOUT_GRACE_S = 2.0
 
+#: Bytes of parameters, as JSON, that the jobs of one request may have together.
+MAX_COPIED_BYTES = 8 * 2**20
+
 Prompt = str | list[int]
 
 
@@ -36,6 +40,18 @@ def as_request_field(error: InvalidRequest, *, is_list: bool) -> InvalidRequest:
     if name == "prompt" and is_list:
         name = f"prompt{place.removeprefix('requests')}]"
     return InvalidRequest(name, error.value, error.expected)
+
+
+def _check_copies(prompts: int, params: Mapping[str, Any]) -> None:
+    """Bound what a request puts into the queue, where each prompt has its own copy of the parameters.
+
+    Raises:
+        InvalidRequest: all copies together are too large.
+    """
+    size = len(json.dumps(params)) if prompts > 1 else 0
+    if prompts * size > MAX_COPIED_BYTES:
+        expected = f"at most {MAX_COPIED_BYTES} bytes of parameters for all prompts; send fewer in a request"
+        raise InvalidRequest("prompt", f"{prompts} prompts with {size} bytes of parameters each", expected)
 
 
 @dataclass(frozen=True)
@@ -136,6 +152,7 @@ class JobRunner:
             ApiError: no worker serves the model.
             InvalidRequest, QueueFull, RedisUnreachable, RedisRefused: as `Client.submit`; no job stays in the queue.
         """
+        _check_copies(len(prompts), params)
         if "id" in params:
             raise InvalidRequest("id", "a name for the job", "no such parameter: the server names jobs")
         model = await self.find_model(params.get("model"))

@@ -7,6 +7,7 @@ own id, state and result.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -50,13 +51,46 @@ class PreparedJob:
         mark: shows in the job's record that its submitter has the key; None without a key.
     """
 
-    def __init__(self, job_id: str, model: str, request: GenerateRequest, digest: str, key: bytes | None) -> None:
+    def __init__(
+        self,
+        job_id: str,
+        model: str,
+        request: GenerateRequest,
+        digest: str,
+        key: bytes | None,
+        wire: dict[str, Any] | None = None,
+    ) -> None:
         self.id, self.model, self.request, self.digest = job_id, model, request, digest
-        self.wire = request.to_wire()
+        self.wire = self._unsigned = request.to_wire() if wire is None else wire
+        self._key = key
         self.mark: str | None = None
         if key is not None:
             self.wire = sign(key, job_id, model, self.wire)
             self.mark = mark(key, job_id)
+
+    def with_prompt(self, prompt: Any, *, new_seed: bool) -> PreparedJob:
+        """Another job with the same parameters, which are neither checked nor converted again.
+
+        Raises:
+            InvalidRequest: the prompt is wrong.
+        """
+        checked = parse_request({} if prompt is None else {"prompt": prompt}).prompt
+        seed = secrets.randbits(52) if new_seed else self.request.seed
+        request = self.request.model_copy(update={"prompt": checked, "seed": seed})
+        wire = {**self._unsigned, "prompt": checked, "seed": seed}
+        job = PreparedJob(uuid.uuid4().hex, self.model, request, "", self._key, wire)
+        job.__dict__["size"] = self._size_without_prompt + len(json.dumps(checked))
+        job.__dict__["_size_without_prompt"] = self._size_without_prompt
+        return job
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Bytes of the request as JSON, to a few bytes."""
+        return len(json.dumps(self.wire))
+
+    @functools.cached_property
+    def _size_without_prompt(self) -> int:
+        return self.size - len(json.dumps(self.request.prompt))
 
     @property
     def urgency(self) -> int:
@@ -108,6 +142,20 @@ class Submitter:
             request = request.model_copy(update={"seed": secrets.randbits(52)})
         key = next(iter(self._settings.signing_keys), None)
         return PreparedJob(uuid.uuid4().hex if job_id is None else _check_id(job_id), model, request, digest, key)
+
+    def prepare_all(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[PreparedJob]:
+        """`prepare` many requests. Parameters that one shares with the request before it are checked once.
+
+        Parameters are shared if they are the same objects: comparing long ones would cost as much as checking them.
+        """
+        before: Mapping[str, Any] = {}
+        job: PreparedJob | None = None
+        for fields in requests:
+            if job is not None and _differ_in_prompt_only(before, fields):
+                yield job.with_prompt(fields.get("prompt"), new_seed=fields.get("seed") is None)
+            else:
+                before, job = fields, self.prepare(fields)
+                yield job
 
     def check_models(self, jobs: Iterable[PreparedJob]) -> None:
         """Refuse jobs for models that no worker serves; see `ServedModels.check`."""
@@ -232,13 +280,21 @@ class Submitter:
             pipe.execute()
 
 
+def _differ_in_prompt_only(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return (
+        one.keys() == other.keys()
+        and one.get("id") is None
+        and all(value is other[name] for name, value in one.items() if name != "prompt")
+    )
+
+
 def _groups(jobs: Iterable[PreparedJob]) -> Iterator[list[PreparedJob]]:
     """The jobs of each message: of one model and priority, in their order. `jobs` are sorted by urgency."""
     for _, same in itertools.groupby(jobs, lambda job: job.urgency):
         open_groups: dict[str, tuple[list[PreparedJob], int]] = {}
         for job in same:
             group, used = open_groups.get(job.model, ([], 0))
-            size = len(json.dumps(job.wire))
+            size = job.size
             if group and (len(group) == GROUP_JOBS or used + size > GROUP_BYTES):
                 yield group
                 group, used = [], 0

@@ -22,6 +22,7 @@ from headrace.client.http.jobs import JobRunner, Prompt, SubmittedJobs
 from headrace.client.http.sse import EventStream, encode_event, run_until_disconnect
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.requests import MAX_PROMPT_TOKENS
 from headrace.client.wire.results import Result
 
 #: Prompts of one request; for more, use a batch.
@@ -74,6 +75,8 @@ def _parse_prompts(value: Any) -> tuple[list[Prompt], bool]:
     """The prompts, and whether they came as a list."""
     if isinstance(value, str):
         return [value], False
+    if isinstance(value, list) and len(value) > MAX_PROMPT_TOKENS:
+        raise InvalidRequest("prompt", f"a list of {len(value)} items", PROMPT_FORMS)
     if isinstance(value, list) and value:
         if all(isinstance(item, str) for item in value) or all(isinstance(item, list) for item in value):
             if len(value) > MAX_PROMPTS:

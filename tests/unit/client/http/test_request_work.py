@@ -1,0 +1,145 @@
+"""How much work one request makes: counted, not timed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from typing import Any
+
+import pytest
+
+from headrace.client import Client
+from headrace.client.async_client import AsyncClient
+from headrace.client.http import context
+from headrace.client.http.errors import ApiError
+from headrace.client.http.jobs import MAX_COPIED_BYTES, JobRunner
+from headrace.client.http.routes.completions import parse_completion_request
+from headrace.client.jobs import submission
+from headrace.client.wire.errors import InvalidRequest
+from headrace.config import load_settings
+
+SHARED: dict[str, Any] = {"logit_bias": {str(i): 1.5 for i in range(1_024)}, "stop": ["x" * 1_000] * 16}
+SETTINGS = load_settings(redis_url="redis://localhost:1/0", signing_key="k" * 32)
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the `logit_bias` that were checked."""
+    sizes: list[int] = []
+    parse = submission.parse_request
+
+    def counted(fields: dict[str, Any]) -> Any:
+        sizes.append(len(fields.get("logit_bias", ())))
+        return parse(fields)
+
+    monkeypatch.setattr(submission, "parse_request", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("as_mappings", [False, True])
+def test_shared_parameters_are_checked_once(
+    checked: list[int], as_mappings: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[Any] = []
+    with Client(settings=SETTINGS) as client:
+        monkeypatch.setattr(client, "_submit", jobs.extend)
+        prompts = [f"prompt {i}" for i in range(1_024)]
+        if as_mappings:
+            client.submit_many([{**SHARED, "prompt": prompt} for prompt in prompts])
+        else:
+            client.submit_many(prompts, **SHARED)
+    assert sum(checked) == 1_024
+    assert len({id(job.wire["logit_bias"]) for job in jobs[1:]}) <= 2, "the parameters are copied"
+
+
+@pytest.mark.parametrize("params", [{}, SHARED, {"seed": 7}, {"priority": "bulk", "timeout_s": 9}])
+def test_jobs_with_shared_parameters_are_those_that_are_prepared_alone(params: dict[str, Any]) -> None:
+    prompts = ["a", "", [1, 2], "é", [50_256]]
+    with Client(settings=SETTINGS) as client:
+        together = list(client.submitter.prepare_all({**params, "prompt": prompt} for prompt in prompts))
+        for prompt, job in zip(prompts, together, strict=True):
+            seed = job.request.seed
+            alone = client.submitter.prepare({**params, "prompt": prompt, "seed": seed, "id": job.id})
+            assert {**alone.wire, "expires_at": 0, "signature": 0} == {**job.wire, "expires_at": 0, "signature": 0}
+            assert alone.mark == job.mark
+            assert abs(len(json.dumps(job.wire)) - job.size) < 200
+    seeds = {job.request.seed for job in together}
+    assert len(seeds) == (1 if "seed" in params else len(prompts))
+    assert len({job.id for job in together}) == len(prompts)
+
+
+def test_a_wrong_prompt_among_shared_parameters_is_named() -> None:
+    with Client(settings=SETTINGS) as client, pytest.raises(InvalidRequest) as caught:
+        client.submit_many(["a", "b", [-1]], **SHARED)
+    assert caught.value.field == "requests[2].prompt"
+
+
+def test_many_jobs_are_submitted_beside_short_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        gate = threading.Event()
+        async with AsyncClient(settings=SETTINGS) as client:
+            monkeypatch.setattr(client._client, "submit_many", lambda *_: [gate.wait(60), []][1])
+            monkeypatch.setattr(client._client, "status", lambda: "status")
+            many = asyncio.create_task(client.submit_many(["a"] * 1_024))
+            await asyncio.sleep(0)
+            assert await client.status() == "status"
+            gate.set()
+            await many
+
+    asyncio.run(scenario())
+
+
+def test_the_copies_of_the_parameters_are_bounded() -> None:
+    async def submit(prompts: int) -> None:
+        async with AsyncClient(settings=SETTINGS) as client:
+            await JobRunner(client, 60).submit(["a"] * prompts, SHARED, is_list=True)
+
+    size = len(json.dumps(SHARED))
+    with pytest.raises(InvalidRequest, match=rf"1024 prompts with {size} bytes.*at most {MAX_COPIED_BYTES} bytes"):
+        asyncio.run(submit(1_024))
+    with pytest.raises(ApiError) as caught:  # it goes on to ask who serves the model
+        asyncio.run(submit(MAX_COPIED_BYTES // size))
+    assert caught.value.code == "redis_unreachable"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" + b"[]," * 1_000_000 + b"[]]",
+        b'{"a": [' + b"{}," * 1_000_000 + b"{}]}",
+        b"{" + b",".join(b'"%d":1' % i for i in range(200_000)) + b"}",
+        b'{"prompt": [' + b'"a",' * 1_000_000 + b'"a"]}',
+        b'{"prompt": [' + rb'"\"",' * 500_000 + b'"a"]}',
+        b'{"prompt": [' + rb'"\\",' * 500_000 + b'"a"]}',
+        b"[" * 100_000,
+    ],
+    ids=["lists", "objects", "members", "texts", "quotes", "backslashes", "depth"],
+)
+def test_a_body_that_is_slow_to_parse_is_refused_before(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json, "loads", lambda _: pytest.fail("it was parsed"))
+    with pytest.raises(ApiError) as caught:
+        context._check_structure(body)
+    assert caught.value.status == 413
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": ["[{:" * 1_000] * 1_024, **SHARED},
+        {"prompt": ['"\\' * 1_000] * 1_024},
+        {"prompt": ["é\n\\"] * 1_024, "stop": ["\\" * 1_000] * 16},
+        {"prompt": [list(range(500))] * 1_024},
+    ],
+)
+def test_the_largest_requests_are_parsed(body: dict[str, Any]) -> None:
+    context._check_structure(json.dumps(body).encode())
+
+
+def test_a_list_that_is_no_prompt_is_refused_without_looking_at_its_items() -> None:
+    class Items(list[int]):
+        def __iter__(self) -> Any:
+            raise AssertionError("it was read")
+
+    with pytest.raises(InvalidRequest, match="a list of 100000 items"):
+        parse_completion_request({"prompt": Items([1] * 100_000)})
