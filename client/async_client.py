@@ -25,7 +25,7 @@ from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event, StreamReader
 from headrace.client.wire.errors import RedisUnreachable, UnknownJob
 from headrace.client.wire.redis import connect_async, redis_errors
-from headrace.client.wire.results import Result, State, outcome_state
+from headrace.client.wire.results import Result, State, outcome_state, parse_outcome
 from headrace.config import Settings
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 #: How many seconds Redis may delay a reply to wait for events. A job added in the meantime is polled after that.
 BLOCK_S = 0.1
 
+#: A longer result record is parsed in a thread: it would hold up the event loop.
+LARGE_RECORD = 262_144
 #: So many jobs are submitted in the thread for short calls.
 FEW_JOBS = 16
 
@@ -233,7 +235,8 @@ class AsyncClient:
                     pipe = self._redis.pipeline(transaction=False)
                     for command in self._polls.request(BLOCK_S):
                         pipe.execute_command(*command)
-                    self._deliver(self._polls.answer(await pipe.execute()))
+                    replies = await pipe.execute(raise_on_error=False)
+                    self._deliver(self._polls.answer([await _parse_large(reply) for reply in replies]))
             except RedisUnreachable as error:
                 url, reason = error.url, error.reason
                 self._give_up(self._polls.failed(), lambda: RedisUnreachable(url, reason))  # noqa: B023
@@ -258,6 +261,17 @@ class AsyncClient:
             inbox.put_nowait(error())
         for job_id in job_ids:
             self._polls.drop(job_id)
+
+
+async def _parse_large(reply: Any) -> Any:
+    """A reply of Redis with large result records replaced by their outcomes."""
+    if not isinstance(reply, list):
+        return reply
+    large = [isinstance(record, str) and len(record) > LARGE_RECORD for record in reply]
+    return [
+        await asyncio.to_thread(parse_outcome, record) if is_large else record
+        for record, is_large in zip(reply, large, strict=True)
+    ]
 
 
 class AsyncJob(Handle):

@@ -14,6 +14,7 @@ from headrace.client.batch.items import BatchItem, digest_of, to_python
 from headrace.client.batch.openai import ENDPOINT, completion_fields
 from headrace.client.batch.sources import MAX_LINE_BYTES
 from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.requests import show_value
 from headrace.config.settings import slug
 
 MAX_CUSTOM_ID = 512
@@ -83,7 +84,7 @@ class ItemReader:
             return self._model_name
         model = slug(named)
         if self._models is not None and model not in self._models:
-            raise InvalidRequest("model", repr(model)[:80], f"one that is served: {', '.join(sorted(self._models))}")
+            raise InvalidRequest("model", show_value(model), f"one that is served: {', '.join(sorted(self._models))}")
         return model
 
 
@@ -103,7 +104,7 @@ def _split_custom_id(item: Any) -> tuple[str | None, dict[str, Any]]:
         raise InvalidRequest(str(unknown[0])[:80], "a field", f"only the fields {', '.join(_BATCH_KEYS)}")
     if fields.get("method", "POST") != "POST" or fields.get("url", ENDPOINT) != ENDPOINT:
         got = f"{fields.get('method', 'POST')} {fields.get('url', ENDPOINT)}"
-        raise InvalidRequest("url", repr(got)[:80], f"'POST {ENDPOINT}'")
+        raise InvalidRequest("url", show_value(got), f"'POST {ENDPOINT}'")
     if not isinstance(fields.get("body"), Mapping):
         raise InvalidRequest("body", f"a {type(fields.get('body')).__name__}", "an object with prompt and parameters")
     return _check_custom_id(fields.get("custom_id")), completion_fields(fields["body"])
@@ -111,7 +112,7 @@ def _split_custom_id(item: Any) -> tuple[str | None, dict[str, Any]]:
 
 def _check_custom_id(value: Any) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= MAX_CUSTOM_ID or not _is_unicode(value):
-        raise InvalidRequest("custom_id", repr(value)[:80], f"text of 1 to {MAX_CUSTOM_ID} characters")
+        raise InvalidRequest("custom_id", show_value(value), f"text of 1 to {MAX_CUSTOM_ID} characters")
     return value
 
 

@@ -27,6 +27,7 @@ from headrace.client.wire.errors import (
     UnknownJob,
     connection_advice,
 )
+from headrace.client.wire.requests import show_value
 from headrace.client.wire.results import Outcome
 
 log = logging.getLogger("headrace.client")
@@ -85,7 +86,7 @@ class Window(Generic[K]):
         tick: Tick = lambda: None,
     ) -> None:
         if type(size) is not int or size < 1:
-            raise InvalidRequest("max_inflight", repr(size)[:80], "a whole number of at least 1")
+            raise InvalidRequest("max_inflight", show_value(size), "a whole number of at least 1")
         self._submitter, self._reader = client.submitter, client.reader
         self._size, self._ordered, self._notify, self._tick = size, ordered, notify, tick
         self._waiting: dict[str, tuple[int, K, PreparedJob]] = {}  # submitted jobs

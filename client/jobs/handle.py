@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from headrace.client.jobs.reading import JobReader
 from headrace.client.jobs.stream import Event, StreamReader
 from headrace.client.wire.errors import HeadraceError, InvalidRequest, RedisFailed
-from headrace.client.wire.requests import is_job_id
+from headrace.client.wire.requests import is_job_id, show_value
 from headrace.client.wire.results import Outcome, Result, State, outcome_state
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def job_id_of(job: Any) -> str:
     """The id of a job, or the id itself. Raises InvalidRequest for anything else."""
     job_id = job.id if isinstance(job, Handle) else job
     if not is_job_id(job_id):
-        raise InvalidRequest("job", repr(job_id)[:80], "a job, or its id")
+        raise InvalidRequest("job", show_value(job_id), "a job, or its id")
     return job_id
 
 

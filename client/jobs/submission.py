@@ -27,7 +27,8 @@ from headrace.client.wire.celery import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME,
 from headrace.client.wire.errors import InvalidRequest, QueueFull, RedisRefused, RedisUnreachable
 from headrace.client.wire.queue_depth import count_queued
 from headrace.client.wire.redis import redis_errors
-from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request
+from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request, show_value
+from headrace.client.wire.result_size import check_result_size
 from headrace.client.wire.signing import mark, sign
 from headrace.client.wire.tracing import sending
 from headrace.config import Settings
@@ -131,10 +132,11 @@ class Submitter:
         job_id, model, timeout_s = given.pop("id", None), given.pop("model", None), given.pop("timeout_s", None)
         for internal, advice in {"expires_at": "use timeout_s", "schema_version": "it is set for you"}.items():
             if internal in fields:
-                raise InvalidRequest(internal, repr(fields[internal])[:80], f"no such parameter; {advice}")
+                raise InvalidRequest(internal, show_value(fields[internal]), f"no such parameter; {advice}")
         if timeout_s is not None:
             given["expires_at"] = time.time() + _check_timeout_s(timeout_s)
         request = parse_request(given)
+        check_result_size(request, self._settings.max_result_bytes)
         model = self._model_name if model is None else _check_model(model)
         digest = _digest(request, model) if job_id is not None else ""
         if request.seed is None:
@@ -152,7 +154,9 @@ class Submitter:
         job: PreparedJob | None = None
         for fields in requests:
             if job is not None and _differ_in_prompt_only(before, fields):
-                yield job.with_prompt(fields.get("prompt"), new_seed=fields.get("seed") is None)
+                other = job.with_prompt(fields.get("prompt"), new_seed=fields.get("seed") is None)
+                check_result_size(other.request, self._settings.max_result_bytes)
+                yield other
             else:
                 before, job = fields, self.prepare(fields)
                 yield job
@@ -315,17 +319,17 @@ def _id_is_used(job_id: str) -> InvalidRequest:
 
 def _check_timeout_s(timeout_s: Any) -> float:
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < 1e9:
-        raise InvalidRequest("timeout_s", repr(timeout_s), "a number of seconds above 0, or None")
+        raise InvalidRequest("timeout_s", show_value(timeout_s), "a number of seconds above 0, or None")
     return timeout_s
 
 
 def _check_id(job_id: Any) -> str:
     if not is_job_id(job_id):
-        raise InvalidRequest("id", repr(job_id)[:80], "1 to 128 letters, digits, '.', '_', '-' or ':'")
+        raise InvalidRequest("id", show_value(job_id), "1 to 128 letters, digits, '.', '_', '-' or ':'")
     return job_id
 
 
 def _check_model(model: Any) -> str:
     if not isinstance(model, str) or not model or len(model) > 256:
-        raise InvalidRequest("model", repr(model)[:80], "the name of a model that a worker serves")
+        raise InvalidRequest("model", show_value(model), "the name of a model that a worker serves")
     return slug(model)

@@ -295,6 +295,11 @@ def _show(value: Any, name: Any = "") -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def show_value(value: Any) -> str:
+    """A value that a caller gave, for an error message: at most 80 characters, whatever it is."""
+    return _show(value)
+
+
 def _show_name(name: Any) -> str:
     """A field name that a user chose, made safe to print."""
     return name if isinstance(name, str) and name.isprintable() and 0 < len(name) <= MAX_NAME else _show(name)
