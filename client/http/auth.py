@@ -159,8 +159,10 @@ class _LimitedBody:
 
     def check_content_length(self, header: str) -> None:
         """Raises ApiError if the Content-Length header exceeds the limit."""
-        if header.isascii() and header.isdecimal() and int(header[:20]) > self._limit:
-            raise self._too_large()
+        if header.isascii() and header.isdecimal():
+            digits = header.lstrip("0")[:20] or "0"
+            if int(digits) > self._limit:
+                raise self._too_large()
 
     async def receive(self) -> Message:
         """The next ASGI message. Raises ApiError if the body exceeds the limit."""

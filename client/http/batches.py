@@ -6,19 +6,16 @@ resumes incomplete batches: it finds their jobs in Redis, whether queued or fini
 
 from __future__ import annotations
 
-import contextlib
-import json
 import threading
 import time
 import uuid
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from headrace.client.batch.output import RowFile
+from headrace.client.batch.output import is_disk_full
 from headrace.client.batch.run import Batch, BatchReport, DropBatch
 from headrace.client.client import Client
 from headrace.client.http.batch_objects import (
@@ -31,9 +28,10 @@ from headrace.client.http.batch_objects import (
     Status,
     fault_object,
 )
+from headrace.client.http.batch_usage import count_rows
 from headrace.client.http.errors import ApiError, not_found
 from headrace.client.http.file_store import RETENTION_S, FileStore, load_all, write_json
-from headrace.client.wire.errors import Fault, HeadraceError, InvalidBatch
+from headrace.client.wire.errors import Fault, HeadraceError, InvalidBatch, OutputRefused
 from headrace.config import Settings
 
 log = structlog.get_logger("headrace.http")
@@ -44,6 +42,8 @@ MAX_ROWS = 50_000
 MAX_CONCURRENT, MAX_OPEN = 2, 1_000
 #: Seconds between attempts to reach Redis.
 REDIS_RETRY_S = 0.5
+#: Seconds between attempts to continue a batch after the disk was full.
+DISK_RETRY_S = 5.0
 GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -110,6 +110,7 @@ class Batches:
         try:
             self._save(state)
         except OSError as error:
+            del self._states[state.id]
             raise ApiError(507, "no_room", f"the batch cannot be stored: {error.strerror}") from error
         return state
 
@@ -136,10 +137,17 @@ class Batches:
                     409, "batch_ended", f"the batch is {state.status}; only a running batch can be cancelled"
                 )
             if state.status != "cancelling":
-                state = self._update(batch_id, status="cancelling", cancelling_at=int(time.time()))
+                try:
+                    state = self._update(batch_id, status="cancelling", cancelling_at=int(time.time()))
+                except OSError as error:  # for example a full disk; it is cancelled unless the server ends before
+                    log.error("batch.unsaved", batch=batch_id, error=type(error).__name__)
+                    state = self._states[batch_id]
             if batch_id in self._running:
                 return state
-            return self._finish(batch_id, "cancelled")  # it waits for a thread, which may take long
+            try:
+                return self._finish(batch_id, "cancelled")  # it waits for a thread, which may take long
+            except OSError:
+                return state  # the thread will finish it
 
     def uses(self, file_id: str) -> bool:
         """Whether an open batch reads the file."""
@@ -177,20 +185,41 @@ class Batches:
                 return
             self._running.add(batch_id)
         try:
-            self._compute(batch_id)
+            while not self._compute_unless_full(batch_id):
+                if self._stopping.wait(DISK_RETRY_S):
+                    return
         except _ServerStopping:
             return
         except InvalidBatch as error:
             self._fail(batch_id, [fault_object(fault) for fault in error.faults])
         except HeadraceError as error:
             log.error("batch.failed", batch=batch_id, error=error.code)
-            self._fail(batch_id, [fault_object(Fault(0, "", "the batch cannot be computed"), error.code)])
+            reason = getattr(error.__cause__, "strerror", None) if isinstance(error, OutputRefused) else None
+            message = f"the output cannot be written: {reason}" if reason else "the batch cannot be computed"
+            self._fail(batch_id, [fault_object(Fault(0, "", message), error.code)])
         except Exception as error:
             log.error("batch.failed", batch=batch_id, error=type(error).__name__)
             self._fail(batch_id, [fault_object(Fault(0, "", "internal server error"), "internal_error")])
         finally:
             with self._lock:
                 self._running.discard(batch_id)
+
+    def _compute_unless_full(self, batch_id: str) -> bool:
+        """Compute the batch. Returns False if the disk is full; the rows that are written, and the jobs, are kept."""
+        try:
+            self._compute(batch_id)
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            message = "the server has no room for the output; the batch continues when there is room"
+            errors = {"object": "list", "data": [fault_object(Fault(0, "", message), "no_room")]}
+            with self._lock:
+                known = self._states[batch_id].errors == errors
+                self._states[batch_id] = self._states[batch_id].model_copy(update={"errors": errors})
+            if not known:
+                log.warning("batch.waits", batch=batch_id, reason="no room on the disk")
+            return False
+        return True
 
     def _compute(self, batch_id: str) -> None:
         state = self._states[batch_id]
@@ -255,7 +284,8 @@ class Batches:
         counts = RequestCounts(total=report.rows, completed=completed, failed=report.failed_before + report.failed)
         with self._lock:
             state = self._states[batch_id]
-            self._states[batch_id] = state.model_copy(update={"request_counts": counts})
+            errors = None if report.succeeded or report.failed else state.errors  # it waited for room, and has it now
+            self._states[batch_id] = state.model_copy(update={"request_counts": counts, "errors": errors})
         self._check_interrupted(batch_id)
 
     # --- states ------------------------------------------------------------------------------------------------------
@@ -265,8 +295,8 @@ class Batches:
         state = self._states[batch_id]
         rows, failures = self._files.path(state.rows_id), self._files.path(state.failures_id)
         rows.with_name(f"{rows.name}.run").unlink(missing_ok=True)
-        completed, usage = _count_rows(rows)
-        failed, _ = _count_rows(failures)
+        completed, usage = count_rows(rows)
+        failed, _ = count_rows(failures)
         total = max(state.request_counts.total, completed + failed)
         return self._update(
             batch_id,
@@ -276,7 +306,7 @@ class Batches:
             error_file_id=self._publish(state.failures_id, state, "error"),
             request_counts=RequestCounts(total=total, completed=completed, failed=failed),
             usage=usage,
-            **more,
+            **{"errors": None, **more},
         )
 
     def _publish(self, file_id: str, state: BatchState, suffix: str) -> str | None:
@@ -302,30 +332,9 @@ class Batches:
 
     def _save(self, state: BatchState) -> None:
         with self._lock:
-            write_json(self._directory / f"{state.id}.json", state.model_dump())
             self._states[state.id] = state
+            write_json(self._directory / f"{state.id}.json", state.model_dump())
 
 
 def _too_many_rows() -> InvalidBatch:
     return InvalidBatch([Fault(0, "input", f"a batch has at most {MAX_ROWS} rows; split it into several batches")])
-
-
-def _count_rows(path: Path) -> tuple[int, dict[str, Any]]:
-    """The number of rows in an output file, and OpenAI's usage object: the tokens of all rows."""
-    output = RowFile(path)
-    deque(output.scan(), 0)
-    output.repair(without_failures=False)  # a crash may have left an incomplete last line
-    rows, totals = 0, {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        for line in file:
-            response = json.loads(line)["response"]
-            rows += 1
-            for name in totals:
-                totals[name] += response["body"]["usage"][name] if response else 0
-    return rows, {
-        "input_tokens": totals["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": 0},
-        "output_tokens": totals["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": totals["total_tokens"],
-    }

@@ -19,6 +19,8 @@ from headrace.client.http.file_store import FileStore
 from headrace.client.http.jobs import JobRunner
 from headrace.client.http.page import StatusReporter
 
+#: Digits of a number in a query or a form. Python takes quadratic time to read one, and refuses more than 4,300 digits.
+MAX_DIGITS = 12
 #: A body of up to this size is parsed at once, whatever it has.
 SMALL_BODY_BYTES = 65_536
 #: Limits of a larger body. The largest valid request has 1,024 prompts and 1,024 members of `logit_bias`.
@@ -85,15 +87,23 @@ def paginate(request: Request, items: list[dict[str, Any]], default_limit: int, 
         ApiError: `limit` is out of range, or there is no item with the id `after`.
     """
     limit, after = request.query_params.get("limit", str(default_limit)), request.query_params.get("after")
-    if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit[:12]) <= max_limit):
+    size = whole_number(limit, 1, max_limit)
+    if size is None:
         raise invalid(f"limit: expected a whole number from 1 to {max_limit}", "limit")
     index_of = {item["id"]: index for index, item in enumerate(items)}
     if after is not None and after not in index_of:
         raise not_found("object", after[:80])
     start = 0 if after is None else index_of[after] + 1
-    page = items[start : start + int(limit)]
+    page = items[start : start + size]
     ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
     return {"object": "list", "data": page, **ends, "has_more": start + len(page) < len(items)}
+
+
+def whole_number(text: str, low: int, high: int) -> int | None:
+    """A number from `low` to `high`, as a query or a form has it; None if the text is not one."""
+    if len(text) <= MAX_DIGITS and text.isascii() and text.isdecimal() and low <= int(text) <= high:
+        return int(text)
+    return None
 
 
 def route(method: str, path: str, endpoint: Callable[[Request], Any]) -> Route:

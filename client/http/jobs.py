@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ class JobRunner:
             raise InvalidRequest("id", "a name for the job", "no such parameter: the server names jobs")
         model = await self.find_model(params.get("model"))
         timeout_s = params.get("timeout_s")
-        if timeout_s is None or (type(timeout_s) in (int, float) and timeout_s > self._timeout_s):
+        if timeout_s is None or (type(timeout_s) in (int, float) and self._timeout_s < timeout_s < math.inf):
             timeout_s = self._timeout_s
         fields = {**params, "model": model, "timeout_s": timeout_s}
         try:

@@ -29,6 +29,9 @@ from headrace.config.logging import setup_logging
 from headrace.config.settings import MIN_API_KEY_LENGTH, is_valid_key
 from headrace.config.tracing import setup_tracing
 
+#: Upper limit of `timeout`, that of the `timeout_s` of a job.
+MAX_TIMEOUT_S = 1e9
+
 
 def serve(
     settings: Settings,
@@ -57,11 +60,13 @@ def serve(
         timeout: upper limit for the duration of a job, in seconds.
 
     Raises:
-        InvalidRequest: the address is not available, or would be open to the network without a key; or the process may
-            open too few files.
+        InvalidRequest: `timeout` is not a possible number; the address is not available, or would be open to the
+            network without a key; or the process may open too few files.
         DirectoryInUse: another server uses the directory for files.
         SettingsError: HEADRACE_OTEL is set but OpenTelemetry is not installed.
     """
+    if not 0 < timeout < MAX_TIMEOUT_S:
+        raise InvalidRequest("timeout", str(timeout), f"a number of seconds above 0, below {MAX_TIMEOUT_S:.0f}")
     keys = _keys(settings, api_keys, host, insecure=insecure)
     connections = ConnectionLimits(connections=make_room())
     limits = Limits(

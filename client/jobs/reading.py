@@ -118,8 +118,9 @@ class JobReader:
             NoCheckpoints: the job has none.
             InvalidRequest: they take more than `max_bytes`.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load  # imported here: importing numpy is slow, and few callers need it
+        with redis_errors(self.url):  # importing opens files too
+            from safetensors import SafetensorError
+            from safetensors.numpy import load  # imported here: importing numpy is slow, and few callers need it
 
         with redis_errors(self.url), connect(self.url, text=False) as connection:
             if max_bytes is None:

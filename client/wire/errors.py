@@ -150,8 +150,13 @@ class RedisUnreachable(RedisFailed, ConnectionError):
 
     def __str__(self) -> str:
         advice = connection_advice(self.reason) or "start it, or `headrace up`, or set HEADRACE_REDIS_URL"
+        if NO_DESCRIPTORS.lower() in self.reason.lower():
+            advice = "this process may open no more files: close some, or raise the limit with `ulimit -n 4096`"
         return self._with_accepted(f"Redis at {self.url} cannot be reached ({self.reason}); {advice}")
 
+
+#: Part of the reason if the process has no free descriptors.
+NO_DESCRIPTORS = "Too many open files"
 
 #: Reasons that `client.wire.redis.explain` finds when only one side uses TLS.
 NO_TLS, TLS = "the server has no TLS", "the server speaks TLS"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import ssl
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from headrace.client.wire.embedded_redis import (
     embedded_url,
     is_embedded,
 )
-from headrace.client.wire.errors import NO_TLS, TLS, RedisRefused, RedisUnreachable, connection_advice
+from headrace.client.wire.errors import NO_DESCRIPTORS, NO_TLS, TLS, RedisRefused, RedisUnreachable, connection_advice
 from headrace.config.directories import redis_dir
 from headrace.config.sentinel import is_sentinel, parse_sentinel
 from headrace.config.settings import Settings, redact_url
@@ -160,6 +161,10 @@ def redis_errors(url: str) -> Iterator[None]:
         raise RedisUnreachable(shown, explain(url, error)) from error
     except redis.RedisError as error:
         raise RedisRefused(redact_url(current_url(url)), str(error)) from error
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise RedisUnreachable(redact_url(url), NO_DESCRIPTORS) from error
 
 
 def check_access(url: str) -> None:

@@ -13,7 +13,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from headrace.client.http.auth import UPLOAD_PATH
-from headrace.client.http.context import context_of, owner_of, paginate, route
+from headrace.client.http.context import context_of, owner_of, paginate, route, whole_number
 from headrace.client.http.errors import ApiError, invalid
 from headrace.client.http.file_store import MAX_FILES, MIN_RETENTION_S, RETENTION_S
 
@@ -41,11 +41,12 @@ def _retention(anchor: Any, seconds: Any) -> int:
     """Seconds until the file expires. Raises ApiError if the form fields of `expires_after` are invalid."""
     if anchor is None and seconds is None:
         return RETENTION_S
-    well_formed = anchor == "created_at" and isinstance(seconds, str) and seconds.isascii() and seconds.isdecimal()
-    if not well_formed or not MIN_RETENTION_S <= int(seconds[:12]) <= RETENTION_S:
+    known = anchor == "created_at" and isinstance(seconds, str)
+    retention_s = whole_number(seconds, MIN_RETENTION_S, RETENTION_S) if known else None
+    if retention_s is None:
         expected = f"anchor 'created_at', and seconds from {MIN_RETENTION_S} to {RETENTION_S}"
         raise invalid(f"expires_after: expected {expected}", "expires_after")
-    return int(seconds)
+    return retention_s
 
 
 def list_files(request: Request) -> Response:
