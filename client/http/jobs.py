@@ -7,15 +7,17 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from headrace.client.async_client import AsyncClient, AsyncJob
 from headrace.client.http.errors import RETRY_AFTER_S, ApiError, translate
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import HeadraceError, InvalidRequest, RedisRefused, RedisUnreachable
+from headrace.client.wire.requests import GenerateRequest, parse_request
+from headrace.client.wire.result_size import largest_result
 from headrace.client.wire.results import Result
 
 #: For how many seconds the status of the workers is cached.
@@ -27,6 +29,7 @@ TIMEOUT_GRACE_S = 2.0
 MAX_COPIED_BYTES = 8 * 2**20
 
 Prompt = str | list[int]
+T = TypeVar("T")
 
 
 def as_request_field(error: InvalidRequest, *, is_list: bool) -> InvalidRequest:
@@ -53,6 +56,19 @@ def _check_copies(prompts: int, params: Mapping[str, Any]) -> None:
     if prompts * size > MAX_COPIED_BYTES:
         expected = f"at most {MAX_COPIED_BYTES} bytes of parameters for all prompts; send fewer in a request"
         raise InvalidRequest("prompt", f"{prompts} prompts with {size} bytes of parameters each", expected)
+
+
+def _check_response(prompts: Sequence[Prompt], params: Mapping[str, Any], limit: int) -> None:
+    """Bound the response to a request. Raises InvalidRequest if it can become too large, or a parameter is wrong."""
+    if len(prompts) == 1:
+        return  # the client checks its result
+    own = {name: value for name, value in params.items() if name in GenerateRequest.model_fields and value is not None}
+    request = parse_request({**own, "prompt": ""})
+    longest = max(prompts, key=len) if request.echo else ""
+    size = len(prompts) * largest_result(request.model_copy(update={"prompt": longest}))
+    if size > limit:
+        expected = f"at most {limit} bytes; send fewer prompts in a request, or lower n, max_tokens or logprobs"
+        raise InvalidRequest("prompt", f"{len(prompts)} prompts whose results may take {size} bytes together", expected)
 
 
 @dataclass(frozen=True)
@@ -154,6 +170,7 @@ class JobRunner:
             InvalidRequest, QueueFull, RedisUnreachable, RedisRefused: as `Client.submit`; no job stays in the queue.
         """
         _check_copies(len(prompts), params)
+        _check_response(prompts, params, 8 * self._client.settings.max_result_bytes)
         if "id" in params:
             raise InvalidRequest("id", "a name for the job", "no such parameter: the server names jobs")
         model = await self.find_model(params.get("model"))
@@ -190,13 +207,30 @@ class JobRunner:
         with contextlib.suppress(HeadraceError):
             await self._client.cancel(job_ids)
 
-    async def results(self, submitted: SubmittedJobs) -> list[Result]:
-        """Wait for all results, in the order of the jobs. Raises the first failure; the other jobs are cancelled."""
-        jobs = submitted.jobs
-        with self._cancel_unfinished(jobs):
-            async for job in self._client.as_completed(jobs, submitted.wait_s):
-                await job.result()
-            return [await job.result() for job in jobs]
+    async def results(self, submitted: SubmittedJobs, convert: Callable[[int, Result], T]) -> list[T]:
+        """Wait for all results and convert each when it arrives, in a thread. None is kept: an object takes ten times
+        the memory of its JSON.
+
+        Args:
+            convert: called with the index of the job and its result.
+
+        Returns:
+            What `convert` returned, in the order of the jobs.
+
+        Raises the first failure; the other jobs are cancelled.
+        """
+        index_of = {job.id: index for index, job in enumerate(submitted.jobs)}
+        converted: dict[int, T] = {}
+        waiting = {job.id: job for job in submitted.jobs}
+        try:
+            async for job in self._client.as_completed(submitted.jobs, submitted.wait_s):
+                index = index_of[job.id]
+                del waiting[job.id]
+                converted[index] = await asyncio.to_thread(convert, index, await job.result())
+                job.outcome = None
+        finally:
+            self._cancel(waiting.values())
+        return [converted[index] for index in range(len(submitted.jobs))]
 
     async def events(self, submitted: SubmittedJobs) -> AsyncGenerator[tuple[int, Event]]:
         """Stream the jobs: (index of the job, event). Raises like `results`; closing it cancels unfinished jobs."""

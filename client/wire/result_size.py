@@ -17,7 +17,11 @@ def largest_result(request: GenerateRequest) -> int:
     tokens = request.max_tokens
     if request.echo:
         prompt = request.prompt
-        tokens += -(-len(prompt.encode()) // BYTES_OF_PROMPT_TOKEN) if isinstance(prompt, str) else len(prompt)
+        tokens += (
+            -(-len(prompt.encode(errors="replace")) // BYTES_OF_PROMPT_TOKEN)
+            if isinstance(prompt, str)
+            else len(prompt)
+        )
     scores = 0 if request.logprobs is None else 1 + request.logprobs
     return request.n * (SAMPLE_BYTES + tokens * (TOKEN_BYTES + scores * SCORE_BYTES))
 

@@ -10,10 +10,10 @@ import json
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from headrace.client.batch.openai import completion, completion_fields, logprobs_fields
 from headrace.client.http.context import context_of, read_json, route
@@ -110,25 +110,37 @@ async def create_completion(request: Request) -> Any:
     request_id = submitted.jobs[0].id
     headers = {"x-request-id": request_id}
     if not parsed.stream:
-        results = await run_until_disconnect(request, jobs.results(submitted))
-        return JSONResponse(completion_object(results), headers=headers)
+        parts = await run_until_disconnect(request, jobs.results(submitted, encode_part))
+        return Response(encode_completion(parts), media_type="application/json", headers=headers)
     samples = parsed.params.get("n", 1)
     encoder = ChunkEncoder(request_id, submitted.model, samples, include_usage=parsed.include_usage)
     return EventStream(_stream_chunks(jobs, submitted, encoder), _encode_chunk_error, headers=headers)
 
 
-def completion_object(results: Sequence[Result]) -> dict[str, Any]:
-    """OpenAI's completion object for one result per prompt. Choices are numbered across prompts."""
-    parts = [completion(result) for result in results]
-    whole = parts[0]
-    whole["choices"] = [choice for part in parts for choice in part["choices"]]
-    for index, choice in enumerate(whole["choices"]):
-        choice["index"] = index
-    whole["usage"] = total_usage(results)
+class CompletionPart(NamedTuple):
+    """The part of a completion object that one result gives: its choices as JSON, and the other fields."""
+
+    choices: bytes
+    fields: dict[str, Any]
+
+
+def encode_part(prompt_index: int, result: Result) -> CompletionPart:
+    """Encode a result. Choices are numbered across prompts."""
+    fields = completion(result)
+    choices = fields.pop("choices")
+    for index, choice in enumerate(choices):
+        choice["index"] = prompt_index * len(choices) + index
+    return CompletionPart(b",".join(json.dumps(choice, allow_nan=False).encode() for choice in choices), fields)
+
+
+def encode_completion(parts: Sequence[CompletionPart]) -> bytes:
+    """OpenAI's completion object as JSON, of one part for each prompt."""
+    whole = parts[0].fields
+    whole["usage"] = {name: sum(part.fields["usage"][name] for part in parts) for name in whole["usage"]}
     for name in ("system_fingerprint", "seed"):
-        if any(part[name] != whole[name] for part in parts):
+        if any(part.fields[name] != whole[name] for part in parts):
             whole[name] = None  # the prompts differ in it
-    return whole
+    return b'{"choices": [' + b",".join(part.choices for part in parts) + b"], " + json.dumps(whole).encode()[1:]
 
 
 def total_usage(results: Sequence[Result]) -> dict[str, int]:

@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 
 from headrace.client.http.jobs import as_request_field
-from headrace.client.http.routes.completions import ChunkEncoder, completion_object, parse_completion_request
+from headrace.client.http.routes.completions import (
+    ChunkEncoder,
+    encode_completion,
+    encode_part,
+    parse_completion_request,
+)
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.results import Choice, Result, Timings, TokenLogprob, Usage
@@ -79,7 +84,7 @@ def test_the_field_at_fault_is_named_as_the_client_wrote_it(field: str, listed: 
 
 
 def test_choices_are_numbered_prompt_by_prompt_and_usage_is_summed() -> None:
-    found = completion_object([result(0), result(1), result(2)])
+    found = json.loads(encode_completion([encode_part(i, result(i)) for i in range(3)]))
     assert [(c["index"], c["text"]) for c in found["choices"]] == [
         (0, "0.0"),
         (1, "0.1"),
@@ -90,7 +95,7 @@ def test_choices_are_numbered_prompt_by_prompt_and_usage_is_summed() -> None:
     ]
     assert found["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
     assert (found["id"], found["seed"], found["system_fingerprint"]) == ("cmpl-job0", None, "same")
-    assert completion_object([result(1)])["seed"] == 8
+    assert json.loads(encode_completion([encode_part(0, result(1))]))["seed"] == 8
 
 
 def test_offsets_in_a_stream_continue_where_the_last_piece_ended() -> None:

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from headrace.client import Client
-from headrace.client.async_client import AsyncClient
+from headrace.client.async_client import AsyncClient, AsyncJob
 from headrace.client.http import context
 from headrace.client.http.errors import ApiError
-from headrace.client.http.jobs import MAX_COPIED_BYTES, JobRunner
+from headrace.client.http.jobs import MAX_COPIED_BYTES, JobRunner, SubmittedJobs
 from headrace.client.http.routes.completions import parse_completion_request
 from headrace.client.jobs import submission
 from headrace.client.wire.errors import InvalidRequest
 from headrace.config import load_settings
+from tests.unit.client.test_result_size import result
 
 SHARED: dict[str, Any] = {"logit_bias": {str(i): 1.5 for i in range(1_024)}, "stop": ["x" * 1_000] * 16}
 SETTINGS = load_settings(redis_url="redis://localhost:1/0", signing_key="k" * 32)
@@ -119,8 +120,8 @@ def test_the_copies_of_the_parameters_are_bounded() -> None:
 def test_a_body_that_is_slow_to_parse_is_refused_before(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json, "loads", lambda _: pytest.fail("it was parsed"))
     with pytest.raises(ApiError) as caught:
-        context._check_structure(body)
-    assert caught.value.status == 413
+        context.check_structure(body)
+    assert caught.value.code == "invalid_json"
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_a_body_that_is_slow_to_parse_is_refused_before(body: bytes, monkeypatch
     ],
 )
 def test_the_largest_requests_are_parsed(body: dict[str, Any]) -> None:
-    context._check_structure(json.dumps(body).encode())
+    context.check_structure(json.dumps(body).encode())
 
 
 def test_a_list_that_is_no_prompt_is_refused_without_looking_at_its_items() -> None:
@@ -143,3 +144,63 @@ def test_a_list_that_is_no_prompt_is_refused_without_looking_at_its_items() -> N
 
     with pytest.raises(InvalidRequest, match="a list of 100000 items"):
         parse_completion_request({"prompt": Items([1] * 100_000)})
+
+
+@pytest.mark.parametrize(
+    ("params", "prompts"),
+    [
+        ({"logprobs": 20, "max_tokens": 50, "n": 8}, ["a"] * 100),
+        ({"max_tokens": 600, "n": 100}, ["a"] * 100),
+        ({"logprobs": 5, "max_tokens": 0, "echo": True}, ["word " * 400] * 1_000),
+        ({"logprobs": 5, "max_tokens": 0, "echo": True}, [[1] * 600] * 1_000),
+    ],
+)
+def test_the_response_to_a_request_is_bounded(params: dict[str, Any], prompts: list[Any]) -> None:
+    async def submit(number: int) -> None:
+        async with AsyncClient(settings=SETTINGS) as client:
+            await JobRunner(client, 60).submit(prompts[:number], params, is_list=True)
+
+    with pytest.raises(InvalidRequest, match=r"prompts whose results may take .* at most 67108864 bytes"):
+        asyncio.run(submit(len(prompts)))
+    with pytest.raises(ApiError, match="redis_unreachable"):
+        asyncio.run(submit(8))
+
+
+def test_results_are_encoded_as_they_arrive_and_not_kept() -> None:
+    held: list[int] = []
+
+    class Jobs:
+        def __init__(self) -> None:
+            self.url, self.cancelled = "redis://fake", list[str]()
+            self.jobs = [AsyncJob(str(number), self) for number in range(5)]  # type: ignore[arg-type]
+
+        async def as_completed(self, jobs: Any, timeout: float) -> Any:
+            for number in (3, 1, 0, 4, 2):
+                self.jobs[number].outcome = result(1, number, 0, "a")
+                yield self.jobs[number]
+
+        async def cancel(self, job_ids: list[str]) -> None:
+            self.cancelled += job_ids
+
+    def convert(index: int, found: Any) -> tuple[int, int]:
+        held.append(sum(job.outcome is not None for job in client.jobs))
+        if fails and index == 0:
+            raise ValueError
+        return index, found.usage.completion_tokens
+
+    client, fails = Jobs(), False
+
+    async def wait() -> Any:
+        runner = JobRunner(client, 60)  # type: ignore[arg-type]
+        try:
+            return await runner.results(SubmittedJobs("demo", client.jobs, 60), convert)
+        finally:
+            await runner.close()
+
+    assert asyncio.run(wait()) == [(number, number) for number in range(5)]
+    assert held == [1] * 5
+    assert client.cancelled == []
+    client, fails = Jobs(), True
+    with pytest.raises(ValueError):  # noqa: PT011
+        asyncio.run(wait())
+    assert client.cancelled == ["2", "4"]
