@@ -22,7 +22,7 @@ from headrace.client.http.comparison import Comparison
 from headrace.client.http.context import AppContext
 from headrace.client.http.errors import ApiError, translate
 from headrace.client.http.file_store import FileStore
-from headrace.client.http.jobs import JobRunner
+from headrace.client.http.jobs import MAX_RESPONSE_RESULTS, JobRunner
 from headrace.client.http.page import StatusReporter
 from headrace.client.http.routes import batches, completions, files, models, status
 from headrace.client.http.tracing import TracingMiddleware
@@ -57,7 +57,10 @@ def make_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with AsyncClient(settings=settings) as client:
-            jobs, batches = JobRunner(client, timeout_s), Batches(directory, file_store, settings)
+            jobs, batches = (
+                JobRunner(client, timeout_s, MAX_RESPONSE_RESULTS * settings.max_result_bytes),
+                Batches(directory, file_store, settings),
+            )
             reporter = StatusReporter(jobs)
             app.state.context = AppContext(client, jobs, file_store, batches, reporter, Comparison(client))
             batches.start()

@@ -28,6 +28,9 @@ TIMEOUT_GRACE_S = 2.0
 #: Bytes of parameters, as JSON, that the jobs of one request may have together.
 MAX_COPIED_BYTES = 8 * 2**20
 
+#: The results of one request may take so many times HEADRACE_MAX_RESULT_BYTES.
+MAX_RESPONSE_RESULTS = 8
+
 Prompt = str | list[int]
 T = TypeVar("T")
 
@@ -89,10 +92,13 @@ class JobRunner:
 
     Args:
         timeout_s: upper limit for the `timeout_s` of a job.
+        max_response_bytes: limit of the results of one request together.
     """
 
-    def __init__(self, client: AsyncClient, timeout_s: float) -> None:
-        self._client, self._timeout_s = client, timeout_s
+    def __init__(
+        self, client: AsyncClient, timeout_s: float, max_response_bytes: int = MAX_RESPONSE_RESULTS * 8 * 2**20
+    ) -> None:
+        self._client, self._timeout_s, self._max_response_bytes = client, timeout_s, max_response_bytes
         self._cached_status: Status | HeadraceError | None = None
         self._cached_at = -STATUS_CACHE_S
         self._status_lock = asyncio.Lock()
@@ -170,7 +176,7 @@ class JobRunner:
             InvalidRequest, QueueFull, RedisUnreachable, RedisRefused: as `Client.submit`; no job stays in the queue.
         """
         _check_copies(len(prompts), params)
-        _check_response(prompts, params, 8 * self._client.settings.max_result_bytes)
+        _check_response(prompts, params, self._max_response_bytes)
         if "id" in params:
             raise InvalidRequest("id", "a name for the job", "no such parameter: the server names jobs")
         model = await self.find_model(params.get("model"))
