@@ -74,10 +74,10 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connections. Submitted jobs continue; code that is still waiting for one gets a RuntimeError."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
         self._give_up(list(self._polls), lambda: RuntimeError("the client was closed"))
+        while self._task is not None and not self._task.done():
+            self._task.cancel()  # `asyncio.wait_for`, which redis-py uses, loses a cancellation that meets its result
+            await asyncio.wait([self._task], timeout=BLOCK_S)
         await self._redis.aclose()
         await self._run_in_thread(self._client.close)
         self._thread.shutdown(wait=False)

@@ -19,15 +19,16 @@ from headrace.client.batch.map import map_prompts
 from headrace.client.batch.run import Batch, BatchReport
 from headrace.client.batch.window import MAX_INFLIGHT
 from headrace.client.jobs.handle import Handle, Job, check_same_redis, job_id_of, job_in_errors
+from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.jobs.reading import JobReader
 from headrace.client.jobs.status import Status
-from headrace.client.jobs.submission import PreparedJob, Submitter
+from headrace.client.jobs.submission import Submitter, check_model
 from headrace.client.wire import keys
 from headrace.client.wire.celery import TASK_NAME, producer_app, results_app
 from headrace.client.wire.errors import InvalidRequest, RedisRefused, RedisUnreachable
 from headrace.client.wire.redis import connect, resolve_url
+from headrace.client.wire.values import without_gaps
 from headrace.config import Settings, load_settings
-from headrace.config.settings import slug
 
 
 class Client:
@@ -36,7 +37,7 @@ class Client:
     Args:
         redis_url: HEADRACE_REDIS_URL if not given, else the embedded server of this user's data directory, else
             localhost. Each new connection looks for the embedded server, so it may start after the client.
-        model: the model of jobs that name none; the first of HEADRACE_MODEL if not given.
+        model: the served name of the model of jobs that name none; the first of HEADRACE_MODEL if not given.
         settings: all settings at once, instead of the environment.
 
     Attributes:
@@ -48,6 +49,7 @@ class Client:
 
     Raises:
         SettingsError: a setting is unknown or its value is not valid.
+        InvalidRequest: `model` cannot be the name of a model.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Client:
             settings = load_settings(**{**settings.model_dump(), "redis_url": redis_url})
         self.settings = settings
         self.url = resolve_url(settings)
-        self.model_name = slug(model) if model is not None else settings.model_name
+        self.model_name = check_model(model) if model is not None else settings.model_name
         self._redis = connect(self.url)
         self._app = producer_app(settings, self.url)
         self.submitter = Submitter(settings, self.url, self._redis, self._app, model_name=self.model_name)
@@ -120,7 +122,7 @@ class Client:
         prepared: list[PreparedJob] = []
         own = (request if isinstance(request, Mapping) else {"prompt": request} for request in requests)
         try:
-            for job in self.submitter.prepare_all({**params, **fields} for fields in own):
+            for job in self.submitter.prepare_all({**params, **without_gaps(fields)} for fields in own):
                 prepared.append(job)
         except InvalidRequest as error:
             raise InvalidRequest(f"requests[{len(prepared)}].{error.field}", error.value, error.expected) from None
@@ -246,6 +248,7 @@ class Client:
             priority=job.urgency,
             argsrepr="<redacted>",
             kwargsrepr="{}",
+            headers={"model": job.model},  # a worker refuses it in the queue of another model
         )
 
     @functools.cached_property

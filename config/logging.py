@@ -24,14 +24,16 @@ _PASSWORD_IN_QUERY = re.compile(r"((?:rediss?|redis\+socket|unix|sentinel)://\S*
 _LIBRARY_LOGGERS = {"celery": True, "kombu": True, "celery.app.trace": False, "celery.pool": False}
 
 
-def setup_logging(settings: Settings) -> None:
+def setup_logging(settings: Settings, file: str | None = None) -> None:
     """Send all lines of structlog and of the standard library to one handler. A second call replaces the handler.
+
+    The lines go to standard error, or are appended to `file`.
 
     Every line has `timestamp` (ISO 8601, UTC), `level`, `logger`, `event`, and the bound context variables (`job_id`).
     Exceptions have a traceback without local variables, because these may contain prompts. Passwords in Redis URLs are
     replaced by `***`.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
     handler.set_name(_HANDLER)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -40,13 +42,15 @@ def setup_logging(settings: Settings) -> None:
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.format_exc_info,
                 redact,
-                _renderer(settings),
+                _renderer(settings, terminal=file is None and sys.stderr.isatty()),
             ],
         )
     )
     root = logging.getLogger()
     for old in [other for other in root.handlers if other.get_name() == _HANDLER]:
         root.removeHandler(old)
+        if isinstance(old, logging.FileHandler):
+            old.close()
     root.addHandler(handler)
     _set_levels(settings)
     structlog.configure(
@@ -90,8 +94,7 @@ def _shared_processors() -> list[Processor]:
     ]
 
 
-def _renderer(settings: Settings) -> Processor:
-    terminal = sys.stderr.isatty()
+def _renderer(settings: Settings, *, terminal: bool) -> Processor:
     if settings.log_format == "console" or (settings.log_format == "auto" and terminal):
         colors = terminal and not os.environ.get("NO_COLOR")  # https://no-color.org
         return structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)

@@ -11,13 +11,13 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from headrace.config.model_names import is_served_name, slug
 from headrace.config.sentinel import is_sentinel, parse_sentinel
 
 PREFIX = "HEADRACE_"
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
 URL_SCHEMES = ("redis", "rediss", "unix")
 #: The longest model name in queues and results, in characters.
-MAX_NAME = 128
 #: Upper limits of numeric settings. Redis, torch and the clock reject larger numbers, but only while a job runs.
 MAX_BYTES, MAX_SECONDS = 2**50, 10 * 365 * 86_400
 #: In characters: as long as the HMAC digest, so that guessing the key is no easier than guessing the digest.
@@ -147,6 +147,14 @@ class Settings(BaseSettings):
     #: 'console' for people, 'json' for programs; 'auto' is 'console' on a terminal.
     log_format: Literal["auto", "console", "json"] = Field("auto", description="'auto', 'console' or 'json'")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_unicode(cls, value: Any) -> Any:
+        """Refuse bytes that are not UTF-8: they could neither be printed nor be stored."""
+        if isinstance(value, str):
+            value.encode()  # raises a ValueError
+        return value
+
     @field_validator("redis_url")
     @classmethod
     def _check_redis_url(cls, value: str | None) -> str | None:
@@ -179,7 +187,7 @@ class Settings(BaseSettings):
     @field_validator("served_name")
     @classmethod
     def _check_name(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None and (value != slug(value) or len(parse_models(info.data.get("model", "demo"))) > 1):
+        if value is not None and (not is_served_name(value) or len(parse_models(info.data.get("model", "demo"))) > 1):
             raise ValueError("name")
         return value
 
@@ -237,17 +245,6 @@ def _split_keys(value: SecretStr | None) -> list[str]:
     return [] if value is None else [key.strip() for key in value.get_secret_value().split(",")]
 
 
-def slug(model: str) -> str:
-    """A model's name for queues and results: the last part of a directory; `org/name` becomes `org-name`."""
-    path = os.path.expanduser(model)
-    local = os.path.isabs(path) or model.startswith((".", "~")) or os.path.isdir(path)
-    return _as_name(os.path.basename(os.path.realpath(path.replace("\0", ""))) if local else model)
-
-
-def _as_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:MAX_NAME] or "model"
-
-
 def parse_models(value: str) -> dict[str, str]:
     """Parse a list such as `demo,gpt2,chat=/models/v2` into name -> model, in the order of the list.
 
@@ -257,7 +254,7 @@ def parse_models(value: str) -> dict[str, str]:
     models: dict[str, str] = {}
     for item in map(str.strip, value.split(",")):
         name, named, model = map(str.strip, item.partition("="))
-        if not named or name != _as_name(name):  # the = may be part of a directory's path
+        if not named or not is_served_name(name):  # the = may be part of a directory's path
             name, model = slug(item), item
         if not model or model.startswith("=") or name in models:
             raise ValueError("model")
@@ -290,7 +287,9 @@ def _explain(error: ValidationError) -> str:
         return f"{_truncate(name)} is not a setting of headrace"
     shown = {"redis_url": redact_url(str(first["input"])), "signing_key": "***", "api_keys": "***"}
     value = shown.get(name, first["input"])
-    return f"{PREFIX}{name.upper()} is {_truncate(repr(value))}; it must be {field.description}"
+    unreadable = any("\ud800" <= character <= "\udfff" for character in str(first["input"]))
+    expected = f"text in UTF-8: {field.description}" if unreadable else field.description
+    return f"{PREFIX}{name.upper()} is {_truncate(repr(value))}; it must be {expected}"
 
 
 def _truncate(text: str) -> str:

@@ -25,13 +25,14 @@ HELP: dict[str, dict[str, SettingHelp]] = {
     "The model, and where it runs": {
         "model": SettingHelp(
             "A GPT-2 size, a hub id, or a directory with `config.json` and `model.safetensors`; or [several "
-            "models](deployment.md#several-models). Jobs that name no model go to the first.",
+            "models](deployment.md#several-models). Jobs that name no model go to the first. A path begins with `/`, "
+            "`.` or `~`. Clients take only the name from it, without looking at the file system.",
             vllm="model",
         ),
         "served_name": SettingHelp(
             "The name of the model in results and of its queue, `headrace.<name>`. Set it if two directories have "
             "the same name, or if a new version is to take over the queue of the old one.",
-            default="made from the model",
+            default="the last part of the path, or `org-name` for a hub id `org/name`",
             vllm="served_model_name",
         ),
         "redis_url": SettingHelp(

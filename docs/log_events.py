@@ -31,6 +31,7 @@ class Event:
 
 
 EVENTS: dict[str, Event] = {
+    "record.unreadable": Event("the record of a file or batch cannot be read; it stays where it is and is in no list"),
     "model.loaded": Event("the model is in memory and has passed its self-test"),
     "model.wanted": Event("a job came for a model that is not loaded"),
     "model.unloaded": Event("the model had no job for `HEADRACE_IDLE_UNLOAD_S`"),
@@ -54,6 +55,10 @@ EVENTS: dict[str, Event] = {
     "message.finished": Event("the results of all its jobs are stored"),
     "message.adopted": Event("a message was delivered again while its jobs are running here; they continue"),
     "message.refused": Event("a message cannot be read; it went to the list `headrace:dead`"),
+    "followers.failed": Event("a refused message is part of a chord or a chain, which could not be failed with it"),
+    "messages.misplaced": Event(
+        "messages for headrace are in a list of Redis that no worker reads; once for each list, until it is empty"
+    ),
     "message.trimmed": Event(
         "the unsigned envelope of a message asked for more than its signature allows; that is ignored"
     ),
@@ -119,6 +124,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "bytes": ("bytes", "size of the message"),
     "wanted_bytes": ("bytes", "size of the cache that was requested"),
     "cache_bytes": ("bytes", "size of the cache"),
+    "file": ("text", "the name of the record in the directory of files or of batches"),
     "error": ("text", "the message of the exception, or its class alone"),
     "kind": ("text", "the class of the exception"),
     "trace": ("text", "the traceback, without the values of variables"),
@@ -129,6 +135,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "fingerprint": ("text", "the software, hardware and weights that compute results"),
     "queue": ("text", "the name of the queue in Celery"),
     "queues": ("list of texts", "the names of the queues in Celery"),
+    "key": ("text", "the key of the list in Redis"),
     "url": ("text", "the address of Redis, without its password"),
     "tried": ("text", "the address where no Redis answered, without its password"),
     "method": ("text", "of the HTTP request"),

@@ -15,10 +15,12 @@ def main(source: str, target: str) -> None:
     print(f"{report.before} rows were done before, {report.succeeded} were computed, {report.failed} failed")
     with open(target) as rows:
         for row in map(json.loads, rows):
-            if row["error"]:
-                print(row["custom_id"], "failed:", row["error"]["message"])
-            else:
-                print(row["custom_id"], repr(row["response"]["body"]["choices"][0]["text"]))
+            response = row["response"]
+            if response and response["status_code"] == 200:
+                print(row["custom_id"], repr(response["body"]["choices"][0]["text"]))
+            else:  # a request that could never be computed has a response with an error, as over HTTP
+                error = row["error"] or response["body"]["error"]
+                print(row["custom_id"], "failed:", error["message"])
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ _SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
+#: How names begin that are not the text of a token.
+_BYTES_NAME, _ID_NAME = _OTHER_NAMES = ("bytes:", "token_id:")
 #: Size limit of a vocabulary file; one with 200,000 tokens has 12 MB.
 MAX_FILE_BYTES = 2**25
 
@@ -40,6 +42,7 @@ class Tokenizer:
         self.vocab_size = encoding.n_vocab
         specials = {text: encoding.encode_single_token(text) for text in encoding.special_tokens_set}
         self._special_ids = frozenset(specials.values())
+        self._names: dict[int, str] = {}  # of the tokens whose name was needed: log probabilities name 21 a token
         #: The id of the end-of-text token, 50256 in GPT-2; None if the vocabulary has none.
         self.end_of_text: int | None = specials.get(END_OF_TEXT)
 
@@ -63,23 +66,57 @@ class Tokenizer:
             raise ValueError(f"{token_id} is not a token id of this vocabulary of {self.vocab_size}") from None
 
     def token_text(self, token_id: int) -> str:
-        """The text of a single token, for logprobs: invalid UTF-8 becomes U+FFFD, an unknown id the empty text."""
-        try:
-            return self.token_bytes(token_id).decode("utf-8", errors="replace")
-        except ValueError:
-            return ""
+        """The text of a single token: invalid UTF-8 becomes U+FFFD, an unknown id the empty text."""
+        return self.known_bytes(token_id).decode("utf-8", errors="replace")
 
-    def decoder(self) -> IncrementalDecoder:
-        """A decoder for tokens that arrive one at a time."""
-        return IncrementalDecoder(self)
+    def token_name(self, token_id: int) -> str:
+        r"""A name of a token, for log probabilities. Tokens with different bytes have different names.
+
+        The name is the token's text. A token whose bytes are not whole characters is written as OpenAI writes it, each
+        byte in hexadecimal: `bytes:\xe2\x80`. Text that begins like such a name is written in bytes too. An id without
+        bytes, of a padded embedding, is `token_id:50300`.
+        """
+        if (name := self._names.get(token_id)) is None:
+            name = self._names[token_id] = self._name(token_id)
+        return name
+
+    def _name(self, token_id: int) -> str:
+        data = self.known_bytes(token_id)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            text = _BYTES_NAME
+        if text.startswith(_OTHER_NAMES):
+            return _BYTES_NAME + "".join(f"\\x{byte:02x}" for byte in data)
+        return text or f"{_ID_NAME}{token_id}"
+
+    def known_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token; none for an id beyond the vocabulary, of a padded embedding."""
+        try:
+            return self.token_bytes(token_id)
+        except ValueError:
+            return b""
+
+    def decoder(self, rest: bytes = b"") -> IncrementalDecoder:
+        """A decoder for tokens that arrive one at a time, after the bytes `rest` of an incomplete character."""
+        return IncrementalDecoder(self, rest)
 
 
 class IncrementalDecoder:
     """Converts token ids to text one at a time; the bytes of an incomplete character are held back."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, rest: bytes = b"") -> None:
         self._token_bytes = tokenizer.token_bytes
-        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decode = self._utf8.decode
+        self._decode(rest)
+
+    @property
+    def rest(self) -> bytes:
+        """The bytes that are held back and can begin a character."""
+        held = self._utf8.getstate()[0]
+        # Python also holds back two bytes of a surrogate, which are two U+FFFD whatever follows.
+        return held if len(held.decode("utf-8", errors="replace")) == 1 else b""
 
     def push(self, token_id: int) -> str:
         """The text that this token completes. An id beyond the vocabulary (of a padded embedding) adds nothing."""
@@ -91,6 +128,37 @@ class IncrementalDecoder:
     def flush(self) -> str:
         """The text that was held back, called at the end; an incomplete character becomes U+FFFD."""
         return self._decode(b"", True)
+
+
+class OffsetCounter:
+    """Finds where tokens begin in the text that they have together, in characters.
+
+    A token that begins inside a character begins where that character does. Bytes that are no character count as the
+    U+FFFD that replaces them.
+
+    Args:
+        start: the number of characters before the first token.
+        rest: bytes before the first token, of a character that is incomplete.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, start: int = 0, rest: bytes = b"") -> None:
+        self._bytes = tokenizer.known_bytes
+        self._characters, self._rest = start, rest
+
+    def next(self, token_id: int) -> int:
+        """The offset of the next token."""
+        at, data = self._characters, self._bytes(token_id)
+        if self._rest and data:
+            at += len((self._rest + data[:1]).decode("utf-8", errors="replace")) - 1
+        text, read = codecs.utf_8_decode(self._rest + data, "replace", False)
+        self._characters += len(text)
+        self._rest = (self._rest + data)[read:]
+        return at
+
+
+def continues(rest: bytes, data: bytes) -> bool:
+    """Whether the first byte of `data` belongs to the character of which `rest` is the beginning."""
+    return len((rest + data[:1]).decode("utf-8", errors="replace")) == 1
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:

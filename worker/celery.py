@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import time
 from typing import Any
@@ -13,7 +14,8 @@ import redis
 import structlog
 from celery import Celery, signals
 from celery.platforms import EX_FAILURE
-from click.core import ParameterSource
+from celery.utils.log import mlevel
+from celery.utils.nodenames import node_format
 
 from headrace.client.wire import keys
 from headrace.client.wire.celery import broker_settings, celery_url, queue, sentinel_options
@@ -24,22 +26,25 @@ from headrace.client.wire.redis import answers, check_access, connect, has_keepa
 from headrace.config import Settings, SettingsError, load_settings
 from headrace.config.logging import setup_logging
 from headrace.worker.queue.permissions import MissingPermissions, check_permissions
+from headrace.worker.queue.start_options import ENGINE_POOL, check_options, is_explicit
 from headrace.worker.redis_server import AlreadyRunning, EmbeddedRedis, EmbeddedRedisError
 from headrace.worker.tasks import add_tasks
 
 log = structlog.get_logger("headrace.worker")
 
-ENGINE_POOL = "headrace.worker.jobs.pool:EnginePool"
-#: Celery's pools that cannot run the tasks: each process of prefork would load the models once more, and the engine's
-#: threads do not work with greenlets.
-REFUSED_POOLS = ("prefork", "processes", "gevent", "eventlet")
 #: Seconds to wait for the embedded Redis server that another process is starting.
 OTHERS_START_S = 60.0
 
 
 def make_app(settings: Settings) -> Celery:
     """Create a Celery app whose worker serves the models of the settings. Nothing is connected or loaded yet."""
-    app = Celery("headrace", set_as_current=False)
+    app = Celery(
+        "headrace",
+        set_as_current=False,
+        amqp="headrace.worker.queue.served:AMQP",
+        control="headrace.worker.queue.remote_control:Control",
+    )
+    app.headrace_settings = settings  # the queues, the pool and the command line read it from here
     app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "headrace.worker.queue.backend:ResultBackend")
     app.loader.override_backends["sentinel"] = "headrace.worker.queue.backend:SentinelResultBackend"
     app.loader.override_backends[EMBEDDED] = "headrace.worker.queue.backend:EmbeddedResultBackend"
@@ -54,7 +59,6 @@ def make_app(settings: Settings) -> Celery:
         task_default_queue=keys.queue(settings.model_name),
     )
     add_tasks(app, settings)
-    app.headrace_settings = settings  # the pool and the command line read it from here
     return app
 
 
@@ -99,33 +103,25 @@ def worker_settings(settings: Settings) -> dict[str, Any]:
 
 
 @signals.celeryd_init.connect  # type: ignore[untyped-decorator]
-def _refuse_other_pools(options: Any, **_: Any) -> None:
-    """Refuse pools that cannot run the tasks, before Redis is looked for and a model is loaded."""
-    if name := _refused_pool(options.get("pool_cls") or options.get("pool")):
-        raise SystemExit(
-            f"headrace: the pool {name!r} cannot run these tasks; start the worker without -P, to use headrace's own "
-            "pool, or with -P solo or -P threads"
-        )
-
-
-def _refused_pool(pool: Any) -> str | None:
-    """Return the name under which a pool is refused, or None. `pool` is a class or a name, as Celery passes it."""
-    path = pool if isinstance(pool, str) else getattr(pool, "__module__", "")
-    name = path.partition(":")[0].rpartition(".")[2]
-    if name in REFUSED_POOLS:
-        return str(name)
-    # Celery's command line replaces `-P prefork`, which is also its default, by the setting `worker_pool`.
-    context = click.get_current_context(silent=True)
-    explicit = context is not None and context.get_parameter_source("pool") is ParameterSource.COMMANDLINE
-    replaced = path == ENGINE_POOL.partition(":")[0] and not os.environ.get("CELERY_CUSTOM_WORKER_POOL")
-    return "prefork" if explicit and replaced else None
+def _check_start(instance: Any, options: Any, **_: Any) -> None:
+    """Refuse options that a worker cannot honour, before Redis is looked for and a model is loaded."""
+    if getattr(instance.app, "headrace_settings", None) is None:
+        return  # a worker of another app in this process
+    try:
+        check_options(options, instance.app)
+    except ValueError as error:
+        raise SystemExit(f"headrace: {error}") from None
+    if options.get("no_color"):
+        os.environ["NO_COLOR"] = "1"
 
 
 @signals.celeryd_init.connect  # type: ignore[untyped-decorator]
-def _find_redis(instance: Any, **_: Any) -> None:
+def _find_redis(sender: str, instance: Any, options: Any, **_: Any) -> None:
     """Start an embedded Redis server if none is configured and none runs here, so that the worker needs no flags."""
     settings: Settings = getattr(instance.app, "headrace_settings", None) or load_settings()
-    setup_logging(settings)  # Celery does this later; until then structlog would write to standard output
+    # Celery does this later; until then structlog would write to standard output.
+    logfile = options.get("logfile")
+    _configure_logging(logfile=node_format(logfile, sender) if logfile else None)
     if settings.redis_url is None:
         start_redis_if_none(settings)
         return
@@ -178,8 +174,14 @@ def _log_ready(sender: Any, **_: Any) -> None:
 
 
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]
-def _configure_logging(**_: Any) -> None:
-    setup_logging(load_settings())
+def _configure_logging(logfile: str | None = None, loglevel: int | None = None, **_: Any) -> None:
+    """Set up logging with HEADRACE_LOG_LEVEL, or with `-l` if the user gave it, to standard error or `--logfile`."""
+    settings = load_settings()
+    if is_explicit("loglevel"):
+        given = loglevel or click.get_current_context().params["loglevel"]
+        level = logging.getLevelName(min(mlevel(given), logging.ERROR)).lower()
+        settings = settings.model_copy(update={"log_level": level})
+    setup_logging(settings, logfile)
 
 
 try:

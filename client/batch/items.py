@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.values import is_missing, to_python
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,16 +21,37 @@ class BatchItem:
         custom_id: the name of the request in input and output.
         fields: what `Client.submit` takes, including the seed.
         digest: 16 hexadecimal digits, equal for requests that must have the same result.
+        as_token_ids: whether the output names tokens by their ids.
+        prompts: the prompts of a request with a list of them, each computed as a job; None if it has one prompt.
+        has_own_seed: whether the request set a seed, so that `fields` does not have one derived from the digest.
     """
 
     line: int
     custom_id: str
     fields: dict[str, Any]
     digest: str
+    as_token_ids: bool = False
+    prompts: list[Any] | None = None
+    has_own_seed: bool = True
 
     def job_id(self, run: str) -> str:
         """The id of the job. It is the same in every process of the run, so a resumed run finds its submitted jobs."""
         return f"{run}.{digest_of(self.fields | {'custom_id': self.custom_id})}"
+
+    def requests(self) -> list[dict[str, Any]]:
+        """What `Client.submit` takes for each job of the request: one, or one for each prompt of a list."""
+        if self.prompts is None:
+            return [self.fields]
+        requests = [{**self.fields, "prompt": prompt} for prompt in self.prompts]
+        if not self.has_own_seed:  # one for each prompt, so that equal prompts have samples that differ
+            for index, fields in enumerate(requests):
+                fields["seed"] = seed_of(digest_of({"seed": self.fields["seed"], "prompt": index}))
+        return requests
+
+
+def seed_of(digest: str) -> int:
+    """The seed of a request that has none. Every computation of the request draws the same numbers."""
+    return int(digest[:13], 16)
 
 
 def digest_of(content: dict[str, Any]) -> str:
@@ -43,16 +65,10 @@ def digest_of(content: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def to_python(item: Any) -> Any:
-    """Convert a value of pyarrow, numpy or pandas to plain Python."""
-    for method in ("as_py", "tolist"):
-        if hasattr(item, method) and not isinstance(item, (str, bytes)):
-            return getattr(item, method)()
-    return item
-
-
 def json_default(value: Any) -> Any:
     """The `default` of `json.dumps`: converts values of pyarrow, numpy and pandas. Raises TypeError for others."""
+    if is_missing(value):
+        return None
     converted = to_python(value)
     if converted is value:
         raise TypeError(f"a {type(value).__name__}")

@@ -7,10 +7,11 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from headrace.client.batch.items import is_column, to_python
+from headrace.client.batch.items import is_column
 from headrace.client.batch.window import MAX_INFLIGHT, JobService, Window
-from headrace.client.jobs.submission import PreparedJob
+from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.wire.errors import InvalidRequest, RedisRefused, RedisUnreachable
+from headrace.client.wire.values import to_python, without_gaps
 
 
 def map_prompts(
@@ -49,7 +50,8 @@ def _prepared(
         item = to_python(item)
         fields = item if isinstance(item, Mapping) else {"prompt": item}
         try:
-            job = client.submitter.prepare({**params, **fields, "id": f"{run}.{index}"})
+            given = {**params, **without_gaps(fields), "id": f"{run}.{index}"}
+            job = client.submitter.prepare(given)
             with contextlib.suppress(RedisUnreachable, RedisRefused):  # the window waits for Redis
                 client.submitter.check_models([job])
             yield index, job

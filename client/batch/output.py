@@ -26,6 +26,7 @@ from headrace.client.batch.run_file import RunFile
 from headrace.client.batch.sources import open_lines
 from headrace.client.wire.errors import OutputRefused
 from headrace.client.wire.results import Outcome, Result
+from headrace.client.wire.unicode import printable
 
 STDOUT = "-"
 
@@ -66,12 +67,14 @@ class RowFile:
             if written is None:
                 self._torn = True
             elif self._torn:
-                raise OutputRefused(f"{self.path} is not an output of a batch: line {number - 1} is not an output line")
+                raise OutputRefused(
+                    f"{printable(str(self.path))} is not an output of a batch: line {number - 1} is not an output line"
+                )
             else:
                 self._valid_bytes += len(line)
                 yield written
         if self._torn and not self._valid_bytes and any(line.endswith(b"\n") for line in self._lines()):
-            raise OutputRefused(f"{self.path} is not an output of a batch: it has no output lines")
+            raise OutputRefused(f"{printable(str(self.path))} is not an output of a batch: it has no output lines")
 
     def _opened(self) -> IO[bytes]:
         return open_lines(self.path) if self._zipped else self.path.open("rb")
@@ -119,7 +122,7 @@ class RowFile:
     def write(self, lines: Iterable[bytes]) -> None:
         """Write lines through to the operating system, so that they survive this process. Raises OutputRefused."""
         if self._raw is None:
-            raise ValueError(f"{self.path} is not open")
+            raise ValueError(f"{printable(str(self.path))} is not open")
         data = b"".join(lines)
         with self._as_refusal():
             if self._gzip is not None:
@@ -152,7 +155,7 @@ class RowFile:
             yield
         except OSError as error:
             advice = "; make room, then resume the batch" if is_disk_full(error) else ""
-            raise OutputRefused(f"{self.path} cannot be written: {error.strerror}{advice}") from error
+            raise OutputRefused(f"{printable(str(self.path))} cannot be written: {error.strerror}{advice}") from error
 
 
 class StandardOutput:
@@ -184,6 +187,8 @@ class Output:
 
     def __init__(self, path: str | Path, errors: str | Path | None = None) -> None:
         self.path = path
+        for each in (path, errors):
+            _check_path(each)
         to_stdout = str(path) == STDOUT
         self._files = [] if to_stdout else [RowFile(Path(path))]
         if errors is not None and str(errors) != str(path):
@@ -211,12 +216,11 @@ class Output:
         """
         for file in self._files:
             if isinstance(source, (str, Path)) and os.path.realpath(source) == os.path.realpath(file.path):
-                raise OutputRefused(f"{file.path} is the input; write to another file")
+                raise OutputRefused(f"{printable(str(file.path))} is the input; write to another file")
             exists = file.path.exists() and file.path.stat().st_size > 0
             if (exists or (self._run_file and self._run_file.existed)) and not (resume or overwrite):
-                raise OutputRefused(
-                    f"{file.path} exists; resume it (--resume), or compute everything again (--overwrite)"
-                )
+                advice = "resume it (--resume), or compute everything again (--overwrite)"
+                raise OutputRefused(f"{printable(str(file.path))} exists; {advice}")
 
     def scan(self, *, retry_errors: bool) -> Iterator[Written]:
         """Yield the requests whose lines will be kept: all, or with `retry_errors` those that succeeded.
@@ -276,3 +280,12 @@ class Output:
                 self._run_file.remove()
             self._run_file.close()
             self._run_file = None
+
+
+def _check_path(path: str | Path | None) -> None:
+    """Refuse a path that no file can have. Raises OutputRefused."""
+    try:
+        if path is not None and b"\0" in os.fsencode(path):
+            raise ValueError("embedded null byte")
+    except ValueError as error:
+        raise OutputRefused(f"{printable(str(path))} cannot be written: {printable(str(error))}") from None

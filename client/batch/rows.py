@@ -6,19 +6,28 @@ prompt.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from headrace.client.batch.items import BatchItem, digest_of, to_python
-from headrace.client.batch.openai import ENDPOINT, completion_fields
+from headrace.client.batch.items import BatchItem, digest_of, seed_of
+from headrace.client.batch.openai import (
+    ENDPOINT,
+    NAMES_FIELD,
+    OTHER_ENDPOINTS,
+    completion_fields,
+    split_prompts,
+    take_names_field,
+)
 from headrace.client.batch.sources import MAX_LINE_BYTES
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.requests import show_value
-from headrace.config.settings import slug
+from headrace.client.wire.requests import plain_fields
+from headrace.client.wire.unicode import check_unicode, is_unicode, parse_json
+from headrace.client.wire.values import is_gap, is_missing, show, to_python, without_gaps
+from headrace.config.model_names import served_name
 
 MAX_CUSTOM_ID = 512
 _BATCH_KEYS = ("custom_id", "method", "url", "body")
+_TARGET = {"method": "POST", "url": ENDPOINT}
 
 
 class ItemReader:
@@ -46,18 +55,23 @@ class ItemReader:
             item = self._decode(item, first=line == 1)
             if item is None:
                 return None
+        else:
+            check_unicode(item)
         custom_id, given = _split_custom_id(to_python(item))
-        fields = {name: value for name, value in {**self._params, **given}.items() if value is not None}
-        if "stream" in fields:
-            raise InvalidRequest(
-                "stream", repr(fields["stream"])[:80], "no such parameter; a batch writes complete results"
-            )
+        fields = plain_fields({**self._params, **without_gaps(given)})
+        if (stream := fields.pop("stream", False)) is not False:
+            raise InvalidRequest("stream", show(stream), "no such parameter; a batch writes complete results")
+        as_token_ids = take_names_field(fields)
         model = self._model_of(fields)
         content = {name: value for name, value in fields.items() if name not in ("priority", "timeout_s")}
         name = f"row-{line}" if custom_id is None else custom_id
-        digest = digest_of({**content, "custom_id": name, "model": model})
+        content |= {"custom_id": name, "model": model}
+        digest = digest_of(content)
         # The seed follows from the content, so that every computation of the request draws the same numbers.
-        return BatchItem(line, name, {"priority": "bulk", "seed": int(digest[:13], 16), **fields}, digest)
+        completed = {"priority": "bulk", "seed": seed_of(digest), **fields}
+        if as_token_ids:
+            digest = digest_of({**content, NAMES_FIELD: True})  # another output, of the same numbers
+        return BatchItem(line, name, completed, digest, as_token_ids, _prompts(fields.get("prompt")), "seed" in fields)
 
     def _decode(self, raw: bytes, *, first: bool) -> Any:
         """The text of a line, or the value of its JSON; None if it is blank."""
@@ -72,8 +86,10 @@ class ItemReader:
         if self._text:
             return line
         try:
-            return json.loads(line)
-        except (ValueError, RecursionError) as error:
+            return parse_json(line)
+        except InvalidRequest as error:
+            raise InvalidRequest(error.field.removeprefix("body."), error.value, error.expected) from None
+        except ValueError as error:
             raise InvalidRequest(
                 "line", f"invalid JSON ({error})", "a JSON object; plain text lines need --text"
             ) from None
@@ -82,9 +98,11 @@ class ItemReader:
         named = fields.get("model")
         if not isinstance(named, str) or not named:  # the check of the parameters refuses it, if it is given
             return self._model_name
-        model = slug(named)
+        model = served_name(named)
+        if model is None:
+            return self._model_name  # refused by the same check
         if self._models is not None and model not in self._models:
-            raise InvalidRequest("model", show_value(model), f"one that is served: {', '.join(sorted(self._models))}")
+            raise InvalidRequest("model", show(named), f"one that is served: {', '.join(sorted(self._models))}")
         return model
 
 
@@ -98,27 +116,27 @@ def _split_custom_id(item: Any) -> tuple[str | None, dict[str, Any]]:
     if not fields.keys() & {"method", "url", "body"}:
         custom_id = fields.pop("custom_id", None)
         if "id" in fields:
-            raise InvalidRequest("id", repr(fields["id"])[:80], "custom_id, the name of a request in a batch")
-        return _check_custom_id(custom_id) if custom_id is not None else None, fields
+            raise InvalidRequest("id", show(fields["id"]), "custom_id, the name of a request in a batch")
+        return None if is_gap(custom_id) else _check_custom_id(custom_id), fields
     if unknown := [name for name in fields if name not in _BATCH_KEYS]:
         raise InvalidRequest(str(unknown[0])[:80], "a field", f"only the fields {', '.join(_BATCH_KEYS)}")
-    if fields.get("method", "POST") != "POST" or fields.get("url", ENDPOINT) != ENDPOINT:
-        got = f"{fields.get('method', 'POST')} {fields.get('url', ENDPOINT)}"
-        raise InvalidRequest("url", show_value(got), f"'POST {ENDPOINT}'")
+    method, url = (right if is_missing(fields.get(name)) else fields[name] for name, right in _TARGET.items())
+    if (method, url) != tuple(_TARGET.values()):
+        advice = f"; {OTHER_ENDPOINTS[url]}" if isinstance(url, str) and url in OTHER_ENDPOINTS else ""
+        raise InvalidRequest("url", show(f"{show(method)} {show(url)}"), f"'POST {ENDPOINT}'{advice}")
     if not isinstance(fields.get("body"), Mapping):
         raise InvalidRequest("body", f"a {type(fields.get('body')).__name__}", "an object with prompt and parameters")
     return _check_custom_id(fields.get("custom_id")), completion_fields(fields["body"])
 
 
+def _prompts(value: Any) -> list[Any] | None:
+    """The prompts of a request with a list of them; None for any other prompt, which `Submitter.prepare` checks."""
+    if not isinstance(value, list) or not any(isinstance(item, (str, list)) for item in value):
+        return None
+    return split_prompts(value)[0]
+
+
 def _check_custom_id(value: Any) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_CUSTOM_ID or not _is_unicode(value):
-        raise InvalidRequest("custom_id", show_value(value), f"text of 1 to {MAX_CUSTOM_ID} characters")
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_CUSTOM_ID or not is_unicode(value):
+        raise InvalidRequest("custom_id", show(value), f"text of 1 to {MAX_CUSTOM_ID} characters")
     return value
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

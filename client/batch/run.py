@@ -7,16 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from headrace.client.batch.check import Checked, check, read_items
 from headrace.client.batch.items import BatchItem
-from headrace.client.batch.openai import failure_code
+from headrace.client.batch.openai import failure_code, join_results
 from headrace.client.batch.output import Output
 from headrace.client.batch.rows import ItemReader
 from headrace.client.batch.sources import Source, open_source
 from headrace.client.batch.window import MAX_INFLIGHT, JobService, Notify, Window, warn
-from headrace.client.jobs.submission import PreparedJob
+from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.wire.errors import Fault, InvalidBatch
 from headrace.client.wire.results import Outcome, Result
 
@@ -112,7 +112,7 @@ class Batch:
         self._reader = ItemReader(client.model_name, params or {}, text=text, models=models)
         self._source: Source = open_source(source)
         self.checked: Checked = check(
-            self._source, self._reader, client.submitter.prepare, limit=limit, on_line=on_line
+            self._source, self._reader, client.submitter.prepare_together, limit=limit, on_line=on_line
         )
 
     def rows(self) -> Iterator[BatchItem]:
@@ -157,13 +157,15 @@ class Batch:
             report.before, report.failed_before = sum(map(int.bit_count, done)), sink.failed_before
             sink.open(overwrite=overwrite)
             missing = (row for row in self.rows() if not _is_set(done, row.line))
-            jobs = ((row, self._prepared(row, sink.run)) for row in missing)
-            window: Window[BatchItem] = Window(
+            jobs = (part for row in missing for part in prepare_parts(self.client, row, sink.run))
+            joined = JoinedRows()
+            window: Window[RowPart] = Window(
                 self.client, size=max_inflight, ordered=ordered, notify=notify, tick=lambda: on_progress(report)
             )
             on_progress(report)
             try:
-                for pairs in window.run(jobs):
+                for parts in window.run(jobs):
+                    pairs = joined.add(parts, sink.run)
                     sink.write(pairs)
                     for _, outcome in pairs:
                         report.count(outcome)
@@ -187,8 +189,53 @@ class Batch:
             done[line // 8] |= 1 << line % 8
         return done
 
-    def _prepared(self, row: BatchItem, run: str) -> PreparedJob:
-        return self.client.submitter.prepare({**row.fields, "id": row.job_id(run)})
+
+class RowPart(NamedTuple):
+    """One of the jobs of a request: the one for the prompt `number` of `prompts`."""
+
+    row: BatchItem
+    number: int
+    prompts: int
+
+
+def prepare_parts(client: JobService, row: BatchItem, run: str) -> Iterator[tuple[RowPart, PreparedJob]]:
+    """The jobs of a request: one, or one for each prompt."""
+    requests, job_id = [dict(fields) for fields in row.requests()], row.job_id(run)
+    for number, fields in enumerate(requests):
+        fields["id"] = job_id if row.prompts is None else f"{job_id}.{number}"
+    for number, job in enumerate(client.submitter.prepare_all(requests)):
+        yield RowPart(row, number, len(requests)), job
+
+
+class JoinedRows:
+    """Joins the outcomes of the jobs of each request. In memory are only requests of which some jobs are done."""
+
+    def __init__(self) -> None:
+        self._done: dict[int, dict[int, Outcome | Exception]] = {}  # by line, by index of the prompt
+
+    def add(
+        self, parts: Iterable[tuple[RowPart, Outcome | Exception]], run: str
+    ) -> list[tuple[BatchItem, Outcome | Exception]]:
+        """Add outcomes of jobs. Returns the requests whose last job is among them, in that order."""
+        complete = []
+        for (row, number, prompts), outcome in parts:
+            if prompts == 1:
+                complete.append((row, outcome))
+                continue
+            done = self._done.setdefault(row.line, {})
+            done[number] = outcome
+            if len(done) == prompts:
+                del self._done[row.line]
+                complete.append((row, _join([done[i] for i in range(prompts)], row.job_id(run))))
+        return complete
+
+
+def _join(outcomes: list[Outcome | Exception], job_id: str) -> Outcome | Exception:
+    """The outcome of a request: all results, or the failure of the first prompt that failed."""
+    results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
+    if len(results) < len(outcomes):
+        return next(outcome for outcome in outcomes if not isinstance(outcome, Result))
+    return join_results(results).model_copy(update={"id": job_id})
 
 
 def _is_set(bits: bytearray, line: int) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from headrace.client.wire.errors import OutputRefused
+from headrace.client.wire.unicode import parse_json, printable
 
 
 class RunFile:
@@ -30,15 +31,15 @@ class RunFile:
     def __init__(self, output: Path) -> None:
         self.path = output.with_name(f"{output.name}.run")
         if not self.path.parent.is_dir():  # FileLock would create it
-            raise OutputRefused(f"{self.path} cannot be written: {os.strerror(errno.ENOENT)}")
+            raise OutputRefused(f"{printable(str(self.path))} cannot be written: {os.strerror(errno.ENOENT)}")
         # FileLock neither truncates nor removes the file, and ignores a file that its holder has removed.
         self._lock = FileLock(self.path, mode=0o600, thread_local=False, fallback_to_soft=False)
         try:
             self._lock.acquire(blocking=False)
         except Timeout:
-            raise OutputRefused(f"another process is writing to {output}") from None
+            raise OutputRefused(f"another process is writing to {printable(str(output))}") from None
         except OSError as error:
-            raise OutputRefused(f"{self.path} cannot be written: {error.strerror}") from None
+            raise OutputRefused(f"{printable(str(self.path))} cannot be written: {error.strerror}") from None
         self.run = self._read()
         self.existed = bool(self.run)
         if not self.existed:
@@ -46,10 +47,10 @@ class RunFile:
 
     def _read(self) -> str:
         try:
-            run = json.loads(self.path.read_bytes()[:4096])["run"]
+            run = parse_json(self.path.read_bytes()[:4096])["run"]
         except (ValueError, LookupError, TypeError):
             return ""
-        return run if isinstance(run, str) and run.isalnum() and len(run) <= 32 else ""
+        return run if isinstance(run, str) and run.isascii() and run.isalnum() and len(run) <= 32 else ""
 
     def renew(self) -> None:
         """Give the run another id."""

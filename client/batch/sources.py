@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
-from headrace.client.batch.items import is_column, json_default, to_python
+from headrace.client.batch.items import is_column, json_default
 from headrace.client.wire.errors import Fault, InvalidBatch, InvalidRequest
+from headrace.client.wire.unicode import printable
+from headrace.client.wire.values import to_python
 
 #: The longest line. A request at all its limits is shorter, even with every character escaped.
 MAX_LINE_BYTES = 2**20
@@ -69,8 +71,9 @@ def open_source(source: str | Path | IO[bytes] | Iterable[Any]) -> Source:
                 with path.open("rb") as pipe:
                     return _copied(iter(lambda: pipe.read(2**16), b""))
             open_lines(path).close()
-        except OSError as error:
-            raise InvalidBatch([Fault(0, "input", f"{path} cannot be read: {error.strerror or error}")]) from None
+        except (OSError, ValueError) as error:  # ValueError: no file can have this name
+            reason = getattr(error, "strerror", None) or printable(str(error))
+            raise InvalidBatch([Fault(0, "input", f"{printable(str(path))} cannot be read: {reason}")]) from None
         return FileSource(lambda: open_lines(path))
     if not is_column(source):
         raise InvalidRequest("source", f"a {type(source).__name__}", "a path, a file, or an iterable of prompts")

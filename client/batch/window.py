@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 from headrace.client.jobs.polling import REMIND_S, PollState
+from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.jobs.reading import JobReader
-from headrace.client.jobs.submission import PreparedJob, Submitter
+from headrace.client.jobs.submission import Submitter
 from headrace.client.wire import keys
 from headrace.client.wire.errors import (
     HeadraceError,
@@ -27,8 +28,8 @@ from headrace.client.wire.errors import (
     UnknownJob,
     connection_advice,
 )
-from headrace.client.wire.requests import show_value
 from headrace.client.wire.results import Outcome
+from headrace.client.wire.values import show
 
 log = logging.getLogger("headrace.client")
 
@@ -86,7 +87,7 @@ class Window(Generic[K]):
         tick: Tick = lambda: None,
     ) -> None:
         if type(size) is not int or size < 1:
-            raise InvalidRequest("max_inflight", show_value(size), "a whole number of at least 1")
+            raise InvalidRequest("max_inflight", show(size), "a whole number of at least 1")
         self._submitter, self._reader = client.submitter, client.reader
         self._size, self._ordered, self._notify, self._tick = size, ordered, notify, tick
         self._waiting: dict[str, tuple[int, K, PreparedJob]] = {}  # submitted jobs

@@ -13,7 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.routing import Match
+from starlette.types import ASGIApp, Lifespan
 
 from headrace.client.async_client import AsyncClient
 from headrace.client.http.auth import AccessMiddleware, Limits
@@ -22,10 +23,12 @@ from headrace.client.http.comparison import Comparison
 from headrace.client.http.context import AppContext
 from headrace.client.http.errors import ApiError, translate
 from headrace.client.http.file_store import FileStore
-from headrace.client.http.jobs import MAX_RESPONSE_RESULTS, JobRunner
+from headrace.client.http.jobs import JobRunner
 from headrace.client.http.page import StatusReporter
+from headrace.client.http.request_checks import RequestChecks
 from headrace.client.http.routes import batches, completions, files, models, status
 from headrace.client.http.tracing import TracingMiddleware
+from headrace.client.jobs.together import MAX_RESPONSE_RESULTS
 from headrace.client.wire.errors import HeadraceError
 from headrace.client.wire.tracing import CONTEXT_HEADERS
 from headrace.config import Settings
@@ -74,12 +77,22 @@ def make_app(
                 await jobs.close()
                 file_store.close()
 
-    app = Starlette(routes=ROUTES, lifespan=lifespan, exception_handlers=exception_handlers())
-    protected = AccessMiddleware(TracingMiddleware(app), limits)
+    _, protected = make_protected_app(limits, lifespan)
     if not limits.origins:
         return protected
     headers = ["authorization", "content-type", *CONTEXT_HEADERS]
     return CORSMiddleware(protected, allow_origins=limits.origins, allow_methods=["*"], allow_headers=headers)
+
+
+def make_protected_app(limits: Limits, lifespan: Lifespan[Starlette] | None = None) -> tuple[Starlette, ASGIApp]:
+    """The routes, and the same with the middleware of every request: access, traces, checks.
+
+    Args:
+        lifespan: sets `app.state.context`.
+    """
+    app = Starlette(routes=ROUTES, lifespan=lifespan, exception_handlers=exception_handlers())
+    app.router.redirect_slashes = False  # `AccessMiddleware` removes them; the host of a redirect would be a guess
+    return app, AccessMiddleware(TracingMiddleware(RequestChecks(app)), limits)
 
 
 async def _clean_up(batches: Batches) -> None:
@@ -88,8 +101,21 @@ async def _clean_up(batches: Batches) -> None:
         await asyncio.sleep(CLEANUP_INTERVAL_S)
 
 
-async def _error_response(_: Request, error: Exception) -> Response:
-    return translate(error).as_response()
+async def _error_response(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException) or error.status_code != 405:
+        return translate(error).as_response()
+    headers = {"allow": ", ".join(sorted(_methods_of(request)))}
+    if request.method == "OPTIONS":
+        return Response(status_code=204, headers=headers)
+    response = translate(error).as_response()
+    response.headers.update(headers)
+    return response
+
+
+def _methods_of(request: Request) -> set[str]:
+    """The methods of all routes with the path of the request."""
+    matching = [route for route in ROUTES if route.matches(request.scope)[0] is not Match.NONE]
+    return {"OPTIONS"}.union(*(route.methods or () for route in matching))
 
 
 def exception_handlers() -> Any:

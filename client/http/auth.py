@@ -18,6 +18,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headrace.client.http.errors import ApiError
+from headrace.client.wire.unicode import printable
 
 log = structlog.get_logger("headrace.http")
 
@@ -34,8 +35,9 @@ MULTIPART_OVERHEAD_BYTES = 2**16
 DRAIN_BYTES = 8 * 2**20
 
 HEALTH_PATH, UPLOAD_PATH, PAGE_PATH = "/health", "/v1/files", "/"
+VERSION_PATH, OPENAPI_PATH = "/version", "/openapi.json"
 #: Paths that need no key: they reveal nothing about anybody's requests.
-PUBLIC_PATHS = (HEALTH_PATH, PAGE_PATH)
+PUBLIC_PATHS = (HEALTH_PATH, PAGE_PATH, VERSION_PATH, OPENAPI_PATH)
 #: The key under which the middleware stores the owner's name in the ASGI scope.
 OWNER_KEY = "headrace.owner"
 
@@ -77,6 +79,8 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if len(scope["path"]) > 1 and scope["path"].endswith("/"):
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
         started, status = self._clock(), 0
 
         async def send_and_note_status(message: Message) -> None:
@@ -96,8 +100,8 @@ class AccessMiddleware:
         finally:
             self._requests -= 1
             log_request = log.debug if scope["path"] == HEALTH_PATH else log.info
-            seconds = round(self._clock() - started, 3)
-            log_request("http.request", method=scope["method"], path=scope["path"], status=status, seconds=seconds)
+            seconds, shown = round(self._clock() - started, 3), printable(scope["path"])
+            log_request("http.request", method=scope["method"], path=shown, status=status, seconds=seconds)
 
     def _body_limit(self, path: str) -> int:
         if path == UPLOAD_PATH:
@@ -135,12 +139,14 @@ class AccessMiddleware:
         if not self._key_digests:
             return ""
         scheme, _, key = authorization.partition(" ")
-        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        # Headers are bytes, which ASGI's users read as Latin-1; a key outside ASCII arrives in UTF-8 or in Latin-1.
+        encodings = (key.strip().encode("latin-1", "replace"), key.strip().encode("utf-8", "replace"))
+        digests = [hashlib.sha256(encoded).digest() for encoded in encodings]
         # Compare with every key, each in constant time, so that the duration says nothing about the keys.
-        matches = sum(hmac.compare_digest(digest, known) for known in self._key_digests)
+        matches = [known for known in self._key_digests for given in digests if hmac.compare_digest(given, known)]
         if scheme.lower() != "bearer" or not matches:
             raise ApiError(401, "invalid_api_key", "no valid API key; send one as `Authorization: Bearer KEY`")
-        return digest.hex()[:16]
+        return matches[0].hex()[:16]
 
     def _check_host_and_origin(self, headers: Headers) -> None:
         """Without keys, refuse pages of other sites: opened in a browser on this machine, they could send requests."""
@@ -229,4 +235,4 @@ def _log_exception(scope: Scope, error: Exception) -> None:
     while traceback is not None:
         places.append(f"{traceback.tb_frame.f_code.co_filename}:{traceback.tb_lineno}")
         traceback = traceback.tb_next
-    log.error("http.failed", path=scope["path"], error=type(error).__name__, places=places[-6:])
+    log.error("http.failed", path=printable(scope["path"]), error=type(error).__name__, places=places[-6:])

@@ -7,10 +7,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from headrace.client.batch.openai import ENDPOINT, OTHER_ENDPOINTS
 from headrace.client.http.errors import invalid
+from headrace.client.http.file_store import MIN_RETENTION_S, RETENTION_S
 from headrace.client.wire.errors import Fault
+from headrace.client.wire.unicode import printable
 
-ENDPOINT, WINDOW, WINDOW_S = "/v1/completions", "24h", 86_400
+WINDOW, WINDOW_S = "24h", 86_400
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 #: The statuses of a batch that has not ended.
@@ -55,13 +58,30 @@ class BatchState(BaseModel):
     metadata: dict[str, str] | None = None
 
     owner: str = Field("", repr=False)
+    #: Seconds from the creation of an output file to its deletion.
+    output_retention_s: int = RETENTION_S
+    #: Nanoseconds at which it was created: the order of batches of one second.
+    created_ns: int = 0
     #: File ids to which results and errors are written while the batch runs; published when it ends.
     rows_id: str
     failures_id: str
 
     def public(self) -> dict[str, Any]:
         """OpenAI's batch object, without the private fields."""
-        return self.model_dump(exclude={"owner", "rows_id", "failures_id"})
+        return self.model_dump(exclude=PRIVATE_FIELDS)
+
+
+#: Fields of a batch that are stored and not shown.
+PRIVATE_FIELDS = {"output_retention_s", "owner", "rows_id", "failures_id", "created_ns"}
+
+
+class ExpiresAfter(BaseModel):
+    """When output files are deleted: seconds after each was created."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=MIN_RETENTION_S, le=RETENTION_S)
 
 
 class BatchRequest(BaseModel):
@@ -73,6 +93,7 @@ class BatchRequest(BaseModel):
     endpoint: str
     completion_window: str
     metadata: dict[str, str] | None = Field(None, max_length=16)
+    output_expires_after: ExpiresAfter | None = None
 
 
 def parse_batch_request(body: Mapping[str, Any]) -> BatchRequest:
@@ -81,13 +102,14 @@ def parse_batch_request(body: Mapping[str, Any]) -> BatchRequest:
         request = BatchRequest.model_validate(dict(body))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(map(str, first["loc"]))[:80]
+        field = printable(".".join(map(str, first["loc"])))[:80]
         raise invalid(f"{field}: {first['msg']}", field) from None
     if any(len(name) > 64 or len(value) > 512 for name, value in (request.metadata or {}).items()):
         raise invalid("metadata: names have at most 64 characters, values 512", "metadata")
     for name, supported in (("endpoint", ENDPOINT), ("completion_window", WINDOW)):
-        if getattr(request, name) != supported:
-            raise invalid(f"{name}: only {supported!r} is supported", name)
+        if (given := getattr(request, name)) != supported:
+            advice = f"; {OTHER_ENDPOINTS[given]}" if given in OTHER_ENDPOINTS else ""
+            raise invalid(f"{name}: only {supported!r} is supported{advice}", name)
     return request
 
 

@@ -22,7 +22,8 @@ def count_rows(path: Path) -> tuple[int, dict[str, Any]]:
             response = json.loads(line)["response"]
             rows += 1
             for name in totals:
-                totals[name] += response["body"]["usage"][name] if response else 0
+                usage = (response or {}).get("body", {}).get("usage") or {}  # a row that failed has none
+                totals[name] += usage.get(name, 0)
     return rows, {
         "input_tokens": totals["prompt_tokens"],
         "input_tokens_details": {"cached_tokens": 0},

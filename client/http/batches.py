@@ -70,7 +70,7 @@ class Batches:
 
     def start(self) -> None:
         """Resume batches that a previous server left incomplete."""
-        for state in sorted(self._states.values(), key=lambda state: state.created_at):
+        for state in sorted(self._states.values(), key=lambda state: (state.created_at, state.created_ns)):
             if state.status in OPEN_STATUSES:
                 self._threads.submit(self._run, state.id)
 
@@ -96,22 +96,25 @@ class Batches:
                 raise ApiError(400, "invalid_file", message, param="input_file_id")
         if len(self._input_files()) >= MAX_OPEN:
             raise ApiError(429, "too_many_batches", "too many batches are open; try again later", retry_after_s=60)
-        now = int(time.time())
+        created_ns = time.time_ns()
+        now = created_ns // 10**9
         state = BatchState(
             id=f"batch_{uuid.uuid4().hex}",
             input_file_id=file_id,
             created_at=now,
+            created_ns=created_ns,
             expires_at=now + WINDOW_S,
             metadata=request.metadata,
+            output_retention_s=request.output_expires_after.seconds if request.output_expires_after else RETENTION_S,
             owner=owner,
             rows_id=self._files.new_id(),
             failures_id=self._files.new_id(),
         )
         try:
-            self._save(state)
+            self._write(state)  # before it is in any list: what cannot be stored is not accepted
         except OSError as error:
-            del self._states[state.id]
             raise ApiError(507, "no_room", f"the batch cannot be stored: {error.strerror}") from error
+        self._states[state.id] = state
         return state
 
     def get(self, batch_id: str, owner: str) -> BatchState:
@@ -126,7 +129,7 @@ class Batches:
         """All batches of one owner, the oldest first."""
         with self._lock:
             states = [state for state in self._states.values() if state.owner == owner]
-        return sorted(states, key=lambda state: (state.created_at, state.id))
+        return sorted(states, key=lambda state: (state.created_at, state.created_ns, state.id))
 
     def cancel(self, batch_id: str, owner: str) -> BatchState:
         """Start to cancel a batch; rows that are done are kept. Raises ApiError if the batch has ended."""
@@ -315,7 +318,13 @@ class Batches:
         if not path.exists() or not path.stat().st_size:
             path.unlink(missing_ok=True)
             return None
-        self._files.publish(file_id, filename=f"{state.id}_{suffix}.jsonl", purpose="batch_output", owner=state.owner)
+        self._files.publish(
+            file_id,
+            filename=f"{state.id}_{suffix}.jsonl",
+            purpose="batch_output",
+            owner=state.owner,
+            retention_s=state.output_retention_s,
+        )
         return file_id
 
     def _fail(self, batch_id: str, errors: list[dict[str, Any]]) -> None:
@@ -326,14 +335,12 @@ class Batches:
 
     def _update(self, batch_id: str, **changes: Any) -> BatchState:
         with self._lock:
-            state = self._states[batch_id].model_copy(update=changes)
-        self._save(state)
+            self._states[batch_id] = state = self._states[batch_id].model_copy(update=changes)
+            self._write(state)
         return state
 
-    def _save(self, state: BatchState) -> None:
-        with self._lock:
-            self._states[state.id] = state
-            write_json(self._directory / f"{state.id}.json", state.model_dump())
+    def _write(self, state: BatchState) -> None:
+        write_json(self._directory / f"{state.id}.json", state)
 
 
 def _too_many_rows() -> InvalidBatch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,8 @@ from headrace.client.http.errors import ApiError, invalid, not_found
 from headrace.client.http.file_store import FileStore
 from headrace.client.http.jobs import JobRunner
 from headrace.client.http.page import StatusReporter
+from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.unicode import parse_json
 
 #: Digits of a number in a query or a form. Python takes quadratic time to read one, and refuses more than 4,300 digits.
 MAX_DIGITS = 12
@@ -55,15 +56,25 @@ def owner_of(request: Request) -> str:
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The request body. Raises ApiError if it is not a JSON object, or has more values than any request needs."""
+    """The request body.
+
+    Raises:
+        ApiError: it is not a JSON object, or has more values than any request needs.
+        InvalidRequest: a string in it is not Unicode.
+    """
+    if request.headers.get("content-type", "").lower().startswith("multipart/"):
+        message = "content-type: got multipart; expected application/json"
+        raise ApiError(415, "unsupported_media_type", message, param="content-type")
     raw = await request.body()
     try:
         if len(raw) < SMALL_BODY_BYTES:
-            body = json.loads(raw)
+            body = parse_json(raw, constants=False)
         else:
             async with context_of(request).parsing:
                 body = await asyncio.to_thread(_parse_large, raw)
-    except (ValueError, RecursionError) as error:
+    except InvalidRequest:
+        raise
+    except ValueError as error:
         raise ApiError(400, "invalid_json", f"the body is not valid JSON: {str(error)[:80]}") from None
     if not isinstance(body, dict):
         raise ApiError(400, "invalid_json", "the body must be a JSON object")
@@ -71,9 +82,9 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 
 def _parse_large(raw: bytes) -> Any:
-    """Parse a body. Raises ApiError if it has too many values, ValueError or RecursionError if it is not JSON."""
+    """Parse a body. Raises ApiError if it has too many values, ValueError if it is not JSON."""
     check_structure(raw)
-    return json.loads(raw)
+    return parse_json(raw, constants=False)
 
 
 def check_structure(raw: bytes) -> None:

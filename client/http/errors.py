@@ -10,8 +10,9 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse
 
+from headrace.client.batch.openai import error_object, request_error
+from headrace.client.http.responses import JsonResponse
 from headrace.client.wire.errors import (
     InvalidRequest,
     JobCancelled,
@@ -23,24 +24,12 @@ from headrace.client.wire.errors import (
     RedisUnreachable,
     ResultTimeout,
 )
-from headrace.client.wire.requests import GenerateRequest
 
 #: The `retry-after` header, in seconds, of errors that go away by themselves: a full queue, a restarting worker.
 RETRY_AFTER_S = 5
 #: The status when the client has disconnected or the job was cancelled: nginx's 499, gRPC's CANCELLED.
 CLIENT_CLOSED_REQUEST = 499
 
-#: Codes of jobs that failed because of the request -> the field at fault. Every other code is a server error.
-_REQUEST_ERRORS = {
-    "context_length_exceeded": "prompt",
-    "empty_prompt": "prompt",
-    "invalid_token_id": "prompt",
-    "too_many_logprobs": "logprobs",
-    "checkpoints_off": "checkpoints",
-    "checkpoints_too_large": "checkpoints",
-    "result_too_large": "max_tokens",
-    "invalid_request": None,
-}
 _REDIS_DOWN = "the queue cannot be reached; try again later"
 _INTERNAL = "internal server error; see the server's log"
 
@@ -71,9 +60,9 @@ class ApiError(Exception):
 
     def as_dict(self) -> dict[str, Any]:
         """The error object of the OpenAI API."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        return error_object(self.message, self.kind, self.param, self.code)
 
-    def as_response(self) -> JSONResponse:
+    def as_response(self) -> JsonResponse:
         """The HTTP response: status, headers and error object."""
         headers = {}
         if self.status == 401:
@@ -83,7 +72,7 @@ class ApiError(Exception):
         elif self.status >= 409:
             # The openai package retries these statuses by default; here a retry would compute the same failure again.
             headers["x-should-retry"] = "false"
-        return JSONResponse(self.as_dict(), self.status, headers)
+        return JsonResponse(self.as_dict(), self.status, headers)
 
 
 def invalid(message: str, param: str) -> ApiError:
@@ -124,10 +113,8 @@ def translate(error: Exception) -> ApiError:
 
 
 def _from_failed_job(error: JobError) -> ApiError:
-    if error.code in _REQUEST_ERRORS:
-        first_word = error.message.partition(" ")[0]  # an invalid token id may be in one of several fields
-        param = first_word if first_word in GenerateRequest.model_fields else _REQUEST_ERRORS[error.code]
-        return ApiError(400, error.code, error.message, param=param)
+    if (body := request_error(error)) is not None:
+        return ApiError(400, error.code, error.message, param=body["error"]["param"])
     return ApiError(500, error.code, f"the job failed: {error.code}")
 
 

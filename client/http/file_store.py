@@ -6,7 +6,6 @@ A file exists as soon as, and only while, its `.json` exists. Methods block and 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -18,11 +17,15 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import structlog
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from headrace.client.http.errors import ApiError, not_found
 from headrace.client.wire.errors import HeadraceError
+from headrace.client.wire.unicode import printable
+
+log = structlog.get_logger("headrace.http")
 
 #: Seconds until a file is deleted, unless it was uploaded with a shorter `expires_after`. OpenAI's value for batches.
 RETENTION_S = 30 * 86_400
@@ -49,10 +52,16 @@ class StoredFile(BaseModel):
     bytes: int
     created_at: int
     expires_at: int
+    #: Nanoseconds at which it was created: the order of files of one second. Servers before it did not store it.
+    created_ns: int = 0
 
     def public(self) -> dict[str, Any]:
         """OpenAI's file object."""
-        return {"object": "file", "status": "processed", **self.model_dump(exclude={"owner"})}
+        return {"object": "file", "status": "processed", **self.model_dump(exclude=PRIVATE_FILE_FIELDS)}
+
+
+#: Fields of a file that are stored and not shown.
+PRIVATE_FILE_FIELDS = {"owner", "created_ns"}
 
 
 class FileStore:
@@ -138,7 +147,8 @@ class FileStore:
         self, file_id: str, *, filename: str, purpose: str, owner: str, retention_s: int = RETENTION_S
     ) -> StoredFile:
         """Write the metadata of a file whose content is already at `path(file_id)`, so that clients can see it."""
-        now, size = int(time.time()), self.path(file_id).stat().st_size
+        created_ns, size = time.time_ns(), self.path(file_id).stat().st_size
+        now = created_ns // 10**9
         file = StoredFile(
             id=file_id,
             owner=owner,
@@ -147,8 +157,9 @@ class FileStore:
             bytes=size,
             created_at=now,
             expires_at=now + retention_s,
+            created_ns=created_ns,
         )
-        write_json(self._directory / f"{file_id}.json", file.model_dump())
+        write_json(self._directory / f"{file_id}.json", file)
         with self._lock:
             self._files[file_id] = file
         return file
@@ -183,7 +194,7 @@ class FileStore:
         """All files of one owner, the oldest first."""
         with self._lock:
             files = [file for file in self._files.values() if file.owner == owner]
-        return sorted(files, key=lambda file: (file.created_at, file.id))
+        return sorted(files, key=lambda file: (file.created_at, file.created_ns, file.id))
 
     @contextlib.contextmanager
     def reading(self, file_id: str, owner: str) -> Iterator[StoredFile]:
@@ -231,18 +242,30 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def load_all(directory: Path, kind: type[M]) -> Iterator[M]:
-    """Parse all JSON files of a directory; invalid ones are skipped."""
-    for path in directory.glob("*.json"):
-        with contextlib.suppress(OSError, ValidationError):
-            yield kind.model_validate_json(path.read_bytes())
+    """Parse all JSON files of a directory. One that cannot be read is left where it is, and named in the log."""
+    for path in sorted(directory.glob("*.json")):
+        try:
+            record = kind.model_validate_json(path.read_bytes())
+            if getattr(record, "id", None) != path.stem:
+                raise ValueError("it has another id than its file")
+        except (OSError, ValueError) as error:  # pydantic's error is a ValueError
+            log.error("record.unreadable", file=printable(path.name), error=type(error).__name__)
+        else:
+            yield record
 
 
-def write_json(path: Path, fields: dict[str, Any]) -> None:
-    """Write a file atomically: after a crash it has either the old content or the new."""
+def write_json(path: Path, record: BaseModel) -> None:
+    """Write a record atomically: after a crash the file has either the old content or the new.
+
+    Raises:
+        ValueError: the record could not be read again; nothing was written.
+    """
+    text = record.model_dump_json()
+    type(record).model_validate_json(text)
     staged = path.with_suffix(".tmp")
     try:
-        with staged.open("w") as file:
-            json.dump(fields, file)
+        with staged.open("w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         staged.replace(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,21 +14,16 @@ from headrace.client.async_client import AsyncClient, AsyncJob
 from headrace.client.http.errors import RETRY_AFTER_S, ApiError, translate
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event
+from headrace.client.jobs.together import MAX_RESPONSE_RESULTS, check_copies, check_response
 from headrace.client.wire.errors import HeadraceError, InvalidRequest, RedisRefused, RedisUnreachable
-from headrace.client.wire.requests import GenerateRequest, parse_request
-from headrace.client.wire.result_size import largest_result
 from headrace.client.wire.results import Result
+from headrace.client.wire.values import show
+from headrace.config.model_names import served_name
 
 #: For how many seconds the status of the workers is cached.
 STATUS_CACHE_S = 1.0
 #: A job's timeout is enforced by the worker; the server waits this much longer to receive the worker's answer.
 TIMEOUT_GRACE_S = 2.0
-
-#: Bytes of parameters, as JSON, that the jobs of one request may have together.
-MAX_COPIED_BYTES = 8 * 2**20
-
-#: The results of one request may take so many times HEADRACE_MAX_RESULT_BYTES.
-MAX_RESPONSE_RESULTS = 8
 
 Prompt = str | list[int]
 T = TypeVar("T")
@@ -47,31 +41,6 @@ def as_request_field(error: InvalidRequest, *, is_list: bool) -> InvalidRequest:
     if name == "prompt" and is_list:
         name = f"prompt{place.removeprefix('requests')}]"
     return InvalidRequest(name, error.value, error.expected)
-
-
-def _check_copies(prompts: int, params: Mapping[str, Any]) -> None:
-    """Bound what a request puts into the queue, where each prompt has its own copy of the parameters.
-
-    Raises:
-        InvalidRequest: all copies together are too large.
-    """
-    size = len(json.dumps(params)) if prompts > 1 else 0
-    if prompts * size > MAX_COPIED_BYTES:
-        expected = f"at most {MAX_COPIED_BYTES} bytes of parameters for all prompts; send fewer in a request"
-        raise InvalidRequest("prompt", f"{prompts} prompts with {size} bytes of parameters each", expected)
-
-
-def _check_response(prompts: Sequence[Prompt], params: Mapping[str, Any], limit: int) -> None:
-    """Bound the response to a request. Raises InvalidRequest if it can become too large, or a parameter is wrong."""
-    if len(prompts) == 1:
-        return  # the client checks its result
-    own = {name: value for name, value in params.items() if name in GenerateRequest.model_fields and value is not None}
-    request = parse_request({**own, "prompt": ""})
-    longest = max(prompts, key=len) if request.echo else ""
-    size = len(prompts) * largest_result(request.model_copy(update={"prompt": longest}))
-    if size > limit:
-        expected = f"at most {limit} bytes; send fewer prompts in a request, or lower n, max_tokens or logprobs"
-        raise InvalidRequest("prompt", f"{len(prompts)} prompts whose results may take {size} bytes together", expected)
 
 
 @dataclass(frozen=True)
@@ -144,14 +113,14 @@ class JobRunner:
             requested = default
         if not isinstance(requested, str):
             raise ApiError(400, "invalid_request", "model: expected the name of a model", param="model")
-        for name in (requested, requested.replace("/", "-")):  # `config.settings.slug` turns a hub id into such a name
-            if name in served:
-                return name
-        if requested == default or not served or requested in await self._recently_served():
+        name = served_name(requested)
+        if name is not None and name in served:
+            return name
+        if name is not None and (name == default or not served or name in await self._recently_served()):
             raise ApiError(503, "no_worker", "no worker serves the model; try again later", retry_after_s=RETRY_AFTER_S)
         names = ", ".join(sorted(served))
         raise ApiError(
-            404, "model_not_found", f"model: no worker serves {requested[:80]!r}; served: {names}", param="model"
+            404, "model_not_found", f"model: no worker serves {show(requested)}; served: {names}", param="model"
         )
 
     async def _recently_served(self) -> set[str]:
@@ -175,8 +144,8 @@ class JobRunner:
             ApiError: no worker serves the model.
             InvalidRequest, QueueFull, RedisUnreachable, RedisRefused: as `Client.submit`; no job stays in the queue.
         """
-        _check_copies(len(prompts), params)
-        _check_response(prompts, params, self._max_response_bytes)
+        check_copies(len(prompts), params)
+        check_response(prompts, params, self._max_response_bytes)
         if "id" in params:
             raise InvalidRequest("id", "a name for the job", "no such parameter: the server names jobs")
         model = await self.find_model(params.get("model"))

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from headrace.client.jobs.reading import JobReader
 from headrace.client.jobs.stream import Event, StreamReader
 from headrace.client.wire.errors import HeadraceError, InvalidRequest, RedisFailed
-from headrace.client.wire.requests import is_job_id, show_value
+from headrace.client.wire.requests import is_job_id
 from headrace.client.wire.results import Outcome, Result, State, outcome_state
+from headrace.client.wire.unicode import check_unicode
+from headrace.client.wire.values import show
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,9 +25,13 @@ class Handle:
         id: the job id.
         url: the Redis where the job is.
         outcome: the result or the error of the job; None until this handle has read it.
+
+    Raises:
+        InvalidRequest: the id is not valid Unicode.
     """
 
     def __init__(self, job_id: str, url: str) -> None:
+        check_unicode(job_id, "job")
         self.id = job_id
         self.url = url
         self.outcome: Outcome | None = None
@@ -164,7 +170,7 @@ def job_id_of(job: Any) -> str:
     """The id of a job, or the id itself. Raises InvalidRequest for anything else."""
     job_id = job.id if isinstance(job, Handle) else job
     if not is_job_id(job_id):
-        raise InvalidRequest("job", show_value(job_id), "a job, or its id")
+        raise InvalidRequest("job", show(job_id), "a job, or its id")
     return job_id
 
 

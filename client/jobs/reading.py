@@ -24,9 +24,9 @@ from headrace.client.wire.errors import (
     UnreadableRecord,
 )
 from headrace.client.wire.redis import connect, redis_errors
-from headrace.client.wire.requests import show_value
 from headrace.client.wire.results import Outcome, State, parse_outcome
-from headrace.config.settings import slug
+from headrace.client.wire.values import show
+from headrace.config.model_names import is_served_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -235,7 +235,7 @@ class JobReader:
     def _model_of(self, job_id: str) -> str:
         with redis_errors(self.url):
             model = cast("str | None", self._redis.hget(keys.job(job_id), "model"))
-        return model if model is not None and model == slug(model) else self._model_name
+        return model if model is not None and is_served_name(model) else self._model_name
 
 
 def check_timeout(timeout: Any) -> None:
@@ -243,7 +243,7 @@ def check_timeout(timeout: Any) -> None:
     if timeout is None:
         return
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
-        raise InvalidRequest("timeout", show_value(timeout), "a number of seconds from 0, or None")
+        raise InvalidRequest("timeout", show(timeout), "a number of seconds from 0, or None")
 
 
 def _read_tensors(connection: redis.Redis, job_id: str, max_bytes: int) -> dict[bytes, bytes]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple
 
 import redis
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from headrace.client.wire import keys
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.queue_depth import QueueStatus, count_delivered, queue_status
+from headrace.client.wire.misplaced import Misplaced, find_misplaced
+from headrace.client.wire.queue_depth import QueueStatus, count_delivered, execute_typed, queue_status
 from headrace.client.wire.redis import redis_errors
-from headrace.config.settings import slug
+from headrace.client.wire.unicode import check_unicode, parse_json
+from headrace.config.model_names import is_served_name
 
 #: For how many seconds a client caches the list of served models.
 SERVED_S = 1.0
@@ -22,6 +23,8 @@ SERVED_S = 1.0
 
 class RowStatus(BaseModel):
     """A sequence in a slot of a worker: first its prompt is read, then new tokens are generated."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     #: `keys.tag` of the job id.
     job: str
@@ -38,19 +41,21 @@ class RowStatus(BaseModel):
 class FailureStatus(BaseModel):
     """A job that failed: `keys.tag` of the job id, the error code, and the Unix time in seconds."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     job: str
     code: str
     at: float
 
 
 def _parsed(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
+    return parse_json(value) if isinstance(value, str) else value
 
 
 class WorkerStatus(BaseModel):
     """The last heartbeat of a worker. A worker of several models has one record for each, named HOST-PID@MODEL."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     name: str
     model: str
@@ -87,12 +92,14 @@ class Status(BaseModel):
         delivered: jobs that workers have taken and not finished. For a Redis user without the right to count them it is
             the number of sequences in the heartbeats.
         dead: messages of all queues that no worker could read; None for a Redis user without the right to count them.
+        misplaced: lists with messages for these models that no worker reads, as far as the Redis user may read them.
     """
 
     workers: list[WorkerStatus]
     queues: list[QueueStatus]
     delivered: int
     dead: int | None = None
+    misplaced: list[Misplaced] = []
 
     def serves(self, model_name: str) -> bool:
         """Whether a live worker that is not stalled serves the model."""
@@ -105,8 +112,9 @@ class Status(BaseModel):
 
 def read_status(connection: redis.Redis, model_name: str) -> Status:
     """Read the status: all live workers, their queues, and the queue of `model_name`."""
-    names = cast("list[str]", connection.zrange(keys.workers(), 0, -1))
     pipe = connection.pipeline(transaction=False)
+    pipe.zrange(keys.workers(), 0, -1)
+    (names,) = execute_typed(pipe, [[]])
     for name in names:
         pipe.hgetall(keys.worker(name))
     records = pipe.execute(raise_on_error=False)  # a key of another type is not a worker's record
@@ -114,11 +122,17 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
     workers = [worker for name, record in zip(names, records, strict=True) if (worker := _worker(name, record))]
     models = sorted({model_name, *(worker.model for worker in workers)})
     try:
-        delivered, dead = count_delivered(connection), connection.llen(keys.dead())
+        delivered = count_delivered(connection)
+        pipe.llen(keys.dead())
+        (dead,) = execute_typed(pipe, [None])
     except redis.exceptions.NoPermissionError:
         delivered, dead = sum(worker.running + worker.waiting for worker in workers), None
     queues = [queue_status(connection, model) for model in models]
-    return Status(workers=workers, queues=queues, delivered=delivered, dead=dead)
+    try:
+        misplaced = find_misplaced(connection, models)
+    except redis.exceptions.NoPermissionError:
+        misplaced = []
+    return Status(workers=workers, queues=queues, delivered=delivered, dead=dead, misplaced=misplaced)
 
 
 class Served(NamedTuple):
@@ -134,7 +148,7 @@ def read_served(connection: redis.Redis) -> Served | None:
         pipe = connection.pipeline(transaction=False)
         pipe.zrange(keys.workers(), 0, -1)
         pipe.zrange(keys.models(), 0, -1)
-        names, recent = pipe.execute()
+        names, recent = execute_typed(pipe, [[], []])
         for name in names:
             pipe.hget(keys.worker(name), "model")
         found = pipe.execute(raise_on_error=False)
@@ -145,7 +159,7 @@ def read_served(connection: redis.Redis) -> Served | None:
 
 def _valid_names(models: list[Any]) -> set[str]:
     """The values that are names of models; anyone who can write to Redis may have added others."""
-    return {model for model in models if isinstance(model, str) and model == slug(model)}
+    return {model for model in models if isinstance(model, str) and is_served_name(model)}
 
 
 def _worker(name: str, record: Any) -> WorkerStatus | None:
@@ -153,8 +167,9 @@ def _worker(name: str, record: Any) -> WorkerStatus | None:
     if not isinstance(record, dict) or "model" not in record:
         return None
     try:
+        check_unicode([name, record])  # bytes that are not UTF-8 could not be printed
         return WorkerStatus.model_validate({**record, "name": name})
-    except ValidationError:
+    except (ValidationError, InvalidRequest):
         return None
 
 

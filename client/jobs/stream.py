@@ -31,8 +31,12 @@ class Event:
     logprobs: list[TokenLogprob] | None = None
     #: Set in the last event of each sample.
     finish_reason: Literal["stop", "length"] | None = None
-    #: Set in the last event of the job, which has no text.
+    #: Set in the last event of the job, which has no text: all of it, with the seed and the fingerprint.
     result: Result | None = None
+    #: In the last event of a sample: the stop string or stop token id that ended it, if one did.
+    stop_reason: str | int | None = None
+    #: Number of tokens of the prompt; None if a worker of an earlier version computes the job.
+    prompt_tokens: int | None = None
 
 
 @dataclass
@@ -70,6 +74,8 @@ class StreamReader:
                     token_ids=choice.token_ids,
                     logprobs=choice.logprobs,
                     finish_reason=choice.finish_reason,
+                    stop_reason=choice.stop_reason,
+                    prompt_tokens=result.usage.prompt_tokens,
                 )
             )
         yield Event(result=result)
@@ -90,7 +96,15 @@ class StreamReader:
             before.token_ids += tokens
             before.finished = piece.finish_reason is not None
             logprobs = None if piece.logprobs is None else piece.logprobs[known:]
-            yield Event(piece.index, text, tokens, logprobs, piece.finish_reason)
+            yield Event(
+                index=piece.index,
+                text=text,
+                token_ids=tokens,
+                logprobs=logprobs,
+                finish_reason=piece.finish_reason,
+                stop_reason=piece.stop_reason,
+                prompt_tokens=piece.prompt_tokens,
+            )
 
 
 def _agree(before: list[int] | str, new: list[int] | str, last: str | None) -> bool:

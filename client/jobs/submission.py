@@ -7,7 +7,6 @@ own id, state and result.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -15,93 +14,34 @@ import secrets
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import redis
 from celery import Celery
 
+from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.jobs.status import ServedModels
+from headrace.client.jobs.together import MAX_RESPONSE_RESULTS, check_copies, check_response
 from headrace.client.wire import keys
 from headrace.client.wire.celery import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME, queue
 from headrace.client.wire.errors import InvalidRequest, QueueFull, RedisRefused, RedisUnreachable
 from headrace.client.wire.queue_depth import count_queued
 from headrace.client.wire.redis import redis_errors
-from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request, show_value
+from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request
 from headrace.client.wire.result_size import check_result_size
-from headrace.client.wire.signing import mark, sign
 from headrace.client.wire.tracing import sending
+from headrace.client.wire.values import is_missing, show, to_python
 from headrace.config import Settings
-from headrace.config.settings import slug
+from headrace.config.model_names import served_name
 
 #: Number of job records that are written in one round trip.
 RECORD_JOBS = 512
 #: Limits of one message. They are small, so that workers can share many jobs, and a lost message costs
 #: little.
 GROUP_JOBS, GROUP_BYTES = 16, 65_536
-
-
-class PreparedJob:
-    """A job whose request has been checked and which has not been submitted.
-
-    Attributes:
-        id: the job id.
-        model: the model whose queue the job goes to.
-        digest: identifies the request, for a job id that the caller chose; else empty.
-        wire: the request as it is sent, with its signature if there is a key.
-        mark: shows in the job's record that its submitter has the key; None without a key.
-    """
-
-    def __init__(
-        self,
-        job_id: str,
-        model: str,
-        request: GenerateRequest,
-        digest: str,
-        key: bytes | None,
-        wire: dict[str, Any] | None = None,
-    ) -> None:
-        self.id, self.model, self.request, self.digest = job_id, model, request, digest
-        self.wire = self._unsigned = request.to_wire() if wire is None else wire
-        self._key = key
-        self.mark: str | None = None
-        if key is not None:
-            self.wire = sign(key, job_id, model, self.wire)
-            self.mark = mark(key, job_id)
-
-    def with_prompt(self, prompt: Any, *, new_seed: bool) -> PreparedJob:
-        """Another job with the same parameters, which are neither checked nor converted again.
-
-        Raises:
-            InvalidRequest: the prompt is wrong.
-        """
-        checked = parse_request({} if prompt is None else {"prompt": prompt}).prompt
-        seed = secrets.randbits(52) if new_seed else self.request.seed
-        request = self.request.model_copy(update={"prompt": checked, "seed": seed})
-        wire = {**self._unsigned, "prompt": checked, "seed": seed}
-        job = PreparedJob(uuid.uuid4().hex, self.model, request, "", self._key, wire)
-        job.__dict__["size"] = self._size_without_prompt + len(json.dumps(checked))
-        job.__dict__["_size_without_prompt"] = self._size_without_prompt
-        return job
-
-    @functools.cached_property
-    def size(self) -> int:
-        """Bytes of the request as JSON, to a few bytes."""
-        return len(json.dumps(self.wire))
-
-    @functools.cached_property
-    def _size_without_prompt(self) -> int:
-        return self.size - len(json.dumps(self.request.prompt))
-
-    @property
-    def urgency(self) -> int:
-        """Celery's number of the priority: 0 is the most urgent."""
-        return keys.PRIORITIES[self.request.priority]
-
-    def record(self) -> dict[Any, Any]:
-        """The initial fields of the job's record."""
-        record = {"state": "queued", "model": self.model, "submitted_at": f"{time.time():.6f}"}
-        return record if self.mark is None else {**record, "mark": self.mark}
+#: Fields that may differ between jobs that share their parameters.
+OWN_FIELDS = frozenset({"prompt", "seed", "id"})
 
 
 class Submitter:
@@ -128,16 +68,16 @@ class Submitter:
         Raises:
             InvalidRequest: a field is wrong.
         """
-        given = {name: value for name, value in fields.items() if value is not None}
+        given = {name: value for name, value in fields.items() if not is_missing(value)}
         job_id, model, timeout_s = given.pop("id", None), given.pop("model", None), given.pop("timeout_s", None)
         for internal, advice in {"expires_at": "use timeout_s", "schema_version": "it is set for you"}.items():
-            if internal in fields:
-                raise InvalidRequest(internal, show_value(fields[internal]), f"no such parameter; {advice}")
+            if internal in given:
+                raise InvalidRequest(internal, show(given[internal]), f"no such parameter; {advice}")
         if timeout_s is not None:
             given["expires_at"] = time.time() + _check_timeout_s(timeout_s)
         request = parse_request(given)
         check_result_size(request, self._settings.max_result_bytes)
-        model = self._model_name if model is None else _check_model(model)
+        model = self._model_name if model is None else check_model(model)
         digest = _digest(request, model) if job_id is not None else ""
         if request.seed is None:
             # Chosen here, so that a job that is computed again after a crash draws the same numbers.
@@ -153,13 +93,34 @@ class Submitter:
         before: Mapping[str, Any] = {}
         job: PreparedJob | None = None
         for fields in requests:
-            if job is not None and _differ_in_prompt_only(before, fields):
-                other = job.with_prompt(fields.get("prompt"), new_seed=fields.get("seed") is None)
-                check_result_size(other.request, self._settings.max_result_bytes)
-                yield other
+            if job is not None and _share_parameters(before, fields):
+                yield self._prepare_like(job, fields)
             else:
                 before, job = fields, self.prepare(fields)
                 yield job
+
+    def prepare_together(self, requests: Sequence[Mapping[str, Any]]) -> Iterator[PreparedJob]:
+        """`prepare_all` the prompts of one request, whose copies and results together are bounded.
+
+        Raises:
+            InvalidRequest: they are too large, or a field is wrong.
+        """
+        prompts = [fields.get("prompt") for fields in requests]
+        params = {name: value for name, value in requests[0].items() if name not in OWN_FIELDS}
+        check_copies(len(requests), params)
+        check_response(prompts, params, MAX_RESPONSE_RESULTS * self._settings.max_result_bytes)
+        return self.prepare_all(requests)
+
+    def _prepare_like(self, job: PreparedJob, fields: Mapping[str, Any]) -> PreparedJob:
+        """`prepare` a request whose parameters are those of `job`, which need no check."""
+        own = parse_request({name: fields.get(name) for name in ("prompt", "seed")})
+        request = job.request.model_copy(update={"prompt": own.prompt, "seed": own.seed})
+        check_result_size(request, self._settings.max_result_bytes)
+        job_id = None if is_missing(fields.get("id")) else _check_id(fields["id"])
+        digest = "" if job_id is None else _digest(request, job.model)
+        if request.seed is None:
+            request = request.model_copy(update={"seed": secrets.randbits(52)})
+        return job.like(job_id, request, digest)
 
     def check_models(self, jobs: Iterable[PreparedJob]) -> None:
         """Refuse jobs for models that no worker serves; see `ServedModels.check`."""
@@ -284,11 +245,9 @@ class Submitter:
             pipe.execute()
 
 
-def _differ_in_prompt_only(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return (
-        one.keys() == other.keys()
-        and one.get("id") is None
-        and all(value is other[name] for name, value in one.items() if name != "prompt")
+def _share_parameters(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        value is other[name] for name, value in one.items() if name not in OWN_FIELDS
     )
 
 
@@ -318,18 +277,22 @@ def _id_is_used(job_id: str) -> InvalidRequest:
 
 
 def _check_timeout_s(timeout_s: Any) -> float:
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < 1e9:
-        raise InvalidRequest("timeout_s", show_value(timeout_s), "a number of seconds above 0, or None")
-    return timeout_s
+    seconds = to_python(timeout_s)
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < 1e9:
+        raise InvalidRequest("timeout_s", show(timeout_s), "a number of seconds above 0, or None")
+    return seconds
 
 
 def _check_id(job_id: Any) -> str:
     if not is_job_id(job_id):
-        raise InvalidRequest("id", show_value(job_id), "1 to 128 letters, digits, '.', '_', '-' or ':'")
+        raise InvalidRequest("id", show(job_id), "1 to 128 letters, digits, '.', '_', '-' or ':'")
     return job_id
 
 
-def _check_model(model: Any) -> str:
-    if not isinstance(model, str) or not model or len(model) > 256:
-        raise InvalidRequest("model", show_value(model), "the name of a model that a worker serves")
-    return slug(model)
+def check_model(model: Any) -> str:
+    """The served name that a request means; see `served_name`. Raises InvalidRequest."""
+    name = served_name(model) if isinstance(model, str) else None
+    if name is None:
+        expected = "the name of a model that a worker serves; a path belongs into the worker's HEADRACE_MODEL"
+        raise InvalidRequest("model", show(model), expected)
+    return name

@@ -54,6 +54,8 @@ class InvalidRequest(HeadraceError, ValueError):
     code = "invalid_request"
 
     def __init__(self, field: str, value: str, expected: str) -> None:
+        # A name or a value from outside may have lone surrogates, which cannot be printed or stored.
+        field, value = (text.encode("utf-8", "backslashreplace").decode() for text in (field, value))
         super().__init__(field, value, expected)
         self.field, self.value, self.expected = field, value, expected
 

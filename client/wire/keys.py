@@ -37,9 +37,18 @@ def model_of(queue_name: str) -> str:
     return queue_name.removeprefix(queue(""))
 
 
+def names_model(queue_name: str) -> bool:
+    """Whether a name, in Celery's form, is that of some model's queue."""
+    return queue_name.startswith(queue("")) and len(queue_name) > len(queue(""))
+
+
 def queue_lists(model_name: str) -> list[str]:
     """The Redis lists of a model's queue, most urgent first: one for each priority step of kombu."""
-    name = PREFIX + queue(model_name)
+    return priority_lists(PREFIX + queue(model_name))
+
+
+def priority_lists(name: str) -> list[str]:
+    """The Redis lists of a queue whose most urgent one has this name."""
     return [name if step == 0 else f"{name}{_STEP_SEPARATOR}{step}" for step in (0, 3, 6, 9)]
 
 

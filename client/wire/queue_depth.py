@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import redis
 from pydantic import BaseModel
@@ -61,7 +62,7 @@ def count_delivered(connection: redis.Redis) -> int:
     pipe = connection.pipeline(transaction=False)
     pipe.hlen(keys.unacked())
     pipe.hrandfield(keys.unacked(), SAMPLE, withvalues=True)
-    length, sample = pipe.execute()
+    length, sample = execute_typed(pipe, (0, []))
     return _scaled(length, [_jobs_in(entry) for entry in sample[1::2]])
 
 
@@ -71,12 +72,27 @@ def _count_by_samples(connection: redis.Redis, names: list[str]) -> list[int]:
         pipe.llen(name)
         pipe.lrange(name, 0, SAMPLE // 2 - 1)  # both ends: single jobs and groups are often sent one after the other
         pipe.lrange(name, -SAMPLE // 2, -1)
-    answers = pipe.execute()
+    answers = execute_typed(pipe, (0, [], []) * len(names))
     counts = []
     for length, newest, oldest in zip(answers[::3], answers[1::3], answers[2::3], strict=True):
         sample = newest[: max(0, length - len(oldest))] + oldest  # in a short list both ends overlap
         counts.append(_scaled(length, [_jobs_in(message) for message in sample]))
     return counts
+
+
+def execute_typed(pipe: Any, defaults: Sequence[Any]) -> list[Any]:
+    """Execute a pipeline. A command whose key another program has given another type has its default as the answer.
+
+    Raises:
+        redis.RedisError: a command failed for another reason.
+    """
+    answers = pipe.execute(raise_on_error=False)
+    for index, answer in enumerate(answers):
+        if isinstance(answer, Exception):
+            if "WRONGTYPE" not in str(answer):
+                raise answer
+            answers[index] = defaults[index]
+    return cast("list[Any]", answers)
 
 
 def _scaled(length: int, sample: list[int]) -> int:

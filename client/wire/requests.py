@@ -5,10 +5,7 @@ On the wire a request is JSON. A request with a field that is not listed here is
 
 from __future__ import annotations
 
-import difflib
-import math
-import operator
-import reprlib
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import (
@@ -25,17 +22,18 @@ from pydantic import (
 
 from headrace.client.wire.activations import CHECKPOINT_TENSORS
 from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.foreign import NO_SEED, advice, drop_neutral
+from headrace.client.wire.values import show, show_name, to_python, to_whole
 from headrace.client.wire.version import SCHEMA_VERSION, is_readable
 
 MAX_PROMPT_BYTES = 65_536  # GPT-2 reads 1,024 tokens: about 5 kB of English
 MAX_PROMPT_TOKENS = 16_384
+MAX_TOKENS = 1_000_000
 MAX_STOP_BYTES = 1_024
 MAX_LOGPROBS = 20
 MAX_BIASES = 1_024
 #: Upper bound of token ids, whatever the vocabulary.
 TOKEN_IDS = 2**31
-#: Longer field names are shortened in error messages.
-MAX_NAME = 64
 #: Maximum number of log probabilities in one result, n x tokens x (1 + logprobs): without it, one job could take
 #: gigabytes.
 MAX_SCORES = 2**19
@@ -44,45 +42,9 @@ _JOB_ID = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456
 
 Priority = Literal["interactive", "normal", "bulk"]
 
-#: Names of parameters in other libraries -> the name in headrace, for advice in error messages.
-_ALIASES = {
-    "max_new_tokens": "max_tokens",
-    "max_length": "max_tokens",
-    "num_return_sequences": "n",
-    "stop_strings": "stop",
-    "stop_sequences": "stop",
-    "eos_token_id": "stop_token_ids",
-    "inputs": "prompt",
-    "text": "prompt",
-    "details": "logprobs",
-    "timeout": "timeout_s",
-}
-_ADVICE = {
-    "do_sample": "temperature=0 is greedy, anything above samples",
-    "best_of": "all n samples are returned; choose among them by their logprobs",
-    "suffix": "GPT-2 can only continue the prompt",
-}
-
-
-def _to_python(value: Any) -> Any:
-    """Convert numbers and arrays of numpy, torch and pandas to plain Python values."""
-    if hasattr(value, "tolist") and not isinstance(value, (str, bytes)):
-        return value.tolist()
-    return value
-
-
-def _to_int(value: Any) -> Any:
-    value = _to_python(value)
-    if isinstance(value, (bool, float)):
-        return value  # the strict int field refuses both
-    try:
-        return operator.index(value)
-    except TypeError:
-        return value
-
 
 def _string_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else _to_python(value)
+    return [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else to_python(value)
 
 
 def _bias_map(value: Any) -> Any:
@@ -91,26 +53,31 @@ def _bias_map(value: Any) -> Any:
         return value
     if len(value) > MAX_BIASES:  # checked here: pydantic would keep a kilobyte for each wrong entry
         raise ValueError("size")
-    return {int(k) if isinstance(k, str) and k.isascii() and k.isdecimal() else _to_int(k): v for k, v in value.items()}
+    pairs = [
+        (int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() else to_whole(key), to_python(bias))
+        for key, bias in value.items()
+    ]
+    if not all(isinstance(key, int) for key, _ in pairs) or len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("no token id, or the same one twice")
+    return dict(pairs)
 
 
 def _checkpoint_list(value: Any) -> Any:
-    return sorted(CHECKPOINT_TENSORS) if isinstance(value, str) and value == "all" else _to_python(value)
+    return sorted(CHECKPOINT_TENSORS) if isinstance(value, str) and value == "all" else to_python(value)
 
 
 def _prompt(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    value = _to_python(value)
+    value = list(value) if isinstance(value, tuple) else to_python(value)
     if isinstance(value, list) and len(value) > MAX_PROMPT_TOKENS:  # see `_bias_map`
         raise InvalidRequest("prompt", f"a list of {len(value)} token ids", _expected("prompt"))
-    if isinstance(value, list) and set(map(type, value)) == {
-        int
-    }:  # as most are; pydantic would call a function for each
-        return value
+    if isinstance(value, list) and set(map(type, value)) == {int}:
+        return value  # as most are; pydantic would call a function for each
     return check(value)
 
 
-Int = Annotated[int, BeforeValidator(_to_int)]
-Float = Annotated[float, BeforeValidator(_to_python)]
+Int = Annotated[int, BeforeValidator(to_whole)]
+Float = Annotated[float, BeforeValidator(to_python)]
+Bool = Annotated[bool, BeforeValidator(to_python)]
 
 
 class SamplingParams(BaseModel):
@@ -118,16 +85,16 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    max_tokens: Int = Field(16, ge=0, le=1_000_000, description="a whole number of at least 1 (0 only with echo)")
+    max_tokens: Int = Field(16, ge=0, le=MAX_TOKENS, description="a whole number of at least 1 (0 only with echo)")
     temperature: Float = Field(1.0, ge=0, le=2, description="a number from 0 (always the most probable token) to 2")
     top_p: Float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1 (1 is off)")
-    top_k: Int = Field(0, ge=-1, description="a whole number of at least 1, or 0 or -1 for off")
+    top_k: Int = Field(0, ge=-1, lt=2**63, description="a whole number from 1 to 2**63 - 1, or 0 or -1 for off")
     min_p: Float = Field(0.0, ge=0, le=1, description="a number from 0 (off) to 1")
     n: Int = Field(1, ge=1, le=128, description="a whole number from 1 to 128")
     stop: Annotated[list[str], BeforeValidator(_string_list)] = Field(
         default_factory=list, max_length=16, description="one to 16 strings, none empty, at most 1,024 bytes each"
     )
-    seed: Int | None = Field(None, ge=-(2**63), lt=2**63, description="a whole number of 64 bits, or None")
+    seed: Int | None = Field(None, ge=-(2**63), lt=2**63, description="a whole number of 64 bits (-1 is none), or None")
     logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="a whole number from 0 to 20, or None")
     logit_bias: Annotated[dict[int, float], BeforeValidator(_bias_map)] = Field(
         default_factory=dict,
@@ -137,12 +104,17 @@ class SamplingParams(BaseModel):
     presence_penalty: Float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
     frequency_penalty: Float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
     repetition_penalty: Float = Field(1.0, ge=0.01, le=100, description="a number from 0.01 to 100 (1 is off)")
-    echo: bool = Field(False, description="True or False")
+    echo: Bool = Field(False, description="True or False")
     min_tokens: Int = Field(0, ge=0, description="a whole number from 0 to max_tokens")
-    ignore_eos: bool = Field(False, description="True or False")
-    stop_token_ids: Annotated[list[Int], BeforeValidator(_to_python)] = Field(
+    ignore_eos: Bool = Field(False, description="True or False")
+    stop_token_ids: Annotated[list[Int], BeforeValidator(to_python)] = Field(
         default_factory=list, max_length=64, description="at most 64 token ids"
     )
+
+    @field_validator("seed")
+    @classmethod
+    def _check_seed(cls, value: int | None) -> int | None:
+        return None if value == NO_SEED else value
 
     @field_validator("stop")
     @classmethod
@@ -171,7 +143,7 @@ class SamplingParams(BaseModel):
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequest("max_tokens", "0", _expected("max_tokens"))
         if self.min_tokens > self.max_tokens:
-            raise InvalidRequest("min_tokens", str(self.min_tokens), f"at most max_tokens, which is {self.max_tokens}")
+            raise InvalidRequest("min_tokens", show(self.min_tokens), f"at most max_tokens, which is {self.max_tokens}")
         return self
 
     @property
@@ -189,9 +161,9 @@ class GenerateRequest(SamplingParams):
     )
     priority: Priority = Field("normal", description="'interactive', 'normal' or 'bulk'")
     #: Unix time in seconds at which the job expires; None means never.
-    expires_at: float | None = Field(None, ge=0, le=1e11, description="a Unix time in seconds, or None")
+    expires_at: Float | None = Field(None, ge=0, le=1e11, description="a Unix time in seconds, or None")
     #: Whether the worker streams the text while it generates it, for `Job.stream`.
-    stream: bool = Field(False, description="True or False")
+    stream: Bool = Field(False, description="True or False")
     #: Numbers of the checkpoints whose tensors the worker captures from the first sample, for `Job.checkpoints`.
     checkpoints: Annotated[list[Int], BeforeValidator(_checkpoint_list)] = Field(
         default_factory=list, max_length=13, description="'all', or a list of checkpoint numbers from 0 to 12"
@@ -231,25 +203,47 @@ class GenerateRequest(SamplingParams):
         return {"schema_version": self.schema_version, **self.model_dump(mode="json", exclude_defaults=True)}
 
 
-def parse_request(fields: dict[str, Any]) -> GenerateRequest:
-    """Check the fields of a request and return it.
+#: What callers may name: `Client.submit` takes the last three and sends `expires_at` in place of `timeout_s`.
+PUBLIC_NAMES = frozenset(GenerateRequest.model_fields) - {"schema_version", "expires_at"} | {"timeout_s", "id", "model"}
+
+#: What messages of other producers may name.
+WIRE_NAMES = frozenset(GenerateRequest.model_fields)
+#: Parameters that are whole numbers, also if a table or another language wrote them as 64.0.
+WHOLE_NAMES = frozenset({"max_tokens", "top_k", "n", "seed", "logprobs", "min_tokens"})
+
+
+def plain_fields(fields: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The fields that ask for something, as plain Python values. Equal requests have equal fields."""
+    return {
+        name: to_whole(value) if name in WHOLE_NAMES else to_python(value)
+        for name, value in drop_neutral(fields).items()
+    }
+
+
+def parse_request(fields: Mapping[Any, Any], *, public: Collection[str] = PUBLIC_NAMES) -> GenerateRequest:
+    """Check the fields of a request and return it. Fields that ask for nothing are ignored; see `foreign.FOREIGN`.
+
+    Args:
+        fields: of the request.
+        public: the names that an error may suggest.
 
     Raises:
         InvalidRequest: a field is wrong. It names the first such field, its value, and what is expected.
     """
-    for name in fields:
+    given = drop_neutral(fields)
+    for name in given:
         if name not in GenerateRequest.model_fields:
-            raise InvalidRequest(_show_name(name), _show(fields[name], name), _advice(name))
+            raise InvalidRequest(show_name(name), show(given[name], name), advice(name, public))
     try:
-        return GenerateRequest.model_validate(fields)
+        return GenerateRequest.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, InvalidRequest):
             raise cause from None
         name = str(first["loc"][0]) if first["loc"] else "request"
-        value = fields.get(name, "nothing") if first["type"] == "missing" else _show(fields.get(name), name)
-        raise InvalidRequest(name, str(value), _expected(name)) from None
+        value = "nothing" if first["type"] == "missing" else show(given.get(name), name)
+        raise InvalidRequest(name, value, _expected(name)) from None
 
 
 def is_job_id(value: Any) -> TypeGuard[str]:
@@ -260,49 +254,6 @@ def is_job_id(value: Any) -> TypeGuard[str]:
 def _expected(name: str) -> str:
     field = GenerateRequest.model_fields.get(name)
     return (field and field.description) or "another value"
-
-
-def _advice(name: Any) -> str:
-    if not isinstance(name, str) or len(name) > MAX_NAME:
-        name = ""
-    if name in _ADVICE:
-        return f"no such parameter; {_ADVICE[name]}"
-    public = sorted(set(GenerateRequest.model_fields) - {"schema_version", "expires_at"} | {"timeout_s", "id", "model"})
-    near = _ALIASES.get(name) or next(iter(difflib.get_close_matches(name, public, n=1, cutoff=0.6)), None)
-    return f"no such parameter; did you mean {near}?" if near else f"one of {', '.join(public)}"
-
-
-class _ShortRepr(reprlib.Repr):
-    """`repr` with bounded work and output, however long or deep the value is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlist = self.maxtuple = self.maxdict = 24
-        self.maxstring = self.maxother = self.maxlong = 80
-
-    def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to convert a number of thousands of digits.
-        return super().repr_int(x, level) if x.bit_length() < 1024 else f"a number of {x.bit_length()} bits"
-
-
-def _show(value: Any, name: Any = "") -> str:
-    """A value for an error message, shortened. For a prompt only its type: messages must not quote prompts."""
-    if name == "prompt":
-        return f"a value of type {type(value).__name__}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    text = _ShortRepr().repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def show_value(value: Any) -> str:
-    """A value that a caller gave, for an error message: at most 80 characters, whatever it is."""
-    return _show(value)
-
-
-def _show_name(name: Any) -> str:
-    """A field name that a user chose, made safe to print."""
-    return name if isinstance(name, str) and name.isprintable() and 0 < len(name) <= MAX_NAME else _show(name)
 
 
 def _utf8(name: str, text: str) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeGuard
 from pydantic import BaseModel, ConfigDict, Field
 
 from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobFailed
+from headrace.client.wire.unicode import parse_json
 from headrace.client.wire.version import SCHEMA_VERSION
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
@@ -20,6 +21,7 @@ class TopLogprob(BaseModel):
     """One of the most probable tokens at this position."""
 
     token_id: int
+    #: The name of the token: its text, or `bytes:\xe2\x80` if its bytes are not whole characters.
     token: str
     logprob: float
 
@@ -28,14 +30,22 @@ class TokenLogprob(BaseModel):
     """A token with its log probability (base e) under the model: before penalties, temperature, top_k and top_p."""
 
     token_id: int
+    #: The name of the token: its text, or `bytes:\xe2\x80` if its bytes are not whole characters.
     token: str
     #: None for the first token of an echoed prompt, which has no context.
     logprob: float | None
     top: list[TopLogprob] = []
+    #: The character of the choice's text where the token begins. A token that begins inside a character begins where
+    #: that character does, and one whose text was left out at the end of the text. None in records of older workers.
+    text_offset: int | None = None
 
 
 class Choice(BaseModel):
-    """One sample. With `echo`, text, token_ids and logprobs include the prompt."""
+    """One sample. With `echo`, text, token_ids and logprobs include the prompt.
+
+    Prompt and output are decoded together. A character that begins in a prompt of token ids and ends in the output
+    belongs to the output.
+    """
 
     index: int
     text: str
@@ -96,6 +106,9 @@ class StreamPiece(BaseModel):
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] | None = None
     finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: str | int | None = None
+    #: Number of tokens of the prompt; None from workers of earlier versions.
+    prompt_tokens: int | None = None
 
 
 class StreamEvent(BaseModel):
@@ -123,8 +136,7 @@ def parse_outcome(record: str | None) -> Outcome | None:
     if record is None:
         return None
     try:
-        record.encode()  # raises for lone surrogates, which represent bytes that are not UTF-8
-        meta = json.loads(record)
+        meta = parse_json(record)
         status, value = meta["status"], meta["result"]
         if status == "SUCCESS":
             # Choice by choice: one call for all of a large result would hold up every other thread.

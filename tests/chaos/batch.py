@@ -59,7 +59,7 @@ def read_output(path: Path) -> list[dict[str, Any]]:
             if row["response"]:
                 row["response"].pop("request_id")
                 for name in ("id", "created"):
-                    row["response"]["body"].pop(name)
+                    row["response"]["body"].pop(name, None)
             rows.append(row)
     return rows
 

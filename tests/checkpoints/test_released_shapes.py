@@ -1,4 +1,4 @@
-"""The two common sizes, the larger with a quarter of its layers, and random weights as transformers itself writes them.
+"""The two common sizes, the larger with two of its layers, and random weights as transformers itself writes them.
 
 One is in one file, the other in several.
 
@@ -21,7 +21,7 @@ from headrace.config import Settings
 from headrace.worker.engine.build import load_engine
 from headrace.worker.fidelity.references.float64 import Float64
 
-SHAPES = {"124M": (12, 12, 768, "5GB"), "355M": (6, 16, 1024, "400MB")}
+SHAPES = {"124M": (12, 12, 768, "5GB"), "355M": (2, 16, 1024, "200MB")}
 NEW_TOKENS = 3
 
 

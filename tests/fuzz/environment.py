@@ -78,6 +78,8 @@ def check_status(case: tuple[dict[str, Any], list[str]]) -> None:
     record, messages = case
     worker = _worker("a", record)
     assert worker is None or worker.name == "a"
+    if worker is not None:  # `headrace status --json` and /status.json show it
+        json.loads(worker.model_dump_json().encode(), parse_constant=int)
     assert 0 <= _scaled(10, [_jobs_in(message) for message in messages]) <= 10 * max([1, *map(len, messages)])
 
 

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
-import logging
 import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
-from starlette.applications import Starlette
 
-from headrace.client import AsyncClient, Client, QueueFull
-from headrace.client.http.app import ROUTES, exception_handlers
-from headrace.client.http.auth import AccessMiddleware, Limits
-from headrace.client.http.batches import Batches
-from headrace.client.http.comparison import Comparison
-from headrace.client.http.context import AppContext
-from headrace.client.http.file_store import FileStore
-from headrace.client.http.jobs import JobRunner
-from headrace.client.http.page import StatusReporter
-from headrace.client.jobs.status import Status, WorkerStatus
-from headrace.config import load_settings
-from tests.fuzz.harness import LONGEST_MESSAGE, Target
+from headrace.client import Client, InvalidBatch, InvalidRequest, JobFailed
+from headrace.client.batch.check import check
+from headrace.client.batch.openai import output_line, read_output_line
+from headrace.client.batch.rows import ItemReader
+from headrace.client.batch.sources import open_source
+from headrace.client.wire.foreign import FOREIGN
+from tests.fuzz.harness import LONGEST_MESSAGE, Target, check_message
 from tests.fuzz.jobs import GOOD
-from tests.fuzz.values import ANY_TEXT, JSON, objects
+from tests.fuzz.values import ANY_TEXT, HOSTILE_TEXT, JSON, objects
+from tests.http_app import Answer, HttpApp
 
 PROMPTS = GOOD["prompt"] | st.lists(GOOD["prompt"], max_size=3)
 COMPLETIONS = objects(
     {
+        **dict.fromkeys(sorted(FOREIGN), JSON),
         **{name: good for name, good in GOOD.items() if name not in ("schema_version", "expires_at")},
         "prompt": PROMPTS,
         "model": st.sampled_from(["demo", "gpt-5", "a/b"]),
@@ -38,6 +32,7 @@ COMPLETIONS = objects(
         "stream_options": st.just({"include_usage": True}),
         "user": st.just("u"),
         "best_of": st.integers(0, 3),
+        "max_completion_tokens": JSON | st.integers(0, 4),
         "timeout_s": st.sampled_from([1, 0.5, 1e9]),
         "self": JSON,
         "function": JSON,
@@ -56,71 +51,187 @@ BATCHES = objects(
     needed=("input_file_id", "endpoint", "completion_window"),
 )
 BODIES = COMPLETIONS | BATCHES | JSON | st.binary(max_size=40)
-PATHS = st.sampled_from(["/v1/completions", "/execute", "/v1/batches", "/v1/files"])
-
-
-class FullQueue:
-    """A client that checks requests as `AsyncClient` does, and then raises QueueFull."""
-
-    model_name = "demo"
-
-    def __init__(self) -> None:
-        self._client = Client(redis_url="redis://localhost:1/0")
-
-    async def models(self) -> set[str]:
-        return {"demo"}
-
-    async def status(self) -> Status:
-        return Status(workers=[WorkerStatus(name="w", model="demo")], queues=[], delivered=0)
-
-    async def submit_many(self, requests: list[dict[str, Any]]) -> None:
-        for request in requests:
-            self._client.submitter.prepare(dict(request))
-        raise QueueFull("headrace.demo", 1, 1)
+PATHS = st.sampled_from(["/v1/completions", "/execute", "/v1/batches", "/v1/files", "/v1/chat/completions"])
+TYPES = st.sampled_from(["application/json", "", "multipart/form-data; boundary=x", "text/plain"]) | ANY_TEXT
+LISTS = ("/v1/batches", "/v1/files", "/v1/models", "/openapi.json", "/version")
 
 
 @functools.cache
-def _app() -> AccessMiddleware:
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # as the server does
-    directory = Path(tempfile.mkdtemp())
-    files = FileStore(directory)
-    client = cast("AsyncClient", FullQueue())
-    app = Starlette(routes=ROUTES, exception_handlers=exception_handlers())
-    batches = Batches(directory, files, load_settings())
-    runner = JobRunner(client, 600)
-    app.state.context = AppContext(client, runner, files, batches, StatusReporter(runner), Comparison(client))
-    return AccessMiddleware(app, Limits(any_host=True))
+def _app() -> HttpApp:
+    return HttpApp(Path(tempfile.mkdtemp()))
 
 
-def check_body(case: tuple[str, Any]) -> None:
-    """A body is refused with an error object, or reaches the queue, which is full. It never causes a 500."""
-    path, body = case
+def _encoded(body: Any) -> bytes:
     try:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return body if isinstance(body, bytes) else json.dumps(body).encode()
     except RecursionError:  # the recursion limit depends on the depth of the caller
-        content = b"[" * 5_000
-    status, answer = asyncio.run(_post(path, content))
-    assert status in (400, 404, 413, 429), (status, answer)
-    error = json.loads(answer)["error"]
+        return b"[" * 5_000
+
+
+def check_body(case: tuple[str, Any, str]) -> None:
+    """A body is refused with an error object, or reaches the queue, which is full. It never causes a 500."""
+    path, body, content_type = case
+    answer = _app().ask("POST", path, _encoded(body), headers={"content-type": content_type})
+    assert answer.status in (400, 404, 413, 415, 429), answer
+    _check_error(answer)
+
+
+def _check_error(answer: Answer) -> None:
+    error = answer.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert 0 < len(error["message"]) <= LONGEST_MESSAGE
+    json.dumps(error, ensure_ascii=False).encode()
     if error["param"] is not None:
         assert len(error["param"]) <= 120, error
 
 
-async def _post(path: str, body: bytes) -> tuple[int, bytes]:
-    sent: list[Any] = []
+class Step(NamedTuple):
+    """One thing that happens to a server: a request, a restart, or another program that writes into its directory."""
 
-    async def receive() -> Any:
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x")]
-    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
-    await _app()(scope, receive, send)
-    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
+    kind: str
+    text: str
+    data: Any
 
 
-TARGETS = [Target("http", st.tuples(PATHS, BODIES), check_body, full_cases=6_000, test_cases=60)]
+TEXTS = HOSTILE_TEXT | ANY_TEXT
+STEPS = st.one_of(
+    st.builds(Step, st.just("upload"), TEXTS, st.binary(max_size=20) | st.just(b"{}\n")),
+    st.builds(Step, st.sampled_from(["get", "delete", "post"]), TEXTS, TEXTS),
+    st.builds(
+        Step,
+        st.just("batch"),
+        TEXTS,
+        st.dictionaries(TEXTS, TEXTS, max_size=3) | JSON,
+    ),
+    st.builds(Step, st.just("cancel"), st.just(""), st.none()),
+    st.builds(Step, st.just("ask"), PATHS, BODIES),
+    st.builds(Step, st.just("restart"), st.just(""), st.none()),
+    st.builds(
+        Step,
+        st.just("spoil"),
+        st.sampled_from(["files", "batches"]),
+        st.sampled_from([b"", b"{", b"null", b"[" * 5_000, b'{"id": "\\ud83d"}', b"\xff"]) | JSON.map(_encoded),
+    ),
+)
+
+
+class Server:
+    """A server in a directory of its own, and the batches that it accepted and that nobody has spoilt."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.app = directory, HttpApp(directory)
+        self.batches: list[str] = []
+
+    def take(self, step: Step) -> Answer | None:
+        """Do one step. Returns the answer of the server, if it was asked."""
+        text = step.text
+        if step.kind == "upload":
+            return self.app.upload(step.data, filename=text)
+        if step.kind in ("get", "delete", "post"):
+            paths = [
+                f"/v1/files/{text}",
+                f"/v1/files/{text}/content",
+                f"/v1/batches/{text}",
+                f"/v1/models/{text}",
+                text,
+            ]
+            query = f"after={step.data}&limit={text}&order=asc".encode("utf-8", "surrogatepass")
+            path = paths[len(text) % len(paths)]
+            return self.app.ask(step.kind.upper(), path if path.startswith("/") else f"/{path}", query=query)
+        if step.kind == "batch":
+            file_id = self.app.upload().json()["id"]
+            fields = {"input_file_id": file_id, "endpoint": "/v1/completions", "completion_window": "24h"}
+            answer = self.app.ask("POST", "/v1/batches", _encoded({**fields, "metadata": step.data}))
+            if answer.status == 200:
+                self.batches.append(answer.json()["id"])
+            return answer
+        if step.kind == "cancel" and self.batches:
+            return self.app.ask("POST", f"/v1/batches/{self.batches[-1]}/cancel")
+        if step.kind == "ask":
+            return self.app.ask("POST", text, _encoded(step.data))
+        if step.kind == "restart":
+            self.app.close()
+            self.app = HttpApp(self.directory)
+        elif step.kind == "spoil":
+            self._spoil(text, step.data)
+        return None
+
+    def _spoil(self, folder: str, content: bytes) -> None:
+        """Overwrite a record, as a crash or another program may, and start the server again."""
+        for path in sorted((self.directory / folder).glob("*.json"))[:1]:
+            path.write_bytes(content)
+            self.batches = [batch for batch in self.batches if batch != path.stem]
+        self.take(Step("restart", "", None))
+
+    def check_lists(self) -> None:
+        """All lists answer, and the list of batches has all that were accepted, the newest first."""
+        for path in LISTS:
+            answer = self.app.ask("GET", path)
+            assert answer.status == 200, (path, answer)
+            answer.body.decode()
+        assert self.app.ask("GET", "/health").status == 200
+        listed = [batch["id"] for batch in self.app.ask("GET", "/v1/batches", query=b"limit=100").json()["data"]]
+        assert listed == self.batches[::-1]
+
+
+def check_requests(steps: list[Step]) -> None:
+    """No sequence of requests and restarts causes a 500, loses a batch, or spoils a list."""
+    with tempfile.TemporaryDirectory() as directory:
+        server = Server(Path(directory))
+        for step in steps:
+            answer = server.take(step)
+            assert answer is None or answer.status < 500, (step, answer)
+        server.check_lists()
+        server.take(Step("restart", "", None))
+        server.check_lists()
+        server.app.close()
+
+
+ROWS = st.lists(
+    objects(
+        {
+            "custom_id": TEXTS,
+            "method": st.just("POST"),
+            "url": st.sampled_from(["/v1/completions", "/v1/chat/completions"]) | TEXTS,
+            "body": COMPLETIONS,
+        },
+        needed=("custom_id", "method", "url", "body"),
+    )
+    | objects({"custom_id": TEXTS, "prompt": PROMPTS, "user": TEXTS}, needed=("prompt",))
+    | JSON,
+    min_size=1,
+    max_size=3,
+)
+
+
+@functools.cache
+def _client() -> Client:
+    return Client(redis_url="redis://localhost:1/0")
+
+
+def check_rows(rows: list[Any]) -> None:
+    """An input of a batch is refused with faults that can be printed, or each row has a line that is read back."""
+    data = b"\n".join(map(_encoded, rows))
+    reader, source = ItemReader("demo", {}), open_source(data.split(b"\n"))
+    try:
+        check(source, reader, _client().submitter.prepare)
+    except (InvalidBatch, InvalidRequest) as error:
+        for fault in getattr(error, "faults", []):
+            check_message(fault.message[:LONGEST_MESSAGE], fault.field)
+            fault.field.encode()
+        return
+    for line, item in source.items():
+        row = reader.read(line, item)
+        if row is not None:
+            written = output_line(row, "job", JobFailed("nan_logits", row.custom_id))
+            assert len(written.decode().splitlines()) == 1
+            read = read_output_line(written)
+            assert read is not None
+            assert (read.custom_id, read.digest, read.failed) == (row.custom_id, row.digest, True)
+
+
+TARGETS = [
+    Target("http", st.tuples(PATHS, BODIES, TYPES), check_body, full_cases=8_000, test_cases=60),
+    Target("requests", st.lists(STEPS, min_size=1, max_size=6), check_requests, full_cases=3_000, test_cases=8),
+    Target("rows", ROWS, check_rows, full_cases=5_000, test_cases=40),
+]

@@ -11,6 +11,7 @@ import tiktoken
 from hypothesis import strategies as st
 
 from headrace.client.wire.errors import InvalidRequest, JobError, JobFailed
+from headrace.client.wire.foreign import FOREIGN
 from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request
 from headrace.client.wire.results import Result, outcome_state, parse_outcome
 from headrace.model.tokenizer import END_OF_TEXT, PATTERN, Tokenizer
@@ -196,10 +197,11 @@ TARGETS = [
         "request",
         objects(GOOD, needed=("prompt",))
         | st.dictionaries(ANY_TEXT | NUMBERS | st.sampled_from(FIELDS), JSON, max_size=3)
+        | st.dictionaries(st.sampled_from(sorted(FOREIGN)), JSON, max_size=3).map(lambda more: {"prompt": "x", **more})
         | st.builds(Deep, st.sampled_from(FIELDS), st.sampled_from([900, 2_000, 50_000])),
         check_request,
         full_cases=16_000,
-        test_cases=40,
+        test_cases=50,
     ),
     Target("record", RECORDS, check_record, full_cases=14_000),
 ]

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.fuzz import environment, files, http, jobs
+from tests.fuzz import environment, files, http, jobs, messages
 
-TARGETS = [*jobs.TARGETS, *files.TARGETS, *environment.TARGETS, *http.TARGETS]
+TARGETS = [*jobs.TARGETS, *files.TARGETS, *environment.TARGETS, *http.TARGETS, *messages.TARGETS]

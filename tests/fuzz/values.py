@@ -6,8 +6,16 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-#: Any code points, including lone surrogates.
-ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=20)
+#: Characters that programs treat badly: halves of surrogate pairs, NUL, ends of lines, marks of direction, marks
+#: without width, the last code points, and what templates and shells read.
+HOSTILE = (
+    "\ud800", "\ud83d", "\udbff", "\udc80", "\udfff", "\0", "\x1b", "\x7f", "\x85", "\u2028", "\u2029", "\u200b",
+    "\u200f", "\u202e", "\u2066", "\u2069", "\ufeff", "\ufffd", "\ufffe", "\U0010ffff", "\U0001f600", "e\u0301", "%00",
+    "%ff", "\r\n", "\\", "\"", "/", "..",
+)  # fmt: skip
+HOSTILE_TEXT = st.lists(st.sampled_from(HOSTILE) | st.sampled_from("ab"), min_size=1, max_size=6).map("".join)
+#: Any code points, including lone surrogates, and often those of `HOSTILE`.
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=20) | HOSTILE_TEXT
 
 
 def nested(depth: int, leaf: Any, key: str | None) -> Any:

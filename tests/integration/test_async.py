@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from redis.asyncio.client import Pipeline
 
 from headrace.client import (
     AsyncClient,
@@ -172,4 +173,33 @@ def test_closing_ends_waiting_calls(redis_url: str) -> None:
         with pytest.raises(RuntimeError, match="closed"):
             await waiting
 
+    asyncio.run(inside())
+
+
+def test_closing_ends_though_a_cancellation_is_lost(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`asyncio.wait_for` of Python 3.11 loses a cancellation that comes together with the result."""
+    execute, lost = Pipeline.execute, []
+
+    async def lose_one_cancellation(self: Pipeline, *args: Any, **kwargs: Any) -> Any:
+        replies = await execute(self, *args, **kwargs)
+        try:
+            await asyncio.sleep(0.2)
+        except asyncio.CancelledError:
+            if lost:
+                raise
+            lost.append(True)
+        return replies
+
+    async def inside() -> None:
+        client = AsyncClient(redis_url=redis_url, model="nobody-serves")
+        job = await client.submit("Hello.")
+        waiting = asyncio.create_task(job.result())
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(PATIENCE_S):
+            await client.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            await waiting
+        assert lost
+
+    monkeypatch.setattr(Pipeline, "execute", lose_one_cancellation)
     asyncio.run(inside())

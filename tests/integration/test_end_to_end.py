@@ -280,6 +280,20 @@ def test_plain_celery_gets_the_result_and_the_exception(settings: Settings, clie
     app.close()
 
 
+def test_plain_celery_may_send_values_that_ask_for_nothing(settings: Settings, client: Client) -> None:
+    from headrace.worker.celery import make_app
+
+    app = make_app(settings)
+    request = {"prompt": "Hello.", "max_tokens": 8.0, "seed": -1, "n": None, "use_beam_search": False, "priority": 0}
+    found = sent_by_celery(client, app, [request]).result(PATIENCE_S)
+    app.close()
+    assert found.seed != -1
+    assert client.submit("Hello.", max_tokens=8, seed=found.seed).result(PATIENCE_S).choices == found.choices
+    again = [client.submit("Hello.", max_tokens=8, seed=-1).result(PATIENCE_S).seed for _ in range(2)]
+    assert -1 not in again
+    assert again[0] != again[1]
+
+
 def test_a_message_that_no_client_could_send_fails_its_job(settings: Settings, client: Client) -> None:
     from headrace.worker.celery import make_app
 

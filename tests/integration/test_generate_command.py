@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -58,8 +59,8 @@ def test_all_sampling_options_at_once_give_what_the_client_gets(
 
 
 def test_the_text_goes_to_stdout_and_the_figures_to_stderr(worker: WorkerProcess, redis_url: str) -> None:
-    done = generate(redis_url, "--seed", "7", "--logprobs", "2", "--max-tokens", "4")
+    done = generate(redis_url, "--seed", "-1", "--logprobs", "2", "--max-tokens", "4")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    assert "seed 7" in done.stderr
+    assert re.search(r"seed [1-9]\d+,", done.stderr)
     assert "4 tokens in " in done.stderr

@@ -114,23 +114,35 @@ def test_a_file_is_kept_listed_read_and_deleted(api: openai.OpenAI) -> None:
 
 def test_a_batch_gives_the_results_of_its_rows_one_by_one(api: openai.OpenAI, client: Client) -> None:
     content = rows(20) + rows(22, max_tokens=5000).splitlines(keepends=True)[20] + b"\n"
-    begun = begin(api, content, metadata={"for": "a test"})
+    several = {"model": "demo", "prompt": ["The river", "The sea"], "max_tokens": 3, "n": 2, "seed": 5}
+    content += json.dumps(
+        {"custom_id": "several", "method": "POST", "url": "/v1/completions", "body": several}
+    ).encode()
+    expires_after = {"anchor": "created_at", "seconds": 7_200}
+    begun = begin(api, content, metadata={"for": "a test"}, output_expires_after=expires_after)
     assert begun.status in ("validating", "in_progress")
     batch = wait_ended(api, begun.id)
     assert (batch.status, batch.metadata, batch.errors) == ("completed", {"for": "a test"}, None)
     counts = batch.request_counts
-    assert (counts.total, counts.completed, counts.failed) == (21, 20, 1)
+    assert (counts.total, counts.completed, counts.failed) == (22, 21, 1)
     times = [batch.created_at, batch.in_progress_at, batch.finalizing_at, batch.completed_at]
     assert times == sorted(times)
     found = lines_of(api, batch.output_file_id)
-    assert found.keys() == {f"row {n}" for n in range(20)}
+    assert found.keys() == {"several", *(f"row {n}" for n in range(20))}
     bodies = [line["response"]["body"] for line in found.values()]
     assert batch.usage.output_tokens == sum(body["usage"]["completion_tokens"] for body in bodies)
     one = found["row 7"]["response"]["body"]
     alone = client.submit("The river 7", max_tokens=3, seed=one["seed"]).result(PATIENCE_S)
     assert one["choices"][0]["text"] == alone.text
     (failure,) = lines_of(api, batch.error_file_id).values()
-    assert (failure["custom_id"], failure["error"]["code"]) == ("row 20", "context_length_exceeded")
+    assert (failure["custom_id"], failure["error"], failure["response"]["status_code"]) == ("row 20", None, 400)
+    assert failure["response"]["body"]["error"]["code"] == "context_length_exceeded"
+    several = found["several"]["response"]["body"]
+    assert [choice["index"] for choice in several["choices"]] == [0, 1, 2, 3]
+    pair = [client.submit(p, max_tokens=3, n=2, seed=5).result(PATIENCE_S) for p in ("The river", "The sea")]
+    assert [choice["text"] for choice in several["choices"]] == [c.text for result in pair for c in result.choices]
+    output = api.files.retrieve(batch.output_file_id)
+    assert output.expires_at == output.created_at + 7_200
     assert batch.id in [each.id for each in api.batches.list(limit=1)]
     assert api.files.retrieve(batch.output_file_id).purpose == "batch_output"
     with pytest.raises(openai.ConflictError, match="completed"):
@@ -151,6 +163,7 @@ def test_a_batch_with_invalid_rows_fails_with_their_lines(api: openai.OpenAI) ->
         ({"endpoint": "/v1/chat/completions"}, "endpoint"),
         ({"completion_window": "1h"}, "completion_window"),
         ({"metadata": {"a": "b" * 513}}, "metadata"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 5}}, "output_expires_after.seconds"),
         ({"extra_body": {"more": 1}}, "more"),
     ],
 )

@@ -95,6 +95,43 @@ def test_every_parameter_does_what_it_does_in_the_client(
     assert texts(found) == texts_of(client.submit("Hello.", **plain).result(PATIENCE_S))
 
 
+def test_values_that_ask_for_nothing_change_nothing(api: openai.OpenAI) -> None:
+    nothing = {"use_beam_search": False, "length_penalty": 1.0, "skip_special_tokens": True, "priority": 0, "tools": []}
+    nothing |= {"response_format": {"type": "text"}, "stream_options": {}, "guided_json": None, "max_tokens": 4.0}
+    nothing |= {"max_completion_tokens": 4, "seed": 7.0, "metadata": {"a": "b"}, "bad_words": [], "min_p": 0}
+    given: Any = {"suffix": "", "best_of": 1, "n": None, "user": "u", "stop": None, "logit_bias": {}, "echo": None}
+    found = api.completions.create(**MODEL, prompt="Hello.", **given, extra_body=nothing)
+    assert texts(found) == texts(api.completions.create(**SHORT, seed=7))
+
+
+@pytest.mark.parametrize("seed", [-1, None])
+def test_a_sampled_stream_can_be_had_again(api: openai.OpenAI, http: HttpServer, client: Client, seed: Any) -> None:
+    asked: dict[str, Any] = {**SHORT, "temperature": 1.5, "n": 2, "max_tokens": 12, "stop": ["e"]}
+    chunks = list(api.completions.create(**asked, seed=seed, stream=True))
+    assert len({choice.index for chunk in chunks for choice in chunk.choices if choice.finish_reason}) == 2
+    ends = {c.index: (c.finish_reason, c.stop_reason) for k in chunks for c in k.choices if c.finish_reason}  # type: ignore[attr-defined]
+    last: Any = chunks[-1]
+    assert last.seed != -1
+    streamed = {index: "".join(c.text for k in chunks for c in k.choices if c.index == index) for index in (0, 1)}
+    again: Any = api.completions.create(**asked, seed=last.seed)
+    assert {choice.index: choice.text for choice in again.choices} == streamed
+    assert {choice.index: (choice.finish_reason, choice.stop_reason) for choice in again.choices} == ends
+    assert (again.seed, again.system_fingerprint) == (last.seed, last.system_fingerprint)
+    with http.http() as plain, plain.stream("POST", "/execute", json={**asked, "seed": seed}) as response:
+        *_, (_, end) = events_of(response)
+    executed = Result.model_validate_json(end)
+    repeated = client.submit(**{**asked, "seed": executed.seed}).result(PATIENCE_S)
+    assert repeated.choices == executed.choices
+
+
+def test_prompts_of_one_request_can_be_had_again_one_by_one(api: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {**MODEL, "max_tokens": 8, "seed": -1}
+    found: Any = api.completions.create(**asked, prompt=["The river", "The sea"])
+    for prompt, choice in zip(("The river", "The sea"), found.choices, strict=True):
+        again = api.completions.create(**{**asked, "seed": choice.seed}, prompt=prompt)
+        assert again.choices[0].text == choice.text
+
+
 def test_choices_of_several_prompts_are_numbered_prompt_by_prompt(api: openai.OpenAI, client: Client) -> None:
     same: dict[str, Any] = {"n": 2, "seed": 5, "max_tokens": 6}
     prompts = ["The river", "The sea", "Hello."]
@@ -128,8 +165,29 @@ def test_an_echoed_prompt_is_scored(api: openai.OpenAI, client: Client) -> None:
         assert top == {score.token: score.logprob} | {other.token: other.logprob for other in score.top}
 
 
+def test_tokens_that_are_parts_of_a_character_have_names_and_offsets(api: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {**MODEL, "echo": True, "logprobs": 5, "max_tokens": 0}
+    (choice,) = api.completions.create(prompt="😀 and", **asked).choices
+    scores = choice.logprobs
+    assert scores is not None
+    assert (choice.text, scores.text_offset) == ("😀 and", [0, 0, 1])
+    assert scores.tokens == [r"bytes:\xf0\x9f\x98", r"bytes:\x80", " and"]
+    (named,) = api.completions.create(prompt="😀 and", **asked, extra_body={"return_tokens_as_token_ids": True}).choices
+    assert named.logprobs is not None
+    assert named.logprobs.tokens == ["token_id:47249", "token_id:222", "token_id:290"]
+    for each in (scores, named.logprobs):
+        assert each.tokens is not None
+        assert each.token_logprobs is not None
+        assert each.top_logprobs is not None
+        values = [top[name] for name, top in zip(each.tokens[1:], each.top_logprobs[1:], strict=True)]
+        assert values == scores.token_logprobs[1:]  # type: ignore[index]
+    forced = {"extra_body": {"logit_bias": {"222": 100}}, "temperature": 0, "max_tokens": 1}
+    whole = [api.completions.create(**MODEL, prompt=[47249], echo=e, **forced).choices[0].text for e in (False, True)]
+    assert whole == ["😀", "😀"]
+
+
 def test_a_stream_is_the_completion_in_pieces(api: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {**MODEL, "prompt": ["The river", "The sea"], "n": 2, "seed": 5, "max_tokens": 30}
+    asked: dict[str, Any] = {**MODEL, "prompt": ["The river 😀", "The sea"], "n": 2, "seed": 5, "max_tokens": 30}
     asked |= {"logprobs": 1, "echo": True}
     whole = api.completions.create(**asked)
     pieces: dict[int, list[Any]] = {}
@@ -150,6 +208,15 @@ def test_a_stream_is_the_completion_in_pieces(api: openai.OpenAI) -> None:
     assert chunks[-1].choices == []
     assert chunks[-1].usage == whole.usage
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
+    counted: dict[int, Any] = {}
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}  # as guidellm sends them
+    for chunk in api.completions.create(**asked, stream=True, stream_options=options):
+        assert chunk.usage is not None
+        for choice in chunk.choices:
+            counted[choice.index] = chunk.usage
+    assert whole.usage is not None
+    assert sum(usage.completion_tokens for usage in counted.values()) == whole.usage.completion_tokens
+    assert counted[0].prompt_tokens + counted[2].prompt_tokens == whole.usage.prompt_tokens
 
 
 def test_a_stream_ends_as_openais_does(http: HttpServer) -> None:
@@ -193,6 +260,12 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"prompt": ["a"] * 1025}, 400, "prompt", "at most 1024"),
     ({"prompt": ["a", "b"], "top_p": 0}, 400, "top_p", "top_p: got 0"),
     ({"prompt": "Hello.", "model": "gpt-5"}, 404, "model", "served: demo"),
+    ({"prompt": "Hello.", "model": "./demo"}, 404, "model", "served: demo"),
+    ({"prompt": "Hello.", "model": "~\u0000"}, 404, "model", "served: demo"),
+    ({"prompt": "Hello.", "max_tokens": 4.5}, 400, "max_tokens", "whole number"),
+    ({"prompt": "Hello.", "skip_special_tokens": False}, 400, "skip_special_tokens", "except True"),
+    ({"prompt": "Hello.", "max_tokens": 4, "max_completion_tokens": 5}, 400, "max_completion_tokens", "is 4"),
+    ({"prompt": "Hello.", "temperature": float("nan")}, 400, None, "NaN is not a JSON value"),
     ({"prompt": "Hello.", "model": 5}, 400, "model", "the name of a model"),
     ({"prompt": [60_000]}, 400, "prompt", "60000"),
     ({"prompt": "Hello.", "logit_bias": {"60000": 1}}, 400, "logit_bias", "60000"),

@@ -232,8 +232,18 @@ def test_a_message_that_nobody_can_read_is_put_aside_and_the_worker_goes_on(
         (task(task="headrace.generate_images", id="of-tomorrow"), "of-tomorrow"),
         (task(timelimit="abc", id="limited"), "limited"),
         (task([[[{"id": "member", "request": {}}]], {}, {}], timelimit="abc", task="headrace.generate_many"), "member"),
+        (task(timelimit=[None, 3], id="soft"), "soft"),
+        (task(model="other", id="for-other"), "for-other"),
+        (task(id="moved").replace('"routing_key": "headrace.demo"', '"routing_key": "headrace.other"'), "moved"),
+        (
+            task(
+                [[[{"id": "linked", "request": {}}]], {}, {"chord": {}, "callbacks": [{"task": "x"}]}],
+                task="headrace.generate_many",
+            ),
+            "linked",
+        ),
     ],
-    ids=["task", "limits", "group"],
+    ids=["task", "limits", "group", "soft limit", "model in a header", "moved from another queue", "link of a group"],
 )
 def test_a_job_that_a_refused_message_names_fails(
     client: Client, connection: redis.Redis, worker: WorkerProcess, message: str, job_id: str
@@ -243,6 +253,18 @@ def test_a_job_that_a_refused_message_names_fails(
     with pytest.raises(JobFailed, match="the message was refused") as caught:
         client.job(job_id).result(1)
     assert caught.value.code == "unreadable_message"
+
+
+def test_a_request_that_names_another_model_fails_and_its_group_continues(
+    client: Client, connection: redis.Redis, worker: WorkerProcess
+) -> None:
+    members = [{"id": f"names:{name}", "request": {"prompt": "x", "max_tokens": 1, "model": name}} for name in "ab"]
+    members[0]["request"]["model"] = "demo"  # type: ignore[index]
+    connection.lpush(NORMAL, task([[members], {}, {}], task="headrace.generate_many", id="names"))
+    wait_until(lambda: connection.exists(keys.result("names:a"), keys.result("names:b")) == 2)
+    assert client.job("names:a").result(1).model == "demo"
+    with pytest.raises(JobFailed, match=r"model: got 'b' in the queue 'headrace\.demo'"):
+        client.job("names:b").result(1)
 
 
 def test_the_number_of_kept_unreadable_messages_is_limited(connection: redis.Redis, worker: WorkerProcess) -> None:

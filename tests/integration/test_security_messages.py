@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from headrace.client import Client
+from headrace.client import Client, JobFailed
 from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
 from headrace.worker.queue.validation import MAX_GROUP_JOBS, MAX_MESSAGE_BYTES
@@ -58,13 +58,15 @@ def client(server: EmbeddedRedis, worker: WorkerProcess) -> Iterator[Client]:
         yield made
 
 
-def put(client: Client, body: bytes, content_type: str = "application/json", **headers: Any) -> None:
+def put(
+    client: Client, body: bytes, content_type: str = "application/json", encoding: str | None = None, **headers: Any
+) -> None:
     """Queue a message with any body, as kombu writes it."""
     name = keys.queue_lists("demo")[1]
     delivery = {"exchange": "", "routing_key": name.removeprefix(keys.PREFIX)}
     message = {
         "body": base64.b64encode(body).decode(),
-        "content-encoding": "binary" if "json" not in content_type else "utf-8",
+        "content-encoding": encoding or ("binary" if "json" not in content_type else "utf-8"),
         "content-type": content_type,
         "headers": {"lang": "py", "task": "headrace.generate", "id": "stranger", **headers},
         "properties": {
@@ -162,10 +164,21 @@ def test_no_class_is_ever_looked_up_for_pickle_in_a_worker(client: Client, worke
 def test_compressed_messages_are_not_decompressed(client: Client, worker: WorkerProcess, name: str, pack: Any) -> None:
     """A hundred kilobytes may unpack to a hundred megabytes."""
     before = len(worker.events("message.refused"))
-    put(client, pack(arguments({"prompt": " " * 10**8})), compression=name)
-    assert_refused(client, worker, before, "it cannot be read")
+    put(client, pack(arguments({"prompt": " " * 10**8})), compression=name, id="compressed")
+    assert_refused(client, worker, before, f"its body is compressed ({name}); send it without `compression`")
+    wait_until(lambda: client._redis.exists(keys.result("compressed")))
+    with pytest.raises(JobFailed, match=f"compressed \\({name}\\)"):
+        client.job("compressed").result(1)
+    client._redis.delete(keys.result("compressed"), keys.job("compressed"))
     peak = next(line for line in Path(f"/proc/{worker.process.pid}/status").read_text().splitlines() if "VmHWM" in line)
     assert int(peak.split()[1]) < 4 * 2**20, "kilobytes: it never was in memory"
+
+
+def test_an_encoding_that_decompresses_is_not_used(client: Client, worker: WorkerProcess) -> None:
+    """Python decodes `zlib_codec` to any size."""
+    before = len(worker.events("message.refused"))
+    put(client, zlib.compress(arguments({"prompt": " " * 10**8})), encoding="zlib_codec")
+    assert_refused(client, worker, before, "content encoding is 'zlib_codec'; only utf-8 is read")
 
 
 def test_a_message_that_is_too_large_is_refused_before_it_is_read(client: Client, worker: WorkerProcess) -> None:

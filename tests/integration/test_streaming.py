@@ -102,6 +102,8 @@ def check(events: list[Event]) -> None:
     assert [event.result is not None for event in events[:-1]] == [False] * (len(events) - 1)
     assert events[-1].result is not None
     assert assembled(events) == of_result(events[-1].result.choices)
+    ends = {event.index: event.stop_reason for event in events if event.finish_reason}
+    assert ends == {choice.index: choice.stop_reason for choice in events[-1].result.choices}
 
 
 @pytest.mark.parametrize(

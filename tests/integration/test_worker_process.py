@@ -183,6 +183,10 @@ def test_the_task_runs_under_celerys_own_pools(
         bad = own_client.submit([60000])
         assert {job.result(PATIENCE_S).text for job in jobs} == {'\n\n"I am'}
         wait_until(lambda: bad.status() == "failed")
+        own_client.signature("Hello.", model="demo").apply_async(queue="headrace.demo", headers={"model": "other"})
+        wait_until(lambda: own_client.status().dead == 1)
+        (refused,) = worker.events("message.refused")
+        assert "names 'other'" in refused["reason"]
 
 
 def test_the_task_runs_eagerly() -> None:

@@ -181,3 +181,15 @@ def test_an_event_or_a_field_without_a_meaning_is_an_error(log_events: ModuleTyp
     assert new["worker.danced"].levels == {"info"}
     with pytest.raises(ValueError, match=r"events: \['worker.danced'\]; fields: \['partner'\]"):
         log_events.check({**found, **new})
+
+
+def test_every_option_and_command_of_celery_has_a_line_that_says_what_it_does() -> None:
+    from celery.bin.worker import worker
+    from celery.worker.control import Panel
+
+    page = (ROOT / "docs" / "celery.md").read_text()
+    rows = " ".join(line.split(" | ")[0] for line in page.splitlines() if line.startswith("| "))
+    named = set(re.findall(r"`([^`]+)`", rows))
+    options = {option for parameter in worker.params for option in parameter.opts}
+    assert options - named == set()
+    assert set(Panel.meta) - named == set()

@@ -12,7 +12,7 @@ import click
 
 from headrace.client import Client, SamplingParams
 from headrace.client.batch.items import BatchItem
-from headrace.client.batch.run import Batch, BatchReport
+from headrace.client.batch.run import Batch, BatchReport, JoinedRows, RowPart, prepare_parts
 from headrace.client.batch.window import Window
 from headrace.config import Settings
 from headrace.worker.cli.backends import Backends
@@ -40,14 +40,14 @@ class Estimate:
     tokens_per_s: float = 0.0
     seconds: float = 0.0
 
-    def count(self, tokens: int, fields: dict[str, Any], max_context: int) -> bool:
-        """Add a row. Returns whether the model can compute it."""
+    def count(self, tokens: list[int], fields: dict[str, Any], max_context: int) -> bool:
+        """Add a row, whose prompts have so many tokens. Returns whether the model can compute it."""
         new = fields.get("max_tokens", SamplingParams.model_fields["max_tokens"].default)
-        fits = bool(tokens + new <= max_context)
+        fits = bool(max(tokens) + new <= max_context)
         self.rows += 1
-        self.prompt_tokens += tokens
-        self.longest_prompt = max(self.longest_prompt, tokens)
-        self.most_new_tokens += new * fields.get("n", 1) if fits else 0
+        self.prompt_tokens += sum(tokens)
+        self.longest_prompt = max(self.longest_prompt, *tokens)
+        self.most_new_tokens += new * fields.get("n", 1) * len(tokens) if fits else 0
         self.too_long += not fits
         return fits
 
@@ -98,8 +98,8 @@ def _count(batch: Batch, settings: Settings) -> tuple[Estimate, list[BatchItem]]
     max_context = min(settings.max_context or positions, positions)
     found, sample, dice = Estimate(), list[BatchItem](), random.Random(1)  # noqa: S311
     for row in batch.rows():
-        prompt = row.fields["prompt"]
-        tokens = len(tokenizer.encode(prompt)) or 1 if isinstance(prompt, str) else len(prompt)
+        prompts = [fields["prompt"] for fields in row.requests()]
+        tokens = [len(tokenizer.encode(p)) or 1 if isinstance(p, str) else len(p) for p in prompts]
         if not found.count(tokens, row.fields, max_context):
             continue
         if len(sample) < SAMPLE:
@@ -112,8 +112,9 @@ def _count(batch: Batch, settings: Settings) -> tuple[Estimate, list[BatchItem]]
 def _measure(client: Client, sample: list[BatchItem], max_inflight: int) -> BatchReport:
     """Compute rows and drop their results."""
     report, run = BatchReport(rows=len(sample)), secrets.token_hex(6)
-    drafts = ((row, client.submitter.prepare({**row.fields, "id": row.job_id(run)})) for row in sample)
-    for pairs in Window[BatchItem](client, size=max_inflight).run(drafts):
-        for _, outcome in pairs:
+    jobs = (part for row in sample for part in prepare_parts(client, row, run))
+    joined = JoinedRows()
+    for parts in Window[RowPart](client, size=max_inflight).run(jobs):
+        for _, outcome in joined.add(parts, run):
             report.count(outcome)
     return report

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from headrace.client.wire.unicode import check_unicode
 from headrace.config import load_settings
 from headrace.worker.cli.backends import Backends, pass_backends
 from headrace.worker.cli.errors import command_errors
@@ -32,4 +33,5 @@ def serve(backends: Backends, /, **options: Any) -> None:
     """
     with command_errors(as_json=False):
         given = {name: value for name, value in options.items() if value is not None}
+        check_unicode(given)
         backends.serve_http(load_settings(), announce=lambda line: click.echo(line, err=True), **given)

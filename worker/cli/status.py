@@ -59,3 +59,5 @@ def _print_status(found: Status) -> None:
     console.print(workers, queues, f"{found.delivered} jobs are with workers")
     if found.dead:
         console.print(f"{found.dead} messages could not be read; the list {dead()} contains them")
+    for place in found.misplaced:
+        console.print(f"{place.messages} messages for headrace are in the list {place.key}: {place.advice}")

@@ -85,7 +85,7 @@ def prepare(
     Raises:
         JobFailed: this model cannot compute the request.
     """
-    prompt, text = _tokenize(request.prompt, tokenizer)
+    prompt, text, rest = _tokenize(request.prompt, tokenizer)
     _check_token_ids(request, prompt, vocab_size)
     total = len(prompt) + request.max_tokens
     if total > max_context:
@@ -97,21 +97,25 @@ def prepare(
     _check_logprobs(request, len(prompt))
     seed = secrets.randbits(52) if request.seed is None else request.seed
     sequences = [Sequence(request, prompt, i, seed, tokenizer.end_of_text) for i in range(request.n)]
-    texts = [SequenceText(sequence, tokenizer, text) for sequence in sequences]
+    texts = [SequenceText(sequence, tokenizer, text, rest) for sequence in sequences]
     return RequestState(job_id, request, sequences, texts, seed, future, time.monotonic())
 
 
-def _tokenize(prompt: str | list[int], tokenizer: Tokenizer) -> tuple[list[int], str]:
-    """Token ids and text of a prompt. The empty prompt becomes the end-of-text token, with which texts begin."""
-    if not isinstance(prompt, str):
-        decoder = tokenizer.decoder()
-        return prompt, "".join(map(decoder.push, prompt)) + decoder.flush()
-    tokens = tokenizer.encode(prompt)
-    if tokens:
-        return tokens, prompt
-    if tokenizer.end_of_text is None:
-        raise JobFailed("empty_prompt", "the prompt is empty and this model's vocabulary has no end-of-text token")
-    return [tokenizer.end_of_text], prompt
+def _tokenize(prompt: str | list[int], tokenizer: Tokenizer) -> tuple[list[int], str, bytes]:
+    """Token ids and text of a prompt, and the bytes at its end that are an incomplete character.
+
+    The empty prompt becomes the end-of-text token, with which texts begin, and its text is that of this token.
+    """
+    if isinstance(prompt, str):
+        if tokens := tokenizer.encode(prompt):
+            return tokens, prompt, b""
+        if tokenizer.end_of_text is None:
+            raise JobFailed("empty_prompt", "the prompt is empty and this model's vocabulary has no end-of-text token")
+        prompt = [tokenizer.end_of_text]
+    decoder = tokenizer.decoder()
+    text = "".join(map(decoder.push, prompt))
+    rest = decoder.rest
+    return prompt, text + decoder.flush(), rest
 
 
 def _check_token_ids(request: GenerateRequest, prompt: list[int], vocab_size: int) -> None:

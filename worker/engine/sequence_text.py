@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headrace.client.wire.results import Choice, TokenLogprob, TopLogprob
-from headrace.model.tokenizer import Tokenizer
+from headrace.model.tokenizer import OffsetCounter, Tokenizer, continues
 from headrace.worker.engine.sequence import FinishReason, Sequence, TokenScore
 
 
@@ -24,6 +24,8 @@ class TextDelta:
     at: int = 0
     text_at: int = 0
     logprobs: list[TokenLogprob] | None = None
+    stop_reason: int | str | None = None
+    prompt_tokens: int | None = None
 
 
 class SequenceText:
@@ -33,21 +35,26 @@ class SequenceText:
         sequence: whose output is decoded.
         tokenizer: of the model that computes it.
         prompt_text: text of the prompt, for requests with `echo`.
+        prompt_rest: bytes of an incomplete character at the end of the prompt. They are a U+FFFD in `prompt_text`,
+            unless the output continues the character, which then belongs to the output.
     """
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, prompt_text: str = "") -> None:
+    def __init__(
+        self, sequence: Sequence, tokenizer: Tokenizer, prompt_text: str = "", prompt_rest: bytes = b""
+    ) -> None:
         self.sequence = sequence
         self.text = ""
         #: When the next delta may be sent, by the monotonic clock.
         self.next_delta_at = 0.0
         self._tokenizer = tokenizer
         self._decoder = tokenizer.decoder()
-        self._prompt_text = prompt_text
+        self._prompt_text, self._prompt_rest = prompt_text, prompt_rest
         self._stops = sequence.request.stop
         self._longest_stop = max(map(len, self._stops), default=0)
         self._scan_from = 0  # no stop string begins before this character
         self._sent_text = self._sent_tokens = 0
         self._logprobs: list[TokenLogprob] = []  # of the first tokens, so that each is converted once
+        self._offsets = OffsetCounter(tokenizer, len(prompt_text) - bool(prompt_rest), prompt_rest)
 
     def decode_last_token(self) -> None:
         """Append the text of the sequence's newest token. If that completes a stop string, end the sequence there."""
@@ -55,12 +62,23 @@ class SequenceText:
         if sequence.finish_reason == "stop":  # the newest token is a stop token, whose text is left out
             self.text += self._decoder.flush()
             return
+        if self._prompt_rest:
+            self._join_prompt(sequence.output[-1])
         before = len(self.text)
         self.text += self._decoder.push(sequence.output[-1])
         if sequence.finish_reason:
             self.text += self._decoder.flush()
         if self._stops:
             self._cut_at_stop_string(before)
+
+    def _join_prompt(self, token_id: int) -> None:
+        """If this first token continues the last character of the prompt, begin the output with that character."""
+        if not (data := self._tokenizer.known_bytes(token_id)):
+            return  # the next token decides
+        rest, self._prompt_rest = self._prompt_rest, b""
+        if continues(rest, data):
+            self._prompt_text = self._prompt_text[:-1]
+            self._decoder = self._tokenizer.decoder(rest)
 
     def _cut_at_stop_string(self, before: int) -> None:
         """Look for the earliest stop string that the text from character `before` on completes."""
@@ -81,13 +99,28 @@ class SequenceText:
         if end <= self._sent_text and sequence.finish_reason is None:
             return None
         at, text_at = self._sent_tokens, self._sent_text
-        text, tokens, logprobs = self.text[text_at:end], sequence.output[at:], self._logprobs_from(at)
-        self._sent_text, self._sent_tokens = max(end, text_at), len(sequence.output)
+        text, logprobs = self.text[text_at:end], self._logprobs_from(at)
+        if logprobs is not None and sequence.finish_reason is None:
+            # A stop string may still remove the text after `end`, which moves the tokens that begin there.
+            while logprobs and (logprobs[-1].text_offset or 0) > self._text_start + end:
+                logprobs.pop()
+        tokens = sequence.output[at:] if logprobs is None else [score.token_id for score in logprobs]
+        self._sent_text, self._sent_tokens = max(end, text_at), at + len(tokens)
         if sequence.request.echo and at:
             at, text_at = at + len(sequence.prompt), text_at + len(self._prompt_text)
         elif sequence.request.echo:
             text, tokens, logprobs = self._prompt_text + text, sequence.prompt + tokens, self._with_prompt(logprobs)
-        return TextDelta(sequence.index, text, tokens, sequence.finish_reason, at, text_at, logprobs)
+        return TextDelta(
+            sequence.index,
+            text,
+            tokens,
+            sequence.finish_reason,
+            at,
+            text_at,
+            logprobs,
+            sequence.stop_reason,
+            len(sequence.prompt),
+        )
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that is the beginning of a stop string."""
@@ -109,17 +142,45 @@ class SequenceText:
             logprobs=self._with_prompt(logprobs) if echo else logprobs,
         )
 
+    @property
+    def _text_start(self) -> int:
+        """The character of the choice's text where the output begins."""
+        return len(self._prompt_text) if self.sequence.request.echo else 0
+
     def _logprobs_from(self, at: int) -> list[TokenLogprob] | None:
         """Log probabilities of the output from index `at` on; None if the request does not ask for them."""
-        if self.sequence.request.logprobs is None:
+        sequence, logprobs = self.sequence, self._logprobs
+        if sequence.request.logprobs is None:
             return None
-        self._logprobs.extend(map(self._logprob, self.sequence.scores[len(self._logprobs) :]))
-        return self._logprobs[at:]
+        hidden = 0 if sequence.request.echo else len(self._prompt_text)
+        for score in sequence.scores[len(logprobs) :]:
+            logprobs.append(self._logprob(score, max(self._offsets.next(score.token_id) - hidden, 0)))
+        if sequence.finish_reason == "stop":
+            self._move_removed_tokens()
+        return logprobs[at:]
+
+    def _move_removed_tokens(self) -> None:
+        """Give the tokens whose text a stop has removed the offset of the end of the text."""
+        end = self._text_start + len(self.text)
+        if not isinstance(self.sequence.stop_reason, str):
+            self._logprobs[-1].text_offset = end  # a stop token
+        for last in reversed(self._logprobs):
+            if last.text_offset is None or last.text_offset <= end:
+                break
+            last.text_offset = end
 
     def _with_prompt(self, logprobs: list[TokenLogprob] | None) -> list[TokenLogprob] | None:
-        return None if logprobs is None else [*map(self._logprob, self.sequence.prompt_scores), *logprobs]
+        if logprobs is None:
+            return None
+        offsets = OffsetCounter(self._tokenizer)
+        return [*(self._logprob(s, offsets.next(s.token_id)) for s in self.sequence.prompt_scores), *logprobs]
 
-    def _logprob(self, score: TokenScore) -> TokenLogprob:
-        text, count = self._tokenizer.token_text, self.sequence.request.logprobs
-        top = [TopLogprob(token_id=i, token=text(i), logprob=p) for i, p in score.top[:count]]
-        return TokenLogprob(token_id=score.token_id, token=text(score.token_id), logprob=score.logprob, top=top)
+    def _logprob(self, score: TokenScore, text_offset: int) -> TokenLogprob:
+        name, count = self._tokenizer.token_name, self.sequence.request.logprobs
+        return TokenLogprob(
+            token_id=score.token_id,
+            token=name(score.token_id),
+            logprob=score.logprob,
+            top=[TopLogprob(token_id=i, token=name(i), logprob=p) for i, p in score.top[:count]],
+            text_offset=text_offset,
+        )

@@ -150,6 +150,10 @@ class EnginePool(BasePool, JobPool):
         jobs = read_group(given) if grouped else {job_id: given}
         if not jobs:
             raise InvalidTaskError("it names no job")
+        try:
+            model = self._engine_service.model_named(model_of(headers.get("delivery_info")))
+        except JobFailed as error:
+            raise InvalidTaskError(error.message) from error
         delivery = Delivery(
             task=task,
             target=target,
@@ -159,7 +163,7 @@ class EnginePool(BasePool, JobPool):
             on_accepted=accept_callback,
             time_limit_s=None if grouped else timeout,
             received_at=time.monotonic(),
-            model=self._engine_service.model_named(model_of(headers.get("delivery_info"))),
+            model=model,
             jobs=jobs,
             verdict=verdict,
         )

@@ -132,11 +132,11 @@ class Service:
         self, job_id: str, wire: Any, model: str | None = None, on_start: Callable[[], None] | None = None
     ) -> Future[Result]:
         """Submit a job from a message to the engine of its model. For an invalid request the future has failed."""
-        model = self.model_named(model)
         try:
+            model = self.model_named(model)
             if self._signing_keys and not verified(self._signing_keys, job_id, model, wire):
                 raise JobFailed("bad_signature", BAD_SIGNATURE)
-            request = read_wire(unsigned(wire))
+            request = read_wire(unsigned(wire), model)
             if request.checkpoints and not self._checkpoint_max_bytes:
                 raise JobFailed("checkpoints_off", "this worker keeps no tensors: HEADRACE_CHECKPOINT_MAX_BYTES is 0")
         except JobFailed as error:
@@ -154,8 +154,19 @@ class Service:
         return future
 
     def model_named(self, name: str | None) -> str:
-        """Return the name if this process serves that model, otherwise the name of its first model."""
-        return name if name in self.models.names else self.models.names[0]
+        """Return the name if this process serves that model; without a name, the name of its first model.
+
+        Raises:
+            JobFailed: this process does not serve the model.
+        """
+        if name is None or name in self.models.names:
+            return name or self.models.names[0]
+        served = ", ".join(map(repr, self.models.names))
+        raise JobFailed(
+            "invalid_request",
+            f"model: got {name[:80]!r}; expected one that this worker serves: {served}. Send the message to the queue "
+            "of one of these, or start a worker for the model",
+        )
 
     def _save_tensors(self, job_id: str, tensors: dict[str, bytes]) -> None:
         """Store checkpoint tensors, before the result that refers to them."""

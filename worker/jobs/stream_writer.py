@@ -51,13 +51,15 @@ class _Pending:
                 token_ids=delta.token_ids,
                 logprobs=delta.logprobs,
                 finish_reason=delta.finish_reason,
+                stop_reason=delta.stop_reason,
+                prompt_tokens=delta.prompt_tokens,
             )
             return
         piece.text += delta.text
         piece.token_ids += delta.token_ids
         if piece.logprobs is not None:
             piece.logprobs += delta.logprobs or []
-        piece.finish_reason = delta.finish_reason
+        piece.finish_reason, piece.stop_reason = delta.finish_reason, delta.stop_reason
 
     def event(self) -> str:
         text = StreamEvent(pieces=list(self.pieces.values()), end=self.end).model_dump_json(exclude_defaults=True)

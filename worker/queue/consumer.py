@@ -9,16 +9,20 @@ from typing import Any
 
 import redis
 import structlog
+from celery.app.task import Context
 from celery.exceptions import InvalidTaskError
 from celery.worker import state
 from celery.worker.consumer import Consumer
 
-from headrace.client.wire.celery import GROUP_TASK_NAME, TASK_NAME
+from headrace.client.wire.celery import GROUP_TASK_NAME
 from headrace.client.wire.errors import JobFailed
 from headrace.client.wire.requests import is_job_id
 from headrace.worker.queue.dead_letters import dead_letter
+from headrace.worker.queue.message_options import compression_of, reason_to_refuse_options
 from headrace.worker.queue.messages import BAD_SIGNATURE, argument, model_of, read_group
+from headrace.worker.queue.misplaced import LOOK_S, MisplacedMessages
 from headrace.worker.queue.permissions import is_forbidden
+from headrace.worker.queue.redaction import RedactedRequest, redact_error_logs
 from headrace.worker.queue.transport import CONNECTION_ERRORS, plain_client, transport_that_takes
 from headrace.worker.queue.validation import MAX_MESSAGE_BYTES, forbid_compression, reason_to_refuse, take_out_unsigned
 
@@ -43,16 +47,19 @@ class SafeConsumer(Consumer):
     This class works with Celery's `solo` and `threads` pools; `EngineConsumer` adds what the engine's pool needs.
     """
 
+    #: Whether the pool ends jobs when their time limit has passed.
+    keeps_time_limits = False
+
     def __init__(self, on_task_request: Callable[[Any], Any], *args: Any, **kwargs: Any) -> None:
         def take(request: Any) -> Any:
             self._settle_by_tag(request)
-            if request.type in (TASK_NAME, GROUP_TASK_NAME):
-                # `inspect active` would show the arguments to anybody; the task reads the request from its headers.
-                request._args, request._kwargs = ("<redacted>",), {}
             return on_task_request(request)
 
         self._unsettled: dict[str, Callable[[Any], None]] = {}
+        self._misplaced = MisplacedMessages(kwargs["app"].headrace_settings.models)
+        self._look_timer: Any = None
         forbid_compression()
+        redact_error_logs()
         # With gossip every worker receives every heartbeat of every other worker, and does nothing with it.
         super().__init__(take, *args, **{**kwargs, "without_gossip": True})
         self._signing_keys = self.app.headrace_settings.signing_keys
@@ -86,7 +93,8 @@ class SafeConsumer(Consumer):
 
         def receive(message: Any) -> None:
             try:
-                if reason := reason_to_refuse(message, signed_only=bool(self._signing_keys)):
+                reason = reason_to_refuse(message, signed_only=bool(self._signing_keys))
+                if reason := reason or reason_to_refuse_options(message, limits=self.keeps_time_limits):
                     self._refuse_read(message, reason)
                 elif not self._signing_keys or self._remove_unsigned_jobs(message):
                     handle(message)
@@ -115,7 +123,7 @@ class SafeConsumer(Consumer):
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
         """The body cannot be decoded."""
-        self._refuse_read(message, f"it cannot be read ({type(exc).__name__})")
+        self._refuse_read(message, compression_of(message) or f"it cannot be read ({type(exc).__name__})")
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:  # noqa: ARG002
         """The message names a task that this worker does not have."""
@@ -131,8 +139,24 @@ class SafeConsumer(Consumer):
         """Refuse a message that kombu could read. The jobs that it names fail, because callers may wait for them."""
         for request in [request for request in state.requests.values() if request.message is message]:
             state.task_ready(request)
-        self._fail_jobs(_named_jobs(message), JobFailed("unreadable_message", f"the message was refused: {reason}"))
+        error = JobFailed("unreadable_message", f"the message was refused: {reason}")
+        self._fail_jobs(_named_jobs(message), error)
+        self._fail_followers(message, error)
         self._refuse(message.delivery_tag, *_original(message), reason)
+
+    def _fail_followers(self, message: Any, error: JobFailed) -> None:
+        """Fail the chord and the chain that a refused message is part of, and call its `link_error`, as Celery does."""
+        try:
+            followers = message.payload[2]
+            if any(followers.values()):
+                request = Context({**message.headers, **followers, "chain": None, "delivery_info": {}})
+                # Its own result is stored by the pool, which knows whether the job is running.
+                self.app.backend.mark_as_failure(request.id, error, request=request, store_result=False)
+                self.app.backend._fail_chain(followers.get("chain"), error)
+        except CONNECTION_ERRORS:
+            log.warning("followers.failed", message_id=str(message.headers.get("id"))[:128], kind="RedisError")
+        except Exception as failure:  # the message may have any content
+            log.info("followers.failed", message_id=str(message.headers.get("id"))[:128], kind=type(failure).__name__)
 
     def _refuse(self, tag: str, queue: str, message: bytes, reason: str) -> None:
         self._dead_letter(tag, queue, message, reason)
@@ -146,10 +170,30 @@ class SafeConsumer(Consumer):
 
     # --- the connection --------------------------------------------------------------------------------------------
 
+    def update_strategies(self) -> None:
+        """Called by Celery before it consumes, to learn how each task is received."""
+        for task in self.app.tasks.values():
+            task.Request = self._request_class(task.name)
+        super().update_strategies()
+
+    def _request_class(self, task_name: str) -> type[RedactedRequest]:  # noqa: ARG002
+        """The class that represents the messages of a task."""
+        return RedactedRequest
+
     def on_ready(self) -> None:
         """Called by Celery whenever it begins to consume: at the start and after each reconnect."""
         super().on_ready()
         self._settle_all()
+        self._look_for_misplaced()
+
+    def _look_for_misplaced(self) -> None:
+        """Look for messages that no worker will take, now and from time to time."""
+        if self._look_timer is not None:
+            self.timer.cancel(self._look_timer)
+        self._look_timer = self.timer.call_after(LOOK_S, self._look_for_misplaced)
+        channel = getattr(self.task_consumer, "channel", None)
+        if channel is not None and not channel.closed:
+            self._misplaced.look(plain_client(channel))
 
     def on_connection_error_before_connected(self, exc: BaseException) -> None:
         """Called by Celery before it tries to connect again."""

@@ -6,13 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from celery.worker.request import Request
-
 from headrace.client.wire import keys
 from headrace.client.wire.celery import GROUP_TASK_NAME, TASK_NAME
 from headrace.client.wire.errors import JobFailed
 from headrace.worker.queue.consumer import SafeConsumer
 from headrace.worker.queue.permissions import is_forbidden
+from headrace.worker.queue.redaction import RedactedRequest
 
 
 class JobPool(ABC):
@@ -39,7 +38,7 @@ class JobPool(ABC):
         """End the worker process, because it cannot continue."""
 
 
-class JobRequest(Request):
+class JobRequest(RedactedRequest):
     """Celery's Request for a message of jobs, which leaves the end of a revoked message to the pool.
 
     Stock Celery stores the end and acknowledges the message at once, in the main thread, which would block while Redis
@@ -67,6 +66,7 @@ class EngineConsumer(SafeConsumer):
     """A `SafeConsumer` whose pool is a `JobPool`."""
 
     pool: JobPool
+    keeps_time_limits = True
 
     def _has_room(self, queue: str) -> bool:
         return self.pool.has_room(keys.model_of(queue))
@@ -81,12 +81,11 @@ class EngineConsumer(SafeConsumer):
         if is_forbidden(error):
             self.pool.end_process(error)
 
-    def update_strategies(self) -> None:
-        """Called by Celery before it consumes, to learn how each task is received."""
+    def _request_class(self, task_name: str) -> type[RedactedRequest]:
+        if task_name not in (TASK_NAME, GROUP_TASK_NAME):
+            return super()._request_class(task_name)
         hooks = {"settle_by_tag": staticmethod(self._settle_by_tag), "pool": self.pool}
-        for name in (TASK_NAME, GROUP_TASK_NAME):
-            self.app.tasks[name].Request = type("JobRequest", (JobRequest,), hooks)
-        super().update_strategies()
+        return type("JobRequest", (JobRequest,), hooks)
 
     def cancel_active_requests(self) -> None:
         """Called by Celery in a cold shutdown before it stops the pool, which returns what is not finished in time."""

@@ -6,6 +6,8 @@ from typing import Any
 
 from kombu.utils.json import loads
 
+from headrace.client.wire.unicode import check_unicode
+
 
 def read_envelope(message: bytes | str) -> dict[str, Any]:
     """Parse a message as it is stored in a queue: the envelope with its body, headers and properties.
@@ -48,6 +50,7 @@ def _check_envelope(envelope: Any) -> dict[str, Any]:
     ):
         if not isinstance(value, kind):
             raise ValueError(f"its {name} is of type {type(value).__name__}; expected {kind.__name__}")
+    check_unicode(properties, "its properties")  # the delivery tag is the name of a field in Redis
     return envelope  # type: ignore[no-any-return]
 
 

@@ -9,7 +9,8 @@ import structlog
 from headrace.client.wire import keys
 from headrace.client.wire.celery import GROUP_TASK_NAME
 from headrace.client.wire.errors import InvalidRequest, JobFailed
-from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request
+from headrace.client.wire.requests import WIRE_NAMES, GenerateRequest, is_job_id, parse_request
+from headrace.client.wire.values import show, to_whole
 from headrace.client.wire.version import SCHEMA_VERSION, is_readable
 
 log = structlog.get_logger("headrace.worker")
@@ -20,10 +21,21 @@ BAD_SIGNATURE = (
 )
 
 
+#: In the delivery info of a message: the routing key that its sender wrote.
+ADDRESSED_TO = "headrace_addressed_to"
+#: Header: the model that a message is for. A message in the queue of another one is refused.
+MODEL_HEADER = "model"
+
+
 def model_of(delivery_info: Any) -> str | None:
-    """Return the model of the queue that a message came from, or None if it came from no queue."""
+    """Return the model of the queue that a message came from, or None if it came from no queue.
+
+    For a queue that belongs to no model this is its name in parentheses, which is the name of no model.
+    """
     queue = delivery_info.get("routing_key") if isinstance(delivery_info, dict) else None
-    return keys.model_of(queue) if isinstance(queue, str) else None
+    if not isinstance(queue, str):
+        return None
+    return keys.model_of(queue) if keys.names_model(queue) else f"({queue})"
 
 
 def argument(task: str, args: Any, kwargs: Any) -> Any:
@@ -33,22 +45,30 @@ def argument(task: str, args: Any, kwargs: Any) -> Any:
     return kwargs.get("jobs" if task == GROUP_TASK_NAME else "request") if isinstance(kwargs, dict) else None
 
 
-def read_wire(wire: Any) -> GenerateRequest:
-    """Parse a request from a message.
+def read_wire(wire: Any, model: str | None = None) -> GenerateRequest:
+    """Parse a request from a message. It may name its model, if that is `model`, the model of its queue.
 
     Raises:
         JobFailed: with the code `unsupported_version` or `invalid_request`.
     """
     if not isinstance(wire, dict):
         raise JobFailed("invalid_request", f"the message contains a {type(wire).__name__} instead of a request")
-    if not is_readable(wire.get("schema_version", SCHEMA_VERSION)):
+    version = wire.get("schema_version")
+    if not is_readable(SCHEMA_VERSION if version is None else to_whole(version)):
         raise JobFailed(
             "unsupported_version",
-            f"the request has schema version {str(wire['schema_version'])[:20]} and this worker reads none above "
+            f"the request has schema version {show(version)[:20]} and this worker reads none above "
             f"{SCHEMA_VERSION}; upgrade the workers before the clients",
         )
+    if model is not None and (named := wire.get("model")) not in (None, model):
+        raise JobFailed(
+            "invalid_request",
+            f"model: got {str(named)[:80]!r} in the queue {keys.queue(model)!r}; the queue names the model: send the "
+            f"request to the queue of the model that is meant, {keys.queue('<model>')}",
+        )
     try:
-        return parse_request(wire)
+        fields = wire if model is None else {name: wire[name] for name in wire if name != "model"}
+        return parse_request(fields, public=WIRE_NAMES)
     except InvalidRequest as error:
         raise JobFailed("invalid_request", str(error)) from error
 

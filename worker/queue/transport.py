@@ -28,6 +28,7 @@ from kombu.transport import virtual
 
 from headrace.client.wire import keys
 from headrace.worker.queue.envelope import as_text, check_unacked_entry, read_envelope
+from headrace.worker.queue.messages import ADDRESSED_TO
 from headrace.worker.queue.permissions import is_forbidden
 
 log = structlog.get_logger("headrace.worker")
@@ -106,7 +107,9 @@ class Channel:
     def catch_up(self: Any) -> None:
         """Take messages from queues that had no room when the wait for a hint began and have room now."""
         for queue in list(self._full_queues):
-            while not self._closing and self.has_room(queue) and self.qos.can_consume():
+            if queue not in self.active_queues:  # remote control has cancelled it
+                self._full_queues.remove(queue)
+            while queue in self._full_queues and not self._closing and self.has_room(queue) and self.qos.can_consume():
                 if not self._take(queue):
                     self._full_queues.remove(queue)  # the next wait includes it
                     break
@@ -146,8 +149,10 @@ class Channel:
         try:
             envelope = read_envelope(message)
             envelope["properties"]["delivery_tag"] = tag
-            # The queue decides which model computes a job, whatever the envelope says.
-            envelope["properties"]["delivery_info"]["routing_key"] = queue
+            # The queue decides which model computes a job; what the envelope says is compared with it later.
+            delivery = envelope["properties"]["delivery_info"]
+            delivery[ADDRESSED_TO] = delivery.get("routing_key")
+            delivery["routing_key"] = queue
             self.connection._deliver(envelope, queue)
         except CONNECTION_ERRORS:
             raise

@@ -17,9 +17,12 @@ import structlog
 from kombu import compression
 
 from headrace.client.wire.celery import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME
+from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.requests import is_job_id
 from headrace.client.wire.signing import verified
 from headrace.client.wire.tracing import CONTEXT_HEADERS, TRACES_HEADER
+from headrace.client.wire.unicode import check_unicode
+from headrace.worker.queue.message_options import compression_of, encoding_of
 from headrace.worker.queue.messages import argument
 
 log = structlog.get_logger("headrace.worker")
@@ -40,6 +43,8 @@ def reason_to_refuse(message: Any, *, signed_only: bool) -> str | None:
     """Return why a message is refused, or None. With `signed_only`, also remove the unsigned parts of its envelope."""
     if message.content_type != "application/json":
         return f"its content type is {str(message.content_type)[:80]!r}; only application/json is read"
+    if reason := compression_of(message) or encoding_of(message):
+        return reason
     if len(message.body) > MAX_MESSAGE_BYTES:
         return f"it has {len(message.body)} bytes; at most {MAX_MESSAGE_BYTES} are read"
     try:
@@ -51,6 +56,10 @@ def reason_to_refuse(message: Any, *, signed_only: bool) -> str | None:
         return "it is not a task in Celery's protocol 2"
     if not isinstance(task_id, str):  # no result could be stored under it, so it would be redelivered for ever
         return f"its task id is of type {type(task_id).__name__}; expected str"
+    try:
+        check_unicode(message.headers, "headers")  # they become names of keys in Redis, which must be encoded
+    except InvalidRequest as error:
+        return f"{error.field} is not valid Unicode"
     jobs = argument(task, *payload[:2])
     if task == GROUP_TASK_NAME and isinstance(jobs, list) and len(jobs) > MAX_GROUP_JOBS:
         return f"it holds {len(jobs)} jobs; at most {MAX_GROUP_JOBS} are read"

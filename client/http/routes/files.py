@@ -9,19 +9,21 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from headrace.client.http.auth import UPLOAD_PATH
 from headrace.client.http.context import context_of, owner_of, paginate, route, whole_number
 from headrace.client.http.errors import ApiError, invalid
 from headrace.client.http.file_store import MAX_FILES, MIN_RETENTION_S, RETENTION_S
+from headrace.client.http.responses import JsonResponse
 
 
 async def upload_file(request: Request) -> Response:
     """`POST /v1/files`."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise ApiError(400, "invalid_request", "upload the file as multipart/form-data")
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        message = "content-type: expected multipart/form-data, with the fields file and purpose"
+        raise ApiError(415, "unsupported_media_type", message, param="content-type")
     async with request.form(max_files=1, max_fields=8, max_part_size=1024) as form:
         file, purpose = form.get("file"), form.get("purpose")
         if not isinstance(file, UploadFile):
@@ -34,7 +36,7 @@ async def upload_file(request: Request) -> Response:
         stored = await run_in_threadpool(
             add, file.file, filename=name, owner=owner_of(request), retention_s=retention_s
         )
-    return JSONResponse(stored.public())
+    return JsonResponse(stored.public())
 
 
 def _retention(anchor: Any, seconds: Any) -> int:
@@ -57,13 +59,13 @@ def list_files(request: Request) -> Response:
     files = [f for f in context_of(request).files.owned_by(owner_of(request)) if purpose in (None, f.purpose)]
     if order == "desc":
         files.reverse()
-    return JSONResponse(paginate(request, [file.public() for file in files], MAX_FILES, MAX_FILES))
+    return JsonResponse(paginate(request, [file.public() for file in files], MAX_FILES, MAX_FILES))
 
 
 def get_file(request: Request) -> Response:
     """`GET /v1/files/{id}`."""
     file = context_of(request).files.get(request.path_params["id"], owner_of(request))
-    return JSONResponse(file.public())
+    return JsonResponse(file.public())
 
 
 def get_content(request: Request) -> Response:
@@ -100,7 +102,7 @@ def delete_file(request: Request) -> Response:
     context = context_of(request)
     file = context.files.get(request.path_params["id"], owner_of(request))
     context.batches.delete_file(file.id)
-    return JSONResponse({"id": file.id, "object": "file", "deleted": True})
+    return JsonResponse({"id": file.id, "object": "file", "deleted": True})
 
 
 ROUTES = [

@@ -31,7 +31,7 @@ def rows_of(client: Client, source: Any, params: dict[str, Any] | None = None, *
     limit = options.pop("limit", None)
     reader = ItemReader(client.model_name, params or {}, **options)
     opened = open_source(source)
-    check(opened, reader, client.submitter.prepare, limit=limit)
+    check(opened, reader, client.submitter.prepare_together, limit=limit)
     return list(read_items(opened, reader, limit=limit))
 
 
@@ -48,6 +48,37 @@ def test_a_line_of_the_batch_api_and_a_plain_one_mean_the_same(client: Client) -
     assert first.fields["prompt"] == "Hello."
     assert first.fields["max_tokens"] == 4
     assert first.fields["priority"] == "bulk"
+
+
+def test_rows_that_ask_for_the_same_are_the_same(client: Client) -> None:
+    import numpy as np
+    import pandas as pd
+
+    plain = rows_of(client, [{"prompt": "a", "max_tokens": 64}, {"prompt": "b"}])
+    table = pd.DataFrame({"prompt": ["a", "b"], "max_tokens": [64, None], "stop": [None, pd.NA], "seed": [-1, -1]})
+    nothing = {"priority": 0, "best_of": 1, "suffix": "", "temperature": float("nan"), "use_beam_search": np.False_}
+    rows = [{**row, **nothing, "custom_id": None, "stream": False} for row in table.to_dict("records")]
+    assert rows_of(client, rows) == plain
+    assert rows_of(client, iter(rows)) == plain
+    assert rows_of(client, as_lines(*plain_rows())) == plain
+    batch = [
+        {"custom_id": f"row-{number}", "body": {"prompt": prompt, "max_completion_tokens": size, "seed": -1, "n": None}}
+        for number, prompt, size in ((1, "a", 64.0), (2, "b", None))
+    ]
+    assert rows_of(client, as_lines(*batch)) == plain
+
+
+def plain_rows() -> list[dict[str, Any]]:
+    return [{"prompt": "a", "max_tokens": 64.0, "seed": -1.0}, {"prompt": "b", "max_tokens": float("nan")}]
+
+
+def test_gaps_leave_the_default_of_the_batch(client: Client) -> None:
+    rows = rows_of(
+        client,
+        [{"prompt": "a", "max_tokens": float("nan")}, {"prompt": "b", "top_p": None}],
+        {"max_tokens": 3, "top_p": 0.5},
+    )
+    assert [(row.fields["max_tokens"], row.fields["top_p"]) for row in rows] == [(3, 0.5)] * 2
 
 
 def test_plain_rows_are_named_by_their_line(client: Client) -> None:
@@ -98,6 +129,19 @@ class Scalar:
         return self._value
 
 
+def test_names_of_tokens_change_the_output_but_not_the_job(client: Client) -> None:
+    plain, neutral, named = (
+        rows_of(client, [{"custom_id": "a", "prompt": "a", **more}])[0]
+        for more in ({}, {"return_tokens_as_token_ids": False}, {"return_tokens_as_token_ids": True})
+    )
+    assert plain == neutral
+    assert (plain.as_token_ids, named.as_token_ids) == (False, True)
+    assert plain.fields == named.fields
+    assert plain.digest != named.digest  # so that a resumed run does not mix both in one output
+    with pytest.raises(InvalidBatch, match="return_tokens_as_token_ids"):
+        rows_of(client, [{"prompt": "a", "return_tokens_as_token_ids": 1}])
+
+
 def test_columns_of_tables_give_prompts(client: Client) -> None:
     import numpy as np
 
@@ -133,11 +177,21 @@ def test_values_that_json_cannot_represent_are_faults_of_their_line(client: Clie
         (b"7", "line", "object"),
         (b'{"prompt": "a", "max_tokens": 0}', "max_tokens", "at least 1"),
         (b'{"prompt": "a", "max_new_tokens": 5}', "max_new_tokens", "max_tokens"),
+        (b'{"prompt": "a", "max_completion_tokens": 5}', "max_completion_tokens", "did you mean max_tokens"),
+        (b'{"prompt": "a", "max_tokens": 64.5}', "max_tokens", "64.5"),
+        (
+            b'{"custom_id": "a", "body": {"prompt": "a", "max_tokens": 4, "max_completion_tokens": 5}}',
+            "max_completion_tokens",
+            "max_tokens is 4",
+        ),
+        (b'{"prompt": "a", "model": "~/demo"}', "model", "a path belongs into"),
         (b'{"max_tokens": 5}', "prompt", "text"),
         (b'{"prompt": "a", "id": "x"}', "id", "custom_id"),
         (b'{"prompt": "a", "stream": true}', "stream", "complete results"),
         (b'{"prompt": "a", "custom_id": 7}', "custom_id", "1 to 512"),
-        (b'{"prompt": "a", "custom_id": "\\ud800"}', "custom_id", "1 to 512"),
+        (b'{"prompt": "a", "custom_id": "\\ud800"}', "custom_id", "unpaired surrogate"),
+        (b'{"prompt": "a", "\\ud800": 1}', "\\ud800", "unpaired surrogate"),
+        (b'{"method": "POST", "body": {"prompt": "\\ud800"}}', "prompt", "unpaired surrogate"),
         (b'{"body": {"prompt": "a"}}', "custom_id", "1 to 512"),
         (b'{"custom_id": "a", "body": "a"}', "body", "object"),
         (b'{"custom_id": "a", "url": "/v1/chat/completions", "body": {}}', "url", "/v1/completions"),
@@ -227,7 +281,31 @@ def test_an_input_that_changes_between_two_readings_is_detected(client: Client, 
     path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     reader = ItemReader("demo", {})
     source = open_source(path)
-    check(source, reader, client.submitter.prepare)
+    check(source, reader, client.submitter.prepare_together)
     path.write_text('{"prompt": "a"}\n{"pro\n')
     with pytest.raises(InputChanged, match="line 2"):
         list(read_items(source, reader))
+
+
+def test_a_row_may_have_a_list_of_prompts(client: Client) -> None:
+    body = {"prompt": ["Hello.", "Bye."], "max_tokens": 4}
+    batch = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (first, second) = rows_of(client, as_lines(batch, {"prompt": [[1], [2]]}))
+    assert [fields["prompt"] for fields in first.requests()] == ["Hello.", "Bye."]
+    assert second.prompts == [[1], [2]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "field"),
+    [(["a", "\ud800"], "prompt[1]"), ([[1], []], "prompt[1]"), (["a", [1]], "prompt"), (["a"] * 1_025, "prompt")],
+)
+def test_the_wrong_one_of_a_list_of_prompts_is_named(client: Client, prompts: list[Any], field: str) -> None:
+    with pytest.raises(InvalidBatch) as caught:
+        rows_of(client, as_lines({"prompt": prompts}))
+    assert [fault.field for fault in caught.value.faults] == [field]
+
+
+@pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/responses", "/v1/embeddings"])
+def test_an_endpoint_of_other_models_says_what_to_use_instead(client: Client, url: str) -> None:
+    with pytest.raises(InvalidBatch, match=r"this server completes text.*/v1/completions"):
+        rows_of(client, as_lines({"custom_id": "a", "method": "POST", "url": url, "body": {"messages": []}}))

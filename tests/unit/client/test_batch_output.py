@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from headrace.client.batch.items import BatchItem
-from headrace.client.batch.openai import completion, output_line
+from headrace.client.batch.openai import completion, output_line, read_output_line
 from headrace.client.batch.output import Output
-from headrace.client.wire.errors import JobFailed, OutputRefused
+from headrace.client.batch.run import JoinedRows, RowPart
+from headrace.client.wire.errors import InvalidRequest, JobFailed, OutputRefused
 from headrace.client.wire.results import Choice, Result, Timings, TokenLogprob, TopLogprob, Usage
 
 
@@ -51,9 +53,57 @@ def test_a_line_is_as_the_batch_api_writes_it() -> None:
     assert body["object"] == "text_completion"
     assert body["choices"][0]["text"] == "Zürich"
     assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
-    line = json.loads(output_line(row("a"), "job", JobFailed("context_length_exceeded", "too long")))
+    line = json.loads(output_line(row("a"), "job", JobFailed("nan_logits", "bad weights")))
     assert line["response"] is None
-    assert line["error"] == {"code": "context_length_exceeded", "message": "too long"}
+    assert line["error"] == {"code": "nan_logits", "message": "bad weights"}
+
+
+@pytest.mark.parametrize(
+    ("failure", "param", "code"),
+    [
+        (JobFailed("context_length_exceeded", "too long"), "prompt", "context_length_exceeded"),
+        (JobFailed("invalid_token_id", "logit_bias has 60000"), "logit_bias", "invalid_token_id"),
+        (InvalidRequest("top_p", "0", "more"), "top_p", "invalid_request"),
+    ],
+)
+def test_a_mistake_of_the_client_is_a_response_as_openais(failure: Exception, param: str, code: str) -> None:
+    written = output_line(row("a"), "job", failure)
+    line = json.loads(written)
+    assert line["error"] is None
+    assert (line["response"]["status_code"], line["response"]["request_id"]) == (400, "job")
+    error = line["response"]["body"]["error"]
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+    read = read_output_line(written)
+    assert read is not None
+    assert read.failed
+
+
+def test_a_line_is_one_line_for_every_reader() -> None:
+    text = "a\x85b\u2028c\u2029d"
+    written = output_line(row("n\u2028"), "job", result(text)).decode()
+    assert len(written.splitlines()) == 1
+    line = json.loads(written)
+    assert (line["custom_id"], line["response"]["body"]["choices"][0]["text"]) == ("n\u2028", text)
+
+
+def test_the_jobs_of_a_list_of_prompts_are_one_row() -> None:
+    several = BatchItem(3, "a", {"prompt": ["x", "y"], "seed": 1}, "d", prompts=["x", "y"], has_own_seed=False)
+    first, second = several.requests()
+    assert (first["prompt"], second["prompt"]) == ("x", "y")
+    assert first["seed"] != second["seed"]
+    assert [fields["seed"] for fields in replace(several, has_own_seed=True).requests()] == [1, 1]
+    joined, one = JoinedRows(), row("b")
+    parts = [RowPart(several, number, 2) for number in (0, 1)]
+    assert joined.add([(parts[1], result("y")), (RowPart(one, 0, 1), result())], "run") == [(one, result())]
+    ((done, outcome),) = joined.add([(parts[0], result("x").model_copy(update={"seed": 6}))], "run")
+    assert done is several
+    assert isinstance(outcome, Result)
+    body = json.loads(output_line(several, "job", outcome))["response"]["body"]
+    assert [(choice["index"], choice["text"]) for choice in body["choices"]] == [(0, "x"), (1, "y")]
+    assert (body["id"], body["seed"], body["usage"]["total_tokens"]) == (f"cmpl-{several.job_id('run')}", None, 6)
+    joined.add([(parts[0], result("x"))], "run")
+    ((_, failed),) = joined.add([(parts[1], JobFailed("nan_logits", "y"))], "run")
+    assert isinstance(failed, JobFailed)
 
 
 def test_log_probabilities_are_as_the_completions_api_writes_them() -> None:
@@ -65,6 +115,18 @@ def test_log_probabilities_are_as_the_completions_api_writes_them() -> None:
         "token_logprobs": [None, -1.0],
         "top_logprobs": [None, {"llo": -1.0, "y": -0.5}],
         "text_offset": [0, 2],
+    }
+
+
+def test_a_row_may_ask_for_names_that_are_token_ids() -> None:
+    score = TokenLogprob(token_id=2, token="llo", logprob=-1.0, top=[TopLogprob(token_id=3, token="y", logprob=-0.5)])
+    named = BatchItem(1, "a", {"prompt": "p"}, "0123456789abcdef", as_token_ids=True)
+    body = json.loads(output_line(named, "job", result(logprobs=[score])))["response"]["body"]
+    assert body["choices"][0]["logprobs"] == {
+        "tokens": ["token_id:2"],
+        "token_logprobs": [-1.0],
+        "top_logprobs": [{"token_id:2": -1.0, "token_id:3": -0.5}],
+        "text_offset": [0],
     }
 
 

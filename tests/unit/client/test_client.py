@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import redis
 
 from headrace.client import (
     Client,
+    HeadraceError,
     InvalidBatch,
     InvalidRequest,
     Job,
@@ -475,3 +477,34 @@ def test_urls_for_redis_py_and_kombu_mean_the_same_place() -> None:
 def test_importing_the_client_loads_no_torch_and_its_exports_are_sorted() -> None:
     code = "import sys, client; assert 'torch' not in sys.modules; assert client.__all__ == sorted(client.__all__)"
     subprocess.run([sys.executable, "-c", code + "; [getattr(client, n) for n in client.__all__]"], check=True)
+
+
+@pytest.mark.parametrize("wrong", ["\ud83d", os.fsdecode(b"\xff")])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda client, wrong: client.job(wrong),
+        lambda client, wrong: client.cancel([wrong]),
+        lambda client, wrong: client.submit(wrong),
+        lambda client, wrong: client.submit("a", stop=wrong),
+        lambda client, wrong: client.submit("a", id=wrong),
+        lambda client, wrong: client.submit("a", model=wrong),
+        lambda client, wrong: client.submit("a", priority=wrong),
+        lambda client, wrong: client.submit("a", logit_bias={wrong: 1}),
+        lambda client, wrong: client.submit("a", **{wrong: 1}),
+        lambda client, wrong: client.submit_many([{wrong: 1}]),
+        lambda client, wrong: client.signature("a", **{wrong: 1}),
+        lambda client, wrong: client.signature("a", model=wrong),
+        lambda client, wrong: next(client.map([{wrong: 1}])),
+        lambda client, wrong: client.batch([{wrong: 1}], "/nowhere/out.jsonl"),
+        lambda client, wrong: client.batch([{"prompt": "a", "custom_id": wrong}], "/nowhere/out.jsonl"),
+        lambda client, wrong: client.batch(f"/nowhere/{wrong}", "/nowhere/out.jsonl"),
+        lambda client, wrong: client.batch(["a"], f"/nowhere/{wrong}"),
+    ],
+)
+def test_text_that_is_no_unicode_is_refused_with_an_error_that_can_be_printed(
+    use: Callable[[Client, str], object], wrong: str
+) -> None:
+    with Client(redis_url="redis://localhost:1/0") as client, pytest.raises(HeadraceError) as caught:
+        use(client, wrong)
+    str(caught.value).encode()

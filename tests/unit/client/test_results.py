@@ -78,7 +78,9 @@ def test_unfinished_states_are_no_outcome(status: str) -> None:
     assert parse_outcome(None) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "{}", record("SUCCESS", {"id": 5}), record("FAILURE", "x")])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '"x"', "{}", record("SUCCESS", {"id": "\ud83d"}), record("FAILURE", "x")]
+)
 def test_an_unreadable_record_is_a_failed_job(text: str) -> None:
     outcome = parse_outcome(text)
     assert isinstance(outcome, JobFailed)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from headrace.config.settings import PREFIX, Settings, SettingsError, load_settings, redact_url, slug
+from headrace.config.settings import PREFIX, Settings, SettingsError, load_settings, redact_url
 
 
 @pytest.fixture(autouse=True)
@@ -180,29 +179,6 @@ def test_redact_url(url: str, shown: str) -> None:
 # Names of models
 
 
-@pytest.mark.parametrize(
-    ("model", "name"),
-    [
-        ("gpt2", "gpt2"),
-        ("openai-community/gpt2-medium", "openai-community-gpt2-medium"),
-        ("/models/my model", "my-model"),
-        ("./here/gpt2.v1", "gpt2.v1"),
-        ("~/gpt2_x", "gpt2_x"),
-        ("/", "model"),
-        ("***", "model"),
-    ],
-)
-def test_slug(model: str, name: str) -> None:
-    assert slug(model) == name
-
-
-def test_a_directory_is_named_by_its_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "some" / "model").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert slug("some/model") == "model"
-    assert load_settings(model=str(tmp_path / "some" / "model")).model_name == "model"
-
-
 def test_a_served_name_replaces_the_name_of_the_model() -> None:
     assert load_settings(model="gpt2", served_name="chat-1").model_name == "chat-1"
 
@@ -267,3 +243,13 @@ def test_the_signing_key_is_in_no_text_about_the_settings() -> None:
     for text in (repr(settings), str(settings), settings.model_dump_json(), str(settings.model_dump())):
         assert KEY not in text
     assert load_settings(**settings.model_dump()).signing_keys == settings.signing_keys
+
+
+@pytest.mark.parametrize(
+    "name", ["FILES_DIR", "MODEL", "SERVED_NAME", "REDIS_URL", "API_KEYS", "METRICS_HOST", "LOG_LEVEL"]
+)
+def test_bytes_that_are_no_utf8_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(f"HEADRACE_{name}", os.fsdecode(b"a-key-0123456789-\xff"))
+    with pytest.raises(SettingsError, match=f"HEADRACE_{name} is .*UTF-8") as caught:
+        load_settings()
+    str(caught.value).encode()

@@ -17,6 +17,8 @@ from headrace.worker.fidelity.references.base import PROBS_TEMPERATURE, Array, c
 from headrace.worker.fidelity.references.files import StoredWeights, read_shape
 
 NAME = "float64"
+#: How many positions the head computes at once: 128 rows of 50,257 logits are 51 MB.
+HEAD_ROWS = 128
 
 
 class Float64:
@@ -68,11 +70,13 @@ class Float64:
             A float64 array [number of new tokens] for each prompt.
         """
         fed = [[*prompt, *new[:-1]] for prompt, new in zip(prompts, tokens, strict=True)]
-        found = []
-        for final, prompt, new in zip(self._run(fed, None), prompts, tokens, strict=True):
-            logits = self._head(final[len(prompt) - 1 :])  # [number of tokens, V]
-            found.append(logits.max(-1) - logits[np.arange(len(new)), check_tokens(new, **self._limits)])
-        return found
+        finals = [final[len(prompt) - 1 :] for final, prompt in zip(self._run(fed, None), prompts, strict=True)]
+        chosen = np.concatenate([check_tokens(new, **self._limits) for new in tokens])
+        margins = []
+        for rows, ids in zip(_slices(np.concatenate(finals)), _slices(chosen), strict=True):
+            logits = self._head(rows)
+            margins.append(logits.max(-1) - logits[np.arange(len(ids)), ids])
+        return np.split(np.concatenate(margins), np.cumsum([len(new) for new in tokens])[:-1])
 
     def generate(self, token_ids: Sequence[int], count: int) -> list[int]:
         """See `Reference.generate`."""
@@ -141,6 +145,11 @@ class Float64:
         tokens = self.weights["wte.weight"]
         parts = np.array_split(tokens, max(1, tokens.size // 2**24))  # in parts, because float64 doubles its size
         return np.concatenate([normed @ part.astype(np.float64).T for part in parts], axis=-1)
+
+
+def _slices(rows: Array) -> list[Array]:
+    """`HEAD_ROWS` rows at a time: the head converts its weights once for each, and logits are large."""
+    return [rows[start : start + HEAD_ROWS] for start in range(0, len(rows), HEAD_ROWS)]
 
 
 def _largest(scores: Array, future: Array) -> Array:

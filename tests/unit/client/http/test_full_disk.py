@@ -19,7 +19,8 @@ from headrace.client.http.batch_objects import BatchRequest, BatchState
 from headrace.client.http.batches import Batches
 from headrace.client.http.file_store import FileStore
 from headrace.client.jobs.polling import PollState, Updates
-from headrace.client.jobs.submission import PreparedJob, Submitter
+from headrace.client.jobs.prepared import PreparedJob
+from headrace.client.jobs.submission import Submitter
 from headrace.client.wire.results import Choice, Result, Timings, Usage
 from headrace.config import load_settings
 from tests.patience import PATIENCE_S
@@ -34,7 +35,8 @@ class Jobs:
     def __init__(self, *_: Any, **__: Any) -> None:
         settings = load_settings(redis_url="redis://localhost:1/0")
         self.model_name, self.submitter, self.reader = "demo", self, self
-        self._prepare = Submitter(settings, "", None, None, model_name="demo").prepare  # type: ignore[arg-type]
+        submitter = Submitter(settings, "", None, None, model_name="demo")  # type: ignore[arg-type]
+        self.prepare_all, self.prepare_together = submitter.prepare_all, submitter.prepare_together
         self.computed: dict[str, int] = {}
 
     def __enter__(self) -> Jobs:
@@ -44,9 +46,6 @@ class Jobs:
 
     def models(self) -> set[str]:
         return {"demo"}
-
-    def prepare(self, fields: dict[str, Any]) -> PreparedJob:
-        return self._prepare(fields)
 
     def submit(self, jobs: list[PreparedJob]) -> None:
         for job in jobs:
@@ -170,10 +169,10 @@ def test_states_that_cannot_be_written_end_no_batch(
 ) -> None:
     full = True
 
-    def write(path: Path, fields: dict[str, Any]) -> None:
-        if full and fields.get("status", "validating") != "validating":
+    def write(path: Path, state: BatchState) -> None:
+        if full and state.status != "validating":
             raise OSError(errno.ENOSPC, "No space left on device")
-        path.write_text(json.dumps(fields))
+        path.write_text(state.model_dump_json())
 
     monkeypatch.setattr(batches_module, "write_json", write)
     batch_id = create(batches, store).id

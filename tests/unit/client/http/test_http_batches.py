@@ -25,6 +25,7 @@ ROW = {
     "error": None,
 }
 FAILURE = {**ROW, "custom_id": "b", "response": None, "error": {"code": "nan_logits", "message": "m"}}
+MISTAKE = {**ROW, "custom_id": "c", "response": {"status_code": 400, "request_id": "x", "body": {"error": {}}}}
 
 
 @pytest.fixture
@@ -48,9 +49,11 @@ def left_behind(directory: Path, files: FileStore, **fields: Any) -> BatchState:
         failures_id=files.new_id(),
     ).model_copy(update=fields)
     (directory / "batches").mkdir()
-    write_json(directory / "batches" / "batch_1.json", state.model_dump())
+    write_json(directory / "batches" / "batch_1.json", state)
     files.path(state.rows_id).write_bytes(json.dumps(ROW).encode() + b'\n{"id": "batch_req_01')
-    files.path(state.failures_id).write_bytes(json.dumps(FAILURE).encode() + b"\n")
+    files.path(state.failures_id).write_bytes(
+        b"".join(json.dumps(line).encode() + b"\n" for line in (FAILURE, MISTAKE))
+    )
     files.path(f"{state.rows_id}.run").write_text('{"run": "abc"}')
     return state
 
@@ -59,7 +62,7 @@ def left_behind(directory: Path, files: FileStore, **fields: Any) -> BatchState:
     ("fields", "status"),
     [
         ({"status": "in_progress", "in_progress_at": 5, "expires_at": 10}, "expired"),
-        ({"status": "validating", "expires_at": 10}, "expired"),
+        ({"status": "validating", "expires_at": 10, "output_retention_s": 3_600}, "expired"),
         ({"status": "cancelling", "in_progress_at": 5, "cancelling_at": 6}, "cancelled"),
     ],
 )
@@ -74,10 +77,12 @@ def test_a_batch_that_cannot_continue_keeps_its_finished_rows(
         assert time.monotonic() < deadline, state
         time.sleep(0.01)
     batches.stop()
-    assert (state.request_counts.completed, state.request_counts.failed) == (1, 1)
+    assert (state.request_counts.completed, state.request_counts.failed) == (1, 2)
     assert state.usage is not None
     assert (state.usage["input_tokens"], state.usage["output_tokens"], state.usage["total_tokens"]) == (3, 4, 7)
     assert state.output_file_id == left.rows_id
+    output = files.get(left.rows_id, "me")
+    assert output.expires_at - output.created_at == left.output_retention_s
     assert files.get(left.rows_id, "me").bytes == len(json.dumps(ROW)) + 1
     assert not files.path(f"{left.rows_id}.run").exists()
     assert getattr(state, f"{status}_at") >= left.created_at

@@ -9,6 +9,7 @@ import pytest
 
 from headrace.client.http.errors import ApiError
 from headrace.client.http.file_store import DirectoryInUse, FileStore, write_json
+from headrace.client.wire.results import TopLogprob, Usage
 
 
 def add(store: FileStore, content: bytes = b"line\n", owner: str = "me", **options: int) -> str:
@@ -87,7 +88,9 @@ def test_expired_files_are_deleted_unless_a_batch_needs_them(tmp_path: Path) -> 
 
 def test_json_files_are_replaced_atomically(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert path.read_text() == '{"a": 1}'
+    write_json(path, Usage(prompt_tokens=1, completion_tokens=2, total_tokens=3))
+    written = path.read_text()
+    with pytest.raises(ValueError, match="surrogates"):
+        write_json(path, TopLogprob(token_id=1, token="\ud83d", logprob=0))
+    assert path.read_text() == written
+    assert list(tmp_path.iterdir()) == [path]

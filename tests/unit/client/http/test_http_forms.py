@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
+from headrace.client.batch.openai import completion, join_results
 from headrace.client.http.jobs import as_request_field
 from headrace.client.http.routes.completions import (
     ChunkEncoder,
+    _stream_chunks,
     encode_completion,
     encode_part,
     parse_completion_request,
@@ -59,7 +65,8 @@ def test_prompts_come_in_four_forms(prompt: Any, prompts: list[Any], listed: boo
         ({"prompt": [[1], "a"]}, "prompt"),
         ({"prompt": ["a"] * 1025}, "prompt"),
         ({"prompt": "a", "stream": 1}, "stream"),
-        ({"prompt": "a", "stream_options": {}}, "stream_options"),
+        ({"prompt": "a", "return_tokens_as_token_ids": "yes"}, "return_tokens_as_token_ids"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
         ({"prompt": "a", "stream": True, "stream_options": []}, "stream_options"),
         ({"prompt": "a", "stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
     ],
@@ -68,6 +75,28 @@ def test_an_invalid_form_is_named(body: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse_completion_request(body)
     assert caught.value.field == field
+
+
+def test_fields_that_ask_for_nothing_are_left_out() -> None:
+    nothing = {"suffix": "", "best_of": 1, "n": None, "use_beam_search": False, "skip_special_tokens": True,
+               "priority": 0, "response_format": {"type": "text"}, "stream": None, "stream_options": None}  # fmt: skip
+    assert parse_completion_request({"prompt": "a", **nothing}) == parse_completion_request({"prompt": "a"})
+    for options in ({}, {"include_usage": False}, None):
+        assert not parse_completion_request({"prompt": "a", "stream_options": options}).include_usage
+    options = {"include_usage": None, "include_obfuscation": True}
+    assert not parse_completion_request({"prompt": "a", "stream": True, "stream_options": options}).include_usage
+
+
+def test_max_completion_tokens_is_another_name_of_max_tokens() -> None:
+    for body in ({"max_completion_tokens": 5.0}, {"max_completion_tokens": 5, "max_tokens": 5}, {"max_tokens": 5.0}):
+        params = parse_completion_request({"prompt": "a", **body}).params
+        assert params == {"max_tokens": 5}
+        assert type(params["max_tokens"]) is int
+    for wrong in ({"max_tokens": 6}, {"max_tokens": "5"}, {"max_completion_tokens": 5.5}, {"max_completion_tokens": 0}):
+        with pytest.raises(InvalidRequest, match=r"^max_completion_tokens: got \d"):
+            parse_completion_request({"prompt": "a", "max_completion_tokens": 5, **wrong})
+    with pytest.raises(InvalidRequest, match="True"):
+        parse_completion_request({"prompt": "a", "max_completion_tokens": True, "max_tokens": 1})
 
 
 @pytest.mark.parametrize(
@@ -98,7 +127,41 @@ def test_choices_are_numbered_prompt_by_prompt_and_usage_is_summed() -> None:
     assert json.loads(encode_completion([encode_part(0, result(1))]))["seed"] == 8
 
 
-def test_offsets_in_a_stream_continue_where_the_last_piece_ended() -> None:
+@pytest.mark.parametrize("value", [None, False, True])
+def test_names_of_tokens_are_no_parameter_of_the_job(value: bool | None) -> None:
+    order = parse_completion_request({"prompt": "a", "return_tokens_as_token_ids": value})
+    assert (order.as_token_ids, order.params) == (bool(value), {})
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_each_chunk_has_the_usage_so_far_if_it_is_requested(echo: bool) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    parsed = parse_completion_request({"prompt": "a", "stream": True, "stream_options": options, "echo": echo})
+    assert parsed.continuous_usage
+    chunks = ChunkEncoder("job", "demo", 2, include_usage=True, continuous_usage=True, echo=echo)
+
+    def usage(prompt: int, index: int, tokens: int, prompt_tokens: int | None) -> Any:
+        event = Event(index, "a", [1] * tokens, prompt_tokens=prompt_tokens)
+        return json.loads(chunks.encode(prompt, event).removeprefix(b"data: "))["usage"]
+
+    def counts(prompt: int, completion: int) -> dict[str, int]:
+        total = prompt + completion
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
+
+    prompt = 3 if echo else 0
+    assert usage(0, 0, prompt + 2, 3) == counts(3, 2)
+    assert usage(0, 1, prompt + 1, 3) == counts(3, 1)
+    assert usage(0, 0, 4, 3) == counts(3, 6)
+    assert usage(1, 0, 1, None) is None  # from a worker of an earlier version
+
+
+@pytest.mark.parametrize("options", [{"continuous_usage_stats": True}, {"include_usage": True}])
+def test_usage_in_each_chunk_needs_both_options(options: dict[str, bool]) -> None:
+    parsed = parse_completion_request({"prompt": "a", "stream": True, "stream_options": options})
+    assert not parsed.continuous_usage
+
+
+def test_offsets_that_an_older_worker_did_not_send_continue_where_the_last_piece_ended() -> None:
     chunks = ChunkEncoder("job", "demo", 2, include_usage=False)
 
     def offsets(prompt: int, index: int, *tokens: str) -> tuple[int, list[int]]:
@@ -111,3 +174,51 @@ def test_offsets_in_a_stream_continue_where_the_last_piece_ended() -> None:
     assert offsets(1, 0, "abcd") == (2, [0])
     assert offsets(0, 1, "d", "e") == (1, [3, 4])
     assert chunks.encode_end([result(0)]) == b"data: [DONE]\n\n"
+
+
+class Streams:
+    """Jobs of two prompts whose events arrive mixed."""
+
+    async def events(self, _: object) -> AsyncGenerator[tuple[int, Event]]:
+        yield 0, Event(0, "a", [1], finish_reason="stop", stop_reason="x")
+        yield 1, Event(0, "b", [1])
+        yield 1, Event(1, "c", [1], finish_reason="length")
+        yield 0, Event(1, "d", [1], finish_reason="stop", stop_reason=5)
+        yield 0, Event(result=result(0))
+        yield 1, Event(0, "e", [1], finish_reason="stop")
+        yield 1, Event(result=result(1))
+
+
+def test_the_last_chunk_of_each_prompt_names_what_its_text_depends_on() -> None:
+    async def collect(*, include_usage: bool) -> list[Any]:
+        jobs = [SimpleNamespace(result=AsyncMock(return_value=result(number))) for number in range(2)]
+        chunks = ChunkEncoder("job", "demo", 2, include_usage=include_usage)
+        streamed = _stream_chunks(Streams(), SimpleNamespace(jobs=jobs), chunks, 2)  # type: ignore[arg-type]
+        data = b"".join([part async for part in streamed]).decode().removesuffix("data: [DONE]\n\n")
+        return [json.loads(event.removeprefix("data: ")) for event in data.split("\n\n")[:-1]]
+
+    found = asyncio.run(collect(include_usage=False))
+    choices = [chunk["choices"][0] for chunk in found]
+    assert [(choice["index"], choice["text"]) for choice in choices] == [
+        (0, "a"),
+        (2, "b"),
+        (3, "c"),
+        (1, "d"),
+        (2, "e"),
+    ]
+    assert [choice.get("stop_reason", "") for choice in choices] == ["x", "", None, 5, None]
+    assert [(chunk.get("seed"), chunk.get("system_fingerprint")) for chunk in found] == [
+        *[(None, None)] * 3,
+        (7, "same"),
+        (8, "same"),
+    ]
+    last = asyncio.run(collect(include_usage=True))[-1]
+    assert (last["seed"], last["system_fingerprint"]) == (None, "same")  # the prompts have different seeds
+
+
+def test_choices_of_several_prompts_name_their_seeds() -> None:
+    found = json.loads(encode_completion([encode_part(0, result(0)), encode_part(1, result(1))]))
+    assert [choice["seed"] for choice in found["choices"]] == [7, 7, 8, 8]
+    joined = completion(join_results([result(0), result(1)]))
+    assert {**found, "created": 0} == {**joined, "created": 0}, "HTTP and batches write the same"
+    assert "seed" not in json.loads(encode_completion([encode_part(0, result(0))]))["choices"][0]

@@ -11,12 +11,14 @@ import pytest
 
 from headrace.client import Client
 from headrace.client.async_client import AsyncClient, AsyncJob
+from headrace.client.batch.run import Batch, prepare_parts
 from headrace.client.http import context
 from headrace.client.http.errors import ApiError
-from headrace.client.http.jobs import MAX_COPIED_BYTES, JobRunner, SubmittedJobs
+from headrace.client.http.jobs import JobRunner, SubmittedJobs
 from headrace.client.http.routes.completions import parse_completion_request
 from headrace.client.jobs import submission
-from headrace.client.wire.errors import InvalidRequest
+from headrace.client.jobs.together import MAX_COPIED_BYTES
+from headrace.client.wire.errors import InvalidBatch, InvalidRequest
 from headrace.config import load_settings
 from tests.unit.client.test_result_size import result
 
@@ -70,6 +72,39 @@ def test_jobs_with_shared_parameters_are_those_that_are_prepared_alone(params: d
     assert len({job.id for job in together}) == len(prompts)
 
 
+def test_a_seed_that_means_a_random_one_is_drawn_for_each_prompt() -> None:
+    with Client(settings=SETTINGS) as client:
+        jobs = list(client.submitter.prepare_all({"prompt": "a", "n": 2, "seed": -1} for _ in range(4)))
+    assert len({job.request.seed for job in jobs}) == 4
+    assert all(job.wire["seed"] == job.request.seed for job in jobs)
+
+
+def test_jobs_with_ids_are_those_that_are_prepared_alone() -> None:
+    requests = [{**SHARED, "prompt": "a", "seed": seed, "id": f"job-{seed}"} for seed in (None, 1, 2)]
+    with Client(settings=SETTINGS) as client:
+        for fields, job in zip(requests, client.submitter.prepare_all(requests), strict=True):
+            alone = client.submitter.prepare(fields)
+            assert (job.id, job.digest, job.mark) == (alone.id, alone.digest, alone.mark)
+        with pytest.raises(InvalidRequest, match=r"^id: "):
+            list(client.submitter.prepare_all([requests[0], {**requests[1], "id": "not an id"}]))
+
+
+def test_the_parameters_of_a_row_of_a_batch_are_checked_once_and_their_copies_bounded(checked: list[int]) -> None:
+    body = {**SHARED, "max_tokens": 1}
+    with Client(settings=SETTINGS) as client:
+        batch = Batch(client, [{**body, "prompt": ["a"] * 200}])
+        assert sum(checked) == 1_024
+        jobs = [job for row in batch.rows() for _, job in prepare_parts(client, row, "run")]
+        assert sum(checked) == 2 * 1_024
+        assert [len(jobs), len({job.id for job in jobs}), len({job.request.seed for job in jobs})] == [200] * 3
+        with pytest.raises(InvalidBatch, match=rf"line 1.*300 prompts with .*at most {MAX_COPIED_BYTES} bytes"):
+            Batch(client, [{**body, "prompt": ["a"] * 300}])
+        with pytest.raises(InvalidBatch, match=r"prompts whose results may take .* bytes together"):
+            Batch(client, [{"logprobs": 20, "max_tokens": 50, "n": 8, "prompt": ["a"] * 100}])
+        with pytest.raises(InvalidBatch, match=r"prompt\[2\]"):
+            Batch(client, [{**body, "prompt": [[1], [2], [-1]]}])
+
+
 def test_a_wrong_prompt_among_shared_parameters_is_named() -> None:
     with Client(settings=SETTINGS) as client, pytest.raises(InvalidRequest) as caught:
         client.submit_many(["a", "b", [-1]], **SHARED)
@@ -118,7 +153,7 @@ def test_the_copies_of_the_parameters_are_bounded() -> None:
     ids=["lists", "objects", "members", "texts", "quotes", "backslashes", "depth"],
 )
 def test_a_body_that_is_slow_to_parse_is_refused_before(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json, "loads", lambda _: pytest.fail("it was parsed"))
+    monkeypatch.setattr(context, "parse_json", lambda _: pytest.fail("it was parsed"))
     with pytest.raises(ApiError) as caught:
         context.check_structure(body)
     assert caught.value.code == "invalid_json"

@@ -93,9 +93,9 @@ def test_parameters_are_json_or_text() -> None:
 
 def test_an_estimate_counts_what_the_model_can_read() -> None:
     found = Estimate()
-    assert found.count(10, {"max_tokens": 5, "n": 3}, 16)
-    assert found.count(10, {"max_tokens": 6}, 16)
-    assert not found.count(10, {"max_tokens": 7}, 16)
-    assert found.count(0, {}, 16)  # 16 new ones, as without max_tokens
+    assert found.count([10], {"max_tokens": 5, "n": 3}, 16)
+    assert found.count([10], {"max_tokens": 6}, 16)
+    assert not found.count([10], {"max_tokens": 7}, 16)
+    assert found.count([0], {}, 16)  # 16 new ones, as without max_tokens
     assert (found.rows, found.prompt_tokens, found.longest_prompt, found.most_new_tokens) == (4, 30, 10, 15 + 6 + 16)
     assert found.too_long == 1

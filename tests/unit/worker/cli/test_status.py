@@ -69,3 +69,40 @@ def test_a_worker_without_a_heartbeat_is_not_listed(url: str) -> None:
     RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=60).heartbeat(HERE, {"model": "demo"})
     connection.delete(keys.worker(HERE))  # as Redis does when its lifetime is over
     assert CliRunner().invoke(main, ["status", "--here"]).exit_code == 3
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"fingerprint": b"\xff"},
+        {"tokens_per_s": "nan"},
+        {"started_at": "inf"},
+        {"rows": "[" * 100_000},
+        {"rows": '[{"job": "\\ud83d"}]'},
+        {"failures": "5"},
+        {"slots": "many"},
+    ],
+)
+def test_a_workers_record_that_cannot_be_read_hides_no_other(url: str, spoilt: dict[str, str | bytes]) -> None:
+    connection: redis.Redis = connect(url)
+    for name in (HERE, "spoilt-1"):
+        RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=60).heartbeat(name, {"model": "demo"})
+    connection.hset(keys.worker("spoilt-1"), mapping=dict(spoilt))
+    shown = CliRunner().invoke(main, ["status", "--json"])
+    assert [worker["name"] for worker in json.loads(shown.stdout)["workers"]] == [HERE], shown.output
+    assert CliRunner().invoke(main, ["status"]).exit_code == 0
+
+
+def test_a_key_that_another_program_has_given_another_type_hides_no_worker(url: str) -> None:
+    connection: redis.Redis = connect(url)
+    for name, model in ((HERE, "demo"), ("other-1", "other")):
+        RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=60).heartbeat(name, {"model": model})
+    for key in (keys.queue_lists("other")[0], keys.dead(), keys.unacked()):
+        connection.set(key, "not a list")
+    shown = json.loads(CliRunner().invoke(main, ["status", "--json"]).stdout)
+    assert {worker["name"] for worker in shown["workers"]} == {HERE, "other-1"}
+    assert [queue["model"] for queue in shown["queues"]] == ["demo", "other"]
+    assert shown["dead"] is None
+    connection.delete(keys.workers())
+    connection.set(keys.workers(), "not a set")
+    assert json.loads(CliRunner().invoke(main, ["status", "--json"]).stdout)["workers"] == []

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
+from headrace.client.batch.openai import completion
 from headrace.client.wire.errors import JobFailed
 from headrace.client.wire.requests import MAX_LOGPROBS
+from headrace.model import GPT2
 from headrace.model.hub import DEMO
 from headrace.worker.engine.sequence_text import TextDelta
-from tests.unit.worker.engine.engine_helpers import ask, build, demo_tokenizer, drive, idle, substance, tokens_of
+from tests.unit.worker.engine.engine_helpers import (
+    ask,
+    build,
+    demo_model,
+    demo_tokenizer,
+    drive,
+    idle,
+    substance,
+    tokens_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +134,53 @@ def test_logprobs_of_new_tokens_are_those_of_the_model_itself(reference: GPT2LMH
         assert score.token_id == token
         assert score.logprob == pytest.approx(float(row[token]), abs=1e-4)
         assert [t.logprob for t in score.top] == pytest.approx(row.topk(20).values.tolist(), abs=1e-4)
-        assert all(t.token == demo_tokenizer().token_text(t.token_id) for t in score.top)
+        assert all(t.token == demo_tokenizer().token_name(t.token_id) for t in score.top)
+
+
+@functools.cache
+def model_of_bytes() -> GPT2:
+    """The bundled model, with the embeddings of frequent tokens exchanged for those of tokens without whole characters.
+
+    So its likeliest tokens have no text of their own.
+    """
+    tokenizer = demo_tokenizer()
+    parts = [i for i in range(tokenizer.vocab_size) if tokenizer.token_name(i).startswith("bytes:")]
+    order = torch.arange(tokenizer.vocab_size)
+    frequent = torch.arange(256, 256 + len(parts))
+    order[parts], order[frequent] = frequent, torch.tensor(parts)
+    weights = {
+        name.removeprefix("transformer."): t.float() for name, t in load_file(DEMO / "model.safetensors").items()
+    }
+    weights["wte.weight"] = weights["wte.weight"][order].contiguous()
+    return GPT2(demo_model().config, weights)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    prompt=st.one_of(
+        st.text("its — “so” 😀漢字 é", min_size=2, max_size=20).map(lambda text: demo_tokenizer().encode(text)),
+        st.lists(st.integers(0, 50256), min_size=1, max_size=20),
+    ),
+    greedy=st.booleans(),
+    logprobs=st.sampled_from([1, 2, 5, 20]),
+)
+def test_evaluation_tools_see_which_tokens_are_the_likeliest(prompt: list[int], greedy: bool, logprobs: int) -> None:
+    """lm-eval calls a continuation greedy if each token has the largest value in its map."""
+    engine = build(model=model_of_bytes())
+    if greedy:
+        (free,) = drive(engine, engine.submit(ask(prompt, max_tokens=6, echo=True, ignore_eos=True)))
+        prompt = free.choices[0].token_ids
+    (result,) = drive(engine, engine.submit(ask(prompt, max_tokens=1, echo=True, logprobs=logprobs)))
+    found = completion(result)["choices"][0]["logprobs"]
+    assert found["top_logprobs"][0] is None
+    for at, score in enumerate(result.choices[0].logprobs or []):
+        if at:
+            values = found["top_logprobs"][at]
+            assert values[found["tokens"][at]] == found["token_logprobs"][at] == score.logprob
+            assert len(values) == len({score.token_id, *(top.token_id for top in score.top)})
+            likeliest = score.logprob == score.top[0].logprob
+            assert (found["token_logprobs"][at] == max(values.values())) == likeliest
+            assert likeliest == (score.token_id == score.top[0].token_id)
 
 
 def test_samples_of_one_job_differ_and_carry_their_index() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from headrace.client import InvalidRequest, JobFailed
 from headrace.client.wire.requests import parse_request
-from headrace.worker.engine.offline import LLM, SamplingParams
+from headrace.worker.engine.offline import LLM, SamplingParams, TokensPrompt
 
 PROMPTS = ["Hello, my name is", "The river", "The capital of France is"]
 
@@ -102,6 +102,15 @@ def test_prompts_come_in_all_the_forms_of_vllm(llm: LLM) -> None:
     assert llm.generate([], greedy) == []
 
 
+def test_a_character_may_begin_in_the_prompt(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=1, logit_bias={222: 100.0}, logprobs=0)
+    (output,) = llm.generate([47249], params)
+    (sample,) = output.outputs
+    assert (sample.text, sample.token_ids) == ("😀", [222])
+    assert sample.logprobs is not None
+    assert sample.logprobs[0][222].decoded_token == r"bytes:\x80"
+
+
 def test_seeds_follow_from_that_of_the_llm() -> None:
     def texts(seed: int) -> list[str]:
         with LLM(model="demo", seed=seed) as made:
@@ -111,12 +120,6 @@ def test_seeds_follow_from_that_of_the_llm() -> None:
     assert first == texts(1)
     assert len(set(first)) == 3
     assert first != texts(2)
-
-
-def test_without_max_tokens_the_context_is_filled() -> None:
-    with LLM(model="demo", max_model_len=40) as made:
-        (output,) = made.generate("The river", SamplingParams(max_tokens=None, ignore_eos=True))
-    assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 40
 
 
 def test_a_prompt_that_is_too_long_is_refused_and_nothing_is_computed(llm: LLM) -> None:
@@ -140,16 +143,187 @@ def test_values_out_of_range_are_refused(params: dict[str, Any], part: str) -> N
 
 
 def test_unknown_arguments_are_refused_by_name(llm: LLM) -> None:
-    with pytest.raises(TypeError, match="SamplingParams takes no argument 'best_off'"):
+    with pytest.raises(TypeError, match="SamplingParams takes no argument 'best_off'; did you mean best_of"):
         SamplingParams(best_off=2)  # type: ignore[call-arg]
-    for name, value, near in (("prompt_logprobs", 1, "logprobs"), ("stop_tokens", [1], "stop_token_ids")):
-        with pytest.raises(TypeError, match=f"{name}'; did you mean {near}"):
-            SamplingParams(**{name: value})
-    with pytest.raises(TypeError, match="bad_words"):
-        SamplingParams(bad_words=["a"])  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="stop_tokens'; did you mean stop_token_ids"):
+        SamplingParams(stop_tokens=[1])  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="did you mean max_model_len"):
         LLM(model="demo", max_model_length=5)
-    with pytest.raises(InvalidRequest, match="tensor_parallel_size"):
-        LLM(model="demo", tensor_parallel_size=2)
     with pytest.raises(InvalidRequest, match="2 for 1 prompts"):
         llm.generate("a", [SamplingParams(), SamplingParams()])
+
+
+# Everything that vLLM's classes take
+
+
+NEUTRAL_SAMPLING: dict[str, Any] = {
+    "prompt_logprobs": None, "detokenize": True, "skip_special_tokens": True, "spaces_between_special_tokens": True,
+    "include_stop_str_in_output": False, "truncate_prompt_tokens": None, "output_kind": object(), "best_of": 1,
+    "use_beam_search": False, "length_penalty": 1.0, "early_stopping": False, "structured_outputs": None,
+    "guided_decoding": None, "logits_processors": [], "allowed_token_ids": None, "bad_words": [], "extra_args": {},
+    "flat_logprobs": False, "logprob_token_ids": None, "stream_interval": None, "repetition_detection": None,
+    "thinking_token_budget": None, "skip_clone": True, "top_k": -1, "seed": -1, "stop": None, "min_p": 0,
+    "temperature": None, "logit_bias": {}, "max_tokens": 4.0,
+}  # fmt: skip
+
+
+def test_sampling_parameters_of_vllm_that_ask_for_nothing_are_accepted(llm: LLM) -> None:
+    greedy = SamplingParams(**{**NEUTRAL_SAMPLING, "temperature": 0})
+    (output,) = llm.generate("The river", greedy)
+    assert (
+        output.outputs[0].text
+        == llm.generate("The river", SamplingParams(temperature=0, max_tokens=4))[0].outputs[0].text
+    )
+    for name, value in NEUTRAL_SAMPLING.items():
+        assert isinstance(SamplingParams(**{name: value}).clone(), SamplingParams), name
+    assert SamplingParams.from_optional(max_tokens=None, top_p=None) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("params", "instead"),
+    [
+        ({"prompt_logprobs": 1}, "echo"),
+        ({"bad_words": ["a"]}, "logit_bias"),
+        ({"skip_special_tokens": False}, "token_ids"),
+        ({"use_beam_search": True}, "samples"),
+        ({"best_of": 3}, "all n samples"),
+        ({"structured_outputs": {"regex": "a"}}, "constrain"),
+        ({"allowed_token_ids": [5]}, "logit_bias"),
+        ({"include_stop_str_in_output": True}, "stop_reason"),
+        ({"max_tokens": 4.5}, "whole number"),
+        ({"n": True}, "whole number"),
+        ({"min_tokens": "many"}, "whole number"),
+        ({"min_tokens": 5, "max_tokens": 4}, "at most max_tokens"),
+        ({"temperature": "hot", "max_tokens": None}, "a number"),
+    ],
+)
+def test_sampling_parameters_that_are_not_computed_are_value_errors_with_the_name(
+    params: dict[str, Any], instead: str
+) -> None:
+    with pytest.raises(ValueError, match=instead) as caught:
+        SamplingParams(**params)
+    assert str(caught.value).startswith(f"{next(iter(params))}: got ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"tokenizer": None, "quantization": None, "revision": None, "trust_remote_code": True, "seed": 0},
+        {"enforce_eager": False, "gpu_memory_utilization": 0.5, "swap_space": 4, "enable_prefix_caching": True},
+        {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "load_format": "auto", "task": "generate"},
+        {"runner": "auto", "convert": "auto", "enable_lora": False, "hf_overrides": {}, "download_dir": None},
+        {"max_model_len": None, "device": "cpu", "seed": -1, "max_num_batched_tokens": 512, "kv_cache_dtype": "auto"},
+    ],
+)
+def test_arguments_of_vllm_that_ask_for_nothing_are_accepted(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    class Started:
+        def start(self) -> None: ...
+
+    monkeypatch.setattr("headrace.worker.engine.offline.load_engine", lambda settings: Started())
+    LLM("demo", **arguments)
+    for dtype in ("auto", "half", "float", torch.float32, None):
+        LLM("demo", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"tensor_parallel_size": 2}, "computed whole"),
+        ({"quantization": "awq"}, "int8"),
+        ({"tokenizer": "gpt2"}, "the model's own"),
+        ({"revision": "v2"}, "directory"),
+        ({"enable_lora": True}, "merge"),
+        ({"task": "embed"}, "generates text"),
+        ({"max_model_len": -5}, "whole number from 2"),
+        ({"max_num_seqs": "many"}, "whole number"),
+        ({"dtype": "float8"}, "bfloat16"),
+        ({"seed": "x"}, "64 bits"),
+        ({"seed": True}, "64 bits"),
+        ({"hf_overrides": {"n_layer": 2}}, "files of the model"),
+    ],
+)
+def test_arguments_that_are_not_computed_are_value_errors_with_the_name(arguments: dict[str, Any], part: str) -> None:
+    with pytest.raises(ValueError, match=part) as caught:
+        LLM("demo", **arguments)
+    assert str(caught.value).startswith(f"{next(iter(arguments))}: got ")
+
+
+def test_text_ends_with_the_context_whatever_max_tokens_is() -> None:
+    with LLM(model="demo", max_model_len=40) as made:
+        limits = [SamplingParams(max_tokens=n, min_tokens=30, ignore_eos=True, temperature=0) for n in (500, None, 38)]
+        outputs = made.generate(["The river"] * 3, limits)
+        with pytest.raises(ValueError, match="context_length_exceeded"):
+            made.generate("The river " * 40)
+        with pytest.raises(ValueError, match="context_length_exceeded"):
+            made.generate(list(range(40)), SamplingParams(max_tokens=1))
+        (last,) = made.generate(list(range(39)), SamplingParams(max_tokens=9, min_tokens=2, ignore_eos=True))
+    for output in outputs:
+        assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 40
+        assert output.outputs[0].finish_reason == "length"
+    assert len(last.outputs[0].token_ids) == 1
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        None, 5, [None], [b"x"], [{"prompt": 5}], [{"prompt_embeds": [1.0]}], [{}], [[]], [["a"]], [[1.5]], [[-1]],
+        [{"prompt_token_ids": "text"}], [{"prompt": "a", "multi_modal_data": {"image": 1}}], ["\ud83d"],
+        {"encoder_prompt": "a", "decoder_prompt": "b"}, [[99_999]], object(), [{"prompt_token_ids": [10**400]}],
+    ],
+)  # fmt: skip
+def test_prompts_that_cannot_be_read_are_value_errors(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(ValueError, match="prompt"):
+        llm.generate(prompts, SamplingParams(max_tokens=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"sampling_params": {"temperature": 0}}, "sampling_params"),
+        ({"sampling_params": [5]}, "sampling_params"),
+        ({"lora_request": "adapter"}, "lora_request"),
+        ({"priority": [1]}, "priority"),
+        ({"priority": 1}, "priority"),
+    ],
+)
+def test_options_of_generate_that_are_not_computed_are_value_errors(
+    llm: LLM, options: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: got "):
+        llm.generate(["a"], **options)
+    with pytest.raises(TypeError, match="did you mean use_tqdm"):
+        llm.generate(["a"], use_tqd=False)
+
+
+def test_outputs_have_the_fields_of_vllm(llm: LLM) -> None:
+    asked = [
+        TokensPrompt(prompt_token_ids=[15496, 13], prompt="Hello."),
+        {"prompt": "Hello.", "multi_modal_data": None},
+    ]
+    params = [SamplingParams(temperature=0, max_tokens=3, stop=["\0"]), SamplingParams(temperature=0, max_tokens=3)]
+    first, second = llm.generate(asked, params, use_tqdm=False, lora_request=None, priority=[0, 0])
+    assert first.outputs == second.outputs
+    assert first.request_id != second.request_id
+    assert (first.prompt, first.prompt_token_ids) == ("Hello.", [15496, 13]) == (second.prompt, second.prompt_token_ids)
+    for name in ("metrics", "lora_request", "encoder_prompt", "encoder_prompt_token_ids", "prompt_logprobs"):
+        assert getattr(first, name) is None
+    assert first.num_cached_tokens is None
+    assert first.outputs[0].stop_reason is None
+    assert first.outputs[0].lora_request is None
+    assert first.outputs[0].finished()
+
+
+@pytest.mark.parametrize("method", ["chat", "beam_search", "encode", "embed", "classify", "score", "apply_model"])
+def test_methods_of_vllm_that_are_not_computed_say_what_to_use(llm: LLM, method: str) -> None:
+    with pytest.raises(NotImplementedError, match=rf"LLM.{method} is not computed here: \w+"):
+        getattr(llm, method)(["a"], use_tqdm=False)
+    assert llm.get_default_sampling_params() == SamplingParams()
+
+
+def test_a_random_seed_is_meant_by_minus_one(llm: LLM) -> None:
+    texts = {o.outputs[0].text for o in llm.generate(["The river"] * 4, SamplingParams(seed=-1, max_tokens=8))}
+    assert len(texts) > 1

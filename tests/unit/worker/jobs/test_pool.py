@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import redis
+from celery.exceptions import InvalidTaskError
 from celery.worker import state
 from structlog.testing import capture_logs
 
@@ -260,10 +261,19 @@ def test_jobs_go_to_the_model_of_their_queue_and_have_windows_of_their_own(make:
     deliver(pool, Message("d", queue="headrace.other"))
     until(lambda: "d" in store.attempts)
     go_on.set()  # one thread computes for both
-    deliver(pool, Message("e", queue="celery"))
-    until(lambda: len(store.results) == 5)
+    until(lambda: len(store.results) == 4)
     assert first.over.wait(PATIENCE_S)
-    assert [model_of(store, name) for name in "abcde"] == ["demo", "demo", "demo", "other", "demo"]
+    assert [model_of(store, name) for name in "abcd"] == ["demo", "demo", "demo", "other"]
+
+
+def test_no_model_computes_a_message_of_a_queue_that_is_not_its_own(make: Make) -> None:
+    store = MemoryStore()
+    pool = make(store, models=ModelRegistry(["demo", "other"], lambda name: build(slots=4, model_name=name)))
+    for queue in ("celery", "headrace.third", "demo"):
+        with pytest.raises(InvalidTaskError, match=r"expected one that this worker serves: 'demo', 'other'"):
+            deliver(pool, Message("a", queue=queue))
+    assert not store.attempts
+    assert not pool.pipeline.book.deliveries()
 
 
 def test_a_model_is_loaded_for_its_first_job_and_again_after_it_was_idle(make: Make) -> None:

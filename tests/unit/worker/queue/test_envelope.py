@@ -36,6 +36,7 @@ def test_a_good_envelope_is_read_from_text_or_bytes(text: str | bytes) -> None:
         ("properties", "x", "its properties are missing"),
         ("properties.delivery_info", 1, "its delivery_info is of type int; expected dict"),
         ("properties.priority", "high", "its priority is of type str; expected int"),
+        ("properties.delivery_tag", "\ud83d", "its properties.delivery_tag: got an unpaired surrogate"),
         ("properties.body_encoding", 7, "its body_encoding is of type int; expected str"),
     ],
 )

@@ -1,0 +1,297 @@
+"""The OpenAPI description at `/openapi.json`, made from the routes and from the models that read and write bodies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.routing import Route
+
+from headrace import __version__
+from headrace.client.batch.openai import OTHER_ENDPOINTS, PROMPT_FORMS, STREAM_OPTIONS
+from headrace.client.http.auth import OPENAPI_PATH, PAGE_PATH, PUBLIC_PATHS
+from headrace.client.http.batch_objects import PRIVATE_FIELDS, BatchRequest, BatchState
+from headrace.client.http.file_store import PRIVATE_FILE_FIELDS, StoredFile
+from headrace.client.jobs.status import Status
+from headrace.client.wire.requests import GenerateRequest
+from headrace.client.wire.results import Result, Usage
+
+REF = "#/components/schemas/{model}"
+
+
+class CompletionLogprobs(BaseModel):
+    """Log probabilities of the tokens of a choice."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One generated text."""
+
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None
+    logprobs: CompletionLogprobs | None
+
+
+class Completion(BaseModel):
+    """The answer of `/v1/completions`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    system_fingerprint: str | None
+    seed: int | None
+
+
+class Model(BaseModel):
+    """A model that a worker serves."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong; `param` is the field at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Error(BaseModel):
+    """The body of every response with a status of 400 and more."""
+
+    error: ErrorDetail
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What the routes themselves do not say.
+
+    Attributes:
+        answer: the schema of the response; None for one that is not JSON.
+        body: the schema of the request body.
+        query: query parameters and their schemas.
+        media_types: of the response.
+        status: of the response; 0 if it is always an error.
+    """
+
+    answer: dict[str, Any] | None = None
+    body: dict[str, Any] | None = None
+    query: tuple[tuple[str, dict[str, Any]], ...] = ()
+    media_types: tuple[str, ...] = ("application/json",)
+    status: int = 200
+
+
+def _ref(name: str) -> dict[str, Any]:
+    return {"$ref": REF.format(model=name)}
+
+
+def _object(**properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _list_of(name: str) -> dict[str, Any]:
+    return _object(object={"const": "list"}, data={"type": "array", "items": _ref(name)})
+
+
+def _page_of(name: str) -> dict[str, Any]:
+    ends = {"first_id": _NULLABLE_TEXT, "last_id": _NULLABLE_TEXT, "has_more": {"type": "boolean"}}
+    return _object(**_list_of(name)["properties"], **ends)
+
+
+_TEXT: dict[str, Any] = {"type": "string"}
+_NULLABLE_TEXT: dict[str, Any] = {"type": ["string", "null"]}
+_UPLOAD = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"const": "batch"},
+        "expires_after[anchor]": {"const": "created_at"},
+        "expires_after[seconds]": {"type": "integer"},
+    },
+}
+
+
+def _whole_number(most: int) -> dict[str, Any]:
+    return {"type": "integer", "minimum": 1, "maximum": most}
+
+
+OPERATIONS: dict[tuple[str, str], Operation] = {
+    ("POST", "/v1/completions"): Operation(
+        _ref("Completion"), _ref("CompletionRequest"), media_types=("application/json", "text/event-stream")
+    ),
+    ("POST", "/execute"): Operation(None, _ref("ExecuteRequest"), media_types=("text/event-stream",)),
+    **{("POST", path): Operation(status=0) for path in OTHER_ENDPOINTS},
+    ("GET", "/v1/models"): Operation(_list_of("Model")),
+    ("GET", "/v1/models/{model}"): Operation(_ref("Model")),
+    ("POST", "/v1/files"): Operation(_ref("File"), _UPLOAD),
+    ("GET", "/v1/files"): Operation(
+        _page_of("File"),
+        query=(
+            ("after", _TEXT),
+            ("limit", _whole_number(10_000)),
+            ("order", {"enum": ["asc", "desc"]}),
+            ("purpose", _TEXT),
+        ),
+    ),
+    ("GET", "/v1/files/{id}"): Operation(_ref("File")),
+    ("DELETE", "/v1/files/{id}"): Operation(
+        _object(id=_TEXT, object={"const": "file"}, deleted={"const": True}),
+    ),
+    ("GET", "/v1/files/{id}/content"): Operation(media_types=("application/octet-stream",)),
+    ("POST", "/v1/batches"): Operation(_ref("Batch"), _ref("BatchRequest")),
+    ("GET", "/v1/batches"): Operation(_page_of("Batch"), query=(("after", _TEXT), ("limit", _whole_number(100)))),
+    ("GET", "/v1/batches/{id}"): Operation(_ref("Batch")),
+    ("POST", "/v1/batches/{id}/cancel"): Operation(_ref("Batch")),
+    ("GET", "/health"): Operation(_object(status={"enum": ["ok", "no_worker", "no_redis"]})),
+    ("GET", PAGE_PATH): Operation(media_types=("text/html",)),
+    ("GET", "/version"): Operation(_object(version=_TEXT)),
+    ("GET", OPENAPI_PATH): Operation({"type": "object"}),
+    ("GET", "/status.json"): Operation(_ref("Status")),
+    ("GET", "/checkpoints.json"): Operation({"type": "object"}, query=(("job", _TEXT), ("reference", _TEXT))),
+}
+#: Query parameters without which a request is refused.
+_REQUIRED_QUERY = ("job", "reference")
+
+
+def describe(routes: Iterable[Route]) -> dict[str, Any]:
+    """The description of these routes."""
+    paths: dict[str, Any] = {}
+    for route in routes:
+        path = re.sub(r":\w+}", "}", route.path)
+        for method in sorted((route.methods or set()) - {"HEAD"}):
+            paths.setdefault(path, {})[method.lower()] = _operation(method, path, route)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "headrace",
+            "version": __version__,
+            "description": "The OpenAI API for completions, models, files and batches, and the status of the workers.",
+        },
+        "paths": paths,
+        "components": {"schemas": _schemas(), "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "security": [{"key": []}, {}],
+    }
+
+
+def _operation(method: str, path: str, route: Route) -> dict[str, Any]:
+    more = OPERATIONS[method, path]
+    summary = " ".join((route.endpoint.__doc__ or "").split())
+    found: dict[str, Any] = {"operationId": f"{route.name}_{method.lower()}{_suffix(path)}", "summary": summary}
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": _TEXT} for name in re.findall(r"{(\w+)}", path)
+    ]
+    parameters += [
+        {"name": name, "in": "query", "required": name in _REQUIRED_QUERY, "schema": schema}
+        for name, schema in more.query
+    ]
+    if parameters:
+        found["parameters"] = parameters
+    if more.body is not None:
+        media_type = "multipart/form-data" if more.body is _UPLOAD else "application/json"
+        found["requestBody"] = {"required": True, "content": {media_type: {"schema": more.body}}}
+    error = {"description": "an error", "content": {"application/json": {"schema": _ref("Error")}}}
+    found["responses"] = {"default": error}
+    if more.status:
+        content = {
+            kind: {"schema": more.answer} if kind == "application/json" and more.answer else {}
+            for kind in more.media_types
+        }
+        found["responses"][str(more.status)] = {"description": "the answer", "content": content}
+    if path in PUBLIC_PATHS:
+        found["security"] = []
+    return found
+
+
+def _suffix(path: str) -> str:
+    return re.sub(r"\W+", "_", path).rstrip("_")
+
+
+def _schemas() -> dict[str, Any]:
+    models: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [
+        (GenerateRequest, "validation"),
+        (BatchRequest, "validation"),
+        *((model, "serialization") for model in (Completion, Model, Error, BatchState, StoredFile, Status, Result)),
+    ]
+    _, definitions = models_json_schema(models, ref_template=REF)
+    schemas: dict[str, Any] = definitions["$defs"]
+    request = schemas.pop("GenerateRequest")["properties"]
+    schemas["Batch"] = _public(schemas.pop("BatchState"), PRIVATE_FIELDS)
+    schemas["File"] = _public(schemas.pop("StoredFile"), PRIVATE_FILE_FIELDS)
+    schemas["File"]["properties"] |= {"object": {"const": "file"}, "status": {"const": "processed"}}
+    schemas["ExecuteRequest"] = _request(request, {"prompt": {"anyOf": [_TEXT, _TOKEN_IDS]}})
+    schemas["CompletionRequest"] = _request(request, _COMPLETION_FIELDS)
+    schemas["CompletionRequest"]["description"] = (
+        "The fields of the OpenAI API and further ones. A field that is not listed is refused, unless its value asks "
+        "for nothing; null is the default of a field."
+    )
+    return schemas
+
+
+def _public(schema: dict[str, Any], private: Iterable[str]) -> dict[str, Any]:
+    """The schema of a stored record without its private fields."""
+    hidden = set(private)
+    schema["properties"] = {name: field for name, field in schema["properties"].items() if name not in hidden}
+    schema["required"] = [name for name in schema.get("required", []) if name not in hidden]
+    return schema
+
+
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_STREAM_OPTIONS = {
+    "type": "object",
+    "properties": {name: {"type": ["boolean", "null"]} for name in STREAM_OPTIONS},
+}
+#: The fields of a completion that differ from those of `Client.submit`.
+_COMPLETION_FIELDS: dict[str, Any] = {
+    "prompt": {
+        "description": PROMPT_FORMS,
+        "anyOf": [
+            *(_TEXT, _TOKEN_IDS, {"type": "null"}),
+            *({"type": "array", "minItems": 1, "items": form} for form in (_TEXT, _TOKEN_IDS)),
+        ],
+    },
+    "stream": {"type": ["boolean", "null"], "default": False},
+    "stream_options": {"anyOf": [_STREAM_OPTIONS, {"type": "null"}], "description": "only with stream"},
+    "user": {"type": ["string", "null"], "description": "has no effect"},
+}
+#: Fields that a request over HTTP has besides those of the message, and fields of the message that it has not.
+_SHARED_FIELDS: dict[str, Any] = {
+    "model": {"type": ["string", "null"], "description": "the name of a served model"},
+    "timeout_s": {"type": ["number", "null"], "exclusiveMinimum": 0, "description": "seconds until the job expires"},
+    "checkpoints": {"anyOf": [{"const": "all"}, {"type": "array", "items": {"type": "integer"}}, {"type": "null"}]},
+    "stop": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}, {"type": "null"}]},
+}
+_INTERNAL_FIELDS = ("schema_version", "expires_at", "stream")
+
+
+def _request(fields: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    given = {name: _or_null(field) for name, field in fields.items() if name not in (*_INTERNAL_FIELDS, "prompt")}
+    shared = {name: {**_described(fields.get(name)), **field} for name, field in _SHARED_FIELDS.items()}
+    return {"type": "object", "required": ["prompt"], "properties": {**given, **shared, **own}}
+
+
+def _described(field: dict[str, Any] | None) -> dict[str, Any]:
+    return {"description": field["description"]} if field and "description" in field else {}
+
+
+def _or_null(field: dict[str, Any]) -> dict[str, Any]:
+    outer: dict[str, Any] = {name: field[name] for name in ("description", "default") if name in field}
+    inner = {name: value for name, value in field.items() if name not in (*outer, "title")}
+    return {**outer, "anyOf": [*(inner.get("anyOf") or [inner]), {"type": "null"}]}

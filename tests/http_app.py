@@ -1,0 +1,124 @@
+"""The application of `headrace serve` in this process: its real routes and middleware, without a queue or a worker."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from headrace.client import AsyncClient, Client, QueueFull
+from headrace.client.http.app import make_protected_app
+from headrace.client.http.auth import Limits
+from headrace.client.http.batches import Batches
+from headrace.client.http.comparison import Comparison
+from headrace.client.http.context import AppContext
+from headrace.client.http.file_store import FileStore
+from headrace.client.http.jobs import JobRunner
+from headrace.client.http.page import StatusReporter
+from headrace.client.jobs.status import Status, WorkerStatus
+from headrace.config import load_settings
+
+
+class FullQueue:
+    """A client that checks requests as `AsyncClient` does, and then raises QueueFull."""
+
+    def __init__(self, models: tuple[str, ...]) -> None:
+        self.model_name, self._models = models[0], models
+        self._client = Client(redis_url="redis://localhost:1/0")
+
+    async def models(self) -> set[str]:
+        return set(self._models)
+
+    async def status(self) -> Status:
+        workers = [WorkerStatus(name=f"w@{model}", model=model) for model in sorted(self._models)]
+        return Status(workers=workers, queues=[], delivered=0)
+
+    async def submit_many(self, requests: list[dict[str, Any]]) -> None:
+        for request in requests:
+            self._client.submitter.prepare(dict(request))
+        raise QueueFull("headrace.demo", 1, 1)
+
+
+_full_queue = functools.cache(FullQueue)
+
+
+class _NoThreads:
+    """An executor that starts nothing: accepted batches wait."""
+
+    def submit(self, *_: object) -> None:
+        """Do nothing."""
+
+    def shutdown(self, **_: object) -> None:
+        """Do nothing."""
+
+
+class Answer(NamedTuple):
+    """An HTTP response."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class HttpApp:
+    """The application with its files in `directory`. Batches are accepted and not computed."""
+
+    def __init__(self, directory: Path, limits: Limits | None = None, models: tuple[str, ...] = ("demo",)) -> None:
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)  # as the server does
+        self.files = FileStore(directory)
+        client = cast("AsyncClient", _full_queue(models))
+        runner, self.batches = JobRunner(client, 600), Batches(directory, self.files, load_settings())
+        self.batches._threads = cast("Any", _NoThreads())
+        app, self._asgi = make_protected_app(limits or Limits(any_host=True))
+        app.state.context = AppContext(
+            client, runner, self.files, self.batches, StatusReporter(runner), Comparison(client)
+        )
+
+    def close(self) -> None:
+        """Release the directory."""
+        self.files.close()
+
+    def ask(
+        self, method: str, path: str, body: Any = b"", query: bytes = b"", headers: dict[str, str] | None = None
+    ) -> Answer:
+        """Send one request; a body that is not bytes is sent as JSON."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return asyncio.run(self._ask(method, path, content, query, {"host": "localhost", **(headers or {})}))
+
+    def upload(self, content: bytes = b"{}\n", filename: str = "in.jsonl", purpose: str = "batch") -> Answer:
+        """Upload a file."""
+        disposition = 'Content-Disposition: form-data; name="'
+        parts = [
+            f'--x\r\n{disposition}purpose"\r\n\r\n{purpose}\r\n',
+            f'--x\r\n{disposition}file"; filename="{filename}"\r\n\r\n',
+        ]
+        body = "".join(parts).encode("utf-8", "surrogatepass") + content + b"\r\n--x--\r\n"
+        return self.ask("POST", "/v1/files", body, headers={"content-type": "multipart/form-data; boundary=x"})
+
+    async def _ask(self, method: str, path: str, body: bytes, query: bytes, headers: dict[str, str]) -> Answer:
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        raw = [(name.lower().encode(), value.encode("utf-8", "surrogatepass")) for name, value in headers.items()]
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": path,
+            "query_string": query,
+            "headers": raw,
+            "scheme": "http",
+        }
+        await self._asgi(scope, receive, send)
+        found = {name.decode("latin-1"): value.decode("latin-1") for name, value in sent[0]["headers"]}
+        return Answer(sent[0]["status"], found, b"".join(message.get("body", b"") for message in sent))
