@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
 from headrace.client.client import Client
 from headrace.client.jobs.handle import Handle, check_same_redis, job_in_errors
-from headrace.client.jobs.polling import REMIND_S, PollState, Updates
+from headrace.client.jobs.polling import REMIND_S, Command, PollState, Updates
 from headrace.client.jobs.reading import check_timeout
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event, StreamReader
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 #: How many seconds Redis may delay a reply to wait for events. A job added in the meantime is polled after that.
 BLOCK_S = 0.1
 
+#: Commands in one round trip to Redis: their replies hold up the event loop for about 10 ms.
+COMMANDS_AT_ONCE = 256
 #: A longer result record is parsed in a thread: it would hold up the event loop.
 LARGE_RECORD = 262_144
 #: So many jobs are submitted in the thread for short calls.
@@ -232,10 +234,7 @@ class AsyncClient:
                     await self._added.wait()
             try:
                 with redis_errors(self.url):
-                    pipe = self._redis.pipeline(transaction=False)
-                    for command in self._polls.request(BLOCK_S):
-                        pipe.execute_command(*command)
-                    replies = await pipe.execute(raise_on_error=False)
+                    replies = await self._send(self._polls.request(BLOCK_S))
                     self._deliver(self._polls.answer([await _parse_large(reply) for reply in replies]))
             except RedisUnreachable as error:
                 url, reason = error.url, error.reason
@@ -243,6 +242,16 @@ class AsyncClient:
             except Exception as error:
                 fault = error
                 self._give_up(list(self._polls), lambda: fault)  # noqa: B023
+
+    async def _send(self, commands: list[Command]) -> list[Any]:
+        """The replies to commands, or the exceptions. They are sent in parts, so that others run in between."""
+        replies: list[Any] = []
+        for start in range(0, len(commands), COMMANDS_AT_ONCE):
+            pipe = self._redis.pipeline(transaction=False)
+            for command in commands[start : start + COMMANDS_AT_ONCE]:
+                pipe.execute_command(*command)
+            replies += await pipe.execute(raise_on_error=False)
+        return replies
 
     def _deliver(self, updates: Updates) -> None:
         """Put the updates into the inboxes of the callers that wait for these jobs."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +40,7 @@ class AppContext:
     batches: Batches
     status: StatusReporter
     comparison: Comparison
-    #: Held while a large body is parsed: one after the other, so that others are answered in between.
+    #: Held while a large body is parsed and its jobs are submitted; see `json_body`.
     parsing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -55,8 +56,10 @@ def owner_of(request: Request) -> str:
     return owner
 
 
-async def read_json(request: Request) -> dict[str, Any]:
-    """The request body.
+@contextlib.asynccontextmanager
+async def json_body(request: Request) -> AsyncIterator[dict[str, Any]]:
+    """The request body. During the block no other large body is parsed: objects take ten times the memory of their
+    JSON, and the more of them there are, the longer a garbage collection holds up everybody.
 
     Raises:
         ApiError: it is not a JSON object, or has more values than any request needs.
@@ -66,12 +69,24 @@ async def read_json(request: Request) -> dict[str, Any]:
         message = "content-type: got multipart; expected application/json"
         raise ApiError(415, "unsupported_media_type", message, param="content-type")
     raw = await request.body()
+    if len(raw) < SMALL_BODY_BYTES:
+        yield _parse(raw)
+    else:
+        async with context_of(request).parsing:
+            yield await asyncio.to_thread(_parse, raw)
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The request body; see `json_body`."""
+    async with json_body(request) as body:
+        return body
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    if len(raw) >= SMALL_BODY_BYTES:
+        check_structure(raw)
     try:
-        if len(raw) < SMALL_BODY_BYTES:
-            body = parse_json(raw, constants=False)
-        else:
-            async with context_of(request).parsing:
-                body = await asyncio.to_thread(_parse_large, raw)
+        body = parse_json(raw, constants=False)
     except InvalidRequest:
         raise
     except ValueError as error:
@@ -79,12 +94,6 @@ async def read_json(request: Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise ApiError(400, "invalid_json", "the body must be a JSON object")
     return body
-
-
-def _parse_large(raw: bytes) -> Any:
-    """Parse a body. Raises ApiError if it has too many values, ValueError if it is not JSON."""
-    check_structure(raw)
-    return parse_json(raw, constants=False)
 
 
 def check_structure(raw: bytes) -> None:

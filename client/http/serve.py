@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -31,6 +32,9 @@ from headrace.config.tracing import setup_tracing
 
 #: Upper limit of `timeout`, that of the `timeout_s` of a job.
 MAX_TIMEOUT_S = 1e9
+#: Seconds until the event loop gets the interpreter back from a thread that is parsing or submitting. The loop loses it
+#: at each call to the system, so an answer waits for it several times; Python's default is 5 ms.
+SWITCH_INTERVAL_S = 0.0005
 
 
 def serve(
@@ -126,11 +130,15 @@ def _config(app: ASGIApp, settings: Settings, connections: ConnectionLimits) -> 
 
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:
     """Run uvicorn. After a graceful shutdown it raises the signal again, which is ignored here."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
         server.run(sockets=[listener])
     except (KeyboardInterrupt, SystemExit):
         if not (server.started and server.should_exit):
             raise
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -24,6 +24,8 @@ FIRST_POLL_S, LAST_POLL_S, POLL_GROWTH = 0.01, 1.0, 1.5
 POLL_SHARE, LONGEST_REST_S = 0.05, 0.1
 #: Number of jobs that a request asks about at least, if so many are waited for.
 MGET_KEYS = 250
+#: Number of new jobs in one request. Each holds up an event loop for about 40 us.
+NEW_JOBS = 250
 #: Bytes of results in one reply, unless a single one is larger. Objects made of a result take about ten times its size.
 READ_BYTES = 8 * 2**20
 #: How many seconds a wait continues without an answer from Redis. A restart of Redis takes less.
@@ -116,7 +118,7 @@ class PollState:
 
         A request asks for the sizes of results, and the next ones read those that exist, up to READ_BYTES at a time.
         """
-        self._reading, self._requested_at = self._take_sized(), time.monotonic()
+        self._reading, self._requested_at, any_due = self._take_sized(), time.monotonic(), bool(self._due)
         self._requested = [] if self._reading else self._choose()
         if len(self._requested) == 1 or not self._may_measure:
             self._reading = self._requested
@@ -124,12 +126,10 @@ class PollState:
         self._streams = {job_id: w.last_event for job_id, w in self._jobs.items() if w.last_event is not None}
         commands: list[Command] = []
         if self._streams:
-            wait_ms = 0 if self._due or not self._requested else int(1000 * min(self._pause_s, block_s))
+            wait_ms = 0 if any_due or not self._requested else int(1000 * min(self._pause_s, block_s))
             blocking = ("BLOCK", wait_ms) if wait_ms > 0 else ()  # BLOCK 0 would wait without limit
             names = map(keys.events, self._streams)
             commands.append(("XREAD", *blocking, "STREAMS", *names, *self._streams.values()))
-        if self._requested:
-            self._due = {}
         if self._reading:
             for start in range(0, len(self._reading), MGET_KEYS):
                 commands.append(("MGET", *map(keys.result, self._reading[start : start + MGET_KEYS])))
@@ -195,11 +195,13 @@ class PollState:
         """
         self._round += 1
         front = self._parts * MGET_KEYS
-        chosen = dict(self._due)
+        chosen = dict.fromkeys(islice(self._due, NEW_JOBS))
         chosen.update(dict.fromkeys(islice(self._jobs, front)))
         if (parts := -(-(len(self._jobs) - front) // MGET_KEYS)) > 0:
             start = front + self._round % parts * MGET_KEYS
             chosen.update(dict.fromkeys(islice(self._jobs, start, start + MGET_KEYS)))
+        for job_id in chosen:
+            self._due.pop(job_id, None)
         return [job_id for job_id in chosen if job_id in self._jobs]
 
     def _take_sized(self) -> list[str]:

@@ -10,7 +10,7 @@ import functools
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from starlette.requests import Request
@@ -27,7 +27,7 @@ from headrace.client.batch.openai import (
     split_prompts,
     take_names_field,
 )
-from headrace.client.http.context import context_of, read_json, route
+from headrace.client.http.context import context_of, json_body, route
 from headrace.client.http.errors import ApiError
 from headrace.client.http.jobs import JobRunner, Prompt, SubmittedJobs
 from headrace.client.http.responses import encode_json
@@ -104,9 +104,13 @@ def _parse_include_usage(options: Any, *, stream: bool) -> bool:
 
 async def create_completion(request: Request) -> Any:
     """`POST /v1/completions`."""
-    jobs, parsed = context_of(request).jobs, parse_completion_request(await read_json(request))
-    params = {**parsed.params, **({"stream": True} if parsed.stream else {})}
-    submitted = await jobs.submit(parsed.prompts, params, is_list=parsed.is_list)
+    jobs = context_of(request).jobs
+    async with json_body(request) as body:
+        parsed = parse_completion_request(body)
+        params = {**parsed.params, **({"stream": True} if parsed.stream else {})}
+        submitted = await jobs.submit(parsed.prompts, params, is_list=parsed.is_list)
+    del body
+    parsed = replace(parsed, prompts=[])  # not kept until the results come
     request_id = submitted.jobs[0].id
     headers = {"x-request-id": request_id}
     if not parsed.stream:
@@ -265,12 +269,14 @@ def _encode_chunk_error(error: ApiError) -> bytes:
 
 async def execute(request: Request) -> Any:
     """`POST /execute`: one prompt with the fields of `Client.submit`; events `started`, `token`, `end`, `error`."""
-    jobs, fields = context_of(request).jobs, plain_fields(await read_json(request))
-    if fields.pop("stream", True) is not True:
-        raise InvalidRequest("stream", "another value", "True: /execute always streams")
-    if "prompt" not in fields:
-        raise InvalidRequest("prompt", "nothing", "a text, or a list of token ids")
-    submitted = await jobs.submit([fields.pop("prompt")], {**fields, "stream": True})
+    jobs = context_of(request).jobs
+    async with json_body(request) as body:
+        fields = plain_fields(body)
+        if fields.pop("stream", True) is not True:
+            raise InvalidRequest("stream", "another value", "True: /execute always streams")
+        if "prompt" not in fields:
+            raise InvalidRequest("prompt", "nothing", "a text, or a list of token ids")
+        submitted = await jobs.submit([fields.pop("prompt")], {**fields, "stream": True})
     return EventStream(_stream_events(jobs, submitted), _encode_error_event, start_immediately=True)
 
 

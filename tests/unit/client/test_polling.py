@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from headrace.client.jobs import polling
-from headrace.client.jobs.polling import MGET_KEYS, Command, PollState
+from headrace.client.jobs.polling import MGET_KEYS, NEW_JOBS, Command, PollState
 from headrace.client.wire import keys
 from headrace.client.wire.errors import JobCancelled
 
@@ -109,8 +109,8 @@ def test_of_many_jobs_the_oldest_are_polled_first_and_the_others_in_rotation(ser
     names = [f"{i:05}" for i in range(10 * MGET_KEYS)]
     for name in names:
         under_test.add(name)
-    assert len(asked(under_test.request(1), "STRLEN")) == len(names)
-    under_test.answer(server.answer(under_test.request(1)))
+    while under_test.rest_s == 0:
+        under_test.answer(server.answer(under_test.request(1)))
     seen: set[str | int] = set()
     for _ in range(9):
         commands = under_test.request(1)
@@ -125,6 +125,19 @@ def test_of_many_jobs_the_oldest_are_polled_first_and_the_others_in_rotation(ser
         under_test.answer(server.answer(under_test.request(1)))
         turns += 1
     assert turns <= 8
+
+
+def test_many_new_jobs_are_asked_about_in_several_requests(server: FakeServer) -> None:
+    under_test, seen = PollState(), list[str]()
+    for number in range(16_384):
+        under_test.add(f"{number}")
+    while len(seen) < 16_384:
+        assert under_test.rest_s == 0
+        commands = under_test.request(1)
+        assert len(commands) <= 2 * (NEW_JOBS + 2 * MGET_KEYS)
+        seen += under_test.answer(server.answer(commands)).known
+    assert sorted(seen) == sorted(map(str, range(16_384)))
+    assert under_test.rest_s > 0
 
 
 def test_polling_slows_down_without_updates_and_is_fast_again_after_one(server: FakeServer) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
 from headrace.client import Client
-from headrace.client.async_client import AsyncClient, AsyncJob
+from headrace.client.async_client import COMMANDS_AT_ONCE, AsyncClient, AsyncJob
 from headrace.client.batch.run import Batch, prepare_parts
 from headrace.client.http import context
 from headrace.client.http.errors import ApiError
@@ -170,6 +172,51 @@ def test_a_body_that_is_slow_to_parse_is_refused_before(body: bytes, monkeypatch
 )
 def test_the_largest_requests_are_parsed(body: dict[str, Any]) -> None:
     context.check_structure(json.dumps(body).encode())
+
+
+def test_one_large_body_is_held_as_objects_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = json.dumps({"prompt": [list(range(600))] * 64}).encode()
+    assert len(raw) > context.SMALL_BODY_BYTES
+    held: list[int] = []
+
+    async def one(request: Any) -> None:
+        async with context.json_body(request):
+            held.append(1)
+            await asyncio.sleep(0.001)
+            assert sum(held) == 1, "others wait until the jobs of this one are submitted"
+            held.append(-1)
+
+    async def all_of_them() -> None:
+        application = SimpleNamespace(state=SimpleNamespace(context=SimpleNamespace(parsing=asyncio.Lock())))
+        requests = [SimpleNamespace(headers={}, body=AsyncMock(return_value=raw), app=application) for _ in range(8)]
+        await asyncio.gather(*map(one, requests))
+
+    asyncio.run(all_of_them())
+    assert len(held) == 16
+
+
+def test_many_commands_to_redis_are_sent_in_parts() -> None:
+    sizes: list[int] = []
+
+    class Connection:
+        def pipeline(self, **_: Any) -> Any:
+            sent: list[tuple[Any, ...]] = []
+
+            async def execute(**_: Any) -> list[Any]:
+                sizes.append(len(sent))
+                return [command[1] for command in sent]
+
+            return SimpleNamespace(execute_command=lambda *command: sent.append(command), execute=execute)
+
+    async def scenario() -> None:
+        async with AsyncClient(settings=SETTINGS) as client:
+            own, client._redis = client._redis, Connection()  # type: ignore[assignment]
+            assert await client._send([("STRLEN", str(i)) for i in range(1_000)]) == [str(i) for i in range(1_000)]
+            client._redis = own
+
+    asyncio.run(scenario())
+    assert sum(sizes) == 1_000
+    assert max(sizes) <= COMMANDS_AT_ONCE
 
 
 def test_a_list_that_is_no_prompt_is_refused_without_looking_at_its_items() -> None:
