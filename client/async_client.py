@@ -1,7 +1,8 @@
 """`AsyncClient`: the methods of `Client` for asyncio.
 
-Short calls (submit, cancel, status) run in one thread of the client. One task waits for all jobs over one connection:
-it polls them together (see `client.jobs.polling`) and passes each update to the callers that wait for it.
+Short calls (submit, cancel, status) run in one thread of the client; submitting many prompts takes longer and has a
+thread of its own. One task waits for all jobs over one connection: it polls them together (see `client.jobs.polling`)
+and passes each update to the callers that wait for it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 from headrace.client.client import Client
 from headrace.client.jobs.handle import Handle, check_same_redis, job_in_errors
 from headrace.client.jobs.polling import REMIND_S, PollState, Updates
+from headrace.client.jobs.presence import Command
 from headrace.client.jobs.reading import check_timeout
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event, StreamReader
 from headrace.client.wire.errors import RedisUnreachable
 from headrace.client.wire.redis import connect_async, redis_errors
-from headrace.client.wire.results import Result, State, outcome_state
+from headrace.client.wire.results import Result, State, outcome_state, parse_outcome
 from headrace.config import Settings
 
 if TYPE_CHECKING:
@@ -32,6 +34,13 @@ if TYPE_CHECKING:
 
 #: How many seconds Redis may delay a reply to wait for events. A job added in the meantime is polled after that.
 BLOCK_S = 0.1
+
+#: Commands in one round trip to Redis: their replies hold up the event loop for about 10 ms.
+COMMANDS_AT_ONCE = 256
+#: A longer result record is parsed in a thread: it would hold up the event loop.
+LARGE_RECORD = 262_144
+#: So many jobs are submitted in the thread for short calls.
+FEW_JOBS = 16
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,6 +61,7 @@ class AsyncClient:
         self.settings, self.url, self.model_name = self._client.settings, self._client.url, self._client.model_name
         self._redis = connect_async(self.url)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="headrace-client")
+        self._submitting = ThreadPoolExecutor(1, thread_name_prefix="headrace-submit")
         self._polls = PollState()
         self._inboxes: dict[str, list[Inbox]] = {}
         self._added = asyncio.Event()
@@ -74,6 +84,7 @@ class AsyncClient:
         await self._redis.aclose()
         await self._run_in_thread(self._client.close)
         self._thread.shutdown(wait=False)
+        self._submitting.shutdown(wait=False)
 
     async def submit(self, prompt: str | Sequence[int], *, id: str | None = None, **params: Any) -> AsyncJob:  # noqa: A002
         """Queue one prompt; see `Client.submit`."""
@@ -84,7 +95,9 @@ class AsyncClient:
         self, requests: Iterable[str | Sequence[int] | Mapping[str, Any]], **params: Any
     ) -> list[AsyncJob]:
         """Queue many prompts; see `Client.submit_many`."""
-        jobs = await self._run_in_thread(self._client.submit_many, requests, **params)
+        call = functools.partial(self._client.submit_many, requests, **params)
+        few = isinstance(requests, Sequence) and len(requests) <= FEW_JOBS
+        jobs = await self._run_in(self._thread if few else self._submitting, call)
         return [AsyncJob(job.id, self, accepted=True) for job in jobs]
 
     def job(self, job_id: str) -> AsyncJob:
@@ -199,9 +212,12 @@ class AsyncClient:
 
     async def _run_in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in the client's thread, in the caller's context. Jobs in errors become `AsyncJob`."""
+        return await self._run_in(self._thread, functools.partial(function, *args, **kwargs))
+
+    async def _run_in(self, thread: ThreadPoolExecutor, call: Callable[[], T]) -> T:
         loop, context = asyncio.get_running_loop(), contextvars.copy_context()
         with job_in_errors(self.job):
-            return await loop.run_in_executor(self._thread, functools.partial(context.run, function, *args, **kwargs))
+            return await loop.run_in_executor(thread, context.run, call)
 
     def _subscribe(self, jobs: Iterable[AsyncJob], inbox: Inbox, events: bool) -> None:
         for job in jobs:
@@ -228,16 +244,24 @@ class AsyncClient:
                     await self._added.wait()
             try:
                 with redis_errors(self.url):
-                    pipe = self._redis.pipeline(transaction=False)
-                    for command in self._polls.request(BLOCK_S):
-                        pipe.execute_command(*command)
-                    self._deliver(self._polls.answer(await pipe.execute()))
+                    replies = await self._send(self._polls.request(BLOCK_S))
+                    self._deliver(self._polls.answer([await _parse_large(reply) for reply in replies]))
             except RedisUnreachable as error:
                 url, reason = error.url, error.reason
                 self._give_up(self._polls.failed(), lambda: RedisUnreachable(url, reason))  # noqa: B023
             except Exception as error:
                 fault = error
                 self._give_up(list(self._polls), lambda: fault)  # noqa: B023
+
+    async def _send(self, commands: list[Command]) -> list[Any]:
+        """The replies to commands, or the exceptions. They are sent in parts, so that others run in between."""
+        replies: list[Any] = []
+        for start in range(0, len(commands), COMMANDS_AT_ONCE):
+            pipe = self._redis.pipeline(transaction=False)
+            for command in commands[start : start + COMMANDS_AT_ONCE]:
+                pipe.execute_command(*command)
+            replies += await pipe.execute(raise_on_error=False)
+        return replies
 
     def _deliver(self, updates: Updates) -> None:
         """Put the updates into the inboxes of the callers that wait for these jobs."""
@@ -256,6 +280,17 @@ class AsyncClient:
             inbox.put_nowait(error())
         for job_id in job_ids:
             self._polls.drop(job_id)
+
+
+async def _parse_large(reply: Any) -> Any:
+    """A reply of Redis with large result records replaced by their outcomes."""
+    if not isinstance(reply, list):
+        return reply
+    large = [isinstance(record, str) and len(record) > LARGE_RECORD for record in reply]
+    return [
+        await asyncio.to_thread(parse_outcome, record) if is_large else record
+        for record, is_large in zip(reply, large, strict=True)
+    ]
 
 
 class AsyncJob(Handle):

@@ -20,9 +20,10 @@ from headrace.client.batch.map import map_prompts
 from headrace.client.batch.run import Batch, BatchReport
 from headrace.client.batch.window import MAX_INFLIGHT
 from headrace.client.jobs.handle import Handle, Job, check_same_redis, job_id_of, job_in_errors
+from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.jobs.reading import JobReader
 from headrace.client.jobs.status import Status
-from headrace.client.jobs.submission import PreparedJob, Submitter, check_model
+from headrace.client.jobs.submission import Submitter, check_model
 from headrace.client.wire import keys
 from headrace.client.wire.celery import TASK_NAME, producer_app, results_app
 from headrace.client.wire.errors import InvalidRequest, RedisRefused, RedisUnreachable
@@ -120,13 +121,13 @@ class Client:
         """
         if isinstance(requests, (str, Mapping)) or not isinstance(requests, Iterable):
             raise InvalidRequest("requests", f"a {type(requests).__name__}", "a list of prompts; use submit for one")
-        prepared = []
-        for index, request in enumerate(requests):
-            fields = request if isinstance(request, Mapping) else {"prompt": request}
-            try:
-                prepared.append(self.submitter.prepare({**params, **without_gaps(fields)}))
-            except InvalidRequest as error:
-                raise InvalidRequest(f"requests[{index}].{error.field}", error.value, error.expected) from None
+        prepared: list[PreparedJob] = []
+        own = (request if isinstance(request, Mapping) else {"prompt": request} for request in requests)
+        try:
+            for job in self.submitter.prepare_all({**params, **without_gaps(fields)} for fields in own):
+                prepared.append(job)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"requests[{len(prepared)}].{error.field}", error.value, error.expected) from None
         if not prepared:
             raise InvalidRequest("requests", "an empty list", "at least one prompt")
         return self._submit(prepared)

@@ -98,6 +98,11 @@ class Settings(BaseSettings):
     idle_unload_s: float = Field(0.0, description="a number of seconds from 0 to 315360000", ge=0, le=MAX_SECONDS)
     #: The largest number of jobs that wait in a queue; further jobs are refused.
     max_queue: int = Field(1_000_000, description="a whole number from 1 to 2**50", ge=1, le=MAX_BYTES)
+    #: Clients refuse a request whose result can become larger. What a program needs to read a result is about ten
+    #: times its size.
+    max_result_bytes: int = Field(
+        8 * 2**20, description="a whole number of bytes from 65536 to 2**29", ge=65_536, le=2**29
+    )
     #: Seconds for which Redis keeps a result.
     result_ttl_s: int = Field(
         86_400, description="a whole number of seconds from 60 to 315360000", ge=60, le=MAX_SECONDS

@@ -107,6 +107,10 @@ HELP: dict[str, dict[str, SettingHelp]] = {
         "max_queue": SettingHelp(
             "Jobs in a queue; beyond it `submit` raises `QueueFull`.",
         ),
+        "max_result_bytes": SettingHelp(
+            "Largest result that a client may ask for: `n` x tokens x (16 + 80 for each log probability) bytes. "
+            "Reading a result takes about ten times its size in memory.",
+        ),
         "result_ttl_s": SettingHelp(
             "How long a result is kept after it was stored, and a job's record after it was written.",
         ),

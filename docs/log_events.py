@@ -99,6 +99,10 @@ EVENTS: dict[str, Event] = {
     "traces.failed": Event("a fault in the spans of a job; the job continues"),
     "http.request": Event("`headrace serve` answered a request", level="info; debug for `/health`"),
     "http.failed": Event("a fault of `headrace serve`: the answer is 500"),
+    "http.connections_full": Event(
+        "more connections than are allowed: those that wait longest for their request are closed; once a minute"
+    ),
+    "http.no_descriptors": Event("the process may open no more files, so connections wait; once a minute"),
     "batch.failed": Event("a batch of `headrace serve` ended without results"),
     "batch.waits": Event("a batch waits for Redis"),
     "batch.unsaved": Event("the state of a batch cannot be written to disk"),
@@ -108,6 +112,7 @@ EVENTS: dict[str, Event] = {
 FIELDS: dict[str, tuple[str, str]] = {
     "job_id": ("text", "of the job"),
     "message_id": ("text", "of the Celery message"),
+    "limit": ("number", "of connections"),
     "batch": ("text", "the id of a batch of `headrace serve`"),
     "trace_id": ("32 hexadecimal digits", "of the job's OpenTelemetry trace"),
     "state": ("text", "how the job ended: as in [client.md](client.md#when-it-fails)"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import sqlite3
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ from headrace.client.batch.sources import Source
 from headrace.client.wire.errors import InvalidRequest
 
 T = TypeVar("T")
+#: Checks the jobs of one request, one by one.
+Prepare = Callable[[list[dict[str, Any]]], Iterator[T]]
 
 #: How many faults are listed; further ones are only counted.
 MAX_FAULTS = 100
@@ -123,7 +126,7 @@ class Checked:
 def check(
     source: Source,
     reader: ItemReader,
-    validate: Callable[[dict[str, Any]], object],
+    prepare: Prepare[object],
     *,
     limit: int | None = None,
     on_line: Callable[[int], None] | None = None,
@@ -131,7 +134,7 @@ def check(
     """Read the input once and check that every request can be submitted and that no custom id occurs twice.
 
     Args:
-        validate: raises InvalidRequest for fields that `Client.submit` would refuse.
+        prepare: for the jobs of one request; raises InvalidRequest for fields that `Client.submit` would refuse.
         limit: check only this many requests.
         on_line: called with the number of lines read, every 1000 lines.
 
@@ -151,8 +154,7 @@ def check(
                 continue
             checked.rows += 1
             checked.index.add(row.custom_id, row.digest, line)
-            for index, fields in enumerate(row.requests()):
-                validate_part(validate, row, index, fields)
+            deque(prepare_row(prepare, row, row.requests()), 0)
         except InvalidRequest as error:
             faults.add(line, error.field, str(error))
     for line, first in checked.index.duplicates():
@@ -163,14 +165,17 @@ def check(
     return checked
 
 
-def validate_part(validate: Callable[[dict[str, Any]], T], row: BatchItem, index: int, fields: dict[str, Any]) -> T:
-    """Validate one job of a request. Raises InvalidRequest that names the prompt of a list by its index."""
-    try:
-        return validate(fields)
-    except InvalidRequest as error:
-        if row.prompts is None or error.field != "prompt":
-            raise
-        raise InvalidRequest(f"prompt[{index}]", error.value, error.expected) from None
+def prepare_row(prepare: Prepare[T], row: BatchItem, requests: list[dict[str, Any]]) -> Iterator[T]:
+    """Prepare the jobs of a request. Raises InvalidRequest that names the prompt of a list by its index."""
+    jobs = prepare(requests)
+    for index in range(len(requests)):
+        try:
+            job = next(jobs)
+        except InvalidRequest as error:
+            if row.prompts is None or error.field != "prompt":
+                raise
+            raise InvalidRequest(f"prompt[{index}]", error.value, error.expected) from None
+        yield job
 
 
 def read_items(source: Source, reader: ItemReader, *, limit: int | None = None) -> Iterator[BatchItem]:

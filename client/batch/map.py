@@ -9,7 +9,7 @@ from typing import Any
 
 from headrace.client.batch.items import is_column
 from headrace.client.batch.window import MAX_INFLIGHT, JobService, Window
-from headrace.client.jobs.submission import PreparedJob
+from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.wire.errors import InvalidRequest, RedisRefused, RedisUnreachable
 from headrace.client.wire.values import to_python, without_gaps
 

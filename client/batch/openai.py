@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from headrace.client.batch.items import BatchItem
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.requests import GenerateRequest, parse_request, plain_fields
+from headrace.client.wire.requests import MAX_PROMPT_TOKENS, GenerateRequest, parse_request, plain_fields
 from headrace.client.wire.results import Choice, Outcome, Result, TokenLogprob, TopLogprob, Usage
 from headrace.client.wire.values import show, to_whole
 
@@ -97,6 +97,8 @@ def split_prompts(value: Any) -> tuple[list[Any], bool]:
     """
     if isinstance(value, str):
         return [value], False
+    if isinstance(value, list) and len(value) > MAX_PROMPT_TOKENS:  # before its items are looked at
+        raise InvalidRequest("prompt", f"a list of {len(value)} items", PROMPT_FORMS)
     if isinstance(value, list) and value:
         if all(isinstance(item, str) for item in value) or all(isinstance(item, list) for item in value):
             if len(value) > MAX_PROMPTS:

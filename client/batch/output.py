@@ -7,10 +7,12 @@ all complete lines are kept.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import io
 import os
 import secrets
+import sqlite3
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +29,17 @@ from headrace.client.wire.results import Outcome, Result
 from headrace.client.wire.unicode import printable
 
 STDOUT = "-"
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, is that of a full disk or an exhausted quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if isinstance(error, sqlite3.OperationalError) and "full" in str(error):  # the index of a batch
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class RowFile:
@@ -119,6 +132,12 @@ class RowFile:
             while data:
                 data = data[self._raw.write(data) or 0 :]
 
+    def sync(self) -> None:
+        """Wait until the file is on disk. Raises OutputRefused if it cannot be: some file systems say so only now."""
+        if self._raw is not None:
+            with self._as_refusal():
+                os.fsync(self._raw.fileno())
+
     def close(self) -> None:
         """Close the file and wait until it is on disk."""
         if self._raw is None:
@@ -135,7 +154,8 @@ class RowFile:
         try:
             yield
         except OSError as error:
-            raise OutputRefused(f"{printable(str(self.path))} cannot be written: {error.strerror}") from None
+            advice = "; make room, then resume the batch" if is_disk_full(error) else ""
+            raise OutputRefused(f"{printable(str(self.path))} cannot be written: {error.strerror}{advice}") from error
 
 
 class StandardOutput:
@@ -245,7 +265,9 @@ class Output:
             self._failures.write(failures)
 
     def finish(self) -> None:
-        """Mark the output as complete: all requests are done, and nothing is left to resume."""
+        """Mark the output as complete: all requests are done, and nothing is left to resume. Raises OutputRefused."""
+        for file in self._files:
+            file.sync()
         if self._run_file is not None:
             self._run_file.remove()
 

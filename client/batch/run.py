@@ -17,7 +17,7 @@ from headrace.client.batch.output import Output
 from headrace.client.batch.rows import ItemReader
 from headrace.client.batch.sources import Source, open_source
 from headrace.client.batch.window import MAX_INFLIGHT, JobService, Notify, Window, warn
-from headrace.client.jobs.submission import PreparedJob
+from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.wire.results import Outcome, Result
 
 
@@ -112,7 +112,7 @@ class Batch:
         self._reader = ItemReader(client.model_name, params or {}, text=text, models=models)
         self._source: Source = open_source(source)
         self.checked: Checked = check(
-            self._source, self._reader, client.submitter.prepare, limit=limit, on_line=on_line
+            self._source, self._reader, client.submitter.prepare_together, limit=limit, on_line=on_line
         )
 
     def rows(self) -> Iterator[BatchItem]:
@@ -200,10 +200,11 @@ class RowPart(NamedTuple):
 
 def prepare_parts(client: JobService, row: BatchItem, run: str) -> Iterator[tuple[RowPart, PreparedJob]]:
     """The jobs of a request: one, or one for each prompt."""
-    requests, job_id = row.requests(), row.job_id(run)
+    requests, job_id = [dict(fields) for fields in row.requests()], row.job_id(run)
     for number, fields in enumerate(requests):
-        name = job_id if row.prompts is None else f"{job_id}.{number}"
-        yield RowPart(row, number, len(requests)), client.submitter.prepare({**fields, "id": name})
+        fields["id"] = job_id if row.prompts is None else f"{job_id}.{number}"
+    for number, job in enumerate(client.submitter.prepare_all(requests)):
+        yield RowPart(row, number, len(requests)), job
 
 
 class JoinedRows:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 from headrace.client.jobs.polling import REMIND_S, PollState
+from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.jobs.reading import JobReader
-from headrace.client.jobs.submission import PreparedJob, Submitter
+from headrace.client.jobs.submission import Submitter
 from headrace.client.wire import keys
 from headrace.client.wire.connection_advice import connection_advice
 from headrace.client.wire.errors import (

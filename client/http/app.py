@@ -11,7 +11,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Lifespan
@@ -28,6 +28,7 @@ from headrace.client.http.page import StatusReporter
 from headrace.client.http.request_checks import RequestChecks
 from headrace.client.http.routes import batches, completions, files, models, status
 from headrace.client.http.tracing import TracingMiddleware
+from headrace.client.jobs.together import MAX_RESPONSE_RESULTS
 from headrace.client.wire.errors import HeadraceError
 from headrace.client.wire.tracing import CONTEXT_HEADERS
 from headrace.config import Settings
@@ -59,7 +60,10 @@ def make_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with AsyncClient(settings=settings) as client:
-            jobs, batches = JobRunner(client, timeout_s), Batches(directory, file_store, settings)
+            jobs, batches = (
+                JobRunner(client, timeout_s, MAX_RESPONSE_RESULTS * settings.max_result_bytes),
+                Batches(directory, file_store, settings),
+            )
             reporter = StatusReporter(jobs)
             app.state.context = AppContext(client, jobs, file_store, batches, reporter, Comparison(client))
             batches.start()
@@ -116,4 +120,4 @@ def _methods_of(request: Request) -> set[str]:
 
 def exception_handlers() -> Any:
     """Starlette's exception handlers: every exception of a route becomes an error object."""
-    return dict.fromkeys((ApiError, HeadraceError, HTTPException, Exception), _error_response)
+    return dict.fromkeys((ApiError, HeadraceError, HTTPException, ClientDisconnect, Exception), _error_response)

@@ -22,6 +22,8 @@ from headrace.client.wire.unicode import printable
 
 log = structlog.get_logger("headrace.http")
 
+#: Requests that are answered at the same time.
+MAX_REQUESTS = 1_000
 #: Limit of a JSON body, in bytes. The longest prompt takes a third of it even if every character is escaped.
 MAX_BODY_BYTES = 4 * 2**20
 #: Limit of an uploaded file, in bytes; the OpenAI API has the same.
@@ -51,6 +53,7 @@ class Limits:
         requests_per_minute: rate limit of each key; None for no limit.
         max_body_bytes: limit of a request body.
         max_file_bytes: limit of an uploaded file.
+        max_requests: limit of requests at the same time, except those to public paths.
     """
 
     keys: tuple[str, ...] = field(default=(), repr=False)
@@ -59,6 +62,7 @@ class Limits:
     requests_per_minute: int | None = None
     max_body_bytes: int = MAX_BODY_BYTES
     max_file_bytes: int = MAX_FILE_BYTES
+    max_requests: int = MAX_REQUESTS
 
 
 class AccessMiddleware:
@@ -68,6 +72,7 @@ class AccessMiddleware:
         self._app, self._limits, self._clock = app, limits, clock
         self._key_digests = [hashlib.sha256(key.encode()).digest() for key in limits.keys]
         self._buckets: dict[str, _TokenBucket] = {}
+        self._requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request (ASGI)."""
@@ -84,6 +89,7 @@ class AccessMiddleware:
             await send(message)
 
         body = _LimitedBody(receive, self._body_limit(scope["path"]))
+        self._requests += 1
         try:
             await self._handle(scope, body, send_and_note_status)
         except Exception as error:  # its message may contain a user's prompt: only its type and place are logged
@@ -92,6 +98,7 @@ class AccessMiddleware:
                 failure = ApiError(500, "internal_error", "internal server error; see the server's log")
                 await failure.as_response()(scope, receive, send_and_note_status)
         finally:
+            self._requests -= 1
             log_request = log.debug if scope["path"] == HEALTH_PATH else log.info
             seconds, shown = round(self._clock() - started, 3), printable(scope["path"])
             log_request("http.request", method=scope["method"], path=shown, status=status, seconds=seconds)
@@ -116,6 +123,8 @@ class AccessMiddleware:
         """The owner of files and batches that the request creates. Raises ApiError if the request is refused."""
         if path in PUBLIC_PATHS:
             return ""
+        if self._requests > self._limits.max_requests:
+            raise ApiError(503, "too_many_requests", "too many requests at once; try again later", retry_after_s=1)
         owner = self._authenticate(headers.get("authorization", ""))
         if not self._key_digests:
             self._check_host_and_origin(headers)
@@ -156,8 +165,10 @@ class _LimitedBody:
 
     def check_content_length(self, header: str) -> None:
         """Raises ApiError if the Content-Length header exceeds the limit."""
-        if header.isascii() and header.isdecimal() and int(header[:20]) > self._limit:
-            raise self._too_large()
+        if header.isascii() and header.isdecimal():
+            digits = header.lstrip("0")[:20] or "0"
+            if int(digits) > self._limit:
+                raise self._too_large()
 
     async def receive(self) -> Message:
         """The next ASGI message. Raises ApiError if the body exceeds the limit."""

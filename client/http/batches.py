@@ -6,20 +6,17 @@ resumes incomplete batches: it finds their jobs in Redis, whether queued or fini
 
 from __future__ import annotations
 
-import contextlib
-import json
 import threading
 import time
 import uuid
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from headrace.client.batch.errors import Fault, InvalidBatch
-from headrace.client.batch.output import RowFile
+from headrace.client.batch.errors import Fault, InvalidBatch, OutputRefused
+from headrace.client.batch.output import is_disk_full
 from headrace.client.batch.run import Batch, BatchReport, DropBatch
 from headrace.client.client import Client
 from headrace.client.http.batch_objects import (
@@ -32,6 +29,7 @@ from headrace.client.http.batch_objects import (
     Status,
     fault_object,
 )
+from headrace.client.http.batch_usage import count_rows
 from headrace.client.http.errors import ApiError, not_found
 from headrace.client.http.file_store import RETENTION_S, FileStore, load_all, write_json
 from headrace.client.wire.errors import HeadraceError
@@ -45,6 +43,8 @@ MAX_ROWS = 50_000
 MAX_CONCURRENT, MAX_OPEN = 2, 1_000
 #: Seconds between attempts to reach Redis.
 REDIS_RETRY_S = 0.5
+#: Seconds between attempts to continue a batch after the disk was full.
+DISK_RETRY_S = 5.0
 GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -84,19 +84,24 @@ class Batches:
 
     def create(self, request: BatchRequest, owner: str) -> BatchState:
         """Accept a batch. Raises ApiError."""
-        file = self._files.get(request.input_file_id, owner)
-        with self._files.path(file.id).open("rb") as opened:
+        self._files.check_space()
+        with self._lock, self._files.reading(request.input_file_id, owner) as file:
+            state = self._create(request, file.id, owner)
+        self._threads.submit(self._run, state.id)
+        return state
+
+    def _create(self, request: BatchRequest, file_id: str, owner: str) -> BatchState:
+        with self._files.path(file_id).open("rb") as opened:
             if opened.read(2) == GZIP_MAGIC:
                 message = "the file is gzip-compressed; upload it as uncompressed JSON lines"
                 raise ApiError(400, "invalid_file", message, param="input_file_id")
-        self._files.check_space()
         if len(self._input_files()) >= MAX_OPEN:
             raise ApiError(429, "too_many_batches", "too many batches are open; try again later", retry_after_s=60)
         created_ns = time.time_ns()
         now = created_ns // 10**9
         state = BatchState(
             id=f"batch_{uuid.uuid4().hex}",
-            input_file_id=file.id,
+            input_file_id=file_id,
             created_at=now,
             created_ns=created_ns,
             expires_at=now + WINDOW_S,
@@ -106,13 +111,11 @@ class Batches:
             rows_id=self._files.new_id(),
             failures_id=self._files.new_id(),
         )
-        with self._lock:
-            try:
-                self._write(state)  # before it is in any list: what cannot be stored is not accepted
-            except OSError as error:
-                raise ApiError(507, "no_room", f"the batch cannot be stored: {error.strerror}") from error
-            self._states[state.id] = state
-        self._threads.submit(self._run, state.id)
+        try:
+            self._write(state)  # before it is in any list: what cannot be stored is not accepted
+        except OSError as error:
+            raise ApiError(507, "no_room", f"the batch cannot be stored: {error.strerror}") from error
+        self._states[state.id] = state
         return state
 
     def get(self, batch_id: str, owner: str) -> BatchState:
@@ -138,19 +141,34 @@ class Batches:
                     409, "batch_ended", f"the batch is {state.status}; only a running batch can be cancelled"
                 )
             if state.status != "cancelling":
-                state = self._update(batch_id, status="cancelling", cancelling_at=int(time.time()))
+                try:
+                    state = self._update(batch_id, status="cancelling", cancelling_at=int(time.time()))
+                except OSError as error:  # for example a full disk; it is cancelled unless the server ends before
+                    log.error("batch.unsaved", batch=batch_id, error=type(error).__name__)
+                    state = self._states[batch_id]
             if batch_id in self._running:
                 return state
-            return self._finish(batch_id, "cancelled")  # it waits for a thread, which may take long
+            try:
+                return self._finish(batch_id, "cancelled")  # it waits for a thread, which may take long
+            except OSError:
+                return state  # the thread will finish it
 
     def uses(self, file_id: str) -> bool:
         """Whether an open batch reads the file."""
         return file_id in self._input_files()
 
+    def delete_file(self, file_id: str) -> None:
+        """Delete a file. Raises ApiError if an open batch reads it."""
+        with self._lock:  # `create` holds it from finding the file until the batch is open
+            if self.uses(file_id):
+                message = "a batch that is not complete reads the file; cancel it first"
+                raise ApiError(409, "file_in_use", message, param="id")
+            self._files.delete(file_id)
+
     def delete_expired(self) -> None:
         """Delete expired files, and batches that ended so long ago that their files have expired."""
-        self._files.delete_expired(keep=self._input_files())
         with self._lock:
+            self._files.delete_expired(keep=self._input_files())
             ended = [state for state in self._states.values() if state.status not in OPEN_STATUSES]
             expired = [state.id for state in ended if state.created_at + WINDOW_S + RETENTION_S < time.time()]
             for batch_id in expired:
@@ -171,20 +189,41 @@ class Batches:
                 return
             self._running.add(batch_id)
         try:
-            self._compute(batch_id)
+            while not self._compute_unless_full(batch_id):
+                if self._stopping.wait(DISK_RETRY_S):
+                    return
         except _ServerStopping:
             return
         except InvalidBatch as error:
             self._fail(batch_id, [fault_object(fault) for fault in error.faults])
         except HeadraceError as error:
             log.error("batch.failed", batch=batch_id, error=error.code)
-            self._fail(batch_id, [fault_object(Fault(0, "", "the batch cannot be computed"), error.code)])
+            reason = getattr(error.__cause__, "strerror", None) if isinstance(error, OutputRefused) else None
+            message = f"the output cannot be written: {reason}" if reason else "the batch cannot be computed"
+            self._fail(batch_id, [fault_object(Fault(0, "", message), error.code)])
         except Exception as error:
             log.error("batch.failed", batch=batch_id, error=type(error).__name__)
             self._fail(batch_id, [fault_object(Fault(0, "", "internal server error"), "internal_error")])
         finally:
             with self._lock:
                 self._running.discard(batch_id)
+
+    def _compute_unless_full(self, batch_id: str) -> bool:
+        """Compute the batch. Returns False if the disk is full; the rows that are written, and the jobs, are kept."""
+        try:
+            self._compute(batch_id)
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            message = "the server has no room for the output; the batch continues when there is room"
+            errors = {"object": "list", "data": [fault_object(Fault(0, "", message), "no_room")]}
+            with self._lock:
+                known = self._states[batch_id].errors == errors
+                self._states[batch_id] = self._states[batch_id].model_copy(update={"errors": errors})
+            if not known:
+                log.warning("batch.waits", batch=batch_id, reason="no room on the disk")
+            return False
+        return True
 
     def _compute(self, batch_id: str) -> None:
         state = self._states[batch_id]
@@ -249,7 +288,8 @@ class Batches:
         counts = RequestCounts(total=report.rows, completed=completed, failed=report.failed_before + report.failed)
         with self._lock:
             state = self._states[batch_id]
-            self._states[batch_id] = state.model_copy(update={"request_counts": counts})
+            errors = None if report.succeeded or report.failed else state.errors  # it waited for room, and has it now
+            self._states[batch_id] = state.model_copy(update={"request_counts": counts, "errors": errors})
         self._check_interrupted(batch_id)
 
     # --- states ------------------------------------------------------------------------------------------------------
@@ -259,8 +299,8 @@ class Batches:
         state = self._states[batch_id]
         rows, failures = self._files.path(state.rows_id), self._files.path(state.failures_id)
         rows.with_name(f"{rows.name}.run").unlink(missing_ok=True)
-        completed, usage = _count_rows(rows)
-        failed, _ = _count_rows(failures)
+        completed, usage = count_rows(rows)
+        failed, _ = count_rows(failures)
         total = max(state.request_counts.total, completed + failed)
         return self._update(
             batch_id,
@@ -270,7 +310,7 @@ class Batches:
             error_file_id=self._publish(state.failures_id, state, "error"),
             request_counts=RequestCounts(total=total, completed=completed, failed=failed),
             usage=usage,
-            **more,
+            **{"errors": None, **more},
         )
 
     def _publish(self, file_id: str, state: BatchState, suffix: str) -> str | None:
@@ -296,14 +336,9 @@ class Batches:
 
     def _update(self, batch_id: str, **changes: Any) -> BatchState:
         with self._lock:
-            state = self._states[batch_id].model_copy(update=changes)
-        self._save(state)
-        return state
-
-    def _save(self, state: BatchState) -> None:
-        with self._lock:
-            self._states[state.id] = state
+            self._states[batch_id] = state = self._states[batch_id].model_copy(update=changes)
             self._write(state)
+        return state
 
     def _write(self, state: BatchState) -> None:
         write_json(self._directory / f"{state.id}.json", state)
@@ -311,25 +346,3 @@ class Batches:
 
 def _too_many_rows() -> InvalidBatch:
     return InvalidBatch([Fault(0, "input", f"a batch has at most {MAX_ROWS} rows; split it into several batches")])
-
-
-def _count_rows(path: Path) -> tuple[int, dict[str, Any]]:
-    """The number of rows in an output file, and OpenAI's usage object: the tokens of all rows."""
-    output = RowFile(path)
-    deque(output.scan(), 0)
-    output.repair(without_failures=False)  # a crash may have left an incomplete last line
-    rows, totals = 0, {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        for line in file:
-            response = json.loads(line)["response"]
-            rows += 1
-            for name in totals:
-                usage = (response or {}).get("body", {}).get("usage") or {}  # a row that failed has none
-                totals[name] += usage.get(name, 0)
-    return rows, {
-        "input_tokens": totals["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": 0},
-        "output_tokens": totals["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": totals["total_tokens"],
-    }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -20,6 +22,13 @@ from headrace.client.http.page import StatusReporter
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.unicode import parse_json
 
+#: Digits of a number in a query or a form. Python takes quadratic time to read one, and refuses more than 4,300 digits.
+MAX_DIGITS = 12
+#: A body of up to this size is parsed at once, whatever it has.
+SMALL_BODY_BYTES = 65_536
+#: Limits of a larger body. The largest valid request has 1,024 prompts and 1,024 members of `logit_bias`.
+MAX_JSON_TEXTS, MAX_JSON_CONTAINERS = 16_384, 8_192
+
 
 @dataclass
 class AppContext:
@@ -31,6 +40,8 @@ class AppContext:
     batches: Batches
     status: StatusReporter
     comparison: Comparison
+    #: Held while a large body is parsed and its jobs are submitted; see `json_body`.
+    parsing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 def context_of(request: Request) -> AppContext:
@@ -45,13 +56,37 @@ def owner_of(request: Request) -> str:
     return owner
 
 
-async def read_json(request: Request) -> dict[str, Any]:
-    """The request body. Raises ApiError if it is not a JSON object, InvalidRequest if a string in it is not Unicode."""
+@contextlib.asynccontextmanager
+async def json_body(request: Request) -> AsyncIterator[dict[str, Any]]:
+    """The request body. During the block no other large body is parsed: objects take ten times the memory of their
+    JSON, and the more of them there are, the longer a garbage collection holds up everybody.
+
+    Raises:
+        ApiError: it is not a JSON object, or has more values than any request needs.
+        InvalidRequest: a string in it is not Unicode.
+    """
     if request.headers.get("content-type", "").lower().startswith("multipart/"):
         message = "content-type: got multipart; expected application/json"
         raise ApiError(415, "unsupported_media_type", message, param="content-type")
+    raw = await request.body()
+    if len(raw) < SMALL_BODY_BYTES:
+        yield _parse(raw)
+    else:
+        async with context_of(request).parsing:
+            yield await asyncio.to_thread(_parse, raw)
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The request body; see `json_body`."""
+    async with json_body(request) as body:
+        return body
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    if len(raw) >= SMALL_BODY_BYTES:
+        check_structure(raw)
     try:
-        body = parse_json(await request.body(), constants=False)
+        body = parse_json(raw, constants=False)
     except InvalidRequest:
         raise
     except ValueError as error:
@@ -61,6 +96,20 @@ async def read_json(request: Request) -> dict[str, Any]:
     return body
 
 
+def check_structure(raw: bytes) -> None:
+    """Refuse a body that is slow to parse. While it is parsed the server answers nobody, and a text of 4 MiB takes
+    20 times as long if it is a million empty lists. Raises ApiError.
+    """
+    plain = raw.replace(rb"\\", b"").replace(rb"\"", b"") if b"\\" in raw else raw
+    if plain.count(b'"') <= 2 * MAX_JSON_TEXTS:
+        outside = b"".join(plain.split(b'"')[::2])  # without the texts
+        containers = outside.count(b"[") + outside.count(b"{")
+        if containers <= MAX_JSON_CONTAINERS and outside.count(b":") <= MAX_JSON_CONTAINERS:
+            return
+    message = f"the body has more than {MAX_JSON_TEXTS} texts, or {MAX_JSON_CONTAINERS} lists, objects or members"
+    raise ApiError(400, "invalid_json", message)
+
+
 def paginate(request: Request, items: list[dict[str, Any]], default_limit: int, max_limit: int) -> dict[str, Any]:
     """OpenAI's list object: the page of `items` that the query parameters `after` and `limit` select.
 
@@ -68,15 +117,23 @@ def paginate(request: Request, items: list[dict[str, Any]], default_limit: int, 
         ApiError: `limit` is out of range, or there is no item with the id `after`.
     """
     limit, after = request.query_params.get("limit", str(default_limit)), request.query_params.get("after")
-    if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit[:12]) <= max_limit):
+    size = whole_number(limit, 1, max_limit)
+    if size is None:
         raise invalid(f"limit: expected a whole number from 1 to {max_limit}", "limit")
     index_of = {item["id"]: index for index, item in enumerate(items)}
     if after is not None and after not in index_of:
         raise not_found("object", after[:80])
     start = 0 if after is None else index_of[after] + 1
-    page = items[start : start + int(limit)]
+    page = items[start : start + size]
     ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
     return {"object": "list", "data": page, **ends, "has_more": start + len(page) < len(items)}
+
+
+def whole_number(text: str, low: int, high: int) -> int | None:
+    """A number from `low` to `high`, as a query or a form has it; None if the text is not one."""
+    if len(text) <= MAX_DIGITS and text.isascii() and text.isdecimal() and low <= int(text) <= high:
+        return int(text)
+    return None
 
 
 def route(method: str, path: str, endpoint: Callable[[Request], Any]) -> Route:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from headrace.client.batch.openai import error_object, request_error
 from headrace.client.http.responses import JsonResponse
@@ -93,6 +94,10 @@ def translate(error: Exception) -> ApiError:
         return error
     if isinstance(error, HTTPException):
         return _from_routing(error)
+    if isinstance(error, ClientDisconnect):
+        return ApiError(
+            CLIENT_CLOSED_REQUEST, "client_gone", "the connection was closed before the request was complete"
+        )
     if isinstance(error, InvalidRequest):
         return ApiError(400, error.code, str(error), param=error.field)
     if isinstance(error, QueueFull):

@@ -5,12 +5,14 @@ A file exists as soon as, and only while, its `.json` exists. Methods block and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -76,6 +78,9 @@ class FileStore:
     def __init__(self, directory: Path, max_total_bytes: int = MAX_TOTAL_BYTES) -> None:
         self._max_total_bytes = max_total_bytes
         self._lock = threading.Lock()
+        self._uploads: dict[str, int] = {}  # files that are being written -> their size
+        self._readers: Counter[str] = Counter()  # files that are being read -> by how many
+        self._deleted: set[str] = set()  # files that were deleted while they were read; their content still exists
         try:
             self._directory = directory / "files"
             for place in (self._directory, directory / "batches"):
@@ -91,8 +96,9 @@ class FileStore:
             raise DirectoryInUse(str(error)) from None
         except OSError as error:
             raise DirectoryInUse(f"{error.filename} cannot be written: {error.strerror}") from None
-        for part in self._directory.glob("*.part"):  # an upload that was interrupted when the server died
-            part.unlink()
+        for pattern in ("*.part", "*.tmp"):  # what was being written when the server died
+            for part in self._directory.glob(pattern):
+                part.unlink()
         self._files = {file.id: file for file in load_all(self._directory, StoredFile) if self.path(file.id).exists()}
 
     def close(self) -> None:
@@ -109,19 +115,36 @@ class FileStore:
 
     def add(self, source: IO[bytes], *, filename: str, owner: str, retention_s: int = RETENTION_S) -> StoredFile:
         """Store an uploaded file. Raises ApiError if there is no space."""
-        self.check_space()
         file_id = self.new_id()
-        part = self._directory / f"{file_id}.part"
+        with self._upload(file_id, source.seek(0, os.SEEK_END)):
+            source.seek(0)
+            part = self._directory / f"{file_id}.part"
+            try:
+                with part.open("xb") as target:
+                    shutil.copyfileobj(source, target, 2**20)
+                    target.flush()
+                    os.fsync(target.fileno())
+                part.replace(self.path(file_id))
+                return self.publish(file_id, filename=filename, purpose="batch", owner=owner, retention_s=retention_s)
+            except OSError as error:
+                part.unlink(missing_ok=True)
+                self.delete(file_id)
+                raise ApiError(507, "no_room", f"the file cannot be stored: {error.strerror}") from error
+
+    @contextlib.contextmanager
+    def _upload(self, file_id: str, size: int) -> Iterator[None]:
+        """Count a file that is being written. Raises ApiError if there is no space for it.
+
+        Without this, files that are uploaded at the same time would all find the space that only one of them can have.
+        """
+        with self._lock:
+            self._check_space()
+            self._uploads[file_id] = size
         try:
-            with part.open("xb") as target:
-                shutil.copyfileobj(source, target, 2**20)
-                target.flush()
-                os.fsync(target.fileno())
-            part.replace(self.path(file_id))
-            return self.publish(file_id, filename=filename, purpose="batch", owner=owner, retention_s=retention_s)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise ApiError(507, "no_room", f"the file cannot be stored: {error.strerror}") from error
+            yield
+        finally:
+            with self._lock:
+                del self._uploads[file_id]
 
     def publish(
         self, file_id: str, *, filename: str, purpose: str, owner: str, retention_s: int = RETENTION_S
@@ -147,16 +170,25 @@ class FileStore:
     def check_space(self) -> None:
         """Raises ApiError if the number or the total size of the files has reached its limit."""
         with self._lock:
-            count = len(self._files)
+            self._check_space()
+
+    def _check_space(self) -> None:
+        total = sum(self._uploads.values())
         with os.scandir(self._directory) as entries:
-            total = sum(entry.stat().st_size for entry in entries)
-        if count >= MAX_FILES or total >= self._max_total_bytes:
+            for entry in entries:
+                if entry.name.partition(".")[0] not in self._uploads:
+                    with contextlib.suppress(FileNotFoundError):  # it was deleted or renamed since it was listed
+                        total += entry.stat().st_size
+        if len(self._files.keys() | self._uploads) >= MAX_FILES or total >= self._max_total_bytes:
             raise ApiError(507, "no_room", "no space for more files; delete some")
 
     def get(self, file_id: str, owner: str) -> StoredFile:
         """Find a file. Raises ApiError if it does not exist or has another owner."""
         with self._lock:
-            file = self._files.get(file_id)
+            return self._find(file_id, owner)
+
+    def _find(self, file_id: str, owner: str) -> StoredFile:
+        file = self._files.get(file_id)
         if file is None or file.owner != owner:
             raise not_found("file", file_id[:80])
         return file
@@ -167,12 +199,38 @@ class FileStore:
             files = [file for file in self._files.values() if file.owner == owner]
         return sorted(files, key=lambda file: (file.created_at, file.created_ns, file.id))
 
+    @contextlib.contextmanager
+    def reading(self, file_id: str, owner: str) -> Iterator[StoredFile]:
+        """Keep the content of a file during the block, even if the file is deleted meanwhile.
+
+        Raises ApiError if the file does not exist or has another owner.
+        """
+        with self._lock:
+            file = self._find(file_id, owner)
+            self._readers[file_id] += 1
+        try:
+            yield file
+        finally:
+            with self._lock:
+                self._readers[file_id] -= 1
+                if unread := self._readers[file_id] == 0:
+                    del self._readers[file_id]
+                deleted = unread and file_id in self._deleted
+                if deleted:
+                    self._deleted.remove(file_id)
+            if deleted:
+                self.path(file_id).unlink(missing_ok=True)
+
     def delete(self, file_id: str) -> None:
-        """Delete a file; does nothing if it does not exist."""
+        """Delete a file; does nothing if it does not exist. Its content remains until nobody reads it."""
         with self._lock:
             self._files.pop(file_id, None)
+            is_read = file_id in self._readers
+            if is_read:
+                self._deleted.add(file_id)
         (self._directory / f"{file_id}.json").unlink(missing_ok=True)
-        self.path(file_id).unlink(missing_ok=True)
+        if not is_read:
+            self.path(file_id).unlink(missing_ok=True)
 
     def delete_expired(self, keep: Collection[str]) -> None:
         """Delete all expired files except those with an id in `keep`."""
@@ -208,8 +266,12 @@ def write_json(path: Path, record: BaseModel) -> None:
     text = record.model_dump_json()
     type(record).model_validate_json(text)
     staged = path.with_suffix(".tmp")
-    with staged.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+    try:
+        with staged.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except BaseException:
+        staged.unlink(missing_ok=True)  # after ENOSPC it would take the space that remains
+        raise

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from headrace.client.async_client import AsyncClient, AsyncJob
 from headrace.client.http.errors import RETRY_AFTER_S, ApiError, translate
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event
+from headrace.client.jobs.together import MAX_RESPONSE_RESULTS, check_copies, check_response
 from headrace.client.wire.errors import HeadraceError, InvalidRequest, RedisRefused, RedisUnreachable
 from headrace.client.wire.results import Result
 from headrace.client.wire.values import show
@@ -24,6 +26,7 @@ STATUS_CACHE_S = 1.0
 TIMEOUT_GRACE_S = 2.0
 
 Prompt = str | list[int]
+T = TypeVar("T")
 
 
 def as_request_field(error: InvalidRequest, *, is_list: bool) -> InvalidRequest:
@@ -58,10 +61,13 @@ class JobRunner:
 
     Args:
         timeout_s: upper limit for the `timeout_s` of a job.
+        max_response_bytes: limit of the results of one request together.
     """
 
-    def __init__(self, client: AsyncClient, timeout_s: float) -> None:
-        self._client, self._timeout_s = client, timeout_s
+    def __init__(
+        self, client: AsyncClient, timeout_s: float, max_response_bytes: int = MAX_RESPONSE_RESULTS * 8 * 2**20
+    ) -> None:
+        self._client, self._timeout_s, self._max_response_bytes = client, timeout_s, max_response_bytes
         self._cached_status: Status | HeadraceError | None = None
         self._cached_at = -STATUS_CACHE_S
         self._status_lock = asyncio.Lock()
@@ -138,11 +144,13 @@ class JobRunner:
             ApiError: no worker serves the model.
             InvalidRequest, QueueFull, RedisUnreachable, RedisRefused: as `Client.submit`; no job stays in the queue.
         """
+        check_copies(len(prompts), params)
+        check_response(prompts, params, self._max_response_bytes)
         if "id" in params:
             raise InvalidRequest("id", "a name for the job", "no such parameter: the server names jobs")
         model = await self.find_model(params.get("model"))
         timeout_s = params.get("timeout_s")
-        if timeout_s is None or (type(timeout_s) in (int, float) and timeout_s > self._timeout_s):
+        if timeout_s is None or (type(timeout_s) in (int, float) and self._timeout_s < timeout_s < math.inf):
             timeout_s = self._timeout_s
         fields = {**params, "model": model, "timeout_s": timeout_s}
         try:
@@ -174,13 +182,30 @@ class JobRunner:
         with contextlib.suppress(HeadraceError):
             await self._client.cancel(job_ids)
 
-    async def results(self, submitted: SubmittedJobs) -> list[Result]:
-        """Wait for all results, in the order of the jobs. Raises the first failure; the other jobs are cancelled."""
-        jobs = submitted.jobs
-        with self._cancel_unfinished(jobs):
-            async for job in self._client.as_completed(jobs, submitted.wait_s):
-                await job.result()
-            return [await job.result() for job in jobs]
+    async def results(self, submitted: SubmittedJobs, convert: Callable[[int, Result], T]) -> list[T]:
+        """Wait for all results and convert each when it arrives, in a thread. None is kept: an object takes ten times
+        the memory of its JSON.
+
+        Args:
+            convert: called with the index of the job and its result.
+
+        Returns:
+            What `convert` returned, in the order of the jobs.
+
+        Raises the first failure; the other jobs are cancelled.
+        """
+        index_of = {job.id: index for index, job in enumerate(submitted.jobs)}
+        converted: dict[int, T] = {}
+        waiting = {job.id: job for job in submitted.jobs}
+        try:
+            async for job in self._client.as_completed(submitted.jobs, submitted.wait_s):
+                index = index_of[job.id]
+                del waiting[job.id]
+                converted[index] = await asyncio.to_thread(convert, index, await job.result())
+                job.outcome = None
+        finally:
+            self._cancel(waiting.values())
+        return [converted[index] for index in range(len(submitted.jobs))]
 
     async def events(self, submitted: SubmittedJobs) -> AsyncGenerator[tuple[int, Event]]:
         """Stream the jobs: (index of the job, event). Raises like `results`; closing it cancels unfinished jobs."""

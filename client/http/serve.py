@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,8 +13,16 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from headrace.client.http.app import TIMEOUT_S, make_app
-from headrace.client.http.auth import MAX_BODY_BYTES, MAX_FILE_BYTES, Limits, is_loopback
+from headrace.client.http.auth import MAX_BODY_BYTES, MAX_FILE_BYTES, MAX_REQUESTS, Limits, is_loopback
 from headrace.client.http.file_store import MAX_TOTAL_BYTES, FileStore
+from headrace.client.http.sockets import (
+    ACCEPT_AT_ONCE,
+    Connection,
+    ConnectionLimits,
+    Server,
+    make_room,
+    quiet_uvicorn,
+)
 from headrace.client.jobs.server_check import check_redis
 from headrace.client.wire.errors import InvalidRequest
 from headrace.config import Settings
@@ -22,8 +31,11 @@ from headrace.config.logging import setup_logging
 from headrace.config.settings import MIN_API_KEY_LENGTH, is_valid_key
 from headrace.config.tracing import setup_tracing
 
-#: Concurrent connections; uvicorn answers further ones with 503.
-MAX_CONNECTIONS = 1_000
+#: Upper limit of `timeout`, that of the `timeout_s` of a job.
+MAX_TIMEOUT_S = 1e9
+#: Seconds until the event loop gets the interpreter back from a thread that is parsing or submitting. The loop loses it
+#: at each call to the system, so an answer waits for it several times; Python's default is 5 ms.
+SWITCH_INTERVAL_S = 0.0005
 
 
 def serve(
@@ -53,13 +65,17 @@ def serve(
         timeout: upper limit for the duration of a job, in seconds.
 
     Raises:
-        InvalidRequest: the address is not available, or would be open to the network without a key.
+        InvalidRequest: `timeout` is not a possible number; the address is not available, or would be open to the
+            network without a key; or the process may open too few files.
         RedisUnsuitable: Redis loses jobs, for example because it evicts keys.
         DirectoryInUse: another server uses the directory for files.
         SettingsError: HEADRACE_OTEL is set but OpenTelemetry is not installed.
     """
+    if not 0 < timeout < MAX_TIMEOUT_S:
+        raise InvalidRequest("timeout", str(timeout), f"a number of seconds above 0, below {MAX_TIMEOUT_S:.0f}")
     keys = _keys(settings, api_keys, host, insecure=insecure)
     check_redis(settings)
+    connections = ConnectionLimits(connections=make_room())
     limits = Limits(
         keys=keys,
         origins=tuple(cors),
@@ -77,7 +93,8 @@ def serve(
         # python_multipart logs a warning for every invalid byte of an upload; the client gets an error response anyway.
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
         app = make_app(settings, limits, store, directory, timeout_s=timeout)
-        server = uvicorn.Server(_config(app, settings))
+        quiet_uvicorn()
+        server = Server(_config(app, settings, connections))
         announce(
             f"headrace serves {_url(listener)}/v1 ({_describe_access(keys, insecure=insecure)}); files in {directory}"
         )
@@ -98,27 +115,33 @@ def _keys(settings: Settings, more: Sequence[str], host: str, *, insecure: bool)
     return keys
 
 
-def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+def _config(app: ASGIApp, settings: Settings, connections: ConnectionLimits) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=type("Connection", (Connection,), {"limits": connections}),
+        ws="none",
+        backlog=ACCEPT_AT_ONCE,
         lifespan="on",
         log_config=None,
         log_level="warning",
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=max(1, round(settings.soft_shutdown_s)),
     )
 
 
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:
     """Run uvicorn. After a graceful shutdown it raises the signal again, which is ignored here."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
         server.run(sockets=[listener])
     except (KeyboardInterrupt, SystemExit):
         if not (server.started and server.should_exit):
             raise
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -127,7 +150,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(MAX_CONNECTIONS)
+        listener.listen(MAX_REQUESTS)
     except OSError as error:
         listener.close()
         expected = f"an address of this machine that is free ({error.strerror})"

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import redis
+
 from headrace.client.jobs.presence import Command, Presence
 from headrace.client.wire import keys
 from headrace.client.wire.errors import JobLost, UnknownJob
@@ -22,8 +24,12 @@ from headrace.client.wire.results import Outcome, parse_outcome
 FIRST_POLL_S, LAST_POLL_S, POLL_GROWTH = 0.01, 1.0, 1.5
 #: A client spends at most this share of its time on polling, as long as its pauses need not be longer than this.
 POLL_SHARE, LONGEST_REST_S = 0.05, 0.1
-#: Number of results in one MGET.
+#: Number of jobs that a request asks about at least, if so many are waited for.
 MGET_KEYS = 250
+#: Number of new jobs in one request. Each holds up an event loop for about 40 us.
+NEW_JOBS = 250
+#: Bytes of results in one reply, unless a single one is larger. Objects made of a result take about ten times its size.
+READ_BYTES = 8 * 2**20
 #: How many seconds a wait continues without an answer from Redis. A restart of Redis takes less.
 PATIENCE_S = 60.0
 #: How often in seconds a warning is repeated: that no worker serves a queue, or that Redis does not answer.
@@ -90,6 +96,9 @@ class PollState:
         # The jobs of the last request. Until its replies come, jobs may be added and dropped.
         self._requested: list[str] = []
         self._new: list[str] = []
+        self._reading: list[str] = []  # jobs whose results the last request reads
+        self._sizes: dict[str, int] = {}  # jobs whose results are known to exist -> their sizes in bytes
+        self._may_measure = True
         self._streams: dict[str, str] = {}
         self._requested_at = 0.0
         self._round, self._parts = 0, 1
@@ -123,35 +132,59 @@ class PollState:
         self._jobs.pop(job_id, None)
         self._due.pop(job_id, None)
         self._presence.drop(job_id)
+        self._sizes.pop(job_id, None)
 
     def request(self, block_s: float) -> list[Command]:
-        """The commands to send, in this order. Redis may delay the replies by `block_s` seconds to wait for events."""
-        self._requested, self._requested_at = self._choose(), time.monotonic()
+        """The commands to send, in this order. Redis may delay the replies by `block_s` seconds to wait for events.
+
+        A request asks for the sizes of results, and the next ones read those that exist, up to READ_BYTES at a time.
+        """
+        self._reading, self._requested_at, any_due = self._take_sized(), time.monotonic(), bool(self._due)
+        self._requested = [] if self._reading else self._choose()
+        if len(self._requested) == 1 or not self._may_measure:
+            self._reading = self._requested
         self._new = [job_id for job_id in self._requested if not self._jobs[job_id].known]
         self._streams = {job_id: w.last_event for job_id, w in self._jobs.items() if w.last_event is not None}
-        wait_ms = 0 if self._due else int(1000 * min(self._pause_s, block_s))
-        self._due = {}
         commands: list[Command] = []
         if self._streams:
+            wait_ms = 0 if any_due or not self._requested else int(1000 * min(self._pause_s, block_s))
             blocking = ("BLOCK", wait_ms) if wait_ms > 0 else ()  # BLOCK 0 would wait without limit
             names = map(keys.events, self._streams)
             commands.append(("XREAD", *blocking, "STREAMS", *names, *self._streams.values()))
-        for start in range(0, len(self._requested), MGET_KEYS):
-            commands.append(("MGET", *map(keys.result, self._requested[start : start + MGET_KEYS])))
+        if self._reading:
+            for start in range(0, len(self._reading), MGET_KEYS):
+                commands.append(("MGET", *map(keys.result, self._reading[start : start + MGET_KEYS])))
+        else:
+            commands += [("STRLEN", keys.result(job_id)) for job_id in self._requested]
         # Checks the result again, because it may have been stored after the MGET.
         commands += [("EXISTS", keys.job(job_id), keys.result(job_id)) for job_id in self._new]
         return commands + self._presence.request(self._jobs if not self._new else self._known_jobs())
 
     def answer(self, replies: list[Any]) -> Updates:
-        """The updates in the replies to the last request. Jobs that have ended, or do not exist, are dropped."""
+        """The updates in the replies to the last request. Jobs that have ended, or do not exist, are dropped.
+
+        Args:
+            replies: of an exception for a command that Redis refused. In place of a record there may be its outcome.
+
+        Raises:
+            redis.RedisError: Redis refused a command.
+        """
         updates = Updates(known=self._new)
         self._answered_at = time.monotonic()
         replies = list(replies)
-        self._parts = 1
+        if self._requested:
+            self._parts = 1
+        if self._requested and not self._reading:
+            start = 1 if self._streams else 0
+            self._take_sizes(replies[start : start + len(self._requested)])
+            del replies[start : start + len(self._requested)]
+        for reply in replies:
+            if isinstance(reply, redis.RedisError):
+                raise reply
         if self._streams:
             self._take_events(replies.pop(0), updates)
-        for start in range(0, len(self._requested), MGET_KEYS):
-            self._take_results(self._requested[start : start + MGET_KEYS], replies.pop(0), updates)
+        for start in range(0, len(self._reading), MGET_KEYS):
+            self._take_results(self._reading[start : start + MGET_KEYS], replies.pop(0), updates)
         for job_id, exists in zip(self._new, replies, strict=False):
             if not exists and job_id not in updates.outcomes:
                 self._take_missing(job_id, updates)
@@ -171,7 +204,7 @@ class PollState:
         """
         patient = time.monotonic() - self._answered_at < PATIENCE_S
         given_up = [job_id for job_id, waiting in self._jobs.items() if not (patient and waiting.known)]
-        self._due.update(dict.fromkeys(self._requested))
+        self._due.update(dict.fromkeys((*self._requested, *self._reading)))
         for job_id in given_up:
             self.drop(job_id)
         self._pace(Updates())
@@ -186,12 +219,38 @@ class PollState:
         """
         self._round += 1
         front = self._parts * MGET_KEYS
-        chosen = dict(self._due)
+        chosen = dict.fromkeys(islice(self._due, NEW_JOBS))
         chosen.update(dict.fromkeys(islice(self._jobs, front)))
         if (parts := -(-(len(self._jobs) - front) // MGET_KEYS)) > 0:
             start = front + self._round % parts * MGET_KEYS
             chosen.update(dict.fromkeys(islice(self._jobs, start, start + MGET_KEYS)))
+        for job_id in chosen:
+            self._due.pop(job_id, None)
         return [job_id for job_id in chosen if job_id in self._jobs]
+
+    def _take_sized(self) -> list[str]:
+        """The next jobs whose results are to be read: READ_BYTES of them, at least one."""
+        taken: list[str] = []
+        left = READ_BYTES
+        while self._sizes and len(taken) < MGET_KEYS:
+            job_id, size = next(iter(self._sizes.items()))
+            if taken and size > left:
+                break
+            left -= self._sizes.pop(job_id)
+            taken.append(job_id)
+        return taken
+
+    def _take_sizes(self, sizes: list[Any]) -> None:
+        """Note which results exist."""
+        for job_id, size in zip(self._requested, sizes, strict=True):
+            if isinstance(size, redis.exceptions.NoPermissionError):
+                self._may_measure = False  # an older config/redis-users.acl; read as many as were asked for
+                self._due[job_id] = None
+            elif isinstance(size, int) and size and job_id in self._jobs:
+                self._sizes[job_id] = size
+            elif isinstance(size, redis.RedisError) and "WRONGTYPE" not in str(size):
+                raise size
+        self._parts += -(-len(self._sizes) // MGET_KEYS)
 
     def _take_events(self, reply: Any, updates: Updates) -> None:
         ids = {keys.events(job_id): job_id for job_id in self._streams}
@@ -214,21 +273,25 @@ class PollState:
     def _known_jobs(self) -> list[str]:
         return [job_id for job_id, waiting in self._jobs.items() if waiting.known]
 
-    def _take_results(self, part: list[str], records: list[str | None], updates: Updates) -> None:
+    def _take_results(self, part: list[str], records: list[str | Outcome | None], updates: Updates) -> None:
         before = len(updates.outcomes)
         for job_id, record in zip(part, records, strict=True):
-            if job_id in self._jobs and (outcome := parse_outcome(record)) is not None:
+            if job_id in self._jobs and (outcome := _outcome_of(record)) is not None:
                 updates.outcomes[job_id] = outcome
-        if len(updates.outcomes) > before:
+        if len(updates.outcomes) > before and self._requested:
             self._parts += 1
 
     def _pace(self, updates: Updates) -> None:
         """Set the time until the next request."""
         self._pause_s = FIRST_POLL_S if updates else min(self._pause_s * POLL_GROWTH, LAST_POLL_S)
-        if self._due:
+        if self._due or self._sizes:
             self.rest_s = 0.0
         elif self._streams:  # Redis delays the next replies; a short sleep collects the events of several jobs
             self.rest_s = FIRST_POLL_S if updates else 0.0
         else:
             took_s = time.monotonic() - self._requested_at
             self.rest_s = max(self._pause_s, min(took_s / POLL_SHARE, LONGEST_REST_S))
+
+
+def _outcome_of(record: str | Outcome | None) -> Outcome | None:
+    return parse_outcome(record) if record is None or isinstance(record, str) else record

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import redis
 
-from headrace.client.jobs.polling import LAST_POLL_S, REMIND_S, PollState, Updates
+from headrace.client.jobs.polling import LAST_POLL_S, READ_BYTES, REMIND_S, PollState, Updates
 from headrace.client.jobs.status import Status, read_status
 from headrace.client.wire import keys
 from headrace.client.wire.activations import TENSOR_NAMES
@@ -123,7 +123,7 @@ class JobReader:
             pipe = self._redis.pipeline(transaction=False)
             for command in polls.request(block_s):
                 pipe.execute_command(*command)  # type: ignore[no-untyped-call]
-            return polls.answer(pipe.execute())
+            return polls.answer(pipe.execute(raise_on_error=False))
 
     def checkpoints(self, job_id: str, max_bytes: int | None = None) -> dict[str, np.ndarray]:
         """The captured tensors of a job by name, in the order of the checkpoints.
@@ -135,8 +135,9 @@ class JobReader:
             NoCheckpoints: the job has none.
             InvalidRequest: they take more than `max_bytes`.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load  # imported here: importing numpy is slow, and few callers need it
+        with redis_errors(self.url):  # importing opens files too
+            from safetensors import SafetensorError
+            from safetensors.numpy import load  # imported here: importing numpy is slow, and few callers need it
 
         with redis_errors(self.url), connect(self.url, text=False) as connection:
             if max_bytes is None:
@@ -208,6 +209,29 @@ class JobReader:
                     keys.queue(model),
                 )
 
+    def _has_ended(self, job_ids: Sequence[str]) -> list[bool]:
+        """Whether each job has ended. Reads READ_BYTES of results at a time and keeps none of them.
+
+        Raises:
+            UnknownJob, UnreadableRecord: as `poll`.
+        """
+        with redis_errors(self.url):
+            pipe = self._redis.pipeline(transaction=False)
+            for job_id in job_ids:
+                pipe.execute_command("STRLEN", keys.result(job_id))  # type: ignore[no-untyped-call]
+            sizes = pipe.execute(raise_on_error=False)
+        ended: list[bool] = []
+        part: list[str] = []
+        total = 0
+        for job_id, size in zip(job_ids, sizes, strict=True):
+            size = size if isinstance(size, int) else 0  # another type, or a user without the right to ask
+            if part and total + size > READ_BYTES:
+                ended += [outcome is not None for outcome, _ in self._poll_many(part)]
+                part, total = [], 0
+            part.append(job_id)
+            total += size
+        return ended + [outcome is not None for outcome, _ in self._poll_many(part)]
+
     def _poll_many(self, job_ids: Sequence[str]) -> list[tuple[Outcome | None, str | None]]:
         with redis_errors(self.url):
             pipe = self._redis.pipeline(transaction=False)
@@ -224,7 +248,7 @@ class JobReader:
         return found
 
     def _cancel_part(self, job_ids: Sequence[str]) -> list[bool]:
-        open_jobs = [j for j, (outcome, _) in zip(job_ids, self._poll_many(job_ids), strict=True) if outcome is None]
+        open_jobs = [j for j, has_ended in zip(job_ids, self._has_ended(job_ids), strict=True) if not has_ended]
         ended = set(job_ids).difference(open_jobs)
         if open_jobs:
             with redis_errors(self.url):

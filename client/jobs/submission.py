@@ -7,30 +7,29 @@ own id, state and result.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
 import secrets
-import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import redis
 from celery import Celery
 
+from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.jobs.server_check import ServerCheck
 from headrace.client.jobs.status import ServedModels
+from headrace.client.jobs.together import MAX_RESPONSE_RESULTS, check_copies, check_response
 from headrace.client.wire import keys
 from headrace.client.wire.celery import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME, queue
-from headrace.client.wire.clock import RedisClock
 from headrace.client.wire.errors import InvalidRequest, QueueFull, RedisRefused, RedisUnreachable
 from headrace.client.wire.queue_depth import count_queued
 from headrace.client.wire.redis import redis_errors
 from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request
-from headrace.client.wire.signing import mark, sign
+from headrace.client.wire.result_size import check_result_size
 from headrace.client.wire.tracing import sending
 from headrace.client.wire.values import is_missing, show, to_python
 from headrace.config import Settings
@@ -41,57 +40,8 @@ RECORD_JOBS = 512
 #: Limits of one message. They are small, so that workers can share many jobs, and a lost message costs
 #: little.
 GROUP_JOBS, GROUP_BYTES = 16, 65_536
-
-
-class PreparedJob:
-    """A job whose request has been checked and which has not been submitted.
-
-    Attributes:
-        id: the job id.
-        model: the model whose queue the job goes to.
-        digest: identifies the request, for a job id that the caller chose; else empty.
-        timeout_s: seconds from now until the job expires; None means never.
-        mark: shows in the job's record that its submitter has the key; None without a key.
-    """
-
-    def __init__(
-        self,
-        job_id: str,
-        model: str,
-        request: GenerateRequest,
-        *,
-        digest: str,
-        key: bytes | None,
-        timeout_s: float | None,
-        clock: RedisClock,
-    ) -> None:
-        self.id, self.model, self.request, self.digest = job_id, model, request, digest
-        self.timeout_s = timeout_s
-        self.mark = None if key is None else mark(key, job_id)
-        self._key, self._clock, self._prepared_at = key, clock, time.monotonic()
-
-    @functools.cached_property
-    def wire(self) -> dict[str, Any]:
-        """The request as it is sent, with its signature if there is a key.
-
-        Read it when Redis' clock is known: the deadline is by that clock, which workers use too.
-        """
-        request = self.request
-        if self.timeout_s is not None:
-            left_s = self.timeout_s - (time.monotonic() - self._prepared_at)
-            request = request.model_copy(update={"expires_at": self._clock.now() + left_s})
-        wire = request.to_wire()
-        return wire if self._key is None else sign(self._key, self.id, self.model, wire)
-
-    @property
-    def urgency(self) -> int:
-        """Celery's number of the priority: 0 is the most urgent."""
-        return keys.PRIORITIES[self.request.priority]
-
-    def record(self) -> dict[Any, Any]:
-        """The initial fields of the job's record."""
-        record = {"state": "queued", "model": self.model, "submitted_at": f"{self._clock.now():.6f}"}
-        return record if self.mark is None else {**record, "mark": self.mark}
+#: Fields that may differ between jobs that share their parameters.
+OWN_FIELDS = frozenset({"prompt", "seed", "id"})
 
 
 class Submitter:
@@ -128,6 +78,7 @@ class Submitter:
         if timeout_s is not None:
             timeout_s = _check_timeout_s(timeout_s)
         request = parse_request(given)
+        check_result_size(request, self._settings.max_result_bytes)
         model = self._model_name if model is None else check_model(model)
         digest = _digest(request, model) if job_id is not None else ""
         if request.seed is None:
@@ -143,6 +94,43 @@ class Submitter:
             timeout_s=timeout_s,
             clock=self.server.clock,
         )
+
+    def prepare_all(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[PreparedJob]:
+        """`prepare` many requests. Parameters that one shares with the request before it are checked once.
+
+        Parameters are shared if they are the same objects: comparing long ones would cost as much as checking them.
+        """
+        before: Mapping[str, Any] = {}
+        job: PreparedJob | None = None
+        for fields in requests:
+            if job is not None and _share_parameters(before, fields):
+                yield self._prepare_like(job, fields)
+            else:
+                before, job = fields, self.prepare(fields)
+                yield job
+
+    def prepare_together(self, requests: Sequence[Mapping[str, Any]]) -> Iterator[PreparedJob]:
+        """`prepare_all` the prompts of one request, whose copies and results together are bounded.
+
+        Raises:
+            InvalidRequest: they are too large, or a field is wrong.
+        """
+        prompts = [fields.get("prompt") for fields in requests]
+        params = {name: value for name, value in requests[0].items() if name not in OWN_FIELDS}
+        check_copies(len(requests), params)
+        check_response(prompts, params, MAX_RESPONSE_RESULTS * self._settings.max_result_bytes)
+        return self.prepare_all(requests)
+
+    def _prepare_like(self, job: PreparedJob, fields: Mapping[str, Any]) -> PreparedJob:
+        """`prepare` a request whose parameters are those of `job`, which need no check."""
+        own = parse_request({name: fields.get(name) for name in ("prompt", "seed")})
+        request = job.request.model_copy(update={"prompt": own.prompt, "seed": own.seed})
+        check_result_size(request, self._settings.max_result_bytes)
+        job_id = None if is_missing(fields.get("id")) else _check_id(fields["id"])
+        digest = "" if job_id is None else _digest(request, job.model)
+        if request.seed is None:
+            request = request.model_copy(update={"seed": secrets.randbits(52)})
+        return job.like(job_id, request, digest)
 
     def check_models(self, jobs: Iterable[PreparedJob]) -> None:
         """Refuse jobs for models that no worker serves; see `ServedModels.check`."""
@@ -269,13 +257,19 @@ class Submitter:
             pipe.execute()
 
 
+def _share_parameters(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        value is other[name] for name, value in one.items() if name not in OWN_FIELDS
+    )
+
+
 def _groups(jobs: Iterable[PreparedJob]) -> Iterator[list[PreparedJob]]:
     """The jobs of each message: of one model and priority, in their order. `jobs` are sorted by urgency."""
     for _, same in itertools.groupby(jobs, lambda job: job.urgency):
         open_groups: dict[str, tuple[list[PreparedJob], int]] = {}
         for job in same:
             group, used = open_groups.get(job.model, ([], 0))
-            size = len(json.dumps(job.wire))
+            size = job.size
             if group and (len(group) == GROUP_JOBS or used + size > GROUP_BYTES):
                 yield group
                 group, used = [], 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+#: Part of the reason if the process has no free descriptors.
+NO_DESCRIPTORS = "Too many open files"
+
 #: Reasons that `client.wire.redis.explain` finds when only one side uses TLS.
 NO_TLS, TLS = "the server has no TLS", "the server speaks TLS"
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from headrace.client.wire.connection_advice import connection_advice
+from headrace.client.wire.connection_advice import NO_DESCRIPTORS, connection_advice
 
 
 class HeadraceError(Exception):
@@ -111,6 +111,8 @@ class RedisUnreachable(RedisFailed, ConnectionError):
 
     def __str__(self) -> str:
         advice = connection_advice(self.reason) or "start it, or `headrace up`, or set HEADRACE_REDIS_URL"
+        if NO_DESCRIPTORS.lower() in self.reason.lower():
+            advice = "this process may open no more files: close some, or raise the limit with `ulimit -n 4096`"
         return self._with_accepted(f"Redis at {self.url} cannot be reached ({self.reason}); {advice}")
 
 

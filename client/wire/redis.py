@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import ssl
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from kombu.exceptions import OperationalError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from headrace.client.wire.connection_advice import NO_TLS, TLS, connection_advice
+from headrace.client.wire.connection_advice import NO_DESCRIPTORS, NO_TLS, TLS, connection_advice
 from headrace.client.wire.embedded_redis import (
     AsyncEmbeddedConnection,
     EmbeddedConnection,
@@ -161,6 +162,10 @@ def redis_errors(url: str) -> Iterator[None]:
         raise RedisUnreachable(shown, explain(url, error)) from error
     except redis.RedisError as error:
         raise RedisRefused(redact_url(current_url(url)), str(error)) from error
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise RedisUnreachable(redact_url(url), NO_DESCRIPTORS) from error
 
 
 def check_access(url: str) -> None:

@@ -8,7 +8,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from headrace.client.wire.activations import CHECKPOINT_TENSORS
 from headrace.client.wire.errors import InvalidRequest
@@ -56,11 +66,13 @@ def _checkpoint_list(value: Any) -> Any:
     return sorted(CHECKPOINT_TENSORS) if isinstance(value, str) and value == "all" else to_python(value)
 
 
-def _prompt(value: Any) -> Any:
+def _prompt(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     value = list(value) if isinstance(value, tuple) else to_python(value)
     if isinstance(value, list) and len(value) > MAX_PROMPT_TOKENS:  # see `_bias_map`
         raise InvalidRequest("prompt", f"a list of {len(value)} token ids", _expected("prompt"))
-    return value
+    if isinstance(value, list) and set(map(type, value)) == {int}:
+        return value  # as most are; pydantic would call a function for each
+    return check(value)
 
 
 Int = Annotated[int, BeforeValidator(to_whole)]
@@ -144,7 +156,7 @@ class GenerateRequest(SamplingParams):
     """A request as the worker receives it: a prompt, sampling parameters, and the time at which it expires."""
 
     schema_version: Int = Field(SCHEMA_VERSION, description="set by the client")
-    prompt: Annotated[str | list[Int], BeforeValidator(_prompt)] = Field(
+    prompt: Annotated[str | list[Int], WrapValidator(_prompt)] = Field(
         description=f"text of at most {MAX_PROMPT_BYTES} bytes in UTF-8, or a list of 1 to {MAX_PROMPT_TOKENS} ids"
     )
     priority: Priority = Field("normal", description="'interactive', 'normal' or 'bulk'")

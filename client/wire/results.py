@@ -146,6 +146,8 @@ def parse_outcome(record: str | None) -> Outcome | None:
         if status == "SUCCESS" and value is None:
             return ResultNotKept()
         if status == "SUCCESS":
+            # Choice by choice: one call for all of a large result would hold up every other thread.
+            value["choices"] = [Choice.model_validate(choice) for choice in value["choices"]]
             result = Result.model_validate(value)
             if not result.choices:
                 raise ValueError("a result without choices")

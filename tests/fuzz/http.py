@@ -214,7 +214,7 @@ def check_rows(rows: list[Any]) -> None:
     data = b"\n".join(map(_encoded, rows))
     reader, source = ItemReader("demo", {}), open_source(data.split(b"\n"))
     try:
-        check(source, reader, _client().submitter.prepare)
+        check(source, reader, _client().submitter.prepare_together)
     except (InvalidBatch, InvalidRequest) as error:
         for fault in getattr(error, "faults", []):
             check_message(fault.message[:LONGEST_MESSAGE], fault.field)

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from starlette.requests import Request
+from starlette.responses import Response
 
 from headrace.client.batch.openai import (
     ENDPOINT,
@@ -21,15 +23,14 @@ from headrace.client.batch.openai import (
     STREAM_OPTIONS,
     completion,
     completion_fields,
-    join_results,
     logprobs_fields,
     split_prompts,
     take_names_field,
 )
-from headrace.client.http.context import context_of, read_json, route
+from headrace.client.http.context import context_of, json_body, route
 from headrace.client.http.errors import ApiError
 from headrace.client.http.jobs import JobRunner, Prompt, SubmittedJobs
-from headrace.client.http.responses import JsonResponse, encode_json
+from headrace.client.http.responses import encode_json
 from headrace.client.http.sse import EventStream, encode_event, run_until_disconnect
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import InvalidRequest
@@ -103,14 +104,19 @@ def _parse_include_usage(options: Any, *, stream: bool) -> bool:
 
 async def create_completion(request: Request) -> Any:
     """`POST /v1/completions`."""
-    jobs, parsed = context_of(request).jobs, parse_completion_request(await read_json(request))
-    params = {**parsed.params, **({"stream": True} if parsed.stream else {})}
-    submitted = await jobs.submit(parsed.prompts, params, is_list=parsed.is_list)
+    jobs = context_of(request).jobs
+    async with json_body(request) as body:
+        parsed = parse_completion_request(body)
+        params = {**parsed.params, **({"stream": True} if parsed.stream else {})}
+        submitted = await jobs.submit(parsed.prompts, params, is_list=parsed.is_list)
+    del body
+    parsed = replace(parsed, prompts=[])  # not kept until the results come
     request_id = submitted.jobs[0].id
     headers = {"x-request-id": request_id}
     if not parsed.stream:
-        results = await run_until_disconnect(request, jobs.results(submitted))
-        return JsonResponse(completion_object(results, as_token_ids=parsed.as_token_ids), headers=headers)
+        convert = functools.partial(encode_part, as_token_ids=parsed.as_token_ids)
+        parts = await run_until_disconnect(request, jobs.results(submitted, convert))
+        return Response(encode_completion(parts), media_type="application/json", headers=headers)
     samples = parsed.params.get("n", 1)
     encoder = ChunkEncoder(
         request_id,
@@ -124,12 +130,36 @@ async def create_completion(request: Request) -> Any:
     return EventStream(_stream_chunks(jobs, submitted, encoder, samples), _encode_chunk_error, headers=headers)
 
 
-def completion_object(results: Sequence[Result], *, as_token_ids: bool = False) -> dict[str, Any]:
-    """OpenAI's completion object for one result per prompt. Choices are numbered across prompts.
+class CompletionPart(NamedTuple):
+    """The part of a completion object that one result gives: its choices as JSON, and the other fields."""
 
-    Of several prompts, each choice names the seed with which its prompt gives the same text again.
+    choices: list[bytes]
+    fields: dict[str, Any]
+
+
+def encode_part(prompt_index: int, result: Result, *, as_token_ids: bool = False) -> CompletionPart:
+    """Encode a result. Choices are numbered across prompts."""
+    fields = completion(result, as_token_ids=as_token_ids)
+    choices = fields.pop("choices")
+    for index, choice in enumerate(choices):
+        choice["index"] = prompt_index * len(choices) + index
+    return CompletionPart([encode_json(choice).encode() for choice in choices], fields)
+
+
+def encode_completion(parts: Sequence[CompletionPart]) -> bytes:
+    """OpenAI's completion object as JSON, of one part for each prompt.
+
+    Of several prompts, each choice names the seed with which its prompt gives the same text again; see `join_results`.
     """
-    return completion(join_results(results), as_token_ids=as_token_ids)
+    whole = dict(parts[0].fields)
+    whole["usage"] = {name: sum(part.fields["usage"][name] for part in parts) for name in whole["usage"]}
+    for name in ("system_fingerprint", "seed"):
+        whole[name] = _shared(part.fields[name] for part in parts)
+    choices = [choice for part in parts for choice in part.choices]
+    if len(parts) > 1:
+        seeds = (part.fields["seed"] for part in parts for _ in part.choices)
+        choices = [b'%s,"seed":%d}' % (choice[:-1], seed) for choice, seed in zip(choices, seeds, strict=True)]
+    return b'{"choices":[' + b",".join(choices) + b"]," + encode_json(whole).encode()[1:]
 
 
 def total_usage(results: Sequence[Result]) -> dict[str, int]:
@@ -239,12 +269,14 @@ def _encode_chunk_error(error: ApiError) -> bytes:
 
 async def execute(request: Request) -> Any:
     """`POST /execute`: one prompt with the fields of `Client.submit`; events `started`, `token`, `end`, `error`."""
-    jobs, fields = context_of(request).jobs, plain_fields(await read_json(request))
-    if fields.pop("stream", True) is not True:
-        raise InvalidRequest("stream", "another value", "True: /execute always streams")
-    if "prompt" not in fields:
-        raise InvalidRequest("prompt", "nothing", "a text, or a list of token ids")
-    submitted = await jobs.submit([fields.pop("prompt")], {**fields, "stream": True})
+    jobs = context_of(request).jobs
+    async with json_body(request) as body:
+        fields = plain_fields(body)
+        if fields.pop("stream", True) is not True:
+            raise InvalidRequest("stream", "another value", "True: /execute always streams")
+        if "prompt" not in fields:
+            raise InvalidRequest("prompt", "nothing", "a text, or a list of token ids")
+        submitted = await jobs.submit([fields.pop("prompt")], {**fields, "stream": True})
     return EventStream(_stream_events(jobs, submitted), _encode_error_event, start_immediately=True)
 
 

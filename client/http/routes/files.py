@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from headrace.client.http.auth import UPLOAD_PATH
-from headrace.client.http.context import context_of, owner_of, paginate, route
+from headrace.client.http.context import context_of, owner_of, paginate, route, whole_number
 from headrace.client.http.errors import ApiError, invalid
 from headrace.client.http.file_store import MAX_FILES, MIN_RETENTION_S, RETENTION_S
 from headrace.client.http.responses import JsonResponse
@@ -40,11 +43,12 @@ def _retention(anchor: Any, seconds: Any) -> int:
     """Seconds until the file expires. Raises ApiError if the form fields of `expires_after` are invalid."""
     if anchor is None and seconds is None:
         return RETENTION_S
-    well_formed = anchor == "created_at" and isinstance(seconds, str) and seconds.isascii() and seconds.isdecimal()
-    if not well_formed or not MIN_RETENTION_S <= int(seconds[:12]) <= RETENTION_S:
+    known = anchor == "created_at" and isinstance(seconds, str)
+    retention_s = whole_number(seconds, MIN_RETENTION_S, RETENTION_S) if known else None
+    if retention_s is None:
         expected = f"anchor 'created_at', and seconds from {MIN_RETENTION_S} to {RETENTION_S}"
         raise invalid(f"expires_after: expected {expected}", "expires_after")
-    return int(seconds)
+    return retention_s
 
 
 def list_files(request: Request) -> Response:
@@ -66,21 +70,38 @@ def get_file(request: Request) -> Response:
 
 def get_content(request: Request) -> Response:
     """`GET /v1/files/{id}/content`, as a download: a browser must not render or run uploaded content."""
-    files = context_of(request).files
-    file = files.get(request.path_params["id"], owner_of(request))
+    files, held = context_of(request).files, contextlib.ExitStack()
+    file = held.enter_context(files.reading(request.path_params["id"], owner_of(request)))
     headers = {"x-content-type-options": "nosniff"}
-    return FileResponse(
-        files.path(file.id), media_type="application/octet-stream", filename=file.filename, headers=headers
+    return _Content(
+        files.path(file.id), held, media_type="application/octet-stream", filename=file.filename, headers=headers
     )
+
+
+class _Content(FileResponse):
+    """The content of a file, which remains until it was sent even if the file is deleted meanwhile.
+
+    Args:
+        held: closed when the response was sent, or the client has disconnected.
+    """
+
+    def __init__(self, path: Path, held: contextlib.ExitStack, **options: Any) -> None:
+        super().__init__(path, **options)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the file (ASGI)."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._held.close()
 
 
 def delete_file(request: Request) -> Response:
     """`DELETE /v1/files/{id}`."""
     context = context_of(request)
     file = context.files.get(request.path_params["id"], owner_of(request))
-    if context.batches.uses(file.id):
-        raise ApiError(409, "file_in_use", "a batch that is not complete reads the file; cancel it first", param="id")
-    context.files.delete(file.id)
+    context.batches.delete_file(file.id)
     return JsonResponse({"id": file.id, "object": "file", "deleted": True})
 
 

@@ -31,7 +31,7 @@ def rows_of(client: Client, source: Any, params: dict[str, Any] | None = None, *
     limit = options.pop("limit", None)
     reader = ItemReader(client.model_name, params or {}, **options)
     opened = open_source(source)
-    check(opened, reader, client.submitter.prepare, limit=limit)
+    check(opened, reader, client.submitter.prepare_together, limit=limit)
     return list(read_items(opened, reader, limit=limit))
 
 
@@ -281,7 +281,7 @@ def test_an_input_that_changes_between_two_readings_is_detected(client: Client, 
     path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     reader = ItemReader("demo", {})
     source = open_source(path)
-    check(source, reader, client.submitter.prepare)
+    check(source, reader, client.submitter.prepare_together)
     path.write_text('{"prompt": "a"}\n{"pro\n')
     with pytest.raises(InputChanged, match="line 2"):
         list(read_items(source, reader))

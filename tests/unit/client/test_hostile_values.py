@@ -137,7 +137,7 @@ def test_other_arguments_of_hostile_values_are_refused_by_name(client: Client, v
 @given(st.lists(st.dictionaries(st.sampled_from([*NAMES, "custom_id", "body", "url", "method"]), VALUES, max_size=3)))
 def test_rows_of_hostile_values_are_faults_of_their_lines(client: Client, rows: list[dict[str, Any]]) -> None:
     try:
-        check(open_source(rows), ItemReader("demo", {}), client.submitter.prepare)
+        check(open_source(rows), ItemReader("demo", {}), client.submitter.prepare_together)
     except (InvalidBatch, InvalidRequest) as error:
         str(error).encode()
     for outcome in map_prompts(NoRedis(client), rows, {}, return_exceptions=True):

@@ -9,7 +9,7 @@ import pytest
 from headrace.client import Client, QueueFull, RedisRefused, RedisUnreachable
 from headrace.client.batch import window
 from headrace.client.batch.window import MAX_INFLIGHT, Window
-from headrace.client.jobs.submission import PreparedJob
+from headrace.client.jobs.prepared import PreparedJob
 
 
 class Enough(Exception):

@@ -71,6 +71,7 @@ WRONG: dict[str, str | None] = {
     "draft_tokens": "16",
     "idle_unload_s": "-1",
     "max_queue": "0",
+    "max_result_bytes": "65535",
     "result_ttl_s": "59",
     "events_ttl_s": "0",
     "checkpoint_ttl_s": "0",

@@ -11,11 +11,13 @@ from unittest.mock import AsyncMock
 
 import pytest
 
+from headrace.client.batch.openai import completion, join_results
 from headrace.client.http.jobs import as_request_field
 from headrace.client.http.routes.completions import (
     ChunkEncoder,
     _stream_chunks,
-    completion_object,
+    encode_completion,
+    encode_part,
     parse_completion_request,
 )
 from headrace.client.jobs.stream import Event
@@ -111,7 +113,7 @@ def test_the_field_at_fault_is_named_as_the_client_wrote_it(field: str, listed: 
 
 
 def test_choices_are_numbered_prompt_by_prompt_and_usage_is_summed() -> None:
-    found = completion_object([result(0), result(1), result(2)])
+    found = json.loads(encode_completion([encode_part(i, result(i)) for i in range(3)]))
     assert [(c["index"], c["text"]) for c in found["choices"]] == [
         (0, "0.0"),
         (1, "0.1"),
@@ -122,7 +124,7 @@ def test_choices_are_numbered_prompt_by_prompt_and_usage_is_summed() -> None:
     ]
     assert found["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
     assert (found["id"], found["seed"], found["system_fingerprint"]) == ("cmpl-job0", None, "same")
-    assert completion_object([result(1)])["seed"] == 8
+    assert json.loads(encode_completion([encode_part(0, result(1))]))["seed"] == 8
 
 
 @pytest.mark.parametrize("value", [None, False, True])
@@ -215,5 +217,8 @@ def test_the_last_chunk_of_each_prompt_names_what_its_text_depends_on() -> None:
 
 
 def test_choices_of_several_prompts_name_their_seeds() -> None:
-    assert [choice["seed"] for choice in completion_object([result(0), result(1)])["choices"]] == [7, 7, 8, 8]
-    assert "seed" not in completion_object([result(0)])["choices"][0]
+    found = json.loads(encode_completion([encode_part(0, result(0)), encode_part(1, result(1))]))
+    assert [choice["seed"] for choice in found["choices"]] == [7, 7, 8, 8]
+    joined = completion(join_results([result(0), result(1)]))
+    assert {**found, "created": 0} == {**joined, "created": 0}, "HTTP and batches write the same"
+    assert "seed" not in json.loads(encode_completion([encode_part(0, result(0))]))["choices"][0]

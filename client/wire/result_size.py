@@ -1,0 +1,40 @@
+"""How large the result of a request can become, from its parameters alone."""
+
+from __future__ import annotations
+
+from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.requests import GenerateRequest
+
+#: Bytes of JSON that a sample takes, a token with its id and its text, and each of its log probabilities. For English
+#: the last two are 11 and 66; most tokens of other languages take a little more.
+SAMPLE_BYTES, TOKEN_BYTES, SCORE_BYTES = 128, 16, 80
+#: A token of text has about four bytes.
+BYTES_OF_PROMPT_TOKEN = 3
+
+
+def largest_result(request: GenerateRequest) -> int:
+    """Bytes of the result if every sample has `max_tokens` tokens."""
+    tokens = request.max_tokens
+    if request.echo:
+        prompt = request.prompt
+        tokens += (
+            -(-len(prompt.encode(errors="replace")) // BYTES_OF_PROMPT_TOKEN)
+            if isinstance(prompt, str)
+            else len(prompt)
+        )
+    scores = 0 if request.logprobs is None else 1 + request.logprobs
+    return request.n * (SAMPLE_BYTES + tokens * (TOKEN_BYTES + scores * SCORE_BYTES))
+
+
+def check_result_size(request: GenerateRequest, limit: int) -> None:
+    """Refuse a request whose result can become larger than `limit` bytes. Raises InvalidRequest."""
+    size = largest_result(request)
+    if size > limit:
+        field = "max_tokens" if request.logprobs is None else "logprobs"
+        asked = f"n={request.n}, max_tokens={request.max_tokens}, logprobs={request.logprobs}"
+        raise InvalidRequest(
+            field,
+            f"{asked}{', echo=True' if request.echo else ''}, whose result may take {size} bytes",
+            f"at most {limit} bytes: lower one of them, submit the samples as several jobs with seeds of their own, "
+            "or raise HEADRACE_MAX_RESULT_BYTES",
+        )
