@@ -32,8 +32,9 @@ class FakeServer:
     def _strlen(self, name: str) -> int:
         return len(self.results.get(name.removeprefix(keys.result("")), ""))
 
-    def _exists(self, job: str, _: str) -> int:
-        return int(job.removeprefix(keys.job("")) not in self.unknown)
+    def _exists(self, *names: str) -> int:
+        jobs = [name.removeprefix(keys.job("")) for name in names if name.startswith(keys.job(""))]
+        return sum(job not in self.unknown for job in jobs)
 
     def _xread(self, *words: str) -> list[Any]:
         words = words[words.index("STREAMS") + 1 :]
