@@ -16,7 +16,6 @@ from pathlib import Path
 from headrace.worker.redis_binary import find_server
 from tests.patience import PATIENCE_S
 
-
 #: A Redis in cluster mode takes the port that is 10,000 higher too.
 HIGHEST_PORT = 55_535
 
