@@ -261,7 +261,9 @@ class Batches:
             raise _too_many_rows()
         if state.in_progress_at is None:
             counts = RequestCounts(total=batch.checked.rows)
-            self._update(state.id, status="in_progress", in_progress_at=int(time.time()), request_counts=counts)
+            with self._lock:
+                self._check_interrupted(state.id)  # it may have been cancelled after its last row was checked
+                self._update(state.id, status="in_progress", in_progress_at=int(time.time()), request_counts=counts)
         return batch
 
     def _served_models(self, client: Client, batch_id: str) -> set[str]:

@@ -8,7 +8,7 @@ import ssl
 import time
 from datetime import datetime
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import redis
 from celery import Celery
@@ -18,7 +18,7 @@ from redis.retry import Retry
 
 from headrace.client.wire import keys
 from headrace.client.wire.embedded_redis import SCHEME as EMBEDDED
-from headrace.client.wire.embedded_redis import is_embedded
+from headrace.client.wire.embedded_redis import kombu_url
 from headrace.client.wire.redis import CONNECT_TIMEOUT_S, SENTINEL_OPTIONS, SOCKET_TIMEOUT_S, connect, has_keepalive
 from headrace.config import Settings
 from headrace.config.sentinel import is_sentinel, parse_sentinel
@@ -31,14 +31,10 @@ JOBS_HEADER = "jobs"
 
 
 def celery_url(url: str) -> str:
-    """The URL in kombu's form: unix sockets are `redis+socket://` with the database as `virtual_host`."""
+    """The URL in the form of kombu and Celery."""
     if is_sentinel(url):
         return parse_sentinel(url).for_celery()
-    parts = urlsplit(url)
-    if parts.scheme != "unix":  # also `embedded://`, which EmbeddedTransport and EmbeddedBackend understand
-        return url
-    database = parse_qs(parts.query).get("db", ["0"])[0]
-    return f"redis+socket://{parts.path}?virtual_host={database}"
+    return kombu_url(url)  # `embedded://` as it is: EmbeddedTransport and EmbeddedBackend understand it
 
 
 def sentinel_options(url: str) -> dict[str, Any]:
@@ -53,7 +49,6 @@ def broker_settings(settings: Settings, url: str) -> dict[str, Any]:
     """Celery's settings for the broker. kombu applies the shortest lease of all processes, so they must agree."""
     return {
         "broker_url": celery_url(url),
-        "broker_transport": "headrace.client.wire.embedded_redis:EmbeddedTransport" if is_embedded(url) else None,
         # Without this, kombu does not check certificates. The query of the URL (ssl_ca_certs and so on) means the same
         # to kombu, Celery's result backend and redis-py; without it, the system's authorities are trusted.
         "broker_use_ssl": {"ssl_cert_reqs": ssl.CERT_REQUIRED} if urlsplit(url).scheme == "rediss" else None,

@@ -17,11 +17,12 @@ import struct
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import redis
 import redis.asyncio
 from celery.backends.redis import RedisBackend
+from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
 
 from headrace.config.directories import UnsafeDirectory, check_private, read_address
@@ -57,6 +58,22 @@ def directory_of(url: str) -> str:
 def unix_url(path: str) -> str:
     """The URL of a unix socket, as redis-py writes it."""
     return f"unix://{quote(path)}?db=0"
+
+
+def kombu_url(url: str) -> str:
+    """A URL in the form of kombu and Celery.
+
+    A unix socket is `redis+socket://`, with the database as `virtual_host`. In other URLs the database is the path,
+    which redis-py also reads, but prefers `?db=`.
+    """
+    parts = urlsplit(url)
+    database = parse_qs(parts.query).get("db")
+    if parts.scheme == "unix":
+        return f"redis+socket://{parts.path}?virtual_host={database[0] if database else 0}"
+    if not database:
+        return url
+    query = "&".join(part for part in parts.query.split("&") if not part.startswith("db="))
+    return parts._replace(path=f"/{database[0]}", query=query).geturl()
 
 
 def current_url(url: str) -> str:
@@ -197,15 +214,19 @@ class EmbeddedChannel(kombu_redis.Channel):
 
 
 class EmbeddedTransport(kombu_redis.Transport):
-    """kombu's transport for the embedded server: Celery's setting `broker_transport`, with the internal URL."""
+    """kombu's transport for the embedded server: that of all URLs that begin with `embedded://`."""
 
     Channel = EmbeddedChannel
     #: kombu then keeps the whole URL in `hostname`, from which the channel reads the directory.
     can_parse_url = True
 
     def as_uri(self, uri: str, include_password: bool = False, mask: str = "**") -> str:  # noqa: ARG002
-        """Called by kombu and Celery to show where the broker is."""
-        return current_url(uri)
+        """Called by kombu, Celery and Flower, which show where the broker is, or connect to it."""
+        return kombu_url(current_url(uri))
+
+
+# kombu looks the scheme up wherever it has only the URL, as in `celery report` and `inspect conf`.
+TRANSPORT_ALIASES[SCHEME] = f"{__name__}:{EmbeddedTransport.__name__}"
 
 
 class EmbeddedBackend(RedisBackend):
@@ -216,4 +237,4 @@ class EmbeddedBackend(RedisBackend):
 
     def as_uri(self, include_password: bool = False) -> str:  # noqa: ARG002
         """Called by Celery to show where results are."""
-        return current_url(self.url)
+        return kombu_url(current_url(self.url))

@@ -16,11 +16,16 @@ from pathlib import Path
 from headrace.worker.redis_binary import find_server
 from tests.patience import PATIENCE_S
 
+#: A Redis in cluster mode takes the port that is 10,000 higher too.
+HIGHEST_PORT = 55_535
+
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            if (port := int(probe.getsockname()[1])) <= HIGHEST_PORT:
+                return port
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import base64
 import itertools
 import json
 import os
+import ssl
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import kombu
 import pytest
 import redis
 
@@ -478,6 +480,17 @@ def test_urls_for_redis_py_and_kombu_mean_the_same_place() -> None:
     assert celery_url("unix:///run/redis.sock?db=3") == "redis+socket:///run/redis.sock?virtual_host=3"
     assert celery_url("unix:///run/redis.sock") == "redis+socket:///run/redis.sock?virtual_host=0"
     assert celery_url("rediss://user:pw@host:6380/1") == "rediss://user:pw@host:6380/1"
+    for url, database in (
+        ("redis://host/2", 2),
+        ("redis://host?db=3", 3),
+        ("redis://user:p%40w@host:1/0?db=3", 3),
+        ("rediss://host/1?db=4&ssl_cert_reqs=none", 4),
+    ):
+        assert redis.ConnectionPool.from_url(url).connection_kwargs["db"] == database
+        with kombu.Connection(celery_url(url)) as connection:
+            assert int(connection.virtual_host) == database
+        if "ssl_" in url:
+            assert connection.ssl == {"ssl_cert_reqs": ssl.CERT_NONE}
 
 
 def test_importing_the_client_loads_no_torch_and_its_exports_are_sorted() -> None:

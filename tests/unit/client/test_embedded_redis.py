@@ -9,17 +9,20 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import kombu
 import pytest
 import redis
 
 from headrace import client as module
 from headrace.client import AsyncClient, Client, RedisUnreachable
 from headrace.client.wire import embedded_redis
+from headrace.client.wire.celery import results_app
 from headrace.client.wire.embedded_redis import current_url, embedded_url, is_listening, unix_url
 from headrace.client.wire.redis import answers, connect, resolve_url
 from headrace.config import load_settings
 from headrace.config.directories import ServerAddress, redis_dir, write_address
 from headrace.config.settings import DEFAULT_REDIS_URL
+from headrace.worker.celery import make_app
 from headrace.worker.redis_server import EmbeddedRedis
 
 
@@ -102,6 +105,19 @@ def test_a_celery_producer_that_starts_before_the_server_finds_it() -> None:
         finally:
             later.join()
             server.stop()
+
+
+def test_celery_knows_the_scheme_of_the_embedded_server_wherever_it_has_only_the_url() -> None:
+    """As `celery report`, `inspect conf` and Flower have it."""
+    for app in (make_app(load_settings()), results_app(load_settings(), resolve_url(load_settings()))):
+        assert app.conf.table(with_defaults=True)["broker_url"] == DEFAULT_REDIS_URL
+        with EmbeddedRedis() as server:
+            shown = f"redis+socket://{server.socket}?virtual_host=0"
+            assert kombu.Connection(app.conf.broker_url).as_uri() == app.backend.as_uri() == shown
+            assert shown in app.bugreport()
+            with app.connection() as connection, kombu.Connection(connection.as_uri(include_password=True)) as plain:
+                assert plain.default_channel.client.client_id() > 0
+        app.close()
 
 
 def test_clients_follow_a_server_that_moves(tmp_path: Path) -> None:

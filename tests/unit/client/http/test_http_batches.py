@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from headrace.client.http.batch_objects import BatchState
+from headrace.client.http import batches as batches_module
+from headrace.client.http.batch_objects import OPEN_STATUSES, BatchState
 from headrace.client.http.batches import Batches
 from headrace.client.http.errors import ApiError
 from headrace.client.http.file_store import FileStore, write_json
@@ -100,6 +103,32 @@ def test_a_waiting_batch_is_cancelled_at_once_and_only_once(tmp_path: Path, file
             batches.cancel("batch_1", owner)
         assert caught.value.status == status
     batches.stop()
+
+
+def test_a_batch_that_is_cancelled_when_all_rows_are_checked_is_not_computed(
+    tmp_path: Path, files: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_behind(tmp_path, files)
+    batches = Batches(tmp_path, files, load_settings())
+
+    class CheckedBatch:
+        checked = SimpleNamespace(rows=1)
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            assert batches.cancel("batch_1", "me").status == "cancelling"
+
+        def run(self, *_: Any, **__: Any) -> None:
+            raise AssertionError("the batch is computed")
+
+    monkeypatch.setattr(batches_module, "Client", lambda **_: nullcontext(SimpleNamespace(models=lambda: {"demo"})))
+    monkeypatch.setattr(batches_module, "Batch", CheckedBatch)
+    batches.start()
+    deadline = time.monotonic() + PATIENCE_S
+    while (state := batches.get("batch_1", "me")).status in OPEN_STATUSES:
+        assert time.monotonic() < deadline, state
+        time.sleep(0.01)
+    batches.stop()
+    assert (state.status, state.in_progress_at) == ("cancelled", None)
 
 
 def test_internal_fields_are_not_returned(tmp_path: Path, files: FileStore) -> None:
