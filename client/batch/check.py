@@ -148,15 +148,18 @@ def check(
         checked.lines = line
         if on_line is not None and line % 1000 == 0:
             on_line(line)
+        row = None
         try:
             row = reader.read(line, item)
             if row is None:
                 continue
             checked.rows += 1
             checked.index.add(row.custom_id, row.digest, line)
-            deque(prepare_row(prepare, row, row.requests()), 0)
+            if row.mistake is None:
+                deque(prepare_row(prepare, row, row.requests()), 0)
         except InvalidRequest as error:
-            faults.add(line, error.field, str(error))
+            if row is None or not reader.answers(error):
+                faults.add(line, error.field, str(error))
     for line, first in checked.index.duplicates():
         faults.add(line, "custom_id", f"custom_id: the same as in line {first}; expected one that no other line has")
     if not checked.rows and not faults.count:

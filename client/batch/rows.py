@@ -38,12 +38,25 @@ class ItemReader:
         params: defaults for requests that do not set the parameter.
         text: each line is a prompt.
         models: the models that requests may name; None means any.
+        answers_mistakes: a request with a wrong parameter is answered by the error, as in OpenAI's batches. Otherwise
+            it refuses the batch, as does in any case what is not a request, or names a model that is not served.
     """
 
     def __init__(
-        self, model_name: str, params: Mapping[str, Any], *, text: bool = False, models: Collection[str] | None = None
+        self,
+        model_name: str,
+        params: Mapping[str, Any],
+        *,
+        text: bool = False,
+        models: Collection[str] | None = None,
+        answers_mistakes: bool = False,
     ) -> None:
         self._model_name, self._params, self._text, self._models = model_name, params, text, models
+        self._answers_mistakes = answers_mistakes
+
+    def answers(self, error: InvalidRequest) -> bool:
+        """Whether the request with this error is answered by it, and the other requests are computed."""
+        return self._answers_mistakes and error.field != "model"
 
     def read(self, line: int, item: Any) -> BatchItem | None:
         """The request in a line (bytes) or in an item of an iterable; None if the line is blank.
@@ -57,14 +70,23 @@ class ItemReader:
                 return None
         else:
             check_unicode(item)
-        custom_id, given = _split_custom_id(to_python(item))
+        custom_id, given, is_body = _split_custom_id(to_python(item))
+        name = f"row-{line}" if custom_id is None else custom_id
+        try:
+            return self._request(line, name, completion_fields(given) if is_body else given)
+        except InvalidRequest as error:
+            if not self.answers(error):
+                raise
+            return BatchItem(line, name, {}, digest_of({"request": given, "custom_id": name}), mistake=error)
+
+    def _request(self, line: int, name: str, given: Mapping[str, Any]) -> BatchItem:
+        """The request with these parameters. Raises InvalidRequest."""
         fields = plain_fields({**self._params, **without_gaps(given)})
         if (stream := fields.pop("stream", False)) is not False:
             raise InvalidRequest("stream", show(stream), "no such parameter; a batch writes complete results")
         as_token_ids = take_names_field(fields)
         model = self._model_of(fields)
         content = {name: value for name, value in fields.items() if name not in ("priority", "timeout_s")}
-        name = f"row-{line}" if custom_id is None else custom_id
         content |= {"custom_id": name, "model": model}
         digest = digest_of(content)
         # The seed follows from the content, so that every computation of the request draws the same numbers.
@@ -106,10 +128,10 @@ class ItemReader:
         return model
 
 
-def _split_custom_id(item: Any) -> tuple[str | None, dict[str, Any]]:
-    """The custom id (None if there is none) and the parameters of a request in any of the formats."""
+def _split_custom_id(item: Any) -> tuple[str | None, Mapping[str, Any], bool]:
+    """The custom id (None if there is none), the parameters, and whether these are a body of the completions API."""
     if isinstance(item, (str, list, tuple)):
-        return None, {"prompt": list(item) if isinstance(item, tuple) else item}
+        return None, {"prompt": list(item) if isinstance(item, tuple) else item}, False
     if not isinstance(item, Mapping):
         raise InvalidRequest("line", f"a {type(item).__name__}", "an object with `prompt`, or one of the Batch API")
     fields = {name: to_python(value) for name, value in item.items()}
@@ -117,7 +139,7 @@ def _split_custom_id(item: Any) -> tuple[str | None, dict[str, Any]]:
         custom_id = fields.pop("custom_id", None)
         if "id" in fields:
             raise InvalidRequest("id", show(fields["id"]), "custom_id, the name of a request in a batch")
-        return None if is_gap(custom_id) else _check_custom_id(custom_id), fields
+        return None if is_gap(custom_id) else _check_custom_id(custom_id), fields, False
     if unknown := [name for name in fields if name not in _BATCH_KEYS]:
         raise InvalidRequest(str(unknown[0])[:80], "a field", f"only the fields {', '.join(_BATCH_KEYS)}")
     method, url = (right if is_missing(fields.get(name)) else fields[name] for name, right in _TARGET.items())
@@ -126,7 +148,7 @@ def _split_custom_id(item: Any) -> tuple[str | None, dict[str, Any]]:
         raise InvalidRequest("url", show(f"{show(method)} {show(url)}"), f"'POST {ENDPOINT}'{advice}")
     if not isinstance(fields.get("body"), Mapping):
         raise InvalidRequest("body", f"a {type(fields.get('body')).__name__}", "an object with prompt and parameters")
-    return _check_custom_id(fields.get("custom_id")), completion_fields(fields["body"])
+    return _check_custom_id(fields.get("custom_id")), fields["body"], True
 
 
 def _prompts(value: Any) -> list[Any] | None:

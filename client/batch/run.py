@@ -18,7 +18,11 @@ from headrace.client.batch.rows import ItemReader
 from headrace.client.batch.sources import Source, open_source
 from headrace.client.batch.window import MAX_INFLIGHT, JobService, Notify, Window, warn
 from headrace.client.jobs.prepared import PreparedJob
+from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.results import Outcome, Result
+
+#: Progress is reported at least once for this many requests that are answered without a job.
+ANSWERS = 256
 
 
 class DropBatch(Exception):
@@ -90,6 +94,7 @@ class Batch:
         text: each line of a file is a prompt.
         limit: process only this many requests.
         models: the models that requests may name; any if not given.
+        answer_mistakes: answer a request with a wrong parameter by the error, and compute the others.
         on_line: called with the number of lines read, every 1000 lines.
 
     Raises:
@@ -105,11 +110,14 @@ class Batch:
         text: bool = False,
         limit: int | None = None,
         models: Collection[str] | None = None,
+        answer_mistakes: bool = False,
         on_line: Callable[[int], None] | None = None,
     ) -> None:
         self.client = client
         self._given, self._limit = source, limit
-        self._reader = ItemReader(client.model_name, params or {}, text=text, models=models)
+        self._reader = ItemReader(
+            client.model_name, params or {}, text=text, models=models, answers_mistakes=answer_mistakes
+        )
         self._source: Source = open_source(source)
         self.checked: Checked = check(
             self._source, self._reader, client.submitter.prepare_together, limit=limit, on_line=on_line
@@ -157,7 +165,14 @@ class Batch:
             report.before, report.failed_before = sum(map(int.bit_count, done)), sink.failed_before
             sink.open(overwrite=overwrite)
             missing = (row for row in self.rows() if not _is_set(done, row.line))
-            jobs = (part for row in missing for part in prepare_parts(self.client, row, sink.run))
+
+            def answer(row: BatchItem, error: InvalidRequest) -> None:
+                sink.write([(row, error)])
+                report.count(error)
+                if report.failed % ANSWERS == 0:
+                    on_progress(report)
+
+            jobs = self._jobs(missing, sink.run, answer)
             joined = JoinedRows()
             window: Window[RowPart] = Window(
                 self.client, size=max_inflight, ordered=ordered, notify=notify, tick=lambda: on_progress(report)
@@ -176,6 +191,20 @@ class Batch:
                 raise
             sink.finish()
         return report
+
+    def _jobs(
+        self, rows: Iterable[BatchItem], run: str, answer: Callable[[BatchItem, InvalidRequest], None]
+    ) -> Iterator[tuple[RowPart, PreparedJob]]:
+        """The jobs of the requests. `answer` gets those that are answered by their mistakes."""
+        for row in rows:
+            try:
+                if row.mistake is not None:
+                    raise row.mistake
+                yield from list(prepare_parts(self.client, row, run))  # all jobs of a request, or none
+            except InvalidRequest as error:
+                if not self._reader.answers(error):
+                    raise
+                answer(row, error)
 
     def _done(self, sink: Output, retry_errors: bool) -> bytearray:
         """One bit for each line of the input: whether its request is in the output."""

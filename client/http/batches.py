@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,8 +256,8 @@ class Batches:
         """
         self._check_interrupted(state.id)
         models = self._served_models(client, state.id) if state.in_progress_at is None else None
-        source = self._files.path(state.input_file_id)
-        batch = Batch(client, source, models=models, on_line=lambda line: self._check_interrupted(state.id, line))
+        source, on_line = self._files.path(state.input_file_id), partial(self._check_interrupted, state.id)
+        batch = Batch(client, source, models=models, answer_mistakes=True, on_line=on_line)
         if batch.checked.rows > MAX_ROWS:
             raise _too_many_rows()
         if state.in_progress_at is None:
