@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,18 @@ def test_a_record_that_cannot_be_read_hides_no_other(tmp_path: Path, content: by
     assert kept["input_file_id"] in [file["id"] for file in again.ask("GET", "/v1/files").json()["data"]]
     assert (tmp_path / "batches" / f"{spoilt['id']}.json").exists()
     again.close()
+
+
+def test_what_is_no_record_does_not_hold_up_the_server(tmp_path: Path) -> None:
+    HttpApp(tmp_path).close()
+    names = ["folder", "link", "pipe"]
+    pipe, link, folder = ((tmp_path / "batches" / f"batch_{name}.json") for name in reversed(names))
+    os.mkfifo(pipe)
+    link.symlink_to("nowhere")
+    folder.mkdir()
+    with capture_logs() as logged:
+        HttpApp(tmp_path).close()
+    assert [line["file"] for line in logged] == [f"batch_{name}.json" for name in names]
 
 
 def test_a_batch_that_cannot_be_stored_is_in_no_list(app: HttpApp, monkeypatch: pytest.MonkeyPatch) -> None:
