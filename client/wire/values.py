@@ -26,7 +26,7 @@ def to_python(value: Any) -> Any:
         return value
     for method in ("as_py", "tolist"):
         try:
-            if not isinstance(value, (str, bytes)) and callable(found := getattr(value, method, None)):
+            if not isinstance(value, (str, bytes, memoryview)) and callable(found := getattr(value, method, None)):
                 return found()
         except Exception:
             return value  # not a value of these libraries, whatever it calls its methods

@@ -71,6 +71,7 @@ GOOD = {"prompt": "Hello."}
         ("prompt", [1, -1], "item 1", "ids"),
         ("prompt", [1, "a"], "type list", "ids"),
         ("prompt", b"bytes", "type bytes", "text"),
+        ("prompt", memoryview(b"bytes"), "type memoryview", "text"),
         ("prompt", "x" * 70_000, "70000 bytes", "at most 65536"),
         ("prompt", [1] * 20_000, "20000 token ids", "16384"),
         ("prompt", "caf\udce9", "U+DCE9 at character 3", "valid Unicode"),
