@@ -153,7 +153,7 @@ def parse_outcome(record: str | None) -> Outcome | None:
                 raise ValueError("a result without choices")
             return result
         if status == "REVOKED" and isinstance(value, dict) and value.get("exc_message") in _EXPIRED:
-            return JobExpired(message="the time that its Celery message has in `expires` passed")
+            return JobCancelled(message="the time in `expires` of its Celery message passed before it was computed")
         if status == "REVOKED":
             return JobCancelled(message="the job was revoked through Celery")
         return _failure(value) if status == "FAILURE" else None

@@ -250,8 +250,6 @@ class SpanObserver(JobObserver):
 
 def as_outcome(outcome: Result | BaseException) -> Result | BaseException:
     """Translate Celery's exceptions for a revoked task and a passed time limit into errors of the job."""
-    if isinstance(outcome, TaskRevokedError) and outcome.args == ("expired",):
-        return JobExpired(message="expired")
     if isinstance(outcome, TaskRevokedError):
         return JobCancelled(message="revoked")
     if isinstance(outcome, TimeLimitExceeded):
