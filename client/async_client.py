@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
 from headrace.client.client import Client
-from headrace.client.jobs.handle import Handle, check_same_redis, job_in_errors
+from headrace.client.jobs.handle import Handle, by_id, check_same_redis, job_in_errors
 from headrace.client.jobs.polling import REMIND_S, PollState, Updates
 from headrace.client.jobs.presence import Command
 from headrace.client.jobs.reading import check_timeout
@@ -114,7 +114,7 @@ class AsyncClient:
 
     async def as_completed(self, jobs: Iterable[AsyncJob], timeout: float | None = None) -> AsyncIterator[AsyncJob]:
         """Yield the jobs as they end; see `Client.as_completed`."""
-        waiting = {job.id: job for job in jobs}
+        waiting = by_id(jobs)
         check_same_redis(waiting.values(), self.url)
         for job in [job for job in waiting.values() if job.outcome is not None]:
             yield waiting.pop(job.id)
@@ -128,7 +128,7 @@ class AsyncClient:
         self, jobs: Iterable[AsyncJob], timeout: float | None = None
     ) -> AsyncGenerator[tuple[AsyncJob, Event]]:
         """Yield the text of many jobs, each event with its job; see `Job.stream`. The first failed job ends it."""
-        readers = {job.id: (job, StreamReader(job.id)) for job in jobs}
+        readers = {job_id: (job, StreamReader(job_id)) for job_id, job in by_id(jobs).items()}
         check_same_redis([job for job, _ in readers.values()], self.url)
         with job_in_errors(lambda job_id: readers[job_id][0]):
             for job, reader in readers.values():

@@ -19,7 +19,7 @@ from celery import Celery, Signature
 from headrace.client.batch.map import map_prompts
 from headrace.client.batch.run import Batch, BatchReport
 from headrace.client.batch.window import MAX_INFLIGHT
-from headrace.client.jobs.handle import Handle, Job, check_same_redis, job_id_of, job_in_errors
+from headrace.client.jobs.handle import Handle, Job, by_id, check_same_redis, job_id_of, job_in_errors
 from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.jobs.reading import JobReader
 from headrace.client.jobs.status import Status
@@ -212,7 +212,7 @@ class Client:
             RedisUnreachable, RedisRefused: Redis does not answer, or answers with an error.
         """
         one = isinstance(jobs, (str, Handle))
-        given = [jobs] if isinstance(jobs, (str, Handle)) else list(jobs)
+        given: list[Any] = [jobs] if one or not isinstance(jobs, Iterable) else list(jobs)
         handles = {job.id: job for job in given if isinstance(job, Handle)}
         with job_in_errors(lambda job_id: handles.get(job_id) or self.job(job_id)):
             open_before = self.reader.cancel([job_id_of(job) for job in given])
@@ -225,7 +225,7 @@ class Client:
             ResultTimeout: some have not ended after `timeout` seconds in all.
             UnknownJob, JobLost, RedisUnreachable: as for `Job.result`. After JobLost, call it again with the others.
         """
-        waiting = {job.id: job for job in jobs}
+        waiting = by_id(jobs)
         check_same_redis(waiting.values(), self.url)
         for job in [job for job in waiting.values() if job.outcome is not None]:
             yield waiting.pop(job.id)

@@ -56,6 +56,8 @@ def find_model(name_or_path: str | Path) -> Path:
     """
     if str(name_or_path) == "demo":
         return DEMO
+    if "\0" in str(name_or_path):  # the functions of the operating system raise a ValueError without a name
+        raise ModelError(f"model {short_repr(str(name_or_path))}: there is no such directory")
     path = Path(os.path.expanduser(name_or_path))
     if os.path.isdir(path):  # unlike Path.is_dir it returns False for a name that is too long
         return path

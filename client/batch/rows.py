@@ -145,7 +145,8 @@ def _split_custom_id(item: Any) -> tuple[str | None, Mapping[str, Any], bool]:
     method, url = (right if is_missing(fields.get(name)) else fields[name] for name, right in _TARGET.items())
     if (method, url) != tuple(_TARGET.values()):
         advice = f"; {OTHER_ENDPOINTS[url]}" if isinstance(url, str) and url in OTHER_ENDPOINTS else ""
-        raise InvalidRequest("url", show(f"{show(method)} {show(url)}"), f"'POST {ENDPOINT}'{advice}")
+        given = f"{method} {url}" if isinstance(method, str) and isinstance(url, str) else f"{show(method)} {show(url)}"
+        raise InvalidRequest("url", show(given), f"'POST {ENDPOINT}'{advice}")
     if not isinstance(fields.get("body"), Mapping):
         raise InvalidRequest("body", f"a {type(fields.get('body')).__name__}", "an object with prompt and parameters")
     return _check_custom_id(fields.get("custom_id")), fields["body"], True

@@ -31,6 +31,7 @@ from headrace.client.http.tracing import TracingMiddleware
 from headrace.client.jobs.together import MAX_RESPONSE_RESULTS
 from headrace.client.wire.errors import HeadraceError
 from headrace.client.wire.tracing import CONTEXT_HEADERS
+from headrace.client.wire.values import show
 from headrace.config import Settings
 
 #: Default limit for the duration of a job; the openai package waits as long.
@@ -104,11 +105,12 @@ async def _clean_up(batches: Batches) -> None:
 async def _error_response(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException) or error.status_code != 405:
         return translate(error).as_response()
-    headers = {"allow": ", ".join(sorted(_methods_of(request)))}
+    methods = ", ".join(sorted(_methods_of(request)))
     if request.method == "OPTIONS":
-        return Response(status_code=204, headers=headers)
-    response = translate(error).as_response()
-    response.headers.update(headers)
+        return Response(status_code=204, headers={"allow": methods})
+    message = f"method: got {show(request.method)}; expected one of {methods}"
+    response = ApiError(405, "method_not_allowed", message, param="method").as_response()
+    response.headers["allow"] = methods
     return response
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from headrace.client.batch.errors import Fault
 from headrace.client.batch.openai import ENDPOINT, OTHER_ENDPOINTS
-from headrace.client.http.errors import invalid
 from headrace.client.http.file_store import MIN_RETENTION_S, RETENTION_S
+from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.requests import Int
 from headrace.client.wire.unicode import printable
+from headrace.client.wire.values import show
 
 WINDOW, WINDOW_S = "24h", 86_400
 
@@ -75,13 +78,19 @@ class BatchState(BaseModel):
 PRIVATE_FIELDS = {"output_retention_s", "owner", "rows_id", "failures_id", "created_ns"}
 
 
+_MetadataName = Annotated[str, Field(max_length=64)]
+_MetadataValue = Annotated[str, Field(max_length=512)]
+
+
 class ExpiresAfter(BaseModel):
     """When output files are deleted: seconds after each was created."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    anchor: Literal["created_at"]
-    seconds: int = Field(ge=MIN_RETENTION_S, le=RETENTION_S)
+    anchor: Literal["created_at"] = Field(description="'created_at'")
+    seconds: Int = Field(
+        ge=MIN_RETENTION_S, le=RETENTION_S, description=f"a whole number from {MIN_RETENTION_S} to {RETENTION_S}"
+    )
 
 
 class BatchRequest(BaseModel):
@@ -89,28 +98,37 @@ class BatchRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    input_file_id: str
-    endpoint: str
-    completion_window: str
-    metadata: dict[str, str] | None = Field(None, max_length=16)
-    output_expires_after: ExpiresAfter | None = None
+    input_file_id: str = Field(description="the id of an uploaded file")
+    endpoint: str = Field(description=repr(ENDPOINT))
+    completion_window: str = Field(description=repr(WINDOW))
+    metadata: dict[_MetadataName, _MetadataValue] | None = Field(
+        None, max_length=16, description="at most 16 texts of at most 512 characters, with names of at most 64"
+    )
+    output_expires_after: ExpiresAfter | None = Field(None, description="an object with anchor and seconds")
 
 
 def parse_batch_request(body: Mapping[str, Any]) -> BatchRequest:
-    """Parse and check the body of a create request. Raises ApiError."""
+    """Parse and check the body of a create request. Null asks for nothing. Raises InvalidRequest."""
     try:
-        request = BatchRequest.model_validate(dict(body))
+        request = BatchRequest.model_validate({name: value for name, value in body.items() if value is not None})
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = printable(".".join(map(str, first["loc"])))[:80]
-        raise invalid(f"{field}: {first['msg']}", field) from None
-    if any(len(name) > 64 or len(value) > 512 for name, value in (request.metadata or {}).items()):
-        raise invalid("metadata: names have at most 64 characters, values 512", "metadata")
+        raise _wrong(error.errors(include_url=False)[0]) from None
     for name, supported in (("endpoint", ENDPOINT), ("completion_window", WINDOW)):
         if (given := getattr(request, name)) != supported:
             advice = f"; {OTHER_ENDPOINTS[given]}" if given in OTHER_ENDPOINTS else ""
-            raise invalid(f"{name}: only {supported!r} is supported{advice}", name)
+            raise InvalidRequest(name, show(given), f"{supported!r}{advice}")
     return request
+
+
+def _wrong(error: ErrorDetails) -> InvalidRequest:
+    """The error for what pydantic found first."""
+    path = [part for part in error["loc"] if part != "[key]"]
+    model = ExpiresAfter if len(path) > 1 and path[0] == "output_expires_after" else BatchRequest
+    name = str(path[0] if model is BatchRequest else path[1])
+    field = model.model_fields.get(name)
+    expected = f"one of {', '.join(model.model_fields)}" if field is None else str(field.description)
+    value = "nothing" if error["type"] == "missing" else show(error["input"])
+    return InvalidRequest(printable(".".join(map(str, path)))[:80], value, expected)
 
 
 def fault_object(fault: Fault, code: str = "invalid_request") -> dict[str, Any]:

@@ -15,12 +15,13 @@ from headrace.client.async_client import AsyncClient
 from headrace.client.http.auth import OWNER_KEY
 from headrace.client.http.batches import Batches
 from headrace.client.http.comparison import Comparison
-from headrace.client.http.errors import ApiError, invalid, not_found
+from headrace.client.http.errors import ApiError
 from headrace.client.http.file_store import FileStore
 from headrace.client.http.jobs import JobRunner
 from headrace.client.http.page import StatusReporter
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.unicode import parse_json
+from headrace.client.wire.values import show
 
 #: Digits of a number in a query or a form. Python takes quadratic time to read one, and refuses more than 4,300 digits.
 MAX_DIGITS = 12
@@ -111,19 +112,23 @@ def check_structure(raw: bytes) -> None:
 
 
 def paginate(request: Request, items: list[dict[str, Any]], default_limit: int, max_limit: int) -> dict[str, Any]:
-    """OpenAI's list object: the page of `items` that the query parameters `after` and `limit` select.
+    """OpenAI's list object: the page of `items` that the query parameters `after` and `limit` select; an empty one asks
+    for nothing.
 
     Raises:
-        ApiError: `limit` is out of range, or there is no item with the id `after`.
+        InvalidRequest: `limit` is out of range.
+        ApiError: there is no item with the id `after`.
     """
-    limit, after = request.query_params.get("limit", str(default_limit)), request.query_params.get("after")
+    limit, after = request.query_params.get("limit") or str(default_limit), request.query_params.get("after")
     size = whole_number(limit, 1, max_limit)
     if size is None:
-        raise invalid(f"limit: expected a whole number from 1 to {max_limit}", "limit")
+        raise InvalidRequest("limit", show(limit), f"a whole number from 1 to {max_limit}")
     index_of = {item["id"]: index for index, item in enumerate(items)}
-    if after is not None and after not in index_of:
-        raise not_found("object", after[:80])
-    start = 0 if after is None else index_of[after] + 1
+    if after and after not in index_of:
+        raise ApiError(
+            404, "not_found", f"after: got {show(after)}; expected the id of an object of this list", param="after"
+        )
+    start = index_of[after] + 1 if after else 0
     page = items[start : start + size]
     ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
     return {"object": "list", "data": page, **ends, "has_more": start + len(page) < len(items)}

@@ -133,4 +133,6 @@ def _from_routing(error: HTTPException) -> ApiError:
         return ApiError(404, "unknown_url", f"no such URL; this server has {paths}")
     if error.status_code == 405:
         return ApiError(405, "method_not_allowed", "this URL does not support that method")
+    if error.status_code == 400:  # Starlette raises it for the parts of a form
+        return ApiError(400, "invalid_request", f"the body is not a valid form: {error.detail}")
     return ApiError(error.status_code, "invalid_request", error.detail)

@@ -248,6 +248,8 @@ def load_all(directory: Path, kind: type[M]) -> Iterator[M]:
     """Parse all JSON files of a directory. One that cannot be read is left where it is, and named in the log."""
     for path in sorted(directory.glob("*.json")):
         try:
+            if path.is_fifo():
+                raise ValueError("reading it would wait for a writer")
             record = kind.model_validate_json(path.read_bytes())
             if getattr(record, "id", None) != path.stem:
                 raise ValueError("it has another id than its file")

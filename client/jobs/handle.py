@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from headrace.client.jobs.reading import JobReader
 from headrace.client.jobs.stream import Event, StreamReader
@@ -196,6 +196,21 @@ def job_id_of(job: Any) -> str:
     if not is_job_id(job_id):
         raise InvalidRequest("job", show(job_id), "a job, or its id")
     return job_id
+
+
+H = TypeVar("H", bound=Handle)
+
+
+def by_id(jobs: Iterable[H]) -> dict[str, H]:
+    """Jobs by their ids. Raises InvalidRequest if they are no jobs."""
+    try:
+        given = list(jobs)
+    except TypeError:
+        raise InvalidRequest("jobs", show(jobs), "a list of jobs") from None
+    for job in given:
+        if not isinstance(job, Handle):
+            raise InvalidRequest("jobs", show(job), "jobs; client.job(id) makes one of an id")
+    return {job.id: job for job in given}
 
 
 def check_same_redis(jobs: Iterable[Handle], url: str) -> None:

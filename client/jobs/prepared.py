@@ -23,6 +23,7 @@ class PreparedJob:
     Attributes:
         id: the job id.
         model: the model whose queue the job goes to.
+        named: what the caller called it, for example by its hub id.
         digest: identifies the request, for a job id that the caller chose; else empty.
         timeout_s: seconds from now until the job expires; None means never.
         mark: shows in the job's record that its submitter has the key; None without a key.
@@ -39,8 +40,10 @@ class PreparedJob:
         timeout_s: float | None,
         clock: RedisClock,
         fields: dict[str, Any] | None = None,
+        named: str | None = None,
     ) -> None:
         self.id, self.model, self.request, self.digest = job_id, model, request, digest
+        self.named = named or model
         self.timeout_s = timeout_s
         self.mark = None if key is None else mark(key, job_id)
         self._fields = request.to_wire() if fields is None else fields
@@ -56,6 +59,7 @@ class PreparedJob:
             key=self._key,
             timeout_s=self.timeout_s,
             clock=self._clock,
+            named=self.named,
             fields={**self._fields, "prompt": request.prompt, "seed": request.seed},
         )
         job.__dict__["size"] = self._size_without_prompt + len(json.dumps(request.prompt))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
 
 import redis
@@ -17,6 +17,7 @@ from headrace.client.wire.queue_depth import QueueStatus, count_delivered, execu
 from headrace.client.wire.redis import redis_errors
 from headrace.client.wire.suitability import ServerReport
 from headrace.client.wire.unicode import check_unicode, parse_json
+from headrace.client.wire.values import show
 from headrace.config.model_names import is_served_name
 
 #: For how many seconds a client caches the list of served models.
@@ -213,15 +214,18 @@ class ServedModels:
         served = self.served()
         return self._configured if served is None else self._configured | served.now | served.recent
 
-    def check(self, models: Iterable[str]) -> None:
+    def check(self, models: Mapping[str, str]) -> None:
         """Refuse models that no worker serves, which are probably misspelt. Without any live worker, all are accepted.
+
+        Args:
+            models: their served names, each with what the caller called it.
 
         Raises:
             InvalidRequest: no worker serves a model, and none did within the last day.
             RedisUnreachable, RedisRefused: Redis does not answer, or answers with an error.
         """
-        others = set(models) - self._configured
+        others = models.keys() - self._configured
         served = self.served() if others else None
         if served and served.now and (unknown := sorted(others - served.now - served.recent)):
             expected = f"one that is served: {', '.join(sorted(served.now))}"
-            raise InvalidRequest("model", repr(unknown[0]), expected)
+            raise InvalidRequest("model", show(models[unknown[0]]), expected)

@@ -79,7 +79,7 @@ class Submitter:
             timeout_s = _check_timeout_s(timeout_s)
         request = parse_request(given)
         check_result_size(request, self._settings.max_result_bytes)
-        model = self._model_name if model is None else check_model(model)
+        named, model = model, self._model_name if model is None else check_model(model)
         digest = _digest(request, model) if job_id is not None else ""
         if request.seed is None:
             # Chosen here, so that a job that is computed again after a crash draws the same numbers.
@@ -93,6 +93,7 @@ class Submitter:
             key=key,
             timeout_s=timeout_s,
             clock=self.server.clock,
+            named=named,
         )
 
     def prepare_all(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[PreparedJob]:
@@ -134,7 +135,7 @@ class Submitter:
 
     def check_models(self, jobs: Iterable[PreparedJob]) -> None:
         """Refuse jobs for models that no worker serves; see `ServedModels.check`."""
-        self.models.check({job.model for job in jobs})
+        self.models.check({job.model: job.named for job in jobs})
 
     def submit(self, jobs: list[PreparedJob]) -> None:
         """Write the records of the jobs and publish their messages, the most urgent first.

@@ -68,6 +68,11 @@ def _is_n(value: Any, fields: Mapping[str, Any]) -> bool:
     return _same(value, 1 if is_missing(n) else to_whole(n))
 
 
+def _is_sampling(value: Any, fields: Mapping[str, Any]) -> bool:
+    temperature = fields.get("temperature")
+    return isinstance(value, bool) and value != (not is_missing(temperature) and _same(to_python(temperature), 0))
+
+
 def _is_off(value: Any, _: Mapping[str, Any]) -> bool:
     return isinstance(value, dict) and all(option is None or option is False for option in value.values())
 
@@ -91,6 +96,8 @@ FOREIGN: dict[str, Foreign] = {
     "seed": only(NO_SEED),
     "priority": only(0),
     "logprobs": only(False),
+    "stop": only(""),  # an empty cell of a table, or of a form
+    "logit_bias": only([]),  # PHP writes an empty map as a list
     # OpenAI
     "suffix": only("", advice="GPT-2 can only continue the prompt"),
     "best_of": Foreign(_is_n, "n", "all n samples are returned; choose among them by their logprobs"),
@@ -124,7 +131,7 @@ FOREIGN: dict[str, Foreign] = {
     "length_penalty": only(1, advice=_GREEDY),
     "early_stopping": only(False, advice=_GREEDY),
     "skip_special_tokens": only(True, advice=_SPECIAL),
-    "spaces_between_special_tokens": only(True, advice=_SPECIAL),
+    "spaces_between_special_tokens": _FLAG,  # texts contain no special tokens
     "include_stop_str_in_output": only(False, advice="stop_reason says which stop string ended the text"),
     "truncate_prompt_tokens": NO_VALUE._replace(advice=_TRUNCATION),
     "truncation_side": only("left", "right"),
@@ -199,7 +206,7 @@ FOREIGN: dict[str, Foreign] = {
     "return_tokens": _OFF,
     "post_sampling_probs": _OFF,
     # TGI and transformers
-    "do_sample": NO_VALUE._replace(advice="temperature=0 is greedy, anything above samples"),
+    "do_sample": Foreign(_is_sampling, "what temperature says", "temperature=0 is greedy, anything above samples"),
     "details": only(False, advice="use logprobs"),
     "decoder_input_details": only(False, advice=_PROMPT_SCORES),
     "return_full_text": only(False, advice="use echo=True"),
@@ -238,6 +245,7 @@ ALIASES = {
     "stop_words": "stop",
     "eos_token_id": "stop_token_ids",
     "random_seed": "seed",
+    "request_id": "id",
     "inputs": "prompt",
     "input": "prompt",
     "input_ids": "prompt",

@@ -41,7 +41,12 @@ def find_misplaced(connection: redis.Redis, models: Iterable[str]) -> list[Mispl
         redis.exceptions.NoPermissionError: the Redis user may not read lists without the prefix.
         redis.RedisError: Redis does not answer.
     """
+    models = list(models)
     places = [(keys.queue(model), "set global_keyprefix", False) for model in models]
+    places += [(keys.PREFIX.rstrip(":") + keys.queue(model), "end global_keyprefix in ':'", False) for model in models]
+    for model in set(models) - {DEFAULT_QUEUE}:  # such a list may be somebody else's
+        places += [(model, "set global_keyprefix and the whole name of the queue", True)]
+        places += [(keys.PREFIX + model, "write the whole name of the queue", True)]
     places += [(DEFAULT_QUEUE, "set global_keyprefix and a queue", True)]
     places += [(keys.PREFIX + DEFAULT_QUEUE, "name a queue", True)]
     connection.exists(

@@ -23,7 +23,7 @@ from pydantic import (
 from headrace.client.wire.activations import CHECKPOINT_TENSORS
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.foreign import NO_SEED, advice, drop_neutral
-from headrace.client.wire.values import show, show_name, to_python, to_whole
+from headrace.client.wire.values import is_missing, show, show_name, to_python, to_whole
 from headrace.client.wire.version import SCHEMA_VERSION, is_readable
 
 MAX_PROMPT_BYTES = 65_536  # GPT-2 reads 1,024 tokens: about 5 kB of English
@@ -43,12 +43,17 @@ _JOB_ID = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456
 Priority = Literal["interactive", "normal", "bulk"]
 
 
+def _list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else to_python(value)
+
+
 def _string_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else to_python(value)
+    return [value] if isinstance(value, str) else _list(value)
 
 
 def _bias_map(value: Any) -> Any:
-    """JSON has no integer keys, so '50256' means 50256."""
+    """JSON has no integer keys, so '50256' means 50256. Parquet gives each row of a column the keys of all rows, so a
+    null is the same as no entry."""
     if not isinstance(value, dict):
         return value
     if len(value) > MAX_BIASES:  # checked here: pydantic would keep a kilobyte for each wrong entry
@@ -56,6 +61,7 @@ def _bias_map(value: Any) -> Any:
     pairs = [
         (int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() else to_whole(key), to_python(bias))
         for key, bias in value.items()
+        if not is_missing(bias)
     ]
     if not all(isinstance(key, int) for key, _ in pairs) or len({key for key, _ in pairs}) < len(pairs):
         raise ValueError("no token id, or the same one twice")
@@ -63,11 +69,11 @@ def _bias_map(value: Any) -> Any:
 
 
 def _checkpoint_list(value: Any) -> Any:
-    return sorted(CHECKPOINT_TENSORS) if isinstance(value, str) and value == "all" else to_python(value)
+    return sorted(CHECKPOINT_TENSORS) if isinstance(value, str) and value == "all" else _list(value)
 
 
 def _prompt(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    value = list(value) if isinstance(value, tuple) else to_python(value)
+    value = _list(value)
     if isinstance(value, list) and len(value) > MAX_PROMPT_TOKENS:  # see `_bias_map`
         raise InvalidRequest("prompt", f"a list of {len(value)} token ids", _expected("prompt"))
     if isinstance(value, list) and set(map(type, value)) == {int}:
@@ -107,7 +113,7 @@ class SamplingParams(BaseModel):
     echo: Bool = Field(False, description="True or False")
     min_tokens: Int = Field(0, ge=0, description="a whole number from 0 to max_tokens")
     ignore_eos: Bool = Field(False, description="True or False")
-    stop_token_ids: Annotated[list[Int], BeforeValidator(to_python)] = Field(
+    stop_token_ids: Annotated[list[Int], BeforeValidator(_list)] = Field(
         default_factory=list, max_length=64, description="at most 64 token ids"
     )
 

@@ -152,11 +152,17 @@ def parse_outcome(record: str | None) -> Outcome | None:
             if not result.choices:
                 raise ValueError("a result without choices")
             return result
+        if status == "REVOKED" and isinstance(value, dict) and value.get("exc_message") in _EXPIRED:
+            return JobCancelled(message="the time in `expires` of its Celery message passed before it was computed")
         if status == "REVOKED":
             return JobCancelled(message="the job was revoked through Celery")
         return _failure(value) if status == "FAILURE" else None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         return JobFailed("unreadable_result", f"the result record cannot be read ({type(error).__name__})")
+
+
+#: What Celery stores with a revoked task whose message has expired.
+_EXPIRED = (["expired"], "expired")
 
 
 def outcome_state(outcome: Outcome) -> State:

@@ -26,7 +26,7 @@ def to_python(value: Any) -> Any:
         return value
     for method in ("as_py", "tolist"):
         try:
-            if not isinstance(value, (str, bytes)) and callable(found := getattr(value, method, None)):
+            if not isinstance(value, (str, bytes, memoryview)) and callable(found := getattr(value, method, None)):
                 return found()
         except Exception:
             return value  # not a value of these libraries, whatever it calls its methods
@@ -49,8 +49,10 @@ def to_whole(value: Any) -> Any:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value stands for none: None, `pandas.NA` or `pandas.NaT`."""
-    return value is None or type(value).__name__ in ("NAType", "NaTType")
+    """Whether a value stands for none: None, `pandas.NA`, `pandas.NaT`, or a null of pyarrow."""
+    if type(value) in _PLAIN:
+        return value is None
+    return type(value).__name__ in ("NAType", "NaTType") or to_python(value) is None
 
 
 def is_gap(value: Any) -> bool:

@@ -11,7 +11,7 @@ from celery.contrib.testing.worker import start_worker
 from celery.exceptions import ChordError, TaskRevokedError
 from celery.result import AsyncResult
 
-from headrace.client import Client, InvalidRequest, JobFailed
+from headrace.client import Client, InvalidRequest, JobCancelled, JobFailed
 from tests.integration.processes import WorkerProcess
 from tests.patience import PATIENCE_S
 
@@ -113,3 +113,5 @@ def test_celery_map_computes_each_and_the_options_of_a_single_job_are_honoured(c
     expired = client.signature("Hello.", **FIELDS).apply_async(expires=-1)
     with pytest.raises(TaskRevokedError, match="expired"):
         expired.get(timeout=PATIENCE_S)
+    with pytest.raises(JobCancelled, match="`expires` of its Celery message passed"):
+        client.job(expired.id).result(PATIENCE_S)

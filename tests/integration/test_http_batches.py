@@ -162,7 +162,7 @@ def test_a_batch_with_invalid_rows_fails_with_their_lines(api: openai.OpenAI) ->
     [
         ({"endpoint": "/v1/chat/completions"}, "endpoint"),
         ({"completion_window": "1h"}, "completion_window"),
-        ({"metadata": {"a": "b" * 513}}, "metadata"),
+        ({"metadata": {"a": "b" * 513}}, "metadata.a"),
         ({"output_expires_after": {"anchor": "created_at", "seconds": 5}}, "output_expires_after.seconds"),
         ({"extra_body": {"more": 1}}, "more"),
     ],

@@ -234,6 +234,7 @@ def test_a_message_that_nobody_can_read_is_put_aside_and_the_worker_goes_on(
         (task([[[{"id": "member", "request": {}}]], {}, {}], timelimit="abc", task="headrace.generate_many"), "member"),
         (task(timelimit=[None, 3], id="soft"), "soft"),
         (task(model="other", id="for-other"), "for-other"),
+        (task(id="high").replace('"priority": 3', '"priority": "high"'), "high"),
         (task(id="moved").replace('"routing_key": "headrace.demo"', '"routing_key": "headrace.other"'), "moved"),
         (
             task(
@@ -243,7 +244,16 @@ def test_a_message_that_nobody_can_read_is_put_aside_and_the_worker_goes_on(
             "linked",
         ),
     ],
-    ids=["task", "limits", "group", "soft limit", "model in a header", "moved from another queue", "link of a group"],
+    ids=[
+        "task",
+        "limits",
+        "group",
+        "soft limit",
+        "model in a header",
+        "envelope",
+        "moved from another queue",
+        "link of a group",
+    ],
 )
 def test_a_job_that_a_refused_message_names_fails(
     client: Client, connection: redis.Redis, worker: WorkerProcess, message: str, job_id: str

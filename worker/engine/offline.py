@@ -69,6 +69,15 @@ _SETTINGS = {
     "max_model_len": "max_context",
     "max_num_seqs": "slots",
 }
+#: Arguments of vLLM's `generate` that ask for nothing with None, and what to do instead of giving another value.
+_OPTIONS = {
+    "lora_request": "; merge adapters into the weights",
+    "prompt_adapter_request": "",
+    "guided_options_request": "; headrace does not constrain the text",
+    "tokenization_kwargs": "",
+    "mm_processor_kwargs": "; GPT-2 reads text only",
+    "prompt_token_ids": "; give the token ids as prompts",
+}
 _PROMPT_FORMS = "text, token ids, or a mapping with prompt or prompt_token_ids"
 
 
@@ -121,6 +130,8 @@ class LLM:
         refuse_unknown("LLM", others, [*_SETTINGS, "tokenizer", "seed", *NEUTRAL_ARGUMENTS, *NO_EFFECT])
         if tokenizer not in (None, model):
             raise InvalidRequest("tokenizer", show(tokenizer), "nothing: the model's own is used")
+        if "," in str(model):
+            raise InvalidRequest("model", show(model), "one model; a worker can serve several")
         if (wrong := unsupported(others)) is not None:
             name, foreign = wrong
             raise InvalidRequest(name, show(others[name]), foreign.expected)
@@ -163,9 +174,15 @@ class LLM:
         """Does nothing: only sequences that run at the same time share prefixes. Returns True, as vLLM does."""
         return True
 
+    def reset_mm_cache(self) -> None:
+        """Does nothing: GPT-2 reads text only, so there is no such cache."""
+
+    def reset_encoder_cache(self) -> None:
+        """Does nothing: GPT-2 has no encoder."""
+
     def generate(
         self,
-        prompts: Any,
+        prompts: Any = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: Any = True,
@@ -179,7 +196,7 @@ class LLM:
             prompts: text, token ids, `{"prompt": ...}` or `{"prompt_token_ids": [...]}`, or a list of these.
             sampling_params: for all prompts, or one for each.
             use_tqdm: show a progress bar if stderr is a terminal.
-            lora_request: None.
+            lora_request: None, or a list of None.
             priority: None, or a list of zeros.
             others: vLLM's other arguments, each None.
 
@@ -253,12 +270,13 @@ def _settings(**arguments: Any) -> Settings:
 
 def _refuse_options(*, priority: Any, **options: Any) -> None:
     """Raise for arguments of `generate` that ask for something that is not computed."""
-    known = ("lora_request", "prompt_adapter_request", "guided_options_request", "tokenization_kwargs")
-    refuse_unknown("generate", options, [*known, "prompts", "sampling_params", "use_tqdm", "priority"])
+    refuse_unknown("generate", options, [*_OPTIONS, "prompts", "sampling_params", "use_tqdm", "priority"])
     for name, value in options.items():
-        if value is not None and value != {}:
-            raise InvalidRequest(name, show(value), "None")
-    if priority is not None and not (isinstance(priority, (list, tuple)) and set(priority) <= {0}):
+        one_for_each = isinstance(value, (list, tuple)) and all(item is None for item in value)
+        if value is not None and value != {} and not one_for_each:
+            raise InvalidRequest(name, show(value), f"None{_OPTIONS[name]}")
+    priority = to_python(priority)
+    if priority is not None and not (isinstance(priority, (list, tuple)) and all(item == 0 for item in priority)):
         raise InvalidRequest("priority", show(priority), "None; prompts are computed in their order")
 
 
@@ -278,9 +296,12 @@ def _as_list(prompts: Any) -> list[Any]:
         return [prompts]
     prompts = to_python(prompts)
     try:
+        if isinstance(prompts, (bytes, bytearray, memoryview)):
+            raise TypeError  # as a list it would be token ids
         listed = list(prompts)
     except TypeError:
-        raise InvalidRequest("prompts", f"a {type(prompts).__name__}", f"{_PROMPT_FORMS}, or a list of these") from None
+        given = "nothing" if prompts is None else f"a value of type {type(prompts).__name__}"
+        raise InvalidRequest("prompts", given, f"{_PROMPT_FORMS}, or a list of these") from None
     is_one = bool(listed) and isinstance(to_python(listed[0]), (int, float))
     return [listed] if is_one else listed
 

@@ -135,6 +135,9 @@ ABSENT_METHODS = {
     "stop_profile": "profile the process itself, for example with py-spy",
     "get_metrics": "a worker has metrics, HEADRACE_METRICS_PORT",
     "init_weight_transfer_engine": "make another LLM with the new weights",
+    "start_weight_update": "make another LLM with the new weights",
+    "finish_weight_update": "make another LLM with the new weights",
+    "enqueue_chat": "GPT-2 has no chat format; write the prompt yourself and use generate",
     "update_weights": "make another LLM with the new weights",
 }
 

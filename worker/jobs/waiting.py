@@ -86,6 +86,8 @@ class WaitingJobs:
         for message in part:
             jobs = set(message.job_ids or ())
             holder = self._held.holder
+            if self._held.waits(message.tag) is None:
+                continue  # it was revoked or has expired, and the pool ends its jobs
             if jobs <= ended:
                 self._main_thread.call(holder.acknowledge, message.tag)
             elif jobs <= cancelled and message.request is not None:

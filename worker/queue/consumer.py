@@ -17,7 +17,7 @@ from celery.worker.consumer import Consumer
 from headrace.client.wire import keys
 from headrace.client.wire.clock import RedisClock
 from headrace.client.wire.errors import JobFailed, RedisUnsuitable
-from headrace.worker.queue.dead_letters import dead_letter, named_jobs, original
+from headrace.worker.queue.dead_letters import dead_letter, jobs_in_text, named_jobs, original
 from headrace.worker.queue.held import HeldMessages
 from headrace.worker.queue.message_options import compression_of, reason_to_refuse_options
 from headrace.worker.queue.messages import BAD_SIGNATURE, model_of
@@ -103,7 +103,7 @@ class SafeConsumer(Consumer):
     def connection_for_read(self, *args: Any, **kwargs: Any) -> Any:
         """Called by Celery for the connection that delivers messages."""
         connection = self.app.connection_for_read(*args, **kwargs)
-        transport = transport_that_takes(connection.get_transport_cls(), self._refuse, self._has_room)
+        transport = transport_that_takes(connection.get_transport_cls(), self._refuse_unread, self._has_room)
         connection.get_transport_cls = lambda: transport  # remote control shows `transport_cls` itself, as JSON
         connected = self.ensure_connected(connection)
         try:
@@ -171,6 +171,11 @@ class SafeConsumer(Consumer):
         self._fail_jobs(named_jobs(message), error)
         self._fail_followers(message, error)
         self._refuse(message.delivery_tag, *original(message), reason)
+
+    def _refuse_unread(self, tag: str, queue: str, message: bytes, reason: str) -> None:
+        """Refuse a message that kombu could not read. The jobs that its text names fail."""
+        self._fail_jobs(jobs_in_text(message), JobFailed("unreadable_message", f"the message was refused: {reason}"))
+        self._refuse(tag, queue, message, reason)
 
     def _fail_followers(self, message: Any, error: JobFailed) -> None:
         """Fail the chord and the chain that a refused message is part of, and call its `link_error`, as Celery does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from typing import Any
@@ -39,3 +40,19 @@ def named_jobs(message: Any) -> list[str]:
     except Exception:  # the message has already been refused for this error
         return []
     return [headers["id"]] if is_job_id(headers.get("id")) else []
+
+
+def jobs_in_text(text: bytes | str) -> list[str]:
+    """The valid job ids in a message, or in an entry of kombu's `unacked` hash, that kombu could not read."""
+    if len(text) > 2 * MAX_MESSAGE_BYTES:
+        return []
+    try:
+        found = json.loads(text)
+        envelope = found[0] if isinstance(found, list) else found
+        headers = envelope["headers"]
+        if headers.get("task") != GROUP_TASK_NAME:
+            return [headers["id"]] if is_job_id(headers["id"]) else []
+        args, kwargs, _ = json.loads(base64.b64decode(envelope["body"]))
+        return list(read_group(argument(GROUP_TASK_NAME, args, kwargs)))
+    except Exception:  # the text may be anything
+        return []

@@ -7,6 +7,7 @@ from typing import Any
 from kombu.utils.json import loads
 
 from headrace.client.wire.unicode import check_unicode
+from headrace.client.wire.values import to_whole
 
 
 def read_envelope(message: bytes | str) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def _check_envelope(envelope: Any) -> dict[str, Any]:
         ("body", envelope.get("body"), str),
         ("headers", envelope.get("headers"), dict),
         ("delivery_info", properties.get("delivery_info"), dict),
-        ("priority", properties.get("priority", 0), int),
+        ("priority", to_whole(properties.get("priority") or 0), int),  # kombu takes null and 3.0 too
         ("body_encoding", properties.get("body_encoding") or "", str),
     ):
         if not isinstance(value, kind):

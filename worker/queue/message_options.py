@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from celery.utils.time import maybe_iso8601
+
 from headrace.client.wire import keys
 from headrace.client.wire.celery import GROUP_TASK_NAME, TASK_NAME
 from headrace.worker.queue.messages import ADDRESSED_TO, MODEL_HEADER, model_of
@@ -44,7 +46,12 @@ def reason_to_refuse_options(message: Any, *, limits: bool) -> str | None:
     if message.headers["task"] not in (TASK_NAME, GROUP_TASK_NAME):
         return None
     grouped = message.headers["task"] == GROUP_TASK_NAME
-    return _other_model(message) or _time_limit(message, limits and not grouped) or (_afterwards(message, grouped))
+    return (
+        _other_model(message)
+        or _expires(message)
+        or _time_limit(message, limits and not grouped)
+        or _afterwards(message, grouped)
+    )
 
 
 def _other_model(message: Any) -> str | None:
@@ -63,6 +70,15 @@ def _other_model(message: Any) -> str | None:
             f"its header {MODEL_HEADER!r} names {str(named)[:160]!r} and it was in the queue "
             f"{delivery['routing_key']!r}; send it to the queue of the model that is meant"
         )
+    return None
+
+
+def _expires(message: Any) -> str | None:
+    expires = message.headers.get("expires")
+    try:
+        maybe_iso8601(expires)
+    except (ValueError, TypeError, AttributeError):
+        return f"its expires is {str(expires)[:80]!r}; expected a time in ISO 8601"
     return None
 
 

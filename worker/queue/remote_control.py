@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from celery.app.control import Control as CeleryControl
+from celery.utils.time import rate
 from celery.worker import control as stock
 from kombu.pidbox import Mailbox as KombuMailbox
 
@@ -39,7 +40,7 @@ def cancel_consumer(state: Any, queue: str, **_: Any) -> Reply:
 
 def time_limit(state: Any, task_name: str | None = None, hard: Any = None, soft: Any = None, **_: Any) -> Reply:
     """Set the time limit of messages with one job, in seconds from the job's start; 0 removes it."""
-    if task_name not in state.app.tasks:
+    if not isinstance(task_name, str) or task_name not in state.app.tasks:
         return _error("unknown task")
     if soft:
         return _error("there is no soft time limit, because a job cannot clean up; set the hard one alone (soft 0)")
@@ -52,6 +53,24 @@ def time_limit(state: Any, task_name: str | None = None, hard: Any = None, soft:
     state.app.tasks[task_name].time_limit = hard or None
     state.consumer.update_strategies()  # they read the limit when they are made
     return dict(stock.ok("time limit of messages with one job set; jobs that were submitted together have timeout_s"))
+
+
+def rate_limit(state: Any, task_name: Any = None, rate_limit: Any = None, **_: Any) -> Reply:
+    """Limit how many messages of a task are begun; 0 and None remove the limit. Of a limit below 0, or one that is no
+    number, Celery's own command says "ok", and no message is begun any more.
+    """
+    try:
+        per_s = float(rate(rate_limit) or 0)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        per_s = math.nan
+    if isinstance(rate_limit, bool) or not 0 <= per_s < math.inf:
+        return _error(
+            f"the rate limit is {str(rate_limit)[:40]!r}; it must be a number of messages a second, or a text such "
+            "as '10/s', '10/m' or '10/h'; 0 removes it"
+        )
+    if not isinstance(task_name, str):
+        return _error("unknown task")
+    return dict(stock.rate_limit(state, task_name, rate_limit))
 
 
 def enable_events(state: Any) -> Reply:
@@ -90,7 +109,7 @@ def _error(text: str) -> Reply:
 
 COMMANDS: Mapping[str, Callable[..., Reply]] = {
     command.__name__: command
-    for command in (add_consumer, cancel_consumer, time_limit, enable_events, disable_events, election)
+    for command in (add_consumer, cancel_consumer, time_limit, rate_limit, enable_events, disable_events, election)
 }
 
 

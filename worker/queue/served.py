@@ -13,11 +13,13 @@ from headrace.client.wire import keys
 from headrace.worker.queue.redaction import REDACTED
 
 
-def why_not_served(queue: str, models: Iterable[str]) -> str | None:
+def why_not_served(queue: Any, models: Iterable[str]) -> str | None:
     """Return a sentence that says why a worker of these models does not consume a queue, or None if it does."""
     names = [keys.queue(model) for model in models]
     if queue in names:
         return None
+    if not isinstance(queue, str):  # remote control passes on whatever it is sent
+        return f"{str(queue)[:200]} is not the name of a queue; this worker serves {', '.join(names)}"
     start = f"{queue[:200]!r} is not a queue of this worker, which serves {', '.join(names)}"
     if queue.removeprefix(keys.PREFIX) in names:
         return f"{start}; write it without {keys.PREFIX!r}, the prefix of its keys in Redis"

@@ -14,9 +14,11 @@ from starlette.types import Receive, Scope, Send
 
 from headrace.client.http.auth import UPLOAD_PATH
 from headrace.client.http.context import context_of, owner_of, paginate, route, whole_number
-from headrace.client.http.errors import ApiError, invalid
+from headrace.client.http.errors import ApiError
 from headrace.client.http.file_store import MAX_FILES, MIN_RETENTION_S, RETENTION_S
 from headrace.client.http.responses import JsonResponse
+from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.values import show
 
 
 async def upload_file(request: Request) -> Response:
@@ -27,9 +29,10 @@ async def upload_file(request: Request) -> Response:
     async with request.form(max_files=1, max_fields=8, max_part_size=1024) as form:
         file, purpose = form.get("file"), form.get("purpose")
         if not isinstance(file, UploadFile):
-            raise invalid("file: expected the content of a file", "file")
+            raise InvalidRequest("file", "nothing" if file is None else "text", "a file, with a name")
         if purpose != "batch":
-            raise invalid("purpose: only 'batch' is supported", "purpose")
+            given = "nothing" if purpose is None else show(purpose) if isinstance(purpose, str) else "a file"
+            raise InvalidRequest("purpose", given, "'batch'")
         retention_s = _retention(form.get("expires_after[anchor]"), form.get("expires_after[seconds]"))
         name = file.filename or "file"
         add = context_of(request).files.add
@@ -40,23 +43,23 @@ async def upload_file(request: Request) -> Response:
 
 
 def _retention(anchor: Any, seconds: Any) -> int:
-    """Seconds until the file expires. Raises ApiError if the form fields of `expires_after` are invalid."""
+    """Seconds until the file expires. Raises InvalidRequest if the form fields of `expires_after` are wrong."""
     if anchor is None and seconds is None:
         return RETENTION_S
-    known = anchor == "created_at" and isinstance(seconds, str)
-    retention_s = whole_number(seconds, MIN_RETENTION_S, RETENTION_S) if known else None
-    if retention_s is None:
+    texts = [value if isinstance(value, str) else "" for value in (anchor, seconds)]
+    retention_s = whole_number(texts[1], MIN_RETENTION_S, RETENTION_S)
+    if texts[0] != "created_at" or retention_s is None:
         expected = f"anchor 'created_at', and seconds from {MIN_RETENTION_S} to {RETENTION_S}"
-        raise invalid(f"expires_after: expected {expected}", "expires_after")
+        raise InvalidRequest("expires_after", f"anchor {show(texts[0])} and seconds {show(texts[1])}", expected)
     return retention_s
 
 
 def list_files(request: Request) -> Response:
     """`GET /v1/files`."""
-    order, purpose = request.query_params.get("order", "desc"), request.query_params.get("purpose")
+    order, purpose = request.query_params.get("order") or "desc", request.query_params.get("purpose")
     if order not in ("asc", "desc"):
-        raise invalid("order: expected 'asc' or 'desc'", "order")
-    files = [f for f in context_of(request).files.owned_by(owner_of(request)) if purpose in (None, f.purpose)]
+        raise InvalidRequest("order", show(order), "'asc' or 'desc'")
+    files = [f for f in context_of(request).files.owned_by(owner_of(request)) if purpose in (None, "", f.purpose)]
     if order == "desc":
         files.reverse()
     return JsonResponse(paginate(request, [file.public() for file in files], MAX_FILES, MAX_FILES))

@@ -195,7 +195,7 @@ def test_values_that_json_cannot_represent_are_faults_of_their_line(client: Clie
         (b'{"body": {"prompt": "a"}}', "custom_id", "1 to 512"),
         (b'{"custom_id": "a", "body": "a"}', "body", "object"),
         (b'{"custom_id": "a", "url": "/v1/chat/completions", "body": {}}', "url", "/v1/completions"),
-        (b'{"custom_id": "a", "method": "GET", "body": {}}', "url", "POST"),
+        (b'{"custom_id": "a", "method": "GET", "body": {}}', "url", "got 'GET /v1/completions'; expected 'POST"),
         (b'{"custom_id": "a", "body": {}, "more": 1}', "more", "custom_id, method, url, body"),
         (b'{"custom_id": "a", "body": {"prompt": "a", "best_of": 4}}', "best_of", "all n samples"),
         (b'{"custom_id": "a", "body": {"prompt": "a", "model": "gpt-5"}}', "model", "demo"),

@@ -322,6 +322,12 @@ def test_a_model_that_no_worker_serves_is_refused_with_those_that_are_served(
             with pytest.raises((InvalidRequest, InvalidBatch)) as caught:
                 ask()
             assert "model: got 'alpah'; expected one that is served: alpha, beta" in str(caught.value)
+        for ask in (
+            lambda: client.submit("Hello.", model="org/alpha"),
+            lambda: client.submit_many(["a", "b"], model="org/alpha"),
+        ):
+            with pytest.raises(InvalidRequest, match="model: got 'org/alpha'; expected one that is served"):
+                ask()
         assert sum(map(connect(own).llen, keys.queue_lists("alpah"))) == 0  # type: ignore[arg-type]
         assert client.models() == {"demo", "alpha", "beta"}
         for model in ("alpha", "beta", None, "demo"):  # demo is this client's own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import decimal
 import fractions
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headrace.client import Client, InvalidBatch, InvalidRequest
+from headrace.client import AsyncClient, Client, InvalidBatch, InvalidRequest
 from headrace.client.batch.check import check
 from headrace.client.batch.map import map_prompts
 from headrace.client.batch.openai import completion_fields
@@ -155,3 +156,25 @@ class NoRedis:
     def prepare(self, fields: dict[str, Any]) -> Any:
         self._prepare(fields)
         raise InvalidRequest("prompt", "a job", "nothing")
+
+
+@pytest.mark.parametrize("value", [5, None, 1.5, True])
+def test_what_is_no_job_cannot_be_cancelled(value: Any) -> None:
+    with Client(redis_url="redis://localhost:1/0") as client:
+        for given in (value, [value]):
+            with pytest.raises(InvalidRequest, match=rf"^job: got {value}; expected a job, or its id"):
+                client.cancel(given)
+
+
+@pytest.mark.parametrize("jobs", [None, 5, ["an-id"], "an-id", [None]], ids=str)
+def test_only_jobs_can_be_waited_for_together(jobs: Any) -> None:
+    async def each(call: str) -> None:
+        async with AsyncClient(redis_url="redis://localhost:1/0") as client:
+            async for _ in getattr(client, call)(jobs):
+                pass
+
+    with Client(redis_url="redis://localhost:1/0") as client, pytest.raises(InvalidRequest, match=r"^jobs: got "):
+        list(client.as_completed(jobs))
+    for call in ("as_completed", "streams"):
+        with pytest.raises(InvalidRequest, match=r"^jobs: got "):
+            asyncio.run(each(call))

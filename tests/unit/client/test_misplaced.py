@@ -36,6 +36,7 @@ def test_messages_in_the_right_lists_and_those_of_others_are_not_misplaced(conne
     for name in (*keys.queue_lists("demo"), *keys.queue_lists("third"), "headrace.third"):
         connection.lpush(name, OURS)
     connection.lpush("celery", THEIRS, THEIRS)
+    connection.lpush("demo", THEIRS)
     connection.lpush("celery\x06\x163", b"\xff not a message")
     assert found(connection) == {}
 
@@ -47,6 +48,10 @@ def test_each_likely_list_is_counted_over_all_priorities(connection: redis.Redis
     connection.lpush("celery", OURS, THEIRS, GROUP)
     connection.lpush("headrace:celery\x06\x163", *[GROUP] * (SAMPLE + 4))
     counts = {"headrace.demo": 8, "headrace.other": 1, "celery": 2, "headrace:celery": SAMPLE}
+    connection.lpush("headraceheadrace.demo", OURS)
+    connection.lpush("demo", OURS, THEIRS)
+    connection.lpush("headrace:demo\x06\x163", OURS, OURS)
+    counts |= {"headraceheadrace.demo": 1, "demo": 1, "headrace:demo": 2}
     assert found(connection) == counts
     connection.hset(keys.unacked(), "tag", "a message")  # fakeredis does not answer HRANDFIELD as Redis does
     assert {place.key for place in read_status(connection, "demo").misplaced} == counts.keys() - {"headrace.other"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +43,7 @@ GOOD = {"prompt": "Hello."}
         ("min_p", 1.5, "1.5", "0 (off) to 1"),
         ("n", 0, "0", "1 to 128"),
         ("n", 129, "129", "1 to 128"),
-        ("stop", "", "''", "none empty"),
+        ("stop", [""], "['']", "none empty"),
         ("stop", ["a", ""], "['a', '']", "none empty"),
         ("stop", ["x"] * 17, "[", "16 strings"),
         ("stop", ["x" * 2000], "[", "1,024 bytes"),
@@ -70,6 +71,7 @@ GOOD = {"prompt": "Hello."}
         ("prompt", [1, -1], "item 1", "ids"),
         ("prompt", [1, "a"], "type list", "ids"),
         ("prompt", b"bytes", "type bytes", "text"),
+        ("prompt", memoryview(b"bytes"), "type memoryview", "text"),
         ("prompt", "x" * 70_000, "70000 bytes", "at most 65536"),
         ("prompt", [1] * 20_000, "20000 token ids", "16384"),
         ("prompt", "caf\udce9", "U+DCE9 at character 3", "valid Unicode"),
@@ -101,6 +103,7 @@ def test_numbers_with_thousands_of_digits_are_reported_by_size() -> None:
         ("num_return_sequences", "n?"),
         ("stop_sequences", "stop"),
         ("do_sample", "temperature=0"),
+        ("request_id", "did you mean id?"),
         ("zzz", "temperature"),
     ],
 )
@@ -192,21 +195,24 @@ NEUTRAL: dict[str, list[Any]] = {
     "stream_options": [{}, {"include_usage": False}],
     "tools": [[]], "tool_choice": ["none", "auto"], "parallel_tool_calls": [True], "top_logprobs": [0],
     "use_beam_search": [False, np.False_], "length_penalty": [1, 1.0, np.float32(1)], "early_stopping": [False],
-    "skip_special_tokens": [True], "spaces_between_special_tokens": [True], "include_stop_str_in_output": [False],
+    "skip_special_tokens": [True], "spaces_between_special_tokens": [True, False],
+    "include_stop_str_in_output": [False],
     "bad_words": [[]], "detokenize": [True], "add_special_tokens": [True, False], "return_token_ids": [False],
     "return_tokens_as_token_ids": [False], "priority": [0, 0.0], "logprobs": [False], "top_k": [0, 0.0],
     "min_p": [0, 0.0], "repetition_penalty": [1, 1.0], "presence_penalty": [0], "frequency_penalty": [0.0],
-    "logit_bias": [{}], "stop": [[], ()], "stop_token_ids": [[]], "echo": [False, np.False_], "n": [1, 1.0],
+    "logit_bias": [{}, [], {"5": None}], "stop": [[], (), ""], "stop_token_ids": [[], ()], "n": [1, 1.0],
+    "echo": [False, np.False_],
     "ignore_eos": [False], "min_tokens": [0, 0.0], "typical_p": [1.0], "mirostat": [0], "repeat_penalty": [1.0],
     "cache_prompt": [True], "grammar": [""], "num_beams": [1], "no_repeat_ngram_size": [0], "watermark": [False],
     "details": [False], "top_n_tokens": [0], "id_slot": [-1], "thinking_token_budget": [-1], "stream": [False],
     "max_tokens": [16, 16.0], "temperature": [1, 1.0], "top_p": [1], "logits_processors": [[]], "xtc_probability": [0],
+    "do_sample": [True], "checkpoints": [[], ()],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "values"), NEUTRAL.items())
 def test_a_value_that_asks_for_nothing_changes_nothing(name: str, values: list[Any]) -> None:
-    for value in [*values, None, pd.NA]:
+    for value in [*values, None, pd.NA, pd.NaT, pyarrow.scalar(None, pyarrow.int64())]:
         assert parse_request({**GOOD, name: value}).to_wire() == parse_request(GOOD).to_wire(), value
         assert completion_fields({**GOOD, name: value}).keys() <= {"prompt", name}
 
@@ -249,6 +255,19 @@ def test_best_of_is_compared_with_n() -> None:
         assert parse_request({**GOOD, "n": n, "best_of": best_of}).n == (n or 1)
     with pytest.raises(InvalidRequest, match="best_of"):
         parse_request({**GOOD, "n": 2, "best_of": 3})
+
+
+def test_do_sample_may_repeat_what_temperature_says() -> None:
+    for temperature, sample in ((0, False), (0.0, False), (0.7, True), (None, True), (np.float32(0), np.False_)):
+        parse_request({**GOOD, "temperature": temperature, "do_sample": sample})
+        with pytest.raises(InvalidRequest, match=r"^do_sample: got .* temperature=0 is greedy"):
+            parse_request({**GOOD, "temperature": temperature, "do_sample": not sample})
+
+
+def test_a_null_in_a_map_of_biases_is_no_entry() -> None:
+    table = pyarrow.Table.from_pylist([{"logit_bias": {"5": 1.0}}, {"logit_bias": {"13": -2.0}}])
+    found = [parse_request({**GOOD, **row}).logit_bias for row in table.to_pylist()]
+    assert found == [{5: 1.0}, {13: -2.0}]
 
 
 @pytest.mark.parametrize("name", sorted(WHOLE_NAMES))

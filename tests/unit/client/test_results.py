@@ -61,6 +61,14 @@ def test_errors_of_jobs_are_decoded_with_code_message_and_partial_text(
 
 
 def test_revoked_is_cancelled_and_celerys_time_limit_is_expired() -> None:
+    for arguments in (["expired"], "expired"):
+        outcome = parse_outcome(record("REVOKED", {"exc_type": "TaskRevokedError", "exc_message": arguments}))
+        assert isinstance(outcome, JobCancelled)
+        assert "`expires`" in outcome.message
+    for arguments in (["revoked"], ["terminated"], [], 5):
+        value = {"exc_type": "TaskRevokedError", "exc_message": arguments}
+        assert isinstance(parse_outcome(record("REVOKED", value)), JobCancelled)
+    assert isinstance(parse_outcome(record("REVOKED", None)), JobCancelled)
     assert isinstance(parse_outcome(record("REVOKED", {"exc_type": "TaskRevokedError"})), JobCancelled)
     assert isinstance(parse_outcome(failure("TimeLimitExceeded", 5)), JobExpired)
 

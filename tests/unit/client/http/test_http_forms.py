@@ -12,6 +12,7 @@ from unittest.mock import AsyncMock
 import pytest
 
 from headrace.client.batch.openai import completion, join_results
+from headrace.client.http.batch_objects import parse_batch_request
 from headrace.client.http.jobs import as_request_field
 from headrace.client.http.routes.completions import (
     ChunkEncoder,
@@ -222,3 +223,42 @@ def test_choices_of_several_prompts_name_their_seeds() -> None:
     joined = completion(join_results([result(0), result(1)]))
     assert {**found, "created": 0} == {**joined, "created": 0}, "HTTP and batches write the same"
     assert "seed" not in json.loads(encode_completion([encode_part(0, result(0))]))["choices"][0]
+
+
+BATCH = {"input_file_id": "file-0", "endpoint": "/v1/completions", "completion_window": "24h"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"metadata": {"a": 1}}, "metadata.a: got 1; expected at most 16 texts of at most 512 characters, with names"),
+        ({"metadata": {"a": "x" * 513}}, "metadata.a: got 'xxx"),
+        ({"metadata": {"n" * 65: "x"}}, f"metadata.{'n' * 65}: got 'nnn"),
+        ({"metadata": []}, "metadata: got []; expected at most 16 texts"),
+        ({"input_file_id": None}, "input_file_id: got nothing; expected the id of an uploaded file"),
+        ({"input_file_id": 5}, "input_file_id: got 5; expected the id of an uploaded file"),
+        ({"endpoint": "/v1/embeddings"}, "endpoint: got '/v1/embeddings'; expected '/v1/completions'; GPT-2"),
+        ({"completion_window": "1h"}, "completion_window: got '1h'; expected '24h'"),
+        ({"output_expires_after": []}, "output_expires_after: got []; expected an object with anchor and seconds"),
+        ({"output_expires_after": {"anchor": "x"}}, "output_expires_after.anchor: got 'x'; expected 'created_at'"),
+        (
+            {"output_expires_after": {"anchor": "created_at", "seconds": 60}},
+            "output_expires_after.seconds: got 60; expected a whole number from 3600 to 2592000",
+        ),
+        ({"window": "24h"}, "window: got '24h'; expected one of input_file_id, endpoint, completion_window, metadata"),
+    ],
+    ids=str,
+)
+def test_a_wrong_field_of_a_batch_is_named_with_its_value(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_batch_request({**BATCH, **fields})
+    assert str(caught.value).startswith(message)
+
+
+def test_null_and_whole_floats_pass_in_a_batch() -> None:
+    nothing = {"metadata": None, "output_expires_after": None, "extra": None}
+    assert parse_batch_request({**BATCH, **nothing}) == parse_batch_request(BATCH)
+    expires = {"anchor": "created_at", "seconds": 3600.0}
+    parsed = parse_batch_request({**BATCH, "output_expires_after": expires}).output_expires_after
+    assert parsed is not None
+    assert repr(parsed.seconds) == "3600"

@@ -39,6 +39,10 @@ def test_a_wrong_method_is_answered_with_the_right_ones(app: HttpApp, path: str,
     wrong = app.ask("PUT", path)
     assert (wrong.status, wrong.headers["allow"]) == (405, methods)
     assert wrong.json()["error"]["code"] == "method_not_allowed"
+    assert wrong.json()["error"]["message"] == f"method: got 'PUT'; expected one of {methods}"
+    damaged = app.ask("POST", "/v1/files", b"x", headers={"content-type": "multipart/form-data; boundary=b"})
+    assert (damaged.status, damaged.json()["error"]["code"]) == (400, "invalid_request")
+    assert damaged.json()["error"]["message"].startswith("the body is not a valid form: ")
     asked = app.ask("OPTIONS", path)
     assert (asked.status, asked.headers["allow"], asked.body) == (204, methods, b"")
     assert app.ask("OPTIONS", "/nowhere").status == 404

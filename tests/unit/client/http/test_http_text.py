@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,18 @@ def test_a_record_that_cannot_be_read_hides_no_other(tmp_path: Path, content: by
     again.close()
 
 
+def test_what_is_no_record_does_not_hold_up_the_server(tmp_path: Path) -> None:
+    HttpApp(tmp_path).close()
+    names = ["folder", "link", "pipe"]
+    pipe, link, folder = ((tmp_path / "batches" / f"batch_{name}.json") for name in reversed(names))
+    os.mkfifo(pipe)
+    link.symlink_to("nowhere")
+    folder.mkdir()
+    with capture_logs() as logged:
+        HttpApp(tmp_path).close()
+    assert [line["file"] for line in logged] == [f"batch_{name}.json" for name in names]
+
+
 def test_a_batch_that_cannot_be_stored_is_in_no_list(app: HttpApp, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -156,3 +169,19 @@ def test_a_key_outside_ascii_is_compared_as_bytes(tmp_path: Path) -> None:
 def test_a_response_can_always_be_encoded() -> None:
     content = {"a": [float("nan"), float("-inf"), 1.5], "b": {"c": LONE}}
     assert json.loads(encode_json(content)) == {"a": [None, None, 1.5], "b": {"c": LONE}}
+
+
+def test_queries_are_refused_with_their_values_and_empty_ones_ask_for_nothing(app: HttpApp) -> None:
+    for path in ("/v1/files", "/v1/batches"):
+        assert app.ask("GET", path, query=b"after=&limit=&order=&purpose=").status == 200
+        assert (
+            "limit: got '1e1'; expected a whole number"
+            in app.ask("GET", path, query=b"limit=1e1").json()["error"]["message"]
+        )
+        unknown = app.ask("GET", path, query=b"after=file-1")
+        assert (unknown.status, unknown.json()["error"]["param"]) == (404, "after")
+    assert (
+        "order: got 'up'; expected 'asc' or 'desc'"
+        in app.ask("GET", "/v1/files", query=b"order=up").json()["error"]["message"]
+    )
+    assert "purpose: got 'x'; expected 'batch'" in app.upload(purpose="x").json()["error"]["message"]

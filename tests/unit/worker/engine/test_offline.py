@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from headrace.client import InvalidRequest, JobFailed
 from headrace.client.wire.requests import parse_request
+from headrace.model.hub import ModelError
 from headrace.worker.engine.offline import LLM, SamplingParams, TokensPrompt
 
 PROMPTS = ["Hello, my name is", "The river", "The capital of France is"]
@@ -270,7 +272,8 @@ def test_text_ends_with_the_context_whatever_max_tokens_is() -> None:
 @pytest.mark.parametrize(
     "prompts",
     [
-        None, 5, [None], [b"x"], [{"prompt": 5}], [{"prompt_embeds": [1.0]}], [{}], [[]], [["a"]], [[1.5]], [[-1]],
+        None, 5, b"x", bytearray(b"x"), memoryview(b"x"), [memoryview(b"x")], [None], [b"x"], [{"prompt": 5}],
+        [{"prompt_embeds": [1.0]}], [{}], [[]], [["a"]], [[1.5]], [[-1]],
         [{"prompt_token_ids": "text"}], [{"prompt": "a", "multi_modal_data": {"image": 1}}], ["\ud83d"],
         {"encoder_prompt": "a", "decoder_prompt": "b"}, [[99_999]], object(), [{"prompt_token_ids": [10**400]}],
     ],
@@ -288,6 +291,8 @@ def test_prompts_that_cannot_be_read_are_value_errors(llm: LLM, prompts: Any) ->
         ({"lora_request": "adapter"}, "lora_request"),
         ({"priority": [1]}, "priority"),
         ({"priority": 1}, "priority"),
+        ({"prompt_token_ids": [[1]]}, "prompt_token_ids"),
+        ({"mm_processor_kwargs": {"a": 1}}, "mm_processor_kwargs"),
     ],
 )
 def test_options_of_generate_that_are_not_computed_are_value_errors(
@@ -297,6 +302,25 @@ def test_options_of_generate_that_are_not_computed_are_value_errors(
         llm.generate(["a"], **options)
     with pytest.raises(TypeError, match="did you mean use_tqdm"):
         llm.generate(["a"], use_tqd=False)
+
+
+def test_options_of_generate_that_ask_for_nothing_pass(llm: LLM) -> None:
+    nothing = {"prompt_token_ids": None, "mm_processor_kwargs": {}, "tokenization_kwargs": None}
+    params = SamplingParams(max_tokens=1, temperature=0, stop_token_ids=())
+    for options in ({"lora_request": [None], "priority": np.array([0])}, {"lora_request": [], "priority": []}, nothing):
+        assert len(llm.generate(["a"], params, **options)) == 1
+    llm.reset_mm_cache()
+    llm.reset_encoder_cache()
+    with pytest.raises(InvalidRequest, match=r"^prompts: got nothing"):
+        llm.generate(sampling_params=params)
+
+
+def test_a_model_that_is_no_name_and_no_path_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match=r"^model: got 'demo,gpt2'; expected one model"):
+        LLM("demo,gpt2")
+    for name in ("~\0", "a\0b", "/\0"):
+        with pytest.raises(ModelError, match=r"^model '.*\\x00.*': there is no such directory"):
+            LLM(name)
 
 
 def test_outputs_have_the_fields_of_vllm(llm: LLM) -> None:
@@ -317,7 +341,9 @@ def test_outputs_have_the_fields_of_vllm(llm: LLM) -> None:
     assert first.outputs[0].finished()
 
 
-@pytest.mark.parametrize("method", ["chat", "beam_search", "encode", "embed", "classify", "score", "apply_model"])
+@pytest.mark.parametrize(
+    "method", ["chat", "beam_search", "encode", "embed", "classify", "score", "apply_model", "enqueue_chat"]
+)
 def test_methods_of_vllm_that_are_not_computed_say_what_to_use(llm: LLM, method: str) -> None:
     with pytest.raises(NotImplementedError, match=rf"LLM.{method} is not computed here: \w+"):
         getattr(llm, method)(["a"], use_tqdm=False)

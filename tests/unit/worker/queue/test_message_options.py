@@ -81,6 +81,8 @@ def test_what_asks_for_nothing_or_is_honoured_passes(asked: dict[str, Any]) -> N
         ({"timelimit": [None, 2]}, "it has a soft_time_limit"),
         ({"timelimit": [9, 2]}, "it has a soft_time_limit"),
         ({"timelimit": [9, None], "task": GROUP_TASK_NAME}, "use expires_at"),
+        ({"expires": 4_000_000_000}, "its expires is '4000000000'; expected a time in ISO 8601"),
+        ({"expires": "soon"}, "its expires is 'soon'; expected a time in ISO 8601"),
         ({"timelimit": 7}, "its time limit is 7; expected"),
         ({"timelimit": ["x", "y", "z"]}, "its time limit is"),
         ({"timelimit": [True, None]}, "its time limit is"),

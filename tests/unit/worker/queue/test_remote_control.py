@@ -31,6 +31,8 @@ class Consumer:
 
     def cancel_task_queue(self, *_: Any, **__: Any) -> None: ...
 
+    def reset_rate_limits(self) -> None: ...
+
     def update_strategies(self) -> None:
         self.strategies += 1
 
@@ -70,6 +72,30 @@ def test_any_other_queue_is_an_error_that_names_those_of_the_worker(
     answer = node.handle(command, {"queue": queue})
     assert f"{queue!r} is not a queue of this worker, which serves headrace.demo, headrace.other" in answer["error"]
     assert not consumer.calls
+
+
+@pytest.mark.parametrize("command", ["add_consumer", "cancel_consumer"])
+@pytest.mark.parametrize("queue", [None, 5, ["headrace.demo"]], ids=str)
+def test_what_is_no_name_of_a_queue_is_an_error(node: Any, command: str, queue: Any) -> None:
+    assert (
+        "is not the name of a queue; this worker serves headrace.demo"
+        in node.handle(command, {"queue": queue})["error"]
+    )
+
+
+@pytest.mark.parametrize("limit", ["10/m", "10/s", "2.5", 10, "1/h"])
+def test_a_rate_limit_takes_effect_and_0_removes_it(app: Celery, node: Any, limit: Any) -> None:
+    for given in (limit, 0):
+        assert "ok" in node.handle("rate_limit", {"task_name": TASK_NAME, "rate_limit": given})
+        assert app.tasks[TASK_NAME].rate_limit == given
+
+
+@pytest.mark.parametrize("limit", ["-5/s", -1, "nan", "1e400/s", "x/y", "abc", "5/day", [1], True])
+def test_a_rate_limit_that_would_stop_all_jobs_or_is_no_number_is_an_error(app: Celery, node: Any, limit: Any) -> None:
+    answer = node.handle("rate_limit", {"task_name": TASK_NAME, "rate_limit": limit})
+    assert f"the rate limit is {str(limit)!r}; it must be a number of messages" in answer["error"]
+    assert app.tasks[TASK_NAME].rate_limit is None
+    assert "unknown task" in node.handle("rate_limit", {"task_name": "nothing", "rate_limit": 1})["error"]
 
 
 @pytest.mark.parametrize("more", [{"exchange": "x"}, {"exchange_type": "topic"}, {"routing_key": "a.b"}], ids=str)

@@ -235,6 +235,7 @@ def test_a_revoked_and_an_expired_job_end_while_they_wait(worker: Worker) -> Non
     time.sleep(0.06)
     worker.look()
     assert sorted(worker.pool.revoked) == [("expired", "expired"), ("revoked", "revoked")]
+    assert worker.failed == [], "the pool ends them, with the reason"
     worker.fire()
     assert worker.pool.applied == ["kept"]
     assert worker.credit == 0
