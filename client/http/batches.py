@@ -251,8 +251,7 @@ class Batches:
     def _validate(self, client: Client, state: BatchState) -> Batch:
         """Check all rows. Raises InvalidBatch.
 
-        The models that rows name are checked only the first time: when a server resumes the batch, their workers may
-        be restarting.
+        The models of rows are checked only the first time: when a server resumes, their workers may be restarting.
         """
         self._check_interrupted(state.id)
         models = self._served_models(client, state.id) if state.in_progress_at is None else None

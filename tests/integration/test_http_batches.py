@@ -154,7 +154,22 @@ def test_a_batch_with_invalid_rows_fails_with_their_lines(api: openai.OpenAI) ->
     assert batch.status == "failed"
     assert batch.output_file_id is None
     errors = [(error.line, error.param) for error in batch.errors.data]
-    assert errors == [(3, "n"), (3, "custom_id"), (4, "line"), (5, "model"), (6, "model"), (7, "model")]
+    assert errors == [(3, "custom_id"), (4, "line"), (5, "model"), (6, "model"), (7, "model")]
+
+
+def test_a_row_with_a_wrong_parameter_is_answered_by_the_error_and_the_others_are_computed(api: openai.OpenAI) -> None:
+    wrong = {"a": {"n": 0}, "b": {"suffix": "x"}, "c": {"prompt": ["x", 3]}, "d": {"max_completion_tokens": "many"}}
+    lines = [json.loads(rows(1, **body)) | {"custom_id": name} for name, body in wrong.items()]
+    content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    batch = wait_ended(api, begin(api, content + rows(2)).id)
+    assert (batch.status, batch.errors) == ("completed", None)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (2, 4)
+    assert len(lines_of(api, batch.output_file_id)) == 2
+    failed = lines_of(api, batch.error_file_id)
+    assert {line["error"] for line in failed.values()} == {None}
+    assert {line["response"]["status_code"] for line in failed.values()} == {400}
+    params = {name: line["response"]["body"]["error"]["param"] for name, line in failed.items()}
+    assert params == {"a": "n", "b": "suffix", "c": "prompt", "d": "max_completion_tokens"}
 
 
 @pytest.mark.parametrize(
