@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.routing import Route
@@ -110,7 +110,18 @@ def check_structure(raw: bytes) -> None:
     raise ApiError(400, "invalid_json", message)
 
 
-def paginate(request: Request, items: list[dict[str, Any]], default_limit: int, max_limit: int) -> dict[str, Any]:
+class Listed(Protocol):
+    """An object that lists show."""
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+
+    def public(self) -> dict[str, Any]:
+        """OpenAI's object."""
+
+
+def paginate(request: Request, items: Sequence[Listed], default_limit: int, max_limit: int) -> dict[str, Any]:
     """OpenAI's list object: the page of `items` that the query parameters `after` and `limit` select.
 
     Raises:
@@ -120,11 +131,12 @@ def paginate(request: Request, items: list[dict[str, Any]], default_limit: int, 
     size = whole_number(limit, 1, max_limit)
     if size is None:
         raise invalid(f"limit: expected a whole number from 1 to {max_limit}", "limit")
-    index_of = {item["id"]: index for index, item in enumerate(items)}
-    if after is not None and after not in index_of:
-        raise not_found("object", after[:80])
-    start = 0 if after is None else index_of[after] + 1
-    page = items[start : start + size]
+    start = 0
+    if after is not None:
+        start = next((index for index, item in enumerate(items, 1) if item.id == after), 0)
+        if not start:
+            raise not_found("object", after[:80])
+    page = [item.public() for item in items[start : start + size]]
     ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
     return {"object": "list", "data": page, **ends, "has_more": start + len(page) < len(items)}
 
