@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: help setup demo test properties fuzz chaos check docs fmt bench peers clean
+.PHONY: help setup demo test properties fuzz chaos soak check docs fmt bench peers clean
 
 help: ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -39,6 +39,9 @@ fuzz: $(VENV)/dev ## fuzz everything that comes from outside with more than 100,
 chaos: $(VENV)/dev ## three minutes of faults, then deaths during a batch of 3,000 lines; CHAOS="--seed 2 --minutes 30"
 	$(BIN)/python -m tests.chaos $(CHAOS)
 	$(BIN)/python -m tests.chaos.batch --lines 3000
+
+soak: $(VENV)/dev ## an hour of mixed traffic, after which memory, keys and files must be back; SOAK="--minutes 10"
+	$(BIN)/python -m tests.chaos.soak $(SOAK)
 
 check: $(VENV)/dev docs ## lint, format check, types, deployment files, links of the docs
 	$(BIN)/ruff check .

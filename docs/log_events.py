@@ -38,6 +38,10 @@ EVENTS: dict[str, Event] = {
     "model.changed": Event(
         "a model was loaded again and its results are other ones than `before`: its files were replaced"
     ),
+    "model.differs": Event(
+        "another worker serves a different model under the same name, so a job's answer depends on which takes it; "
+        "once for each model that is loaded"
+    ),
     "worker.ready": Event("the worker reads its queues"),
     "worker.stopped": Event(
         "the worker has shut down in good order; the fields count messages handed back, and jobs since the start",
@@ -146,6 +150,8 @@ FIELDS: dict[str, tuple[str, str]] = {
     "skew_s": ("number", "how many seconds this machine's clock is ahead of Redis'"),
     "hint": ("text", "what to do"),
     "model": ("text", "the name of the model"),
+    "here": ("text", "the parts of this worker's fingerprint that others do not have"),
+    "others": ("text", "the same of the other workers, with their names"),
     "before": ("text", "the fingerprint of the model when it was last loaded"),
     "fingerprint": ("text", "the software, hardware and weights that compute results"),
     "queue": ("text", "the name of the queue in Celery"),

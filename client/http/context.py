@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.routing import Route
@@ -111,7 +111,18 @@ def check_structure(raw: bytes) -> None:
     raise ApiError(400, "invalid_json", message)
 
 
-def paginate(request: Request, items: list[dict[str, Any]], default_limit: int, max_limit: int) -> dict[str, Any]:
+class Listed(Protocol):
+    """An object that lists show."""
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+
+    def public(self) -> dict[str, Any]:
+        """OpenAI's object."""
+
+
+def paginate(request: Request, items: Sequence[Listed], default_limit: int, max_limit: int) -> dict[str, Any]:
     """OpenAI's list object: the page of `items` that the query parameters `after` and `limit` select; an empty one asks
     for nothing.
 
@@ -123,13 +134,13 @@ def paginate(request: Request, items: list[dict[str, Any]], default_limit: int, 
     size = whole_number(limit, 1, max_limit)
     if size is None:
         raise InvalidRequest("limit", show(limit), f"a whole number from 1 to {max_limit}")
-    index_of = {item["id"]: index for index, item in enumerate(items)}
-    if after and after not in index_of:
-        raise ApiError(
-            404, "not_found", f"after: got {show(after)}; expected the id of an object of this list", param="after"
-        )
-    start = index_of[after] + 1 if after else 0
-    page = items[start : start + size]
+    start = 0
+    if after:
+        start = next((index for index, item in enumerate(items, 1) if item.id == after), 0)
+        if not start:
+            message = f"after: got {show(after)}; expected the id of an object of this list"
+            raise ApiError(404, "not_found", message, param="after")
+    page = [item.public() for item in items[start : start + size]]
     ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
     return {"object": "list", "data": page, **ends, "has_more": start + len(page) < len(items)}
 

@@ -173,13 +173,15 @@ class FileStore:
             self._check_space()
 
     def _check_space(self) -> None:
-        total = sum(self._uploads.values())
+        total = sum(self._uploads.values()) + sum(file.bytes for file in self._files.values())
         with os.scandir(self._directory) as entries:
             for entry in entries:
-                if entry.name.partition(".")[0] not in self._uploads:
+                file_id = entry.name.partition(".")[0]
+                if file_id not in self._uploads and file_id not in self._files:  # the output of a batch, for example
                     with contextlib.suppress(FileNotFoundError):  # it was deleted or renamed since it was listed
                         total += entry.stat().st_size
-        if len(self._files.keys() | self._uploads) >= MAX_FILES or total >= self._max_total_bytes:
+        count = len(self._files) + sum(file_id not in self._files for file_id in self._uploads)
+        if count >= MAX_FILES or total >= self._max_total_bytes:
             raise ApiError(507, "no_room", "no space for more files; delete some")
 
     def get(self, file_id: str, owner: str) -> StoredFile:

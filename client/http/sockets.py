@@ -14,6 +14,7 @@ import resource
 import socket
 import time
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -22,7 +23,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from headrace.client.http.auth import MAX_REQUESTS
-from headrace.client.http.errors import ApiError
+from headrace.client.http.errors import ApiError, invalid
 from headrace.client.wire.errors import InvalidRequest
 
 log = structlog.get_logger("headrace.http")
@@ -41,6 +42,13 @@ WANTED_DESCRIPTORS = 65_536
 ACCEPT_AT_ONCE = 16
 #: Connections are checked every so many ticks of uvicorn, of which there are ten in a second.
 CHECK_TICKS = 10
+#: uvicorn's limit for the head of a request, in bytes.
+DEFAULT_MAX_HEAD = 65_536
+#: The chunks of a body have MIN_CHUNK bytes on average, not counting FREE_CHUNKS of them. Each chunk takes some 20 µs
+#: on the event loop, so a body in chunks of one byte would keep it busy for all others.
+FREE_CHUNKS, MIN_CHUNK = 2_000, 64
+#: Bytes of a body that are read after its request was answered. Then the connection ends: the body may have no end.
+MAX_UNREAD_BYTES = 8 * 2**20
 #: A warning about the same thing is logged once in this time.
 LOG_EVERY_S = 60.0
 
@@ -108,12 +116,35 @@ class _CountedTransport:
         return self._written - self.waiting
 
 
+class _Parser(h11.Connection):
+    """h11's parser, which stops at a body in tiny chunks."""
+
+    refused = False
+
+    def next_event(self) -> Any:
+        """The next part of a request; h11.NEED_DATA for ever once `refused` is set."""
+        if self.refused:
+            return h11.NEED_DATA
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = self._bytes = 0
+        elif isinstance(event, h11.Data):
+            self._chunks, self._bytes = self._chunks + event.chunk_end, self._bytes + len(event.data)
+            self.refused = self._bytes < MIN_CHUNK * (self._chunks - FREE_CHUNKS)
+        return event
+
+
 class Connection(H11Protocol):
     """A connection whose requests must arrive, and whose responses must be read, in a limited time."""
 
     cycle: Any  # uvicorn's declaration leaves out that it is None before the first request
 
     limits = ConnectionLimits()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn: Any = _Parser(h11.SERVER, self.config.h11_max_incomplete_event_size or DEFAULT_MAX_HEAD)
+        self._unread_bytes = 0  # of a body whose request was answered before
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by asyncio. Over the limit, closes the connection that has waited longest for its request."""
@@ -140,6 +171,11 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by asyncio."""
+        if self.waits_for_body and self.cycle.response_complete:
+            self._unread_bytes += len(data)
+            if self._unread_bytes > MAX_UNREAD_BYTES:
+                self._counted.close()
+                return
         had_head = not self.waits_for_head
         if self._waits_since is None:
             self._waits_since = time.monotonic()
@@ -148,7 +184,10 @@ class Connection(H11Protocol):
             self._body_bytes += len(data)
         super().data_received(data)
         if not had_head and not self.waits_for_head:  # a head is complete: now its body is waited for
-            self._waits_since, self._body_bytes = time.monotonic(), 0
+            self._waits_since, self._body_bytes, self._unread_bytes = time.monotonic(), 0, 0
+        if self.conn.refused and not self._counted.is_closing():
+            self._end(invalid(f"the body comes in chunks of less than {MIN_CHUNK} bytes; send larger ones", "body"))
+            return
         if not self.waits_for_head and not self.waits_for_body:
             self._waits_since = None
 
@@ -178,14 +217,15 @@ class Connection(H11Protocol):
         if self.waits_for_body and self._body_bytes >= limits.body_s * limits.min_rate:
             self._waits_since, self._body_bytes = now, 0
             return
-        self._end("the request did not arrive in time")
+        self._end(ApiError(408, "request_timeout", "the request did not arrive in time"))
 
-    def _end(self, message: str) -> None:
-        """Answer with 408 if a request has begun and has no answer, and close the connection."""
+    def _end(self, error: ApiError) -> None:
+        """Answer with an error if a request has begun and has no answer, and close the connection."""
         answered = self.cycle is not None and self.cycle.response_started and not self.waits_for_head
         if self._began and not answered and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = json.dumps(ApiError(408, "request_timeout", message).as_dict()).encode()
-            head = "HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-type: application/json\r\n"
+            body = json.dumps(error.as_dict()).encode()
+            status = f"{error.status} {HTTPStatus(error.status).phrase}"
+            head = f"HTTP/1.1 {status}\r\nconnection: close\r\ncontent-type: application/json\r\n"
             self._counted.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         if self.cycle is not None:
             self.cycle.disconnected = True

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from headrace.client.wire import keys
 from headrace.client.wire.clock import RedisClock
 from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.fingerprints import different_models
 from headrace.client.wire.misplaced import Misplaced, find_misplaced
 from headrace.client.wire.queue_depth import QueueStatus, count_delivered, execute_typed, queue_status
 from headrace.client.wire.redis import redis_errors
@@ -116,6 +117,11 @@ class Status(BaseModel):
     def serves(self, model_name: str) -> bool:
         """Whether a live worker that is not stalled serves the model."""
         return any(worker.model == model_name and not worker.stalled for worker in self.workers)
+
+    def different_models(self, model_name: str) -> dict[str, list[str]]:
+        """The different models that workers serve under this name, with their workers; empty if they are the same."""
+        served = {w.name: w.fingerprint for w in self.workers if w.model == model_name}
+        return different_models(served)
 
     def stalled(self, model_name: str) -> list[str]:
         """The names of the model's workers whose engine is stalled."""

@@ -152,12 +152,12 @@ class Submitter:
         try:
             with redis_errors(self._url):
                 self._check_room(jobs)
-                self._check_ids(jobs)
+                published = self._check_ids(jobs)
                 with self._app.producer_pool.acquire(block=True) as producer:
                     ordered = sorted(jobs, key=lambda job: job.urgency)
                     for start in range(0, len(jobs), RECORD_JOBS):
                         part = ordered[start : start + RECORD_JOBS]
-                        new = self._write_records(part)
+                        new = self._write_records([job for job in part if job.id not in published])
                         accepted |= {job.id for job in part} - new.keys()
                         for group in _groups(new.values()):
                             self._publish(group, producer)
@@ -178,16 +178,22 @@ class Submitter:
             if depth + new > limit:
                 raise QueueFull(keys.queue(model), depth, limit)
 
-    def _check_ids(self, jobs: list[PreparedJob]) -> None:
-        """Refuse ids that belong to other requests, before anything is queued."""
+    def _check_ids(self, jobs: list[PreparedJob]) -> set[str]:
+        """Refuse ids that belong to other requests, before anything is queued.
+
+        Returns the ids of jobs that were published before. Their records are left alone: one that has ended must not
+        outlive its result, or it would say that the job is still to come.
+        """
         named = [job for job in jobs if job.digest]
         seen: dict[str, str] = {}
         pipe = self._redis.pipeline(transaction=False)
         for job in named:
-            pipe.hget(keys.job(job.id), "digest")
-        for job, stored in zip(named, pipe.execute(), strict=True):
+            pipe.hmget(keys.job(job.id), "digest", "published")
+        found = pipe.execute()
+        for job, (stored, _) in zip(named, found, strict=True):
             if (stored or job.digest) != job.digest or seen.setdefault(job.id, job.digest) != job.digest:
                 raise _id_is_used(job.id)
+        return {job.id for job, (_, published) in zip(named, found, strict=True) if published}
 
     def _write_records(self, jobs: list[PreparedJob]) -> dict[str, PreparedJob]:
         """Write the records of the jobs.
@@ -195,6 +201,8 @@ class Submitter:
         Returns:
             The jobs that have to be published, by id: all but those that were published before under the same id.
         """
+        if not jobs:
+            return {}
         named = [job for job in jobs if job.digest]
         pipe = self._redis.pipeline()
         for job in named:

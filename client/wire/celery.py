@@ -122,6 +122,8 @@ class ResultsApp(Celery):  # type: ignore[misc]
         super().close()
 
     def _write_record(self, job_id: str, model: str, countdown: Any, eta: Any) -> None:
+        if self._redis.exists(keys.result(job_id)):
+            return  # it was sent before and has ended: its record must not outlive its result
         now = time.time()
         until = now + countdown if isinstance(countdown, (int, float)) else None
         if until is None and isinstance(eta, datetime):

@@ -74,6 +74,16 @@ class HttpServer:
             self._process.send_signal(number)
         return self._process.wait(PATIENCE_S)
 
+    @property
+    def pid(self) -> int | None:
+        """The process id; None before it was started."""
+        return self._process.pid if self._process else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
     def said(self) -> str:
         """Its output so far."""
         return self.log.read_text() if self.log.exists() else ""

@@ -265,7 +265,7 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"prompt": "Hello.", "max_tokens": 4.5}, 400, "max_tokens", "whole number"),
     ({"prompt": "Hello.", "skip_special_tokens": False}, 400, "skip_special_tokens", "except True"),
     ({"prompt": "Hello.", "max_tokens": 4, "max_completion_tokens": 5}, 400, "max_completion_tokens", "is 4"),
-    ({"prompt": "Hello.", "temperature": float("nan")}, 400, None, "NaN is not a number in JSON"),
+    ({"prompt": "Hello.", "temperature": float("nan")}, 400, None, "NaN is not a JSON value"),
     ({"prompt": "Hello.", "model": 5}, 400, "model", "the name of a model"),
     ({"prompt": [60_000]}, 400, "prompt", "60000"),
     ({"prompt": "Hello.", "logit_bias": {"60000": 1}}, 400, "logit_bias", "60000"),

@@ -126,6 +126,8 @@ def test_client_and_worker_do_all_they_do_with_the_rights_they_have(
     assert "NoPermission" not in worker.text()
 
 
+#: Redis 6.2 words it as the first, Redis 7 as the second; Redis 7 refuses DEBUG to everybody.
+REFUSED = r"this user has no permissions|User \S+ has no permissions|DEBUG command not allowed"
 SERVER = (
     ["FLUSHALL"],
     ["FLUSHDB"],
@@ -179,13 +181,13 @@ READERS = (
 
 @pytest.mark.parametrize("command", [*SERVER, *READERS], ids=" ".join)
 def test_a_client_cannot_run_commands_of_workers_or_administrators(url: Url, command: list[str]) -> None:
-    with pytest.raises(redis.exceptions.NoPermissionError):
+    with pytest.raises(redis.exceptions.ResponseError, match=REFUSED):
         connect(url("client")).execute_command(*command)
 
 
 @pytest.mark.parametrize("command", [command for command in SERVER if command != ["INFO"]], ids=" ".join)
 def test_a_worker_may_not(url: Url, command: list[str]) -> None:
-    with pytest.raises(redis.exceptions.NoPermissionError):
+    with pytest.raises(redis.exceptions.ResponseError, match=REFUSED):
         connect(url("worker")).execute_command(*command)
 
 

@@ -71,6 +71,10 @@ def _print_status(found: Status) -> None:
         if abs(skew_s) > SKEW_S:
             side = "ahead of" if skew_s > 0 else "behind"
             console.print(f"The clock of {host} is {abs(skew_s):.0f} s {side} Redis'", soft_wrap=True, highlight=False)
+    for model in sorted({w.model for w in found.workers}):
+        if models := found.different_models(model):
+            served = "; ".join(f"{name} by {', '.join(workers)}" for name, workers in models.items())
+            console.print(f"Workers serve different models as {model}: {served}", soft_wrap=True, highlight=False)
     if found.dead:
         console.print(f"{found.dead} messages could not be read; the list {dead()} contains them")
     for place in found.misplaced:

@@ -11,7 +11,7 @@ from redis.client import Pipeline
 
 from headrace.client.wire import keys
 from headrace.client.wire.clock import RedisClock
-from headrace.client.wire.queue_depth import queue_status
+from headrace.client.wire.queue_depth import execute_typed, queue_status
 from headrace.client.wire.results import parse_outcome
 from headrace.worker.jobs.store import WORKER_TTL_S, JobRecord, Waiting
 
@@ -19,6 +19,8 @@ from headrace.worker.jobs.store import WORKER_TTL_S, JobRecord, Waiting
 RECENT_BEAT_S = 5
 #: A `WorkerRecord.identity` in a job's record is shorter; anybody may have written another one there.
 MAX_IDENTITY = 512
+#: One request changes at most this many records: a script holds up all other requests.
+UPDATE_JOBS = 1000
 #: KEYS: streams. ARGV: their lifetime in seconds, then an event for each. Returns the numbers, from 1, of those that
 #: Redis refused. A script, because redis-py takes ten times as long to encode a pipeline of as many commands.
 APPEND_EVENTS = """
@@ -32,6 +34,30 @@ for i = 1, #KEYS do
     end
 end
 return refused
+"""
+#: KEYS: the record and the result of each job. ARGV: the lifetime of records, the number of the values that follow,
+#: fields and values, then for each job what its attempts change by. Changes those that exist and have no result. A
+#: script, because a job may end between a question and its answer: its record would say for 30 days that it is running.
+UPDATE_OPEN = """
+local count = tonumber(ARGV[2])
+for i = 1, #KEYS, 2 do
+    if redis.call('EXISTS', KEYS[i]) == 1 and redis.call('EXISTS', KEYS[i + 1]) == 0 then
+        redis.pcall('HSET', KEYS[i], unpack(ARGV, 3, 2 + count))
+        local change = ARGV[3 + count + (i - 1) / 2]
+        if change ~= '0' then
+            redis.pcall('HINCRBY', KEYS[i], 'attempts', change)
+        end
+        redis.call('EXPIRE', KEYS[i], ARGV[1])
+    end
+end
+"""
+#: KEYS: the same. ARGV: the lifetime of the records of jobs without a result. Other records live as long as the result:
+#: one that outlives it says that the job is running, and its caller would wait.
+KEEP_RECORDS = """
+for i = 1, #KEYS, 2 do
+    local left = redis.call('TTL', KEYS[i + 1])
+    redis.call('EXPIRE', KEYS[i], left >= 0 and math.max(left, 1) or ARGV[1])
+end
 """
 
 
@@ -53,6 +79,7 @@ class RedisStore:
         self._checkpoint_ttl_s = checkpoint_ttl_s
         self._events_ttl_s = events_ttl_s
         self._append_events = connection.register_script(APPEND_EVENTS)
+        self._update_open = connection.register_script(UPDATE_OPEN)
         self._clock = RedisClock()
 
     def now(self) -> float:
@@ -111,7 +138,7 @@ class RedisStore:
             pipe.hsetnx(name, "model", waiting.model)
             if waiting.until is not None:
                 pipe.hset(name, keys.WAITS_UNTIL, f"{waiting.until:.6f}")
-            pipe.expire(name, keys.UNFINISHED_TTL_S)
+        _keep_records(pipe, list(jobs), keys.UNFINISHED_TTL_S)
         pipe.execute()
 
     def count_attempts(self, job_ids: Sequence[str], worker: str = "", shared: Container[str] = ()) -> list[int]:
@@ -119,39 +146,28 @@ class RedisStore:
         for job_id in job_ids:
             pipe.hincrby(keys.job(job_id), "attempts", int(job_id not in shared))
             pipe.hset(keys.job(job_id), "begun_by", worker)
-            pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
-        return pipe.execute()[::3]
+        _keep_records(pipe, job_ids, keys.UNFINISHED_TTL_S)
+        return pipe.execute()[:-1:2]
 
     def started(self, job_ids: Iterable[str], worker: str) -> None:
-        now = self.now()
-        present = self._present(job_ids)
-        pipe = self._redis.pipeline(transaction=False)
-        for job_id in present:
-            pipe.hset(keys.job(job_id), mapping={"state": "running", "worker": worker, "started_at": now})
-            pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
-        pipe.execute()
+        self._update(list(job_ids), {"state": "running", "worker": worker, "started_at": self.now()})
 
     def returned(self, job_ids: Iterable[str], attempted: Iterable[str]) -> None:
-        present = self._present(job_ids)
-        pipe = self._redis.pipeline(transaction=False)
-        for job_id in present:
-            pipe.hset(keys.job(job_id), "state", "queued")
-            pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
-        for job_id in present.intersection(attempted):
-            pipe.hincrby(keys.job(job_id), "attempts", -1)
-            pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
-        pipe.execute()
+        self._update(list(job_ids), {"state": "queued"}, set(attempted))
 
-    def _present(self, job_ids: Iterable[str]) -> set[str]:
-        """Those of the jobs that have a record. If Redis has lost it, it has lost the message too.
+    def _update(self, job_ids: list[str], fields: Mapping[str, str | float], attempted: Container[str] = ()) -> None:
+        """Change the records of those jobs that have one and have not ended.
 
-        A record that is written again would say that the job is queued or running, and its caller would wait for ever.
+        If Redis has lost a record, it has lost the message too. A record that is written again would say that the job
+        is queued or running, and its caller would wait for ever.
         """
-        job_ids = list(job_ids)
-        pipe = self._redis.pipeline(transaction=False)
-        for job_id in job_ids:
-            pipe.exists(keys.job(job_id))
-        return {job_id for job_id, exists in zip(job_ids, pipe.execute(), strict=True) if exists}
+        values = [part for field in fields.items() for part in field]
+        for start in range(0, len(job_ids), UPDATE_JOBS):
+            part = job_ids[start : start + UPDATE_JOBS]
+            changes = [-1 if job_id in attempted else 0 for job_id in part]
+            self._update_open(
+                keys=_records_and_results(part), args=[keys.UNFINISHED_TTL_S, len(values), *values, *changes]
+            )
 
     def ended(self, job_ids: Iterable[str]) -> None:
         pipe = self._redis.pipeline(transaction=False)
@@ -169,8 +185,7 @@ class RedisStore:
         pipe.execute()
 
     def _end(self, pipe: Pipeline, job_ids: list[str]) -> None:
-        for job_id in job_ids:
-            pipe.expire(keys.job(job_id), self._ttl_s)
+        _keep_records(pipe, job_ids, self._ttl_s)
         pipe.delete(*[keys.cancel(job_id) for job_id in job_ids])
 
     def save_tensors(self, job_id: str, tensors: Mapping[str, bytes]) -> None:
@@ -225,6 +240,16 @@ class RedisStore:
         pipe.expire(keys.models(), keys.KNOWN_MODEL_S)
         pipe.execute()
 
+    def fingerprints(self, model_name: str) -> dict[str, str]:
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.zrange(keys.workers(), 0, -1)
+        (names,) = execute_typed(pipe, [[]])
+        for name in names:
+            pipe.hmget(keys.worker(name), "model", "fingerprint")
+        answers = pipe.execute(raise_on_error=False)
+        records = [(name, answer) for name, answer in zip(names, answers, strict=True) if isinstance(answer, list)]
+        return {name: fingerprint or "" for name, (model, fingerprint) in records if model == model_name}
+
     def queued(self, model_name: str) -> dict[str, int]:
         return queue_status(self._redis, model_name).model_dump(exclude={"model"})
 
@@ -233,6 +258,16 @@ class RedisStore:
         pipe.delete(keys.worker(worker))
         pipe.zrem(keys.workers(), worker)
         pipe.execute()
+
+
+def _records_and_results(job_ids: Iterable[str]) -> list[str]:
+    return [name for job_id in job_ids for name in (keys.job(job_id), keys.result(job_id))]
+
+
+def _keep_records(pipe: Pipeline, job_ids: Sequence[str], ttl_s: int) -> None:
+    names = _records_and_results(job_ids)
+    if names:  # with its text: a registered script costs a request to ask whether Redis has it
+        pipe.eval(KEEP_RECORDS, len(names), *names, str(ttl_s))
 
 
 def _is_valid(fields: Any) -> bool:

@@ -114,6 +114,10 @@ class Store(Protocol):
         """Write the record of a live worker, and that it serves the record's `model`."""
         ...
 
+    def fingerprints(self, model_name: str) -> dict[str, str]:
+        """Return the fingerprints of the workers that serve a model, by the name of their record."""
+        ...
+
     def queued(self, model_name: str) -> dict[str, int]:
         """Return how many jobs for a model no worker holds, by priority. For a long queue this is an estimate."""
         ...

@@ -15,6 +15,7 @@ import structlog
 
 from headrace.client.wire import keys
 from headrace.client.wire.clock import SKEW_S
+from headrace.client.wire.fingerprints import different_models
 from headrace.worker.jobs.deliveries import DeliveryBook
 from headrace.worker.jobs.health import Health
 from headrace.worker.jobs.store import Store
@@ -72,6 +73,7 @@ class WorkerRecord:
         self._began_at = time.monotonic()
         self._process = secrets.token_hex(8)
         self._skew_told = False
+        self._compared: dict[str, str] = {}  # model -> the fingerprint that was compared with other workers'
         self._last_tokens: dict[str, int] = {}
         self._written_at = time.monotonic()
 
@@ -98,6 +100,19 @@ class WorkerRecord:
                     **self._engine_fields(model, engines.get(model), passed_s),
                 },
             )
+            if model in engines:
+                self._compare(model, engines[model].fingerprint)
+
+    def _compare(self, model: str, fingerprint: str) -> None:
+        """Log if another worker serves a different model under this name. Once for each model that is loaded."""
+        if self._compared.get(model) == fingerprint:
+            return
+        self._compared[model] = fingerprint
+        own = self._name_for(model)
+        models = different_models(self._store.fingerprints(model) | {own: fingerprint})
+        if here := next((parts for parts, workers in models.items() if own in workers), ""):
+            others = "; ".join(f"{parts} by {', '.join(ws)}" for parts, ws in models.items() if parts != here)
+            log.warning("model.differs", model=model, here=here, others=others)
 
     def remove(self) -> None:
         """Remove the records. If Redis does not answer, they expire soon."""

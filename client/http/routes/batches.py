@@ -21,8 +21,7 @@ async def create_batch(request: Request) -> Response:
 def list_batches(request: Request) -> Response:
     """`GET /v1/batches`, the newest first."""
     states = context_of(request).batches.owned_by(owner_of(request))
-    objects = [state.public() for state in reversed(states)]
-    return JsonResponse(paginate(request, objects, default_limit=20, max_limit=100))
+    return JsonResponse(paginate(request, states[::-1], default_limit=20, max_limit=100))
 
 
 def get_batch(request: Request) -> Response:

@@ -62,7 +62,7 @@ def list_files(request: Request) -> Response:
     files = [f for f in context_of(request).files.owned_by(owner_of(request)) if purpose in (None, "", f.purpose)]
     if order == "desc":
         files.reverse()
-    return JsonResponse(paginate(request, [file.public() for file in files], MAX_FILES, MAX_FILES))
+    return JsonResponse(paginate(request, files, MAX_FILES, MAX_FILES))
 
 
 def get_file(request: Request) -> Response:

@@ -584,3 +584,21 @@ def test_a_job_whose_result_was_not_kept_has_ended(client: Client, connection: r
     assert not client.job("ignored").cancel()
     assert translate(raised.value).status == 410
     connection.delete(keys.result("ignored"))
+
+
+def test_a_job_that_is_submitted_again_after_its_end_does_not_outlive_its_result(
+    client: Client, connection: redis.Redis
+) -> None:
+    """Its record would say for 30 days that it is to come, and nobody would compute it."""
+    job = client.submit("Hello.", id="again")
+    connection.set(keys.result(job.id), '{"status": "REVOKED", "result": null}', ex=7)
+    connection.expire(keys.job(job.id), 7)
+    assert client.submit("Hello.", id="again").id == job.id
+    signature = client.signature("Hello.", id="again")
+    signature.apply_async()
+    assert 0 < connection.ttl(keys.job(job.id)) <= 7  # type: ignore[operator]
+    with pytest.raises(InvalidRequest):
+        client.submit("Another.", id="again")
+    connection.delete(keys.result(job.id), keys.job(job.id))
+    client.submit("Hello.", id="again")
+    assert connection.ttl(keys.job(job.id)) > 7  # type: ignore[operator]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from starlette.requests import Request
 
+from headrace.client.http import file_store
 from headrace.client.http.batch_objects import BatchRequest
 from headrace.client.http.batches import Batches
+from headrace.client.http.context import paginate
 from headrace.client.http.errors import ApiError
-from headrace.client.http.file_store import FileStore
+from headrace.client.http.file_store import FileStore, StoredFile
 from headrace.config import load_settings
 
 
@@ -131,3 +138,30 @@ def test_a_disk_that_is_full_leaves_nothing_behind(
         add(store)
     assert (caught.value.status, caught.value.code) == (507, "no_room")
     assert list((tmp_path / "files").iterdir()) == []
+
+
+def test_the_work_of_an_upload_and_of_a_page_does_not_grow_with_the_files(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """10,000 small files are allowed: asking the disk for each of their sizes took a second for every upload."""
+    looked: list[str] = []
+    shown: list[str] = []
+    for _ in range(50):
+        add(store)
+    scandir, public = os.scandir, StoredFile.public
+
+    @contextlib.contextmanager
+    def counted(path: Path) -> Iterator[Iterator[Any]]:
+        with scandir(path) as entries:
+            yield (SimpleNamespace(name=e.name, stat=lambda e=e: looked.append(e.name) or e.stat()) for e in entries)
+
+    monkeypatch.setattr(file_store.os, "scandir", counted)
+    monkeypatch.setattr(StoredFile, "public", lambda file: shown.append(file.id) or public(file))
+    store.path(store.new_id()).write_bytes(b"the output of a batch")
+    add(store)
+    assert len(looked) == 1
+    files = store.owned_by("me")
+    request = Request({"type": "http", "query_string": f"limit=2&after={files[3].id}".encode(), "headers": []})
+    page = paginate(request, files, 20, 100)
+    assert [file["id"] for file in page["data"]] == [files[4].id, files[5].id] == shown
+    assert page["has_more"]

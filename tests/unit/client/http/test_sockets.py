@@ -119,6 +119,55 @@ async def answer_to(port: int, first: bytes, piece: bytes) -> bytes:
     return answer[answer.rfind(b"HTTP/1.1 ") :]
 
 
+CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
+ENDLESS = [
+    (POST + CHUNKED, b"1\r\nx\r\n" * 1_000, b"400"),
+    (POST + CHUNKED, (b"a\r\n" + b"x" * 10 + b"\r\n") * 500, b"400"),
+    (POST.replace(b"/body", b"/health") + CHUNKED, b"1\r\nx\r\n" * 1_000, b""),
+    (POST.replace(b"/body", b"/health") + CHUNKED, b"10000\r\n" + b"x" * 65_536 + b"\r\n", b""),
+    (POST.replace(b"/body", b"/health") + b"content-length: 99999999999\r\n\r\n", b"x" * 65_536, b""),
+]
+
+
+@pytest.mark.parametrize(("head", "piece", "status"), ENDLESS, ids=["tiny", "small", "tiny late", "late", "long late"])
+def test_a_body_without_an_end_holds_nobody_up_and_ends(head: bytes, piece: bytes, status: bytes) -> None:
+    """Neither in tiny chunks, of which each costs time, nor after its request was answered."""
+    sent = 0
+
+    async def scenario() -> None:
+        nonlocal sent
+        async with serving(ConnectionLimits(connections=16)) as (server, port):
+            reader, writer = await connect(port, head)
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                while not reader.at_eof() and sent < 64 * 2**20:
+                    writer.write(piece)
+                    await asyncio.wait_for(writer.drain(), 1)
+                    sent += len(piece)
+                    await asyncio.sleep(0)
+                answer = await reader.read()
+            assert sent < 64 * 2**20
+            assert not answer or answer[9:12] == (status or b"200")
+            writer.close()
+            await until(lambda: not server.server_state.connections)
+            assert await health(port) == b"HTTP/1.1 200 OK"
+
+    run(scenario)
+
+
+def test_a_body_in_chunks_of_an_ordinary_size_arrives() -> None:
+    async def scenario() -> None:
+        async with serving(ConnectionLimits(connections=16)) as (_, port):
+            few = b"1\r\nx\r\n" * 1_900
+            lines = b"50\r\n" + b"x" * 80 + b"\r\n"
+            reader, writer = await connect(port, POST + b"connection: close\r\n" + CHUNKED + few)
+            writer.write(lines * 6_000 + b"0\r\n\r\n")
+            assert (await asyncio.wait_for(reader.read(), PATIENCE_S))[:15] == b"HTTP/1.1 200 OK"
+            writer.close()
+
+    run(scenario)
+
+
 def test_a_request_that_does_not_arrive_ends_its_connection() -> None:
     async def scenario() -> None:
         async with serving(SOON) as (server, port):

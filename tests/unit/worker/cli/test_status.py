@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import socket
+import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import redis
 from click.testing import CliRunner
+from structlog.testing import capture_logs
 
 from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
 from headrace.worker.cli import main
 from headrace.worker.jobs.redis_store import RedisStore
+from headrace.worker.jobs.worker_record import WorkerRecord
 
 HERE = f"{socket.gethostname()}-7"
 STALLED = {"stalled": 1, "step_age_s": 99.0}
@@ -106,3 +111,51 @@ def test_a_key_that_another_program_has_given_another_type_hides_no_worker(url: 
     connection.delete(keys.workers())
     connection.set(keys.workers(), "not a set")
     assert json.loads(CliRunner().invoke(main, ["status", "--json"]).stdout)["workers"] == []
+
+
+FINGERPRINT = "headrace-1/torch-2/AVX512/float32/threads-2/weights-{}/config-b1/vocabulary-{}/batch-invariant"
+
+
+@pytest.mark.parametrize(
+    ("fingerprints", "told"),
+    [
+        ([FINGERPRINT.format("a1", "c1")] * 2, ""),
+        ([FINGERPRINT.format("a1", "c1"), FINGERPRINT.format("a1", "c1").replace("float32", "bfloat16")], ""),
+        ([FINGERPRINT.format("a1", "c1"), ""], ""),  # a model that is not loaded
+        (
+            [FINGERPRINT.format("a1", "c1"), FINGERPRINT.format("a2", "c1")],
+            f"weights-a1 by {HERE}; weights-a2 by {HERE}0",
+        ),
+        (
+            [FINGERPRINT.format("a1", "c1"), FINGERPRINT.format("a2", "c2")],
+            f"weights-a1/vocabulary-c1 by {HERE}; weights-a2/vocabulary-c2 by {HERE}0",
+        ),
+    ],
+    ids=["the same", "another number type", "not loaded", "weights", "weights and vocabulary"],
+)
+def test_two_models_under_one_name_are_told(url: str, fingerprints: list[str], told: str) -> None:
+    """A job's answer would depend on which worker takes it, and both workers look healthy."""
+    store = RedisStore(connect(url), result_ttl_s=60, checkpoint_ttl_s=60)
+    for name, fingerprint in zip((HERE, f"{HERE}0"), fingerprints, strict=True):
+        store.heartbeat(name, {"model": "demo", "fingerprint": fingerprint})
+    store.heartbeat("other-1", {"model": "other", "fingerprint": FINGERPRINT.format("zz", "zz")})
+    shown = CliRunner().invoke(main, ["status"])
+    assert shown.exit_code == 0
+    assert ("serve different models as demo: " + told in shown.output) if told else "different" not in shown.output
+    loaded = SimpleNamespace(
+        stats=lambda: SimpleNamespace(tokens=0, running=0, waiting=0, proposed=0, accepted=0, step_age_s=0.0),
+        running_sequences=list,
+        fingerprint=fingerprints[1],
+    )
+    models: Any = SimpleNamespace(names=("demo",), loaded={"demo": loaded})
+    health: Any = SimpleNamespace(stalled_for_s=0.0)
+    RedisStore(connect(url), result_ttl_s=60, checkpoint_ttl_s=60).deregister(f"{HERE}0")
+    record = WorkerRecord(store, models, None, health, slots=1, failures={"demo": []})  # type: ignore[arg-type]
+    record.name = f"{HERE}0"
+    with capture_logs() as logs:
+        for _ in range(3):
+            record.write(time.monotonic(), stalled=False)
+    differs = [entry for entry in logs if entry["event"] == "model.differs"]
+    assert len(differs) == bool(told)
+    if told:
+        assert f"{differs[0]['others']}; {differs[0]['here']} by {HERE}0" == told

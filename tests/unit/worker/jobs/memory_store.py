@@ -89,6 +89,13 @@ class MemoryStore:
     def heartbeat(self, worker: str, record: Mapping[str, str | int | float]) -> None:
         self.workers[worker] = dict(record)
 
+    def fingerprints(self, model_name: str) -> dict[str, str]:
+        return {
+            name: str(record.get("fingerprint", ""))
+            for name, record in self.workers.items()
+            if record["model"] == model_name
+        }
+
     def queued(self, model_name: str) -> dict[str, int]:
         return {}
 

@@ -139,6 +139,47 @@ def test_the_redis_records_have_their_fields_and_lifetimes(redis_url: str) -> No
     assert connection.zcard(keys.workers()) == 0
 
 
+WRITES: list[Callable[[RedisStore], object]] = [
+    lambda store: store.started(["a"], "w"),
+    lambda store: store.returned(["a"], ["a"]),
+    lambda store: store.announce({"a": Waiting("demo", 1.0)}),
+    lambda store: store.count_attempts(["a"], "w"),
+    lambda store: store.ended(["a"]),
+    lambda store: store.finish({"a": '{"status": "REVOKED", "result": null}'}),
+]
+
+
+@pytest.mark.parametrize("write", WRITES, ids=["started", "returned", "announce", "attempts", "ended", "finish"])
+def test_no_record_outlives_its_result_whoever_writes_last(
+    redis_url: str, write: Callable[[RedisStore], object]
+) -> None:
+    """The heartbeat says that a job runs just when it ends: else it would run for 30 days, and callers would wait."""
+    connection = connect(redis_url.replace("db=0", "db=5"))
+    connection.flushdb()
+    store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=30)
+    store.announce({"a": Waiting("demo", None)})
+    assert connection.ttl(keys.job("a")) > 60
+    connection.set(keys.result("a"), '{"status": "REVOKED", "result": null}', ex=7)
+    connection.expire(keys.job("a"), 7)
+    write(store)
+    assert 0 < connection.ttl(keys.job("a")) <= 7  # type: ignore[operator]
+
+
+def test_a_job_that_has_ended_is_not_said_to_run_or_to_wait(redis_url: str) -> None:
+    connection = connect(redis_url.replace("db=0", "db=5"))
+    connection.flushdb()
+    store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=30)
+    jobs = [f"job-{i}" for i in range(2500)]  # more than one request changes
+    store.count_attempts(jobs, "w")
+    store.finish(dict.fromkeys(jobs[::2], '{"status": "REVOKED", "result": null}'))
+    store.started(jobs, "w")
+    states = [connection.hget(keys.job(job), "state") for job in jobs]
+    assert states == [None, "running"] * 1250
+    store.returned(jobs, jobs[:3])
+    assert [connection.hget(keys.job(job), "state") for job in jobs] == [None, "queued"] * 1250
+    assert [connection.hget(keys.job(job), "attempts") for job in jobs[:4]] == ["1", "0", "1", "1"]
+
+
 def test_attempts_are_counted_and_withdrawn(case: Case) -> None:
     assert [record.attempts for record in case.store.lookup(["a", "b"])] == [0, 0]
     assert case.store.count_attempts(["a", "b"]) == [1, 1]
