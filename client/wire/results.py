@@ -159,6 +159,17 @@ def parse_outcome(record: str | None) -> Outcome | None:
         return JobFailed("unreadable_result", f"the result record cannot be read ({type(error).__name__})")
 
 
+def has_ended(record: str | None) -> bool:
+    """Whether a job with this result record has ended: `parse_outcome` without its objects, which take much memory."""
+    if record is None:
+        return False
+    try:
+        meta = parse_json(record)
+        return meta["status"] in ("SUCCESS", "REVOKED", "FAILURE") or "result" not in meta
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return True
+
+
 def outcome_state(outcome: Outcome) -> State:
     """The state of a job with this outcome."""
     return "succeeded" if isinstance(outcome, Result) else _STATES[type(outcome)]
