@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from headrace.client.http.context import context_of, owner_of, paginate, route, 
 from headrace.client.http.errors import ApiError, invalid
 from headrace.client.http.file_store import MAX_FILES, MIN_RETENTION_S, RETENTION_S
 from headrace.client.http.responses import JsonResponse
+
+#: A range of bytes: its first and last place, or the number of bytes at the end.
+RANGE = re.compile(r"\s*(?:(\d{1,15})-(\d{0,15})|-\d{1,15})\s*", re.ASCII)
 
 
 async def upload_file(request: Request) -> Response:
@@ -70,12 +74,22 @@ def get_file(request: Request) -> Response:
 
 def get_content(request: Request) -> Response:
     """`GET /v1/files/{id}/content`, as a download: a browser must not render or run uploaded content."""
+    _check_range(request.headers.get("range"))
     files, held = context_of(request).files, contextlib.ExitStack()
     file = held.enter_context(files.reading(request.path_params["id"], owner_of(request)))
     headers = {"x-content-type-options": "nosniff"}
     return _Content(
         files.path(file.id), held, media_type="application/octet-stream", filename=file.filename, headers=headers
     )
+
+
+def _check_range(header: str | None) -> None:
+    """Refuse a `Range` that cannot be read. Raises ApiError."""
+    unit, _, ranges = (header or "bytes=0-").partition("=")
+    for text in ranges.split(","):
+        found = RANGE.fullmatch(text)
+        if unit.strip() != "bytes" or found is None or (found[2] and int(found[1]) > int(found[2])):
+            raise invalid(f"range: got {header[:80] if header else ''!r}; expected such as 'bytes=0-99'", "range")
 
 
 class _Content(FileResponse):
