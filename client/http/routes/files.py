@@ -88,7 +88,7 @@ def _check_range(header: str | None) -> None:
     unit, _, ranges = (header or "bytes=0-").partition("=")
     for text in ranges.split(","):
         found = RANGE.fullmatch(text)
-        if unit.strip() != "bytes" or found is None or (found[2] and int(found[1]) > int(found[2])):
+        if unit.strip().lower() != "bytes" or found is None or (found[2] and int(found[1]) > int(found[2])):
             raise invalid(f"range: got {header[:80] if header else ''!r}; expected such as 'bytes=0-99'", "range")
 
 

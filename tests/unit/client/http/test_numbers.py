@@ -56,13 +56,12 @@ def test_a_number_in_a_query_or_a_form_is_bounded_by_value_and_length(text: str)
     "text", [LONG + "-", "0-" + LONG, "-" + LONG, "٣-", "1_0-2_0", "5-2", "abc", "", "+1-2", "0-1,x", "-"]
 )
 def test_a_range_that_cannot_be_read_is_an_error_of_the_api(text: str) -> None:
-    for unit in ("bytes=", "Bytes=", "lines="):
-        with pytest.raises(ApiError, match="range: .*expected such as 'bytes=0-99'"):
-            _check_range(unit + text)
+    with pytest.raises(ApiError, match=r"range: .*expected such as 'bytes=0-99'"):
+        _check_range(f"bytes={text}")
 
 
 def test_ranges_are_read() -> None:
-    for header in (None, "bytes=0-", "bytes=-5", "bytes=0-1, 3-3", "bytes= 1 - 2 ".replace(" - ", "-")):
+    for header in (None, "Bytes=0-", "bytes=-5", "bytes=0-1, 3-3", "bytes= 1-2 "):
         _check_range(header)
 
 
