@@ -19,6 +19,7 @@ from typing import Any
 import h11
 import structlog
 import uvicorn
+from h11._connection import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from headrace.client.http.auth import MAX_REQUESTS
@@ -43,6 +44,9 @@ ACCEPT_AT_ONCE = 16
 CHECK_TICKS = 10
 #: A warning about the same thing is logged once in this time.
 LOG_EVERY_S = 60.0
+#: A chunk costs as much time as a hundred bytes or more. So many may be of any size; in all of a body they must have
+#: MIN_CHUNK_BYTES on average, as a file has that is sent line by line.
+FREE_CHUNKS, MIN_CHUNK_BYTES = 1_024, 48
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,26 @@ def _at_most(limit: int, largest: int) -> int:
     return largest if limit == resource.RLIM_INFINITY else min(limit, largest)
 
 
+class Requests(h11.Connection):
+    """The requests of a connection. A body in tiny chunks is refused: each holds up the event loop."""
+
+    def __init__(self, max_incomplete_event_size: int) -> None:
+        super().__init__(h11.SERVER, max_incomplete_event_size)
+        self._chunks = self._chunk_bytes = 0
+
+    def next_event(self) -> Any:
+        """Called by uvicorn. Raises h11.RemoteProtocolError."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = self._chunk_bytes = 0
+        elif isinstance(event, h11.Data):
+            self._chunks += event.chunk_start
+            self._chunk_bytes += len(event.data)
+            if self._chunks > FREE_CHUNKS and self._chunk_bytes < MIN_CHUNK_BYTES * self._chunks:
+                raise h11.RemoteProtocolError("the chunks of the body are too small")
+        return event
+
+
 class _CountedTransport:
     """A transport that counts what was written. What is not in its buffer any more has been sent."""
 
@@ -114,6 +138,10 @@ class Connection(H11Protocol):
     cycle: Any  # uvicorn's declaration leaves out that it is None before the first request
 
     limits = ConnectionLimits()
+
+    def __init__(self, config: uvicorn.Config, *args: Any, **options: Any) -> None:
+        super().__init__(config, *args, **options)
+        self.conn = Requests(config.h11_max_incomplete_event_size or DEFAULT_MAX_INCOMPLETE_EVENT_SIZE)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by asyncio. Over the limit, closes the connection that has waited longest for its request."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import h11
 import pytest
 import uvicorn
 from structlog.testing import capture_logs
@@ -19,7 +20,13 @@ from structlog.testing import capture_logs
 from headrace.client.http import sockets
 from headrace.client.http.auth import AccessMiddleware, Limits
 from headrace.client.http.serve import _config, _listen
-from headrace.client.http.sockets import ConnectionLimits, make_room
+from headrace.client.http.sockets import (
+    FREE_CHUNKS,
+    MIN_CHUNK_BYTES,
+    ConnectionLimits,
+    Requests,
+    make_room,
+)
 from headrace.client.wire.errors import InvalidRequest
 from headrace.config import load_settings
 from tests.patience import PATIENCE_S
@@ -280,3 +287,40 @@ def test_timeouts_are_for_the_time_of_the_client_and_not_of_the_server() -> None
             writer.close()
 
     run(scenario)
+
+
+@pytest.mark.parametrize(("size", "refused"), [(1, True), (MIN_CHUNK_BYTES - 8, True), (MIN_CHUNK_BYTES, False)])
+def test_a_body_in_tiny_chunks_is_refused(size: int, refused: bool) -> None:
+    """Each chunk takes some 30 us: the 4 MiB that a body may have would hold up the server for minutes."""
+    requests = Requests(65_536)
+    requests.receive_data(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+    assert isinstance(requests.next_event(), h11.Request)
+    chunk = b"%x\r\n%s\r\n" % (size, b"a" * size)
+    events = 0
+    with contextlib.suppress(h11.RemoteProtocolError):
+        for _ in range(5):
+            requests.receive_data(chunk * FREE_CHUNKS)
+            while requests.next_event() is not h11.NEED_DATA:
+                events += 1
+    assert events == (FREE_CHUNKS if refused else 5 * FREE_CHUNKS)
+
+
+def test_a_body_with_a_length_may_arrive_byte_by_byte() -> None:
+    requests = Requests(65_536)
+    requests.receive_data(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3000\r\n\r\n")
+    assert isinstance(requests.next_event(), h11.Request)
+    for _ in range(3_000):
+        requests.receive_data(b"a")
+        assert isinstance(requests.next_event(), h11.Data)
+
+
+def test_a_connection_whose_body_comes_in_tiny_chunks_is_closed() -> None:
+    async def main() -> bytes:
+        async with serving(ConnectionLimits()) as (_, port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(POST + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 2 * FREE_CHUNKS)
+            answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
+            writer.close()
+            return answer
+
+    assert asyncio.run(main()).startswith(b"HTTP/1.1 400 ")
