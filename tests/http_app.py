@@ -104,7 +104,12 @@ class HttpApp:
     async def _ask(self, method: str, path: str, body: bytes, query: bytes, headers: dict[str, str]) -> Answer:
         sent: list[Any] = []
 
+        asked = asyncio.Event()
+
         async def receive() -> Any:
+            if asked.is_set():
+                await asyncio.Event().wait()  # the client stays connected
+            asked.set()
             return {"type": "http.request", "body": body, "more_body": False}
 
         async def send(message: Any) -> None:

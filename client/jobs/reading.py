@@ -255,14 +255,17 @@ class JobReader:
                 pipe = self._redis.pipeline(transaction=False)
                 for job_id in open_jobs:
                     pipe.set(keys.cancel(job_id), "1", ex=keys.UNFINISHED_TTL_S)
-                pipe.mget([keys.result(job_id) for job_id in open_jobs])
-                records = pipe.execute()[-1]
-                # If a job ended in between, no worker will delete its key.
-                late = {j for j, record in zip(open_jobs, records, strict=True) if parse_outcome(record) is not None}
+                for job_id in open_jobs:
+                    pipe.exists(keys.result(job_id))
+                exist = pipe.execute()[len(open_jobs) :]
+            # If a job ended in between, no worker will delete its key.
+            stored = [job_id for job_id, exists in zip(open_jobs, exist, strict=True) if exists]
+            late = [j for j, has_ended in zip(stored, self._has_ended(stored), strict=True) if has_ended]
+            with redis_errors(self.url):
                 for job_id in late:
                     pipe.expire(keys.cancel(job_id), 0)  # not DEL: the Redis user of clients may not use it
                 pipe.execute()
-            ended |= late
+            ended.update(late)
         return [job_id not in ended for job_id in job_ids]
 
     def _poll_unless_given_up(self, polls: PollState, block_s: float) -> Updates:

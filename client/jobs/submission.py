@@ -11,9 +11,10 @@ import hashlib
 import itertools
 import json
 import secrets
+import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import redis
@@ -40,6 +41,8 @@ RECORD_JOBS = 512
 #: Limits of one message. They are small, so that workers can share many jobs, and a lost message costs
 #: little.
 GROUP_JOBS, GROUP_BYTES = 16, 65_536
+#: Pauses between attempts to note that a message was sent.
+ANNOUNCE_PAUSES_S = (0.1, 0.5, 1.0)
 #: Fields that may differ between jobs that share their parameters.
 OWN_FIELDS = frozenset({"prompt", "seed", "id"})
 
@@ -152,12 +155,12 @@ class Submitter:
         try:
             with redis_errors(self._url):
                 self._check_room(jobs)
-                published = self._check_ids(jobs)
+                existing = self._check_ids(jobs)
                 with self._app.producer_pool.acquire(block=True) as producer:
                     ordered = sorted(jobs, key=lambda job: job.urgency)
                     for start in range(0, len(jobs), RECORD_JOBS):
                         part = ordered[start : start + RECORD_JOBS]
-                        new = self._write_records([job for job in part if job.id not in published])
+                        new = self._write_records(part, existing)
                         accepted |= {job.id for job in part} - new.keys()
                         for group in _groups(new.values()):
                             self._publish(group, producer)
@@ -179,24 +182,20 @@ class Submitter:
                 raise QueueFull(keys.queue(model), depth, limit)
 
     def _check_ids(self, jobs: list[PreparedJob]) -> set[str]:
-        """Refuse ids that belong to other requests, before anything is queued.
-
-        Returns the ids of jobs that were published before. Their records are left alone: one that has ended must not
-        outlive its result, or it would say that the job is still to come.
-        """
+        """Refuse ids that belong to other requests, before anything is queued. Returns the ids that have records."""
         named = [job for job in jobs if job.digest]
         seen: dict[str, str] = {}
         pipe = self._redis.pipeline(transaction=False)
         for job in named:
-            pipe.hmget(keys.job(job.id), "digest", "published")
-        found = pipe.execute()
-        for job, (stored, _) in zip(named, found, strict=True):
+            pipe.hget(keys.job(job.id), "digest")
+        digests = pipe.execute()
+        for job, stored in zip(named, digests, strict=True):
             if (stored or job.digest) != job.digest or seen.setdefault(job.id, job.digest) != job.digest:
                 raise _id_is_used(job.id)
-        return {job.id for job, (_, published) in zip(named, found, strict=True) if published}
+        return {job.id for job, stored in zip(named, digests, strict=True) if stored}
 
-    def _write_records(self, jobs: list[PreparedJob]) -> dict[str, PreparedJob]:
-        """Write the records of the jobs.
+    def _write_records(self, jobs: list[PreparedJob], existing: Container[str] = ()) -> dict[str, PreparedJob]:
+        """Write the records of the jobs, to last until the messages were sent. `existing` keep their lifetimes.
 
         Returns:
             The jobs that have to be published, by id: all but those that were published before under the same id.
@@ -211,14 +210,20 @@ class Submitter:
             pipe.hmget(name, "digest", "published")
             for field, value in job.record().items():
                 pipe.hsetnx(name, field, value)
-            pipe.expire(name, keys.UNFINISHED_TTL_S)
+            # A record that is there has a lifetime, and if the job has ended, it must not outlive the result.
+            pipe.exists(name) if job.id in existing else pipe.expire(name, keys.UNSENT_TTL_S)
         for job in jobs:
             if not job.digest:  # its id was chosen here, so there is no record yet
                 pipe.hset(keys.job(job.id), mapping=job.record())
-                pipe.expire(keys.job(job.id), keys.UNFINISHED_TTL_S)
+                pipe.expire(keys.job(job.id), keys.UNSENT_TTL_S)
         answers = pipe.execute()
         new = {job.id: job for job in jobs}
         step = 3 + len(jobs[0].record())  # number of answers for each named job
+        made = [job for job, is_new in zip(named, answers[: step * len(named) : step], strict=True) if is_new]
+        if gone := [job.id for job in made if job.id in existing]:  # since they were looked for
+            for job_id in gone:
+                pipe.expire(keys.job(job_id), keys.UNSENT_TTL_S)
+            pipe.execute()
         for job, (digest, published) in zip(named, answers[1 : step * len(named) : step], strict=True):
             if digest != job.digest:
                 raise _id_is_used(job.id)
@@ -251,19 +256,43 @@ class Submitter:
     def _announce(self, group: list[PreparedJob]) -> None:
         """Note in the records that the message was sent, and wake an idle worker.
 
-        Errors are ignored: without the note, submitting the same id again sends a second message, to the same single
-        result; without the wake-up, a worker finds the message a little later.
+        A record that is missing now is not written again: Redis may have lost the message with it. A wake-up that is
+        refused does no harm: a worker finds the message a little later.
+
+        Raises:
+            redis.RedisError: Redis does not answer, after ANNOUNCE_PAUSES_S. The records will expire.
         """
+        for pause_s in ANNOUNCE_PAUSES_S:
+            try:
+                answers = self._keep_records(group)
+                break
+            except (redis.ConnectionError, redis.TimeoutError):
+                time.sleep(pause_s)
+        else:
+            answers = self._keep_records(group)
+        kept = [job for job, is_there in zip(group, answers[: 2 * len(group) : 2], strict=True) if is_there == 1]
+        ended = [job for job, has_result in zip(group, answers[1 : 2 * len(group) : 2], strict=True) if has_result == 1]
         pipe = self._redis.pipeline(transaction=False)
-        for job in group:
+        for job in kept:
             if job.digest:
                 pipe.hset(keys.job(job.id), "published", "1")
+        for job in ended:  # its record must not outlive the result
+            pipe.expire(keys.job(job.id), self._settings.result_ttl_s)
+        if len(pipe):
+            with contextlib.suppress(redis.RedisError):  # at worst the same id is sent again, to the same single result
+                pipe.execute()
+
+    def _keep_records(self, group: list[PreparedJob]) -> list[Any]:
+        """Lengthen the lifetimes of the records. The answers say of each job whether it has a record and a result."""
         hint = keys.hint(group[0].model)
+        pipe = self._redis.pipeline(transaction=False)
+        for job in group:
+            pipe.expire(keys.job(job.id), keys.UNFINISHED_TTL_S)
+            pipe.exists(keys.result(job.id))
         pipe.lpush(hint, "1")
         pipe.ltrim(hint, 0, keys.HINTS - 1)
         pipe.expire(hint, keys.HINT_TTL_S)
-        with contextlib.suppress(redis.RedisError):
-            pipe.execute()
+        return pipe.execute(raise_on_error=False)
 
 
 def _share_parameters(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -14,6 +14,9 @@ PRIORITIES = {"interactive": 0, "normal": 3, "bulk": 9}
 
 #: How long the record of an unfinished job is kept. After the job has ended, `result_ttl_s` applies.
 UNFINISHED_TTL_S = 30 * 86_400
+#: Lifetime of a record until the job's message was sent. If Redis keeps the record and loses the message, which was
+#: written next, or if the client dies in between, the record is gone soon, and nobody waits for the job without end.
+UNSENT_TTL_S = 60
 
 #: Unreadable messages: how many are kept, for how many seconds after the last one, and how many bytes of each.
 DEAD_ENTRIES, DEAD_TTL_S, DEAD_TEXT_BYTES = 1_000, 7 * 86_400, 4_096

@@ -161,6 +161,17 @@ def parse_outcome(record: str | None) -> Outcome | None:
         return JobFailed("unreadable_result", f"the result record cannot be read ({type(error).__name__})")
 
 
+def has_ended(record: str | None) -> bool:
+    """Whether a job with this result record has ended: `parse_outcome` without its objects, which take much memory."""
+    if record is None:
+        return False
+    try:
+        meta = parse_json(record)
+        return meta["status"] in ("SUCCESS", "REVOKED", "FAILURE") or "result" not in meta
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return True
+
+
 #: What Celery stores with a revoked task whose message has expired.
 _EXPIRED = (["expired"], "expired")
 

@@ -10,6 +10,7 @@ import os
 import queue
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,8 +34,10 @@ from headrace.client.wire.results import Outcome, outcome_state, parse_outcome
 from headrace.config import Settings
 from headrace.worker.child_processes import die_with_parent
 from headrace.worker.redis_server import EmbeddedRedis
+from tests.chaos.clocks import next_error, read_error, real_time
 from tests.chaos.jobs import Batch, PlannedJob
 from tests.chaos.ledger import Death, End, JobFact
+from tests.chaos.weights import ModelDirectory
 
 #: Seconds until a submission that raised is repeated.
 RETRY_S = 0.5
@@ -127,6 +130,24 @@ class Server:
             for entry in admin.client_list():
                 admin.client_kill_filter(_id=entry["id"], skipme=True)
 
+    def keep(self) -> None:
+        """Keep a copy of all data, which `lose_writes` will go back to."""
+        shutil.copy(self._append_only_file, self._kept)
+
+    def lose_writes(self) -> None:
+        """Lose what was written since `keep`, and end all connections."""
+        self.kill()
+        self._kept.rename(self._append_only_file)
+        self.start()
+
+    @property
+    def _append_only_file(self) -> Path:
+        return self._redis.directory / "appendonly.aof"
+
+    @property
+    def _kept(self) -> Path:
+        return self._redis.directory / "kept.aof"
+
     def fill(self) -> None:
         """Fill the memory until Redis refuses the smallest write."""
         with self.admin as admin:
@@ -150,14 +171,18 @@ class Worker:
         self.log = directory / f"{name}.log"
         self.deaths: list[Death] = []
         self._directory = directory
-        self._settings = settings
+        self._clock = directory / f"{name}.clock"
+        #: The model that it loads.
+        self.model = ModelDirectory(directory / f"{name}-model")
+        self._settings = settings.model_copy(update={"model": str(self.model.directory), "served_name": "demo"})
         self._process: subprocess.Popen[bytes] | None = None
         #: Why the current process was told to end, if it was; and when the next one is started.
         self._end_reason: str | None = None
         self._start_at = 0.0
+        self._started_with_other_weights = False
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "tests.chaos.startup", str(self._directory)]
+        command = [sys.executable, "-m", "tests.chaos.startup", str(self._directory), str(self._clock)]
         command += ["worker", "-n", f"{self.name}@%h", "--without-gossip", "--without-mingle"]
         ours = self._settings.model_dump(exclude_unset=True)
         environment = {**os.environ, **{f"HEADRACE_{name.upper()}": str(value) for name, value in ours.items()}}
@@ -166,6 +191,13 @@ class Worker:
                 die_with_parent(command), env=environment, stdout=out, stderr=out, start_new_session=True
             )
         self._end_reason = None
+        self._started_with_other_weights = self.model.replaced
+
+    def skew(self, salt: int) -> float:
+        """Let its clock jump, also for the processes that follow. Returns by how much it is wrong."""
+        error_s = next_error(salt, read_error(self._clock))
+        self._clock.write_text(str(error_s))
+        return error_s
 
     @property
     def pid(self) -> int:
@@ -190,8 +222,10 @@ class Worker:
             return
         if all(death.pid != self.pid for death in self.deaths):
             why = self._end_reason or ("poison" if self._noted("poisoned") else "own")
+            if why == "own" and self._started_with_other_weights and not self._noted("ready"):
+                why = "weights"  # it refused them
             detail = f"code {self._process.poll()}: {self._last_error()}" if why == "own" else ""
-            self.deaths.append(Death(time.time(), self.pid, why, detail))
+            self.deaths.append(Death(real_time(), self.pid, why, detail))
             self._start_at = max(self._start_at, time.monotonic() + RESTART_S)
         if time.monotonic() >= self._start_at:
             self.start()
@@ -300,7 +334,7 @@ class Submitter:
         left = list(batch.jobs)
         calls: list[tuple[float, float]] = []
         while left and not self._stop.is_set():
-            began = time.time()
+            began = real_time()
             try:
                 accepted = dict(enumerate(self._call(left)))
             except HeadraceError as error:
@@ -309,7 +343,7 @@ class Submitter:
                 failed = isinstance(error, (RedisRefused, RedisUnreachable))
                 accepted = error.accepted if failed and not left[0].chosen_id else {}
                 self._stop.wait(RETRY_S)
-            calls.append((began, time.time()))
+            calls.append((began, real_time()))
             for place, job in accepted.items():
                 self._note(left[place], job, list(calls))
             left = [planned for place, planned in enumerate(left) if place not in accepted]
@@ -365,7 +399,7 @@ class Collector:
             records = cast("list[str | None]", self._redis.mget([keys.result(job_id) for job_id in part]))
             for job_id, record in zip(part, records, strict=True):
                 if (outcome := parse_outcome(record)) is not None:
-                    self.seen[job_id] = end_of(outcome, time.time())
+                    self.seen[job_id] = end_of(outcome, real_time())
                 elif self.loses:
                     with contextlib.suppress(RedisUnreachable):
                         self._ask_whether_lost(job_id)
@@ -374,7 +408,7 @@ class Collector:
         try:
             Job(job_id, self._reader, accepted=True).status()
         except JobLost:
-            self.lost[job_id] = time.time()
+            self.lost[job_id] = real_time()
 
 
 def final_ends(settings: Settings, job_ids: list[str]) -> dict[str, End]:

@@ -11,6 +11,8 @@ from typing import Any
 
 from tests.chaos.schedule import Kind
 
+#: The faults in which Redis loses jobs.
+LOSSES: tuple[Kind, ...] = ("lose_redis", "lose_writes")
 #: How far the recorded time of an event may be off, in seconds.
 CLOCK_S = 0.3
 #: Memory that Redis may keep after its records are deleted: internal buffers and partly filled pages.
@@ -81,7 +83,10 @@ class Computation:
 
 @dataclass(frozen=True)
 class Death(Event):
-    """The process ended: `kill` and `end` were requested, `poison` is expected, `own` is always an error."""
+    """The process ended: `kill` and `end` were requested, `poison` is expected, `own` is always an error.
+
+    `weights`: it was started while its weights were replaced, and refused them.
+    """
 
     why: str
     detail: str = ""
@@ -147,6 +152,8 @@ class Ledger:
     ends: dict[str, int] = field(default_factory=dict)
     #: Jobs that Redis lost, and whose callers were told.
     lost: int = 0
+    #: Results of workers that were started with other weights, whose fingerprint says so.
+    other_weights: int = 0
     #: Harmless jobs that were held by too many dying workers.
     given_up: int = 0
     redelivered: int = 0
@@ -186,6 +193,7 @@ def balance(facts: Facts) -> Ledger:
         end = facts.final.get(job_id)
         if end is not None and end.code == "max_attempts" and not job.poison:
             ledger.given_up += 1
+        ledger.other_weights += end is not None and history.tells_other_weights(job, end)
         if complaint := _judge_end(history, job_id, job, end):
             ledger.wrong.append(f"{job_id} {complaint}")
     reasons: Counter[str] = Counter()
@@ -219,7 +227,7 @@ def _judge_end(history: History, job_id: str, job: JobFact, end: End | None) -> 
     if end.code == "max_attempts" and history.crashes(job_id) >= max(1, history.facts.max_attempts):
         return None
     expected = job.expected or End("failed", "max_attempts")
-    if end.key == expected.key:
+    if end.key == expected.key or history.tells_other_weights(job, end):
         return None
     return f"ended as {end} instead of {expected}{difference(expected.content, end.content)}"
 
@@ -268,9 +276,23 @@ class History:
         return sum(c.ended is None and c.pid in self._died for c in self.computations.get(job_id, ()))
 
     def may_be_lost(self, job_id: str) -> bool:
-        """Whether Redis lost its data after the job's submission began."""
-        began, told = self.facts.jobs[job_id].calls[0][0], self.facts.lost[job_id]
-        return any(f.kind == "lose_redis" and began <= f.ended and f.began <= told for f in self.facts.faults)
+        """Whether Redis lost its data, or its last writes, after the job's submission began.
+
+        A fault `lose_writes` begins with the first write that is lost: a job that was accepted earlier is still there.
+        """
+        calls, told = self.facts.jobs[job_id].calls, self.facts.lost[job_id]
+        return any(
+            calls[0][0] <= f.ended and f.began <= told and (f.kind == "lose_redis" or calls[-1][1] >= f.began - CLOCK_S)
+            for f in self.facts.faults
+            if f.kind in LOSSES
+        )
+
+    def tells_other_weights(self, job: JobFact, end: End) -> bool:
+        """Whether a worker that was started with other weights computed the result, and its fingerprint says so."""
+        if job.expected is None or job.expected.content is None or end.content is None:
+            return False
+        replaced = [f for f in self.facts.faults if f.kind == "replace_weights" and f.pid is None]
+        return bool(replaced) and end.content["fingerprint"] != job.expected.content["fingerprint"]
 
     def duplicates(self) -> Iterator[tuple[str, str | None]]:
         """For each complete computation after the first one: the job, and the reason; None if it is unexplained."""
@@ -289,7 +311,16 @@ class History:
             return "worker died before the result was stored"
         if not stored and self._sent_twice(job_id):
             return "message sent twice"
+        if self._went_back(first, second):
+            return "Redis lost writes"
         return None
+
+    def _went_back(self, first: Computation, second: Computation) -> bool:
+        """Whether Redis lost that the first computation had begun or ended: its message was there again."""
+        return any(
+            f.kind == "lose_writes" and first.started <= f.ended + CLOCK_S and second.started >= f.ended - CLOCK_S
+            for f in self.facts.faults
+        )
 
     def _lease_ran_out(self, job_id: str, first: Computation, second: Computation) -> bool:
         """Whether either worker failed to renew its lease while it held the job."""
@@ -320,7 +351,7 @@ class History:
         job = self.facts.jobs.get(job_id)
         if job is None:
             return True  # its submission raised
-        cut = [f for f in self.facts.faults if f.kind in ("cut", "kill_redis", "stop_redis", "lose_redis")]
+        cut = [f for f in self.facts.faults if f.kind in ("cut", "kill_redis", "stop_redis", *LOSSES)]
         return len(job.calls) > 1 or any(
             fault.began - CLOCK_S <= end and begin <= fault.ended + CLOCK_S for begin, end in job.calls for fault in cut
         )
@@ -354,7 +385,9 @@ def _recoveries(facts: Facts) -> dict[str, float]:
     Jobs are ignored if another fault ended in between.
     """
     longest: dict[str, float] = {}
-    faults = [fault for fault in facts.faults if fault.kind not in ("cancel", "poison")]
+    faults = [
+        fault for fault in facts.faults if fault.kind not in ("cancel", "poison", "skew_clock", "replace_weights")
+    ]
     over = sorted(fault.ended for fault in faults)
     for fault in faults:
         for c in facts.computations:
@@ -375,6 +408,7 @@ def table(ledger: Ledger) -> str:
         *((f"submit raised {name}", count) for name, count in sorted(ledger.refusals.items())),
         *sorted(ledger.ends.items()),
         ("lost with Redis' data, and told", ledger.lost),
+        ("computed with other weights, and told", ledger.other_weights),
         ("given up with dying workers", ledger.given_up),
         ("redelivered", ledger.redelivered),
         ("complete computations", ledger.computed),

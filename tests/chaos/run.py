@@ -22,8 +22,9 @@ from headrace.client.wire import keys
 from headrace.client.wire.requests import parse_request
 from headrace.config import Settings, load_settings
 from tests.chaos.actors import Collector, Server, Submitter, Worker, end_of, errors_in, final_ends, read_notes
+from tests.chaos.clocks import ClientClock, next_error, real_time
 from tests.chaos.jobs import catalogue, plan, poison
-from tests.chaos.ledger import Computation, Delivery, End, Facts, Fault, Remains
+from tests.chaos.ledger import LOSSES, Computation, Delivery, End, Facts, Fault, Remains
 from tests.chaos.schedule import Action, Kind, storm
 from tests.patience import PATIENCE_S
 
@@ -116,6 +117,7 @@ class Run:
         stack.callback(self.submitter.close)
         self.collector = Collector(server.url, self.submitter.jobs)
         self.canceller = Client(settings=self.settings)
+        self.client_clock = stack.enter_context(ClientClock())
         stack.callback(self.canceller.close)
         #: Runs calls to Redis, which may block while it is stopped, so that the faults keep their schedule.
         self.background = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="chaos-background"))
@@ -130,11 +132,11 @@ class Run:
         for worker in self.workers:
             worker.start()
         self.run_plan.log(f"seed {self.run_plan.seed}: computing the reference of {len(self.requests)} requests")
-        self.submitter.expected = reference_ends(self.requests, self.run_plan.settings)
+        self.submitter.expected = reference_ends(self.requests, self._reference_settings)
         self._wait(lambda: all(worker.ready for worker in self.workers), 120)
         self._warm_up()
         before = self._remains()
-        self.began = time.time()
+        self.began = real_time()
         self.run_plan.log(f"injecting faults for {self.run_plan.span_s:.0f} s into {self.run_plan.jobs} jobs")
         self.collector.start()
         self.submitter.start(
@@ -143,6 +145,12 @@ class Run:
         self._inject_faults()
         self._drain()
         return self._facts(before)
+
+    @property
+    def _reference_settings(self) -> Settings:
+        """Those of the workers, whose weights nobody has replaced yet."""
+        model = str(self.workers[0].model.directory)
+        return self.run_plan.settings.model_copy(update={"model": model, "served_name": "demo"})
 
     # --- the storm -------------------------------------------------------------------------------------------------
 
@@ -177,7 +185,7 @@ class Run:
     def _so_far(self) -> dict[str, Any]:
         seen = list(self.collector.seen.values())
         return {
-            "seconds": round(time.time() - self.began),
+            "seconds": round(real_time() - self.began),
             "submitted": len(self.submitter.jobs),
             "ended": dict(Counter(end.state for end in seen)),
             "refusals": dict(self.submitter.refusals),
@@ -196,11 +204,11 @@ class Run:
         self._note(action, began, pid)
 
     def _note(self, action: Action, began: float, pid: int | None = None) -> None:
-        self.faults.append(Fault(action.kind, began, time.time(), pid, action.seconds))
+        self.faults.append(Fault(action.kind, began, real_time(), pid, action.seconds))
 
     def _begin(self, action: Action) -> Callable[[], None] | None:
         """Begin a fault. Returns the function that undoes it, or None if it ends at once or by itself."""
-        began = time.time()
+        began = real_time()
         if action.kind in ("kill_worker", "end_worker"):
             self._take_down(action, began)
             return None
@@ -210,6 +218,9 @@ class Run:
             "kill_redis": (self.server.kill, self.server.start),
             "stop_redis": (self.server.pause, self.server.resume),
             "fill_redis": (self.server.fill, self.server.free_memory),
+            "lose_writes": (self.server.keep, self._lose_writes),
+            "replace_weights": (lambda: worker.model.replace(action.salt), worker.model.restore),
+            "skew_clock": (lambda: self._skew(action, began), None),
             "lose_redis": (lambda: self.background.submit(self._lose, action, began), None),
             "cut": (lambda: self.background.submit(self._cut, action, began), None),
             "cancel": (lambda: self.background.submit(self._cancel, action, began), None),
@@ -245,6 +256,21 @@ class Run:
             self.server.lose()
             self.collector.loses = True
             self._note(action, began)
+
+    def _lose_writes(self) -> None:
+        self.server.lose_writes()
+        self.collector.loses = True
+
+    def _skew(self, action: Action, began: float) -> None:
+        """Let one clock jump: of a worker, or of the clients in this process. It stays so until the next jump."""
+        victim = random.Random(f"whose clock {action.salt}").randrange(len(self.workers) + 1)
+        if victim < len(self.workers):
+            error_s = self.workers[victim].skew(action.salt)
+        else:
+            error_s = self.client_clock.error_s = next_error(action.salt, self.client_clock.error_s)
+        name = self.workers[victim].name if victim < len(self.workers) else "the client"
+        self.run_plan.log(f"       the clock of {name} is wrong by {error_s:.0f} s")
+        self._note(action, began)
 
     def _cancel(self, action: Action, began: float) -> None:
         waiting = self.collector.waiting
@@ -316,7 +342,7 @@ class Run:
 
     def _final_ends(self) -> dict[str, End]:
         """The ends of jobs as a new client reads them, or as they were seen before Redis lost the results."""
-        seen, lost_at = self.collector.seen, max((f.ended for f in self.faults if f.kind == "lose_redis"), default=0.0)
+        seen, lost_at = self.collector.seen, max((f.ended for f in self.faults if f.kind in LOSSES), default=0.0)
         early = {job_id: end for job_id, end in seen.items() if end.at <= lost_at}
         return early | final_ends(self.settings, [job_id for job_id in seen if job_id not in early])
 

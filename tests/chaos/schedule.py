@@ -15,6 +15,9 @@ Kind = Literal[
     "stop_redis",  # SIGSTOP for `seconds`: connections stay open, but Redis does not answer
     "fill_redis",  # at its memory limit for `seconds`
     "lose_redis",  # all data is gone and all connections end, as when an empty replica becomes the primary
+    "lose_writes",  # the writes of `seconds` are gone, as when a replica becomes the primary that did not get them
+    "replace_weights",  # the file of a worker's weights has other bytes, or half of them, for `seconds`
+    "skew_clock",  # the clock of a worker or of the client jumps by an hour or two, or back to the right time
     "cut",  # CLIENT KILL of connections
     "cancel",  # cancel jobs that have not ended
     "poison",  # a job that kills the worker which computes it
@@ -28,6 +31,9 @@ KINDS: tuple[Kind, ...] = (
     "stop_redis",
     "fill_redis",
     "lose_redis",
+    "lose_writes",
+    "replace_weights",
+    "skew_clock",
     "cut",
     "cancel",
     "poison",
@@ -40,6 +46,8 @@ GAP_S = 1.0
 SHORT_OUTAGE_S, LONG_OUTAGE_S = 1.0, 40.0
 #: In a shorter storm the long outage would leave too little time for other faults.
 SHORTEST_FOR_LONG_OUTAGE_S = 75.0
+#: The kinds of which a process of Redis has one at a time.
+OF_REDIS: tuple[Kind, ...] = ("kill_redis", "stop_redis", "fill_redis", "lose_writes")
 #: A storm of this length has each kind of fault at least once.
 WAVE_S = 180.0
 
@@ -76,7 +84,7 @@ def storm(
     lanes = [_redis_lane(dice, span_s, waves, lease_s)]
     lanes += [_worker_lane(dice, waves, lease_s, worker) for worker in range(workers)]
     actions = [action for lane in lanes for action in _place(dice, [a for a in lane if a.kind not in without], span_s)]
-    at_once: dict[Kind, int] = {"cut": 5, "cancel": 8, "poison": 2}
+    at_once: dict[Kind, int] = {"cut": 5, "cancel": 8, "poison": 2, "skew_clock": 6}
     for kind, times in at_once.items():
         for _ in range(0 if kind in without else round(times * waves)):
             actions.append(Action(dice.uniform(0.03, 0.97) * span_s, kind, salt=dice.getrandbits(32)))
@@ -89,6 +97,7 @@ def _redis_lane(dice: random.Random, span_s: float, waves: float, lease_s: float
     lane = [Action(0, "kill_redis", seconds=SHORT_OUTAGE_S) for _ in range(round(2 * waves))]
     lane += [Action(0, "stop_redis", seconds=lease_s + dice.uniform(0.5, 2)) for _ in range(round(waves))]
     lane += [Action(0, "fill_redis", seconds=dice.uniform(2, lease_s + 2)) for _ in range(round(2 * waves))]
+    lane += [Action(0, "lose_writes", seconds=dice.uniform(1, lease_s + 2)) for _ in range(round(waves))]
     if span_s >= SHORTEST_FOR_LONG_OUTAGE_S:
         lane += [Action(0, "kill_redis", seconds=LONG_OUTAGE_S) for _ in range(round(waves))]
     return lane
@@ -100,6 +109,7 @@ def _worker_lane(dice: random.Random, waves: float, lease_s: float, worker: int)
         Action(0, "stop_worker", worker, seconds=lease_s + dice.uniform(1, lease_s)) for _ in range(round(2 * waves))
     ]
     lane += [Action(0, "end_worker", worker, seconds=4)] * round(waves)
+    lane += [Action(0, "replace_weights", worker, seconds=dice.uniform(3, 8)) for _ in range(round(waves))]
     return lane
 
 

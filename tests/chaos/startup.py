@@ -1,20 +1,25 @@
 """Start a worker that records its deliveries, its computations and the renewals of its leases.
 
-`python -m tests.chaos.startup DIRECTORY worker -n one@%h ...` runs `celery -A worker worker -n one@%h ...`, records
-events in DIRECTORY/PID.jsonl, and kills the process at a certain prompt. Each line is written in one call before the
-worker continues, so that a kill -9 loses no event.
+`python -m tests.chaos.startup DIRECTORY CLOCK worker -n one@%h ...` runs `celery -A worker worker -n one@%h ...`,
+records events in DIRECTORY/PID.jsonl, and kills the process at a certain prompt. Its clock is wrong by the seconds in
+the file CLOCK. Each line is written in one call before the worker continues, so that a kill -9 loses no event.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+from tests.chaos.clocks import WorkerClock, real_time
+
+if __name__ == "__main__":
+    WorkerClock(Path(sys.argv[2])).install()
+
 import json
 import os
 import signal
-import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 from celery.__main__ import main
@@ -37,7 +42,7 @@ class Notes:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def add(self, event: str, **fields: Any) -> None:
-        os.write(self._file, (json.dumps({"event": event, "at": time.time(), **fields}) + "\n").encode())
+        os.write(self._file, (json.dumps({"event": event, "at": real_time(), **fields}) + "\n").encode())
 
 
 def note_deliveries(notes: Notes) -> None:
@@ -95,7 +100,7 @@ def note_leases(notes: Notes) -> None:
     renew = RedisStore.renew
 
     def noted(self: RedisStore, *args: Any, **named: Any) -> Any:
-        began = time.time()
+        began = real_time()
         answer = renew(self, *args, **named)
         notes.add("renewed", began=began)
         return answer
@@ -108,5 +113,5 @@ if __name__ == "__main__":
     for install in (note_deliveries, note_computations, note_leases):
         install(own_notes)
     worker_ready.connect(lambda **_: own_notes.add("ready"), weak=False)
-    sys.argv[:2] = ["celery", "-A", "worker"]
+    sys.argv[:3] = ["celery", "-A", "worker"]
     main()

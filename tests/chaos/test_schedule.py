@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from tests.chaos.jobs import catalogue, plan, poison
-from tests.chaos.schedule import KINDS, LONG_OUTAGE_S, storm
+from tests.chaos.schedule import KINDS, LONG_OUTAGE_S, OF_REDIS, storm
 
 
 def test_a_seed_gives_one_storm() -> None:
@@ -30,7 +30,7 @@ def test_a_storm_of_three_minutes_has_everything(seed: int) -> None:
 def test_all_is_undone_at_the_end_and_faults_of_one_process_do_not_overlap(seed: int, span_s: float) -> None:
     actions = storm(seed, span_s)
     assert all(action.at >= 0 and action.until <= span_s for action in actions)
-    redis = [action for action in actions if action.kind.endswith("redis") and action.length]
+    redis = [action for action in actions if action.kind in OF_REDIS]
     workers = [[action for action in actions if action.worker == worker] for worker in (0, 1)]
     for lane in (redis, *workers):
         assert all(one.until < two.at for one, two in itertools.pairwise(lane))

@@ -7,6 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from hypothesis import strategies as st
 
@@ -187,6 +188,60 @@ def check_requests(steps: list[Step]) -> None:
         server.app.close()
 
 
+DIGITS = st.sampled_from(["0", "9", "00", "1" + "0" * 20, "9" * 400, "9" * 5_000, "\u0663", "\u00b2", "\uff11"])
+NUMBER_TEXTS = st.one_of(
+    st.integers(-2, 20_000).map(str),
+    st.lists(DIGITS | st.sampled_from(["+", "-", ".", "_", " ", "e3", "0x", "inf", "nan"]), max_size=4).map("".join),
+    TEXTS,
+)
+#: Where a number is text: each with the error's parameter, and its least and its largest value.
+PLACES = {
+    "/v1/files": ("limit", 1, 10_000),
+    "/v1/batches": ("limit", 1, 100),
+    "form": ("expires_after", 3_600, 2_592_000),
+    "range": ("range", 0, 10**15),
+}
+
+
+@functools.cache
+def _stored() -> str:
+    return str(_app().upload(b"0123456789").json()["id"])
+
+
+def check_number(case: tuple[str, str]) -> None:
+    """A number in a query, a form or a header is ASCII digits within its bounds, or an error that names it."""
+    place, text = case
+    parameter, least, most = PLACES[place]
+    if place == "form":
+        fields = {"purpose": "batch", "expires_after[anchor]": "created_at", "expires_after[seconds]": text}
+        answer = _app().ask(
+            "POST", "/v1/files", _form(fields), headers={"content-type": "multipart/form-data; boundary=x"}
+        )
+    elif place == "range":
+        answer = _app().ask("GET", f"/v1/files/{_stored()}/content", headers={"range": f"bytes={text}-"})
+    else:
+        answer = _app().ask("GET", place, query=f"limit={quote(text.encode('utf-8', 'surrogatepass'))}".encode())
+    if not text and place not in ("form", "range"):
+        assert answer.status == 200, answer  # `?limit=` asks for nothing
+    elif answer.status in (200, 206, 416):
+        number = text.strip() if place == "range" else text
+        assert number.isascii(), answer
+        assert number.isdigit(), answer
+        assert len(number) <= 20, answer
+        assert least <= int(number) <= most, answer
+    else:
+        assert answer.status == 400, answer
+        assert answer.json()["error"]["param"] in (parameter, "url", None), answer
+        _check_error(answer)
+
+
+def _form(fields: dict[str, str]) -> bytes:
+    head = "--x\r\nContent-Disposition: form-data; name="
+    parts = [f'{head}"{name}"\r\n\r\n{value}\r\n' for name, value in fields.items()]
+    file = f'{head}"file"; filename="a"\r\n\r\n{{}}\r\n--x--\r\n'
+    return "".join([*parts, file]).encode("utf-8", "surrogatepass")
+
+
 ROWS = st.lists(
     objects(
         {
@@ -233,5 +288,12 @@ def check_rows(rows: list[Any]) -> None:
 TARGETS = [
     Target("http", st.tuples(PATHS, BODIES, TYPES), check_body, full_cases=8_000, test_cases=60),
     Target("requests", st.lists(STEPS, min_size=1, max_size=6), check_requests, full_cases=3_000, test_cases=8),
+    Target(
+        "numbers",
+        st.tuples(st.sampled_from(sorted(PLACES)), NUMBER_TEXTS),
+        check_number,
+        full_cases=5_000,
+        test_cases=40,
+    ),
     Target("rows", ROWS, check_rows, full_cases=5_000, test_cases=40),
 ]

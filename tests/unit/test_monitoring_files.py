@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from headrace.client.wire.errors import JobFailed
 from headrace.worker.engine.stats import EngineStats
 from headrace.worker.observability.metrics import Metrics
+from headrace.worker.queue.held import HeldMessages
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -33,7 +34,7 @@ def samples() -> dict[str, set[str]]:
     queues = SimpleNamespace(name="w", queued={"demo": {"normal": 0}})
     metrics = Metrics("demo")
     models = SimpleNamespace(loaded={"demo": engine})
-    metrics.watch(held, models, health, queues)  # type: ignore[arg-type]
+    metrics.watch(held, HeldMessages(), models, health, queues)  # type: ignore[arg-type]
     metrics.ended(JobFailed("nan_logits"), "demo")
     found: dict[str, set[str]] = {}
     for family in parse(metrics.render()[1].decode()):

@@ -104,7 +104,7 @@ class EnginePool(BasePool, JobPool):
             metrics = self._probes.metrics
             self.pipeline.observers.add(MetricsObserver(metrics))
             service.on_retry = self.app.backend.on_retry = metrics.retried
-            metrics.watch(self.pipeline.book, service.models, self.pipeline.health, self.pipeline.heartbeat)
+            metrics.watch(self.pipeline.book, self.held, service.models, self.pipeline.health, self.pipeline.heartbeat)
         self.pipeline.start()
         if self._probes is not None:
             self._probes.watch(self.pipeline.health)

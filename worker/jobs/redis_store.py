@@ -12,7 +12,7 @@ from redis.client import Pipeline
 from headrace.client.wire import keys
 from headrace.client.wire.clock import RedisClock
 from headrace.client.wire.queue_depth import execute_typed, queue_status
-from headrace.client.wire.results import parse_outcome
+from headrace.client.wire.results import has_ended
 from headrace.worker.jobs.store import WORKER_TTL_S, JobRecord, Waiting
 
 #: A worker that has written a heartbeat within this many seconds is alive; it writes one every two seconds.
@@ -64,6 +64,8 @@ end
 class RedisStore:
     """The store in Redis. Each method sends one request (two at most), however many jobs it is about.
 
+    Results of jobs that had ended before are an exception: one is read after the other, because they may be large.
+
     Args:
         connection: a client that decodes responses.
         result_ttl_s: lifetime of results, and of the records of ended jobs, in seconds.
@@ -90,28 +92,38 @@ class RedisStore:
     def lookup(self, job_ids: Sequence[str]) -> list[JobRecord]:
         self._clock.update(self._redis)  # the deadlines of these jobs are compared with it next
         pipe = self._redis.pipeline(transaction=False)
-        pipe.mget([keys.result(job_id) for job_id in job_ids])
         pipe.mget([keys.cancel(job_id) for job_id in job_ids])
+        for job_id in job_ids:
+            pipe.exists(keys.result(job_id))
         for job_id in job_ids:
             pipe.hmget(keys.job(job_id), "attempts", "state", "mark", "begun_by")
         answers = pipe.execute(raise_on_error=False)
-        if invalid := [j for j, fields in zip(job_ids, answers[2:], strict=True) if not _is_valid(fields)]:
+        cancels, exist, fields = answers[0], answers[1 : 1 + len(job_ids)], answers[1 + len(job_ids) :]
+        for answer in (cancels, *exist):
+            if isinstance(answer, Exception):
+                raise answer
+        if invalid := [j for j, values in zip(job_ids, fields, strict=True) if not _is_valid(values)]:
             self._redis.delete(*map(keys.job, invalid))  # otherwise each attempt would fail, and the jobs wait for ever
             return self.lookup(job_ids)
-        records, cancels, *fields = answers
+        ended = self._ended_among(job_ids, exist)
         begun = {begun_by for attempts, _, _, begun_by in fields if int(attempts or 0) > 0 and begun_by}
         alive = self._alive({identity for identity in begun if identity.isascii() and len(identity) < MAX_IDENTITY})
         return [
             JobRecord(
-                parse_outcome(record) is not None,
+                job_id in ended,
                 bool(cancel),
                 max(0, int(attempts or 0)),
                 state,
                 mark,
                 begun_by in alive,
             )
-            for record, cancel, (attempts, state, mark, begun_by) in zip(records, cancels, fields, strict=True)
+            for job_id, cancel, (attempts, state, mark, begun_by) in zip(job_ids, cancels, fields, strict=True)
         ]
+
+    def _ended_among(self, job_ids: Sequence[str], exist: Sequence[int]) -> set[str]:
+        """Those of the jobs that have ended, given for each whether a result exists."""
+        found = [job_id for job_id, exists in zip(job_ids, exist, strict=True) if exists]
+        return {job_id for job_id in found if has_ended(cast("str | None", self._redis.get(keys.result(job_id))))}
 
     def _alive(self, workers: set[str]) -> set[str]:
         """Those of the workers, by `WorkerRecord.identity`, that have written a heartbeat recently."""
@@ -175,13 +187,17 @@ class RedisStore:
         pipe.execute()
 
     def finish(self, records: Mapping[str, str]) -> None:
-        earlier = cast("list[str | None]", self._redis.mget([keys.result(job_id) for job_id in records]))
+        job_ids = list(records)
+        asked = self._redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            asked.exists(keys.result(job_id))
+        ended = self._ended_among(job_ids, asked.execute())
         pipe = self._redis.pipeline()
-        for (job_id, record), before in zip(records.items(), earlier, strict=True):
-            if parse_outcome(before) is None:
+        for job_id, record in records.items():
+            if job_id not in ended:
                 pipe.set(keys.result(job_id), record, ex=self._ttl_s)
                 pipe.publish(keys.result(job_id), record)  # `AsyncResult.get` is subscribed to it
-        self._end(pipe, list(records))
+        self._end(pipe, job_ids)
         pipe.execute()
 
     def _end(self, pipe: Pipeline, job_ids: list[str]) -> None:
@@ -212,11 +228,12 @@ class RedisStore:
 
     def ends(self, job_ids: Sequence[str]) -> tuple[set[str], set[str]]:
         pipe = self._redis.pipeline(transaction=False)
-        pipe.mget([keys.result(job_id) for job_id in job_ids])
         pipe.mget([keys.cancel(job_id) for job_id in job_ids])
-        records, flags = pipe.execute()
+        for job_id in job_ids:
+            pipe.exists(keys.result(job_id))
+        flags, *exist = pipe.execute()
         return (
-            {job_id for job_id, record in zip(job_ids, records, strict=True) if parse_outcome(record) is not None},
+            self._ended_among(job_ids, exist),
             {job_id for job_id, flag in zip(job_ids, flags, strict=True) if flag},
         )
 

@@ -77,7 +77,14 @@ class HeldJobs(Protocol):
         """How many jobs for a model the worker holds."""
 
     def held_messages(self, model: str) -> int:
-        """How many messages for a model the worker holds."""
+        """How many messages for a model are in the pool."""
+
+
+class WaitingMessages(Protocol):
+    """What metrics need of the messages that wait for their ETA, a countdown or a rate limit."""
+
+    def waiting_for(self, model: str) -> int:
+        """How many messages for a model wait."""
 
 
 class WorkerHealth(Protocol):
@@ -142,9 +149,16 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(PREFIX + name, text, ["model_name", *labels], registry=self._registry)
 
-    def watch(self, held: HeldJobs, models: ModelRegistry, health: WorkerHealth, queues: QueueDepths) -> None:
+    def watch(
+        self,
+        held: HeldJobs,
+        waiting: WaitingMessages,
+        models: ModelRegistry,
+        health: WorkerHealth,
+        queues: QueueDepths,
+    ) -> None:
         """Add the metrics that are read from these at each scrape."""
-        self._registry.register(_Live(self._model_names, held, models, health, queues))
+        self._registry.register(_Live(self._model_names, held, waiting, models, health, queues))
 
     def ended(self, outcome: Result | JobError, model_name: str) -> None:
         """Count a job for the model that ended with this outcome."""
@@ -197,12 +211,13 @@ class _Live:
         self,
         model_names: tuple[str, ...],
         held: HeldJobs,
+        waiting: WaitingMessages,
         models: ModelRegistry,
         health: WorkerHealth,
         queues: QueueDepths,
     ) -> None:
         self._model_names, self._held, self._models = model_names, held, models
-        self._health, self._queues = health, queues
+        self._waiting, self._health, self._queues = waiting, health, queues
 
     def collect(self) -> Iterator[Metric]:
         """Called by prometheus_client at each scrape."""
@@ -234,7 +249,7 @@ class _Live:
     def _values(self, model: str, engine: Engine | None) -> dict[str, float]:
         """The values of a model, without those of its engine if it is not loaded."""
         of_process = {
-            "leases": self._held.held_messages(model),
+            "leases": self._held.held_messages(model) + self._waiting.waiting_for(model),
             "ready": not self._health.why_not_ready(),
             "redis_up": self._health.redis_answers,
         }

@@ -122,6 +122,11 @@ class HeldMessages:
         with self._lock:
             return list(self._waiting.values())
 
+    def waiting_for(self, model: str) -> int:
+        """How many messages for a model wait inside Celery."""
+        with self._lock:
+            return sum(message.model == model for message in self._waiting.values())
+
     def waits(self, tag: str) -> HeldMessage | None:
         """The message with this tag if it waits."""
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from headrace.client.http.file_store import MAX_FILES, MIN_RETENTION_S, RETENTIO
 from headrace.client.http.responses import JsonResponse
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.values import show
+
+#: A range of bytes: its first and last place, or the number of bytes at the end.
+RANGE = re.compile(r"\s*(?:(\d{1,15})-(\d{0,15})|-\d{1,15})\s*", re.ASCII)
 
 
 async def upload_file(request: Request) -> Response:
@@ -73,12 +77,22 @@ def get_file(request: Request) -> Response:
 
 def get_content(request: Request) -> Response:
     """`GET /v1/files/{id}/content`, as a download: a browser must not render or run uploaded content."""
+    _check_range(request.headers.get("range"))
     files, held = context_of(request).files, contextlib.ExitStack()
     file = held.enter_context(files.reading(request.path_params["id"], owner_of(request)))
     headers = {"x-content-type-options": "nosniff"}
     return _Content(
         files.path(file.id), held, media_type="application/octet-stream", filename=file.filename, headers=headers
     )
+
+
+def _check_range(header: str | None) -> None:
+    """Refuse a `Range` that cannot be read. Raises InvalidRequest."""
+    unit, _, ranges = (header or "bytes=0-").partition("=")
+    for text in ranges.split(","):
+        found = RANGE.fullmatch(text)
+        if unit.strip().lower() != "bytes" or found is None or (found[2] and int(found[1]) > int(found[2])):
+            raise InvalidRequest("range", show(header), "such as 'bytes=0-99'")
 
 
 class _Content(FileResponse):

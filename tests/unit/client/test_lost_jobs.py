@@ -8,14 +8,15 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import redis
 
 from headrace import client as api
-from headrace.client import AsyncClient, Client, Job, JobCancelled, ResultTimeout, UnknownJob
+from headrace.client import AsyncClient, Client, Job, JobCancelled, JobLost, ResultTimeout, UnknownJob
 from headrace.client.batch.window import Window
-from headrace.client.jobs import polling, presence
+from headrace.client.jobs import polling, presence, submission
 from headrace.client.wire import keys
 from headrace.client.wire.celery import TASK_NAME
 from headrace.client.wire.redis import connect
@@ -249,3 +250,61 @@ def test_what_is_looked_up_costs_one_command_for_many_jobs(client: Client) -> No
     assert sum(len(command) - 1 for command in looks) == presence.LOOK_JOBS
     assert len(looks) <= 8
     assert json.dumps(looks).count(keys.job("")) == presence.LOOK_JOBS
+
+
+def test_a_record_whose_message_redis_lost_is_gone_soon(
+    client: Client, connection: redis.Redis, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica may have received the record and not the message, which is written next."""
+    monkeypatch.setattr(keys, "UNSENT_TTL_S", 1)
+    jobs = client.submit_many(["Hello.", {"prompt": "Hello.", "id": "chosen"}])
+    assert all(connection.ttl(keys.job(job.id)) > keys.UNFINISHED_TTL_S - 60 for job in jobs)
+    connection.flushdb()
+    prepared = [client.submitter.prepare({"prompt": "Hello.", "id": job.id}) for job in jobs]
+    client.submitter._write_records(prepared)  # what the replica has
+    for job in jobs:
+        with pytest.raises(JobLost):
+            job.result()
+
+
+def test_submitting_an_ended_job_again_does_not_let_its_record_outlive_the_result(
+    client: Client, connection: redis.Redis
+) -> None:
+    job = client.submit("Hello.", id="chosen")
+    RedisStore(connection, result_ttl_s=100, checkpoint_ttl_s=30).finish({job.id: REVOKED})
+    assert connection.ttl(keys.job(job.id)) <= 100
+    assert client.submit("Hello.", id="chosen") == job
+    assert connection.ttl(keys.job(job.id)) <= 100
+
+
+def test_a_job_that_ends_before_its_message_is_noted_keeps_the_lifetime_of_its_result(
+    client: Client, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = client.submitter._keep_records
+
+    def ended_before(group: Any) -> Any:
+        for job in group:
+            RedisStore(connection, result_ttl_s=100, checkpoint_ttl_s=30).finish({job.id: REVOKED})
+        return keep(group)
+
+    monkeypatch.setattr(client.submitter, "_keep_records", ended_before)
+    job = client.submit("Hello.")
+    assert connection.ttl(keys.job(job.id)) <= client.settings.result_ttl_s
+
+
+def test_the_note_that_a_message_was_sent_is_repeated_while_redis_is_away(
+    client: Client, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep, calls = client.submitter._keep_records, 0
+
+    def fails_twice(group: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls < 3:
+            raise redis.ConnectionError
+        return keep(group)
+
+    monkeypatch.setattr(submission, "ANNOUNCE_PAUSES_S", (0, 0, 0))
+    monkeypatch.setattr(client.submitter, "_keep_records", fails_twice)
+    job = client.submit("Hello.")
+    assert connection.ttl(keys.job(job.id)) > keys.UNSENT_TTL_S

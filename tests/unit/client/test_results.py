@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobFailed
-from headrace.client.wire.results import Result, outcome_state, parse_outcome
+from headrace.client.wire.results import Result, has_ended, outcome_state, parse_outcome
 
 RESULT = {
     "id": "a", "model": "demo", "seed": 1,
@@ -97,3 +99,22 @@ def test_an_unreadable_record_is_a_failed_job(text: str) -> None:
 
 def test_the_repr_of_an_error_contains_no_text_of_a_user() -> None:
     assert "secret" not in repr(JobCancelled(message="the job was cancelled", partial=["secret"]))
+
+
+@given(
+    st.sampled_from(["SUCCESS", "FAILURE", "REVOKED", "STARTED", "RETRY", "", 1, None, [], {}]),
+    st.sampled_from([RESULT, None, {}, [], "x", {"exc_type": "X", "exc_message": []}]),
+    st.sampled_from(["{status, result}", "{status}", "{result}", "[status]", "status", "cut"]),
+)
+def test_whether_a_job_has_ended_is_seen_without_its_result(status: Any, result: Any, form: str) -> None:
+    whole = json.dumps({"status": status, "result": result})
+    text = {
+        "{status, result}": whole,
+        "{status}": json.dumps({"status": status}),
+        "{result}": json.dumps({"result": result}),
+        "[status]": json.dumps([status]),
+        "status": json.dumps(status),
+        "cut": whole[:-1],
+    }[form]
+    assert has_ended(text) == (parse_outcome(text) is not None)
+    assert not has_ended(None)

@@ -16,7 +16,7 @@ from headrace.client.http.context import paginate, whole_number
 from headrace.client.http.errors import ApiError
 from headrace.client.http.file_store import MIN_RETENTION_S
 from headrace.client.http.jobs import JobRunner
-from headrace.client.http.routes.files import _retention
+from headrace.client.http.routes.files import _check_range, _retention
 from headrace.client.http.serve import serve
 from headrace.client.wire.errors import InvalidRequest, RedisUnreachable
 from headrace.client.wire.redis import redis_errors
@@ -51,6 +51,19 @@ def test_a_number_in_a_query_or_a_form_is_bounded_by_value_and_length(text: str)
             paginate(request, [], 20, 100)
     with pytest.raises(InvalidRequest, match="expires_after: got anchor 'created_at' and seconds"):
         _retention("created_at", text)
+
+
+@pytest.mark.parametrize(
+    "text", [LONG + "-", "0-" + LONG, "-" + LONG, "٣-", "1_0-2_0", "5-2", "abc", "", "+1-2", "0-1,x", "-"]
+)
+def test_a_range_that_cannot_be_read_is_an_error_of_the_api(text: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"range: .*expected such as 'bytes=0-99'"):
+        _check_range(f"bytes={text}")
+
+
+def test_ranges_are_read() -> None:
+    for header in (None, "Bytes=0-", "bytes=-5", "bytes=0-1, 3-3", "bytes= 1-2 "):
+        _check_range(header)
 
 
 def test_numbers_within_their_bounds_are_read() -> None:

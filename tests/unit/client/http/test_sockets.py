@@ -19,7 +19,10 @@ from structlog.testing import capture_logs
 from headrace.client.http import sockets
 from headrace.client.http.auth import AccessMiddleware, Limits
 from headrace.client.http.serve import _config, _listen
-from headrace.client.http.sockets import ConnectionLimits, make_room
+from headrace.client.http.sockets import (
+    ConnectionLimits,
+    make_room,
+)
 from headrace.client.wire.errors import InvalidRequest
 from headrace.config import load_settings
 from tests.patience import PATIENCE_S

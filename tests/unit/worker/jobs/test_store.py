@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
 
 import fakeredis
 import pytest
@@ -258,3 +261,26 @@ def test_events_are_appended_and_a_refused_one_delays_no_other(redis_url: str) -
     memory = MemoryStore()
     assert memory.append_events({"a": "one"}) == memory.append_events({"a": "two"}) == []
     assert memory.events == {"a": ["one", "two"]}
+
+
+def test_results_that_are_there_are_read_one_after_the_other_and_only_if_they_exist() -> None:
+    connection = fakeredis.FakeStrictRedis(decode_responses=True)
+    store = RedisStore(connection, result_ttl_s=60, checkpoint_ttl_s=30)
+    large = json.dumps({"status": "SUCCESS", "result": {"choices": ["x" * 2**20]}})
+    jobs = [f"job-{i}" for i in range(20)]
+    connection.mset({keys.result(job_id): large for job_id in jobs[::2]})
+    connection.set(keys.result("job-1"), '{"status": "STARTED", "result": null}')
+    read: list[str] = []
+    mget = redis.Redis.mget
+
+    def noted(self: Any, names: Any, *more: Any) -> Any:
+        read.extend(names)
+        return mget(self, names, *more)
+
+    with patch.object(redis.Redis, "mget", noted):
+        assert [record.finished for record in store.lookup(jobs)] == [i % 2 == 0 for i in range(20)]
+        assert store.ends(jobs)[0] == set(jobs[::2])
+        store.finish(dict.fromkeys(jobs, '{"status": "REVOKED", "result": null}'))
+    assert read == 2 * [keys.cancel(job_id) for job_id in jobs]
+    assert connection.get(keys.result("job-0")) == large
+    assert all("REVOKED" in str(connection.get(keys.result(job_id))) for job_id in jobs[1::2])

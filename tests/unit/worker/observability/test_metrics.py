@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from headrace.client.wire.errors import JobCancelled, JobExpired, JobFailed
 from headrace.client.wire.results import Choice, Result, Timings, Usage
 from headrace.worker.observability.metrics import COUNTERS, GAUGES, HISTOGRAMS, Metrics
+from headrace.worker.queue.held import HeldMessage, HeldMessages
 from tests.unit.worker.engine.engine_helpers import ask, build, drive, models_of, tokens_of
 
 Sample = tuple[str, tuple[tuple[str, str], ...]]
@@ -112,7 +113,10 @@ def watched() -> Iterator[tuple[Metrics, Any, Any]]:
     held = SimpleNamespace(held_messages=lambda _: 3, held_jobs=lambda _: 3)
     health = SimpleNamespace(redis_answers=True, why_not_ready=lambda: "")
     queues = SimpleNamespace(name="host-1", queued={"demo": {"interactive": 4, "normal": 5, "bulk": 6}})
-    metrics.watch(held, models_of(engine), health, queues)
+    waiting = HeldMessages()
+    waiting.wait(HeldMessage("parked", model="demo", until=1e10))
+    waiting.wait(HeldMessage("of another", model="chat"))
+    metrics.watch(held, waiting, models_of(engine), health, queues)
     yield metrics, engine, health
     engine.stop()
 
@@ -134,7 +138,7 @@ def test_gauges_show_the_state_of_the_engine(watched: tuple[Metrics, Any, Any]) 
     drafted = value(metrics, "spec_decode_num_draft_tokens_total")
     assert drafted == engine.stats().proposed
     assert 0 <= value(metrics, "spec_decode_num_accepted_tokens_total") <= drafted
-    assert value(metrics, "leases") == 3
+    assert value(metrics, "leases") == 3 + 1  # in the pool, and waiting for its ETA
     assert value(metrics, "num_requests_queued", priority="bulk") == 6
     assert value(metrics, "redis_up") == value(metrics, "ready") == 1
     health.redis_answers, health.why_not_ready = False, lambda: "a reason"
