@@ -20,10 +20,11 @@ from headrace.client.batch.map import map_prompts
 from headrace.client.batch.run import Batch, BatchReport
 from headrace.client.batch.window import MAX_INFLIGHT
 from headrace.client.jobs.handle import Handle, Job, by_id, check_same_redis, job_id_of, job_in_errors
+from headrace.client.jobs.own_fields import check_model
 from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.jobs.reading import JobReader
 from headrace.client.jobs.status import Status
-from headrace.client.jobs.submission import Submitter, check_model
+from headrace.client.jobs.submission import Submitter
 from headrace.client.wire import keys
 from headrace.client.wire.celery import TASK_NAME, producer_app, results_app
 from headrace.client.wire.errors import InvalidRequest, RedisRefused, RedisUnreachable

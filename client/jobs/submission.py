@@ -6,7 +6,6 @@ own id, state and result.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -14,12 +13,13 @@ import secrets
 import time
 import uuid
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import redis
 from celery import Celery
 
+from headrace.client.jobs.own_fields import check_id, check_model, check_timeout_s
 from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.jobs.server_check import ServerCheck
 from headrace.client.jobs.status import ServedModels
@@ -29,12 +29,13 @@ from headrace.client.wire.celery import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME,
 from headrace.client.wire.errors import InvalidRequest, QueueFull, RedisRefused, RedisUnreachable
 from headrace.client.wire.queue_depth import count_queued
 from headrace.client.wire.redis import redis_errors
-from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request
+from headrace.client.wire.requests import GenerateRequest, parse_request
 from headrace.client.wire.result_size import check_result_size
 from headrace.client.wire.tracing import sending
-from headrace.client.wire.values import is_missing, show, to_python
+from headrace.client.wire.values import is_missing, show
 from headrace.config import Settings
-from headrace.config.model_names import served_name
+
+T = TypeVar("T")
 
 #: Number of job records that are written in one round trip.
 RECORD_JOBS = 512
@@ -79,7 +80,7 @@ class Submitter:
             if internal in given:
                 raise InvalidRequest(internal, show(given[internal]), f"no such parameter; {advice}")
         if timeout_s is not None:
-            timeout_s = _check_timeout_s(timeout_s)
+            timeout_s = check_timeout_s(timeout_s)
         request = parse_request(given)
         check_result_size(request, self._settings.max_result_bytes)
         named, model = model, self._model_name if model is None else check_model(model)
@@ -89,7 +90,7 @@ class Submitter:
             request = request.model_copy(update={"seed": secrets.randbits(52)})
         key = next(iter(self._settings.signing_keys), None)
         return PreparedJob(
-            uuid.uuid4().hex if job_id is None else _check_id(job_id),
+            uuid.uuid4().hex if job_id is None else check_id(job_id),
             model,
             request,
             digest=digest,
@@ -130,7 +131,7 @@ class Submitter:
         own = parse_request({name: fields.get(name) for name in ("prompt", "seed")})
         request = job.request.model_copy(update={"prompt": own.prompt, "seed": own.seed})
         check_result_size(request, self._settings.max_result_bytes)
-        job_id = None if is_missing(fields.get("id")) else _check_id(fields["id"])
+        job_id = None if is_missing(fields.get("id")) else check_id(fields["id"])
         digest = "" if job_id is None else _digest(request, job.model)
         if request.seed is None:
             request = request.model_copy(update={"seed": secrets.randbits(52)})
@@ -206,26 +207,26 @@ class Submitter:
         pipe = self._redis.pipeline()
         for job in named:
             name = keys.job(job.id)
+            # What is there is complete and has a lifetime, and if the job has ended, it must not outlive the result. A
+            # command that writes a field would make a record without a lifetime, if Redis loses it now.
+            if job.id in existing:
+                pipe.hmget(name, "digest", "published")
+                continue
             pipe.hsetnx(name, "digest", job.digest)
-            pipe.hmget(name, "digest", "published")
             for field, value in job.record().items():
                 pipe.hsetnx(name, field, value)
-            # A record that is there has a lifetime, and if the job has ended, it must not outlive the result.
-            pipe.exists(name) if job.id in existing else pipe.expire(name, keys.UNSENT_TTL_S)
+            pipe.expire(name, keys.UNSENT_TTL_S)
+            pipe.hmget(name, "digest", "published")
         for job in jobs:
             if not job.digest:  # its id was chosen here, so there is no record yet
                 pipe.hset(keys.job(job.id), mapping=job.record())
                 pipe.expire(keys.job(job.id), keys.UNSENT_TTL_S)
-        answers = pipe.execute()
+        found = [answer for answer in pipe.execute() if isinstance(answer, list)]
         new = {job.id: job for job in jobs}
-        step = 3 + len(jobs[0].record())  # number of answers for each named job
-        made = [job for job, is_new in zip(named, answers[: step * len(named) : step], strict=True) if is_new]
-        if gone := [job.id for job in made if job.id in existing]:  # since they were looked for
-            for job_id in gone:
-                pipe.expire(keys.job(job_id), keys.UNSENT_TTL_S)
-            pipe.execute()
-        for job, (digest, published) in zip(named, answers[1 : step * len(named) : step], strict=True):
-            if digest != job.digest:
+        if gone := [job for job, (digest, _) in zip(named, found, strict=True) if digest is None]:
+            self._write_records(gone)  # Redis has lost them since they were looked for
+        for job, (digest, published) in zip(named, found, strict=True):
+            if digest not in (job.digest, None):
                 raise _id_is_used(job.id)
             if published:
                 new.pop(job.id, None)
@@ -262,37 +263,56 @@ class Submitter:
         Raises:
             redis.RedisError: Redis does not answer, after ANNOUNCE_PAUSES_S. The records will expire.
         """
-        for pause_s in ANNOUNCE_PAUSES_S:
-            try:
-                answers = self._keep_records(group)
-                break
-            except (redis.ConnectionError, redis.TimeoutError):
-                time.sleep(pause_s)
-        else:
-            answers = self._keep_records(group)
-        kept = [job for job, is_there in zip(group, answers[: 2 * len(group) : 2], strict=True) if is_there == 1]
-        ended = [job for job, has_result in zip(group, answers[1 : 2 * len(group) : 2], strict=True) if has_result == 1]
+        if named := [job for job in group if job.digest]:
+            gone = _patiently(lambda: self._mark_sent(named))
+            group = [job for job in group if job.id not in gone]
+        answers = _patiently(lambda: self._keep_records(group))
         pipe = self._redis.pipeline(transaction=False)
-        for job in kept:
-            if job.digest:
-                pipe.hset(keys.job(job.id), "published", "1")
-        for job in ended:  # its record must not outlive the result
-            pipe.expire(keys.job(job.id), self._settings.result_ttl_s)
-        if len(pipe):
-            with contextlib.suppress(redis.RedisError):  # at worst the same id is sent again, to the same single result
-                pipe.execute()
+        for job, has_result in zip(group, answers[1 : 2 * len(group) : 2], strict=True):
+            if has_result == 1:  # its record must not outlive the result
+                pipe.expire(keys.job(job.id), self._settings.result_ttl_s)
+        pipe.execute()
+
+    def _mark_sent(self, jobs: list[PreparedJob]) -> set[str]:
+        """Note that jobs with chosen ids were sent. Returns those that Redis has lost, which get no other record."""
+        pipe = self._redis.pipeline()
+        for job in jobs:
+            pipe.hset(keys.job(job.id), "published", "1")
+            pipe.expire(keys.job(job.id), keys.UNSENT_TTL_S)
+            pipe.hget(keys.job(job.id), "digest")
+        try:
+            answers = pipe.execute(raise_on_error=False)
+        except redis.ResponseError:  # Redis is full: at worst the same id is sent again, to the same single result
+            return set()
+        gone = {job.id for job, digest in zip(jobs, answers[2::3], strict=True) if digest is None}
+        for job_id in gone:
+            pipe.expire(keys.job(job_id), 0)  # not DEL: the Redis user of clients may not use it
+        if gone:
+            pipe.execute()
+        return gone
 
     def _keep_records(self, group: list[PreparedJob]) -> list[Any]:
         """Lengthen the lifetimes of the records. The answers say of each job whether it has a record and a result."""
-        hint = keys.hint(group[0].model)
         pipe = self._redis.pipeline(transaction=False)
         for job in group:
             pipe.expire(keys.job(job.id), keys.UNFINISHED_TTL_S)
             pipe.exists(keys.result(job.id))
-        pipe.lpush(hint, "1")
-        pipe.ltrim(hint, 0, keys.HINTS - 1)
-        pipe.expire(hint, keys.HINT_TTL_S)
+        for model in {job.model for job in group}:
+            hint = keys.hint(model)
+            pipe.lpush(hint, "1")
+            pipe.ltrim(hint, 0, keys.HINTS - 1)
+            pipe.expire(hint, keys.HINT_TTL_S)
         return pipe.execute(raise_on_error=False)
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """Call a function again, after ANNOUNCE_PAUSES_S, while Redis cannot be reached."""
+    for pause_s in ANNOUNCE_PAUSES_S:
+        try:
+            return call()
+        except (redis.ConnectionError, redis.TimeoutError):
+            time.sleep(pause_s)
+    return call()
 
 
 def _share_parameters(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -324,25 +344,3 @@ def _digest(request: GenerateRequest, model: str) -> str:
 
 def _id_is_used(job_id: str) -> InvalidRequest:
     return InvalidRequest("id", repr(job_id), "an id that no other request has; this one was used already")
-
-
-def _check_timeout_s(timeout_s: Any) -> float:
-    seconds = to_python(timeout_s)
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < 1e9:
-        raise InvalidRequest("timeout_s", show(timeout_s), "a number of seconds above 0, or None")
-    return seconds
-
-
-def _check_id(job_id: Any) -> str:
-    if not is_job_id(job_id):
-        raise InvalidRequest("id", show(job_id), "1 to 128 letters, digits, '.', '_', '-' or ':'")
-    return job_id
-
-
-def check_model(model: Any) -> str:
-    """The served name that a request means; see `served_name`. Raises InvalidRequest."""
-    name = served_name(model) if isinstance(model, str) else None
-    if name is None:
-        expected = "the name of a model that a worker serves; a path belongs into the worker's HEADRACE_MODEL"
-        raise InvalidRequest("model", show(model), expected)
-    return name

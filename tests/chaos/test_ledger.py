@@ -248,3 +248,29 @@ def test_the_figures(facts: Facts) -> None:
     assert ledger.longest_recovery_s == {"stop_worker": 0.2}, "only the last fault that ended before the job counts"
     del facts.faults[1:3]
     assert balance(facts).longest_recovery_s == {"kill_redis": 0.4}
+
+
+def test_after_lost_writes_only_jobs_that_were_accepted_later_may_be_lost(facts: Facts) -> None:
+    facts.final, facts.seen, facts.computations, facts.lost = {}, {}, [], {"a": 3.0}
+    facts.faults = [Fault("lose_writes", 2.0, 2.5)]
+    assert "was told lost, and Redis had lost nothing" in wrong(facts)
+    facts.faults = [Fault("lose_writes", 0.05, 2.5)]
+    assert balance(facts).wrong == []
+
+
+def test_a_job_is_computed_again_after_lost_writes(facts: Facts) -> None:
+    computed_again(facts)
+    assert "completed twice" in wrong(facts)
+    facts.faults = [Fault("lose_writes", 2.0, 4.0)]
+    ledger = balance(facts)
+    assert (ledger.wrong, ledger.duplicates) == ([], {"Redis lost writes": 1})
+
+
+def test_other_weights_must_be_told_by_the_fingerprint(facts: Facts) -> None:
+    facts.jobs["a"].expected = replace(GOOD, content={"fingerprint": "one", "text": "x"})
+    facts.seen["a"] = facts.final["a"] = End("succeeded", digest="other", content={"fingerprint": "one", "text": "y"})
+    facts.faults = [Fault("replace_weights", 0.0, 2.0)]
+    assert "instead of" in wrong(facts)
+    facts.seen["a"] = facts.final["a"] = End("succeeded", digest="other", content={"fingerprint": "two", "text": "y"})
+    ledger = balance(facts)
+    assert (ledger.wrong, ledger.other_weights) == ([], 1)

@@ -308,3 +308,28 @@ def test_the_note_that_a_message_was_sent_is_repeated_while_redis_is_away(
     monkeypatch.setattr(client.submitter, "_keep_records", fails_twice)
     job = client.submit("Hello.")
     assert connection.ttl(keys.job(job.id)) > keys.UNSENT_TTL_S
+
+
+@pytest.mark.parametrize("moment", ["_check_ids", "_write_records", "_publish", "_mark_sent", "_keep_records"])
+@pytest.mark.parametrize("again", [False, True])
+def test_whenever_redis_loses_a_job_while_it_is_submitted_no_record_stays(
+    client: Client, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch, moment: str, again: bool
+) -> None:
+    """A record without a lifetime would stay for ever, and one that says that it was sent would never be sent again."""
+    if again:
+        client.submit("Hello.", id="chosen")
+    original = getattr(client.submitter, moment)
+
+    def lost_then(*args: Any) -> Any:
+        answer = original(*args)
+        connection.flushdb()
+        return answer
+
+    monkeypatch.setattr(client.submitter, moment, lost_then)
+    job = client.submit("Hello.", id="chosen")
+    monkeypatch.undo()
+    assert connection.ttl(keys.job(job.id)) != -1
+    connection.delete(*keys.queue_lists(client.model_name))
+    if not connection.exists(keys.job(job.id)):
+        client.submit("Hello.", id="chosen")
+        assert sum(connection.llen(name) for name in keys.queue_lists(client.model_name)) == 1  # type: ignore[misc]
