@@ -55,7 +55,7 @@ def mixed_requests() -> list[GenerateRequest]:
     ]
     requests = []
     for i in range(64):
-        fields = {"max_tokens": draw.randint(1, 10), "seed": i + 30, **kinds[i % len(kinds)]}
+        fields = {"max_tokens": draw.randint(1, 10), "seed": 2 * i - 60, **kinds[i % len(kinds)]}
         fields["min_tokens"] = min(fields.get("min_tokens", 0), fields["max_tokens"])
         prompt = WORDS[: draw.randint(0, len(WORDS))] if i % 5 == 0 else tokens_of(draw.choice(lengths), seed=i % 20)
         requests.append(ask(prompt, priority=draw.choice(["interactive", "normal", "bulk"]), **fields))
