@@ -15,14 +15,18 @@ from headrace.model.tokenizer import Tokenizer, load_tokenizer
 from headrace.short_names import refuse_submodules as _refuse_submodules
 
 if TYPE_CHECKING:
-    from headrace.model.config import GPT2Config
-    from headrace.model.gpt2 import GPT2
+    from headrace.model.config import ModelConfig
+    from headrace.model.decoder import Decoder
     from headrace.model.weights import load_model
 
-__all__ = ["GPT2", "GPT2Config", "ModelError", "Tokenizer", "load_model", "load_tokenizer"]
+__all__ = ["Decoder", "ModelConfig", "ModelError", "Tokenizer", "load_model", "load_tokenizer"]
 
 #: Imported when they are first used: torch takes a second and 200 MB, and counting tokens does not need it.
-_LAZY = {"GPT2": "headrace.model.gpt2", "GPT2Config": "headrace.model.config", "load_model": "headrace.model.weights"}
+_LAZY = {
+    "Decoder": "headrace.model.decoder",
+    "ModelConfig": "headrace.model.config",
+    "load_model": "headrace.model.weights",
+}
 
 _refuse_submodules(__name__)
 

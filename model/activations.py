@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headrace.model.attention import CachedAttention, Chunk
-from headrace.model.config import GPT2Config
+from headrace.model.config import ModelConfig
 from headrace.model.kv_cache import KVCache
 
 #: Checkpoint 11 is taken at this temperature.
@@ -85,9 +85,9 @@ class ActivationCapture:
 
 
 class CapturableModel(Protocol):
-    """The parts of a model that `capture_activations` uses; `GPT2` has them."""
+    """The parts of a model that `capture_activations` uses; `Decoder` has them."""
 
-    config: GPT2Config
+    config: ModelConfig
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,7 +116,7 @@ class CapturableModel(Protocol):
 
 
 def capture_activations(model: CapturableModel, token_ids: Tensor) -> dict[str, Tensor]:
-    """The tensors of checkpoints 1 to 11 for one sequence, LongTensor [T]; the names are those of `GPT2.trace`."""
+    """The tensors of checkpoints 1 to 11 for one sequence, LongTensor [T]; the names are those of `Decoder.trace`."""
     length = len(token_ids)
     cache = KVCache(model.config, lengths=(length,), dtype=model.dtype, device=model.device)
     cache.arenas[length].resize(1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headrace.model.attention import CachedAttention, Decode, DecodeGroup
-from headrace.model.gpt2 import GPT2
+from headrace.model.decoder import Decoder
 from headrace.model.kv_cache import KVCache
 
 #: Runs a function once and returns one that runs the same operations on the same memory again.
@@ -41,7 +41,7 @@ Shape = tuple[Front, ...]
 class DecodeGraphs:
     """The graphs of a model on a cache. Without a recorder nothing is recorded."""
 
-    def __init__(self, model: GPT2, cache: KVCache, recorder: Recorder | None) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, recorder: Recorder | None) -> None:
         self._model, self._cache, self._recorder = model, cache, recorder
         self._known: OrderedDict[Shape, _Graph | None] = OrderedDict()  # None: seen once
 
@@ -78,7 +78,7 @@ class DecodeGraphs:
 class _Graph:
     """One graph. Rows that a step does not need get token 0 at position -1, and write nothing."""
 
-    def __init__(self, model: GPT2, cache: KVCache, shape: Shape, recorder: Recorder) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, shape: Shape, recorder: Recorder) -> None:
         self._model, self._cache, self._shape, self._recorder = model, cache, shape, recorder
         rows = sum(front.slots for front in shape)
         self._inputs = torch.zeros(2, rows, dtype=torch.long, device=model.device)  # tokens, positions
@@ -114,7 +114,7 @@ class _Graph:
         return self._model.forward(tokens, positions, CachedAttention(self._model.config.scale, parts))
 
 
-def decode_graphs(model: GPT2, cache: KVCache) -> DecodeGraphs:
+def decode_graphs(model: Decoder, cache: KVCache) -> DecodeGraphs:
     """The graphs for a model; only a model on CUDA has a recorder."""
     return DecodeGraphs(model, cache, _cuda_recorder() if model.device.type == "cuda" else None)
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from headrace.model.config import GPT2Config
+from headrace.model.config import ModelConfig
 from headrace.model.kernels.attention import DecodeKernel, decode_kernel
 from headrace.model.kernels.memory import use_huge_pages
 
@@ -22,7 +22,7 @@ from headrace.model.kernels.memory import use_huge_pages
 class Arena:
     """The slots of one length class: for each layer keys and values [capacity, H, length, D], zero if unwritten."""
 
-    def __init__(self, config: GPT2Config, length: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, length: int, dtype: torch.dtype, device: torch.device) -> None:
         self.length = length
         self.capacity = 0
         empty = torch.zeros(0, config.n_head, length, config.head_dim, dtype=dtype, device=device)
@@ -58,7 +58,9 @@ class Arena:
 class KVCache:
     """The arenas, by length class in ascending order."""
 
-    def __init__(self, config: GPT2Config, *, lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, *, lengths: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.arenas = {length: Arena(config, length, dtype, device) for length in sorted(lengths)}
         self._kernel_key = (config.head_dim, dtype, device.type)
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.model.config import GPT2Config
-from headrace.model.gpt2 import GPT2
+from headrace.model.config import ModelConfig
+from headrace.model.decoder import Decoder
 from headrace.model.hub import (
     MAX_CONFIG_BYTES,
     find_model,
@@ -53,7 +53,7 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     allow_shared: bool = False,
-) -> GPT2:
+) -> Decoder:
     """Load a GPT-2: 'demo', a released size, a hub id, or a directory.
 
     Args:
@@ -83,8 +83,8 @@ def load_model(
         gemm = pool.submit(_need_int8, device) if int8 else pool.submit(packed_weight_type, device.type, wanted)
         pool.submit(decode_kernel, config.head_dim, wanted, device.type)
         weights = {name: tensor.to(device, None if int8 else wanted) for name, tensor in _read(opened, places)}
-        gemm.result()  # otherwise GPT2 would compile the kernel a second time
-        return GPT2(config, GivenOnce(weights), digest=_digest(opened), int8=int8)
+        gemm.result()  # otherwise Decoder would compile the kernel a second time
+        return Decoder(config, GivenOnce(weights), digest=_digest(opened), int8=int8)
 
 
 class GivenOnce(Mapping[str, Tensor]):
@@ -110,7 +110,7 @@ def _opened(files: list[Path]) -> Iterator[list[WeightFile]]:
         yield [stack.enter_context(open_weights(path)) for path in files]
 
 
-def read_config(path: Path) -> GPT2Config:
+def read_config(path: Path) -> ModelConfig:
     """The shape that config.json describes.
 
     Raises:
@@ -137,10 +137,11 @@ def read_config(path: Path) -> GPT2Config:
         )
     if not isinstance(epsilon, float) or not (math.isfinite(epsilon) and epsilon > 0):
         raise ModelError(f"{path}: layer_norm_epsilon is {short_repr(epsilon)}; it must be a small positive number")
-    return GPT2Config(**sizes, n_inner=inner, layer_norm_epsilon=epsilon)
+    layers, heads, width, positions, vocabulary = sizes.values()
+    return ModelConfig(layers, heads, width, positions, vocabulary, inner, epsilon)
 
 
-def check_weights(folder: Path, config: GPT2Config) -> None:
+def check_weights(folder: Path, config: ModelConfig) -> None:
     """Check names and shapes of all tensors in a model's directory; none is read.
 
     Raises:
@@ -150,12 +151,12 @@ def check_weights(folder: Path, config: GPT2Config) -> None:
         _places(folder, opened, config)
 
 
-def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a GPT-2; linear weights are [in, out]."""
     return dict(_shapes(config))
 
 
-def _shapes(config: GPT2Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     e = config.n_embd
     yield "wte.weight", (config.vocab_size, e)
     yield "wpe.weight", (config.n_positions, e)
@@ -166,7 +167,7 @@ def _shapes(config: GPT2Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "ln_f.bias", (e,)
 
 
-def _layer_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     e, inner = config.n_embd, config.inner
     return {
         "ln_1.weight": (e,),
@@ -184,7 +185,7 @@ def _layer_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _shape_of(name: str, config: GPT2Config) -> tuple[int, ...] | None:
+def _shape_of(name: str, config: ModelConfig) -> tuple[int, ...] | None:
     """The shape of one tensor, None if the model has no tensor of this name.
 
     The names of all tensors are never listed: config.json can declare more layers than memory could hold names for.
@@ -196,7 +197,7 @@ def _shape_of(name: str, config: GPT2Config) -> tuple[int, ...] | None:
     return outer.get(name) or ((e,) if name in ("ln_f.weight", "ln_f.bias") else None)
 
 
-def _places(folder: Path, files: list[WeightFile], config: GPT2Config) -> dict[str, tuple[Path, str]]:
+def _places(folder: Path, files: list[WeightFile], config: ModelConfig) -> dict[str, tuple[Path, str]]:
     """Check all names and shapes. Returns for each tensor the file and its name in the file."""
     places: dict[str, tuple[Path, str]] = {}
     for file in files:
@@ -268,7 +269,7 @@ def _device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def _check_widths(path: Path, config: GPT2Config) -> None:
+def _check_widths(path: Path, config: ModelConfig) -> None:
     for name, width in {"n_embd": config.n_embd, "n_inner": config.inner}.items():
         if width % KU:
             raise ModelError(

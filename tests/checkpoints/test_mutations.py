@@ -17,7 +17,7 @@ from safetensors.numpy import load
 import headrace.model.attention
 import headrace.model.block
 import headrace.model.config
-import headrace.model.gpt2
+import headrace.model.decoder
 import headrace.model.kv_cache
 from headrace.client.wire.comparison import CheckpointResult
 from headrace.client.wire.requests import parse_request
@@ -68,7 +68,7 @@ def erf_gelu(patch: pytest.MonkeyPatch, engine: Engine) -> None:
 
 
 def unscaled_scores(patch: pytest.MonkeyPatch, engine: Engine) -> None:
-    patch.setattr(headrace.model.config.GPT2Config, "scale", 1.0)
+    patch.setattr(headrace.model.config.ModelConfig, "scale", 1.0)
 
 
 def replace_in_block_0(engine: Engine, **parts: Any) -> None:
@@ -111,13 +111,13 @@ def unbiased_variance(patch: pytest.MonkeyPatch, engine: Engine) -> None:
 
 
 def positions_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
-    forward = headrace.model.gpt2.GPT2.forward
-    patch.setattr(headrace.model.gpt2.GPT2, "forward", lambda self, t, p, *rest: forward(self, t, p + 1, *rest))
+    forward = headrace.model.decoder.Decoder.forward
+    patch.setattr(headrace.model.decoder.Decoder, "forward", lambda self, t, p, *rest: forward(self, t, p + 1, *rest))
 
 
 def untied_head(patch: pytest.MonkeyPatch, engine: Engine) -> None:
     other = torch.randn(50257, 128, generator=torch.Generator().manual_seed(0)) * 0.1
-    patch.setattr(headrace.model.gpt2.GPT2, "head", lambda self, hidden: hidden @ other.T)
+    patch.setattr(headrace.model.decoder.Decoder, "head", lambda self, hidden: hidden @ other.T)
 
 
 def mask_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from headrace.client.wire.errors import JobCancelled
 from headrace.client.wire.requests import parse_request
 from headrace.client.wire.results import Choice, Result
-from headrace.model.config import GPT2Config
-from headrace.model.gpt2 import GPT2
+from headrace.model.config import ModelConfig
+from headrace.model.decoder import Decoder
 from headrace.model.tokenizer import gpt2_tokenizer
 from headrace.model.weights import expected_shapes
 from headrace.worker.engine.cache_slots import SlotTable
@@ -32,20 +32,20 @@ from headrace.worker.engine.sequence_text import TextDelta
 VOCABULARY, POSITIONS = 512, 128
 
 
-CONFIG = GPT2Config(n_layer=2, n_head=2, n_embd=64, n_positions=POSITIONS, vocab_size=VOCABULARY)
+CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=64, n_positions=POSITIONS, vocab_size=VOCABULARY)
 #: Our own error of a logarithm of a probability, against float64: a tenth of what the checkpoints allow for logits.
 TOLERANCE = 1e-4
 
 
 @functools.cache
-def small_model() -> GPT2:
-    return GPT2(CONFIG, weights())
+def small_model() -> Decoder:
+    return Decoder(CONFIG, weights())
 
 
 @functools.cache
-def exact_model() -> GPT2:
+def exact_model() -> Decoder:
     """The same weights in float64, without a cache."""
-    return GPT2(CONFIG, {name: tensor.double() for name, tensor in weights().items()})
+    return Decoder(CONFIG, {name: tensor.double() for name, tensor in weights().items()})
 
 
 def exact_logprobs(token_ids: list[int]) -> Tensor:

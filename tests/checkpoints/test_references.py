@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from headrace.model import GPT2, load_model
+from headrace.model import Decoder, load_model
 from headrace.worker.fidelity.references import REFERENCES, Reference, ReferenceUnavailable, load_reference
 from headrace.worker.fidelity.references.base import PACKAGES
 from headrace.worker.fidelity.references.files import StoredWeights, read_weights
@@ -77,7 +77,7 @@ def assert_close(ours: Tensors, theirs: Tensors, tolerances: dict[str, float] = 
     assert {name: worst for name, worst in found.items() if not worst <= tolerances.get(name, 0)} == {}
 
 
-def model_trace(model: GPT2, token_ids: Sequence[int]) -> Tensors:
+def model_trace(model: Decoder, token_ids: Sequence[int]) -> Tensors:
     return {name: tensor[0].numpy() for name, tensor in model.trace(torch.tensor([token_ids])).items()}
 
 
@@ -97,7 +97,7 @@ def load_or_skip(name: str, folder: Path) -> Reference:
 
 
 @pytest.fixture(scope="module")
-def demo() -> GPT2:
+def demo() -> Decoder:
     return load_model("demo", device="cpu", dtype="float32")
 
 
@@ -205,12 +205,12 @@ def test_the_right_tensors_are_read_from_each_library(
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_our_own_error_is_within_every_checkpoint(
-    prompt: str, demo: GPT2, traced: Callable[[str, str], Tensors]
+    prompt: str, demo: Decoder, traced: Callable[[str, str], Tensors]
 ) -> None:
     assert_close(model_trace(demo, PROMPTS[prompt]), traced(NAME, prompt))
 
 
-def test_as_many_tokens_as_the_model_has_positions(demo: GPT2) -> None:
+def test_as_many_tokens_as_the_model_has_positions(demo: Decoder) -> None:
     token_ids = random.Random(6).choices(range(50257), k=1024)
     assert_close(model_trace(demo, token_ids), ARBITER.trace(token_ids))
 

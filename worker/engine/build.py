@@ -12,8 +12,8 @@ import torch
 
 from headrace import __version__
 from headrace.config import Settings
-from headrace.model.config import GPT2Config
-from headrace.model.gpt2 import GPT2
+from headrace.model.config import ModelConfig
+from headrace.model.decoder import Decoder
 from headrace.model.hub import ModelError, find_model
 from headrace.model.kernels.attention import decode_kernel
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
@@ -119,7 +119,7 @@ def default_budget(wanted: int, device: torch.device, parts: int = 1) -> int:
     return min(wanted, int(free * CACHE_SHARE / parts))
 
 
-def check_vocabulary(name: str, config: GPT2Config, tokenizer: Tokenizer) -> None:
+def check_vocabulary(name: str, config: ModelConfig, tokenizer: Tokenizer) -> None:
     """Raise ModelError if the tokenizer has more tokens than the embedding has rows. It may have fewer (padding)."""
     if tokenizer.vocab_size > config.vocab_size:
         raise ModelError(
@@ -128,7 +128,7 @@ def check_vocabulary(name: str, config: GPT2Config, tokenizer: Tokenizer) -> Non
         )
 
 
-def fingerprint(model: GPT2, tokenizer: Tokenizer, prefill_chunk: int, invariant: bool) -> str:
+def fingerprint(model: Decoder, tokenizer: Tokenizer, prefill_chunk: int, invariant: bool) -> str:
     """Identify what results depend on besides prompt, parameters and seed. Equal fingerprints mean equal results."""
     device = (
         torch.cuda.get_device_name(model.device)

@@ -16,7 +16,7 @@ from headrace.client.wire.requests import MAX_LOGPROBS
 from headrace.model.activations import PROBS_TEMPERATURE, ActivationCapture
 from headrace.model.attention import CachedAttention
 from headrace.model.cuda_graphs import decode_graphs
-from headrace.model.gpt2 import GPT2
+from headrace.model.decoder import Decoder
 from headrace.model.kv_cache import KVCache
 from headrace.model.sampler import Draw, RowParams, filtered, sample, top_logprobs
 from headrace.worker.engine.cache_slots import SlotMove
@@ -36,7 +36,7 @@ class ModelRunner:
         lengths: length classes of the cache, in positions. Every arena begins with no slots; see `fit`.
     """
 
-    def __init__(self, model: GPT2, lengths: Rows[int]) -> None:
+    def __init__(self, model: Decoder, lengths: Rows[int]) -> None:
         self.model = model
         self.cache = KVCache(model.config, lengths=lengths, dtype=model.dtype, device=model.device)
         self.graphs = decode_graphs(model, self.cache)

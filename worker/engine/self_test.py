@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from headrace.client.wire.requests import GenerateRequest
 from headrace.model.attention import MAX_COMPILED_PROMPT
-from headrace.model.gpt2 import GPT2
+from headrace.model.decoder import Decoder
 from headrace.worker.engine.cache_slots import SlotTable
 from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.scheduler import PromptChunk, SchedulerOutput
@@ -14,7 +14,7 @@ from headrace.worker.engine.sequence import Sequence, TokenScore
 STEPS = 3
 
 
-def is_batch_invariant(model: GPT2) -> bool:
+def is_batch_invariant(model: Decoder) -> bool:
     """Whether a row's log probabilities have the same bits alone and beside 3, 20 and 21 other rows.
 
     Batch invariance depends on kernels that do not guarantee it. So it is measured on this machine with this model, and
@@ -32,7 +32,7 @@ def is_batch_invariant(model: GPT2) -> bool:
     return all(_probe_scores(model, probe, others) == alone for others in batches)
 
 
-def _probe_scores(model: GPT2, probe: list[int], others: list[list[int]]) -> list[TokenScore | None]:
+def _probe_scores(model: Decoder, probe: list[int], others: list[list[int]]) -> list[TokenScore | None]:
     """Scores of the tokens after the probe, computed beside other prompts in a new cache."""
     request = GenerateRequest(prompt=[0], max_tokens=STEPS + 1, temperature=0, logprobs=1, ignore_eos=True)
     prompts = [*others, probe]

@@ -1,7 +1,8 @@
 """Find the likely cause of a failed checkpoint.
 
 Each common mistake is applied to the reference's tensors. If the result is close to the tensors of the tested
-implementation, that mistake is the likely cause. This module uses numpy only; comments give shapes as in model/gpt2.py.
+implementation, that mistake is the likely cause. This module uses numpy only; comments give shapes as in
+model/decoder.py.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from headrace.model import GPT2, load_model
+from headrace.model import Decoder, load_model
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -26,6 +26,6 @@ def _threads_as_before() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def demo() -> GPT2:
+def demo() -> Decoder:
     """The bundled model, read once. Tests must not change its weights."""
     return load_model("demo", device="cpu", dtype="float32")

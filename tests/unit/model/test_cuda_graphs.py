@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from headrace.model.attention import CachedAttention, DecodeGroup
 from headrace.model.cuda_graphs import MAX_SHAPES, DecodeGraphs, decode_graphs
-from headrace.model.gpt2 import GPT2
+from headrace.model.decoder import Decoder
 from headrace.model.hub import DEMO
 from headrace.model.kv_cache import KVCache
 from headrace.worker.engine.engine import Engine
@@ -64,14 +64,14 @@ def filled(capacity: int = 6, dtype: torch.dtype = torch.float32) -> KVCache:
     return cache
 
 
-def exact_model() -> GPT2:
+def exact_model() -> Decoder:
     """The same weights in float64."""
     stored = load_file(DEMO / "model.safetensors").items()
     weights = {name.removeprefix("transformer."): tensor.double() for name, tensor in stored}
-    return GPT2(torch_model().config, weights)
+    return Decoder(torch_model().config, weights)
 
 
-def plainly(model: GPT2, cache: KVCache, tokens: Sequence[int], groups: Sequence[DecodeGroup]) -> Tensor:
+def plainly(model: Decoder, cache: KVCache, tokens: Sequence[int], groups: Sequence[DecodeGroup]) -> Tensor:
     positions = [position for group in groups for position in group.positions]
     attend = CachedAttention.of(cache, model.config.scale, groups=groups, chunks=[])
     return model.forward(torch.tensor(tokens), torch.tensor(positions), attend)

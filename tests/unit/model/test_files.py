@@ -21,8 +21,8 @@ def test_counting_tokens_loads_no_torch() -> None:
         "from headrace.model import load_tokenizer; "
         "assert load_tokenizer('demo').encode('Hello.') == [15496, 13]; "
         "assert 'torch' not in sys.modules; "
-        "from headrace.model import GPT2; "
-        "assert GPT2.__module__ == 'headrace.model.gpt2' and 'torch' in sys.modules"
+        "from headrace.model import Decoder; "
+        "assert Decoder.__module__ == 'headrace.model.decoder' and 'torch' in sys.modules"
     )
 
 
@@ -32,7 +32,7 @@ def test_counting_tokens_loads_no_torch() -> None:
         ("tiktoken", "headrace.model.load_tokenizer('demo')", "ModelError"),
         ("huggingface_hub", "headrace.model.hub.find_model('gpt2')", "ModelError"),
         ("torch", "headrace.model.load_model", "ImportError"),
-        ("torch", "headrace.model.GPT2", "ImportError"),
+        ("torch", "headrace.model.Decoder", "ImportError"),
     ],
 )
 def test_a_package_that_is_missing_is_named_in_one_sentence(package: str, use: str, error: str) -> None:

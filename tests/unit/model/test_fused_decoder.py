@@ -12,9 +12,9 @@ import headrace.model.attention
 import headrace.model.linear
 from headrace.model.activations import ActivationCapture
 from headrace.model.attention import CachedAttention, Chunk, DecodeGroup
-from headrace.model.config import GPT2Config
+from headrace.model.config import ModelConfig
+from headrace.model.decoder import Decoder
 from headrace.model.fused_decoder import FusedDecoder
-from headrace.model.gpt2 import GPT2
 from headrace.model.kernels.onednn import TorchWeight
 from headrace.model.kernels.row_range import RowRange
 from headrace.model.kv_cache import KVCache
@@ -23,7 +23,7 @@ from headrace.model.weights import expected_shapes
 from tests.instruction_sets import needs_amx, needs_amx_int8, needs_avx512
 
 CPU = torch.device("cpu")
-CONFIG = GPT2Config(n_layer=3, n_head=4, n_embd=64, n_positions=64, vocab_size=90)
+CONFIG = ModelConfig(n_layer=3, n_head=4, n_embd=64, n_positions=64, vocab_size=90)
 #: What one rounding of a number is off by, as a share of a usual one. In int8 a row is rounded to 127ths of its largest
 #: number, which is about three times a usual one, and its result to bfloat16.
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "int8": 2.0**-8 + 1.5 / 127}
@@ -34,7 +34,7 @@ DTYPES = [
 ]
 
 
-def allowed(dtype: str, config: GPT2Config) -> float:
+def allowed(dtype: str, config: ModelConfig) -> float:
     """The error of the last layer against float64, as a share of its standard deviation.
 
     A layer rounds what it stores eight times (two norms, four products, two sums), and sums products in float32: the
@@ -44,18 +44,18 @@ def allowed(dtype: str, config: GPT2Config) -> float:
     return config.n_layer * (8 * ROUNDING[dtype] + 4 * longest**0.5 * 2.0**-24)
 
 
-def made(dtype: str, config: GPT2Config = CONFIG) -> GPT2:
+def made(dtype: str, config: ModelConfig = CONFIG) -> Decoder:
     """A model with random weights, including the layer norms."""
     weights = weights_of(dtype, config)
-    return GPT2(config, weights, int8=dtype == "int8")
+    return Decoder(config, weights, int8=dtype == "int8")
 
 
-def exact(dtype: str, config: GPT2Config = CONFIG) -> GPT2:
+def exact(dtype: str, config: ModelConfig = CONFIG) -> Decoder:
     """The same weights in float64, computed by torch block by block."""
-    return GPT2(config, {name: tensor.double() for name, tensor in weights_of(dtype, config).items()})
+    return Decoder(config, {name: tensor.double() for name, tensor in weights_of(dtype, config).items()})
 
 
-def weights_of(dtype: str, config: GPT2Config) -> dict[str, Tensor]:
+def weights_of(dtype: str, config: ModelConfig) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     weights = {}
     for name, shape in expected_shapes(config).items():
@@ -64,7 +64,7 @@ def weights_of(dtype: str, config: GPT2Config) -> dict[str, Tensor]:
     return weights if dtype == "float32" else {name: tensor.bfloat16() for name, tensor in weights.items()}
 
 
-def by_blocks(gpt2: GPT2, x: Tensor, attend: CachedAttention) -> Tensor:
+def by_blocks(gpt2: Decoder, x: Tensor, attend: CachedAttention) -> Tensor:
     for layer, block in enumerate(gpt2.blocks):
         x = block(layer, x, attend, [])
     return x
@@ -73,7 +73,7 @@ def by_blocks(gpt2: GPT2, x: Tensor, attend: CachedAttention) -> Tensor:
 class Stage:
     """Three slots of one arena, filled with random keys and values, rounded to the type `stored`."""
 
-    def __init__(self, gpt2: GPT2, stored: torch.dtype | None = None) -> None:
+    def __init__(self, gpt2: Decoder, stored: torch.dtype | None = None) -> None:
         self.gpt2 = gpt2
         self.cache = KVCache(gpt2.config, lengths=(32,), dtype=gpt2.dtype, device=CPU)
         self.cache.arenas[32].resize(3)
@@ -89,11 +89,11 @@ class Stage:
         return CachedAttention.of(self.cache, self.gpt2.config.scale, groups=groups, chunks=chunks)
 
 
-def rows(gpt2: GPT2, count: int) -> Tensor:
+def rows(gpt2: Decoder, count: int) -> Tensor:
     return torch.randn(count, gpt2.config.n_embd, generator=torch.Generator().manual_seed(3)).to(gpt2.dtype)
 
 
-def fused(gpt2: GPT2) -> FusedDecoder:
+def fused(gpt2: Decoder) -> FusedDecoder:
     found = FusedDecoder.of(gpt2.blocks)
     assert found is not None, "the CPU has the instructions, but no compiled GEMM"
     return found

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from headrace.model.attention import CachedAttention, Chunk, DecodeGroup
-from headrace.model.config import GPT2Config
+from headrace.model.config import ModelConfig
 from headrace.model.kv_cache import Arena, KVCache
 
-CONFIG = GPT2Config(n_layer=2, n_head=3, n_embd=24, n_positions=64)
+CONFIG = ModelConfig(n_layer=2, n_head=3, n_embd=24, n_positions=64)
 CPU = torch.device("cpu")
 
 

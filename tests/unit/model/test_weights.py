@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headrace.model import GPT2, ModelError, load_model, load_tokenizer
+from headrace.model import Decoder, ModelError, load_model, load_tokenizer
 from headrace.model.hub import RELEASED, find_model
 from headrace.model.weight_file import WeightFile, open_weights
 from headrace.model.weights import expected_shapes, read_config
@@ -44,7 +44,7 @@ def folder(original: Path, tmp_path: Path) -> Path:
 IDS = torch.tensor([[1, 2, 3, 90]])
 
 
-def read(folder: Path, **options: Any) -> GPT2:
+def read(folder: Path, **options: Any) -> Decoder:
     return load_model(folder, device="cpu", **({"dtype": "float32"} | options))
 
 

@@ -13,7 +13,7 @@ from headrace.client.wire.errors import JobFailed
 from headrace.client.wire.requests import GenerateRequest, parse_request
 from headrace.client.wire.results import Result
 from headrace.config import Settings
-from headrace.model import GPT2, Tokenizer, load_model
+from headrace.model import Decoder, Tokenizer, load_model
 from headrace.worker.engine.build import load_engine
 from headrace.worker.engine.cache_slots import SlotTable, length_classes
 from headrace.worker.engine.engine import Engine
@@ -34,14 +34,14 @@ def demo_engine() -> Engine:
     return load_engine(Settings(model="demo", device="cpu", dtype="float32", threads=1))
 
 
-def demo_model() -> GPT2:
+def demo_model() -> Decoder:
     runner = demo_engine().runner
     assert isinstance(runner, ModelRunner)
     return runner.model
 
 
 @functools.cache
-def torch_model() -> GPT2:
+def torch_model() -> Decoder:
     """The bundled model without compiled GEMMs, as on an unsupported device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("headrace.model.linear.fp32_avx512_works", lambda *_: False)
@@ -60,7 +60,7 @@ def build(
     draft_tokens: int = 0,
     budget_positions: int = 64 * 1024,
     runner: type[ModelRunner] = ModelRunner,
-    model: GPT2 | None = None,
+    model: Decoder | None = None,
     model_name: str = "demo",
     **more: Any,
 ) -> Engine:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from headrace.client.wire.requests import GenerateRequest
-from headrace.model import GPT2, load_model
+from headrace.model import Decoder, load_model
 from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence
 from headrace.worker.engine.sequence_text import SequenceText
@@ -88,7 +88,7 @@ def test_64_mixed_jobs_at_once_give_the_same_bits_as_one_by_one(shape: dict[str,
 
 
 @pytest.mark.parametrize(("threads", "gpt2"), [(2, demo_model), (1, torch_model)])
-def test_more_threads_and_torchs_gemms_are_batch_invariant_too(threads: int, gpt2: Callable[[], GPT2]) -> None:
+def test_more_threads_and_torchs_gemms_are_batch_invariant_too(threads: int, gpt2: Callable[[], Decoder]) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headrace.client.wire.requests import parse_request
 from headrace.config import Settings
-from headrace.model import GPT2, ModelError, Tokenizer, load_model, load_tokenizer
+from headrace.model import Decoder, ModelError, Tokenizer, load_model, load_tokenizer
 from headrace.worker.engine.build import build_engine, check_vocabulary, default_budget, fingerprint, load_engine
 from headrace.worker.engine.cache_slots import length_classes
 from headrace.worker.engine.self_test import is_batch_invariant
@@ -117,7 +117,7 @@ def test_the_self_test_finds_batch_invariance_on_this_machine() -> None:
     assert is_batch_invariant(demo_model())
 
 
-class Noisy(GPT2):
+class Noisy(Decoder):
     """A model whose logits depend, in their last bits, on how many rows are computed together."""
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel
 from headrace.client.batch.openai import completion
 from headrace.client.wire.errors import JobFailed
 from headrace.client.wire.requests import MAX_LOGPROBS
-from headrace.model import GPT2
+from headrace.model import Decoder
 from headrace.model.hub import DEMO
 from headrace.worker.engine.sequence_text import TextDelta
 from tests.unit.worker.engine.engine_helpers import (
@@ -138,7 +138,7 @@ def test_logprobs_of_new_tokens_are_those_of_the_model_itself(reference: GPT2LMH
 
 
 @functools.cache
-def model_of_bytes() -> GPT2:
+def model_of_bytes() -> Decoder:
     """The bundled model, with the embeddings of frequent tokens exchanged for those of tokens without whole characters.
 
     So its likeliest tokens have no text of their own.
@@ -152,7 +152,7 @@ def model_of_bytes() -> GPT2:
         name.removeprefix("transformer."): t.float() for name, t in load_file(DEMO / "model.safetensors").items()
     }
     weights["wte.weight"] = weights["wte.weight"][order].contiguous()
-    return GPT2(demo_model().config, weights)
+    return Decoder(demo_model().config, weights)
 
 
 @settings(max_examples=12, deadline=None)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiktoken
 
-from headrace.model import GPT2, Tokenizer, load_model
+from headrace.model import Decoder, Tokenizer, load_model
 from headrace.model.kv_cache import KVCache
 from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
@@ -41,7 +41,7 @@ class FaultyRunner(ModelRunner):
 
 
 @pytest.fixture(scope="module")
-def poisoned() -> GPT2:
+def poisoned() -> Decoder:
     """The bundled model with a NaN in position 600: sequences that get there have NaN logits, others do not."""
     model = load_model("demo", device="cpu", dtype="float32")
     model.wpe[600] = float("nan")
@@ -103,7 +103,7 @@ def test_a_sequence_moved_into_the_slot_of_a_failed_one_keeps_its_prompt() -> No
     assert [substance(moved.result())] == expected(second)
 
 
-def test_a_job_with_nan_logits_fails_alone(poisoned: GPT2) -> None:
+def test_a_job_with_nan_logits_fails_alone(poisoned: Decoder) -> None:
     engine = build(model=poisoned)
     good = [ask(tokens_of(count), logprobs=1) for count in (5, 130, 580)]
     bad = [ask(tokens_of(595), max_tokens=20, ignore_eos=True), ask(tokens_of(605)), ask(tokens_of(700), n=2)]
@@ -115,7 +115,7 @@ def test_a_job_with_nan_logits_fails_alone(poisoned: GPT2) -> None:
     assert idle(engine)
 
 
-def test_one_sample_with_nan_logits_ends_its_job_and_no_other(poisoned: GPT2) -> None:
+def test_one_sample_with_nan_logits_ends_its_job_and_no_other(poisoned: Decoder) -> None:
     class PoisonOne(ModelRunner):
         """Writes a NaN to a position that one of three samples reads."""
 
@@ -144,7 +144,7 @@ def test_one_sample_with_nan_logits_ends_its_job_and_no_other(poisoned: GPT2) ->
         pytest.param(ask(tokens_of(800), max_tokens=10), id="cancelled while its prompt is read"),
     ],
 )
-def test_a_nan_in_the_cache_does_not_reach_the_next_sequence_of_the_slot(poisoned: GPT2, bad: Any) -> None:
+def test_a_nan_in_the_cache_does_not_reach_the_next_sequence_of_the_slot(poisoned: Decoder, bad: Any) -> None:
     good = ask(tokens_of(585), max_tokens=10, logprobs=1)  # reads keys up to the next multiple of 16, which is 608
     engine = build(model=poisoned, slots=1, step_tokens=128)
     first = engine.submit(bad, job_id="bad")
@@ -156,7 +156,7 @@ def test_a_nan_in_the_cache_does_not_reach_the_next_sequence_of_the_slot(poisone
 
 
 @pytest.mark.usefixtures("dense")
-def test_a_nan_does_not_stay_in_a_slot_that_its_sequence_was_moved_from(poisoned: GPT2) -> None:
+def test_a_nan_does_not_stay_in_a_slot_that_its_sequence_was_moved_from(poisoned: Decoder) -> None:
     engine = build(model=poisoned, slots=2, step_tokens=128)
     head = engine.submit(ask(tokens_of(515, seed=2), max_tokens=7, ignore_eos=True))
     bad = engine.submit(ask(tokens_of(1000), max_tokens=10), job_id="bad")
@@ -170,7 +170,7 @@ def test_a_nan_does_not_stay_in_a_slot_that_its_sequence_was_moved_from(poisoned
     assert [substance(r) for r in drive(engine, *map(engine.submit, good))] == expected(*good)
 
 
-def test_a_prompt_whose_scores_are_nan_fails_its_job(poisoned: GPT2) -> None:
+def test_a_prompt_whose_scores_are_nan_fails_its_job(poisoned: Decoder) -> None:
     engine = build(model=poisoned)
     future = engine.submit(ask(tokens_of(620), max_tokens=0, echo=True, logprobs=1))
     settle(engine, future)

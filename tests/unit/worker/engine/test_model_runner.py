@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from headrace.model import GPT2, load_model
+from headrace.model import Decoder, load_model
 from headrace.model.kv_cache import Arena
 from headrace.worker.engine.cache_slots import SlotMove
 from headrace.worker.engine.model_runner import ModelRunner
@@ -16,7 +16,7 @@ from tests.unit.model.references import demo_reference
 from tests.unit.worker.engine.engine_helpers import ask, demo_model, demo_tokenizer, tokens_of
 
 
-def runner(capacity: int = 4, model: GPT2 | None = None) -> ModelRunner:
+def runner(capacity: int = 4, model: Decoder | None = None) -> ModelRunner:
     made = ModelRunner(model or demo_model(), [128, 256])
     made.fit({128: capacity, 256: capacity})
     return made

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from headrace.client.wire.requests import GenerateRequest
-from headrace.model import GPT2, load_model
+from headrace.model import Decoder, load_model
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.oom import row_count
@@ -22,7 +22,7 @@ CHANT = [531, 262, 2677, 11] * 8
 
 
 @functools.cache
-def half() -> GPT2:
+def half() -> Decoder:
     return load_model("demo", device="cpu", dtype="bfloat16")
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from headrace.model.activations import ActivationCapture, capture_activations
 from headrace.model.block import Attention, Block, Norm
-from headrace.model.config import GPT2Config
+from headrace.model.config import ModelConfig
 from headrace.model.fused_decoder import FusedDecoder
 from headrace.model.linear import Linear
 
 
-class GPT2:
+class Decoder:
     """A GPT-2 with its weights. Use `load_model` to build one from files.
 
     Args:
@@ -30,7 +30,7 @@ class GPT2:
     """
 
     def __init__(
-        self, config: GPT2Config, weights: Mapping[str, Tensor], *, digest: str = "", int8: bool = False
+        self, config: ModelConfig, weights: Mapping[str, Tensor], *, digest: str = "", int8: bool = False
     ) -> None:
         wte = weights["wte.weight"]
         dtype = torch.bfloat16 if int8 else wte.dtype
@@ -127,12 +127,12 @@ class GPT2:
         return batch, length
 
 
-def _norm(config: GPT2Config, weights: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Norm:
+def _norm(config: ModelConfig, weights: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Norm:
     weight, bias = (weights[f"{name}.{part}"].to(dtype) for part in ("weight", "bias"))
     return Norm(weight, bias, config.layer_norm_epsilon)
 
 
-def _block(config: GPT2Config, weights: Mapping[str, Tensor], prefix: str, dtype: torch.dtype, int8: bool) -> Block:
+def _block(config: ModelConfig, weights: Mapping[str, Tensor], prefix: str, dtype: torch.dtype, int8: bool) -> Block:
     def linear(name: str, *, gelu: bool = False) -> Linear:
         weight, bias = weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"].to(dtype)
         return Linear.of(weight, bias, gelu=gelu, int8=int8)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from headrace.model import GPT2, GPT2Config, load_model
+from headrace.model import Decoder, ModelConfig, load_model
 from tests.unit.model.references import demo_reference, inner_tensors, random_reference, saved
 
 SHAPES: list[dict[str, Any]] = [
@@ -38,7 +38,7 @@ def tokens(batch: int, length: int, vocabulary: int = 50257) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 2), (3, 7), (2, 129), (1, 1024), (5, 16)])
-def test_logits_of_the_bundled_model_are_those_of_transformers(demo: GPT2, batch: int, length: int) -> None:
+def test_logits_of_the_bundled_model_are_those_of_transformers(demo: Decoder, batch: int, length: int) -> None:
     ids = tokens(batch, length)
     with torch.inference_mode():
         expected = demo_reference()(ids).logits
@@ -62,7 +62,7 @@ def test_logits_of_odd_shapes_are_those_of_transformers(tmp_path: Path, shape: d
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 2), (2, 17), (1, 300)])
-def test_trace_holds_the_checkpoints_of_transformers_modules(demo: GPT2, batch: int, length: int) -> None:
+def test_trace_holds_the_checkpoints_of_transformers_modules(demo: Decoder, batch: int, length: int) -> None:
     ids = torch.tensor([[15496, 13]]) if length == 2 else tokens(batch, length)
     expected, trace = inner_tensors(demo_reference(), ids), demo.trace(ids)
     for name, tolerance in TOLERANCES.items():
@@ -79,7 +79,7 @@ def test_trace_holds_the_checkpoints_of_transformers_modules(demo: GPT2, batch: 
     assert (trace["probs"].double().sum(-1) - 1).abs().max() < 1e-6
 
 
-def test_trace_has_the_promised_names_and_shapes(demo: GPT2) -> None:
+def test_trace_has_the_promised_names_and_shapes(demo: Decoder) -> None:
     b, t, e, h, d, v = 2, 5, 128, 2, 64, 50257
     trace = demo.trace(tokens(b, t))
     per_token = dict.fromkeys(["embeddings", "ln_1", "attn", "mlp", "block_0"], (b, t, e))
@@ -89,13 +89,13 @@ def test_trace_has_the_promised_names_and_shapes(demo: GPT2) -> None:
     assert {name: tuple(tensor.shape) for name, tensor in trace.items()} == per_token | per_head | rest
 
 
-def test_a_sequence_traces_the_same_beside_another(demo: GPT2) -> None:
+def test_a_sequence_traces_the_same_beside_another(demo: Decoder) -> None:
     ids = tokens(3, 11)
     together, alone = demo.trace(ids), demo.trace(ids[1:2])
     assert all(torch.equal(together[name][1], alone[name][0]) for name in alone)
 
 
-def test_the_head_is_the_token_embedding_itself(demo: GPT2) -> None:
+def test_the_head_is_the_token_embedding_itself(demo: Decoder) -> None:
     hidden = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
     exact = hidden.double() @ demo.wte.T.double()
     sizes = hidden.double().abs() @ demo.wte.T.double().abs()
@@ -106,7 +106,7 @@ def test_the_head_is_the_token_embedding_itself(demo: GPT2) -> None:
 
 def test_the_original_sizes_have_heads_of_64_and_a_scale_of_an_eighth() -> None:
     for layers, heads, width in ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600)):
-        config = GPT2Config(n_layer=layers, n_head=heads, n_embd=width)
+        config = ModelConfig(n_layer=layers, n_head=heads, n_embd=width)
         assert (config.head_dim, config.scale, config.inner) == (64, 0.125, 4 * width)
 
 
@@ -121,14 +121,14 @@ def test_the_original_sizes_have_heads_of_64_and_a_scale_of_an_eighth() -> None:
         (torch.tensor([[-1, 5]]), "token id -1 is outside"),
     ],
 )
-def test_invalid_token_ids_are_refused(demo: GPT2, ids: torch.Tensor, said: str) -> None:
+def test_invalid_token_ids_are_refused(demo: Decoder, ids: torch.Tensor, said: str) -> None:
     for method in (demo.logits, demo.trace):
         with pytest.raises(ValueError, match=said):
             method(ids)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.5), ("float16", 0.05)])
-def test_half_precision_is_close_and_its_logits_are_float32(demo: GPT2, dtype: str, tolerance: float) -> None:
+def test_half_precision_is_close_and_its_logits_are_float32(demo: Decoder, dtype: str, tolerance: float) -> None:
     half = load_model("demo", device="cpu", dtype=dtype)
     ids = tokens(2, 30)
     logits = half.logits(ids)
