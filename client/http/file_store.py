@@ -205,10 +205,14 @@ class FileStore:
     def reading(self, file_id: str, owner: str) -> Iterator[StoredFile]:
         """Keep the content of a file during the block, even if the file is deleted meanwhile.
 
-        Raises ApiError if the file does not exist or has another owner.
+        Raises ApiError if the file does not exist, has another owner, or its content was removed from the disk.
         """
         with self._lock:
             file = self._find(file_id, owner)
+            if not self.path(file_id).is_file():
+                raise ApiError(
+                    404, "not_found", f"the content of {file_id} is no longer on the server's disk", param="id"
+                )
             self._readers[file_id] += 1
         try:
             yield file

@@ -50,6 +50,18 @@ def test_a_directory_has_one_server(tmp_path: Path) -> None:
         FileStore(tmp_path / "file")
 
 
+def test_a_file_whose_content_somebody_removed_can_be_deleted_but_not_read(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    file_id = add(store)
+    store.path(file_id).unlink()
+    with pytest.raises(ApiError, match="no longer on the server's disk") as caught, store.reading(file_id, "me"):
+        pass
+    assert caught.value.status == 404
+    store.delete(file_id)
+    assert store.owned_by("me") == []
+    store.close()
+
+
 @pytest.mark.parametrize("name", ["", "../lock", "file-", "x" * 1000, "\0", "file-" + "0" * 32])
 def test_only_issued_ids_name_a_file(tmp_path: Path, name: str) -> None:
     store = FileStore(tmp_path)
