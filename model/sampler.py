@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from headrace.model.kernels import sampling as kernel
 from headrace.model.kernels.argmax import largest
 
 NEVER = float("-inf")
@@ -70,13 +71,31 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     rows = [i for i, draw in enumerate(draws) if not draw.params.greedy]
     if rows:
         picked = torch.tensor(rows, device=logits.device)
-        drawn = draw_tokens(
-            filtered(logits[picked].float(), [draws[i].params for i in rows]),
-            uniforms([draws[i] for i in rows]).to(logits.device),
-        )
-        chosen = chosen.index_copy(0, picked, drawn)
+        chosen = chosen.index_copy(0, picked, _draw(logits, best, rows, [draws[i] for i in rows]))
     # The largest logit of a row with a NaN is NaN, so this one check is enough; +inf would make all probabilities NaN.
     return chosen.masked_fill(best.isnan() | (best == float("inf")), -1)
+
+
+def _draw(logits: Tensor, best: Tensor, rows: list[int], draws: Sequence[Draw]) -> Tensor:
+    """Draw tokens for some rows, by the compiled kernel where there is one, else by torch's operators."""
+    params, numbers = [draw.params for draw in draws], [uniform(d.seed, d.sample, d.position) for d in draws]
+    drawn = kernel.draw(
+        logits,
+        best,
+        kernel.DrawnRows(
+            rows,
+            temperatures=[p.temperature for p in params],
+            top_ks=[max(p.top_k, 0) for p in params],
+            top_ps=[p.top_p for p in params],
+            min_ps=[p.min_p for p in params],
+            uniforms=numbers,
+        ),
+    )
+    if drawn is not None:
+        return drawn
+    picked = torch.tensor(rows, device=logits.device)
+    target = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
+    return draw_tokens(filtered(logits[picked].float(), params), target)
 
 
 def adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -162,13 +181,11 @@ def draw_tokens(probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(chosen, last)
 
 
-def uniforms(draws: Sequence[Draw]) -> Tensor:
-    """A random number in [0, 1) for each row, float64 [R], which depends only on seed, sample index and position."""
-    return torch.tensor([uniform(d.seed, d.sample, d.position) for d in draws], dtype=torch.float64)
-
-
 def uniform(seed: int, sample: int, position: int) -> float:
-    """53 random bits from a counter, in [0, 1): SplitMix64's finalizer (Steele et al. 2014), once for each input."""
+    """A random number in [0, 1) that depends only on seed, sample index and position, which count as a counter.
+
+    Its 53 bits are from SplitMix64's finalizer (Steele et al. 2014), used once for each of the three.
+    """
     state = 0
     for value in (seed, sample, position):
         state = _mix((state + value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF)
@@ -187,10 +204,12 @@ def top_logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Te
     logits: float32 [R, V], tokens: [R] -> float64 [R], LongTensor [R, count], float64 [R, count].
     """
     # In float64: in float32 the sum over 50,257 tokens has an error of 1e-5.
-    logprobs = torch.log_softmax(logits.double(), dim=-1)
-    chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
-    values, ids = logprobs.topk(count, dim=-1)
-    return chosen, ids, values
+    total = kernel.log_sums(logits, largest(logits)[0])
+    if total is None:
+        total = logits.double().logsumexp(dim=-1)
+    values, ids = logits.topk(count, dim=-1)
+    chosen = logits.gather(1, tokens[:, None]).squeeze(1).double() - total
+    return chosen, ids, values.double() - total[:, None]
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
