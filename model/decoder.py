@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from headrace.model.activations import ActivationCapture, capture_activations
+from headrace.model.attention import PlainAttention
 from headrace.model.block import Attention, Block, Norm
 from headrace.model.config import ModelConfig
 from headrace.model.fused_decoder import FusedDecoder
@@ -91,7 +92,9 @@ class Decoder:
         """
         batch, length = self._check(token_ids)
         positions = torch.arange(length, device=self.device).repeat(batch)
-        hidden = self.forward(token_ids.to(self.device).flatten(), positions, self._plain_attention(batch, length))
+        hidden = self.forward(
+            token_ids.to(self.device).flatten(), positions, PlainAttention(self.config, batch, length, self.device)
+        )
         return self.head(hidden).float().view(batch, length, -1)
 
     @torch.inference_mode()
@@ -105,14 +108,6 @@ class Decoder:
         self._check(token_ids)
         rows = [capture_activations(self, row) for row in token_ids.to(self.device)]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-    def _plain_attention(self, batch: int, length: int) -> Attention:
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG001
-            q, k, v = (x.view(batch, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.config.scale)
-            return out.transpose(1, 2).flatten(0, 1)
-
-        return attend
 
     def _check(self, token_ids: Tensor) -> tuple[int, int]:
         if token_ids.dim() != 2 or token_ids.numel() == 0:
@@ -145,4 +140,5 @@ def _block(config: ModelConfig, weights: Mapping[str, Tensor], prefix: str, dtyp
         c_fc=linear("mlp.c_fc", gelu=True),
         mlp_proj=linear("mlp.c_proj"),
         n_head=config.n_head,
+        n_kv_head=config.kv_heads,
     )
