@@ -70,8 +70,9 @@ class ActivationCapture:
         self._whole.update({name: tensor.clone() for name, tensor in tensors.items()})
 
     def finish(self) -> dict[str, Tensor]:
-        """All tensors by name, joined along their rows: `ln_1` [T, E], `q` [T, H, D], `k`, `v` [T, KV, D], `hidden` [layers + 1, T, E].
+        """All tensors by name, joined along their rows.
 
+        `ln_1` [T, E], `q` [T, H, D], `k`, `v` [T, KV, D], `hidden` [layers + 1, T, E].
         `k_new` and `v_new` are the rows of tokens after the prompt, [new, KV, D].
         """
         count = self.prompt_length

@@ -3,8 +3,8 @@
 On a CPU decoding rows and short prompts use the compiled kernel (kernels/attention.py), and longer prompts use torch's
 operator. Elsewhere torch's operator computes everything.
 
-Shapes: M packed rows, H query heads, KV heads of keys and values, D head size. Query head h reads the head h // (H / KV)
-of keys and values. In a layer with a window a row attends to its latest positions only.
+Shapes: M packed rows, H query heads, KV heads of keys and values, D head size. Query head h reads the head
+h // (H / KV) of keys and values. In a layer with a window a row attends to its latest positions only.
 """
 
 from __future__ import annotations

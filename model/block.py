@@ -69,5 +69,5 @@ class Block:
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split rows of `c_attn`: [M, (H + 2 KV) D] -> q [M, H, D], k and v [M, KV, D], views of them."""
         parts = qkv.view(len(qkv), self.n_head + 2 * self.n_kv_head, -1)
-        q, k, v = parts.split((self.n_head, self.n_kv_head, self.n_kv_head), 1)
-        return q, k, v
+        values = self.n_head + self.n_kv_head
+        return parts[:, : self.n_head], parts[:, self.n_head : values], parts[:, values:]
