@@ -10,11 +10,13 @@ from headrace.model.config import ModelConfig
 from headrace.model.families.base import Family
 from headrace.model.families.fields import ConfigFields
 from headrace.model.families.gpt2 import GPT2
+from headrace.model.families.gpt_bigcode import GPT_BIGCODE
+from headrace.model.families.gpt_neo import GPT_NEO
 
 __all__ = ["FAMILIES", "ConfigFields", "Family", "config_of", "family_of"]
 
 #: `model_type` in config.json -> the family.
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2,)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, GPT_BIGCODE, GPT_NEO)}
 
 
 def family_of(path: Path, raw: Mapping[str, Any]) -> Family:

@@ -30,8 +30,8 @@ def load_reference(name: str, folder: Path, dtype: str = "float32") -> Reference
     Raises:
         ValueError: the name or the dtype is unknown, or the config is of a model that the references do not compute.
         FileNotFoundError: the directory has no config or no weights.
-        ReferenceUnavailable: the library is not installed, or cannot run on this machine, in that dtype or this model: tinygrad
-            and candle compute plain GPT-2 only.
+        ReferenceUnavailable: the library is not installed, or cannot run on this machine or in that dtype, or
+            computes plain GPT-2 only (tinygrad, candle) and the model is another one.
     """
     if name not in REFERENCES:
         raise ValueError(f"unknown reference {name!r}; expected one of {', '.join(REFERENCES)}")

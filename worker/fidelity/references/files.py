@@ -14,8 +14,9 @@ from headrace.worker.fidelity.references.base import Array
 
 INDEX = "model.safetensors.index.json"
 
-#: What wrappers put before the names of tensors.
-_PREFIXES = re.compile(r"^(transformer\.|module\.|_orig_mod\.|pretrained_model\.)+")
+#: What training code wraps models in, anywhere in a name; and what models are stored under.
+_CONTAINERS = re.compile(r"^((transformer|pretrained_model)\.)+")
+_WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 #: Old files hold the causal masks.
 _MASKS = tuple(f"{part}.{mask}" for part in (".attn", ".attn.attention") for mask in ("bias", "masked_bias"))
 #: Types of a safetensors header -> numpy types. numpy has no bfloat16, which is the upper half of a float32.
@@ -78,7 +79,7 @@ class StoredWeights(Mapping[str, Array]):
 
 def plain_name(name: str) -> str:
     """Return the name of a tensor without the prefixes that some files have."""
-    return _PREFIXES.sub("", name)
+    return _CONTAINERS.sub("", _WRAPPERS.sub("", name))
 
 
 def wanted(name: str) -> bool:

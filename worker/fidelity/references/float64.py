@@ -1,8 +1,8 @@
 """The decoder of any family in float64, against which the error of every implementation is measured.
 
-It uses numpy (torch for the error function only), holds the weights of one layer at a time, and shares no code with `model`. Its rounding errors are
-about five hundred million times smaller than those of float32. Weights are read as float32, like in every
-implementation.
+It uses numpy (torch for the error function only), holds the weights of one layer at a time, and shares no code with
+`model`. Its rounding errors are about five hundred million times smaller than those of float32. Weights are read as
+float32, like in every implementation.
 """
 
 from __future__ import annotations

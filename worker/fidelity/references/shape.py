@@ -10,25 +10,22 @@ from typing import Any
 
 from headrace.worker.fidelity.references.base import ReferenceUnavailable
 
-#: Family -> where its config.json has each size, with other names for it, and what transformers takes without it.
-_SIZES: dict[str, dict[str, tuple[tuple[str, ...], int | None]]] = {
-    family: {
-        "n_layer": (("n_layer", "num_hidden_layers"), 12),
-        "n_head": (("n_head", "num_attention_heads"), 12),
-        "n_embd": (("n_embd", "hidden_size"), 768),
-        "n_positions": (("n_positions", "max_position_embeddings"), 1024),
-        "vocab_size": (("vocab_size",), 50257),
-    }
-    for family in ("gpt2", "gpt_bigcode")
-} | {
-    "gpt_neo": {
-        "n_layer": (("num_layers", "num_hidden_layers"), 24),
-        "n_head": (("num_heads", "num_attention_heads"), 16),
-        "n_embd": (("hidden_size",), 2048),
-        "n_positions": (("max_position_embeddings",), 2048),
-        "vocab_size": (("vocab_size",), 50257),
-    }
+_GPT2 = {
+    "n_layer": (("n_layer", "num_hidden_layers"), 12),
+    "n_head": (("n_head", "num_attention_heads"), 12),
+    "n_embd": (("n_embd", "hidden_size"), 768),
+    "n_positions": (("n_positions", "max_position_embeddings"), 1024),
+    "vocab_size": (("vocab_size",), 50257),
 }
+_NEO = {
+    "n_layer": (("num_layers", "num_hidden_layers"), 24),
+    "n_head": (("num_heads", "num_attention_heads"), 16),
+    "n_embd": (("hidden_size",), 2048),
+    "n_positions": (("max_position_embeddings",), 2048),
+    "vocab_size": (("vocab_size",), 50257),
+}
+#: Family -> where its config.json has each size, with other names for it, and what transformers takes without it.
+_SIZES = {"gpt2": _GPT2, "gpt_bigcode": _GPT2, "gpt_neo": _NEO}
 #: Names of transformers -> the function.
 ACTIVATIONS = {
     **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), "gelu_tanh"),
@@ -127,10 +124,8 @@ def plain_shape(folder: Path, reference: str) -> Shape:
 
 
 def _scales(raw: dict[str, Any], family: str, layers: int, size: int) -> tuple[float, ...]:
-    if family == "gpt_neo" or not raw.get("scale_attn_weights", True):
-        scale = 1.0
-    else:
-        scale = 1 / math.sqrt(size)
+    scaled = family != "gpt_neo" and raw.get("scale_attn_weights", True)
+    scale = 1 / math.sqrt(size) if scaled else 1.0
     by_layer = family == "gpt2" and raw.get("scale_attn_by_inverse_layer_idx", False)
     return tuple(scale / (layer + 1) if by_layer else scale for layer in range(layers))
 

@@ -83,12 +83,12 @@ class TransformersReference:
         """q [T, H, D]; k, v [T, KV, D]."""
         heads, kv_heads, size = self.shape.n_head, self.shape.kv_heads, self.shape.head_size
         if self.shape.family == "gpt_neo":
-            return {name: captured[name].unflatten(-1, (heads, size)) for name in "qkv"}
+            return {name: captured[name].view(-1, heads, size) for name in "qkv"}
         qkv = captured["qkv"]  # [T, (H + 2 KV) D]
         if self.shape.family == "gpt_bigcode" and kv_heads == heads:  # q, k, v of the first head, then of the second
-            parts = qkv.unflatten(-1, (heads, 3, size)).unbind(-2)
+            parts = qkv.view(-1, heads, 3, size).unbind(-2)
         else:
-            parts = qkv.unflatten(-1, (heads + 2 * kv_heads, size)).split((heads, kv_heads, kv_heads), 1)
+            parts = torch.split(qkv.view(-1, heads + 2 * kv_heads, size), [heads, kv_heads, kv_heads], 1)
         return dict(zip("qkv", parts, strict=True))
 
     def _check(self, token_ids: Sequence[int], *, count: int = 0) -> list[int]:
