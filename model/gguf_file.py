@@ -5,14 +5,13 @@ Source: the converter of llama.cpp, which writes such files. The weights are rea
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from headrace.model.gguf_header import Header, read_header
 from headrace.model.gguf_tokenizer import TokenizerFields, compose
-from headrace.model.hub import short_repr
+from headrace.model.hub import MAX_CONFIG_BYTES, is_gguf, read_json, short_repr
 from headrace.model.trusted_files import ModelError, open_file
 
 #: `general.architecture` -> `model_type` of config.json, and the class of transformers.
@@ -24,11 +23,6 @@ _TOKEN_IDS = {
     "eos_token_id": "tokenizer.ggml.eos_token_id",
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether this is the path of a GGUF file, by its name."""
-    return path.suffix.lower() == ".gguf" and os.path.isfile(path)
 
 
 def header(path: Path) -> Header:
@@ -59,6 +53,11 @@ def config(path: Path) -> dict[str, Any]:
         ModelError: the file is not GGUF, or its model is of an architecture that cannot be computed.
     """
     return config_of(path, header(path))
+
+
+def raw_config(path: Path) -> dict[str, Any]:
+    """The content of a config.json, or what it would say about a GGUF file. Raises ModelError."""
+    return config(path) if is_gguf(path) else read_json(path, MAX_CONFIG_BYTES)
 
 
 def tokenizer_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import functools
 import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +21,7 @@ from torch import Tensor
 from headrace.model.gguf_file import broken, config_of
 from headrace.model.gguf_header import Header, read_header
 from headrace.model.hub import missing_package, short_repr
-from headrace.model.trusted_files import ModelError
+from headrace.model.trusted_files import ModelError, open_file
 from headrace.model.weight_file import TensorPlace, WeightFile
 
 if TYPE_CHECKING:
@@ -103,6 +104,13 @@ class GGUFWeights(WeightFile):
             pending.result()
             self._skip(self._opened.st_size - at)
         self._check_unchanged()
+
+
+@contextmanager
+def open_container(path: Path) -> Iterator[WeightFile]:
+    """Open a safetensors or a GGUF file. Raises ModelError like `WeightFile` and `GGUFWeights`."""
+    with open_file(path) as file:
+        yield GGUFWeights(path, file) if path.suffix.lower() == ".gguf" else WeightFile(path, file)
 
 
 def _unpack(data: np.ndarray, packed: _Packed) -> Tensor:

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from headrace.model.config import ModelConfig
 from headrace.model.decoder import Decoder
+from headrace.model.gguf_file import raw_config
+from headrace.model.gguf_weights import open_container
 from headrace.model.hub import (
-    MAX_CONFIG_BYTES,
+    config_path,
     find_model,
-    read_json,
     short_repr,
     shorten,
     weight_files,
@@ -31,7 +32,7 @@ from headrace.model.kernels.attention import decode_kernel
 from headrace.model.kernels.gemm_int8_amx import KU, int8_amx_works
 from headrace.model.linear import packed_weight_type
 from headrace.model.trusted_files import ModelError, check_not_shared
-from headrace.model.weight_file import WeightFile, open_weights
+from headrace.model.weight_file import WeightFile
 
 #: The types that can be requested -> the type of the activations.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.bfloat16}
@@ -69,14 +70,14 @@ def load_model(
             config.json, everybody can write its files, or they change while they are read.
     """
     folder = find_model(name_or_path)
-    config = read_config(folder / "config.json")
+    config = read_config(config_path(folder))
     device = _device(device)
     wanted, int8 = _dtype(dtype, device), str(dtype) == "int8"
     if int8:
-        _check_widths(folder / "config.json", config)
+        _check_widths(config_path(folder), config)
     files = weight_files(folder)
     if not allow_shared:
-        check_not_shared(folder, [folder / "config.json", *files])
+        check_not_shared(folder, [config_path(folder), *files])
     with ThreadPoolExecutor(2, thread_name_prefix="headrace-load") as pool, _opened(files) as opened:
         places = _places(folder, opened, config)  # before compiling, so that wrong shapes are reported at once
         # Compiled while the files are read; numba compiles one function at a time.
@@ -107,7 +108,7 @@ class GivenOnce(Mapping[str, Tensor]):
 def _opened(files: list[Path]) -> Iterator[list[WeightFile]]:
     """All weight files of a model. All are open before the first is read, so that they are of one version."""
     with ExitStack() as stack:
-        yield [stack.enter_context(open_weights(path)) for path in files]
+        yield [stack.enter_context(open_container(path)) for path in files]
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -116,7 +117,7 @@ def read_config(path: Path) -> ModelConfig:
     Raises:
         ModelError: the file is missing, not JSON, not a GPT-2, or describes an unsupported variant.
     """
-    raw = read_json(path, MAX_CONFIG_BYTES)
+    raw = raw_config(path)
     for name, allowed in _FIXED.items():
         if raw.get(name, allowed[0]) not in allowed:
             raise ModelError(
