@@ -21,6 +21,7 @@ __all__ = [
     "ModelError",
     "config_path",
     "find_model",
+    "ignored_beside_weights",
     "is_gguf",
     "likely_cause",
     "missing_package",
@@ -154,7 +155,16 @@ def likely_cause(folder: Path) -> str:
     if below := _model_below(folder, entries):
         return f"; {below.relative_to(folder)} below it is a model: use HEADRACE_MODEL={below}"
     names = [name for name in entries if os.path.isfile(folder / name)]
+    if "zero_to_fp32.py" in names:
+        return "; it is a checkpoint of DeepSpeed: run its zero_to_fp32.py, and save the weights with save_pretrained"
     return _other_container(folder, names)
+
+
+def ignored_beside_weights(folder: Path) -> list[str]:
+    """What a model's directory contains that could be expected to count and does not, in sentences for people."""
+    if not os.path.isfile(folder / "adapter_config.json"):
+        return []
+    return ["the adapter in adapter_config.json was ignored: only the weights in model.safetensors are computed"]
 
 
 def _model_below(folder: Path, entries: list[str]) -> Path | None:

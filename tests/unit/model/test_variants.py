@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headrace.model import Decoder, ModelError, load_model
 from headrace.model.weights import read_config
+from headrace.worker.engine.self_test import is_batch_invariant
 from tests.unit.model.references import random_reference, saved
 
 IDS = torch.tensor([[1, 2, 3, 90]])
@@ -109,12 +110,18 @@ def test_a_value_head_is_ignored_and_said(folder: Path, expected: Tensor) -> Non
     write(folder, tensors(folder) | head)
     model = read(folder)
     assert torch.equal(model.logits(IDS), expected)
+    assert set(model.notes) == {
+        "the prefix pretrained_model. of the tensor names was stripped",
+        "v_head.* was ignored: a value head is not part of the language model",
+    }
+
+
+def test_an_adapter_beside_the_weights_is_ignored_and_said(folder: Path, expected: Tensor) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    model = read(folder)
+    assert torch.equal(model.logits(IDS), expected)
     assert model.notes == (
-        "the prefix pretrained_model. of the tensor names was stripped",
-        "v_head.* was ignored: a value head is not part of the language model",
-    ) or model.notes == (
-        "v_head.* was ignored: a value head is not part of the language model",
-        "the prefix pretrained_model. of the tensor names was stripped",
+        "the adapter in adapter_config.json was ignored: only the weights in model.safetensors are computed",
     )
 
 
@@ -269,3 +276,21 @@ def test_a_safetensors_file_of_another_name_is_named(folder: Path) -> None:
     message = error(folder)
     assert "gpt2.safetensors" in message
     assert "rename" in message
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"n_positions": 8, "n_embd": 2, "n_head": 1, "n_layer": 1},
+        {"n_positions": 1, "n_embd": 1, "n_head": 1, "vocab_size": 1},
+        {"activation_function": "gelu", "n_embd": 64, "n_head": 2},
+        {"activation_function": "tanh"},
+    ],
+)
+def test_very_small_models_and_other_activation_functions_are_batch_invariant(
+    tmp_path: Path, shape: dict[str, Any]
+) -> None:
+    assert is_batch_invariant(read(saved(random_reference(**shape), tmp_path)))
