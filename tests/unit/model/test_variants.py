@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headrace.model import Decoder, ModelError, load_model
-from headrace.model.weights import read_config
+from headrace.model import Decoder, ModelConfig, ModelError, load_model
+from headrace.model.weight_names import CONTAINERS, WRAPPERS, plain_name
+from headrace.model.weights import expected_shapes, read_config
 from headrace.worker.engine.self_test import is_batch_invariant
 from tests.unit.model.references import random_reference, saved
 
@@ -294,3 +297,24 @@ def test_very_small_models_and_other_activation_functions_are_batch_invariant(
     tmp_path: Path, shape: dict[str, Any]
 ) -> None:
     assert is_batch_invariant(read(saved(random_reference(**shape), tmp_path)))
+
+
+# --- properties -----------------------------------------------------------------------------------------------------
+
+PLAIN_NAMES = st.sampled_from([*sorted(expected_shapes(ModelConfig(1, 1, 4))), "lm_head.weight"])
+
+
+@given(
+    st.lists(st.sampled_from([*WRAPPERS, *CONTAINERS]), max_size=4),
+    PLAIN_NAMES,
+    st.lists(st.tuples(st.sampled_from(WRAPPERS), st.integers(1, 5)), max_size=2),
+)
+def test_any_combination_of_prefixes_is_stripped_and_said(
+    prefix: list[str], name: str, inside: list[tuple[str, int]]
+) -> None:
+    parts = name.split(".")
+    for wrapper, at in inside:
+        parts.insert(at, wrapper)
+    plain, removed = plain_name(".".join([*prefix, *parts]))
+    assert plain == name
+    assert set(removed.split(".")) - {""} == {*prefix, *(wrapper for wrapper, _ in inside)} - {"transformer"}
