@@ -161,6 +161,6 @@ def test_a_planted_mistake_is_caught_where_it_should_be_and_named(
     failed = [row.number for row in compared if row.ok is False]
     assert failed
     assert failed[0] == number
-    cause = likely_cause(number, ours, exact, arbiter.weights, PROMPT)
+    cause = likely_cause(number, ours, exact, arbiter, PROMPT)
     assert cause is not None
     assert words in cause

@@ -165,7 +165,7 @@ class Float64:
         return future if window is None else future | np.tril(np.ones((count, count), bool), -window)
 
     def _activation(self, x: Array) -> Array:
-        return _ACTIVATIONS[self.shape.activation](x)
+        return ACTIVATIONS[self.shape.activation](x)
 
     def _norm(self, weight: Array, bias: Array, x: Array) -> Array:
         centred = x - x.mean(-1, keepdims=True)
@@ -217,7 +217,8 @@ def _tanh(x: Array) -> Array:
     return value
 
 
-_ACTIVATIONS = {"gelu_tanh": _gelu, "gelu": _erf_gelu, "relu": _relu, "silu": _silu, "tanh": _tanh}
+#: Name in `Shape.activation` -> the function between the two feed-forward matrices.
+ACTIVATIONS = {"gelu_tanh": _gelu, "gelu": _erf_gelu, "relu": _relu, "silu": _silu, "tanh": _tanh}
 
 
 def _probs(logits: Array) -> Array:
