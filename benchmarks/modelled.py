@@ -77,7 +77,7 @@ def modelled_engine(settings: Settings, name: str | None = None) -> Engine:
         ),
         model_name=name or settings.model_name,
         vocab_size=tokenizer.vocab_size,
-        max_context=longest,
+        max_context=lengths[-1],
         fingerprint=f"modelled/step-{step_ms:g}-ms/process-{os.getpid()}",  # identifies the worker that computed a job
     )
 
