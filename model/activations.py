@@ -69,8 +69,8 @@ class ActivationCapture:
         """Record copies of tensors whose rows are not joined over passes."""
         self._whole.update({name: tensor.clone() for name, tensor in tensors.items()})
 
-    def finish(self) -> dict[str, Tensor]:
-        """All tensors by name, joined along their rows.
+    def finish(self, *, scores: bool = True) -> dict[str, Tensor]:
+        """All tensors by name, joined along their rows; the scores, T * T numbers for each head, if asked for.
 
         `ln_1` [T, E], `q` [T, H, D], `k`, `v` [T, KV, D], `hidden` [layers + 1, T, E].
         `k_new` and `v_new` are the rows of tokens after the prompt, [new, KV, D].
@@ -80,12 +80,16 @@ class ActivationCapture:
         new = {f"{name}_new": tensors[name][count:] for name in ("k", "v")}
         for name in ("embeddings", "ln_1", "q", "k", "v", "attn", "mlp", "block_0"):
             tensors[name] = tensors[name][:count]
-        q, k = tensors["q"].transpose(0, 1), tensors["k"].transpose(0, 1)  # [H, T, D], [KV, T, D]
+        if scores:
+            new["scores"] = self._scores(tensors["q"].transpose(0, 1), tensors["k"].transpose(0, 1))
+        hidden = torch.stack([torch.cat(pieces)[:count] for _, pieces in sorted(self._hidden.items())])
+        return {**tensors, **new, **self._whole, "hidden": hidden}
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """[H, T, D], [KV, T, D] -> [H, T, T]."""
         if len(k) < len(q):
             k = k.repeat_interleave(len(q) // len(k), 0)
-        scores = q @ k.transpose(1, 2) * self.scale
-        hidden = torch.stack([torch.cat(pieces)[:count] for _, pieces in sorted(self._hidden.items())])
-        return {**tensors, **new, **self._whole, "scores": scores, "hidden": hidden}
+        return q @ k.transpose(1, 2) * self.scale
 
 
 class CapturableModel(Protocol):

@@ -197,8 +197,9 @@ class ModelRunner:
 
     def collect(self, sequence: Sequence) -> dict[str, bytes]:
         """The activations captured for a finished sequence, each as safetensors bytes by name, in float32."""
-        tensors = {**sequence.activations.finish(), "tokens": torch.tensor(sequence.output, dtype=torch.long)}
         wanted = dict.fromkeys(name for n in sequence.request.checkpoints for name in CHECKPOINT_TENSORS[n])
+        tensors = sequence.activations.finish(scores="scores" in wanted)
+        tensors["tokens"] = torch.tensor(sequence.output, dtype=torch.long)
         return {name: _to_bytes(tensors[name]) for name in wanted if name in tensors}
 
 

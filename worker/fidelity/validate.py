@@ -23,7 +23,7 @@ from headrace.model.weights import check_weights, read_config
 from headrace.worker.fidelity.diagnosis import likely_cause
 from headrace.worker.fidelity.judge import judge
 from headrace.worker.fidelity.references import REFERENCES, Reference, ReferenceUnavailable, load_reference
-from headrace.worker.fidelity.references.float64 import Float64
+from headrace.worker.fidelity.references.float64 import SCORES_LIMIT, Float64
 from headrace.worker.fidelity.report import Report
 from headrace.worker.fidelity.tensor_files import Loss, half_tolerances, read_tensors, table
 from headrace.worker.fidelity.tensor_files import loss as loss_of
@@ -127,7 +127,8 @@ class Validation:
                 cases.append(Case(tokens, NEW_TOKENS, sorted(CHECKPOINTS)))
         if not prompts:
             full = [(7919 * i) % self.tokenizer.vocab_size for i in range(limit - 1)]
-            numbers = [n for n in CHECKPOINTS if n != 8 or limit <= LOGITS_LIMIT]
+            most = {8: LOGITS_LIMIT, 4: SCORES_LIMIT}
+            numbers = [n for n in CHECKPOINTS if limit <= most.get(n, limit)]
             cases.append(Case(full, 1, numbers))
         if not cases:
             raise ValidationError(f"the prompts leave no room for {NEW_TOKENS} tokens in {limit} positions")
@@ -248,7 +249,7 @@ class Validation:
             return ""
         number, index = min(failed)
         case = self.cases[index]
-        cause = likely_cause(number, found[index], case.exact, self._arbiter.weights, case.tokens)
+        cause = likely_cause(number, found[index], case.exact, self._arbiter, case.tokens)
         return f"checkpoint {number} fails first: {cause or 'no common mistake explains it'}"
 
     def _report(

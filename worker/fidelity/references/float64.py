@@ -1,6 +1,6 @@
 """The decoder of any family in float64, against which the error of every implementation is measured.
 
-It uses numpy (torch for the error function only), holds the weights of one layer at a time, and shares no code with
+It uses numpy only, holds the weights of one layer at a time, and shares no code with
 `model`. Its rounding errors are about five hundred million times smaller than those of float32. Weights are read as
 float32, like in every implementation.
 """
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from headrace.worker.fidelity.references.base import PROBS_TEMPERATURE, Array, check_tokens
 from headrace.worker.fidelity.references.decoder_weights import HEAD, DecoderWeights
@@ -165,7 +164,7 @@ class Float64:
         return future if window is None else future | np.tril(np.ones((count, count), bool), -window)
 
     def _activation(self, x: Array) -> Array:
-        return _ACTIVATIONS[self.shape.activation](x)
+        return ACTIVATIONS[self.shape.activation](x)
 
     def _norm(self, weight: Array, bias: Array, x: Array) -> Array:
         centred = x - x.mean(-1, keepdims=True)
@@ -197,9 +196,12 @@ def _gelu(x: Array) -> Array:
     return value
 
 
+_erf = np.vectorize(math.erf, otypes=[np.float64])  # numpy has no error function
+
+
 def _erf_gelu(x: Array) -> Array:
     """GELU by its definition."""
-    value: Array = 0.5 * x * (1 + torch.erf(torch.from_numpy(x / math.sqrt(2))).numpy())
+    value: Array = 0.5 * x * (1 + _erf(x / math.sqrt(2)))
     return value
 
 
@@ -217,7 +219,8 @@ def _tanh(x: Array) -> Array:
     return value
 
 
-_ACTIVATIONS = {"gelu_tanh": _gelu, "gelu": _erf_gelu, "relu": _relu, "silu": _silu, "tanh": _tanh}
+#: Name in `Shape.activation` -> the function between the two feed-forward matrices.
+ACTIVATIONS = {"gelu_tanh": _gelu, "gelu": _erf_gelu, "relu": _relu, "silu": _silu, "tanh": _tanh}
 
 
 def _probs(logits: Array) -> Array:
