@@ -149,9 +149,8 @@ class _Job:
         named = {name if name.startswith("lm_head") else f"transformer.{name}": each for name, each in tensors.items()}
         save_file(named, self._place / "model.safetensors", metadata={"format": "pt"})
         _write_json(self._place / "config.json", config | {"dtype": "float32"})
-        ends: dict[str, Any] = {
-            name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config
-        }
+        known = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ends: dict[str, Any] = {name: config[name] for name in known if name in config}
         _write_json(self._place / "generation_config.json", ends)
         try:
             _write_json(self._place / "tokenizer.json", tokenizer_json(path))
@@ -225,8 +224,9 @@ class _Job:
         self._told(f"reading {path.name}")
         checkpoint = TensorFlowCheckpoint(path)
         save_file(checkpoint.tensors(), self._place / "model.safetensors", metadata={"format": "pt"})
-        _write_json(self._place / "config.json", checkpoint.config())
-        ends = {"bos_token_id": 50_256, "eos_token_id": 50_256}
+        config = checkpoint.config()
+        _write_json(self._place / "config.json", config)
+        ends = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
         _write_json(self._place / "generation_config.json", ends)
         for theirs, ours in _GPT2_FILES.items():
             if (path.parent / theirs).is_file():

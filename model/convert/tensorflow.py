@@ -51,9 +51,16 @@ class TensorFlowCheckpoint:
         """The content of config.json, from hparams.json beside the checkpoint."""
         raw = read_json(self.index.with_name("hparams.json"), MAX_CONFIG_BYTES)
         names = {"n_vocab": "vocab_size", "n_ctx": "n_positions", "n_embd": "n_embd", "n_head": "n_head"}
-        fixed = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new"}
-        ends = {"bos_token_id": 50_256, "eos_token_id": 50_256, "tie_word_embeddings": True}
-        return fixed | ends | {ours: raw.get(name) for name, ours in (names | {"n_layer": "n_layer"}).items()}
+        end = 50_256 if raw.get("n_vocab") == 50_257 else None
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "tie_word_embeddings": True,
+            "bos_token_id": end,
+            "eos_token_id": end,
+            **{ours: raw.get(name) for name, ours in (names | {"n_layer": "n_layer"}).items()},
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """All weights, by their names in a Hugging Face file; linear weights are [in, out] in both."""

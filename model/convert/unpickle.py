@@ -74,12 +74,12 @@ def _forbid(event: str, arguments: tuple[Any, ...]) -> None:
 def _reason(error: Exception) -> str:
     """What weights_only refuses, by its name; the text of the library otherwise."""
     said = str(error)
-    if match := re.search(r"Unsupported (?:global|class|operand)[: ]*(?:GLOBAL )?([\w.]+)", said):
+    if match := re.search(r"nsupported (?:global: |class |operand )?(?:GLOBAL )?([\w.]+)", said):
         return (
             f"it holds {match[1]}, which is not a tensor and could run code, so it is not read; save the tensors alone "
             "with torch.save(model.state_dict(), ...)"
         )
-    return f"torch.load(weights_only=True) does not accept it ({' '.join(said.split())[:200]})"
+    return f"torch.load(weights_only=True) does not accept it ({type(error).__name__}: {' '.join(said.split())[-200:]})"
 
 
 def _convert(loaded: Any, size: int, out: str) -> dict[str, Any]:
