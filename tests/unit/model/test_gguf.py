@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import hashlib
 import json
 import struct
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -238,7 +238,7 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_by_name(
         stem = name.rsplit(".", 1)[1]
         changed[f"tokenizer.ggml.{renamed.get(stem, stem)}"] = value
     if "token_types" in more:
-        changed["tokenizer.ggml.token_type"] = np.array([1])
+        changed["tokenizer.ggml.token_type"] = array.array("i", [1])
     if "token_list" in more:
         del changed["tokenizer.ggml.token_type"], changed["tokenizer.ggml.eos_token_id"]
         del changed["tokenizer.ggml.bos_token_id"]
