@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from headrace.model.trusted_files import ModelError
 
 
@@ -34,9 +36,7 @@ def new_directory(target: Path) -> Iterator[Path]:
             yield place
             for path in (*place.iterdir(), place):
                 _sync(path)
-            umask = os.umask(0)
-            os.umask(umask)
-            place.chmod(0o777 & ~umask)
+            _permit(place)
             if os.path.lexists(target):
                 raise ModelError(f"{target}: it was created by somebody else meanwhile")
             place.rename(target)
@@ -51,11 +51,22 @@ def _named(target: Path, place: Path | None = None) -> Iterator[None]:
     """Errors of the operating system, and those of the loader, with the name that the user gave."""
     try:
         yield
+    except SafetensorError as error:  # of the operating system, in the library's words
+        raise ModelError(f"{target}: it cannot be written ({error}); nothing was left there") from None
     except OSError as error:
         what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
         raise ModelError(f"{target}: it cannot be written ({what}); nothing was left there") from None
     except ModelError as error:
         raise ModelError(str(error).replace(str(place), str(target)) if place else str(error)) from None
+
+
+def _permit(place: Path) -> None:
+    """Give the directory and its files the mode of new ones: temporary directories and safetensors are private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    place.chmod(0o777 & ~umask)
+    for path in place.iterdir():
+        path.chmod(0o666 & ~umask)
 
 
 def _sync(path: Path) -> None:

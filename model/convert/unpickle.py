@@ -93,7 +93,10 @@ def _convert(loaded: Any, size: int, out: str) -> dict[str, Any]:
     if isinstance(arguments, dict):
         state = _from_nanogpt(state, notes)
     written = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-    save_file(written, out, metadata={"format": "pt"})
+    try:
+        save_file(written, out, metadata={"format": "pt"})
+    except Exception as error:  # of the operating system, in the library's words
+        raise Refused(f"its tensors cannot be written ({error})") from None
     plain = {key: value for key, value in (arguments or {}).items() if isinstance(value, int | float | bool | None)}
     return {"notes": notes, "head_differs": head_differs, "model_args": plain if isinstance(arguments, dict) else None}
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -96,12 +97,20 @@ def test_a_checkpoint_of_nanogpt(tmp_path: Path, bias: bool) -> None:
 
 
 def test_a_gguf_file_with_its_tokenizer(tmp_path: Path) -> None:
-    model = random_gpt2(vocab_size=len(TOKENS), n_positions=12)
+    model = random_gpt2(vocab_size=len(TOKENS), n_positions=12, activation_function="gelu")
     state = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
     write_gguf(tmp_path / "m.gguf", state, SHAPE)
-    done = convert(tmp_path / "m.gguf", tmp_path / "target")
+    words = ["convert", str(tmp_path / "m.gguf"), str(tmp_path / "target"), "--activation", "gelu"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    assert (
+        f"target: GPT-2, {sum(p.numel() for p in model.parameters()):,} parameters, from a GGUF file" in result.stdout
+    )
     same(tmp_path / "target", model)
-    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} < set(done.files)
+    assert {"tokenizer.json", "tokenizer_config.json"} < set(os.listdir(tmp_path / "target"))
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "target" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
     assert json.loads((tmp_path / "target/generation_config.json").read_text())["eos_token_id"] == END
 
 
@@ -187,6 +196,9 @@ def test_nothing_is_left_after_an_error_and_nothing_is_overwritten(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ModelError, match=r"target: .*the disk is full"), new_directory(tmp_path / "target") as place:
         (place / "config.json").write_text("{}")
+    for failure in (SafetensorError("I/O error: No space left on device"), OSError(errno.ENOSPC, "full")):
+        with pytest.raises(ModelError, match=r"target: it cannot be written"), new_directory(tmp_path / "target"):
+            raise failure
     with pytest.raises(SystemExit), new_directory(tmp_path / "target"):  # SIGTERM
         sys.exit(143)
     assert os.listdir(tmp_path) == []
