@@ -48,7 +48,7 @@ class Block:
     c_attn: Linear  # E -> (H + 2 KV) D: q, k, v side by side
     c_proj: Linear  # E -> E
     ln_2: Norm
-    c_fc: Linear  # E -> 4E, with GELU
+    c_fc: Linear  # E -> 4E, with the activation function
     mlp_proj: Linear  # 4E -> E
     n_head: int
     n_kv_head: int

@@ -145,16 +145,16 @@ def _norm(config: ModelConfig, weights: Mapping[str, Tensor], name: str, dtype: 
 
 
 def _block(config: ModelConfig, weights: Mapping[str, Tensor], prefix: str, dtype: torch.dtype, int8: bool) -> Block:
-    def linear(name: str, *, gelu: bool = False) -> Linear:
+    def linear(name: str, activation: str | None = None) -> Linear:
         weight, bias = weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"].to(dtype)
-        return Linear.of(weight, bias, gelu=gelu, int8=int8)
+        return Linear.of(weight, bias, activation=activation, int8=int8)
 
     return Block(
         ln_1=_norm(config, weights, prefix + "ln_1", dtype),
         c_attn=linear("attn.c_attn"),
         c_proj=linear("attn.c_proj"),
         ln_2=_norm(config, weights, prefix + "ln_2", dtype),
-        c_fc=linear("mlp.c_fc", gelu=True),
+        c_fc=linear("mlp.c_fc", config.activation),
         mlp_proj=linear("mlp.c_proj"),
         n_head=config.n_head,
         n_kv_head=config.kv_heads,

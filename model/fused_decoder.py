@@ -54,7 +54,9 @@ class FusedDecoder:
 
     @classmethod
     def of(cls, blocks: Sequence[Block]) -> FusedDecoder | None:
-        """The decoder for these blocks; None if torch computes any of their GEMMs."""
+        """The decoder for these blocks; None if torch computes any of their GEMMs or activation functions."""
+        if any(getattr(block.c_fc, "then", None) is not None for block in blocks):
+            return None
         names = {PROJECTION: "c_proj", FEED: "c_fc", FEED_PROJECTION: "mlp_proj", QKV: "c_attn"}
         gemms = {at: [getattr(getattr(block, names[at]), "gemm", None) for block in blocks] for at in names}
         packed = {at: [gemm for gemm in gemms[at] if isinstance(gemm, PackedWeight)] for at in names}

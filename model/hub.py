@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ __all__ = [
     "ModelError",
     "config_path",
     "find_model",
+    "ignored_beside_weights",
     "is_gguf",
+    "likely_cause",
     "missing_package",
     "parse_json",
     "read_json",
@@ -123,7 +126,7 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        hint = _other_container(folder)
+        hint = likely_cause(folder)
         raise ModelError(f"{folder}: it contains neither model.safetensors nor model.safetensors.index.json{hint}")
     shards = read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
@@ -136,12 +139,50 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _other_container(folder: Path) -> str:
-    """What to do with the weights of another format that a directory holds: the end of an error message."""
+def likely_cause(folder: Path) -> str:
+    """Why a directory is not a model, and what to do, as the end of an error message; empty if nothing is known."""
     try:
-        names = sorted(name for name in os.listdir(folder) if os.path.isfile(folder / name))
+        entries = sorted(os.listdir(folder))
     except OSError:
         return ""
+    adapter = folder / "adapter_config.json"
+    if adapter.name in entries:
+        base = read_json(adapter, MAX_CONFIG_BYTES).get("base_model_name_or_path")
+        return (
+            f"; it is a LoRA or other adapter for {short_repr(base)}: merge both with peft "
+            "(PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(TARGET)) and use TARGET"
+        )
+    if below := _model_below(folder, entries):
+        return f"; {below.relative_to(folder)} below it is a model: use HEADRACE_MODEL={below}"
+    names = [name for name in entries if os.path.isfile(folder / name)]
+    if "zero_to_fp32.py" in names:
+        return "; it is a checkpoint of DeepSpeed: run its zero_to_fp32.py, and save the weights with save_pretrained"
+    return _other_container(folder, names)
+
+
+def ignored_beside_weights(folder: Path) -> list[str]:
+    """What a model's directory contains that could be expected to count and does not, in sentences for people."""
+    if not os.path.isfile(folder / "adapter_config.json"):
+        return []
+    return ["the adapter in adapter_config.json was ignored: only the weights in model.safetensors are computed"]
+
+
+def _model_below(folder: Path, entries: list[str]) -> Path | None:
+    """A model in a directory below: the last checkpoint of a training run, or the snapshot in a directory of the hub's
+    cache."""
+    numbers = sorted(int(name[11:]) for name in entries if re.fullmatch(r"checkpoint-\d{1,18}", name))
+    candidates = [folder / f"checkpoint-{number}" for number in reversed(numbers)]
+    if "snapshots" in entries and os.path.isdir(folder / "snapshots"):
+        candidates += [folder / "snapshots" / name for name in sorted(os.listdir(folder / "snapshots"))]
+    others = [folder / name for name in entries if not name.startswith((".", "checkpoint-"))]
+    for candidate in [*candidates, *others]:
+        if os.path.isfile(candidate / "config.json"):
+            return candidate
+    return None
+
+
+def _other_container(folder: Path, names: list[str]) -> str:
+    """What to do with the weights of another format that a directory holds."""
     convert = f"run `headrace convert {folder} TARGET` and use TARGET"
     for name in names:
         if name.lower().endswith(".gguf"):
@@ -154,6 +195,8 @@ def _other_container(folder: Path) -> str:
             return f"; {name} belongs to a checkpoint of TensorFlow: {convert}"
         if name.endswith((".h5", ".msgpack")):
             return f"; {name} cannot be read: save the model as safetensors, with save_pretrained of transformers"
+        if name.endswith(".safetensors"):
+            return f"; if {name} holds all of the weights, rename it to model.safetensors"
     return ""
 
 

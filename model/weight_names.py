@@ -110,8 +110,8 @@ def _check_type(path: Path, key: str, place: TensorPlace, stored: Stored) -> Non
         hint = f"; if the model has {rows} positions, write n_positions {rows} there"
     elif stored.target.startswith("h.") and len(place.shape) == 2 and place.shape == stored.shape[::-1]:
         hint = (
-            ": the linear weights are stored the other way round, as nanoGPT stores them; run `headrace convert "
-            "SOURCE TARGET` on the checkpoint that they come from"
+            ": the linear weights are stored the other way round, as nanoGPT does; run `headrace convert SOURCE "
+            "TARGET` on the checkpoint that they come from"
         )
     raise ModelError(
         f"{path}: tensor {shorten(key)} has shape {short_repr(list(place.shape))}; "

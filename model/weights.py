@@ -6,6 +6,7 @@ Names and shapes are checked before a tensor is read. Pickled weights are never 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,7 @@ from headrace.model.families import FAMILIES, config_of
 from headrace.model.families.base import EMBEDDING_NAME, HEAD_NAME, Stored, decoder_shapes, layer_shapes
 from headrace.model.gguf_file import raw_config
 from headrace.model.gguf_weights import open_container
-from headrace.model.hub import config_path, find_model, weight_files
+from headrace.model.hub import config_path, find_model, ignored_beside_weights, likely_cause, weight_files
 from headrace.model.kernels.attention import decode_kernel
 from headrace.model.kernels.gemm_int8_amx import KU, int8_amx_works
 from headrace.model.linear import packed_weight_type
@@ -70,7 +71,8 @@ def load_model(
         weights = {name: tensor.to(device, None if int8 else wanted) for name, tensor in _read(opened, sources, config)}
         gemm.result()  # otherwise Decoder would compile the kernel a second time
         digest = _digest(opened)
-        return Decoder(config, GivenOnce(weights), digest=digest, int8=int8, notes=sources.notes)
+        notes = [*sources.notes, *ignored_beside_weights(folder)]
+        return Decoder(config, GivenOnce(weights), digest=digest, int8=int8, notes=notes)
 
 
 class GivenOnce(Mapping[str, Tensor]):
@@ -102,6 +104,8 @@ def read_config(path: Path) -> ModelConfig:
     Raises:
         ModelError: the file is missing, not JSON, not of a supported family, or describes an unsupported variant.
     """
+    if not os.path.exists(path):
+        raise ModelError(f"{path}: there is no such file{likely_cause(path.parent)}")
     return config_of(path, raw_config(path))
 
 

@@ -28,7 +28,7 @@ def family_of(path: Path, raw: Mapping[str, Any]) -> Family:
     fields = ConfigFields(path, raw, {})
     name = fields.get("model_type", GPT2.model_type)
     if not isinstance(name, str) or name not in FAMILIES:
-        fields.refuse("model_type", f"the supported families are {', '.join(FAMILIES)}")
+        fields.refuse("model_type", f"the supported families are {', '.join(FAMILIES)}; use a model of one of them")
     return FAMILIES[name]
 
 

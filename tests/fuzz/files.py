@@ -20,6 +20,7 @@ from headrace.client.wire.activations import CHECKPOINTS
 from headrace.client.wire.comparison import compare
 from headrace.model import Decoder, ModelError, load_model, load_tokenizer
 from headrace.model.config import ModelConfig
+from headrace.model.families import FAMILIES
 from headrace.model.gguf_file import tokenizer_json
 from headrace.model.tokenizer import END_OF_TEXT, _byte_alphabet
 from headrace.model.weights import expected_shapes
@@ -72,7 +73,10 @@ NAMES = (
         [
             *SHAPES,
             *(f"transformer.{name}" for name in SHAPES),
+            *(f"module._orig_mod.{name}" for name in SHAPES),
             "lm_head.weight",
+            "v_head.summary.weight",
+            "h.0.attn.c_attn.lora_A.weight",
             "h.0.attn.bias",
             "h.01.ln_1.bias",
             "h.9999999999.ln_1.bias",
@@ -104,9 +108,15 @@ CONFIG_FIELDS: dict[str, st.SearchStrategy[Any]] = {
     **{name: st.just(value) | HUGE for name, value in CONFIG.items()},
     "n_inner": st.sampled_from([None, 16, 1_000_000]),
     "layer_norm_epsilon": st.just(1e-5) | NUMBERS,
-    "model_type": st.just("gpt2"),
-    "activation_function": st.sampled_from(["gelu_new", "relu"]),
+    "model_type": st.sampled_from(["gpt2", "gpt2", "gpt2", *FAMILIES]) | JSON,
+    "activation_function": st.sampled_from(["gelu_new", "relu", "mish"]),
     "tie_word_embeddings": st.booleans(),
+    "scale_attn_weights": st.booleans(),
+    "num_hidden_layers": st.just(CONFIG["n_layer"]) | HUGE,
+    "add_cross_attention": st.booleans(),
+    "quantization_config": st.sampled_from([None, {}, {"quant_method": "gptq"}]),
+    "auto_map": JSON,
+    "pruned_heads": JSON,
 }
 CONFIGS = st.one_of(
     st.just(json.dumps(CONFIG).encode()),

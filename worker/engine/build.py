@@ -124,6 +124,7 @@ def check_vocabulary(name: str, config: ModelConfig, tokenizer: Tokenizer) -> No
     if tokenizer.vocab_size > config.vocab_size:
         raise ModelError(
             f"model {name!r}: its tokenizer has {tokenizer.vocab_size} tokens and its embedding {config.vocab_size}; "
+            "if tokens were added, call model.resize_token_embeddings(len(tokenizer)) and save the model again; else "
             "put the vocabulary it was trained with (vocab.json and merges.txt) into its directory"
         )
 

@@ -10,7 +10,7 @@ from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.scheduler import PromptChunk, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence, TokenScore
 
-#: Steps after which the log probabilities of the probe are compared.
+#: Steps after which the log probabilities of the probe are compared; fewer if the model has fewer than 4 positions.
 STEPS = 3
 
 
@@ -21,7 +21,7 @@ def is_batch_invariant(model: Decoder) -> bool:
     the fingerprint of each result says whether it holds. One of the other prompts is so long that attention computes
     the step in pieces.
     """
-    most = model.config.n_positions - 4
+    most = max(1, model.config.n_positions - 4)
     probe = [(7919 * i) % model.config.vocab_size for i in range(min(20, most))]
     alone = _probe_scores(model, probe, others=[])
     batches = (
@@ -35,7 +35,9 @@ def is_batch_invariant(model: Decoder) -> bool:
 def _probe_scores(model: Decoder, probe: list[int], others: list[list[int]]) -> list[TokenScore | None]:
     """Scores of the tokens after the probe, computed beside other prompts in a new cache."""
     request = GenerateRequest(prompt=[0], max_tokens=STEPS + 1, temperature=0, logprobs=1, ignore_eos=True)
-    prompts = [*others, probe]
+    longest = max(1, model.config.n_positions - 4)
+    prompts = [prompt[:longest] for prompt in (*others, probe)]
+    steps = min(STEPS, model.config.n_positions - longest + 1)
     length = -(-(max(map(len, prompts)) + STEPS + 1) // 16) * 16
     runner = ModelRunner(model, [length])
     slots = SlotTable([length], position_bytes=1, budget_bytes=length * (len(prompts) + 8))
@@ -45,7 +47,7 @@ def _probe_scores(model: Decoder, probe: list[int], others: list[list[int]]) -> 
     runner.fit(slots.capacity)
     step = SchedulerOutput(chunks=[PromptChunk(s, 0, len(s.prompt)) for s in sequences])
     scores: list[TokenScore | None] = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         for sequence, score in runner.run(step).tokens:
             sequence.prefilled = len(sequence.prompt)
             if score is not None:
