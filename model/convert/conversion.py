@@ -79,6 +79,8 @@ def convert(
         if activation is not None:
             raw = read_json(place / "config.json", MAX_CONFIG_BYTES) | {"activation_function": activation}
             _write_json(place / "config.json", raw)
+            job.notes = [note for note in job.notes if not note.startswith("activation_function ")]
+            job.notes.append(f"activation_function is {activation}, as asked for")
         config = read_config(place / "config.json")
         if job.head_differs and config.tied_head:
             raise ModelError(
