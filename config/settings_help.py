@@ -24,9 +24,10 @@ class SettingHelp:
 HELP: dict[str, dict[str, SettingHelp]] = {
     "The model, and where it runs": {
         "model": SettingHelp(
-            "A GPT-2 size, a hub id, or a directory with `config.json` and `model.safetensors`; or [several "
-            "models](deployment.md#several-models). Jobs that name no model go to the first. A path begins with `/`, "
-            "`.` or `~`. Clients take only the name from it, without looking at the file system.",
+            "A GPT-2 size, a hub id, a directory with `config.json` and `model.safetensors`, or a [GGUF "
+            "file](how-to/convert.md#gguf-without-converting); or [several models](deployment.md#several-models). Jobs "
+            "that name no model go to the first. A path begins with `/`, `.` or `~`. Clients take only the name from "
+            "it, without looking at the file system.",
             vllm="model",
         ),
         "served_name": SettingHelp(

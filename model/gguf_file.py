@@ -104,7 +104,12 @@ def config_of(path: Path, parsed: Header) -> dict[str, Any]:
             f"{path}: metadata {fields.architecture}.attention.head_count_kv is not the number of heads; "
             "GPT-2 has as many heads of keys and values as of queries"
         )
-    return found | {name: parsed.metadata[key] for name, key in _TOKEN_IDS.items() if key in parsed.metadata}
+    for name, key in _TOKEN_IDS.items():
+        if key in parsed.metadata:
+            found[name] = parsed.metadata[key]
+            if type(found[name]) is not int:
+                raise ModelError(f"{path}: metadata {key} is {short_repr(found[name])}; it must be the id of a token")
+    return found
 
 
 class _Fields:
@@ -124,7 +129,7 @@ class _Fields:
                 "llama-gguf-split --merge"
             )
         self.architecture: str = found.get("general.architecture", "")
-        if self.architecture not in ARCHITECTURES:
+        if not isinstance(self.architecture, str) or self.architecture not in ARCHITECTURES:
             raise ModelError(
                 f"{path}: metadata general.architecture is {short_repr(self.architecture)}; only "
                 f"{' or '.join(map(repr, ARCHITECTURES))} can be computed"

@@ -6,6 +6,7 @@ alike in integrations/gguf.
 
 from __future__ import annotations
 
+import array
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class TokenizerFields:
         value = self._found.get("tokenizer.ggml.token_type")
         if value is None:
             return [_NORMAL] * count
-        if isinstance(value, list | str | int | float) or len(value) != count:
+        if not isinstance(value, array.array) or value.typecode in "fd" or len(value) != count:
             raise self.wrong("token_type", value, f"it must be a list of {count} numbers")
         return [int(each) for each in value]
 

@@ -21,6 +21,7 @@ from headrace.client.wire.comparison import compare
 from headrace.model import Decoder, ModelError, load_model, load_tokenizer
 from headrace.model.config import ModelConfig
 from headrace.model.families import FAMILIES
+from headrace.model.gguf_file import tokenizer_json
 from headrace.model.tokenizer import END_OF_TEXT, _byte_alphabet
 from headrace.model.weights import expected_shapes
 from headrace.worker.fidelity.tensor_files import read_tensors
@@ -343,7 +344,78 @@ def check_tensors(case: tuple[str, bytes]) -> None:
         assert len(compare(CAPTURED, found, reference=name, tolerances={})) == 12
 
 
+GGUF_COUNTS = st.sampled_from([0, 1, 2, 3, 8, 31, 32, 64, 1_000, 2**20, 2**31, 2**32, 2**60, 2**63, 2**64 - 1])
+GGUF_ENTRIES: dict[str, tuple[int, bytes]] = {
+    "general.architecture": (8, struct.pack("<Q", 4) + b"gpt2"),
+    "gpt2.block_count": (4, struct.pack("<I", 1)),
+    "gpt2.embedding_length": (4, struct.pack("<I", 4)),
+    "gpt2.context_length": (4, struct.pack("<I", 8)),
+    "gpt2.attention.head_count": (4, struct.pack("<I", 2)),
+    "gpt2.attention.layer_norm_epsilon": (6, struct.pack("<f", 1e-5)),
+}
+GGUF_VALUES = st.one_of(
+    st.tuples(st.integers(0, 14), GGUF_COUNTS.map(lambda n: struct.pack("<Q", n))),
+    st.tuples(st.just(9), st.tuples(st.integers(0, 14), GGUF_COUNTS).map(lambda a: struct.pack("<IQ", *a))),
+    st.tuples(st.just(8), st.binary(max_size=12).map(lambda b: struct.pack("<Q", len(b)) + b)),
+)
+GGUF_NAMES = st.sampled_from(
+    [
+        *("token_embd.weight", "position_embd.weight", "output_norm.weight", "output_norm.bias", "output.weight"),
+        *("blk.0.attn_qkv.weight", "blk.0.ffn_up.weight", "blk.99999999.ffn_up.bias", "wte.weight", "", "x" * 5_000),
+    ]
+)
+GGUF_TENSORS = st.lists(
+    st.tuples(
+        GGUF_NAMES,
+        st.lists(st.sampled_from([0, 1, 4, 8, 256]) | GGUF_COUNTS, max_size=5),
+        st.integers(0, 45),
+        GGUF_COUNTS,
+    ),
+    max_size=4,
+)
+
+
+def gguf_file(
+    counts: tuple[int, int], changed: dict[str, tuple[int, bytes]], tensors: list[Any], version: int, data: bytes
+) -> bytes:
+    """A file in the GGUF format. `counts` are added to the true numbers of tensors and metadata entries."""
+    entries = GGUF_ENTRIES | changed
+    numbers = [(true + more) % 2**64 for true, more in zip((len(tensors), len(entries)), counts, strict=True)]
+    out = b"GGUF" + struct.pack("<IQQ", version, *numbers)
+    for name, (code, value) in entries.items():
+        out += struct.pack("<Q", len(name.encode())) + name.encode() + struct.pack("<I", code) + value
+    for name, dims, code, offset in tensors:
+        out += struct.pack("<Q", len(name)) + name.encode() + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+        out += struct.pack("<IQ", code, offset)
+    return out + bytes(-len(out) % 32) + data
+
+
+GGUF_FILES = st.builds(
+    gguf_file,
+    st.tuples(*[st.just(0) | GGUF_COUNTS] * 2),
+    st.dictionaries(
+        st.sampled_from([*GGUF_ENTRIES, "general.alignment", "general.type", "split.count", "tokenizer.ggml.tokens"]),
+        GGUF_VALUES,
+        max_size=2,
+    ),
+    GGUF_TENSORS,
+    st.sampled_from([3, 3, 3, 2, 1, 0, 2**24]),
+    st.sampled_from([b"", bytes(64), bytes(4096), b"\xff" * 4096]),
+) | st.binary(max_size=60)
+
+
+def check_gguf(data: bytes) -> None:
+    """A GGUF file is loaded, or refused with a ModelError that names it; so is its tokenizer."""
+    with folder({"m.gguf": data}) as path:
+        _load(path / "m.gguf")
+        try:
+            assert isinstance(tokenizer_json(path / "m.gguf"), dict)
+        except ModelError as error:
+            check_message(str(error), str(path))
+
+
 TARGETS = [
+    Target("gguf", GGUF_FILES, check_gguf, full_cases=12_000),
     Target("model", st.tuples(CONFIGS, WEIGHTS), check_model, full_cases=12_000),
     Target("index", st.tuples(INDEXES, WEIGHTS, WEIGHTS), check_index, full_cases=6_000),
     Target("vocabulary", VOCABULARY_FILES, check_vocabulary, full_cases=6_000, test_cases=20),

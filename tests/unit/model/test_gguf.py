@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import hashlib
 import json
 import struct
@@ -9,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPTBigCodeConfig, GPTBigCodeForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from headrace.model import ModelError, load_model
@@ -34,7 +34,7 @@ def random_gpt2(**changed: Any) -> GPT2LMHeadModel:
     return model
 
 
-def state(model: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
+def state(model: GPT2LMHeadModel | GPTBigCodeForCausalLM) -> dict[str, torch.Tensor]:
     tied = model.config.tie_word_embeddings
     return {name: value for name, value in model.state_dict().items() if not (tied and name == "lm_head.weight")}
 
@@ -104,6 +104,19 @@ def test_the_heads_of_a_starcoder_are_known_by_the_shape_of_the_joined_projectio
     assert (found["model_type"], found["multi_query"]) == ("gpt_bigcode", multi_query)
     with open_container(tmp_path / "m.gguf") as opened:  # [out, in], as the files of this family store it
         assert opened.tensors["h.0.attn.c_attn.weight"].shape == (rows, 32)
+
+
+@pytest.mark.parametrize("multi_query", [True, False])
+def test_a_starcoder_computes_what_transformers_computes_from_its_source(tmp_path: Path, multi_query: bool) -> None:
+    torch.manual_seed(3)
+    shape = SHAPE | {"n_positions": 16}
+    source = GPTBigCodeForCausalLM(GPTBigCodeConfig(**shape, multi_query=multi_query, eos_token_id=END)).eval()
+    write_gguf(tmp_path / "m.gguf", state(source), shape, arch="starcoder")
+    ours = load_model(tmp_path / "m.gguf", device="cpu", dtype="float32")
+    ids = [5, 40, 256, END]
+    with torch.no_grad():
+        expected = source(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(logits(ours, ids), expected, atol=1e-4, rtol=1e-4)
 
 
 SAMPLES = [
@@ -238,7 +251,7 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_by_name(
         stem = name.rsplit(".", 1)[1]
         changed[f"tokenizer.ggml.{renamed.get(stem, stem)}"] = value
     if "token_types" in more:
-        changed["tokenizer.ggml.token_type"] = np.array([1])
+        changed["tokenizer.ggml.token_type"] = array.array("i", [1])
     if "token_list" in more:
         del changed["tokenizer.ggml.token_type"], changed["tokenizer.ggml.eos_token_id"]
         del changed["tokenizer.ggml.bos_token_id"]

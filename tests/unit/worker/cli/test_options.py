@@ -210,7 +210,11 @@ def words_for(command: str, name: str, spelling: str) -> list[str]:
     return [*needed, *([word for value in values for word in (spelling, value)] or [spelling])]
 
 
-@pytest.mark.parametrize(("command", "name", "spelling"), [case for case in cases() if case[0] not in ("status", "up")])
+#: Commands whose options other tests check: of status and up below, of convert in tests/unit/model/test_convert.py.
+TESTED_ELSEWHERE = ("status", "up", "convert")
+
+
+@pytest.mark.parametrize(("command", "name", "spelling"), [case for case in cases() if case[0] not in TESTED_ELSEWHERE])
 def test_every_option_reaches_what_is_behind_the_command(
     invoke: Callable[..., tuple[Result, dict[str, Any]]], command: str, name: str, spelling: str
 ) -> None:
