@@ -50,6 +50,7 @@ class Tokenizer:
         self._names: dict[int, str] = {}  # of the tokens whose name was needed: log probabilities name 21 a token
         #: The id of the end-of-text token, 50256 in GPT-2; None if the vocabulary has none.
         self.end_of_text: int | None = specials.get(END_OF_TEXT)
+        self.bos_token_id = self.eos_token_id = self.end_of_text
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Raises ValueError for unpaired surrogates."""

@@ -34,7 +34,7 @@ class Sample:
     """A sequence with its text, as the engine's output processor keeps them."""
 
     def __init__(self, max_tokens: int = 100, prompt_text: str = "", **fields: Any) -> None:
-        self.sequence = Sequence(ask([1, 2], max_tokens=max_tokens, **fields), [1, 2], 0, 0, END)
+        self.sequence = Sequence(ask([1, 2], max_tokens=max_tokens, **fields), [1, 2], 0, 0, frozenset({END}))
         self.decoded = SequenceText(self.sequence, VOCABULARY, prompt_text)
 
     def append(self, score: TokenScore) -> None:

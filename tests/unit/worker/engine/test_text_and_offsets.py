@@ -24,6 +24,7 @@ from headrace.client.http.routes.completions import ChunkEncoder
 from headrace.client.jobs.stream import Event, StreamReader
 from headrace.client.wire.requests import GenerateRequest, parse_request
 from headrace.client.wire.results import Choice, Result, StreamEvent, StreamPiece
+from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import PATTERN, Tokenizer, gpt2_tokenizer
 from headrace.worker.engine.requests import RequestState, prepare
 from headrace.worker.engine.sequence import TokenScore
@@ -103,6 +104,7 @@ def state_of(request: GenerateRequest, tokenizer: Tokenizer | None = None) -> Re
         "job",
         Future(),
         tokenizer=tokenizer or gpt2_tokenizer(),
+        ends=Ends((50256,), 50256),
         vocab_size=VOCAB_SIZE,
         max_context=10_000,
     )
