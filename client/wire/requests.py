@@ -116,6 +116,7 @@ class SamplingParams(BaseModel):
     stop_token_ids: Annotated[list[Int], BeforeValidator(_list)] = Field(
         default_factory=list, max_length=64, description="at most 64 token ids"
     )
+    skip_special_tokens: Bool = Field(True, description="True or False")
 
     @field_validator("seed")
     @classmethod
