@@ -14,7 +14,8 @@ from torch import Tensor
 
 from headrace.client.wire.requests import parse_request
 from headrace.config import Settings
-from headrace.model import Decoder, ModelError, Tokenizer, load_model, load_tokenizer
+from headrace.model import Decoder, ModelError, load_model, load_tokenizer
+from headrace.model.tokenizer import TiktokenTokenizer
 from headrace.worker.engine.build import build_engine, check_vocabulary, default_budget, fingerprint, load_engine
 from headrace.worker.engine.cache_slots import length_classes
 from headrace.worker.engine.self_test import is_batch_invariant
@@ -107,7 +108,7 @@ def test_the_fingerprint_differs_if_results_may_differ() -> None:
     again.config = replace(model.config, layer_norm_epsilon=1e-6)
     prints = {fingerprint(each, tokenizer, 128, True) for each in (model, half, other, again)}
     prints |= {fingerprint(model, tokenizer, 64, True), fingerprint(model, tokenizer, 128, False)}
-    prints |= {fingerprint(model, Tokenizer(tokenizer._encoding, "0" * 64), 128, True)}
+    prints |= {fingerprint(model, TiktokenTokenizer(tokenizer._encoding, "0" * 64), 128, True)}
     assert len(prints) == 7
     assert fingerprint(load_model("demo", device="cpu", dtype="float32"), tokenizer, 128, True) == base
     assert f"weights-{model.digest[:12]}" in base

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import tiktoken
 
-from headrace.model import Decoder, Tokenizer, load_model
+from headrace.model import Decoder, load_model
 from headrace.model.kv_cache import KVCache
+from headrace.model.tokenizer import TiktokenTokenizer
 from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence, Slot
@@ -196,5 +197,7 @@ def test_a_job_for_gigabytes_of_log_probabilities_is_refused(request_: dict[str,
 
 def test_the_empty_prompt_needs_an_end_of_text_token() -> None:
     engine = build()
-    engine.tokenizer = Tokenizer(tiktoken.Encoding("plain", pat_str="a", mergeable_ranks={b"a": 0}, special_tokens={}))
+    engine.tokenizer = TiktokenTokenizer(
+        tiktoken.Encoding("plain", pat_str="a", mergeable_ranks={b"a": 0}, special_tokens={})
+    )
     assert failure(engine.submit(ask(""))).code == "empty_prompt"
