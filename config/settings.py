@@ -73,6 +73,8 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto", description="'auto', 'float32', 'bfloat16', 'float16' or 'int8'"
     )
+    #: Whether the sampling parameters in a model's generation_config.json are the defaults of requests.
+    generation_config: Literal["none", "auto"] = Field("none", description="'none' or 'auto'")
     #: Load a model even if every user of the machine can write its directory or files.
     allow_shared_model: bool = Field(False, description="1 or 0")
     #: The largest number of sequences in a batch (continuous batching).

@@ -57,6 +57,13 @@ HELP: dict[str, dict[str, SettingHelp]] = {
             "`auto` is float32 on a CPU and bfloat16 on a GPU. `int8` needs a CPU with Intel AMX.",
             vllm="dtype",
         ),
+        "generation_config": SettingHelp(
+            "`auto`: the worker takes the parameters that a request does not set (`temperature`, `top_k`, `top_p`, "
+            "`min_p`, `repetition_penalty`, `max_new_tokens`) from the model's `generation_config.json`, and results "
+            "name them in `defaults`. `none`: only its `eos_token_id` and `bos_token_id` are read. In vLLM `auto` is "
+            "the default.",
+            vllm="generation_config",
+        ),
         "allow_shared_model": SettingHelp(
             "A worker refuses a model whose directory or files every user of the machine can write (`o+w`), because "
             "they could change what it answers. 1 allows it, for a machine or container without other users.",

@@ -164,3 +164,40 @@ def _notes(
             f"bos_token_id {short_repr(begin)} of {bos.source} is outside the vocabulary of {vocab_size} tokens: the "
             "empty prompt is refused"
         )
+
+
+#: Parameter in generation_config.json -> its name in requests, whether it is a whole number, and its range.
+SAMPLING = {
+    "temperature": ("temperature", False, 0, 2),
+    "top_k": ("top_k", True, -1, 2**63 - 1),
+    "top_p": ("top_p", False, 1e-9, 1),
+    "min_p": ("min_p", False, 0, 1),
+    "repetition_penalty": ("repetition_penalty", False, 0.01, 100),
+    "max_new_tokens": ("max_tokens", True, 1, 1_000_000),
+}
+
+
+def sampling_defaults(folder: Path) -> dict[str, int | float]:
+    """The parameters that generation_config.json sets, by their names in requests; nulls set nothing.
+
+    As in vLLM, `do_sample` is not read: it says nothing that `temperature` does not say.
+
+    Raises:
+        ModelError: a value is out of the range of requests, or the file cannot be read.
+    """
+    given, found = read_generation_config(folder), dict[str, int | float]()
+    for name, (parameter, whole, least, most) in SAMPLING.items():
+        value = given.get(name)
+        if value is None:
+            continue
+        if whole and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        is_number = _is_whole(value) or (not whole and isinstance(value, float))
+        if not is_number or not least <= value <= most:
+            kind = "whole number" if whole else "number"
+            raise ModelError(
+                f"{folder / GENERATION_CONFIG}: {name} is {short_repr(value)}; it must be a {kind} from {least:g} to "
+                f"{most:g}. Correct it, or set HEADRACE_GENERATION_CONFIG=none"
+            )
+        found[parameter] = value
+    return found

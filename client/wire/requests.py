@@ -41,6 +41,9 @@ MAX_SCORES = 2**19
 
 _JOB_ID = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-:")
 
+#: Parameters for which a worker with HEADRACE_GENERATION_CONFIG=auto takes the model's defaults if they are not set.
+DEFAULTED_BY_MODELS = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens"})
+
 Priority = Literal["interactive", "normal", "bulk"]
 #: What a job asks for in place of text: the token ids of a prompt, or the text of token ids.
 Operation = Literal["tokenize", "detokenize"]
@@ -250,10 +253,14 @@ class GenerateRequest(SamplingParams):
         return self.add_generation_prompt and not self.continue_final_message
 
     def to_wire(self) -> dict[str, Any]:
-        """The JSON object of the message: the schema version, and the fields that differ from their defaults."""
+        """The JSON object of the message: the schema version, and the fields that differ from their defaults.
+
+        Parameters for which a model may have defaults of its own are in it whenever the caller has set them.
+        """
         source = {"prompt": self.prompt} if self.messages is None else {}
         fields = self.model_dump(mode="json", exclude_defaults=True)
-        return {"schema_version": self.schema_version, **source, **fields}
+        chosen = {name: getattr(self, name) for name in sorted(DEFAULTED_BY_MODELS & self.model_fields_set)}
+        return {"schema_version": self.schema_version, **source, **chosen, **fields}
 
 
 #: Fields that have a meaning only for a chat.

@@ -86,6 +86,9 @@ class Result(BaseModel):
     timings: Timings
     #: Identifies software, hardware and weights. Workers with equal fingerprints give equal results.
     fingerprint: str = ""
+    #: The parameters that the request did not set and that the model's generation_config.json decided. Empty unless
+    #: the worker has HEADRACE_GENERATION_CONFIG=auto.
+    defaults: dict[str, int | float] = {}
 
     @property
     def text(self) -> str:

@@ -20,6 +20,7 @@ from types import TracebackType
 import structlog
 
 from headrace.client.wire.errors import JobError
+from headrace.client.wire.model_description import ModelDescription
 from headrace.client.wire.requests import GenerateRequest
 from headrace.client.wire.results import Result
 from headrace.model.generation_config import Ends
@@ -28,6 +29,7 @@ from headrace.worker.engine.errors import EngineStopped
 from headrace.worker.engine.executor import StepExecutor
 from headrace.worker.engine.output_processor import OutputProcessor
 from headrace.worker.engine.protocols import StepRunner
+from headrace.worker.engine.request_defaults import NO_DEFAULTS, Defaults
 from headrace.worker.engine.request_table import RequestTable
 from headrace.worker.engine.requests import RequestState, prepare
 from headrace.worker.engine.scheduler import Scheduler
@@ -54,6 +56,8 @@ class Engine:
         vocab_size: token ids in a request must be below it.
         max_context: limit of prompt and new tokens together.
         ends: the tokens that end a text, and the one for which the empty prompt stands.
+        defaults: parameters of requests that do not set them.
+        description: what was understood of the model's files.
         fingerprint: how results name software, hardware and weights.
         on_fatal: called once, from the engine's thread, if the engine cannot continue.
     """
@@ -68,6 +72,8 @@ class Engine:
         vocab_size: int,
         max_context: int,
         ends: Ends,
+        defaults: Defaults = NO_DEFAULTS,
+        description: ModelDescription | None = None,
         fingerprint: str = "",
         on_fatal: Callable[[BaseException], None] | None = None,
     ) -> None:
@@ -78,6 +84,8 @@ class Engine:
         self.vocab_size = vocab_size
         self.max_context = max_context
         self.ends = ends
+        self.defaults = defaults
+        self.description = description or ModelDescription()
         self.fingerprint = fingerprint
         self.on_fatal = on_fatal
         #: Set when the engine has stopped computing and every future is done.
@@ -129,6 +137,7 @@ class Engine:
                 future,
                 tokenizer=self.tokenizer,
                 ends=self.ends,
+                defaults=self.defaults,
                 vocab_size=self.vocab_size,
                 max_context=self.max_context,
             )

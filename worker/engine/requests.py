@@ -6,13 +6,14 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from headrace.client.wire.errors import JobFailed
 from headrace.client.wire.requests import MAX_SCORES, GenerateRequest
 from headrace.client.wire.results import Result, Timings, Usage
 from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import Tokenizer
+from headrace.worker.engine.request_defaults import NO_DEFAULTS, Defaults, with_defaults
 from headrace.worker.engine.sequence import Sequence
 from headrace.worker.engine.sequence_text import SequenceText, TextDelta
 
@@ -33,6 +34,8 @@ class RequestState:
     on_text: Callable[[TextDelta], None] | None = None
     text_every_s: float = 0.0
     on_activations: Callable[[dict[str, bytes]], None] | None = None
+    #: Parameters that the request did not set and that the model's defaults decided.
+    defaults: Defaults = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -69,6 +72,7 @@ class RequestState:
                 decode_s=round(now - first, 6),
             ),
             fingerprint=fingerprint,
+            defaults=dict(self.defaults),
         )
 
 
@@ -81,6 +85,7 @@ def prepare(
     ends: Ends,
     vocab_size: int,
     max_context: int,
+    defaults: Defaults = NO_DEFAULTS,
 ) -> RequestState:
     """Validate a request against the model, tokenize its prompt, choose its seed, and make its sequences.
 
@@ -88,6 +93,7 @@ def prepare(
         JobFailed: this model cannot compute the request.
     """
     prompt, text, rest = _tokenize(request.prompt, tokenizer, ends)
+    request, chosen = with_defaults(request, defaults, max_context - len(prompt))
     _check_token_ids(request, prompt, vocab_size)
     total = len(prompt) + request.max_tokens
     if total > max_context:
@@ -100,7 +106,7 @@ def prepare(
     seed = secrets.randbits(52) if request.seed is None else request.seed
     sequences = [Sequence(request, prompt, i, seed, ends.eos_ids) for i in range(request.n)]
     texts = [SequenceText(sequence, tokenizer, text, rest) for sequence in sequences]
-    return RequestState(job_id, request, sequences, texts, seed, future, time.monotonic())
+    return RequestState(job_id, request, sequences, texts, seed, future, time.monotonic(), defaults=chosen)
 
 
 def _tokenize(prompt: str | list[int], tokenizer: Tokenizer, ends: Ends) -> tuple[list[int], str, bytes]:
