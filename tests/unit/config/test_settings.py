@@ -61,6 +61,7 @@ WRONG: dict[str, str | None] = {
     "redis_unsuitable": "warn",
     "device": "gpu",
     "dtype": "int4",
+    "generation_config": "vllm",
     "allow_shared_model": "perhaps",
     "slots": "0",
     "max_context": "1",

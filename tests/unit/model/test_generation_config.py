@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.model.generation_config import MAX_EOS_IDS, Ends, read_ends
+from headrace.model.generation_config import MAX_EOS_IDS, Ends, read_ends, sampling_defaults
 from headrace.model.hub import ModelError
 
 VOCABULARY = 40
@@ -109,3 +109,34 @@ def test_any_value_gives_known_tokens_or_an_error_that_names_it(eos: Any, bos: A
         return
     assert all(type(token) is int and 0 <= token < VOCABULARY for token in found.eos_token_ids)
     assert found.bos_token_id is None or 0 <= found.bos_token_id < VOCABULARY
+
+
+def test_sampling_defaults_have_the_names_of_requests(tmp_path: Path) -> None:
+    assert sampling_defaults(tmp_path) == {}
+    given = {
+        "temperature": 0.7,
+        "top_k": 50,
+        "top_p": 0.9,
+        "min_p": None,
+        "repetition_penalty": 1,
+        "max_new_tokens": 9.0,
+    }
+    (tmp_path / "generation_config.json").write_text(json.dumps({**given, "do_sample": True, "num_beams": 4}))
+    assert sampling_defaults(tmp_path) == {
+        "temperature": 0.7, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1, "max_tokens": 9
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", "hot"), ("temperature", -1), ("temperature", True), ("top_k", 2.5),
+        ("top_p", 0), ("top_p", [1]),
+        ("min_p", 1.5), ("repetition_penalty", 0), ("max_new_tokens", 0), ("temperature", float("nan")),
+    ],
+)  # fmt: skip
+def test_a_wrong_sampling_default_is_refused_by_field_value_and_file(name: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(ModelError, match=rf"generation_config.json: {name} is .*; it must be a .*CONFIG=none"):
+        sampling_defaults(tmp_path)
+    ends(tmp_path, 5)  # without HEADRACE_GENERATION_CONFIG=auto, sampling parameters are not read

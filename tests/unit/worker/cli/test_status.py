@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from structlog.testing import capture_logs
 
 from headrace.client.wire import keys
+from headrace.client.wire.model_description import ModelDescription
 from headrace.client.wire.redis import connect
 from headrace.worker.cli import main
 from headrace.worker.jobs.redis_store import RedisStore
@@ -86,6 +87,8 @@ def test_a_worker_without_a_heartbeat_is_not_listed(url: str) -> None:
         {"rows": '[{"job": "\\ud83d"}]'},
         {"failures": "5"},
         {"slots": "many"},
+        {"description": '{"parameters": "many"}'},
+        {"description": "[1]"},
     ],
 )
 def test_a_workers_record_that_cannot_be_read_hides_no_other(url: str, spoilt: dict[str, str | bytes]) -> None:
@@ -111,6 +114,29 @@ def test_a_key_that_another_program_has_given_another_type_hides_no_worker(url: 
     connection.delete(keys.workers())
     connection.set(keys.workers(), "not a set")
     assert json.loads(CliRunner().invoke(main, ["status", "--json"]).stdout)["workers"] == []
+
+
+def test_what_was_understood_of_a_model_is_shown(url: str) -> None:
+    store = RedisStore(connect(url), result_ttl_s=60, checkpoint_ttl_s=60)
+    described = ModelDescription(
+        family="gpt_neo", parameters=125_198_592, dtype="float32", max_context=2048, tokenizer="byte-level BPE",
+        tokenizer_size=50259, added_tokens=2, eos_token_ids=[50256, 7], eos_count=2, eos_source="config.json",
+        defaults={"temperature": 0.7}, notes=["v_head.* was ignored", "\x1b[31mred"],
+    )  # fmt: skip
+    newer = {**described.model_dump(), "invented_later": 5}
+    store.heartbeat(HERE, {"model": "demo", "description": json.dumps(newer)})
+    store.heartbeat("older-1", {"model": "demo"})
+    store.heartbeat("idle-1", {"model": "other", "description": ""})
+    shown = CliRunner().invoke(main, ["status"]).output
+    assert (
+        "demo: gpt_neo, 125,198,592 parameters, float32, context 2048; tokenizer: byte-level BPE with 50259 tokens, "
+        "2 of them added; texts end at 50256, 7 (config.json); defaults: temperature 0.7\n  v_head.* was ignored\n"
+    ) in shown
+    assert "\x1b[31m" not in shown
+    as_json = json.loads(CliRunner().invoke(main, ["status", "--json"]).stdout)["workers"]
+    assert {w["name"]: w["description"] for w in as_json} == {
+        HERE: described.model_dump(), "older-1": None, "idle-1": None
+    }  # fmt: skip
 
 
 FINGERPRINT = "headrace-1/torch-2/AVX512/float32/threads-2/weights-{}/config-b1/vocabulary-{}/batch-invariant"
@@ -146,6 +172,7 @@ def test_two_models_under_one_name_are_told(url: str, fingerprints: list[str], t
         stats=lambda: SimpleNamespace(tokens=0, running=0, waiting=0, proposed=0, accepted=0, step_age_s=0.0),
         running_sequences=list,
         fingerprint=fingerprints[1],
+        description=ModelDescription(),
     )
     models: Any = SimpleNamespace(names=("demo",), loaded={"demo": loaded})
     health: Any = SimpleNamespace(stalled_for_s=0.0)

@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from headrace.client.wire.errors import JobFailed
+from headrace.client.wire.model_description import MAX_NOTES, MAX_TEXT, shortened_notes
+from headrace.client.wire.requests import parse_request
 from headrace.config import Settings
 from headrace.worker.engine.build import build_engine
 from headrace.worker.engine.engine import Engine
@@ -94,3 +98,46 @@ def test_other_ends_are_another_model_in_the_fingerprint(folder: Path, free: lis
         for eos in (free[3], [free[3]], [free[3], free[5]], None)
     }
     assert len(prints) == 3
+
+
+def test_defaults_of_generation_config_count_only_if_asked_for_and_not_set(folder: Path) -> None:
+    named = {"eos_token_id": None, "bos_token_id": 7, "temperature": 0, "max_new_tokens": 500, "top_p": 0.5}
+    (folder / "generation_config.json").write_text(json.dumps(named))
+    settings = Settings(model=str(folder), served_name="tiny", device="cpu", dtype="float32")
+    plain, auto = (build_engine(settings.model_copy(update={"generation_config": kind})) for kind in ("none", "auto"))
+    bare = parse_request({"prompt": PROMPT, "seed": 3})
+    explicit = parse_request({"prompt": PROMPT, "seed": 3, "temperature": 1.0, "max_tokens": 16, "top_p": 1.0})
+    arrived = [parse_request(request.to_wire()) for request in (bare, explicit)]  # as a worker reads them
+    (as_before,) = drive(plain, plain.submit(bare))
+    defaulted, chosen = drive(auto, *map(auto.submit, arrived))
+    assert (as_before.defaults, chosen.defaults) == ({}, {})
+    assert as_before.choices == chosen.choices
+    # max_new_tokens is lowered to what the context of 64 holds.
+    assert defaulted.defaults == {"temperature": 0, "max_tokens": 60, "top_p": 0.5}
+    greedy = ask(PROMPT, max_tokens=60)
+    assert defaulted.choices == drive(plain, plain.submit(greedy))[0].choices
+    assert plain.fingerprint != auto.fingerprint
+    assert auto.description.defaults == {"temperature": 0, "max_tokens": 500, "top_p": 0.5}
+    with pytest.raises(JobFailed, match="min_tokens: got 61; expected at most max_tokens, which is 60 by the model's"):
+        auto.submit(parse_request({"prompt": PROMPT, "min_tokens": 16}).model_copy(update={"min_tokens": 61})).result(0)
+
+
+def test_the_load_line_says_what_was_understood(folder: Path) -> None:
+    with capture_logs() as logs:
+        engine = engine_with(folder, {"eos_token_id": [5, 60_000], "bos_token_id": 7})
+    (line,) = [entry for entry in logs if entry["event"] == "model.loaded"]
+    said = {name: line[name] for name in ("family", "dtype", "max_context", "tokenizer_size", "eos_token_ids")}
+    assert said == {
+        "family": "gpt2", "dtype": "float32", "max_context": 64, "tokenizer_size": 50257, "eos_token_ids": [5]
+    }  # fmt: skip
+    parameters = sum(p.numel() for p in GPT2LMHeadModel.from_pretrained(folder).parameters())
+    assert line["parameters"] == parameters
+    assert any("60000 of generation_config.json is outside the vocabulary" in note for note in line["notes"])
+    assert len(engine.description.model_dump_json()) < 2_000
+
+
+def test_a_description_is_bounded() -> None:
+    notes = shortened_notes(["x" * 10_000] * 1_000)
+    assert len(notes) == MAX_NOTES
+    assert max(map(len, notes)) <= MAX_TEXT
+    assert notes[-1] == f"and {1_000 - MAX_NOTES + 1} more"
