@@ -72,6 +72,17 @@ class Timings(BaseModel):
     decode_s: float
 
 
+class Tokenized(BaseModel):
+    """The tokens of a text."""
+
+    tokens: list[int]
+    #: The name of each token: its text, or `bytes:\xe2\x80` if its bytes are not whole characters.
+    token_strs: list[str]
+    count: int
+    #: How many tokens the model reads and writes together.
+    max_model_len: int
+
+
 class Result(BaseModel):
     """The result of a job that succeeded."""
 
@@ -89,6 +100,8 @@ class Result(BaseModel):
     #: The parameters that the request did not set and that the model's generation_config.json decided. Empty unless
     #: the worker has HEADRACE_GENERATION_CONFIG=auto.
     defaults: dict[str, int | float] = {}
+    #: The answer to `Client.tokenize`.
+    tokenized: Tokenized | None = Field(None, exclude_if=lambda value: value is None)
 
     @property
     def text(self) -> str:

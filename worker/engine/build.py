@@ -95,6 +95,7 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         vocab_size=model.config.vocab_size,
         max_context=max_context,
         ends=ends,
+        parse_special_tokens=settings.parse_special_tokens,
         defaults=defaults,
         description=describe(model, tokenizer, ends, max_context=max_context, defaults=defaults),
         fingerprint=fingerprint(model, tokenizer, ends, settings.prefill_chunk, invariant, defaults),
