@@ -18,12 +18,14 @@ from headrace.model.config import ModelConfig
 from headrace.model.decoder import Decoder
 from headrace.model.families import FAMILIES, config_of
 from headrace.model.families.base import EMBEDDING_NAME, HEAD_NAME, Stored, decoder_shapes, layer_shapes
-from headrace.model.hub import MAX_CONFIG_BYTES, find_model, read_json, weight_files
+from headrace.model.gguf_file import raw_config
+from headrace.model.gguf_weights import open_container
+from headrace.model.hub import config_path, find_model, weight_files
 from headrace.model.kernels.attention import decode_kernel
 from headrace.model.kernels.gemm_int8_amx import KU, int8_amx_works
 from headrace.model.linear import packed_weight_type
 from headrace.model.trusted_files import ModelError, check_not_shared
-from headrace.model.weight_file import WeightFile, open_weights
+from headrace.model.weight_file import WeightFile
 from headrace.model.weight_names import Source, Sources, find_sources
 
 #: The types that can be requested -> the type of the activations.
@@ -52,14 +54,14 @@ def load_model(
             config.json, everybody can write its files, or they change while they are read.
     """
     folder = find_model(name_or_path)
-    config = read_config(folder / "config.json")
+    config = read_config(config_path(folder))
     device = _device(device)
     wanted, int8 = _dtype(dtype, device), str(dtype) == "int8"
     if int8:
-        _check_widths(folder / "config.json", config)
+        _check_widths(config_path(folder), config)
     files = weight_files(folder)
     if not allow_shared:
-        check_not_shared(folder, [folder / "config.json", *files])
+        check_not_shared(folder, [config_path(folder), *files])
     with ThreadPoolExecutor(2, thread_name_prefix="headrace-load") as pool, _opened(files) as opened:
         sources = find_sources(folder, opened, config)  # before compiling, so that wrong shapes are reported at once
         # Compiled while the files are read; numba compiles one function at a time.
@@ -91,7 +93,7 @@ class GivenOnce(Mapping[str, Tensor]):
 def _opened(files: list[Path]) -> Iterator[list[WeightFile]]:
     """All weight files of a model. All are open before the first is read, so that they are of one version."""
     with ExitStack() as stack:
-        yield [stack.enter_context(open_weights(path)) for path in files]
+        yield [stack.enter_context(open_container(path)) for path in files]
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -100,7 +102,7 @@ def read_config(path: Path) -> ModelConfig:
     Raises:
         ModelError: the file is missing, not JSON, not of a supported family, or describes an unsupported variant.
     """
-    return config_of(path, read_json(path, MAX_CONFIG_BYTES))
+    return config_of(path, raw_config(path))
 
 
 def check_weights(folder: Path, config: ModelConfig) -> None:

@@ -10,6 +10,7 @@ import click
 
 from headrace import __version__
 from headrace.worker.cli.batch import batch
+from headrace.worker.cli.convert import convert
 from headrace.worker.cli.errors import INTERRUPTED, WRONG_INPUT
 from headrace.worker.cli.generate import generate
 from headrace.worker.cli.serve import serve
@@ -27,7 +28,7 @@ def main() -> None:
     """
 
 
-for command in (up, generate, batch, serve, validate, status):
+for command in (up, generate, batch, serve, validate, convert, status):
     main.add_command(command)
 
 
