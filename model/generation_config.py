@@ -89,7 +89,9 @@ def read_ends(folder: Path, raw_config: Mapping[str, Any], tokenizer: NamesEnds,
     Raises:
         ModelError: a value is neither a token id nor (for the end) a list of token ids; or a file cannot be read.
     """
-    files = {GENERATION_CONFIG: read_generation_config(folder), "config.json": raw_config}
+    # What a GGUF file has instead of a config.json is in the file itself.
+    own = folder.name if folder.is_file() else "config.json"
+    files = {GENERATION_CONFIG: read_generation_config(folder), own: raw_config}
     eos = _find("eos_token_id", files, tokenizer.eos_token_id)
     bos = _find("bos_token_id", files, tokenizer.bos_token_id)
     ends = list(dict.fromkeys(_eos_ids(folder, eos)))
@@ -119,12 +121,12 @@ def _eos_ids(folder: Path, found: _Found) -> list[int]:
     ids = value if isinstance(value, list) else [value]
     if len(ids) > MAX_EOS_IDS:
         raise ModelError(
-            f"{folder / found.source}: eos_token_id is a list of {len(ids)} ids; it may have at most {MAX_EOS_IDS}"
+            f"{_path(folder, found)}: eos_token_id is a list of {len(ids)} ids; it may have at most {MAX_EOS_IDS}"
         )
     for item in ids:
         if not _is_whole(item):
             raise ModelError(
-                f"{folder / found.source}: eos_token_id is {short_repr(value)}; it must be a token id, a list of token "
+                f"{_path(folder, found)}: eos_token_id is {short_repr(value)}; it must be a token id, a list of token "
                 "ids, or null for none"
             )
     return ids
@@ -133,11 +135,15 @@ def _eos_ids(folder: Path, found: _Found) -> list[int]:
 def _bos_id(folder: Path, found: _Found) -> int | None:
     if found.value is not None and not _is_whole(found.value):
         raise ModelError(
-            f"{folder / found.source}: bos_token_id is {short_repr(found.value)}; it must be a token id, or null for "
+            f"{_path(folder, found)}: bos_token_id is {short_repr(found.value)}; it must be a token id, or null for "
             "none"
         )
     begin: int | None = found.value
     return begin
+
+
+def _path(folder: Path, found: _Found) -> Path:
+    return folder if folder.is_file() else folder / found.source
 
 
 def _is_whole(value: Any) -> bool:

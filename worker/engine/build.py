@@ -15,7 +15,8 @@ from headrace.config import Settings
 from headrace.model.config import ModelConfig
 from headrace.model.decoder import Decoder
 from headrace.model.generation_config import Ends, read_ends, sampling_defaults
-from headrace.model.hub import MAX_CONFIG_BYTES, ModelError, find_model, read_json
+from headrace.model.gguf_file import raw_config
+from headrace.model.hub import ModelError, config_path, find_model
 from headrace.model.kernels.attention import decode_kernel
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
 from headrace.model.trusted_files import check_not_shared
@@ -68,8 +69,7 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
     tokenizer = load_tokenizer(source, allow_shared=shared)
     check_vocabulary(source, model.config, tokenizer)
     folder = find_model(source)
-    raw_config = read_json(folder / "config.json", MAX_CONFIG_BYTES)
-    ends = read_ends(folder, raw_config, tokenizer, model.config.vocab_size)
+    ends = read_ends(folder, raw_config(config_path(folder)), tokenizer, model.config.vocab_size)
     defaults = sampling_defaults(folder) if settings.generation_config == "auto" else {}
     max_context = min(settings.max_context or model.config.n_positions, model.config.n_positions)
     lengths = length_classes(max_context)
