@@ -32,7 +32,10 @@ class Event:
 
 EVENTS: dict[str, Event] = {
     "record.unreadable": Event("the record of a file or batch cannot be read; it stays where it is and is in no list"),
-    "model.loaded": Event("the model is in memory and has passed its self-test"),
+    "model.loaded": Event(
+        "the model is in memory and has passed its self-test; the line says what was understood of its "
+        "files, and `notes` what was ignored"
+    ),
     "model.wanted": Event("a job came for a model that is not loaded"),
     "model.unloaded": Event("the model had no job for `HEADRACE_IDLE_UNLOAD_S`"),
     "model.changed": Event(

@@ -51,7 +51,8 @@ class Choice(BaseModel):
     text: str
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
-    #: The stop string or stop token id that ended the sample; None for end-of-text and for max_tokens.
+    #: The stop string or stop token id that ended the sample; None for the ends that the model's
+    #: files name, and for max_tokens.
     stop_reason: str | int | None = None
     logprobs: list[TokenLogprob] | None = None
 
