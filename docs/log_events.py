@@ -34,7 +34,23 @@ EVENTS: dict[str, Event] = {
     "record.unreadable": Event("the record of a file or batch cannot be read; it stays where it is and is in no list"),
     "model.loaded": Event(
         "the model is in memory and has passed its self-test; the line says what was understood of its "
-        "files, and `notes` what was ignored"
+        "files, and `notes` what was ignored",
+        more_fields=(
+            "family",
+            "parameters",
+            "dtype",
+            "max_context",
+            "positions",
+            "tokenizer",
+            "tokenizer_size",
+            "added_tokens",
+            "has_chat_template",
+            "eos_token_ids",
+            "eos_source",
+            "bos_token_id",
+            "defaults",
+            "notes",
+        ),
     ),
     "model.wanted": Event("a job came for a model that is not loaded"),
     "model.unloaded": Event("the model had no job for `HEADRACE_IDLE_UNLOAD_S`"),
@@ -165,6 +181,20 @@ FIELDS: dict[str, tuple[str, str]] = {
     "method": ("text", "of the HTTP request"),
     "path": ("text", "of the HTTP request"),
     "status": ("number", "of the HTTP response"),
+    "family": ("text", "the `model_type` of the model: `gpt2`, `gpt_bigcode`, `gpt_neo`"),
+    "parameters": ("number", "weights of the model"),
+    "dtype": ("text", "number format of the model"s matrices"),
+    "max_context": ("number", "longest prompt and new text together, in tokens"),
+    "positions": ("number", "tokens that the model itself can read"),
+    "tokenizer": ("text", "kind of the tokenizer"),
+    "tokenizer_size": ("number", "tokens of the tokenizer"),
+    "added_tokens": ("number", "how many of them were added to its vocabulary"),
+    "has_chat_template": ("true or false", "whether the model takes `messages`"),
+    "eos_token_ids": ("list", "tokens that end a text, at most 32 of them"),
+    "eos_source": ("text", "what names these tokens: a file, or the tokenizer"),
+    "bos_token_id": ("number", "token for which the empty prompt stands, or null"),
+    "defaults": ("object", "parameters from `generation_config.json` for requests that do not set them"),
+    "notes": ("list", "sentences about what was ignored or changed; see [Your own model](your-own-model.md)"),
 }
 
 
