@@ -183,7 +183,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "status": ("number", "of the HTTP response"),
     "family": ("text", "the `model_type` of the model: `gpt2`, `gpt_bigcode`, `gpt_neo`"),
     "parameters": ("number", "weights of the model"),
-    "dtype": ("text", "number format of the model"s matrices"),
+    "dtype": ("text", "number format of the matrices"),
     "max_context": ("number", "longest prompt and new text together, in tokens"),
     "positions": ("number", "tokens that the model itself can read"),
     "tokenizer": ("text", "kind of the tokenizer"),
