@@ -63,6 +63,7 @@ WRONG: dict[str, str | None] = {
     "dtype": "int4",
     "generation_config": "vllm",
     "allow_shared_model": "perhaps",
+    "parse_special_tokens": "sometimes",
     "slots": "0",
     "max_context": "1",
     "kv_cache_bytes": "0",
