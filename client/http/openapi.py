@@ -62,6 +62,8 @@ class Model(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    #: Prompt and new tokens together; absent if its workers do not say it.
+    max_model_len: int | None = None
 
 
 class ErrorDetail(BaseModel):
