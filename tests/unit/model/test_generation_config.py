@@ -140,3 +140,14 @@ def test_a_wrong_sampling_default_is_refused_by_field_value_and_file(name: str, 
     with pytest.raises(ModelError, match=rf"generation_config.json: {name} is .*; it must be a .*CONFIG=none"):
         sampling_defaults(tmp_path)
     ends(tmp_path, 5)  # without HEADRACE_GENERATION_CONFIG=auto, sampling parameters are not read
+
+
+def test_a_gguf_file_says_its_ends_itself(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"")
+    own = SimpleNamespace(bos_token_id=9, eos_token_id=9)
+    found = read_ends(path, {"eos_token_id": 3, "bos_token_id": 4}, own, VOCABULARY)
+    assert (found.eos_token_ids, found.bos_token_id, found.source) == ((3,), 4, "model.gguf")
+    assert sampling_defaults(path) == {}
+    with pytest.raises(ModelError, match=r"model\.gguf: eos_token_id is '3'"):
+        read_ends(path, {"eos_token_id": "3"}, own, VOCABULARY)

@@ -21,7 +21,7 @@ from headrace.client.batch.window import MAX_INFLIGHT
 from headrace.client.wire.redis import connect
 from headrace.client.wire.requests import parse_request
 from headrace.client.wire.results import Result as JobResult
-from headrace.config import Settings
+from headrace.config import Settings, load_settings
 from headrace.config.directories import redis_dir
 from headrace.worker.cli import main
 from headrace.worker.cli.backends import Backends
@@ -351,3 +351,16 @@ def test_parameters_that_were_not_given_are_left_to_the_worker() -> None:
     }
     with pytest.raises(InvalidRequest, match="ID=BIAS"):
         given_params({"logit_bias": ("eleven=1",)})
+
+
+def test_up_takes_the_generation_config_as_the_worker_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("headrace.worker.cli.up.check_worker_packages", lambda: None)
+    monkeypatch.setattr(
+        "headrace.worker.cli.up.run_worker", lambda: seen.append(load_settings().generation_config) or 0
+    )
+    monkeypatch.setenv("HEADRACE_GENERATION_CONFIG", "none")  # restored after the test
+    for flags in (["--generation-config", "auto"], ["--generation-config=none"]):
+        assert CliRunner().invoke(main, ["up", *flags]).exit_code == 0
+    assert seen == ["auto", "none"]
+    assert CliRunner().invoke(main, ["up", "--generation-config", "vllm"]).exit_code == 2

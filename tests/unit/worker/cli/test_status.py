@@ -156,8 +156,14 @@ FINGERPRINT = "headrace-1/torch-2/AVX512/float32/threads-2/weights-{}/config-b1/
             [FINGERPRINT.format("a1", "c1"), FINGERPRINT.format("a2", "c2")],
             f"weights-a1/vocabulary-c1 by {HERE}; weights-a2/vocabulary-c2 by {HERE}0",
         ),
+        (
+            [FINGERPRINT.format("a1", "c1/ends-e1"), FINGERPRINT.format("a1", "c1/ends-e2")],
+            f"ends-e1 by {HERE}; ends-e2 by {HERE}0",
+        ),
+        # A worker of an earlier version does not tell its ends.
+        ([FINGERPRINT.format("a1", "c1/ends-e1"), FINGERPRINT.format("a1", "c1")], ""),
     ],
-    ids=["the same", "another number type", "not loaded", "weights", "weights and vocabulary"],
+    ids=["the same", "another number type", "not loaded", "weights", "weights and vocabulary", "ends", "older"],
 )
 def test_two_models_under_one_name_are_told(url: str, fingerprints: list[str], told: str) -> None:
     """A job's answer would depend on which worker takes it, and both workers look healthy."""
