@@ -62,6 +62,8 @@ class Model(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    #: Prompt and new tokens together; absent if its workers do not say it.
+    max_model_len: int | None = None
 
 
 class ErrorDetail(BaseModel):
@@ -278,7 +280,7 @@ _SHARED_FIELDS: dict[str, Any] = {
     "checkpoints": {"anyOf": [{"const": "all"}, {"type": "array", "items": {"type": "integer"}}, {"type": "null"}]},
     "stop": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}, {"type": "null"}]},
 }
-_INTERNAL_FIELDS = ("schema_version", "expires_at", "stream")
+_INTERNAL_FIELDS = ("schema_version", "expires_at", "stream", "operation")
 
 
 def _request(fields: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

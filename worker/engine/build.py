@@ -14,15 +14,19 @@ from headrace import __version__
 from headrace.config import Settings
 from headrace.model.config import ModelConfig
 from headrace.model.decoder import Decoder
-from headrace.model.hub import ModelError, find_model
+from headrace.model.generation_config import Ends, read_ends, sampling_defaults
+from headrace.model.gguf_file import raw_config
+from headrace.model.hub import ModelError, config_path, find_model
 from headrace.model.kernels.attention import decode_kernel
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
 from headrace.model.trusted_files import check_not_shared
 from headrace.model.weights import load_model
 from headrace.worker.engine.cache_slots import SlotTable, length_classes
 from headrace.worker.engine.cgroups import free_memory
+from headrace.worker.engine.description import describe
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.model_runner import ModelRunner
+from headrace.worker.engine.request_defaults import NO_DEFAULTS, Defaults
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.self_test import is_batch_invariant
 
@@ -64,6 +68,9 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
     model = load_model(source, device=settings.device, dtype=settings.dtype, allow_shared=shared)
     tokenizer = load_tokenizer(source, allow_shared=shared)
     check_vocabulary(source, model.config, tokenizer)
+    folder = find_model(source)
+    ends = read_ends(folder, raw_config(config_path(folder)), tokenizer, model.config.vocab_size)
+    defaults = sampling_defaults(folder) if settings.generation_config == "auto" else {}
     max_context = min(settings.max_context or model.config.n_positions, model.config.n_positions)
     lengths = length_classes(max_context)
     runner = ModelRunner(model, lengths)
@@ -87,9 +94,19 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         model_name=name,
         vocab_size=model.config.vocab_size,
         max_context=max_context,
-        fingerprint=fingerprint(model, tokenizer, settings.prefill_chunk, invariant),
+        ends=ends,
+        parse_special_tokens=settings.parse_special_tokens,
+        defaults=defaults,
+        description=describe(model, tokenizer, ends, max_context=max_context, defaults=defaults),
+        fingerprint=fingerprint(model, tokenizer, ends, settings.prefill_chunk, invariant, defaults),
     )
-    log.info("model.loaded", model=name, fingerprint=engine.fingerprint, cache_bytes=budget)
+    log.info(
+        "model.loaded",
+        model=name,
+        fingerprint=engine.fingerprint,
+        cache_bytes=budget,
+        **engine.description.log_fields(),
+    )
     return engine
 
 
@@ -129,7 +146,14 @@ def check_vocabulary(name: str, config: ModelConfig, tokenizer: Tokenizer) -> No
         )
 
 
-def fingerprint(model: Decoder, tokenizer: Tokenizer, prefill_chunk: int, invariant: bool) -> str:
+def fingerprint(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    ends: Ends,
+    prefill_chunk: int,
+    invariant: bool,
+    defaults: Defaults = NO_DEFAULTS,
+) -> str:
     """Identify what results depend on besides prompt, parameters and seed. Equal fingerprints mean equal results."""
     device = (
         torch.cuda.get_device_name(model.device)
@@ -148,6 +172,8 @@ def fingerprint(model: Decoder, tokenizer: Tokenizer, prefill_chunk: int, invari
         f"weights-{model.digest[:12] or 'unknown'}",
         f"config-{hashlib.sha256(repr(model.config).encode()).hexdigest()[:8]}",
         f"vocabulary-{tokenizer.digest[:12] or 'unknown'}",
+        f"ends-{ends.digest[:8]}",
+        *([f"defaults-{hashlib.sha256(repr(sorted(defaults.items())).encode()).hexdigest()[:8]}"] if defaults else []),
         "batch-invariant" if invariant else "batch-dependent",
     )
     return "/".join(parts)
