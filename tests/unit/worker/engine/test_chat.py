@@ -11,8 +11,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from headrace.client.wire.errors import JobCancelled, JobFailed
+from headrace.client.wire.errors import JobCancelled, JobExpired, JobFailed
 from headrace.client.wire.requests import parse_request
+from headrace.model.tokenizers.ids_only import TokenIdsOnly
 from headrace.worker.engine import chat
 from headrace.worker.engine.chat import render
 from headrace.worker.engine.engine import Engine
@@ -246,6 +247,32 @@ def test_token_ids_and_texts_are_answered_while_every_slot_is_taken() -> None:
     assert not ask(engine, prompt=end, operation="detokenize").text.endswith("<|endoftext|>")
     with pytest.raises(JobFailed, match="vocabulary ends at"):
         ask(engine, prompt=[10**6], operation="detokenize")
+    engine.stop()
+
+
+def test_a_model_without_a_tokenizer_computes_prompts_of_token_ids_alone() -> None:
+    engine = build()
+    engine.tokenizer = TokenIdsOnly("the model has spiece.model only; send token ids")
+    cases: list[dict[str, Any]] = [
+        {"prompt": "Hello."},
+        {"prompt": "Hello.", "operation": "tokenize"},
+        {"prompt": [5], "operation": "detokenize"},
+    ]
+    for fields in cases:
+        with pytest.raises(JobFailed, match="spiece") as caught:
+            ask(engine, **fields)
+        assert caught.value.code == "no_tokenizer"
+    assert ask(engine, prompt=[5, 6], operation="tokenize").tokenized.tokens == [5, 6]
+    engine.start()
+    assert len(ask(engine, prompt=[5]).choices[0].token_ids) == 3
+    engine.stop()
+
+
+def test_a_request_for_token_ids_whose_time_has_passed_is_not_answered() -> None:
+    engine = build()
+    with pytest.raises(JobExpired, match="timeout_s passed"):
+        ask(engine, prompt="Hello.", operation="tokenize", expires_at=1.0)
+    assert ask(engine, prompt="Hello.", operation="tokenize", expires_at=time.time() + 60).tokenized.count == 2
     engine.stop()
 
 

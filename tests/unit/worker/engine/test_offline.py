@@ -186,7 +186,6 @@ def test_sampling_parameters_of_vllm_that_ask_for_nothing_are_accepted(llm: LLM)
     [
         ({"prompt_logprobs": 1}, "echo"),
         ({"bad_words": ["a"]}, "logit_bias"),
-        ({"skip_special_tokens": False}, "token_ids"),
         ({"use_beam_search": True}, "samples"),
         ({"best_of": 3}, "all n samples"),
         ({"structured_outputs": {"regex": "a"}}, "constrain"),
