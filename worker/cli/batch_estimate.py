@@ -6,7 +6,7 @@ import json
 import random
 import secrets
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,12 +14,16 @@ from headrace.client import Client, SamplingParams
 from headrace.client.batch.items import BatchItem
 from headrace.client.batch.run import Batch, BatchReport, JoinedRows, RowPart, prepare_parts
 from headrace.client.batch.window import Window
+from headrace.client.wire.requests import WIRE_NAMES, GenerateRequest, parse_request
 from headrace.config import Settings
 from headrace.worker.cli.backends import Backends
 from headrace.worker.cli.batch_input import BatchInput
 from headrace.worker.cli.batch_progress import ProgressDisplay
 from headrace.worker.cli.batch_report import duration, peak_memory
 from headrace.worker.cli.local_stack import check_worker_packages, note, settings_for
+
+if TYPE_CHECKING:
+    from headrace.model.tokenizer import Tokenizer
 
 #: Rows that are computed to measure the rate, and how many of them warm up the workers before.
 SAMPLE, WARM_UP = 128, 8
@@ -98,8 +102,8 @@ def _count(batch: Batch, settings: Settings) -> tuple[Estimate, list[BatchItem]]
     max_context = min(settings.max_context or positions, positions)
     found, sample, dice = Estimate(), list[BatchItem](), random.Random(1)  # noqa: S311
     for row in batch.rows():
-        prompts = [fields["prompt"] for fields in row.requests()]
-        tokens = [len(tokenizer.encode(p)) or 1 if isinstance(p, str) else len(p) for p in prompts]
+        requests = [parse_request({k: v for k, v in fields.items() if k in WIRE_NAMES}) for fields in row.requests()]
+        tokens = [_length(request, tokenizer, settings.parse_special_tokens) for request in requests]
         if not found.count(tokens, row.fields, max_context):
             continue
         if len(sample) < SAMPLE:
@@ -107,6 +111,15 @@ def _count(batch: Batch, settings: Settings) -> tuple[Estimate, list[BatchItem]]
         elif (place := dice.randrange(found.rows)) < SAMPLE:
             sample[place] = row
     return found, sample
+
+
+def _length(request: GenerateRequest, tokenizer: Tokenizer, parse: bool | None) -> int:
+    """Tokens of a prompt, or of the messages of a chat. Raises JobFailed."""
+    from headrace.worker.engine.requests import encode_prompt
+
+    if request.messages is None and not isinstance(request.prompt, str):
+        return len(request.prompt)
+    return len(encode_prompt(request, tokenizer, parse)[0]) or 1
 
 
 def _measure(client: Client, sample: list[BatchItem], max_inflight: int) -> BatchReport:

@@ -8,6 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -297,3 +300,22 @@ def test_a_slow_template_holds_up_no_other_job_and_its_job_can_be_cancelled(monk
     engine.stop()
     with pytest.raises(EngineStopped):
         last.result(PATIENCE_S)
+
+
+TEXTS = st.text(st.sampled_from("ab \n\t{}%<|>'\"\u00e9\U0001f600&\\"), max_size=12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system", "tool"]), TEXTS), min_size=1, max_size=4))
+def test_any_chat_gives_the_text_of_transformers_or_its_error(turns: list[tuple[str, str]]) -> None:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    for template in TEMPLATES.values():
+        for options in ({"add_generation_prompt": True}, {"continue_final_message": True}):
+            given_options = {"add_generation_prompt": False, **options}
+            try:
+                expected = rendered(template, messages, **given_options)
+            except (ValueError, TemplateError):
+                with pytest.raises(JobFailed):
+                    render(template, messages, SPECIAL, **given_options)
+            else:
+                assert render(template, messages, SPECIAL, **given_options) == expected
