@@ -14,6 +14,7 @@ from headrace.worker.cli.errors import INTERRUPTED, WRONG_INPUT
 from headrace.worker.cli.generate import generate
 from headrace.worker.cli.serve import serve
 from headrace.worker.cli.status import status
+from headrace.worker.cli.tokenize import tokenize
 from headrace.worker.cli.up import up
 from headrace.worker.cli.validate import validate
 
@@ -27,7 +28,7 @@ def main() -> None:
     """
 
 
-for command in (up, generate, batch, serve, validate, status):
+for command in (up, generate, tokenize, batch, serve, validate, status):
     main.add_command(command)
 
 
