@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -47,10 +47,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def sampling_options(command: F) -> F:
     """Give a command an option for every sampling parameter, named, typed and described as in the schema."""
-    prompt_fields = {name: GenerateRequest.model_fields[name] for name in PROMPT_OPTIONS}
-    for name, field in reversed({**SamplingParams.model_fields, **prompt_fields}.items()):
-        command = _option(name, field)(command)
-    return command
+    return field_options((*SamplingParams.model_fields, *PROMPT_OPTIONS))(command)
+
+
+def field_options(names: Sequence[str]) -> Callable[[F], F]:
+    """Give a command an option for each of these fields of a request."""
+
+    def decorate(command: F) -> F:
+        for name in reversed(names):
+            command = _option(name, GenerateRequest.model_fields[name])(command)
+        return command
+
+    return decorate
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[F], F]:

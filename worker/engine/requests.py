@@ -146,7 +146,7 @@ def read_prompt(
     """
     prompt = request.prompt
     if request.messages is not None or isinstance(prompt, str):
-        tokens, text = _encoded(request, tokenizer, parse_special_tokens)
+        tokens, text = encode_prompt(request, tokenizer, parse_special_tokens)
         if tokens:
             return tokens, text, b""
         if ends.bos_token_id is None:
@@ -162,8 +162,8 @@ def read_prompt(
     return prompt, text + decoder.flush(), rest
 
 
-def _encoded(request: GenerateRequest, tokenizer: Tokenizer, parse: bool | None) -> tuple[list[int], str]:
-    """Token ids and text of a text prompt or of messages."""
+def encode_prompt(request: GenerateRequest, tokenizer: Tokenizer, parse: bool | None = None) -> tuple[list[int], str]:
+    """Token ids and text of a text prompt or of messages; see `read_prompt`. Raises JobFailed."""
     try:
         if request.messages is None:
             text = str(request.prompt)

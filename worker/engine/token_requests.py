@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 
-from headrace.client.wire.errors import JobExpired
+from headrace.client.wire.errors import JobExpired, JobFailed
 from headrace.client.wire.requests import GenerateRequest
 from headrace.client.wire.results import Choice, Result, Timings, Tokenized, Usage
 from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import Tokenizer
+from headrace.model.tokenizers.ids_only import TokenIdsOnly
 from headrace.worker.engine.requests import check_token_ids, read_prompt
 
 
@@ -40,6 +41,8 @@ def answer(
     else:
         tokens = list(request.prompt) if isinstance(request.prompt, list) else []
         check_token_ids(request, tokens, vocab_size)
+        if isinstance(tokenizer, TokenIdsOnly):
+            raise JobFailed("no_tokenizer", tokenizer.reason)
         text = tokenizer.decode(tokens, skip_special_tokens=request.skip_special_tokens)
     return Result(
         id=job_id,

@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from headrace.client import InvalidRequest
+from headrace.client import InvalidRequest, JobFailed
+from headrace.client.batch.items import BatchItem
 from headrace.client.batch.run import BatchReport
-from headrace.worker.cli.batch_estimate import Estimate
+from headrace.config import Settings
+from headrace.worker.cli.batch_estimate import Estimate, _count
 from headrace.worker.cli.batch_input import read_params
 from headrace.worker.cli.batch_progress import ProgressDisplay
 from headrace.worker.cli.batch_report import resume_command, stopped, summary
@@ -99,3 +103,16 @@ def test_an_estimate_counts_what_the_model_can_read() -> None:
     assert found.count([0], {}, 16)  # 16 new ones, as without max_tokens
     assert (found.rows, found.prompt_tokens, found.longest_prompt, found.most_new_tokens) == (4, 30, 10, 15 + 6 + 16)
     assert found.too_long == 1
+
+
+def test_a_dry_run_counts_the_tokens_that_the_worker_would_read() -> None:
+    def counted(**fields: Any) -> int:
+        row = BatchItem(1, "row-1", {"priority": "bulk", "seed": 1, **fields}, "digest")
+        batch: Any = SimpleNamespace(rows=lambda: iter([row]))
+        return _count(batch, Settings(model="demo"))[0].prompt_tokens
+
+    assert counted(prompt="<|endoftext|>", parse_special_tokens=True) == 1
+    assert counted(prompt="<|endoftext|>") > 1
+    assert counted(prompt="") == 1
+    with pytest.raises(JobFailed, match="no chat template"):
+        counted(messages=[{"role": "user", "content": "Hello."}])

@@ -21,6 +21,7 @@ from headrace.client.batch.window import MAX_INFLIGHT
 from headrace.client.wire.redis import connect
 from headrace.client.wire.requests import parse_request
 from headrace.client.wire.results import Result as JobResult
+from headrace.client.wire.results import Tokenized
 from headrace.config import Settings, load_settings
 from headrace.config.directories import redis_dir
 from headrace.worker.cli import main
@@ -62,6 +63,12 @@ VALUES: dict[tuple[str, str], tuple[list[str], Any]] = {
     ("generate", "model"): (["gpt2"], "gpt2"),
     ("generate", "timeout"): (["2.5"], 2.5),
     ("generate", "as_json"): ([], True),
+    ("tokenize", "parse_special_tokens"): ([], True),
+    ("tokenize", "add_special_tokens"): ([], True),
+    ("tokenize", "prompt"): (["Once"], "Once"),
+    ("tokenize", "model"): (["gpt2"], "gpt2"),
+    ("tokenize", "timeout"): (["2.5"], 2.5),
+    ("tokenize", "as_json"): ([], True),
     ("batch", "source"): (["other.jsonl"], "other.jsonl"),
     ("batch", "output"): (["results.jsonl.gz"], "results.jsonl.gz"),
     ("batch", "errors"): (["errors.jsonl"], "errors.jsonl"),
@@ -139,6 +146,10 @@ class RecordingBackends:
             self.received["system"] = messages[0]["content"]
         return self
 
+    def tokenize(self, prompt: str, **params: Any) -> Tokenized:
+        self.received |= {"prompt": prompt, **params}
+        return Tokenized(tokens=[5, 6], token_strs=["a", "b"], count=2, max_model_len=8)
+
     def result(self, timeout: float) -> JobResult:
         self.received["timeout"] = timeout
         return RESULT
@@ -173,6 +184,7 @@ class RecordingBackends:
 #: The required arguments of each command: parameter -> words.
 NEEDED: dict[str, dict[str, list[str]]] = {
     "generate": {"prompt": ["Hello."]},
+    "tokenize": {"prompt": ["Hello."]},
     "batch": {"source": ["-i", "in.jsonl"], "output": ["-o", "out.jsonl"]},
     "serve": {},
     "validate": {},

@@ -8,11 +8,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from headrace.client.wire.errors import JobCancelled, JobFailed
+from headrace.client.wire.errors import JobCancelled, JobExpired, JobFailed
 from headrace.client.wire.requests import parse_request
+from headrace.model.tokenizers.ids_only import TokenIdsOnly
 from headrace.worker.engine import chat
 from headrace.worker.engine.chat import render
 from headrace.worker.engine.engine import Engine
@@ -249,6 +253,32 @@ def test_token_ids_and_texts_are_answered_while_every_slot_is_taken() -> None:
     engine.stop()
 
 
+def test_a_model_without_a_tokenizer_computes_prompts_of_token_ids_alone() -> None:
+    engine = build()
+    engine.tokenizer = TokenIdsOnly("the model has spiece.model only; send token ids")
+    cases: list[dict[str, Any]] = [
+        {"prompt": "Hello."},
+        {"prompt": "Hello.", "operation": "tokenize"},
+        {"prompt": [5], "operation": "detokenize"},
+    ]
+    for fields in cases:
+        with pytest.raises(JobFailed, match="spiece") as caught:
+            ask(engine, **fields)
+        assert caught.value.code == "no_tokenizer"
+    assert ask(engine, prompt=[5, 6], operation="tokenize").tokenized.tokens == [5, 6]
+    engine.start()
+    assert len(ask(engine, prompt=[5]).choices[0].token_ids) == 3
+    engine.stop()
+
+
+def test_a_request_for_token_ids_whose_time_has_passed_is_not_answered() -> None:
+    engine = build()
+    with pytest.raises(JobExpired, match="timeout_s passed"):
+        ask(engine, prompt="Hello.", operation="tokenize", expires_at=1.0)
+    assert ask(engine, prompt="Hello.", operation="tokenize", expires_at=time.time() + 60).tokenized.count == 2
+    engine.stop()
+
+
 def test_a_slow_template_holds_up_no_other_job_and_its_job_can_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     engine = chatting(endless)
@@ -270,3 +300,22 @@ def test_a_slow_template_holds_up_no_other_job_and_its_job_can_be_cancelled(monk
     engine.stop()
     with pytest.raises(EngineStopped):
         last.result(PATIENCE_S)
+
+
+TEXTS = st.text(st.sampled_from("ab \n\t{}%<|>'\"\u00e9\U0001f600&\\"), max_size=12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system", "tool"]), TEXTS), min_size=1, max_size=4))
+def test_any_chat_gives_the_text_of_transformers_or_its_error(turns: list[tuple[str, str]]) -> None:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    for template in TEMPLATES.values():
+        for options in ({"add_generation_prompt": True}, {"continue_final_message": True}):
+            given_options = {"add_generation_prompt": False, **options}
+            try:
+                expected = rendered(template, messages, **given_options)
+            except (ValueError, TemplateError):
+                with pytest.raises(JobFailed):
+                    render(template, messages, SPECIAL, **given_options)
+            else:
+                assert render(template, messages, SPECIAL, **given_options) == expected
