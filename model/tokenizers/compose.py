@@ -77,11 +77,16 @@ def compose(
     elif added is not None:
         by_id = dict(added)
     else:
-        by_id = _added_tokens_json(files, {content(t) for t in (*named.values(), *extra)})
+        early = files.extra_special_tokens(early=True)
+        by_id = _added_tokens_json(files, {content(t) for t in (*named.values(), *early)})
     by_content = {token.content: token for token in by_id.values()}
     tokens = [by_id[i] for i in sorted(by_id)]
+    written = {content(t) for t in (*files.special_tokens(default=None).values(), *extra)}
+    rows = files.config.get("vocab_size")
     for key, value in named.items():
         text = content(value)
+        if text not in written and text not in vocabulary and isinstance(rows, int) and len(vocabulary) >= rows:
+            continue  # a default, for which the embedding has no row
         if text not in by_content and text not in {t.content for t in tokens}:
             tokens.append(_special(value))
         elif key in NAMED and text in by_content and not by_content[text].special:

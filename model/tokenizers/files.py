@@ -108,23 +108,28 @@ class Files:
                     found[key] = _checked(self.folder / name, key, raw[key])
         return {key: value for key, value in found.items() if value is not None}
 
-    def extra_special_tokens(self) -> list[Any]:
-        """The special tokens without a name, as written."""
-        found: list[Any] = []
-        for name, raw in (
-            ("tokenizer_config.json", self.settings),
-            (
-                "special_tokens_map.json",
-                {} if "added_tokens_decoder" in self.settings else self.json("special_tokens_map.json"),
-            ),
-        ):
-            for key in ("additional_special_tokens", "extra_special_tokens"):
-                values = raw.get(key) or []
-                values = list(values.values()) if isinstance(values, dict) else values
-                if not isinstance(values, list):
-                    raise ModelError(f"{self.folder / name}: {key} must be a list of tokens")
-                found += [t for t in (_checked(self.folder / name, key, v) for v in values) if t not in found]
+    def extra_special_tokens(self, *, early: bool = False) -> list[Any]:
+        """The special tokens without a name, as written.
+
+        Args:
+            early: only those that transformers knows when it reads added_tokens.json.
+        """
+        settings, names = self.settings, ("extra_special_tokens", "additional_special_tokens")
+        found = self._listed("tokenizer_config.json", names[0]) or self._listed("tokenizer_config.json", names[1])
+        if "added_tokens_decoder" in settings:
+            return found
+        named = found or names[0] in settings
+        for name in names[: 1 if early or named else 2]:
+            found = [*found, *(t for t in self._listed("special_tokens_map.json", name) if t not in found)]
         return found
+
+    def _listed(self, name: str, key: str) -> list[Any]:
+        """A list of tokens, or the values of a map of them. Raises ModelError, which names the file."""
+        values = self.json(name).get(key) or []
+        values = list(values.values()) if isinstance(values, dict) else values
+        if not isinstance(values, list):
+            raise ModelError(f"{self.folder / name}: {key} must be a list of tokens")
+        return [_checked(self.folder / name, key, value) for value in values if value is not None]
 
 
 def _checked(path: Path, key: str, value: Any) -> Any:
