@@ -99,6 +99,13 @@ class LibraryTokenizer(Tokenizer):
             return super().decoder(rest, skip_special_tokens=skip_special_tokens, inside=inside)
         return _Pieces(self, self._tokens, PieceDecoder(self._chain, inside=inside), skip=skip_special_tokens)
 
+    def reference_text(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids as the library itself decodes them. Raises ValueError if it cannot."""
+        try:
+            return str(self._library.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        except BaseException as error:
+            raise _as_value_error(error) from None
+
     def _name(self, token_id: int) -> str:
         """A name that no other token has: the id, if a token before it has the same text."""
         if not self._names_taken:

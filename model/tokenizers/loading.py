@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from headrace.model.hub import DEMO, find_model, short_repr
+from headrace.model.hub import DEMO, find_model, short_repr, shorten
 from headrace.model.tokenizers.base import END_OF_TEXT, Described, Tokenizer
 from headrace.model.tokenizers.described import describe, gpt2s
 from headrace.model.tokenizers.files import GPT2_CLASSES, NAMES, OTHER_VOCABULARIES, Files, default_end
@@ -71,7 +71,7 @@ def _only_end_of_text(added: dict[int, Any]) -> bool:
 def _ids_only(files: Files, path: Path) -> Tokenizer:
     """Prompts of token ids only, because of a vocabulary that cannot be read."""
     named = files.tokenizer_class
-    reader = f" (tokenizer_class {named})" if named and named not in GPT2_CLASSES else ""
+    reader = f" (tokenizer_class {shorten(named)})" if named and named not in GPT2_CLASSES else ""
     return TokenIdsOnly(
         f"{path}: this kind of tokenizer{reader} cannot be read, so prompts must be token ids; {SAVE}",
         Described(chat_template=files.chat_template()),
@@ -82,7 +82,7 @@ def _without_files(files: Files) -> Tokenizer:
     rows = files.config.get("vocab_size", _ROWS)
     if not default_end(files.tokenizer_class):
         return TokenIdsOnly(
-            f"{files.folder}: there is no file of its {files.tokenizer_class}, so prompts must be token ids; {SAVE}"
+            f"{files.folder}: there is no file of its {shorten(files.tokenizer_class or '')}, so prompts must be token ids; {SAVE}"
         )
     if rows == _ROWS or (isinstance(rows, int) and _ROWS < rows <= _MOST_ROWS and rows % 8 == 0):
         return gpt2s(
