@@ -18,7 +18,9 @@ __all__ = [
     "MAX_INDEX_BYTES",
     "RELEASED",
     "ModelError",
+    "config_path",
     "find_model",
+    "is_gguf",
     "missing_package",
     "parse_json",
     "read_json",
@@ -49,21 +51,36 @@ def missing_package(name: str) -> str:
 
 
 def find_model(name_or_path: str | Path) -> Path:
-    """The directory of a model, downloaded through huggingface_hub if necessary.
+    """The directory of a model, downloaded through huggingface_hub if necessary; or the path of a GGUF file.
 
     Raises:
-        ModelError: there is no such directory, or the hub was needed and did not answer.
+        ModelError: there is no such directory or file, or the hub was needed and did not answer.
     """
     if str(name_or_path) == "demo":
         return DEMO
     if "\0" in str(name_or_path):  # the functions of the operating system raise a ValueError without a name
         raise ModelError(f"model {short_repr(str(name_or_path))}: there is no such directory")
     path = Path(os.path.expanduser(name_or_path))
-    if os.path.isdir(path):  # unlike Path.is_dir it returns False for a name that is too long
+    if os.path.isdir(path) or is_gguf(path):  # unlike Path.is_dir it returns False for a name that is too long
         return path
-    if path.is_absolute() or str(name_or_path).startswith((".", "~")) or str(name_or_path).count("/") > 1:
+    if (
+        path.is_absolute()
+        or path.suffix.lower() == ".gguf"
+        or str(name_or_path).startswith((".", "~"))
+        or str(name_or_path).count("/") > 1
+    ):
         raise ModelError(f"model {short_repr(str(name_or_path))}: there is no such directory")
     return _from_hub(str(name_or_path))
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is that of a GGUF file, by its name."""
+    return path.suffix.lower() == ".gguf" and os.path.isfile(path)
+
+
+def config_path(place: Path) -> Path:
+    """The file that describes a model which `find_model` found: its config.json, or the GGUF file itself."""
+    return place if is_gguf(place) else place / "config.json"
 
 
 def _from_hub(name: str) -> Path:
@@ -95,17 +112,18 @@ def _from_hub(name: str) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model directory: one file, or the shards in its index.
+    """The weight files of a model: in a directory one safetensors file, or the shards in its index; or the GGUF file.
 
     Raises:
         ModelError: there are none, or only pickled weights, or the index names a file that is not in the directory.
     """
+    if is_gguf(folder):
+        return [folder]
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
-        pickled = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"; {pickled[0]} is pickled and is never read, save it with safe_serialization=True" if pickled else ""
+        hint = _other_container(folder)
         raise ModelError(f"{folder}: it contains neither model.safetensors nor model.safetensors.index.json{hint}")
     shards = read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
@@ -116,6 +134,27 @@ def weight_files(folder: Path) -> list[Path]:
             raise ModelError(f"{index}: it names {short_repr(name)}, which is not a file in {folder}")
         files.append(folder / name)
     return files
+
+
+def _other_container(folder: Path) -> str:
+    """What to do with the weights of another format that a directory holds: the end of an error message."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if os.path.isfile(folder / name))
+    except OSError:
+        return ""
+    convert = f"run `headrace convert {folder} TARGET` and use TARGET"
+    for name in names:
+        if name.lower().endswith(".gguf"):
+            return f"; it contains {name}: name the file itself, {folder / name}"
+        if name == "ckpt.pt":
+            return f"; {name} is a checkpoint of nanoGPT: {convert}"
+        if name.endswith((".bin", ".pt", ".pth")) and name not in ("training_args.bin", "scheduler.pt", "optimizer.pt"):
+            return f"; {name} is pickled and is never read: {convert}"
+        if name.endswith(".ckpt.index"):
+            return f"; {name} belongs to a checkpoint of TensorFlow: {convert}"
+        if name.endswith((".h5", ".msgpack")):
+            return f"; {name} cannot be read: save the model as safetensors, with save_pretrained of transformers"
+    return ""
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:

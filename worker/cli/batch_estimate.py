@@ -88,12 +88,13 @@ def estimate(backends: Backends, given: BatchInput, *, max_inflight: int, as_jso
 
 def _count(batch: Batch, settings: Settings) -> tuple[Estimate, list[BatchItem]]:
     """The counts of all rows, and a random sample of the rows that the model can compute."""
-    from headrace.model.hub import MAX_CONFIG_BYTES, find_model, read_json
+    from headrace.model.gguf_file import raw_config
+    from headrace.model.hub import config_path, find_model
     from headrace.model.tokenizer import load_tokenizer
 
     source = settings.models[settings.model_name]
     tokenizer = load_tokenizer(source, allow_shared=settings.allow_shared_model)
-    config = read_json(find_model(source) / "config.json", MAX_CONFIG_BYTES)
+    config = raw_config(config_path(find_model(source)))
     positions = config.get("n_positions", 1024)
     max_context = min(settings.max_context or positions, positions)
     found, sample, dice = Estimate(), list[BatchItem](), random.Random(1)  # noqa: S311

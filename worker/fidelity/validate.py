@@ -17,7 +17,7 @@ from headrace.client.wire.comparison import CheckpointResult
 from headrace.client.wire.errors import HeadraceError
 from headrace.config import Settings
 from headrace.extras import how_to_install
-from headrace.model.hub import ModelError, find_model
+from headrace.model.hub import ModelError, config_path, find_model
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
 from headrace.model.weights import check_weights, read_config
 from headrace.worker.fidelity.diagnosis import likely_cause
@@ -81,7 +81,7 @@ class Validation:
         self.model = settings.models[settings.model_name]
         try:
             self.folder = find_model(self.model)
-            self.config = read_config(self.folder / "config.json")
+            self.config = read_config(config_path(self.folder))
             check_weights(self.folder, self.config)
             self.tokenizer: Tokenizer = load_tokenizer(self.model, allow_shared=settings.allow_shared_model)
         except ModelError as error:
