@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +40,29 @@ GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 
 
 class Files:
-    """The files of one directory, `folder`."""
+    """The files that describe a tokenizer.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: the directory.
+        given: the content of files that another container holds; then none is read.
+    """
+
+    def __init__(self, folder: Path, given: Mapping[str, dict[str, Any]] | None = None) -> None:
+        self.folder, self._given = folder, given
 
     def __contains__(self, name: str) -> bool:
-        return (self.folder / name).is_file()
+        return (self.folder / name).is_file() if self._given is None else name in self._given
 
     def json(self, name: str, limit: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
         """The object in a JSON file; empty if there is no such file. Raises ModelError, which names the file."""
-        return read_json(self.folder / name, limit) if name in self else {}
+        if name not in self:
+            return {}
+        return read_json(self.folder / name, limit) if self._given is None else self._given[name]
 
     def vocabulary_json(self, name: str) -> tuple[bytes, dict[str, Any]]:
         """The bytes of a JSON file and the object in them. Raises ModelError, which names the file."""
+        if self._given is not None:
+            return json.dumps(self._given[name]).encode(), self._given[name]
         data = read_bytes(self.folder / name, MAX_FILE_BYTES)
         return data, parse_json(self.folder / name, data)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +40,15 @@ def from_tokenizer_json(files: Files) -> Tokenizer:
         named = {**described.special_tokens, "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
         described = Described(named, described.chat_template, notes)
     try:
-        return LibraryTokenizer(library, described)
+        return LibraryTokenizer(library, digest_of(raw), described)
     except ValueError as error:
         reason = f"{path}: its decoder {error} cannot be computed one token at a time, so prompts must be token ids"
         return TokenIdsOnly(reason, described)
+
+
+def digest_of(raw: Any) -> str:
+    """SHA-256 of a JSON value: the same for equal values, however they are written."""
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
 def parse(path: Path, data: bytes) -> tokenizers.Tokenizer:

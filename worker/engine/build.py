@@ -124,7 +124,8 @@ def check_vocabulary(name: str, config: ModelConfig, tokenizer: Tokenizer) -> No
     if tokenizer.vocab_size > config.vocab_size:
         raise ModelError(
             f"model {name!r}: its tokenizer has {tokenizer.vocab_size} tokens and its embedding {config.vocab_size}; "
-            "put the vocabulary it was trained with (vocab.json and merges.txt) into its directory"
+            "put the tokenizer it was trained with (tokenizer.json, or vocab.json and merges.txt) into its directory. "
+            "If tokens were added before training, resize_token_embeddings(len(tokenizer)) was not called or not saved"
         )
 
 
