@@ -245,8 +245,10 @@ class SequenceText:
     def _with_prompt(self, logprobs: list[TokenLogprob] | None) -> list[TokenLogprob] | None:
         if logprobs is None:
             return None
-        offsets = OffsetCounter(self._tokenizer)
-        return [*(self._logprob(s, offsets.next(s.token_id)) for s in self.sequence.prompt_scores), *logprobs]
+        offsets, end = OffsetCounter(self._tokenizer), len(self._prompt_text)
+        # The text may lack what the tokenizer adds around a prompt.
+        prompt = (self._logprob(s, min(offsets.next(s.token_id), end)) for s in self.sequence.prompt_scores)
+        return [*prompt, *logprobs]
 
     def _logprob(self, score: TokenScore, text_offset: int) -> TokenLogprob:
         name, count = self._tokenizer.token_name, self.sequence.request.logprobs
