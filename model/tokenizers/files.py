@@ -37,6 +37,16 @@ NAMES = ("tokenizer.json", *OTHER_VOCABULARIES, *DESCRIBING)
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 #: The class that reads GPT-2's files in transformers, by its names.
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
+GPT2_DEFAULTS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+#: The class that reads vocab.txt, which is also that of Chinese GPT-2 models.
+BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast")
+BERT_DEFAULTS = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
 
 
 class Files:
@@ -103,13 +113,13 @@ class Files:
             )
         return found
 
-    def special_tokens(self, *, default: str | None) -> dict[str, Any]:
-        """The named special tokens as written: texts, or objects with `content`.
+    def special_tokens(self, *, default: Mapping[str, str]) -> dict[str, Any]:
+        """The named special tokens as written, in transformers' order: texts, or objects with `content`.
 
         Args:
-            default: what the beginning, the end and unknown tokens are if the files do not say.
+            default: what they are if the files do not say.
         """
-        found: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "unk_token"), default)
+        found: dict[str, Any] = {name: default.get(name) for name in NAMED}
         sources = [("tokenizer_config.json", self.settings)]
         if "added_tokens_decoder" not in self.settings:
             sources.append(("special_tokens_map.json", self.json("special_tokens_map.json")))
@@ -155,6 +165,8 @@ def content(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def default_end(tokenizer_class: str | None) -> str | None:
-    """The special token that transformers assumes where the files name none."""
-    return END_OF_TEXT if tokenizer_class is None or tokenizer_class in GPT2_CLASSES else None
+def defaults_of(tokenizer_class: str | None) -> Mapping[str, str]:
+    """The special tokens that transformers assumes where the files name none; empty for classes unknown here."""
+    if tokenizer_class is None or tokenizer_class in GPT2_CLASSES:
+        return GPT2_DEFAULTS
+    return BERT_DEFAULTS if tokenizer_class in BERT_CLASSES else {}

@@ -13,7 +13,7 @@ from headrace.model.hub import shorten
 from headrace.model.tokenizers import compose
 from headrace.model.tokenizers.base import END_OF_TEXT, Described, Tokenizer
 from headrace.model.tokenizers.described import describe, gpt2s
-from headrace.model.tokenizers.files import GPT2_CLASSES, Files, default_end
+from headrace.model.tokenizers.files import GPT2_CLASSES, Files, defaults_of
 from headrace.model.tokenizers.gpt2 import is_gpt2s
 from headrace.model.tokenizers.ids_only import TokenIdsOnly
 from headrace.model.tokenizers.library import LibraryTokenizer
@@ -32,7 +32,7 @@ def from_tokenizer_json(files: Files) -> Tokenizer:
     library = parse(path, data)
     _check_ids(path, library)
     notes = (*_settle(library, raw), *_differences(files, path, raw, library))
-    described = describe(files, default=default_end(files.tokenizer_class), notes=notes)
+    described = describe(files, default=defaults_of(files.tokenizer_class), notes=notes)
     if (
         not {"bos_token", "eos_token"} & described.special_tokens.keys()
         and library.token_to_id(END_OF_TEXT) is not None

@@ -8,7 +8,15 @@ from typing import Any
 from headrace.model.hub import DEMO, find_model, is_gguf, short_repr, shorten
 from headrace.model.tokenizers.base import END_OF_TEXT, Described, Tokenizer
 from headrace.model.tokenizers.described import describe, gpt2s
-from headrace.model.tokenizers.files import GPT2_CLASSES, NAMES, OTHER_VOCABULARIES, Files, default_end
+from headrace.model.tokenizers.files import (
+    BERT_DEFAULTS,
+    GPT2_CLASSES,
+    GPT2_DEFAULTS,
+    NAMES,
+    OTHER_VOCABULARIES,
+    Files,
+    defaults_of,
+)
 from headrace.model.tokenizers.gpt2 import gpt2_tokenizer, is_gpt2s
 from headrace.model.tokenizers.ids_only import TokenIdsOnly
 from headrace.model.trusted_files import ModelError, check_not_shared
@@ -42,8 +50,13 @@ def load_tokenizer(name_or_path: str | Path, *, allow_shared: bool = False) -> T
         from headrace.model.tokenizers.json_file import from_tokenizer_json
 
         return from_tokenizer_json(files)
-    if "vocab.json" in files and "merges.txt" in files and default_end(files.tokenizer_class):
+    defaults = defaults_of(files.tokenizer_class)
+    if "vocab.json" in files and "merges.txt" in files and defaults is GPT2_DEFAULTS:
         return _from_two_files(files)
+    if "vocab.txt" in files and defaults is BERT_DEFAULTS:
+        from headrace.model.tokenizers.word_piece import from_vocab_txt
+
+        return from_vocab_txt(files)
     if others := [name for name in OTHER_VOCABULARIES if name in files]:
         return _ids_only(files, folder / others[0])
     return _without_files(files)
@@ -63,7 +76,7 @@ def _from_two_files(files: Files) -> Tokenizer:
     if not any(settings) and is_gpt2s(vocabulary, merges) and _only_end_of_text(made.get_added_tokens_decoder()):
         return gpt2s(files)
     added = [(i, repr(token)) for i, token in made.get_added_tokens_decoder().items()]
-    described = describe(files, default=END_OF_TEXT)
+    described = describe(files, default=GPT2_DEFAULTS)
     ends = [described.special_tokens.get(name) for name in ("bos_token", "eos_token")]
     return LibraryTokenizer(made, digest_of([vocabulary, merges, added, settings, ends]), described)
 
@@ -103,7 +116,7 @@ def _ids_only(files: Files, path: Path) -> Tokenizer:
 
 def _without_files(files: Files) -> Tokenizer:
     rows = files.config.get("vocab_size", _ROWS)
-    if not default_end(files.tokenizer_class):
+    if defaults_of(files.tokenizer_class) is not GPT2_DEFAULTS:
         return TokenIdsOnly(
             f"{files.folder}: there is no file of its {shorten(files.tokenizer_class or '')}, so prompts must be token "
             f"ids; {SAVE}"

@@ -20,10 +20,12 @@ from tests.unit.model.tokenizer_makers import (
     JSON_FILES,
     NEWER,
     TWO_FILES,
+    VOCAB_TXT,
     byte_level,
     token,
     trained,
     two_files,
+    vocab_txt,
     written,
 )
 
@@ -46,15 +48,17 @@ class Reference:
         return [encoding.ids for encoding in self.peer.encode_batch(texts, add_special_tokens=add)]
 
 
-@pytest.fixture(params=[*(f"{name}.json" for name in JSON_FILES), *TWO_FILES], scope="module")
+@pytest.fixture(params=[*(f"{name}.json" for name in JSON_FILES), *TWO_FILES, *VOCAB_TXT], scope="module")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("model")
     written(made, "config.json", {"model_type": "gpt2", "vocab_size": 2_000})
     name = request.param.removesuffix(".json")
     if name != request.param:
         JSON_FILES[name]().save(str(made / "tokenizer.json"))
-    else:
+    elif name in TWO_FILES:
         two_files(made, **TWO_FILES[name])
+    else:
+        vocab_txt(made, VOCAB_TXT[name])
     return made
 
 

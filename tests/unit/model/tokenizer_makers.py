@@ -175,3 +175,17 @@ TWO_FILES: dict[str, dict[str, Any]] = {
     "prefix": {"tokenizer_config": {"add_prefix_space": True, "additional_special_tokens": ["</s>", "the"]}},
     "extra": {"tokenizer_config": {"extra_special_tokens": {"image_token": "<tool>"}, "tool_token": "[MASK]"}},
 }
+
+
+VOCAB_TXT: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "bert_cased": {"do_lower_case": False, "strip_accents": True, "tokenize_chinese_chars": False},
+    "bert_ends": {"pad_token": "<pad>", "sep_token": "<sep>", "additional_special_tokens": ["<tool>"]},
+}
+
+
+def vocab_txt(folder: Path, settings: dict[str, Any]) -> None:
+    """vocab.txt, as Chinese GPT-2 models bring it."""
+    vocabulary = word_piece().get_vocab()
+    written(folder, "vocab.txt", "".join(f"{text}\n" for text in sorted(vocabulary, key=vocabulary.__getitem__)))
+    written(folder, "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", **settings})
