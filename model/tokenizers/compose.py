@@ -135,9 +135,15 @@ def _add_ends(files: Files, made: Tokenizer, named: Mapping[str, Any]) -> None:
         ends.append(f"{text}:0" if flag(files, f"add_{name}_token") and token_id is not None else "")
     bos, eos = ends
     used = {end[:-2]: made.token_to_id(end[:-2]) for end in ends if end}
-    made.post_processor = processors.TemplateProcessing(
-        single=" ".join(filter(None, (bos, "$A:0", eos))), pair=None, special_tokens=list(used.items())
-    )
+    surround(files.folder / "tokenizer_config.json", made, [part for part in (bos, "$A:0", eos) if part], used)
+
+
+def surround(path: Path, made: Tokenizer, parts: list[str], used: Mapping[str, int | None]) -> None:
+    """Let a tokenizer put special tokens around a text. Raises ModelError, which names the file."""
+    try:
+        made.post_processor = processors.TemplateProcessing(parts, None, list(used.items()))
+    except Exception as error:
+        raise ModelError(f"{path}: its special tokens cannot be put around a text ({shorten(str(error))})") from None
 
 
 def token_of(path: Path, key: str, raw: Any) -> AddedToken:

@@ -67,7 +67,12 @@ class Files:
         """The object in a JSON file; empty if there is no such file. Raises ModelError, which names the file."""
         if name not in self:
             return {}
-        return read_json(self.folder / name, limit) if self._given is None else self._given[name]
+        found = read_json(self.folder / name, limit) if self._given is None else self._given[name]
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ModelError(f"{self.folder / name}: a text in it holds an unpaired surrogate") from None
+        return found
 
     def vocabulary_json(self, name: str) -> tuple[bytes, dict[str, Any]]:
         """The bytes of a JSON file and the object in them. Raises ModelError, which names the file."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tokenizers import Tokenizer as Library
-from tokenizers import decoders, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 
 from headrace.model.tokenizers import compose
@@ -36,7 +36,7 @@ def from_vocab_txt(files: Files) -> Tokenizer:
     first, last = (content(named.get(f"{name}_token")) for name in ("cls", "sep"))
     ids = [(text, made.token_to_id(text)) for text in (first, last)]
     if all(i is not None for _, i in ids):
-        made.post_processor = processors.TemplateProcessing(f"{first}:0 $A:0 {last}:0", None, ids)
+        compose.surround(path, made, [f"{first}:0", "$A:0", f"{last}:0"], dict(ids))
     described = describe(files, default=BERT_DEFAULTS)
     if compose.flag(files, "clean_up_tokenization_spaces"):
         note = "clean_up_tokenization_spaces was ignored: texts are what the tokenizer's own decoder gives"

@@ -131,7 +131,7 @@ BESIDE = st.fixed_dictionaries(
         "special_tokens_map.json": NAMED_TOKENS | JSON,
         "tokenizer_config.json": st.builds(
             lambda *parts: {name: value for part in parts for name, value in part.items()},
-            NAMED_TOKENS,
+            NAMED_TOKENS | TOKENS.map(lambda text: {"bos_token": text, "add_bos_token": True}),
             st.dictionaries(
                 st.sampled_from(["add_bos_token", "add_prefix_space", "chat_template", "tokenizer_class"]),
                 st.booleans() | JSON,
@@ -175,6 +175,14 @@ VOCABULARY_FILES = st.one_of(
             "vocab.json": json.dumps(v[0]).encode(),
             "merges.txt": b"\xef\xbb\xbf#version: 0.2\r\na b\r\n",
             **{name: json.dumps(value).encode() for name, value in v[1].items()},
+        }
+    ),
+    st.tuples(st.lists(TOKENS, max_size=5), NAMED_TOKENS, st.booleans()).map(
+        lambda v: {
+            "vocab.txt": "\n".join([*v[0], "a", "##b", "[UNK]"]).encode(errors="surrogatepass"),
+            "tokenizer_config.json": json.dumps(
+                {"tokenizer_class": "BertTokenizer", "do_lower_case": v[2], **v[1]}
+            ).encode(),
         }
     ),
     JSON.map(lambda v: {"tokenizer.json": json.dumps(v).encode()}),
