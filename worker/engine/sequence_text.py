@@ -89,8 +89,9 @@ class SequenceText:
         self.next_delta_at = 0.0
         self._tokenizer = tokenizer
         self._skip = sequence.request.skip_special_tokens
-        #: Whether the text follows the prompt's: otherwise it is that of the output's tokens by themselves.
-        self._inside = sequence.request.echo
+        #: Whether the text follows that of the prompt, so that its first word keeps the space before it.
+        hidden = tokenizer.special_ids if self._skip else frozenset[int]()
+        self._inside = any(token not in hidden for token in sequence.prompt)
         self._decoder = tokenizer.decoder(skip_special_tokens=self._skip, inside=self._inside)
         self._prompt_text, self._prompt_rest = prompt_text, prompt_rest
         self._stops = sequence.request.stop
