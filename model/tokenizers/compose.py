@@ -10,8 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processo
 from tokenizers.models import BPE
 
 from headrace.model.hub import short_repr, shorten
-from headrace.model.tokenizers.base import END_OF_TEXT
-from headrace.model.tokenizers.files import NAMED, Files, content
+from headrace.model.tokenizers.files import GPT2_DEFAULTS, NAMED, Files, content
 from headrace.model.trusted_files import ModelError
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -60,7 +59,6 @@ def compose(
     Raises:
         ModelError: a file names the reason.
     """
-    settings = files.settings
     prefix = flag(files, "add_prefix_space")
     try:
         made = Tokenizer(
@@ -70,18 +68,36 @@ def compose(
         raise ModelError(f"{path}: tokenizers does not accept this vocabulary ({shorten(str(error))})") from None
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     made.decoder = decoders.ByteLevel()
-    named = files.special_tokens(default=END_OF_TEXT)
-    extra = files.extra_special_tokens()
-    if "added_tokens_decoder" in settings:
+    named = add_all(path, files, made, vocabulary, GPT2_DEFAULTS, added)
+    _add_ends(files, made, named)
+    return made
+
+
+def add_all(
+    path: Path,
+    files: Files,
+    made: Tokenizer,
+    vocabulary: Mapping[str, int],
+    defaults: Mapping[str, str],
+    added: Mapping[int, AddedToken] | None = None,
+) -> dict[str, Any]:
+    """Add the tokens that the files name, in transformers' order. Returns the named special ones, as written."""
+    named, extra = files.special_tokens(default=defaults), files.extra_special_tokens()
+    if "added_tokens_decoder" in files.settings:
         by_id = _decoder_of_settings(files)
     elif added is not None:
         by_id = dict(added)
     else:
-        by_id = _added_tokens_json(files, {content(t) for t in (*named.values(), *extra)})
+        early = files.extra_special_tokens(early=True)
+        by_id = _added_tokens_json(files, {content(t) for t in (*named.values(), *early)})
     by_content = {token.content: token for token in by_id.values()}
     tokens = [by_id[i] for i in sorted(by_id)]
+    written = {content(t) for t in (*files.special_tokens(default={}).values(), *extra)}
+    rows = files.config.get("vocab_size")
     for key, value in named.items():
         text = content(value)
+        if text not in written and text not in vocabulary and isinstance(rows, int) and len(vocabulary) >= rows:
+            continue  # a default, for which the embedding has no row
         if text not in by_content and text not in {t.content for t in tokens}:
             tokens.append(_special(value))
         elif key in NAMED and text in by_content and not by_content[text].special:
@@ -90,8 +106,7 @@ def compose(
         if content(value) not in {t.content for t in tokens}:
             tokens.append(_special(value))
     add(path, made, tokens)
-    _add_ends(files, made, named)
-    return made
+    return named
 
 
 def add(path: Path, made: Tokenizer, tokens: Iterable[AddedToken]) -> None:
@@ -120,9 +135,15 @@ def _add_ends(files: Files, made: Tokenizer, named: Mapping[str, Any]) -> None:
         ends.append(f"{text}:0" if flag(files, f"add_{name}_token") and token_id is not None else "")
     bos, eos = ends
     used = {end[:-2]: made.token_to_id(end[:-2]) for end in ends if end}
-    made.post_processor = processors.TemplateProcessing(
-        single=" ".join(filter(None, (bos, "$A:0", eos))), pair=None, special_tokens=list(used.items())
-    )
+    surround(files.folder / "tokenizer_config.json", made, [part for part in (bos, "$A:0", eos) if part], used)
+
+
+def surround(path: Path, made: Tokenizer, parts: list[str], used: Mapping[str, int | None]) -> None:
+    """Let a tokenizer put special tokens around a text. Raises ModelError, which names the file."""
+    try:
+        made.post_processor = processors.TemplateProcessing(parts, None, list(used.items()))
+    except Exception as error:
+        raise ModelError(f"{path}: its special tokens cannot be put around a text ({shorten(str(error))})") from None
 
 
 def token_of(path: Path, key: str, raw: Any) -> AddedToken:

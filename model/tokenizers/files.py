@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +37,47 @@ NAMES = ("tokenizer.json", *OTHER_VOCABULARIES, *DESCRIBING)
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 #: The class that reads GPT-2's files in transformers, by its names.
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
+GPT2_DEFAULTS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+#: The class that reads vocab.txt, which is also that of Chinese GPT-2 models.
+BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast")
+BERT_DEFAULTS = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
 
 
 class Files:
-    """The files of one directory, `folder`."""
+    """The files that describe a tokenizer.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: the directory.
+        given: the content of files that another container holds; then none is read.
+    """
+
+    def __init__(self, folder: Path, given: Mapping[str, dict[str, Any]] | None = None) -> None:
+        self.folder, self._given = folder, given
 
     def __contains__(self, name: str) -> bool:
-        return (self.folder / name).is_file()
+        return (self.folder / name).is_file() if self._given is None else name in self._given
 
     def json(self, name: str, limit: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
         """The object in a JSON file; empty if there is no such file. Raises ModelError, which names the file."""
-        return read_json(self.folder / name, limit) if name in self else {}
+        if name not in self:
+            return {}
+        found = read_json(self.folder / name, limit) if self._given is None else self._given[name]
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ModelError(f"{self.folder / name}: a text in it holds an unpaired surrogate") from None
+        return found
 
     def vocabulary_json(self, name: str) -> tuple[bytes, dict[str, Any]]:
         """The bytes of a JSON file and the object in them. Raises ModelError, which names the file."""
+        if self._given is not None:
+            return json.dumps(self._given[name]).encode(), self._given[name]
         data = read_bytes(self.folder / name, MAX_FILE_BYTES)
         return data, parse_json(self.folder / name, data)
 
@@ -92,13 +118,13 @@ class Files:
             )
         return found
 
-    def special_tokens(self, *, default: str | None) -> dict[str, Any]:
-        """The named special tokens as written: texts, or objects with `content`.
+    def special_tokens(self, *, default: Mapping[str, str]) -> dict[str, Any]:
+        """The named special tokens as written, in transformers' order: texts, or objects with `content`.
 
         Args:
-            default: what the beginning, the end and unknown tokens are if the files do not say.
+            default: what they are if the files do not say.
         """
-        found: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "unk_token"), default)
+        found: dict[str, Any] = {name: default.get(name) for name in NAMED}
         sources = [("tokenizer_config.json", self.settings)]
         if "added_tokens_decoder" not in self.settings:
             sources.append(("special_tokens_map.json", self.json("special_tokens_map.json")))
@@ -108,23 +134,28 @@ class Files:
                     found[key] = _checked(self.folder / name, key, raw[key])
         return {key: value for key, value in found.items() if value is not None}
 
-    def extra_special_tokens(self) -> list[Any]:
-        """The special tokens without a name, as written."""
-        found: list[Any] = []
-        for name, raw in (
-            ("tokenizer_config.json", self.settings),
-            (
-                "special_tokens_map.json",
-                {} if "added_tokens_decoder" in self.settings else self.json("special_tokens_map.json"),
-            ),
-        ):
-            for key in ("additional_special_tokens", "extra_special_tokens"):
-                values = raw.get(key) or []
-                values = list(values.values()) if isinstance(values, dict) else values
-                if not isinstance(values, list):
-                    raise ModelError(f"{self.folder / name}: {key} must be a list of tokens")
-                found += [t for t in (_checked(self.folder / name, key, v) for v in values) if t not in found]
+    def extra_special_tokens(self, *, early: bool = False) -> list[Any]:
+        """The special tokens without a name, as written.
+
+        Args:
+            early: only those that transformers knows when it reads added_tokens.json.
+        """
+        settings, names = self.settings, ("extra_special_tokens", "additional_special_tokens")
+        found = self._listed("tokenizer_config.json", names[0]) or self._listed("tokenizer_config.json", names[1])
+        if "added_tokens_decoder" in settings:
+            return found
+        named = found or names[0] in settings
+        for name in names[: 1 if early or named else 2]:
+            found = [*found, *(t for t in self._listed("special_tokens_map.json", name) if t not in found)]
         return found
+
+    def _listed(self, name: str, key: str) -> list[Any]:
+        """A list of tokens, or the values of a map of them. Raises ModelError, which names the file."""
+        values = self.json(name).get(key) or []
+        values = list(values.values()) if isinstance(values, dict) else values
+        if not isinstance(values, list):
+            raise ModelError(f"{self.folder / name}: {key} must be a list of tokens")
+        return [_checked(self.folder / name, key, value) for value in values if value is not None]
 
 
 def _checked(path: Path, key: str, value: Any) -> Any:
@@ -139,6 +170,8 @@ def content(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def default_end(tokenizer_class: str | None) -> str | None:
-    """The special token that transformers assumes where the files name none."""
-    return END_OF_TEXT if tokenizer_class is None or tokenizer_class in GPT2_CLASSES else None
+def defaults_of(tokenizer_class: str | None) -> Mapping[str, str]:
+    """The special tokens that transformers assumes where the files name none; empty for classes unknown here."""
+    if tokenizer_class is None or tokenizer_class in GPT2_CLASSES:
+        return GPT2_DEFAULTS
+    return BERT_DEFAULTS if tokenizer_class in BERT_CLASSES else {}

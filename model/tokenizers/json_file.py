@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from headrace.model.hub import shorten
 from headrace.model.tokenizers import compose
 from headrace.model.tokenizers.base import END_OF_TEXT, Described, Tokenizer
 from headrace.model.tokenizers.described import describe, gpt2s
-from headrace.model.tokenizers.files import GPT2_CLASSES, Files, default_end
+from headrace.model.tokenizers.files import GPT2_CLASSES, Files, defaults_of
 from headrace.model.tokenizers.gpt2 import is_gpt2s
 from headrace.model.tokenizers.ids_only import TokenIdsOnly
 from headrace.model.tokenizers.library import LibraryTokenizer
@@ -30,7 +32,7 @@ def from_tokenizer_json(files: Files) -> Tokenizer:
     library = parse(path, data)
     _check_ids(path, library)
     notes = (*_settle(library, raw), *_differences(files, path, raw, library))
-    described = describe(files, default=default_end(files.tokenizer_class), notes=notes)
+    described = describe(files, default=defaults_of(files.tokenizer_class), notes=notes)
     if (
         not {"bos_token", "eos_token"} & described.special_tokens.keys()
         and library.token_to_id(END_OF_TEXT) is not None
@@ -38,10 +40,15 @@ def from_tokenizer_json(files: Files) -> Tokenizer:
         named = {**described.special_tokens, "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
         described = Described(named, described.chat_template, notes)
     try:
-        return LibraryTokenizer(library, described)
+        return LibraryTokenizer(library, digest_of(raw), described)
     except ValueError as error:
         reason = f"{path}: its decoder {error} cannot be computed one token at a time, so prompts must be token ids"
         return TokenIdsOnly(reason, described)
+
+
+def digest_of(raw: Any) -> str:
+    """SHA-256 of a JSON value: the same for equal values, however they are written."""
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
 def parse(path: Path, data: bytes) -> tokenizers.Tokenizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 
@@ -13,14 +12,13 @@ from headrace.model.tokenizers.base import ID_NAME, Described, IncrementalDecode
 from headrace.model.tokenizers.gpt2 import byte_alphabet
 from headrace.model.tokenizers.pieces import Chain, PieceDecoder, is_byte_level
 
-_KINDS = {"BPE": "BPE", "Unigram": "Unigram", "WordPiece": "WordPiece", "WordLevel": "WordLevel"}
-
 
 class LibraryTokenizer(Tokenizer):
     """A tokenizer of Hugging Face's library.
 
     Args:
         library: whose truncation and padding are off.
+        digest: SHA-256 of what it was made of.
         described: what the files say about it.
         parses_special_tokens: the default of `encode`.
 
@@ -29,12 +27,10 @@ class LibraryTokenizer(Tokenizer):
     """
 
     def __init__(
-        self, library: tokenizers.Tokenizer, described: Described, *, parses_special_tokens: bool = True
+        self, library: tokenizers.Tokenizer, digest: str, described: Described, *, parses_special_tokens: bool = True
     ) -> None:
         super().__init__(described)
-        written = library.to_str()
-        pipeline = json.loads(written)
-        self.digest = hashlib.sha256(written.encode("utf-8", "surrogatepass")).hexdigest()
+        self.digest = digest
         self._library = library
         self._lock = threading.Lock()  # the library cannot encode while another thread changes its setting
         added = library.get_added_tokens_decoder()
@@ -45,12 +41,13 @@ class LibraryTokenizer(Tokenizer):
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.parses_special_tokens = parses_special_tokens
         self.bos_token_id, self.eos_token_id = self._named("bos_token"), self._named("eos_token")
-        decoder = pipeline.get("decoder")
+        # The library's `to_str` would hold a number for each hole between the ids, which a hostile file makes huge.
+        decoder = None if library.decoder is None else json.loads(library.decoder.__getstate__())
         self._chain = None if is_byte_level(decoder) else Chain(decoder)
         self._to_byte = {ord(char): byte for byte, char in enumerate(byte_alphabet())}
         self._bytes: dict[int, bytes] = {}
         self._names_taken: dict[str, int] = {}
-        kind = _KINDS.get(pipeline["model"].get("type"), str(pipeline["model"].get("type")))
+        kind = type(library.model).__name__
         self.kind = f"byte-level {kind}" if self._chain is None else kind
 
     def _named(self, name: str) -> int | None:
@@ -98,6 +95,13 @@ class LibraryTokenizer(Tokenizer):
         if self._chain is None:
             return super().decoder(rest, skip_special_tokens=skip_special_tokens, inside=inside)
         return _Pieces(self, self._tokens, PieceDecoder(self._chain, inside=inside), skip=skip_special_tokens)
+
+    def reference_text(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids as the library itself decodes them. Raises ValueError if it cannot."""
+        try:
+            return str(self._library.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        except BaseException as error:
+            raise _as_value_error(error) from None
 
     def _name(self, token_id: int) -> str:
         """A name that no other token has: the id, if a token before it has the same text."""

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 
 from headrace.client.wire.activations import CHECKPOINTS
 from headrace.client.wire.comparison import compare
-from headrace.model import Decoder, ModelError, load_model, load_tokenizer
+from headrace.model import Decoder, ModelError, load_model
 from headrace.model.config import ModelConfig
 from headrace.model.families import FAMILIES
 from headrace.model.gguf_file import tokenizer_json
-from headrace.model.tokenizer import END_OF_TEXT, byte_alphabet
 from headrace.model.weights import expected_shapes
 from headrace.worker.fidelity.tensor_files import read_tensors
 from tests.fuzz.harness import Target, check_message
@@ -176,62 +175,6 @@ def check_index(case: tuple[Any, bytes, bytes]) -> None:
     files = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors.index.json": json.dumps(index).encode()}
     with folder({**files, "a.safetensors": first, "b.safetensors": second}) as path:
         _load(path)
-
-
-BYTES = byte_alphabet()
-TOKENS = st.sampled_from(["ab", "bc", "abc", "Ġa", END_OF_TEXT, "a", "ð", "\ud800", "", " ", "a b", "é"]) | ANY_TEXT
-VOCABULARY = {char: i for i, char in enumerate(BYTES)} | {"ab": 256, "abc": 257}
-VOCABULARIES = st.one_of(
-    st.just(VOCABULARY),
-    st.dictionaries(TOKENS, st.integers(255, 262) | JSON, max_size=4).map(lambda more: {**VOCABULARY, **more}),
-    st.dictionaries(TOKENS, st.integers(258, 262) | st.sampled_from([2**31 - 1, 2**31, 2**40]), max_size=4).map(
-        lambda more: {**VOCABULARY, **more}
-    ),
-    st.sampled_from([3, 20_000]).map(lambda n: {**VOCABULARY, **{f"<{i}>": 258 + i for i in range(n)}}),
-    JSON,
-)
-MERGES = st.lists(
-    st.sampled_from(
-        ["a b", "ab c", "b c", "a bc", "c ab", "ab ab", "#version: 0.2", "", "a", "a b c", " ", "é x", "\ud800 a"]
-    )
-    | ANY_TEXT,
-    max_size=5,
-) | st.just(["a b", "ab c"])
-ADDED = st.none() | JSON | st.lists(objects({"content": TOKENS, "id": st.integers(250, 270) | JSON}), max_size=3)
-VOCABULARY_FILES = st.one_of(
-    st.tuples(VOCABULARIES, MERGES).map(
-        lambda v: {
-            "vocab.json": json.dumps(v[0]).encode(),
-            "merges.txt": "\n".join(v[1]).encode(errors="surrogatepass"),
-        }
-    ),
-    st.tuples(st.binary(max_size=20) | st.just(b"[" * 100_000), st.binary(max_size=20)).map(
-        lambda v: {"vocab.json": v[0], "merges.txt": v[1]}
-    ),
-    st.tuples(
-        VOCABULARIES, MERGES.map(lambda m: [x.split(" ") for x in m]) | MERGES | st.lists(JSON, max_size=3), ADDED
-    ).map(
-        lambda v: {
-            "tokenizer.json": json.dumps(
-                {"model": {"type": "BPE", "vocab": v[0], "merges": v[1]}, "added_tokens": v[2]}
-            ).encode()
-        }
-    ),
-    JSON.map(lambda v: {"tokenizer.json": json.dumps(v).encode()}),
-)
-SAMPLES = ("", "abc abcab", " \u00e9\U0001f600 <1>", "a" * 300 + " " * 300)
-
-
-def check_vocabulary(files: dict[str, bytes]) -> None:
-    """A vocabulary round-trips every text, or is refused with a ModelError that names its directory."""
-    with folder(files) as path:
-        try:
-            tokenizer = load_tokenizer(path)
-        except ModelError as error:
-            check_message(str(error), str(path))
-            return
-        for text in SAMPLES:
-            assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 TENSOR_NAMES = st.sampled_from(
@@ -418,6 +361,5 @@ TARGETS = [
     Target("gguf", GGUF_FILES, check_gguf, full_cases=12_000),
     Target("model", st.tuples(CONFIGS, WEIGHTS), check_model, full_cases=12_000),
     Target("index", st.tuples(INDEXES, WEIGHTS, WEIGHTS), check_index, full_cases=6_000),
-    Target("vocabulary", VOCABULARY_FILES, check_vocabulary, full_cases=6_000, test_cases=20),
     Target("tensors", TENSOR_FILES, check_tensors, full_cases=7_000),
 ]

@@ -6,7 +6,7 @@ import json
 import random
 import secrets
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -22,9 +22,6 @@ from headrace.worker.cli.batch_input import BatchInput
 from headrace.worker.cli.batch_progress import ProgressDisplay
 from headrace.worker.cli.batch_report import duration, peak_memory
 from headrace.worker.cli.local_stack import check_worker_packages, note, settings_for
-
-if TYPE_CHECKING:
-    from headrace.model.tokenizer import Tokenizer
 
 #: Rows that are computed to measure the rate, and how many of them warm up the workers before.
 SAMPLE, WARM_UP = 128, 8

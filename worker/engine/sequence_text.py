@@ -89,8 +89,9 @@ class SequenceText:
         self.next_delta_at = 0.0
         self._tokenizer = tokenizer
         self._skip = sequence.request.skip_special_tokens
-        #: Whether the text follows the prompt's: otherwise it is that of the output's tokens by themselves.
-        self._inside = sequence.request.echo
+        #: Whether the text follows that of the prompt, so that its first word keeps the space before it.
+        hidden = tokenizer.special_ids if self._skip else frozenset[int]()
+        self._inside = any(token not in hidden for token in sequence.prompt)
         self._decoder = tokenizer.decoder(skip_special_tokens=self._skip, inside=self._inside)
         self._prompt_text, self._prompt_rest = prompt_text, prompt_rest
         self._stops = sequence.request.stop
@@ -245,8 +246,10 @@ class SequenceText:
     def _with_prompt(self, logprobs: list[TokenLogprob] | None) -> list[TokenLogprob] | None:
         if logprobs is None:
             return None
-        offsets = OffsetCounter(self._tokenizer)
-        return [*(self._logprob(s, offsets.next(s.token_id)) for s in self.sequence.prompt_scores), *logprobs]
+        offsets, end = OffsetCounter(self._tokenizer), len(self._prompt_text)
+        # The text may lack what the tokenizer adds around a prompt.
+        prompt = (self._logprob(s, min(offsets.next(s.token_id), end)) for s in self.sequence.prompt_scores)
+        return [*prompt, *logprobs]
 
     def _logprob(self, score: TokenScore, text_offset: int) -> TokenLogprob:
         name, count = self._tokenizer.token_name, self.sequence.request.logprobs

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import torch
 
-from headrace.model.tokenizer import _byte_alphabet
+from headrace.model.tokenizer import byte_alphabet
 
 NAMES = {
     "wte": "token_embd",
@@ -23,7 +23,7 @@ NAMES = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
-TOKENS = [*_byte_alphabet(), "ab", "abc", "Ġa", "12", "<|endoftext|>", "<|user|>", "két szó"]
+TOKENS = [*byte_alphabet(), "ab", "abc", "Ġa", "12", "<|endoftext|>", "<|user|>", "két szó"]
 MERGES = ["a b", "ab c", "Ġ a", "1 2"]
 TYPES = [1] * (len(TOKENS) - 3) + [3, 4, 4]
 END = TOKENS.index("<|endoftext|>")

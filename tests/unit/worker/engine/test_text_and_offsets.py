@@ -18,6 +18,7 @@ import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Peer
 
 from headrace.client.batch.openai import completion
 from headrace.client.http.routes.completions import ChunkEncoder
@@ -26,9 +27,12 @@ from headrace.client.wire.requests import GenerateRequest, parse_request
 from headrace.client.wire.results import Choice, Result, StreamEvent, StreamPiece
 from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import PATTERN, TiktokenTokenizer, Tokenizer, gpt2_tokenizer
+from headrace.model.tokenizers.base import Described
+from headrace.model.tokenizers.library import LibraryTokenizer
 from headrace.worker.engine.requests import RequestState, prepare
 from headrace.worker.engine.sequence import TokenScore
 from headrace.worker.engine.sequence_text import TextDelta
+from tests.unit.model.tokenizer_makers import llama, unigram, word_piece
 
 END = 50256
 #: More ids than tokens, as in a padded embedding.
@@ -305,6 +309,41 @@ def test_a_long_prompt_is_decoded_once() -> None:
     result, _ = compute(prompt, [257] * 200, tokenizer=tokenizer, n=8, echo=True, logprobs=None)
     assert all(choice.text.endswith(" a" * 200) for choice in result.choices)
     assert decoded <= len(prompt) + 8 * 200
+
+
+# --- other tokenizers -----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def own(name: str) -> tuple[Peer, Tokenizer]:
+    """A tokenizer that is not byte-level, of the library and ours."""
+    made = {"llama": llama, "unigram": unigram, "word_piece": word_piece}[name]()
+    return made, LibraryTokenizer(made, "", Described())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(["llama", "unigram", "word_piece"]),
+    draws=st.lists(st.integers(0, 10**6), min_size=2, max_size=14),
+    echo=st.booleans(),
+    skip=st.booleans(),
+    every=st.integers(1, 4),
+)
+def test_other_tokenizers_stream_the_text_that_their_library_gives(
+    name: str, draws: list[int], echo: bool, skip: bool, every: int
+) -> None:
+    peer, tokenizer = own(name)
+    prompt, output = peer.encode("the king", add_special_tokens=False).ids, [i % tokenizer.vocab_size for i in draws]
+    result, deltas = compute(
+        prompt, output, every, tokenizer=tokenizer, echo=echo, skip_special_tokens=skip, ignore_eos=True
+    )
+    (choice,) = result.choices
+    whole, start = (peer.decode(ids, skip_special_tokens=skip) for ids in (prompt + output, prompt))
+    assert choice.text == (whole if echo else whole.removeprefix(start))
+    assert streamed(events_of(deltas, result), 0)["text"] == choice.text
+    offsets = offsets_of(choice)
+    assert offsets == sorted(offsets, key=lambda at: at or 0)
+    assert all(0 <= (at or 0) <= len(choice.text) for at in offsets)
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
