@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from headrace.client import Client, InvalidBatch, InvalidRequest, JobFailed
 from headrace.client.batch.check import check
-from headrace.client.batch.openai import output_line, read_output_line
+from headrace.client.batch.output_lines import output_line, read_output_line
 from headrace.client.batch.rows import ItemReader
 from headrace.client.batch.sources import open_source
 from headrace.client.wire.foreign import FOREIGN
