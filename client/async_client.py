@@ -86,9 +86,16 @@ class AsyncClient:
         self._thread.shutdown(wait=False)
         self._submitting.shutdown(wait=False)
 
-    async def submit(self, prompt: str | Sequence[int], *, id: str | None = None, **params: Any) -> AsyncJob:  # noqa: A002
-        """Queue one prompt; see `Client.submit`."""
-        job = await self._run_in_thread(self._client.submit, prompt, id=id, **params)
+    async def submit(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        id: str | None = None,  # noqa: A002
+        **params: Any,
+    ) -> AsyncJob:
+        """Queue one prompt, or the messages of a chat; see `Client.submit`."""
+        job = await self._run_in_thread(self._client.submit, prompt, messages=messages, id=id, **params)
         return AsyncJob(job.id, self, accepted=True)
 
     async def submit_many(

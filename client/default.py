@@ -32,7 +32,7 @@ def _client_for(settings: tuple[tuple[str, str], ...], directory: Path) -> Clien
     return Client()
 
 
-def submit(prompt: str | Sequence[int], **params: Any) -> Job:
+def submit(prompt: str | Sequence[int] | None = None, **params: Any) -> Job:
     """Queue one prompt; see `Client.submit`."""
     return default_client().submit(prompt, **params)
 
@@ -62,7 +62,7 @@ def as_completed(jobs: Iterable[Job], timeout: float | None = None) -> Iterator[
     return default_client().as_completed(jobs, timeout)
 
 
-def signature(prompt: str | Sequence[int], **params: Any) -> Signature:
+def signature(prompt: str | Sequence[int] | None = None, **params: Any) -> Signature:
     """A job as a Celery signature; see `Client.signature`."""
     return default_client().signature(prompt, **params)
 

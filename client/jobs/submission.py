@@ -29,7 +29,7 @@ from headrace.client.wire.celery import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME,
 from headrace.client.wire.errors import InvalidRequest, QueueFull, RedisRefused, RedisUnreachable
 from headrace.client.wire.queue_depth import count_queued
 from headrace.client.wire.redis import redis_errors
-from headrace.client.wire.requests import GenerateRequest, parse_request
+from headrace.client.wire.requests import INTERNAL_NAMES, GenerateRequest, parse_request
 from headrace.client.wire.result_size import check_result_size
 from headrace.client.wire.tracing import sending
 from headrace.client.wire.values import is_missing, show
@@ -76,7 +76,7 @@ class Submitter:
         """
         given = {name: value for name, value in fields.items() if not is_missing(value)}
         job_id, model, timeout_s = given.pop("id", None), given.pop("model", None), given.pop("timeout_s", None)
-        for internal, advice in {"expires_at": "use timeout_s", "schema_version": "it is set for you"}.items():
+        for internal, advice in INTERNAL_NAMES.items():
             if internal in given:
                 raise InvalidRequest(internal, show(given[internal]), f"no such parameter; {advice}")
         if timeout_s is not None:
@@ -316,8 +316,10 @@ def _patiently(call: Callable[[], T]) -> T:
 
 
 def _share_parameters(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return one.keys() == other.keys() and all(
-        value is other[name] for name, value in one.items() if name not in OWN_FIELDS
+    return (
+        one.keys() == other.keys()
+        and not is_missing(one.get("prompt"))
+        and all(value is other[name] for name, value in one.items() if name not in OWN_FIELDS)
     )
 
 

@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from headrace.client import SamplingParams
 from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.requests import GenerateRequest
 
 REPEATABLE = "may be given several times"
 MODEL = "model to use, by name or as in HEADRACE_MODEL; the first of HEADRACE_MODEL by default"
@@ -34,14 +35,20 @@ EFFECTS = {
     "min_tokens": "do not end the text before this many new tokens",
     "ignore_eos": "continue after the end-of-text token",
     "stop_token_ids": "end the text at the token with this id",
+    "skip_special_tokens": "leave special tokens out of the text",
+    "parse_special_tokens": "read the names of special tokens in the prompt, such as <|endoftext|>, as these tokens",
+    "add_special_tokens": "add the tokens that the model's tokenizer puts around a text",
 }
+#: Options for fields of the request that are no sampling parameters.
+PROMPT_OPTIONS = ("parse_special_tokens", "add_special_tokens")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def sampling_options(command: F) -> F:
     """Give a command an option for every sampling parameter, named, typed and described as in the schema."""
-    for name, field in reversed(SamplingParams.model_fields.items()):
+    prompt_fields = {name: GenerateRequest.model_fields[name] for name in PROMPT_OPTIONS}
+    for name, field in reversed({**SamplingParams.model_fields, **prompt_fields}.items()):
         command = _option(name, field)(command)
     return command
 
@@ -49,6 +56,8 @@ def sampling_options(command: F) -> F:
 def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     flag, kind = "--" + name.replace("_", "-"), value_type(field.annotation)
     effect, allowed = EFFECTS[name], str(field.description).removesuffix(", or None")
+    if kind is bool and field.default is not False:
+        return click.option(f"{flag}/--no-{flag.removeprefix('--')}", default=None, help=effect)
     if kind is bool:
         return click.option(flag, is_flag=True, default=None, help=effect)
     if get_origin(kind) is list:
