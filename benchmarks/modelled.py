@@ -13,6 +13,7 @@ import time
 
 from benchmarks.workloads import echo
 from headrace.config import Settings
+from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import load_tokenizer
 from headrace.worker.celery import app
 from headrace.worker.engine import build
@@ -78,6 +79,7 @@ def modelled_engine(settings: Settings, name: str | None = None) -> Engine:
         model_name=name or settings.model_name,
         vocab_size=tokenizer.vocab_size,
         max_context=longest,
+        ends=Ends((50256,), 50256),
         fingerprint=f"modelled/step-{step_ms:g}-ms/process-{os.getpid()}",  # identifies the worker that computed a job
     )
 

@@ -78,7 +78,7 @@ class FusedDecoder:
         if backend.packs_output and not captures:  # captures read `fed` unpacked
             ops[:, FEED, OP.packs_output] = ops[:, FEED_PROJECTION, OP.in_packed] = 1
         program = Program(backend, rows, max(width, fed.shape[1]))
-        q, k, v = qkv.view(rows, 3, self._blocks[0].n_head, -1).unbind(1)  # [M, H, D] each
+        q, k, v = self._blocks[0].heads(qkv)
         if not captures and isinstance(attend, CachedAttention):
             attended = torch.empty_like(x)
             calls = attend.layer_calls(q, k, v, attended.view(q.shape))

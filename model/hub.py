@@ -38,7 +38,15 @@ RELEASED = {
     "gpt2-xl": "openai-community/gpt2-xl",
     "distilgpt2": "distilbert/distilgpt2",
 }
-HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "merges.txt", "vocab.json", "tokenizer.json"]
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "merges.txt",
+    "vocab.json",
+    "tokenizer.json",
+]
 #: Size limits of config.json and of an index. Parsed JSON can take thirty times its size.
 MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 2**20, 2**24
 

@@ -20,6 +20,7 @@ from headrace.client.wire.requests import parse_request
 from headrace.client.wire.results import Choice, Result
 from headrace.model.config import ModelConfig
 from headrace.model.decoder import Decoder
+from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import gpt2_tokenizer
 from headrace.model.weights import expected_shapes
 from headrace.worker.engine.cache_slots import SlotTable
@@ -75,7 +76,7 @@ def engine(slots: int = 64, step_tokens: int = 512, chunk: int = 32, drafts: int
     runner = ModelRunner(small_model(), [32, 64, POSITIONS])
     table = SlotTable([32, 64, POSITIONS], position_bytes=runner.position_bytes, budget_bytes=2**24)
     scheduler = Scheduler(table, max_rows=slots, step_tokens=step_tokens, prefill_chunk=chunk, draft_tokens=drafts)
-    names = {"model_name": "small", "vocab_size": VOCABULARY, "max_context": POSITIONS}
+    names: dict[str, Any] = {"model_name": "small", "vocab_size": VOCABULARY, "max_context": POSITIONS, "ends": Ends()}
     return Engine(runner, gpt2_tokenizer(), scheduler, **names)
 
 
@@ -200,6 +201,7 @@ def test_n_samples_are_n_jobs_with_their_sample_index(fields: dict[str, Any], n:
             "one",
             future := Future(),
             tokenizer=single.tokenizer,
+            ends=single.ends,
             vocab_size=single.vocab_size,
             max_context=single.max_context,
         )

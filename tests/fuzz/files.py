@@ -20,7 +20,7 @@ from headrace.client.wire.activations import CHECKPOINTS
 from headrace.client.wire.comparison import compare
 from headrace.model import Decoder, ModelError, load_model, load_tokenizer
 from headrace.model.config import ModelConfig
-from headrace.model.tokenizer import END_OF_TEXT, _byte_alphabet
+from headrace.model.tokenizer import END_OF_TEXT, byte_alphabet
 from headrace.model.weights import expected_shapes
 from headrace.worker.fidelity.tensor_files import read_tensors
 from tests.fuzz.harness import Target, check_message
@@ -167,7 +167,7 @@ def check_index(case: tuple[Any, bytes, bytes]) -> None:
         _load(path)
 
 
-BYTES = _byte_alphabet()
+BYTES = byte_alphabet()
 TOKENS = st.sampled_from(["ab", "bc", "abc", "Ġa", END_OF_TEXT, "a", "ð", "\ud800", "", " ", "a b", "é"]) | ANY_TEXT
 VOCABULARY = {char: i for i, char in enumerate(BYTES)} | {"ab": 256, "abc": 257}
 VOCABULARIES = st.one_of(

@@ -14,7 +14,8 @@ from headrace import __version__
 from headrace.config import Settings
 from headrace.model.config import ModelConfig
 from headrace.model.decoder import Decoder
-from headrace.model.hub import ModelError, find_model
+from headrace.model.generation_config import Ends, read_ends
+from headrace.model.hub import MAX_CONFIG_BYTES, ModelError, find_model, read_json
 from headrace.model.kernels.attention import decode_kernel
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
 from headrace.model.trusted_files import check_not_shared
@@ -64,6 +65,9 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
     model = load_model(source, device=settings.device, dtype=settings.dtype, allow_shared=shared)
     tokenizer = load_tokenizer(source, allow_shared=shared)
     check_vocabulary(source, model.config, tokenizer)
+    folder = find_model(source)
+    raw_config = read_json(folder / "config.json", MAX_CONFIG_BYTES)
+    ends = read_ends(folder, raw_config, tokenizer, model.config.vocab_size)
     max_context = min(settings.max_context or model.config.n_positions, model.config.n_positions)
     lengths = length_classes(max_context)
     runner = ModelRunner(model, lengths)
@@ -87,7 +91,8 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         model_name=name,
         vocab_size=model.config.vocab_size,
         max_context=max_context,
-        fingerprint=fingerprint(model, tokenizer, settings.prefill_chunk, invariant),
+        ends=ends,
+        fingerprint=fingerprint(model, tokenizer, ends, settings.prefill_chunk, invariant),
     )
     log.info("model.loaded", model=name, fingerprint=engine.fingerprint, cache_bytes=budget)
     return engine
@@ -128,7 +133,7 @@ def check_vocabulary(name: str, config: ModelConfig, tokenizer: Tokenizer) -> No
         )
 
 
-def fingerprint(model: Decoder, tokenizer: Tokenizer, prefill_chunk: int, invariant: bool) -> str:
+def fingerprint(model: Decoder, tokenizer: Tokenizer, ends: Ends, prefill_chunk: int, invariant: bool) -> str:
     """Identify what results depend on besides prompt, parameters and seed. Equal fingerprints mean equal results."""
     device = (
         torch.cuda.get_device_name(model.device)
@@ -147,6 +152,7 @@ def fingerprint(model: Decoder, tokenizer: Tokenizer, prefill_chunk: int, invari
         f"weights-{model.digest[:12] or 'unknown'}",
         f"config-{hashlib.sha256(repr(model.config).encode()).hexdigest()[:8]}",
         f"vocabulary-{tokenizer.digest[:12] or 'unknown'}",
+        f"ends-{ends.digest[:8]}",
         "batch-invariant" if invariant else "batch-dependent",
     )
     return "/".join(parts)

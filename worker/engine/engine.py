@@ -22,6 +22,7 @@ import structlog
 from headrace.client.wire.errors import JobError
 from headrace.client.wire.requests import GenerateRequest
 from headrace.client.wire.results import Result
+from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import Tokenizer
 from headrace.worker.engine.errors import EngineStopped
 from headrace.worker.engine.executor import StepExecutor
@@ -52,6 +53,7 @@ class Engine:
         model_name: how results name the model.
         vocab_size: token ids in a request must be below it.
         max_context: limit of prompt and new tokens together.
+        ends: the tokens that end a text, and the one for which the empty prompt stands.
         fingerprint: how results name software, hardware and weights.
         on_fatal: called once, from the engine's thread, if the engine cannot continue.
     """
@@ -65,6 +67,7 @@ class Engine:
         model_name: str,
         vocab_size: int,
         max_context: int,
+        ends: Ends,
         fingerprint: str = "",
         on_fatal: Callable[[BaseException], None] | None = None,
     ) -> None:
@@ -74,6 +77,7 @@ class Engine:
         self.model_name = model_name
         self.vocab_size = vocab_size
         self.max_context = max_context
+        self.ends = ends
         self.fingerprint = fingerprint
         self.on_fatal = on_fatal
         #: Set when the engine has stopped computing and every future is done.
@@ -124,6 +128,7 @@ class Engine:
                 job_id or uuid.uuid4().hex,
                 future,
                 tokenizer=self.tokenizer,
+                ends=self.ends,
                 vocab_size=self.vocab_size,
                 max_context=self.max_context,
             )

@@ -247,8 +247,8 @@ class LLM:
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
             return prompt
-        tokenizer = self._engine.tokenizer
-        return tokenizer.encode(prompt) or ([] if tokenizer.end_of_text is None else [tokenizer.end_of_text])
+        tokenizer, begin = self._engine.tokenizer, self._engine.ends.bos_token_id
+        return tokenizer.encode(prompt) or ([] if begin is None else [begin])
 
 
 for _name, _instead in ABSENT_METHODS.items():

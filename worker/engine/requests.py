@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from headrace.client.wire.errors import JobFailed
 from headrace.client.wire.requests import MAX_SCORES, GenerateRequest
 from headrace.client.wire.results import Result, Timings, Usage
+from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import Tokenizer
 from headrace.worker.engine.sequence import Sequence
 from headrace.worker.engine.sequence_text import SequenceText, TextDelta
@@ -77,6 +78,7 @@ def prepare(
     future: Future[Result],
     *,
     tokenizer: Tokenizer,
+    ends: Ends,
     vocab_size: int,
     max_context: int,
 ) -> RequestState:
@@ -85,7 +87,7 @@ def prepare(
     Raises:
         JobFailed: this model cannot compute the request.
     """
-    prompt, text, rest = _tokenize(request.prompt, tokenizer)
+    prompt, text, rest = _tokenize(request.prompt, tokenizer, ends)
     _check_token_ids(request, prompt, vocab_size)
     total = len(prompt) + request.max_tokens
     if total > max_context:
@@ -96,22 +98,26 @@ def prepare(
         )
     _check_logprobs(request, len(prompt))
     seed = secrets.randbits(52) if request.seed is None else request.seed
-    sequences = [Sequence(request, prompt, i, seed, tokenizer.end_of_text) for i in range(request.n)]
+    sequences = [Sequence(request, prompt, i, seed, ends.eos_ids) for i in range(request.n)]
     texts = [SequenceText(sequence, tokenizer, text, rest) for sequence in sequences]
     return RequestState(job_id, request, sequences, texts, seed, future, time.monotonic())
 
 
-def _tokenize(prompt: str | list[int], tokenizer: Tokenizer) -> tuple[list[int], str, bytes]:
+def _tokenize(prompt: str | list[int], tokenizer: Tokenizer, ends: Ends) -> tuple[list[int], str, bytes]:
     """Token ids and text of a prompt, and the bytes at its end that are an incomplete character.
 
-    The empty prompt becomes the end-of-text token, with which texts begin, and its text is that of this token.
+    The empty prompt becomes the token with which texts begin, as in transformers, and its text is that of this token.
     """
     if isinstance(prompt, str):
         if tokens := tokenizer.encode(prompt):
             return tokens, prompt, b""
-        if tokenizer.end_of_text is None:
-            raise JobFailed("empty_prompt", "the prompt is empty and this model's vocabulary has no end-of-text token")
-        prompt = [tokenizer.end_of_text]
+        if ends.bos_token_id is None:
+            raise JobFailed(
+                "empty_prompt",
+                "the prompt is empty, and the files of this model name no token of its vocabulary with which a text "
+                "begins; give a prompt, or set bos_token_id in generation_config.json",
+            )
+        prompt = [ends.bos_token_id]
     decoder = tokenizer.decoder()
     text = "".join(map(decoder.push, prompt))
     rest = decoder.rest

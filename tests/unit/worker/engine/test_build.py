@@ -14,7 +14,9 @@ from torch import Tensor
 
 from headrace.client.wire.requests import parse_request
 from headrace.config import Settings
-from headrace.model import Decoder, ModelError, Tokenizer, load_model, load_tokenizer
+from headrace.model import Decoder, ModelError, load_model, load_tokenizer
+from headrace.model.generation_config import Ends
+from headrace.model.tokenizer import TiktokenTokenizer
 from headrace.worker.engine.build import build_engine, check_vocabulary, default_budget, fingerprint, load_engine
 from headrace.worker.engine.cache_slots import length_classes
 from headrace.worker.engine.self_test import is_batch_invariant
@@ -99,17 +101,21 @@ def test_the_default_engine_holds_its_slots_and_is_batch_invariant() -> None:
 
 
 def test_the_fingerprint_differs_if_results_may_differ() -> None:
-    model, tokenizer = demo_model(), load_tokenizer("demo")
-    base = fingerprint(model, tokenizer, 128, True)
+    model, tokenizer, ends = demo_model(), load_tokenizer("demo"), Ends((50256,), 50256)
+    base = fingerprint(model, tokenizer, ends, 128, True)
     half = load_model("demo", device="cpu", dtype="bfloat16")
     other, again = (load_model("demo", device="cpu", dtype="float32") for _ in range(2))
     other.digest = "0" * 64
     again.config = replace(model.config, layer_norm_epsilon=1e-6)
-    prints = {fingerprint(each, tokenizer, 128, True) for each in (model, half, other, again)}
-    prints |= {fingerprint(model, tokenizer, 64, True), fingerprint(model, tokenizer, 128, False)}
-    prints |= {fingerprint(model, Tokenizer(tokenizer._encoding, "0" * 64), 128, True)}
-    assert len(prints) == 7
-    assert fingerprint(load_model("demo", device="cpu", dtype="float32"), tokenizer, 128, True) == base
+    prints = {fingerprint(each, tokenizer, ends, 128, True) for each in (model, half, other, again)}
+    prints |= {fingerprint(model, tokenizer, ends, 64, True), fingerprint(model, tokenizer, ends, 128, False)}
+    prints |= {
+        fingerprint(model, tokenizer, Ends((50256, 198), 50256), 128, True),
+        fingerprint(model, tokenizer, Ends(), 128, True),
+    }
+    prints |= {fingerprint(model, TiktokenTokenizer(tokenizer._encoding, "0" * 64), ends, 128, True)}
+    assert len(prints) == 9
+    assert fingerprint(load_model("demo", device="cpu", dtype="float32"), tokenizer, ends, 128, True) == base
     assert f"weights-{model.digest[:12]}" in base
 
 

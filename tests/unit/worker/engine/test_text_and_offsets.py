@@ -24,7 +24,8 @@ from headrace.client.http.completion_answer import CompletionChunks
 from headrace.client.jobs.stream import Event, StreamReader
 from headrace.client.wire.requests import GenerateRequest, parse_request
 from headrace.client.wire.results import Choice, Result, StreamEvent, StreamPiece
-from headrace.model.tokenizer import PATTERN, Tokenizer, gpt2_tokenizer
+from headrace.model.generation_config import Ends
+from headrace.model.tokenizer import PATTERN, TiktokenTokenizer, Tokenizer, gpt2_tokenizer
 from headrace.worker.engine.requests import RequestState, prepare
 from headrace.worker.engine.sequence import TokenScore
 from headrace.worker.engine.sequence_text import TextDelta
@@ -78,8 +79,9 @@ class Expected:
     offsets: list[int]
 
     @classmethod
-    def of(cls, prompt: list[int], output: list[int]) -> Expected:
-        data = [gpt2_tokenizer().known_bytes(token) for token in prompt + output]
+    def of(cls, prompt: list[int], output: list[int], *, skip: bool = True) -> Expected:
+        data = [gpt2_tokenizer().known_bytes(token) for token in prompt]
+        data += [b"" if skip and token == END else gpt2_tokenizer().known_bytes(token) for token in output]
         whole = b"".join(data)
         starts = character_starts(whole)
         offsets, at = [], 0
@@ -103,6 +105,7 @@ def state_of(request: GenerateRequest, tokenizer: Tokenizer | None = None) -> Re
         "job",
         Future(),
         tokenizer=tokenizer or gpt2_tokenizer(),
+        ends=Ends((50256,), 50256),
         vocab_size=VOCAB_SIZE,
         max_context=10_000,
     )
@@ -192,17 +195,19 @@ token_lists = st.one_of(
     echo=st.booleans(),
     every=st.integers(1, 5),
     samples=st.integers(1, 2),
+    skip=st.booleans(),
 )
 def test_prompt_and_output_are_decoded_together_and_offsets_are_positions_in_the_text(
-    prompt: list[int], output: list[int], echo: bool, every: int, samples: int
+    prompt: list[int], output: list[int], echo: bool, every: int, samples: int, skip: bool
 ) -> None:
-    result, deltas = compute(prompt, output, every, echo=echo, n=samples, ignore_eos=True)
-    expected = Expected.of(prompt, output)
+    result, deltas = compute(prompt, output, every, echo=echo, n=samples, ignore_eos=True, skip_special_tokens=skip)
+    expected = Expected.of(prompt, output, skip=skip)
     events = events_of(deltas, result)
     for index, choice in enumerate(result.choices):
         if echo:
             assert choice.text == expected.text
-            assert UNKNOWN in prompt + output or choice.text == gpt2_tokenizer().decode(choice.token_ids)
+            shown = [t for t in choice.token_ids[len(prompt) :] if not (skip and t == END)]
+            assert UNKNOWN in prompt + shown or choice.text == gpt2_tokenizer().decode(prompt + shown)
             assert offsets_of(choice) == expected.offsets
         else:
             assert choice.text == expected.text[expected.output_at :]
@@ -290,7 +295,7 @@ def test_a_long_prompt_is_decoded_once() -> None:
     prompt = gpt2_tokenizer().encode("😀 and " * 1_000)
     decoded = 0
 
-    class Counting(Tokenizer):
+    class Counting(TiktokenTokenizer):
         def token_bytes(self, token_id: int) -> bytes:
             nonlocal decoded
             decoded += 1
@@ -324,7 +329,9 @@ def awkward() -> Tokenizer:
     texts = [r"bytes:\xe2", "bytes:", "token_id:7", "a b"]
     ranks = {bytes([i]): i for i in range(256)} | {text.encode(): 256 + i for i, text in enumerate(texts)}
     specials = {"<|endoftext|>": 260, "a b": 261}
-    return Tokenizer(tiktoken.Encoding("awkward", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials))
+    return TiktokenTokenizer(
+        tiktoken.Encoding("awkward", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+    )
 
 
 def maps_of(result: Result, **options: bool) -> list[tuple[str, float, dict[str, float]]]:
