@@ -82,6 +82,9 @@ class Settings(BaseSettings):
     #: Memory for the key/value caches, in bytes; several models get equal parts. None: enough for every slot at full
     #: length, but at most a quarter of the memory that is free when a model is loaded.
     kv_cache_bytes: int | None = Field(None, description="a whole number of bytes from 1 to 2**50", ge=1, le=MAX_BYTES)
+    #: Whether the names of special tokens in a text prompt mean these tokens, in requests that do not say it. None:
+    #: what the model's tokenizer says.
+    parse_special_tokens: bool | None = Field(None, description="1 or 0")
     #: CPU threads. None: torch's default, one for each physical core.
     threads: int | None = Field(None, description="a whole number from 1 to 4096", ge=1, le=4096)
     #: The largest number of tokens in one forward pass. Limits how long a sequence that is generating waits for the

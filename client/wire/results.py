@@ -72,6 +72,17 @@ class Timings(BaseModel):
     decode_s: float
 
 
+class Tokenized(BaseModel):
+    """The tokens of a text."""
+
+    tokens: list[int]
+    #: The name of each token: its text, or `bytes:\xe2\x80` if its bytes are not whole characters.
+    token_strs: list[str]
+    count: int
+    #: How many tokens the model reads and writes together.
+    max_model_len: int
+
+
 class Result(BaseModel):
     """The result of a job that succeeded."""
 
@@ -86,6 +97,8 @@ class Result(BaseModel):
     timings: Timings
     #: Identifies software, hardware and weights. Workers with equal fingerprints give equal results.
     fingerprint: str = ""
+    #: The answer to `Client.tokenize`.
+    tokenized: Tokenized | None = Field(None, exclude_if=lambda value: value is None)
 
     @property
     def text(self) -> str:

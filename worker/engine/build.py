@@ -92,6 +92,7 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         vocab_size=model.config.vocab_size,
         max_context=max_context,
         ends=ends,
+        parse_special_tokens=settings.parse_special_tokens,
         fingerprint=fingerprint(model, tokenizer, ends, settings.prefill_chunk, invariant),
     )
     log.info("model.loaded", model=name, fingerprint=engine.fingerprint, cache_bytes=budget)

@@ -6,6 +6,7 @@ takes too long is ended and replaced. Nothing here runs in the engine's thread.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -30,7 +31,7 @@ MAX_PROCESSES = 4
 #: Seconds that a template may take, and a process to start.
 TIME_LIMIT_S, START_LIMIT_S = 5.0, 60.0
 #: Largest text of a chat, in bytes; the largest template, in characters.
-MAX_TEXT_BYTES, MAX_TEMPLATE = 2**20, 2**20
+MAX_TEXT_BYTES, MAX_TEMPLATE = 2**18, 2**20
 
 NO_TEMPLATE = (
     "the model has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), so it takes no "
@@ -52,7 +53,7 @@ class _Process:
 
     def __init__(self) -> None:
         kept = {name: os.environ[name] for name in ("PATH", "TZ", "LD_LIBRARY_PATH", "HOME") if name in os.environ}
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603  # this interpreter and a file of this package
             [sys.executable, "-P", str(_PROGRAM)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -61,7 +62,10 @@ class _Process:
             env={**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUTF8": "1"},
             start_new_session=True,
         )
-        self._rest = b""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        if stdin is None or stdout is None:
+            raise OSError("no pipes")
+        self._stdin, self._stdout = stdin, stdout
         try:
             self._read_line(START_LIMIT_S)
         except BaseException:
@@ -71,16 +75,13 @@ class _Process:
     def ask(self, request: dict[str, Any], limit_s: float) -> dict[str, Any]:
         """The answer to a request. Raises _TooLong, or OSError if the process has ended."""
         data = memoryview(json.dumps(request).encode() + b"\n")
-        stdin = self._process.stdin
-        assert stdin is not None
-        stdin.write(data)  # the process reads whole lines before it computes, so this does not block for long
-        stdin.flush()
+        self._stdin.write(data)  # the process reads whole lines before it computes, so this does not block for long
+        self._stdin.flush()
         answer: dict[str, Any] = json.loads(self._read_line(limit_s))
         return answer
 
     def _read_line(self, limit_s: float) -> bytes:
-        stdout = self._process.stdout
-        assert stdout is not None
+        stdout = self._stdout
         deadline, data = time.monotonic() + limit_s, bytearray()
         while not data.endswith(b"\n"):
             left = deadline - time.monotonic()
@@ -92,14 +93,17 @@ class _Process:
             data += piece
         return bytes(data)
 
+    def lives(self) -> bool:
+        """Whether the process has not ended."""
+        return self._process.poll() is None
+
     def end(self) -> None:
         """End the process."""
         with contextlib.suppress(OSError):
             self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in (self._stdin, self._stdout):
             with contextlib.suppress(OSError):
-                if pipe is not None:
-                    pipe.close()
+                pipe.close()
         self._process.wait()
 
 
@@ -114,8 +118,7 @@ class Renderer:
 
     def render(self, request: dict[str, Any], limit_s: float) -> str:
         """The text of a chat. Raises JobFailed."""
-        with self._lock:
-            process = self._idle.pop() if self._idle else None
+        process = self._idle_process()
         try:
             process = process or _Process()
             answer = process.ask(request, limit_s)
@@ -138,6 +141,15 @@ class Renderer:
             return str(answer["text"])
         raise JobFailed(answer["code"], f"{_SENTENCES[answer['code']]}: {answer['reason']}")
 
+    def _idle_process(self) -> _Process | None:
+        """A process that waits; none that was killed meanwhile."""
+        while True:
+            with self._lock:
+                process = self._idle.pop() if self._idle else None
+            if process is None or process.lives():
+                return process
+            process.end()
+
     def close(self) -> None:
         """End the processes that wait."""
         with self._lock:
@@ -147,6 +159,7 @@ class Renderer:
 
 
 renderer = Renderer()
+atexit.register(renderer.close)
 
 
 def render(

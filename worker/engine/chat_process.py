@@ -68,7 +68,7 @@ class _Dict:
 class _Namespace(jinja2.utils.Namespace):
     """`namespace` without attributes that begin with an underscore."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N805  # so that `namespace(self=...)` works
+    def __init__(*args: Any, **kwargs: Any) -> None:  # so that `namespace(self=...)` works
         self, rest = args[0], args[1:]
         attributes = dict(*rest, **kwargs)
         for name in attributes:

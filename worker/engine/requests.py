@@ -12,7 +12,8 @@ from headrace.client.wire.errors import JobFailed
 from headrace.client.wire.requests import MAX_SCORES, GenerateRequest
 from headrace.client.wire.results import Result, Timings, Usage
 from headrace.model.generation_config import Ends
-from headrace.model.tokenizer import Tokenizer
+from headrace.model.tokenizer import NoTokenizer, Tokenizer
+from headrace.worker.engine import chat
 from headrace.worker.engine.sequence import Sequence
 from headrace.worker.engine.sequence_text import SequenceText, TextDelta
 
@@ -72,6 +73,21 @@ class RequestState:
         )
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """What the engine calls for a job; see `Engine.submit`."""
+
+    on_start: Callable[[], None] | None = None
+    on_text: Callable[[TextDelta], None] | None = None
+    on_activations: Callable[[dict[str, bytes]], None] | None = None
+    text_every_s: float = 0.0
+
+    def give(self, state: RequestState) -> None:
+        """Give them to a job."""
+        state.on_start, state.on_text, state.on_activations = self.on_start, self.on_text, self.on_activations
+        state.text_every_s = self.text_every_s
+
+
 def prepare(
     request: GenerateRequest,
     job_id: str,
@@ -81,14 +97,17 @@ def prepare(
     ends: Ends,
     vocab_size: int,
     max_context: int,
+    parse_special_tokens: bool | None = None,
 ) -> RequestState:
     """Validate a request against the model, tokenize its prompt, choose its seed, and make its sequences.
+
+    Messages are rendered first, which may take seconds: not in a thread that others wait for.
 
     Raises:
         JobFailed: this model cannot compute the request.
     """
-    prompt, text, rest = _tokenize(request.prompt, tokenizer, ends)
-    _check_token_ids(request, prompt, vocab_size)
+    prompt, text, rest = read_prompt(request, tokenizer, ends, parse_special_tokens)
+    check_token_ids(request, prompt, vocab_size)
     total = len(prompt) + request.max_tokens
     if total > max_context:
         raise JobFailed(
@@ -103,14 +122,27 @@ def prepare(
     return RequestState(job_id, request, sequences, texts, seed, future, time.monotonic())
 
 
-def _tokenize(prompt: str | list[int], tokenizer: Tokenizer, ends: Ends) -> tuple[list[int], str, bytes]:
+def read_prompt(
+    request: GenerateRequest, tokenizer: Tokenizer, ends: Ends, parse_special_tokens: bool | None = None
+) -> tuple[list[int], str, bytes]:
     """Token ids and text of a prompt, and the bytes at its end that are an incomplete character.
 
     The empty prompt becomes the token with which texts begin, as in transformers, and its text is that of this token.
+
+    Args:
+        request: with a prompt, or messages, which are rendered.
+        tokenizer: of the model.
+        ends: of the model.
+        parse_special_tokens: of requests that do not say it; None for the tokenizer's default.
+
+    Raises:
+        JobFailed: `empty_prompt`, `no_tokenizer`, or an error of `chat.render`.
     """
-    if isinstance(prompt, str):
-        if tokens := tokenizer.encode(prompt):
-            return tokens, prompt, b""
+    prompt = request.prompt
+    if request.messages is not None or isinstance(prompt, str):
+        tokens, text = _encoded(request, tokenizer, parse_special_tokens)
+        if tokens:
+            return tokens, text, b""
         if ends.bos_token_id is None:
             raise JobFailed(
                 "empty_prompt",
@@ -124,7 +156,39 @@ def _tokenize(prompt: str | list[int], tokenizer: Tokenizer, ends: Ends) -> tupl
     return prompt, text + decoder.flush(), rest
 
 
-def _check_token_ids(request: GenerateRequest, prompt: list[int], vocab_size: int) -> None:
+def _encoded(request: GenerateRequest, tokenizer: Tokenizer, parse: bool | None) -> tuple[list[int], str]:
+    """Token ids and text of a text prompt or of messages."""
+    try:
+        if request.messages is None:
+            text = str(request.prompt)
+            if request.parse_special_tokens is not None:
+                parse = request.parse_special_tokens
+            add = request.add_special_tokens
+        else:
+            text, parse, add = _rendered(request, tokenizer), True, False  # the template writes special tokens
+        return tokenizer.encode(text, parse_special_tokens=parse, add_special_tokens=add), text
+    except NoTokenizer as error:
+        raise JobFailed("no_tokenizer", str(error)) from None
+
+
+def _rendered(request: GenerateRequest, tokenizer: Tokenizer) -> str:
+    text = chat.render(
+        tokenizer.chat_template,
+        request.messages or [],
+        tokenizer.special_tokens,
+        request.chat_template_kwargs,
+        add_generation_prompt=request.begins_answer,
+        continue_final_message=request.continue_final_message,
+    )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise JobFailed("chat_template_failed", "the model's chat template writes text that is not Unicode") from None
+    return text
+
+
+def check_token_ids(request: GenerateRequest, prompt: list[int], vocab_size: int) -> None:
+    """Raises JobFailed for an id that is not in the vocabulary."""
     for name, ids in (
         ("prompt", prompt),
         ("logit_bias", request.logit_bias),
