@@ -25,10 +25,12 @@ from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.jobs.reading import JobReader
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.submission import Submitter
+from headrace.client.jobs.tokens import TIMEOUT_S, detokenize_job, tokenize_job, tokenized
 from headrace.client.wire import keys
 from headrace.client.wire.celery import TASK_NAME, producer_app, results_app
 from headrace.client.wire.errors import InvalidRequest, RedisRefused, RedisUnreachable
 from headrace.client.wire.redis import connect, resolve_url
+from headrace.client.wire.results import Tokenized
 from headrace.client.wire.values import without_gaps
 from headrace.config import Settings, load_settings
 
@@ -280,6 +282,41 @@ class Client:
     def celery_app(self) -> Celery:
         """A Celery app on the same Redis, for `signature`, for `AsyncResult(id, app=...)`, and for your own tasks."""
         return results_app(self.settings, self.url)
+
+    def tokenize(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        timeout: float | None = TIMEOUT_S,
+        **params: Any,
+    ) -> Tokenized:
+        """The token ids of a prompt or of messages, as a worker that serves the model makes them.
+
+        Args:
+            prompt: text; token ids are returned as they are, with their names.
+            messages: in place of a prompt; see `submit`.
+            timeout: seconds to wait for the answer, in which the job also expires; None waits for ever.
+            params: `model`, `add_special_tokens`, `parse_special_tokens`, and for messages `add_generation_prompt`,
+                `continue_final_message` and `chat_template_kwargs`.
+
+        Raises:
+            InvalidRequest, QueueFull, RedisUnreachable, RedisRefused, RedisUnsuitable: as for `submit`.
+            ResultTimeout, JobError: as for `Job.result`.
+        """
+        fields = {"prompt": prompt, "messages": messages, **params}
+        return tokenized(self._submit([tokenize_job(self.submitter, fields, timeout)])[0].result(timeout))
+
+    def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = TIMEOUT_S, **params: Any) -> str:
+        """The text of token ids, as a worker that serves the model decodes them; errors are those of `tokenize`.
+
+        Args:
+            token_ids: 1 to 16,384 ids.
+            timeout: seconds to wait for the answer.
+            params: `model`, and `skip_special_tokens`, False by default.
+        """
+        fields = {"skip_special_tokens": False, **params}
+        return self._submit([detokenize_job(self.submitter, token_ids, fields, timeout)])[0].result(timeout).text
 
     def status(self) -> Status:
         """The current status: queues, workers and slots. Raises RedisUnreachable."""

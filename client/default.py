@@ -14,6 +14,7 @@ from headrace.client.batch.run import BatchReport
 from headrace.client.client import Client
 from headrace.client.jobs.handle import Job
 from headrace.client.jobs.status import Status
+from headrace.client.wire.results import Tokenized
 from headrace.config.directories import redis_dir
 from headrace.config.settings import PREFIX
 
@@ -70,6 +71,16 @@ def signature(prompt: str | Sequence[int] | None = None, **params: Any) -> Signa
 def cancel(jobs: Iterable[str | Job]) -> list[bool]:
     """Cancel many jobs; see `Client.cancel`. `Job.cancel` cancels one."""
     return default_client().cancel(jobs)
+
+
+def tokenize(prompt: str | Sequence[int] | None = None, **params: Any) -> Tokenized:
+    """The token ids of a prompt or of messages; see `Client.tokenize`."""
+    return default_client().tokenize(prompt, **params)
+
+
+def detokenize(token_ids: Sequence[int], **params: Any) -> str:
+    """The text of token ids; see `Client.detokenize`."""
+    return default_client().detokenize(token_ids, **params)
 
 
 def status() -> Status:

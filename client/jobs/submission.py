@@ -29,7 +29,7 @@ from headrace.client.wire.celery import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME,
 from headrace.client.wire.errors import InvalidRequest, QueueFull, RedisRefused, RedisUnreachable
 from headrace.client.wire.queue_depth import count_queued
 from headrace.client.wire.redis import redis_errors
-from headrace.client.wire.requests import INTERNAL_NAMES, GenerateRequest, parse_request
+from headrace.client.wire.requests import INTERNAL_NAMES, GenerateRequest, Operation, parse_request
 from headrace.client.wire.result_size import check_result_size
 from headrace.client.wire.tracing import sending
 from headrace.client.wire.values import is_missing, show
@@ -65,11 +65,12 @@ class Submitter:
         #: The Redis, and its clock.
         self.server = ServerCheck(connection, url, allow_unsuitable=settings.redis_unsuitable == "allow")
 
-    def prepare(self, fields: Mapping[str, Any]) -> PreparedJob:
+    def prepare(self, fields: Mapping[str, Any], *, operation: Operation | None = None) -> PreparedJob:
         """Check everything that can be checked without the model, and choose the job id and the seed.
 
         Args:
             fields: what `Client.submit` takes.
+            operation: what the job asks for in place of text.
 
         Raises:
             InvalidRequest: a field is wrong.
@@ -81,7 +82,7 @@ class Submitter:
                 raise InvalidRequest(internal, show(given[internal]), f"no such parameter; {advice}")
         if timeout_s is not None:
             timeout_s = check_timeout_s(timeout_s)
-        request = parse_request(given)
+        request = parse_request(given if operation is None else {**given, "operation": operation})
         check_result_size(request, self._settings.max_result_bytes)
         named, model = model, self._model_name if model is None else check_model(model)
         digest = _digest(request, model) if job_id is not None else ""
