@@ -56,6 +56,7 @@ def events(data: bytes) -> list[Any]:
         ({"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "functions": None}, {}),
         ({"n": 2, "stop": "x", "seed": 3, "user": "u"}, {"n": 2, "stop": "x", "seed": 3}),
         ({"echo": False, "prompt": None, "stream": False, "parallel_tool_calls": True}, {}),
+        ({"verbosity": "medium", "audio": None, "include_reasoning": True, "prompt_cache_retention": "24h"}, {}),
     ],
 )
 def test_parameters_of_a_chat_become_those_of_the_client(body: dict[str, Any], params: dict[str, Any]) -> None:
@@ -84,6 +85,10 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": MESSAGES, "tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
     ({"messages": MESSAGES, "functions": [{}]}, "functions", "no such parameter"),
     ({"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format", "does not constrain"),
+    ({"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens", "False for a chat"),
+    ({"messages": MESSAGES, "parse_special_tokens": False}, "parse_special_tokens", "True for a chat"),
+    ({"messages": MESSAGES, "prediction": {"type": "content"}}, "prediction", "no such parameter"),
+    ({"messages": MESSAGES, "web_search_options": {}}, "web_search_options", "no such parameter"),
     ({"messages": MESSAGES, "temperature": 3}, "temperature", "to 2"),
     ({"messages": MESSAGES, "n": 8, "max_tokens": 10**6, "logprobs": True}, "top_logprobs", "lower one of them"),
 ]
