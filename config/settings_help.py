@@ -57,6 +57,12 @@ HELP: dict[str, dict[str, SettingHelp]] = {
             "`auto` is float32 on a CPU and bfloat16 on a GPU. `int8` needs a CPU with Intel AMX.",
             vllm="dtype",
         ),
+        "parse_special_tokens": SettingHelp(
+            "Whether the names of special tokens in a text prompt, such as `<|endoftext|>`, mean these tokens, in "
+            "requests that do not set [`parse_special_tokens`](client.md#special-tokens). Turn it off if prompts "
+            "come from people who must not end or open a turn. Chats are not affected: a template writes such names.",
+            default="1 for a model that brings its own tokenizer, 0 for GPT-2's",
+        ),
         "allow_shared_model": SettingHelp(
             "A worker refuses a model whose directory or files every user of the machine can write (`o+w`), because "
             "they could change what it answers. 1 allows it, for a machine or container without other users.",

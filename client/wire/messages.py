@@ -115,8 +115,8 @@ def _kind(value: Any) -> str:
 
 def _check_json(value: Any, name: str, expected: str) -> Any:
     """The value as plain JSON, which is bounded. Raises InvalidRequest."""
+    check_unicode(value, name)
     try:
-        check_unicode(value, name)
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
         size = len(text.encode())
     except (TypeError, ValueError, RecursionError) as error:

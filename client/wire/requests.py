@@ -238,10 +238,10 @@ class GenerateRequest(SamplingParams):
                 raise InvalidRequest(name, "a value without messages", "messages beside it; it has no meaning without")
         elif "prompt" in given:
             raise InvalidRequest("messages", "messages beside a prompt", "one of the two")
-        elif self.add_special_tokens and "add_special_tokens" in given:
-            raise InvalidRequest("add_special_tokens", "True", "False for a chat: its template writes special tokens")
-        elif self.parse_special_tokens is False:
-            raise InvalidRequest("parse_special_tokens", "False", "True for a chat: its template writes special tokens")
+        elif self.parse_special_tokens is False or (self.add_special_tokens and "add_special_tokens" in given):
+            name = "parse_special_tokens" if self.parse_special_tokens is False else "add_special_tokens"
+            value = show(getattr(self, name))
+            raise InvalidRequest(name, value, "no value beside messages: the chat template writes special tokens")
         elif self.continue_final_message and self.messages[-1].get("content") is None:
             raise InvalidRequest("continue_final_message", "True", "False, or a last message with content")
         elif self.continue_final_message and self.add_generation_prompt and "add_generation_prompt" in given:

@@ -62,6 +62,7 @@ WRONG: dict[str, str | None] = {
     "device": "gpu",
     "dtype": "int4",
     "allow_shared_model": "perhaps",
+    "parse_special_tokens": "sometimes",
     "slots": "0",
     "max_context": "1",
     "kv_cache_bytes": "0",
