@@ -150,7 +150,9 @@ def _from_failed_job(error: JobError) -> ApiError:
 
 def _from_routing(error: HTTPException) -> ApiError:
     if error.status_code == 404:
-        paths = "/v1/completions, /v1/chat/completions, /v1/models, /v1/files, /v1/batches, /tokenize and /health"
+        paths = (
+            "/v1/completions, /v1/chat/completions, /v1/models, /v1/files, /v1/batches, /tokenize, /execute and /health"
+        )
         return ApiError(404, "unknown_url", f"no such URL; this server has {paths}")
     if error.status_code == 405:
         return ApiError(405, "method_not_allowed", "this URL does not support that method")

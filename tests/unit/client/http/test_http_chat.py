@@ -85,8 +85,16 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": MESSAGES, "tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
     ({"messages": MESSAGES, "functions": [{}]}, "functions", "no such parameter"),
     ({"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format", "does not constrain"),
-    ({"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens", "False for a chat"),
-    ({"messages": MESSAGES, "parse_special_tokens": False}, "parse_special_tokens", "True for a chat"),
+    (
+        {"messages": MESSAGES, "add_special_tokens": True},
+        "add_special_tokens",
+        "the chat template writes special tokens",
+    ),
+    (
+        {"messages": MESSAGES, "parse_special_tokens": False},
+        "parse_special_tokens",
+        "the chat template writes special tokens",
+    ),
     ({"messages": MESSAGES, "prediction": {"type": "content"}}, "prediction", "no such parameter"),
     ({"messages": MESSAGES, "web_search_options": {}}, "web_search_options", "no such parameter"),
     ({"messages": MESSAGES, "temperature": 3}, "temperature", "to 2"),
