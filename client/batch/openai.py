@@ -35,6 +35,11 @@ REQUEST_ERRORS = {
     "result_too_large": "max_tokens",
     "invalid_request": None,
 }
+#: Codes whose messages name files of the worker -> what a caller is told instead; the worker's log has the file.
+_PUBLIC_MESSAGES = {
+    "no_tokenizer": "no tokenizer of the model can be read, so prompts must be token ids; its worker's log says why",
+}
+
 #: The field with which vLLM names tokens by their ids.
 NAMES_FIELD = "return_tokens_as_token_ids"
 #: OpenAI's newer name of `max_tokens`.
@@ -223,6 +228,7 @@ def request_error(error: Exception, names: Mapping[str, str] | None = None) -> d
     if param is None:
         first_word = message.partition(" ")[0]  # an invalid token id may be in one of several fields
         param = first_word if first_word in GenerateRequest.model_fields else REQUEST_ERRORS[code]
+    message = _PUBLIC_MESSAGES.get(code, message)
     return error_object(message, "invalid_request_error", (names or {}).get(param or "", param), code)
 
 

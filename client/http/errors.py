@@ -144,7 +144,7 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
 
 def _from_failed_job(error: JobError) -> ApiError:
     if (body := request_error(error)) is not None:
-        return ApiError(400, error.code, error.message, param=body["error"]["param"])
+        return ApiError(400, error.code, body["error"]["message"], param=body["error"]["param"])
     return ApiError(500, error.code, f"the job failed: {error.code}")
 
 
