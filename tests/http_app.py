@@ -41,6 +41,12 @@ class FullQueue:
             self._client.submitter.prepare(dict(request))
         raise QueueFull("headrace.demo", 1, 1)
 
+    async def tokenize(self, **fields: Any) -> None:
+        await self.submit_many([fields])
+
+    async def detokenize(self, token_ids: list[int], model: str, *, skip_special_tokens: bool = False) -> None:
+        await self.submit_many([{"prompt": token_ids, "model": model, "skip_special_tokens": skip_special_tokens}])
+
 
 _full_queue = functools.cache(FullQueue)
 

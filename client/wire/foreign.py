@@ -89,6 +89,7 @@ _ZERO, _ONE, _OFF = only(0), only(1), only(False)
 _GREEDY = "headrace samples, or with temperature=0 takes the most probable token"
 _SCHEMA = "headrace does not constrain the text"
 _TOOLS = "chat_template_kwargs passes variables to the model's chat template; calls in the text are not parsed"
+_READS_TEXT = "the models read and write text"
 _TRUNCATION = "shorten the prompt before you send it"
 _PENALTY = "use repetition_penalty, presence_penalty or frequency_penalty"
 _PROMPT_SCORES = "use echo=True with logprobs"
@@ -122,6 +123,11 @@ FOREIGN: dict[str, Foreign] = {
     "documents": only([], advice=_TOOLS),
     "response_format": only({"type": "text"}, advice=_SCHEMA),
     "modalities": only(["text"]),
+    "audio": NO_VALUE._replace(advice=_READS_TEXT),
+    "prediction": NO_VALUE._replace(advice="headrace proposes tokens by itself; see HEADRACE_DRAFT_TOKENS"),
+    "web_search_options": NO_VALUE._replace(advice=_READS_TEXT),
+    "verbosity": only("medium"),
+    "prompt_cache_retention": _TEXT,
     "tools": only([], advice=_TOOLS),
     "tool_choice": only("none", "auto", advice=_TOOLS),
     "functions": only([], advice=_TOOLS),
@@ -134,6 +140,8 @@ FOREIGN: dict[str, Foreign] = {
     "length_penalty": only(1, advice=_GREEDY),
     "early_stopping": only(False, advice=_GREEDY),
     "spaces_between_special_tokens": _FLAG,  # has no effect in tokenizers of the library `tokenizers` either
+    "include_reasoning": _FLAG,  # there is none
+    "cache_salt": _TEXT,
     "include_stop_str_in_output": only(False, advice="stop_reason says which stop string ended the text"),
     "truncate_prompt_tokens": NO_VALUE._replace(advice=_TRUNCATION),
     "truncation_side": only("left", "right"),

@@ -72,16 +72,16 @@ def test_which_content_types_are_read(app: HttpApp, path: str, content_type: str
     assert app.ask("POST", path, {"prompt": "a"}, headers={"content-type": content_type}).status == status
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/embeddings"])
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/embeddings"])
 def test_an_endpoint_of_other_models_says_what_to_use_instead(app: HttpApp, path: str) -> None:
     answer = app.ask("POST", path, {"model": "demo", "messages": []})
     error = answer.json()["error"]
     assert (answer.status, error["code"]) == (404, "unsupported_endpoint")
-    assert "`prompt` to /v1/completions" in error["message"]
+    assert "send messages to /v1/chat/completions, or a text as `prompt` to /v1/completions" in error["message"]
     batch = {"input_file_id": app.upload().json()["id"], "endpoint": path, "completion_window": "24h"}
     refused = app.ask("POST", "/v1/batches", batch).json()["error"]
     assert refused["param"] == "endpoint"
-    assert "`prompt` to /v1/completions" in refused["message"]
+    assert "send messages to /v1/chat/completions, or a text as `prompt` to /v1/completions" in refused["message"]
 
 
 def test_the_default_model_is_listed_first(app: HttpApp) -> None:
@@ -129,10 +129,14 @@ def test_the_description_has_every_route_and_every_schema_that_it_names(app: Htt
     named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(found)))
     assert named <= schemas.keys()
     assert not {"owner", "rows_id", "created_ns"} & {*schemas["Batch"]["properties"], *schemas["File"]["properties"]}
-    fields = schemas["CompletionRequest"]["properties"].keys()
-    internal = {"schema_version", "expires_at"}
-    assert GenerateRequest.model_fields.keys() - internal <= fields
-    assert not internal & fields
+    text, chat, executed = (
+        schemas[f"{name}Request"]["properties"].keys() for name in ("Completion", "ChatCompletion", "Execute")
+    )
+    internal = {"schema_version", "expires_at", "operation"}
+    assert GenerateRequest.model_fields.keys() - internal - {"stream"} <= executed
+    assert GenerateRequest.model_fields.keys() - internal <= text | chat
+    assert not internal & (text | chat | executed)
+    assert ("messages" in text, "prompt" in chat) == (False, False)
 
 
 def test_answers_have_the_fields_of_their_description(app: HttpApp) -> None:

@@ -16,9 +16,9 @@ from headrace.client.async_client import AsyncClient, AsyncJob
 from headrace.client.batch.errors import InvalidBatch
 from headrace.client.batch.run import Batch, prepare_parts
 from headrace.client.http import context
+from headrace.client.http.completion_request import parse_completion_request
 from headrace.client.http.errors import ApiError
 from headrace.client.http.jobs import JobRunner, SubmittedJobs
-from headrace.client.http.routes.completions import parse_completion_request
 from headrace.client.jobs import submission
 from headrace.client.jobs.async_replies import COMMANDS_AT_ONCE, send
 from headrace.client.jobs.together import MAX_COPIED_BYTES

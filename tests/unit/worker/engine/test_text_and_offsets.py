@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Peer
 
 from headrace.client.batch.openai import completion
-from headrace.client.http.routes.completions import ChunkEncoder
+from headrace.client.http.completion_answer import CompletionChunks
 from headrace.client.jobs.stream import Event, StreamReader
 from headrace.client.wire.requests import GenerateRequest, parse_request
 from headrace.client.wire.results import Choice, Result, StreamEvent, StreamPiece
@@ -162,7 +162,7 @@ def events_of(deltas: list[TextDelta], result: Result) -> list[Event]:
 
 def streamed(events: list[Event], index: int, **options: bool) -> dict[str, Any]:
     """The chunks of one choice, joined."""
-    encoder = ChunkEncoder("job", "demo", 1, include_usage=False, **options)
+    encoder = CompletionChunks("job", "demo", 1, include_usage=False, **options)
     chunks = [json.loads(encoder.encode(0, event).removeprefix(b"data: ")) for event in events if event.index == index]
     choices = [chunk["choices"][0] for chunk in chunks]
     names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
