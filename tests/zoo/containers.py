@@ -29,6 +29,15 @@ NAMES = {
     "mlp.c_proj": "ffn_down",
 }
 
+#: Where a block of each type has its scales, and scales that give values of about 0.1 around zero.
+SCALES = {
+    "Q2_K": {80: 8e-3, 82: 1.2e-2},
+    "Q3_K": {108: 2.2e-3},
+    "Q4_K": {0: 4.4e-4, 2: 3.3e-3},
+    "Q5_K": {0: 2.2e-4, 2: 3.4e-3},
+    "Q6_K": {208: 7e-5},
+}
+
 
 def gguf_file(folder: Path, kind: str) -> Made:
     """A model.gguf whose matrices have this type, and a directory of what gguf itself makes of them."""
@@ -59,10 +68,8 @@ def _random_blocks(values: np.ndarray, kind: gguf.GGMLQuantizationType, made: np
     """Blocks of random bytes with small scales: gguf unpacks the K types but does not pack them."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = made.integers(0, 256, (values.size // block, size), dtype=np.uint8)
-    scale = np.float16(2e-4 if kind.name == "Q6_K" else 1e-3)
-    at = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind.name]
-    for start in at:
-        blocks[:, start : start + 2] = np.frombuffer(scale.tobytes(), np.uint8)
+    for start, scale in SCALES[kind.name].items():
+        blocks[:, start : start + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
     return blocks.reshape(values.shape[0], -1)
 
 

@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from tests.zoo.entry import Entry, Made
+from tests.zoo.vocabularies import read_json
 
 USUAL = ("The river runs past", "Hello there. How", "She said\n  that it's 1998")
 #: Prompts of token ids, where there is no tokenizer to read text.
@@ -61,12 +62,13 @@ def answers(entry: Entry, made: Made) -> list[Answer]:
             tokens = _read(reader, prompt)
             if tokens and max(tokens) < model.config.vocab_size:
                 found.append(Answer(prompt, tokens))
-            elif not tokens and (bos := _bos(folder, model, reader)) is not None:
+            elif not tokens and (bos := _stated(folder, "bos_token_id", reader)) is not None:
                 found.append(Answer(prompt, [bos]))
         longest = model.config.max_position_embeddings
         found = [answer for answer in found if len(answer.ids) < longest]
+        ends = _stated(folder, "eos_token_id", reader)
         for answer in found:
-            _complete(answer, model, reader, min(entry.new_tokens, longest - len(answer.ids)))
+            _complete(answer, model, reader, ends, min(entry.new_tokens, longest - len(answer.ids)))
     assert found, f"{entry.name}: no prompt fits"
     return found
 
@@ -77,21 +79,18 @@ def _read(reader: _Reader | None, prompt: Any) -> list[int]:
     return reader.encode(prompt) if isinstance(prompt, str) else reader.chat(prompt)
 
 
-def _bos(folder: Path, model: Any, reader: _Reader | None) -> int | None:
-    for bos in (model.generation_config.bos_token_id, model.config.bos_token_id):
-        if bos is not None:
-            return int(bos)
-    return None if reader is None else reader.auto.bos_token_id
+def _stated(folder: Path, field: str, reader: _Reader | None) -> Any:
+    """A field of generation_config.json, else of config.json, else of the tokenizer."""
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        if file.is_file() and (value := read_json(file).get(field)) is not None:
+            return value
+    return None if reader is None else getattr(reader.auto, field)
 
 
-def _complete(answer: Answer, model: Any, reader: _Reader | None, count: int) -> None:
+def _complete(answer: Answer, model: Any, reader: _Reader | None, ends: Any, count: int) -> None:
     with torch.inference_mode():
         answer.logits = model(torch.tensor([answer.ids])).logits[0].numpy()
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = model.config.eos_token_id
-    if ends is None and reader is not None:
-        ends = reader.auto.eos_token_id
     tokens, rows = _generate(model, answer.ids, count, eos_token_id=ends)
     for token, row in zip(tokens, rows, strict=True):
         top = np.sort(row)[-2:]

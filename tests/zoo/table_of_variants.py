@@ -27,7 +27,15 @@ def _activation(name: str, quick: bool = False) -> Entry:
 
 
 def head_size(folder: Path, size: int) -> None:
-    variant(folder, n_head=2, n_embd=2 * size)
+    heads = 8 if size == 1 else 2
+    variant(folder, n_head=heads, n_embd=heads * size)
+
+
+def upcast(folder: Path) -> Made:
+    """A flag that says how to compute in half precision; transformers refuses it in float64."""
+    twin = _twin(folder)
+    weights.edit_config(folder, reorder_and_upcast_attn=True)
+    return Made(folder, twin)
 
 
 def defaults_left_out(folder: Path) -> None:
@@ -119,7 +127,7 @@ VARIANTS = (
         lambda f: variant(f, scale_attn_by_inverse_layer_idx=True, n_layer=3),
         "scale_attn_by_inverse_layer_idx true",
     ),
-    Entry("upcast-attention", lambda f: variant(f, reorder_and_upcast_attn=True), "reorder_and_upcast_attn true"),
+    Entry("upcast-attention", upcast, "reorder_and_upcast_attn true"),
     Entry("untied-head", lambda f: variant(f, tie_word_embeddings=False), "a head of its own", quick=True),
     Entry("head-alone", head_alone, "a tied head stored only as lm_head.weight"),
     Entry("aliases", aliases, "hidden_size, num_hidden_layers and the other aliases"),
@@ -131,7 +139,7 @@ VARIANTS = (
         quick=True,
         prompts=("a", "b c", "hi", "on", "the", "x"),
     ),
-    Entry("head-size-1", lambda f: head_size(f, 1), "two heads of 1 number"),
+    Entry("head-size-1", lambda f: head_size(f, 1), "eight heads of 1 number"),
     Entry("head-size-25", lambda f: head_size(f, 25), "two heads of 25 numbers"),
     Entry("head-size-256", lambda f: head_size(f, 256), "two heads of 256 numbers"),
     Entry("inner-width", lambda f: variant(f, n_inner=40), "n_inner 40"),

@@ -34,7 +34,7 @@ def randomize(model: torch.nn.Module, seed: str) -> None:
         elif parameter.dim() == 1:
             values = values * 0.1
         elif "wte" in name or "wpe" in name or "lm_head" in name:
-            values = values * 0.5
+            values = values * 0.5 * min(1.0, math.sqrt(32 / parameter.shape[1]))
         else:
             values = values * (1.5 / math.sqrt(min(parameter.shape)))
         parameter.data.copy_(values)
