@@ -25,8 +25,8 @@ class Entry:
     """A row of the table."""
 
     name: str
-    #: Fills an empty directory of this name. Returns None if the model is the directory.
-    build: Callable[[Path], Made | None]
+    #: Fills an empty directory of this name. Returns `Made` if the model is not simply the directory.
+    build: Callable[[Path], object]
     #: What is special about it, for people.
     what: str
     #: Whether it runs in `make test`.

@@ -46,14 +46,15 @@ class Answer:
 
 def written(folder: Path, prompt: str, count: int) -> list[int]:
     """What a directory's model writes after a prompt, whatever token ends a text."""
-    reader, model = _Reader(folder), _load(folder)
+    with quiet():
+        reader, model = _Reader(folder), _load(folder)
     return _generate(model, reader.encode(prompt), count, eos_token_id=None)[0]
 
 
 def answers(entry: Entry, made: Made) -> list[Answer]:
     """The answers to all prompts of an entry. Prompts that do not fit the model are left out."""
     folder = made.reference or made.model
-    with _quiet():
+    with quiet():
         model = _load(folder)
         ids = entry.text_refused != ""
         reader = None if ids else _Reader(folder)
@@ -148,7 +149,7 @@ class _Reader:
 def _load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with _quiet():
+    with quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float64, attn_implementation="eager", output_loading_info=True
         )
@@ -157,7 +158,8 @@ def _load(folder: Path) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Without the warnings and progress bars of transformers."""
     from transformers.utils import logging as theirs
 
     level, bar = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
