@@ -81,11 +81,11 @@ def _read(reader: _Reader | None, prompt: Any) -> list[int]:
 
 
 def _stated(folder: Path, field: str, reader: _Reader | None) -> Any:
-    """A field of generation_config.json, else of config.json, else of the tokenizer."""
+    """A field of generation_config.json, else of config.json, else of the tokenizer. A null says: there is none."""
     for name in ("generation_config.json", "config.json"):
         file = folder / name
-        if file.is_file() and (value := read_json(file).get(field)) is not None:
-            return value
+        if file.is_file() and field in (raw := read_json(file)):
+            return raw[field]
     return None if reader is None else getattr(reader.auto, field)
 
 
