@@ -51,14 +51,23 @@ def gguf_file(folder: Path, kind: str) -> Made:
         across = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
         values = (tensor.T if across else tensor).contiguous().numpy().astype(np.float32)
         wanted = gguf.GGMLQuantizationType[kind if values.ndim == 2 and "wpe" not in name else "F32"]
-        data = _random_blocks(values, wanted, made) if kind.endswith("_K") and values.ndim == 2 and across else (
-            gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0 if wanted.name.endswith("_K") else wanted)
+        data = (
+            _random_blocks(values, wanted, made)
+            if kind.endswith("_K") and values.ndim == 2 and across
+            else (
+                gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0 if wanted.name.endswith("_K") else wanted)
+            )
         )
         actual = wanted if not wanted.name.endswith("_K") or across else gguf.GGMLQuantizationType.Q8_0
         writer.add_tensor(_gguf_name(name), data, raw_dtype=actual)
         exact = torch.from_numpy(np.array(gguf.quants.dequantize(data, actual), np.float32))
         stored[name] = (exact.T if across else exact).contiguous()
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
         write()
     save_file(stored, twin / "model.safetensors", metadata={"format": "pt"})
     return Made(folder / "model.gguf", twin)
@@ -139,9 +148,22 @@ def nano_gpt(folder: Path) -> Made:
         model[f"_orig_mod.{name}"] = tensor.T.contiguous() if across else tensor
     model["_orig_mod.lm_head.weight"] = names["transformer.wte.weight"]
     save_file(names, twin / "model.safetensors", metadata={"format": "pt"})
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "bias": False, "vocab_size": 128, "dropout": 0.0}
-    state = {"model": dict(model), "model_args": sizes, "iter_num": 10, "best_val_loss": torch.tensor(1.0),
-             "config": {"dataset": "shakespeare", "dtype": "float16"}}
+    sizes = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 32,
+        "block_size": 64,
+        "bias": False,
+        "vocab_size": 128,
+        "dropout": 0.0,
+    }
+    state = {
+        "model": dict(model),
+        "model_args": sizes,
+        "iter_num": 10,
+        "best_val_loss": torch.tensor(1.0),
+        "config": {"dataset": "shakespeare", "dtype": "float16"},
+    }
     torch.save(state, folder / "ckpt.pt")
     return Made(folder / "converted", twin, folder / "ckpt.pt")
 
@@ -157,19 +179,24 @@ def pickle_alone(folder: Path) -> None:
 def adapter(folder: Path) -> None:
     """A directory that peft saved: a LoRA and no model."""
     write_json(folder / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "gpt2", "r": 8})
-    save_file({"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": torch.zeros(8, 32)},
-              folder / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": torch.zeros(8, 32)},
+        folder / "adapter_model.safetensors",
+    )
 
 
 def unmerged(folder: Path) -> None:
     """A model saved with its LoRA in it."""
     _with_tokenizer(folder)
     name = "transformer.h.0.attn.c_attn"
-    weights.rename(folder, lambda t: {
-        **{n.replace(f"{name}.", f"{name}.base_layer."): w for n, w in t.items()},
-        f"{name}.lora_A.default.weight": torch.zeros(8, 32),
-        f"{name}.lora_B.default.weight": torch.zeros(96, 8),
-    })
+    weights.rename(
+        folder,
+        lambda t: {
+            **{n.replace(f"{name}.", f"{name}.base_layer."): w for n, w in t.items()},
+            f"{name}.lora_A.default.weight": torch.zeros(8, 32),
+            f"{name}.lora_B.default.weight": torch.zeros(96, 8),
+        },
+    )
 
 
 def checkpoints_below(folder: Path) -> None:

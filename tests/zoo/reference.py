@@ -23,7 +23,14 @@ IDS = ((65, 66, 67), (1, 100, 7, 30, 99), (70,))
 #: Tokens are compared up to the first whose logit is not larger than the others' by this.
 TIE = 0.02
 #: Sampling of generation_config.json is not what is asked for.
-GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "temperature": None, "top_p": None, "top_k": None}
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+}
 
 
 @dataclass
@@ -59,7 +66,7 @@ def answers(entry: Entry, made: Made) -> list[Answer]:
         ids = entry.text_refused != ""
         reader = None if ids else _Reader(folder)
         found = []
-        for prompt in (list(map(list, IDS)) if reader is None else [*entry.prompts, *USUAL, *entry.chats]):
+        for prompt in list(map(list, IDS)) if reader is None else [*entry.prompts, *USUAL, *entry.chats]:
             tokens = _read(reader, prompt)
             if tokens and max(tokens) < model.config.vocab_size:
                 found.append(Answer(prompt, tokens))

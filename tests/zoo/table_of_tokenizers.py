@@ -111,7 +111,10 @@ def digits(folder: Path) -> None:
     """Digits one by one, no regular expression of GPT-2's."""
     made = byte_level()
     made.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     of_json(folder, made)
 
@@ -254,47 +257,91 @@ MORE_TURNS = (*TURNS, {"role": "bot", "content": "Fine. "}, {"role": "user", "co
 
 TOKENIZERS = (
     Entry("russian", lambda f: of_json(f, byte_level(RUSSIAN, 400)), "byte-level BPE of Russian", prompts=RUSSIAN),
-    Entry("mixed-scripts", lambda f: of_merges(f, byte_level(MIXED, 400)), "byte-level BPE of five scripts, vocab and "
-          "merges", prompts=MIXED, quick=True),
-    Entry("added-tokens", lambda f: of_json(f, added()), "added tokens in tokenizer.json", prompts=ADDED_PROMPTS,
-          quick=True),
+    Entry(
+        "mixed-scripts",
+        lambda f: of_merges(f, byte_level(MIXED, 400)),
+        "byte-level BPE of five scripts, vocab and merges",
+        prompts=MIXED,
+        quick=True,
+    ),
+    Entry(
+        "added-tokens",
+        lambda f: of_json(f, added()),
+        "added tokens in tokenizer.json",
+        prompts=ADDED_PROMPTS,
+        quick=True,
+    ),
     Entry("added-beside-merges", added_beside_merges, "added tokens in added_tokens_decoder", prompts=ADDED_PROMPTS),
     Entry("added-alone", added_as_json_alone, "added_tokens.json and special_tokens_map.json", prompts=ADDED_PROMPTS),
-    Entry("added-ordinary", ordinary_added, "an added token that is also an ordinary one",
-          prompts=("The river, rivers", "unriver houses householder")),
+    Entry(
+        "added-ordinary",
+        ordinary_added,
+        "an added token that is also an ordinary one",
+        prompts=("The river, rivers", "unriver houses householder"),
+    ),
     Entry("both-layouts", both_layouts, "tokenizer.json beside vocab.json and merges.txt", prompts=ADDED_PROMPTS),
     Entry("resized", resized, "resize_token_embeddings to a multiple of 64", prompts=ADDED_PROMPTS, quick=True),
-    Entry("padded-embedding", lambda f: weights.gpt2(f, 384 + 0 * save_json(byte_level(), f)), "64 rows that no "
-          "token has"),
+    Entry(
+        "padded-embedding", lambda f: weights.gpt2(f, 384 + 0 * save_json(byte_level(), f)), "64 rows that no token has"
+    ),
     Entry("digits", digits, "another pre_tokenizer", prompts=("in 1998 for 120", "  x\n\n y 7")),
     Entry("normalized", normalized, "a normalizer", prompts=("ＴＨＥ River ﬁne ①",)),
-    Entry("post-processor", bos_in_template, "a post_processor that begins with <s>", quick=True,
-          prompts=("", "<s>Hello")),
-    Entry("prefix-space", lambda f: of_json(f, byte_level(spaced=True)), "add_prefix_space in tokenizer.json",
-          prompts=("river", " river", "\nriver")),
+    Entry(
+        "post-processor", bos_in_template, "a post_processor that begins with <s>", quick=True, prompts=("", "<s>Hello")
+    ),
+    Entry(
+        "prefix-space",
+        lambda f: of_json(f, byte_level(spaced=True)),
+        "add_prefix_space in tokenizer.json",
+        prompts=("river", " river", "\nriver"),
+    ),
     Entry("ignore-merges", ignored_merges, "ignore_merges", prompts=("in Zanzibar", "Qwxz Zanzibar")),
     Entry("two-merges", two_merges, "two merges that make one token", prompts=("QXZ QX XZ", "aQXZ")),
     Entry("merges-crlf", lambda f: of_merges(f, newline="\r\n"), "merges.txt with CRLF"),
     Entry("merges-bom", marked_merges, "merges.txt with a byte order mark"),
-    Entry("merges-prefix-space", lambda f: configured_merges(f, add_prefix_space=True), "add_prefix_space in "
-          "tokenizer_config.json", prompts=("river", " river"), quick=True),
+    Entry(
+        "merges-prefix-space",
+        lambda f: configured_merges(f, add_prefix_space=True),
+        "add_prefix_space in tokenizer_config.json",
+        prompts=("river", " river"),
+        quick=True,
+    ),
     Entry("merges-bos", lambda f: configured_merges(f, add_bos_token=True), "add_bos_token in tokenizer_config.json"),
-    Entry("unigram", lambda f: of_json(f, vocabularies.unigram(), eos_token="</s>", bos_token=None), "Unigram with "
-          "Metaspace", prompts=("  two  spaces", "☃ snow"), quick=True),
-    Entry("word-piece", lambda f: of_json(f, vocabularies.word_piece(), eos_token="[SEP]", bos_token=None),
-          "WordPiece", prompts=("UPPER, lower!", "☃ snow")),
+    Entry(
+        "unigram",
+        lambda f: of_json(f, vocabularies.unigram(), eos_token="</s>", bos_token=None),
+        "Unigram with Metaspace",
+        prompts=("  two  spaces", "☃ snow"),
+        quick=True,
+    ),
+    Entry(
+        "word-piece",
+        lambda f: of_json(f, vocabularies.word_piece(), eos_token="[SEP]", bos_token=None),
+        "WordPiece",
+        prompts=("UPPER, lower!", "☃ snow"),
+    ),
     Entry("vocab-txt", word_piece_list, "vocab.txt without tokenizer.json", text_refused=r"vocab\.txt"),
     Entry("without-merges", without_merges, "vocab.json without merges.txt", text_refused=r"merges\.txt", quick=True),
     Entry("sentence-piece", lambda f: sentence_piece(f, "spiece.model"), "spiece.model", text_refused=r"spiece\.model"),
-    Entry("tokenizer-model", lambda f: sentence_piece(f, "tokenizer.model"), "tokenizer.model",
-          text_refused=r"tokenizer\.model"),
+    Entry(
+        "tokenizer-model",
+        lambda f: sentence_piece(f, "tokenizer.model"),
+        "tokenizer.model",
+        text_refused=r"tokenizer\.model",
+    ),
     Entry("no-tokenizer", lambda f: weights.gpt2(f, 320), "no file of a tokenizer", text_refused=r"tokenizer"),
     Entry("dialogue", dialogue, "DialoGPT's turns", prompts=(f"How are you?{END}Fine.{END}",)),
     Entry("chat", chat, "chat_template in tokenizer_config.json", chats=(TURNS, MORE_TURNS), quick=True),
     Entry("chat-file", chat_in_a_file, "chat_template.jinja", chats=(TURNS, MORE_TURNS)),
     Entry("eos-in-config", ended("config"), "eos_token_id in config.json", stops=True, prompts=(ENDED,)),
-    Entry("eos-in-generation-config", ended("both"), "eos_token_id in generation_config.json, another in config.json",
-          stops=True, prompts=(ENDED,), quick=True),
+    Entry(
+        "eos-in-generation-config",
+        ended("both"),
+        "eos_token_id in generation_config.json, another in config.json",
+        stops=True,
+        prompts=(ENDED,),
+        quick=True,
+    ),
     Entry("eos-list", ended("list"), "a list of eos_token_id", stops=True, prompts=(ENDED,)),
     Entry("eos-of-tokenizer", ended("tokenizer"), "eos_token of the tokenizer alone", stops=True, prompts=(ENDED,)),
 )
