@@ -29,7 +29,7 @@ TEXTS = (
     "They've said it's hers; I'd WE'LL",
     "x = {'a': [1, 2]}  # note",
     "naïve café — “quoted” … ﬁne",
-    "cafe\u0301 Å ＡＢＣ ①",
+    "cafe\u0301 Å \uff21\uff22\uff23 ①",
     "Река течёт мимо дома.",
     "河は丘のそばを流れる。",
     "النهر يجري 👩‍👩‍👧🙂",
