@@ -95,6 +95,8 @@ class TextCheck:
         if reference is not None:
             self._add_texts(reference, tokenizer, positions, vocab_size, prompts)
         self._texts = len(self._probes) // 2
+        if reference is not None and positions > 2:
+            self._add_outputs(reference, vocab_size)
         if positions > 2:
             self._probes += [_end_probe(end) for end in self.ends[:MOST_ENDS]]
 
@@ -103,13 +105,21 @@ class TextCheck:
     ) -> None:
         texts = [text for text in (prompts or TEXTS) if text]
         if tokenizer.parses_special_tokens and not prompts:
-            texts += [f"left {added} right{added}end" for added in reference.added[:MOST_ADDED]]
+            texts += [f"left {added} right{added}end" for added in list(reference.added.values())[:MOST_ADDED]]
         for text in texts:
             ids = reference.encode(text)
             if 0 < len(ids) < positions and max(ids) < vocab_size:
                 echo = {"max_tokens": 0, "echo": True, "temperature": 0}
                 self._probes.append(_Probe("prompt ids", text, {"prompt": text, **echo}, ids))
-                self._probes.append(_Probe("text", repr(ids), {"prompt": ids, **echo}, reference.decode(ids)))
+                self._probes.append(_Probe("text", repr(ids), {"prompt": ids, **echo}, reference.decode(ids, False)))
+
+    def _add_outputs(self, reference: TextReference, vocab_size: int) -> None:
+        """Jobs that are made to write an added token, whose text is left out if the token is special."""
+        for token_id in list(reference.added)[:MOST_ADDED]:
+            if token_id < vocab_size:
+                written = {"prompt": [0], "max_tokens": 1, "temperature": 0, "logit_bias": {token_id: BIAS}}
+                text = reference.decode([token_id], True)
+                self._probes.append(_Probe("output", str(token_id), written, ([token_id], text)))
 
     @property
     def requests(self) -> list[dict[str, Any]]:
@@ -121,7 +131,7 @@ class TextCheck:
         wrong = [line for probe, result in zip(self._probes, results, strict=True) if (line := _fault(probe, result))]
         note = f"{wrong[0]}{f'; {len(wrong) - 1} more' if len(wrong) > 1 else ''}" if wrong else self._why_not
         compared = [f"prompt ids, text with {self._reference.name}"] if self._reference and self._texts else []
-        if len(self._probes) > 2 * self._texts:
+        if any(probe.kind == "end" for probe in self._probes):
             compared.append(f"end of text {', '.join(map(str, self.ends))} with the model's files")
         return TextResult(
             compared="; ".join(compared),
@@ -145,6 +155,11 @@ def _fault(probe: _Probe, result: Result) -> str:
         if choice.token_ids[0] != probe.expected[0][0] or (choice.token_ids, choice.finish_reason) == probe.expected:
             return ""  # logits of more than 100 can keep the token from being written
         return f"eos_token_id {probe.shown} does not end a text"
+    if probe.kind == "output":
+        ids, text = probe.expected
+        if choice.token_ids != ids or choice.text == text:
+            return ""
+        return f"text of the output {ids}: expected {text!r}, got {reprlib.repr(choice.text)}"
     got = choice.token_ids if probe.kind == "prompt ids" else choice.text
     if got == probe.expected:
         return ""

@@ -31,13 +31,13 @@ class TextReference(Protocol):
         """Token ids of a prompt."""
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, without special tokens."""
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Text of token ids."""
         ...
 
     @property
-    def added(self) -> list[str]:
-        """The texts of the added tokens."""
+    def added(self) -> dict[int, str]:
+        """The added tokens: ids and texts."""
         ...
 
     @property
@@ -57,12 +57,12 @@ class _Library:
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text).ids)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     @property
-    def added(self) -> list[str]:
-        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+    def added(self) -> dict[int, str]:
+        return {token_id: token.content for token_id, token in self._tokenizer.get_added_tokens_decoder().items()}
 
 
 class _Auto:
@@ -76,12 +76,12 @@ class _Auto:
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text)["input_ids"])
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     @property
-    def added(self) -> list[str]:
-        return [token.content for token in self._tokenizer.added_tokens_decoder.values()]
+    def added(self) -> dict[int, str]:
+        return {token_id: token.content for token_id, token in self._tokenizer.added_tokens_decoder.items()}
 
 
 def load_text(folder: Path) -> TextReference:
