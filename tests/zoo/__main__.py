@@ -1,4 +1,4 @@
-"""`python -m tests.zoo [NAME ...]`: run the zoo, print its table, and write it into the docs with `--write`."""
+"""`python -m tests.zoo [NAME ...]`: run the zoo, print its table, and keep it for the docs with `--write`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from tests import conftest  # noqa: F401 - a developer's own settings must not reach the zoo
-from tests.zoo.report import DOCUMENT, table, write
+from tests.zoo.report import FILE, table, write
 from tests.zoo.running import run
 from tests.zoo.table import ZOO
 
@@ -16,7 +16,7 @@ from tests.zoo.table import ZOO
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("names", nargs="*", help="directories to run; all by default")
-    parser.add_argument("--write", action="store_true", help=f"write the table into {DOCUMENT.name}")
+    parser.add_argument("--write", action="store_true", help=f"keep the table in {FILE.name}, for the docs")
     arguments = parser.parse_args()
     known = {entry.name for entry in ZOO}
     if unknown := set(arguments.names) - known:

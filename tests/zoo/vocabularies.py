@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,27 +50,44 @@ def byte_level(
     return made
 
 
+def _pieces(words: Sequence[str], longest: int = 5) -> Counter[str]:
+    """All pieces of the words, by how often they occur. The trainers of these kinds do not always choose the same."""
+    return Counter(
+        word[at:end]
+        for word in words
+        for at in range(len(word))
+        for end in range(at + 1, min(at + longest, len(word)) + 1)
+    )
+
+
 def unigram(size: int = 200) -> Tokenizer:
-    """SentencePiece's kind, with Metaspace and a fallback of one unknown token."""
-    made = Tokenizer(models.Unigram())
+    """SentencePiece's kind, with Metaspace and one unknown token."""
+    found = _pieces(["▁" + word for text in ENGLISH for word in text.split()])
+    likely = sorted(found, key=lambda piece: (len(piece) > 1, -found[piece] * len(piece), piece))[:size]
+    total = sum(found.values())
+    scores = [(piece, math.log(found[piece] * len(piece) / total)) for piece in likely]
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *scores], unk_id=0))
     made.normalizer = normalizers.NFKC()
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=size, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
-    )
-    made.train_from_iterator(ENGLISH, trainer)
+    made.add_special_tokens(["<unk>", "</s>"])
     return made
 
 
 def word_piece(size: int = 200) -> Tokenizer:
     """BERT's kind."""
-    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words = re.findall(r"\w+|[^\w\s]", " ".join(ENGLISH).lower())
+    found = Counter(piece if i == 0 else f"##{piece}" for word in words for i, piece in enumerate([word, *word[1:]]))
+    found += Counter(f"##{piece}" for piece in _pieces([word[1:] for word in words], 3).elements())
+    found += Counter(char for word in words for char in word)
+    likely = sorted(found, key=lambda piece: (len(piece.removeprefix("##")) > 1, -found[piece], piece))[:size]
+    made = Tokenizer(
+        models.WordPiece({text: i for i, text in enumerate(["[UNK]", "[SEP]", *likely])}, unk_token="[UNK]")
+    )
     made.normalizer = normalizers.BertNormalizer(lowercase=True)
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=["[UNK]", "[SEP]"], show_progress=False)
-    made.train_from_iterator(ENGLISH, trainer)
+    made.add_special_tokens(["[UNK]", "[SEP]"])
     return made
 
 
