@@ -86,6 +86,8 @@ class TextCheck:
         self._why_not = ""
         reference: TextReference | None = None
         try:
+            if tokenizer.kind.startswith("none"):
+                raise ReferenceUnavailable("the model has no tokenizer that can be computed; it takes token ids")
             reference = load_text(folder)
         except ReferenceUnavailable as error:
             self._why_not = str(error)
