@@ -321,7 +321,7 @@ TOKENIZERS = (
         prompts=("UPPER, lower!", "☃ snow"),
     ),
     Entry("vocab-txt", word_piece_list, "vocab.txt without tokenizer.json", text_refused=r"vocab\.txt"),
-    Entry("without-merges", without_merges, "vocab.json without merges.txt", text_refused=r"merges\.txt", quick=True),
+    Entry("without-merges", without_merges, "vocab.json without merges.txt", text_refused=r"vocab\.json", quick=True),
     Entry("sentence-piece", lambda f: sentence_piece(f, "spiece.model"), "spiece.model", text_refused=r"spiece\.model"),
     Entry(
         "tokenizer-model",
