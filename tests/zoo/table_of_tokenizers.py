@@ -163,10 +163,11 @@ def marked_merges(folder: Path) -> Made:
 
 
 def word_piece_list(folder: Path) -> None:
-    """vocab.txt, as BERT has it, and no tokenizer.json."""
+    """vocab.txt and a tokenizer_class, as Chinese GPT-2 models have them, and no tokenizer.json."""
     made = vocabularies.word_piece()
-    tokens = sorted(made.get_vocab(), key=made.get_vocab().__getitem__)
+    tokens = ["[PAD]", "[CLS]", "[MASK]", *sorted(made.get_vocab(), key=made.get_vocab().__getitem__)]
     (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"})
     weights.gpt2(folder, len(tokens))
 
 
@@ -320,7 +321,7 @@ TOKENIZERS = (
         "WordPiece",
         prompts=("UPPER, lower!", "☃ snow"),
     ),
-    Entry("vocab-txt", word_piece_list, "vocab.txt without tokenizer.json", text_refused=r"vocab\.txt"),
+    Entry("vocab-txt", word_piece_list, "vocab.txt of BertTokenizer, without tokenizer.json"),
     Entry("without-merges", without_merges, "vocab.json without merges.txt", text_refused=r"vocab\.json", quick=True),
     Entry("sentence-piece", lambda f: sentence_piece(f, "spiece.model"), "spiece.model", text_refused=r"spiece\.model"),
     Entry(
