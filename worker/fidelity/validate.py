@@ -27,6 +27,7 @@ from headrace.worker.fidelity.references.float64 import SCORES_LIMIT, Float64
 from headrace.worker.fidelity.report import Report
 from headrace.worker.fidelity.tensor_files import Loss, half_tolerances, read_tensors, table
 from headrace.worker.fidelity.tensor_files import loss as loss_of
+from headrace.worker.fidelity.text import TextCheck, TextResult
 
 #: The default prompts: text, the empty prompt and one token. `_cases` adds one that fills the context.
 PROMPTS = ("Hello.", "The quick brown", "Once upon a time", "", "The")
@@ -90,6 +91,8 @@ class Validation:
         self._references, self._files = self._load(references)
         self._half = self._load_half()
         self.cases = self._cases(prompts)
+        sizes = self.config.n_positions, self.config.vocab_size
+        self.text = TextCheck(self.folder, self.tokenizer, *sizes, prompts=prompts)
 
     def _load(self, names: Sequence[str]) -> tuple[list[Reference], dict[str, dict[str, np.ndarray]]]:
         libraries, files = [], {}
@@ -153,10 +156,11 @@ class Validation:
             {"prompt": c.tokens, "max_tokens": c.new_tokens, "checkpoints": c.numbers, **common} for c in self.cases
         ]
         self._progress(f"computing {len(self.cases)} prompts here")
-        jobs = client.submit_many([*others, *wanted])[len(others) :]
-        for case, job in zip(self.cases, jobs, strict=True):
+        jobs = client.submit_many([*others, *wanted, *self.text.requests])[len(others) :]
+        for case, job in zip(self.cases, jobs[: len(wanted)], strict=True):
             result = job.result(timeout=600)
             case.tensors = job.checkpoints()
+        text = self.text.judge([job.result(timeout=600) for job in jobs[len(wanted) :]])
         self._progress(f"computing {len(self.cases)} prompts in float64")
         arbiter = self._arbiter = Float64(self.folder)
         for case, exact in zip(
@@ -169,7 +173,9 @@ class Validation:
         rows = [self._ready_row(client), *table(tables)]
         loss = None if self._half is None else loss_of(ours, [case.exact for case in self.cases])
         return [
-            self._report(OURS, rows, fingerprint=result.fingerprint, cause=self._cause(tables, ours), loss=loss),
+            self._report(
+                OURS, rows, fingerprint=result.fingerprint, cause=self._cause(tables, ours), loss=loss, text=text
+            ),
             *(self._library_report(reference) for reference in self._references),
             *(self._file_report(name, found, tolerances) for name, found in self._files.items()),
         ]
@@ -262,6 +268,7 @@ class Validation:
         judged: bool = True,
         prompts: int | None = None,
         loss: Loss | None = None,
+        text: TextResult | None = None,
     ) -> Report:
         return Report(
             model=self.model,
@@ -274,6 +281,7 @@ class Validation:
             note="; ".join(self.skipped),
             judged=judged,
             loss=loss,
+            text=text,
         )
 
     def draw(self, path: str) -> None:
