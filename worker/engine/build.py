@@ -18,6 +18,7 @@ from headrace.model.generation_config import Ends, read_ends, sampling_defaults
 from headrace.model.gguf_file import raw_config
 from headrace.model.hub import ModelError, config_path, find_model
 from headrace.model.kernels.attention import decode_kernel
+from headrace.model.kernels.sampling import sampling_works
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
 from headrace.model.trusted_files import check_not_shared
 from headrace.model.weights import load_model
@@ -168,6 +169,7 @@ def fingerprint(
         f"threads-{torch.get_num_threads()}",
         f"products-{model.gemm_backend}",
         f"attention-{'compiled' if decode_kernel(model.config.head_dim, model.dtype, model.device.type) else 'torch'}",
+        f"sampling-{'compiled' if sampling_works(model.device.type, model.dtype) else 'torch'}",
         f"chunk-{prefill_chunk}",
         f"weights-{model.digest[:12] or 'unknown'}",
         f"config-{hashlib.sha256(repr(model.config).encode()).hexdigest()[:8]}",
