@@ -8,6 +8,7 @@ their allocators kept (`tests.chaos.soak_memory`): users' programs do not do tha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -195,16 +196,27 @@ class Soak:
 
 
 def measure(pid: int) -> ProcessSample:
-    """Memory, descriptors and threads of a process, and of its children unless it is this process."""
-    proc = Path("/proc", str(pid))
-    status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines() if ":\t" in line)
-    own = ProcessSample(int(status["VmRSS"].split()[0]) * 1024, len(os.listdir(proc / "fd")), int(status["Threads"]))
+    """Memory, descriptors and threads of a process, and of its children unless it is this process.
+
+    Redis has a child while it saves. One that ends meanwhile counts as nothing, as does one that waits to be reaped.
+    """
+    own = _measure_one(pid)
     if pid == os.getpid():
         return own  # the children are measured by themselves
-    children = [
-        measure(int(child)) for task in (proc / "task").iterdir() for child in (task / "children").read_text().split()
-    ]
+    children: list[ProcessSample] = []
+    for task in Path("/proc", str(pid), "task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in (task / "children").read_text().split():
+                with contextlib.suppress(OSError, KeyError):
+                    children.append(measure(int(child)))
     return ProcessSample(*(sum(values) for values in zip(*(astuple(one) for one in [own, *children]), strict=True)))
+
+
+def _measure_one(pid: int) -> ProcessSample:
+    """Raises OSError or KeyError for a process that has ended."""
+    proc = Path("/proc", str(pid))
+    status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines() if ":\t" in line)
+    return ProcessSample(int(status["VmRSS"].split()[0]) * 1024, len(os.listdir(proc / "fd")), int(status["Threads"]))
 
 
 def kind_of(name: str) -> str:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.chaos.soak import measure
 from tests.chaos.soak_ledger import InUse, MiB, ProcessSample, Sample, SoakFacts, balance, table
 from tests.chaos.soak_memory import ask, environment, in_use
+from tests.integration.processes import wait_until
 from tests.patience import PATIENCE_S
 
 MB = 1_000_000
@@ -117,3 +119,16 @@ def test_another_process_tells_its_memory(tmp_path: Path) -> None:
             process.kill()
     assert 0 < told["malloc"] < told["resident"] < 1000 * MB
     assert told["blocks"] > 1000
+
+
+def test_a_child_that_has_ended_does_not_end_a_soak() -> None:
+    code = "import os, time\nif os.fork() == 0: os._exit(0)\nprint(1, flush=True)\ntime.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            children = Path("/proc", str(process.pid), "task", str(process.pid), "children").read_text().split()
+            wait_until(lambda: "Z (zombie)" in Path("/proc", children[0], "status").read_text())
+            assert measure(process.pid).threads == 1
+        finally:
+            process.kill()
