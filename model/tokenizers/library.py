@@ -35,7 +35,8 @@ class LibraryTokenizer(Tokenizer):
         self._lock = threading.Lock()  # the library cannot encode while another thread changes its setting
         added = library.get_added_tokens_decoder()
         self._tokens = {i: text for text, i in library.get_vocab(with_added_tokens=False).items()}
-        self._tokens |= {i: token.content for i, token in added.items()}
+        # Not their `content`: a normalizer changes an added token with `normalized`, also in what is decoded.
+        self._tokens |= {i: library.id_to_token(i) or token.content for i, token in added.items()}
         self.vocab_size = max(self._tokens, default=-1) + 1
         self.added_tokens = len(added)
         self.special_ids = frozenset(i for i, token in added.items() if token.special)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -172,6 +177,20 @@ def test_a_process_that_was_killed_is_replaced() -> None:
         process._process.kill()
         process._process.wait()
     assert render("b", CHATS[0], {}) == "b"
+
+
+def test_a_process_whose_worker_was_killed_ends_although_its_template_does_not() -> None:
+    source = Path(chat._PROGRAM).read_text().replace("LIMIT_S = 10.0", "LIMIT_S = 0.2")
+    process = subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    request = {"template": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"}
+    request |= {"messages": [], "special_tokens": {}, "variables": {}, "max_bytes": 9}
+    request |= {"add_generation_prompt": False, "continue_final_message": False}
+    process.stdin.write(json.dumps(request).encode() + b"\n")
+    process.stdin.close()  # as the worker's end does
+    assert process.wait(PATIENCE_S) == -signal.SIGALRM
+    assert process.stdout is not None
+    process.stdout.close()
 
 
 # --- in the engine ---------------------------------------------------------------------------------------------------
