@@ -99,7 +99,9 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         parse_special_tokens=settings.parse_special_tokens,
         defaults=defaults,
         description=describe(model, tokenizer, ends, max_context=max_context, defaults=defaults),
-        fingerprint=fingerprint(model, tokenizer, ends, settings.prefill_chunk, invariant, defaults),
+        fingerprint=fingerprint(
+            model, tokenizer, ends, settings.prefill_chunk, invariant, defaults, settings.parse_special_tokens
+        ),
     )
     log.info(
         "model.loaded",
@@ -154,6 +156,7 @@ def fingerprint(
     prefill_chunk: int,
     invariant: bool,
     defaults: Defaults = NO_DEFAULTS,
+    parse_special_tokens: bool | None = None,
 ) -> str:
     """Identify what results depend on besides prompt, parameters and seed. Equal fingerprints mean equal results."""
     device = (
@@ -175,7 +178,15 @@ def fingerprint(
         f"config-{hashlib.sha256(repr(model.config).encode()).hexdigest()[:8]}",
         f"vocabulary-{tokenizer.digest[:12] or 'unknown'}",
         f"ends-{ends.digest[:8]}",
+        f"prompts-{_prompts_digest(tokenizer, parse_special_tokens)[:8]}",
         *([f"defaults-{hashlib.sha256(repr(sorted(defaults.items())).encode()).hexdigest()[:8]}"] if defaults else []),
         "batch-invariant" if invariant else "batch-dependent",
     )
     return "/".join(parts)
+
+
+def _prompts_digest(tokenizer: Tokenizer, parse: bool | None) -> str:
+    """A hash of what becomes of messages, and of special tokens in the text of a prompt."""
+    template, parse = tokenizer.chat_template, tokenizer.parses_special_tokens if parse is None else parse
+    named = [] if template is None else sorted(tokenizer.special_tokens.items())  # which only templates read
+    return hashlib.sha256(repr((template, named, parse)).encode()).hexdigest()
