@@ -48,4 +48,5 @@ def convert(source: Path, target: Path, activation: str | None, as_json: bool) -
     )
     for sentence in done.notes:
         click.echo(f"  {sentence}")
-    click.echo(f"Use it with HEADRACE_MODEL={done.target}")
+    named = done.target if target.is_absolute() else f"./{target}"  # without ./ it could be a name on the hub
+    click.echo(f"Use it with HEADRACE_MODEL={named}")

@@ -213,7 +213,11 @@ def test_nothing_is_left_after_an_error_and_nothing_is_overwritten(
     ("files", "message"),
     [
         ({}, "it contains no checkpoint"),
-        ({"model.safetensors": b""}, "safetensors already"),
+        ({"model.safetensors": b""}, r"safetensors already; use it as it is, HEADRACE_MODEL=.*source"),
+        ({"adapter_config.json": b'{"base_model_name_or_path": "gpt2"}', "adapter_model.safetensors": b""}, "merge both"),
+        ({"adapter_config.json": b'{"base_model_name_or_path": "gpt2"}', "adapter_model.bin": b""}, "merge both"),
+        ({"checkpoint-500/config.json": b"{}"}, r"it contains no checkpoint: .*; checkpoint-500 below it is a model"),
+        ({"pytorch_model.bin": b'{"version": "1.0"}'}, r"pytorch_model\.bin: it is no checkpoint; name a directory"),
         ({"a.pt": b"", "b.pt": b""}, r"several checkpoints \(a\.pt, b\.pt\)"),
         ({"pytorch_model.bin.index.json": b'{"weight_map": {"a": "../x"}}'}, "which is not a file"),
         ({"model.ckpt.index": b"x" * 100}, "not the index of a TensorFlow checkpoint"),
@@ -223,6 +227,7 @@ def test_nothing_is_left_after_an_error_and_nothing_is_overwritten(
 def test_a_source_that_cannot_be_converted_says_why(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
     (source := tmp_path / "source").mkdir()
     for name, data in files.items():
+        (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(data)
     with pytest.raises(ModelError, match=message):
         convert(source, tmp_path / "target")
