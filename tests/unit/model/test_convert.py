@@ -214,8 +214,8 @@ def test_nothing_is_left_after_an_error_and_nothing_is_overwritten(
     [
         ({}, "it contains no checkpoint"),
         ({"model.safetensors": b""}, r"safetensors already; use it as it is, HEADRACE_MODEL=.*source"),
-        ({"adapter_config.json": b'{"base_model_name_or_path": "gpt2"}', "adapter_model.safetensors": b""}, "merge both"),
-        ({"adapter_config.json": b'{"base_model_name_or_path": "gpt2"}', "adapter_model.bin": b""}, "merge both"),
+        ({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, "no whole model; it is a LoRA .*merge both"),
+        ({"adapter_config.json": b"{}", "adapter_model.bin": b""}, "merge both"),
         ({"checkpoint-500/config.json": b"{}"}, r"it contains no checkpoint: .*; checkpoint-500 below it is a model"),
         ({"pytorch_model.bin": b'{"version": "1.0"}'}, r"pytorch_model\.bin: it is no checkpoint; name a directory"),
         ({"a.pt": b"", "b.pt": b""}, r"several checkpoints \(a\.pt, b\.pt\)"),
