@@ -74,7 +74,8 @@ def head_tensor(config: ModelConfig) -> Stored:
 class Family:
     """One `model_type` of config.json.
 
-    Names of tensors are given without prefixes (model/weight_names.py). Tensors of layer i are named `h.{i}.` in all families.
+    Names of tensors are given without prefixes (model/weight_names.py). Tensors of layer i are named `h.{i}.` in all
+    families.
     """
 
     #: As in config.json.
