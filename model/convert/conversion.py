@@ -61,7 +61,7 @@ def convert(
 ) -> Converted:
     """Convert a model to a directory with config.json, safetensors and the files of its tokenizer.
 
-    The directory is complete, or not there at all.
+    The directory is either complete or does not exist.
 
     Args:
         source: a directory or a file: pickled checkpoints, nanoGPT's ckpt.pt, GGUF, OpenAI's TensorFlow checkpoints.

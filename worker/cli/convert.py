@@ -27,7 +27,7 @@ def convert(source: Path, target: Path, activation: str | None, as_json: bool) -
 
     SOURCE is a directory or a file: pytorch_model.bin (with shards), a .pt or .pth file beside a config.json,
     nanoGPT's ckpt.pt, a GGUF file, or a TensorFlow checkpoint of GPT-2's release. Pickles are read by a child
-    process that only builds tensors. TARGET is complete, or not there at all.
+    process that only builds tensors. If the conversion fails, TARGET does not exist.
     """
     with command_errors(as_json):
         check_worker_packages()
