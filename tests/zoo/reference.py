@@ -54,7 +54,7 @@ class Answer:
 def written(folder: Path, prompt: str, count: int) -> list[int]:
     """What a directory's model writes after a prompt, whatever token ends a text."""
     with quiet():
-        reader, model = Reader(folder), _load(folder)
+        reader, model = Reader(folder, Entry(folder.name, str, "")), _load(folder)
     return _generate(model, reader.encode(prompt), count, eos_token_id=None)[0]
 
 
@@ -64,7 +64,7 @@ def answers(entry: Entry, made: Made) -> list[Answer]:
     with quiet():
         model = _load(folder)
         ids = entry.text_refused != ""
-        reader = None if ids else Reader(folder)
+        reader = None if ids else Reader(folder, entry)
         found = []
         for prompt in list(map(list, IDS)) if reader is None else [*entry.prompts, *USUAL, *entry.chats]:
             tokens = _read(reader, prompt)
@@ -129,9 +129,10 @@ def _generate(model: Any, ids: list[int], count: int, **more: Any) -> tuple[list
 class Reader:
     """A directory's tokenizer: tokenizer.json as it is written, or what AutoTokenizer composes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, entry: Entry) -> None:
         from transformers import AutoTokenizer
 
+        self.entry = entry
         self.auto = AutoTokenizer.from_pretrained(folder)
         file = folder / "tokenizer.json"
         self.file = Tokenizer.from_file(str(file)) if file.is_file() else None
@@ -168,10 +169,12 @@ class Reader:
         return [str(text) for text in self.file.decode_batch(list(lists), skip_special_tokens=skip)]
 
     def encode(self, text: str) -> list[int]:
-        return list(self.file.encode(text).ids if self.file else self.auto(text)["input_ids"])
+        """Ids of a prompt, read as the entry's requests ask for it."""
+        parse = self.entry.parameter("parse_special_tokens", self.entry.reads_special_tokens)
+        return self.encode_all([text], parse=parse, add=self.entry.parameter("add_special_tokens", True))[0]
 
     def decode(self, ids: list[int]) -> str:
-        return str((self.file or self.auto).decode(ids, skip_special_tokens=True))
+        return self.decode_all([ids], skip=self.entry.parameter("skip_special_tokens", True))[0]
 
     def text(self, prompt: list[int], tokens: list[int]) -> str:
         """What the tokens add to the text of the prompt, as vLLM and transformers' streamers give it."""
@@ -180,8 +183,7 @@ class Reader:
 
     def chat(self, messages: Any) -> list[int]:
         text = self.auto.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        encoded = self.file.encode(text, add_special_tokens=False) if self.file else None
-        return list(encoded.ids if encoded else self.auto(text, add_special_tokens=False)["input_ids"])
+        return self.encode_all([text], parse=True, add=False)[0]
 
 
 def _load(folder: Path) -> Any:

@@ -111,7 +111,10 @@ def _loads(animal: Animal, every: int) -> bool:
         if not any(re.search(said, note) for note in notes):
             animal.row.faults.append(f"nothing said of {said}: {notes}")
     if not animal.row.entry.text_refused:
-        animal.row.texts, faults = compare_texts(engine.tokenizer, animal.made.reference or animal.made.model, every)
+        made = animal.made
+        animal.row.texts, faults = compare_texts(
+            engine.tokenizer, made.reference or made.model, animal.row.entry, every
+        )
         animal.row.faults += faults
     return True
 
@@ -179,7 +182,7 @@ def _requests(animal: Animal, answer: Answer) -> dict[str, dict[str, Any]]:
     entry = animal.row.entry
     prompt = {"messages": list(answer.prompt)} if isinstance(answer.prompt, tuple) else {"prompt": answer.prompt}
     count = len(answer.tokens) + answer.ended  # if it did not stop, it would write one more
-    common = {**prompt, "model": entry.name, **(entry.request or {})}
+    common = {**prompt, "model": entry.name, **entry.request}
     found = {"output": {**common, "max_tokens": max(count, 1), "temperature": 0, "logprobs": 0, "checkpoints": [8]}}
     if "prompt" in prompt:
         found["prompt ids"] = {**common, "max_tokens": 0, "echo": True}

@@ -8,16 +8,17 @@ from pathlib import Path
 
 from headrace.model import Tokenizer
 from tests.unit.model.strings import strings
+from tests.zoo.entry import Entry
 from tests.zoo.reference import Reader, quiet
 
 #: Random lists of ids, which no text gives.
 RANDOM_LISTS = 1_000
 
 
-def compare_texts(ours: Tokenizer, folder: Path, every: int = 1) -> tuple[int, list[str]]:
+def compare_texts(ours: Tokenizer, folder: Path, entry: Entry, every: int = 1) -> tuple[int, list[str]]:
     """Compare all texts, or one of `every`. -> (how many texts, the first difference of each kind)."""
     with quiet():
-        theirs = Reader(folder)
+        theirs = Reader(folder, entry)
         texts = strings()[::every]
         found = [
             *_first(_ids(ours, theirs, texts, parse=True, add=True)),
@@ -27,6 +28,8 @@ def compare_texts(ours: Tokenizer, folder: Path, every: int = 1) -> tuple[int, l
         for skip in (False, True):
             found += _first(_texts(ours, theirs, lists, skip=skip))
             found += _first(_continued(ours, theirs, lists, skip=skip))
+        if ours.parses_special_tokens != entry.reads_special_tokens:
+            found.append(f"special tokens in prompts: expected read {entry.reads_special_tokens}")
         if (sizes := (theirs.size, ours.vocab_size))[0] != sizes[1]:
             found.append(f"size of the vocabulary: expected {sizes[0]}, got {sizes[1]}")
     return len(texts), found
