@@ -19,7 +19,7 @@ from headrace.model.gguf_file import raw_config
 from headrace.model.hub import ModelError, config_path, find_model
 from headrace.model.kernels.attention import decode_kernel
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
-from headrace.model.trusted_files import check_not_shared
+from headrace.model.trusted_files import check_not_shared, unchanged
 from headrace.model.weights import load_model
 from headrace.worker.engine.cache_slots import SlotTable, length_classes
 from headrace.worker.engine.cgroups import free_memory
@@ -65,12 +65,15 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     shared = settings.allow_shared_model
-    model = load_model(source, device=settings.device, dtype=settings.dtype, allow_shared=shared)
-    tokenizer = load_tokenizer(source, allow_shared=shared)
-    check_vocabulary(source, model.config, tokenizer)
     folder = find_model(source)
-    ends = read_ends(folder, raw_config(config_path(folder)), tokenizer, model.config.vocab_size)
-    defaults = sampling_defaults(folder) if settings.generation_config == "auto" else {}
+    if not shared:
+        check_not_shared(folder)
+    with unchanged(folder):
+        model = load_model(folder, device=settings.device, dtype=settings.dtype, allow_shared=shared)
+        tokenizer = load_tokenizer(folder, allow_shared=shared)
+        check_vocabulary(source, model.config, tokenizer)
+        ends = read_ends(folder, raw_config(config_path(folder)), tokenizer, model.config.vocab_size)
+        defaults = sampling_defaults(folder) if settings.generation_config == "auto" else {}
     max_context = min(settings.max_context or model.config.n_positions, model.config.n_positions)
     lengths = length_classes(max_context)
     runner = ModelRunner(model, lengths)
