@@ -6,7 +6,6 @@ others, on the compiled path and on torch's.
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -38,16 +37,19 @@ def inputs(config: ModelConfig, count: int, dtype: torch.dtype = torch.float32, 
 
 
 def formula(config: ModelConfig, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """In float64, one head and one row at a time. [T, H, D], [T, KV, D] twice -> [T, H, D]."""
-    out = torch.empty(q.shape, dtype=torch.float64)
+    """In float64, one head at a time. [T, H, D], [T, KV, D] twice -> [T, H, D]."""
+    q, k, v = (x.double() for x in (q, k, v))
+    out = torch.empty_like(q)
     scale = 1 / math.sqrt(config.head_dim) if config.scaled_attention else 1
     scale /= layer + 1 if config.scaled_by_layer else 1
     window = config.windows[layer] if config.windows else None
-    for row, head in itertools.product(range(len(q)), range(config.n_head)):
-        of, first = head * config.kv_heads // config.n_head, 0 if window is None else max(0, row - window + 1)
-        seen = slice(first, row + 1)
-        shares = (k[seen, of].double() @ q[row, head].double() * scale).softmax(0)
-        out[row, head] = shares @ v[seen, of].double()
+    rows = torch.arange(len(q))
+    back = rows[:, None] - rows  # how far a position lies before a row
+    hidden = (back < 0) | (back >= (window or len(q)))
+    for head in range(config.n_head):
+        of = head * config.kv_heads // config.n_head
+        scores = q[:, head] @ k[:, of].t() * scale
+        out[:, head] = scores.masked_fill(hidden, -math.inf).softmax(1) @ v[:, of]
     return out
 
 

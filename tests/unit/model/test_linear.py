@@ -50,9 +50,12 @@ def test_a_row_has_the_same_bits_for_every_number_of_rows(
     assert isinstance(product.gemm, OneDnnWeight if packed else TorchWeight)
     x = normal(700, inner)
     expected = product(x)
-    for count in COUNTS:
-        assert torch.equal(product(x[:count]), expected[:count]), f"{count} rows"
-        assert torch.equal(product(x[700 - count :]), expected[700 - count :]), f"the last {count} rows"
+    wide = inner * outer > 512 * 512  # these take long: the first rows of every other number, the last of the others
+    for i, count in enumerate(COUNTS):
+        if not wide or i % 2:
+            assert torch.equal(product(x[:count]), expected[:count]), f"{count} rows"
+        if not wide or not i % 2:
+            assert torch.equal(product(x[700 - count :]), expected[700 - count :]), f"the last {count} rows"
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -62,11 +65,12 @@ def test_an_activation_function_gives_a_row_the_same_bits_for_every_number_of_ro
     name: str, dtype: torch.dtype, width: int
 ) -> None:
     torch.set_num_threads(2)
-    x = normal(70, width).to(dtype) * 3
+    rows = 70 if width <= 512 else 24  # more than are computed together
+    x = normal(rows, width).to(dtype) * 3
     expected = activate(name, x)
-    for count in (1, 2, 3, 5, 10, 11, 31, 64, 69):
+    for count in [count for count in (1, 2, 3, 5, 10, 11, 23, 31, 64, 69) if count < rows]:
         assert torch.equal(activate(name, x[:count]), expected[:count]), f"{count} rows"
-        assert torch.equal(activate(name, x[70 - count :]), expected[70 - count :]), f"the last {count} rows"
+        assert torch.equal(activate(name, x[rows - count :]), expected[rows - count :]), f"the last {count} rows"
 
 
 @pytest.mark.parametrize("width", [128, 768])

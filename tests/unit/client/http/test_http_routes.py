@@ -89,6 +89,11 @@ def test_the_default_model_is_listed_first(app: HttpApp) -> None:
     assert app.ask("GET", "/v1/models/demo").json()["id"] == "demo"
 
 
+def test_the_context_of_a_model_is_the_smallest_of_its_workers_if_they_say_it(app: HttpApp) -> None:
+    assert app.ask("GET", "/v1/models/demo").json()["max_model_len"] == 512
+    assert "max_model_len" not in app.ask("GET", "/v1/models/gpt2").json()
+
+
 def test_a_slash_at_the_end_makes_no_difference(tmp_path: Path) -> None:
     key = "a-key-0123456789-0123"
     app = HttpApp(tmp_path, Limits(keys=(key,), any_host=True, max_body_bytes=10))

@@ -17,6 +17,7 @@ from headrace.config import Settings
 from headrace.model import Decoder, ModelError, load_model, load_tokenizer
 from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import TiktokenTokenizer
+from headrace.model.tokenizers.base import Described
 from headrace.worker.engine import build
 from headrace.worker.engine.build import build_engine, check_vocabulary, default_budget, fingerprint, load_engine
 from headrace.worker.engine.cache_slots import length_classes
@@ -116,6 +117,23 @@ def test_a_model_that_is_replaced_while_it_is_loaded_is_refused(
         build_engine(settings)
 
 
+@pytest.mark.parametrize("name", ["MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "NUMBA_CPU_NAME"])
+def test_variables_that_choose_other_machine_code_are_part_of_the_fingerprint(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MKL_CBWR=COMPATIBLE, for one, changes the last bits of products."""
+    given = demo_model(), demo_tokenizer(), Ends((50256,), 50256), 128, True
+    plain = fingerprint(*given)
+    assert "environment" not in plain
+    monkeypatch.setenv(name, "")
+    assert fingerprint(*given) == plain
+    monkeypatch.setenv(name, "COMPATIBLE")
+    changed = fingerprint(*given)
+    assert set(plain.split("/")) < set(changed.split("/"))
+    monkeypatch.setenv(name, "AVX2")
+    assert len({fingerprint(*given), changed, plain}) == 3
+
+
 def test_max_context_is_limited_by_the_models_positions() -> None:
     engine = load_engine(Settings(model="demo", max_context=5000, device="cpu", dtype="float32"))
     assert engine.max_context == 1024
@@ -134,6 +152,7 @@ def test_the_default_engine_holds_its_slots_and_is_batch_invariant() -> None:
 
 def test_the_fingerprint_differs_if_results_may_differ() -> None:
     model, tokenizer, ends = demo_model(), load_tokenizer("demo"), Ends((50256,), 50256)
+    assert isinstance(tokenizer, TiktokenTokenizer)
     base = fingerprint(model, tokenizer, ends, 128, True)
     half = load_model("demo", device="cpu", dtype="bfloat16")
     other, again = (load_model("demo", device="cpu", dtype="float32") for _ in range(2))
@@ -146,7 +165,14 @@ def test_the_fingerprint_differs_if_results_may_differ() -> None:
         fingerprint(model, tokenizer, Ends(), 128, True),
     }
     prints |= {fingerprint(model, TiktokenTokenizer(tokenizer._encoding, "0" * 64), ends, 128, True)}
-    assert len(prints) == 9
+    chatting = [
+        tokenizer.described_by(Described({"eos_token": end}, "{{ eos_token }}"), parses_special_tokens=True)
+        for end in ("a", "b")
+    ]
+    prints |= {fingerprint(model, each, ends, 128, True) for each in chatting}
+    prints |= {fingerprint(model, tokenizer, ends, 128, True, parse_special_tokens=True)}
+    assert len(prints) == 12
+    assert fingerprint(model, tokenizer, ends, 128, True, parse_special_tokens=False) == base  # the default
     assert fingerprint(load_model("demo", device="cpu", dtype="float32"), tokenizer, ends, 128, True) == base
     assert f"weights-{model.digest[:12]}" in base
 
