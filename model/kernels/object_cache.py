@@ -78,7 +78,7 @@ def cache_directory() -> Path:
 
 
 def _key(name: str) -> str:
-    """A file name that depends on the sources of all kernels, on the compiler with its settings, and on the processor."""
+    """A file name that depends on the sources of all kernels, on compiler and settings, and on the processor."""
     from llvmlite import binding
 
     sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
