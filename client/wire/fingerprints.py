@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 #: The parts of a fingerprint that identify a model. The others identify software, machine and number type.
-MODEL_PARTS = ("weights-", "config-", "vocabulary-", "ends-")
+MODEL_PARTS = ("weights-", "config-", "vocabulary-", "ends-", "prompts-")
 
 
 def model_of(fingerprint: str, kinds: tuple[str, ...] = MODEL_PARTS) -> str:

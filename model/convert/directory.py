@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -14,13 +16,16 @@ from safetensors import SafetensorError
 
 from headrace.model.trusted_files import ModelError
 
+#: How the names of directories begin that are not complete yet.
+PREFIX = ".headrace-convert-"
+
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
     """A directory to write into, beside `target`, that gets its name when the block ends without an error.
 
     Everything is on the disk before the name is given. After an error the directory is deleted; after SIGKILL it
-    remains under a name that begins with a dot.
+    remains under a name that begins with a dot, until the next directory is made beside it.
 
     Raises:
         ModelError: there is something under the name already, or the directory cannot be written.
@@ -30,7 +35,8 @@ def new_directory(target: Path) -> Iterator[Path]:
     if not os.path.isdir(target.parent):
         raise ModelError(f"{target}: there is no directory {target.parent}")
     with _named(target):
-        place = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        _remove_abandoned(target.parent)
+        place, lock = _locked(target.parent)
     try:
         with _named(target, place):
             yield place
@@ -44,6 +50,32 @@ def new_directory(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def _locked(parent: Path) -> tuple[Path, int]:
+    """A new directory, and the descriptor of its lock, which ends with this process."""
+    while True:
+        place = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        lock = os.open(place, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if place.exists():  # else it was taken for an abandoned one before it had its lock
+            return place, lock
+        os.close(lock)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove what conversions that were killed have left: the directories of this user that nobody locks."""
+    for place in parent.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+            try:
+                if os.fstat(lock).st_uid == os.getuid():
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(place, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 @contextmanager

@@ -117,6 +117,11 @@ def log_sums(logits: Tensor, largest: Tensor) -> Tensor | None:
     return torch.from_numpy(arrays["log_sums"])
 
 
+def sampling_works(device: str, dtype: torch.dtype) -> bool:
+    """Whether tokens are drawn by this kernel. Compiles it."""
+    return device == "cpu" and _kernel(dtype) is not None
+
+
 def _kernel_for(logits: Tensor) -> Kernel | None:
     if logits.device.type != "cpu" or logits.stride(1) != 1:
         return None

@@ -40,7 +40,8 @@ def from_tokenizer_json(files: Files) -> Tokenizer:
         named = {**described.special_tokens, "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
         described = Described(named, described.chat_template, notes)
     try:
-        return LibraryTokenizer(library, digest_of(raw), described)
+        counts = {name: part for name, part in raw.items() if name not in ("version", "truncation", "padding")}
+        return LibraryTokenizer(library, digest_of(counts), described)
     except ValueError as error:
         reason = f"{path}: its decoder {error} cannot be computed one token at a time, so prompts must be token ids"
         return TokenIdsOnly(reason, described)

@@ -35,10 +35,13 @@ class LibraryTokenizer(Tokenizer):
         self._lock = threading.Lock()  # the library cannot encode while another thread changes its setting
         added = library.get_added_tokens_decoder()
         self._tokens = {i: text for text, i in library.get_vocab(with_added_tokens=False).items()}
-        self._tokens |= {i: token.content for i, token in added.items()}
+        # Not their `content`: a normalizer changes an added token with `normalized`, also in what is decoded.
+        self._tokens |= {i: library.id_to_token(i) or token.content for i, token in added.items()}
         self.vocab_size = max(self._tokens, default=-1) + 1
         self.added_tokens = len(added)
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        # By their text, as the library skips them: a special token that a normalizer changes is not skipped.
+        special = {token.content for token in added.values() if token.special}
+        self.special_ids = frozenset(i for i, text in self._tokens.items() if text in special)
         self.parses_special_tokens = parses_special_tokens
         self.bos_token_id, self.eos_token_id = self._named("bos_token"), self._named("eos_token")
         # The library's `to_str` would hold a number for each hole between the ids, which a hostile file makes huge.

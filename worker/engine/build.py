@@ -18,6 +18,7 @@ from headrace.model.generation_config import Ends, read_ends, sampling_defaults
 from headrace.model.gguf_file import raw_config
 from headrace.model.hub import ModelError, config_path, find_model
 from headrace.model.kernels.attention import decode_kernel
+from headrace.model.kernels.sampling import sampling_works
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
 from headrace.model.trusted_files import check_not_shared
 from headrace.model.weights import load_model
@@ -98,7 +99,9 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         parse_special_tokens=settings.parse_special_tokens,
         defaults=defaults,
         description=describe(model, tokenizer, ends, max_context=max_context, defaults=defaults),
-        fingerprint=fingerprint(model, tokenizer, ends, settings.prefill_chunk, invariant, defaults),
+        fingerprint=fingerprint(
+            model, tokenizer, ends, settings.prefill_chunk, invariant, defaults, settings.parse_special_tokens
+        ),
     )
     log.info(
         "model.loaded",
@@ -153,6 +156,7 @@ def fingerprint(
     prefill_chunk: int,
     invariant: bool,
     defaults: Defaults = NO_DEFAULTS,
+    parse_special_tokens: bool | None = None,
 ) -> str:
     """Identify what results depend on besides prompt, parameters and seed. Equal fingerprints mean equal results."""
     device = (
@@ -168,12 +172,21 @@ def fingerprint(
         f"threads-{torch.get_num_threads()}",
         f"products-{model.gemm_backend}",
         f"attention-{'compiled' if decode_kernel(model.config.head_dim, model.dtype, model.device.type) else 'torch'}",
+        f"sampling-{'compiled' if sampling_works(model.device.type, model.dtype) else 'torch'}",
         f"chunk-{prefill_chunk}",
         f"weights-{model.digest[:12] or 'unknown'}",
         f"config-{hashlib.sha256(repr(model.config).encode()).hexdigest()[:8]}",
         f"vocabulary-{tokenizer.digest[:12] or 'unknown'}",
         f"ends-{ends.digest[:8]}",
+        f"prompts-{_prompts_digest(tokenizer, parse_special_tokens)[:8]}",
         *([f"defaults-{hashlib.sha256(repr(sorted(defaults.items())).encode()).hexdigest()[:8]}"] if defaults else []),
         "batch-invariant" if invariant else "batch-dependent",
     )
     return "/".join(parts)
+
+
+def _prompts_digest(tokenizer: Tokenizer, parse: bool | None) -> str:
+    """A hash of what becomes of messages, and of special tokens in the text of a prompt."""
+    template, parse = tokenizer.chat_template, tokenizer.parses_special_tokens if parse is None else parse
+    named = [] if template is None else sorted(tokenizer.special_tokens.items())  # which only templates read
+    return hashlib.sha256(repr((template, named, parse)).encode()).hexdigest()

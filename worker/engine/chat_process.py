@@ -14,6 +14,7 @@ import functools
 import json
 import re
 import resource
+import signal
 import sys
 from collections.abc import Iterator
 from datetime import datetime
@@ -29,6 +30,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 MEMORY_BYTES = 512 * 2**20
 #: The end of a message that the model is to continue. The text is cut here.
 TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+#: Seconds after which this process ends if it is still rendering: the worker, which ends it sooner, was killed then.
+LIMIT_S = 10.0
 #: How much of what a template raises is told.
 MAX_REASON = 300
 
@@ -244,7 +247,10 @@ def main() -> None:
     output.write(b'{"ready": true}\n')
     output.flush()
     for line in sys.stdin.buffer:
-        output.write(json.dumps(_answer(line)).encode() + b"\n")
+        signal.setitimer(signal.ITIMER_REAL, LIMIT_S)  # SIGALRM ends the process, whatever the template computes
+        answer = _answer(line)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        output.write(json.dumps(answer).encode() + b"\n")
         output.flush()
 
 

@@ -8,10 +8,12 @@ with engine:
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 import traceback
 import uuid
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -154,7 +156,8 @@ class Engine:
     def _take(self, state: RequestState, hooks: Hooks) -> None:
         """Put a job into the inbox. Called with the lock."""
         hooks.give(state)
-        state.future.add_done_callback(lambda done: self._note_cancelled(state) if done.cancelled() else None)
+        # A reference to the state would be a cycle: its tensors and its result would stay until a full collection.
+        state.future.add_done_callback(functools.partial(self._note_if_cancelled, weakref.ref(state)))
         self._inbox.append(state)
 
     def _check_open(self) -> None:
@@ -165,6 +168,10 @@ class Engine:
         """Cancel a job: its future raises JobCancelled at the next step. Does nothing for unknown or finished jobs."""
         self._chats.cancel(job_id)
         self._note_cancelled(job_id)
+
+    def _note_if_cancelled(self, job: weakref.ref[RequestState], done: Future[Result]) -> None:
+        if done.cancelled() and (state := job()) is not None:
+            self._note_cancelled(state)
 
     def _note_cancelled(self, job: str | RequestState) -> None:
         with self._lock:

@@ -175,6 +175,8 @@ def encode_prompt(request: GenerateRequest, tokenizer: Tokenizer, parse: bool | 
         return tokenizer.encode(text, parse_special_tokens=parse, add_special_tokens=add), text
     except NoTokenizer as error:
         raise JobFailed("no_tokenizer", str(error)) from None
+    except ValueError as error:  # the model's tokenizer has no token for it
+        raise JobFailed("invalid_request", f"{'prompt' if request.messages is None else 'messages'}: {error}") from None
 
 
 def _rendered(request: GenerateRequest, tokenizer: Tokenizer) -> str:

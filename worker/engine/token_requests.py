@@ -43,7 +43,9 @@ def answer(
         check_token_ids(request, tokens, vocab_size)
         if isinstance(tokenizer, TokenIdsOnly):
             raise JobFailed("no_tokenizer", tokenizer.reason)
-        text = tokenizer.decode(tokens, skip_special_tokens=request.skip_special_tokens)
+        # Like outputs: an id without a token, of a padded embedding or a hole in the vocabulary, adds nothing.
+        decoder = tokenizer.decoder(skip_special_tokens=request.skip_special_tokens)
+        text = "".join(map(decoder.push, tokens)) + decoder.flush()
     return Result(
         id=job_id,
         model=model,

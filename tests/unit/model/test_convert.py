@@ -209,6 +209,18 @@ def test_nothing_is_left_after_an_error_and_nothing_is_overwritten(
         convert(GOLDEN, tmp_path / "none" / "target")
 
 
+def test_what_a_killed_conversion_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    (left := tmp_path / ".headrace-convert-abandoned").mkdir()
+    (left / "model.safetensors").write_text("half")
+    (tmp_path / ".target.old").mkdir()  # the user's
+    (tmp_path / ".headrace-convert-link").symlink_to(tmp_path / ".target.old")
+    with new_directory(tmp_path / "one") as first, new_directory(tmp_path / "two") as second:
+        assert not left.exists()
+        assert first.exists()
+        assert second.exists()
+    assert sorted(os.listdir(tmp_path)) == [".headrace-convert-link", ".target.old", "one", "two"]
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

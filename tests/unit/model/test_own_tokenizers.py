@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as Peer
 
 from headrace.model import Tokenizer, load_tokenizer
@@ -92,6 +93,21 @@ def test_names_differ_and_offsets_stay_within_the_text(folder: Path) -> None:
         offsets = [counter.next(i) for i in ids]
         assert offsets == sorted(offsets)
         assert all(at <= len(ours.decode(ids, skip_special_tokens=True)) for at in offsets)
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.Lowercase(), normalizers.NFKC(), normalizers.Strip()])
+def test_added_tokens_are_decoded_as_the_normalizer_changes_them(tmp_path: Path, normalizer: Any) -> None:
+    made = byte_level()
+    made.normalizer = normalizer
+    added = ["Hello", "\u0130", " \ufb01 ", "\u00c9"]
+    made.add_tokens([AddedToken(text, normalized=i % 2 == 0) for i, text in enumerate(added)])
+    made.add_tokens([AddedToken("World", normalized=True, special=True)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    ours, peer = load_tokenizer(tmp_path), Peer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in (*added, "World"):
+        ids = [7, peer.token_to_id(text), 8]
+        for skip in (False, True):
+            assert texts_one_at_a_time(ours, ids, skip=skip) == peer.decode(ids, skip_special_tokens=skip)
 
 
 # --- what the files say ---------------------------------------------------------------------------------------------
@@ -252,6 +268,8 @@ def test_what_is_for_training_is_ignored_and_said(tmp_path: Path) -> None:
     made.enable_truncation(4)
     made.enable_padding(length=16)
     raw = json.loads(made.to_str())
+    plain = brought(tmp_path, tokenizer={**raw, "truncation": None, "padding": None})
+    assert plain.digest == brought(tmp_path, tokenizer=raw).digest  # it decides no id
     raw["model"]["dropout"] = 0.9
     ours = brought(tmp_path, tokenizer=raw)
     assert ours.encode("hello the king and queen") == byte_level().encode("hello the king and queen").ids

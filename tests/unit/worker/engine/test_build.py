@@ -17,6 +17,7 @@ from headrace.config import Settings
 from headrace.model import Decoder, ModelError, load_model, load_tokenizer
 from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import TiktokenTokenizer
+from headrace.model.tokenizers.base import Described
 from headrace.worker.engine.build import build_engine, check_vocabulary, default_budget, fingerprint, load_engine
 from headrace.worker.engine.cache_slots import length_classes
 from headrace.worker.engine.self_test import is_batch_invariant
@@ -102,6 +103,7 @@ def test_the_default_engine_holds_its_slots_and_is_batch_invariant() -> None:
 
 def test_the_fingerprint_differs_if_results_may_differ() -> None:
     model, tokenizer, ends = demo_model(), load_tokenizer("demo"), Ends((50256,), 50256)
+    assert isinstance(tokenizer, TiktokenTokenizer)
     base = fingerprint(model, tokenizer, ends, 128, True)
     half = load_model("demo", device="cpu", dtype="bfloat16")
     other, again = (load_model("demo", device="cpu", dtype="float32") for _ in range(2))
@@ -114,7 +116,14 @@ def test_the_fingerprint_differs_if_results_may_differ() -> None:
         fingerprint(model, tokenizer, Ends(), 128, True),
     }
     prints |= {fingerprint(model, TiktokenTokenizer(tokenizer._encoding, "0" * 64), ends, 128, True)}
-    assert len(prints) == 9
+    chatting = [
+        tokenizer.described_by(Described({"eos_token": end}, "{{ eos_token }}"), parses_special_tokens=True)
+        for end in ("a", "b")
+    ]
+    prints |= {fingerprint(model, each, ends, 128, True) for each in chatting}
+    prints |= {fingerprint(model, tokenizer, ends, 128, True, parse_special_tokens=True)}
+    assert len(prints) == 12
+    assert fingerprint(model, tokenizer, ends, 128, True, parse_special_tokens=False) == base  # the default
     assert fingerprint(load_model("demo", device="cpu", dtype="float32"), tokenizer, ends, 128, True) == base
     assert f"weights-{model.digest[:12]}" in base
 

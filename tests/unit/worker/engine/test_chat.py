@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
+import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,16 +17,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Peer
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from headrace.client.wire.errors import JobCancelled, JobExpired, JobFailed
 from headrace.client.wire.requests import parse_request
+from headrace.model.generation_config import Ends
+from headrace.model.tokenizers.base import Described as BaseDescribed
 from headrace.model.tokenizers.ids_only import TokenIdsOnly
+from headrace.model.tokenizers.library import LibraryTokenizer
 from headrace.worker.engine import chat
 from headrace.worker.engine.chat import render
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.errors import EngineStopped
+from headrace.worker.engine.preparation import prepared
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine.engine_helpers import build
 
@@ -174,6 +187,20 @@ def test_a_process_that_was_killed_is_replaced() -> None:
     assert render("b", CHATS[0], {}) == "b"
 
 
+def test_a_process_whose_worker_was_killed_ends_although_its_template_does_not() -> None:
+    source = Path(chat._PROGRAM).read_text().replace("LIMIT_S = 10.0", "LIMIT_S = 0.2")
+    process = subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    request = {"template": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"}
+    request |= {"messages": [], "special_tokens": {}, "variables": {}, "max_bytes": 9}
+    request |= {"add_generation_prompt": False, "continue_final_message": False}
+    process.stdin.write(json.dumps(request).encode() + b"\n")
+    process.stdin.close()  # as the worker's end does
+    assert process.wait(PATIENCE_S) == -signal.SIGALRM
+    assert process.stdout is not None
+    process.stdout.close()
+
+
 # --- in the engine ---------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +296,24 @@ def test_a_model_without_a_tokenizer_computes_prompts_of_token_ids_alone() -> No
     engine.start()
     assert len(ask(engine, prompt=[5]).choices[0].token_ids) == 3
     engine.stop()
+
+
+def test_ids_without_a_token_have_no_text_and_texts_without_tokens_are_refused_by_name() -> None:
+    library = Peer(WordLevel({"a": 0, "b": 3}))
+    library.add_special_tokens([AddedToken("<s>")])
+    tokenizer = LibraryTokenizer(library, "digest", BaseDescribed(chat_template="{{ messages[0].content }}"))
+    model = SimpleNamespace(tokenizer=tokenizer, ends=Ends(), defaults={}, vocab_size=8, max_context=9, model_name="m")
+    model.parse_special_tokens = None
+
+    def outcome(**fields: Any) -> Any:
+        return prepared(parse_request(fields), "job", Future(), model)
+
+    assert outcome(prompt=[0, 7, 2, 3], operation="detokenize").choices[0].text == "a b"
+    for fields in ({"prompt": "c"}, {"messages": [{"role": "user", "content": "c"}]}):
+        for operation in ({}, {"operation": "tokenize"}):
+            failed = outcome(**fields, **operation)
+            assert (type(failed), failed.code) == (JobFailed, "invalid_request")
+            assert f"{next(iter(fields))}: the model's tokenizer cannot encode the text" in failed.message
 
 
 def test_a_request_for_token_ids_whose_time_has_passed_is_not_answered() -> None:
