@@ -183,7 +183,13 @@ SAMPLING = {
 }
 
 #: Values that change nothing, as transformers writes them into many files.
-_NEUTRAL = {"temperature": (1,), "top_k": (0, -1), "top_p": (1,), "min_p": (0,), "repetition_penalty": (1,)}
+_NEUTRAL: dict[str, tuple[int, ...]] = {
+    "temperature": (1,),
+    "top_k": (0, -1),
+    "top_p": (1,),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+}
 
 
 def sampling_defaults(folder: Path) -> dict[str, int | float]:
