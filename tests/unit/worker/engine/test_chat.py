@@ -347,6 +347,17 @@ def test_a_slow_template_holds_up_no_other_job_and_its_job_can_be_cancelled(monk
         last.result(PATIENCE_S)
 
 
+def test_chats_that_do_not_end_hold_up_no_quick_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    engine = chatting("{% if messages[0].content == 'loop' %}" + loop + "{% endif %}{{ messages[0].content }}")
+    monkeypatch.setattr(chat.render, "__kwdefaults__", {**chat.render.__kwdefaults__, "limit_s": 3.0})
+    bad, good = (parse_request({"messages": [{"role": "user", "content": text}]}) for text in ("loop", "hi"))
+    endless = [engine.submit(bad) for _ in range(4)]
+    assert engine.submit(good).result(PATIENCE_S).choices
+    assert not endless[-1].done()
+    engine.stop()
+
+
 TEXTS = st.text(st.sampled_from("ab \n\t{}%<|>'\"\u00e9\U0001f600&\\"), max_size=12)
 
 
