@@ -15,8 +15,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from headrace.client.wire.errors import JobFailed
 
 log = structlog.get_logger("headrace.engine")
 
-#: Chats that are rendered at the same time.
+#: Chats that are rendered at the same time; half of them those that have taken longer than FIRST_LIMIT_S before.
 MAX_PROCESSES = 4
 #: Seconds that a template may take, and a process to start.
 TIME_LIMIT_S, START_LIMIT_S = 5.0, 60.0
+#: Seconds that a template may take at first, so that those that do not end hold up no quick ones.
+FIRST_LIMIT_S = 0.5
 #: Largest text of a chat, in bytes; the largest template, in characters.
 MAX_TEXT_BYTES, MAX_TEMPLATE = 2**18, 2**20
 
@@ -42,6 +45,24 @@ _SENTENCES = {
     "chat_template_failed": "the model's chat template cannot write these messages",
 }
 _PROGRAM = Path(__file__).with_name("chat_process.py")
+
+
+class Slow(Exception):
+    """A chat took longer than FIRST_LIMIT_S in its first try."""
+
+
+#: Whether this is the first try of a chat.
+_first: ContextVar[bool] = ContextVar("first", default=False)
+
+
+@contextlib.contextmanager
+def first_try() -> Iterator[None]:
+    """In this block `render` raises Slow for a chat that takes longer than FIRST_LIMIT_S."""
+    token = _first.set(True)
+    try:
+        yield
+    finally:
+        _first.reset(token)
 
 
 class _TooLong(Exception):
@@ -114,17 +135,22 @@ class Renderer:
         self._lock = threading.Lock()
         self._idle: list[_Process] = []
         #: Where jobs with messages are prepared.
-        self.threads = ThreadPoolExecutor(MAX_PROCESSES, thread_name_prefix="headrace-chat")
+        self.threads = ThreadPoolExecutor(MAX_PROCESSES // 2, thread_name_prefix="headrace-chat")
+        #: Where they are prepared again if that was Slow.
+        self.slow_threads = ThreadPoolExecutor(MAX_PROCESSES // 2, thread_name_prefix="headrace-slow-chat")
 
     def render(self, request: dict[str, Any], limit_s: float) -> str:
-        """The text of a chat. Raises JobFailed."""
+        """The text of a chat. Raises JobFailed, or Slow in a first try."""
         process = self._idle_process()
+        first = _first.get() and limit_s > FIRST_LIMIT_S
         try:
             process = process or _Process()
-            answer = process.ask(request, limit_s)
+            answer = process.ask(request, FIRST_LIMIT_S if first else limit_s)
         except (_TooLong, OSError, ValueError) as error:
             if process is not None:
                 process.end()
+            if first and isinstance(error, _TooLong):
+                raise Slow from None
             reason = (
                 f"it took longer than {limit_s:g} s"
                 if isinstance(error, _TooLong)

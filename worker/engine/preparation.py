@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -102,12 +103,22 @@ class Chats:
         chat.renderer.threads.submit(self._prepare, request, job_id, future, model, hooks)
 
     def _prepare(
-        self, request: GenerateRequest, job_id: str, future: Future[Result], model: Model, hooks: Hooks
+        self,
+        request: GenerateRequest,
+        job_id: str,
+        future: Future[Result],
+        model: Model,
+        hooks: Hooks,
+        again: bool = False,
     ) -> None:
         if future not in self._jobs:
             return
         try:
-            found = prepared(request, job_id, future, model)
+            with contextlib.nullcontext() if again else chat.first_try():
+                found = prepared(request, job_id, future, model)
+        except chat.Slow:
+            chat.renderer.slow_threads.submit(self._prepare, request, job_id, future, model, hooks, again=True)
+            return
         except Exception as error:
             log.error("job.prepare_failed", job_id=job_id, error=type(error).__name__)
             found = JobFailed("internal_error", f"preparing this job failed: {type(error).__name__}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,7 +163,7 @@ def test_the_loss_of_a_precision_by_hand() -> None:
 
 
 def test_a_gguf_file_is_validated_against_what_the_gguf_package_unpacks(tmp_path: Path) -> None:
-    config = {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 24, "vocab_size": len(TOKENS)}
+    config: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 24, "vocab_size": len(TOKENS)}
     torch.manual_seed(0)
     tensors = {name: torch.randn(shape) for name, shape in expected_shapes(ModelConfig(**config)).items()}
     written = write_gguf(tmp_path / "model.gguf", tensors, config, kind="Q8_0")

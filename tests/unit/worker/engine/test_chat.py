@@ -191,7 +191,9 @@ def test_a_process_whose_worker_was_killed_ends_although_its_template_does_not()
     source = Path(chat._PROGRAM).read_text().replace("LIMIT_S = 10.0", "LIMIT_S = 0.2")
     process = subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
-    request = {"template": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"}
+    request: dict[str, Any] = {
+        "template": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    }
     request |= {"messages": [], "special_tokens": {}, "variables": {}, "max_bytes": 9}
     request |= {"add_generation_prompt": False, "continue_final_message": False}
     process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -302,7 +304,9 @@ def test_ids_without_a_token_have_no_text_and_texts_without_tokens_are_refused_b
     library = Peer(WordLevel({"a": 0, "b": 3}))
     library.add_special_tokens([AddedToken("<s>")])
     tokenizer = LibraryTokenizer(library, "digest", BaseDescribed(chat_template="{{ messages[0].content }}"))
-    model = SimpleNamespace(tokenizer=tokenizer, ends=Ends(), defaults={}, vocab_size=8, max_context=9, model_name="m")
+    model: Any = SimpleNamespace(
+        tokenizer=tokenizer, ends=Ends(), defaults={}, vocab_size=8, max_context=9, model_name="m"
+    )
     model.parse_special_tokens = None
 
     def outcome(**fields: Any) -> Any:
@@ -345,6 +349,17 @@ def test_a_slow_template_holds_up_no_other_job_and_its_job_can_be_cancelled(monk
     engine.stop()
     with pytest.raises(EngineStopped):
         last.result(PATIENCE_S)
+
+
+def test_chats_that_do_not_end_hold_up_no_quick_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    engine = chatting("{% if messages[0].content == 'loop' %}" + loop + "{% endif %}{{ messages[0].content }}")
+    monkeypatch.setattr(chat.render, "__kwdefaults__", {**chat.render.__kwdefaults__, "limit_s": 3.0})
+    bad, good = (parse_request({"messages": [{"role": "user", "content": text}]}) for text in ("loop", "hi"))
+    endless = [engine.submit(bad) for _ in range(4)]
+    assert engine.submit(good).result(PATIENCE_S).choices
+    assert not endless[-1].done()
+    engine.stop()
 
 
 TEXTS = st.text(st.sampled_from("ab \n\t{}%<|>'\"\u00e9\U0001f600&\\"), max_size=12)
