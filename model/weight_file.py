@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from headrace.model.hub import short_repr, shorten
-from headrace.model.trusted_files import ModelError, open_file
+from headrace.model.trusted_files import ModelError, identity, open_file
 
 #: The names of types in the header.
 TYPES = {
@@ -149,7 +149,7 @@ class WeightFile:
         except OSError:
             now = None
         if now is None or any(
-            _identity(each) != _identity(self._opened) for each in (now, os.fstat(self._file.fileno()))
+            identity(each) != identity(self._opened) for each in (now, os.fstat(self._file.fileno()))
         ):
             raise ModelError(
                 f"{self.path}: it was changed or replaced while it was read; start again when it is complete"
@@ -161,10 +161,6 @@ def open_weights(path: Path) -> Iterator[WeightFile]:
     """Open a safetensors file. Raises ModelError like `WeightFile`, or if it cannot be opened."""
     with open_file(path) as file:
         yield WeightFile(path, file)
-
-
-def _identity(about: os.stat_result) -> tuple[int, ...]:
-    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

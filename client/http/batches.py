@@ -70,7 +70,11 @@ class Batches:
         self._states = {state.id: state for state in load_all(self._directory, BatchState)}
 
     def start(self) -> None:
-        """Resume batches that a previous server left incomplete."""
+        """Resume batches that a previous server left incomplete, and delete what it left of files that nobody has."""
+        if len(self._states) == sum(1 for _ in self._directory.glob("*.json")):  # else one may name files
+            open_states = [state for state in self._states.values() if state.status in OPEN_STATUSES]
+            written = {file_id for state in open_states for file_id in (state.rows_id, state.failures_id)}
+            self._files.delete_unnamed(keep=written)
         for state in sorted(self._states.values(), key=lambda state: (state.created_at, state.created_ns)):
             if state.status in OPEN_STATUSES:
                 self._threads.submit(self._run, state.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 import threading
 from concurrent.futures import Future
 
@@ -14,13 +15,13 @@ from headrace import __version__
 from headrace.config import Settings
 from headrace.model.config import ModelConfig
 from headrace.model.decoder import Decoder
-from headrace.model.generation_config import Ends, read_ends, sampling_defaults
+from headrace.model.generation_config import Ends, read_ends, sampling_defaults, unapplied_defaults
 from headrace.model.gguf_file import raw_config
 from headrace.model.hub import ModelError, config_path, find_model
 from headrace.model.kernels.attention import decode_kernel
 from headrace.model.kernels.sampling import sampling_works
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
-from headrace.model.trusted_files import check_not_shared
+from headrace.model.trusted_files import check_not_shared, unchanged
 from headrace.model.weights import load_model
 from headrace.worker.engine.cache_slots import SlotTable, length_classes
 from headrace.worker.engine.cgroups import free_memory
@@ -35,6 +36,20 @@ log = structlog.get_logger("headrace.engine")
 
 #: Share of the free memory that the cache may take if HEADRACE_KV_CACHE_BYTES is not set.
 CACHE_SHARE = 0.25
+#: Variables by which the libraries choose other machine code, and with it other last bits of the results.
+MACHINE_CODE_VARIABLES = (
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "NUMBA_CPU_NAME",
+    "NUMBA_CPU_FEATURES",
+    "NUMBA_OPT",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
 
 
 def load_engine(settings: Settings, name: str | None = None) -> Engine:
@@ -66,12 +81,17 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     shared = settings.allow_shared_model
-    model = load_model(source, device=settings.device, dtype=settings.dtype, allow_shared=shared)
-    tokenizer = load_tokenizer(source, allow_shared=shared)
-    check_vocabulary(source, model.config, tokenizer)
     folder = find_model(source)
-    ends = read_ends(folder, raw_config(config_path(folder)), tokenizer, model.config.vocab_size)
-    defaults = sampling_defaults(folder) if settings.generation_config == "auto" else {}
+    applied = settings.generation_config == "auto"
+    if not shared:
+        check_not_shared(folder)
+    with unchanged(folder):
+        model = load_model(folder, device=settings.device, dtype=settings.dtype, allow_shared=shared)
+        tokenizer = load_tokenizer(folder, allow_shared=shared)
+        check_vocabulary(source, model.config, tokenizer)
+        ends = read_ends(folder, raw_config(config_path(folder)), tokenizer, model.config.vocab_size)
+        defaults = sampling_defaults(folder) if applied else {}
+        unused = () if applied else unapplied_defaults(folder)
     max_context = min(settings.max_context or model.config.n_positions, model.config.n_positions)
     lengths = length_classes(max_context)
     runner = ModelRunner(model, lengths)
@@ -98,7 +118,7 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         ends=ends,
         parse_special_tokens=settings.parse_special_tokens,
         defaults=defaults,
-        description=describe(model, tokenizer, ends, max_context=max_context, defaults=defaults),
+        description=describe(model, tokenizer, ends, max_context=max_context, defaults=defaults, notes=unused),
         fingerprint=fingerprint(
             model, tokenizer, ends, settings.prefill_chunk, invariant, defaults, settings.parse_special_tokens
         ),
@@ -180,9 +200,16 @@ def fingerprint(
         f"ends-{ends.digest[:8]}",
         f"prompts-{_prompts_digest(tokenizer, parse_special_tokens)[:8]}",
         *([f"defaults-{hashlib.sha256(repr(sorted(defaults.items())).encode()).hexdigest()[:8]}"] if defaults else []),
+        *([f"environment-{variables}"] if (variables := _variables_digest()) else []),
         "batch-invariant" if invariant else "batch-dependent",
     )
     return "/".join(parts)
+
+
+def _variables_digest() -> str:
+    """A short hash of the variables in MACHINE_CODE_VARIABLES; empty if none is set, as usual."""
+    found = [(name, value) for name in MACHINE_CODE_VARIABLES if (value := os.environ.get(name))]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:8] if found else ""
 
 
 def _prompts_digest(tokenizer: Tokenizer, parse: bool | None) -> str:

@@ -207,6 +207,9 @@ def test_the_cache_key_covers_sources_compiler_and_processor(cache: Path, monkey
     monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b"#" * (path.name == "gemm_bf16_amx.py"))
     assert object_cache._key("two") != before
     monkeypatch.undo()
+    monkeypatch.setenv("NUMBA_OPT", "0")
+    assert object_cache._key("two") != before
+    monkeypatch.undo()
     assert object_cache._key("two") == before
 
 

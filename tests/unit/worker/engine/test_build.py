@@ -18,9 +18,11 @@ from headrace.model import Decoder, ModelError, load_model, load_tokenizer
 from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import TiktokenTokenizer
 from headrace.model.tokenizers.base import Described
+from headrace.worker.engine import build
 from headrace.worker.engine.build import build_engine, check_vocabulary, default_budget, fingerprint, load_engine
 from headrace.worker.engine.cache_slots import length_classes
 from headrace.worker.engine.self_test import is_batch_invariant
+from tests.unit.model.references import random_reference, saved
 from tests.unit.worker.engine.engine_helpers import ask, demo_engine, demo_model, demo_tokenizer, drive
 
 
@@ -83,6 +85,53 @@ def test_no_tokens_are_proposed_without_batch_invariance(missing: str, monkeypat
         monkeypatch.setattr("headrace.model.kv_cache.KVCache.decode_kernel", lambda _: None)
     engine = build_engine(Settings(model="demo", device="cpu", dtype="float32"))
     assert engine.scheduler.draft_tokens == 0
+
+
+@pytest.mark.parametrize("change", ["a link to the directory", "a file", "a new file", "a file that is read again"])
+def test_a_model_that_is_replaced_while_it_is_loaded_is_refused(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would have the weights of one version and the vocabulary or the end of text of the next."""
+    first, second = tmp_path / "v1", tmp_path / "v2"
+    for each in (first, second):
+        saved(random_reference(vocab_size=50257), each)
+    (current := tmp_path / "current").symlink_to(first)
+    settings = Settings(model=str(current), served_name="tiny", device="cpu", dtype="float32")
+    assert build_engine(settings).fingerprint
+    real = build.load_tokenizer
+
+    def load_while_it_changes(*args: Any, **options: Any) -> Any:
+        if change == "a link to the directory":
+            (staged := tmp_path / "staged").symlink_to(second)
+            staged.replace(current)
+        elif change == "a file":
+            (second / "generation_config.json").replace(first / "generation_config.json")
+        elif change == "a new file":
+            (first / "chat_template.jinja").write_text("{{ messages }}")
+        else:
+            (second / "config.json").replace(first / "config.json")
+        return real(*args, **options)
+
+    monkeypatch.setattr(build, "load_tokenizer", load_while_it_changes)
+    with pytest.raises(ModelError, match="changed or replaced while the model was loaded; start again"):
+        build_engine(settings)
+
+
+@pytest.mark.parametrize("name", ["MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "NUMBA_CPU_NAME"])
+def test_variables_that_choose_other_machine_code_are_part_of_the_fingerprint(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MKL_CBWR=COMPATIBLE, for one, changes the last bits of products."""
+    given = demo_model(), demo_tokenizer(), Ends((50256,), 50256), 128, True
+    plain = fingerprint(*given)
+    assert "environment" not in plain
+    monkeypatch.setenv(name, "")
+    assert fingerprint(*given) == plain
+    monkeypatch.setenv(name, "COMPATIBLE")
+    changed = fingerprint(*given)
+    assert set(plain.split("/")) < set(changed.split("/"))
+    monkeypatch.setenv(name, "AVX2")
+    assert len({fingerprint(*given), changed, plain}) == 3
 
 
 def test_max_context_is_limited_by_the_models_positions() -> None:
