@@ -17,8 +17,8 @@ from headrace.client.wire.comparison import CheckpointResult
 from headrace.client.wire.errors import HeadraceError
 from headrace.config import Settings
 from headrace.extras import how_to_install
-from headrace.model.hub import ModelError, config_path, find_model
-from headrace.model.tokenizer import Tokenizer, load_tokenizer
+from headrace.model.hub import ModelError, config_path, find_model, short_repr
+from headrace.model.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 from headrace.model.weights import check_weights, read_config
 from headrace.worker.fidelity.diagnosis import likely_cause
 from headrace.worker.fidelity.judge import judge
@@ -125,17 +125,26 @@ class Validation:
         cases = []
         usual = PROMPTS if self.settings.dtype == "float32" else (*PROMPTS, PASSAGE)
         for prompt in prompts or usual:
-            tokens = self.tokenizer.encode(prompt) or ([] if ends is None else [ends])
+            tokens = self._ids(prompt, stated=bool(prompts)) or ([] if ends is None else [ends])
             if self._fits(tokens):
                 cases.append(Case(tokens, NEW_TOKENS, sorted(CHECKPOINTS)))
         if not prompts:
-            full = [(7919 * i) % self.tokenizer.vocab_size for i in range(limit - 1)]
+            full = [(7919 * i) % (self.tokenizer.vocab_size or self.config.vocab_size) for i in range(limit - 1)]
             most = {8: LOGITS_LIMIT, 4: SCORES_LIMIT}
             numbers = [n for n in CHECKPOINTS if limit <= most.get(n, limit)]
             cases.append(Case(full, 1, numbers))
         if not cases:
             raise ValidationError(f"the prompts leave no room for {NEW_TOKENS} tokens in {limit} positions")
         return cases
+
+    def _ids(self, prompt: str, *, stated: bool = False) -> list[int]:
+        """Token ids of a prompt. Of a model without a tokenizer: its bytes, unless the user stated the prompt."""
+        try:
+            return self.tokenizer.encode(prompt)
+        except NoTokenizer as error:
+            if stated:
+                raise ValidationError(f"the prompt {short_repr(prompt)} is text. {error}") from None
+            return [byte % self.config.vocab_size for byte in prompt.encode()]
 
     def run(self, client: Client, progress: Callable[[str], None] = lambda _: None) -> list[Report]:
         """Submit all prompts at once and measure the errors.
@@ -150,7 +159,9 @@ class Validation:
         self._progress = progress
         common = {"temperature": 0, "ignore_eos": True}
         others = [
-            {"prompt": text, "max_tokens": 40, **common} for text in BATCH_PROMPTS if self.config.n_positions >= 256
+            {"prompt": self._ids(text), "max_tokens": 40, **common}
+            for text in BATCH_PROMPTS
+            if self.config.n_positions >= 256
         ]
         wanted = [
             {"prompt": c.tokens, "max_tokens": c.new_tokens, "checkpoints": c.numbers, **common} for c in self.cases
@@ -240,7 +251,7 @@ class Validation:
         if self._half is None:
             return {}
         self._progress(f"computing with {self._half.name} in {self.settings.dtype}")
-        defaults = [tokens for tokens in map(self.tokenizer.encode, (*PROMPTS, PASSAGE)) if self._fits(tokens)]
+        defaults = [tokens for tokens in map(self._ids, (*PROMPTS, PASSAGE)) if self._fits(tokens)]
         exact = [*(case.exact for case in self.cases), *self._arbiter.traces(defaults)]
         rounded = [self._half.trace(tokens) for tokens in [*(case.tokens for case in self.cases), *defaults]]
         return half_tolerances(exact, rounded)
