@@ -17,7 +17,7 @@ from headrace.client.wire.comparison import CheckpointResult
 from headrace.client.wire.errors import HeadraceError
 from headrace.config import Settings
 from headrace.extras import how_to_install
-from headrace.model.hub import ModelError, config_path, find_model, short_repr
+from headrace.model.hub import ModelError, config_path, find_model, is_gguf, short_repr
 from headrace.model.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 from headrace.model.weights import check_weights, read_config
 from headrace.worker.fidelity.diagnosis import likely_cause
@@ -82,6 +82,11 @@ class Validation:
         self.model = settings.models[settings.model_name]
         try:
             self.folder = find_model(self.model)
+            if is_gguf(self.folder):
+                raise ModelError(
+                    f"{self.folder}: the references read directories, no GGUF files; run `headrace convert "
+                    f"{self.folder} TARGET`, and validate TARGET, which computes the same"
+                )
             self.config = read_config(config_path(self.folder))
             check_weights(self.folder, self.config)
             self.tokenizer: Tokenizer = load_tokenizer(self.model, allow_shared=settings.allow_shared_model)

@@ -20,3 +20,9 @@ def test_a_model_without_a_tokenizer_is_compared_on_token_ids(tmp_path: Path) ->
     assert all(token < 96 for case in cases for token in case.tokens)
     with pytest.raises(ValidationError, match=r"the prompt 'Hi' is text\..*prompts must be token ids"):
         Validation(settings, ["transformers"], ["Hi"])
+
+
+def test_a_gguf_file_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValidationError, match=r"model\.gguf: the references read directories.*headrace convert"):
+        Validation(Settings(model=str(tmp_path / "model.gguf")), [], ())
