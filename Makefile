@@ -30,7 +30,7 @@ demo: $(VENV)/run ## generate text from the bundled model through an embedded Re
 test: $(VENV)/dev ## run the whole test suite, in four processes
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
-zoo: $(VENV)/dev ## run other people's models, about ninety tiny ones, against transformers; ZOO="NAME ... --write"
+zoo: $(VENV)/dev ## run other people's models, more than a hundred tiny ones, against transformers; ZOO="NAME ... --write"
 	$(BIN)/python -m tests.zoo $(ZOO)
 
 properties: $(VENV)/dev ## run the property tests with 500 examples each

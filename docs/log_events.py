@@ -100,7 +100,7 @@ EVENTS: dict[str, Event] = {
     "job.failed": Event("a fault failed this job and no other"),
     "job.step_failed": Event("this job makes every step fail; it fails and no other"),
     "job.finish_failed": Event("the result of a job could not be made; this job fails and no other"),
-    "job.prepare_failed": Event("the messages of a job could not be made a prompt; this job fails and no other"),
+    "job.prepare_failed": Event("the messages of a job could not be converted to a prompt; only this job fails"),
     "job.intake_failed": Event("a job could not be given to the engine; this job fails and no other"),
     "jobs.finished_before": Event(
         "jobs were delivered again, or lost their lease, after another worker had ended them"

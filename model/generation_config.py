@@ -182,6 +182,15 @@ SAMPLING = {
     "max_new_tokens": ("max_tokens", True, 1, 1_000_000),
 }
 
+#: Values that change nothing, as transformers writes them into many files.
+_NEUTRAL: dict[str, tuple[int, ...]] = {
+    "temperature": (1,),
+    "top_k": (0, -1),
+    "top_p": (1,),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+}
+
 
 def sampling_defaults(folder: Path) -> dict[str, int | float]:
     """The parameters that generation_config.json sets, by their names in requests; nulls set nothing.
@@ -207,3 +216,16 @@ def sampling_defaults(folder: Path) -> dict[str, int | float]:
             )
         found[parameter] = value
     return found
+
+
+def unapplied_defaults(folder: Path) -> tuple[str, ...]:
+    """A sentence for the load line about sampling parameters of generation_config.json; none if it sets none."""
+    given = read_generation_config(folder)
+    wanted = {name: given[name] for name in SAMPLING if given.get(name) is not None}
+    set_ones = [f"{name} {short_repr(value)}" for name, value in wanted.items() if value not in _NEUTRAL.get(name, ())]
+    if not set_ones:
+        return ()
+    return (
+        f"{', '.join(set_ones)} of {GENERATION_CONFIG} {'was' if len(set_ones) == 1 else 'were'} ignored: requests "
+        "decide, unless HEADRACE_GENERATION_CONFIG=auto",
+    )

@@ -13,7 +13,7 @@ from headrace.client.wire.requests import MAX_LOGPROBS
 from headrace.client.wire.results import Choice, Result, TokenLogprob, TopLogprob
 from headrace.client.wire.values import is_missing, show, to_python, to_whole
 
-#: Whose message an answer is.
+#: The role in the message that answers.
 ROLE = "assistant"
 #: OpenAI's value for tokens that are very unlikely; JSON has no infinity.
 LOWEST_LOGPROB = -9999.0

@@ -65,6 +65,7 @@ def parse_completion_request(body: dict[str, Any], endpoint: Endpoint = COMPLETI
 def _prompts(fields: dict[str, Any]) -> tuple[list[Any], bool]:
     """The prompts, at least one, and whether they came as a list. Raises InvalidRequest."""
     if "prompt" not in fields:
+        COMPLETIONS.fields(fields)  # messages get the error that says where to send them
         raise InvalidRequest("prompt", "nothing", PROMPT_FORMS)
     prompt = fields["prompt"]
     return split_prompts("" if prompt is None else prompt)  # OpenAI: null begins a new document

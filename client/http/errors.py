@@ -151,7 +151,8 @@ def _from_failed_job(error: JobError) -> ApiError:
 def _from_routing(error: HTTPException) -> ApiError:
     if error.status_code == 404:
         paths = (
-            "/v1/completions, /v1/chat/completions, /v1/models, /v1/files, /v1/batches, /tokenize, /execute and /health"
+            "/v1/completions, /v1/chat/completions, /v1/models, /v1/files, /v1/batches, /tokenize, /detokenize, "
+            "/execute and /health"
         )
         return ApiError(404, "unknown_url", f"no such URL; this server has {paths}")
     if error.status_code == 405:

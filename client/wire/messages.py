@@ -103,7 +103,7 @@ def _check_content(content: Any, place: str) -> Any:
         if not is_text_part(part):
             kind = part.get("type") if isinstance(part, Mapping) else None
             given = f"a part of type {kind[:40]!r}" if isinstance(kind, str) and kind != "text" else _kind(part)
-            raise InvalidRequest(f"{place}[{index}]", given, "{'type': 'text', 'text': text}; models here read text")
+            raise InvalidRequest(f"{place}[{index}]", given, "{'type': 'text', 'text': text}; models read text only")
     return parts
 
 

@@ -50,10 +50,12 @@ class ModelDescription(BaseModel):
         """One line for people, without the notes."""
         shown = ", ".join(map(str, self.eos_token_ids)) + (", ..." if self.eos_count > len(self.eos_token_ids) else "")
         ends = f"texts end at {shown} ({self.eos_source})" if self.eos_token_ids else "no token ends a text"
-        kind = f"{self.tokenizer} with {self.tokenizer_size} tokens, {self.added_tokens} of them added"
+        kind = f"{self.tokenizer} with {self.tokenizer_size:,} tokens, {self.added_tokens or 'none'} of them added"
+        context = f"{self.max_context:,}" + (f" of {self.positions:,}" if self.positions > self.max_context else "")
+        chats = ", with a chat template" if self.has_chat_template else ""
         line = (
-            f"{self.family}, {self.parameters:,} parameters, {self.dtype}, context {self.max_context}; "
-            f"tokenizer: {kind if self.tokenizer_size else self.tokenizer}; {ends}"
+            f"{self.family}, {self.parameters:,} parameters, {self.dtype}, context {context}; "
+            f"tokenizer: {kind if self.tokenizer_size else self.tokenizer}{chats}; {ends}"
         )
         if self.defaults:
             line += "; defaults: " + ", ".join(f"{name} {value:g}" for name, value in self.defaults.items())

@@ -19,7 +19,7 @@ from headrace.model.families import FAMILIES
 from headrace.model.gguf_file import config as gguf_config
 from headrace.model.gguf_file import tokenizer_config, tokenizer_json
 from headrace.model.gguf_weights import open_container
-from headrace.model.hub import MAX_CONFIG_BYTES, is_gguf, read_json, shorten
+from headrace.model.hub import MAX_CONFIG_BYTES, is_gguf, likely_cause, read_json, shorten
 from headrace.model.trusted_files import ModelError, open_file, read_bytes
 from headrace.model.weight_file import open_weights
 from headrace.model.weights import check_weights, read_config
@@ -61,7 +61,7 @@ def convert(
 ) -> Converted:
     """Convert a model to a directory with config.json, safetensors and the files of its tokenizer.
 
-    The directory is complete, or not there at all.
+    The directory is either complete or does not exist.
 
     Args:
         source: a directory or a file: pickled checkpoints, nanoGPT's ckpt.pt, GGUF, OpenAI's TensorFlow checkpoints.
@@ -119,12 +119,16 @@ class _Job:
         if is_tensorflow(source):
             return self._tensorflow(source)
         files = shards(source.parent, source) if source.name.endswith(".index.json") else [source]
+        for path in files:
+            _check_begins_like_a_pickle(path)
         return self._pickled(source.parent, files)
 
     def _weights_in(self, folder: Path) -> Path:
         names = sorted(name for name in os.listdir(folder) if os.path.isfile(folder / name))
+        if "adapter_config.json" in names:
+            raise ModelError(f"{folder}: it contains no whole model{likely_cause(folder)}")
         if any(name.endswith(".safetensors") for name in names):
-            raise ModelError(f"{folder}: it contains safetensors already; use it as it is")
+            raise ModelError(f"{folder}: it contains safetensors already; use it as it is, HEADRACE_MODEL={folder}")
         for name in ("pytorch_model.bin.index.json", "pytorch_model.bin", "ckpt.pt"):
             if name in names:
                 return folder / name
@@ -134,6 +138,7 @@ class _Job:
             return folder / found[0]
         what = f"several checkpoints ({shorten(', '.join(found))}): name one of them" if found else (
             "no checkpoint: pytorch_model.bin, a .pt or .pth file, ckpt.pt, a .gguf file, or model.ckpt.index"
+            + likely_cause(folder)
         )  # fmt: skip
         raise ModelError(f"{folder}: it contains {what}")
 
@@ -239,6 +244,19 @@ class _Job:
         for name in COPIED:
             if (folder / name).exists():
                 (self._place / name).write_bytes(read_bytes(folder / name, MAX_COPIED_BYTES))
+
+
+def _check_begins_like_a_pickle(path: Path) -> None:
+    """Raise ModelError for a file that torch.save cannot have written. An empty or cut file is left to its reader."""
+    with open_file(path) as file:
+        first = file.read(16)
+    if path.suffix == ".safetensors":
+        raise ModelError(f"{path}: it is a safetensors file already; use its directory, HEADRACE_MODEL={path.parent}")
+    if first and not first.startswith((b"\x80", b"PK")):
+        raise ModelError(
+            f"{path}: it is no checkpoint; name a directory, a file that torch.save wrote, a .gguf file, or a "
+            "model.ckpt.index of TensorFlow"
+        )
 
 
 def _begins(path: Path, magic: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""A directory that is complete, or not there at all."""
+"""A directory that is either complete or does not exist."""
 
 from __future__ import annotations
 

@@ -1,8 +1,22 @@
 """What a family of models is: how its config.json and its files describe the one decoder that computes all of them.
 
 The decoder's tensors have the names of GPT-2, and its linear weights are [in, out] (`decoder_shapes`). A family says
-for each tensor of its files which tensor of the decoder it becomes. To add a family, read gpt2.py beside this file,
-write one like it, and list it in `FAMILIES` (__init__.py).
+for each tensor of its files which tensor of the decoder it becomes.
+
+The decoder computes: learned positions; layer norms with biases before attention and before the feed-forward layers;
+two feed-forward matrices with one of `config.ACTIVATIONS` between them; the options of `ModelConfig`. Rotary positions,
+RMS norms, gated feed-forward layers, or layers that are not named `h.{i}.`, need a change of the decoder or of
+`Family.stored` first.
+
+To add a family:
+
+1. Copy gpt_neo.py, which shows everything: other names in config.json, matrices stored as [out, in], q, k and v apart,
+   biases that are missing. `read_config` refuses each value that the decoder does not compute (`ConfigFields.refuse`).
+2. List the family in `FAMILIES` (__init__.py). Loading, `headrace convert` and error messages then know it.
+3. Add it to the references of `headrace validate`, which share no code with this folder:
+   worker/fidelity/references/shape.py, decoder_weights.py and transformers.py.
+4. Add tiny models of it to tests/zoo (weights.py, table_of_families.py), and run `make zoo ZOO=--write`.
+5. Name it in the table of docs/your-own-model.md. GGUF files of it need an entry in model/gguf_file.py.
 """
 
 from __future__ import annotations
@@ -60,7 +74,8 @@ def head_tensor(config: ModelConfig) -> Stored:
 class Family:
     """One `model_type` of config.json.
 
-    Names of tensors are given without prefixes (names.py). Tensors of layer i are named `h.{i}.` in all families.
+    Names of tensors are given without prefixes (model/weight_names.py). Tensors of layer i are named `h.{i}.` in all
+    families.
     """
 
     #: As in config.json.

@@ -24,7 +24,7 @@ ACTIVATION_FUNCTIONS = {
     "swish": "silu",
     "tanh": "tanh",
 }
-#: The largest size that is believed.
+#: The largest size that is accepted.
 MAX_SIZE = 1_000_000
 
 

@@ -48,6 +48,10 @@ def eos_ignored(patch: pytest.MonkeyPatch, engine: Engine) -> None:
     engine.ends = dataclasses.replace(engine.ends, eos_token_ids=engine.ends.eos_token_ids[:1])
 
 
+def all_ends_ignored(patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    engine.ends = dataclasses.replace(engine.ends, eos_token_ids=())
+
+
 def added_token_split(patch: pytest.MonkeyPatch, engine: Engine) -> None:
     encode = type(engine.tokenizer)._encode
     patch.setattr(type(engine.tokenizer), "_encode", lambda self, text, parse, add: encode(self, text, False, add))
@@ -69,9 +73,10 @@ def special_tokens_written(patch: pytest.MonkeyPatch, engine: Engine) -> None:
 
 MUTATIONS: list[tuple[Plant, str]] = [
     (eos_ignored, "eos_token_id 7 does not end a text"),
+    (all_ends_ignored, "eos_token_id 0 does not end a text; 1 more"),
     (added_token_split, "prompt ids of 'left <"),
     (prefix_space_lost, "prompt ids of 'Hello.'"),
-    (special_tokens_written, "text of the output ["),
+    (special_tokens_written, ": expected '', got "),
 ]
 
 
@@ -90,3 +95,20 @@ def test_a_mistake_in_reading_or_ending_text_is_caught_by_the_row_text(
     row = text_row(own, reader)
     assert row.ok is False
     assert words in row.note
+
+
+def test_a_space_that_the_first_word_of_an_output_loses_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights.gpt2(tmp_path, vocabularies.save_json(vocabularies.unigram(), tmp_path, eos_token="</s>", bos_token=None))
+    engine = load_engine(Settings(model=str(tmp_path)))
+    assert text_row(tmp_path, engine).ok
+    decoder = type(engine.tokenizer).decoder
+
+    def outside(self: Any, *rest: Any, **more: Any) -> Any:
+        return decoder(self, *rest, **{**more, "inside": False})
+
+    monkeypatch.setattr(type(engine.tokenizer), "decoder", outside)
+    row = text_row(tmp_path, engine)
+    assert row.ok is False
+    assert "text of the output" in row.note

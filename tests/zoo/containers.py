@@ -213,6 +213,33 @@ def not_resized(folder: Path) -> None:
     weights.gpt2(folder, save_json(made, folder) - 2)
 
 
+def classifier(folder: Path) -> None:
+    """GPT2ForSequenceClassification: the decoder with a head for classes."""
+    _with_tokenizer(folder)
+    weights.rename(folder, lambda t: {**t, "score.weight": torch.ones(3, 32)})
+
+
+def missing_tensor(folder: Path) -> None:
+    _with_tokenizer(folder)
+    weights.rename(folder, lambda t: {name: w for name, w in t.items() if not name.endswith("h.1.mlp.c_fc.weight")})
+
+
+def other_head(folder: Path) -> None:
+    """config.json says that the head is the token embedding, and the file has another one."""
+    _with_tokenizer(folder)
+    weights.rename(folder, lambda t: {**t, "lm_head.weight": torch.ones(320, 32)})
+
+
+def gguf_of_llama(folder: Path) -> Made:
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    return Made(folder / "model.gguf")
+
+
 def other_config(folder: Path, **change: Any) -> None:
     """A GPT-2 whose config.json says something that is not computed."""
     _with_tokenizer(folder)

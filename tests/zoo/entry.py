@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,13 @@ class Entry:
     #: Regular expressions: each must match something said when the model is loaded.
     said: tuple[str, ...] = ()
     #: Fields of requests that differ from the defaults.
-    request: dict[str, Any] | None = None
+    request: dict[str, Any] = field(default_factory=dict)
+    #: Whether special tokens in prompts are read if the request does not say.
+    reads_special_tokens: bool = True
+
+    def parameter(self, name: str, default: bool) -> bool:
+        """What the requests say, or the default."""
+        return bool(self.request.get(name, default))
 
     @property
     def compared(self) -> str:

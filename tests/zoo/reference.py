@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +54,7 @@ class Answer:
 def written(folder: Path, prompt: str, count: int) -> list[int]:
     """What a directory's model writes after a prompt, whatever token ends a text."""
     with quiet():
-        reader, model = _Reader(folder), _load(folder)
+        reader, model = Reader(folder, Entry(folder.name, str, "")), _load(folder)
     return _generate(model, reader.encode(prompt), count, eos_token_id=None)[0]
 
 
@@ -64,7 +64,7 @@ def answers(entry: Entry, made: Made) -> list[Answer]:
     with quiet():
         model = _load(folder)
         ids = entry.text_refused != ""
-        reader = None if ids else _Reader(folder)
+        reader = None if ids else Reader(folder, entry)
         found = []
         for prompt in list(map(list, IDS)) if reader is None else [*entry.prompts, *USUAL, *entry.chats]:
             tokens = _read(reader, prompt)
@@ -81,13 +81,13 @@ def answers(entry: Entry, made: Made) -> list[Answer]:
     return found
 
 
-def _read(reader: _Reader | None, prompt: Any) -> list[int]:
+def _read(reader: Reader | None, prompt: Any) -> list[int]:
     if reader is None:
         return list(prompt)
     return reader.encode(prompt) if isinstance(prompt, str) else reader.chat(prompt)
 
 
-def _stated(folder: Path, field: str, reader: _Reader | None) -> Any:
+def _stated(folder: Path, field: str, reader: Reader | None) -> Any:
     """A field of generation_config.json, else of config.json, else of the tokenizer. A null says: there is none."""
     for name in ("generation_config.json", "config.json"):
         file = folder / name
@@ -96,7 +96,7 @@ def _stated(folder: Path, field: str, reader: _Reader | None) -> Any:
     return None if reader is None else getattr(reader.auto, field)
 
 
-def _complete(answer: Answer, model: Any, reader: _Reader | None, ends: Any, count: int) -> None:
+def _complete(answer: Answer, model: Any, reader: Reader | None, ends: Any, count: int) -> None:
     with torch.inference_mode():
         answer.logits = model(torch.tensor([answer.ids])).logits[0].numpy()
     tokens, rows = _generate(model, answer.ids, count, eos_token_id=ends)
@@ -126,21 +126,55 @@ def _generate(model: Any, ids: list[int], count: int, **more: Any) -> tuple[list
     return out.sequences[0, len(ids) :].tolist(), [row[0].double().numpy() for row in out.logits]
 
 
-class _Reader:
+class Reader:
     """A directory's tokenizer: tokenizer.json as it is written, or what AutoTokenizer composes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, entry: Entry) -> None:
         from transformers import AutoTokenizer
 
+        self.entry = entry
         self.auto = AutoTokenizer.from_pretrained(folder)
         file = folder / "tokenizer.json"
         self.file = Tokenizer.from_file(str(file)) if file.is_file() else None
 
+    @property
+    def library(self) -> Tokenizer:
+        """The tokenizer of `tokenizers`, in AutoTokenizer too."""
+        return self.file or self.auto.backend_tokenizer
+
+    @property
+    def size(self) -> int:
+        """How many tokens there are, the added ones too."""
+        return int(self.library.get_vocab_size())
+
+    @property
+    def known(self) -> list[int]:
+        """The ids of all tokens."""
+        return sorted(self.library.get_vocab().values())
+
+    def encode_all(self, texts: Sequence[str], *, parse: bool, add: bool) -> list[list[int]]:
+        """Ids of each text: with special tokens in it read or not, and the tokens around it added or not."""
+        self.library.encode_special_tokens = not parse
+        try:
+            if self.file is None:
+                return list(self.auto(list(texts), add_special_tokens=add, split_special_tokens=not parse)["input_ids"])
+            return [encoded.ids for encoded in self.file.encode_batch(list(texts), add_special_tokens=add)]
+        finally:
+            self.library.encode_special_tokens = False
+
+    def decode_all(self, lists: Sequence[list[int]], *, skip: bool) -> list[str]:
+        """Text of each list of ids."""
+        if self.file is None:
+            return [str(self.auto.decode(ids, skip_special_tokens=skip)) for ids in lists]
+        return [str(text) for text in self.file.decode_batch(list(lists), skip_special_tokens=skip)]
+
     def encode(self, text: str) -> list[int]:
-        return list(self.file.encode(text).ids if self.file else self.auto(text)["input_ids"])
+        """Ids of a prompt, read as the entry's requests ask for it."""
+        parse = self.entry.parameter("parse_special_tokens", self.entry.reads_special_tokens)
+        return self.encode_all([text], parse=parse, add=self.entry.parameter("add_special_tokens", True))[0]
 
     def decode(self, ids: list[int]) -> str:
-        return str((self.file or self.auto).decode(ids, skip_special_tokens=True))
+        return self.decode_all([ids], skip=self.entry.parameter("skip_special_tokens", True))[0]
 
     def text(self, prompt: list[int], tokens: list[int]) -> str:
         """What the tokens add to the text of the prompt, as vLLM and transformers' streamers give it."""
@@ -149,8 +183,7 @@ class _Reader:
 
     def chat(self, messages: Any) -> list[int]:
         text = self.auto.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        encoded = self.file.encode(text, add_special_tokens=False) if self.file else None
-        return list(encoded.ids if encoded else self.auto(text, add_special_tokens=False)["input_ids"])
+        return self.encode_all([text], parse=True, add=False)[0]
 
 
 def _load(folder: Path) -> Any:

@@ -15,15 +15,15 @@ FILE = Path(__file__).with_name("table.md")
 def table(rows: Sequence[Row]) -> str:
     """One line for each directory: what it is, what was compared, and the largest difference."""
     lines = [
-        "| directory | what it is | compared | prompts | tokens | smallest gap | largest difference |",
-        "|---|---|---|---|---|---|---|",
+        "| directory | what it is | compared | texts | prompts | tokens | smallest gap | largest difference |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         entry = row.entry
         compared = "WRONG" if row.faults else entry.compared
-        numbers = ["", "", "", ""]
+        numbers = [""] * 5
         if row.prompts:
-            numbers = [str(row.prompts), str(row.tokens), f"{row.gap:.2g}", f"{row.largest:.1e}"]
+            numbers = [f"{row.texts:,}", str(row.prompts), str(row.tokens), f"{row.gap:.2g}", f"{row.largest:.1e}"]
         lines.append(f"| `{entry.name}` | {entry.what} | {compared} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 

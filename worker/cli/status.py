@@ -64,10 +64,10 @@ def _print_status(found: Status) -> None:
     for q in found.queues:
         queues.add_row(q.model, str(q.interactive), str(q.normal), str(q.bulk))
     console.print(workers, queues, f"{found.delivered} jobs are with workers")
-    for model, description in sorted(described.items()):
-        _print_model(console, model, description)
     if scheduled := sum(worker.scheduled for worker in found.workers):
         console.print(f"{scheduled} of them wait for their ETA or for a rate limit")
+    for model, description in sorted(described.items()):
+        _print_model(console, model, description)
     if found.redis:
         _print_server(console, found.redis)
     skews = {w.host: w.clock_skew_s for w in found.workers} | {"this machine": time.time() - found.at}

@@ -15,7 +15,7 @@ from headrace import __version__
 from headrace.config import Settings
 from headrace.model.config import ModelConfig
 from headrace.model.decoder import Decoder
-from headrace.model.generation_config import Ends, read_ends, sampling_defaults
+from headrace.model.generation_config import Ends, read_ends, sampling_defaults, unapplied_defaults
 from headrace.model.gguf_file import raw_config
 from headrace.model.hub import ModelError, config_path, find_model
 from headrace.model.kernels.attention import decode_kernel
@@ -82,6 +82,7 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         torch.set_num_threads(settings.threads)
     shared = settings.allow_shared_model
     folder = find_model(source)
+    applied = settings.generation_config == "auto"
     if not shared:
         check_not_shared(folder)
     with unchanged(folder):
@@ -89,7 +90,8 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         tokenizer = load_tokenizer(folder, allow_shared=shared)
         check_vocabulary(source, model.config, tokenizer)
         ends = read_ends(folder, raw_config(config_path(folder)), tokenizer, model.config.vocab_size)
-        defaults = sampling_defaults(folder) if settings.generation_config == "auto" else {}
+        defaults = sampling_defaults(folder) if applied else {}
+        unused = () if applied else unapplied_defaults(folder)
     max_context = min(settings.max_context or model.config.n_positions, model.config.n_positions)
     lengths = length_classes(max_context)
     runner = ModelRunner(model, lengths)
@@ -116,7 +118,7 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         ends=ends,
         parse_special_tokens=settings.parse_special_tokens,
         defaults=defaults,
-        description=describe(model, tokenizer, ends, max_context=max_context, defaults=defaults),
+        description=describe(model, tokenizer, ends, max_context=max_context, defaults=defaults, notes=unused),
         fingerprint=fingerprint(
             model, tokenizer, ends, settings.prefill_chunk, invariant, defaults, settings.parse_special_tokens
         ),

@@ -35,7 +35,7 @@ MAX_TEXT_BYTES, MAX_TEMPLATE = 2**18, 2**20
 
 NO_TEMPLATE = (
     "the model has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), so it takes no "
-    "messages; send a prompt, written in the form that the model was trained on"
+    "messages; put the template into its directory, or send a prompt in the form that the model was trained on"
 )
 _SENTENCES = {
     "invalid_chat_template": "the model's chat template cannot be read",

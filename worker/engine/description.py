@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from headrace.client.wire.model_description import MAX_IDS, MAX_TEXT, ModelDescription, shortened_notes
 from headrace.model.decoder import Decoder
@@ -11,7 +11,13 @@ from headrace.model.tokenizer import Tokenizer
 
 
 def describe(
-    model: Decoder, tokenizer: Tokenizer, ends: Ends, *, max_context: int, defaults: Mapping[str, int | float]
+    model: Decoder,
+    tokenizer: Tokenizer,
+    ends: Ends,
+    *,
+    max_context: int,
+    defaults: Mapping[str, int | float],
+    notes: Iterable[str] = (),
 ) -> ModelDescription:
     """What was understood of a model's files, of bounded size.
 
@@ -21,6 +27,7 @@ def describe(
         ends: of the model.
         max_context: limit of prompt and new tokens together.
         defaults: parameters of requests that do not set them.
+        notes: further sentences about what was ignored.
     """
     config = model.config
     return ModelDescription(
@@ -39,5 +46,5 @@ def describe(
         eos_source=ends.source,
         bos_token_id=ends.bos_token_id,
         defaults=dict(defaults),
-        notes=shortened_notes([*model.notes, *tokenizer.notes, *ends.notes]),
+        notes=shortened_notes([*model.notes, *tokenizer.notes, *ends.notes, *notes]),
     )

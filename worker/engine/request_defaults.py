@@ -24,6 +24,8 @@ def with_defaults(request: GenerateRequest, defaults: Defaults, room: int) -> tu
     Raises:
         JobFailed: min_tokens of the request exceeds the default of max_tokens.
     """
+    if not defaults:
+        return request, {}
     missing = {name: value for name, value in defaults.items() if name not in request.model_fields_set}
     if not missing:
         return request, {}

@@ -198,7 +198,7 @@ def _rendered(request: GenerateRequest, tokenizer: Tokenizer) -> str:
 def check_token_ids(request: GenerateRequest, prompt: list[int], vocab_size: int) -> None:
     """Raises JobFailed for an id that is not in the vocabulary."""
     for name, ids in (
-        ("prompt", prompt),
+        ("token_ids" if request.operation == "detokenize" else "prompt", prompt),
         ("logit_bias", request.logit_bias),
         ("stop_token_ids", request.stop_token_ids),
     ):

@@ -94,6 +94,8 @@ class TextCheck:
         self._reference = reference
         self.ends = stated_ends(folder, reference.end if reference else None, vocab_size) if folder.is_dir() else []
         self._probes: list[_Probe] = []
+        #: The first half of each text's ids, and the id that follows.
+        self._halves: list[tuple[list[int], int]] = []
         if reference is not None:
             self._add_texts(reference, tokenizer, positions, vocab_size, prompts)
         self._texts = len(self._probes) // 2
@@ -114,14 +116,23 @@ class TextCheck:
                 echo = {"max_tokens": 0, "echo": True, "temperature": 0}
                 self._probes.append(_Probe("prompt ids", text, {"prompt": text, **echo}, ids))
                 self._probes.append(_Probe("text", repr(ids), {"prompt": ids, **echo}, reference.decode(ids, False)))
+                self._halves.append((ids[: len(ids) // 2], ids[len(ids) // 2]))
 
     def _add_outputs(self, reference: TextReference, vocab_size: int) -> None:
-        """Jobs that are made to write an added token, whose text is left out if the token is special."""
+        """Jobs that are made to write one token: each added one, whose text is left out if it is special, and the next
+        one of each text, whose space stays."""
         for token_id in list(reference.added)[:MOST_ADDED]:
             if token_id < vocab_size:
                 written = {"prompt": [0], "max_tokens": 1, "temperature": 0, "logit_bias": {token_id: BIAS}}
                 text = reference.decode([token_id], True)
                 self._probes.append(_Probe("output", str(token_id), written, ([token_id], text)))
+        for prompt, token_id in self._halves:
+            before, whole = (reference.decode(ids, True) for ids in (prompt, [*prompt, token_id]))
+            # Where a character or a cleaned-up text is cut in two, the output's text is not the rest of the whole one.
+            if prompt and token_id not in self.ends and whole.startswith(before) and not before.endswith("\ufffd"):
+                written = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logit_bias": {token_id: BIAS}}
+                shown, text = f"{token_id} after {reprlib.repr(prompt)}", whole.removeprefix(before)
+                self._probes.append(_Probe("output", shown, written, ([token_id], text)))
 
     @property
     def requests(self) -> list[dict[str, Any]]:
@@ -161,7 +172,7 @@ def _fault(probe: _Probe, result: Result) -> str:
         ids, text = probe.expected
         if choice.token_ids != ids or choice.text == text:
             return ""
-        return f"text of the output {ids}: expected {text!r}, got {reprlib.repr(choice.text)}"
+        return f"text of the output {probe.shown}: expected {text!r}, got {reprlib.repr(choice.text)}"
     got = choice.token_ids if probe.kind == "prompt ids" else choice.text
     if got == probe.expected:
         return ""

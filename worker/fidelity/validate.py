@@ -5,6 +5,9 @@ Installed libraries, and files of tensors that the user names, are measured in t
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +20,9 @@ from headrace.client.wire.comparison import CheckpointResult
 from headrace.client.wire.errors import HeadraceError
 from headrace.config import Settings
 from headrace.extras import how_to_install
-from headrace.model.hub import ModelError, config_path, find_model
-from headrace.model.tokenizer import Tokenizer, load_tokenizer
+from headrace.model.convert import convert
+from headrace.model.hub import ModelError, config_path, find_model, is_gguf
+from headrace.model.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 from headrace.model.weights import check_weights, read_config
 from headrace.worker.fidelity.diagnosis import likely_cause
 from headrace.worker.fidelity.judge import judge
@@ -85,6 +89,8 @@ class Validation:
             self.config = read_config(config_path(self.folder))
             check_weights(self.folder, self.config)
             self.tokenizer: Tokenizer = load_tokenizer(self.model, allow_shared=settings.allow_shared_model)
+            if is_gguf(self.folder):
+                self.folder = self._unpacked(self.folder)
         except ModelError as error:
             raise ValidationError(str(error)) from error
         self.skipped: list[str] = []
@@ -93,6 +99,16 @@ class Validation:
         self.cases = self._cases(prompts)
         sizes = self.config.n_positions, self.config.vocab_size
         self.text = TextCheck(self.folder, self.tokenizer, *sizes, prompts=prompts)
+
+    def _unpacked(self, file: Path) -> Path:
+        """A directory with the weights of a GGUF file as the `gguf` package unpacks them, for the references.
+
+        It is deleted with this object. Raises ModelError if it cannot be written.
+        """
+        place = tempfile.mkdtemp(prefix="headrace-validate-")
+        weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+        convert(file, target := Path(place) / "model")
+        return target
 
     def _load(self, names: Sequence[str]) -> tuple[list[Reference], dict[str, dict[str, np.ndarray]]]:
         libraries, files = [], {}
@@ -125,11 +141,12 @@ class Validation:
         cases = []
         usual = PROMPTS if self.settings.dtype == "float32" else (*PROMPTS, PASSAGE)
         for prompt in prompts or usual:
-            tokens = self.tokenizer.encode(prompt) or ([] if ends is None else [ends])
+            tokens = self._encoded(prompt) or ([] if ends is None else [ends])
             if self._fits(tokens):
                 cases.append(Case(tokens, NEW_TOKENS, sorted(CHECKPOINTS)))
         if not prompts:
-            full = [(7919 * i) % self.tokenizer.vocab_size for i in range(limit - 1)]
+            known = self.tokenizer.vocab_size or self.config.vocab_size
+            full = [(7919 * i) % known for i in range(limit - 1)]
             most = {8: LOGITS_LIMIT, 4: SCORES_LIMIT}
             numbers = [n for n in CHECKPOINTS if limit <= most.get(n, limit)]
             cases.append(Case(full, 1, numbers))
@@ -240,10 +257,17 @@ class Validation:
         if self._half is None:
             return {}
         self._progress(f"computing with {self._half.name} in {self.settings.dtype}")
-        defaults = [tokens for tokens in map(self.tokenizer.encode, (*PROMPTS, PASSAGE)) if self._fits(tokens)]
+        defaults = [tokens for tokens in map(self._encoded, (*PROMPTS, PASSAGE)) if self._fits(tokens)]
         exact = [*(case.exact for case in self.cases), *self._arbiter.traces(defaults)]
         rounded = [self._half.trace(tokens) for tokens in [*(case.tokens for case in self.cases), *defaults]]
         return half_tolerances(exact, rounded)
+
+    def _encoded(self, prompt: str) -> list[int]:
+        """Token ids of a prompt; of its bytes, if the model has no tokenizer that can be computed."""
+        try:
+            return self.tokenizer.encode(prompt)
+        except NoTokenizer:
+            return [byte % self.config.vocab_size for byte in prompt.encode()]
 
     def _fits(self, tokens: Sequence[int]) -> bool:
         return 0 < len(tokens) <= self.config.n_positions - NEW_TOKENS

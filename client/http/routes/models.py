@@ -13,7 +13,7 @@ from headrace.client.http.responses import JsonResponse
 
 
 async def _model_object(jobs: JobRunner, name: str, created: int) -> dict[str, Any]:
-    """The object of a model, with the smallest context of its workers as far as they say it."""
+    """The object of a model, with the smallest context that its workers report."""
     described = [worker.description for worker in (await jobs.status()).workers if worker.model == name]
     contexts = [each.max_context for each in described if each is not None and each.max_context]
     known = {"max_model_len": min(contexts)} if contexts else {}

@@ -225,7 +225,11 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next_one(tmp_path: Path
     ("files", "message"),
     [
         ({}, "it contains no checkpoint"),
-        ({"model.safetensors": b""}, "safetensors already"),
+        ({"model.safetensors": b""}, r"safetensors already; use it as it is, HEADRACE_MODEL=.*source"),
+        ({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, "no whole model; it is a LoRA .*merge both"),
+        ({"adapter_config.json": b"{}", "adapter_model.bin": b""}, "merge both"),
+        ({"checkpoint-500/config.json": b"{}"}, r"it contains no checkpoint: .*; checkpoint-500 below it is a model"),
+        ({"pytorch_model.bin": b'{"version": "1.0"}'}, r"pytorch_model\.bin: it is no checkpoint; name a directory"),
         ({"a.pt": b"", "b.pt": b""}, r"several checkpoints \(a\.pt, b\.pt\)"),
         ({"pytorch_model.bin.index.json": b'{"weight_map": {"a": "../x"}}'}, "which is not a file"),
         ({"model.ckpt.index": b"x" * 100}, "not the index of a TensorFlow checkpoint"),
@@ -235,6 +239,7 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next_one(tmp_path: Path
 def test_a_source_that_cannot_be_converted_says_why(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
     (source := tmp_path / "source").mkdir()
     for name, data in files.items():
+        (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(data)
     with pytest.raises(ModelError, match=message):
         convert(source, tmp_path / "target")

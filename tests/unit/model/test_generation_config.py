@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.model.generation_config import MAX_EOS_IDS, Ends, read_ends, sampling_defaults
+from headrace.model.generation_config import MAX_EOS_IDS, Ends, read_ends, sampling_defaults, unapplied_defaults
 from headrace.model.hub import ModelError
 
 VOCABULARY = 40
@@ -140,6 +140,23 @@ def test_a_wrong_sampling_default_is_refused_by_field_value_and_file(name: str, 
     with pytest.raises(ModelError, match=rf"generation_config.json: {name} is .*; it must be a .*CONFIG=none"):
         sampling_defaults(tmp_path)
     ends(tmp_path, 5)  # without HEADRACE_GENERATION_CONFIG=auto, sampling parameters are not read
+
+
+@pytest.mark.parametrize(
+    ("given", "note"),
+    [
+        ({"temperature": 0.7, "top_k": 20}, "temperature 0.7, top_k 20 of generation_config.json were ignored: "),
+        ({"max_new_tokens": 9}, "max_new_tokens 9 of generation_config.json was ignored: "),
+        ({"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "do_sample": True}, None),
+        ({"temperature": [0.7]}, "temperature [0.7] of generation_config.json was ignored: "),
+        (None, None),
+    ],
+)
+def test_sampling_defaults_that_are_not_applied_are_said(tmp_path: Path, given: Any, note: str | None) -> None:
+    if given is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(given))
+    said = "requests decide, unless HEADRACE_GENERATION_CONFIG=auto"
+    assert unapplied_defaults(tmp_path) == (() if note is None else (note + said,))
 
 
 def test_a_gguf_file_says_its_ends_itself(tmp_path: Path) -> None:

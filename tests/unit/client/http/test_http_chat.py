@@ -113,6 +113,10 @@ def test_an_invalid_form_is_named(body: dict[str, Any], field: str, part: str) -
 def test_a_request_for_text_has_no_messages() -> None:
     with pytest.raises(InvalidRequest, match=r"^messages: .*send messages to /v1/chat/completions"):
         parse_completion_request({"prompt": "a", "messages": MESSAGES})
+    with pytest.raises(InvalidRequest, match=r"^messages: .*send messages to /v1/chat/completions"):
+        parse_completion_request({"messages": MESSAGES})
+    with pytest.raises(InvalidRequest, match=r"^prompt: got nothing"):
+        parse_completion_request({"max_tokens": 5})
     assert parse_completion_request({"prompt": "a", "messages": []}).sources == ["a"]
 
 

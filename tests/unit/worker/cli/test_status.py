@@ -119,8 +119,9 @@ def test_a_key_that_another_program_has_given_another_type_hides_no_worker(url: 
 def test_what_was_understood_of_a_model_is_shown(url: str) -> None:
     store = RedisStore(connect(url), result_ttl_s=60, checkpoint_ttl_s=60)
     described = ModelDescription(
-        family="gpt_neo", parameters=125_198_592, dtype="float32", max_context=2048, tokenizer="byte-level BPE",
-        tokenizer_size=50259, added_tokens=2, eos_token_ids=[50256, 7], eos_count=2, eos_source="config.json",
+        family="gpt_neo", parameters=125_198_592, dtype="float32", max_context=1024, positions=2048,
+        tokenizer="byte-level BPE", tokenizer_size=50259, added_tokens=2, has_chat_template=True,
+        eos_token_ids=[50256, 7], eos_count=2, eos_source="config.json",
         defaults={"temperature": 0.7}, notes=["v_head.* was ignored", "\x1b[31mred"],
     )  # fmt: skip
     newer = {**described.model_dump(), "invented_later": 5}
@@ -129,8 +130,9 @@ def test_what_was_understood_of_a_model_is_shown(url: str) -> None:
     store.heartbeat("idle-1", {"model": "other", "description": ""})
     shown = CliRunner().invoke(main, ["status"]).output
     assert (
-        "demo: gpt_neo, 125,198,592 parameters, float32, context 2048; tokenizer: byte-level BPE with 50259 tokens, "
-        "2 of them added; texts end at 50256, 7 (config.json); defaults: temperature 0.7\n  v_head.* was ignored\n"
+        "demo: gpt_neo, 125,198,592 parameters, float32, context 1,024 of 2,048; tokenizer: byte-level BPE with 50,259 "
+        "tokens, 2 of them added, with a chat template; texts end at 50256, 7 (config.json); "
+        "defaults: temperature 0.7\n  v_head.* was ignored\n"
     ) in shown
     assert "\x1b[31m" not in shown
     as_json = json.loads(CliRunner().invoke(main, ["status", "--json"]).stdout)["workers"]

@@ -190,6 +190,13 @@ class Noisy(Decoder):
     quiet_below = 1
 
 
+def test_a_model_that_computes_no_numbers_is_refused_at_load() -> None:
+    model = load_model("demo", device="cpu", dtype="float32")
+    model.ln_f.bias.fill_(float("nan"))
+    with pytest.raises(ModelError, match="logits are not finite in float32: a weight is NaN"):
+        is_batch_invariant(model)
+
+
 @pytest.mark.parametrize("quiet_below", [1, 4, 20])
 def test_the_self_test_detects_a_model_that_is_not_batch_invariant(quiet_below: int) -> None:
     model = load_model("demo", device="cpu", dtype="float32")

@@ -275,7 +275,7 @@ def test_token_ids_and_texts_are_answered_while_every_slot_is_taken() -> None:
     end = [*ids, 50256]
     assert ask(engine, prompt=end, operation="detokenize", skip_special_tokens=False).text.endswith("<|endoftext|>")
     assert not ask(engine, prompt=end, operation="detokenize").text.endswith("<|endoftext|>")
-    with pytest.raises(JobFailed, match="vocabulary ends at"):
+    with pytest.raises(JobFailed, match="token_ids names token id 1000000; this model's vocabulary ends at"):
         ask(engine, prompt=[10**6], operation="detokenize")
     engine.stop()
 
