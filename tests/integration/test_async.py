@@ -239,7 +239,7 @@ def test_messages_for_a_model_without_a_template_are_refused_and_logged_without_
     client: Client, worker: WorkerProcess
 ) -> None:
     messages = [{"role": "user", "content": "my secret words"}]
-    with pytest.raises(JobFailed, match="it takes no messages; send a prompt") as caught:
+    with pytest.raises(JobFailed, match="so it takes no messages; put the template into its directory") as caught:
         client.submit(messages=messages).result(PATIENCE_S)
     assert caught.value.code == "no_chat_template"
     done = list(client.map([{"messages": messages}, "Hello."], max_tokens=1, return_exceptions=True))
