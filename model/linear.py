@@ -2,7 +2,7 @@
 
 | type | CPU | implementation |
 |---|---|---|
-| float32 | AVX-512 | kernels/gemm_fp32_avx512.py |
+| float32 | AVX-512, AVX2 | kernels/gemm_fp32.py |
 | bfloat16 | Intel AMX | kernels/gemm_bf16_amx.py |
 | int8 | Intel AMX | kernels/gemm_int8_amx.py |
 | any | others, and GPUs | torch's operators, kernels/onednn.py |
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from headrace.model.kernels.gemm_bf16_amx import Bf16Weight, bf16_amx_works
-from headrace.model.kernels.gemm_fp32_avx512 import Fp32Weight, fp32_avx512_works
+from headrace.model.kernels.gemm_fp32 import Fp32Weight, fp32_works
 from headrace.model.kernels.gemm_int8_amx import Int8Weight
 from headrace.model.kernels.onednn import OneDnnWeight, TorchWeight, packing_works
 from headrace.model.kernels.packed_weight import PackedWeight
@@ -77,4 +77,4 @@ def packed_weight_type(device: str, dtype: torch.dtype) -> type[Bf16Weight | Fp3
     """The compiled GEMM for this type on this machine, self-tested; None where torch's operators are used."""
     if bf16_amx_works(device, dtype):
         return Bf16Weight
-    return Fp32Weight if fp32_avx512_works(device, dtype) else None
+    return Fp32Weight if fp32_works(device, dtype) else None

@@ -24,6 +24,7 @@ import torch
 
 from headrace.model.kernels import object_cache
 from headrace.model.kernels.intrinsics import Int64Array, call_pointer, cast, prefetch, vzeroupper
+from headrace.model.kernels.isa import Isa
 from headrace.model.kernels.layer_norm import layer_norm
 from headrace.model.kernels.object_cache import Kernel
 from headrace.model.kernels.openmp import team, thread_functions
@@ -51,6 +52,8 @@ class GemmBackend:
 
     #: How the fingerprint of a model names this backend. Results are compared by it, so it never changes.
     fingerprint: str
+    #: The instruction set that it is compiled for.
+    isa: Isa
     #: The type of rows and results.
     dtype: torch.dtype
     #: Bytes of an element as it is multiplied.
@@ -72,7 +75,7 @@ class GemmBackend:
     @functools.cached_property
     def kernel(self) -> Kernel:
         """The program runner for this backend, compiled or loaded at the first access."""
-        return object_cache.load_or_compile(f"program {self.fingerprint}", lambda: compile_program(self))
+        return object_cache.load_or_compile(f"program {self.fingerprint}", lambda: compile_program(self), self.isa)
 
 
 class Program:
@@ -111,7 +114,7 @@ def compile_program(backend: GemmBackend) -> Any:
     barrier = types.ExternalFunction("GOMP_barrier", types.void())
     int64s = cast(types.int64, types.CPointer(types.int64))
     begin, end, pack, multiply = backend.micro_kernel()
-    clean_up = vzeroupper()
+    clean_up = vzeroupper() if backend.isa.architecture == "x86_64" else None
     run, prefetch_line, step_bytes = call_pointer(), prefetch(), backend.ku * backend.nr * backend.itemsize
     norm, mr = layer_norm(backend.ku, bf16=backend.dtype == torch.bfloat16), backend.mr
     normed_row = backend.scratch_bytes
@@ -157,7 +160,8 @@ def compile_program(backend: GemmBackend) -> Any:
                     multiply(program, op, next_op, partition, scratch)
             barrier()
         end(program, scratch)
-        clean_up()
+        if clean_up is not None:
+            clean_up()
 
     @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
     def kernel(arguments: Any) -> None:
