@@ -84,6 +84,12 @@ HELP: dict[str, dict[str, SettingHelp]] = {
             "machine.",
             default="torch's choice: the physical cores",
         ),
+        "cpu_isa": SettingHelp(
+            "Instruction set of the compiled kernels, from the best one down: Intel AMX, AVX-512 with and without "
+            "VNNI, AVX2, NEON (ARM), and none (torch's operators). A lower one than the CPU's is for tests and "
+            "comparisons; one that the CPU lacks is refused.",
+            default="auto: the best one of the CPU",
+        ),
         "step_tokens": SettingHelp(
             "Tokens of one forward pass. It bounds how long a running sample waits while a prompt is computed.",
             vllm="max_num_batched_tokens",

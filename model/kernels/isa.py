@@ -122,11 +122,6 @@ def chosen() -> Isa:
     return find(_requested if _requested is not None else os.environ.get(VARIABLE, "") or AUTO)
 
 
-def is_enabled() -> bool:
-    """Whether kernels are compiled at all: False on the rung `none`."""
-    return chosen().name != NONE
-
-
 @functools.cache
 def find(name: str) -> Isa:
     """The rung of this name as this machine has it; `auto` is the best one. Raises IsaError like `use`."""
@@ -149,10 +144,9 @@ def available() -> list[Isa]:
 
 def lacking(isa: Isa, features: Mapping[str, bool]) -> list[str]:
     """What a machine with these features lacks for a rung; empty if it has the rung."""
-    machine = os.uname().machine
     if isa.name == NONE:
         return []
-    if machine not in (isa.architecture, {"aarch64": "arm64"}.get(isa.architecture)):
+    if architecture() != isa.architecture:
         return [f"a CPU of the kind {isa.architecture}"]
     missing = [feature for feature in (*isa.needs, *isa.adds) if not features.get(feature)]
     if not missing and isa.name == "amx" and not amx_is_permitted():
@@ -168,7 +162,12 @@ def host_features() -> Mapping[str, bool]:
     except ImportError:
         return {}
     features = dict(binding.get_host_cpu_features())
-    return features | {"neon": True} if os.uname().machine in ("aarch64", "arm64") else features
+    return features | {"neon": True} if architecture() == "aarch64" else features
+
+
+def architecture() -> str:
+    """The architecture of this CPU, as LLVM calls it."""
+    return {"arm64": "aarch64", "amd64": "x86_64"}.get(os.uname().machine, os.uname().machine)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from headrace.config import Settings
 from headrace.model.config import ModelConfig
 from headrace.model.decoder import Decoder
 from headrace.model.hub import ModelError, find_model
+from headrace.model.kernels import isa
 from headrace.model.kernels.attention import decode_kernel
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
 from headrace.model.trusted_files import check_not_shared
@@ -36,7 +37,8 @@ def load_engine(settings: Settings, name: str | None = None) -> Engine:
     """Load a model of the settings, the first one by default, and build an engine for it. The engine is not started.
 
     Raises:
-        ModelError: the model cannot be found, read or trusted.
+        ModelError: the model cannot be found, read or trusted, or this machine lacks the instruction set that the
+            settings name.
         ValueError: the model's share of the cache budget does not hold one sequence.
     """
     loaded: Future[Engine] = Future()
@@ -56,6 +58,10 @@ def load_engine(settings: Settings, name: str | None = None) -> Engine:
 
 def build_engine(settings: Settings, name: str | None = None) -> Engine:
     """Like `load_engine`, in the caller's thread. Raises ModelError and ValueError like `load_engine`."""
+    try:
+        isa.use(settings.cpu_isa)
+    except isa.IsaError as error:
+        raise ModelError(str(error)) from error
     name = name or settings.model_name
     source, parts = settings.models[name], len(settings.models)
     if settings.threads is not None:
