@@ -54,7 +54,7 @@ HELP: dict[str, dict[str, SettingHelp]] = {
             vllm="device",
         ),
         "dtype": SettingHelp(
-            "`auto` is float32 on a CPU and bfloat16 on a GPU. `int8` needs a CPU with Intel AMX.",
+            "`auto` is float32 on a CPU and bfloat16 on a GPU. `int8` needs an x86-64 CPU with AVX2.",
             vllm="dtype",
         ),
         "allow_shared_model": SettingHelp(

@@ -11,12 +11,14 @@ import pytest
 FEATURES = {
     "AVX2": {"avx2", "fma"},
     "AVX-512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "AVX-512-VNNI": {"avx512f", "avx512bw", "avx512vl", "avx512vnni"},
     "AMX": {"amx-tile", "amx-bf16", "avx512bf16"},
     "AMX-INT8": {"amx-tile", "amx-int8"},
 }
 
 needs_avx2 = pytest.mark.instruction_set("AVX2")
 needs_avx512 = pytest.mark.instruction_set("AVX-512")
+needs_vnni = pytest.mark.instruction_set("AVX-512-VNNI")
 needs_amx = pytest.mark.instruction_set("AMX")
 needs_amx_int8 = pytest.mark.instruction_set("AMX-INT8")
 

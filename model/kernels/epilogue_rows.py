@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from headrace.model.kernels.gelu import GELU_EXPONENT, LEAST_EXPONENT, MOST_EXPONENT, POWER
-from headrace.model.kernels.vectors import FLOAT, HALVES, INTEGERS, LANES, Value, VectorBuilder, VectorFunction
+from headrace.model.kernels.vector_function import VectorFunction
+from headrace.model.kernels.vectors import FLOAT, HALVES, INTEGERS, LANES, Value, VectorBuilder
 
 
 def finish_rows(nr: int, *, bf16: bool, int8: bool, gelu: bool, residual: bool) -> VectorFunction:

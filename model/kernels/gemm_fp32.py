@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from headrace.model.kernels.epilogue import epilogue_target, vector_epilogue
+from headrace.model.kernels.gemm_blocks import LANES, most_rows, multiply_blocks
 from headrace.model.kernels.intrinsics import cast
 from headrace.model.kernels.isa import NONE, Isa, chosen
 from headrace.model.kernels.memory import use_huge_pages
@@ -35,17 +35,6 @@ log = logging.getLogger("headrace.model")
 
 #: Rows of the weight in a step.
 KU = 4
-#: At most this many steps of a block are multiplied by all MC rows before the next ones, and no more than half of all
-#: steps: each part is summed separately, and two short sums have a smaller rounding error than one long sum. In AVX-512
-#: they take 72 KiB. Results depend on it.
-KC = 96
-#: Lanes of a vector.
-LANES = 16
-
-
-def most_rows(mr: int) -> int:
-    """MC: the rows whose sums are held in a thread's scratch memory, a multiple of MR; a spare row follows them."""
-    return 128 // mr * mr
 
 
 class Fp32Weight(PackedWeight):
@@ -114,106 +103,14 @@ def _pack(mr: int) -> Any:
     return pack
 
 
-def _multiply(mr: int, nr: int) -> Any:
-    """Build multiply: all rows by one partition of the blocks."""
-    import numba
-    from numba import carray, types
-
-    floats = cast(types.int64, types.CPointer(types.float32))
-    locate, finish = epilogue_target(nr, bf16=False), vector_epilogue(nr, bf16=False, int8=False)
-    micro_kernel, mc, row_bytes, step_bytes = _micro_kernel(mr, nr), most_rows(mr), nr * 4, KU * nr * 4
-    spare, streams = mc * row_bytes, nr // LANES
-
-    @numba.njit(inline="always")
-    def parts_of(steps: int) -> int:
-        return min(max(2, (steps + KC - 1) // KC), steps)
-
-    @numba.njit(error_model="numpy")
-    def begin(program: Any, next_op: Any, partition: int) -> Any:
-        """Where a partition of the next op's weight begins, and how many steps its first part has."""
-        first = next_op[OP.n_blocks] * partition // program[ARG.partitions] * next_op[OP.k_steps] * step_bytes
-        return next_op[OP.weight] + first, next_op[OP.k_steps] // parts_of(next_op[OP.k_steps])
-
-    @numba.njit(error_model="numpy")
-    def multiply(program: Any, op: Any, next_op: Any, partition: int, scratch: int) -> None:
-        steps, rows, parts = op[OP.k_steps], program[ARG.rows], parts_of(op[OP.k_steps])
-        first, last = (
-            op[OP.n_blocks] * partition // program[ARG.partitions],
-            op[OP.n_blocks] * (partition + 1) // program[ARG.partitions],
-        )
-        for start in range(0, rows, mc):
-            stop = min(start + mc, rows)
-            for block in range(first, last):
-                sums = carray(floats(scratch), (stop - start + mr) * nr)
-                for i in range((stop - start + mr - 1) // mr * mr * nr):
-                    sums[i] = np.float32(0)
-                for part in range(parts):
-                    at, end = steps * part // parts, steps * (part + 1) // parts
-                    w = op[OP.weight] + (block * steps + at) * step_bytes
-                    soon, quarter = w + (end - at) * step_bytes, (end - at) * step_bytes // 4
-                    if part + 1 == parts and block + 1 == last:
-                        soon, length = (
-                            (w, end - at)
-                            if stop < rows or next_op[OP.weight] == 0
-                            else begin(program, next_op, partition)
-                        )
-                        quarter = length * step_bytes // 4
-                    for row in range(start, stop, mr):
-                        x = program[ARG.packed_rows] + (row * steps + at * mr) * KU * 4
-                        # Each of the first panels prefetches a share of what comes next; with one or two panels the
-                        # first prefetches all of it. The panels after them prefetch the current part, at no cost.
-                        panel, few = (row - start) // mr, stop - start <= 2 * mr
-                        target = soon + panel * (end - at) * 64 if panel < (1 if few else streams) else w
-                        to = scratch + (row - start) * row_bytes
-                        micro_kernel(min(mr, stop - row), few and panel == 0, x, w, end - at, to, target, quarter)
-                finish(locate(program, op, scratch, start, stop - start, block), scratch + spare)
-
-    return multiply
-
-
-def _micro_kernel(mr: int, nr: int) -> Any:
-    """Build micro_kernel: up to MR rows by some steps of a block, added to their sums [rows, NR], while prefetching."""
-    import numba
-
-    one_line, all_lines = (_by_rows(mr, nr, lines) for lines in (1, nr // LANES))
-
-    @numba.njit(error_model="numpy")
-    def micro_kernel(rows: int, whole: bool, x: int, w: int, steps: int, sums: int, soon: int, quarter: int) -> None:
-        if whole:
-            all_lines(rows, x, w, steps, sums, soon, quarter)
-        else:
-            one_line(rows, x, w, steps, sums, soon, quarter)
-
-    return micro_kernel
-
-
-def _by_rows(mr: int, nr: int, lines: int) -> Any:
-    """Choose the micro-kernel for 1, 2, 4 or MR rows, the smallest number that is enough."""
-    import numba
-
-    one, two, four, most = (micro_kernel(rows, mr, nr, lines).intrinsic() for rows in (1, 2, 4, mr))
-
-    @numba.njit(error_model="numpy")
-    def by_rows(rows: int, x: int, w: int, steps: int, sums: int, soon: int, quarter: int) -> None:
-        if rows == 1:
-            one(x, w, steps, sums, soon, quarter)
-        elif rows == 2:
-            two(x, w, steps, sums, soon, quarter)
-        elif rows <= 4:
-            four(x, w, steps, sums, soon, quarter)
-        else:
-            most(x, w, steps, sums, soon, quarter)
-
-    return by_rows
-
-
 def micro_kernel(rows: int, mr: int, nr: int, lines: int) -> Any:
     """micro_kernel(x, w, steps, sums, soon, quarter): `rows` rows of a panel of `mr` by `steps` steps of a block.
 
     A `VectorFunction`. Adds to the sums [rows, nr]: each sum of this call is one chain of FMAs, from 0 on. In each step
     it prefetches `lines` cache lines of each quarter of the memory at `soon`, whose quarters have `quarter` bytes.
     """
-    from headrace.model.kernels.vectors import FLOAT, INT64, Value, VectorBuilder, VectorFunction
+    from headrace.model.kernels.vector_function import VectorFunction
+    from headrace.model.kernels.vectors import FLOAT, INT64, Value, VectorBuilder
 
     vectors = nr // LANES
 
@@ -249,11 +146,13 @@ def fp32_backend(isa: Isa) -> GemmBackend:
     def build() -> MicroKernel:
         import numba
 
+        multiply = multiply_blocks(isa, lambda rows, lines: micro_kernel(rows, mr, nr, lines))
+
         @numba.njit
         def nothing(program: Any, scratch: int) -> None:
             pass
 
-        return MicroKernel(nothing, nothing, _pack(mr), _multiply(mr, nr))
+        return MicroKernel(nothing, nothing, _pack(mr), multiply)
 
     return GemmBackend(
         fingerprint="floats",

@@ -37,6 +37,8 @@ log = logging.getLogger("headrace.model")
 #: Rows of the weight in a step.
 KU = 64
 LARGEST = 127
+#: The longest sums: 65,536 products of a byte by a signed byte, of at most 255 * 127, fit an int32.
+MAX_WIDTH = 2**16
 
 
 class Int8Weight(PackedWeight):

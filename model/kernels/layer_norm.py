@@ -49,7 +49,8 @@ def layer_norm_row(*, bf16: bool) -> Any:
     """
     from llvmlite import ir
 
-    from headrace.model.kernels.vectors import FLOAT, HALVES, INT64, Value, VectorBuilder, VectorFunction
+    from headrace.model.kernels.vector_function import VectorFunction
+    from headrace.model.kernels.vectors import FLOAT, HALVES, INT64, Value, VectorBuilder
 
     def body(
         v: VectorBuilder, source: Value, target: Value, width: Value, weight: Value, bias: Value, epsilon: Value

@@ -71,11 +71,14 @@ class GemmBackend:
     #: Constants that the compiled code reads.
     constants: np.ndarray[Any, np.dtype[Any]]
     micro_kernel: Callable[[], MicroKernel]
+    #: Bytes of an element of packed rows; 0 if they are those of the weight.
+    row_itemsize: int = 0
 
     @functools.cached_property
     def kernel(self) -> Kernel:
         """The program runner for this backend, compiled or loaded at the first access."""
-        return object_cache.load_or_compile(f"program {self.fingerprint}", lambda: compile_program(self), self.isa)
+        name = f"program {self.fingerprint} {self.mr}x{self.nr}"
+        return object_cache.load_or_compile(name, lambda: compile_program(self), self.isa)
 
 
 class Program:
@@ -85,7 +88,8 @@ class Program:
         self._kernel, self._threads = backend.kernel, torch.get_num_threads()
         padded_rows = -(-rows // backend.mr) * backend.mr
         scratch_bytes = backend.scratch_bytes + -(-width // 16) * 64
-        self._packed_rows = torch.empty(padded_rows * width * backend.itemsize, dtype=torch.uint8)
+        row_bytes = width * (backend.row_itemsize or backend.itemsize)
+        self._packed_rows = torch.empty(padded_rows * row_bytes, dtype=torch.uint8)
         self._scratch = torch.empty(self._threads * scratch_bytes, dtype=torch.uint8)
         self._row_scales = torch.empty(padded_rows)
         arguments = ProgramArguments(

@@ -12,16 +12,13 @@ not depend on the registers:
 LLVM neither reorders nor fuses these operations, because they have no fast-math flags. Denormal numbers are kept:
 a thread of torch does not flush them by default, and the tests compare them on every instruction set.
 
-A `VectorFunction` is such code with a name and parameters. In numba's code it is called as `function.intrinsic()`;
-`vector_module` is for compiling it without numba (target.py). Addresses are int64 and need no alignment beyond that of
-an element. This module imports llvmlite, so import it only in functions that compile.
+vector_function.py makes functions of such code. Addresses are int64 and need no alignment beyond that of an element.
+This module imports llvmlite, so import it only in functions that compile.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -154,6 +151,39 @@ class VectorBuilder:
         return self.builder.extract_element(a, INT32(0))
 
     # Integers and bfloat16
+
+    def dot_unsigned(self, sums: Value, words: Value, weights: Value) -> Value:
+        """int32 lanes plus the dot products of 4 unsigned by 4 signed bytes each: vpdpbusd of AVX-512 VNNI."""
+        bytes_ = ir.VectorType(ir.IntType(8), 4 * LANES)
+        function = self._intrinsic("llvm.x86.avx512.vpdpbusd", INTEGERS, [INTEGERS, bytes_, bytes_], "512")
+        return self.builder.call(function, [sums, *(self.builder.bitcast(each, bytes_) for each in (words, weights))])
+
+    def dot_pairs(self, sums: Value, words: Value, weights: Value, *, halves: bool) -> Value:
+        """int32 lanes plus the dot products of 2 by 2 int16 each: vpmaddwd of AVX-512, or twice of AVX2 if `halves`."""
+        shorts = ir.VectorType(INT16, 2 * LANES)
+        words, weights = (self.builder.bitcast(each, shorts) for each in (words, weights))
+        if not halves:
+            function = self._intrinsic("llvm.x86.avx512.pmaddw.d", INTEGERS, [shorts, shorts], "512")
+            return self.builder.add(sums, self.builder.call(function, [words, weights]))
+        half, result = ir.VectorType(INT16, LANES), ir.VectorType(INT32, LANES // 2)
+        function, products = self._intrinsic("llvm.x86.avx2.pmadd", result, [half, half], "wd"), []
+        undefined = ir.Constant(shorts, ir.Undefined)
+        for first in (0, LANES):
+            order = ir.Constant(INTEGERS, list(range(first, first + LANES)))
+            parts = [self.builder.shuffle_vector(each, undefined, order) for each in (words, weights)]
+            products.append(self.builder.call(function, parts))
+        whole = self.builder.shuffle_vector(*products, ir.Constant(INTEGERS, list(range(LANES))))
+        return self.builder.add(sums, whole)
+
+    def widen_bytes(self, a: Value) -> Value:
+        """32 signed bytes as 32 int16, held as 16 int32 lanes."""
+        return self.builder.bitcast(self.builder.sext(a, ir.VectorType(INT16, 2 * LANES)), INTEGERS)
+
+    def broadcast_word(self, word: Value) -> Value:
+        """A vector of 16 times the same int32."""
+        undefined = ir.Constant(INTEGERS, ir.Undefined)
+        first = self.builder.insert_element(undefined, word, INT32(0))
+        return self.builder.shuffle_vector(first, undefined, ir.Constant(INTEGERS, [0] * LANES))
 
     def integers(self, number: int) -> Value:
         """A vector of 16 times the same int32."""
@@ -289,59 +319,3 @@ def _suffix(kind: Any) -> str:
 def _itemsize(kind: Any) -> int:
     """Bytes of an element of a vector."""
     return {HALVES: 2}.get(kind, 4)
-
-
-@dataclass(frozen=True)
-class VectorFunction:
-    """A function of compiled code, without a result: `body` writes it, given a builder and the parameters by position.
-
-    Its name must differ from those of all other functions of a kernel with another body.
-    """
-
-    name: str
-    parameters: Sequence[str]
-    body: Callable[..., None]
-    #: float32 parameters; all others are int64.
-    floats: Sequence[str] = ()
-
-    def add_to(self, module: Any, *, internal: bool = True) -> Any:
-        """The function in an `llvmlite.ir.Module`, which gets it at the first call."""
-        if self.name in module.globals:
-            return module.globals[self.name]
-        kinds = [FLOAT if name in self.floats else INT64 for name in self.parameters]
-        function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), self.name)
-        function.attributes.add("nounwind")
-        function.attributes.add("noinline")  # inlined, it would have to share the registers with its caller
-        if internal:
-            function.linkage = "internal"
-        builder = VectorBuilder(ir.IRBuilder(function.append_basic_block("entry")))
-        self.body(builder, *function.args)
-        builder.builder.ret_void()
-        return function
-
-    def intrinsic(self) -> Any:
-        """A function for numba's compiled code that calls this one."""
-        from numba import types
-        from numba.extending import intrinsic
-
-        kinds = [types.float32 if name in self.floats else types.int64 for name in self.parameters]
-
-        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
-            builder.call(self.add_to(builder.module), values)
-            return context.get_dummy_value()
-
-        def typed(_: Any, *arguments: Any) -> Any:  # noqa: ARG001
-            return types.void(*kinds), generate
-
-        names = ["context", *self.parameters]  # numba reads the number of parameters from the signature
-        positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        typed.__signature__ = inspect.Signature([inspect.Parameter(name, positional) for name in names])  # type: ignore[attr-defined]
-        return intrinsic(typed)
-
-
-def vector_module(functions: Sequence[VectorFunction]) -> Any:
-    """An `llvmlite.ir.Module` of some functions, which can be called from outside, for `target.compile_module`."""
-    module = ir.Module()
-    for function in functions:
-        function.add_to(module, internal=False)
-    return module

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from headrace.model.kernels.gemm_fp32 import KC, KU, Fp32Weight, fp32_backend, fp32_isa_works, fp32_works
+from headrace.model.kernels.gemm_blocks import KC
+from headrace.model.kernels.gemm_fp32 import KU, Fp32Weight, fp32_backend, fp32_isa_works, fp32_works
 from headrace.model.kernels.isa import NONE, Isa, chosen, find
 from headrace.model.linear import Linear
 from tests.instruction_sets import needs_avx2, needs_avx512

@@ -21,7 +21,7 @@ from headrace.model.kernels.layer_norm import layer_norm_row
 from headrace.model.kernels.ops import ARG, Op
 from headrace.model.kernels.program import Program
 from headrace.model.kernels.target import compile_module, target_machine
-from headrace.model.kernels.vectors import VectorFunction, vector_module
+from headrace.model.kernels.vector_function import VectorFunction, vector_module
 from tests.guarded_memory import guarded
 from tests.instruction_sets import needs_avx2, needs_avx512
 
