@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: help setup demo test properties fuzz chaos soak check docs fmt bench peers clean
+.PHONY: help setup demo test zoo properties fuzz chaos soak check docs fmt bench peers clean
 
 help: ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -29,6 +29,9 @@ demo: $(VENV)/run ## generate text from the bundled model through an embedded Re
 
 test: $(VENV)/dev ## run the whole test suite, in four processes
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+
+zoo: $(VENV)/dev ## run other people's models, more than a hundred tiny ones, against transformers; ZOO="NAME ... --write"
+	$(BIN)/python -m tests.zoo $(ZOO)
 
 properties: $(VENV)/dev ## run the property tests with 500 examples each
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest tests/checkpoints/test_properties.py --timeout 3600

@@ -13,10 +13,11 @@ import time
 
 from benchmarks.workloads import echo
 from headrace.config import Settings
+from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import load_tokenizer
 from headrace.worker.celery import app
 from headrace.worker.engine import build
-from headrace.worker.engine.cache_slots import LENGTH_CLASSES, SlotMove, SlotTable
+from headrace.worker.engine.cache_slots import SlotMove, SlotTable, length_classes
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.scheduler import ModelRunnerOutput, PrefixCopy, Scheduler, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence, Slot, TokenScore
@@ -65,19 +66,20 @@ def modelled_engine(settings: Settings, name: str | None = None) -> Engine:
     """An engine like that of `load_engine`, whose device takes MODELLED_STEP_MS (default 100) for each step."""
     step_ms = float(os.environ.get("MODELLED_STEP_MS", "100"))
     tokenizer = load_tokenizer("demo")
-    longest = LENGTH_CLASSES[-1]
+    lengths = length_classes(1024)
     return Engine(
         ModelledRunner(step_ms / 1000),
         tokenizer,
         Scheduler(
-            SlotTable(LENGTH_CLASSES, position_bytes=1, budget_bytes=settings.slots * longest),
+            SlotTable(lengths, position_bytes=1, budget_bytes=settings.slots * lengths[-1]),
             max_rows=settings.slots,
             step_tokens=settings.step_tokens,
             prefill_chunk=settings.prefill_chunk,
         ),
         model_name=name or settings.model_name,
         vocab_size=tokenizer.vocab_size,
-        max_context=longest,
+        max_context=lengths[-1],
+        ends=Ends((50256,), 50256),
         fingerprint=f"modelled/step-{step_ms:g}-ms/process-{os.getpid()}",  # identifies the worker that computed a job
     )
 

@@ -15,12 +15,14 @@ from headrace.client.default import (
     batch,
     cancel,
     default_client,
+    detokenize,
     job,
     map,  # noqa: A004  # reads as `client.map`
     signature,
     status,
     submit,
     submit_many,
+    tokenize,
 )
 from headrace.client.jobs.handle import Job
 from headrace.client.jobs.status import Status
@@ -46,7 +48,7 @@ from headrace.client.wire.errors import (
     UnreadableRecord,
 )
 from headrace.client.wire.requests import SamplingParams
-from headrace.client.wire.results import Choice, Result
+from headrace.client.wire.results import Choice, Result, Tokenized
 from headrace.short_names import refuse_submodules as _refuse_submodules
 
 __all__ = [
@@ -79,6 +81,7 @@ __all__ = [
     "SamplingParams",
     "Status",
     "StreamChanged",
+    "Tokenized",
     "UnknownJob",
     "UnreadableRecord",
     "__version__",
@@ -86,12 +89,14 @@ __all__ = [
     "batch",
     "cancel",
     "default_client",
+    "detokenize",
     "job",
     "map",
     "signature",
     "status",
     "submit",
     "submit_many",
+    "tokenize",
 ]
 
 _refuse_submodules(__name__)

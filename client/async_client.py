@@ -18,15 +18,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
 from headrace.client.client import Client
+from headrace.client.jobs.async_replies import parse_large, send
 from headrace.client.jobs.handle import Handle, by_id, check_same_redis, job_in_errors
 from headrace.client.jobs.polling import REMIND_S, PollState, Updates
-from headrace.client.jobs.presence import Command
+from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.jobs.reading import check_timeout
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event, StreamReader
+from headrace.client.jobs.tokens import TIMEOUT_S, detokenize_job, tokenize_job, tokenized
 from headrace.client.wire.errors import RedisUnreachable
 from headrace.client.wire.redis import connect_async, redis_errors
-from headrace.client.wire.results import Result, State, outcome_state, parse_outcome
+from headrace.client.wire.results import Result, State, Tokenized, outcome_state
 from headrace.config import Settings
 
 if TYPE_CHECKING:
@@ -35,10 +37,6 @@ if TYPE_CHECKING:
 #: How many seconds Redis may delay a reply to wait for events. A job added in the meantime is polled after that.
 BLOCK_S = 0.1
 
-#: Commands in one round trip to Redis: their replies hold up the event loop for about 10 ms.
-COMMANDS_AT_ONCE = 256
-#: A longer result record is parsed in a thread: it would hold up the event loop.
-LARGE_RECORD = 262_144
 #: So many jobs are submitted in the thread for short calls.
 FEW_JOBS = 16
 
@@ -86,9 +84,16 @@ class AsyncClient:
         self._thread.shutdown(wait=False)
         self._submitting.shutdown(wait=False)
 
-    async def submit(self, prompt: str | Sequence[int], *, id: str | None = None, **params: Any) -> AsyncJob:  # noqa: A002
-        """Queue one prompt; see `Client.submit`."""
-        job = await self._run_in_thread(self._client.submit, prompt, id=id, **params)
+    async def submit(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        id: str | None = None,  # noqa: A002
+        **params: Any,
+    ) -> AsyncJob:
+        """Queue one prompt, or the messages of a chat; see `Client.submit`."""
+        job = await self._run_in_thread(self._client.submit, prompt, messages=messages, id=id, **params)
         return AsyncJob(job.id, self, accepted=True)
 
     async def submit_many(
@@ -147,6 +152,27 @@ class AsyncClient:
                             job.outcome = outcome
                             for event in reader.finish(job.answer()):
                                 yield job, event
+
+    async def tokenize(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        timeout: float | None = TIMEOUT_S,
+        **params: Any,
+    ) -> Tokenized:
+        """The token ids of a prompt or of messages; see `Client.tokenize`."""
+        job = tokenize_job(self._client.submitter, {"prompt": prompt, **params}, timeout)
+        return tokenized(await self._answer(job, timeout))
+
+    async def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = TIMEOUT_S, **params: Any) -> str:
+        """The text of token ids; see `Client.detokenize`."""
+        fields = {"skip_special_tokens": False, **params}
+        job = detokenize_job(self._client.submitter, token_ids, fields, timeout)
+        return (await self._answer(job, timeout)).text
+
+    async def _answer(self, prepared: PreparedJob, timeout: float | None) -> Result:
+        (job,) = await self._run_in_thread(self._client._submit, [prepared])
+        return await AsyncJob(job.id, self, accepted=True).result(timeout)
 
     async def status(self) -> Status:
         """The current status: queues, workers and slots. Raises RedisUnreachable."""
@@ -244,24 +270,14 @@ class AsyncClient:
                     await self._added.wait()
             try:
                 with redis_errors(self.url):
-                    replies = await self._send(self._polls.request(BLOCK_S))
-                    self._deliver(self._polls.answer([await _parse_large(reply) for reply in replies]))
+                    replies = await send(self._redis, self._polls.request(BLOCK_S))
+                    self._deliver(self._polls.answer([await parse_large(reply) for reply in replies]))
             except RedisUnreachable as error:
                 url, reason = error.url, error.reason
                 self._give_up(self._polls.failed(), lambda: RedisUnreachable(url, reason))  # noqa: B023
             except Exception as error:
                 fault = error
                 self._give_up(list(self._polls), lambda: fault)  # noqa: B023
-
-    async def _send(self, commands: list[Command]) -> list[Any]:
-        """The replies to commands, or the exceptions. They are sent in parts, so that others run in between."""
-        replies: list[Any] = []
-        for start in range(0, len(commands), COMMANDS_AT_ONCE):
-            pipe = self._redis.pipeline(transaction=False)
-            for command in commands[start : start + COMMANDS_AT_ONCE]:
-                pipe.execute_command(*command)
-            replies += await pipe.execute(raise_on_error=False)
-        return replies
 
     def _deliver(self, updates: Updates) -> None:
         """Put the updates into the inboxes of the callers that wait for these jobs."""
@@ -280,17 +296,6 @@ class AsyncClient:
             inbox.put_nowait(error())
         for job_id in job_ids:
             self._polls.drop(job_id)
-
-
-async def _parse_large(reply: Any) -> Any:
-    """A reply of Redis with large result records replaced by their outcomes."""
-    if not isinstance(reply, list):
-        return reply
-    large = [isinstance(record, str) and len(record) > LARGE_RECORD for record in reply]
-    return [
-        await asyncio.to_thread(parse_outcome, record) if is_large else record
-        for record, is_large in zip(reply, large, strict=True)
-    ]
 
 
 class AsyncJob(Handle):

@@ -25,10 +25,12 @@ from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.jobs.reading import JobReader
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.submission import Submitter
+from headrace.client.jobs.tokens import TIMEOUT_S, detokenize_job, tokenize_job, tokenized
 from headrace.client.wire import keys
 from headrace.client.wire.celery import TASK_NAME, producer_app, results_app
 from headrace.client.wire.errors import InvalidRequest, RedisRefused, RedisUnreachable
 from headrace.client.wire.redis import connect, resolve_url
+from headrace.client.wire.results import Tokenized
 from headrace.client.wire.values import without_gaps
 from headrace.config import Settings, load_settings
 
@@ -83,11 +85,20 @@ class Client:
         if "celery_app" in self.__dict__:
             self.celery_app.close()
 
-    def submit(self, prompt: str | Sequence[int], *, id: str | None = None, **params: Any) -> Job:  # noqa: A002
-        """Queue one prompt.
+    def submit(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        id: str | None = None,  # noqa: A002
+        **params: Any,
+    ) -> Job:
+        """Queue one prompt, or the messages of a chat.
 
         Args:
             prompt: text, or token ids. The empty text means the end-of-text token.
+            messages: in place of a prompt, such as `[{"role": "user", "content": "Hello"}]`. The worker renders them
+                with the model's chat template.
             id: a job id of your choice. Submitting the same request with the same id again returns the same job.
             params: sampling parameters (`client.SamplingParams`), `priority`, `model`, `stream` (True if `Job.stream`
                 is to yield the text while it is generated), `checkpoints`, and `timeout_s`, the number of seconds after
@@ -101,10 +112,10 @@ class Client:
             RedisRefused: Redis answers with an error; nothing was queued.
             RedisUnsuitable: Redis would lose the job, for example because it evicts keys; nothing was queued.
         """
-        return self._submit([self.submitter.prepare({"prompt": prompt, "id": id, **params})])[0]
+        return self._submit([self.submitter.prepare({"prompt": prompt, "messages": messages, "id": id, **params})])[0]
 
     def submit_many(self, requests: Iterable[str | Sequence[int] | Mapping[str, Any]], **params: Any) -> list[Job]:
-        """Queue many prompts: each is a text, token ids, or a mapping with `prompt` and its own parameters.
+        """Queue many prompts: each is a text, token ids, or a mapping of `prompt` or `messages` and own parameters.
 
         All requests are checked before the first is queued. Up to 16 jobs share one message; each has its own id, state
         and result, and can be cancelled separately. Those with the highest priority are sent first.
@@ -153,7 +164,7 @@ class Client:
 
         Args:
             source: a path (JSON lines, gzipped or not; with `text` each line is a prompt), or an iterable of prompts,
-                token ids and mappings with `prompt`, parameters and `custom_id`.
+                token ids and mappings with `prompt` or `messages`, parameters and `custom_id`.
             output: a path. The file has JSON lines in the format of the OpenAI Batch API, each written when its request
                 is done; it is gzipped if the name ends in `.gz`.
             limit: process only this many requests.
@@ -183,8 +194,8 @@ class Client:
         """Yield the results of prompts in their order. Reads at most `max_inflight` prompts ahead.
 
         Args:
-            prompts: texts, token ids, or mappings with `prompt` and their own parameters, also in the types of pyarrow,
-                numpy and pandas: for example a column of a table, a data set, or a generator.
+            prompts: texts, token ids, or mappings with `prompt` or `messages` and their own parameters, also in the
+                types of pyarrow, numpy and pandas: for example a column of a table, a data set, or a generator.
             return_exceptions: yield errors in place of results, instead of raising the first one.
             params: defaults for prompts that do not set the parameter.
 
@@ -237,14 +248,21 @@ class Client:
                     waiting[job_id].outcome = outcome
                     yield waiting.pop(job_id)
 
-    def signature(self, prompt: str | Sequence[int], *, id: str | None = None, **params: Any) -> Signature:  # noqa: A002
+    def signature(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        id: str | None = None,  # noqa: A002
+        **params: Any,
+    ) -> Signature:
         """A job as a Celery signature, for `group`, `chord` and `chain`; docs/client.md has examples.
 
         Takes and checks the same arguments as `submit`, and queues nothing. `timeout_s` starts now, by Redis' clock.
         The signature is immutable: in a chain it does not receive the result of the task before it. The task returns a
         `client.Result` as JSON.
         """
-        job = self.submitter.prepare({"prompt": prompt, "id": id, **params})
+        job = self.submitter.prepare({"prompt": prompt, "messages": messages, "id": id, **params})
         if job.timeout_s is not None:
             with contextlib.suppress(redis.RedisError):  # then the deadline is by the clock of this machine
                 self.submitter.server.measure()
@@ -264,6 +282,41 @@ class Client:
     def celery_app(self) -> Celery:
         """A Celery app on the same Redis, for `signature`, for `AsyncResult(id, app=...)`, and for your own tasks."""
         return results_app(self.settings, self.url)
+
+    def tokenize(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        timeout: float | None = TIMEOUT_S,
+        **params: Any,
+    ) -> Tokenized:
+        """The token ids of a prompt or of messages, as a worker that serves the model makes them.
+
+        Args:
+            prompt: text; token ids are returned as they are, with their names.
+            messages: in place of a prompt; see `submit`.
+            timeout: seconds to wait for the answer, in which the job also expires; None waits for ever.
+            params: `model`, `add_special_tokens`, `parse_special_tokens`, and for messages `add_generation_prompt`,
+                `continue_final_message` and `chat_template_kwargs`.
+
+        Raises:
+            InvalidRequest, QueueFull, RedisUnreachable, RedisRefused, RedisUnsuitable: as for `submit`.
+            ResultTimeout, JobError: as for `Job.result`.
+        """
+        fields = {"prompt": prompt, "messages": messages, **params}
+        return tokenized(self._submit([tokenize_job(self.submitter, fields, timeout)])[0].result(timeout))
+
+    def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = TIMEOUT_S, **params: Any) -> str:
+        """The text of token ids, as a worker that serves the model decodes them; errors are those of `tokenize`.
+
+        Args:
+            token_ids: 1 to 16,384 ids.
+            timeout: seconds to wait for the answer.
+            params: `model`, and `skip_special_tokens`, False by default.
+        """
+        fields = {"skip_special_tokens": False, **params}
+        return self._submit([detokenize_job(self.submitter, token_ids, fields, timeout)])[0].result(timeout).text
 
     def status(self) -> Status:
         """The current status: queues, workers and slots. Raises RedisUnreachable."""

@@ -14,6 +14,7 @@ from headrace.client.batch.run import BatchReport
 from headrace.client.client import Client
 from headrace.client.jobs.handle import Job
 from headrace.client.jobs.status import Status
+from headrace.client.wire.results import Tokenized
 from headrace.config.directories import redis_dir
 from headrace.config.settings import PREFIX
 
@@ -32,7 +33,7 @@ def _client_for(settings: tuple[tuple[str, str], ...], directory: Path) -> Clien
     return Client()
 
 
-def submit(prompt: str | Sequence[int], **params: Any) -> Job:
+def submit(prompt: str | Sequence[int] | None = None, **params: Any) -> Job:
     """Queue one prompt; see `Client.submit`."""
     return default_client().submit(prompt, **params)
 
@@ -62,7 +63,7 @@ def as_completed(jobs: Iterable[Job], timeout: float | None = None) -> Iterator[
     return default_client().as_completed(jobs, timeout)
 
 
-def signature(prompt: str | Sequence[int], **params: Any) -> Signature:
+def signature(prompt: str | Sequence[int] | None = None, **params: Any) -> Signature:
     """A job as a Celery signature; see `Client.signature`."""
     return default_client().signature(prompt, **params)
 
@@ -70,6 +71,16 @@ def signature(prompt: str | Sequence[int], **params: Any) -> Signature:
 def cancel(jobs: Iterable[str | Job]) -> list[bool]:
     """Cancel many jobs; see `Client.cancel`. `Job.cancel` cancels one."""
     return default_client().cancel(jobs)
+
+
+def tokenize(prompt: str | Sequence[int] | None = None, **params: Any) -> Tokenized:
+    """The token ids of a prompt or of messages; see `Client.tokenize`."""
+    return default_client().tokenize(prompt, **params)
+
+
+def detokenize(token_ids: Sequence[int], **params: Any) -> str:
+    """The text of token ids; see `Client.detokenize`."""
+    return default_client().detokenize(token_ids, **params)
 
 
 def status() -> Status:

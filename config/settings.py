@@ -73,6 +73,8 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto", description="'auto', 'float32', 'bfloat16', 'float16' or 'int8'"
     )
+    #: Whether the sampling parameters in a model's generation_config.json are the defaults of requests.
+    generation_config: Literal["none", "auto"] = Field("none", description="'none' or 'auto'")
     #: Load a model even if every user of the machine can write its directory or files.
     allow_shared_model: bool = Field(False, description="1 or 0")
     #: The largest number of sequences in a batch (continuous batching).
@@ -82,6 +84,9 @@ class Settings(BaseSettings):
     #: Memory for the key/value caches, in bytes; several models get equal parts. None: enough for every slot at full
     #: length, but at most a quarter of the memory that is free when a model is loaded.
     kv_cache_bytes: int | None = Field(None, description="a whole number of bytes from 1 to 2**50", ge=1, le=MAX_BYTES)
+    #: Whether the names of special tokens in a text prompt mean these tokens, in requests that do not say it. None:
+    #: what the model's tokenizer says.
+    parse_special_tokens: bool | None = Field(None, description="1 or 0")
     #: CPU threads. None: torch's default, one for each physical core.
     threads: int | None = Field(None, description="a whole number from 1 to 4096", ge=1, le=4096)
     #: The instruction set of the compiled kernels; 'auto' is the best one of the CPU.

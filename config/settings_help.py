@@ -24,9 +24,10 @@ class SettingHelp:
 HELP: dict[str, dict[str, SettingHelp]] = {
     "The model, and where it runs": {
         "model": SettingHelp(
-            "A GPT-2 size, a hub id, or a directory with `config.json` and `model.safetensors`; or [several "
-            "models](deployment.md#several-models). Jobs that name no model go to the first. A path begins with `/`, "
-            "`.` or `~`. Clients take only the name from it, without looking at the file system.",
+            "A GPT-2 size, a hub id, a directory with `config.json` and `model.safetensors`, or a [GGUF "
+            "file](how-to/convert.md#gguf-without-converting); or [several models](deployment.md#several-models). Jobs "
+            "that name no model go to the first. A path begins with `/`, `.` or `~`. Clients take only the name from "
+            "it, without looking at the file system.",
             vllm="model",
         ),
         "served_name": SettingHelp(
@@ -56,6 +57,19 @@ HELP: dict[str, dict[str, SettingHelp]] = {
         "dtype": SettingHelp(
             "`auto` is float32 on a CPU and bfloat16 on a GPU. `int8` needs an x86-64 CPU with AVX2.",
             vllm="dtype",
+        ),
+        "generation_config": SettingHelp(
+            "`auto`: the worker takes the parameters that a request does not set (`temperature`, `top_k`, `top_p`, "
+            "`min_p`, `repetition_penalty`, `max_new_tokens`) from the model's `generation_config.json`, and results "
+            "name them in `defaults`. `none`: only its `eos_token_id` and `bos_token_id` are read. In vLLM `auto` is "
+            "the default.",
+            vllm="generation_config",
+        ),
+        "parse_special_tokens": SettingHelp(
+            "Whether the names of special tokens in a text prompt, such as `<|endoftext|>`, mean these tokens, in "
+            "requests that do not set [`parse_special_tokens`](client.md#special-tokens). Turn it off if prompts "
+            "come from people who must not end or open a turn. Chats are not affected: a template writes such names.",
+            default="1 for a model that brings its own tokenizer, 0 for GPT-2's",
         ),
         "allow_shared_model": SettingHelp(
             "A worker refuses a model whose directory or files every user of the machine can write (`o+w`), because "

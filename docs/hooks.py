@@ -71,12 +71,18 @@ def job_failures_table() -> str:
     return "\n".join(["| code | what to do |", "|---|---|", *rows])
 
 
+def zoo_table() -> str:
+    """The table of the last full run of tests/zoo."""
+    return (ROOT / "tests" / "zoo" / "table.md").read_text(encoding="utf-8")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "settings": settings_tables,
     "errors": errors_table,
     "job failures": job_failures_table,
     "log events": lambda: log_events.events_table(ROOT),
     "log fields": log_events.fields_table,
+    "zoo": zoo_table,
 }
 
 

@@ -32,7 +32,26 @@ class Event:
 
 EVENTS: dict[str, Event] = {
     "record.unreadable": Event("the record of a file or batch cannot be read; it stays where it is and is in no list"),
-    "model.loaded": Event("the model is in memory and has passed its self-test"),
+    "model.loaded": Event(
+        "the model is in memory and has passed its self-test; the line says what was understood of its "
+        "files, and `notes` what was ignored",
+        more_fields=(
+            "family",
+            "parameters",
+            "dtype",
+            "max_context",
+            "positions",
+            "tokenizer",
+            "tokenizer_size",
+            "added_tokens",
+            "has_chat_template",
+            "eos_token_ids",
+            "eos_source",
+            "bos_token_id",
+            "defaults",
+            "notes",
+        ),
+    ),
     "model.wanted": Event("a job came for a model that is not loaded"),
     "model.unloaded": Event("the model had no job for `HEADRACE_IDLE_UNLOAD_S`"),
     "model.changed": Event(
@@ -81,6 +100,7 @@ EVENTS: dict[str, Event] = {
     "job.failed": Event("a fault failed this job and no other"),
     "job.step_failed": Event("this job makes every step fail; it fails and no other"),
     "job.finish_failed": Event("the result of a job could not be made; this job fails and no other"),
+    "job.prepare_failed": Event("the messages of a job could not be converted to a prompt; only this job fails"),
     "job.intake_failed": Event("a job could not be given to the engine; this job fails and no other"),
     "jobs.finished_before": Event(
         "jobs were delivered again, or lost their lease, after another worker had ended them"
@@ -162,6 +182,20 @@ FIELDS: dict[str, tuple[str, str]] = {
     "method": ("text", "of the HTTP request"),
     "path": ("text", "of the HTTP request"),
     "status": ("number", "of the HTTP response"),
+    "family": ("text", "the `model_type` of the model: `gpt2`, `gpt_bigcode`, `gpt_neo`"),
+    "parameters": ("number", "weights of the model"),
+    "dtype": ("text", "number format of the matrices"),
+    "max_context": ("number", "longest prompt and new text together, in tokens"),
+    "positions": ("number", "tokens that the model itself can read"),
+    "tokenizer": ("text", "kind of the tokenizer"),
+    "tokenizer_size": ("number", "tokens of the tokenizer"),
+    "added_tokens": ("number", "how many of them were added to its vocabulary"),
+    "has_chat_template": ("true or false", "whether the model takes `messages`"),
+    "eos_token_ids": ("list", "tokens that end a text, at most 32 of them"),
+    "eos_source": ("text", "what names these tokens: a file, or the tokenizer"),
+    "bos_token_id": ("number", "token for which the empty prompt stands, or null"),
+    "defaults": ("object", "parameters from `generation_config.json` for requests that do not set them"),
+    "notes": ("list", "sentences about what was ignored or changed; see [Your own model](your-own-model.md)"),
 }
 
 

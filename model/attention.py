@@ -2,6 +2,9 @@
 
 On a CPU decoding rows and short prompts use the compiled kernel (kernels/attention.py), and longer prompts use torch's
 operator. Elsewhere torch's operator computes everything.
+
+Shapes: M packed rows, H query heads, KV heads of keys and values, D head size. Query head h reads the head
+h // (H / KV) of keys and values. In a layer with a window a row attends to its latest positions only.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from headrace.model.config import ModelConfig
 from headrace.model.kernels.attention import DecodeKernel, DecodeRows, LayerCalls
 from headrace.model.kernels.intrinsics import Int64Array
 from headrace.model.kv_cache import Arena, KVCache
@@ -52,23 +56,21 @@ class DecodeGroup:
 class CachedAttention:
     """Attention of one step: writes the new keys and values, then attends over the positions that each row may see."""
 
-    def __init__(self, scale: float, parts: Sequence[_Compiled | Decode | _Prefill]) -> None:
-        self.scale, self._parts = scale, parts
+    def __init__(self, config: ModelConfig, parts: Sequence[_Compiled | Decode | _Prefill]) -> None:
+        self._config, self._parts = config, parts
 
     @classmethod
-    def of(
-        cls, cache: KVCache, scale: float, *, groups: Sequence[DecodeGroup], chunks: Sequence[Chunk]
-    ) -> CachedAttention:
+    def of(cls, cache: KVCache, *, groups: Sequence[DecodeGroup], chunks: Sequence[Chunk]) -> CachedAttention:
         """Attention for decoding rows and chunks of prompts, by the compiled kernel if there is one."""
-        kernel = cache.decode_kernel()
+        kernel, config = cache.decode_kernel(), cache.config
         if kernel is None:
             parts: list[_Compiled | Decode | _Prefill] = [Decode.of(cache.arenas[g.length_class], g) for g in groups]
-            return cls(scale, [*parts, *(_Prefill(cache.arenas[c.length_class], c) for c in chunks)])
+            return cls(config, [*parts, *(_Prefill(cache.arenas[c.length_class], c) for c in chunks)])
         short = [chunk for chunk in chunks if chunk.start + chunk.count <= MAX_COMPILED_PROMPT]
         prefills = [
             _Prefill(cache.arenas[c.length_class], c) for c in chunks if c.start + c.count > MAX_COMPILED_PROMPT
         ]
-        return cls(scale, [_Compiled(kernel, cache, groups, short), *prefills] if groups or short else prefills)
+        return cls(config, [_Compiled(kernel, cache, groups, short), *prefills] if groups or short else prefills)
 
     def layer_calls(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> LayerCalls | None:
         """The compiled calls of all layers, which read the same q, k, v and write the same `out`.
@@ -78,14 +80,15 @@ class CachedAttention:
         part = self._parts[0] if len(self._parts) == 1 else None
         if not isinstance(part, _Compiled) or part.count != len(q):
             return None
-        return part.layer_calls(q, k, v, out, self.scale)
+        return part.layer_calls(q, k, v, out)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v: [M, H, D] -> [M, H, D]; padding rows give zeros."""
+        """q: [M, H, D]; k, v: [M, KV, D] -> [M, H, D]; padding rows give zeros."""
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        scale, window = self._config.layer_scale(layer), self._config.window(layer)
         for part in self._parts:
             rows = part.rows
-            part.attend(layer, q[rows], k[rows], v[rows], out[rows], self.scale)
+            part.attend(layer, q[rows], k[rows], v[rows], out[rows], scale, window)
         return out
 
 
@@ -95,7 +98,7 @@ class _Compiled:
     def __init__(
         self, kernel: DecodeKernel, cache: KVCache, groups: Sequence[DecodeGroup], chunks: Sequence[Chunk]
     ) -> None:
-        self._kernel = kernel
+        self._kernel, self._rules = kernel, cache.rules
         self.rows = slice(None)
         joined = _joined(chunks)
         groups = [*groups, *(DecodeGroup(c.length_class, [c.slot], [c.start], [c.count], c.row) for c in joined)]
@@ -108,7 +111,7 @@ class _Compiled:
             lengths=np.concatenate([g.positions for g in groups]) + 1,
             counts=np.concatenate([g.counts for g in groups]),
             first=np.concatenate([g.row + np.cumsum([0, *g.counts[:-1]]) for g in groups]),
-            heads=arenas[0].k[0].shape[1],
+            heads=cache.config.n_head,
         )
 
     @property
@@ -116,11 +119,11 @@ class _Compiled:
         """The number of rows."""
         return int(self._where.counts.sum())
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
-        self._kernel(layer, q, k, v, out, self._where, scale)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *_: object) -> None:
+        self._kernel(layer, q, k, v, out, self._where, self._rules)
 
-    def layer_calls(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> LayerCalls:
-        return self._kernel.layer_calls(q, k, v, out, self._where, scale)
+    def layer_calls(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> LayerCalls:
+        return self._kernel.layer_calls(q, k, v, out, self._where, self._rules)
 
 
 def _joined(chunks: Sequence[Chunk]) -> list[Chunk]:
@@ -183,9 +186,7 @@ class Decode:
         self.rows = slice(row, row + len(slots))
         self.dense = front == len(slots)
         last = torch.zeros(front, dtype=torch.long, device=device).index_copy_(0, slots, positions)
-        unseen = torch.arange(keys, device=device) > last[:, None]  # [front, keys]
-        self.mask = torch.zeros(front, 1, 1, keys, dtype=arena.k[0].dtype, device=device)
-        self.mask.masked_fill_(unseen[:, None, None], float("-inf"))
+        self._masks = {window: self._mask(last[:, None], window) for window in arena.windows}
 
     @classmethod
     def of(cls, arena: Arena, group: DecodeGroup) -> Decode:
@@ -196,15 +197,27 @@ class Decode:
         keys = min(arena.length, -(-(max(group.positions) + 1) // KEY_STEP) * KEY_STEP)
         return cls(arena, slots, positions, row=group.row, front=group.slots[-1] + 1, keys=keys)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
-        keys, values = self.arena.k[layer], self.arena.v[layer]  # [capacity, H, length, D]
+    def _mask(self, last: Tensor, window: int | None) -> Tensor:
+        """What is added to the scores of rows whose own positions are `last`, [front, 1] -> [front, 1, 1, keys]."""
+        at = torch.arange(self.keys, device=last.device)
+        unseen = at > last if window is None else (at > last) | (at <= last - window)  # [front, keys]
+        mask = torch.zeros(self.front, 1, 1, self.keys, dtype=self.arena.k[0].dtype, device=last.device)
+        return mask.masked_fill_(unseen[:, None, None], float("-inf"))
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, window: int | None
+    ) -> None:
+        keys, values = self.arena.k[layer], self.arena.v[layer]  # [capacity, KV, length, D]
         at = self.slots, slice(None), self.positions
         keys[at] = k if self.active is None else torch.where(self.active, k, keys[at])
         values[at] = v if self.active is None else torch.where(self.active, v, values[at])
         if not self.dense:
             q = q.new_zeros(self.front, *q.shape[1:]).index_copy_(0, self.slots, q)
         seen_k, seen_v = keys[: self.front, :, : self.keys], values[: self.front, :, : self.keys]
-        all_ = F.scaled_dot_product_attention(q.unsqueeze(2), seen_k, seen_v, attn_mask=self.mask, scale=scale)
+        mask, grouped = self._masks[window], q.shape[1] != k.shape[1]
+        all_ = F.scaled_dot_product_attention(
+            q.unsqueeze(2), seen_k, seen_v, attn_mask=mask, scale=scale, enable_gqa=grouped
+        )
         out.copy_(all_.squeeze(2) if self.dense else all_.squeeze(2)[self.slots])
 
 
@@ -215,21 +228,60 @@ class _Prefill:
         self.arena, self.slot = arena, chunk.slot
         self.rows = slice(chunk.row, chunk.row + chunk.count)
         self.span = slice(chunk.start, chunk.start + chunk.count)
-        self.mask = None
-        if chunk.start > 0:
-            ones = torch.ones(chunk.count, self.span.stop, dtype=torch.bool, device=arena.k[0].device)
-            self.mask = ones.tril(chunk.start)  # row i sees positions 0 .. start + i
+        self._seen = {window: self._of_window(window) for window in arena.windows}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
-        keys, values = self.arena.k[layer][self.slot], self.arena.v[layer][self.slot]  # [H, length, D]
+    def _of_window(self, window: int | None) -> tuple[slice, Tensor | None]:
+        """The positions that are read, and which of them each row sees; None: each sees those up to its own."""
+        start, stop = self.span.start, self.span.stop
+        if window is None or window >= stop:
+            window, first = stop, 0
+        else:
+            first = max(0, start + 1 - window)
+        if start == 0 and window == stop:
+            return slice(0, stop), None
+        ones = torch.ones(stop - start, stop - first, dtype=torch.bool, device=self.arena.k[0].device)
+        own = start - first  # row i is at own + i of those that are read
+        return slice(first, stop), ones.tril(own).triu(own + 1 - window)
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, window: int | None
+    ) -> None:
+        keys, values = self.arena.k[layer][self.slot], self.arena.v[layer][self.slot]  # [KV, length, D]
         keys[:, self.span] = k.transpose(0, 1)
         values[:, self.span] = v.transpose(0, 1)
+        seen, mask = self._seen[window]
         whole = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
-            keys[None, :, : self.span.stop],
-            values[None, :, : self.span.stop],
-            attn_mask=self.mask,
-            is_causal=self.mask is None,
+            keys[None, :, seen],
+            values[None, :, seen],
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         out.copy_(whole[0].transpose(0, 1))
+
+
+class PlainAttention:
+    """Attention of B whole sequences of T tokens, packed one after another, without a cache."""
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device) -> None:
+        self._config, self._batch, self._length = config, batch, length
+        ones = torch.ones(length, length, dtype=torch.bool, device=device)
+        windows = {window for window in config.windows if window is not None and window < length}
+        self._masks = {window: ones.tril().triu(1 - window) for window in windows}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q: [B * T, H, D]; k, v: [B * T, KV, D] -> [B * T, H, D]."""
+        grouped, mask = q.shape[1] != k.shape[1], self._masks.get(self._config.window(layer) or 0)
+        q, k, v = (x.view(self._batch, self._length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self._config.layer_scale(layer),
+            enable_gqa=grouped,
+        )
+        return out.transpose(1, 2).flatten(0, 1)

@@ -1,6 +1,7 @@
 """One transformer block, and the attention that it calls.
 
-Shapes: M packed rows (tokens of any number of sequences, concatenated), E n_embd, H heads, D head size.
+Shapes: M packed rows (tokens of any number of sequences, concatenated), E n_embd, H query heads, KV heads of keys
+and values, D head size.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Attention(Protocol):
     """Attention of one layer over packed rows; it knows which rows form a sequence and what they may attend to."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v: [M, H, D] -> [M, H, D]."""
+        """q: [M, H, D]; k, v: [M, KV, D] -> [M, H, D]."""
         ...
 
 
@@ -44,16 +45,17 @@ class Block:
     """
 
     ln_1: Norm
-    c_attn: Linear  # E -> 3E: q, k, v side by side
+    c_attn: Linear  # E -> (H + 2 KV) D: q, k, v side by side
     c_proj: Linear  # E -> E
     ln_2: Norm
-    c_fc: Linear  # E -> 4E, with GELU
+    c_fc: Linear  # E -> 4E, with the activation function
     mlp_proj: Linear  # 4E -> E
     n_head: int
+    n_kv_head: int
 
     def __call__(self, layer: int, x: Tensor, attend: Attention, captures: Sequence[ActivationCapture]) -> Tensor:
         normed = self.ln_1(x)  # [M, E]
-        q, k, v = self.c_attn(normed).view(len(x), 3, self.n_head, -1).unbind(1)  # [M, H, D] each
+        q, k, v = self.heads(self.c_attn(normed))
         attn = self.c_proj(attend(layer, q, k, v).reshape(x.shape))  # [M, E]
         x = x + attn
         mlp = self.mlp_proj(self.c_fc(self.ln_2(x)))  # [M, E]
@@ -63,3 +65,9 @@ class Block:
                 capture.record(ln_1=normed, q=q, k=k, v=v, attn=attn, mlp=mlp, block_0=x)
             capture.record_hidden(layer + 1, x)
         return x
+
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split rows of `c_attn`: [M, (H + 2 KV) D] -> q [M, H, D], k and v [M, KV, D], views of them."""
+        parts = qkv.view(len(qkv), self.n_head + 2 * self.n_kv_head, -1)
+        values = self.n_head + self.n_kv_head
+        return parts[:, : self.n_head], parts[:, self.n_head : values], parts[:, values:]

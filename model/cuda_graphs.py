@@ -111,7 +111,7 @@ class _Graph:
             size = {"row": row, "front": front.slots, "keys": front.keys}
             parts.append(Decode(arena, slots, positions[rows], active=active[rows], **size))
             row = rows.stop
-        return self._model.forward(tokens, positions, CachedAttention(self._model.config.scale, parts))
+        return self._model.forward(tokens, positions, CachedAttention(self._model.config, parts))
 
 
 def decode_graphs(model: Decoder, cache: KVCache) -> DecodeGraphs:

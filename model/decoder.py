@@ -1,4 +1,4 @@
-"""GPT-2: embeddings, blocks, final norm, tied head.
+"""The decoder of all families: embeddings, blocks, final norm, head.
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Shapes are in the comments: M packed
 rows (tokens of any number of sequences, concatenated), E n_embd, H heads, D head size, V vocabulary, B sequences of T
@@ -14,36 +14,54 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from headrace.model.activations import ActivationCapture, capture_activations
+from headrace.model.attention import PlainAttention
 from headrace.model.block import Attention, Block, Norm
 from headrace.model.config import ModelConfig
+from headrace.model.families import FAMILIES
+from headrace.model.families.base import HEAD_NAME
 from headrace.model.fused_decoder import FusedDecoder
 from headrace.model.linear import Linear
 
 
 class Decoder:
-    """A GPT-2 with its weights. Use `load_model` to build one from files.
+    """A model with its weights. Use `load_model` to build one from files.
 
     Args:
-        weights: tensors by their names in the files, without a prefix. Each is looked up once.
+        weights: tensors by the names of `families.base.decoder_shapes`. Each is looked up once.
         digest: SHA-256 of the files that the weights were read from; empty for weights created in memory.
         int8: quantize the matrices to int8, whatever their type is; everything else is bfloat16 then.
+        notes: what was understood of the files, in sentences for people.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], *, digest: str = "", int8: bool = False
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        *,
+        digest: str = "",
+        int8: bool = False,
+        notes: Sequence[str] = (),
     ) -> None:
         wte = weights["wte.weight"]
         dtype = torch.bfloat16 if int8 else wte.dtype
         self.config = config
         #: SHA-256 of the files that the weights were read from; empty for weights created in memory.
         self.digest = digest
-        self.wte = wte.to(dtype)  # [V, E]: embeds tokens, and is the head's weight
+        #: What was understood of the files: prefixes of names that were stripped, tensors that were ignored.
+        self.notes = tuple(notes)
+        self.wte = wte.to(dtype)  # [V, E]: embeds tokens, and is the weight of a tied head
         self.wpe = weights["wpe.weight"].to(dtype)  # [n_positions, E]
         self.blocks = [_block(config, weights, f"h.{i}.", dtype, int8) for i in range(config.n_layer)]
         self.ln_f = _norm(config, weights, "ln_f", dtype)
         #: Runs all blocks together; None if torch computes the GEMMs. Built from `blocks`.
         self.fused_decoder = FusedDecoder.of(self.blocks)
-        self.lm_head = Linear.of(wte.t(), int8=int8)
+        head = wte if config.tied_head else weights[HEAD_NAME]  # [V, E]
+        self.lm_head = Linear.of(head.t(), int8=int8)
+
+    @property
+    def parameters(self) -> int:
+        """The number of weights, as the files have them; a tied head is counted once."""
+        return FAMILIES[self.config.family].parameters(self.config)
 
     def padded_rows(self, count: int) -> int:
         """The number of packed rows to pad a step of `count` rows to, so that no GEMM has to pad them itself."""
@@ -91,7 +109,9 @@ class Decoder:
         """
         batch, length = self._check(token_ids)
         positions = torch.arange(length, device=self.device).repeat(batch)
-        hidden = self.forward(token_ids.to(self.device).flatten(), positions, self._plain_attention(batch, length))
+        hidden = self.forward(
+            token_ids.to(self.device).flatten(), positions, PlainAttention(self.config, batch, length, self.device)
+        )
         return self.head(hidden).float().view(batch, length, -1)
 
     @torch.inference_mode()
@@ -105,14 +125,6 @@ class Decoder:
         self._check(token_ids)
         rows = [capture_activations(self, row) for row in token_ids.to(self.device)]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-    def _plain_attention(self, batch: int, length: int) -> Attention:
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG001
-            q, k, v = (x.view(batch, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.config.scale)
-            return out.transpose(1, 2).flatten(0, 1)
-
-        return attend
 
     def _check(self, token_ids: Tensor) -> tuple[int, int]:
         if token_ids.dim() != 2 or token_ids.numel() == 0:
@@ -133,16 +145,17 @@ def _norm(config: ModelConfig, weights: Mapping[str, Tensor], name: str, dtype: 
 
 
 def _block(config: ModelConfig, weights: Mapping[str, Tensor], prefix: str, dtype: torch.dtype, int8: bool) -> Block:
-    def linear(name: str, *, gelu: bool = False) -> Linear:
+    def linear(name: str, activation: str | None = None) -> Linear:
         weight, bias = weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"].to(dtype)
-        return Linear.of(weight, bias, gelu=gelu, int8=int8)
+        return Linear.of(weight, bias, activation=activation, int8=int8)
 
     return Block(
         ln_1=_norm(config, weights, prefix + "ln_1", dtype),
         c_attn=linear("attn.c_attn"),
         c_proj=linear("attn.c_proj"),
         ln_2=_norm(config, weights, prefix + "ln_2", dtype),
-        c_fc=linear("mlp.c_fc", gelu=True),
+        c_fc=linear("mlp.c_fc", config.activation),
         mlp_proj=linear("mlp.c_proj"),
         n_head=config.n_head,
+        n_kv_head=config.kv_heads,
     )

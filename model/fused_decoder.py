@@ -54,7 +54,9 @@ class FusedDecoder:
 
     @classmethod
     def of(cls, blocks: Sequence[Block]) -> FusedDecoder | None:
-        """The decoder for these blocks; None if torch computes any of their GEMMs."""
+        """The decoder for these blocks; None if torch computes any of their GEMMs or activation functions."""
+        if any(getattr(block.c_fc, "then", None) is not None for block in blocks):
+            return None
         names = {PROJECTION: "c_proj", FEED: "c_fc", FEED_PROJECTION: "mlp_proj", QKV: "c_attn"}
         gemms = {at: [getattr(getattr(block, names[at]), "gemm", None) for block in blocks] for at in names}
         packed = {at: [gemm for gemm in gemms[at] if isinstance(gemm, PackedWeight)] for at in names}
@@ -78,7 +80,7 @@ class FusedDecoder:
         if backend.packs_output and not captures:  # captures read `fed` unpacked
             ops[:, FEED, OP.packs_output] = ops[:, FEED_PROJECTION, OP.in_packed] = 1
         program = Program(backend, rows, max(width, fed.shape[1]))
-        q, k, v = qkv.view(rows, 3, self._blocks[0].n_head, -1).unbind(1)  # [M, H, D] each
+        q, k, v = self._blocks[0].heads(qkv)
         if not captures and isinstance(attend, CachedAttention):
             attended = torch.empty_like(x)
             calls = attend.layer_calls(q, k, v, attended.view(q.shape))

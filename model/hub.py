@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ __all__ = [
     "MAX_INDEX_BYTES",
     "RELEASED",
     "ModelError",
+    "config_path",
     "find_model",
+    "ignored_beside_weights",
+    "is_gguf",
+    "likely_cause",
     "missing_package",
     "parse_json",
     "read_json",
@@ -38,7 +43,15 @@ RELEASED = {
     "gpt2-xl": "openai-community/gpt2-xl",
     "distilgpt2": "distilbert/distilgpt2",
 }
-HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "merges.txt", "vocab.json", "tokenizer.json"]
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "merges.txt",
+    "vocab.json",
+    "tokenizer.json",
+]
 #: Size limits of config.json and of an index. Parsed JSON can take thirty times its size.
 MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 2**20, 2**24
 
@@ -49,21 +62,36 @@ def missing_package(name: str) -> str:
 
 
 def find_model(name_or_path: str | Path) -> Path:
-    """The directory of a model, downloaded through huggingface_hub if necessary.
+    """The directory of a model, downloaded through huggingface_hub if necessary; or the path of a GGUF file.
 
     Raises:
-        ModelError: there is no such directory, or the hub was needed and did not answer.
+        ModelError: there is no such directory or file, or the hub was needed and did not answer.
     """
     if str(name_or_path) == "demo":
         return DEMO
     if "\0" in str(name_or_path):  # the functions of the operating system raise a ValueError without a name
         raise ModelError(f"model {short_repr(str(name_or_path))}: there is no such directory")
     path = Path(os.path.expanduser(name_or_path))
-    if os.path.isdir(path):  # unlike Path.is_dir it returns False for a name that is too long
+    if os.path.isdir(path) or is_gguf(path):  # unlike Path.is_dir it returns False for a name that is too long
         return path
-    if path.is_absolute() or str(name_or_path).startswith((".", "~")) or str(name_or_path).count("/") > 1:
+    if (
+        path.is_absolute()
+        or path.suffix.lower() == ".gguf"
+        or str(name_or_path).startswith((".", "~"))
+        or str(name_or_path).count("/") > 1
+    ):
         raise ModelError(f"model {short_repr(str(name_or_path))}: there is no such directory")
     return _from_hub(str(name_or_path))
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is that of a GGUF file, by its name."""
+    return path.suffix.lower() == ".gguf" and os.path.isfile(path)
+
+
+def config_path(place: Path) -> Path:
+    """The file that describes a model which `find_model` found: its config.json, or the GGUF file itself."""
+    return place if is_gguf(place) else place / "config.json"
 
 
 def _from_hub(name: str) -> Path:
@@ -95,17 +123,18 @@ def _from_hub(name: str) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model directory: one file, or the shards in its index.
+    """The weight files of a model: in a directory one safetensors file, or the shards in its index; or the GGUF file.
 
     Raises:
         ModelError: there are none, or only pickled weights, or the index names a file that is not in the directory.
     """
+    if is_gguf(folder):
+        return [folder]
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
-        pickled = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"; {pickled[0]} is pickled and is never read, save it with safe_serialization=True" if pickled else ""
+        hint = likely_cause(folder)
         raise ModelError(f"{folder}: it contains neither model.safetensors nor model.safetensors.index.json{hint}")
     shards = read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
@@ -116,6 +145,67 @@ def weight_files(folder: Path) -> list[Path]:
             raise ModelError(f"{index}: it names {short_repr(name)}, which is not a file in {folder}")
         files.append(folder / name)
     return files
+
+
+def likely_cause(folder: Path) -> str:
+    """Why a directory is not a model, and what to do, as the end of an error message; empty if nothing is known."""
+    try:
+        entries = sorted(os.listdir(folder))
+    except OSError:
+        return ""
+    adapter = folder / "adapter_config.json"
+    if adapter.name in entries:
+        base = read_json(adapter, MAX_CONFIG_BYTES).get("base_model_name_or_path")
+        return (
+            f"; it is a LoRA or other adapter for {short_repr(base)}: merge both with peft "
+            "(PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(TARGET)) and use TARGET"
+        )
+    if below := _model_below(folder, entries):
+        return f"; {below.relative_to(folder)} below it is a model: use HEADRACE_MODEL={below}"
+    names = [name for name in entries if os.path.isfile(folder / name)]
+    if "zero_to_fp32.py" in names:
+        return "; it is a checkpoint of DeepSpeed: run its zero_to_fp32.py, and save the weights with save_pretrained"
+    return _other_container(folder, names)
+
+
+def ignored_beside_weights(folder: Path) -> list[str]:
+    """What a model's directory contains that could be expected to count and does not, in sentences for people."""
+    if not os.path.isfile(folder / "adapter_config.json"):
+        return []
+    return ["the adapter in adapter_config.json was ignored: only the weights in model.safetensors are computed"]
+
+
+def _model_below(folder: Path, entries: list[str]) -> Path | None:
+    """A model in a directory below: the last checkpoint of a training run, or the snapshot in a directory of the hub's
+    cache."""
+    numbers = sorted(int(name[11:]) for name in entries if re.fullmatch(r"checkpoint-\d{1,18}", name))
+    candidates = [folder / f"checkpoint-{number}" for number in reversed(numbers)]
+    if "snapshots" in entries and os.path.isdir(folder / "snapshots"):
+        candidates += [folder / "snapshots" / name for name in sorted(os.listdir(folder / "snapshots"))]
+    others = [folder / name for name in entries if not name.startswith((".", "checkpoint-"))]
+    for candidate in [*candidates, *others]:
+        if os.path.isfile(candidate / "config.json"):
+            return candidate
+    return None
+
+
+def _other_container(folder: Path, names: list[str]) -> str:
+    """What to do with the weights of another format that a directory holds."""
+    convert = f"run `headrace convert {folder} TARGET` and use TARGET"
+    for name in names:
+        if name.lower().endswith(".gguf"):
+            return f"; it contains {name}: name the file itself, {folder / name}"
+        if name == "ckpt.pt":
+            return f"; {name} is a checkpoint of nanoGPT: {convert}"
+        if name.endswith((".bin", ".pt", ".pth")) and name not in ("training_args.bin", "scheduler.pt", "optimizer.pt"):
+            return f"; {name} is pickled and is never read: {convert}"
+        if name.endswith(".ckpt.index"):
+            return f"; {name} belongs to a checkpoint of TensorFlow: {convert}"
+        if name.endswith((".h5", ".msgpack")):
+            return f"; {name} cannot be read: save the model as safetensors, with save_pretrained of transformers"
+        if name.endswith(".safetensors"):
+            return f"; if {name} holds all of the weights, rename it to model.safetensors"
+    return ""
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:

@@ -14,11 +14,12 @@ are measured (kernels/row_range.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from headrace.model.activation_functions import activate
 from headrace.model.kernels.gemm_bf16_amx import Bf16Weight, bf16_amx_works
 from headrace.model.kernels.gemm_fp32 import Fp32Weight, fp32_works
 from headrace.model.kernels.gemm_int8 import int8_weight_type
@@ -29,18 +30,31 @@ from headrace.model.kernels.row_range import RowRange, matmul_rows, measured_row
 
 @dataclass(frozen=True)
 class Linear:
-    """x @ weight + bias, then GELU (the tanh approximation) if requested. [M, in] -> [M, out]."""
+    """x @ weight + bias, then an activation function if requested. [M, in] -> [M, out]."""
 
     gemm: TorchWeight | OneDnnWeight | PackedWeight
     #: The numbers of rows that may be run; None if a row's bits are the same for any number of rows.
     rows: RowRange | None
+    #: What is applied to the result of the GEMM (activation_functions.FUNCTIONS); None if there is nothing, or if the
+    #: GEMM applies it itself.
+    then: str | None = None
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False, int8: bool = False) -> Linear:
+    def of(
+        cls, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, int8: bool = False
+    ) -> Linear:
         """Pack a weight [in, out], as the files of GPT-2 store it, and a bias [out]. Neither is needed afterwards.
 
-        With `int8` the weight is quantized, and rows are bfloat16; see `int8_works`.
+        Args:
+            activation: one of config.ACTIVATIONS. The GEMMs apply "gelu_tanh" themselves.
+            int8: quantize the weight; rows are bfloat16. See `int8_amx_works`.
         """
+        gelu = activation == "gelu_tanh"
+        linear = cls._of(weight, bias, gelu, int8)
+        return linear if gelu or activation is None else replace(linear, then=activation)
+
+    @classmethod
+    def _of(cls, weight: Tensor, bias: Tensor | None, gelu: bool, int8: bool) -> Linear:
         if int8:
             return cls(int8_weight_type().of(weight, bias, gelu), None)
         packed_type = packed_weight_type(weight.device.type, weight.dtype)
@@ -71,7 +85,8 @@ class Linear:
         return count if self.rows is None else padded_rows(count)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.gemm(x) if self.rows is None else matmul_rows(self.gemm, x, self.rows)
+        out = self.gemm(x) if self.rows is None else matmul_rows(self.gemm, x, self.rows)
+        return out if self.then is None else activate(self.then, out)
 
 
 def packed_weight_type(device: str, dtype: torch.dtype) -> type[Bf16Weight | Fp32Weight] | None:

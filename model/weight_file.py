@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from headrace.model.hub import short_repr, shorten
-from headrace.model.trusted_files import ModelError, open_file
+from headrace.model.trusted_files import ModelError, identity, open_file
 
 #: The names of types in the header.
 TYPES = {
@@ -63,19 +63,25 @@ class WeightFile:
         ModelError: the file is not a complete safetensors file.
     """
 
+    #: The name of the format, for messages.
+    format = "safetensors"
+
     def __init__(self, path: Path, file: FileIO) -> None:
-        self.path = path
-        self._file = file
-        self._opened = os.fstat(file.fileno())
-        self._sha256 = hashlib.sha256()
+        self._begin(path, file)
         try:
             self._header = self._read_header()
             self.tensors = _places(json.loads(self._header[8:], object_pairs_hook=_without_doubles))
         except (ValueError, RecursionError) as error:
-            raise _broken(path, str(error)) from None
+            raise self._broken(str(error)) from None
         data = max((place.end for place in self.tensors.values()), default=0)
         if len(self._header) + data != self._opened.st_size:
-            raise _broken(path, f"it has {self._opened.st_size} bytes and needs {len(self._header) + data}")
+            raise self._broken(f"it has {self._opened.st_size} bytes and needs {len(self._header) + data}")
+
+    def _begin(self, path: Path, file: FileIO) -> None:
+        self.path = path
+        self._file = file
+        self._opened = os.fstat(file.fileno())
+        self._sha256 = hashlib.sha256()
 
     @property
     def digest(self) -> str:
@@ -130,8 +136,11 @@ class WeightFile:
             except OSError as error:
                 raise ModelError(f"{self.path}: cannot be read ({error.strerror})") from None
             if not count:
-                raise _broken(self.path, "it became shorter while it was read")
+                raise self._broken("it became shorter while it was read")
             view = view[count:]
+
+    def _broken(self, reason: str) -> ModelError:
+        return ModelError(f"{self.path}: not a complete {self.format} file ({shorten(reason)}); copy it again")
 
     def _check_unchanged(self) -> None:
         """Otherwise a copy that is being written could be loaded, half old and half new."""
@@ -140,7 +149,7 @@ class WeightFile:
         except OSError:
             now = None
         if now is None or any(
-            _identity(each) != _identity(self._opened) for each in (now, os.fstat(self._file.fileno()))
+            identity(each) != identity(self._opened) for each in (now, os.fstat(self._file.fileno()))
         ):
             raise ModelError(
                 f"{self.path}: it was changed or replaced while it was read; start again when it is complete"
@@ -152,14 +161,6 @@ def open_weights(path: Path) -> Iterator[WeightFile]:
     """Open a safetensors file. Raises ModelError like `WeightFile`, or if it cannot be opened."""
     with open_file(path) as file:
         yield WeightFile(path, file)
-
-
-def _identity(about: os.stat_result) -> tuple[int, ...]:
-    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
-
-
-def _broken(path: Path, reason: str) -> ModelError:
-    return ModelError(f"{path}: not a complete safetensors file ({shorten(reason)}); copy it again")
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

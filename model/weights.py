@@ -1,4 +1,4 @@
-"""Load a GPT-2 from a directory in the Hugging Face format.
+"""Load a model from a directory in the Hugging Face format.
 
 Names and shapes are checked before a tensor is read. Pickled weights are never read.
 """
@@ -6,46 +6,32 @@ Names and shapes are checked before a tensor is read. Pickled weights are never 
 from __future__ import annotations
 
 import hashlib
-import math
-import re
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from headrace.model.config import ModelConfig
 from headrace.model.decoder import Decoder
-from headrace.model.hub import (
-    MAX_CONFIG_BYTES,
-    find_model,
-    read_json,
-    short_repr,
-    shorten,
-    weight_files,
-)
+from headrace.model.families import FAMILIES, config_of
+from headrace.model.families.base import EMBEDDING_NAME, HEAD_NAME, Stored, decoder_shapes, layer_shapes
+from headrace.model.gguf_file import raw_config
+from headrace.model.gguf_weights import open_container
+from headrace.model.hub import config_path, find_model, ignored_beside_weights, likely_cause, weight_files
 from headrace.model.kernels.attention import decode_kernel
 from headrace.model.kernels.gemm_int8 import int8_works
 from headrace.model.kernels.gemm_int8_amx import KU, MAX_WIDTH
 from headrace.model.linear import packed_weight_type
 from headrace.model.trusted_files import ModelError, check_not_shared
-from headrace.model.weight_file import WeightFile, open_weights
+from headrace.model.weight_file import WeightFile
+from headrace.model.weight_names import Source, Sources, find_sources
 
 #: The types that can be requested -> the type of the activations.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.bfloat16}
-
-#: Fields of a GPT-2 config that change the computation, and the values that are supported.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
 
 
 def load_model(
@@ -70,22 +56,24 @@ def load_model(
             config.json, everybody can write its files, or they change while they are read.
     """
     folder = find_model(name_or_path)
-    config = read_config(folder / "config.json")
+    config = read_config(config_path(folder))
     device = _device(device)
     wanted, int8 = _dtype(dtype, device), str(dtype) == "int8"
     if int8:
-        _check_widths(folder / "config.json", config)
+        _check_widths(config_path(folder), config)
     files = weight_files(folder)
     if not allow_shared:
-        check_not_shared(folder, [folder / "config.json", *files])
+        check_not_shared(folder, [config_path(folder), *files])
     with ThreadPoolExecutor(2, thread_name_prefix="headrace-load") as pool, _opened(files) as opened:
-        places = _places(folder, opened, config)  # before compiling, so that wrong shapes are reported at once
+        sources = find_sources(folder, opened, config)  # before compiling, so that wrong shapes are reported at once
         # Compiled while the files are read; numba compiles one function at a time.
         gemm = pool.submit(_need_int8, device) if int8 else pool.submit(packed_weight_type, device.type, wanted)
         pool.submit(decode_kernel, config.head_dim, wanted, device.type)
-        weights = {name: tensor.to(device, None if int8 else wanted) for name, tensor in _read(opened, places)}
+        weights = {name: tensor.to(device, None if int8 else wanted) for name, tensor in _read(opened, sources, config)}
         gemm.result()  # otherwise Decoder would compile the kernel a second time
-        return Decoder(config, GivenOnce(weights), digest=_digest(opened), int8=int8)
+        digest = _digest(opened)
+        notes = [*sources.notes, *ignored_beside_weights(folder)]
+        return Decoder(config, GivenOnce(weights), digest=digest, int8=int8, notes=notes)
 
 
 class GivenOnce(Mapping[str, Tensor]):
@@ -108,38 +96,18 @@ class GivenOnce(Mapping[str, Tensor]):
 def _opened(files: list[Path]) -> Iterator[list[WeightFile]]:
     """All weight files of a model. All are open before the first is read, so that they are of one version."""
     with ExitStack() as stack:
-        yield [stack.enter_context(open_weights(path)) for path in files]
+        yield [stack.enter_context(open_container(path)) for path in files]
 
 
 def read_config(path: Path) -> ModelConfig:
     """The shape that config.json describes.
 
     Raises:
-        ModelError: the file is missing, not JSON, not a GPT-2, or describes an unsupported variant.
+        ModelError: the file is missing, not JSON, not of a supported family, or describes an unsupported variant.
     """
-    raw = read_json(path, MAX_CONFIG_BYTES)
-    for name, allowed in _FIXED.items():
-        if raw.get(name, allowed[0]) not in allowed:
-            raise ModelError(
-                f"{path}: {name} is {short_repr(raw[name])}; only {' or '.join(map(repr, allowed))} is supported"
-            )
-    sizes: dict[str, int] = {}
-    for name, default in {"n_layer": 0, "n_head": 0, "n_embd": 0, "n_positions": 1024, "vocab_size": 50257}.items():
-        value = raw.get(name, default)
-        if type(value) is not int or not 1 <= value <= 1_000_000:
-            raise ModelError(f"{path}: {name} is {short_repr(value)}; it must be a whole number from 1 to 1,000,000")
-        sizes[name] = value
-    if sizes["n_embd"] % sizes["n_head"]:
-        raise ModelError(f"{path}: n_embd {sizes['n_embd']} is not a multiple of n_head {sizes['n_head']}")
-    inner, epsilon = raw.get("n_inner"), raw.get("layer_norm_epsilon", 1e-5)
-    if inner is not None and (type(inner) is not int or not 1 <= inner <= 1_000_000):
-        raise ModelError(
-            f"{path}: n_inner is {short_repr(inner)}; it must be null or a whole number from 1 to 1,000,000"
-        )
-    if not isinstance(epsilon, float) or not (math.isfinite(epsilon) and epsilon > 0):
-        raise ModelError(f"{path}: layer_norm_epsilon is {short_repr(epsilon)}; it must be a small positive number")
-    layers, heads, width, positions, vocabulary = sizes.values()
-    return ModelConfig(layers, heads, width, positions, vocabulary, inner, epsilon)
+    if not os.path.exists(path):
+        raise ModelError(f"{path}: there is no such file{likely_cause(path.parent)}")
+    return config_of(path, raw_config(path))
 
 
 def check_weights(folder: Path, config: ModelConfig) -> None:
@@ -149,110 +117,61 @@ def check_weights(folder: Path, config: ModelConfig) -> None:
         ModelError: a file is missing or broken, or a tensor does not fit the config.
     """
     with _opened(weight_files(folder)) as opened:
-        _places(folder, opened, config)
+        find_sources(folder, opened, config)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a GPT-2; linear weights are [in, out]."""
-    return dict(_shapes(config))
+    """Name -> shape of every tensor of the decoder; linear weights are [in, out]."""
+    return dict(decoder_shapes(config))
 
 
-def _shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    e = config.n_embd
-    yield "wte.weight", (config.vocab_size, e)
-    yield "wpe.weight", (config.n_positions, e)
-    for i in range(config.n_layer):
-        for name, shape in _layer_shapes(config).items():
-            yield f"h.{i}.{name}", shape
-    yield "ln_f.weight", (e,)
-    yield "ln_f.bias", (e,)
-
-
-def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    e, inner = config.n_embd, config.inner
-    return {
-        "ln_1.weight": (e,),
-        "ln_1.bias": (e,),
-        "attn.c_attn.weight": (e, 3 * e),
-        "attn.c_attn.bias": (3 * e,),
-        "attn.c_proj.weight": (e, e),
-        "attn.c_proj.bias": (e,),
-        "ln_2.weight": (e,),
-        "ln_2.bias": (e,),
-        "mlp.c_fc.weight": (e, inner),
-        "mlp.c_fc.bias": (inner,),
-        "mlp.c_proj.weight": (inner, e),
-        "mlp.c_proj.bias": (e,),
-    }
-
-
-def _shape_of(name: str, config: ModelConfig) -> tuple[int, ...] | None:
-    """The shape of one tensor, None if the model has no tensor of this name.
-
-    The names of all tensors are never listed: config.json can declare more layers than memory could hold names for.
-    """
-    if match := re.fullmatch(r"h\.(0|[1-9]\d{0,6})\.([a-z_.0-9]+)", name):
-        return _layer_shapes(config).get(match[2]) if int(match[1]) < config.n_layer else None
-    e = config.n_embd
-    outer = {"wte.weight": (config.vocab_size, e), "wpe.weight": (config.n_positions, e)}
-    return outer.get(name) or ((e,) if name in ("ln_f.weight", "ln_f.bias") else None)
-
-
-def _places(folder: Path, files: list[WeightFile], config: ModelConfig) -> dict[str, tuple[Path, str]]:
-    """Check all names and shapes. Returns for each tensor the file and its name in the file."""
-    places: dict[str, tuple[Path, str]] = {}
+def _read(files: list[WeightFile], sources: Sources, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Read the tensors one at a time, in the order of the files, and make them the decoder's."""
+    names = {source.key: name for name, source in sources.tensors.items()}
+    copy = sources.head_copy
+    both: dict[str, Tensor] = {}  # the embedding and its copy, until they have been compared
+    fused = FusedTensors(config)
     for file in files:
-        for key, place in file.tensors.items():
-            name = key.removeprefix("transformer.")
-            if name in places:
-                raise ModelError(f"{file.path}: tensor {key} occurs twice")
-            expected = _shape_of(name, config)
-            if expected is not None and place.shape != expected:
-                raise ModelError(
-                    f"{file.path}: tensor {key} has shape {short_repr(list(place.shape))}; "
-                    f"config.json requires {list(expected)}"
-                )
-            if expected is not None or name == "lm_head.weight":
-                if not place.dtype.is_floating_point:
-                    raise ModelError(
-                        f"{file.path}: tensor {key} is of type {place.dtype}; weights must be floating point"
-                    )
-                places[name] = (file.path, key)
-            elif not _is_mask_buffer(name):
-                raise ModelError(
-                    f"{file.path}: tensor {shorten(key)} does not belong to a GPT-2 with {config.n_layer} layers"
-                )
-    missing = next((name for name, _ in _shapes(config) if name not in places), None)
-    if missing is not None:
-        count = 4 + len(_layer_shapes(config)) * config.n_layer - len(places.keys() - {"lm_head.weight"})
-        raise ModelError(f"{folder}: tensor {missing} is missing ({count} in all)")
-    return places
-
-
-def _read(files: list[WeightFile], places: Mapping[str, tuple[Path, str]]) -> Iterator[tuple[str, Tensor]]:
-    """Read the tensors one at a time, in the order of the files."""
-    wanted = frozenset(key for _, key in places.values())
-    both: dict[str, Tensor] = {}  # head and embedding, until they have been compared
-    for file in files:
-        for key, tensor in file.read(wanted):
-            name = key.removeprefix("transformer.")
-            if name in ("lm_head.weight", "wte.weight") and "lm_head.weight" in places:
+        for key, tensor in file.read(frozenset(names) if copy is None else frozenset({*names, copy.key})):
+            name = names.get(key, HEAD_NAME)
+            if copy is not None and (key == copy.key or name == EMBEDDING_NAME):
                 both[name] = tensor
-            if len(both) == 2:
-                _check_tied(both.pop("lm_head.weight"), both.pop("wte.weight"), places)
-            if name != "lm_head.weight":
-                yield name, tensor
+            if copy is not None and len(both) == 2:
+                _check_copy(both.pop(HEAD_NAME), both.pop(EMBEDDING_NAME), copy)
+            if key in names:
+                yield from fused.complete(sources.tensors[name].stored, tensor)
+    for layer in range(config.n_layer):
+        for name, shape in FAMILIES[config.family].missing_layer_tensors(config).items():
+            yield f"h.{layer}.{name}", torch.zeros(shape)
 
 
-def _check_tied(head: Tensor, embedding: Tensor, places: Mapping[str, tuple[Path, str]]) -> None:
+class FusedTensors:
+    """Joins the tensors of the files that become parts of one tensor of the decoder."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._parts: dict[str, dict[int, Tensor]] = {}
+
+    def complete(self, stored: Stored, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The tensor of the decoder to which a tensor of the files belongs, if this was its last part."""
+        tensor = stored.convert(tensor)
+        if stored.column is None:
+            yield stored.target, tensor
+            return
+        parts = self._parts.setdefault(stored.target, {})
+        parts[stored.column] = tensor
+        width = layer_shapes(self._config)[stored.target.split(".", 2)[2]][-1]
+        if sum(part.shape[-1] for part in parts.values()) == width:
+            del self._parts[stored.target]
+            yield stored.target, torch.cat([parts[column] for column in sorted(parts)], dim=-1)
+
+
+def _check_copy(head: Tensor, embedding: Tensor, copy: Source) -> None:
     if not torch.equal(head, embedding):
-        path, key = places["lm_head.weight"]
-        raise ModelError(f"{path}: tensor {key} differs from wte.weight; GPT-2's head is its token embedding")
-
-
-def _is_mask_buffer(name: str) -> bool:
-    """Old files contain the causal mask as `h.N.attn.bias` and `h.N.attn.masked_bias`, which are not weights."""
-    return name.startswith("h.") and name.endswith((".attn.bias", ".attn.masked_bias"))
+        raise ModelError(
+            f"{copy.path}: tensor {copy.key} differs from {EMBEDDING_NAME}, and tie_word_embeddings is true; write "
+            "false in config.json if the head was trained apart from the token embedding, else remove the tensor"
+        )
 
 
 def _digest(files: list[WeightFile]) -> str:

@@ -19,6 +19,7 @@ from headrace.client.http.file_store import FileStore
 from headrace.client.http.jobs import JobRunner
 from headrace.client.http.page import StatusReporter
 from headrace.client.jobs.status import Status, WorkerStatus
+from headrace.client.wire.model_description import ModelDescription
 from headrace.config import load_settings
 
 
@@ -33,13 +34,25 @@ class FullQueue:
         return set(self._models)
 
     async def status(self) -> Status:
-        workers = [WorkerStatus(name=f"w@{model}", model=model) for model in sorted(self._models)]
+        """Two workers of `demo` say what they read; an older worker of any other model does not."""
+        said = [ModelDescription(max_context=context) for context in (1024, 512)]
+        workers = [
+            WorkerStatus(name=f"w{i}@{model}", model=model, description=description)
+            for model in sorted(self._models)
+            for i, description in enumerate(said if model == "demo" else [None])
+        ]
         return Status(workers=workers, queues=[], delivered=0)
 
     async def submit_many(self, requests: list[dict[str, Any]]) -> None:
         for request in requests:
             self._client.submitter.prepare(dict(request))
         raise QueueFull("headrace.demo", 1, 1)
+
+    async def tokenize(self, **fields: Any) -> None:
+        await self.submit_many([fields])
+
+    async def detokenize(self, token_ids: list[int], model: str, *, skip_special_tokens: bool = False) -> None:
+        await self.submit_many([{"prompt": token_ids, "model": model, "skip_special_tokens": skip_special_tokens}])
 
 
 _full_queue = functools.cache(FullQueue)

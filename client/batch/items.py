@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.client.batch.openai import ENDPOINT
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.values import is_missing, to_python
 
@@ -23,6 +24,7 @@ class BatchItem:
         digest: 16 hexadecimal digits, equal for requests that must have the same result.
         as_token_ids: whether the output names tokens by their ids.
         prompts: the prompts of a request with a list of them, each computed as a job; None if it has one prompt.
+        endpoint: the path of the endpoint in whose form the answer is written.
         mistake: why the request can never be computed, if it is to be answered by that and not to refuse the batch.
         has_own_seed: whether the request set a seed, so that `fields` does not have one derived from the digest.
     """
@@ -35,6 +37,7 @@ class BatchItem:
     prompts: list[Any] | None = None
     has_own_seed: bool = True
     mistake: InvalidRequest | None = None
+    endpoint: str = ENDPOINT
 
     def job_id(self, run: str) -> str:
         """The id of the job. It is the same in every process of the run, so a resumed run finds its submitted jobs."""

@@ -1,31 +1,33 @@
-"""Formats of the OpenAI API: bodies of completions, and the lines of batch output files."""
+"""Formats of the OpenAI API: bodies of completions, and errors. `openai_chat` has those of chats."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from headrace.client.batch.items import BatchItem
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.requests import MAX_PROMPT_TOKENS, GenerateRequest, parse_request, plain_fields
-from headrace.client.wire.results import Choice, Outcome, Result, TokenLogprob, TopLogprob, Usage
+from headrace.client.wire.results import Choice, Result, TokenLogprob, TopLogprob, Usage
 from headrace.client.wire.values import show, to_whole
 
-#: The only endpoint that lines of a batch may name.
+#: The endpoint for text, and the one of lines of a batch that name none.
 ENDPOINT = "/v1/completions"
-_COMPLETES = f"this server completes text: send the whole text as `prompt` to {ENDPOINT}"
-#: Endpoints of the OpenAI API that need another kind of model -> what to use instead.
+CHAT_ENDPOINT = "/v1/chat/completions"
+_INSTEAD = f"send messages to {CHAT_ENDPOINT}, or a text as `prompt` to {ENDPOINT}"
+#: Endpoints of the OpenAI API that this server does not have -> what to use instead.
 OTHER_ENDPOINTS = {
-    "/v1/chat/completions": f"GPT-2 has no chat format; {_COMPLETES}, for example the messages one after another",
-    "/v1/responses": f"GPT-2 has no chat format; {_COMPLETES}, for example the messages one after another",
-    "/v1/embeddings": f"GPT-2 gives no embeddings; {_COMPLETES}",
+    "/v1/responses": f"this server does not have it; {_INSTEAD}",
+    "/v1/embeddings": f"the models of this server give no embeddings; {_INSTEAD}",
 }
 #: Codes of jobs that failed because of the request -> the field at fault. Every other code is a fault of the server.
 REQUEST_ERRORS = {
     "context_length_exceeded": "prompt",
     "empty_prompt": "prompt",
+    "no_tokenizer": "prompt",
+    "no_chat_template": "messages",
+    "invalid_chat_template": "messages",
+    "chat_template_failed": "messages",
     "invalid_token_id": "prompt",
     "too_many_logprobs": "logprobs",
     "checkpoints_off": "checkpoints",
@@ -33,10 +35,10 @@ REQUEST_ERRORS = {
     "result_too_large": "max_tokens",
     "invalid_request": None,
 }
-#: The `id` of an output line is this prefix and the digest of the request.
-ROW_ID = "batch_req_"
-#: Characters that end a line for `str.splitlines`, though not for JSON: escaped, so that every reader finds the lines.
-_ESCAPED_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+#: Codes whose messages name files of the worker -> what a caller is told instead; the worker's log has the file.
+_PUBLIC_MESSAGES = {
+    "no_tokenizer": "no tokenizer of the model can be read, so prompts must be token ids; its worker's log says why",
+}
 
 #: The field with which vLLM names tokens by their ids.
 NAMES_FIELD = "return_tokens_as_token_ids"
@@ -46,6 +48,19 @@ _NEWER_NAME = "max_completion_tokens"
 
 def completion_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a body of the completions API to what `Client.submit` takes, without fields that ask for nothing.
+
+    Raises:
+        InvalidRequest: the body has messages, or `max_completion_tokens` is wrong.
+    """
+    fields = shared_fields(body)
+    if "messages" in fields:
+        expected = f"no such field in {ENDPOINT}, which takes a prompt; send messages to {CHAT_ENDPOINT}"
+        raise InvalidRequest("messages", show(fields["messages"], "messages"), expected)
+    return fields
+
+
+def shared_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What the bodies of both APIs have in common; see `completion_fields`.
 
     Raises:
         InvalidRequest: `max_completion_tokens` is wrong, or is another number than `max_tokens`.
@@ -174,7 +189,7 @@ def logprobs_fields(scores: list[TokenLogprob], *, as_token_ids: bool = False, a
         offsets.append(at if score.text_offset is None else score.text_offset)
         at += len(score.token)
     return {
-        "tokens": [_id_name(score) if as_token_ids else score.token for score in scores],
+        "tokens": [id_name(score) if as_token_ids else score.token for score in scores],
         "token_logprobs": [score.logprob for score in scores],
         "top_logprobs": [_top_logprobs(score, as_token_ids) for score in scores],
         "text_offset": offsets,
@@ -185,66 +200,26 @@ def _top_logprobs(score: TokenLogprob, as_token_ids: bool) -> dict[str, float] |
     """The token itself and the likeliest tokens at its place, by name. Each token has an entry of its own."""
     if score.logprob is None:
         return None
-    found = {_id_name(score) if as_token_ids else score.token: score.logprob}
+    found = {id_name(score) if as_token_ids else score.token: score.logprob}
     for top in score.top:
         if top.token_id != score.token_id:
             name = top.token
             # Two tokens of a vocabulary can have the same text, and older workers named all bytes U+FFFD.
-            found[_id_name(top) if as_token_ids or name in found else name] = top.logprob
+            found[id_name(top) if as_token_ids or name in found else name] = top.logprob
     return found
 
 
-def _id_name(token: TokenLogprob | TopLogprob) -> str:
+def id_name(token: TokenLogprob | TopLogprob) -> str:
+    """A token's name by its id, as vLLM writes it with `return_tokens_as_token_ids`."""
     return f"token_id:{token.token_id}"
 
 
-class Written(NamedTuple):
-    """A request whose line is in an output file."""
+def request_error(error: Exception, names: Mapping[str, str] | None = None) -> dict[str, Any] | None:
+    """OpenAI's error object, for a job that failed because of its request; None for any other failure.
 
-    custom_id: str
-    #: The digest of the request; empty if another program wrote the line.
-    digest: str
-    failed: bool
-
-
-def output_line(row: BatchItem, job_id: str, outcome: Outcome | Exception) -> bytes:
-    """The output line of a request, as OpenAI writes it.
-
-    A request that was computed has status code 200, and one that could never be computed has 400 and an error object as
-    its body. If anything else happened to the job, the line has an `error` and no response.
+    Args:
+        names: fields of `Client.submit` -> their names in the request, where these differ.
     """
-    line: dict[str, Any] = {"id": ROW_ID + row.digest, "custom_id": row.custom_id, "response": None, "error": None}
-    if isinstance(outcome, Result):
-        body = completion(outcome, as_token_ids=row.as_token_ids)
-        line["response"] = {"status_code": 200, "request_id": job_id, "body": body}
-    elif (mistake := request_error(outcome)) is not None:
-        line["response"] = {"status_code": 400, "request_id": job_id, "body": mistake}
-    else:
-        message = getattr(outcome, "message", None) or str(outcome)
-        line["error"] = {"code": failure_code(outcome), "message": message}
-    text = json.dumps(line, ensure_ascii=False).translate(_ESCAPED_LINE_ENDS)
-    return text.encode("utf-8", "replace") + b"\n"
-
-
-def read_output_line(line: bytes) -> Written | None:
-    """Parse an output line. Returns None if it is incomplete or is not an output line."""
-    if not line.endswith(b"\n"):
-        return None  # at least its last byte is missing
-    try:
-        fields = json.loads(line)
-        custom_id, row_id = fields["custom_id"], fields["id"]
-        failed = fields["error"] is not None or fields["response"]["status_code"] != 200
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None
-    if not isinstance(custom_id, str) or not isinstance(row_id, str):
-        return None
-    digest = row_id.removeprefix(ROW_ID)
-    ours = row_id.startswith(ROW_ID) and len(digest) == 16 and set(digest) <= set("0123456789abcdef")
-    return Written(custom_id, digest if ours else "", failed)
-
-
-def request_error(error: Exception) -> dict[str, Any] | None:
-    """OpenAI's error object, for a job that failed because of its request; None for any other failure."""
     code = failure_code(error)
     if code not in REQUEST_ERRORS:
         return None
@@ -253,7 +228,8 @@ def request_error(error: Exception) -> dict[str, Any] | None:
     if param is None:
         first_word = message.partition(" ")[0]  # an invalid token id may be in one of several fields
         param = first_word if first_word in GenerateRequest.model_fields else REQUEST_ERRORS[code]
-    return error_object(message, "invalid_request_error", param, code)
+    message = _PUBLIC_MESSAGES.get(code, message)
+    return error_object(message, "invalid_request_error", (names or {}).get(param or "", param), code)
 
 
 def error_object(message: str, kind: str, param: str | None, code: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import IO
 
 from headrace.client.batch.errors import OutputRefused
 from headrace.client.batch.items import BatchItem
-from headrace.client.batch.openai import Written, output_line, read_output_line
+from headrace.client.batch.output_lines import Written, output_line, read_output_line
 from headrace.client.batch.run_file import RunFile
 from headrace.client.batch.sources import open_lines
 from headrace.client.wire.results import Outcome, Result

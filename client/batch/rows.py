@@ -9,15 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from headrace.client.batch.endpoints import COMPLETIONS, ENDPOINTS, Endpoint
 from headrace.client.batch.items import BatchItem, digest_of, seed_of
-from headrace.client.batch.openai import (
-    ENDPOINT,
-    NAMES_FIELD,
-    OTHER_ENDPOINTS,
-    completion_fields,
-    split_prompts,
-    take_names_field,
-)
+from headrace.client.batch.openai import NAMES_FIELD, OTHER_ENDPOINTS, split_prompts, take_names_field
 from headrace.client.batch.sources import MAX_LINE_BYTES
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.requests import plain_fields
@@ -27,7 +21,6 @@ from headrace.config.model_names import served_name
 
 MAX_CUSTOM_ID = 512
 _BATCH_KEYS = ("custom_id", "method", "url", "body")
-_TARGET = {"method": "POST", "url": ENDPOINT}
 
 
 class ItemReader:
@@ -40,6 +33,7 @@ class ItemReader:
         models: the models that requests may name; None means any.
         answers_mistakes: a request with a wrong parameter is answered by the error, as in OpenAI's batches. Otherwise
             it refuses the batch, as does in any case what is not a request, or names a model that is not served.
+        endpoint: the path that requests of the Batch API name; if not given, the first of them decides.
     """
 
     def __init__(
@@ -50,7 +44,9 @@ class ItemReader:
         text: bool = False,
         models: Collection[str] | None = None,
         answers_mistakes: bool = False,
+        endpoint: str | None = None,
     ) -> None:
+        self._endpoint = None if endpoint is None else ENDPOINTS[endpoint]
         self._model_name, self._params, self._text, self._models = model_name, params, text, models
         self._answers_mistakes = answers_mistakes
 
@@ -70,16 +66,60 @@ class ItemReader:
                 return None
         else:
             check_unicode(item)
-        custom_id, given, is_body = _split_custom_id(to_python(item))
+        custom_id, given, named = self._split(to_python(item))
         name = f"row-{line}" if custom_id is None else custom_id
+        endpoint = named or COMPLETIONS
         try:
-            return self._request(line, name, completion_fields(given) if is_body else given)
+            return self._request(line, name, given if named is None else named.fields(given), endpoint)
         except InvalidRequest as error:
             if not self.answers(error):
                 raise
-            return BatchItem(line, name, {}, digest_of({"request": given, "custom_id": name}), mistake=error)
+            digest = digest_of({"request": given, "custom_id": name})
+            return BatchItem(line, name, {}, digest, mistake=error, endpoint=endpoint.path)
 
-    def _request(self, line: int, name: str, given: Mapping[str, Any]) -> BatchItem:
+    def _split(self, item: Any) -> tuple[str | None, Mapping[str, Any], Endpoint | None]:
+        """The custom id (None if there is none), the parameters, and the endpoint if these are the body of a request.
+
+        Raises:
+            InvalidRequest: the item has the form of no request.
+        """
+        if isinstance(item, (str, list, tuple)):
+            return None, {"prompt": list(item) if isinstance(item, tuple) else item}, None
+        if not isinstance(item, Mapping):
+            raise InvalidRequest("line", f"a {type(item).__name__}", "an object with `prompt`, or one of the Batch API")
+        fields = {name: to_python(value) for name, value in item.items()}
+        if not fields.keys() & {"method", "url", "body"}:
+            custom_id = fields.pop("custom_id", None)
+            if "id" in fields:
+                raise InvalidRequest("id", show(fields["id"]), "custom_id, the name of a request in a batch")
+            return None if is_gap(custom_id) else _check_custom_id(custom_id), fields, None
+        if unknown := [name for name in fields if name not in _BATCH_KEYS]:
+            raise InvalidRequest(str(unknown[0])[:80], "a field", f"only the fields {', '.join(_BATCH_KEYS)}")
+        endpoint = self._endpoint_of(fields)
+        if not isinstance(fields.get("body"), Mapping):
+            expected = f"an object with {endpoint.source} and parameters"
+            raise InvalidRequest("body", f"a {type(fields.get('body')).__name__}", expected)
+        return _check_custom_id(fields.get("custom_id")), fields["body"], endpoint
+
+    def _endpoint_of(self, fields: Mapping[str, Any]) -> Endpoint:
+        """The endpoint of a request of the Batch API, the same for all of them. Raises InvalidRequest."""
+        right = self._endpoint or COMPLETIONS
+        target = {"method": "POST", "url": right.path}
+        method, url = (default if is_missing(fields.get(name)) else fields[name] for name, default in target.items())
+        named = ENDPOINTS.get(url) if isinstance(url, str) and method == "POST" else None
+        if named is not None and self._endpoint in (None, named):
+            self._endpoint = named
+            return named
+        texts = isinstance(method, str) and isinstance(url, str)
+        given = f"{method} {url}" if texts else f"{show(method)} {show(url)}"
+        expected = " or ".join(f"'POST {path}'" for path in (ENDPOINTS if self._endpoint is None else [right.path]))
+        if named is not None:
+            expected += ", the endpoint of the batch; all of its requests have the same"
+        elif isinstance(url, str) and url in OTHER_ENDPOINTS:
+            expected += f"; {OTHER_ENDPOINTS[url]}"
+        raise InvalidRequest("url", show(given), expected)
+
+    def _request(self, line: int, name: str, given: Mapping[str, Any], endpoint: Endpoint) -> BatchItem:
         """The request with these parameters. Raises InvalidRequest."""
         fields = plain_fields({**self._params, **without_gaps(given)})
         if (stream := fields.pop("stream", False)) is not False:
@@ -91,9 +131,21 @@ class ItemReader:
         digest = digest_of(content)
         # The seed follows from the content, so that every computation of the request draws the same numbers.
         completed = {"priority": "bulk", "seed": seed_of(digest), **fields}
-        if as_token_ids:
-            digest = digest_of({**content, NAMES_FIELD: True})  # another output, of the same numbers
-        return BatchItem(line, name, completed, digest, as_token_ids, _prompts(fields.get("prompt")), "seed" in fields)
+        form: dict[str, Any] = {NAMES_FIELD: True} if as_token_ids else {}
+        if endpoint is not COMPLETIONS:
+            form["url"] = endpoint.path
+        if form:
+            digest = digest_of({**content, **form})  # another output, of the same numbers
+        return BatchItem(
+            line,
+            name,
+            completed,
+            digest,
+            as_token_ids,
+            _prompts(fields.get("prompt")),
+            "seed" in fields,
+            endpoint=endpoint.path,
+        )
 
     def _decode(self, raw: bytes, *, first: bool) -> Any:
         """The text of a line, or the value of its JSON; None if it is blank."""
@@ -126,30 +178,6 @@ class ItemReader:
         if self._models is not None and model not in self._models:
             raise InvalidRequest("model", show(named), f"one that is served: {', '.join(sorted(self._models))}")
         return model
-
-
-def _split_custom_id(item: Any) -> tuple[str | None, Mapping[str, Any], bool]:
-    """The custom id (None if there is none), the parameters, and whether these are a body of the completions API."""
-    if isinstance(item, (str, list, tuple)):
-        return None, {"prompt": list(item) if isinstance(item, tuple) else item}, False
-    if not isinstance(item, Mapping):
-        raise InvalidRequest("line", f"a {type(item).__name__}", "an object with `prompt`, or one of the Batch API")
-    fields = {name: to_python(value) for name, value in item.items()}
-    if not fields.keys() & {"method", "url", "body"}:
-        custom_id = fields.pop("custom_id", None)
-        if "id" in fields:
-            raise InvalidRequest("id", show(fields["id"]), "custom_id, the name of a request in a batch")
-        return None if is_gap(custom_id) else _check_custom_id(custom_id), fields, False
-    if unknown := [name for name in fields if name not in _BATCH_KEYS]:
-        raise InvalidRequest(str(unknown[0])[:80], "a field", f"only the fields {', '.join(_BATCH_KEYS)}")
-    method, url = (right if is_missing(fields.get(name)) else fields[name] for name, right in _TARGET.items())
-    if (method, url) != tuple(_TARGET.values()):
-        advice = f"; {OTHER_ENDPOINTS[url]}" if isinstance(url, str) and url in OTHER_ENDPOINTS else ""
-        given = f"{method} {url}" if isinstance(method, str) and isinstance(url, str) else f"{show(method)} {show(url)}"
-        raise InvalidRequest("url", show(given), f"'POST {ENDPOINT}'{advice}")
-    if not isinstance(fields.get("body"), Mapping):
-        raise InvalidRequest("body", f"a {type(fields.get('body')).__name__}", "an object with prompt and parameters")
-    return _check_custom_id(fields.get("custom_id")), fields["body"], True
 
 
 def _prompts(value: Any) -> list[Any] | None:

@@ -95,6 +95,7 @@ class Batch:
         limit: process only this many requests.
         models: the models that requests may name; any if not given.
         answer_mistakes: answer a request with a wrong parameter by the error, and compute the others.
+        endpoint: the path that requests of the Batch API name; if not given, the first of them decides.
         on_line: called with the number of lines read, every 1000 lines.
 
     Raises:
@@ -111,12 +112,18 @@ class Batch:
         limit: int | None = None,
         models: Collection[str] | None = None,
         answer_mistakes: bool = False,
+        endpoint: str | None = None,
         on_line: Callable[[int], None] | None = None,
     ) -> None:
         self.client = client
         self._given, self._limit = source, limit
         self._reader = ItemReader(
-            client.model_name, params or {}, text=text, models=models, answers_mistakes=answer_mistakes
+            client.model_name,
+            params or {},
+            text=text,
+            models=models,
+            answers_mistakes=answer_mistakes,
+            endpoint=endpoint,
         )
         self._source: Source = open_source(source)
         self.checked: Checked = check(

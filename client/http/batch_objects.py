@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from headrace.client.batch.endpoints import ENDPOINTS
 from headrace.client.batch.errors import Fault
 from headrace.client.batch.openai import ENDPOINT, OTHER_ENDPOINTS
 from headrace.client.http.file_store import MIN_RETENTION_S, RETENTION_S
@@ -69,6 +72,29 @@ class BatchState(BaseModel):
     rows_id: str
     failures_id: str
 
+    @classmethod
+    def new(cls, request: BatchRequest, *, owner: str, rows_id: str, failures_id: str) -> BatchState:
+        """The state of a batch that begins now.
+
+        Args:
+            rows_id, failures_id: new file ids.
+        """
+        created_ns = time.time_ns()
+        now = created_ns // 10**9
+        return cls(
+            id=f"batch_{uuid.uuid4().hex}",
+            endpoint=request.endpoint,
+            input_file_id=request.input_file_id,
+            created_at=now,
+            created_ns=created_ns,
+            expires_at=now + WINDOW_S,
+            metadata=request.metadata,
+            output_retention_s=request.output_expires_after.seconds if request.output_expires_after else RETENTION_S,
+            owner=owner,
+            rows_id=rows_id,
+            failures_id=failures_id,
+        )
+
     def public(self) -> dict[str, Any]:
         """OpenAI's batch object, without the private fields."""
         return self.model_dump(exclude=PRIVATE_FIELDS)
@@ -93,13 +119,16 @@ class ExpiresAfter(BaseModel):
     )
 
 
+_ONE_OF_ENDPOINTS = " or ".join(map(repr, ENDPOINTS))
+
+
 class BatchRequest(BaseModel):
     """The body of `POST /v1/batches`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     input_file_id: str = Field(description="the id of an uploaded file")
-    endpoint: str = Field(description=repr(ENDPOINT))
+    endpoint: str = Field(description=_ONE_OF_ENDPOINTS)
     completion_window: str = Field(description=repr(WINDOW))
     metadata: dict[_MetadataName, _MetadataValue] | None = Field(
         None, max_length=16, description="at most 16 texts of at most 512 characters, with names of at most 64"
@@ -113,10 +142,11 @@ def parse_batch_request(body: Mapping[str, Any]) -> BatchRequest:
         request = BatchRequest.model_validate({name: value for name, value in body.items() if value is not None})
     except ValidationError as error:
         raise _wrong(error.errors(include_url=False)[0]) from None
-    for name, supported in (("endpoint", ENDPOINT), ("completion_window", WINDOW)):
-        if (given := getattr(request, name)) != supported:
-            advice = f"; {OTHER_ENDPOINTS[given]}" if given in OTHER_ENDPOINTS else ""
-            raise InvalidRequest(name, show(given), f"{supported!r}{advice}")
+    if (given := request.endpoint) not in ENDPOINTS:
+        advice = f"; {OTHER_ENDPOINTS[given]}" if given in OTHER_ENDPOINTS else ""
+        raise InvalidRequest("endpoint", show(given), f"{_ONE_OF_ENDPOINTS}{advice}")
+    if request.completion_window != WINDOW:
+        raise InvalidRequest("completion_window", show(request.completion_window), repr(WINDOW))
     return request
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -71,7 +70,11 @@ class Batches:
         self._states = {state.id: state for state in load_all(self._directory, BatchState)}
 
     def start(self) -> None:
-        """Resume batches that a previous server left incomplete."""
+        """Resume batches that a previous server left incomplete, and delete what it left of files that nobody has."""
+        if len(self._states) == sum(1 for _ in self._directory.glob("*.json")):  # else one may name files
+            open_states = [state for state in self._states.values() if state.status in OPEN_STATUSES]
+            written = {file_id for state in open_states for file_id in (state.rows_id, state.failures_id)}
+            self._files.delete_unnamed(keep=written)
         for state in sorted(self._states.values(), key=lambda state: (state.created_at, state.created_ns)):
             if state.status in OPEN_STATUSES:
                 self._threads.submit(self._run, state.id)
@@ -87,31 +90,18 @@ class Batches:
         """Accept a batch. Raises ApiError."""
         self._files.check_space()
         with self._lock, self._files.reading(request.input_file_id, owner) as file:
-            state = self._create(request, file.id, owner)
+            state = self._create(request.model_copy(update={"input_file_id": file.id}), owner)
         self._threads.submit(self._run, state.id)
         return state
 
-    def _create(self, request: BatchRequest, file_id: str, owner: str) -> BatchState:
-        with self._files.path(file_id).open("rb") as opened:
+    def _create(self, request: BatchRequest, owner: str) -> BatchState:
+        with self._files.path(request.input_file_id).open("rb") as opened:
             if opened.read(2) == GZIP_MAGIC:
                 message = "the file is gzip-compressed; upload it as uncompressed JSON lines"
                 raise ApiError(400, "invalid_file", message, param="input_file_id")
         if len(self._input_files()) >= MAX_OPEN:
             raise ApiError(429, "too_many_batches", "too many batches are open; try again later", retry_after_s=60)
-        created_ns = time.time_ns()
-        now = created_ns // 10**9
-        state = BatchState(
-            id=f"batch_{uuid.uuid4().hex}",
-            input_file_id=file_id,
-            created_at=now,
-            created_ns=created_ns,
-            expires_at=now + WINDOW_S,
-            metadata=request.metadata,
-            output_retention_s=request.output_expires_after.seconds if request.output_expires_after else RETENTION_S,
-            owner=owner,
-            rows_id=self._files.new_id(),
-            failures_id=self._files.new_id(),
-        )
+        state = BatchState.new(request, owner=owner, rows_id=self._files.new_id(), failures_id=self._files.new_id())
         try:
             self._write(state)  # before it is in any list: what cannot be stored is not accepted
         except OSError as error:
@@ -256,7 +246,7 @@ class Batches:
         self._check_interrupted(state.id)
         models = self._served_models(client, state.id) if state.in_progress_at is None else None
         source, on_line = self._files.path(state.input_file_id), partial(self._check_interrupted, state.id)
-        batch = Batch(client, source, models=models, answer_mistakes=True, on_line=on_line)
+        batch = Batch(client, source, models=models, answer_mistakes=True, endpoint=state.endpoint, on_line=on_line)
         if batch.checked.rows > MAX_ROWS:
             raise _too_many_rows()
         if state.in_progress_at is None:

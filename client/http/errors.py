@@ -6,6 +6,8 @@ or path of the server.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -121,15 +123,37 @@ def translate(error: Exception) -> ApiError:
     return ApiError(500, getattr(error, "code", None) or "internal_error", _INTERNAL)
 
 
+@contextlib.contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """In errors that are raised in the block, name fields as the request does.
+
+    Args:
+        names: fields of `Client.submit` -> their names in the request, where these differ.
+    """
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.field not in names:
+            raise
+        raise InvalidRequest(names[error.field], error.value, error.expected) from None
+    except JobError as error:
+        found = translate(error)
+        found.param = names.get(found.param or "", found.param)
+        raise found from error
+
+
 def _from_failed_job(error: JobError) -> ApiError:
     if (body := request_error(error)) is not None:
-        return ApiError(400, error.code, error.message, param=body["error"]["param"])
+        return ApiError(400, error.code, body["error"]["message"], param=body["error"]["param"])
     return ApiError(500, error.code, f"the job failed: {error.code}")
 
 
 def _from_routing(error: HTTPException) -> ApiError:
     if error.status_code == 404:
-        paths = "/v1/completions, /v1/models, /v1/files, /v1/batches, /execute and /health"
+        paths = (
+            "/v1/completions, /v1/chat/completions, /v1/models, /v1/files, /v1/batches, /tokenize, /detokenize, "
+            "/execute and /health"
+        )
         return ApiError(404, "unknown_url", f"no such URL; this server has {paths}")
     if error.status_code == 405:
         return ApiError(405, "method_not_allowed", "this URL does not support that method")

@@ -238,6 +238,17 @@ class FileStore:
         if not is_read:
             self.path(file_id).unlink(missing_ok=True)
 
+    def delete_unnamed(self, keep: Collection[str]) -> None:
+        """Delete content without metadata, except that of the files with an id in `keep`. Call it before uploads begin.
+
+        A server that was killed leaves such content: of an upload that was not complete, of a file that was deleted
+        while it was read, or of one whose deletion had begun. Nobody sees it, and it would take space for ever.
+        """
+        for path in self._directory.glob("file-*"):
+            file_id = path.name.partition(".")[0]
+            if file_id not in keep and not (self._directory / f"{file_id}.json").exists():
+                path.unlink(missing_ok=True)
+
     def delete_expired(self, keep: Collection[str]) -> None:
         """Delete all expired files except those with an id in `keep`."""
         now = time.time()

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from headrace.client.async_client import AsyncClient, AsyncJob
 from headrace.client.http.errors import RETRY_AFTER_S, ApiError, translate
@@ -25,7 +25,6 @@ STATUS_CACHE_S = 1.0
 #: A job's timeout is enforced by the worker; the server waits this much longer to receive the worker's answer.
 TIMEOUT_GRACE_S = 2.0
 
-Prompt = str | list[int]
 T = TypeVar("T")
 
 
@@ -35,8 +34,8 @@ def as_request_field(error: InvalidRequest, *, is_list: bool) -> InvalidRequest:
     All prompts of a request share their parameters: `requests[3].top_p` becomes `top_p`, and `requests[3].prompt`
     becomes `prompt[3]` if the request has a list of prompts.
     """
-    place, _, name = error.field.rpartition("].")
-    if not place.startswith("requests["):
+    place, _, name = error.field.partition("].")
+    if not name or not place.startswith("requests["):
         return error
     if name == "prompt" and is_list:
         name = f"prompt{place.removeprefix('requests')}]"
@@ -133,11 +132,18 @@ class JobRunner:
     # --- jobs --------------------------------------------------------------------------------------------------------
 
     async def submit(
-        self, prompts: Sequence[Prompt], params: Mapping[str, Any], *, is_list: bool = False
+        self,
+        prompts: Sequence[Any],
+        params: Mapping[str, Any],
+        *,
+        field: Literal["prompt", "messages"] = "prompt",
+        is_list: bool = False,
     ) -> SubmittedJobs:
         """Queue one job for each prompt, all with the same parameters.
 
         Args:
+            prompts: texts and lists of token ids, or one list of messages.
+            field: which of the two they are.
             is_list: whether the request had a list of prompts, so that an error names the index of the wrong one.
 
         Raises:
@@ -155,7 +161,7 @@ class JobRunner:
         fields = {**params, "model": model, "timeout_s": timeout_s}
         try:
             # Mappings, not keyword arguments: a field of the request may have any name.
-            jobs = await self._client.submit_many([{**fields, "prompt": prompt} for prompt in prompts])
+            jobs = await self._client.submit_many([{**fields, field: prompt} for prompt in prompts])
         except InvalidRequest as error:
             raise as_request_field(error, is_list=is_list) from None
         except (RedisUnreachable, RedisRefused) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,67 +16,21 @@ from headrace.client.batch.openai import OTHER_ENDPOINTS, PROMPT_FORMS, STREAM_O
 from headrace.client.http.auth import OPENAPI_PATH, PAGE_PATH, PUBLIC_PATHS
 from headrace.client.http.batch_objects import PRIVATE_FIELDS, BatchRequest, BatchState
 from headrace.client.http.file_store import PRIVATE_FILE_FIELDS, StoredFile
+from headrace.client.http.schemas import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    DetokenizedText,
+    Error,
+    Model,
+    Tokens,
+)
+from headrace.client.http.token_requests import TOKENIZE_FLAGS
 from headrace.client.jobs.status import Status
-from headrace.client.wire.requests import GenerateRequest
-from headrace.client.wire.results import Result, Usage
+from headrace.client.wire.requests import MAX_LOGPROBS, GenerateRequest
+from headrace.client.wire.results import Result
 
 REF = "#/components/schemas/{model}"
-
-
-class CompletionLogprobs(BaseModel):
-    """Log probabilities of the tokens of a choice."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class CompletionChoice(BaseModel):
-    """One generated text."""
-
-    index: int
-    text: str
-    finish_reason: Literal["stop", "length"]
-    stop_reason: str | int | None
-    logprobs: CompletionLogprobs | None
-
-
-class Completion(BaseModel):
-    """The answer of `/v1/completions`."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage
-    system_fingerprint: str | None
-    seed: int | None
-
-
-class Model(BaseModel):
-    """A model that a worker serves."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-
-
-class ErrorDetail(BaseModel):
-    """What was wrong; `param` is the field at fault."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class Error(BaseModel):
-    """The body of every response with a status of 400 and more."""
-
-    error: ErrorDetail
 
 
 @dataclass(frozen=True)
@@ -137,6 +91,11 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/completions"): Operation(
         _ref("Completion"), _ref("CompletionRequest"), media_types=("application/json", "text/event-stream")
     ),
+    ("POST", "/v1/chat/completions"): Operation(
+        _ref("ChatCompletion"), _ref("ChatCompletionRequest"), media_types=("application/json", "text/event-stream")
+    ),
+    ("POST", "/tokenize"): Operation(_ref("Tokens"), _ref("TokenizeRequest")),
+    ("POST", "/detokenize"): Operation(_ref("DetokenizedText"), _ref("DetokenizeRequest")),
     ("POST", "/execute"): Operation(None, _ref("ExecuteRequest"), media_types=("text/event-stream",)),
     **{("POST", path): Operation(status=0) for path in OTHER_ENDPOINTS},
     ("GET", "/v1/models"): Operation(_list_of("Model")),
@@ -183,7 +142,7 @@ def describe(routes: Iterable[Route]) -> dict[str, Any]:
         "info": {
             "title": "headrace",
             "version": __version__,
-            "description": "The OpenAI API for completions, models, files and batches, and the status of the workers.",
+            "description": "The OpenAI API for completions, chats, models, files and batches, and the workers' status.",
         },
         "paths": paths,
         "components": {"schemas": _schemas(), "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
@@ -224,11 +183,15 @@ def _suffix(path: str) -> str:
     return re.sub(r"\W+", "_", path).rstrip("_")
 
 
+_ANSWERS: tuple[type[BaseModel], ...] = (Completion, ChatCompletion, ChatCompletionChunk, Tokens, DetokenizedText)
+_ANSWERS += (Model, Error, BatchState, StoredFile, Status, Result)
+
+
 def _schemas() -> dict[str, Any]:
     models: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [
         (GenerateRequest, "validation"),
         (BatchRequest, "validation"),
-        *((model, "serialization") for model in (Completion, Model, Error, BatchState, StoredFile, Status, Result)),
+        *((model, "serialization") for model in _ANSWERS),
     ]
     _, definitions = models_json_schema(models, ref_template=REF)
     schemas: dict[str, Any] = definitions["$defs"]
@@ -236,12 +199,23 @@ def _schemas() -> dict[str, Any]:
     schemas["Batch"] = _public(schemas.pop("BatchState"), PRIVATE_FIELDS)
     schemas["File"] = _public(schemas.pop("StoredFile"), PRIVATE_FILE_FIELDS)
     schemas["File"]["properties"] |= {"object": {"const": "file"}, "status": {"const": "processed"}}
-    schemas["ExecuteRequest"] = _request(request, {"prompt": {"anyOf": [_TEXT, _TOKEN_IDS]}})
-    schemas["CompletionRequest"] = _request(request, _COMPLETION_FIELDS)
-    schemas["CompletionRequest"]["description"] = (
-        "The fields of the OpenAI API and further ones. A field that is not listed is refused, unless its value asks "
-        "for nothing; null is the default of a field."
-    )
+    own = {"prompt": {"anyOf": [_TEXT, _TOKEN_IDS]}, "messages": _MESSAGES}
+    schemas["ExecuteRequest"] = {**_request(request, own), "anyOf": _ONE_SOURCE}
+    schemas["CompletionRequest"] = _request(request, _COMPLETION_FIELDS, without=_CHAT_ONLY, required=("prompt",))
+    schemas["ChatCompletionRequest"] = _request(request, _CHAT_FIELDS, without=("echo",), required=("messages",))
+    for name in ("CompletionRequest", "ChatCompletionRequest"):
+        schemas[name]["description"] = (
+            "The fields of the OpenAI API and further ones. A field that is not listed is refused, unless its value "
+            "asks for nothing; null is the default of a field."
+        )
+    flags = dict.fromkeys(TOKENIZE_FLAGS, _FLAG)
+    sources = {"prompt": {"type": ["string", "null"]}, "messages": {"anyOf": [_MESSAGES, {"type": "null"}]}}
+    model = {"model": _SHARED_FIELDS["model"]}
+    kwargs = {"chat_template_kwargs": {"type": ["object", "null"]}}
+    properties = {**model, **sources, **flags, **kwargs}
+    schemas["TokenizeRequest"] = {"type": "object", "properties": properties, "anyOf": _ONE_SOURCE}
+    properties = {**model, "tokens": _TOKEN_IDS, "skip_special_tokens": _FLAG}
+    schemas["DetokenizeRequest"] = {"type": "object", "properties": properties, "required": ["tokens"]}
     return schemas
 
 
@@ -254,9 +228,36 @@ def _public(schema: dict[str, Any], private: Iterable[str]) -> dict[str, Any]:
 
 
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_FLAG: dict[str, Any] = {"type": ["boolean", "null"]}
+_TEXT_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": _TEXT},
+}
+_MESSAGES = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "required": ["role"],
+        "properties": {
+            "role": _TEXT,
+            "content": {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": _TEXT_PART}, {"type": "null"}]},
+        },
+    },
+}
+#: A request has a prompt or messages.
+_ONE_SOURCE = [{"required": ["prompt"]}, {"required": ["messages"]}]
+#: Fields of the message that only chats have.
+_CHAT_ONLY = ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 _STREAM_OPTIONS = {
     "type": "object",
     "properties": {name: {"type": ["boolean", "null"]} for name in STREAM_OPTIONS},
+}
+_OPTIONS: dict[str, Any] = {
+    "stream": {"type": ["boolean", "null"], "default": False},
+    "stream_options": {"anyOf": [_STREAM_OPTIONS, {"type": "null"}], "description": "only with stream"},
+    "user": {"type": ["string", "null"], "description": "has no effect"},
 }
 #: The fields of a completion that differ from those of `Client.submit`.
 _COMPLETION_FIELDS: dict[str, Any] = {
@@ -267,9 +268,17 @@ _COMPLETION_FIELDS: dict[str, Any] = {
             *({"type": "array", "minItems": 1, "items": form} for form in (_TEXT, _TOKEN_IDS)),
         ],
     },
-    "stream": {"type": ["boolean", "null"], "default": False},
-    "stream_options": {"anyOf": [_STREAM_OPTIONS, {"type": "null"}], "description": "only with stream"},
-    "user": {"type": ["string", "null"], "description": "has no effect"},
+    **_OPTIONS,
+}
+#: The fields of a chat that differ from those of `Client.submit`.
+_CHAT_FIELDS: dict[str, Any] = {
+    "messages": _MESSAGES,
+    "logprobs": {"type": ["boolean", "null"], "default": False},
+    "top_logprobs": {
+        "anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS}, {"type": "null"}],
+        "description": "the number of alternatives; only with logprobs",
+    },
+    **_OPTIONS,
 }
 #: Fields that a request over HTTP has besides those of the message, and fields of the message that it has not.
 _SHARED_FIELDS: dict[str, Any] = {
@@ -278,13 +287,24 @@ _SHARED_FIELDS: dict[str, Any] = {
     "checkpoints": {"anyOf": [{"const": "all"}, {"type": "array", "items": {"type": "integer"}}, {"type": "null"}]},
     "stop": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}, {"type": "null"}]},
 }
-_INTERNAL_FIELDS = ("schema_version", "expires_at", "stream")
+_INTERNAL_FIELDS = ("schema_version", "expires_at", "operation", "stream", "prompt", "messages")
 
 
-def _request(fields: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    given = {name: _or_null(field) for name, field in fields.items() if name not in (*_INTERNAL_FIELDS, "prompt")}
+def _request(
+    fields: dict[str, Any], own: dict[str, Any], *, without: Collection[str] = (), required: Collection[str] = ()
+) -> dict[str, Any]:
+    """The schema of a request.
+
+    Args:
+        fields: schemas of the fields of the message.
+        own: fields with a schema of their own.
+        without: fields of the message that the request has not.
+        required: fields without which it is refused.
+    """
+    given = {name: _or_null(field) for name, field in fields.items() if name not in (*_INTERNAL_FIELDS, *without)}
     shared = {name: {**_described(fields.get(name)), **field} for name, field in _SHARED_FIELDS.items()}
-    return {"type": "object", "required": ["prompt"], "properties": {**given, **shared, **own}}
+    more = {"required": list(required)} if required else {}
+    return {"type": "object", **more, "properties": {**given, **shared, **own}}
 
 
 def _described(field: dict[str, Any] | None) -> dict[str, Any]:

@@ -30,6 +30,9 @@ MGET_KEYS = 250
 NEW_JOBS = 250
 #: Bytes of results in one reply, unless a single one is larger. Objects made of a result take about ten times its size.
 READ_BYTES = 8 * 2**20
+#: Entries of event streams in one reply: of all streams together, and of one at least and at most. The entries of the
+#: largest job that is allowed have 200 KB; of a job that has ended the result has the rest.
+READ_ENTRIES, FEWEST_ENTRIES, MOST_ENTRIES = 256, 4, 64
 #: How many seconds a wait continues without an answer from Redis. A restart of Redis takes less.
 PATIENCE_S = 60.0
 #: How often in seconds a warning is repeated: that no worker serves a queue, or that Redis does not answer.
@@ -100,6 +103,7 @@ class PollState:
         self._sizes: dict[str, int] = {}  # jobs whose results are known to exist -> their sizes in bytes
         self._may_measure = True
         self._streams: dict[str, str] = {}
+        self._has_more = False  # entries of a stream that the last reply left out
         self._requested_at = 0.0
         self._round, self._parts = 0, 1
         self._pause_s = FIRST_POLL_S
@@ -150,7 +154,7 @@ class PollState:
             wait_ms = 0 if any_due or not self._requested else int(1000 * min(self._pause_s, block_s))
             blocking = ("BLOCK", wait_ms) if wait_ms > 0 else ()  # BLOCK 0 would wait without limit
             names = map(keys.events, self._streams)
-            commands.append(("XREAD", *blocking, "STREAMS", *names, *self._streams.values()))
+            commands.append(("XREAD", "COUNT", self._entries(), *blocking, "STREAMS", *names, *self._streams.values()))
         if self._reading:
             for start in range(0, len(self._reading), MGET_KEYS):
                 commands.append(("MGET", *map(keys.result, self._reading[start : start + MGET_KEYS])))
@@ -253,16 +257,21 @@ class PollState:
         self._parts += -(-len(self._sizes) // MGET_KEYS)
 
     def _take_events(self, reply: Any, updates: Updates) -> None:
-        ids = {keys.events(job_id): job_id for job_id in self._streams}
+        ids, self._has_more = {keys.events(job_id): job_id for job_id in self._streams}, False
         for name, entries in reply or ():
             job_id = ids[name]
             waiting = self._jobs.get(job_id)
             if waiting is None or waiting.last_event != self._streams[job_id]:
                 continue  # added again in the meantime: the next request reads its stream from the first entry
             waiting.last_event = entries[-1][0]
+            self._has_more |= len(entries) == self._entries()
             updates.events[job_id] = [fields.get("event", "") for _, fields in entries]
             if '"end":' in updates.events[job_id][-1]:
                 self._due[job_id] = None
+
+    def _entries(self) -> int:
+        """The most entries of each stream in the reply to the last request."""
+        return min(MOST_ENTRIES, max(FEWEST_ENTRIES, READ_ENTRIES // len(self._streams)))
 
     def _take_missing(self, job_id: str, updates: Updates) -> None:
         if job_id in self._jobs and self._jobs[job_id].accepted:
@@ -284,7 +293,7 @@ class PollState:
     def _pace(self, updates: Updates) -> None:
         """Set the time until the next request."""
         self._pause_s = FIRST_POLL_S if updates else min(self._pause_s * POLL_GROWTH, LAST_POLL_S)
-        if self._due or self._sizes:
+        if self._due or self._sizes or (self._streams and self._has_more and updates):
             self.rest_s = 0.0
         elif self._streams:  # Redis delays the next replies; a short sleep collects the events of several jobs
             self.rest_s = FIRST_POLL_S if updates else 0.0

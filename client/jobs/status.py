@@ -14,6 +14,7 @@ from headrace.client.wire.clock import RedisClock
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.fingerprints import different_models
 from headrace.client.wire.misplaced import Misplaced, find_misplaced
+from headrace.client.wire.model_description import ModelDescription
 from headrace.client.wire.queue_depth import QueueStatus, count_delivered, execute_typed, queue_status
 from headrace.client.wire.redis import redis_errors
 from headrace.client.wire.suitability import ServerReport
@@ -56,6 +57,10 @@ def _parsed(value: Any) -> Any:
     return parse_json(value) if isinstance(value, str) else value
 
 
+def _described(value: Any) -> Any:
+    return (parse_json(value) if value else None) if isinstance(value, str) else value
+
+
 class WorkerStatus(BaseModel):
     """The last heartbeat of a worker. A worker of several models has one record for each, named HOST-PID@MODEL."""
 
@@ -87,6 +92,9 @@ class WorkerStatus(BaseModel):
     rows: Annotated[list[RowStatus], BeforeValidator(_parsed)] = []
     #: The jobs that failed there most recently.
     failures: Annotated[list[FailureStatus], BeforeValidator(_parsed)] = []
+
+    #: What the worker understood of the model's files; None if the model is not loaded, or from an older worker.
+    description: Annotated[ModelDescription | None, BeforeValidator(_described)] = None
 
     @property
     def host(self) -> str:

@@ -29,7 +29,7 @@ from headrace.client.wire.celery import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME,
 from headrace.client.wire.errors import InvalidRequest, QueueFull, RedisRefused, RedisUnreachable
 from headrace.client.wire.queue_depth import count_queued
 from headrace.client.wire.redis import redis_errors
-from headrace.client.wire.requests import GenerateRequest, parse_request
+from headrace.client.wire.requests import INTERNAL_NAMES, GenerateRequest, Operation, parse_request
 from headrace.client.wire.result_size import check_result_size
 from headrace.client.wire.tracing import sending
 from headrace.client.wire.values import is_missing, show
@@ -65,23 +65,24 @@ class Submitter:
         #: The Redis, and its clock.
         self.server = ServerCheck(connection, url, allow_unsuitable=settings.redis_unsuitable == "allow")
 
-    def prepare(self, fields: Mapping[str, Any]) -> PreparedJob:
+    def prepare(self, fields: Mapping[str, Any], *, operation: Operation | None = None) -> PreparedJob:
         """Check everything that can be checked without the model, and choose the job id and the seed.
 
         Args:
             fields: what `Client.submit` takes.
+            operation: what the job asks for in place of text.
 
         Raises:
             InvalidRequest: a field is wrong.
         """
         given = {name: value for name, value in fields.items() if not is_missing(value)}
         job_id, model, timeout_s = given.pop("id", None), given.pop("model", None), given.pop("timeout_s", None)
-        for internal, advice in {"expires_at": "use timeout_s", "schema_version": "it is set for you"}.items():
+        for internal, advice in INTERNAL_NAMES.items():
             if internal in given:
                 raise InvalidRequest(internal, show(given[internal]), f"no such parameter; {advice}")
         if timeout_s is not None:
             timeout_s = check_timeout_s(timeout_s)
-        request = parse_request(given)
+        request = parse_request(given if operation is None else {**given, "operation": operation})
         check_result_size(request, self._settings.max_result_bytes)
         named, model = model, self._model_name if model is None else check_model(model)
         digest = _digest(request, model) if job_id is not None else ""
@@ -316,8 +317,10 @@ def _patiently(call: Callable[[], T]) -> T:
 
 
 def _share_parameters(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return one.keys() == other.keys() and all(
-        value is other[name] for name, value in one.items() if name not in OWN_FIELDS
+    return (
+        one.keys() == other.keys()
+        and not is_missing(one.get("prompt"))
+        and all(value is other[name] for name, value in one.items() if name not in OWN_FIELDS)
     )
 
 

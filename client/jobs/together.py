@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.requests import GenerateRequest, parse_request
+from headrace.client.wire.requests import CHAT_NAMES, GenerateRequest, parse_request
 from headrace.client.wire.result_size import largest_result
 from headrace.client.wire.values import is_missing
 
@@ -38,7 +38,7 @@ def check_response(prompts: Sequence[Any], params: Mapping[str, Any], limit: int
     """
     if len(prompts) == 1:
         return  # the client checks its result
-    known = GenerateRequest.model_fields.keys() - {"prompt"}
+    known = GenerateRequest.model_fields.keys() - {"prompt", *CHAT_NAMES}
     own = {name: value for name, value in params.items() if name in known and not is_missing(value)}
     request = parse_request({**own, "prompt": ""})
     longest = max(prompts, key=len) if request.echo else ""

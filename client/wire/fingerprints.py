@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 #: The parts of a fingerprint that identify a model. The others identify software, machine and number type.
-MODEL_PARTS = ("weights-", "config-", "vocabulary-")
+MODEL_PARTS = ("weights-", "config-", "vocabulary-", "ends-", "prompts-")
 
 
-def model_of(fingerprint: str) -> str:
+def model_of(fingerprint: str, kinds: tuple[str, ...] = MODEL_PARTS) -> str:
     """The parts of a fingerprint that identify the model; empty if the model is not loaded."""
-    return "/".join(part for part in fingerprint.split("/") if part.startswith(MODEL_PARTS))
+    return "/".join(part for part in fingerprint.split("/") if part.startswith(kinds))
 
 
 def different_models(fingerprints: Mapping[str, str]) -> dict[str, list[str]]:
@@ -22,8 +22,11 @@ def different_models(fingerprints: Mapping[str, str]) -> dict[str, list[str]]:
         fingerprints: those of workers that serve the same name, by the worker's name; empty ones are ignored.
     """
     models: dict[str, list[str]] = {}
+    told = [fingerprint for fingerprint in fingerprints.values() if model_of(fingerprint)]
+    # Workers of earlier versions do not tell every part. What one of them does not tell is not compared.
+    kinds = tuple(kind for kind in MODEL_PARTS if all(model_of(fingerprint, (kind,)) for fingerprint in told))
     for worker, fingerprint in sorted(fingerprints.items()):
-        if model := model_of(fingerprint):
+        if model := model_of(fingerprint, kinds):
             models.setdefault(model, []).append(worker)
     if len(models) < 2:
         return {}

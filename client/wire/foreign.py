@@ -77,6 +77,10 @@ def _is_off(value: Any, _: Mapping[str, Any]) -> bool:
     return isinstance(value, dict) and all(option is None or option is False for option in value.values())
 
 
+def _has_prompt(fields: Mapping[str, Any]) -> bool:
+    return not is_missing(fields.get("prompt"))
+
+
 NO_VALUE = Foreign(lambda _value, _fields: False)
 _TEXT = any_of(str, "text")
 _FLAG = any_of(bool, "True or False")
@@ -84,8 +88,8 @@ _NUMBER = any_of((int, float), "a number")
 _ZERO, _ONE, _OFF = only(0), only(1), only(False)
 _GREEDY = "headrace samples, or with temperature=0 takes the most probable token"
 _SCHEMA = "headrace does not constrain the text"
-_CHAT = "GPT-2 has no chat format"
-_SPECIAL = "the end-of-text token that ends a text is left out of it; token_ids has it"
+_TOOLS = "chat_template_kwargs passes variables to the model's chat template; calls in the text are not parsed"
+_READS_TEXT = "the models read and write text"
 _TRUNCATION = "shorten the prompt before you send it"
 _PENALTY = "use repetition_penalty, presence_penalty or frequency_penalty"
 _PROMPT_SCORES = "use echo=True with logprobs"
@@ -98,6 +102,9 @@ FOREIGN: dict[str, Foreign] = {
     "logprobs": only(False),
     "stop": only(""),  # an empty cell of a table, or of a form
     "logit_bias": only([]),  # PHP writes an empty map as a list
+    "messages": Foreign(lambda value, fields: _same(value, []) and _has_prompt(fields)),
+    "chat_template_kwargs": only({}, []),
+    "add_generation_prompt": Foreign(lambda value, fields: isinstance(value, bool) and _has_prompt(fields)),
     # OpenAI
     "suffix": only("", advice="GPT-2 can only continue the prompt"),
     "best_of": Foreign(_is_n, "n", "all n samples are returned; choose among them by their logprobs"),
@@ -112,26 +119,29 @@ FOREIGN: dict[str, Foreign] = {
     "extra_headers": only({}),
     "extra_query": only({}),
     "reasoning_effort": only("none"),
-    "chat_template_kwargs": only({}, advice=_CHAT),
-    "continue_final_message": only(False, advice=_CHAT),
-    "add_generation_prompt": _FLAG,
-    "documents": only([]),
+    "chat_template": NO_VALUE._replace(advice="the template of the model's directory is used"),
+    "documents": only([], advice=_TOOLS),
     "response_format": only({"type": "text"}, advice=_SCHEMA),
     "modalities": only(["text"]),
-    "tools": only([], advice=_CHAT),
-    "tool_choice": only("none", "auto", advice=_CHAT),
-    "functions": only([], advice=_CHAT),
-    "function_call": only("none", "auto", advice=_CHAT),
+    "audio": NO_VALUE._replace(advice=_READS_TEXT),
+    "prediction": NO_VALUE._replace(advice="headrace proposes tokens by itself; see HEADRACE_DRAFT_TOKENS"),
+    "web_search_options": NO_VALUE._replace(advice=_READS_TEXT),
+    "verbosity": only("medium"),
+    "prompt_cache_retention": _TEXT,
+    "tools": only([], advice=_TOOLS),
+    "tool_choice": only("none", "auto", advice=_TOOLS),
+    "functions": only([], advice=_TOOLS),
+    "function_call": only("none", "auto", advice=_TOOLS),
     "parallel_tool_calls": _FLAG,
-    "messages": Foreign(lambda value, _: _same(value, []), "[]", f"{_CHAT}; use prompt"),
     "top_logprobs": only(0, advice="use logprobs, the number of alternatives"),
     # vLLM
     "use_beam_search": only(False, advice=_GREEDY),
     "beam_width": only(1, advice=_GREEDY),
     "length_penalty": only(1, advice=_GREEDY),
     "early_stopping": only(False, advice=_GREEDY),
-    "skip_special_tokens": only(True, advice=_SPECIAL),
-    "spaces_between_special_tokens": _FLAG,  # texts contain no special tokens
+    "spaces_between_special_tokens": _FLAG,  # has no effect in tokenizers of the library `tokenizers` either
+    "include_reasoning": _FLAG,  # there is none
+    "cache_salt": _TEXT,
     "include_stop_str_in_output": only(False, advice="stop_reason says which stop string ended the text"),
     "truncate_prompt_tokens": NO_VALUE._replace(advice=_TRUNCATION),
     "truncation_side": only("left", "right"),
@@ -140,7 +150,6 @@ FOREIGN: dict[str, Foreign] = {
     "prompt_logprobs": NO_VALUE._replace(advice=_PROMPT_SCORES),
     "logprob_token_ids": only([], advice="use logprobs, the number of alternatives"),
     "prompt_embeds": only([], advice="use prompt, text or token ids"),
-    "add_special_tokens": _FLAG,  # GPT-2's tokenizer adds none
     "detokenize": only(True),
     "flat_logprobs": _OFF,
     "structured_outputs": only({}, advice=_SCHEMA),

@@ -14,14 +14,17 @@ from headrace.client.wire.celery import JOBS_HEADER
 
 #: How many messages of a queue are read; the others are assumed to hold as many jobs on average.
 SAMPLE = 32
+#: The sizes of samples, the next one only if it is likely to be smaller than this. A message may have 2 MiB, and a
+#: status is read every second.
+GROWING, SAMPLE_CHARACTERS = (2, SAMPLE), 2**20
 
 
 class QueueStatus(BaseModel):
     """Jobs that wait in Redis and that no worker has taken yet, by priority.
 
     A message with several jobs counts whole until its last job is done, also while it waits to be delivered again. With
-    more than SAMPLE messages the number is an estimate. For a Redis user without the right to read the queue
-    (config/redis-users.acl) each message counts as one job.
+    more than SAMPLE messages, or with large ones, the number is an estimate. For a Redis user without the right to read
+    the queue (config/redis-users.acl) each message counts as one job.
     """
 
     model: str
@@ -60,24 +63,39 @@ def count_delivered(connection: redis.Redis) -> int:
         redis.exceptions.NoPermissionError: the Redis user may not read them.
     """
     pipe = connection.pipeline(transaction=False)
-    pipe.hlen(keys.unacked())
-    pipe.hrandfield(keys.unacked(), SAMPLE, withvalues=True)
-    length, sample = execute_typed(pipe, (0, []))
-    return _scaled(length, [_jobs_in(entry) for entry in sample[1::2]])
+    length, sample = 0, list[str]()
+    for count in GROWING:
+        pipe.hlen(keys.unacked())
+        pipe.hrandfield(keys.unacked(), count, withvalues=True)
+        length, fields = execute_typed(pipe, (0, []))
+        sample = fields[1::2]
+        if len(sample) < count or _growth(sample) > SAMPLE_CHARACTERS:
+            break
+    return _scaled(length, [_jobs_in(entry) for entry in sample])
 
 
 def _count_by_samples(connection: redis.Redis, names: list[str]) -> list[int]:
     pipe = connection.pipeline(transaction=False)
-    for name in names:
-        pipe.llen(name)
-        pipe.lrange(name, 0, SAMPLE // 2 - 1)  # both ends: single jobs and groups are often sent one after the other
-        pipe.lrange(name, -SAMPLE // 2, -1)
-    answers = execute_typed(pipe, (0, [], []) * len(names))
-    counts = []
-    for length, newest, oldest in zip(answers[::3], answers[1::3], answers[2::3], strict=True):
-        sample = newest[: max(0, length - len(oldest))] + oldest  # in a short list both ends overlap
-        counts.append(_scaled(length, [_jobs_in(message) for message in sample]))
-    return counts
+    counts = dict[str, int]()
+    for size in GROWING:
+        asked = [name for name in names if name not in counts]
+        for name in asked:
+            pipe.llen(name)
+            pipe.lrange(name, 0, size // 2 - 1)  # both ends: single jobs and groups are often sent one after the other
+            pipe.lrange(name, -size // 2, -1)
+        answers = execute_typed(pipe, (0, [], []) * len(asked))
+        for name, length, newest, oldest in zip(asked, answers[::3], answers[1::3], answers[2::3], strict=True):
+            sample = newest[: max(0, length - len(oldest))] + oldest  # in a short list both ends overlap
+            if length <= size or size == SAMPLE or _growth(sample) > SAMPLE_CHARACTERS:
+                counts[name] = _scaled(length, [_jobs_in(message) for message in sample])
+        if len(counts) == len(names):
+            break
+    return [counts[name] for name in names]
+
+
+def _growth(sample: Sequence[str]) -> int:
+    """About how many characters the next sample has, given this one."""
+    return (GROWING[1] // GROWING[0]) * sum(map(len, sample))
 
 
 def execute_typed(pipe: Any, defaults: Sequence[Any]) -> list[Any]:

@@ -23,10 +23,11 @@ from pydantic import (
 from headrace.client.wire.activations import CHECKPOINT_TENSORS
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.foreign import NO_SEED, advice, drop_neutral
+from headrace.client.wire.messages import KWARGS_FORM, MESSAGES_FORM, check_kwargs, check_messages
 from headrace.client.wire.values import is_missing, show, show_name, to_python, to_whole
 from headrace.client.wire.version import SCHEMA_VERSION, is_readable
 
-MAX_PROMPT_BYTES = 65_536  # GPT-2 reads 1,024 tokens: about 5 kB of English
+MAX_PROMPT_BYTES = 131_072  # 16 for each of 8,192 positions; a token of English text has about 4
 MAX_PROMPT_TOKENS = 16_384
 MAX_TOKENS = 1_000_000
 MAX_STOP_BYTES = 1_024
@@ -40,7 +41,12 @@ MAX_SCORES = 2**19
 
 _JOB_ID = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-:")
 
+#: Parameters for which a worker with HEADRACE_GENERATION_CONFIG=auto takes the model's defaults if they are not set.
+DEFAULTED_BY_MODELS = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens"})
+
 Priority = Literal["interactive", "normal", "bulk"]
+#: What a job asks for in place of text: the token ids of a prompt, or the text of token ids.
+Operation = Literal["tokenize", "detokenize"]
 
 
 def _list(value: Any) -> Any:
@@ -116,6 +122,7 @@ class SamplingParams(BaseModel):
     stop_token_ids: Annotated[list[Int], BeforeValidator(_list)] = Field(
         default_factory=list, max_length=64, description="at most 64 token ids"
     )
+    skip_special_tokens: Bool = Field(True, description="True or False")
 
     @field_validator("seed")
     @classmethod
@@ -159,12 +166,28 @@ class SamplingParams(BaseModel):
 
 
 class GenerateRequest(SamplingParams):
-    """A request as the worker receives it: a prompt, sampling parameters, and the time at which it expires."""
+    """A request as the worker receives it: a prompt or messages, sampling parameters, the time at which it expires."""
 
     schema_version: Int = Field(SCHEMA_VERSION, description="set by the client")
+    #: Empty in a request with `messages`.
     prompt: Annotated[str | list[Int], WrapValidator(_prompt)] = Field(
-        description=f"text of at most {MAX_PROMPT_BYTES} bytes in UTF-8, or a list of 1 to {MAX_PROMPT_TOKENS} ids"
+        "", description=f"text of at most {MAX_PROMPT_BYTES} bytes in UTF-8, or a list of 1 to {MAX_PROMPT_TOKENS} ids"
     )
+    #: Instead of a prompt: a chat, which the worker renders with the model's chat template.
+    messages: Annotated[list[dict[str, Any]] | None, BeforeValidator(check_messages)] = Field(
+        None, description=MESSAGES_FORM
+    )
+    add_generation_prompt: Bool = Field(True, description="True or False")
+    continue_final_message: Bool = Field(False, description="True or False")
+    chat_template_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(check_kwargs)] = Field(
+        None, description=KWARGS_FORM
+    )
+    #: Whether the names of special tokens in a text prompt mean these tokens; None: what the worker's setting or the
+    #: model's tokenizer says.
+    parse_special_tokens: Bool | None = Field(None, description="True, False, or None for the tokenizer's default")
+    #: Whether a text prompt gets the tokens that the tokenizer's own rules put around a text.
+    add_special_tokens: Bool = Field(True, description="True or False")
+    operation: Operation | None = Field(None, description="'tokenize', 'detokenize', or None for text")
     priority: Priority = Field("normal", description="'interactive', 'normal' or 'bulk'")
     #: Unix time in seconds at which the job expires; None means never.
     expires_at: Float | None = Field(None, ge=0, le=1e11, description="a Unix time in seconds, or None")
@@ -204,13 +227,56 @@ class GenerateRequest(SamplingParams):
             raise InvalidRequest("prompt", f"a list whose item {wrong} is not a token id", expected)
         return value
 
+    @model_validator(mode="after")
+    def _check_source(self) -> GenerateRequest:
+        """Refuse a request without a source of its text, or with two, and options of a chat without messages."""
+        given = self.model_fields_set
+        if self.messages is None:
+            if "prompt" not in given:
+                raise InvalidRequest("prompt", "nothing", f"{_expected('prompt')}; or messages, for a chat")
+            if self.operation == "detokenize" and isinstance(self.prompt, str):
+                raise InvalidRequest("token_ids", "text", f"a list of 1 to {MAX_PROMPT_TOKENS} ids")
+            if self.continue_final_message or self.chat_template_kwargs:
+                name = "continue_final_message" if self.continue_final_message else "chat_template_kwargs"
+                raise InvalidRequest(name, "a value without messages", "messages beside it; it has no meaning without")
+        elif "prompt" in given:
+            raise InvalidRequest("messages", "messages beside a prompt", "one of the two")
+        elif self.parse_special_tokens is False or (self.add_special_tokens and "add_special_tokens" in given):
+            name = "parse_special_tokens" if self.parse_special_tokens is False else "add_special_tokens"
+            value = show(getattr(self, name))
+            raise InvalidRequest(name, value, "no value beside messages: the chat template writes special tokens")
+        elif self.continue_final_message and self.messages[-1].get("content") is None:
+            raise InvalidRequest("continue_final_message", "True", "False, or a last message with content")
+        elif self.continue_final_message and self.add_generation_prompt and "add_generation_prompt" in given:
+            raise InvalidRequest("add_generation_prompt", "True beside continue_final_message", "one of the two")
+        return self
+
+    @property
+    def begins_answer(self) -> bool:
+        """Whether the rendered messages end with the beginning of an answer."""
+        return self.add_generation_prompt and not self.continue_final_message
+
     def to_wire(self) -> dict[str, Any]:
-        """The JSON object of the message: the schema version, and the fields that differ from their defaults."""
-        return {"schema_version": self.schema_version, **self.model_dump(mode="json", exclude_defaults=True)}
+        """The JSON object of the message: the schema version, and the fields that differ from their defaults.
+
+        Parameters for which a model may have defaults of its own are in it whenever the caller has set them.
+        """
+        source = {"prompt": self.prompt} if self.messages is None else {}
+        fields = self.model_dump(mode="json", exclude_defaults=True)
+        chosen = {name: getattr(self, name) for name in sorted(DEFAULTED_BY_MODELS & self.model_fields_set)}
+        return {"schema_version": self.schema_version, **source, **chosen, **fields}
 
 
+#: Fields that have a meaning only for a chat.
+CHAT_NAMES = frozenset({"messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"})
+#: Fields that a caller cannot set.
+INTERNAL_NAMES = {
+    "expires_at": "use timeout_s",
+    "schema_version": "it is set for you",
+    "operation": "use tokenize or detokenize",
+}
 #: What callers may name: `Client.submit` takes the last three and sends `expires_at` in place of `timeout_s`.
-PUBLIC_NAMES = frozenset(GenerateRequest.model_fields) - {"schema_version", "expires_at"} | {"timeout_s", "id", "model"}
+PUBLIC_NAMES = frozenset(GenerateRequest.model_fields) - INTERNAL_NAMES.keys() | {"timeout_s", "id", "model"}
 
 #: What messages of other producers may name.
 WIRE_NAMES = frozenset(GenerateRequest.model_fields)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.requests import GenerateRequest
 
@@ -16,7 +18,7 @@ def largest_result(request: GenerateRequest) -> int:
     """Bytes of the result if every sample has `max_tokens` tokens."""
     tokens = request.max_tokens
     if request.echo:
-        prompt = request.prompt
+        prompt = request.prompt if request.messages is None else json.dumps(request.messages)
         tokens += (
             -(-len(prompt.encode(errors="replace")) // BYTES_OF_PROMPT_TOKEN)
             if isinstance(prompt, str)

@@ -51,7 +51,8 @@ class Choice(BaseModel):
     text: str
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
-    #: The stop string or stop token id that ended the sample; None for end-of-text and for max_tokens.
+    #: The stop string or stop token id that ended the sample; None for the ends that the model's
+    #: files name, and for max_tokens.
     stop_reason: str | int | None = None
     logprobs: list[TokenLogprob] | None = None
 
@@ -72,6 +73,17 @@ class Timings(BaseModel):
     decode_s: float
 
 
+class Tokenized(BaseModel):
+    """The tokens of a text."""
+
+    tokens: list[int]
+    #: The name of each token: its text, or `bytes:\xe2\x80` if its bytes are not whole characters.
+    token_strs: list[str]
+    count: int
+    #: How many tokens the model reads and writes together.
+    max_model_len: int
+
+
 class Result(BaseModel):
     """The result of a job that succeeded."""
 
@@ -86,6 +98,11 @@ class Result(BaseModel):
     timings: Timings
     #: Identifies software, hardware and weights. Workers with equal fingerprints give equal results.
     fingerprint: str = ""
+    #: The parameters that the request did not set and that the model's generation_config.json decided. Empty unless
+    #: the worker has HEADRACE_GENERATION_CONFIG=auto.
+    defaults: dict[str, int | float] = {}
+    #: The answer to `Client.tokenize`.
+    tokenized: Tokenized | None = Field(None, exclude_if=lambda value: value is None)
 
     @property
     def text(self) -> str:

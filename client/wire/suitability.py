@@ -95,13 +95,23 @@ def judge(info: Mapping[str, Any], save: str | None) -> ServerReport:
         cluster=None if cluster is None else bool(cluster),
         persistence=_persistence(_number(info, "aof_enabled"), save),
     )
-    report.problems = _problems(report, _version(info))
+    writable = info.get("role") == "slave" and _number(info, "slave_read_only") == 0
+    report.problems = _problems(report, _version(info), writable_replica=writable)
     report.warnings = _warnings(report.persistence)
     return report
 
 
-def _problems(report: ServerReport, version: tuple[int, int] | None) -> list[Finding]:
+def _problems(
+    report: ServerReport, version: tuple[int, int] | None, *, writable_replica: bool = False
+) -> list[Finding]:
     found = []
+    if writable_replica:  # one that is read-only refuses each job itself, and may be about to be promoted
+        found.append(
+            Finding(
+                problem="it is a replica that can be written to: the next synchronization deletes the jobs",
+                fix="set HEADRACE_REDIS_URL to its primary, and `replica-read-only yes` on the replica",
+            )
+        )
     if report.eviction not in (None, "noeviction"):
         found.append(
             Finding(

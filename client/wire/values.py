@@ -79,9 +79,13 @@ class _ShortRepr(reprlib.Repr):
         return super().repr_int(x, level) if x.bit_length() < 1024 else f"a number of {x.bit_length()} bits"
 
 
+#: Fields that hold what a user wrote.
+PRIVATE_NAMES = frozenset({"prompt", "messages", "chat_template_kwargs"})
+
+
 def show(value: Any, name: Any = "") -> str:
     """A value for an error message, shortened. For a prompt only its type: messages must not quote prompts."""
-    if name == "prompt":
+    if isinstance(name, str) and name in PRIVATE_NAMES:
         return f"a value of type {type(value).__name__}"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)

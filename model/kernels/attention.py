@@ -7,7 +7,10 @@ is first needed. Its inner loops are assembly if the CPU has AVX-512 (attention_
 
 The kernel is batch-invariant: one thread computes a head of a row, in the order of the positions. A slot may have
 several rows at consecutive positions. One thread computes a head for all of them in this order, so each row finds the
-keys and values that the rows before it have written.
+keys and values that the rows before it have written. Where several query heads read one head of keys and values, each
+of them writes the new ones: threads may write the same bytes twice, and none has to wait for another.
+
+With a window a row reads only its latest positions: the kernel begins at a later address, and everything else is equal.
 
 Without numba or torch's OpenMP runtime `decode_kernel` returns None, and the caller uses torch.
 """
@@ -43,8 +46,10 @@ class AttentionArguments(NamedTuple):
     """
 
     partitions: int  # into how many parts the heads are split: the number of threads
-    heads: int
-    longest: int  # the most positions that a row reads
+    heads: int  # of queries
+    group: int  # query heads that read one head of keys and values
+    window: int  # the most positions that a row of this layer may read
+    longest: int  # the most positions that a row has
     scale_bits: int  # the bits of a float64
     q: int  # address of the queries; of the next three likewise
     q_row: int  # elements from one row to the next; of the next three likewise
@@ -67,6 +72,26 @@ class AttentionArguments(NamedTuple):
 ARG_WORDS = len(AttentionArguments._fields)
 #: The position of each word.
 ARG = AttentionArguments(*range(ARG_WORDS))
+#: A window that is longer than any sequence.
+NO_WINDOW = 2**40
+
+
+@dataclass(frozen=True)
+class LayerRules:
+    """How each layer attends: int64 [layers] each; created once for a cache."""
+
+    #: The bits of a float64: what the scores are multiplied by.
+    scale_bits: Int64Array
+    #: The most positions that a row reads, the latest ones; NO_WINDOW: all of them.
+    windows: Int64Array
+
+    @classmethod
+    def of(cls, scales: Sequence[float], windows: Sequence[int | None]) -> LayerRules:
+        """From a scale and a window for each layer; a window of None is all positions."""
+        return cls(
+            np.array(scales, dtype=np.float64).view(np.int64),
+            np.array([NO_WINDOW if window is None else window for window in windows], dtype=np.int64),
+        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +101,7 @@ class DecodeRows:
     Args:
         k, v: int64 [layers, S], contiguous: addresses of the first position of the first head.
         head_stride: int64 [S], elements from one head to the next; the positions of a head are contiguous.
-        lengths: int64 [S], positions that a slot's first row reads, the new one included; each next row reads one more.
+        lengths: int64 [S], positions that a slot's first row has, the new one included; each next row has one more.
         counts: int64 [S], rows of each slot.
     """
 
@@ -101,8 +126,8 @@ class DecodeRows:
         heads: int,
         first: Int64Array | None = None,
     ) -> DecodeRows:
-        """Partition the heads among as many threads as torch uses. Without `first`, rows are consecutive."""
-        reads = counts * (2 * lengths + counts - 1) // 2  # each row reads one position more than the one before
+        """Partition the query heads among as many threads as torch uses. Without `first`, rows are consecutive."""
+        reads = counts * (2 * lengths + counts - 1) // 2  # each row has one position more than the one before
         read, threads = np.cumsum(np.repeat(reads, heads)), torch.get_num_threads()
         inner = np.searchsorted(read, read[-1] * np.arange(1, threads) / threads)
         at = np.cumsum(counts) - counts if first is None else first
@@ -110,7 +135,7 @@ class DecodeRows:
 
     @property
     def longest(self) -> int:
-        """The most positions that a row reads."""
+        """The most positions that a row has."""
         return int((self.lengths + self.counts).max()) - 1
 
 
@@ -129,22 +154,24 @@ class DecodeKernel:
         self._kernel = kernel
 
     def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: DecodeRows, scale: float
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: DecodeRows, rules: LayerRules
     ) -> None:
-        """Compute one layer. q, k, v, out: [R, H, D], heads contiguous, any row stride; writes `out`.
+        """Compute one layer. q, out: [R, H, D]; k, v: [R, KV, D]; heads contiguous, any row stride; writes `out`.
 
         Raises:
             ValueError: the heads are not contiguous.
         """
-        packed, _scratch = self._arguments([layer], q, k, v, out, rows, scale)
+        packed, _scratch = self._arguments([layer], q, k, v, out, rows, rules)
         team().run(self._kernel.address, packed[0], len(rows.partitions) - 1)
 
-    def layer_calls(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: DecodeRows, scale: float) -> LayerCalls:
+    def layer_calls(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: DecodeRows, rules: LayerRules
+    ) -> LayerCalls:
         """The same for all layers, to be called by the threads of a program."""
-        return LayerCalls(self._kernel.address, *self._arguments(range(len(rows.k)), q, k, v, out, rows, scale))
+        return LayerCalls(self._kernel.address, *self._arguments(range(len(rows.k)), q, k, v, out, rows, rules))
 
     def _arguments(
-        self, layers: Sequence[int], q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: DecodeRows, scale: float
+        self, layers: Sequence[int], q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: DecodeRows, rules: LayerRules
     ) -> tuple[Int64Array, np.ndarray[Any, Any]]:
         """The arguments for each layer, [layers, ARG_WORDS], and the scratch memory that they refer to."""
         _, heads, width = q.shape
@@ -156,8 +183,10 @@ class DecodeKernel:
         arguments = AttentionArguments(
             partitions=threads,
             heads=heads,
+            group=heads // k.shape[1],
+            window=0,  # this and the scale are of a layer
             longest=longest,
-            scale_bits=int(np.float64(scale).view(np.int64)),
+            scale_bits=0,
             q=q.data_ptr(),
             q_row=q.stride(0),
             new_k=k.data_ptr(),
@@ -176,15 +205,17 @@ class DecodeKernel:
             scratch=scratch.ctypes.data,
         )
         packed = np.array([arguments] * len(layers), dtype=np.int64)
-        packed[:, ARG.k_slots] += np.array(layers) * rows.k.strides[0]
-        packed[:, ARG.v_slots] += np.array(layers) * rows.v.strides[0]
+        at = np.array(layers)
+        packed[:, ARG.k_slots] += at * rows.k.strides[0]
+        packed[:, ARG.v_slots] += at * rows.v.strides[0]
+        packed[:, ARG.window], packed[:, ARG.scale_bits] = rules.windows[at], rules.scale_bits[at]
         return packed, scratch
 
 
 @functools.cache
 def decode_kernel(head_dim: int, dtype: torch.dtype, device: str) -> DecodeKernel | None:
     """The kernel for heads of `head_dim` elements, compiled and self-tested; None where torch must be used."""
-    if device != "cpu" or dtype not in (torch.float32, torch.bfloat16) or head_dim % 2:
+    if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
     try:
         bf16 = dtype == torch.bfloat16
@@ -199,26 +230,34 @@ def decode_kernel(head_dim: int, dtype: torch.dtype, device: str) -> DecodeKerne
 
 
 def _self_test(kernel: DecodeKernel, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether it agrees with the formula: as many heads of keys as of queries and all positions, and neither."""
+    return all(_agrees(kernel, head_dim, dtype, heads, window) for heads, window in ((2, None), (4, 7)))
+
+
+def _agrees(kernel: DecodeKernel, head_dim: int, dtype: torch.dtype, heads: int, window: int | None) -> bool:
     """Whether four rows of three slots, of different lengths, agree with the formula in float64."""
     generator = torch.Generator().manual_seed(0)
-    cache = torch.randn(2, 3, 2, 32, head_dim, generator=generator).to(dtype)  # [k/v, S, H, positions, D]
-    qkv = torch.randn(4, 3, 2, head_dim, generator=generator).to(dtype)  # [R, q/k/v, H, D]
+    cache = torch.randn(2, 3, 2, 32, head_dim, generator=generator).to(dtype)  # [k/v, S, KV, positions, D]
+    new = torch.randn(4, 2, 2, head_dim, generator=generator).to(dtype)  # [R, k/v, KV, D]
+    q = torch.randn(4, heads, head_dim, generator=generator).to(dtype)
     base = cache.data_ptr() + np.arange(6).reshape(2, 3) * (cache.stride(1) * dtype.itemsize)
-    out = torch.empty(4, 2, head_dim, dtype=dtype)
+    out = torch.empty(4, heads, head_dim, dtype=dtype)
     rows = DecodeRows.of(
         base[:1],
         base[1:],
         np.full(3, cache.stride(2)),
         lengths=np.array([1, 16, 32]),
         counts=np.array([1, 2, 1]),
-        heads=2,
+        heads=heads,
     )
-    kernel(0, qkv[:, 0], qkv[:, 1], qkv[:, 2], out, rows, 1 / math.sqrt(head_dim))
+    kernel(0, q, new[:, 0], new[:, 1], out, rows, LayerRules.of([1 / math.sqrt(head_dim)], [window]))
     k, v = cache.double()
     for row, (slot, length) in enumerate([(0, 1), (1, 16), (1, 17), (2, 32)]):
-        k[slot, :, length - 1], v[slot, :, length - 1] = qkv[row, 1].double(), qkv[row, 2].double()
-        scores = k[slot, :, :length] @ qkv[row, 0].double()[:, :, None] / math.sqrt(head_dim)  # [H, length, 1]
-        expected = (scores.softmax(1) * v[slot, :, :length]).sum(1)
+        k[slot, :, length - 1], v[slot, :, length - 1] = new[row].double()
+        seen = slice(max(0, length - (window or length)), length)
+        keys, values = (x[slot, :, seen].repeat_interleave(heads // 2, 0) for x in (k, v))  # [H, seen, D]
+        scores = keys @ q[row].double()[:, :, None] / math.sqrt(head_dim)  # [H, seen, 1]
+        expected = (scores.softmax(1) * values).sum(1)
         if not torch.allclose(out[row].double(), expected, atol=1e-5 if dtype == torch.float32 else 0.02):
             return False
     return torch.equal(cache.double(), torch.stack([k, v]))  # the new positions are written, all others unchanged
@@ -230,16 +269,18 @@ def compile_attention(head_dim: int, bf16: bool) -> Any:
     from numba import carray, types
 
     thread, threads = thread_functions()
-    words = cast(types.int64, types.CPointer(types.uint32 if bf16 else types.float32))
+    itemsize = 2 if bf16 else 4
+    words = cast(types.int64, types.CPointer(attention_loops.word_type(head_dim, bf16)))
+    width = attention_loops.words(head_dim, bf16)
     int64s, real = cast(types.int64, types.CPointer(types.int64)), cast(types.int64, types.float64)
     implementation = attention_avx512 if attention_avx512.is_supported(head_dim, bf16) else attention_loops
     attend = implementation.attention(head_dim, bf16)
-    itemsize, width = (2, head_dim // 2) if bf16 else (4, head_dim)
+    row_bytes = head_dim * itemsize
 
     @numba.njit(inline="always")
     def locate(args: Any, slot: int, head: int) -> Any:
         """Where the keys and values of a head of a slot begin, and how many positions its first row reads."""
-        inside = carray(int64s(args[ARG.head_strides]), slot + 1)[slot] * itemsize * head
+        inside = carray(int64s(args[ARG.head_strides]), slot + 1)[slot] * itemsize * (head // args[ARG.group])
         k, v = (
             carray(int64s(args[ARG.k_slots]), slot + 1)[slot] + inside,
             carray(int64s(args[ARG.v_slots]), slot + 1)[slot] + inside,
@@ -247,21 +288,28 @@ def compile_attention(head_dim: int, bf16: bool) -> Any:
         return k, v, carray(int64s(args[ARG.lengths]), slot + 1)[slot]
 
     @numba.njit(error_model="numpy")
-    def compute(args: Any, here: Any, row: int, inside: int, number: int, following: Any, scratch: int) -> None:
+    def compute(args: Any, here: Any, row: int, head: int, number: int, following: Any, scratch: int) -> None:
         """One head of a row, the `number`-th of its slot, while the keys and values that follow are prefetched."""
         k_at, v_at, least = here
-        length = least + number
-        k, v = carray(words(k_at), length * width), carray(words(v_at), length * width)
+        length, inside = least + number, head // args[ARG.group] * row_bytes
+        last = (length - 1) * row_bytes
+        k, v = carray(words(k_at + last), width), carray(words(v_at + last), width)
         new_k = carray(words(args[ARG.new_k] + row * args[ARG.new_k_row] * itemsize + inside), width)
         new_v = carray(words(args[ARG.new_v] + row * args[ARG.new_v_row] * itemsize + inside), width)
         for d in range(width):
-            k[(length - 1) * width + d] = new_k[d]
-            v[(length - 1) * width + d] = new_v[d]
+            k[d] = new_k[d]
+            v[d] = new_v[d]
         q, out = (
-            args[ARG.q] + row * args[ARG.q_row] * itemsize + inside,
-            args[ARG.out] + row * args[ARG.out_row] * itemsize + inside,
+            args[ARG.q] + row * args[ARG.q_row] * itemsize + head * row_bytes,
+            args[ARG.out] + row * args[ARG.out_row] * itemsize + head * row_bytes,
         )
-        attend(q, k_at, v_at, out, length, following, scratch, np.float32(real(args[ARG.scale_bits])))
+        next_k, next_v, positions = following
+        window = args[ARG.window]
+        skipped, skipped_next = max(0, length - window), max(0, positions - window) * row_bytes
+        following = (next_k + skipped_next, next_v + skipped_next, min(positions, window))
+        begin = skipped * row_bytes
+        scale = np.float32(real(args[ARG.scale_bits]))
+        attend(q, k_at + begin, v_at + begin, out, length - skipped, following, scratch, scale)
 
     @numba.njit(error_model="numpy")
     def work(args: Any) -> None:
@@ -271,7 +319,7 @@ def compile_attention(head_dim: int, bf16: bool) -> Any:
         for part in range(thread(), args[ARG.partitions], threads()):
             slot, head = parts[part] // heads, parts[part] % heads
             for unit in range(parts[part], parts[part + 1]):
-                here, inside = locate(args, slot, head), head * head_dim * itemsize
+                here, this = locate(args, slot, head), head
                 first, count = (
                     carray(int64s(args[ARG.first_rows]), slot + 1)[slot],
                     carray(int64s(args[ARG.counts]), slot + 1)[slot],
@@ -280,7 +328,7 @@ def compile_attention(head_dim: int, bf16: bool) -> Any:
                     slot, head = (slot, head + 1) if head + 1 < heads else (slot + 1, 0)
                 k, v, length = locate(args, slot, head)
                 for i in range(count):
-                    compute(args, here, first + i, inside, i, (k, v, length if i + 1 == count else 0), scratch)
+                    compute(args, here, first + i, this, i, (k, v, length if i + 1 == count else 0), scratch)
 
     @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
     def kernel(arguments: Any) -> None:

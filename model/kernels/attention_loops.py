@@ -17,29 +17,31 @@ def attention(head_dim: int, bf16: bool) -> Any:
 
     `following` is (k, v, positions): the keys and values that are needed next. They are prefetched early, because all
     memory is read once, and the hardware prefetcher neither looks far enough ahead nor saturates memory.
-    The query and the sums of bfloat16 are stored with the elements of even index first.
+    The query and the sums of bfloat16 in pairs are stored with the elements of even index first.
     """
     import numba
     from numba import carray, types
 
     elements = cast(types.int64, types.CPointer(types.uint16 if bf16 else types.float32))
-    words = cast(types.int64, types.CPointer(types.uint32 if bf16 else types.float32))
+    words_at = cast(types.int64, types.CPointer(word_type(head_dim, bf16)))
     floats = cast(types.int64, types.CPointer(types.float32))
-    (lower, upper, store), parts = _conversions(bf16), 2 if bf16 else 1
+    (lower, upper, store), width = _conversions(bf16), words(head_dim, bf16)
+    paired = width < head_dim
     exp, prefetch_line = exponential(), prefetch()
-    width, row_bytes = (head_dim // 2, head_dim * 2) if bf16 else (head_dim, head_dim * 4)
+    parts, row_bytes = head_dim // width, head_dim * (2 if bf16 else 4)
 
     @numba.njit(fastmath=FAST_MATH)
     def attend(
         q: int, k_at: int, v_at: int, out_at: int, length: int, following: Any, scratch: int, scale: Any
     ) -> None:
         next_k, next_v, positions = following
-        given, k, v = carray(words(q), width), carray(words(k_at), length * width), carray(words(v_at), length * width)
+        given = carray(words_at(q), width)
+        k, v = carray(words_at(k_at), length * width), carray(words_at(v_at), length * width)
         query, sums = carray(floats(scratch), head_dim), carray(floats(scratch + head_dim * 4), head_dim)
         scores = carray(floats(scratch + head_dim * 8), length)
         for d in range(width):
             query[d] = lower(given[d]) * scale
-            if bf16:
+            if paired:
                 query[width + d] = upper(given[d]) * scale
         top = np.float32(-np.inf)
         for t in range(length):
@@ -51,7 +53,7 @@ def attention(head_dim: int, bf16: bool) -> Any:
             for d in range(width):
                 word = k[t * width + d]
                 score += query[d] * lower(word)
-                if bf16:
+                if paired:
                     score += query[width + d] * upper(word)
             scores[t] = score
             top = max(top, score)
@@ -70,7 +72,7 @@ def attention(head_dim: int, bf16: bool) -> Any:
             for d in range(width):
                 word = v[t * width + d]
                 sums[d] += weight * lower(word)
-                if bf16:
+                if paired:
                     sums[width + d] += weight * upper(word)
         out = carray(elements(out_at), head_dim)
         for d in range(width):
@@ -80,11 +82,24 @@ def attention(head_dim: int, bf16: bool) -> Any:
     return attend
 
 
+def words(head_dim: int, bf16: bool) -> int:
+    """How many words a head of a row has: pairs of bfloat16 where their number is even, else single elements."""
+    return head_dim // 2 if bf16 and head_dim % 2 == 0 else head_dim
+
+
+def word_type(head_dim: int, bf16: bool) -> Any:
+    """The numba type of a word: uint32 for a pair of bfloat16, uint16 for a single one, float32."""
+    from numba import types
+
+    pairs = types.uint32 if words(head_dim, bf16) < head_dim else types.uint16
+    return pairs if bf16 else types.float32
+
+
 def _conversions(bf16: bool) -> tuple[Any, Any, Any]:
     """Build lower and upper, which read an element of a word as float32, and store, which rounds an element.
 
-    A float32 is a word. A bfloat16 is the upper bf16 of a float32; a word holds two, with the even index in its lower
-    half.
+    A float32 is a word. A bfloat16 is the upper half of a float32; a word holds one, or two with the even index in its
+    lower half.
     """
     import numba
     from numba import types
@@ -93,7 +108,7 @@ def _conversions(bf16: bool) -> tuple[Any, Any, Any]:
 
     @numba.njit(inline="always")
     def lower(word: Any) -> Any:
-        return value(word << np.uint32(16)) if bf16 else word
+        return value(np.uint32(word) << np.uint32(16)) if bf16 else word
 
     @numba.njit(inline="always")
     def upper(word: Any) -> Any:

@@ -14,6 +14,7 @@ a third of a second. numba still generates error paths; if one were ever reached
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -87,13 +88,17 @@ def cache_directory() -> Path:
 
 
 def _key(name: str, isa: Isa) -> str:
-    """A file name that depends on the sources of all kernels, on the compiler and on the instruction set."""
+    """A file name that depends on the sources of all kernels, on compiler and settings, and on the instruction set."""
     from llvmlite import binding
 
     sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     target = binding.get_process_triple(), isa.name, isa.cpu, isa.features
     versions = (version("numba"), version("llvmlite"), platform.python_version(), *target)
-    return hashlib.sha256(b"\0".join([*sources, repr((name, versions)).encode()])).hexdigest()[:40]
+    # numba's own settings, which change the code; else what one process compiles with them, all later ones would run.
+    options = sorted((key, value) for key, value in os.environ.items() if key.startswith("NUMBA_"))
+    with contextlib.suppress(OSError), open(".numba_config.yaml", "rb") as file:
+        sources.append(file.read(MAX_BYTES))
+    return hashlib.sha256(b"\0".join([*sources, repr((name, versions, options)).encode()])).hexdigest()[:40]
 
 
 def _load(path: Path) -> Kernel | None:

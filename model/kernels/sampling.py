@@ -36,10 +36,7 @@ BUCKETS = 2**DIGIT
 
 
 class SamplingArguments(NamedTuple):
-    """The arguments of the compiled function: int64 words; see `ops.py` for how they are used.
-
-    What follows `rows` to `chosen` are addresses of arrays with one element for each drawn row.
-    """
+    """The int64 words of a call, see `ops.py`. `rows` to `log_sums`: addresses of arrays, one element a drawn row."""
 
     logits: int  # address
     row_bytes: int  # bytes from one row to the next
@@ -115,6 +112,11 @@ def log_sums(logits: Tensor, largest: Tensor) -> Tensor | None:
     }
     _run(kernel, logits, arrays)
     return torch.from_numpy(arrays["log_sums"])
+
+
+def sampling_works(device: str, dtype: torch.dtype) -> bool:
+    """Whether tokens are drawn by this kernel. Compiles it."""
+    return device == "cpu" and _kernel(dtype) is not None
 
 
 def _kernel_for(logits: Tensor) -> Kernel | None:

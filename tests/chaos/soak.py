@@ -2,11 +2,13 @@
 
 A real Redis, a real worker and `headrace serve`, each with its data and its temporary files in one directory. After a
 warm-up the traffic stops until all lifetimes have passed: what is there then is the baseline. The same is measured
-again after the rest of the run, and judged by `tests.chaos.soak_ledger`.
+again after the rest of the run, and judged by `tests.chaos.soak_ledger`. Only these two times, programs give back what
+their allocators kept (`tests.chaos.soak_memory`): users' programs do not do that either.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -27,10 +29,12 @@ from headrace.client.wire import keys
 from headrace.config import Settings, load_settings
 from headrace.config.logging import setup_logging
 from headrace.worker.redis_server import EmbeddedRedis
-from tests.chaos.soak_ledger import ProcessSample, Sample, SoakFacts, balance, table
+from tests.chaos.soak_ledger import InUse, ProcessSample, Sample, SoakFacts, balance, table
+from tests.chaos.soak_memory import ask, environment, in_use
 from tests.chaos.soak_traffic import Book, Traffic
 from tests.integration.http_server import HttpServer
 from tests.integration.processes import WorkerProcess
+from tests.patience import PATIENCE_S
 
 #: Seconds between samples.
 SAMPLE_S = 60.0
@@ -68,14 +72,14 @@ class Soak:
         with ExitStack() as stack:
             server = stack.enter_context(EmbeddedRedis(directory=self.data / "redis", socket=self.directory / "s"))
             settings = main_settings(server.url, self.ttl_s)
-            environment = {
+            variables = environment(self.directory / "memory") | {
                 f"HEADRACE_{name.upper()}": str(value)
                 for name, value in settings.model_dump(exclude_unset=True).items()
             }
             worker = stack.enter_context(
-                WorkerProcess(self.logs / "worker.log", bare=True, HEADRACE_SLOTS="16", **environment)
+                WorkerProcess(self.logs / "worker.log", bare=True, HEADRACE_SLOTS="16", **variables)
             )
-            http = HttpServer(self.logs, server.url, "--files", str(self.data / "store"), **environment)
+            http = HttpServer(self.logs, server.url, "--files", str(self.data / "store"), **variables)
             stack.enter_context(http)
             worker.wait_ready()
             assert worker.process is not None
@@ -126,14 +130,19 @@ class Soak:
         """Wait until all lifetimes have passed, and take the sample that counts."""
         self.log(f"{phase}: waiting {self.ttl_s + SETTLE_S:.0f} s for all lifetimes to pass")
         time.sleep(self.ttl_s + SETTLE_S)
-        self._sample(phase, on_sample)
+        self._sample(phase, on_sample, trim=True)
+
+    def _in_use(self, *, trim: bool) -> dict[str, InUse]:
+        asked = {name: self.processes[name] for name in ("worker", "serve")}
+        found = {name: ask(pid, self.directory / "memory", PATIENCE_S, trim=trim) for name, pid in asked.items()}
+        return {name: InUse(**values) for name, values in (found | {"client": in_use(trim=trim)}).items()}
 
     def _sample_until(self, until: float, phase: str, on_sample: Callable[[SoakFacts], None]) -> None:
         while (rest := until - time.monotonic()) > 0:
             time.sleep(min(rest, SAMPLE_S))
             self._sample(phase, on_sample)
 
-    def _sample(self, phase: str, on_sample: Callable[[SoakFacts], None]) -> None:
+    def _sample(self, phase: str, on_sample: Callable[[SoakFacts], None], *, trim: bool = False) -> None:
         memory, kinds = self.redis.info("memory"), self._kinds()
         passing = sum(int(memory[name]) for name in ("mem_clients_normal", "mem_clients_slaves", "mem_aof_buffer"))
         self.samples.append(
@@ -143,15 +152,20 @@ class Soak:
                 processes={name: measure(pid) for name, pid in self.processes.items()},
                 keys=kinds,
                 redis_bytes=int(memory["used_memory"]) - passing,
+                redis_peak=int(memory["used_memory_peak"]),
+                redis_scripts=int(memory["used_memory_lua"]),
                 connections=int(self.redis.info("clients")["connected_clients"]),
                 temporary_files=count(self.temporary),
                 client_files=count(self.directory / "client"),
                 data_files={place.name: count(place) for place in sorted(self.data.iterdir())},
                 log_bytes=sum(path.stat().st_size for path in self.logs.iterdir()),
+                in_use=self._in_use(trim=trim),  # last, because it may trim what the others measure
             )
         )
         on_sample(self.facts())
         rss = {name: f"{sample.rss / 2**20:.0f}" for name, sample in self.samples[-1].processes.items()}
+        used = {name: f"{one.malloc / 2**20:.1f}+{one.blocks}" for name, one in self.samples[-1].in_use.items()}
+        self.log(f"      MiB in malloc + Python's blocks: {used}")
         self.log(f"{self.samples[-1].at:5d} s {phase}: MiB {rss}, {sum(kinds.values())} keys, {self.book.so_far()}")
 
     def _kinds(self) -> dict[str, int]:
@@ -182,16 +196,27 @@ class Soak:
 
 
 def measure(pid: int) -> ProcessSample:
-    """Memory, descriptors and threads of a process, and of its children unless it is this process."""
-    proc = Path("/proc", str(pid))
-    status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines() if ":\t" in line)
-    own = ProcessSample(int(status["VmRSS"].split()[0]) * 1024, len(os.listdir(proc / "fd")), int(status["Threads"]))
+    """Memory, descriptors and threads of a process, and of its children unless it is this process.
+
+    Redis has a child while it saves. One that ends meanwhile counts as nothing, as does one that waits to be reaped.
+    """
+    own = _measure_one(pid)
     if pid == os.getpid():
         return own  # the children are measured by themselves
-    children = [
-        measure(int(child)) for task in (proc / "task").iterdir() for child in (task / "children").read_text().split()
-    ]
+    children: list[ProcessSample] = []
+    for task in Path("/proc", str(pid), "task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in (task / "children").read_text().split():
+                with contextlib.suppress(OSError, KeyError):
+                    children.append(measure(int(child)))
     return ProcessSample(*(sum(values) for values in zip(*(astuple(one) for one in [own, *children]), strict=True)))
+
+
+def _measure_one(pid: int) -> ProcessSample:
+    """Raises OSError or KeyError for a process that has ended."""
+    proc = Path("/proc", str(pid))
+    status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines() if ":\t" in line)
+    return ProcessSample(int(status["VmRSS"].split()[0]) * 1024, len(os.listdir(proc / "fd")), int(status["Threads"]))
 
 
 def kind_of(name: str) -> str:

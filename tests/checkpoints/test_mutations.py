@@ -124,10 +124,10 @@ def mask_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
     """Every token also sees the next one."""
     attention = F.scaled_dot_product_attention
 
-    def leaky(q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False, scale: float = 1.0) -> Any:
+    def leaky(q: Any, k: Any, v: Any, *, attn_mask: Any, is_causal: bool, scale: float, enable_gqa: bool) -> Any:
         if is_causal:
             attn_mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(1)
-        return attention(q, k, v, attn_mask=attn_mask, scale=scale)
+        return attention(q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa)
 
     patch.setattr(headrace.model.attention.F, "scaled_dot_product_attention", leaky)
     patch.setattr(headrace.model.attention, "MAX_COMPILED_PROMPT", 0)
@@ -161,6 +161,6 @@ def test_a_planted_mistake_is_caught_where_it_should_be_and_named(
     failed = [row.number for row in compared if row.ok is False]
     assert failed
     assert failed[0] == number
-    cause = likely_cause(number, ours, exact, arbiter.weights, PROMPT)
+    cause = likely_cause(number, ours, exact, arbiter, PROMPT)
     assert cause is not None
     assert words in cause

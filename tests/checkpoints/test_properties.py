@@ -6,6 +6,7 @@ tests/unit/worker/engine/test_batch_invariance.py. `make properties` runs 500 ex
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from concurrent.futures import Future
 from typing import Any
@@ -20,6 +21,7 @@ from headrace.client.wire.requests import parse_request
 from headrace.client.wire.results import Choice, Result
 from headrace.model.config import ModelConfig
 from headrace.model.decoder import Decoder
+from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import gpt2_tokenizer
 from headrace.model.weights import expected_shapes
 from headrace.worker.engine.cache_slots import SlotTable
@@ -33,49 +35,57 @@ VOCABULARY, POSITIONS = 512, 128
 
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=64, n_positions=POSITIONS, vocab_size=VOCABULARY)
+#: Multi-query attention with a window, as no family has both; and heads of an odd size in groups of three.
+GROUPED = dataclasses.replace(CONFIG, n_head=8, n_kv_head=1, windows=(None, 20), scaled_attention=False)
+ODD = dataclasses.replace(CONFIG, n_head=12, n_embd=60, n_kv_head=4, windows=(33, 1), scaled_by_layer=True)
+configs = st.sampled_from([CONFIG, GROUPED, ODD])
 #: Our own error of a logarithm of a probability, against float64: a tenth of what the checkpoints allow for logits.
 TOLERANCE = 1e-4
 
 
 @functools.cache
-def small_model() -> Decoder:
-    return Decoder(CONFIG, weights())
+def small_model(config: ModelConfig) -> Decoder:
+    return Decoder(config, weights(config))
 
 
 @functools.cache
-def exact_model() -> Decoder:
+def exact_model(config: ModelConfig) -> Decoder:
     """The same weights in float64, without a cache."""
-    return Decoder(CONFIG, {name: tensor.double() for name, tensor in weights().items()})
+    return Decoder(config, {name: tensor.double() for name, tensor in weights(config).items()})
 
 
-def exact_logprobs(token_ids: list[int]) -> Tensor:
+def exact_logprobs(config: ModelConfig, token_ids: list[int]) -> Tensor:
     """[T, V]."""
-    model, ids = exact_model(), torch.tensor(token_ids)
-    hidden = model.forward(ids, torch.arange(len(ids)), causal)
+    model, ids = exact_model(config), torch.tensor(token_ids)
+    hidden = model.forward(ids, torch.arange(len(ids)), functools.partial(causal, config))
     return model.head(hidden).log_softmax(-1)
 
 
-def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one sequence by the formula. [T, H, D] each."""
-    scores = torch.einsum("thd,shd->hts", q, k) * CONFIG.scale
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return torch.einsum("hts,shd->thd", scores.masked_fill(future, float("-inf")).softmax(-1), v)
+def causal(config: ModelConfig, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one sequence by the formula. [T, H, D], [T, KV, D] twice -> [T, H, D]."""
+    k, v = (x.repeat_interleave(config.n_head // config.kv_heads, 1) for x in (k, v))
+    scores = torch.einsum("thd,shd->hts", q, k) * config.layer_scale(layer)
+    window = config.window(layer) or len(q)
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril().triu(1 - window)
+    return torch.einsum("hts,shd->thd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
 
 
-def weights() -> dict[str, Tensor]:
+def weights(config: ModelConfig) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(11)
-    made = {name: torch.randn(*shape, generator=rng) * 0.15 for name, shape in expected_shapes(CONFIG).items()}
+    made = {name: torch.randn(*shape, generator=rng) * 0.15 for name, shape in expected_shapes(config).items()}
     for name in made:
         if "ln_" in name and name.endswith("weight"):
             made[name] = made[name] + 1
     return made
 
 
-def engine(slots: int = 64, step_tokens: int = 512, chunk: int = 32, drafts: int = 0) -> Engine:
-    runner = ModelRunner(small_model(), [32, 64, POSITIONS])
+def engine(
+    slots: int = 64, step_tokens: int = 512, chunk: int = 32, drafts: int = 0, config: ModelConfig = CONFIG
+) -> Engine:
+    runner = ModelRunner(small_model(config), [32, 64, POSITIONS])
     table = SlotTable([32, 64, POSITIONS], position_bytes=runner.position_bytes, budget_bytes=2**24)
     scheduler = Scheduler(table, max_rows=slots, step_tokens=step_tokens, prefill_chunk=chunk, draft_tokens=drafts)
-    names = {"model_name": "small", "vocab_size": VOCABULARY, "max_context": POSITIONS}
+    names: dict[str, Any] = {"model_name": "small", "vocab_size": VOCABULARY, "max_context": POSITIONS, "ends": Ends()}
     return Engine(runner, gpt2_tokenizer(), scheduler, **names)
 
 
@@ -122,11 +132,17 @@ requests = st.fixed_dictionaries(
     step_tokens=st.sampled_from([16, 40, 512]),
     chunk=st.sampled_from([16, 32, 64]),
     drafts=st.sampled_from([0, 3, 15]),
+    config=configs,
 )
 def test_each_job_is_the_same_bits_in_any_crowd_as_alone(
-    jobs: list[tuple[dict[str, Any], int, bool]], slots: int, step_tokens: int, chunk: int, drafts: int
+    jobs: list[tuple[dict[str, Any], int, bool]],
+    slots: int,
+    step_tokens: int,
+    chunk: int,
+    drafts: int,
+    config: ModelConfig,
 ) -> None:
-    crowd = engine(slots, step_tokens, chunk, drafts)
+    crowd = engine(slots, step_tokens, chunk, drafts, config)
     futures: list[Future[Result]] = []
     for i, (fields, steps_before, _) in enumerate(jobs):
         for _ in range(steps_before):
@@ -139,7 +155,7 @@ def test_each_job_is_the_same_bits_in_any_crowd_as_alone(
     finish(crowd)
     for (fields, _, cancelled), future in zip(jobs, futures, strict=True):
         if future.exception() is None:
-            assert future.result().choices == alone(fields, chunk=chunk)
+            assert future.result().choices == alone(fields, chunk=chunk, config=config)
         else:
             assert cancelled
             assert isinstance(future.exception(), JobCancelled)
@@ -150,25 +166,26 @@ def test_each_job_is_the_same_bits_in_any_crowd_as_alone(
     jobs=st.lists(st.tuples(requests, st.integers(1, 40), st.integers(1, 3)), min_size=1, max_size=4),
     slots=st.integers(1, 6),
     drafts=st.integers(1, 15),
+    config=configs,
 )
 def test_each_job_is_the_same_bits_with_drafts_as_without(
-    jobs: list[tuple[dict[str, Any], int, int]], slots: int, drafts: int
+    jobs: list[tuple[dict[str, Any], int, int]], slots: int, drafts: int, config: ModelConfig
 ) -> None:
     """Prompts that repeat themselves, so that there is something to guess."""
     fields = [{**job, "prompt": job["prompt"][:20] * times, "max_tokens": count} for job, count, times in jobs]
-    crowd = engine(slots, drafts=drafts)
+    crowd = engine(slots, drafts=drafts, config=config)
     futures = [crowd.submit(parse_request(each)) for each in fields]
     finish(crowd)
-    assert [future.result().choices for future in futures] == [alone(each) for each in fields]
+    assert [future.result().choices for future in futures] == [alone(each, config=config) for each in fields]
 
 
 @settings(deadline=None)
-@given(prompt=prompts, count=st.integers(1, 20))
-def test_cached_equals_uncached_in_float64(prompt: list[int], count: int) -> None:
+@given(prompt=prompts, count=st.integers(1, 20), config=configs)
+def test_cached_equals_uncached_in_float64(prompt: list[int], count: int, config: ModelConfig) -> None:
     fields = {"prompt": prompt, "max_tokens": count, "temperature": 0, "logprobs": 2, "echo": True}
-    (choice,) = alone(fields)
+    (choice,) = alone(fields, config=config)
     assert choice.logprobs is not None
-    exact = exact_logprobs(choice.token_ids)
+    exact = exact_logprobs(config, choice.token_ids)
     for i, score in enumerate(choice.logprobs[1:]):
         assert score.logprob is not None
         assert abs(score.logprob - float(exact[i, score.token_id])) < TOLERANCE
@@ -177,12 +194,14 @@ def test_cached_equals_uncached_in_float64(prompt: list[int], count: int) -> Non
 
 
 @settings(deadline=None)
-@given(prompt=prompts, chunks=st.tuples(*[st.integers(1, 100)] * 2))
-def test_a_prompt_split_anywhere_gives_the_same_logits(prompt: list[int], chunks: tuple[int, int]) -> None:
+@given(prompt=prompts, chunks=st.tuples(*[st.integers(1, 100)] * 2), config=configs)
+def test_a_prompt_split_anywhere_gives_the_same_logits(
+    prompt: list[int], chunks: tuple[int, int], config: ModelConfig
+) -> None:
     fields = {"prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 5}
-    exact = exact_logprobs(prompt)
+    exact = exact_logprobs(config, prompt)
     for chunk in chunks:
-        (choice,) = alone(fields, chunk=chunk)
+        (choice,) = alone(fields, chunk=chunk, config=config)
         assert choice.logprobs is not None
         for i, score in enumerate(choice.logprobs[1:]):
             assert score.logprob is not None
@@ -200,6 +219,7 @@ def test_n_samples_are_n_jobs_with_their_sample_index(fields: dict[str, Any], n:
             "one",
             future := Future(),
             tokenizer=single.tokenizer,
+            ends=single.ends,
             vocab_size=single.vocab_size,
             max_context=single.max_context,
         )

@@ -358,6 +358,7 @@ def test_files_that_do_not_fit_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         load_reference(name, tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"activation_function": "gelu"}))
-    with pytest.raises(ValueError, match="activation_function"):
-        load_reference(name, tmp_path)
+    for field, value in (("activation_function", "mish"), ("model_type", "gptj"), ("add_cross_attention", True)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+        with pytest.raises(ValueError, match=field):
+            load_reference(name, tmp_path)

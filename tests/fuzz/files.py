@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from headrace.client.wire.activations import CHECKPOINTS
 from headrace.client.wire.comparison import compare
-from headrace.model import Decoder, ModelError, load_model, load_tokenizer
+from headrace.model import Decoder, ModelError, load_model
 from headrace.model.config import ModelConfig
-from headrace.model.tokenizer import END_OF_TEXT, _byte_alphabet
+from headrace.model.families import FAMILIES
+from headrace.model.gguf_file import tokenizer_json
 from headrace.model.weights import expected_shapes
 from headrace.worker.fidelity.tensor_files import read_tensors
 from tests.fuzz.harness import Target, check_message
@@ -71,7 +72,10 @@ NAMES = (
         [
             *SHAPES,
             *(f"transformer.{name}" for name in SHAPES),
+            *(f"module._orig_mod.{name}" for name in SHAPES),
             "lm_head.weight",
+            "v_head.summary.weight",
+            "h.0.attn.c_attn.lora_A.weight",
             "h.0.attn.bias",
             "h.01.ln_1.bias",
             "h.9999999999.ln_1.bias",
@@ -103,9 +107,15 @@ CONFIG_FIELDS: dict[str, st.SearchStrategy[Any]] = {
     **{name: st.just(value) | HUGE for name, value in CONFIG.items()},
     "n_inner": st.sampled_from([None, 16, 1_000_000]),
     "layer_norm_epsilon": st.just(1e-5) | NUMBERS,
-    "model_type": st.just("gpt2"),
-    "activation_function": st.sampled_from(["gelu_new", "relu"]),
+    "model_type": st.sampled_from(["gpt2", "gpt2", "gpt2", *FAMILIES]) | JSON,
+    "activation_function": st.sampled_from(["gelu_new", "relu", "mish"]),
     "tie_word_embeddings": st.booleans(),
+    "scale_attn_weights": st.booleans(),
+    "num_hidden_layers": st.just(CONFIG["n_layer"]) | HUGE,
+    "add_cross_attention": st.booleans(),
+    "quantization_config": st.sampled_from([None, {}, {"quant_method": "gptq"}]),
+    "auto_map": JSON,
+    "pruned_heads": JSON,
 }
 CONFIGS = st.one_of(
     st.just(json.dumps(CONFIG).encode()),
@@ -165,62 +175,6 @@ def check_index(case: tuple[Any, bytes, bytes]) -> None:
     files = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors.index.json": json.dumps(index).encode()}
     with folder({**files, "a.safetensors": first, "b.safetensors": second}) as path:
         _load(path)
-
-
-BYTES = _byte_alphabet()
-TOKENS = st.sampled_from(["ab", "bc", "abc", "Ġa", END_OF_TEXT, "a", "ð", "\ud800", "", " ", "a b", "é"]) | ANY_TEXT
-VOCABULARY = {char: i for i, char in enumerate(BYTES)} | {"ab": 256, "abc": 257}
-VOCABULARIES = st.one_of(
-    st.just(VOCABULARY),
-    st.dictionaries(TOKENS, st.integers(255, 262) | JSON, max_size=4).map(lambda more: {**VOCABULARY, **more}),
-    st.dictionaries(TOKENS, st.integers(258, 262) | st.sampled_from([2**31 - 1, 2**31, 2**40]), max_size=4).map(
-        lambda more: {**VOCABULARY, **more}
-    ),
-    st.sampled_from([3, 20_000]).map(lambda n: {**VOCABULARY, **{f"<{i}>": 258 + i for i in range(n)}}),
-    JSON,
-)
-MERGES = st.lists(
-    st.sampled_from(
-        ["a b", "ab c", "b c", "a bc", "c ab", "ab ab", "#version: 0.2", "", "a", "a b c", " ", "é x", "\ud800 a"]
-    )
-    | ANY_TEXT,
-    max_size=5,
-) | st.just(["a b", "ab c"])
-ADDED = st.none() | JSON | st.lists(objects({"content": TOKENS, "id": st.integers(250, 270) | JSON}), max_size=3)
-VOCABULARY_FILES = st.one_of(
-    st.tuples(VOCABULARIES, MERGES).map(
-        lambda v: {
-            "vocab.json": json.dumps(v[0]).encode(),
-            "merges.txt": "\n".join(v[1]).encode(errors="surrogatepass"),
-        }
-    ),
-    st.tuples(st.binary(max_size=20) | st.just(b"[" * 100_000), st.binary(max_size=20)).map(
-        lambda v: {"vocab.json": v[0], "merges.txt": v[1]}
-    ),
-    st.tuples(
-        VOCABULARIES, MERGES.map(lambda m: [x.split(" ") for x in m]) | MERGES | st.lists(JSON, max_size=3), ADDED
-    ).map(
-        lambda v: {
-            "tokenizer.json": json.dumps(
-                {"model": {"type": "BPE", "vocab": v[0], "merges": v[1]}, "added_tokens": v[2]}
-            ).encode()
-        }
-    ),
-    JSON.map(lambda v: {"tokenizer.json": json.dumps(v).encode()}),
-)
-SAMPLES = ("", "abc abcab", " \u00e9\U0001f600 <1>", "a" * 300 + " " * 300)
-
-
-def check_vocabulary(files: dict[str, bytes]) -> None:
-    """A vocabulary round-trips every text, or is refused with a ModelError that names its directory."""
-    with folder(files) as path:
-        try:
-            tokenizer = load_tokenizer(path)
-        except ModelError as error:
-            check_message(str(error), str(path))
-            return
-        for text in SAMPLES:
-            assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 TENSOR_NAMES = st.sampled_from(
@@ -333,9 +287,79 @@ def check_tensors(case: tuple[str, bytes]) -> None:
         assert len(compare(CAPTURED, found, reference=name, tolerances={})) == 12
 
 
+GGUF_COUNTS = st.sampled_from([0, 1, 2, 3, 8, 31, 32, 64, 1_000, 2**20, 2**31, 2**32, 2**60, 2**63, 2**64 - 1])
+GGUF_ENTRIES: dict[str, tuple[int, bytes]] = {
+    "general.architecture": (8, struct.pack("<Q", 4) + b"gpt2"),
+    "gpt2.block_count": (4, struct.pack("<I", 1)),
+    "gpt2.embedding_length": (4, struct.pack("<I", 4)),
+    "gpt2.context_length": (4, struct.pack("<I", 8)),
+    "gpt2.attention.head_count": (4, struct.pack("<I", 2)),
+    "gpt2.attention.layer_norm_epsilon": (6, struct.pack("<f", 1e-5)),
+}
+GGUF_VALUES = st.one_of(
+    st.tuples(st.integers(0, 14), GGUF_COUNTS.map(lambda n: struct.pack("<Q", n))),
+    st.tuples(st.just(9), st.tuples(st.integers(0, 14), GGUF_COUNTS).map(lambda a: struct.pack("<IQ", *a))),
+    st.tuples(st.just(8), st.binary(max_size=12).map(lambda b: struct.pack("<Q", len(b)) + b)),
+)
+GGUF_NAMES = st.sampled_from(
+    [
+        *("token_embd.weight", "position_embd.weight", "output_norm.weight", "output_norm.bias", "output.weight"),
+        *("blk.0.attn_qkv.weight", "blk.0.ffn_up.weight", "blk.99999999.ffn_up.bias", "wte.weight", "", "x" * 5_000),
+    ]
+)
+GGUF_TENSORS = st.lists(
+    st.tuples(
+        GGUF_NAMES,
+        st.lists(st.sampled_from([0, 1, 4, 8, 256]) | GGUF_COUNTS, max_size=5),
+        st.integers(0, 45),
+        GGUF_COUNTS,
+    ),
+    max_size=4,
+)
+
+
+def gguf_file(
+    counts: tuple[int, int], changed: dict[str, tuple[int, bytes]], tensors: list[Any], version: int, data: bytes
+) -> bytes:
+    """A file in the GGUF format. `counts` are added to the true numbers of tensors and metadata entries."""
+    entries = GGUF_ENTRIES | changed
+    numbers = [(true + more) % 2**64 for true, more in zip((len(tensors), len(entries)), counts, strict=True)]
+    out = b"GGUF" + struct.pack("<IQQ", version, *numbers)
+    for name, (code, value) in entries.items():
+        out += struct.pack("<Q", len(name.encode())) + name.encode() + struct.pack("<I", code) + value
+    for name, dims, code, offset in tensors:
+        out += struct.pack("<Q", len(name)) + name.encode() + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+        out += struct.pack("<IQ", code, offset)
+    return out + bytes(-len(out) % 32) + data
+
+
+GGUF_FILES = st.builds(
+    gguf_file,
+    st.tuples(*[st.just(0) | GGUF_COUNTS] * 2),
+    st.dictionaries(
+        st.sampled_from([*GGUF_ENTRIES, "general.alignment", "general.type", "split.count", "tokenizer.ggml.tokens"]),
+        GGUF_VALUES,
+        max_size=2,
+    ),
+    GGUF_TENSORS,
+    st.sampled_from([3, 3, 3, 2, 1, 0, 2**24]),
+    st.sampled_from([b"", bytes(64), bytes(4096), b"\xff" * 4096]),
+) | st.binary(max_size=60)
+
+
+def check_gguf(data: bytes) -> None:
+    """A GGUF file is loaded, or refused with a ModelError that names it; so is its tokenizer."""
+    with folder({"m.gguf": data}) as path:
+        _load(path / "m.gguf")
+        try:
+            assert isinstance(tokenizer_json(path / "m.gguf"), dict)
+        except ModelError as error:
+            check_message(str(error), str(path))
+
+
 TARGETS = [
+    Target("gguf", GGUF_FILES, check_gguf, full_cases=12_000),
     Target("model", st.tuples(CONFIGS, WEIGHTS), check_model, full_cases=12_000),
     Target("index", st.tuples(INDEXES, WEIGHTS, WEIGHTS), check_index, full_cases=6_000),
-    Target("vocabulary", VOCABULARY_FILES, check_vocabulary, full_cases=6_000, test_cases=20),
     Target("tensors", TENSOR_FILES, check_tensors, full_cases=7_000),
 ]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from headrace.client import Client, InvalidBatch, InvalidRequest, JobFailed
 from headrace.client.batch.check import check
-from headrace.client.batch.openai import output_line, read_output_line
+from headrace.client.batch.output_lines import output_line, read_output_line
 from headrace.client.batch.rows import ItemReader
 from headrace.client.batch.sources import open_source
 from headrace.client.wire.foreign import FOREIGN
@@ -42,17 +42,59 @@ COMPLETIONS = objects(
     },
     needed=("prompt",),
 )
+TEXTS = HOSTILE_TEXT | ANY_TEXT
+PARTS = st.lists(
+    objects({"type": st.just("text"), "text": HOSTILE_TEXT | ANY_TEXT}, needed=("type", "text")), max_size=2
+)
+MESSAGES = st.lists(
+    objects(
+        {"role": st.sampled_from(["system", "user"]) | ANY_TEXT, "content": TEXTS | PARTS},
+        needed=("role", "content"),
+    ),
+    max_size=3,
+)
+CHATS = objects(
+    {
+        "messages": MESSAGES,
+        "prompt": JSON,
+        "logprobs": st.booleans() | JSON,
+        "top_logprobs": st.integers(0, 21) | JSON,
+        "n": st.integers(0, 3),
+        "max_tokens": st.integers(0, 4),
+        "stream": st.booleans(),
+        "echo": st.booleans() | JSON,
+        "add_generation_prompt": st.booleans(),
+        "continue_final_message": st.booleans(),
+        "chat_template_kwargs": JSON,
+        "tools": st.sampled_from([[], [{}]]),
+        "return_tokens_as_token_ids": st.booleans(),
+    },
+    needed=("messages",),
+)
+TOKENS = objects(
+    {
+        "prompt": GOOD["prompt"],
+        "messages": MESSAGES,
+        "tokens": GOOD["prompt"],
+        "model": st.sampled_from(["demo", "gpt-5"]),
+        "return_token_strs": st.booleans(),
+        "add_special_tokens": st.booleans(),
+        "skip_special_tokens": st.booleans(),
+    }
+)
 BATCHES = objects(
     {
         "input_file_id": st.sampled_from(["file-0", "../lock", "\0"]) | ANY_TEXT,
-        "endpoint": st.just("/v1/completions"),
+        "endpoint": st.sampled_from(["/v1/completions", "/v1/chat/completions"]),
         "completion_window": st.just("24h"),
         "metadata": st.dictionaries(ANY_TEXT, ANY_TEXT, max_size=3),
     },
     needed=("input_file_id", "endpoint", "completion_window"),
 )
-BODIES = COMPLETIONS | BATCHES | JSON | st.binary(max_size=40)
-PATHS = st.sampled_from(["/v1/completions", "/execute", "/v1/batches", "/v1/files", "/v1/chat/completions"])
+BODIES = COMPLETIONS | CHATS | TOKENS | BATCHES | JSON | st.binary(max_size=40)
+PATHS = st.sampled_from(
+    ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/execute", "/v1/batches", "/v1/files"]
+)
 TYPES = st.sampled_from(["application/json", "", "multipart/form-data; boundary=x", "text/plain"]) | ANY_TEXT
 LISTS = ("/v1/batches", "/v1/files", "/v1/models", "/openapi.json", "/version")
 
@@ -94,7 +136,6 @@ class Step(NamedTuple):
     data: Any
 
 
-TEXTS = HOSTILE_TEXT | ANY_TEXT
 STEPS = st.one_of(
     st.builds(Step, st.just("upload"), TEXTS, st.binary(max_size=20) | st.just(b"{}\n")),
     st.builds(Step, st.sampled_from(["get", "delete", "post"]), TEXTS, TEXTS),
@@ -248,7 +289,7 @@ ROWS = st.lists(
             "custom_id": TEXTS,
             "method": st.just("POST"),
             "url": st.sampled_from(["/v1/completions", "/v1/chat/completions"]) | TEXTS,
-            "body": COMPLETIONS,
+            "body": COMPLETIONS | CHATS,
         },
         needed=("custom_id", "method", "url", "body"),
     )

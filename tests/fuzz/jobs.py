@@ -14,7 +14,7 @@ from headrace.client.wire.errors import InvalidRequest, JobError, JobFailed
 from headrace.client.wire.foreign import FOREIGN
 from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request
 from headrace.client.wire.results import Result, outcome_state, parse_outcome
-from headrace.model.tokenizer import END_OF_TEXT, PATTERN, Tokenizer
+from headrace.model.tokenizer import END_OF_TEXT, PATTERN, TiktokenTokenizer
 from headrace.worker.engine.engine import Engine
 from headrace.worker.queue.messages import read_group, read_wire
 from tests.checkpoints.test_properties import VOCABULARY
@@ -61,7 +61,7 @@ def _engine() -> Engine:
     """A small random model with a token for each byte."""
     engine = small_engine(slots=4)
     ranks = {bytes([byte]): byte for byte in range(256)}
-    engine.tokenizer = Tokenizer(
+    engine.tokenizer = TiktokenTokenizer(
         tiktoken.Encoding("bytes", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
     )
     return engine

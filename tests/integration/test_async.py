@@ -203,3 +203,45 @@ def test_closing_ends_though_a_cancellation_is_lost(redis_url: str, monkeypatch:
 
     monkeypatch.setattr(Pipeline, "execute", lose_one_cancellation)
     asyncio.run(inside())
+
+
+def test_token_ids_and_texts_come_from_a_worker(client: Client, worker: WorkerProcess) -> None:
+    text = "Hello. caf\u00e9 <|endoftext|>"
+    found = client.tokenize(text)
+    assert (found.count, found.max_model_len) == (len(found.tokens), 1024)
+    assert "".join(found.token_strs).startswith("Hello.")
+    assert client.detokenize(found.tokens) == text
+    special = client.tokenize(text, parse_special_tokens=True)
+    assert special.tokens[-1] == 50256
+    assert special.count < found.count
+    assert client.detokenize(special.tokens, skip_special_tokens=True) == "Hello. caf\u00e9 "
+    job = client.submit(text, parse_special_tokens=True, max_tokens=2, temperature=0)
+    by_ids = client.submit(special.tokens, max_tokens=2, temperature=0)
+    assert job.result(PATIENCE_S).choices == by_ids.result(PATIENCE_S).choices
+    with pytest.raises(JobFailed, match="vocabulary ends at 50256"):
+        client.detokenize([60_000])
+    with pytest.raises(InvalidRequest, match=r"^token_ids: got"):
+        client.detokenize("Hello")  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match=r"^token_ids: got"):
+        client.detokenize([-1])
+
+    async def scenario() -> None:
+        async with AsyncClient(settings=client.settings) as own:
+            assert await own.tokenize(text) == found
+            assert await own.detokenize(found.tokens) == text
+            with pytest.raises(JobFailed, match="no chat template"):
+                await own.tokenize(messages=[{"role": "user", "content": "my secret"}])
+
+    asyncio.run(scenario())
+
+
+def test_messages_for_a_model_without_a_template_are_refused_and_logged_without_their_text(
+    client: Client, worker: WorkerProcess
+) -> None:
+    messages = [{"role": "user", "content": "my secret words"}]
+    with pytest.raises(JobFailed, match="it takes no messages; send a prompt") as caught:
+        client.submit(messages=messages).result(PATIENCE_S)
+    assert caught.value.code == "no_chat_template"
+    done = list(client.map([{"messages": messages}, "Hello."], max_tokens=1, return_exceptions=True))
+    assert [type(each).__name__ for each in done] == ["JobFailed", "Result"]
+    assert "secret words" not in worker.log.read_text()

@@ -231,7 +231,7 @@ def test_a_model_that_cannot_be_loaded_is_reported_in_one_sentence(place: Path, 
     model, reason = {
         "missing": (place / "nowhere", "there is no such directory"),
         "empty": (place / "home", "config.json: there is no such file"),
-        "no model": (place / "other", "config.json: model_type is 'llama'; only 'gpt2' is supported"),
+        "no model": (place / "other", "config.json: model_type is 'llama'; the supported families are gpt2"),
         "broken": (place / "broken", "not a complete safetensors file"),
     }[kind]
     if kind == "broken":

@@ -175,7 +175,7 @@ def test_a_row_with_a_wrong_parameter_is_answered_by_the_error_and_the_others_ar
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"endpoint": "/v1/chat/completions"}, "endpoint"),
+        ({"endpoint": "/v1/embeddings"}, "endpoint"),
         ({"completion_window": "1h"}, "completion_window"),
         ({"metadata": {"a": "b" * 513}}, "metadata.a"),
         ({"output_expires_after": {"anchor": "created_at", "seconds": 5}}, "output_expires_after.seconds"),

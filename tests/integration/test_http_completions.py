@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletion
 
 from headrace.client import Client, Result
 from headrace.model import load_tokenizer
 from headrace.worker.redis_server import EmbeddedRedis
+from tests.chat_model import make_chat_model, rendered
 from tests.integration.http_server import HttpServer, events_of
 from tests.integration.processes import worker_on
 from tests.patience import PATIENCE_S
@@ -24,7 +28,8 @@ SHORT: dict[str, Any] = {**MODEL, "prompt": "Hello.", "max_tokens": 4}
 @pytest.fixture(scope="module")
 def http(server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
     directory = tmp_path_factory.mktemp("http")
-    with worker_on(server, directory / "worker.log", HEADRACE_LEASE_S="30") as worker:
+    models = f"demo,chat={make_chat_model(directory / 'chat')}"
+    with worker_on(server, directory / "worker.log", HEADRACE_LEASE_S="30", HEADRACE_MODEL=models) as worker:
         worker.wait_ready()
         with HttpServer(directory, server.url) as process:
             yield process
@@ -259,11 +264,12 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"prompt": [[15496], []]}, 400, "prompt[1]", "0 token ids"),
     ({"prompt": ["a"] * 1025}, 400, "prompt", "at most 1024"),
     ({"prompt": ["a", "b"], "top_p": 0}, 400, "top_p", "top_p: got 0"),
-    ({"prompt": "Hello.", "model": "gpt-5"}, 404, "model", "served: demo"),
-    ({"prompt": "Hello.", "model": "./demo"}, 404, "model", "served: demo"),
-    ({"prompt": "Hello.", "model": "~\u0000"}, 404, "model", "served: demo"),
+    ({"prompt": "Hello.", "model": "gpt-5"}, 404, "model", "served: chat, demo"),
+    ({"prompt": "Hello.", "model": "./demo"}, 404, "model", "served: chat, demo"),
+    ({"prompt": "Hello.", "model": "~\u0000"}, 404, "model", "served: chat, demo"),
     ({"prompt": "Hello.", "max_tokens": 4.5}, 400, "max_tokens", "whole number"),
-    ({"prompt": "Hello.", "skip_special_tokens": False}, 400, "skip_special_tokens", "except True"),
+    ({"prompt": "Hello.", "skip_special_tokens": 2}, 400, "skip_special_tokens", "True or False"),
+    ({"prompt": "Hello.", "messages": [{}]}, 400, "messages", "send messages to /v1/chat/completions"),
     ({"prompt": "Hello.", "max_tokens": 4, "max_completion_tokens": 5}, 400, "max_completion_tokens", "is 4"),
     ({"prompt": "Hello.", "temperature": float("nan")}, 400, None, "NaN is not a JSON value"),
     ({"prompt": "Hello.", "model": 5}, 400, "model", "the name of a model"),
@@ -296,9 +302,8 @@ def test_the_openai_package_raises_its_own_errors(api: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         api.completions.create(**{**SHORT, "model": "gpt-5"})
     assert unknown.value.code == "model_not_found"
-    with pytest.raises(openai.NotFoundError) as chat:
-        api.chat.completions.create(model="demo", messages=[{"role": "user", "content": "Hello."}])
-    assert "/v1/completions" in chat.value.message
+    with pytest.raises(openai.NotFoundError, match="send messages to /v1/chat/completions"):
+        api.embeddings.create(model="demo", input="Hello.")
 
 
 def test_a_body_that_is_not_json_is_refused(http: HttpServer) -> None:
@@ -311,11 +316,11 @@ def test_a_body_that_is_not_json_is_refused(http: HttpServer) -> None:
 
 
 def test_models_are_those_that_workers_serve(api: openai.OpenAI) -> None:
-    (only,) = api.models.list().data
-    assert (only.id, only.object, only.owned_by) == ("demo", "model", "headrace")
-    assert only.created > 1_600_000_000
-    assert api.models.retrieve("demo") == only
-    with pytest.raises(openai.NotFoundError, match="served: demo"):
+    first, second = api.models.list().data
+    assert (first.id, first.object, first.owned_by, second.id) == ("demo", "model", "headrace", "chat")
+    assert first.created > 1_600_000_000
+    assert api.models.retrieve("demo") == first
+    with pytest.raises(openai.NotFoundError, match="served: chat, demo"):
         api.models.retrieve("openai/gpt2")
 
 
@@ -355,3 +360,131 @@ def test_health_is_answered_and_requests_are_logged(http: HttpServer) -> None:
     assert "Zanzibar" not in http.said()
     assert "Traceback" not in http.said()
     assert not [line for line in lines if line["event"] == "http.failed"]
+
+
+# --- chats -----------------------------------------------------------------------------------------------------------
+
+CHAT: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where is the river?"}]
+ASKED: dict[str, Any] = {"n": 2, "seed": 5, "max_tokens": 12, "stop": ["e"], "presence_penalty": 0.5}
+
+
+def test_an_answer_in_a_chat_is_the_text_after_the_rendered_messages(api: openai.OpenAI, client: Client) -> None:
+    own = client.submit(rendered(CHAT), model="chat", **ASKED, logprobs=2).result(PATIENCE_S)
+    found = api.chat.completions.create(model="chat", messages=CHAT, **ASKED, logprobs=True, top_logprobs=2)
+    assert [(c.index, c.message.content, c.finish_reason) for c in found.choices] == texts_of(own)
+    assert {choice.message.role for choice in found.choices} == {"assistant"}
+    assert (found.object, found.model, found.system_fingerprint) == ("chat.completion", "chat", own.fingerprint)
+    assert found.id == f"chatcmpl-{found._request_id}"
+    assert found.usage is not None
+    assert found.usage.model_dump(exclude_none=True) == own.usage.model_dump()
+    for choice, mine in zip(found.choices, own.choices, strict=True):
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert mine.logprobs is not None
+        scores = [(t.token, t.logprob, [(o.token, o.logprob) for o in t.top_logprobs]) for t in choice.logprobs.content]
+        assert scores == [(t.token, t.logprob, [(o.token, o.logprob) for o in t.top]) for t in mine.logprobs]
+        data = b"".join(bytes(t.bytes or ()) for t in choice.logprobs.content)
+        assert data.decode(errors="replace").startswith(choice.message.content or "")
+    parts: list[Any] = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in CHAT]
+    again = api.chat.completions.create(model="chat", messages=parts, **ASKED, extra_body={"top_k": 0, "echo": False})
+    assert [choice.message.content for choice in again.choices] == [c.text for c in own.choices]
+
+
+def test_a_streamed_chat_is_the_answer_in_pieces(api: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "chat", "messages": CHAT, **ASKED, "logprobs": True, "top_logprobs": 1}
+    whole = api.chat.completions.create(**asked)
+    chunks = list(api.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+    assert {(chunk.object, chunk.id) for chunk in chunks} == {("chat.completion.chunk", chunks[0].id)}
+    for choice in whole.choices:
+        mine = [piece for chunk in chunks for piece in chunk.choices if piece.index == choice.index]
+        assert (mine[0].delta.role, mine[0].delta.content) == ("assistant", "")
+        assert {piece.delta.role for piece in mine[1:]} == {None}
+        assert "".join(piece.delta.content or "" for piece in mine) == choice.message.content
+        assert [piece.finish_reason for piece in mine] == [None] * (len(mine) - 1) + [choice.finish_reason]
+        assert mine[-1].delta.content is None
+        scores = [score for piece in mine if piece.logprobs for score in piece.logprobs.content or ()]
+        assert choice.logprobs is not None
+        assert scores == choice.logprobs.content
+    assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "https://pictures.example/a"}}
+WRONG_CHATS: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"model": "demo"}, "messages", "no_chat_template", "chat template"),
+    ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0]", "invalid_request", "image_url"),
+    ({"messages": [{"content": "Hello."}]}, "messages[0].role", "invalid_request", "got nothing"),
+    ({"messages": [{"role": "user", "content": "a " * 2_000}]}, "messages", "context_length_exceeded", "1024"),
+    ({"max_tokens": 5_000}, "messages", "context_length_exceeded", "1024"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "invalid_request", "no such parameter"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("body", "param", "code", "part"), WRONG_CHATS, ids=[w[1] for w in WRONG_CHATS])
+def test_what_is_wrong_in_a_chat_is_named(
+    api: openai.OpenAI, body: dict[str, Any], param: str, code: str, part: str, stream: bool
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        api.chat.completions.create(**{"model": "chat", "messages": CHAT, "stream": stream, **body})
+    assert (caught.value.param, caught.value.code) == (param, code)
+    assert part in caught.value.message
+
+
+def test_prompts_and_messages_are_tokenized_and_tokens_detokenized(http: HttpServer, api: openai.OpenAI) -> None:
+    encode = load_tokenizer("demo").encode
+    with http.http() as plain:
+        found = plain.post("/tokenize", json={"prompt": "The river 😀", "model": "demo"}).json()
+        ids = encode("The river 😀")
+        assert found == {"count": len(ids), "max_model_len": 1024, "tokens": ids, "token_strs": None}
+        named = plain.post("/tokenize", json={"prompt": "The river", "return_token_strs": True}).json()
+        assert named["token_strs"] == ["The", " river"]
+        chat = plain.post("/tokenize", json={"messages": CHAT, "model": "chat"}).json()
+        assert chat["tokens"] == encode(rendered(CHAT))
+        answer = api.chat.completions.create(model="chat", messages=CHAT, max_tokens=1)
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == chat["count"]
+        assert plain.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "The river 😀"}
+        for path, body, param in (
+            ("/tokenize", {}, "prompt"),
+            ("/tokenize", {"prompt": "a", "messages": CHAT}, "messages"),
+            ("/tokenize", {"prompt": "a", "return_token_strs": 1}, "return_token_strs"),
+            ("/tokenize", {"prompt": "a", "max_tokens": 5}, "max_tokens"),
+            ("/tokenize", {"messages": CHAT, "model": "demo"}, "messages"),
+            ("/detokenize", {}, "tokens"),
+            ("/detokenize", {"tokens": "a"}, "tokens"),
+            ("/detokenize", {"tokens": [60_000]}, "tokens"),
+            ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ):
+            response = plain.post(path, json=body)
+            assert (response.status_code, response.json()["error"]["param"]) == (400, param), (path, body)
+        assert plain.post("/tokenize", json={"prompt": "a", "model": "gpt-5"}).status_code == 404
+
+
+def test_rows_of_a_batch_are_chats(api: openai.OpenAI, tmp_path: Path) -> None:
+    def run(*rows: dict[str, Any]) -> Any:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps({"method": "POST", **row}) + "\n" for row in rows))
+        file = api.files.create(file=path, purpose="batch")
+        batch = api.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+        deadline = time.monotonic() + PATIENCE_S
+        while batch.status not in ("completed", "failed"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            batch = api.batches.retrieve(batch.id)
+        return batch
+
+    chat = {"custom_id": "a", "url": "/v1/chat/completions"}
+    body = {"model": "chat", "messages": CHAT, "max_tokens": 4, "logprobs": True}
+    batch = run({**chat, "body": body}, {**chat, "custom_id": "b", "body": {**body, "model": "demo"}})
+    assert (batch.endpoint, batch.request_counts.completed, batch.request_counts.failed) == (chat["url"], 1, 1)
+    line = json.loads(api.files.content(batch.output_file_id).text)
+    found = ChatCompletion.model_validate(line["response"]["body"], strict=True)
+    again = api.chat.completions.create(**body, seed=line["response"]["body"]["seed"])
+    assert found.choices == again.choices
+    failure = json.loads(api.files.content(batch.error_file_id).text)["response"]
+    assert (failure["status_code"], failure["body"]["error"]["code"]) == (400, "no_chat_template")
+    text = {"custom_id": "b", "url": "/v1/completions", "body": {"model": "demo", "prompt": "a"}}
+    (fault,) = run({**chat, "body": body}, text).errors.data
+    assert (fault.line, fault.param) == (2, "url")
+    assert "the endpoint of the batch" in fault.message

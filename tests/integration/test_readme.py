@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from tests.chat_model import make_chat_model
 from tests.integration.http_server import HttpServer
+from tests.integration.processes import WorkerProcess
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
@@ -87,8 +89,11 @@ def test_the_blocks_of_a_page_run_and_print_what_is_shown(page: Path) -> None:
 
 def test_the_blocks_of_http_run_against_a_server(worker: object, redis_url: str, tmp_path: Path) -> None:
     page = ROOT / "docs" / "http.md"
-    with HttpServer(tmp_path, redis_url) as server:
-        assert len(blocks(page)) >= 4
+    model = f"my-chat-model={make_chat_model(tmp_path / 'chat')}"
+    chat = WorkerProcess(tmp_path / "chat.log", HEADRACE_REDIS_URL=redis_url, HEADRACE_MODEL=model)
+    with HttpServer(tmp_path, redis_url) as server, chat:
+        chat.wait_ready()
+        assert len(blocks(page)) >= 6
         scope = run_blocks(page, {"http://127.0.0.1:8000": server.url})
         scope["api"].close()
 

@@ -214,6 +214,7 @@ def test_invalid_headers_end_no_worker(client: Client, worker: WorkerProcess, he
 
 def test_the_largest_valid_request_is_accepted(client: Client) -> None:
     """A worker must not refuse for its size what the client accepts."""
+    from headrace.client.wire.messages import MAX_MESSAGES_BYTES
     from headrace.client.wire.requests import MAX_BIASES, MAX_PROMPT_BYTES, MAX_PROMPT_TOKENS, MAX_STOP_BYTES, TOKEN_IDS
 
     more = {
@@ -222,6 +223,8 @@ def test_the_largest_valid_request_is_accepted(client: Client) -> None:
         "stop_token_ids": [TOKEN_IDS - 1] * 64,
         "id": "x" * 128,
     }
-    for prompt in ("\x01" * MAX_PROMPT_BYTES, [2**31 - 1] * MAX_PROMPT_TOKENS):
-        wire = client.submitter.prepare({"prompt": prompt, **more}).wire
+    longest = "\u00e9" * ((MAX_MESSAGES_BYTES - 40) // 2)  # six bytes each on the wire
+    chat = {"messages": [{"role": "user", "content": longest}], "chat_template_kwargs": {"a": longest}}
+    for source in ({"prompt": "\x01" * MAX_PROMPT_BYTES}, {"prompt": [2**31 - 1] * MAX_PROMPT_TOKENS}, chat):
+        wire = client.submitter.prepare({**source, **more}).wire
         assert len(arguments(wire)) < 0.75 * MAX_MESSAGE_BYTES

@@ -37,7 +37,7 @@ def test_the_bundled_model_passes_and_the_difference_is_drawn(tmp_path: Path, du
     references = ["--reference", "transformers", "--reference", str(dump)]
     done = validate(*references, "--prompt", "Hello.", "--plot", str(picture))
     assert done.returncode == 0, done.stderr
-    assert all(words in done.stdout for words in ("first layer norm", "tokens end to end", "q, k, v with float64"))
+    assert all(words in done.stdout for words in ("first layer norm", "tokens end to end", "prompt ids, text with"))
     for subject in ("headrace", "transformers 5", str(dump)):
         assert f"{subject} measured against float64" in " ".join(
             done.stdout.replace(f"{subject}.23.0", subject).split()
@@ -68,6 +68,9 @@ def test_other_precisions_have_tolerances_of_their_own_and_say_what_they_cost() 
     assert (library["judged"], library["loss"]) == (False, None)
     assert report["ok"]
     assert [row["number"] for row in report["rows"]] == list(range(13))
+    text = report["text"]
+    assert (text["name"], text["ok"], text["texts"], text["eos_token_ids"]) == ("text", True, 1, [50256])
+    assert library["text"] is None
     rows = {row["number"]: row for row in report["rows"]}
     assert rows[8]["tolerance"] > 1e-2
     assert 0 < rows[8]["max_abs"] <= rows[8]["tolerance"]

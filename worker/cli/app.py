@@ -10,10 +10,12 @@ import click
 
 from headrace import __version__
 from headrace.worker.cli.batch import batch
+from headrace.worker.cli.convert import convert
 from headrace.worker.cli.errors import INTERRUPTED, WRONG_INPUT
 from headrace.worker.cli.generate import generate
 from headrace.worker.cli.serve import serve
 from headrace.worker.cli.status import status
+from headrace.worker.cli.tokenize import tokenize
 from headrace.worker.cli.up import up
 from headrace.worker.cli.validate import validate
 
@@ -27,7 +29,7 @@ def main() -> None:
     """
 
 
-for command in (up, generate, batch, serve, validate, status):
+for command in (up, generate, tokenize, batch, serve, validate, convert, status):
     main.add_command(command)
 
 

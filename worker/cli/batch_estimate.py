@@ -14,6 +14,8 @@ from headrace.client import Client, SamplingParams
 from headrace.client.batch.items import BatchItem
 from headrace.client.batch.run import Batch, BatchReport, JoinedRows, RowPart, prepare_parts
 from headrace.client.batch.window import Window
+from headrace.client.wire.errors import JobFailed
+from headrace.client.wire.requests import WIRE_NAMES, GenerateRequest, parse_request
 from headrace.config import Settings
 from headrace.worker.cli.backends import Backends
 from headrace.worker.cli.batch_input import BatchInput
@@ -36,13 +38,24 @@ class Estimate:
     most_new_tokens: int = 0
     #: Rows that exceed the context length of the model: they would fail.
     too_long: int = 0
+    #: Rows that would fail for another reason, such as a chat for a model without a chat template.
+    not_readable: int = 0
     rows_measured: int = 0
     tokens_per_s: float = 0.0
     seconds: float = 0.0
 
-    def count(self, tokens: list[int], fields: dict[str, Any], max_context: int) -> bool:
-        """Add a row, whose prompts have so many tokens. Returns whether the model can compute it."""
-        new = fields.get("max_tokens", SamplingParams.model_fields["max_tokens"].default)
+    def count(self, tokens: list[int], fields: dict[str, Any], max_context: int, default: int | None) -> bool:
+        """Add a row, whose prompts have so many tokens. Returns whether the model can compute it.
+
+        Args:
+            tokens: of each prompt of the row.
+            fields: of the row.
+            max_context: limit of prompt and new tokens together.
+            default: new tokens by the model's generation_config.json, if it decides; at most what fits.
+        """
+        most = max(1, max_context - max(tokens))
+        usual = SamplingParams.model_fields["max_tokens"].default if default is None else min(default, most)
+        new = fields.get("max_tokens", usual)
         fits = bool(max(tokens) + new <= max_context)
         self.rows += 1
         self.prompt_tokens += sum(tokens)
@@ -58,6 +71,7 @@ class Estimate:
             f"Prompt: {self.prompt_tokens} tokens, the longest {self.longest_prompt}",
             f"Generation: at most {self.most_new_tokens} tokens",
             f"Time: about {duration(self.seconds)}, from {self.rows_measured} rows at {self.tokens_per_s:.0f} tokens/s",
+            *([f"Not readable: {self.not_readable} rows would fail"] if self.not_readable else []),
             f"Peak memory: {peak_memory() / 1e9:.3f} GB, of the client",
         ]
         return "\n".join(["=" * 10, *lines])
@@ -79,7 +93,7 @@ def estimate(backends: Backends, given: BatchInput, *, max_inflight: int, as_jso
             report = _measure(stack.client, sample, max_inflight)
         found.rows_measured = report.succeeded + report.failed
         found.tokens_per_s = report.completion_tokens / report.seconds
-        found.seconds = report.seconds * (found.rows - found.too_long) / found.rows_measured
+        found.seconds = report.seconds * (found.rows - found.too_long - found.not_readable) / found.rows_measured
     if as_json:
         click.echo(json.dumps({**asdict(found), "peak_memory_bytes": peak_memory()}))
     else:
@@ -88,25 +102,44 @@ def estimate(backends: Backends, given: BatchInput, *, max_inflight: int, as_jso
 
 def _count(batch: Batch, settings: Settings) -> tuple[Estimate, list[BatchItem]]:
     """The counts of all rows, and a random sample of the rows that the model can compute."""
-    from headrace.model.hub import MAX_CONFIG_BYTES, find_model, read_json
+    from headrace.model.generation_config import read_ends, sampling_defaults
+    from headrace.model.gguf_file import raw_config
+    from headrace.model.hub import config_path, find_model
     from headrace.model.tokenizer import load_tokenizer
+    from headrace.model.weights import read_config
+    from headrace.worker.engine.requests import read_prompt
 
     source = settings.models[settings.model_name]
     tokenizer = load_tokenizer(source, allow_shared=settings.allow_shared_model)
-    config = read_json(find_model(source) / "config.json", MAX_CONFIG_BYTES)
-    positions = config.get("n_positions", 1024)
-    max_context = min(settings.max_context or positions, positions)
+    folder = find_model(source)
+    config = read_config(config_path(folder))
+    ends = read_ends(folder, raw_config(config_path(folder)), tokenizer, config.vocab_size)
+    defaults = sampling_defaults(folder) if settings.generation_config == "auto" else {}
+    longest = int(defaults["max_tokens"]) if "max_tokens" in defaults else None
+    max_context = min(settings.max_context or config.n_positions, config.n_positions)
     found, sample, dice = Estimate(), list[BatchItem](), random.Random(1)  # noqa: S311
     for row in batch.rows():
-        prompts = [fields["prompt"] for fields in row.requests()]
-        tokens = [len(tokenizer.encode(p)) or 1 if isinstance(p, str) else len(p) for p in prompts]
-        if not found.count(tokens, row.fields, max_context):
+        try:
+            tokens = [
+                len(read_prompt(_readable(fields), tokenizer, ends, settings.parse_special_tokens)[0])
+                for fields in row.requests()
+            ]
+        except JobFailed:
+            found.rows += 1
+            found.not_readable += 1
+            continue
+        if not found.count(tokens, row.fields, max_context, longest):
             continue
         if len(sample) < SAMPLE:
             sample.append(row)
         elif (place := dice.randrange(found.rows)) < SAMPLE:
             sample[place] = row
     return found, sample
+
+
+def _readable(fields: dict[str, Any]) -> GenerateRequest:
+    """The request of a row without what only the client reads."""
+    return parse_request({name: value for name, value in fields.items() if name in WIRE_NAMES})
 
 
 def _measure(client: Client, sample: list[BatchItem], max_inflight: int) -> BatchReport:

@@ -18,12 +18,22 @@ from headrace.worker.cli.options import MODEL, given_params, sampling_options
 @click.command()
 @click.argument("prompt")
 @click.option("--model", help=MODEL)
+@click.option("--chat", is_flag=True, help="send PROMPT as a user's message, in the form of the model's chat template")
+@click.option("--system", metavar="TEXT", help="like --chat, with this message of the system before it")
 @sampling_options
 @click.option("--timeout", type=float, default=300, show_default=True, help="seconds to wait for the result")
 @click.option("--json", "as_json", is_flag=True, help="print the whole result as JSON")
 @pass_backends
 def generate(
-    backends: Backends, /, prompt: str, model: str | None, timeout: float, as_json: bool, **params: Any
+    backends: Backends,
+    /,
+    prompt: str,
+    model: str | None,
+    chat: bool,
+    system: str | None,
+    timeout: float,
+    as_json: bool,
+    **params: Any,
 ) -> None:
     """Generate text after PROMPT ('-' reads it from standard input).
 
@@ -33,15 +43,23 @@ def generate(
     if prompt == "-":
         prompt = sys.stdin.read()
     with command_errors(as_json):
-        given = given_params(params)
-        parse_request({"prompt": prompt, **given})  # before anything is started for it
+        given = {**_source(prompt, chat, system), **given_params(params)}
+        parse_request(given)  # before anything is started for it
         settings = settings_for(model)
         with backends.find_or_start_stack(settings.only(settings.model_name)) as stack:
-            result = stack.client.submit(prompt, **given).result(timeout)
+            result = stack.client.submit(**given).result(timeout)
     if as_json:
         click.echo(result.model_dump_json())
     else:
         _print_result(result)
+
+
+def _source(prompt: str, chat: bool, system: str | None) -> dict[str, Any]:
+    """The prompt, or the messages of a chat."""
+    if not chat and system is None:
+        return {"prompt": prompt}
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return {"messages": [*first, {"role": "user", "content": prompt}]}
 
 
 def _print_result(result: Result) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from headrace.client import SamplingParams
 from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.requests import GenerateRequest
 
 REPEATABLE = "may be given several times"
 MODEL = "model to use, by name or as in HEADRACE_MODEL; the first of HEADRACE_MODEL by default"
@@ -34,21 +35,37 @@ EFFECTS = {
     "min_tokens": "do not end the text before this many new tokens",
     "ignore_eos": "continue after the end-of-text token",
     "stop_token_ids": "end the text at the token with this id",
+    "skip_special_tokens": "leave special tokens out of the text",
+    "parse_special_tokens": "read the names of special tokens in the prompt, such as <|endoftext|>, as these tokens",
+    "add_special_tokens": "add the tokens that the model's tokenizer puts around a text",
 }
+#: Options for fields of the request that are no sampling parameters.
+PROMPT_OPTIONS = ("parse_special_tokens", "add_special_tokens")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def sampling_options(command: F) -> F:
     """Give a command an option for every sampling parameter, named, typed and described as in the schema."""
-    for name, field in reversed(SamplingParams.model_fields.items()):
-        command = _option(name, field)(command)
-    return command
+    return field_options((*SamplingParams.model_fields, *PROMPT_OPTIONS))(command)
+
+
+def field_options(names: Sequence[str]) -> Callable[[F], F]:
+    """Give a command an option for each of these fields of a request."""
+
+    def decorate(command: F) -> F:
+        for name in reversed(names):
+            command = _option(name, GenerateRequest.model_fields[name])(command)
+        return command
+
+    return decorate
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     flag, kind = "--" + name.replace("_", "-"), value_type(field.annotation)
     effect, allowed = EFFECTS[name], str(field.description).removesuffix(", or None")
+    if kind is bool and field.default is not False:
+        return click.option(f"{flag}/--no-{flag.removeprefix('--')}", default=None, help=effect)
     if kind is bool:
         return click.option(flag, is_flag=True, default=None, help=effect)
     if get_origin(kind) is list:

@@ -12,6 +12,7 @@ from rich.table import Table
 from headrace.client import Client, Status
 from headrace.client.wire.clock import SKEW_S
 from headrace.client.wire.keys import dead, queue
+from headrace.client.wire.model_description import ModelDescription, printable
 from headrace.client.wire.suitability import ServerReport
 from headrace.config import load_settings
 from headrace.worker.cli.errors import FAILED, NOT_RUNNING, command_errors
@@ -58,12 +59,15 @@ def _print_status(found: Status) -> None:
         speed = f"{w.tokens_per_s:.0f}" if w.loaded else "not loaded"
         speed = f"stalled for {w.step_age_s:.0f} s" if w.stalled else speed
         workers.add_row(w.name, w.model, str(w.slots), str(w.running), str(w.waiting), speed)
+    described = {w.model: w.description for w in reversed(found.workers) if w.description is not None}
     queues = Table("model", "interactive", "normal", "bulk", title="Queues", title_justify="left")
     for q in found.queues:
         queues.add_row(q.model, str(q.interactive), str(q.normal), str(q.bulk))
     console.print(workers, queues, f"{found.delivered} jobs are with workers")
     if scheduled := sum(worker.scheduled for worker in found.workers):
         console.print(f"{scheduled} of them wait for their ETA or for a rate limit")
+    for model, description in sorted(described.items()):
+        _print_model(console, model, description)
     if found.redis:
         _print_server(console, found.redis)
     skews = {w.host: w.clock_skew_s for w in found.workers} | {"this machine": time.time() - found.at}
@@ -79,6 +83,12 @@ def _print_status(found: Status) -> None:
         console.print(f"{found.dead} messages could not be read; the list {dead()} contains them")
     for place in found.misplaced:
         console.print(f"{place.messages} messages for headrace are in the list {place.key}: {place.advice}")
+
+
+def _print_model(console: Console, model: str, description: ModelDescription) -> None:
+    """What the model's first worker understood of its files."""
+    for line in [f"{model}: {description.summary()}", *(f"  {printable(text)}" for text in description.notes)]:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_server(console: Console, report: ServerReport) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from headrace.config import load_settings
@@ -16,11 +18,19 @@ from headrace.worker.redis_server import EmbeddedRedis
     is_flag=True,
     help="First set a damaged data file of the embedded Redis aside, and keep the part of it that can be read.",
 )
-def up(*, repair_redis: bool) -> None:
+@click.option(
+    "--generation-config",
+    type=click.Choice(["none", "auto"]),
+    help="Where parameters that a request does not set come from: auto is the model's generation_config.json. "
+    "The same as HEADRACE_GENERATION_CONFIG.",
+)
+def up(*, repair_redis: bool, generation_config: str | None) -> None:
     """Run a worker in the foreground, with an embedded Redis unless one is configured or runs here."""
     with command_errors(as_json=False):
         if repair_redis:
             click.echo(EmbeddedRedis().repair(), err=True)
+        if generation_config is not None:
+            os.environ["HEADRACE_GENERATION_CONFIG"] = generation_config  # the app reads the settings from there
         load_settings()
         check_worker_packages()
         raise SystemExit(run_worker())

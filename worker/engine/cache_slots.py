@@ -14,7 +14,7 @@ from typing import NamedTuple
 from headrace.worker.engine.sequence import Sequence, Slot
 
 #: Length classes of the cache, in positions; those above the maximum context are left out.
-LENGTH_CLASSES = (128, 256, 512, 1024)
+LENGTH_CLASSES = (128, 256, 512, 1024, 2048, 4096)
 
 #: Slots by which an arena grows: few enough to share the budget fairly, enough that growing is rare.
 GROWTH = 8

@@ -8,10 +8,12 @@ with engine:
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 import traceback
 import uuid
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,16 +21,19 @@ from types import TracebackType
 
 import structlog
 
-from headrace.client.wire.errors import JobError
+from headrace.client.wire.model_description import ModelDescription
 from headrace.client.wire.requests import GenerateRequest
 from headrace.client.wire.results import Result
+from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import Tokenizer
 from headrace.worker.engine.errors import EngineStopped
 from headrace.worker.engine.executor import StepExecutor
 from headrace.worker.engine.output_processor import OutputProcessor
+from headrace.worker.engine.preparation import Chats, prepared, settle
 from headrace.worker.engine.protocols import StepRunner
+from headrace.worker.engine.request_defaults import NO_DEFAULTS, Defaults
 from headrace.worker.engine.request_table import RequestTable
-from headrace.worker.engine.requests import RequestState, prepare
+from headrace.worker.engine.requests import Hooks, RequestState
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.sequence_text import TextDelta
 from headrace.worker.engine.stats import EngineStats, SequenceStats
@@ -52,7 +57,11 @@ class Engine:
         model_name: how results name the model.
         vocab_size: token ids in a request must be below it.
         max_context: limit of prompt and new tokens together.
+        ends: the tokens that end a text, and the one for which the empty prompt stands.
+        defaults: parameters of requests that do not set them.
+        description: what was understood of the model's files.
         fingerprint: how results name software, hardware and weights.
+        parse_special_tokens: of requests that do not say it; None for the tokenizer's default.
         on_fatal: called once, from the engine's thread, if the engine cannot continue.
     """
 
@@ -65,7 +74,11 @@ class Engine:
         model_name: str,
         vocab_size: int,
         max_context: int,
+        ends: Ends,
+        defaults: Defaults = NO_DEFAULTS,
+        description: ModelDescription | None = None,
         fingerprint: str = "",
+        parse_special_tokens: bool | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.runner = runner
@@ -74,13 +87,18 @@ class Engine:
         self.model_name = model_name
         self.vocab_size = vocab_size
         self.max_context = max_context
+        self.ends = ends
+        self.defaults = defaults
+        self.description = description or ModelDescription()
+        self.parse_special_tokens = parse_special_tokens
         self.fingerprint = fingerprint
         self.on_fatal = on_fatal
         #: Set when the engine has stopped computing and every future is done.
         self.ended = threading.Event()
         self._inbox: deque[RequestState] = deque()
         self._cancelled: deque[str | RequestState] = deque()  # by id, or because the caller cancelled its future
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._chats = Chats(self._lock, self._take, self._wake)
         self._stopping = False  # takes no more jobs
         self._dropping = False  # ends jobs that have no slot
         self._abandoning = False  # ends after the present step, whatever is left
@@ -118,31 +136,42 @@ class Engine:
             EngineStopped: the engine takes no more jobs.
         """
         future: Future[Result] = Future()
-        try:
-            state = prepare(
-                request,
-                job_id or uuid.uuid4().hex,
-                future,
-                tokenizer=self.tokenizer,
-                vocab_size=self.vocab_size,
-                max_context=self.max_context,
-            )
-        except JobError as error:
-            future.set_exception(error)
+        job_id = job_id or uuid.uuid4().hex
+        hooks = Hooks(on_start, on_text, on_activations, text_every_s)
+        if request.messages is not None:
+            with self._lock:
+                self._check_open()
+                self._chats.start(request, job_id, future, self, hooks)
             return future
-        state.on_start, state.on_text, state.on_activations = on_start, on_text, on_activations
-        state.text_every_s = text_every_s
-        future.add_done_callback(lambda done: self._note_cancelled(state) if done.cancelled() else None)
+        found = prepared(request, job_id, future, self)
+        if not isinstance(found, RequestState):
+            settle(future, found)
+            return future
         with self._lock:
-            if self._stopping:
-                raise EngineStopped("the engine has stopped and takes no more jobs")
-            self._inbox.append(state)
+            self._check_open()
+            self._take(found, hooks)
         self._wake()
         return future
 
+    def _take(self, state: RequestState, hooks: Hooks) -> None:
+        """Put a job into the inbox. Called with the lock."""
+        hooks.give(state)
+        # A reference to the state would be a cycle: its tensors and its result would stay until a full collection.
+        state.future.add_done_callback(functools.partial(self._note_if_cancelled, weakref.ref(state)))
+        self._inbox.append(state)
+
+    def _check_open(self) -> None:
+        if self._stopping:
+            raise EngineStopped("the engine has stopped and takes no more jobs")
+
     def cancel(self, job_id: str) -> None:
         """Cancel a job: its future raises JobCancelled at the next step. Does nothing for unknown or finished jobs."""
+        self._chats.cancel(job_id)
         self._note_cancelled(job_id)
+
+    def _note_if_cancelled(self, job: weakref.ref[RequestState], done: Future[Result]) -> None:
+        if done.cancelled() and (state := job()) is not None:
+            self._note_cancelled(state)
 
     def _note_cancelled(self, job: str | RequestState) -> None:
         with self._lock:
@@ -159,7 +188,7 @@ class Engine:
         return EngineStats(
             slots=self.scheduler.max_rows,
             running=len(self.scheduler.running),
-            waiting=self.scheduler.waiting + len(self._inbox),
+            waiting=self.scheduler.waiting + len(self._inbox) + len(self._chats),
             tokens=self._outputs.tokens,
             prompt_tokens=self._executor.prompt_tokens,
             steps=self._executor.steps,
@@ -262,7 +291,7 @@ class Engine:
             return 0.0
         with self._lock:
             idle = not self._inbox and not self._cancelled
-            ends = self._abandoning or (idle and self._stopping)
+            ends = self._abandoning or (idle and self._stopping and not self._chats)
         if ends:
             self._abandon(STOPPED_MESSAGE)
             return None
@@ -300,4 +329,5 @@ class Engine:
         with self._lock:
             inbox = list(self._inbox)
             self._inbox.clear()
+        self._chats.end(lambda: EngineStopped(reason))
         self._requests.abandon(inbox, reason)

@@ -1,6 +1,6 @@
 """Runs steps on the model: sequences to tensors, one forward pass, sampling, tokens. Owns the key-value cache.
 
-Shapes: M rows of a step, E embedding, V vocabulary, H heads, D head size.
+Shapes: M rows of a step, E embedding, V vocabulary, KV heads of keys and values, D head size.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ModelRunner:
     def position_bytes(self) -> int:
         """Bytes of the keys and values of one position, all layers together."""
         config = self.model.config
-        return 2 * config.n_layer * config.n_embd * self.model.dtype.itemsize
+        return 2 * config.n_layer * config.kv_heads * config.head_dim * self.model.dtype.itemsize
 
     @property
     def takes_proposed_tokens(self) -> bool:
@@ -118,9 +118,7 @@ class ModelRunner:
         """Hidden states of the rows, [M, E], M rounded up to what the model computes well."""
         batch.pad(self.model.padded_rows(len(batch.token_ids)))
         tokens, positions = (torch.tensor(x, device=self.model.device) for x in (batch.token_ids, batch.positions))
-        attend = CachedAttention.of(
-            self.cache, self.model.config.scale, groups=batch.decode_groups, chunks=batch.chunks
-        )
+        attend = CachedAttention.of(self.cache, groups=batch.decode_groups, chunks=batch.chunks)
         return self.model.forward(tokens, positions, attend, traces)
 
     def _sample(self, rows: list[SampledRow], hidden: Tensor) -> list[tuple[Sequence, TokenScore | None]]:
@@ -172,7 +170,7 @@ class ModelRunner:
         for sequence, rows in batch.spans():
             if sequence.captures_activations:
                 if sequence.activations is None:
-                    sequence.activations = ActivationCapture(self.model.config.scale, len(sequence.prompt))
+                    sequence.activations = ActivationCapture(self.model.config.layer_scale(0), len(sequence.prompt))
                 if not sequence.prefilled:  # this may be true again: its first step failed, and it was moved since then
                     self.clear(slot_of(sequence))
                 captured.append((sequence, rows))
@@ -182,7 +180,7 @@ class ModelRunner:
         """Capture the prompt's logits, and what the cache of block 0 holds after the pass. hidden: [rows, E]."""
         trace, slot, count = sequence.activations, slot_of(sequence), len(sequence.prompt)
         arena = self.cache.arenas[slot.length_class]
-        k, v = (tensors[0][slot.index].transpose(0, 1) for tensors in (arena.k, arena.v))  # [length, H, D]
+        k, v = (tensors[0][slot.index].transpose(0, 1) for tensors in (arena.k, arena.v))  # [length, KV, D]
         if sequence.prefilling:
             trace.append(logits=self.model.head(hidden).float())
             trace.keep(cache_k=k[:count], cache_v=v[:count], cache_rest=torch.cat([k[count:], v[count:]]).abs().sum())
@@ -199,8 +197,9 @@ class ModelRunner:
 
     def collect(self, sequence: Sequence) -> dict[str, bytes]:
         """The activations captured for a finished sequence, each as safetensors bytes by name, in float32."""
-        tensors = {**sequence.activations.finish(), "tokens": torch.tensor(sequence.output, dtype=torch.long)}
         wanted = dict.fromkeys(name for n in sequence.request.checkpoints for name in CHECKPOINT_TENSORS[n])
+        tensors = sequence.activations.finish(scores="scores" in wanted)
+        tensors["tokens"] = torch.tensor(sequence.output, dtype=torch.long)
         return {name: _to_bytes(tensors[name]) for name in wanted if name in tensors}
 
 

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import structlog
 from rich.console import Console
@@ -37,6 +37,15 @@ from headrace.worker.engine.offline_arguments import (
     absent_method,
     unsupported,
 )
+from headrace.worker.engine.offline_prompts import (
+    InvalidPrompt,
+    Prompt,
+    as_list,
+    chats_of,
+    prompt_of,
+    refuse_options,
+    rendered,
+)
 from headrace.worker.engine.offline_types import (
     CompletionOutput,
     Logprob,
@@ -47,6 +56,7 @@ from headrace.worker.engine.offline_types import (
     output_of,
     refuse_unknown,
 )
+from headrace.worker.engine.requests import read_prompt
 
 __all__ = [
     "LLM",
@@ -68,28 +78,8 @@ _SETTINGS = {
     "device": "device",
     "max_model_len": "max_context",
     "max_num_seqs": "slots",
+    "generation_config": "generation_config",
 }
-#: Arguments of vLLM's `generate` that ask for nothing with None, and what to do instead of giving another value.
-_OPTIONS = {
-    "lora_request": "; merge adapters into the weights",
-    "prompt_adapter_request": "",
-    "guided_options_request": "; headrace does not constrain the text",
-    "tokenization_kwargs": "",
-    "mm_processor_kwargs": "; GPT-2 reads text only",
-    "prompt_token_ids": "; give the token ids as prompts",
-}
-_PROMPT_FORMS = "text, token ids, or a mapping with prompt or prompt_token_ids"
-
-
-class InvalidPrompt(JobFailed, ValueError):
-    """Raised when the model cannot compute a prompt, for example because it is too long; `code` says why."""
-
-
-class _Prompt(NamedTuple):
-    """A prompt as the engine takes it, and its text if it is known."""
-
-    content: str | list[int]
-    text: str | None
 
 
 class LLM:
@@ -105,6 +95,8 @@ class LLM:
         max_model_len: limit of prompt and new tokens together; the model's by default.
         max_num_seqs: sequences computed at once.
         device: auto, cpu, cuda or cuda:N.
+        generation_config: auto: `generate` without parameters uses those of the model's generation_config.json. none or
+            vllm, the default: it does not.
         others: vLLM's other arguments. Those that concern memory and speed have no effect; others must have a value
             that asks for nothing, such as `tensor_parallel_size=1` or `quantization=None`.
 
@@ -125,6 +117,7 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
         device: str | None = None,
+        generation_config: str | None = None,
         **others: Any,
     ) -> None:
         refuse_unknown("LLM", others, [*_SETTINGS, "tokenizer", "seed", *NEUTRAL_ARGUMENTS, *NO_EFFECT])
@@ -143,6 +136,7 @@ class LLM:
             device=device,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
+            generation_config="none" if generation_config == "vllm" else generation_config,
         )
         if not structlog.is_configured():  # structlog's default prints log lines to stdout, among those of the script
             setup_logging(settings)
@@ -167,8 +161,9 @@ class LLM:
         return self._engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What `generate` uses if it is given no parameters."""
-        return SamplingParams()
+        """What `generate` uses if it is given no parameters: with `generation_config="auto"`, the model's defaults."""
+        defaults: dict[str, Any] = dict(self._engine.defaults)
+        return SamplingParams(**defaults)
 
     def reset_prefix_cache(self) -> bool:
         """Does nothing: only sequences that run at the same time share prefixes. Returns True, as vLLM does."""
@@ -206,9 +201,61 @@ class LLM:
                 too long.
             JobFailed: a prompt failed. The others are cancelled.
         """
-        _refuse_options(lora_request=lora_request, priority=priority, **others)
-        asked = [_prompt_of(item) for item in _as_list(prompts)]
-        params = _params_for(asked, sampling_params)
+        refuse_options("generate", lora_request=lora_request, priority=priority, **others)
+        return self._generate([prompt_of(item) for item in as_list(prompts)], sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: Any = True,
+        lora_request: Any = None,
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> list[RequestOutput]:
+        """Compute the answers to chats together. Returns their outputs in the same order.
+
+        Args:
+            messages: `[{"role": "user", "content": "Hello."}]`, or a list of such lists.
+            sampling_params: for all chats, or one for each.
+            use_tqdm: show a progress bar if stderr is a terminal.
+            lora_request: None, or a list of None.
+            chat_template: a template in jinja2; the model's own by default.
+            add_generation_prompt: end the prompt with what begins an answer.
+            continue_final_message: end the prompt with the last message, unfinished; no answer is begun then.
+            chat_template_kwargs: further variables of the template.
+            others: vLLM's other arguments, each None.
+
+        Raises:
+            InvalidRequest (a ValueError): the messages or a parameter are wrong.
+            InvalidPrompt (a ValueError and a JobFailed): the model has no chat template, or it cannot write the
+                messages, or the chat is too long.
+            JobFailed: a chat failed. The others are cancelled.
+        """
+        if others.get("chat_template_content_format") in ("auto", "string"):  # what is computed
+            del others["chat_template_content_format"]
+        refuse_options("chat", lora_request=lora_request, priority=None, **others)
+        asked = [
+            rendered(
+                self.get_tokenizer(),
+                chat_template,
+                each,
+                variables=chat_template_kwargs,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+            )
+            for each in chats_of(messages)
+        ]
+        return self._generate(asked, sampling_params, use_tqdm)
+
+    def _generate(
+        self, asked: list[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None, use_tqdm: Any
+    ) -> list[RequestOutput]:
+        params = _params_for(asked, sampling_params or self.get_default_sampling_params())
         requests = [self._request(prompt, chosen) for prompt, chosen in zip(asked, params, strict=True)]
         with self._submitted(requests) as futures:
             console = Console(stderr=True)
@@ -235,7 +282,7 @@ class LLM:
             for future in futures:
                 future.cancel()
 
-    def _request(self, prompt: _Prompt, params: SamplingParams) -> GenerateRequest:
+    def _request(self, prompt: Prompt, params: SamplingParams) -> GenerateRequest:
         room = self._engine.max_context - len(self._tokens(prompt.content))
         # Without room, the engine refuses the prompt and says why.
         request = params.request(prompt.content, max(1, room))
@@ -247,8 +294,12 @@ class LLM:
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
             return prompt
-        tokenizer = self._engine.tokenizer
-        return tokenizer.encode(prompt) or ([] if tokenizer.end_of_text is None else [tokenizer.end_of_text])
+        engine = self._engine
+        try:
+            request = parse_request({"prompt": prompt})
+            return read_prompt(request, engine.tokenizer, engine.ends, engine.parse_special_tokens)[0]
+        except JobFailed as error:
+            raise InvalidPrompt(error.code, error.message) from None
 
 
 for _name, _instead in ABSENT_METHODS.items():
@@ -268,19 +319,7 @@ def _settings(**arguments: Any) -> Settings:
         raise
 
 
-def _refuse_options(*, priority: Any, **options: Any) -> None:
-    """Raise for arguments of `generate` that ask for something that is not computed."""
-    refuse_unknown("generate", options, [*_OPTIONS, "prompts", "sampling_params", "use_tqdm", "priority"])
-    for name, value in options.items():
-        one_for_each = isinstance(value, (list, tuple)) and all(item is None for item in value)
-        if value is not None and value != {} and not one_for_each:
-            raise InvalidRequest(name, show(value), f"None{_OPTIONS[name]}")
-    priority = to_python(priority)
-    if priority is not None and not (isinstance(priority, (list, tuple)) and all(item == 0 for item in priority)):
-        raise InvalidRequest("priority", show(priority), "None; prompts are computed in their order")
-
-
-def _params_for(asked: list[_Prompt], given: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
+def _params_for(asked: list[Prompt], given: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
     if given is None or isinstance(given, SamplingParams):
         return [given or SamplingParams()] * len(asked)
     if not isinstance(given, (list, tuple)) or not all(isinstance(item, SamplingParams) for item in given):
@@ -288,39 +327,3 @@ def _params_for(asked: list[_Prompt], given: SamplingParams | Sequence[SamplingP
     if len(given) != len(asked):
         raise InvalidRequest("sampling_params", f"{len(given)} for {len(asked)} prompts", "one, or one for each")
     return list(given)
-
-
-def _as_list(prompts: Any) -> list[Any]:
-    """A list of prompts. A list of numbers is one prompt."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    prompts = to_python(prompts)
-    try:
-        if isinstance(prompts, (bytes, bytearray, memoryview)):
-            raise TypeError  # as a list it would be token ids
-        listed = list(prompts)
-    except TypeError:
-        given = "nothing" if prompts is None else f"a value of type {type(prompts).__name__}"
-        raise InvalidRequest("prompts", given, f"{_PROMPT_FORMS}, or a list of these") from None
-    is_one = bool(listed) and isinstance(to_python(listed[0]), (int, float))
-    return [listed] if is_one else listed
-
-
-def _prompt_of(item: Any) -> _Prompt:
-    if not isinstance(item, Mapping):
-        content = to_python(item)
-        if not isinstance(content, (str, list, tuple)):
-            raise InvalidRequest("prompts", f"an item of type {type(item).__name__}", _PROMPT_FORMS)
-        checked = parse_request({"prompt": content}).prompt
-        return _Prompt(checked, checked if isinstance(checked, str) else None)
-    given = {name: value for name, value in item.items() if value is not None and value != {}}
-    text, ids = given.pop("prompt", None), given.pop("prompt_token_ids", None)
-    if given:
-        name = next(iter(given))
-        raise InvalidRequest("prompts", f"a mapping with {show(name)}", _PROMPT_FORMS)
-    if (text is None and ids is None) or not isinstance(text, (str, type(None))):
-        raise InvalidRequest("prompts", f"a mapping with {show(sorted(map(str, item)))}", _PROMPT_FORMS)
-    checked = parse_request({"prompt": text if ids is None else ids}).prompt
-    if ids is not None and isinstance(checked, str):
-        raise InvalidRequest("prompts", "a text as prompt_token_ids", "token ids")
-    return _Prompt(checked, text)

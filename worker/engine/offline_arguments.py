@@ -86,7 +86,6 @@ NEUTRAL_ARGUMENTS: dict[str, Foreign] = {
     "task": only("auto", "generate", advice="the model generates text"),
     "runner": only("auto", "generate", advice="the model generates text"),
     "convert": only("auto", "none", advice="the model generates text"),
-    "generation_config": only("auto", "vllm", advice="give SamplingParams"),
     "override_generation_config": only({}, advice="give SamplingParams"),
     "enable_lora": only(False, advice=_NO_ADAPTERS),
     "max_loras": any_of(int, "a number"),
@@ -116,7 +115,6 @@ NEUTRAL_ARGUMENTS: dict[str, Foreign] = {
 
 #: Method of vLLM's `LLM` -> what is offered instead.
 ABSENT_METHODS = {
-    "chat": "GPT-2 has no chat format; write the prompt yourself and use generate",
     "beam_search": "use generate with n samples, and choose among them by cumulative_logprob",
     "encode": "hidden states are in headrace validate and in Job.checkpoints; get_tokenizer().encode gives token ids",
     "embed": "the model generates text; hidden states are in Job.checkpoints",
@@ -126,7 +124,7 @@ ABSENT_METHODS = {
     "apply_model": "headrace.model.load_model gives the module itself",
     "collective_rpc": "there are no worker processes; headrace.model.load_model gives the module itself",
     "set_tokenizer": "the model's own tokenizer is used",
-    "preprocess_chat": "GPT-2 has no chat format; write the prompt yourself and use generate",
+    "preprocess_chat": "use chat",
     "enqueue": "use generate, or submit jobs with headrace.client",
     "wait_for_completion": "use generate, or submit jobs with headrace.client",
     "sleep": "close() frees the memory",
@@ -137,7 +135,7 @@ ABSENT_METHODS = {
     "init_weight_transfer_engine": "make another LLM with the new weights",
     "start_weight_update": "make another LLM with the new weights",
     "finish_weight_update": "make another LLM with the new weights",
-    "enqueue_chat": "GPT-2 has no chat format; write the prompt yourself and use generate",
+    "enqueue_chat": "use chat",
     "update_weights": "make another LLM with the new weights",
 }
 

@@ -6,6 +6,7 @@ import heapq
 import itertools
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -40,7 +41,8 @@ class RequestTable:
         self._scheduler, self._runner = scheduler, runner
         # Not by id: a message delivered twice brings two requests with the same id, and each has a caller that waits.
         self._requests: set[RequestState] = set()
-        self._deadlines: list[tuple[float, int, RequestState]] = []
+        # A request that has ended is not kept, with its result, until its deadline.
+        self._deadlines: list[tuple[float, int, weakref.ref[RequestState]]] = []
         self._tie = itertools.count()
 
     def __contains__(self, state: RequestState) -> bool:
@@ -55,7 +57,7 @@ class RequestTable:
         if state.request.expires_at is not None:
             # From here on by the monotonic clock: the other one may jump while the request runs.
             deadline = time.monotonic() + state.request.expires_at - time.time()
-            heapq.heappush(self._deadlines, (deadline, next(self._tie), state))
+            heapq.heappush(self._deadlines, (deadline, next(self._tie), weakref.ref(state)))
 
     # --- ending requests -------------------------------------------------------------------------------------------
 
@@ -72,10 +74,11 @@ class RequestTable:
     def expire(self) -> None:
         """End the requests whose deadline has passed."""
         if len(self._deadlines) > 2 * len(self._requests) + 64:  # most belong to requests that have ended
-            self._deadlines = [entry for entry in self._deadlines if entry[2] in self._requests]
+            self._deadlines = [entry for entry in self._deadlines if entry[2]() in self._requests]
             heapq.heapify(self._deadlines)
         while self._deadlines and self._deadlines[0][0] <= time.monotonic():
-            self.end(heapq.heappop(self._deadlines)[2], _expired)
+            if (state := heapq.heappop(self._deadlines)[2]()) is not None:
+                self.end(state, _expired)
 
     def seconds_to_deadline(self) -> float | None:
         """Seconds until the next deadline, 0 if it has passed; None if there is none."""
@@ -101,7 +104,8 @@ class RequestTable:
         _settle(state.future, error(state.partial))
 
     def release(self, sequence: Sequence) -> None:
-        """Take a sequence out of the scheduler, and free its slot."""
+        """Take a sequence out of the scheduler, and free its slot and its captured activations."""
+        sequence.activations = None  # some 10 MB, while its result waits to be stored
         if self.owner.pop(sequence, None) is not None:
             self._scheduler.remove(sequence)
 

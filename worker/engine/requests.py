@@ -6,12 +6,15 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from headrace.client.wire.errors import JobFailed
 from headrace.client.wire.requests import MAX_SCORES, GenerateRequest
 from headrace.client.wire.results import Result, Timings, Usage
-from headrace.model.tokenizer import Tokenizer
+from headrace.model.generation_config import Ends
+from headrace.model.tokenizer import NoTokenizer, Tokenizer
+from headrace.worker.engine import chat
+from headrace.worker.engine.request_defaults import NO_DEFAULTS, Defaults, with_defaults
 from headrace.worker.engine.sequence import Sequence
 from headrace.worker.engine.sequence_text import SequenceText, TextDelta
 
@@ -32,6 +35,8 @@ class RequestState:
     on_text: Callable[[TextDelta], None] | None = None
     text_every_s: float = 0.0
     on_activations: Callable[[dict[str, bytes]], None] | None = None
+    #: Parameters that the request did not set and that the model's defaults decided.
+    defaults: Defaults = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -68,7 +73,23 @@ class RequestState:
                 decode_s=round(now - first, 6),
             ),
             fingerprint=fingerprint,
+            defaults=dict(self.defaults),
         )
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the engine calls for a job; see `Engine.submit`."""
+
+    on_start: Callable[[], None] | None = None
+    on_text: Callable[[TextDelta], None] | None = None
+    on_activations: Callable[[dict[str, bytes]], None] | None = None
+    text_every_s: float = 0.0
+
+    def give(self, state: RequestState) -> None:
+        """Give them to a job."""
+        state.on_start, state.on_text, state.on_activations = self.on_start, self.on_text, self.on_activations
+        state.text_every_s = self.text_every_s
 
 
 def prepare(
@@ -77,16 +98,22 @@ def prepare(
     future: Future[Result],
     *,
     tokenizer: Tokenizer,
+    ends: Ends,
     vocab_size: int,
     max_context: int,
+    defaults: Defaults = NO_DEFAULTS,
+    parse_special_tokens: bool | None = None,
 ) -> RequestState:
     """Validate a request against the model, tokenize its prompt, choose its seed, and make its sequences.
+
+    Messages are rendered first, which may take seconds: not in a thread that others wait for.
 
     Raises:
         JobFailed: this model cannot compute the request.
     """
-    prompt, text, rest = _tokenize(request.prompt, tokenizer)
-    _check_token_ids(request, prompt, vocab_size)
+    prompt, text, rest = read_prompt(request, tokenizer, ends, parse_special_tokens)
+    request, chosen = with_defaults(request, defaults, max_context - len(prompt))
+    check_token_ids(request, prompt, vocab_size)
     total = len(prompt) + request.max_tokens
     if total > max_context:
         raise JobFailed(
@@ -96,31 +123,82 @@ def prepare(
         )
     _check_logprobs(request, len(prompt))
     seed = secrets.randbits(52) if request.seed is None else request.seed
-    sequences = [Sequence(request, prompt, i, seed, tokenizer.end_of_text) for i in range(request.n)]
+    sequences = [Sequence(request, prompt, i, seed, ends.eos_ids) for i in range(request.n)]
     texts = [SequenceText(sequence, tokenizer, text, rest) for sequence in sequences]
-    return RequestState(job_id, request, sequences, texts, seed, future, time.monotonic())
+    return RequestState(job_id, request, sequences, texts, seed, future, time.monotonic(), defaults=chosen)
 
 
-def _tokenize(prompt: str | list[int], tokenizer: Tokenizer) -> tuple[list[int], str, bytes]:
+def read_prompt(
+    request: GenerateRequest, tokenizer: Tokenizer, ends: Ends, parse_special_tokens: bool | None = None
+) -> tuple[list[int], str, bytes]:
     """Token ids and text of a prompt, and the bytes at its end that are an incomplete character.
 
-    The empty prompt becomes the end-of-text token, with which texts begin, and its text is that of this token.
+    The empty prompt becomes the token with which texts begin, as in transformers, and its text is that of this token.
+
+    Args:
+        request: with a prompt, or messages, which are rendered.
+        tokenizer: of the model.
+        ends: of the model.
+        parse_special_tokens: of requests that do not say it; None for the tokenizer's default.
+
+    Raises:
+        JobFailed: `empty_prompt`, `no_tokenizer`, or an error of `chat.render`.
     """
-    if isinstance(prompt, str):
-        if tokens := tokenizer.encode(prompt):
-            return tokens, prompt, b""
-        if tokenizer.end_of_text is None:
-            raise JobFailed("empty_prompt", "the prompt is empty and this model's vocabulary has no end-of-text token")
-        prompt = [tokenizer.end_of_text]
+    prompt = request.prompt
+    if request.messages is not None or isinstance(prompt, str):
+        tokens, text = encode_prompt(request, tokenizer, parse_special_tokens)
+        if tokens:
+            return tokens, text, b""
+        if ends.bos_token_id is None:
+            raise JobFailed(
+                "empty_prompt",
+                "the prompt is empty, and the files of this model name no token of its vocabulary with which a text "
+                "begins; give a prompt, or set bos_token_id in generation_config.json",
+            )
+        prompt = [ends.bos_token_id]
     decoder = tokenizer.decoder()
     text = "".join(map(decoder.push, prompt))
     rest = decoder.rest
     return prompt, text + decoder.flush(), rest
 
 
-def _check_token_ids(request: GenerateRequest, prompt: list[int], vocab_size: int) -> None:
+def encode_prompt(request: GenerateRequest, tokenizer: Tokenizer, parse: bool | None = None) -> tuple[list[int], str]:
+    """Token ids and text of a text prompt or of messages; see `read_prompt`. Raises JobFailed."""
+    try:
+        if request.messages is None:
+            text = str(request.prompt)
+            if request.parse_special_tokens is not None:
+                parse = request.parse_special_tokens
+            add = request.add_special_tokens
+        else:
+            text, parse, add = _rendered(request, tokenizer), True, False  # the template writes special tokens
+        return tokenizer.encode(text, parse_special_tokens=parse, add_special_tokens=add), text
+    except NoTokenizer as error:
+        raise JobFailed("no_tokenizer", str(error)) from None
+    except ValueError as error:  # the model's tokenizer has no token for it
+        raise JobFailed("invalid_request", f"{'prompt' if request.messages is None else 'messages'}: {error}") from None
+
+
+def _rendered(request: GenerateRequest, tokenizer: Tokenizer) -> str:
+    text = chat.render(
+        tokenizer.chat_template,
+        request.messages or [],
+        tokenizer.special_tokens,
+        request.chat_template_kwargs,
+        add_generation_prompt=request.begins_answer,
+        continue_final_message=request.continue_final_message,
+    )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise JobFailed("chat_template_failed", "the model's chat template writes text that is not Unicode") from None
+    return text
+
+
+def check_token_ids(request: GenerateRequest, prompt: list[int], vocab_size: int) -> None:
+    """Raises JobFailed for an id that is not in the vocabulary."""
     for name, ids in (
-        ("prompt", prompt),
+        ("token_ids" if request.operation == "detokenize" else "prompt", prompt),
         ("logit_bias", request.logit_bias),
         ("stop_token_ids", request.stop_token_ids),
     ):

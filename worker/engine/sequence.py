@@ -36,14 +36,14 @@ class Sequence:
         prompt: the prompt's token ids.
         index: the number of this sample in its request, from 0.
         seed: the seed of the request; the sampler combines it with `index`.
-        end_of_text: the token that ends a text, if the vocabulary has one.
+        eos_ids: the tokens that end a text, unless the request ignores them.
     """
 
     request: GenerateRequest
     prompt: list[int]
     index: int
     seed: int
-    end_of_text: int | None = None
+    eos_ids: frozenset[int] = frozenset()
     output: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
     prompt_scores: list[TokenScore] = field(default_factory=list)
@@ -65,9 +65,12 @@ class Sequence:
     first_token_at: float | None = None
 
     def __post_init__(self) -> None:
-        end = set() if self.end_of_text is None or self.request.ignore_eos else {self.end_of_text}
+        if self.request.ignore_eos:
+            self.eos_ids = frozenset()
         #: Tokens that end the sequence, once it has `min_tokens`.
-        self.stop_tokens = frozenset(self.request.stop_token_ids) | end
+        self.stop_tokens = (
+            self.eos_ids.union(self.request.stop_token_ids) if self.request.stop_token_ids else self.eos_ids
+        )
         self._proposer: NgramProposer | None = None  # built on first use: a full batch never proposes tokens
 
     @property
@@ -127,7 +130,7 @@ class Sequence:
         if self.request.logprobs is not None:
             self.scores.append(score)
         if token in self.stop_tokens and len(self.output) > self.request.min_tokens:
-            self.finish("stop", None if token == self.end_of_text else token)
+            self.finish("stop", None if token in self.eos_ids else token)
         elif len(self.output) >= self.request.max_tokens:
             self.finish("length")
 

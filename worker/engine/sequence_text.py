@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 from headrace.client.wire.results import Choice, TokenLogprob, TopLogprob
@@ -28,6 +29,46 @@ class TextDelta:
     prompt_tokens: int | None = None
 
 
+class SeenText:
+    """A text with the special tokens that the caller's text leaves out, where stop strings are looked for.
+
+    Args:
+        tokenizer: of the model.
+        output: the tokens before the first special one.
+        shown: how many characters the caller's text of them has.
+        inside: as for `Tokenizer.decoder`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, output: list[int], shown: int, *, inside: bool) -> None:
+        self._decoder = tokenizer.decoder(inside=inside)
+        self.text = "".join(map(self._decoder.push, output))
+        self.scan_from = 0  # no stop string begins before this character
+        self._before = len(self.text)
+        #: Characters here and in the caller's text after each token from here on.
+        self._lengths = [(len(self.text), shown)]
+
+    def push(self, token_id: int, shown: int, *, last: bool) -> None:
+        """Append the text of a token, after which the caller's text has `shown` characters."""
+        self._before = len(self.text)
+        self.text += self._decoder.push(token_id) + (self._decoder.flush() if last else "")
+        self._lengths.append((len(self.text), shown))
+
+    def find(self, stops: list[str], longest: int) -> list[tuple[int, str]]:
+        """The stop strings that the newest token completes, and where the caller's text must be cut for each."""
+        start = max(self.scan_from, self._before - longest + 1)
+        found = [(self.text.find(stop, start), stop) for stop in stops]
+        return [(self.shown_before(at), stop) for at, stop in found if at >= 0]
+
+    def shown_before(self, at: int) -> int:
+        """How many characters of the caller's text are before character `at` of this text."""
+        index = bisect.bisect_right(self._lengths, at, key=lambda lengths: lengths[0])
+        if not index:
+            return at
+        seen, shown = self._lengths[index - 1]
+        later = self._lengths[index][1] if index < len(self._lengths) else shown
+        return min(shown + at - seen, later)
+
+
 class SequenceText:
     """Decodes the tokens of a sequence as they come, and ends the sequence at a stop string.
 
@@ -47,14 +88,27 @@ class SequenceText:
         #: When the next delta may be sent, by the monotonic clock.
         self.next_delta_at = 0.0
         self._tokenizer = tokenizer
-        self._decoder = tokenizer.decoder()
+        self._skip = sequence.request.skip_special_tokens
+        #: Whether the text follows that of the prompt, so that its first word keeps the space before it.
+        hidden = tokenizer.special_ids if self._skip else frozenset[int]()
+        self._inside = any(token not in hidden for token in sequence.prompt)
+        self._decoder = tokenizer.decoder(skip_special_tokens=self._skip, inside=self._inside)
         self._prompt_text, self._prompt_rest = prompt_text, prompt_rest
         self._stops = sequence.request.stop
         self._longest_stop = max(map(len, self._stops), default=0)
         self._scan_from = 0  # no stop string begins before this character
         self._sent_text = self._sent_tokens = 0
         self._logprobs: list[TokenLogprob] = []  # of the first tokens, so that each is converted once
-        self._offsets = OffsetCounter(tokenizer, len(prompt_text) - bool(prompt_rest), prompt_rest)
+        self._offsets = OffsetCounter(
+            tokenizer,
+            len(prompt_text) - bool(prompt_rest),
+            prompt_rest,
+            skip_special_tokens=self._skip,
+            inside=self._inside,
+        )
+        # A stop string may hold special tokens, which the text leaves out: then it is looked for in another text.
+        self._watched = tokenizer.special_ids if self._skip and self._stops else frozenset[int]()
+        self._seen: SeenText | None = None
 
     def decode_last_token(self) -> None:
         """Append the text of the sequence's newest token. If that completes a stop string, end the sequence there."""
@@ -62,31 +116,43 @@ class SequenceText:
         if sequence.finish_reason == "stop":  # the newest token is a stop token, whose text is left out
             self.text += self._decoder.flush()
             return
+        token_id = sequence.output[-1]
         if self._prompt_rest:
-            self._join_prompt(sequence.output[-1])
+            self._join_prompt(token_id)
+        if token_id in self._watched and self._seen is None:
+            self._seen = SeenText(self._tokenizer, sequence.output[:-1], len(self.text), inside=self._inside)
+            self._seen.scan_from = self._scan_from
         before = len(self.text)
-        self.text += self._decoder.push(sequence.output[-1])
+        self.text += self._decoder.push(token_id)
         if sequence.finish_reason:
             self.text += self._decoder.flush()
+        if self._seen is not None:
+            self._seen.push(token_id, len(self.text), last=sequence.finish_reason is not None)
         if self._stops:
             self._cut_at_stop_string(before)
 
     def _join_prompt(self, token_id: int) -> None:
         """If this first token continues the last character of the prompt, begin the output with that character."""
-        if not (data := self._tokenizer.known_bytes(token_id)):
+        skipped = self._skip and token_id in self._tokenizer.special_ids
+        if skipped or not (data := self._tokenizer.known_bytes(token_id)):
             return  # the next token decides
         rest, self._prompt_rest = self._prompt_rest, b""
         if continues(rest, data):
             self._prompt_text = self._prompt_text[:-1]
-            self._decoder = self._tokenizer.decoder(rest)
+            self._decoder = self._tokenizer.decoder(rest, skip_special_tokens=self._skip, inside=self._inside)
 
     def _cut_at_stop_string(self, before: int) -> None:
         """Look for the earliest stop string that the text from character `before` on completes."""
+        seen = self._seen
         if len(self.sequence.output) < self.sequence.request.min_tokens:
             self._scan_from = len(self.text)
+            if seen is not None:
+                seen.scan_from = len(seen.text)
             return
         start = max(self._scan_from, before - self._longest_stop + 1)
         found = [(at, stop) for stop in self._stops if (at := self.text.find(stop, start)) >= 0]
+        if seen is not None:
+            found += seen.find(self._stops, self._longest_stop)
         if found:
             at, stop = min(found, key=lambda hit: hit[0])
             self.text = self.text[:at]
@@ -123,9 +189,17 @@ class SequenceText:
         )
 
     def _held_back(self) -> int:
-        """Length of the longest end of the text that is the beginning of a stop string."""
-        for length in range(min(self._longest_stop - 1, len(self.text)), 0, -1):
-            tail = self.text[-length:]
+        """Length of the longest end of the text that a stop string may still remove."""
+        length = self._begun_stop(self.text)
+        if self._seen is not None:
+            seen = self._seen.text
+            length = max(length, len(self.text) - self._seen.shown_before(len(seen) - self._begun_stop(seen)))
+        return length
+
+    def _begun_stop(self, text: str) -> int:
+        """Length of the longest end of a text that is the beginning of a stop string."""
+        for length in range(min(self._longest_stop - 1, len(text)), 0, -1):
+            tail = text[-length:]
             if any(stop.startswith(tail) for stop in self._stops):
                 return length
         return 0
@@ -172,8 +246,10 @@ class SequenceText:
     def _with_prompt(self, logprobs: list[TokenLogprob] | None) -> list[TokenLogprob] | None:
         if logprobs is None:
             return None
-        offsets = OffsetCounter(self._tokenizer)
-        return [*(self._logprob(s, offsets.next(s.token_id)) for s in self.sequence.prompt_scores), *logprobs]
+        offsets, end = OffsetCounter(self._tokenizer), len(self._prompt_text)
+        # The text may lack what the tokenizer adds around a prompt.
+        prompt = (self._logprob(s, min(offsets.next(s.token_id), end)) for s in self.sequence.prompt_scores)
+        return [*prompt, *logprobs]
 
     def _logprob(self, score: TokenScore, text_offset: int) -> TokenLogprob:
         name, count = self._tokenizer.token_name, self.sequence.request.logprobs

@@ -14,6 +14,7 @@ from rich.table import Table
 from headrace.client.wire.comparison import CheckpointResult
 from headrace.worker.fidelity.references.float64 import NAME
 from headrace.worker.fidelity.tensor_files import Loss
+from headrace.worker.fidelity.text import TextResult
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,14 @@ class Report:
     judged: bool = True
     #: The accuracy that a precision other than float32 costs.
     loss: Loss | None = None
+    #: The row without a number: prompt ids, text and end of text. None for other implementations.
+    text: TextResult | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether at least one checkpoint was compared and none failed."""
+        """Whether at least one checkpoint was compared and none failed, the text included."""
+        if self.text is not None and self.text.ok is False:
+            return False
         return all(row.ok is not False for row in self.rows) and any(row.ok for row in self.rows if 0 < row.number < 12)
 
 
@@ -61,6 +66,7 @@ def _plain(report: Report) -> dict[str, Any]:
         "note": report.note,
         "loss": loss,
         "rows": rows,
+        "text": None if report.text is None else report.text.to_json(),
     }
     return fields | result
 
@@ -87,6 +93,9 @@ def _print(console: Console, report: Report) -> None:
         numbers = ["" if v is None else f"{v:.2g}" for v in (row.max_abs, row.max_rel, row.tolerance)]
         note = f"{verdicts[row.ok]} {row.note}".strip()
         lines.add_row(str(row.number), row.name, row.compared, row.shape.replace("[", "\\["), *numbers, note)
+    if (text := report.text) is not None:
+        shown = f"{verdicts[text.ok]} {text.note}".strip().replace("[", "\\[")
+        lines.add_row("", text.name, text.compared, f"{text.texts} texts", "", "", "", shown)
     console.print(lines)
     if report.loss is not None:
         found = report.loss

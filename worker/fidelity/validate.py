@@ -5,6 +5,9 @@ Installed libraries, and files of tensors that the user names, are measured in t
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +20,18 @@ from headrace.client.wire.comparison import CheckpointResult
 from headrace.client.wire.errors import HeadraceError
 from headrace.config import Settings
 from headrace.extras import how_to_install
-from headrace.model.hub import ModelError, find_model
-from headrace.model.tokenizer import Tokenizer, load_tokenizer
+from headrace.model.convert import convert
+from headrace.model.hub import ModelError, config_path, find_model, is_gguf
+from headrace.model.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 from headrace.model.weights import check_weights, read_config
 from headrace.worker.fidelity.diagnosis import likely_cause
 from headrace.worker.fidelity.judge import judge
 from headrace.worker.fidelity.references import REFERENCES, Reference, ReferenceUnavailable, load_reference
-from headrace.worker.fidelity.references.float64 import Float64
+from headrace.worker.fidelity.references.float64 import SCORES_LIMIT, Float64
 from headrace.worker.fidelity.report import Report
 from headrace.worker.fidelity.tensor_files import Loss, half_tolerances, read_tensors, table
 from headrace.worker.fidelity.tensor_files import loss as loss_of
+from headrace.worker.fidelity.text import TextCheck, TextResult
 
 #: The default prompts: text, the empty prompt and one token. `_cases` adds one that fills the context.
 PROMPTS = ("Hello.", "The quick brown", "Once upon a time", "", "The")
@@ -81,15 +86,29 @@ class Validation:
         self.model = settings.models[settings.model_name]
         try:
             self.folder = find_model(self.model)
-            self.config = read_config(self.folder / "config.json")
+            self.config = read_config(config_path(self.folder))
             check_weights(self.folder, self.config)
             self.tokenizer: Tokenizer = load_tokenizer(self.model, allow_shared=settings.allow_shared_model)
+            if is_gguf(self.folder):
+                self.folder = self._unpacked(self.folder)
         except ModelError as error:
             raise ValidationError(str(error)) from error
         self.skipped: list[str] = []
         self._references, self._files = self._load(references)
         self._half = self._load_half()
         self.cases = self._cases(prompts)
+        sizes = self.config.n_positions, self.config.vocab_size
+        self.text = TextCheck(self.folder, self.tokenizer, *sizes, prompts=prompts)
+
+    def _unpacked(self, file: Path) -> Path:
+        """A directory with the weights of a GGUF file as the `gguf` package unpacks them, for the references.
+
+        It is deleted with this object. Raises ModelError if it cannot be written.
+        """
+        place = tempfile.mkdtemp(prefix="headrace-validate-")
+        weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+        convert(file, target := Path(place) / "model")
+        return target
 
     def _load(self, names: Sequence[str]) -> tuple[list[Reference], dict[str, dict[str, np.ndarray]]]:
         libraries, files = [], {}
@@ -122,12 +141,14 @@ class Validation:
         cases = []
         usual = PROMPTS if self.settings.dtype == "float32" else (*PROMPTS, PASSAGE)
         for prompt in prompts or usual:
-            tokens = self.tokenizer.encode(prompt) or ([] if ends is None else [ends])
+            tokens = self._encoded(prompt) or ([] if ends is None else [ends])
             if self._fits(tokens):
                 cases.append(Case(tokens, NEW_TOKENS, sorted(CHECKPOINTS)))
         if not prompts:
-            full = [(7919 * i) % self.tokenizer.vocab_size for i in range(limit - 1)]
-            numbers = [n for n in CHECKPOINTS if n != 8 or limit <= LOGITS_LIMIT]
+            known = self.tokenizer.vocab_size or self.config.vocab_size
+            full = [(7919 * i) % known for i in range(limit - 1)]
+            most = {8: LOGITS_LIMIT, 4: SCORES_LIMIT}
+            numbers = [n for n in CHECKPOINTS if limit <= most.get(n, limit)]
             cases.append(Case(full, 1, numbers))
         if not cases:
             raise ValidationError(f"the prompts leave no room for {NEW_TOKENS} tokens in {limit} positions")
@@ -152,10 +173,11 @@ class Validation:
             {"prompt": c.tokens, "max_tokens": c.new_tokens, "checkpoints": c.numbers, **common} for c in self.cases
         ]
         self._progress(f"computing {len(self.cases)} prompts here")
-        jobs = client.submit_many([*others, *wanted])[len(others) :]
-        for case, job in zip(self.cases, jobs, strict=True):
+        jobs = client.submit_many([*others, *wanted, *self.text.requests])[len(others) :]
+        for case, job in zip(self.cases, jobs[: len(wanted)], strict=True):
             result = job.result(timeout=600)
             case.tensors = job.checkpoints()
+        text = self.text.judge([job.result(timeout=600) for job in jobs[len(wanted) :]])
         self._progress(f"computing {len(self.cases)} prompts in float64")
         arbiter = self._arbiter = Float64(self.folder)
         for case, exact in zip(
@@ -168,7 +190,9 @@ class Validation:
         rows = [self._ready_row(client), *table(tables)]
         loss = None if self._half is None else loss_of(ours, [case.exact for case in self.cases])
         return [
-            self._report(OURS, rows, fingerprint=result.fingerprint, cause=self._cause(tables, ours), loss=loss),
+            self._report(
+                OURS, rows, fingerprint=result.fingerprint, cause=self._cause(tables, ours), loss=loss, text=text
+            ),
             *(self._library_report(reference) for reference in self._references),
             *(self._file_report(name, found, tolerances) for name, found in self._files.items()),
         ]
@@ -233,10 +257,17 @@ class Validation:
         if self._half is None:
             return {}
         self._progress(f"computing with {self._half.name} in {self.settings.dtype}")
-        defaults = [tokens for tokens in map(self.tokenizer.encode, (*PROMPTS, PASSAGE)) if self._fits(tokens)]
+        defaults = [tokens for tokens in map(self._encoded, (*PROMPTS, PASSAGE)) if self._fits(tokens)]
         exact = [*(case.exact for case in self.cases), *self._arbiter.traces(defaults)]
         rounded = [self._half.trace(tokens) for tokens in [*(case.tokens for case in self.cases), *defaults]]
         return half_tolerances(exact, rounded)
+
+    def _encoded(self, prompt: str) -> list[int]:
+        """Token ids of a prompt; of its bytes, if the model has no tokenizer that can be computed."""
+        try:
+            return self.tokenizer.encode(prompt)
+        except NoTokenizer:
+            return [byte % self.config.vocab_size for byte in prompt.encode()]
 
     def _fits(self, tokens: Sequence[int]) -> bool:
         return 0 < len(tokens) <= self.config.n_positions - NEW_TOKENS
@@ -248,7 +279,7 @@ class Validation:
             return ""
         number, index = min(failed)
         case = self.cases[index]
-        cause = likely_cause(number, found[index], case.exact, self._arbiter.weights, case.tokens)
+        cause = likely_cause(number, found[index], case.exact, self._arbiter, case.tokens)
         return f"checkpoint {number} fails first: {cause or 'no common mistake explains it'}"
 
     def _report(
@@ -261,6 +292,7 @@ class Validation:
         judged: bool = True,
         prompts: int | None = None,
         loss: Loss | None = None,
+        text: TextResult | None = None,
     ) -> Report:
         return Report(
             model=self.model,
@@ -273,6 +305,7 @@ class Validation:
             note="; ".join(self.skipped),
             judged=judged,
             loss=loss,
+            text=text,
         )
 
     def draw(self, path: str) -> None:

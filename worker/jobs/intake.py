@@ -105,23 +105,27 @@ class Intake:
 
     def _run(self) -> None:
         try:
-            self._process_batches()
+            while self._process_batch():
+                pass
         except BaseException as error:  # without this thread the worker would look healthy and take no job
             self._on_fatal(error)
 
-    def _process_batches(self) -> None:
-        running = True
-        while running:
-            items = [self._inbox.get()]
-            while len(items) < INTAKE_BATCH and not self._inbox.empty():
-                items.append(self._inbox.get())
-            running = _Signal.STOP not in items
-            self._admit([item for item in items if isinstance(item, Delivery)])
-            for refusal in [item for item in items if isinstance(item, Refusal)]:
-                self._fail_refused(refusal)
-            if running:
-                self._models.unload_idle({delivery.model for delivery in self._book.deliveries()})
-                self._submit_admitted()
+    def _process_batch(self) -> bool:
+        """Wait for a message, and process it and those queued after it. Returns whether more may follow.
+
+        Each round has its own variables, so that no message is kept while the thread waits for the next.
+        """
+        items = [self._inbox.get()]
+        while len(items) < INTAKE_BATCH and not self._inbox.empty():
+            items.append(self._inbox.get())
+        running = _Signal.STOP not in items
+        self._admit([item for item in items if isinstance(item, Delivery)])
+        for refusal in [item for item in items if isinstance(item, Refusal)]:
+            self._fail_refused(refusal)
+        if running:
+            self._models.unload_idle({delivery.model for delivery in self._book.deliveries()})
+            self._submit_admitted()
+        return running
 
     def _admit(self, batch: list[Delivery]) -> None:
         """Enter the jobs of messages, and queue those for the engine that have not ended."""

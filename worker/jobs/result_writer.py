@@ -54,16 +54,20 @@ class ResultWriter:
 
     def _run(self) -> None:
         try:
-            while (first := self._inbox.get()) is not None:
-                self._write(first)
+            while self._write():
+                pass
         except BaseException as error:  # without this thread the worker would look healthy and no job would end
             self._on_fatal(error)
 
-    def _write(self, item: Ended | None) -> None:
-        """Store one outcome and those queued after it."""
+    def _write(self) -> bool:
+        """Wait for an outcome, and store it and those queued after it. Returns whether more may follow.
+
+        Each round has its own variables, so that no outcome is kept while the thread waits for the next.
+        """
         batch: list[Ended] = []
         records: dict[str, str] = {}
         chars = 0
+        item = self._inbox.get()
         while item is not None:
             batch.append(item)
             record = self._service.record(*item, self._encode)
@@ -72,7 +76,7 @@ class ResultWriter:
             if self._inbox.empty() or len(batch) >= BATCH_JOBS or chars >= BATCH_CHARS:
                 break
             item = self._inbox.get()
-        else:
-            self._inbox.put(None)  # `stop` was called: `_run` has to see it next
-        self._service.retry_until_available(functools.partial(self._service.store.finish, records))
-        self._on_stored(batch)
+        if batch:
+            self._service.retry_until_available(functools.partial(self._service.store.finish, records))
+            self._on_stored(batch)
+        return item is not None

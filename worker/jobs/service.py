@@ -139,6 +139,7 @@ class Service:
         result = future.result()
         if tensors := self._tensors.get(future):
             self._save_tensors(job_id, tensors)
+            self._tensors.pop(future, None)  # they may be larger than the result, which others may keep
         return result
 
     def retry_until_available(self, ask: Callable[[], T]) -> T:

@@ -36,6 +36,7 @@ NOT_LOADED: dict[str, str | int | float] = {
     "tokens_per_s": 0.0,
     "step_age_s": 0.0,
     "rows": "[]",
+    "description": "",
 }
 
 #: A failed job as the record shows it: its tag, its error code and the time `at`, by this machine's clock.
@@ -144,6 +145,7 @@ class WorkerRecord:
         self._last_tokens[model] = stats.tokens
         return {
             "fingerprint": engine.fingerprint,
+            "description": engine.description.model_dump_json(),
             "running": stats.running,
             "waiting": stats.waiting,
             "tokens_per_s": round(rate, 1),

@@ -27,8 +27,9 @@ from headrace.worker.queue.messages import argument
 
 log = structlog.get_logger("headrace.worker")
 
-#: Twice the size of the largest message that the client sends: 64 KiB of control characters, escaped.
-MAX_MESSAGE_BYTES = 2**20
+#: Above the size of the largest message that the client sends: a prompt of 128 KiB of control characters, escaped, or
+#: messages and variables for their template.
+MAX_MESSAGE_BYTES = 2**21
 #: The client puts at most 16 jobs into a message.
 MAX_GROUP_JOBS = 256
 

@@ -8,11 +8,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.client.http.context import context_of, route
+from headrace.client.http.jobs import JobRunner
 from headrace.client.http.responses import JsonResponse
 
 
-def _model_object(name: str, created: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "headrace"}
+async def _model_object(jobs: JobRunner, name: str, created: int) -> dict[str, Any]:
+    """The object of a model, with the smallest context that its workers report."""
+    described = [worker.description for worker in (await jobs.status()).workers if worker.model == name]
+    contexts = [each.max_context for each in described if each is not None and each.max_context]
+    known = {"max_model_len": min(contexts)} if contexts else {}
+    return {"id": name, "object": "model", "created": created, "owned_by": "headrace", **known}
 
 
 async def list_models(request: Request) -> Response:
@@ -20,14 +25,15 @@ async def list_models(request: Request) -> Response:
     context = context_of(request)
     served, default = await context.jobs.served_models(), context.client.model_name
     names = sorted(served, key=lambda name: (name != default, name))
-    return JsonResponse({"object": "list", "data": [_model_object(name, served[name]) for name in names]})
+    models = [await _model_object(context.jobs, name, served[name]) for name in names]
+    return JsonResponse({"object": "list", "data": models})
 
 
 async def get_model(request: Request) -> Response:
     """`GET /v1/models/{id}`."""
     jobs = context_of(request).jobs
     name = await jobs.find_model(request.path_params["model"])
-    return JsonResponse(_model_object(name, (await jobs.served_models())[name]))
+    return JsonResponse(await _model_object(jobs, name, (await jobs.served_models())[name]))
 
 
 ROUTES = [

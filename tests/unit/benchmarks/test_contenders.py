@@ -16,13 +16,19 @@ from benchmarks.workloads import Item
 ITEMS = [Item([0] * 3, 1), Item([0], 9), Item([0] * 2, 5)]
 
 
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """The tokens of our engine, in a process of its own."""
+    folder = demo_model()
+    return Place(Entry(OURS, "float32"), 1, tmp_path_factory.mktemp("ours"), folder).generate(folder, check_items())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("peer", PEERS)
-def test_peers_compute_the_same_tokens_in_float32(peer: str, tmp_path: Path) -> None:
+def test_peers_compute_the_same_tokens_in_float32(peer: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if absent := missing(peer):
         pytest.skip(f"{', '.join(absent)} not installed")
-    folder = demo_model()
-    ours = Place(Entry(OURS, "float32"), 1, tmp_path, folder).generate(folder, check_items())
+    folder, ours = demo_model(), request.getfixturevalue("ours")
     theirs = Place(Entry(peer, "float32"), 1, tmp_path, folder).generate(folder, check_items())
     assert agreement(theirs, ours) >= LEAST_AGREEMENT
 

@@ -194,7 +194,9 @@ def test_values_that_json_cannot_represent_are_faults_of_their_line(client: Clie
         (b'{"method": "POST", "body": {"prompt": "\\ud800"}}', "prompt", "unpaired surrogate"),
         (b'{"body": {"prompt": "a"}}', "custom_id", "1 to 512"),
         (b'{"custom_id": "a", "body": "a"}', "body", "object"),
-        (b'{"custom_id": "a", "url": "/v1/chat/completions", "body": {}}', "url", "/v1/completions"),
+        (b'{"custom_id": "a", "url": "/v1/chat/completions", "body": {}}', "messages", "got nothing"),
+        (b'{"custom_id": "a", "url": "/v1/chat/completions", "body": "a"}', "body", "an object with messages"),
+        (b'{"custom_id": "a", "body": {"messages": [{}]}}', "messages", "send messages to /v1/chat/completions"),
         (b'{"custom_id": "a", "method": "GET", "body": {}}', "url", "got 'GET /v1/completions'; expected 'POST"),
         (b'{"custom_id": "a", "body": {}, "more": 1}', "more", "custom_id, method, url, body"),
         (b'{"custom_id": "a", "body": {"prompt": "a", "best_of": 4}}', "best_of", "all n samples"),
@@ -305,7 +307,23 @@ def test_the_wrong_one_of_a_list_of_prompts_is_named(client: Client, prompts: li
     assert [fault.field for fault in caught.value.faults] == [field]
 
 
-@pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/responses", "/v1/embeddings"])
+@pytest.mark.parametrize("url", ["/v1/responses", "/v1/embeddings"])
 def test_an_endpoint_of_other_models_says_what_to_use_instead(client: Client, url: str) -> None:
-    with pytest.raises(InvalidBatch, match=r"this server completes text.*/v1/completions"):
+    with pytest.raises(InvalidBatch, match=r"send messages to /v1/chat/completions, or a text .* to /v1/completions"):
         rows_of(client, as_lines({"custom_id": "a", "method": "POST", "url": url, "body": {"messages": []}}))
+
+
+def test_all_requests_of_a_batch_have_one_endpoint(client: Client) -> None:
+    text: dict[str, Any] = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a"}}
+    chat = {**text, "custom_id": "b", "url": "/v1/chat/completions"}
+    with pytest.raises(InvalidBatch) as caught:
+        rows_of(client, as_lines(text, chat))
+    (fault,) = caught.value.faults
+    assert (fault.line, fault.field) == (2, "url")
+    expected = "'POST /v1/completions', the endpoint of the batch; all of its requests have the same"
+    assert fault.message == f"url: got 'POST /v1/chat/completions'; expected {expected}"
+    with pytest.raises(InvalidBatch, match=r"expected 'POST /v1/chat/completions', the endpoint of the batch"):
+        rows_of(client, as_lines(text), endpoint="/v1/chat/completions")  # as `POST /v1/batches` names it
+    assert [row.endpoint for row in rows_of(client, as_lines(text, {**text, "custom_id": "c", "url": None}))] == [
+        "/v1/completions"
+    ] * 2

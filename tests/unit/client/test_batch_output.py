@@ -12,8 +12,9 @@ import pytest
 
 from headrace.client.batch.errors import OutputRefused
 from headrace.client.batch.items import BatchItem
-from headrace.client.batch.openai import completion, output_line, read_output_line
+from headrace.client.batch.openai import completion
 from headrace.client.batch.output import Output
+from headrace.client.batch.output_lines import output_line, read_output_line
 from headrace.client.batch.run import JoinedRows, RowPart
 from headrace.client.wire.errors import InvalidRequest, JobFailed
 from headrace.client.wire.results import Choice, Result, Timings, TokenLogprob, TopLogprob, Usage

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from headrace.client import (
 )
 from headrace.client.http.errors import translate
 from headrace.client.jobs.submission import GROUP_JOBS
-from headrace.client.wire import keys
+from headrace.client.wire import keys, queue_depth
 from headrace.client.wire.celery import celery_url
 from headrace.client.wire.queue_depth import QueueStatus
 from headrace.client.wire.redis import connect
@@ -214,6 +214,32 @@ def test_status_and_the_limit_count_jobs_not_messages(redis_url: str) -> None:
 def test_a_deep_queue_is_counted_from_a_sample(client: Client) -> None:
     client.submit_many(["a"] * (GROUP_JOBS * 50))
     assert counted(client).normal == GROUP_JOBS * 50
+
+
+def test_a_queue_of_large_messages_is_counted_without_reading_them_all(
+    client: Client, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message may have 2 MiB, and `headrace serve` and each worker count every second or two."""
+    client.submit("a")
+    message = queued(client, connection)[0]
+    large = json.dumps({**message, "padding": "x" * 2**18})
+    name = keys.queue_lists(client.model_name)[1]
+    assert connection.llen(name)
+    connection.lpush(name, *[large] * 40)
+    connection.hset(keys.unacked(), mapping={f"large-{number}": large for number in range(40)})
+    read: list[int] = []
+    real = queue_depth.execute_typed
+
+    def execute(pipe: object, defaults: Sequence[object]) -> list[object]:
+        answers = real(pipe, defaults)
+        read.append(sum(len(text) for answer in answers if isinstance(answer, list) for text in answer))
+        return answers
+
+    monkeypatch.setattr(queue_depth, "execute_typed", execute)
+    assert counted(client).normal == 41
+    assert client.status().delivered >= 40
+    assert max(read) < 2**21
+    connection.hdel(keys.unacked(), *[f"large-{number}" for number in range(40)])
 
 
 def test_a_full_queue_refuses_with_its_depth(redis_url: str) -> None:

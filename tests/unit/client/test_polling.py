@@ -37,12 +37,12 @@ class FakeServer:
         return sum(job not in self.unknown for job in jobs)
 
     def _xread(self, *words: str) -> list[Any]:
-        words = words[words.index("STREAMS") + 1 :]
+        count, words = int(words[words.index("COUNT") + 1]), words[words.index("STREAMS") + 1 :]
         reply = []
         for name, since in zip(words[: len(words) // 2], words[len(words) // 2 :], strict=True):
             entries = self.events.get(name.removeprefix(keys.events("")), [])
             if new := [(f"{i + 1}-0", {"event": e}) for i, e in enumerate(entries) if i + 1 > int(since[:-2])]:
-                reply.append([name, new])
+                reply.append([name, new[:count]])
         return reply
 
 
@@ -84,13 +84,32 @@ def test_events_are_returned_once_and_the_last_one_with_the_result(server: FakeS
     server.events["a"] = ["one", "two"]
     assert under_test.answer(server.answer(under_test.request(1))).events == {"a": ["one", "two"]}
     commands = under_test.request(1)
-    assert ("XREAD", "BLOCK", 10, "STREAMS", keys.events("a"), "2-0") in commands
+    assert ("XREAD", "COUNT", 64, "BLOCK", 10, "STREAMS", keys.events("a"), "2-0") in commands
     server.events["a"].append('{"end":true}')
     server.results["a"] = REVOKED
     del server.results["a"]
     under_test.answer(server.answer(commands))
     assert under_test.rest_s == 0
-    assert asked(under_test.request(1), "XREAD")[0] == "STREAMS", "Redis is not to hold back what is there"
+    assert asked(under_test.request(1), "XREAD")[2] == "STREAMS", "Redis is not to hold back what is there"
+
+
+@pytest.mark.parametrize("streams", [1, 24, 256])
+def test_streams_that_wait_are_read_in_parts_and_without_a_pause(server: FakeServer, streams: int) -> None:
+    """The entries of the largest job have 200 KB: all of 256 such streams at once would take gigabytes."""
+    under_test = PollState()
+    names = [f"job-{number}" for number in range(streams)]
+    for name in names:
+        under_test.add(name, events=True)
+        server.events[name] = [str(number) for number in range(100)]
+    read: dict[str, list[str]] = {name: [] for name in names}
+    while any(len(entries) < 100 for entries in read.values()):
+        updates = under_test.answer(server.answer(under_test.request(1)))
+        assert 0 < sum(map(len, updates.events.values())) <= max(256, 4 * streams)
+        for name, entries in updates.events.items():
+            read[name] += entries
+        assert under_test.rest_s == 0 or all(len(entries) == 100 for entries in read.values())
+    assert all(entries == [str(number) for number in range(100)] for entries in read.values())
+    assert not under_test.answer(server.answer(under_test.request(1)))
 
 
 def test_a_later_reader_gets_all_events(server: FakeServer) -> None:

@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from headrace.client.batch.openai import completion_fields
 from headrace.client.wire.errors import InvalidRequest, JobFailed
 from headrace.client.wire.foreign import ALIASES, FOREIGN, advice
-from headrace.client.wire.requests import PUBLIC_NAMES, WHOLE_NAMES, GenerateRequest, SamplingParams, parse_request
+from headrace.client.wire.requests import (
+    DEFAULTED_BY_MODELS,
+    PUBLIC_NAMES,
+    WHOLE_NAMES,
+    GenerateRequest,
+    SamplingParams,
+    parse_request,
+)
 from headrace.client.wire.results import Result
 from headrace.worker.queue.messages import read_wire
 
@@ -72,7 +79,7 @@ GOOD = {"prompt": "Hello."}
         ("prompt", [1, "a"], "type list", "ids"),
         ("prompt", b"bytes", "type bytes", "text"),
         ("prompt", memoryview(b"bytes"), "type memoryview", "text"),
-        ("prompt", "x" * 70_000, "70000 bytes", "at most 65536"),
+        ("prompt", "x" * 140_000, "140000 bytes", "at most 131072"),
         ("prompt", [1] * 20_000, "20000 token ids", "16384"),
         ("prompt", "caf\udce9", "U+DCE9 at character 3", "valid Unicode"),
         ("stop", ["\ud83d"], "U+D83D", "valid Unicode"),
@@ -121,7 +128,7 @@ def test_a_missing_prompt_is_refused() -> None:
 
 def test_an_error_never_quotes_the_prompt() -> None:
     with pytest.raises(InvalidRequest) as caught:
-        parse_request({"prompt": "my secret " * 10_000})
+        parse_request({"prompt": "my secret " * 20_000})
     assert "secret" not in str(caught.value)
 
 
@@ -130,6 +137,7 @@ def test_defaults_are_those_of_the_openai_api_and_vllm() -> None:
         "max_tokens": 16, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "n": 1, "stop": [], "seed": None,
         "logprobs": None, "logit_bias": {}, "presence_penalty": 0.0, "frequency_penalty": 0.0,
         "repetition_penalty": 1.0, "echo": False, "min_tokens": 0, "ignore_eos": False, "stop_token_ids": [],
+        "skip_special_tokens": True,
     }  # fmt: skip
     assert SamplingParams().model_dump() == expected
 
@@ -197,7 +205,7 @@ NEUTRAL: dict[str, list[Any]] = {
     "use_beam_search": [False, np.False_], "length_penalty": [1, 1.0, np.float32(1)], "early_stopping": [False],
     "skip_special_tokens": [True], "spaces_between_special_tokens": [True, False],
     "include_stop_str_in_output": [False],
-    "bad_words": [[]], "detokenize": [True], "add_special_tokens": [True, False], "return_token_ids": [False],
+    "bad_words": [[]], "detokenize": [True], "add_special_tokens": [True], "return_token_ids": [False],
     "return_tokens_as_token_ids": [False], "priority": [0, 0.0], "logprobs": [False], "top_k": [0, 0.0],
     "min_p": [0, 0.0], "repetition_penalty": [1, 1.0], "presence_penalty": [0], "frequency_penalty": [0.0],
     "logit_bias": [{}, [], {"5": None}], "stop": [[], (), ""], "stop_token_ids": [[], ()], "n": [1, 1.0],
@@ -206,14 +214,19 @@ NEUTRAL: dict[str, list[Any]] = {
     "cache_prompt": [True], "grammar": [""], "num_beams": [1], "no_repeat_ngram_size": [0], "watermark": [False],
     "details": [False], "top_n_tokens": [0], "id_slot": [-1], "thinking_token_budget": [-1], "stream": [False],
     "max_tokens": [16, 16.0], "temperature": [1, 1.0], "top_p": [1], "logits_processors": [[]], "xtc_probability": [0],
-    "do_sample": [True], "checkpoints": [[], ()],
+    "do_sample": [True], "checkpoints": [[], ()], "messages": [[]], "add_generation_prompt": [True, False],
+    "continue_final_message": [False], "chat_template_kwargs": [{}, []],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "values"), NEUTRAL.items())
 def test_a_value_that_asks_for_nothing_changes_nothing(name: str, values: list[Any]) -> None:
     for value in [*values, None, pd.NA, pd.NaT, pyarrow.scalar(None, pyarrow.int64())]:
-        assert parse_request({**GOOD, name: value}).to_wire() == parse_request(GOOD).to_wire(), value
+        wire = parse_request({**GOOD, name: value}).to_wire()
+        if name in DEFAULTED_BY_MODELS and wire.keys() > parse_request(GOOD).to_wire().keys():
+            # A worker can tell it from a parameter that is not set, and takes no default of the model for it.
+            assert wire.pop(name) == GenerateRequest.model_fields[name].default or name == "top_k", value
+        assert wire == parse_request(GOOD).to_wire(), value
         assert completion_fields({**GOOD, name: value}).keys() <= {"prompt", name}
 
 
@@ -228,7 +241,7 @@ def test_every_foreign_parameter_may_be_null_and_is_refused_by_name_otherwise() 
 @pytest.mark.parametrize(
     ("fields", "part"),
     [
-        ({"skip_special_tokens": False}, "except True; the end-of-text token"),
+        ({"chat_template": "{{ messages }}"}, "the template of the model's directory is used"),
         ({"use_beam_search": True}, "except False; headrace samples"),
         ({"use_beam_search": 0}, "except False"),
         ({"length_penalty": 0.8}, "except 1"),

@@ -210,6 +210,9 @@ def test_many_jobs_cost_one_look(url: str, admin: redis.Redis) -> None:
         ),
         ({"maxmemory_policy": "volatile-lru"}, "policy is volatile-lru"),
         ({"cluster_enabled": 1}, "cluster mode"),
+        ({"role": "slave", "slave_read_only": 0}, "replica that can be written to"),
+        ({"role": "slave", "slave_read_only": 1}, ""),
+        ({"role": "master", "slave_read_only": 0}, ""),
         ({"cluster_enabled": 1, "maxmemory_policy": "allkeys-lru"}, "allkeys-lru"),
     ],
 )

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import headrace.model.kernels.attention
 import headrace.model.kernels.openmp
-from headrace.model.kernels.attention import DecodeKernel, DecodeRows, decode_kernel
+from headrace.model.kernels.attention import DecodeKernel, DecodeRows, LayerRules, decode_kernel
 
 POSITIONS = 96
+RULES = LayerRules.of([0.3], [None])
 #: Compiled loops, and assembly where the CPU has AVX-512.
 WAYS = [(8, torch.float32), (64, torch.float32), (64, torch.bfloat16)]
 
@@ -45,7 +46,7 @@ class Case:
         out = torch.full((len(rows), heads, width), 7.0, dtype=self.cache.dtype)
         counts = np.ones(len(rows), dtype=np.int64)
         where = DecodeRows.of(k, v, np.full(len(rows), self.cache.stride(2)), lengths, counts, heads)
-        kernel(width, self.cache.dtype)(0, qkv[:, 0], qkv[:, 1], qkv[:, 2], out, where, 0.3)
+        kernel(width, self.cache.dtype)(0, qkv[:, 0], qkv[:, 1], qkv[:, 2], out, where, RULES)
         return out
 
     def expected(self, row: int) -> Tensor:
@@ -156,7 +157,7 @@ def test_rows_of_one_slot_have_the_same_bits_as_one_by_one(dtype: torch.dtype, t
         k, v = ((tensor.data_ptr() + starts)[None] for tensor in case.cache)
         out, qkv = torch.empty(len(rows), heads, width, dtype=dtype), case.qkv[rows]
         places = DecodeRows.of(k, v, np.full(len(slots), case.cache.stride(2)), lengths, counts, heads)
-        kernel(width, dtype)(0, qkv[:, 0], qkv[:, 1], qkv[:, 2], out, places, 0.3)
+        kernel(width, dtype)(0, qkv[:, 0], qkv[:, 1], qkv[:, 2], out, places, RULES)
         return out
 
     torch.set_num_threads(1)
@@ -178,9 +179,8 @@ def test_heads_that_are_not_contiguous_are_refused() -> None:
         case.run([0])
 
 
-def test_unsupported_types_and_widths_use_torch() -> None:
+def test_unsupported_types_use_torch() -> None:
     assert decode_kernel(64, torch.float16, "cpu") is None
-    assert decode_kernel(5, torch.bfloat16, "cpu") is None
     assert decode_kernel(64, torch.bfloat16, "cuda") is None
 
 

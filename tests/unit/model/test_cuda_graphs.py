@@ -73,7 +73,7 @@ def exact_model() -> Decoder:
 
 def plainly(model: Decoder, cache: KVCache, tokens: Sequence[int], groups: Sequence[DecodeGroup]) -> Tensor:
     positions = [position for group in groups for position in group.positions]
-    attend = CachedAttention.of(cache, model.config.scale, groups=groups, chunks=[])
+    attend = CachedAttention.of(cache, groups=groups, chunks=[])
     return model.forward(torch.tensor(tokens), torch.tensor(positions), attend)
 
 

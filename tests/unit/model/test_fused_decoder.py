@@ -86,7 +86,7 @@ class Stage:
         count = len(decodes)
         groups = [DecodeGroup(32, decodes, [9 + i for i in decodes], [1] * count, 0)] if decodes else []
         chunks = [Chunk(32, 2, 0, chunk, count)] if chunk else []
-        return CachedAttention.of(self.cache, self.gpt2.config.scale, groups=groups, chunks=chunks)
+        return CachedAttention.of(self.cache, groups=groups, chunks=chunks)
 
 
 def rows(gpt2: Decoder, count: int) -> Tensor:

@@ -124,7 +124,7 @@ def test_a_prompt_in_chunks_attends_like_the_whole(chunks: list[int]) -> None:
     cache.arenas[64].resize(3)
     out, start = [], 0
     for count in chunks:
-        attend = CachedAttention.of(cache, CONFIG.scale, groups=[], chunks=[Chunk(64, 2, start, count, 0)])
+        attend = CachedAttention.of(cache, groups=[], chunks=[Chunk(64, 2, start, count, 0)])
         rows = slice(start, start + count)
         out.append(attend(1, q[rows], k[rows], v[rows]))
         start += count
@@ -147,7 +147,7 @@ def test_two_chunks_of_one_prompt_in_one_step_attend_like_the_whole(threads: int
     for tensor in (*cache.arenas[64].k, *cache.arenas[64].v):
         tensor.fill_(float("nan"))
     chunks = [Chunk(64, 2, 0, 40, 0), Chunk(64, 2, 40, 20, 40)]
-    attend = CachedAttention.of(cache, CONFIG.scale, groups=[], chunks=chunks)
+    attend = CachedAttention.of(cache, groups=[], chunks=chunks)
     assert_attends(attend(1, q, k, v), q, k, v)
 
 
@@ -169,9 +169,7 @@ def test_decoding_rows_attend_over_their_own_slot_only(
     for slot, keys, values, n in zip(slots, k, v, last, strict=True):
         cache.arenas[64].k[0][slot, :, :n] = keys[:n].transpose(0, 1)
         cache.arenas[64].v[0][slot, :, :n] = values[:n].transpose(0, 1)
-    attend = CachedAttention.of(
-        cache, CONFIG.scale, groups=[DecodeGroup(64, slots, last, [1] * len(slots), 2)], chunks=[]
-    )
+    attend = CachedAttention.of(cache, groups=[DecodeGroup(64, slots, last, [1] * len(slots), 2)], chunks=[])
     packed = [torch.cat([torch.zeros(2, 3, 8), *(x[-1:] for x in xs)]) for xs in (q, k, v)]
     out = attend(0, *packed)
     assert not out[:2].any(), "rows of no sequence are not zero"
@@ -186,4 +184,4 @@ def test_several_rows_of_one_slot_are_refused_where_there_is_no_compiled_kernel(
     cache = KVCache(CONFIG, lengths=[64], dtype=torch.float32, device=CPU)
     cache.arenas[64].resize(1)
     with pytest.raises(ValueError, match="compiled kernel"):
-        CachedAttention.of(cache, CONFIG.scale, groups=[DecodeGroup(64, [0], [5], [2], 0)], chunks=[])
+        CachedAttention.of(cache, groups=[DecodeGroup(64, [0], [5], [2], 0)], chunks=[])

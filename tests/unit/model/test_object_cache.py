@@ -211,6 +211,9 @@ def test_the_cache_key_covers_sources_compiler_and_instruction_set(
     monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b"#" * (path.name == "gemm_bf16_amx.py"))
     assert object_cache._key("two", here) != before
     monkeypatch.undo()
+    monkeypatch.setenv("NUMBA_OPT", "0")
+    assert object_cache._key("two", here) != before
+    monkeypatch.undo()
     assert object_cache._key("two", here) == before
 
 

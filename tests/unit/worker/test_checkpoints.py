@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from headrace.client.wire.activations import CHECKPOINTS
 from headrace.client.wire.comparison import CheckpointResult, check_cache, compare, worst
+from headrace.config import Settings
+from headrace.model.config import ModelConfig
+from headrace.model.weights import expected_shapes
+from headrace.worker.fidelity.references.float64 import Float64
 from headrace.worker.fidelity.tensor_files import half_tolerances, loss, read_tensors
+from headrace.worker.fidelity.validate import Validation
+from tests.unit.model.gguf_files import TOKENS, write_gguf
 
 
 def ours() -> dict[str, np.ndarray]:
@@ -147,3 +157,31 @@ def test_the_loss_of_a_precision_by_hand() -> None:
     assert found.divergence == pytest.approx((0.5 * np.log(2) + 0.5 * np.log(2 / 3)) / 2, rel=1e-5)
     assert found.agreement == 0.5  # of two equal ones the first is the likeliest
     assert loss([{}], [exact]) is None
+
+
+# --- models that references cannot read by themselves ----------------------------------------------------------------
+
+
+def test_a_gguf_file_is_validated_against_what_the_gguf_package_unpacks(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 24, "vocab_size": len(TOKENS)}
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(shape) for name, shape in expected_shapes(ModelConfig(**config)).items()}
+    written = write_gguf(tmp_path / "model.gguf", tensors, config, kind="Q8_0")
+    validation = Validation(Settings(model=str(tmp_path / "model.gguf"), dtype="float32"), ["transformers"], ["hello"])
+    (case,), (reference,), folder = validation.cases, validation._references, validation.folder
+    exact = Float64(folder).traces([case.tokens])[0]["last_logits"]
+    assert np.abs(exact - reference.trace(case.tokens)["last_logits"]).max() < 1e-3
+    embedding = load_file(folder / "model.safetensors")["transformer.wte.weight"]
+    assert torch.equal(torch.from_numpy(embedding), written["wte.weight"])
+    assert validation.text.requests
+    del validation
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_a_model_without_a_tokenizer_is_validated_from_token_ids(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=4, n_positions=40, vocab_size=90)).save_pretrained(tmp_path)
+    (tmp_path / "spiece.model").write_bytes(b"pieces")
+    cases = Validation(Settings(model=str(tmp_path), dtype="float32"), ["transformers"], []).cases
+    assert cases[0].tokens == [72, 11, 18, 18, 21, 46]
+    assert max(max(case.tokens) for case in cases) < 90

@@ -1,4 +1,4 @@
-"""GPT-2 as other libraries compute it, and a float64 evaluation to measure errors against.
+"""Models as other libraries compute them, and a float64 evaluation to measure errors against.
 
 Each module builds the forward pass from the primitives of its library and shares no code with `model`. A library is
 imported only when its reference is loaded.
@@ -28,9 +28,10 @@ def load_reference(name: str, folder: Path, dtype: str = "float32") -> Reference
             the operands of each matrix product to 8-bit integers, with one scale for each row and each column.
 
     Raises:
-        ValueError: the name or the dtype is unknown, or the config is not that of a plain GPT-2.
+        ValueError: the name or the dtype is unknown, or the config is of a model that the references do not compute.
         FileNotFoundError: the directory has no config or no weights.
-        ReferenceUnavailable: the library is not installed, or cannot run on this machine or in that dtype.
+        ReferenceUnavailable: the library is not installed, or cannot run on this machine or in that dtype, or
+            computes plain GPT-2 only (tinygrad, candle) and the model is another one.
     """
     if name not in REFERENCES:
         raise ValueError(f"unknown reference {name!r}; expected one of {', '.join(REFERENCES)}")

@@ -40,9 +40,10 @@ class Reference(Protocol):
     def trace(self, token_ids: Sequence[int]) -> dict[str, Array]:
         """Return the activations at the checkpoints for T tokens, in float32 and without a batch dimension.
 
-        `embeddings`, `ln_1`, `attn`, `mlp`, `block_0` [T, E]; `q`, `k`, `v` [T, H, D]; `scores` [H, T, T], scaled and
-        before the mask; `logits` [T, V]; `last_logits`, `probs` [V]; `next_token` [], int64. Also `hidden`
-        [n_layer + 1, T, E]: the residual stream after the embeddings and after each block.
+        `embeddings`, `ln_1`, `attn`, `mlp`, `block_0` [T, E]; `q` [T, H, D]; `k`, `v` [T, KV, D], where KV is the
+        number of heads of keys and values; `scores` [H, T, T], scaled and before the mask; `logits` [T, V];
+        `last_logits`, `probs` [V]; `next_token` [], int64. Also `hidden` [n_layer + 1, T, E]: the residual stream after
+        the embeddings and after each block.
 
         Raises:
             ValueError: there are no tokens, more tokens than positions, or a token id outside the vocabulary.

@@ -16,7 +16,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from headrace.worker.fidelity.references.base import Array, check_tokens, import_library, library_name, with_outcome
-from headrace.worker.fidelity.references.files import Shape, read_shape, read_weights
+from headrace.worker.fidelity.references.files import read_weights
+from headrace.worker.fidelity.references.shape import Shape, plain_shape
 
 #: A candle.Tensor. The package has no type annotations that mypy can read.
 Tensor = Any
@@ -132,4 +133,4 @@ class CandleReference:
 def load(folder: Path, dtype: str) -> CandleReference:  # noqa: ARG001
     """Load the reference with the weights of a directory. Raises the errors of `load_reference`."""
     import_library("candle", "candle")
-    return CandleReference(read_shape(folder), read_weights(folder))
+    return CandleReference(plain_shape(folder, "candle"), read_weights(folder))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,54 +14,13 @@ from headrace.worker.fidelity.references.base import Array
 
 INDEX = "model.safetensors.index.json"
 
-#: Options of config.json -> the values that the references support. The first is the default.
-_COMPUTED: dict[str, tuple[Any, ...]] = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
+#: What training code wraps models in, anywhere in a name; and what models are stored under.
+_CONTAINERS = re.compile(r"^((transformer|pretrained_model)\.)+")
+_WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+#: Old files hold the causal masks.
+_MASKS = tuple(f"{part}.{mask}" for part in (".attn", ".attn.attention") for mask in ("bias", "masked_bias"))
 #: Types of a safetensors header -> numpy types. numpy has no bfloat16, which is the upper half of a float32.
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The shape of the model, from config.json."""
-
-    n_layer: int
-    n_head: int
-    n_embd: int
-    n_positions: int
-    vocab_size: int
-    epsilon: float
-
-
-def read_shape(folder: Path) -> Shape:
-    """Read the shape of the model from config.json.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: it is not the config of a GPT-2, or selects a variant that the references do not support.
-    """
-    config = json.loads((folder / "config.json").read_text())
-    for name, allowed in _COMPUTED.items():
-        if config.get(name, allowed[0]) not in allowed:
-            raise ValueError(
-                f"{folder / 'config.json'}: {name} is {config[name]!r}; the references support only {allowed[0]!r}"
-            )
-    try:
-        return Shape(
-            n_layer=config["n_layer"],
-            n_head=config["n_head"],
-            n_embd=config["n_embd"],
-            n_positions=config.get("n_positions", 1024),
-            vocab_size=config["vocab_size"],
-            epsilon=config.get("layer_norm_epsilon", 1e-5),
-        )
-    except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} has no {error}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -88,11 +47,11 @@ def read_weights(folder: Path) -> dict[str, Array]:
         FileNotFoundError: a file is missing.
         ValueError: a weight has an unsupported type.
     """
-    return {plain_name(name): array for file in weight_files(folder) for name, array in read_file(file) if wanted(name)}
+    return {plain_name(name): array for file in weight_files(folder) for name, array in read_file(file)}
 
 
 class StoredWeights(Mapping[str, Array]):
-    """The weights of a model by their names without `transformer.`; each is read on access, as float32.
+    """The tensors of a model by their names without prefixes, the head included; each is read on access, as float32.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -119,20 +78,21 @@ class StoredWeights(Mapping[str, Array]):
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a tensor without the prefix that some files have."""
-    return name.removeprefix("transformer.")
+    """Return the name of a tensor without the prefixes that some files have."""
+    return _CONTAINERS.sub("", _WRAPPERS.sub("", name))
 
 
 def wanted(name: str) -> bool:
-    """Return whether a tensor is a weight. Old files also hold the causal mask and a copy of the embedding."""
-    return not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))
+    """Return whether a tensor is a weight of a plain GPT-2. Files may also hold masks and a copy of the embedding."""
+    return not name.endswith((*_MASKS, "lm_head.weight"))
 
 
 def read_file(file: Path) -> Iterator[tuple[str, Array]]:
-    """Yield the names and tensors of one safetensors file, as float32."""
+    """Yield the names and weights of one safetensors file, as float32."""
     with file.open("rb") as stream:
         for name, entry, begin in _entries(file):
-            yield name, _read_entry(stream, name, entry, begin)
+            if wanted(name):
+                yield name, _read_entry(stream, name, entry, begin)
 
 
 def _entries(file: Path) -> Iterator[tuple[str, Mapping[str, Any], int]]:
@@ -145,7 +105,7 @@ def _entries(file: Path) -> Iterator[tuple[str, Mapping[str, Any], int]]:
         size = int.from_bytes(stream.read(8), "little")
         header: Mapping[str, Any] = json.loads(stream.read(size))
     for name, entry in header.items():
-        if name != "__metadata__" and wanted(name):
+        if name != "__metadata__" and not name.endswith(_MASKS):
             yield name, entry, 8 + size
 
 

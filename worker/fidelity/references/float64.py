@@ -1,8 +1,8 @@
-"""GPT-2 in float64, against which the error of every implementation is measured.
+"""The decoder of any family in float64, against which the error of every implementation is measured.
 
-It uses numpy only, holds the weights of one layer at a time, and shares no code with `model`. Its rounding errors are
-about five hundred million times smaller than those of float32. Weights are read as float32, like in every
-implementation.
+It uses numpy only, holds the weights of one layer at a time, and shares no code with
+`model`. Its rounding errors are about five hundred million times smaller than those of float32. Weights are read as
+float32, like in every implementation.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from headrace.worker.fidelity.references.base import PROBS_TEMPERATURE, Array, check_tokens
-from headrace.worker.fidelity.references.files import StoredWeights, read_shape
+from headrace.worker.fidelity.references.decoder_weights import HEAD, DecoderWeights
+from headrace.worker.fidelity.references.files import StoredWeights
+from headrace.worker.fidelity.references.shape import Shape, read_shape
 
 NAME = "float64"
 #: How many positions the head computes at once: 128 rows of 50,257 logits are 51 MB.
 HEAD_ROWS = 128
+#: The scores of longer prompts are not kept: those of 16 heads over 8,192 positions are 8.6 GB.
+SCORES_LIMIT = 1024
 
 
 class Float64:
@@ -26,14 +30,17 @@ class Float64:
 
     Raises:
         FileNotFoundError: the directory has no config or no weights.
-        ValueError: the config is not that of a plain GPT-2.
+        ValueError: the config is of another family, or of a variant that is not computed.
     """
 
     name = NAME
 
-    def __init__(self, folder: Path) -> None:
-        self.shape = read_shape(folder)
-        self.weights = StoredWeights(folder)
+    def __init__(self, folder: Path, shape: Shape | None = None) -> None:
+        #: From config.json, unless another one is given: `diagnosis` asks what a wrong one would compute.
+        self.shape = shape or read_shape(folder)
+        self.folder = folder
+        #: By the names of GPT-2, linear weights as [in, out].
+        self.weights = DecoderWeights(self.shape, StoredWeights(folder))
 
     def trace(self, token_ids: Sequence[int]) -> dict[str, Array]:
         """Return the tensors of `Reference.trace` in float64. Raises the same ValueError."""
@@ -42,6 +49,8 @@ class Float64:
 
     def traces(self, prompts: Sequence[Sequence[int]], *, logits_limit: int | None = None) -> list[dict[str, Array]]:
         """Return the tensors of several prompts. The weights are read once for all of them.
+
+        Prompts of more than SCORES_LIMIT tokens get no `scores`.
 
         Args:
             prompts: token ids.
@@ -103,7 +112,7 @@ class Float64:
             block = {n.removeprefix(prefix): self._weight(n) for n in self.weights if n.startswith(prefix)}
             for i, stream in enumerate(streams):
                 inner: dict[str, Array] = {}
-                streams[i] = self._block(block, stream, inner)
+                streams[i] = self._block(layer, block, stream, inner)
                 if kept is not None:
                     hidden[i].append(streams[i])
                     kept[i].update({**inner, "block_0": streams[i], "embeddings": stream} if layer == 0 else {})
@@ -115,26 +124,47 @@ class Float64:
     def _weight(self, name: str) -> Array:
         return self.weights[name].astype(np.float64)
 
-    def _block(self, weights: dict[str, Array], x: Array, inner: dict[str, Array]) -> Array:
+    def _block(self, layer: int, weights: dict[str, Array], x: Array, inner: dict[str, Array]) -> Array:
         """[T, E] -> [T, E]."""
-        count, heads = len(x), self.shape.n_head
+        count = len(x)
         normed = self._norm(weights["ln_1.weight"], weights["ln_1.bias"], x)
-        qkv = normed @ weights["attn.c_attn.weight"] + weights["attn.c_attn.bias"]  # [T, 3E]
-        q, k, v = (part.reshape(count, heads, -1) for part in np.split(qkv, 3, axis=-1))  # [T, H, D]
+        qkv = normed @ weights["attn.c_attn.weight"] + weights["attn.c_attn.bias"]  # [T, (H + 2 KV) D]
+        heads = np.split(qkv.reshape(count, -1, self.shape.head_size), self._head_ends, axis=1)
+        q, k, v = heads  # [T, H, D], [T, KV, D] twice
+        kept = layer == 0 and count <= SCORES_LIMIT
+        scores = np.empty((self.shape.n_head, count, count) if kept else 0)
         mixed = np.empty_like(q)
-        scores = np.empty((heads, count, count))
-        future = np.triu(np.ones((count, count), bool), 1)
-        for head in range(heads):
-            scores[head] = q[:, head] @ k[:, head].T / math.sqrt(q.shape[-1])
-            shares = np.exp(np.where(future, -np.inf, scores[head]) - _largest(scores[head], future))
-            mixed[:, head] = shares @ v[:, head] / shares.sum(-1, keepdims=True)
+        hidden = self._hidden_positions(layer, count)
+        for head in range(self.shape.n_head):
+            of = head * self.shape.kv_heads // self.shape.n_head
+            found = q[:, head] @ k[:, of].T * self.shape.scales[layer]
+            shares = np.exp(np.where(hidden, -np.inf, found) - _largest(found, hidden))
+            mixed[:, head] = shares @ v[:, of] / shares.sum(-1, keepdims=True)
+            if kept:
+                scores[head] = found
         attn = mixed.reshape(count, -1) @ weights["attn.c_proj.weight"] + weights["attn.c_proj.bias"]
         x = x + attn
         wide = self._norm(weights["ln_2.weight"], weights["ln_2.bias"], x) @ weights["mlp.c_fc.weight"]
-        mlp = _gelu(wide + weights["mlp.c_fc.bias"]) @ weights["mlp.c_proj.weight"] + weights["mlp.c_proj.bias"]
-        inner.update(ln_1=normed, q=q, k=k, v=v, scores=scores, attn=attn, mlp=mlp)
+        mlp = (
+            self._activation(wide + weights["mlp.c_fc.bias"]) @ weights["mlp.c_proj.weight"]
+            + weights["mlp.c_proj.bias"]
+        )
+        inner.update(ln_1=normed, q=q, k=k, v=v, attn=attn, mlp=mlp, **({"scores": scores} if kept else {}))
         result: Array = x + mlp
         return result
+
+    @property
+    def _head_ends(self) -> list[int]:
+        return [self.shape.n_head, self.shape.n_head + self.shape.kv_heads]
+
+    def _hidden_positions(self, layer: int, count: int) -> Array:
+        """The positions that each row does not attend to. -> bool [T, T]."""
+        window = self.shape.windows[layer]
+        future = np.triu(np.ones((count, count), bool), 1)
+        return future if window is None else future | np.tril(np.ones((count, count), bool), -window)
+
+    def _activation(self, x: Array) -> Array:
+        return ACTIVATIONS[self.shape.activation](x)
 
     def _norm(self, weight: Array, bias: Array, x: Array) -> Array:
         centred = x - x.mean(-1, keepdims=True)
@@ -142,10 +172,10 @@ class Float64:
         return normed
 
     def _head(self, x: Array) -> Array:
-        """The final norm and the tied head. [R, E] -> [R, V]."""
+        """The final norm and the head. [R, E] -> [R, V]."""
         normed = self._norm(self._weight("ln_f.weight"), self._weight("ln_f.bias"), x)
-        tokens = self.weights["wte.weight"]
-        parts = np.array_split(tokens, max(1, tokens.size // 2**24))  # in parts, because float64 doubles its size
+        head = self.weights[HEAD]
+        parts = np.array_split(head, max(1, head.size // 2**24))  # in parts, because float64 doubles its size
         return np.concatenate([normed @ part.astype(np.float64).T for part in parts], axis=-1)
 
 
@@ -154,9 +184,9 @@ def _slices(rows: Array) -> list[Array]:
     return [rows[start : start + HEAD_ROWS] for start in range(0, len(rows), HEAD_ROWS)]
 
 
-def _largest(scores: Array, future: Array) -> Array:
+def _largest(scores: Array, hidden: Array) -> Array:
     """Return the largest unmasked score of each row. [T, T] -> [T, 1]."""
-    seen: Array = np.where(future, -np.inf, scores).max(-1, keepdims=True)
+    seen: Array = np.where(hidden, -np.inf, scores).max(-1, keepdims=True)
     return seen
 
 
@@ -164,6 +194,33 @@ def _gelu(x: Array) -> Array:
     """GELU, tanh approximation, with which GPT-2 was trained."""
     value: Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
     return value
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])  # numpy has no error function
+
+
+def _erf_gelu(x: Array) -> Array:
+    """GELU by its definition."""
+    value: Array = 0.5 * x * (1 + _erf(x / math.sqrt(2)))
+    return value
+
+
+def _relu(x: Array) -> Array:
+    return np.maximum(x, 0)
+
+
+def _silu(x: Array) -> Array:
+    value: Array = x * (0.5 + 0.5 * np.tanh(0.5 * x))
+    return value
+
+
+def _tanh(x: Array) -> Array:
+    value: Array = np.tanh(x)
+    return value
+
+
+#: Name in `Shape.activation` -> the function between the two feed-forward matrices.
+ACTIVATIONS = {"gelu_tanh": _gelu, "gelu": _erf_gelu, "relu": _relu, "silu": _silu, "tanh": _tanh}
 
 
 def _probs(logits: Array) -> Array:

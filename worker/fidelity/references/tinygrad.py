@@ -27,7 +27,8 @@ from headrace.worker.fidelity.references.base import (
     library_name,
     with_outcome,
 )
-from headrace.worker.fidelity.references.files import Shape, read_shape, read_weights
+from headrace.worker.fidelity.references.files import read_weights
+from headrace.worker.fidelity.references.shape import Shape, plain_shape
 
 #: A tinygrad.Tensor. The library is imported only when the reference is loaded.
 Tensor = Any
@@ -130,7 +131,7 @@ class TinygradReference:
 def load(folder: Path, dtype: str) -> TinygradReference:  # noqa: ARG001
     """Load the reference with the weights of a directory. Raises the errors of `load_reference`."""
     import_library("tinygrad", "tinygrad")
-    return TinygradReference(read_shape(folder), read_weights(folder))
+    return TinygradReference(plain_shape(folder, "tinygrad"), read_weights(folder))
 
 
 @contextmanager

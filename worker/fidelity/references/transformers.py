@@ -1,4 +1,7 @@
-"""The GPT2LMHeadModel of transformers. Its activations are captured by hooks; this module computes no part of GPT-2."""
+"""The model of transformers for each family. Its activations are captured by hooks; this module computes no part of it.
+
+q, k and v are split and reordered as each family has them, which is all that this module knows of their layout.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,24 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from headrace.worker.fidelity.references.base import Array, check_tokens, import_library, library_name, with_outcome
-from headrace.worker.fidelity.references.files import read_shape, weight_files
+from headrace.worker.fidelity.references.base import (
+    Array,
+    ReferenceUnavailable,
+    check_tokens,
+    import_library,
+    library_name,
+    with_outcome,
+)
+from headrace.worker.fidelity.references.files import StoredWeights, weight_files
+from headrace.worker.fidelity.references.shape import Shape, read_shape
 
 
 class TransformersReference:
     """The model of Hugging Face with eager attention, the only implementation that materializes its scores."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, shape: Shape) -> None:
         self.name = library_name("transformers")
-        self.model = model
+        self.model, self.shape = model, shape
 
     def trace(self, token_ids: Sequence[int]) -> dict[str, Array]:
         """See `Reference.trace`."""
@@ -30,19 +41,19 @@ class TransformersReference:
         with ExitStack() as hooks:
             for name, module in {
                 "ln_1": block.ln_1,
-                "qkv": block.attn.c_attn,
                 "attn": block.attn,
                 "mlp": block.mlp,
+                **self._projections(block.attn),
             }.items():
                 hooks.enter_context(captured.output(name, module))
             # The input of each block, and of the final norm, is the residual stream.
             for layer, module in enumerate([*body.h, body.ln_f]):
                 hooks.enter_context(captured.input(f"hidden_{layer}", module))
-            scores = hooks.enter_context(_reading_scores(block.attn))
+            scores = hooks.enter_context(_reading_scores(block.attn, scaled=self.shape.family != "gpt_neo"))
             logits = self._logits(token_ids)
         tensors = {name: captured.tensors[name] for name in ("ln_1", "attn", "mlp")}
         tensors |= {"embeddings": captured.tensors["hidden_0"], "block_0": captured.tensors["hidden_1"]}
-        tensors |= {"scores": scores.first, "logits": logits, **self._heads(captured.tensors["qkv"])}
+        tensors |= {"scores": scores.first, "logits": logits, **self._heads(captured.tensors)}
         tensors["hidden"] = torch.stack([captured.tensors[f"hidden_{layer}"] for layer in range(len(body.h) + 1)])
         return with_outcome({name: tensor.float().numpy() for name, tensor in tensors.items()})
 
@@ -61,24 +72,41 @@ class TransformersReference:
         logits: Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits
         return logits[0]
 
-    def _heads(self, qkv: Tensor) -> dict[str, Tensor]:
-        """[T, 3E] -> q, k, v: [T, H, D] each."""
-        parts = qkv.view(len(qkv), 3, self.model.config.n_head, -1).unbind(1)
+    def _projections(self, attention: Any) -> dict[str, Any]:
+        """The modules that compute q, k and v: one for each in GPT-Neo, one for all elsewhere."""
+        if self.shape.family == "gpt_neo":
+            inner = attention.attention
+            return {"q": inner.q_proj, "k": inner.k_proj, "v": inner.v_proj}
+        return {"qkv": attention.c_attn}
+
+    def _heads(self, captured: dict[str, Tensor]) -> dict[str, Tensor]:
+        """q [T, H, D]; k, v [T, KV, D]."""
+        heads, kv_heads, size = self.shape.n_head, self.shape.kv_heads, self.shape.head_size
+        if self.shape.family == "gpt_neo":
+            return {name: captured[name].view(-1, heads, size) for name in "qkv"}
+        qkv = captured["qkv"]  # [T, (H + 2 KV) D]
+        if self.shape.family == "gpt_bigcode" and kv_heads == heads:  # q, k, v of the first head, then of the second
+            parts = qkv.view(-1, heads, 3, size).unbind(-2)
+        else:
+            parts = torch.split(qkv.view(-1, heads + 2 * kv_heads, size), [heads, kv_heads, kv_heads], 1)
         return dict(zip("qkv", parts, strict=True))
 
     def _check(self, token_ids: Sequence[int], *, count: int = 0) -> list[int]:
-        config = self.model.config
-        return check_tokens(token_ids, count=count, n_positions=config.n_positions, vocab_size=config.vocab_size)
+        shape = self.shape
+        return check_tokens(token_ids, count=count, n_positions=shape.n_positions, vocab_size=shape.vocab_size)
 
 
 def load(folder: Path, dtype: str) -> TransformersReference:
     """Load the reference with the weights of a directory. Raises the errors of `load_reference`."""
     library = import_library("transformers", "transformers")
-    read_shape(folder)  # rejects the same directories as the other references
+    shape = read_shape(folder)  # rejects the same directories as the other references
     weight_files(folder)
+    config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config.reorder_and_upcast_attn = False  # it changes the order of operations only, and hides the scores
     with _without_progress_bar(library.logging):
-        model, report = library.GPT2LMHeadModel.from_pretrained(
+        model, report = library.AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=torch.bfloat16 if dtype == "int8" else getattr(torch, dtype),
             attn_implementation="eager",
             local_files_only=True,
@@ -87,10 +115,14 @@ def load(folder: Path, dtype: str) -> TransformersReference:
         )
     # transformers initializes missing weights at random and only warns.
     if missing := sorted(report["missing_keys"]):
+        if missing[0].removeprefix("transformer.") in StoredWeights(folder):
+            raise ReferenceUnavailable(
+                f"the reference 'transformers' finds no {missing[0]} in {folder}: the files have it with another prefix"
+            )
         raise ValueError(f"{folder} has no weights named {', '.join(missing[:3])}")
     if dtype == "int8":
         _round_operands(model, library.pytorch_utils.Conv1D)
-    return TransformersReference(model.eval())
+    return TransformersReference(model.eval(), shape)
 
 
 def _round_operands(model: Any, conv: type[torch.nn.Module]) -> None:
@@ -154,36 +186,38 @@ class _Captured:
 
 
 class _ScoreListener(TorchFunctionMode):
-    """Captures the first product of a four-dimensional tensor and a number while it listens.
+    """Captures the scores, before the mask is added, while it listens.
 
-    In eager attention this is `torch.matmul(query, key.transpose(-1, -2)) * scaling`: the scores, before the mask is
-    added. No module returns them, so hooks cannot capture them.
+    In eager attention they are `torch.matmul(query, key.transpose(-1, -2)) * scaling`, the first product of a
+    four-dimensional tensor and a number; in GPT-Neo, whose scores are not scaled, the first four-dimensional result of
+    `torch.matmul`. No module returns them, so hooks cannot capture them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, scaled: bool) -> None:
         self.listening = False
         self.kept: Tensor | None = None
+        self._of: Any = Tensor.mul if scaled else torch.matmul
 
     @property
     def first(self) -> Tensor:
         """[H, T, T]."""
         if self.kept is None:
-            raise RuntimeError("this version of transformers no longer multiplies its attention scores by a number")
+            raise RuntimeError("this version of transformers no longer computes its attention scores as expected")
         return self.kept
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.listening and self.kept is None and func is Tensor.mul and result.dim() == 4:
+        if self.listening and self.kept is None and func is self._of and result.dim() == 4:
             self.kept = result[0].clone()
         return result
 
 
 @contextmanager
-def _reading_scores(attention: torch.nn.Module) -> Iterator[_ScoreListener]:
+def _reading_scores(attention: torch.nn.Module, *, scaled: bool) -> Iterator[_ScoreListener]:
     """Listen while the module runs."""
-    products = _ScoreListener()
+    products = _ScoreListener(scaled=scaled)
 
     def start(_module: object, _args: object) -> None:
         products.listening = True

@@ -35,6 +35,10 @@ STATUS = {
     "expired": 504,
     "context_length_exceeded": 400,
     "empty_prompt": 400,
+    "no_tokenizer": 400,
+    "no_chat_template": 400,
+    "invalid_chat_template": 400,
+    "chat_template_failed": 400,
     "invalid_token_id": 400,
     "too_many_logprobs": 400,
     "checkpoints_off": 400,
@@ -74,7 +78,7 @@ def test_every_code_has_its_status(code: str, name: str) -> None:
     assert (found.code, found.status) == (code, STATUS.get(code, 500))
     body = json.loads(bytes(found.as_response().body))
     assert body["error"].keys() == {"message", "type", "param", "code"}
-    if found.status >= 429:  # errors that the client did not cause reveal nothing about the server
+    if found.status >= 429 or code == "no_tokenizer":  # what the client did not cause reveals nothing about the server
         assert "10.1.2.3" not in found.message
         assert "/home" not in found.message
 

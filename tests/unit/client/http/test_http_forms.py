@@ -13,14 +13,9 @@ import pytest
 
 from headrace.client.batch.openai import completion, join_results
 from headrace.client.http.batch_objects import parse_batch_request
+from headrace.client.http.completion_answer import CompletionChunks, encode_answer, encode_part, stream_chunks
+from headrace.client.http.completion_request import parse_completion_request
 from headrace.client.http.jobs import as_request_field
-from headrace.client.http.routes.completions import (
-    ChunkEncoder,
-    _stream_chunks,
-    encode_completion,
-    encode_part,
-    parse_completion_request,
-)
 from headrace.client.jobs.stream import Event
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.results import Choice, Result, Timings, TokenLogprob, Usage
@@ -52,7 +47,7 @@ def result(number: int, samples: int = 2) -> Result:
 )
 def test_prompts_come_in_four_forms(prompt: Any, prompts: list[Any], listed: bool) -> None:
     order = parse_completion_request({"prompt": prompt, "n": 2, "user": "u", "stop": None})
-    assert (order.prompts, order.is_list, order.params) == (prompts, listed, {"n": 2})
+    assert (order.sources, order.is_list, order.params) == (prompts, listed, {"n": 2})
     assert not order.stream
 
 
@@ -79,7 +74,7 @@ def test_an_invalid_form_is_named(body: dict[str, Any], field: str) -> None:
 
 
 def test_fields_that_ask_for_nothing_are_left_out() -> None:
-    nothing = {"suffix": "", "best_of": 1, "n": None, "use_beam_search": False, "skip_special_tokens": True,
+    nothing = {"suffix": "", "best_of": 1, "n": None, "use_beam_search": False, "detokenize": True,
                "priority": 0, "response_format": {"type": "text"}, "stream": None, "stream_options": None}  # fmt: skip
     assert parse_completion_request({"prompt": "a", **nothing}) == parse_completion_request({"prompt": "a"})
     for options in ({}, {"include_usage": False}, None):
@@ -114,7 +109,7 @@ def test_the_field_at_fault_is_named_as_the_client_wrote_it(field: str, listed: 
 
 
 def test_choices_are_numbered_prompt_by_prompt_and_usage_is_summed() -> None:
-    found = json.loads(encode_completion([encode_part(i, result(i)) for i in range(3)]))
+    found = json.loads(encode_answer([encode_part(i, result(i)) for i in range(3)]))
     assert [(c["index"], c["text"]) for c in found["choices"]] == [
         (0, "0.0"),
         (1, "0.1"),
@@ -125,7 +120,7 @@ def test_choices_are_numbered_prompt_by_prompt_and_usage_is_summed() -> None:
     ]
     assert found["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
     assert (found["id"], found["seed"], found["system_fingerprint"]) == ("cmpl-job0", None, "same")
-    assert json.loads(encode_completion([encode_part(0, result(1))]))["seed"] == 8
+    assert json.loads(encode_answer([encode_part(0, result(1))]))["seed"] == 8
 
 
 @pytest.mark.parametrize("value", [None, False, True])
@@ -139,7 +134,7 @@ def test_each_chunk_has_the_usage_so_far_if_it_is_requested(echo: bool) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     parsed = parse_completion_request({"prompt": "a", "stream": True, "stream_options": options, "echo": echo})
     assert parsed.continuous_usage
-    chunks = ChunkEncoder("job", "demo", 2, include_usage=True, continuous_usage=True, echo=echo)
+    chunks = CompletionChunks("job", "demo", 2, include_usage=True, continuous_usage=True, echo=echo)
 
     def usage(prompt: int, index: int, tokens: int, prompt_tokens: int | None) -> Any:
         event = Event(index, "a", [1] * tokens, prompt_tokens=prompt_tokens)
@@ -163,7 +158,7 @@ def test_usage_in_each_chunk_needs_both_options(options: dict[str, bool]) -> Non
 
 
 def test_offsets_that_an_older_worker_did_not_send_continue_where_the_last_piece_ended() -> None:
-    chunks = ChunkEncoder("job", "demo", 2, include_usage=False)
+    chunks = CompletionChunks("job", "demo", 2, include_usage=False)
 
     def offsets(prompt: int, index: int, *tokens: str) -> tuple[int, list[int]]:
         scores = [TokenLogprob(token_id=1, token=token, logprob=-1.0) for token in tokens]
@@ -193,8 +188,8 @@ class Streams:
 def test_the_last_chunk_of_each_prompt_names_what_its_text_depends_on() -> None:
     async def collect(*, include_usage: bool) -> list[Any]:
         jobs = [SimpleNamespace(result=AsyncMock(return_value=result(number))) for number in range(2)]
-        chunks = ChunkEncoder("job", "demo", 2, include_usage=include_usage)
-        streamed = _stream_chunks(Streams(), SimpleNamespace(jobs=jobs), chunks, 2)  # type: ignore[arg-type]
+        chunks = CompletionChunks("job", "demo", 2, include_usage=include_usage)
+        streamed = stream_chunks(Streams(), SimpleNamespace(jobs=jobs), chunks, 2)  # type: ignore[arg-type]
         data = b"".join([part async for part in streamed]).decode().removesuffix("data: [DONE]\n\n")
         return [json.loads(event.removeprefix("data: ")) for event in data.split("\n\n")[:-1]]
 
@@ -218,11 +213,11 @@ def test_the_last_chunk_of_each_prompt_names_what_its_text_depends_on() -> None:
 
 
 def test_choices_of_several_prompts_name_their_seeds() -> None:
-    found = json.loads(encode_completion([encode_part(0, result(0)), encode_part(1, result(1))]))
+    found = json.loads(encode_answer([encode_part(0, result(0)), encode_part(1, result(1))]))
     assert [choice["seed"] for choice in found["choices"]] == [7, 7, 8, 8]
     joined = completion(join_results([result(0), result(1)]))
     assert {**found, "created": 0} == {**joined, "created": 0}, "HTTP and batches write the same"
-    assert "seed" not in json.loads(encode_completion([encode_part(0, result(0))]))["choices"][0]
+    assert "seed" not in json.loads(encode_answer([encode_part(0, result(0))]))["choices"][0]
 
 
 BATCH = {"input_file_id": "file-0", "endpoint": "/v1/completions", "completion_window": "24h"}
@@ -237,7 +232,10 @@ BATCH = {"input_file_id": "file-0", "endpoint": "/v1/completions", "completion_w
         ({"metadata": []}, "metadata: got []; expected at most 16 texts"),
         ({"input_file_id": None}, "input_file_id: got nothing; expected the id of an uploaded file"),
         ({"input_file_id": 5}, "input_file_id: got 5; expected the id of an uploaded file"),
-        ({"endpoint": "/v1/embeddings"}, "endpoint: got '/v1/embeddings'; expected '/v1/completions'; GPT-2"),
+        (
+            {"endpoint": "/v1/embeddings"},
+            "endpoint: got '/v1/embeddings'; expected '/v1/completions' or '/v1/chat/completions'; the models",
+        ),
         ({"completion_window": "1h"}, "completion_window: got '1h'; expected '24h'"),
         ({"output_expires_after": []}, "output_expires_after: got []; expected an object with anchor and seconds"),
         ({"output_expires_after": {"anchor": "x"}}, "output_expires_after.anchor: got 'x'; expected 'created_at'"),

@@ -72,21 +72,26 @@ def test_which_content_types_are_read(app: HttpApp, path: str, content_type: str
     assert app.ask("POST", path, {"prompt": "a"}, headers={"content-type": content_type}).status == status
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/embeddings"])
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/embeddings"])
 def test_an_endpoint_of_other_models_says_what_to_use_instead(app: HttpApp, path: str) -> None:
     answer = app.ask("POST", path, {"model": "demo", "messages": []})
     error = answer.json()["error"]
     assert (answer.status, error["code"]) == (404, "unsupported_endpoint")
-    assert "`prompt` to /v1/completions" in error["message"]
+    assert "send messages to /v1/chat/completions, or a text as `prompt` to /v1/completions" in error["message"]
     batch = {"input_file_id": app.upload().json()["id"], "endpoint": path, "completion_window": "24h"}
     refused = app.ask("POST", "/v1/batches", batch).json()["error"]
     assert refused["param"] == "endpoint"
-    assert "`prompt` to /v1/completions" in refused["message"]
+    assert "send messages to /v1/chat/completions, or a text as `prompt` to /v1/completions" in refused["message"]
 
 
 def test_the_default_model_is_listed_first(app: HttpApp) -> None:
     assert [model["id"] for model in app.ask("GET", "/v1/models").json()["data"]] == ["gpt2", "demo"]
     assert app.ask("GET", "/v1/models/demo").json()["id"] == "demo"
+
+
+def test_the_context_of_a_model_is_the_smallest_of_its_workers_if_they_say_it(app: HttpApp) -> None:
+    assert app.ask("GET", "/v1/models/demo").json()["max_model_len"] == 512
+    assert "max_model_len" not in app.ask("GET", "/v1/models/gpt2").json()
 
 
 def test_a_slash_at_the_end_makes_no_difference(tmp_path: Path) -> None:
@@ -129,10 +134,14 @@ def test_the_description_has_every_route_and_every_schema_that_it_names(app: Htt
     named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(found)))
     assert named <= schemas.keys()
     assert not {"owner", "rows_id", "created_ns"} & {*schemas["Batch"]["properties"], *schemas["File"]["properties"]}
-    fields = schemas["CompletionRequest"]["properties"].keys()
-    internal = {"schema_version", "expires_at"}
-    assert GenerateRequest.model_fields.keys() - internal <= fields
-    assert not internal & fields
+    text, chat, executed = (
+        schemas[f"{name}Request"]["properties"].keys() for name in ("Completion", "ChatCompletion", "Execute")
+    )
+    internal = {"schema_version", "expires_at", "operation"}
+    assert GenerateRequest.model_fields.keys() - internal - {"stream"} <= executed
+    assert GenerateRequest.model_fields.keys() - internal <= text | chat
+    assert not internal & (text | chat | executed)
+    assert ("messages" in text, "prompt" in chat) == (False, False)
 
 
 def test_answers_have_the_fields_of_their_description(app: HttpApp) -> None:
@@ -145,8 +154,9 @@ def test_answers_have_the_fields_of_their_description(app: HttpApp) -> None:
         "Model": app.ask("GET", "/v1/models/demo").json(),
         "Error": app.ask("GET", "/nowhere").json(),
     }
+    unknown = {"Model": {"max_model_len"}}  # its worker here does not report a context
     for name, answer in answers.items():
-        assert answer.keys() == schemas[name]["properties"].keys(), name
+        assert answer.keys() == schemas[name]["properties"].keys() - unknown.get(name, set()), name
 
 
 def test_version_and_description_need_no_key(tmp_path: Path) -> None:

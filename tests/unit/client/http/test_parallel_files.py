@@ -165,3 +165,40 @@ def test_the_work_of_an_upload_and_of_a_page_does_not_grow_with_the_files(
     page = paginate(request, files, 20, 100)
     assert [file["id"] for file in page["data"]] == [files[4].id, files[5].id] == shown
     assert page["has_more"]
+
+
+@pytest.mark.parametrize("moment", ["between content and metadata", "deleted while it is read", "in a deletion"])
+def test_what_a_killed_server_left_of_a_file_is_deleted_at_the_next_start(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FileStore(tmp_path)
+    kept = add(store)
+    if moment == "between content and metadata":
+        monkeypatch.setattr(store, "publish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            add(store)
+    elif moment == "deleted while it is read":
+        file_id = add(store)
+        reading = store.reading(file_id, "me")
+        reading.__enter__()
+        store.delete(file_id)
+    else:
+        (tmp_path / "files" / f"{add(store)}.json").unlink()
+    store.close()
+    monkeypatch.undo()
+    again = FileStore(tmp_path)
+    batches = Batches(tmp_path, again, load_settings())
+    state = batches._create(BatchRequest(input_file_id=kept, endpoint="/v1/completions", completion_window="24h"), "me")
+    again.path(state.rows_id).write_bytes(b"row")
+    again.path(state.failures_id).with_name(f"{state.failures_id}.part").touch()
+    monkeypatch.setattr(batches, "_run", lambda _: None)
+    (tmp_path / "batches" / "batch_spoilt.json").write_text("{")  # it may name files
+    batches.start()
+    assert len(list((tmp_path / "files").iterdir())) == 5
+    (tmp_path / "batches" / "batch_spoilt.json").unlink()
+    batches.start()
+    assert {path.name.partition(".")[0] for path in (tmp_path / "files").iterdir()} == {
+        kept, state.rows_id, state.failures_id,
+    }  # fmt: skip
+    batches.stop()
+    again.close()

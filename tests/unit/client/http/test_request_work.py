@@ -12,14 +12,15 @@ from unittest.mock import AsyncMock
 import pytest
 
 from headrace.client import Client
-from headrace.client.async_client import COMMANDS_AT_ONCE, AsyncClient, AsyncJob
+from headrace.client.async_client import AsyncClient, AsyncJob
 from headrace.client.batch.errors import InvalidBatch
 from headrace.client.batch.run import Batch, prepare_parts
 from headrace.client.http import context
+from headrace.client.http.completion_request import parse_completion_request
 from headrace.client.http.errors import ApiError
 from headrace.client.http.jobs import JobRunner, SubmittedJobs
-from headrace.client.http.routes.completions import parse_completion_request
 from headrace.client.jobs import submission
+from headrace.client.jobs.async_replies import COMMANDS_AT_ONCE, send
 from headrace.client.jobs.together import MAX_COPIED_BYTES
 from headrace.client.wire.errors import InvalidRequest
 from headrace.config import load_settings
@@ -212,7 +213,9 @@ def test_many_commands_to_redis_are_sent_in_parts() -> None:
     async def scenario() -> None:
         async with AsyncClient(settings=SETTINGS) as client:
             own, client._redis = client._redis, Connection()  # type: ignore[assignment]
-            assert await client._send([("STRLEN", str(i)) for i in range(1_000)]) == [str(i) for i in range(1_000)]
+            assert await send(client._redis, [("STRLEN", str(i)) for i in range(1_000)]) == [
+                str(i) for i in range(1_000)
+            ]
             client._redis = own
 
     asyncio.run(scenario())

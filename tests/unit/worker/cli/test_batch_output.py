@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from headrace.client import InvalidRequest
+from headrace.client.batch.items import BatchItem
 from headrace.client.batch.run import BatchReport
-from headrace.worker.cli.batch_estimate import Estimate
+from headrace.config import Settings
+from headrace.worker.cli.batch_estimate import Estimate, _count
 from headrace.worker.cli.batch_input import read_params
 from headrace.worker.cli.batch_progress import ProgressDisplay
 from headrace.worker.cli.batch_report import resume_command, stopped, summary
@@ -93,9 +97,25 @@ def test_parameters_are_json_or_text() -> None:
 
 def test_an_estimate_counts_what_the_model_can_read() -> None:
     found = Estimate()
-    assert found.count([10], {"max_tokens": 5, "n": 3}, 16)
-    assert found.count([10], {"max_tokens": 6}, 16)
-    assert not found.count([10], {"max_tokens": 7}, 16)
-    assert found.count([0], {}, 16)  # 16 new ones, as without max_tokens
+    assert found.count([10], {"max_tokens": 5, "n": 3}, 16, None)
+    assert found.count([10], {"max_tokens": 6}, 16, None)
+    assert not found.count([10], {"max_tokens": 7}, 16, None)
+    assert found.count([0], {}, 16, None)  # 16 new ones, as without max_tokens
     assert (found.rows, found.prompt_tokens, found.longest_prompt, found.most_new_tokens) == (4, 30, 10, 15 + 6 + 16)
     assert found.too_long == 1
+    assert found.count([10], {}, 16, 9)  # generation_config.json says 9, of which 6 fit
+    assert found.count([10], {}, 16, 4)
+    assert (found.most_new_tokens, found.too_long) == (37 + 6 + 4, 1)
+
+
+def test_a_dry_run_counts_the_tokens_that_the_worker_would_read() -> None:
+    def counted(**fields: Any) -> Estimate:
+        row = BatchItem(1, "row-1", {"priority": "bulk", "seed": 1, **fields}, "digest")
+        batch: Any = SimpleNamespace(rows=lambda: iter([row]))
+        return _count(batch, Settings(model="demo"))[0]
+
+    assert counted(prompt="<|endoftext|>", parse_special_tokens=True).prompt_tokens == 1
+    assert counted(prompt="<|endoftext|>").prompt_tokens > 1
+    assert counted(prompt="").prompt_tokens == 1
+    chat = counted(messages=[{"role": "user", "content": "Hello."}])  # the model has no chat template
+    assert (chat.rows, chat.not_readable, chat.prompt_tokens) == (1, 1, 0)

@@ -21,12 +21,13 @@ from headrace.client.batch.window import MAX_INFLIGHT
 from headrace.client.wire.redis import connect
 from headrace.client.wire.requests import parse_request
 from headrace.client.wire.results import Result as JobResult
-from headrace.config import Settings
+from headrace.client.wire.results import Tokenized
+from headrace.config import Settings, load_settings
 from headrace.config.directories import redis_dir
 from headrace.worker.cli import main
 from headrace.worker.cli.backends import Backends
 from headrace.worker.cli.local_stack import ServingStack
-from headrace.worker.cli.options import EFFECTS, given_params, value_type
+from headrace.worker.cli.options import EFFECTS, PROMPT_OPTIONS, given_params, value_type
 from headrace.worker.jobs.redis_store import RedisStore
 
 #: Sampling parameter -> the typed value (empty for a flag, a list for several), and the value in the request.
@@ -48,15 +49,26 @@ SAMPLING: dict[str, tuple[list[str], Any]] = {
     "min_tokens": (["4"], 4),
     "ignore_eos": ([], True),
     "stop_token_ids": (["13", "50256"], [13, 50256]),
+    "skip_special_tokens": ([], False),
 }
 
 #: (command, parameter) -> the typed value, and the value that the command's backend receives under that name.
 VALUES: dict[tuple[str, str], tuple[list[str], Any]] = {
     **{("generate", name): value for name, value in SAMPLING.items()},
+    ("generate", "parse_special_tokens"): ([], True),
+    ("generate", "add_special_tokens"): ([], True),
+    ("generate", "chat"): ([], True),
+    ("generate", "system"): (["Be brief."], "Be brief."),
     ("generate", "prompt"): (["Once"], "Once"),
     ("generate", "model"): (["gpt2"], "gpt2"),
     ("generate", "timeout"): (["2.5"], 2.5),
     ("generate", "as_json"): ([], True),
+    ("tokenize", "parse_special_tokens"): ([], True),
+    ("tokenize", "add_special_tokens"): ([], True),
+    ("tokenize", "prompt"): (["Once"], "Once"),
+    ("tokenize", "model"): (["gpt2"], "gpt2"),
+    ("tokenize", "timeout"): (["2.5"], 2.5),
+    ("tokenize", "as_json"): ([], True),
     ("batch", "source"): (["other.jsonl"], "other.jsonl"),
     ("batch", "output"): (["results.jsonl.gz"], "results.jsonl.gz"),
     ("batch", "errors"): (["errors.jsonl"], "errors.jsonl"),
@@ -128,9 +140,15 @@ class RecordingBackends:
 
     # The client, and the job it returns.
 
-    def submit(self, prompt: str, **params: Any) -> RecordingBackends:
-        self.received |= {"prompt": prompt, **params}
+    def submit(self, prompt: str = "", *, messages: Any = None, **params: Any) -> RecordingBackends:
+        self.received |= {"prompt": prompt, "chat": messages is not None, **params}
+        if messages is not None and messages[0]["role"] == "system":
+            self.received["system"] = messages[0]["content"]
         return self
+
+    def tokenize(self, prompt: str, **params: Any) -> Tokenized:
+        self.received |= {"prompt": prompt, **params}
+        return Tokenized(tokens=[5, 6], token_strs=["a", "b"], count=2, max_model_len=8)
 
     def result(self, timeout: float) -> JobResult:
         self.received["timeout"] = timeout
@@ -166,6 +184,7 @@ class RecordingBackends:
 #: The required arguments of each command: parameter -> words.
 NEEDED: dict[str, dict[str, list[str]]] = {
     "generate": {"prompt": ["Hello."]},
+    "tokenize": {"prompt": ["Hello."]},
     "batch": {"source": ["-i", "in.jsonl"], "output": ["-o", "out.jsonl"]},
     "serve": {},
     "validate": {},
@@ -210,15 +229,27 @@ def words_for(command: str, name: str, spelling: str) -> list[str]:
     return [*needed, *([word for value in values for word in (spelling, value)] or [spelling])]
 
 
-@pytest.mark.parametrize(("command", "name", "spelling"), [case for case in cases() if case[0] not in ("status", "up")])
+def option_of(name: str) -> str:
+    """The option that gives a sampling parameter its value in SAMPLING."""
+    return ("--no-" if SAMPLING[name][1] is False else "--") + name.replace("_", "-")
+
+
+#: Commands whose options other tests check: of status and up below, of convert in tests/unit/model/test_convert.py.
+TESTED_ELSEWHERE = ("status", "up", "convert")
+
+
+@pytest.mark.parametrize(("command", "name", "spelling"), [case for case in cases() if case[0] not in TESTED_ELSEWHERE])
 def test_every_option_reaches_what_is_behind_the_command(
     invoke: Callable[..., tuple[Result, dict[str, Any]]], command: str, name: str, spelling: str
 ) -> None:
     assert (command, name) in VALUES, "give the new option a value to test it with"
     done, received = invoke(command, *words_for(command, name, spelling))
     assert done.exit_code == 0, done.output
-    assert received[name] == VALUES[command, name][1]
-    assert type(received[name]) is type(VALUES[command, name][1])
+    expected = VALUES[command, name][1]
+    if isinstance(expected, bool) and f"--no-{name.replace('_', '-')}" in {s for *of, s in cases() if of[1] == name}:
+        expected = not spelling.startswith("--no-")
+    assert received[name] == expected
+    assert type(received[name]) is type(expected)
 
 
 @pytest.mark.parametrize("words", [[], ["--repair-redis"]])
@@ -266,7 +297,7 @@ def test_a_sampling_option_gives_the_request_that_the_schema_gives(
 ) -> None:
     assert name in SAMPLING, "give the new parameter a value to test it with"
     value = SAMPLING[name][1]
-    _, received = invoke("generate", *words_for("generate", name, "--" + name.replace("_", "-")))
+    _, received = invoke("generate", *words_for("generate", name, option_of(name)))
     sent = parse_request({name: value for name, value in received.items() if name in {"prompt", *SAMPLING}})
     assert sent == parse_request({"prompt": "Hello.", name: value})
     assert sent != parse_request({"prompt": "Hello."}), "the value of the test must not be the default"
@@ -282,7 +313,7 @@ def test_a_parameter_of_a_batch_gives_the_request_that_the_schema_gives(
 
 
 def test_every_option_has_a_help_text() -> None:
-    assert set(SamplingParams.model_fields) == set(EFFECTS)
+    assert {*SamplingParams.model_fields, *PROMPT_OPTIONS} == set(EFFECTS)
     for name, command in main.commands.items():
         assert command.help, name
         for option in command.params:
@@ -292,7 +323,7 @@ def test_every_option_has_a_help_text() -> None:
 
 
 def test_several_options_at_once_are_one_request(invoke: Callable[..., tuple[Result, dict[str, Any]]]) -> None:
-    words = [word for name in SAMPLING for word in words_for("generate", name, "--" + name.replace("_", "-"))[1:]]
+    words = [word for name in SAMPLING for word in words_for("generate", name, option_of(name))[1:]]
     done, received = invoke("generate", "Hello.", *words)
     assert done.exit_code == 0, done.output
     assert {name: received[name] for name in SAMPLING} == {name: value for name, (_, value) in SAMPLING.items()}
@@ -336,3 +367,16 @@ def test_parameters_that_were_not_given_are_left_to_the_worker() -> None:
     }
     with pytest.raises(InvalidRequest, match="ID=BIAS"):
         given_params({"logit_bias": ("eleven=1",)})
+
+
+def test_up_takes_the_generation_config_as_the_worker_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("headrace.worker.cli.up.check_worker_packages", lambda: None)
+    monkeypatch.setattr(
+        "headrace.worker.cli.up.run_worker", lambda: seen.append(load_settings().generation_config) or 0
+    )
+    monkeypatch.setenv("HEADRACE_GENERATION_CONFIG", "none")  # restored after the test
+    for flags in (["--generation-config", "auto"], ["--generation-config=none"]):
+        assert CliRunner().invoke(main, ["up", *flags]).exit_code == 0
+    assert seen == ["auto", "none"]
+    assert CliRunner().invoke(main, ["up", "--generation-config", "vllm"]).exit_code == 2

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from structlog.testing import capture_logs
 
 from headrace.client.wire import keys
+from headrace.client.wire.model_description import ModelDescription
 from headrace.client.wire.redis import connect
 from headrace.worker.cli import main
 from headrace.worker.jobs.redis_store import RedisStore
@@ -86,6 +87,8 @@ def test_a_worker_without_a_heartbeat_is_not_listed(url: str) -> None:
         {"rows": '[{"job": "\\ud83d"}]'},
         {"failures": "5"},
         {"slots": "many"},
+        {"description": '{"parameters": "many"}'},
+        {"description": "[1]"},
     ],
 )
 def test_a_workers_record_that_cannot_be_read_hides_no_other(url: str, spoilt: dict[str, str | bytes]) -> None:
@@ -113,6 +116,31 @@ def test_a_key_that_another_program_has_given_another_type_hides_no_worker(url: 
     assert json.loads(CliRunner().invoke(main, ["status", "--json"]).stdout)["workers"] == []
 
 
+def test_what_was_understood_of_a_model_is_shown(url: str) -> None:
+    store = RedisStore(connect(url), result_ttl_s=60, checkpoint_ttl_s=60)
+    described = ModelDescription(
+        family="gpt_neo", parameters=125_198_592, dtype="float32", max_context=1024, positions=2048,
+        tokenizer="byte-level BPE", tokenizer_size=50259, added_tokens=2, has_chat_template=True,
+        eos_token_ids=[50256, 7], eos_count=2, eos_source="config.json",
+        defaults={"temperature": 0.7}, notes=["v_head.* was ignored", "\x1b[31mred"],
+    )  # fmt: skip
+    newer = {**described.model_dump(), "invented_later": 5}
+    store.heartbeat(HERE, {"model": "demo", "description": json.dumps(newer)})
+    store.heartbeat("older-1", {"model": "demo"})
+    store.heartbeat("idle-1", {"model": "other", "description": ""})
+    shown = CliRunner().invoke(main, ["status"]).output
+    assert (
+        "demo: gpt_neo, 125,198,592 parameters, float32, context 1,024 of 2,048; tokenizer: byte-level BPE with 50,259 "
+        "tokens, 2 of them added, with a chat template; texts end at 50256, 7 (config.json); "
+        "defaults: temperature 0.7\n  v_head.* was ignored\n"
+    ) in shown
+    assert "\x1b[31m" not in shown
+    as_json = json.loads(CliRunner().invoke(main, ["status", "--json"]).stdout)["workers"]
+    assert {w["name"]: w["description"] for w in as_json} == {
+        HERE: described.model_dump(), "older-1": None, "idle-1": None
+    }  # fmt: skip
+
+
 FINGERPRINT = "headrace-1/torch-2/AVX512/float32/threads-2/weights-{}/config-b1/vocabulary-{}/batch-invariant"
 
 
@@ -130,8 +158,14 @@ FINGERPRINT = "headrace-1/torch-2/AVX512/float32/threads-2/weights-{}/config-b1/
             [FINGERPRINT.format("a1", "c1"), FINGERPRINT.format("a2", "c2")],
             f"weights-a1/vocabulary-c1 by {HERE}; weights-a2/vocabulary-c2 by {HERE}0",
         ),
+        (
+            [FINGERPRINT.format("a1", "c1/ends-e1"), FINGERPRINT.format("a1", "c1/ends-e2")],
+            f"ends-e1 by {HERE}; ends-e2 by {HERE}0",
+        ),
+        # A worker of an earlier version does not tell its ends.
+        ([FINGERPRINT.format("a1", "c1/ends-e1"), FINGERPRINT.format("a1", "c1")], ""),
     ],
-    ids=["the same", "another number type", "not loaded", "weights", "weights and vocabulary"],
+    ids=["the same", "another number type", "not loaded", "weights", "weights and vocabulary", "ends", "older"],
 )
 def test_two_models_under_one_name_are_told(url: str, fingerprints: list[str], told: str) -> None:
     """A job's answer would depend on which worker takes it, and both workers look healthy."""
@@ -146,6 +180,7 @@ def test_two_models_under_one_name_are_told(url: str, fingerprints: list[str], t
         stats=lambda: SimpleNamespace(tokens=0, running=0, waiting=0, proposed=0, accepted=0, step_age_s=0.0),
         running_sequences=list,
         fingerprint=fingerprints[1],
+        description=ModelDescription(),
     )
     models: Any = SimpleNamespace(names=("demo",), loaded={"demo": loaded})
     health: Any = SimpleNamespace(stalled_for_s=0.0)

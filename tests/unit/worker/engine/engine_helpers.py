@@ -80,7 +80,7 @@ def build(
         model_name=model_name,
         vocab_size=gpt2.config.vocab_size,
         max_context=gpt2.config.n_positions,
-        **more,
+        **{"ends": demo_engine().ends, **more},
     )
 
 

@@ -138,7 +138,7 @@ def test_n_samples_are_the_same_bits_as_n_computations_of_one_sample() -> None:
     engine = build()
     (together,) = drive(engine, engine.submit(request))
     for index, choice in enumerate(together.choices):
-        sequence = Sequence(request, list(request.prompt), index, 99, demo_tokenizer().end_of_text)
+        sequence = Sequence(request, list(request.prompt), index, 99, engine.ends.eos_ids)
         text = SequenceText(sequence, demo_tokenizer())
         scheduler = (single := build()).scheduler
         scheduler.add(sequence, priority=0)

@@ -14,10 +14,15 @@ from torch import Tensor
 
 from headrace.client.wire.requests import parse_request
 from headrace.config import Settings
-from headrace.model import Decoder, ModelError, Tokenizer, load_model, load_tokenizer
+from headrace.model import Decoder, ModelError, load_model, load_tokenizer
+from headrace.model.generation_config import Ends
+from headrace.model.tokenizer import TiktokenTokenizer
+from headrace.model.tokenizers.base import Described
+from headrace.worker.engine import build
 from headrace.worker.engine.build import build_engine, check_vocabulary, default_budget, fingerprint, load_engine
 from headrace.worker.engine.cache_slots import length_classes
 from headrace.worker.engine.self_test import is_batch_invariant
+from tests.unit.model.references import random_reference, saved
 from tests.unit.worker.engine.engine_helpers import ask, demo_engine, demo_model, demo_tokenizer, drive
 
 
@@ -82,6 +87,53 @@ def test_no_tokens_are_proposed_without_batch_invariance(missing: str, monkeypat
     assert engine.scheduler.draft_tokens == 0
 
 
+@pytest.mark.parametrize("change", ["a link to the directory", "a file", "a new file", "a file that is read again"])
+def test_a_model_that_is_replaced_while_it_is_loaded_is_refused(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would have the weights of one version and the vocabulary or the end of text of the next."""
+    first, second = tmp_path / "v1", tmp_path / "v2"
+    for each in (first, second):
+        saved(random_reference(vocab_size=50257), each)
+    (current := tmp_path / "current").symlink_to(first)
+    settings = Settings(model=str(current), served_name="tiny", device="cpu", dtype="float32")
+    assert build_engine(settings).fingerprint
+    real = build.load_tokenizer
+
+    def load_while_it_changes(*args: Any, **options: Any) -> Any:
+        if change == "a link to the directory":
+            (staged := tmp_path / "staged").symlink_to(second)
+            staged.replace(current)
+        elif change == "a file":
+            (second / "generation_config.json").replace(first / "generation_config.json")
+        elif change == "a new file":
+            (first / "chat_template.jinja").write_text("{{ messages }}")
+        else:
+            (second / "config.json").replace(first / "config.json")
+        return real(*args, **options)
+
+    monkeypatch.setattr(build, "load_tokenizer", load_while_it_changes)
+    with pytest.raises(ModelError, match="changed or replaced while the model was loaded; start again"):
+        build_engine(settings)
+
+
+@pytest.mark.parametrize("name", ["MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "NUMBA_CPU_NAME"])
+def test_variables_that_choose_other_machine_code_are_part_of_the_fingerprint(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MKL_CBWR=COMPATIBLE, for one, changes the last bits of products."""
+    given = demo_model(), demo_tokenizer(), Ends((50256,), 50256), 128, True
+    plain = fingerprint(*given)
+    assert "environment" not in plain
+    monkeypatch.setenv(name, "")
+    assert fingerprint(*given) == plain
+    monkeypatch.setenv(name, "COMPATIBLE")
+    changed = fingerprint(*given)
+    assert set(plain.split("/")) < set(changed.split("/"))
+    monkeypatch.setenv(name, "AVX2")
+    assert len({fingerprint(*given), changed, plain}) == 3
+
+
 def test_max_context_is_limited_by_the_models_positions() -> None:
     engine = load_engine(Settings(model="demo", max_context=5000, device="cpu", dtype="float32"))
     assert engine.max_context == 1024
@@ -99,17 +151,29 @@ def test_the_default_engine_holds_its_slots_and_is_batch_invariant() -> None:
 
 
 def test_the_fingerprint_differs_if_results_may_differ() -> None:
-    model, tokenizer = demo_model(), load_tokenizer("demo")
-    base = fingerprint(model, tokenizer, 128, True)
+    model, tokenizer, ends = demo_model(), load_tokenizer("demo"), Ends((50256,), 50256)
+    assert isinstance(tokenizer, TiktokenTokenizer)
+    base = fingerprint(model, tokenizer, ends, 128, True)
     half = load_model("demo", device="cpu", dtype="bfloat16")
     other, again = (load_model("demo", device="cpu", dtype="float32") for _ in range(2))
     other.digest = "0" * 64
     again.config = replace(model.config, layer_norm_epsilon=1e-6)
-    prints = {fingerprint(each, tokenizer, 128, True) for each in (model, half, other, again)}
-    prints |= {fingerprint(model, tokenizer, 64, True), fingerprint(model, tokenizer, 128, False)}
-    prints |= {fingerprint(model, Tokenizer(tokenizer._encoding, "0" * 64), 128, True)}
-    assert len(prints) == 7
-    assert fingerprint(load_model("demo", device="cpu", dtype="float32"), tokenizer, 128, True) == base
+    prints = {fingerprint(each, tokenizer, ends, 128, True) for each in (model, half, other, again)}
+    prints |= {fingerprint(model, tokenizer, ends, 64, True), fingerprint(model, tokenizer, ends, 128, False)}
+    prints |= {
+        fingerprint(model, tokenizer, Ends((50256, 198), 50256), 128, True),
+        fingerprint(model, tokenizer, Ends(), 128, True),
+    }
+    prints |= {fingerprint(model, TiktokenTokenizer(tokenizer._encoding, "0" * 64), ends, 128, True)}
+    chatting = [
+        tokenizer.described_by(Described({"eos_token": end}, "{{ eos_token }}"), parses_special_tokens=True)
+        for end in ("a", "b")
+    ]
+    prints |= {fingerprint(model, each, ends, 128, True) for each in chatting}
+    prints |= {fingerprint(model, tokenizer, ends, 128, True, parse_special_tokens=True)}
+    assert len(prints) == 12
+    assert fingerprint(model, tokenizer, ends, 128, True, parse_special_tokens=False) == base  # the default
+    assert fingerprint(load_model("demo", device="cpu", dtype="float32"), tokenizer, ends, 128, True) == base
     assert f"weights-{model.digest[:12]}" in base
 
 
@@ -126,6 +190,13 @@ class Noisy(Decoder):
     quiet_below = 1
 
 
+def test_a_model_that_computes_no_numbers_is_refused_at_load() -> None:
+    model = load_model("demo", device="cpu", dtype="float32")
+    model.ln_f.bias.fill_(float("nan"))
+    with pytest.raises(ModelError, match="logits are not finite in float32: a weight is NaN"):
+        is_batch_invariant(model)
+
+
 @pytest.mark.parametrize("quiet_below", [1, 4, 20])
 def test_the_self_test_detects_a_model_that_is_not_batch_invariant(quiet_below: int) -> None:
     model = load_model("demo", device="cpu", dtype="float32")
@@ -136,7 +207,7 @@ def test_the_self_test_detects_a_model_that_is_not_batch_invariant(quiet_below: 
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused() -> None:
     config = replace(demo_model().config, vocab_size=50000)
-    with pytest.raises(ModelError, match="tokenizer has 50257 tokens and its embedding 50000"):
+    with pytest.raises(ModelError, match=r"has 50257 tokens and its embedding 50000; .*resize_token_embeddings"):
         check_vocabulary("x", config, demo_tokenizer())
     check_vocabulary("x", replace(config, vocab_size=50304), demo_tokenizer())
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiktoken
 
-from headrace.model import Decoder, Tokenizer, load_model
+from headrace.model import Decoder, load_model
+from headrace.model.generation_config import Ends
 from headrace.model.kv_cache import KVCache
 from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
@@ -194,7 +194,8 @@ def test_a_job_for_gigabytes_of_log_probabilities_is_refused(request_: dict[str,
     assert idle(engine)
 
 
-def test_the_empty_prompt_needs_an_end_of_text_token() -> None:
-    engine = build()
-    engine.tokenizer = Tokenizer(tiktoken.Encoding("plain", pat_str="a", mergeable_ranks={b"a": 0}, special_tokens={}))
-    assert failure(engine.submit(ask(""))).code == "empty_prompt"
+def test_the_empty_prompt_needs_a_token_with_which_texts_begin() -> None:
+    engine = build(ends=Ends((50256,), None))
+    refused = failure(engine.submit(ask("")))
+    assert refused.code == "empty_prompt"
+    assert "set bos_token_id in generation_config.json" in str(refused)

@@ -13,7 +13,7 @@ from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.scheduler import PromptChunk, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence, Slot, TokenScore
 from tests.unit.model.references import demo_reference
-from tests.unit.worker.engine.engine_helpers import ask, demo_model, demo_tokenizer, tokens_of
+from tests.unit.worker.engine.engine_helpers import ask, demo_model, tokens_of
 
 
 def runner(capacity: int = 4, model: Decoder | None = None) -> ModelRunner:
@@ -23,7 +23,7 @@ def runner(capacity: int = 4, model: Decoder | None = None) -> ModelRunner:
 
 
 def sequence(prompt: list[int], slot: Slot, **fields: object) -> Sequence:
-    made = Sequence(ask(prompt, max_tokens=20, **fields), prompt, 0, 0, demo_tokenizer().end_of_text)
+    made = Sequence(ask(prompt, max_tokens=20, **fields), prompt, 0, 0, frozenset({50256}))
     made.slot = slot
     return made
 

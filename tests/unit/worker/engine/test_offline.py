@@ -12,6 +12,7 @@ import pytest
 from headrace.client import InvalidRequest, JobFailed
 from headrace.client.wire.requests import parse_request
 from headrace.model.hub import ModelError
+from headrace.worker.engine import offline
 from headrace.worker.engine.offline import LLM, SamplingParams, TokensPrompt
 
 PROMPTS = ["Hello, my name is", "The river", "The capital of France is"]
@@ -186,7 +187,6 @@ def test_sampling_parameters_of_vllm_that_ask_for_nothing_are_accepted(llm: LLM)
     [
         ({"prompt_logprobs": 1}, "echo"),
         ({"bad_words": ["a"]}, "logit_bias"),
-        ({"skip_special_tokens": False}, "token_ids"),
         ({"use_beam_search": True}, "samples"),
         ({"best_of": 3}, "all n samples"),
         ({"structured_outputs": {"regex": "a"}}, "constrain"),
@@ -342,7 +342,7 @@ def test_outputs_have_the_fields_of_vllm(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["chat", "beam_search", "encode", "embed", "classify", "score", "apply_model", "enqueue_chat"]
+    "method", ["beam_search", "encode", "embed", "classify", "score", "apply_model", "enqueue_chat"]
 )
 def test_methods_of_vllm_that_are_not_computed_say_what_to_use(llm: LLM, method: str) -> None:
     with pytest.raises(NotImplementedError, match=rf"LLM.{method} is not computed here: \w+"):
@@ -353,3 +353,48 @@ def test_methods_of_vllm_that_are_not_computed_say_what_to_use(llm: LLM, method:
 def test_a_random_seed_is_meant_by_minus_one(llm: LLM) -> None:
     texts = {o.outputs[0].text for o in llm.generate(["The river"] * 4, SamplingParams(seed=-1, max_tokens=8))}
     assert len(texts) > 1
+
+
+TURNS = (
+    "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}>{% endif %}{{ x }}"
+)
+
+
+def test_chats_are_written_by_a_template_and_answered(llm: LLM) -> None:
+    chats = [
+        [{"role": "user", "content": "Hello."}],
+        [{"role": "user", "content": "A"}, {"role": "user", "content": "B"}],
+    ]
+    params = SamplingParams(temperature=0, max_tokens=4)
+    answers = llm.chat(chats, params, False, chat_template=TURNS, chat_template_kwargs={"x": "!"})
+    assert [answer.prompt for answer in answers] == ["Hello.<|endoftext|>>!", "A<|endoftext|>B<|endoftext|>>!"]
+    encode = llm.get_tokenizer().encode
+    tokens = [*encode("Hello."), 50256, *encode(">!")]
+    assert answers[0].prompt_token_ids == tokens
+    (expected,) = llm.generate({"prompt_token_ids": tokens}, params, use_tqdm=False)
+    assert answers[0].outputs == expected.outputs
+    (one,) = llm.chat(chats[0], params, use_tqdm=False, chat_template=TURNS, add_generation_prompt=False)
+    assert one.prompt == "Hello.<|endoftext|>"
+
+
+def test_a_chat_that_cannot_be_written_says_why(llm: LLM) -> None:
+    chat = [{"role": "user", "content": "Hello."}]
+    with pytest.raises(offline.InvalidPrompt, match="no chat template") as caught:
+        llm.chat(chat)
+    assert caught.value.code == "no_chat_template"
+    for messages in ([], "Hello.", [chat, chat[0]], [{"content": "no role"}], None):
+        with pytest.raises(InvalidRequest, match="messages"):
+            llm.chat(messages, chat_template=TURNS)
+    with pytest.raises(InvalidRequest, match="tools"):
+        llm.chat(chat, chat_template=TURNS, tools=[{"type": "function"}])
+    with pytest.raises(TypeError, match="chat takes no argument 'templates'"):
+        llm.chat(chat, templates=TURNS)
+
+
+def test_special_tokens_are_left_out_unless_asked_for(llm: LLM) -> None:
+    params = {"ignore_eos": True, "logit_bias": {50256: 100.0}, "max_tokens": 2, "temperature": 0}
+    texts = [
+        llm.generate("Hello.", SamplingParams(**params, skip_special_tokens=skip), use_tqdm=False)[0].outputs[0].text
+        for skip in (True, False)
+    ]
+    assert texts == ["", "<|endoftext|>" * 2]

@@ -10,7 +10,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.model.tokenizer import PATTERN, Tokenizer
+from headrace.model.tokenizer import PATTERN, TiktokenTokenizer
 from headrace.worker.engine.input_batch import SampledRow
 from headrace.worker.engine.requests import RequestState
 from headrace.worker.engine.sequence import Sequence, TokenScore
@@ -20,7 +20,7 @@ from tests.unit.worker.engine.engine_helpers import ask
 END = 300
 #: 256 tokens of one byte, some of several, and the end of text.
 PIECES = {256: b"ab", 257: b"abc", 258: b"st", 259: b"op", 260: b"stop", 261: "é!".encode(), 262: b" the"}
-VOCABULARY = Tokenizer(
+VOCABULARY = TiktokenTokenizer(
     tiktoken.Encoding(
         "bytes",
         pat_str=PATTERN,
@@ -34,7 +34,7 @@ class Sample:
     """A sequence with its text, as the engine's output processor keeps them."""
 
     def __init__(self, max_tokens: int = 100, prompt_text: str = "", **fields: Any) -> None:
-        self.sequence = Sequence(ask([1, 2], max_tokens=max_tokens, **fields), [1, 2], 0, 0, END)
+        self.sequence = Sequence(ask([1, 2], max_tokens=max_tokens, **fields), [1, 2], 0, 0, frozenset({END}))
         self.decoded = SequenceText(self.sequence, VOCABULARY, prompt_text)
 
     def append(self, score: TokenScore) -> None:
@@ -124,10 +124,19 @@ def test_end_of_text_ends_and_is_not_in_the_text() -> None:
     assert each.output == [*spell("hi"), END]
 
 
-def test_end_of_text_can_be_ignored_and_is_then_text() -> None:
-    each = sequence(max_tokens=4, ignore_eos=True)
+@pytest.mark.parametrize(("skip", "text"), [(True, "hi!"), (False, "hi<|endoftext|>!")])
+def test_end_of_text_can_be_ignored_and_is_then_text_if_special_tokens_are_not_skipped(skip: bool, text: str) -> None:
+    each = sequence(max_tokens=4, ignore_eos=True, skip_special_tokens=skip)
     feed(each, [*spell("hi"), END, *spell("!")])
-    assert (each.text, each.finish_reason) == ("hi<|endoftext|>!", "length")
+    assert (each.text, each.finish_reason) == (text, "length")
+
+
+@pytest.mark.parametrize("stop", ["<|endoftext|>", "f<|endoftext|>", "oftext|>!", "<|endoftext|>!", "f<|end"])
+def test_a_stop_string_sees_the_special_tokens_that_the_text_leaves_out(stop: str) -> None:
+    each = sequence(max_tokens=20, ignore_eos=True, stop=[stop])
+    deltas = feed(each, [*spell("of"), END, *spell("!more")])
+    assert (each.text, each.finish_reason, each.stop_reason) == ("o" if stop[0] == "f" else "of", "stop", stop)
+    assert "".join(delta.text for delta in deltas) == each.text
 
 
 def test_a_stop_token_is_named_and_its_text_left_out() -> None:
@@ -172,14 +181,18 @@ def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_none() -> None:
 @settings(max_examples=300, deadline=None)
 @given(
     tokens=st.lists(st.one_of(st.sampled_from([*PIECES, *b"abcstop ", END]), st.integers(0, 255)), max_size=40),
-    stop=st.lists(st.text(st.sampled_from("abcstope é"), min_size=1, max_size=5), max_size=4),
+    stop=st.lists(
+        st.text(st.sampled_from("abcstope é<|>"), min_size=1, max_size=5) | st.just("b<|endoftext|>"), max_size=4
+    ),
     min_tokens=st.integers(0, 10),
     max_tokens=st.integers(10, 30),
+    skip=st.booleans(),
 )
 def test_deltas_join_to_the_text_and_never_contain_text_that_a_stop_string_removes(
-    tokens: list[int], stop: list[str], min_tokens: int, max_tokens: int
+    tokens: list[int], stop: list[str], min_tokens: int, max_tokens: int, skip: bool
 ) -> None:
-    each = sequence(max_tokens, stop=stop, min_tokens=min_tokens, stop_token_ids=[262])
+    fields = {"stop": stop, "min_tokens": min_tokens, "stop_token_ids": [262], "ignore_eos": skip}
+    each = sequence(max_tokens, **fields, skip_special_tokens=skip)
     deltas = feed(each, tokens)
     shown = "".join(delta.text for delta in deltas)
     assert each.text.startswith(shown)
@@ -192,10 +205,11 @@ def test_deltas_join_to_the_text_and_never_contain_text_that_a_stop_string_remov
     assert deltas[-1].finish_reason == each.finish_reason
     # The text is that of all tokens, cut at the first stop string if one ended it.
     by_token = each.finish_reason == "stop" and not isinstance(each.stop_reason, str)  # its text is left out
-    whole = VOCABULARY.decode(each.output[:-1] if by_token else each.output)
+    whole = VOCABULARY.decode(each.output[:-1] if by_token else each.output, skip_special_tokens=skip)
     if isinstance(each.stop_reason, str):
         assert each.stop_reason in stop
-        assert whole.startswith(each.text + each.stop_reason) or "\ufffd" in whole
+        assert whole.startswith(each.text)
+        assert whole.startswith(each.text + each.stop_reason) or "\ufffd" in whole or (skip and END in each.output)
         assert min_tokens > 0 or not any(s in each.text for s in stop)
     else:
         assert each.text == whole

@@ -18,16 +18,21 @@ import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Peer
 
 from headrace.client.batch.openai import completion
-from headrace.client.http.routes.completions import ChunkEncoder
+from headrace.client.http.completion_answer import CompletionChunks
 from headrace.client.jobs.stream import Event, StreamReader
 from headrace.client.wire.requests import GenerateRequest, parse_request
 from headrace.client.wire.results import Choice, Result, StreamEvent, StreamPiece
-from headrace.model.tokenizer import PATTERN, Tokenizer, gpt2_tokenizer
+from headrace.model.generation_config import Ends
+from headrace.model.tokenizer import PATTERN, TiktokenTokenizer, Tokenizer, gpt2_tokenizer
+from headrace.model.tokenizers.base import Described
+from headrace.model.tokenizers.library import LibraryTokenizer
 from headrace.worker.engine.requests import RequestState, prepare
 from headrace.worker.engine.sequence import TokenScore
 from headrace.worker.engine.sequence_text import TextDelta
+from tests.unit.model.tokenizer_makers import llama, unigram, word_piece
 
 END = 50256
 #: More ids than tokens, as in a padded embedding.
@@ -78,8 +83,9 @@ class Expected:
     offsets: list[int]
 
     @classmethod
-    def of(cls, prompt: list[int], output: list[int]) -> Expected:
-        data = [gpt2_tokenizer().known_bytes(token) for token in prompt + output]
+    def of(cls, prompt: list[int], output: list[int], *, skip: bool = True) -> Expected:
+        data = [gpt2_tokenizer().known_bytes(token) for token in prompt]
+        data += [b"" if skip and token == END else gpt2_tokenizer().known_bytes(token) for token in output]
         whole = b"".join(data)
         starts = character_starts(whole)
         offsets, at = [], 0
@@ -103,6 +109,7 @@ def state_of(request: GenerateRequest, tokenizer: Tokenizer | None = None) -> Re
         "job",
         Future(),
         tokenizer=tokenizer or gpt2_tokenizer(),
+        ends=Ends((50256,), 50256),
         vocab_size=VOCAB_SIZE,
         max_context=10_000,
     )
@@ -155,7 +162,7 @@ def events_of(deltas: list[TextDelta], result: Result) -> list[Event]:
 
 def streamed(events: list[Event], index: int, **options: bool) -> dict[str, Any]:
     """The chunks of one choice, joined."""
-    encoder = ChunkEncoder("job", "demo", 1, include_usage=False, **options)
+    encoder = CompletionChunks("job", "demo", 1, include_usage=False, **options)
     chunks = [json.loads(encoder.encode(0, event).removeprefix(b"data: ")) for event in events if event.index == index]
     choices = [chunk["choices"][0] for chunk in chunks]
     names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
@@ -192,17 +199,19 @@ token_lists = st.one_of(
     echo=st.booleans(),
     every=st.integers(1, 5),
     samples=st.integers(1, 2),
+    skip=st.booleans(),
 )
 def test_prompt_and_output_are_decoded_together_and_offsets_are_positions_in_the_text(
-    prompt: list[int], output: list[int], echo: bool, every: int, samples: int
+    prompt: list[int], output: list[int], echo: bool, every: int, samples: int, skip: bool
 ) -> None:
-    result, deltas = compute(prompt, output, every, echo=echo, n=samples, ignore_eos=True)
-    expected = Expected.of(prompt, output)
+    result, deltas = compute(prompt, output, every, echo=echo, n=samples, ignore_eos=True, skip_special_tokens=skip)
+    expected = Expected.of(prompt, output, skip=skip)
     events = events_of(deltas, result)
     for index, choice in enumerate(result.choices):
         if echo:
             assert choice.text == expected.text
-            assert UNKNOWN in prompt + output or choice.text == gpt2_tokenizer().decode(choice.token_ids)
+            shown = [t for t in choice.token_ids[len(prompt) :] if not (skip and t == END)]
+            assert UNKNOWN in prompt + shown or choice.text == gpt2_tokenizer().decode(prompt + shown)
             assert offsets_of(choice) == expected.offsets
         else:
             assert choice.text == expected.text[expected.output_at :]
@@ -290,7 +299,7 @@ def test_a_long_prompt_is_decoded_once() -> None:
     prompt = gpt2_tokenizer().encode("😀 and " * 1_000)
     decoded = 0
 
-    class Counting(Tokenizer):
+    class Counting(TiktokenTokenizer):
         def token_bytes(self, token_id: int) -> bytes:
             nonlocal decoded
             decoded += 1
@@ -300,6 +309,41 @@ def test_a_long_prompt_is_decoded_once() -> None:
     result, _ = compute(prompt, [257] * 200, tokenizer=tokenizer, n=8, echo=True, logprobs=None)
     assert all(choice.text.endswith(" a" * 200) for choice in result.choices)
     assert decoded <= len(prompt) + 8 * 200
+
+
+# --- other tokenizers -----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def own(name: str) -> tuple[Peer, Tokenizer]:
+    """A tokenizer that is not byte-level, of the library and ours."""
+    made = {"llama": llama, "unigram": unigram, "word_piece": word_piece}[name]()
+    return made, LibraryTokenizer(made, "", Described())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(["llama", "unigram", "word_piece"]),
+    draws=st.lists(st.integers(0, 10**6), min_size=2, max_size=14),
+    echo=st.booleans(),
+    skip=st.booleans(),
+    every=st.integers(1, 4),
+)
+def test_other_tokenizers_stream_the_text_that_their_library_gives(
+    name: str, draws: list[int], echo: bool, skip: bool, every: int
+) -> None:
+    peer, tokenizer = own(name)
+    prompt, output = peer.encode("the king", add_special_tokens=False).ids, [i % tokenizer.vocab_size for i in draws]
+    result, deltas = compute(
+        prompt, output, every, tokenizer=tokenizer, echo=echo, skip_special_tokens=skip, ignore_eos=True
+    )
+    (choice,) = result.choices
+    whole, start = (peer.decode(ids, skip_special_tokens=skip) for ids in (prompt + output, prompt))
+    assert choice.text == (whole if echo else whole.removeprefix(start))
+    assert streamed(events_of(deltas, result), 0)["text"] == choice.text
+    offsets = offsets_of(choice)
+    assert offsets == sorted(offsets, key=lambda at: at or 0)
+    assert all(0 <= (at or 0) <= len(choice.text) for at in offsets)
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -324,7 +368,9 @@ def awkward() -> Tokenizer:
     texts = [r"bytes:\xe2", "bytes:", "token_id:7", "a b"]
     ranks = {bytes([i]): i for i in range(256)} | {text.encode(): 256 + i for i, text in enumerate(texts)}
     specials = {"<|endoftext|>": 260, "a b": 261}
-    return Tokenizer(tiktoken.Encoding("awkward", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials))
+    return TiktokenTokenizer(
+        tiktoken.Encoding("awkward", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+    )
 
 
 def maps_of(result: Result, **options: bool) -> list[tuple[str, float, dict[str, float]]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import signal
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,6 +60,10 @@ class Message:
     def reject(self, requeue: bool) -> None:
         assert requeue
         self.returned.set()
+
+
+class Kept(dict[str, Any]):
+    """A request to which there can be a weak reference."""
 
 
 @pytest.fixture
@@ -183,6 +189,16 @@ def test_a_job_of_a_plain_producer_has_a_record_while_it_waits_for_its_model(mak
     pool = make(store := MemoryStore(states={"known": "queued"}))
     assert deliver(pool, Message("plain", "known")).over.wait(PATIENCE_S)
     assert store.waiting == {"plain": ("demo", None)}
+
+
+def test_no_message_is_kept_when_its_jobs_have_ended(make: Make) -> None:
+    pool = make(MemoryStore())
+    message = Message("a", "b")
+    request = message.request_dict["args"][0][0]["request"] = Kept(REQUEST)
+    kept = weakref.ref(request)
+    assert deliver(pool, message).over.wait(PATIENCE_S)
+    del message, request
+    until(lambda: gc.collect() >= 0 and kept() is None)
 
 
 def test_no_message_is_taken_while_the_engine_is_stalled(make: Make) -> None:

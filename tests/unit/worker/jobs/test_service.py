@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import time
+import weakref
 from concurrent.futures import Future
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from headrace.worker.engine.errors import EngineStopped
 from headrace.worker.jobs.result_writer import ResultWriter
 from headrace.worker.jobs.service import Service, failed
 from headrace.worker.queue.messages import read_group, read_wire
+from tests.integration.processes import wait_until
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine.engine_helpers import models_of
 from tests.unit.worker.jobs.memory_store import MemoryStore
@@ -246,6 +248,18 @@ def test_the_writer_stores_in_batches_through_an_outage(monkeypatch: pytest.Monk
     assert stored == ["a", "b", "c", "d", "e"]
 
 
+def test_the_writer_keeps_no_outcome_while_it_waits_for_the_next() -> None:
+    writer = ResultWriter(service(MemoryStore()), told, lambda _: None, pytest.fail)  # type: ignore[arg-type]
+    writer.start()
+    future: Future[Result] = Future()
+    future.set_result(result("a"))
+    kept = weakref.ref(future)
+    writer.put("a", future)
+    del future
+    wait_until(lambda: kept() is None)
+    writer.stop()
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_tensors_of_a_job_are_kept_if_it_succeeds_and_gone_from_memory_in_any_case(fails: bool) -> None:
     class Computed:
@@ -262,8 +276,12 @@ def test_the_tensors_of_a_job_are_kept_if_it_succeeds_and_gone_from_memory_in_an
 
     store = MemoryStore()
     running = Service(models_of(Computed()), store, checkpoint_max_bytes=10)
+    future = running.submit("a", {"prompt": "x", "checkpoints": [2]})
+    running.stash("a", future)
     with contextlib.suppress(JobFailed):
         running.generate("a", {"prompt": "x", "checkpoints": [2]})
+    assert len(running._tensors) == fails, "stored: gone even if somebody keeps the future"
+    del future
     gc.collect()
     assert store.tensors == ({} if fails else {"a": {"q": b"1"}})
     assert len(running._tensors) == 0
