@@ -89,6 +89,10 @@ class Settings(BaseSettings):
     parse_special_tokens: bool | None = Field(None, description="1 or 0")
     #: CPU threads. None: torch's default, one for each physical core.
     threads: int | None = Field(None, description="a whole number from 1 to 4096", ge=1, le=4096)
+    #: The instruction set of the compiled kernels; 'auto' is the best one of the CPU.
+    cpu_isa: Literal["auto", "amx", "avx512_vnni", "avx512", "avx2", "neon", "none"] = Field(
+        "auto", description="'auto', 'amx', 'avx512_vnni', 'avx512', 'avx2', 'neon' or 'none'"
+    )
     #: The largest number of tokens in one forward pass. Limits how long a sequence that is generating waits for the
     #: prefill of another.
     step_tokens: int = Field(512, description="a whole number from 16 to 8192", ge=16, le=8192)

@@ -55,7 +55,7 @@ HELP: dict[str, dict[str, SettingHelp]] = {
             vllm="device",
         ),
         "dtype": SettingHelp(
-            "`auto` is float32 on a CPU and bfloat16 on a GPU. `int8` needs a CPU with Intel AMX.",
+            "`auto` is float32 on a CPU and bfloat16 on a GPU. `int8` needs an x86-64 CPU with AVX2.",
             vllm="dtype",
         ),
         "generation_config": SettingHelp(
@@ -97,6 +97,12 @@ HELP: dict[str, dict[str, SettingHelp]] = {
             "CPU threads of the engine; part of the fingerprint. Divide the cores among several workers on one "
             "machine.",
             default="torch's choice: the physical cores",
+        ),
+        "cpu_isa": SettingHelp(
+            "Instruction set of the compiled kernels, from the best one down: Intel AMX, AVX-512 with and without "
+            "VNNI, AVX2, NEON (ARM), and none (torch's operators). A lower one than the CPU's is for tests and "
+            "comparisons; one that the CPU lacks is refused.",
+            default="auto: the best one of the CPU",
         ),
         "step_tokens": SettingHelp(
             "Tokens of one forward pass. It bounds how long a running sample waits while a prompt is computed.",

@@ -2,12 +2,13 @@
 
 | type | CPU | implementation |
 |---|---|---|
-| float32 | AVX-512 | kernels/gemm_fp32_avx512.py |
+| float32 | AVX-512, AVX2 | kernels/gemm_fp32.py |
 | bfloat16 | Intel AMX | kernels/gemm_bf16_amx.py |
 | int8 | Intel AMX | kernels/gemm_int8_amx.py |
+| int8 | AVX-512, AVX2 | kernels/gemm_int8.py |
 | any | others, and GPUs | torch's operators, kernels/onednn.py |
 
-The first three are batch-invariant by construction. For torch's operators the numbers of rows that give the same bits
+The first four are batch-invariant by construction. For torch's operators the numbers of rows that give the same bits
 are measured (kernels/row_range.py).
 """
 
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from headrace.model.activation_functions import activate
 from headrace.model.kernels.gemm_bf16_amx import Bf16Weight, bf16_amx_works
-from headrace.model.kernels.gemm_fp32_avx512 import Fp32Weight, fp32_avx512_works
-from headrace.model.kernels.gemm_int8_amx import Int8Weight
+from headrace.model.kernels.gemm_fp32 import Fp32Weight, fp32_works
+from headrace.model.kernels.gemm_int8 import int8_weight_type
 from headrace.model.kernels.onednn import OneDnnWeight, TorchWeight, packing_works
 from headrace.model.kernels.packed_weight import PackedWeight
 from headrace.model.kernels.row_range import RowRange, matmul_rows, measured_rows, padded_rows
@@ -55,7 +56,7 @@ class Linear:
     @classmethod
     def _of(cls, weight: Tensor, bias: Tensor | None, gelu: bool, int8: bool) -> Linear:
         if int8:
-            return cls(Int8Weight.of(weight, bias, gelu), None)
+            return cls(int8_weight_type().of(weight, bias, gelu), None)
         packed_type = packed_weight_type(weight.device.type, weight.dtype)
         if packed_type is not None and weight.shape[0] % packed_type.ku == 0:
             return cls(packed_type.of(weight, bias, gelu), None)
@@ -92,4 +93,4 @@ def packed_weight_type(device: str, dtype: torch.dtype) -> type[Bf16Weight | Fp3
     """The compiled GEMM for this type on this machine, self-tested; None where torch's operators are used."""
     if bf16_amx_works(device, dtype):
         return Bf16Weight
-    return Fp32Weight if fp32_avx512_works(device, dtype) else None
+    return Fp32Weight if fp32_works(device, dtype) else None

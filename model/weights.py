@@ -23,7 +23,8 @@ from headrace.model.gguf_file import raw_config
 from headrace.model.gguf_weights import open_container
 from headrace.model.hub import config_path, find_model, ignored_beside_weights, likely_cause, weight_files
 from headrace.model.kernels.attention import decode_kernel
-from headrace.model.kernels.gemm_int8_amx import KU, int8_amx_works
+from headrace.model.kernels.gemm_int8 import int8_works
+from headrace.model.kernels.gemm_int8_amx import KU, MAX_WIDTH
 from headrace.model.linear import packed_weight_type
 from headrace.model.trusted_files import ModelError, check_not_shared
 from headrace.model.weight_file import WeightFile
@@ -45,7 +46,7 @@ def load_model(
     Args:
         device: 'auto' is CUDA if there is a CUDA device.
         dtype: 'auto' is float32 on a CPU and bfloat16 on a GPU that has it. 'int8' quantizes the matrices (see
-            model/kernels/gemm_int8_amx.py) and computes everything else in bfloat16; it needs a CPU with Intel AMX.
+            model/kernels/gemm_int8.py) and computes everything else in bfloat16; it needs a CPU with AVX2.
         allow_shared: accept a directory or files that every user of the machine can write.
 
     The weights are copied into memory of this process, so later changes of the files have no effect.
@@ -190,17 +191,18 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _check_widths(path: Path, config: ModelConfig) -> None:
     for name, width in {"n_embd": config.n_embd, "n_inner": config.inner}.items():
-        if width % KU:
+        if width % KU or width > MAX_WIDTH:
             raise ModelError(
-                f"{path}: {name} is {width}; in int8 it must be a multiple of {KU}; use HEADRACE_DTYPE=bfloat16"
+                f"{path}: {name} is {width}; in int8 it must be a multiple of {KU} of at most {MAX_WIDTH}; use "
+                "HEADRACE_DTYPE=bfloat16"
             )
 
 
 def _need_int8(device: torch.device) -> None:
-    if not int8_amx_works(device.type):
+    if not int8_works(device.type):
         raise ModelError(
-            f"dtype 'int8' on {device}: it needs Linux, numba, and a CPU with int8 matrix instructions ("
-            "Intel AMX, in Xeons since Sapphire Rapids); use HEADRACE_DTYPE=bfloat16"
+            f"dtype 'int8' on {device}: it needs Linux, numba, and an x86-64 CPU with AVX2 that "
+            "HEADRACE_CPU_ISA does not rule out; use HEADRACE_DTYPE=bfloat16"
         )
 
 

@@ -9,12 +9,16 @@ import pytest
 
 #: Name of a set -> the features of the CPU, as LLVM calls them, that our kernels for it need.
 FEATURES = {
-    "AVX-512": {"avx512f"},
+    "AVX2": {"avx2", "fma"},
+    "AVX-512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "AVX-512-VNNI": {"avx512f", "avx512bw", "avx512vl", "avx512vnni"},
     "AMX": {"amx-tile", "amx-bf16", "avx512bf16"},
     "AMX-INT8": {"amx-tile", "amx-int8"},
 }
 
+needs_avx2 = pytest.mark.instruction_set("AVX2")
 needs_avx512 = pytest.mark.instruction_set("AVX-512")
+needs_vnni = pytest.mark.instruction_set("AVX-512-VNNI")
 needs_amx = pytest.mark.instruction_set("AMX")
 needs_amx_int8 = pytest.mark.instruction_set("AMX-INT8")
 

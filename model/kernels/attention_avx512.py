@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from headrace.model.kernels.intrinsics import FAST_MATH, assembly, cast, prefetch
+from headrace.model.kernels.isa import chosen
 
 #: Positions that are scored together.
 POSITIONS = 16
@@ -34,11 +35,10 @@ EXPONENTIAL = (
 
 def is_supported(head_dim: int, bf16: bool) -> bool:
     """Whether this CPU has the instructions, and a key fills whole registers, of which there are enough."""
-    from llvmlite import binding
-
-    features = {name for name, present in binding.get_host_cpu_features().items() if present}
+    isa = chosen()
     row_bytes = head_dim * (2 if bf16 else 4)
-    return {"avx512f", *(["avx512bf16"] if bf16 else [])} <= features and row_bytes % 64 == 0 and row_bytes <= 512
+    wanted = ["avx512f", *(["avx512bf16"] if bf16 else [])]
+    return all(map(isa.has, wanted)) and row_bytes % 64 == 0 and row_bytes <= 512
 
 
 def attention(head_dim: int, bf16: bool) -> Any:

@@ -3,35 +3,20 @@
 An epilogue has two parts. `epilogue_target` computes once for a block of sums where they are written and what is
 applied to them; `epilogue` then processes any of their rows. A micro-kernel can therefore finish the previous sums
 while it computes the next ones.
+
+`vector_epilogue` has the same bits on every instruction set. `epilogue` is assembly for AVX-512 and for results in
+bfloat16: its GELU divides by an approximate instruction.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
-
-import numpy as np
 
 from headrace.model.kernels.intrinsics import assembly, cast
 from headrace.model.kernels.ops import ARG, OP
 
 #: What is applied after the bias: the position of the op's word that requests it, or NOTHING.
 NOTHING, ADD_RESIDUAL, APPLY_GELU = 0, OP.residual, OP.gelu
-
-#: GELU by tanh is x / (1 + 2**t), where t = x * (c0 + c1 * x**2), but at least c2: below c2 the processor would be a
-#: hundred times slower at 2**t (denormals), and 1 + 2**t is 1 in any case. The other constants are the coefficients of
-#: two polynomials for 2**r with r from -1/2 to 1/2, highest power first. Their relative errors are 3e-6 and 2e-9.
-GELU_CONSTANTS = np.array(
-    [
-        -2 * math.sqrt(2 / math.pi) / math.log(2),
-        -2 * math.sqrt(2 / math.pi) / math.log(2) * 0.044715,
-        -100.0,
-        *(0.00958285293508711, 0.05590642482350801, 0.2402409861467386, 0.6931241933769179, 1.0),
-        *(0.00015353361852507902, 0.0013398874432624655, 0.009618437358045436, 0.05550332471067313),
-        *(0.24022647913623332, 0.6931472028551032, 1.0),
-    ],
-    np.float32,
-)
 
 
 def epilogue_target(nr: int, *, bf16: bool, mr: int = 0) -> Any:
@@ -62,6 +47,61 @@ def epilogue_target(nr: int, *, bf16: bool, mr: int = 0) -> Any:
         return sums, rows, columns, out, row_bytes, panel_bytes, residual, bias, column_scales, row_scales, then
 
     return locate
+
+
+def vector_epilogue(nr: int, *, bf16: bool, int8: bool) -> Any:
+    """Build finish(target, spare), which processes all rows of a target of `epilogue_target` without `mr`.
+
+    `spare` is the address of memory for one row, see `epilogue`.
+    """
+    import numba
+    from numba import carray, types
+
+    from headrace.model.kernels.epilogue_rows import finish_rows
+
+    elements = cast(types.int64, types.CPointer(types.uint16 if bf16 else types.float32))
+    plain, gelu, add_residual = (
+        finish_rows(nr, bf16=bf16, int8=int8, gelu=then == APPLY_GELU, residual=then == ADD_RESIDUAL).intrinsic()
+        for then in (NOTHING, APPLY_GELU, ADD_RESIDUAL)
+    )
+
+    @numba.njit(error_model="numpy")
+    def finish_some(
+        then: int,
+        sums: int,
+        rows: int,
+        out: int,
+        row_bytes: int,
+        bias: int,
+        onto: int,
+        column_scales: int,
+        row_scales: int,
+    ) -> None:
+        if then == ADD_RESIDUAL:
+            add_residual(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+        elif then == APPLY_GELU:
+            gelu(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+        else:
+            plain(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+
+    @numba.njit(error_model="numpy")
+    def finish(target: Any, spare: int) -> None:
+        sums, rows, columns, out, row_bytes, _, residual, bias, column_scales, row_scales, then = target
+        if columns == nr:
+            finish_some(then, sums, rows, out, row_bytes, bias, out + residual, column_scales, row_scales)
+            return
+        for row in range(rows):  # a last block of fewer columns: computed in the spare row, and copied
+            place, computed = out + row * row_bytes, carray(elements(spare), nr)
+            if then == ADD_RESIDUAL:
+                given = carray(elements(place + residual), columns)
+                for i in range(columns):
+                    computed[i] = given[i]
+            finish_some(then, sums + row * nr * 4, 1, spare, 0, bias, spare, column_scales, row_scales + row * 4)
+            wanted = carray(elements(place), columns)
+            for i in range(columns):
+                wanted[i] = computed[i]
+
+    return finish
 
 
 def epilogue(nr: int, *, bf16: bool, int8: bool, mr: int = 0) -> Any:

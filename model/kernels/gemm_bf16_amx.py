@@ -14,10 +14,8 @@ Ops are run by program.py; README.md explains the names.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
-import os
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,8 +23,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from headrace.model.kernels.epilogue import GELU_CONSTANTS, epilogue, epilogue_target
+from headrace.model.kernels.epilogue import epilogue, epilogue_target
+from headrace.model.kernels.gelu import GELU_CONSTANTS
 from headrace.model.kernels.intrinsics import assembly, cast, prefetch
+from headrace.model.kernels.isa import AMX, chosen
 from headrace.model.kernels.memory import use_huge_pages
 from headrace.model.kernels.ops import ARG, OP
 from headrace.model.kernels.packed_weight import PackedWeight, pad_columns, self_test
@@ -49,8 +49,6 @@ SUMS_BYTES = TWO_PANELS * NR * 4
 SPARE, SAVED_CONFIG, SCRATCH_BYTES = 2 * SUMS_BYTES, 2 * SUMS_BYTES + 64, 2 * SUMS_BYTES + 128
 #: MC, in bytes: rows of this size are multiplied by a block before the next block, because they stay in the L2 cache.
 MC_BYTES = 3 * 2**18
-#: `arch_prctl` of Linux on x86-64 requests the tile registers; without it their first use ends the process.
-SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
 
 
 class Bf16Weight(PackedWeight):
@@ -94,18 +92,8 @@ def bf16_amx_works(device: str, dtype: torch.dtype) -> bool:
 
 
 def _permitted() -> bool:
-    """Whether the CPU has AMX and the operating system lets this process use it."""
-    if os.uname().sysname != "Linux" or os.uname().machine != "x86_64":
-        return False
-    try:
-        from llvmlite import binding
-
-        if not {"amx-tile", "amx-bf16", "avx512bf16"} <= {f for f, on in binding.get_host_cpu_features().items() if on}:
-            return False
-        libc = ctypes.CDLL(None)
-        return int(libc.syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA)) == 0
-    except (ImportError, AttributeError, RuntimeError):  # no numba for this Python, or another LLVM
-        return False
+    """Whether this process uses AMX: the CPU has it, Linux permits it, and HEADRACE_CPU_ISA does not rule it out."""
+    return chosen().name == "amx"
 
 
 #: Where the tile configuration is among the constants.
@@ -284,6 +272,7 @@ def _build() -> MicroKernel:
 
 BF16_AMX = GemmBackend(
     fingerprint="tiled",
+    isa=AMX,
     dtype=torch.bfloat16,
     itemsize=2,
     ku=KU,

@@ -26,6 +26,7 @@ from headrace.model.kernels.gemm_bf16_amx import (
     tile_configuration,
 )
 from headrace.model.kernels.intrinsics import cast
+from headrace.model.kernels.isa import AMX
 from headrace.model.kernels.memory import use_huge_pages
 from headrace.model.kernels.ops import ARG, OP
 from headrace.model.kernels.packed_weight import PackedWeight, pad_columns
@@ -36,6 +37,8 @@ log = logging.getLogger("headrace.model")
 #: Rows of the weight in a step.
 KU = 64
 LARGEST = 127
+#: The longest sums: 65,536 products of a byte by a signed byte, of at most 255 * 127, fit an int32.
+MAX_WIDTH = 2**16
 
 
 class Int8Weight(PackedWeight):
@@ -133,6 +136,7 @@ def _build() -> MicroKernel:
 
 INT8_AMX = GemmBackend(
     fingerprint="int8",
+    isa=AMX,
     dtype=torch.bfloat16,
     itemsize=1,
     ku=KU,

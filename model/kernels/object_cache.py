@@ -31,7 +31,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from headrace.model.kernels.isa import NONE, Isa, chosen
 from headrace.model.kernels.openmp import team
+from headrace.model.kernels.target import compiling_for
 
 log = logging.getLogger("headrace.model")
 
@@ -52,19 +54,27 @@ class Kernel:
     owner: Any
 
 
-def load_or_compile(name: str, compile_function: Callable[[], Any]) -> Kernel:
+def load_or_compile(name: str, compile_function: Callable[[], Any], isa: Isa | None = None) -> Kernel:
     """Load a kernel from the cache, or compile it and add it to the cache.
 
     Args:
         name: distinguishes kernels that are compiled from the same sources.
         compile_function: compiles the kernel and returns a `numba.cfunc`. What it raises is raised here.
+        isa: the instruction set to compile for; by default the one of this process.
+
+    Raises:
+        LookupError: the instruction set is `none`.
     """
+    isa = isa or chosen()
+    if isa.name == NONE:
+        raise LookupError(f"no kernels are compiled for the instruction set {isa.name!r}")
     team()  # loads OpenMP: LLVM ends the process if a symbol that the code calls is missing
     with _lock:
-        path = cache_directory() / f"{_key(name)}.kernel"
+        path = cache_directory() / f"{_key(name, isa)}.kernel"
         found = _load(path)
         if found is None:
-            data = _packed(compile_function())
+            with compiling_for(isa):
+                data = _packed(compile_function())
             found = _unpacked(data)
             _store(path, data)
     return found
@@ -77,13 +87,13 @@ def cache_directory() -> Path:
     return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "headrace"
 
 
-def _key(name: str) -> str:
-    """A file name that depends on the sources of all kernels, on compiler and settings, and on the processor."""
+def _key(name: str, isa: Isa) -> str:
+    """A file name that depends on the sources of all kernels, on compiler and settings, and on the instruction set."""
     from llvmlite import binding
 
     sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    processor = binding.get_process_triple(), binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
-    versions = (version("numba"), version("llvmlite"), platform.python_version(), *processor)
+    target = binding.get_process_triple(), isa.name, isa.cpu, isa.features
+    versions = (version("numba"), version("llvmlite"), platform.python_version(), *target)
     # numba's own settings, which change the code; else what one process compiles with them, all later ones would run.
     options = sorted((key, value) for key, value in os.environ.items() if key.startswith("NUMBA_"))
     with contextlib.suppress(OSError), open(".numba_config.yaml", "rb") as file:

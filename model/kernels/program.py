@@ -24,6 +24,7 @@ import torch
 
 from headrace.model.kernels import object_cache
 from headrace.model.kernels.intrinsics import Int64Array, call_pointer, cast, prefetch, vzeroupper
+from headrace.model.kernels.isa import Isa
 from headrace.model.kernels.layer_norm import layer_norm
 from headrace.model.kernels.object_cache import Kernel
 from headrace.model.kernels.openmp import team, thread_functions
@@ -51,6 +52,8 @@ class GemmBackend:
 
     #: How the fingerprint of a model names this backend. Results are compared by it, so it never changes.
     fingerprint: str
+    #: The instruction set that it is compiled for.
+    isa: Isa
     #: The type of rows and results.
     dtype: torch.dtype
     #: Bytes of an element as it is multiplied.
@@ -68,11 +71,14 @@ class GemmBackend:
     #: Constants that the compiled code reads.
     constants: np.ndarray[Any, np.dtype[Any]]
     micro_kernel: Callable[[], MicroKernel]
+    #: Bytes of an element of packed rows; 0 if they are those of the weight.
+    row_itemsize: int = 0
 
     @functools.cached_property
     def kernel(self) -> Kernel:
         """The program runner for this backend, compiled or loaded at the first access."""
-        return object_cache.load_or_compile(f"program {self.fingerprint}", lambda: compile_program(self))
+        name = f"program {self.fingerprint} {self.mr}x{self.nr}"
+        return object_cache.load_or_compile(name, lambda: compile_program(self), self.isa)
 
 
 class Program:
@@ -82,7 +88,8 @@ class Program:
         self._kernel, self._threads = backend.kernel, torch.get_num_threads()
         padded_rows = -(-rows // backend.mr) * backend.mr
         scratch_bytes = backend.scratch_bytes + -(-width // 16) * 64
-        self._packed_rows = torch.empty(padded_rows * width * backend.itemsize, dtype=torch.uint8)
+        row_bytes = width * (backend.row_itemsize or backend.itemsize)
+        self._packed_rows = torch.empty(padded_rows * row_bytes, dtype=torch.uint8)
         self._scratch = torch.empty(self._threads * scratch_bytes, dtype=torch.uint8)
         self._row_scales = torch.empty(padded_rows)
         arguments = ProgramArguments(
@@ -111,7 +118,7 @@ def compile_program(backend: GemmBackend) -> Any:
     barrier = types.ExternalFunction("GOMP_barrier", types.void())
     int64s = cast(types.int64, types.CPointer(types.int64))
     begin, end, pack, multiply = backend.micro_kernel()
-    clean_up = vzeroupper()
+    clean_up = vzeroupper() if backend.isa.architecture == "x86_64" else None
     run, prefetch_line, step_bytes = call_pointer(), prefetch(), backend.ku * backend.nr * backend.itemsize
     norm, mr = layer_norm(backend.ku, bf16=backend.dtype == torch.bfloat16), backend.mr
     normed_row = backend.scratch_bytes
@@ -157,7 +164,8 @@ def compile_program(backend: GemmBackend) -> Any:
                     multiply(program, op, next_op, partition, scratch)
             barrier()
         end(program, scratch)
-        clean_up()
+        if clean_up is not None:
+            clean_up()
 
     @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
     def kernel(arguments: Any) -> None:

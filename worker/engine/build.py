@@ -18,6 +18,7 @@ from headrace.model.decoder import Decoder
 from headrace.model.generation_config import Ends, read_ends, sampling_defaults, unapplied_defaults
 from headrace.model.gguf_file import raw_config
 from headrace.model.hub import ModelError, config_path, find_model
+from headrace.model.kernels import isa
 from headrace.model.kernels.attention import decode_kernel
 from headrace.model.kernels.sampling import sampling_works
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
@@ -56,7 +57,8 @@ def load_engine(settings: Settings, name: str | None = None) -> Engine:
     """Load a model of the settings, the first one by default, and build an engine for it. The engine is not started.
 
     Raises:
-        ModelError: the model cannot be found, read or trusted.
+        ModelError: the model cannot be found, read or trusted, or this machine lacks the instruction set that the
+            settings name.
         ValueError: the model's share of the cache budget does not hold one sequence.
     """
     loaded: Future[Engine] = Future()
@@ -76,6 +78,10 @@ def load_engine(settings: Settings, name: str | None = None) -> Engine:
 
 def build_engine(settings: Settings, name: str | None = None) -> Engine:
     """Like `load_engine`, in the caller's thread. Raises ModelError and ValueError like `load_engine`."""
+    try:
+        isa.use(settings.cpu_isa)
+    except isa.IsaError as error:
+        raise ModelError(str(error)) from error
     name = name or settings.model_name
     source, parts = settings.models[name], len(settings.models)
     if settings.threads is not None:
@@ -190,6 +196,7 @@ def fingerprint(
         device.replace(" ", "-"),
         str(model.dtype).removeprefix("torch."),
         f"threads-{torch.get_num_threads()}",
+        f"kernels-{isa.chosen().name}",
         f"products-{model.gemm_backend}",
         f"attention-{'compiled' if decode_kernel(model.config.head_dim, model.dtype, model.device.type) else 'torch'}",
         f"sampling-{'compiled' if sampling_works(model.device.type, model.dtype) else 'torch'}",

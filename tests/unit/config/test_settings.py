@@ -68,6 +68,7 @@ WRONG: dict[str, str | None] = {
     "max_context": "1",
     "kv_cache_bytes": "0",
     "threads": "0",
+    "cpu_isa": "avx",
     "step_tokens": "15",
     "prefill_chunk": "1025",
     "draft_tokens": "16",

@@ -216,7 +216,7 @@ def test_rows_of_another_width_or_type_are_refused(dtype: str) -> None:
 
 def test_without_compiled_gemms_there_is_no_fused_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = exact("float32").logits(torch.tensor([[1, 2, 3]]))
-    monkeypatch.setattr(headrace.model.linear, "fp32_avx512_works", lambda *_: False)
+    monkeypatch.setattr(headrace.model.linear, "fp32_works", lambda *_: False)
     gpt2 = made("float32")
     assert FusedDecoder.of(gpt2.blocks) is None
     found = gpt2.logits(torch.tensor([[1, 2, 3]]))

@@ -131,10 +131,10 @@ def test_the_model_in_int8_takes_a_quarter_of_the_memory_and_agrees_closely() ->
 
 
 def test_int8_on_an_unsupported_machine_or_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("headrace.model.weights.int8_amx_works", lambda _: False)
+    monkeypatch.setattr("headrace.model.weights.int8_works", lambda _: False)
     with pytest.raises(ModelError, match=r"dtype 'int8' on cpu: it needs .* HEADRACE_DTYPE=bfloat16"):
         load_model("demo", device="cpu", dtype="int8")
-    monkeypatch.setattr("headrace.model.weights.int8_amx_works", lambda _: True)
+    monkeypatch.setattr("headrace.model.weights.int8_works", lambda _: True)
     config = (DEMO / "config.json").read_text().replace('"n_embd": 128', '"n_embd": 96')
     (tmp_path / "config.json").write_text(config.replace('"n_head": 2', '"n_head": 4'))
     (tmp_path / "model.safetensors").symlink_to(DEMO / "model.safetensors")

@@ -43,7 +43,7 @@ def linear(inner: int, outer: int, *, gelu: bool = False) -> Linear:
 def test_a_row_has_the_same_bits_for_every_number_of_rows(
     inner: int, outer: int, threads: int, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(headrace.model.linear, "fp32_avx512_works", lambda *_: False)
+    monkeypatch.setattr(headrace.model.linear, "fp32_works", lambda *_: False)
     monkeypatch.setattr(headrace.model.linear, "packing_works", lambda *_: packed)
     torch.set_num_threads(threads)
     product = linear(inner, outer, gelu=outer > inner)
@@ -79,7 +79,7 @@ def test_the_head_has_the_same_bits_for_every_number_of_rows(
     width: int, ours: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not ours:
-        monkeypatch.setattr(headrace.model.linear, "fp32_avx512_works", lambda *_: False)
+        monkeypatch.setattr(headrace.model.linear, "fp32_works", lambda *_: False)
     head = Linear.of(normal(50257, width).t())
     x = normal(200, width)
     expected = head(x)
@@ -94,7 +94,7 @@ def test_the_result_is_that_of_the_formula(
     dtype: torch.dtype, activation: str | None, ours: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not ours:
-        monkeypatch.setattr(headrace.model.linear, "fp32_avx512_works", lambda *_: False)
+        monkeypatch.setattr(headrace.model.linear, "fp32_works", lambda *_: False)
         monkeypatch.setattr(headrace.model.linear, "bf16_amx_works", lambda *_: False)
     weight, bias, x = normal(64, 48), normal(48), normal(701, 64)
     product = Linear.of(weight.to(dtype), bias.to(dtype), activation=activation)

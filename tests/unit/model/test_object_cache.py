@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from headrace.model.kernels import object_cache, openmp
+from headrace.model.kernels import isa, object_cache, openmp
 from headrace.model.kernels.intrinsics import assembly
 from tests.patience import PATIENCE_S
 
@@ -198,21 +198,39 @@ def test_a_kernel_is_compiled_even_if_it_cannot_be_cached(cache: Path) -> None:
     assert result_of(object_cache.load_or_compile("two", adding(2))) == 42
 
 
-def test_the_cache_key_covers_sources_compiler_and_processor(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = object_cache._key("two")
+def test_the_cache_key_covers_sources_compiler_and_instruction_set(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = isa.chosen()
+    before = object_cache._key("two", here)
+    assert all(object_cache._key("two", other) != before for other in isa.LADDER if other.name != here.name)
     monkeypatch.setattr("headrace.model.kernels.object_cache.version", lambda _: "0.0.1")
-    assert object_cache._key("two") != before
+    assert object_cache._key("two", here) != before
     monkeypatch.undo()
     real = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b"#" * (path.name == "gemm_bf16_amx.py"))
-    assert object_cache._key("two") != before
+    assert object_cache._key("two", here) != before
     monkeypatch.undo()
     monkeypatch.setenv("NUMBA_OPT", "0")
-    assert object_cache._key("two") != before
+    assert object_cache._key("two", here) != before
     monkeypatch.undo()
-    assert object_cache._key("two") == before
+    assert object_cache._key("two", here) == before
 
 
 def test_the_clobber_cc_is_refused() -> None:
     with pytest.raises(ValueError, match="flags"):
         assembly("decq %rax", 0, "~{rax},~{cc}")
+
+
+def test_nothing_is_compiled_on_the_lowest_rung(cache: Path) -> None:
+    with pytest.raises(LookupError, match="'none'"):
+        object_cache.load_or_compile("two", never, isa.find("none"))
+
+
+def test_numba_compiles_for_this_cpu_after_a_kernel_for_another_instruction_set(cache: Path) -> None:
+    from numba.core.registry import cpu_target
+
+    before = cpu_target.target_context.codegen()
+    lowest = isa.available()[-1]
+    assert result_of(object_cache.load_or_compile("two", adding(2), lowest)) == 42
+    assert cpu_target.target_context.codegen() is before

@@ -44,7 +44,7 @@ def demo_model() -> Decoder:
 def torch_model() -> Decoder:
     """The bundled model without compiled GEMMs, as on an unsupported device."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headrace.model.linear.fp32_avx512_works", lambda *_: False)
+        patch.setattr("headrace.model.linear.fp32_works", lambda *_: False)
         return load_model("demo", device="cpu", dtype="float32")
 
 

@@ -1,4 +1,4 @@
-"""GEMM in float32 on AVX-512: correct, and batch-invariant."""
+"""GEMM in float32: correct, batch-invariant, and with the same bits on every instruction set."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from headrace.model.kernels.gemm_fp32_avx512 import FP32_AVX512, KC, KU, Fp32Weight, fp32_avx512_works
+from headrace.model.kernels.gemm_blocks import KC
+from headrace.model.kernels.gemm_fp32 import KU, Fp32Weight, fp32_backend, fp32_isa_works, fp32_works
+from headrace.model.kernels.isa import NONE, Isa, chosen, find
 from headrace.model.linear import Linear
-from tests.instruction_sets import needs_avx512
+from tests.instruction_sets import needs_avx2, needs_avx512
 from tests.unit.model.gemm_checks import check_batch_invariance, check_nan_and_infinity, check_strides
 
 
@@ -21,18 +23,22 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
-@needs_avx512
+@pytest.fixture(params=[pytest.param("avx512", marks=needs_avx512), pytest.param("avx2", marks=needs_avx2)])
+def isa(request: pytest.FixtureRequest) -> Isa:
+    return find(request.param)
+
+
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize(
     ("inner", "outer"), [(4, 1), (20, 47), (96, 48), (64, 50), (100, 200), (388, 96), (768, 2304), (3072, 768)]
 )
-def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
+def test_it_computes_the_formula(isa: Isa, inner: int, outer: int, gelu: bool) -> None:
     weight, bias, x = normal(inner, outer), normal(outer), normal(301, inner)
     exact = x.double() @ weight.double() + bias.double()
     sizes = x.double().abs() @ weight.double().abs() + bias.double().abs()  # rounding errors are proportional to this
     if gelu:
         exact = F.gelu(exact, approximate="tanh")
-    product = Fp32Weight.of(weight, bias, gelu)
+    product = Fp32Weight.of(weight, bias, gelu, isa)
     for count in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 24, 64, 127, 128, 129, 301):
         found = product(x[:count])
         assert found.shape == (count, outer)
@@ -42,8 +48,7 @@ def test_it_computes_the_formula(inner: int, outer: int, gelu: bool) -> None:
     assert torch.equal(product.weight, weight)
 
 
-@needs_avx512
-def test_its_mean_error_is_that_of_short_sums() -> None:
+def test_its_mean_error_is_that_of_short_sums(isa: Isa) -> None:
     """A sum of n products of normal numbers rounds n times.
 
     The root mean square of each error is at most u/sqrt(3) of the partial sum. The k-th partial sum has variance k, so
@@ -52,39 +57,35 @@ def test_its_mean_error_is_that_of_short_sums() -> None:
     """
     inner, part, u = 3072, KC * KU, 2.0**-24
     weight, x = normal(inner, 768), normal(64, inner)
-    error = Fp32Weight.of(weight, None, False)(x).double() - x.double() @ weight.double()
+    error = Fp32Weight.of(weight, None, False, isa)(x).double() - x.double() @ weight.double()
     parts = inner / part
     assert error.square().mean() < u**2 * (inner * part / 6 + part * parts * (parts + 1) / 6)
 
 
-@needs_avx512
-def test_gelu_is_that_of_float32_from_the_smallest_to_the_largest() -> None:
+def test_gelu_is_that_of_float32_from_the_smallest_to_the_largest(isa: Isa) -> None:
     sizes = torch.cat([torch.logspace(-30, 4, 2000), torch.linspace(0, 12, 2000)])
     x = torch.cat([sizes, -sizes])[:, None]
-    found = Fp32Weight.of(torch.tensor([[1.0], [0], [0], [0]]), None, True)(F.pad(x, (0, 3)))
+    found = Fp32Weight.of(torch.tensor([[1.0], [0], [0], [0]]), None, True, isa)(F.pad(x, (0, 3)))
     exact = F.gelu(x.double(), approximate="tanh")
     assert ((found.double() - exact).abs() <= 1e-6 * exact.abs() + 1e-7 * (x.abs() > 3)).all()
 
 
-@needs_avx512
-@pytest.mark.parametrize("threads", [1, 2, 3, 5])
-def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(threads: int) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(isa: Isa, threads: int) -> None:
     counts = [*range(1, 40), 63, 64, 65, 127, 128, 129, 255, 256, 257, 512, 600]
-    check_batch_invariance(Fp32Weight.of(normal(500, 200), None, True), normal(600, 500), threads, counts)
+    check_batch_invariance(Fp32Weight.of(normal(500, 200), None, True, isa), normal(600, 500), threads, counts)
 
 
-@needs_avx512
-def test_rows_may_have_any_stride_or_be_transposed() -> None:
-    check_strides(Fp32Weight.of(normal(64, 96), None, False), normal(48, 256))
+def test_rows_may_have_any_stride_or_be_transposed(isa: Isa) -> None:
+    check_strides(Fp32Weight.of(normal(64, 96), None, False, isa), normal(48, 256))
 
 
-@needs_avx512
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_infinity_stay_in_their_row_and_are_visible(bad: float) -> None:
-    check_nan_and_infinity(lambda gelu: Fp32Weight.of(normal(64, 96), normal(96), gelu), normal(40, 64), bad)
+def test_nan_and_infinity_stay_in_their_row_and_are_visible(isa: Isa, bad: float) -> None:
+    check_nan_and_infinity(lambda gelu: Fp32Weight.of(normal(64, 96), normal(96), gelu, isa), normal(40, 64), bad)
 
 
-@needs_avx512
+@needs_avx2
 def test_a_width_that_is_not_a_multiple_of_a_step_uses_torch() -> None:
     assert not isinstance(Linear.of(normal(33, 48)).gemm, Fp32Weight)
     assert isinstance(Linear.of(normal(36, 48)).gemm, Fp32Weight)
@@ -94,9 +95,10 @@ def test_without_the_instructions_or_numba_or_with_wrong_results_torch_is_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a kernel that is kept needs no numba
-    fresh = fp32_avx512_works.__wrapped__
-    assert not fresh("cuda", torch.float32)
-    assert not fresh("cpu", torch.bfloat16)
+    fresh = fp32_isa_works.__wrapped__
+    assert not fp32_works("cuda", torch.float32)
+    assert not fp32_works("cpu", torch.bfloat16)
+    assert not fresh(find(NONE))
     import_ = builtins.__import__
 
     def without(missing: str) -> Any:
@@ -110,8 +112,8 @@ def test_without_the_instructions_or_numba_or_with_wrong_results_torch_is_used(
     for missing in ("numba", "llvmlite"):
         with monkeypatch.context() as patch:
             patch.setattr(builtins, "__import__", without(missing))
-            patch.delitem(FP32_AVX512.__dict__, "kernel", raising=False)
-            assert not fresh("cpu", torch.float32)
+            patch.delitem(fp32_backend(chosen()).__dict__, "kernel", raising=False)
+            assert not fresh(chosen())
     call = Fp32Weight.__call__
     monkeypatch.setattr(Fp32Weight, "__call__", lambda self, x: call(self, x) + 1)
-    assert not fresh("cpu", torch.float32)
+    assert not fresh(chosen())

@@ -1,0 +1,169 @@
+"""GEMM in float32 on a CPU's vector unit, close to the speed of memory or of the unit, whichever limits.
+
+One description for AVX-512, AVX2 and NEON, with the same bits on each. The micro-kernel sums MR rows by NR columns at
+once, in most of the registers. Each sum is a chain of FMAs from the first row of a part of the weight to the last; the
+sums of the parts are added in order. The weight is stored once, in the order in which it is read:
+
+    block n   NR columns, all rows of the weight; a thread computes whole blocks
+        step k   KU = 4 rows of the weight
+
+The loop order is that of BLIS: KC steps of a block stay in the L2 cache while all MC rows are multiplied by them, then
+come the next KC steps. Meanwhile the weight that is needed next is prefetched, as four streams. Ops are run by
+program.py; README.md explains the names.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from headrace.model.kernels.gemm_blocks import LANES, most_rows, multiply_blocks
+from headrace.model.kernels.intrinsics import cast
+from headrace.model.kernels.isa import NONE, Isa, chosen
+from headrace.model.kernels.memory import use_huge_pages
+from headrace.model.kernels.ops import ARG, OP
+from headrace.model.kernels.packed_weight import PackedWeight, pad_columns, self_test
+from headrace.model.kernels.program import GemmBackend, MicroKernel
+
+log = logging.getLogger("headrace.model")
+
+#: Rows of the weight in a step.
+KU = 4
+
+
+class Fp32Weight(PackedWeight):
+    """A weight [in, out] in blocks of columns, float32 [blocks, in/KU, KU, NR]: block, step, row, column."""
+
+    #: `in` must be a multiple of it.
+    ku: ClassVar = KU
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, gelu: bool, isa: Isa | None = None) -> Fp32Weight:
+        """Pack a weight [in, out], `in` a multiple of 4, and a bias [out], for an instruction set."""
+        backend = fp32_backend(isa or chosen())
+        (width, out), nr = weight.shape, backend.nr
+        blocks = -(-out // nr)
+        packed = use_huge_pages(torch.empty(blocks, width // KU, KU, nr))
+        padded = F.pad(weight, (0, blocks * nr - out)) if out % nr else weight
+        packed.copy_(padded.view(width // KU, KU, blocks, nr).permute(2, 0, 1, 3))
+        return cls(backend, packed, torch.ones(0), pad_columns(bias, blocks * nr), bias, out, gelu)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it was given, [in, out]; a copy."""
+        return self.packed.permute(1, 2, 0, 3).reshape(self.width, -1)[:, : self.out]
+
+
+def fp32_works(device: str, dtype: torch.dtype) -> bool:
+    """Whether this backend can be used on this machine and passes its self-test. Compiles it.
+
+    Where it cannot, torch's operators are used.
+    """
+    return device == "cpu" and dtype == torch.float32 and fp32_isa_works(chosen())
+
+
+@functools.cache
+def fp32_isa_works(isa: Isa) -> bool:
+    """Whether the backend for an instruction set passes its self-test."""
+    if isa.name == NONE:
+        return False
+    try:
+        return self_test(functools.partial(Fp32Weight.of, isa=isa), torch.float32, rtol=1e-5, atol=1e-4)
+    except Exception as error:  # an optimization must never keep a model from running
+        log.warning("matrix products use torch's operators, which are slower: %r", error)
+        return False
+
+
+def _pack(mr: int) -> Any:
+    """Build pack: a row of x into its panel, where the first elements of MR rows are followed by their second ones."""
+    import numba
+    from numba import carray, types
+
+    floats = cast(types.int64, types.CPointer(types.float32))
+
+    @numba.njit(error_model="numpy")
+    def pack(program: Any, op: Any, row: int, source: int) -> None:
+        width = op[OP.k_steps] * KU
+        panel = program[ARG.packed_rows] + row // mr * width * mr * 4
+        target = carray(floats(panel + row % mr * 4), width * mr)
+        if source == 0:
+            for i in range(width):
+                target[i * mr] = np.float32(0)
+            return
+        x = carray(floats(source), width)
+        for i in range(width):
+            target[i * mr] = x[i]
+
+    return pack
+
+
+def micro_kernel(rows: int, mr: int, nr: int, lines: int) -> Any:
+    """micro_kernel(x, w, steps, sums, soon, quarter): `rows` rows of a panel of `mr` by `steps` steps of a block.
+
+    A `VectorFunction`. Adds to the sums [rows, nr]: each sum of this call is one chain of FMAs, from 0 on. In each step
+    it prefetches `lines` cache lines of each quarter of the memory at `soon`, whose quarters have `quarter` bytes.
+    """
+    from headrace.model.kernels.vector_function import VectorFunction
+    from headrace.model.kernels.vectors import FLOAT, INT64, Value, VectorBuilder
+
+    vectors = nr // LANES
+
+    def body(v: VectorBuilder, x: Value, w: Value, steps: Value, sums: Value, soon: Value, quarter: Value) -> None:
+        def step(x: Value, w: Value, near: Value, far: Value, *found: Value) -> list[Value]:
+            chains = list(found)
+            for k in range(KU):
+                weights = [v.load(w, (k * vectors + j) * 64) for j in range(vectors)]
+                place = (near, v.builder.add(near, quarter), far, v.builder.add(far, quarter))[k]
+                for line in range(lines):
+                    v.prefetch(place, 64 * line)
+                for row in range(rows):
+                    factor = v.broadcast(v.load(x, 4 * (mr * k + row), FLOAT))
+                    for j in range(vectors):
+                        chains[row * vectors + j] = v.fma(factor, weights[j], chains[row * vectors + j])
+            moved = [v.plus(address, 64 * lines) for address in (near, far)]
+            return [v.plus(x, 4 * mr * KU), v.plus(w, 4 * nr * KU), *moved, *chains]
+
+        far = v.builder.add(soon, v.builder.shl(quarter, INT64(1)))
+        chains = v.repeat(steps, [x, w, soon, far, *[v.constant(0.0)] * (rows * vectors)], step)[4:]
+        for i, chain in enumerate(chains):
+            v.store(v.add(v.load(sums, 64 * i), chain), sums, 64 * i)
+
+    name = f"gemm_fp32_{rows}_of_{mr}x{nr}_{lines}"
+    return VectorFunction(name, ("x", "w", "steps", "sums", "soon", "quarter"), body)
+
+
+@functools.cache
+def fp32_backend(isa: Isa) -> GemmBackend:
+    """The backend for an instruction set."""
+    mr, nr = isa.mr, isa.nr
+
+    def build() -> MicroKernel:
+        import numba
+
+        multiply = multiply_blocks(isa, lambda rows, lines: micro_kernel(rows, mr, nr, lines))
+
+        @numba.njit
+        def nothing(program: Any, scratch: int) -> None:
+            pass
+
+        return MicroKernel(nothing, nothing, _pack(mr), multiply)
+
+    return GemmBackend(
+        fingerprint="floats",
+        isa=isa,
+        dtype=torch.float32,
+        itemsize=4,
+        ku=KU,
+        nr=nr,
+        mr=mr,
+        scratch_bytes=(most_rows(mr) + 1) * nr * 4,
+        packs_output=False,
+        constants=np.zeros(0, np.float32),
+        micro_kernel=build,
+    )

@@ -1,0 +1,223 @@
+"""GEMM in int8 on a CPU's vector unit: exact integer sums, so the same bits on every instruction set.
+
+Weights are quantized by column and rows by token, as in gemm_int8_amx.py. A word of 32 bits holds what one instruction
+multiplies and adds to a lane:
+
+* AVX-512 VNNI: 4 elements. vpdpbusd multiplies unsigned by signed bytes, so 128 is added to the elements of x, and sums
+  begin at -128 times the sum of their column.
+* AVX-512 without VNNI, and AVX2: 2 elements as int16, vpmaddwd. The weight is stored as bytes and widened when it is
+  read. vpmaddubsw would take bytes, but its sums saturate.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace.model.kernels.gemm_blocks import LANES, WORDS, most_rows, multiply_blocks
+from headrace.model.kernels.gemm_int8_amx import LARGEST, MAX_WIDTH, Int8Weight, int8_amx_works
+from headrace.model.kernels.intrinsics import cast
+from headrace.model.kernels.isa import AMX, Isa, chosen
+from headrace.model.kernels.memory import use_huge_pages
+from headrace.model.kernels.ops import ARG, OP
+from headrace.model.kernels.packed_weight import PackedWeight, pad_columns
+from headrace.model.kernels.program import GemmBackend, MicroKernel
+
+log = logging.getLogger("headrace.model")
+
+#: Rows whose elements are all smaller count as zeros: 127 / x would overflow.
+LEAST = 2.0**-100
+
+
+def elements_of_word(isa: Isa) -> int:
+    """Elements of a row in a word of 32 bits: 4 for vpdpbusd, 2 for vpmaddwd."""
+    return 4 if isa.has("avx512vnni") else 2
+
+
+class VectorInt8Weight(PackedWeight):
+    """A weight [in, out], int8 [blocks, steps, WORDS, NR, elements of a word]; `scales` are followed by first sums."""
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, gelu: bool, isa: Isa | None = None) -> VectorInt8Weight:
+        """Quantize and pack a weight [in, out], `in` a multiple of 16, with its bias [out], for an instruction set.
+
+        Raises:
+            ValueError: `in` is larger than MAX_WIDTH: integer sums could overflow.
+        """
+        backend = int8_backend(isa or chosen())
+        weight, nr, steps = weight.float(), backend.nr, weight.shape[0] // backend.ku
+        width, out = weight.shape
+        if width > MAX_WIDTH:
+            raise ValueError(
+                f"a weight in int8 has {width} rows; it must have at most {MAX_WIDTH}: sums could overflow"
+            )
+        blocks, elements = -(-out // nr), backend.ku // WORDS
+        scales = pad_columns(weight.abs().amax(0) / LARGEST, blocks * nr)
+        quantized = torch.zeros(width, blocks * nr, dtype=torch.int8)
+        # A column of zeros has the scale 0; 0 / 0 becomes 0.
+        quantized[:, :out] = (weight / scales[:out]).nan_to_num_(0).round_().to(torch.int8)
+        packed = use_huge_pages(torch.empty(blocks, steps, WORDS, nr, elements, dtype=torch.int8))
+        packed.copy_(quantized.view(steps, WORDS, elements, blocks, nr).permute(3, 0, 1, 4, 2))
+        firsts = (-128 if elements == 4 else 0) * quantized.sum(0, dtype=torch.int32)
+        scales = torch.cat([scales, firsts.view(torch.float32)])
+        return cls(backend, packed, scales, pad_columns(bias, blocks * nr), bias, out, gelu)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, float32 [in, out]; a copy."""
+        columns = self.packed.shape[0] * self.backend.nr
+        quantized = self.packed.permute(1, 2, 4, 0, 3).reshape(self.width, columns)
+        return (quantized * self.scales[:columns])[:, : self.out]
+
+
+@functools.cache
+def int8_isa_works(isa: Isa) -> bool:
+    """Whether the backend for an instruction set gives exact results. Compiles it."""
+    if isa.architecture != "x86_64":
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randint(-LARGEST, LARGEST + 1, s, generator=generator).float() for s in ((128, 80), (75, 128)))
+    weight[0], x[:, 0] = LARGEST, LARGEST
+    try:
+        found = VectorInt8Weight.of(weight, None, False, isa)(x.bfloat16())
+    except Exception as error:
+        log.warning("int8 is not available: %r", error)
+        return False
+    return bool(torch.equal(found, (x @ weight).bfloat16()))
+
+
+def int8_works(device: str) -> bool:
+    """Whether this machine multiplies int8, with exact results. Compiles the backend; there is no other one."""
+    if device != "cpu":
+        return False
+    return int8_amx_works(device) if chosen().name == AMX.name else int8_isa_works(chosen())
+
+
+def int8_weight_type() -> type[Int8Weight | VectorInt8Weight]:
+    """The packed weight for the instruction set of this process."""
+    return Int8Weight if chosen().name == AMX.name else VectorInt8Weight
+
+
+def _pack(mr: int, elements: int) -> Any:
+    """Build pack: a row of x, rounded to int8 (to nearest, ties to even), into its panel, and its scale.
+
+    A row that contains NaN or infinity has that as its scale.
+    """
+    import numba
+    from numba import carray, types
+
+    halves, floats = (cast(types.int64, types.CPointer(kind)) for kind in (types.uint16, types.float32))
+    numbers = cast(types.int64, types.CPointer(types.uint8 if elements == 4 else types.int16))
+    value, least = cast(types.uint32, types.float32), np.float32(LEAST)
+
+    @numba.njit(inline="always")
+    def stored(number: Any) -> Any:
+        return np.uint8(np.int32(number) + np.int32(128)) if elements == 4 else np.int16(np.int32(number))
+
+    @numba.njit(error_model="numpy")
+    def pack(program: Any, op: Any, row: int, source: int) -> None:
+        words = op[OP.k_steps] * WORDS
+        panel = program[ARG.packed_rows] + row // mr * words * mr * 4
+        target, top = carray(numbers(panel + row % mr * 4), words * mr * elements), np.uint16(0)
+        if source == 0:
+            for word in range(words):
+                for i in range(elements):
+                    target[word * mr * elements + i] = 0
+            return
+        x = carray(halves(source), words * elements)
+        for i in range(words * elements):  # compared as bits: a larger magnitude has larger bits, NaN the largest
+            top = max(top, x[i] & np.uint16(0x7FFF))
+        largest = value(np.uint32(top) << np.uint32(16))
+        factor = np.float32(LARGEST) / largest if largest > least else np.float32(0)
+        for word in range(words):
+            for i in range(elements):
+                number = value(np.uint32(x[word * elements + i]) << np.uint32(16)) * factor
+                target[word * mr * elements + i] = stored(np.rint(number))
+        carray(floats(program[ARG.row_scales] + row * 4), 1)[0] = largest / np.float32(LARGEST)
+
+    return pack
+
+
+def micro_kernel(isa: Isa, rows: int, lines: int) -> Any:
+    """micro_kernel(x, w, steps, sums, soon, quarter), see gemm_fp32.py; sums are int32."""
+    from llvmlite import ir
+
+    from headrace.model.kernels.vector_function import VectorFunction
+    from headrace.model.kernels.vectors import INT32, INT64, INTEGERS, Value, VectorBuilder
+
+    vectors, unsigned, halves = isa.nr // LANES, elements_of_word(isa) == 4, not isa.has("avx512f")
+    weight_bytes, narrow = 64 if unsigned else 32, ir.VectorType(ir.IntType(8), 32)
+
+    def body(v: VectorBuilder, x: Value, w: Value, steps: Value, sums: Value, soon: Value, quarter: Value) -> None:
+        def word(x: Value, w: Value, now: Value, *rest: Value) -> list[Value]:
+            # The four streams take turns. Unrolled, LLVM would regroup integer sums and run out of registers.
+            chains = list(rest[3:])
+            if unsigned:
+                weights = [v.load(w, 64 * j, INTEGERS) for j in range(vectors)]
+            else:
+                weights = [v.widen_bytes(v.load(w, 32 * j, narrow, 1)) for j in range(vectors)]
+            for line in range(lines):
+                v.prefetch(now, 64 * line)
+            for row in range(rows):
+                factor = v.broadcast_word(v.load(x, 4 * row, INT32))
+                for j in range(vectors):
+                    at = row * vectors + j
+                    if unsigned:
+                        chains[at] = v.dot_unsigned(chains[at], factor, weights[j])
+                    else:
+                        chains[at] = v.dot_pairs(chains[at], factor, weights[j], halves=halves)
+            return [
+                v.plus(x, 4 * isa.mr),
+                v.plus(w, weight_bytes * vectors),
+                *rest[:3],
+                v.plus(now, 64 * lines),
+                *chains,
+            ]
+
+        streams = [soon]
+        for _ in range(3):
+            streams.append(v.builder.add(streams[-1], quarter))
+        words = v.builder.mul(steps, INT64(WORDS))
+        chains = v.repeat(words, [x, w, *streams, *[v.integers(0)] * (rows * vectors)], word)[6:]
+        for i, chain in enumerate(chains):
+            v.store(v.builder.add(v.load(sums, 64 * i, INTEGERS), chain), sums, 64 * i)
+
+    parameters = ("x", "w", "steps", "sums", "soon", "quarter")
+    return VectorFunction(f"gemm_int8_{rows}_of_{isa.mr}x{isa.nr}_{lines}", parameters, body)
+
+
+@functools.cache
+def int8_backend(isa: Isa) -> GemmBackend:
+    """The backend for an instruction set."""
+    elements = elements_of_word(isa)
+
+    def build() -> MicroKernel:
+        import numba
+
+        multiply = multiply_blocks(isa, functools.partial(micro_kernel, isa), int8=True, weight_bytes=LANES * elements)
+
+        @numba.njit
+        def nothing(program: Any, scratch: int) -> None:
+            pass
+
+        return MicroKernel(nothing, nothing, _pack(isa.mr, elements), multiply)
+
+    return GemmBackend(
+        fingerprint="int8",
+        isa=isa,
+        dtype=torch.bfloat16,
+        itemsize=1,
+        row_itemsize=4 // elements,
+        ku=WORDS * elements,
+        nr=isa.nr,
+        mr=isa.mr,
+        scratch_bytes=(most_rows(isa.mr) + 1) * isa.nr * 4,
+        packs_output=False,
+        constants=np.zeros(0, np.float32),
+        micro_kernel=build,
+    )
