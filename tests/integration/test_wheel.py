@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace.model.kernels.object_cache import cache_directory
 from headrace.worker.child_processes import die_with_parent
 from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, wait_until
@@ -100,6 +101,7 @@ class Shell:
         self.bin, self.folder = environment / "bin", folder
         kept = {name: os.environ[name] for name in ("LANG", "LC_ALL", "TMPDIR") if name in os.environ}
         own = {"PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}", "HOME": str(folder), "HEADRACE_THREADS": "1"}
+        own["XDG_CACHE_HOME"] = str(cache_directory().parent)  # compiled kernels are those of the other tests
         self.environment = {**kept, **own, "HEADRACE_LOG_FORMAT": "json", "HF_HUB_OFFLINE": "1", **settings}
 
     def run(self, *command: str, code: int = 0) -> str:
