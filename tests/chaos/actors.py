@@ -180,6 +180,7 @@ class Worker:
         self._end_reason: str | None = None
         self._start_at = 0.0
         self._started_with_other_weights = False
+        self._writes_at_start = 0
 
     def start(self) -> None:
         command = [sys.executable, "-m", "tests.chaos.startup", str(self._directory), str(self._clock)]
@@ -192,6 +193,7 @@ class Worker:
             )
         self._end_reason = None
         self._started_with_other_weights = self.model.replaced
+        self._writes_at_start = self.model.writes
 
     def skew(self, salt: int) -> float:
         """Let its clock jump, also for the processes that follow. Returns by how much it is wrong."""
@@ -222,7 +224,8 @@ class Worker:
             return
         if all(death.pid != self.pid for death in self.deaths):
             why = self._end_reason or ("poison" if self._noted("poisoned") else "own")
-            if why == "own" and self._started_with_other_weights and not self._noted("ready"):
+            replaced = self._started_with_other_weights or self.model.writes > self._writes_at_start
+            if why == "own" and replaced and not self._noted("ready"):
                 why = "weights"  # it refused them
             detail = f"code {self._process.poll()}: {self._last_error()}" if why == "own" else ""
             self.deaths.append(Death(real_time(), self.pid, why, detail))

@@ -24,6 +24,8 @@ class ModelDirectory:
         self._file = directory / "model.safetensors"
         #: Whether the file has other bytes than at the beginning.
         self.replaced = False
+        #: How often the file was written: a worker that starts meanwhile may refuse what it finds.
+        self.writes = 0
         shutil.copytree(DEMO, directory)
         directory.chmod(0o700)
         tensors = {name: tensor.float() for name, tensor in load_file(self._file).items()}
@@ -36,6 +38,7 @@ class ModelDirectory:
     def replace(self, salt: int) -> None:
         """Overwrite the file in place, as `cp` does, cut it, or put another file in its place."""
         self.replaced = True
+        self.writes += 1
         match random.Random(f"weights {salt}").choice(("overwrite", "cut", "rename")):
             case "overwrite":
                 self._write(self._other)
@@ -47,6 +50,7 @@ class ModelDirectory:
                 beside.rename(self._file)
 
     def restore(self) -> None:
+        self.writes += 1
         self._write(self._right)
         self.replaced = False
 
