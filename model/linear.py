@@ -47,7 +47,7 @@ class Linear:
 
         Args:
             activation: one of config.ACTIVATIONS. The GEMMs apply "gelu_tanh" themselves.
-            int8: quantize the weight; rows are bfloat16. See `int8_amx_works`.
+            int8: quantize the weight; rows are bfloat16. See `int8_works`.
         """
         gelu = activation == "gelu_tanh"
         linear = cls._of(weight, bias, gelu, int8)

@@ -1,4 +1,4 @@
-"""Load a model from a directory in the Hugging Face format.
+"""Load a model from a directory in the Hugging Face format, or from a GGUF file.
 
 Names and shapes are checked before a tensor is read. Pickled weights are never read.
 """
@@ -41,7 +41,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     allow_shared: bool = False,
 ) -> Decoder:
-    """Load a GPT-2: 'demo', a released size, a hub id, or a directory.
+    """Load a model: 'demo', a released size of GPT-2, a hub id, a directory, or a GGUF file.
 
     Args:
         device: 'auto' is CUDA if there is a CUDA device.
@@ -52,7 +52,7 @@ def load_model(
     The weights are copied into memory of this process, so later changes of the files have no effect.
 
     Raises:
-        ModelError: the model cannot be found, cannot be downloaded or is not a GPT-2, its weights do not match
+        ModelError: the model cannot be found, cannot be downloaded or is of no supported family, its weights do not match
             config.json, everybody can write its files, or they change while they are read.
     """
     folder = find_model(name_or_path)

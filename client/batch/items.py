@@ -10,7 +10,7 @@ from typing import Any
 
 from headrace.client.batch.openai import ENDPOINT
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.values import is_missing, to_python
+from headrace.client.wire.values import json_default
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +68,6 @@ def digest_of(content: dict[str, Any]) -> str:
             "line", f"a value that JSON cannot represent ({error})", "texts, numbers, and lists of them"
         ) from None
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def json_default(value: Any) -> Any:
-    """The `default` of `json.dumps`: converts values of pyarrow, numpy and pandas. Raises TypeError for others."""
-    if is_missing(value):
-        return None
-    converted = to_python(value)
-    if converted is value:
-        raise TypeError(f"a {type(value).__name__}")
-    return converted
 
 
 def is_column(value: Any) -> bool:

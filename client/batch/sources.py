@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
 from headrace.client.batch.errors import Fault, InvalidBatch
-from headrace.client.batch.items import is_column, json_default
+from headrace.client.batch.items import is_column
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.unicode import printable
-from headrace.client.wire.values import to_python
+from headrace.client.wire.values import json_default, to_python
 
 #: The longest line. A request at all its limits is shorter, even with every character escaped.
 MAX_LINE_BYTES = 2**20

@@ -109,7 +109,7 @@ def _check_peer(connection: socket.socket, path: str) -> None:
     """Check that the process at the other end is one of this user or root, before anything is sent.
 
     Raises:
-        UnsafeDirectory: the process belongs to another user, who has put a socket in the place of ours.
+        UnsafeDirectory: the process belongs to another user.
     """
     if sys.platform == "linux":
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)

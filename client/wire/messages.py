@@ -12,7 +12,7 @@ from typing import Any
 
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.unicode import check_unicode
-from headrace.client.wire.values import is_missing, show_name, to_python
+from headrace.client.wire.values import is_missing, json_default, show_name, to_python
 
 MAX_MESSAGES = 1_024
 #: Bytes of all messages of a request, or of its `chat_template_kwargs`, as JSON in UTF-8.
@@ -117,19 +117,10 @@ def _check_json(value: Any, name: str, expected: str) -> Any:
     """The value as plain JSON, which is bounded. Raises InvalidRequest."""
     check_unicode(value, name)
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=json_default)
         size = len(text.encode())
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(name, f"a value that JSON cannot represent ({type(error).__name__})", expected) from None
     if size > MAX_MESSAGES_BYTES:
         raise InvalidRequest(name, f"{size} bytes", expected)
     return json.loads(text)
-
-
-def _plain(value: Any) -> Any:
-    if is_missing(value):
-        return None
-    converted = to_python(value)
-    if converted is value:
-        raise TypeError(f"a {type(value).__name__}")
-    return converted

@@ -1,7 +1,7 @@
 """Values as callers pass them: conversions to plain Python, missing values, and short forms for error messages.
 
 A caller may pass anything: numbers of numpy, scalars of pyarrow, `pandas.NA`, objects whose methods raise. Nothing here
-raises.
+raises, except `json_default`.
 """
 
 from __future__ import annotations
@@ -53,6 +53,16 @@ def is_missing(value: Any) -> bool:
     if type(value) in _PLAIN:
         return value is None
     return type(value).__name__ in ("NAType", "NaTType") or to_python(value) is None
+
+
+def json_default(value: Any) -> Any:
+    """The `default` of `json.dumps`: converts values of pyarrow, numpy and pandas. Raises TypeError for others."""
+    if is_missing(value):
+        return None
+    converted = to_python(value)
+    if converted is value:
+        raise TypeError(f"a {type(value).__name__}")
+    return converted
 
 
 def is_gap(value: Any) -> bool:

@@ -65,6 +65,11 @@ HEAD_NAME = "lm_head.weight"
 _LAYER = re.compile(r"h\.(0|[1-9]\d{0,6})\.([a-z_.0-9]+)")
 
 
+def outer_tensors(config: ModelConfig) -> dict[str, Stored]:
+    """The tensors outside the layers as files store them, without the head."""
+    return {name: Stored(shape, name) for name, shape in outer_shapes(config).items()}
+
+
 def head_tensor(config: ModelConfig) -> Stored:
     """The head as files store it."""
     return Stored((config.vocab_size, config.n_embd), HEAD_NAME)
@@ -74,8 +79,8 @@ def head_tensor(config: ModelConfig) -> Stored:
 class Family:
     """One `model_type` of config.json.
 
-    Names of tensors are given without prefixes (model/weight_names.py). Tensors of layer i are named `h.{i}.` in all
-    families.
+    Names of tensors are given without prefixes (model/weight_names.py). In all families tensors of layer i are named
+    `h.{i}.`, and those outside the layers as in GPT-2.
     """
 
     #: As in config.json.
@@ -88,8 +93,6 @@ class Family:
     read_config: Callable[[ConfigFields], ModelConfig]
     #: The tensors of one layer, without `h.{i}.`. A bias of the decoder that no tensor fills is zero.
     layer: Callable[[ModelConfig], dict[str, Stored]]
-    #: The tensors outside the layers, without the head.
-    outer: Callable[[ModelConfig], dict[str, Stored]]
     #: Tensors of a layer that are not weights: masks in old files.
     buffers: frozenset[str] = frozenset()
 
@@ -100,7 +103,7 @@ class Family:
         """
         layer = _LAYER.fullmatch(name)
         if layer is None:
-            return head_tensor(config) if name == HEAD_NAME else self.outer(config).get(name)
+            return head_tensor(config) if name == HEAD_NAME else outer_tensors(config).get(name)
         found = self.layer(config).get(layer[2]) if int(layer[1]) < config.n_layer else None
         return found and found._replace(target=f"h.{layer[1]}.{found.target}")
 
@@ -111,8 +114,7 @@ class Family:
 
     def shapes(self, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of every tensor that the files must have."""
-        for name, stored in self.outer(config).items():
-            yield name, stored.shape
+        yield from outer_shapes(config).items()
         layer = self.layer(config)
         for i in range(config.n_layer):
             for name, stored in layer.items():
@@ -122,12 +124,12 @@ class Family:
 
     def count(self, config: ModelConfig) -> int:
         """The number of tensors that the files must have."""
-        return len(self.outer(config)) + config.n_layer * len(self.layer(config)) + (not config.tied_head)
+        return len(outer_shapes(config)) + config.n_layer * len(self.layer(config)) + (not config.tied_head)
 
     def parameters(self, config: ModelConfig) -> int:
         """The number of weights; a tied head is counted once."""
         of_layer = sum(math.prod(stored.shape) for stored in self.layer(config).values())
-        outer = sum(math.prod(stored.shape) for stored in self.outer(config).values())
+        outer = sum(map(math.prod, outer_shapes(config).values()))
         head = 0 if config.tied_head else math.prod(head_tensor(config).shape)
         return outer + config.n_layer * of_layer + head
 

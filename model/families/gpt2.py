@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from headrace.model.config import ModelConfig
-from headrace.model.families.base import Family, Stored, layer_shapes, outer_shapes
+from headrace.model.families.base import Family, Stored, layer_shapes
 from headrace.model.families.fields import ConfigFields
 
 ALIASES = {
@@ -37,16 +37,11 @@ def _layer(config: ModelConfig) -> dict[str, Stored]:
     return {name: Stored(shape, name) for name, shape in layer_shapes(config).items()}
 
 
-def _outer(config: ModelConfig) -> dict[str, Stored]:
-    return {name: Stored(shape, name) for name, shape in outer_shapes(config).items()}
-
-
 GPT2 = Family(
     model_type="gpt2",
     title="GPT-2",
     aliases=ALIASES,
     read_config=read_config,
     layer=_layer,
-    outer=_outer,
     buffers=frozenset({"attn.bias", "attn.masked_bias"}),
 )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from headrace.model.config import ModelConfig
-from headrace.model.families.base import Family, Stored, layer_shapes, outer_shapes, transposed
+from headrace.model.families.base import Family, Stored, layer_shapes, transposed
 from headrace.model.families.fields import ConfigFields
 from headrace.model.families.gpt2 import ALIASES
 
@@ -65,16 +65,11 @@ def _heads_apart(heads: int) -> Callable[[Tensor], Tensor]:
     return convert
 
 
-def _outer(config: ModelConfig) -> dict[str, Stored]:
-    return {name: Stored(shape, name) for name, shape in outer_shapes(config).items()}
-
-
 GPT_BIGCODE = Family(
     model_type="gpt_bigcode",
     title="GPT-BigCode",
     aliases=ALIASES,
     read_config=read_config,
     layer=_layer,
-    outer=_outer,
     buffers=frozenset({"attn.bias", "attn.masked_bias"}),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from headrace.model.config import ModelConfig
-from headrace.model.families.base import Family, Stored, layer_shapes, outer_shapes, transposed
+from headrace.model.families.base import Family, Stored, layer_shapes, transposed
 from headrace.model.families.fields import ConfigFields
 
 ALIASES = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
@@ -75,16 +75,11 @@ def _layer(config: ModelConfig) -> dict[str, Stored]:
     return tensors
 
 
-def _outer(config: ModelConfig) -> dict[str, Stored]:
-    return {name: Stored(shape, name) for name, shape in outer_shapes(config).items()}
-
-
 GPT_NEO = Family(
     model_type="gpt_neo",
     title="GPT-Neo",
     aliases=ALIASES,
     read_config=read_config,
     layer=_layer,
-    outer=_outer,
     buffers=frozenset({"attn.attention.bias", "attn.attention.masked_bias"}),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +13,6 @@ from headrace.model.kernels import object_cache
 from headrace.model.kernels.intrinsics import cast
 from headrace.model.kernels.object_cache import Kernel
 from headrace.model.kernels.openmp import team, thread_functions
-
-log = logging.getLogger("headrace.model")
 
 #: Elements of a row that are compared together. The largest is then looked for in the first part that contains it.
 PART = 1024
@@ -68,15 +65,13 @@ def _kernel(dtype: torch.dtype) -> Kernel | None:
     """The kernel, compiled and self-tested; None where torch must be used."""
     if dtype not in (torch.float32, torch.bfloat16):
         return None
-    try:
-        bf16 = dtype == torch.bfloat16
-        kernel = object_cache.load_or_compile(f"argmax {'bf16' if bf16 else 'fp32'}", lambda: compile_argmax(bf16))
-        if not _self_test(kernel, dtype):
-            raise RuntimeError("its results differ from torch's")
-    except Exception as error:  # an optimization must never keep a model from running
-        log.warning("argmax uses torch's operator, which is slower: %r", error)
-        return None
-    return kernel
+    bf16 = dtype == torch.bfloat16
+    return object_cache.load_tested(
+        f"argmax {'bf16' if bf16 else 'fp32'}",
+        lambda: compile_argmax(bf16),
+        lambda kernel: _self_test(kernel, dtype),
+        "argmax uses torch's operator",
+    )
 
 
 def _self_test(kernel: Kernel, dtype: torch.dtype) -> bool:

@@ -18,7 +18,6 @@ Without numba or torch's OpenMP runtime `decode_kernel` returns None, and the ca
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,8 +31,6 @@ from headrace.model.kernels import attention_avx512, attention_loops, object_cac
 from headrace.model.kernels.intrinsics import Int64Array, cast
 from headrace.model.kernels.object_cache import Kernel
 from headrace.model.kernels.openmp import team, thread_functions
-
-log = logging.getLogger("headrace.model")
 
 #: float32 elements in a cache line. Each thread's scratch memory begins with a line of its own.
 LINE = 16
@@ -217,16 +214,14 @@ def decode_kernel(head_dim: int, dtype: torch.dtype, device: str) -> DecodeKerne
     """The kernel for heads of `head_dim` elements, compiled and self-tested; None where torch must be used."""
     if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
-    try:
-        bf16 = dtype == torch.bfloat16
-        name = f"attention {head_dim} {'bf16' if bf16 else 'fp32'}"
-        kernel = DecodeKernel(object_cache.load_or_compile(name, lambda: compile_attention(head_dim, bf16)))
-        if not _self_test(kernel, head_dim, dtype):
-            raise RuntimeError("its results differ from the formula")
-    except Exception as error:  # an optimization must never keep a model from running
-        log.warning("attention uses torch's operators, which are slower: %r", error)
-        return None
-    return kernel
+    bf16 = dtype == torch.bfloat16
+    kernel = object_cache.load_tested(
+        f"attention {head_dim} {'bf16' if bf16 else 'fp32'}",
+        lambda: compile_attention(head_dim, bf16),
+        lambda kernel: _self_test(DecodeKernel(kernel), head_dim, dtype),
+        "attention uses torch's operators",
+    )
+    return None if kernel is None else DecodeKernel(kernel)
 
 
 def _self_test(kernel: DecodeKernel, head_dim: int, dtype: torch.dtype) -> bool:

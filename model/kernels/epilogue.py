@@ -104,18 +104,19 @@ def vector_epilogue(nr: int, *, bf16: bool, int8: bool) -> Any:
     return finish
 
 
-def epilogue(nr: int, *, bf16: bool, int8: bool, mr: int = 0) -> Any:
+def epilogue(nr: int, *, int8: bool, mr: int = 0) -> Any:
     """Build finish(program, target, first, count, spare): process `count` rows of the sums of a target from `first` on.
 
-    `target` comes from `epilogue_target`. `spare` is the address of memory for one row: a last block with fewer than
-    `nr` columns is computed there and copied. With `int8` the sums are int32 and are scaled by row and by column.
+    Results are bfloat16. `target` comes from `epilogue_target`. `spare` is the address of memory for one row: a last
+    block with fewer than `nr` columns is computed there and copied. With `int8` the sums are int32 and are scaled by
+    row and by column.
     """
     import numba
     from numba import carray, types
 
-    elements = cast(types.int64, types.CPointer(types.uint16 if bf16 else types.float32))
+    elements = cast(types.int64, types.CPointer(types.uint16))
     clobbers = ",".join(f"~{{xmm{i}}}" for i in range(12))
-    text = ["\n".join(_row_instructions(nr // 16, bf16, int8, then)) for then in (NOTHING, APPLY_GELU, ADD_RESIDUAL)]
+    text = ["\n".join(_row_instructions(nr // 16, int8, then)) for then in (NOTHING, APPLY_GELU, ADD_RESIDUAL)]
     plain, gelu, add_residual = (assembly(each, 6, clobbers) for each in text)
 
     @numba.njit(error_model="numpy", forceinline=True)
@@ -145,7 +146,7 @@ def epilogue(nr: int, *, bf16: bool, int8: bool, mr: int = 0) -> Any:
     return finish
 
 
-def _row_instructions(vectors: int, bf16: bool, int8: bool, then: int) -> list[str]:
+def _row_instructions(vectors: int, int8: bool, then: int) -> list[str]:
     """Instructions that turn the sums at $0 into a row of the result at $1.
 
     $2 is the address of the bias, $3 and $4 those of the column scales and the row scale (int8), $5 that of the
@@ -160,24 +161,20 @@ def _row_instructions(vectors: int, bf16: bool, int8: bool, then: int) -> list[s
             lines += [f"vmovups {at}($0), {x}"]
         lines += [f"vaddps {at}($2), {x}, {x}"]
         if then == APPLY_GELU:
-            lines += _gelu_instructions(x, *spare, exact=not bf16)
-        elif then == ADD_RESIDUAL and bf16:
+            lines += _gelu_instructions(x, *spare)
+        elif then == ADD_RESIDUAL:
             lines += [f"vpmovzxwd {at // 2}($5), {spare[0]}", f"vpslld $$16, {spare[0]}, {spare[0]}"]
             lines += [f"vaddps {spare[0]}, {x}, {x}"]
-        elif then == ADD_RESIDUAL:
-            lines += [f"vaddps {at}($5), {x}, {x}"]
-    if bf16:
-        return [*lines, "vcvtne2ps2bf16 %zmm0, %zmm1, %zmm0", "vmovups %zmm0, ($1)"]
-    return [*lines, *(f"vmovups %zmm{i}, {64 * i}($1)" for i in range(vectors))]
+    return [*lines, "vcvtne2ps2bf16 %zmm0, %zmm1, %zmm0", "vmovups %zmm0, ($1)"]
 
 
-def _gelu_instructions(x: str, t: str, n: str, power: str, *, exact: bool) -> list[str]:
-    """Instructions that replace register x by its GELU, to the precision of float32 if `exact`, else of bfloat16.
+def _gelu_instructions(x: str, t: str, n: str, power: str) -> list[str]:
+    """Instructions that replace register x by its GELU, to the precision of bfloat16.
 
     GELU_CONSTANTS are at $5; t, n and power are spare registers. Written as assembly because compiled code takes
     several times as long: in int8 as long as the GEMM itself.
     """
-    first, last = (32, 56) if exact else (12, 28)
+    first, last = 12, 28
     lines = [f"vmulps {x}, {x}, {t}", f"vbroadcastss 4($5), {n}", f"vfmadd213ps ($5){{1to16}}, {n}, {t}"]
     # vmaxps of a number and NaN gives its first operand in this syntax, which is t: NaN is kept.
     lines += [f"vmulps {x}, {t}, {t}", f"vbroadcastss 8($5), {n}", f"vmaxps {t}, {n}, {t}"]
@@ -185,6 +182,4 @@ def _gelu_instructions(x: str, t: str, n: str, power: str, *, exact: bool) -> li
     lines += [f"vbroadcastss {first}($5), {power}"]
     lines += [f"vfmadd213ps {at}($5){{1to16}}, {t}, {power}" for at in range(first + 4, last + 4, 4)]
     lines += [f"vscalefps {n}, {power}, {power}", f"vaddps {last}($5){{1to16}}, {power}, {power}"]
-    if exact:
-        return [*lines, f"vdivps {power}, {x}, {x}"]
     return [*lines, f"vrcp14ps {power}, {power}", f"vmulps {power}, {x}, {x}"]

@@ -176,7 +176,7 @@ def multiply_partition(*, int8: bool) -> Any:
 
     mr = 0 if int8 else MR
     locate = epilogue_target(NR, bf16=True, mr=mr)
-    finish = epilogue(NR, bf16=True, int8=int8, mr=mr)
+    finish = epilogue(NR, int8=int8, mr=mr)
     micro_kernel = _micro_kernel(int8, finish)
 
     @numba.njit(error_model="numpy")

@@ -80,6 +80,25 @@ def load_or_compile(name: str, compile_function: Callable[[], Any], isa: Isa | N
     return found
 
 
+def load_tested(
+    name: str, compile_function: Callable[[], Any], self_test: Callable[[Kernel], bool], instead: str
+) -> Kernel | None:
+    """Load or compile a kernel, and test it. None where torch must be used; a warning then says so.
+
+    Args:
+        self_test: whether the kernel gives right results.
+        instead: what is used without the kernel, as the warning says it: "argmax uses torch's operator".
+    """
+    try:
+        kernel = load_or_compile(name, compile_function)
+        if not self_test(kernel):
+            raise RuntimeError("its results are wrong")
+    except Exception as error:  # an optimization must never keep a model from running
+        log.warning("%s, which is slower: %r", instead, error)
+        return None
+    return kernel
+
+
 def cache_directory() -> Path:
     """The directory of the cache: `$XDG_CACHE_HOME/headrace`, by default `~/.cache/headrace`."""
     base = os.environ.get("XDG_CACHE_HOME", "")

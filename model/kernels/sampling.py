@@ -1,18 +1,13 @@
 """Drawing tokens, and the sum under the softmax, on a CPU: with the same bits on every CPU, and without sorting.
 
-torch's softmax and sums give other bits on CPUs with other vector widths, and take ten times as long. Here each row is
-computed by one thread, in float64, in one written order: weights are summed in blocks, each in LANES partial sums
-that are then added in pairs, and the sums of the blocks one after the other.
-
-Top-k and top-p need no order among the logits, only the least one that is kept. A logit's bits, as an unsigned
-integer in the order of the numbers, are its key. The least key is found DIGIT bits at a time: the count (top-k) or the
-weight (top-p) of all keys with the same digit is summed, and the digit at which the sum is reached is chosen.
+torch's softmax and sums give other bits on CPUs with other vector widths, and take five to twenty times as long. Here
+each row is computed by one thread, in float64, in one written order: weights are summed in blocks, each in LANES
+partial sums that are then added in pairs, and the sums of the blocks one after the other.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from typing import Any, NamedTuple
 
@@ -25,14 +20,7 @@ from headrace.model.kernels.float64_math import exponential64, logarithm64
 from headrace.model.kernels.intrinsics import cast
 from headrace.model.kernels.object_cache import Kernel
 from headrace.model.kernels.openmp import team, thread_functions
-
-log = logging.getLogger("headrace.model")
-
-#: Weights of a block that are summed together, in this many partial sums.
-BLOCK, LANES = 512, 8
-#: Bits of a key that are looked at together: three times 11 bits, the last time 10.
-DIGIT = 11
-BUCKETS = 2**DIGIT
+from headrace.model.kernels.sampling_filters import BLOCK, BUCKETS, block_sums, filters
 
 
 class SamplingArguments(NamedTuple):
@@ -150,15 +138,13 @@ def _kernel(dtype: torch.dtype) -> Kernel | None:
     """The kernel, compiled and self-tested; None where torch must be used."""
     if dtype not in (torch.float32, torch.bfloat16):
         return None
-    try:
-        bf16 = dtype == torch.bfloat16
-        kernel = object_cache.load_or_compile(f"sampling {'bf16' if bf16 else 'fp32'}", lambda: compile_sampling(bf16))
-        if not _self_test(kernel, dtype):
-            raise RuntimeError("its results differ from the formula")
-    except Exception as error:  # an optimization must never keep a model from running
-        log.warning("sampling uses torch's operators, which are slower: %r", error)
-        return None
-    return kernel
+    bf16 = dtype == torch.bfloat16
+    return object_cache.load_tested(
+        f"sampling {'bf16' if bf16 else 'fp32'}",
+        lambda: compile_sampling(bf16),
+        lambda kernel: _self_test(kernel, dtype),
+        "sampling uses torch's operators",
+    )
 
 
 def _self_test(kernel: Kernel, dtype: torch.dtype) -> bool:
@@ -175,17 +161,12 @@ def _self_test(kernel: Kernel, dtype: torch.dtype) -> bool:
     return bool(np.allclose(arrays["log_sums"], logits.double().logsumexp(1).numpy(), rtol=1e-13, atol=0))
 
 
-def compile_sampling(bf16: bool) -> Any:
-    """Compile a C function of one pointer to `SamplingArguments`; returns a `numba.cfunc`."""
+def _weights(bf16: bool) -> Any:
+    """Build fill_weights(x, width, temperature, top, weights) and key(x), where x are the bits of logits."""
     import numba
-    from numba import carray, types
+    from numba import types
 
-    thread, threads = thread_functions()
-    raw_bits = cast(types.int64, types.CPointer(types.uint16 if bf16 else types.uint32))
-    int64s, singles = (cast(types.int64, types.CPointer(kind)) for kind in (types.int64, types.float32))
-    doubles, words = (cast(types.int64, types.CPointer(kind)) for kind in (types.float64, types.uint32))
-    number = cast(types.uint32, types.float32)
-    exp, natural_log = exponential64(), logarithm64()
+    number, exp = cast(types.uint32, types.float32), exponential64()
 
     @numba.njit(inline="always")
     def read(x: Any) -> Any:
@@ -209,78 +190,12 @@ def compile_sampling(bf16: bool) -> Any:
         for i in range(width, (width + BLOCK - 1) // BLOCK * BLOCK):
             weights[i] = 0.0
 
-    @numba.njit(error_model="numpy")
-    def block_sum(weights: Any, start: int) -> Any:
-        a = b = c = d = e = f = g = h = 0.0
-        for i in range(start, start + BLOCK, LANES):
-            a, b, c, d = a + weights[i], b + weights[i + 1], c + weights[i + 2], d + weights[i + 3]
-            e, f, g, h = e + weights[i + 4], f + weights[i + 5], g + weights[i + 6], h + weights[i + 7]
-        return ((a + e) + (c + g)) + ((b + f) + (d + h))
+    return fill_weights, key
 
-    @numba.njit(error_model="numpy")
-    def sum_all(weights: Any, width: int) -> Any:
-        total = 0.0
-        for start in range(0, width, BLOCK):
-            total += block_sum(weights, start)
-        return total
 
-    @numba.njit(error_model="numpy")
-    def digit_reached(buckets: Any, size: int, above: Any, limit: Any) -> Any:
-        """The bucket at which the sum from the largest one on, and `above`, reaches `limit`; and the sum before it."""
-        bucket = size - 1
-        while bucket > 0 and above + buckets[bucket] < limit:
-            above += buckets[bucket]
-            bucket -= 1
-        return bucket, above
-
-    @numba.njit(error_model="numpy")
-    def find_least(keys: Any, ids: Any, width: int, weights: Any, buckets: Any, limit: Any, count: bool) -> Any:
-        """The least key that is kept if keys are taken from the largest on until their sum reaches `limit`.
-
-        What is summed is 1 for each key if `count`, else its weight. Also returns the sum of all larger keys. The
-        memory at `ids` is overwritten with the tokens whose keys begin with the digits found so far.
-        """
-        for bucket in range(BUCKETS):
-            buckets[bucket] = 0.0
-        for i in range(width):
-            buckets[keys[i] >> np.uint32(21)] += 1.0 if count else weights[i]
-        found, above = digit_reached(buckets, BUCKETS, 0.0, limit)
-        least, left = np.uint32(found) << np.uint32(21), 0
-        for i in range(width):
-            ids[left] = i
-            left += (keys[i] >> np.uint32(21)) == np.uint32(found)
-        for shift, size in ((10, BUCKETS), (0, BUCKETS // 2)):
-            for bucket in range(size):
-                buckets[bucket] = 0.0
-            for n in range(left):
-                i = ids[n]
-                buckets[(keys[i] >> np.uint32(shift)) & np.uint32(size - 1)] += 1.0 if count else weights[i]
-            found, above = digit_reached(buckets, size, above, limit)
-            least |= np.uint32(found) << np.uint32(shift)
-            held, left = left, 0
-            for n in range(held):
-                i = ids[n]
-                ids[left] = i
-                left += ((keys[i] >> np.uint32(shift)) & np.uint32(size - 1)) == np.uint32(found)
-        return least, above
-
-    @numba.njit(error_model="numpy")
-    def keep_top_k(keys: Any, ids: Any, width: int, weights: Any, buckets: Any, k: int) -> None:
-        """Set the weights of all but the k largest logits, and ties with the k-th, to 0."""
-        least, _ = find_least(keys, ids, width, weights, buckets, np.float64(k), True)
-        for i in range(width):
-            weights[i] = weights[i] if keys[i] >= least else 0.0
-
-    @numba.njit(error_model="numpy")
-    def keep_top_p(keys: Any, ids: Any, width: int, weights: Any, buckets: Any, p: Any) -> None:
-        """Set all weights to 0 but those of the fewest most likely tokens that reach p; of equal ones the first."""
-        limit = p * sum_all(weights, width)
-        least, above = find_least(keys, ids, width, weights, buckets, limit, False)
-        for i in range(width):
-            if keys[i] == least and above < limit:
-                above += weights[i]
-            elif keys[i] <= least:
-                weights[i] = 0.0
+def _choice(block_sum: Any, sum_all: Any) -> Any:
+    """Build choose(weights, width, uniform); see its docstring."""
+    import numba
 
     @numba.njit(error_model="numpy")
     def choose(weights: Any, width: int, uniform: Any) -> Any:
@@ -302,6 +217,22 @@ def compile_sampling(bf16: bool) -> Any:
         while last > 0 and weights[last] == 0:
             last -= 1
         return last
+
+    return choose
+
+
+def compile_sampling(bf16: bool) -> Any:
+    """Compile a C function of one pointer to `SamplingArguments`; returns a `numba.cfunc`."""
+    import numba
+    from numba import carray, types
+
+    thread, threads = thread_functions()
+    raw_bits = cast(types.int64, types.CPointer(types.uint16 if bf16 else types.uint32))
+    int64s, singles = (cast(types.int64, types.CPointer(kind)) for kind in (types.int64, types.float32))
+    doubles, words = (cast(types.int64, types.CPointer(kind)) for kind in (types.float64, types.uint32))
+    (fill_weights, key), natural_log = _weights(bf16), logarithm64()
+    block_sum, sum_all = block_sums()
+    (keep_top_k, keep_top_p), choose = filters(sum_all), _choice(block_sum, sum_all)
 
     @numba.njit(error_model="numpy")
     def draw_row(args: Any, n: int, x: Any, weights: Any, buckets_at: int) -> Any:

@@ -131,7 +131,6 @@ def _reads_parts(tree: nodes.Template) -> bool:
     for assignment in tree.find_all(nodes.Assign):
         if isinstance(assignment.target, nodes.Name) and _names_content(assignment.node, set()):
             names.add(assignment.target.name)
-    names.discard("content") if not any(n.name == "content" for n in tree.find_all(nodes.Name)) else None
     looped = [loop.iter for loop in tree.find_all(nodes.For)]
     tested = [test.node for test in tree.find_all(nodes.Test) if test.name in ("string", "sequence", "iterable")]
     return any(_names_content(node, names) for node in (*looped, *tested))
