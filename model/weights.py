@@ -52,8 +52,8 @@ def load_model(
     The weights are copied into memory of this process, so later changes of the files have no effect.
 
     Raises:
-        ModelError: the model cannot be found, cannot be downloaded or is of no supported family, its weights do not match
-            config.json, everybody can write its files, or they change while they are read.
+        ModelError: the model cannot be found, cannot be downloaded or is of no supported family, its weights do not
+            match config.json, everybody can write its files, or they change while they are read.
     """
     folder = find_model(name_or_path)
     config = read_config(config_path(folder))

@@ -33,11 +33,11 @@ if SHARED := "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the files (`pytest -n`), begin with those that wait most: they kill their Redis."""
+    """Where several processes share the files (`pytest -n`), begin with those that wait or last most."""
     instruction_sets.note_sets(items)
     if SHARED:
         longest = {item.path for item in items if "own_server" in item.fixturenames}  # type: ignore[attr-defined]
-        items.sort(key=lambda item: (item.path not in longest, item.path.parent.name not in ("integration", "chaos")))
+        items.sort(key=lambda item: (item.path not in longest, item.path.parent.name not in ("integration", "chaos", "zoo")))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
