@@ -37,7 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     instruction_sets.note_sets(items)
     if SHARED:
         longest = {item.path for item in items if "own_server" in item.fixturenames}  # type: ignore[attr-defined]
-        items.sort(key=lambda item: (item.path not in longest, item.path.parent.name not in ("integration", "chaos", "zoo")))
+        folders = ("integration", "chaos", "zoo")
+        items.sort(key=lambda item: (item.path not in longest, item.path.parent.name not in folders))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

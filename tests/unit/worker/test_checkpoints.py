@@ -18,6 +18,7 @@ from headrace.config import Settings
 from headrace.model.config import ModelConfig
 from headrace.model.weights import expected_shapes
 from headrace.worker.fidelity.references.float64 import Float64
+from headrace.worker.fidelity.references.text import load_text
 from headrace.worker.fidelity.tensor_files import half_tolerances, loss, read_tensors
 from headrace.worker.fidelity.validate import Validation
 from tests.unit.model.gguf_files import TOKENS, write_gguf
@@ -185,3 +186,11 @@ def test_a_model_without_a_tokenizer_is_validated_from_token_ids(tmp_path: Path)
     cases = Validation(Settings(model=str(tmp_path), dtype="float32"), ["transformers"], []).cases
     assert cases[0].tokens == [72, 11, 18, 18, 21, 46]
     assert max(max(case.tokens) for case in cases) < 90
+
+
+def test_text_without_a_vocabulary_of_its_own_is_compared_with_gpt2s_tokenizer(tmp_path: Path) -> None:
+    """A chat template alone: AutoTokenizer would make a tokenizer of one token of it."""
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}", "eos_token": "<|endoftext|>"}')
+    reference = load_text(tmp_path)
+    assert reference.encode("Hello.") == [15496, 13]
+    assert reference.end == 50256

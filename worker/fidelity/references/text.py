@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from headrace.worker.fidelity.references.base import ReferenceUnavailable, import_library, library_name
 
-#: Files that make a directory's tokenizer its own.
-_OWN = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
+#: Files with a vocabulary. Without any of them transformers would make a tokenizer of special tokens alone.
+_VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", "spiece.model")
 
 
 class TextReference(Protocol):
@@ -101,7 +101,7 @@ def load_text(folder: Path) -> TextReference:
         except Exception as error:  # tokenizers raises nothing more special
             raise ReferenceUnavailable(f"tokenizers does not read tokenizer.json ({error})") from None
         return _Library(read, _named_end(folder))
-    if any((folder / name).is_file() for name in _OWN):
+    if any((folder / name).is_file() for name in _VOCABULARIES):
         library = import_library("transformers", "transformers")
         try:
             return _Auto(library.AutoTokenizer.from_pretrained(folder, local_files_only=True))
