@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,3 +31,17 @@ def _threads_as_before() -> Iterator[None]:
 def demo() -> Decoder:
     """The bundled model, read once. Tests must not change its weights."""
     return load_model("demo", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small GPT-2 of random weights, as transformers writes it."""
+    from tests.unit.model.references import random_reference, saved  # transformers takes seconds
+
+    return saved(random_reference(), tmp_path_factory.mktemp("original"))
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy of a model directory that a test may change."""
+    return shutil.copytree(original, tmp_path / "model")

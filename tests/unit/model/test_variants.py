@@ -25,17 +25,6 @@ IDS = torch.tensor([[1, 2, 3, 90]])
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(random_reference(), tmp_path_factory.mktemp("original"))
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy of a model directory that a test may change."""
-    return shutil.copytree(original, tmp_path / "model")
-
-
-@pytest.fixture(scope="module")
 def expected(original: Path) -> Tensor:
     return read(original).logits(IDS)
 

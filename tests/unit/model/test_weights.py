@@ -29,18 +29,6 @@ from headrace.model.weight_file import WeightFile, open_weights
 from headrace.model.weights import expected_shapes, read_config
 from tests.unit.model.references import random_reference, saved
 
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(random_reference(), tmp_path_factory.mktemp("original"))
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy of a model directory that a test may change."""
-    return shutil.copytree(original, tmp_path / "model")
-
-
 IDS = torch.tensor([[1, 2, 3, 90]])
 
 
