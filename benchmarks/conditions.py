@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from headrace.model.kernels import isa
+
 _PACKAGES = ("headrace", "torch", "transformers", "ctranslate2", "llama-cpp-python", "gguf", "numpy")
 
 
@@ -20,6 +22,7 @@ def conditions(threads: int) -> dict[str, object]:
         "system": platform.platform(),
         "versions": {name: _version(name) for name in _PACKAGES},
         "threads": threads,
+        "rung": isa.chosen().name,
         "cpu": _cpuinfo("model name"),
         "cpu_flags": (_cpuinfo("flags") or "").split(),
     }

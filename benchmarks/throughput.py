@@ -22,8 +22,11 @@ from benchmarks.contenders import OURS, PEERS, Entry, Seat, Tokens, entries, mis
 from benchmarks.limits import BYTES, Machine, Rates, Shape, bytes_read, limit_s, operations
 from benchmarks.models import SHAPES, VOCABULARY, demo_model, random_model
 from benchmarks.processes import Failed, Remote, TooSlow
+from benchmarks.rungs import FIXED, RUNGS, environment
 from benchmarks.workloads import WORKLOADS, Item
 
+#: The precisions of a run.
+DTYPES = ("float32", "bfloat16")
 #: A float32 contender that agrees with our engine on a smaller share of tokens does not compute the same function.
 LEAST_AGREEMENT = 0.95
 
@@ -186,17 +189,29 @@ def _seconds(items: Sequence[Item], rate: float) -> float:
     return sum(item.new_tokens for item in items) / rate
 
 
-def figure(shape: str, dtype: str, workload: str, standings: dict[str, Standing], rates: Rates) -> dict[str, Any]:
-    """One workload in one precision, ready for JSON. Seconds, new tokens per second, shares from 0 to 1."""
+def figure(
+    shape: str, dtype: str, workload: str, standings: dict[str, Standing], rates: dict[str, Rates]
+) -> dict[str, Any]:
+    """One workload, ready for JSON. Seconds, new tokens per second, shares from 0 to 1. `rates`: for each precision."""
     items = WORKLOADS[workload]()
-    layers, _, width = SHAPES[shape]
-    numbers = Shape(layers, width, VOCABULARY)
-    limit = limit_s(numbers, items, BYTES[dtype], rates)
-    ours = standings[f"{OURS} {dtype}"].best
+    layers, heads, width, shared = SHAPES[shape]
+    numbers = Shape(layers, width, VOCABULARY, width // heads * shared)
     peers = {name: s.best for name, s in standings.items() if not name.startswith(OURS) and s.best}
     best = max(peers, key=peers.__getitem__) if peers else None
     tokens = sum(item.new_tokens for item in items)
-    whole = standings.get(f"{OURS} int8")
+
+    def ours(precision: str) -> dict[str, Any]:
+        limit = limit_s(numbers, items, BYTES[precision], rates[precision])
+        rate = standings[f"{OURS} {precision}"].best
+        return {
+            "ratio": rate / peers[best] if best else None,
+            "rates": asdict(rates[precision]),
+            "bytes_read": bytes_read(numbers, items, BYTES[precision]),
+            "limit_s": limit,
+            "limit_tokens_per_s": tokens / limit,
+            "share_of_limit": rate * limit / tokens,
+        }
+
     return {
         "shape": shape,
         "dtype": dtype,
@@ -205,24 +220,18 @@ def figure(shape: str, dtype: str, workload: str, standings: dict[str, Standing]
         "prompt_tokens": sum(len(item.prompt) for item in items),
         "contenders": {name: {"tokens_per_s": s.best, **asdict(s)} for name, s in standings.items()},
         "best_peer": best,
-        "ratio": ours / peers[best] if best else None,
-        "ratio_int8": whole.best / peers[best] if best and whole and whole.best else None,
-        "rates": asdict(rates),
-        "bytes_read": bytes_read(numbers, items, BYTES[dtype]),
         "operations": operations(numbers, items),
-        "limit_s": limit,
-        "limit_tokens_per_s": tokens / limit,
-        "share_of_limit": ours * limit / tokens,
+        "ours": {precision: ours(precision) for precision in rates if standings[f"{OURS} {precision}"].best},
     }
 
 
 def show(result: dict[str, Any]) -> None:
     """Print a figure as a table."""
-    ratio = f", {result['ratio']:.2f} times the best peer" if result["ratio"] else ""
-    if result["ratio_int8"]:
-        ratio += f" ({result['ratio_int8']:.2f} in int8)"
-    share = f"{result['share_of_limit']:.0%} of the machine's limit of {result['limit_tokens_per_s']:.0f} tokens/s"
-    print(f"{result['shape']} {result['dtype']} {result['workload']}: {share}{ratio}")
+    print(f"{result['shape']} {result['dtype']} {result['workload']}")
+    for precision, ours in result["ours"].items():
+        ratio = f", {ours['ratio']:.2f} times {result['best_peer']}" if ours["ratio"] else ""
+        limit = f"{ours['share_of_limit']:.0%} of the machine's limit of {ours['limit_tokens_per_s']:.0f} tokens/s"
+        print(f"  {OURS} {precision}: {limit}{ratio}")
     for name, standing in result["contenders"].items():
         if standing["rounds"]:
             print(f"  {name:32} {standing['tokens_per_s']:8.1f} tokens/s  {standing['plan']}", flush=True)
@@ -246,12 +255,11 @@ def compare(options: argparse.Namespace, dtype: str, folder: Path, scratch: Path
         if options.verify:
             places = verify(places, place(Entry(OURS, "float32")))
         for workload in options.workload:
-            before = machine.call("rates", dtype)
+            precisions = [place.entry.precision for place in places if place.entry.peer == OURS]
+            before = {precision: machine.call("rates", precision) for precision in precisions}
             standings = measure(places, WORKLOADS[workload](), options)
-            after = machine.call("rates", dtype)
-            best = Rates(
-                max(before.bytes_per_s, after.bytes_per_s), max(before.operations_per_s, after.operations_per_s)
-            )
+            after = {precision: machine.call("rates", precision) for precision in precisions}
+            best = {precision: before[precision].best(after[precision]) for precision in precisions}
             result = figure(options.shape, dtype, workload, standings, best)
             result["agreement"] = {place.entry.name: place.agreement for place in places}
             yield result
@@ -260,10 +268,17 @@ def compare(options: argparse.Namespace, dtype: str, folder: Path, scratch: Path
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="124M")
-    parser.add_argument("--dtype", nargs="+", choices=BYTES, default=list(BYTES))
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=list(DTYPES),
+        help="bfloat16 compares our bfloat16 and int8 with every peer in bfloat16 and int8",
+    )
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=2, help="runs of each contender's best plan")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="none if no name follows")
+    parser.add_argument("--isa", choices=RUNGS, help="hold every contender to this instruction set")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--models", type=Path, help="keep the random models in this directory")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare tokens first")
@@ -275,9 +290,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def set_environment(threads: int) -> None:
-    """The environment of the contenders' processes: numbers of threads, and no log messages."""
+def set_environment(threads: int, rung: str | None) -> None:
+    """The environment of the contenders' processes: threads, instruction set, and no log messages."""
     os.environ |= {
+        **environment(rung),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -289,7 +305,10 @@ def set_environment(threads: int) -> None:
 
 def main() -> None:
     options = parse()
-    set_environment(options.threads)
+    set_environment(options.threads, options.isa)
+    if options.isa and (fixed := FIXED & set(options.peers)):
+        print(f"{', '.join(fixed)}: left out, its instruction set is chosen when it is compiled")
+        options.peers = [name for name in options.peers if name not in fixed]
     for peer in options.peers[:]:
         if absent := missing(peer):
             print(f"{peer}: not installed ({', '.join(absent)}); `make peers` installs it")

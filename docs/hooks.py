@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ for _folder in (ROOT, ROOT / "docs"):  # the modules of this clone, whatever els
 import log_events  # noqa: E402
 from mkdocs.exceptions import PluginError  # noqa: E402
 
+from benchmarks import tables  # noqa: E402
 from headrace.client import HeadraceError  # noqa: E402
 from headrace.client.error_codes import ERRORS, JOB_FAILURES  # noqa: E402
 from headrace.config.settings import PREFIX, Settings  # noqa: E402
@@ -76,6 +79,11 @@ def zoo_table() -> str:
     return (ROOT / "tests" / "zoo" / "table.md").read_text(encoding="utf-8")
 
 
+def benchmark_table(name: str) -> str:
+    """The table of a run of `make bench`, kept in benchmarks/machines."""
+    return tables.table(json.loads((tables.MACHINES / f"{name}.json").read_text(encoding="utf-8")))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "settings": settings_tables,
     "errors": errors_table,
@@ -83,6 +91,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "log events": lambda: log_events.events_table(ROOT),
     "log fields": log_events.fields_table,
     "zoo": zoo_table,
+    **{f"benchmark {path.stem}": partial(benchmark_table, path.stem) for path in tables.MACHINES.glob("*.json")},
 }
 
 

@@ -21,6 +21,7 @@ from headrace.client import Client, HeadraceError, JobError
 from headrace.client.wire import keys
 from headrace.client.wire.requests import parse_request
 from headrace.config import Settings, load_settings
+from headrace.model.kernels import isa
 from tests.chaos.actors import Collector, Server, Submitter, Worker, end_of, errors_in, final_ends, read_notes
 from tests.chaos.clocks import ClientClock, next_error, real_time
 from tests.chaos.jobs import catalogue, plan, poison
@@ -56,8 +57,16 @@ class Plan:
 
     @property
     def settings(self) -> Settings:
-        """The settings of the reference and of the workers. Their threads must agree: results name the number."""
+        """The settings of the reference and of the first worker."""
         return load_settings(slots=self.slots, lease_s=self.lease_s, threads=1, log_format="json")
+
+    def settings_of(self, worker: int) -> Settings:
+        """The settings of a worker: each has an instruction set and a number of threads of its own.
+
+        float32 results must not depend on either.
+        """
+        rungs = mixed_rungs()
+        return self.settings.model_copy(update={"cpu_isa": rungs[worker % len(rungs)], "threads": 1 + worker % 2})
 
     @property
     def storm(self) -> list[Action]:
@@ -66,6 +75,12 @@ class Plan:
         return storm(
             self.seed, self.span_s, workers=self.workers, lease_s=float(self.lease_s), without=list(self.without)
         )
+
+
+def mixed_rungs() -> list[str]:
+    """This machine's instruction sets: the best one, the last one, then those between."""
+    best, *others = [each.name for each in isa.available()] or [isa.NONE]
+    return [best, *others[-1:], *others[:-1]]
 
 
 def reference_ends(requests: list[dict[str, Any]], settings: Settings) -> list[End]:
@@ -110,7 +125,10 @@ class Run:
         self.run_plan, self.server, self.directory = run_plan, server, directory
         self.requests = catalogue(run_plan.seed, run_plan.requests)
         self.settings = run_plan.settings.model_copy(update={"redis_url": server.url})
-        self.workers = [Worker(f"w{i}", directory, self.settings) for i in range(run_plan.workers)]
+        at = {"redis_url": server.url}
+        self.workers = [
+            Worker(f"w{i}", directory, run_plan.settings_of(i).model_copy(update=at)) for i in range(run_plan.workers)
+        ]
         for worker in self.workers:
             stack.callback(worker.kill)
         self.submitter = Submitter(self.settings, self.requests)

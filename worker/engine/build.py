@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import os
 import threading
 from concurrent.futures import Future
 
 import structlog
 import torch
 
-from headrace import __version__
 from headrace.config import Settings
 from headrace.model.config import ModelConfig
-from headrace.model.decoder import Decoder
-from headrace.model.generation_config import Ends, read_ends, sampling_defaults, unapplied_defaults
+from headrace.model.generation_config import read_ends, sampling_defaults, unapplied_defaults
 from headrace.model.gguf_file import raw_config
 from headrace.model.hub import ModelError, config_path, find_model
 from headrace.model.kernels import isa
-from headrace.model.kernels.attention import decode_kernel
-from headrace.model.kernels.sampling import sampling_works
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
 from headrace.model.trusted_files import check_not_shared, unchanged
 from headrace.model.weights import load_model
@@ -28,8 +22,8 @@ from headrace.worker.engine.cache_slots import SlotTable, length_classes
 from headrace.worker.engine.cgroups import free_memory
 from headrace.worker.engine.description import describe
 from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.fingerprint import fingerprint
 from headrace.worker.engine.model_runner import ModelRunner
-from headrace.worker.engine.request_defaults import NO_DEFAULTS, Defaults
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.self_test import is_batch_invariant
 
@@ -37,20 +31,6 @@ log = structlog.get_logger("headrace.engine")
 
 #: Share of the free memory that the cache may take if HEADRACE_KV_CACHE_BYTES is not set.
 CACHE_SHARE = 0.25
-#: Variables by which the libraries choose other machine code, and with it other last bits of the results.
-MACHINE_CODE_VARIABLES = (
-    "MKL_CBWR",
-    "MKL_ENABLE_INSTRUCTIONS",
-    "ONEDNN_MAX_CPU_ISA",
-    "DNNL_MAX_CPU_ISA",
-    "ONEDNN_DEFAULT_FPMATH_MODE",
-    "DNNL_DEFAULT_FPMATH_MODE",
-    "NUMBA_CPU_NAME",
-    "NUMBA_CPU_FEATURES",
-    "NUMBA_OPT",
-    "NVIDIA_TF32_OVERRIDE",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-)
 
 
 def load_engine(settings: Settings, name: str | None = None) -> Engine:
@@ -173,54 +153,3 @@ def check_vocabulary(name: str, config: ModelConfig, tokenizer: Tokenizer) -> No
             "if tokens were added, call model.resize_token_embeddings(len(tokenizer)) and save the model again; else "
             "put the vocabulary it was trained with (vocab.json and merges.txt) into its directory"
         )
-
-
-def fingerprint(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    ends: Ends,
-    prefill_chunk: int,
-    invariant: bool,
-    defaults: Defaults = NO_DEFAULTS,
-    parse_special_tokens: bool | None = None,
-) -> str:
-    """Identify what results depend on besides prompt, parameters and seed. Equal fingerprints mean equal results."""
-    device = (
-        torch.cuda.get_device_name(model.device)
-        if model.device.type == "cuda"
-        else torch.backends.cpu.get_cpu_capability()
-    )
-    parts = (
-        f"headrace-{__version__}",
-        f"torch-{torch.__version__}",
-        device.replace(" ", "-"),
-        str(model.dtype).removeprefix("torch."),
-        f"threads-{torch.get_num_threads()}",
-        f"kernels-{isa.chosen().name}",
-        f"products-{model.gemm_backend}",
-        f"attention-{'compiled' if decode_kernel(model.config.head_dim, model.dtype, model.device.type) else 'torch'}",
-        f"sampling-{'compiled' if sampling_works(model.device.type, model.dtype) else 'torch'}",
-        f"chunk-{prefill_chunk}",
-        f"weights-{model.digest[:12] or 'unknown'}",
-        f"config-{hashlib.sha256(repr(model.config).encode()).hexdigest()[:8]}",
-        f"vocabulary-{tokenizer.digest[:12] or 'unknown'}",
-        f"ends-{ends.digest[:8]}",
-        f"prompts-{_prompts_digest(tokenizer, parse_special_tokens)[:8]}",
-        *([f"defaults-{hashlib.sha256(repr(sorted(defaults.items())).encode()).hexdigest()[:8]}"] if defaults else []),
-        *([f"environment-{variables}"] if (variables := _variables_digest()) else []),
-        "batch-invariant" if invariant else "batch-dependent",
-    )
-    return "/".join(parts)
-
-
-def _variables_digest() -> str:
-    """A short hash of the variables in MACHINE_CODE_VARIABLES; empty if none is set, as usual."""
-    found = [(name, value) for name in MACHINE_CODE_VARIABLES if (value := os.environ.get(name))]
-    return hashlib.sha256(repr(found).encode()).hexdigest()[:8] if found else ""
-
-
-def _prompts_digest(tokenizer: Tokenizer, parse: bool | None) -> str:
-    """A hash of what becomes of messages, and of special tokens in the text of a prompt."""
-    template, parse = tokenizer.chat_template, tokenizer.parses_special_tokens if parse is None else parse
-    named = [] if template is None else sorted(tokenizer.special_tokens.items())  # which only templates read
-    return hashlib.sha256(repr((template, named, parse)).encode()).hexdigest()

@@ -22,11 +22,11 @@ def test_weights_are_those_of_the_matrices() -> None:
 
 def test_bytes_of_one_prompt() -> None:
     # Two passes over 54 weights, and in the second keys and values (2 numbers each) of two positions.
-    assert bytes_read(TINY, [PAIR], 4) == 4 * (2 * 54 + 2 * (2 + 2))
+    assert bytes_read(TINY, [PAIR], (4, 4)) == 4 * (2 * 54 + 2 * (2 + 2))
 
 
 def test_passes_are_shared_by_prompts_that_run_together() -> None:
-    assert bytes_read(TINY, [PAIR, SINGLE], 2) == bytes_read(TINY, [PAIR], 2)
+    assert bytes_read(TINY, [PAIR, SINGLE], (2, 2)) == bytes_read(TINY, [PAIR], (2, 2))
 
 
 def test_operations_of_one_prompt() -> None:
@@ -49,4 +49,4 @@ def test_operations_add_up_over_prompts() -> None:
     ],
 )
 def test_the_limit_is_the_longer_of_reading_and_multiplying(rates: Rates, seconds: float) -> None:
-    assert limit_s(TINY, [PAIR], 4, rates) == pytest.approx(seconds)
+    assert limit_s(TINY, [PAIR], (4, 4), rates) == pytest.approx(seconds)

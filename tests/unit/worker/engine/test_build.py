@@ -16,14 +16,16 @@ from headrace.client.wire.requests import parse_request
 from headrace.config import Settings
 from headrace.model import Decoder, ModelError, load_model, load_tokenizer
 from headrace.model.generation_config import Ends
+from headrace.model.kernels import isa
 from headrace.model.tokenizer import TiktokenTokenizer
 from headrace.model.tokenizers.base import Described
 from headrace.worker.engine import build
-from headrace.worker.engine.build import build_engine, check_vocabulary, default_budget, fingerprint, load_engine
+from headrace.worker.engine.build import build_engine, check_vocabulary, default_budget, load_engine
 from headrace.worker.engine.cache_slots import length_classes
+from headrace.worker.engine.fingerprint import MACHINE_CODE_VARIABLES, NUMERICS, fingerprint
 from headrace.worker.engine.self_test import is_batch_invariant
 from tests.unit.model.references import random_reference, saved
-from tests.unit.worker.engine.engine_helpers import ask, demo_engine, demo_model, demo_tokenizer, drive
+from tests.unit.worker.engine.engine_helpers import ask, demo_engine, demo_model, demo_tokenizer, drive, torch_model
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +73,7 @@ def test_settings_reach_the_engine() -> None:
     assert engine.scheduler.draft_tokens == 5
     assert (list(slots.arenas), slots.budget_bytes) == ([128, 256, 304], 10_000_000)
     assert torch.get_num_threads() == 1
-    for part in ("float32", "threads-1", "chunk-48", f"torch-{torch.__version__}"):
-        assert part in engine.fingerprint.split("/")
+    assert {"float32", f"numerics-{NUMERICS}"} < set(engine.fingerprint.split("/"))
     (result,) = drive(engine, engine.submit(ask([1] * 290, max_tokens=10)))
     assert (result.model, result.fingerprint) == ("mine", engine.fingerprint)
 
@@ -117,14 +118,14 @@ def test_a_model_that_is_replaced_while_it_is_loaded_is_refused(
         build_engine(settings)
 
 
-@pytest.mark.parametrize("name", ["MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "NUMBA_CPU_NAME"])
+@pytest.mark.parametrize("name", ["MKL_CBWR", "ONEDNN_MAX_CPU_ISA"])
 def test_variables_that_choose_other_machine_code_are_part_of_the_fingerprint(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MKL_CBWR=COMPATIBLE, for one, changes the last bits of products."""
-    for variable in build.MACHINE_CODE_VARIABLES:
+    """MKL_CBWR=COMPATIBLE, for one, changes the last bits of torch's products, and none of the kernels'."""
+    for variable in MACHINE_CODE_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
-    given = demo_model(), demo_tokenizer(), Ends((50256,), 50256), 128, True
+    given = torch_model(), demo_tokenizer(), Ends((50256,), 50256), 128, True
     plain = fingerprint(*given)
     assert "environment" not in plain
     monkeypatch.setenv(name, "")
@@ -134,6 +135,7 @@ def test_variables_that_choose_other_machine_code_are_part_of_the_fingerprint(
     assert set(plain.split("/")) < set(changed.split("/"))
     monkeypatch.setenv(name, "AVX2")
     assert len({fingerprint(*given), changed, plain}) == 3
+    assert "environment" not in fingerprint(demo_model(), *given[1:])
 
 
 def test_max_context_is_limited_by_the_models_positions() -> None:
@@ -161,7 +163,8 @@ def test_the_fingerprint_differs_if_results_may_differ() -> None:
     other.digest = "0" * 64
     again.config = replace(model.config, layer_norm_epsilon=1e-6)
     prints = {fingerprint(each, tokenizer, ends, 128, True) for each in (model, half, other, again)}
-    prints |= {fingerprint(model, tokenizer, ends, 64, True), fingerprint(model, tokenizer, ends, 128, False)}
+    prints |= {fingerprint(torch_model(), tokenizer, ends, chunk, True) for chunk in (64, 128)}
+    prints |= {fingerprint(model, tokenizer, ends, 128, False)}
     prints |= {
         fingerprint(model, tokenizer, Ends((50256, 198), 50256), 128, True),
         fingerprint(model, tokenizer, Ends(), 128, True),
@@ -173,10 +176,27 @@ def test_the_fingerprint_differs_if_results_may_differ() -> None:
     ]
     prints |= {fingerprint(model, each, ends, 128, True) for each in chatting}
     prints |= {fingerprint(model, tokenizer, ends, 128, True, parse_special_tokens=True)}
-    assert len(prints) == 12
+    assert len(prints) == 13
     assert fingerprint(model, tokenizer, ends, 128, True, parse_special_tokens=False) == base  # the default
     assert fingerprint(load_model("demo", device="cpu", dtype="float32"), tokenizer, ends, 128, True) == base
     assert f"weights-{model.digest[:12]}" in base
+
+
+@pytest.mark.skipif(not isa.available(), reason="only the kernels have the same bits on every machine")
+def test_the_fingerprint_of_float32_and_int8_names_the_arithmetic_and_no_machine() -> None:
+    tokenizer, ends = demo_tokenizer(), Ends((50256,), 50256)
+    for precision in ("float32", "int8"):
+        prints = set()
+        for rung in isa.available():
+            for threads in (1, 2):
+                isa.use(rung.name)
+                torch.set_num_threads(threads)
+                model = load_model("demo", device="cpu", dtype=precision)
+                prints |= {fingerprint(model, tokenizer, ends, chunk, True) for chunk in (32, 128)}
+        isa.use(isa.AUTO)
+        (found,) = prints
+        assert found.split("/")[1:3] == [f"numerics-{NUMERICS}", precision]
+        assert len(found.split("/")) == 9
 
 
 def test_the_self_test_finds_batch_invariance_on_this_machine() -> None:

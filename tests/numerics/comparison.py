@@ -1,0 +1,85 @@
+"""Comparing the results of this machine with the digests that were made on another one."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headrace.model.kernels import isa
+from headrace.worker.engine.fingerprint import NUMERICS
+from tests.numerics.jobs import SUBJECTS, Subject, digests
+
+FILE = Path(__file__).parent / "digests.json"
+
+
+def committed() -> dict[str, Any]:
+    """The digests, with the machine that made them."""
+    found: dict[str, Any] = json.loads(FILE.read_text())
+    return found
+
+
+def made() -> dict[str, Any]:
+    """The digests of this machine, computed on its best instruction set."""
+    return {
+        "numerics": NUMERICS,
+        "machine": machine(),
+        "digests": {
+            subject.name: {kind: digests(subject, kind) for kind in subject.precisions} for subject in SUBJECTS
+        },
+    }
+
+
+def machine() -> dict[str, str]:
+    """The CPU, its instruction set, the commit and the day."""
+    model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"cpu": model.split(":")[1].strip(), "rung": isa.chosen().name, "commit": commit.strip(), "date": day}
+
+
+def write(found: dict[str, Any]) -> None:
+    """Keep digests in the repository."""
+    FILE.write_text(json.dumps(found, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def rung(name: str) -> Iterator[None]:
+    """Compute with a lower instruction set inside the block."""
+    isa.use(name)
+    try:
+        yield
+    finally:
+        isa.use(isa.AUTO)
+
+
+def compare(
+    subjects: Sequence[Subject] = SUBJECTS,
+    rungs: Sequence[str] = (),
+    report: Callable[[str], None] = lambda _: None,
+) -> list[str]:
+    """What differs from the committed digests: a sentence for each result. `rungs`: all of this machine by default."""
+    kept, differing = committed(), []
+    if kept["numerics"] != NUMERICS:
+        return [
+            f"the digests are of numerics-{kept['numerics']}, and this code is numerics-{NUMERICS}: make them again"
+        ]
+    for name in rungs or [each.name for each in isa.available()]:
+        for subject in subjects:
+            for precision in subject.precisions:
+                with rung(name):
+                    found = digests(subject, precision)
+                wanted = kept["digests"][subject.name][precision]
+                wrong = [job for job in {**wanted, **found} if wanted.get(job) != found.get(job)]
+                differing += [f"{subject.name}, {precision}, {name}: {job} has other bits" for job in wrong]
+                alike = len(found) - len(wrong)
+                report(
+                    f"{name}, {torch.get_num_threads()} threads, {subject.name}, {precision}: {alike} of {len(found)}"
+                )
+    return differing
