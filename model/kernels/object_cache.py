@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import json
 import logging
@@ -25,7 +26,8 @@ import re
 import stat
 import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +43,8 @@ log = logging.getLogger("headrace.model")
 MAX_BYTES = 2**22
 #: Prefixes of the symbols of numba's runtime, and of those among them that allocate memory.
 RUNTIME, ALLOCATES = ("NRT_", "numba_"), ("NRT_MemInfo_alloc", "NRT_Allocate")
+#: Seconds that a process waits for another one that compiles the same kernel; it may have been stopped.
+WAIT_S = 60.0
 #: LLVM is not thread-safe.
 _lock = threading.RLock()
 
@@ -73,11 +77,43 @@ def load_or_compile(name: str, compile_function: Callable[[], Any], isa: Isa | N
         path = cache_directory() / f"{_key(name, isa)}.kernel"
         found = _load(path)
         if found is None:
-            with compiling_for(isa):
-                data = _packed(compile_function())
-            found = _unpacked(data)
-            _store(path, data)
+            with _alone(path):
+                found = _load(path)  # another process may have compiled it meanwhile
+                if found is None:
+                    with compiling_for(isa):
+                        data = _packed(compile_function())
+                    found = _unpacked(data)
+                    _store(path, data)
     return found
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let one process compile a kernel while the others wait, for at most WAIT_S, instead of doing the same."""
+    lock = path.with_suffix(".lock")
+    try:
+        _make_directories(path.parent)
+        _check_owner(path.parent.lstat(), path.parent)
+        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError:  # without a cache each process compiles
+        yield
+        return
+    try:
+        deadline = time.monotonic() + WAIT_S
+        while not _locked(file) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def load_tested(

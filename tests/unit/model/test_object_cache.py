@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,31 @@ try:
 except IndexError:
     print("raised")
 """
+
+
+def test_a_kernel_that_another_process_compiles_is_waited_for(cache: Path) -> None:
+    object_cache.load_or_compile("two", adding(2))
+    (kept,) = cache.iterdir()
+    data = kept.read_bytes()
+    kept.unlink()
+    with open(kept.with_suffix(".lock"), "w") as other, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting = pool.submit(object_cache.load_or_compile, "two", never)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.2)
+        object_cache._store(kept, data)
+        other.close()
+        assert result_of(waiting.result(timeout=PATIENCE_S)) == 42
+
+
+def test_a_process_that_was_stopped_is_not_waited_for_long(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_cache, "WAIT_S", 0.1)
+    object_cache.load_or_compile("two", adding(2))
+    (kept,) = cache.iterdir()
+    kept.unlink()
+    with open(kept.with_suffix(".lock"), "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert result_of(object_cache.load_or_compile("two", adding(2))) == 42
 
 
 def test_loading_a_kernel_does_not_need_numba_and_numba_works_afterwards(cache: Path) -> None:
