@@ -1,16 +1,18 @@
-"""Attention of decoding rows and short prompts on a CPU, over exactly the positions that each row has.
+"""Attention of decoding rows and prompts on a CPU, over exactly the positions that each row has.
 
 torch has no operator for single queries over caches of different lengths: its operator reads all rows up to the
 length of the longest one, and has an overhead of a microsecond for each head. This kernel is compiled by numba when it
-is first needed. Its inner loops are assembly if the CPU has AVX-512 (attention_avx512.py), else compiled Python
-(attention_loops.py). It runs in torch's OpenMP threads (openmp.py).
+is first needed. Its inner loops are written in virtual vectors (attention_rows.py). It runs in torch's OpenMP threads
+(openmp.py).
 
-The kernel is batch-invariant: one thread computes a head of a row, in the order of the positions. A slot may have
-several rows at consecutive positions. One thread computes a head for all of them in this order, so each row finds the
+The kernel is batch-invariant: one thread computes a head of a row, in the order of the positions, and a row's bits
+depend on nothing but its query and the keys and values of its positions. A slot may have several rows at consecutive
+positions, as the tokens of a prompt are. One thread computes a head for all of them in this order, so each row finds the
 keys and values that the rows before it have written. Where several query heads read one head of keys and values, each
 of them writes the new ones: threads may write the same bytes twice, and none has to wait for another.
 
-With a window a row reads only its latest positions: the kernel begins at a later address, and everything else is equal.
+Rows that read the same keys and values form tiles: consecutive rows of one slot, or the heads of one row that share a
+head of keys and values. With a window a row reads only its latest positions: the kernel begins at a later address.
 
 Without numba or torch's OpenMP runtime `decode_kernel` returns None, and the caller uses torch.
 """
@@ -27,48 +29,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.model.kernels import attention_avx512, attention_loops, object_cache
-from headrace.model.kernels.intrinsics import Int64Array, cast
+from headrace.model.kernels import isa, object_cache
+from headrace.model.kernels.attention_tiles import (
+    ARG,
+    LINE,
+    AttentionArguments,
+    compile_attention,
+    scratch_floats,
+)
+from headrace.model.kernels.intrinsics import Int64Array
 from headrace.model.kernels.object_cache import Kernel
-from headrace.model.kernels.openmp import team, thread_functions
+from headrace.model.kernels.openmp import team
 
-#: float32 elements in a cache line. Each thread's scratch memory begins with a line of its own.
-LINE = 16
-
-
-class AttentionArguments(NamedTuple):
-    """The arguments of the compiled function for one layer: int64 words; see `ops.py` for how they are used.
-
-    `k_slots` and what follows it are addresses of int64 arrays with one element for each slot, unless stated otherwise.
-    """
-
-    partitions: int  # into how many parts the heads are split: the number of threads
-    heads: int  # of queries
-    group: int  # query heads that read one head of keys and values
-    window: int  # the most positions that a row of this layer may read
-    longest: int  # the most positions that a row has
-    scale_bits: int  # the bits of a float64
-    q: int  # address of the queries; of the next three likewise
-    q_row: int  # elements from one row to the next; of the next three likewise
-    new_k: int
-    new_k_row: int
-    new_v: int
-    new_v_row: int
-    out: int
-    out_row: int
-    k_slots: int  # addresses of the slots' keys in this layer
-    v_slots: int
-    head_strides: int
-    lengths: int
-    counts: int
-    first_rows: int
-    head_partitions: int  # [partitions + 1]
-    scratch: int  # address of float32 memory, shared among the threads
-
-
-ARG_WORDS = len(AttentionArguments._fields)
-#: The position of each word.
-ARG = AttentionArguments(*range(ARG_WORDS))
 #: A window that is longer than any sequence.
 NO_WINDOW = 2**40
 
@@ -176,7 +148,8 @@ class DecodeKernel:
             if tensor.stride()[1:] != (width, 1):
                 raise ValueError(f"heads must be contiguous; strides are {tensor.stride()} of {tuple(tensor.shape)}")
         longest, threads = rows.longest, len(rows.partitions) - 1
-        scratch = np.empty(threads * (longest + 2 * width + 2 * LINE) + LINE, dtype=np.float32)
+        thread_floats = scratch_floats(width, longest)
+        scratch = np.empty(threads * thread_floats + LINE, dtype=np.float32)
         arguments = AttentionArguments(
             partitions=threads,
             heads=heads,
@@ -200,6 +173,7 @@ class DecodeKernel:
             first_rows=rows.first.ctypes.data,
             head_partitions=rows.partitions.ctypes.data,
             scratch=scratch.ctypes.data,
+            scratch_bytes=4 * thread_floats,
         )
         packed = np.array([arguments] * len(layers), dtype=np.int64)
         at = np.array(layers)
@@ -209,15 +183,20 @@ class DecodeKernel:
         return packed, scratch
 
 
-@functools.cache
 def decode_kernel(head_dim: int, dtype: torch.dtype, device: str) -> DecodeKernel | None:
     """The kernel for heads of `head_dim` elements, compiled and self-tested; None where torch must be used."""
     if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
+    return kernel_for(head_dim, dtype, isa.chosen())
+
+
+@functools.cache
+def kernel_for(head_dim: int, dtype: torch.dtype, rung: isa.Isa) -> DecodeKernel | None:
+    """The kernel for an instruction set, which is that of this process."""
     bf16 = dtype == torch.bfloat16
     kernel = object_cache.load_tested(
         f"attention {head_dim} {'bf16' if bf16 else 'fp32'}",
-        lambda: compile_attention(head_dim, bf16),
+        lambda: compile_attention(head_dim, bf16, rung),
         lambda kernel: _self_test(DecodeKernel(kernel), head_dim, dtype),
         "attention uses torch's operators",
     )
@@ -225,29 +204,29 @@ def decode_kernel(head_dim: int, dtype: torch.dtype, device: str) -> DecodeKerne
 
 
 def _self_test(kernel: DecodeKernel, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether it agrees with the formula: as many heads of keys as of queries and all positions, and neither."""
-    return all(_agrees(kernel, head_dim, dtype, heads, window) for heads, window in ((2, None), (4, 7)))
+    """Whether it agrees with the formula: with a head of keys for each of the queries or for four, and with a window."""
+    return all(_agrees(kernel, head_dim, dtype, heads, window) for heads, window in ((2, None), (8, None), (4, 7)))
 
 
 def _agrees(kernel: DecodeKernel, head_dim: int, dtype: torch.dtype, heads: int, window: int | None) -> bool:
-    """Whether four rows of three slots, of different lengths, agree with the formula in float64."""
+    """Whether seven rows of three slots, of different lengths, agree with the formula in float64."""
     generator = torch.Generator().manual_seed(0)
     cache = torch.randn(2, 3, 2, 32, head_dim, generator=generator).to(dtype)  # [k/v, S, KV, positions, D]
-    new = torch.randn(4, 2, 2, head_dim, generator=generator).to(dtype)  # [R, k/v, KV, D]
-    q = torch.randn(4, heads, head_dim, generator=generator).to(dtype)
+    new = torch.randn(7, 2, 2, head_dim, generator=generator).to(dtype)  # [R, k/v, KV, D]
+    q = torch.randn(7, heads, head_dim, generator=generator).to(dtype)
     base = cache.data_ptr() + np.arange(6).reshape(2, 3) * (cache.stride(1) * dtype.itemsize)
-    out = torch.empty(4, heads, head_dim, dtype=dtype)
+    out = torch.empty(7, heads, head_dim, dtype=dtype)
     rows = DecodeRows.of(
         base[:1],
         base[1:],
         np.full(3, cache.stride(2)),
         lengths=np.array([1, 16, 32]),
-        counts=np.array([1, 2, 1]),
+        counts=np.array([1, 5, 1]),
         heads=heads,
     )
     kernel(0, q, new[:, 0], new[:, 1], out, rows, LayerRules.of([1 / math.sqrt(head_dim)], [window]))
     k, v = cache.double()
-    for row, (slot, length) in enumerate([(0, 1), (1, 16), (1, 17), (2, 32)]):
+    for row, (slot, length) in enumerate([(0, 1), *((1, length) for length in range(16, 21)), (2, 32)]):
         k[slot, :, length - 1], v[slot, :, length - 1] = new[row].double()
         seen = slice(max(0, length - (window or length)), length)
         keys, values = (x[slot, :, seen].repeat_interleave(heads // 2, 0) for x in (k, v))  # [H, seen, D]
@@ -256,77 +235,3 @@ def _agrees(kernel: DecodeKernel, head_dim: int, dtype: torch.dtype, heads: int,
         if not torch.allclose(out[row].double(), expected, atol=1e-5 if dtype == torch.float32 else 0.02):
             return False
     return torch.equal(cache.double(), torch.stack([k, v]))  # the new positions are written, all others unchanged
-
-
-def compile_attention(head_dim: int, bf16: bool) -> Any:
-    """Compile a C function of one pointer to `AttentionArguments`; returns a `numba.cfunc`."""
-    import numba
-    from numba import carray, types
-
-    thread, threads = thread_functions()
-    itemsize = 2 if bf16 else 4
-    words = cast(types.int64, types.CPointer(attention_loops.word_type(head_dim, bf16)))
-    width = attention_loops.words(head_dim, bf16)
-    int64s, real = cast(types.int64, types.CPointer(types.int64)), cast(types.int64, types.float64)
-    implementation = attention_avx512 if attention_avx512.is_supported(head_dim, bf16) else attention_loops
-    attend = implementation.attention(head_dim, bf16)
-    row_bytes = head_dim * itemsize
-
-    @numba.njit(inline="always")
-    def locate(args: Any, slot: int, head: int) -> Any:
-        """Where the keys and values of a head of a slot begin, and how many positions its first row reads."""
-        inside = carray(int64s(args[ARG.head_strides]), slot + 1)[slot] * itemsize * (head // args[ARG.group])
-        k, v = (
-            carray(int64s(args[ARG.k_slots]), slot + 1)[slot] + inside,
-            carray(int64s(args[ARG.v_slots]), slot + 1)[slot] + inside,
-        )
-        return k, v, carray(int64s(args[ARG.lengths]), slot + 1)[slot]
-
-    @numba.njit(error_model="numpy")
-    def compute(args: Any, here: Any, row: int, head: int, number: int, following: Any, scratch: int) -> None:
-        """One head of a row, the `number`-th of its slot, while the keys and values that follow are prefetched."""
-        k_at, v_at, least = here
-        length, inside = least + number, head // args[ARG.group] * row_bytes
-        last = (length - 1) * row_bytes
-        k, v = carray(words(k_at + last), width), carray(words(v_at + last), width)
-        new_k = carray(words(args[ARG.new_k] + row * args[ARG.new_k_row] * itemsize + inside), width)
-        new_v = carray(words(args[ARG.new_v] + row * args[ARG.new_v_row] * itemsize + inside), width)
-        for d in range(width):
-            k[d] = new_k[d]
-            v[d] = new_v[d]
-        q, out = (
-            args[ARG.q] + row * args[ARG.q_row] * itemsize + head * row_bytes,
-            args[ARG.out] + row * args[ARG.out_row] * itemsize + head * row_bytes,
-        )
-        next_k, next_v, positions = following
-        window = args[ARG.window]
-        skipped, skipped_next = max(0, length - window), max(0, positions - window) * row_bytes
-        following = (next_k + skipped_next, next_v + skipped_next, min(positions, window))
-        begin = skipped * row_bytes
-        scale = np.float32(real(args[ARG.scale_bits]))
-        attend(q, k_at + begin, v_at + begin, out, length - skipped, following, scratch, scale)
-
-    @numba.njit(error_model="numpy")
-    def work(args: Any) -> None:
-        """What one thread of the team does: one partition of the heads, or several if the team is small."""
-        heads, parts = args[ARG.heads], carray(int64s(args[ARG.head_partitions]), args[ARG.partitions] + 1)
-        scratch = (args[ARG.scratch] // 64 + thread() * ((args[ARG.longest] + 2 * head_dim) // LINE + 2) + 1) * 64
-        for part in range(thread(), args[ARG.partitions], threads()):
-            slot, head = parts[part] // heads, parts[part] % heads
-            for unit in range(parts[part], parts[part + 1]):
-                here, this = locate(args, slot, head), head
-                first, count = (
-                    carray(int64s(args[ARG.first_rows]), slot + 1)[slot],
-                    carray(int64s(args[ARG.counts]), slot + 1)[slot],
-                )
-                if unit + 1 < parts[part + 1]:
-                    slot, head = (slot, head + 1) if head + 1 < heads else (slot + 1, 0)
-                k, v, length = locate(args, slot, head)
-                for i in range(count):
-                    compute(args, here, first + i, this, i, (k, v, length if i + 1 == count else 0), scratch)
-
-    @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
-    def kernel(arguments: Any) -> None:
-        work(carray(arguments, ARG_WORDS))
-
-    return kernel

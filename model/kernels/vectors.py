@@ -150,6 +150,14 @@ class VectorBuilder:
             a = self.add(a, self.builder.shuffle_vector(a, undefined, ir.Constant(INTEGERS, order)))
         return self.builder.extract_element(a, INT32(0))
 
+    def largest(self, a: Value) -> Value:
+        """The largest lane, a float32."""
+        undefined = ir.Constant(VECTOR, ir.Undefined)
+        for distance in (8, 4, 2, 1):
+            order = [lane + distance if lane < distance else lane for lane in range(LANES)]
+            a = self.maximum(a, self.builder.shuffle_vector(a, undefined, ir.Constant(INTEGERS, order)))
+        return self.builder.extract_element(a, INT32(0))
+
     # Integers and bfloat16
 
     def dot_unsigned(self, sums: Value, words: Value, weights: Value) -> Value:
