@@ -1,7 +1,7 @@
 """Attention over the key/value cache, for decoding rows and chunks of prompts.
 
-On a CPU decoding rows and short prompts use the compiled kernel (kernels/attention.py), and longer prompts use torch's
-operator. Elsewhere torch's operator computes everything.
+On a CPU the compiled kernel (kernels/attention.py) computes everything, where it can be compiled. Elsewhere torch's
+operator does.
 
 Shapes: M packed rows, H query heads, KV heads of keys and values, D head size. Query head h reads the head
 h // (H / KV) of keys and values. In a layer with a window a row attends to its latest positions only.
@@ -24,8 +24,6 @@ from headrace.model.kv_cache import Arena, KVCache
 
 #: torch's operator reads keys up to a multiple of this: padding within it does not change a row's bits, more might.
 KEY_STEP = 16
-#: Prompts of at most this many tokens are computed like decoding rows, because torch's operator is slower for them.
-MAX_COMPILED_PROMPT = 128
 
 
 @dataclass(frozen=True)
@@ -66,11 +64,7 @@ class CachedAttention:
         if kernel is None:
             parts: list[_Compiled | Decode | _Prefill] = [Decode.of(cache.arenas[g.length_class], g) for g in groups]
             return cls(config, [*parts, *(_Prefill(cache.arenas[c.length_class], c) for c in chunks)])
-        short = [chunk for chunk in chunks if chunk.start + chunk.count <= MAX_COMPILED_PROMPT]
-        prefills = [
-            _Prefill(cache.arenas[c.length_class], c) for c in chunks if c.start + c.count > MAX_COMPILED_PROMPT
-        ]
-        return cls(config, [_Compiled(kernel, cache, groups, short), *prefills] if groups or short else prefills)
+        return cls(config, [_Compiled(kernel, cache, groups, chunks)] if groups or chunks else [])
 
     def layer_calls(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> LayerCalls | None:
         """The compiled calls of all layers, which read the same q, k, v and write the same `out`.
@@ -93,7 +87,7 @@ class CachedAttention:
 
 
 class _Compiled:
-    """All decoding rows of a step and the rows of short prompts in one call, each over exactly its own positions."""
+    """All decoding rows of a step and all rows of prompts in one call, each over exactly its own positions."""
 
     def __init__(
         self, kernel: DecodeKernel, cache: KVCache, groups: Sequence[DecodeGroup], chunks: Sequence[Chunk]
@@ -222,7 +216,7 @@ class Decode:
 
 
 class _Prefill:
-    """One chunk of a prompt by torch's operator: its shape, and so its bits, depend only on the prompt."""
+    """One chunk of a prompt by torch's operator: its bits depend only on the prompt and on the size of chunks."""
 
     def __init__(self, arena: Arena, chunk: Chunk) -> None:
         self.arena, self.slot = arena, chunk.slot

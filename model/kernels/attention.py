@@ -7,9 +7,9 @@ is first needed. Its inner loops are written in virtual vectors (attention_rows.
 
 The kernel is batch-invariant: one thread computes a head of a row, in the order of the positions, and a row's bits
 depend on nothing but its query and the keys and values of its positions. A slot may have several rows at consecutive
-positions, as the tokens of a prompt are. One thread computes a head for all of them in this order, so each row finds the
-keys and values that the rows before it have written. Where several query heads read one head of keys and values, each
-of them writes the new ones: threads may write the same bytes twice, and none has to wait for another.
+positions, as the tokens of a prompt are. One thread computes a head for all of them in this order, so each row finds
+the keys and values that the rows before it have written. Where several query heads read one head of keys and values,
+each of them writes the new ones: threads may write the same bytes twice, and none has to wait for another.
 
 Rows that read the same keys and values form tiles: consecutive rows of one slot, or the heads of one row that share a
 head of keys and values. With a window a row reads only its latest positions: the kernel begins at a later address.
@@ -204,7 +204,7 @@ def kernel_for(head_dim: int, dtype: torch.dtype, rung: isa.Isa) -> DecodeKernel
 
 
 def _self_test(kernel: DecodeKernel, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether it agrees with the formula: with a head of keys for each of the queries or for four, and with a window."""
+    """Whether it agrees with the formula: with a head of keys for each query or for four, and with a window."""
     return all(_agrees(kernel, head_dim, dtype, heads, window) for heads, window in ((2, None), (8, None), (4, 7)))
 
 

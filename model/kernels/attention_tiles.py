@@ -94,7 +94,7 @@ def compile_attention(head_dim: int, bf16: bool, rung: Isa) -> Any:
             k[d] = new_k[d]
             v[d] = new_v[d]
 
-    @numba.njit(error_model="numpy")
+    @numba.njit(inline="always")
     def compute(
         args: Any, here: Any, row: int, head: int, number: int, rows: int, following: Any, scratch: int
     ) -> None:
@@ -116,7 +116,7 @@ def compile_attention(head_dim: int, bf16: bool, rung: Isa) -> Any:
             following = (next_k + later, next_v + later, min(positions, window))
             attend(q, k + begin, v + begin, out, min(length, window), following, scratch, scale)
 
-    @numba.njit(error_model="numpy")
+    @numba.njit(inline="always")
     def compute_slot(args: Any, here: Any, row: int, head: int, count: int, following: Any, scratch: int) -> None:
         """One head of all rows of a slot, in the order of their positions."""
         k, v, least = here
@@ -131,7 +131,7 @@ def compile_attention(head_dim: int, bf16: bool, rung: Isa) -> Any:
             compute(args, here, row + number, head, number, rows, after, scratch)
             number += rows
 
-    @numba.njit(error_model="numpy")
+    @numba.njit(inline="always")
     def compute_heads(args: Any, here: Any, row: int, head: int, count: int, following: Any, scratch: int) -> None:
         """Some heads of one row that share a head of keys and values."""
         k, v, length = here

@@ -98,7 +98,7 @@ def cache_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
         keys[:, 1 : len(k) + 1] = k.transpose(0, 1)
 
     patch.setattr(headrace.model.attention._Prefill, "attend", shifted)
-    patch.setattr(headrace.model.attention, "MAX_COMPILED_PROMPT", 0)
+    patch.setattr(headrace.model.kv_cache.KVCache, "decode_kernel", lambda _: None)
 
 
 def unbiased_variance(patch: pytest.MonkeyPatch, engine: Engine) -> None:
@@ -124,13 +124,13 @@ def mask_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
     """Every token also sees the next one."""
     attention = F.scaled_dot_product_attention
 
-    def leaky(q: Any, k: Any, v: Any, *, attn_mask: Any, is_causal: bool, scale: float, enable_gqa: bool) -> Any:
+    def leaky(q: Any, k: Any, v: Any, *, attn_mask: Any, is_causal: bool = False, scale: float, enable_gqa: bool) -> Any:
         if is_causal:
             attn_mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(1)
         return attention(q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa)
 
     patch.setattr(headrace.model.attention.F, "scaled_dot_product_attention", leaky)
-    patch.setattr(headrace.model.attention, "MAX_COMPILED_PROMPT", 0)
+    patch.setattr(headrace.model.kv_cache.KVCache, "decode_kernel", lambda _: None)
 
 
 MUTATIONS: list[tuple[Plant, int, str]] = [

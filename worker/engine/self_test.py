@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from headrace.client.wire.requests import GenerateRequest
-from headrace.model.attention import MAX_COMPILED_PROMPT
 from headrace.model.decoder import Decoder
 from headrace.model.trusted_files import ModelError
 from headrace.worker.engine.cache_slots import SlotTable
@@ -13,14 +12,15 @@ from headrace.worker.engine.sequence import Sequence, TokenScore
 
 #: Steps after which the log probabilities of the probe are compared; fewer if the model has fewer than 4 positions.
 STEPS = 3
+#: Tokens of the longest other prompt.
+LONG_PROMPT = 129
 
 
 def is_batch_invariant(model: Decoder) -> bool:
     """Whether a row's log probabilities have the same bits alone and beside 3, 20 and 21 other rows.
 
     Batch invariance depends on kernels that do not guarantee it. So it is measured on this machine with this model, and
-    the fingerprint of each result says whether it holds. One of the other prompts is so long that attention computes
-    the step in pieces.
+    the fingerprint of each result says whether it holds. One of the other prompts is longer than a prefill chunk.
 
     Raises:
         ModelError: the model computes no numbers.
@@ -31,7 +31,7 @@ def is_batch_invariant(model: Decoder) -> bool:
     batches = (
         [[t] for t in (1, 2, 3)],
         [[t, t + 1] for t in range(20)],
-        [*(list(range(t, t + 7)) for t in range(20)), list(range(min(MAX_COMPILED_PROMPT + 1, most)))],
+        [*(list(range(t, t + 7)) for t in range(20)), list(range(min(LONG_PROMPT, most)))],
     )
     return all(_probe_scores(model, probe, others) == alone for others in batches)
 

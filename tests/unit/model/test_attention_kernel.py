@@ -13,11 +13,11 @@ from torch import Tensor
 
 import headrace.model.kernels.attention
 import headrace.model.kernels.openmp
-from headrace.model.kernels.attention import DecodeKernel, DecodeRows, LayerRules, decode_kernel
+from headrace.model.kernels.attention import DecodeKernel, DecodeRows, LayerRules, decode_kernel, kernel_for
 
 POSITIONS = 96
 RULES = LayerRules.of([0.3], [None])
-#: Compiled loops, and assembly where the CPU has AVX-512.
+#: Widths that fill half of a vector and several.
 WAYS = [(8, torch.float32), (64, torch.float32), (64, torch.bfloat16)]
 
 
@@ -107,7 +107,7 @@ def test_the_compiling_process_computes_the_same_bits_as_those_that_load_from_th
     case = Case([5, 80, 17, 96, 1, 40, 41], heads=4, width=64, dtype=dtype)
     outs = []
     for _ in range(2):
-        decode_kernel.cache_clear()
+        kernel_for.cache_clear()
         outs.append(case.run(list(range(7))))
     assert len(list(tmp_path.glob("headrace/*.kernel"))) == 1
     assert torch.equal(*outs)
@@ -195,7 +195,10 @@ def test_without_numba_or_openmp_or_with_wrong_results_torch_is_used(
             raise ImportError("No module named 'numba'")
         return import_(name, *rest)
 
-    fresh = decode_kernel.__wrapped__
+    def fresh(width: int, dtype: torch.dtype, device: str) -> DecodeKernel | None:
+        kernel_for.cache_clear()
+        return decode_kernel(width, dtype, device)
+
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "__import__", no_numba)
         assert fresh(8, torch.float32, "cpu") is None

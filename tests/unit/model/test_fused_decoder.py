@@ -102,11 +102,7 @@ def fused(gpt2: Decoder) -> FusedDecoder:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("inner", [None, 192])
-@pytest.mark.parametrize("short", [0, 64])
-def test_a_pass_computes_what_its_blocks_do(
-    dtype: str, width: int, inner: int | None, short: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(headrace.model.attention, "MAX_COMPILED_PROMPT", short)
+def test_a_pass_computes_what_its_blocks_do(dtype: str, width: int, inner: int | None) -> None:
     config = dataclasses.replace(CONFIG, n_embd=width, n_inner=inner)
     gpt2, arbiter = made(dtype, config), exact(dtype, config)
     for decodes, chunk in (([0, 1], 0), ([], 20), ([0, 1], 20)):
@@ -120,12 +116,7 @@ def test_a_pass_computes_what_its_blocks_do(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("short", [0, 64])
-def test_a_decoding_row_has_the_same_bits_alone_beside_others_and_beside_a_prompt(
-    dtype: str, threads: int, short: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A pass is one call, with or without other decoding rows or a short prompt; with a long one, a call per layer."""
-    monkeypatch.setattr(headrace.model.attention, "MAX_COMPILED_PROMPT", short)
+def test_a_decoding_row_has_the_same_bits_alone_beside_others_and_beside_a_prompt(dtype: str, threads: int) -> None:
     torch.set_num_threads(threads)
     gpt2 = made(dtype)
     run, x = fused(gpt2), rows(gpt2, 22)
