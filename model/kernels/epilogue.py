@@ -4,8 +4,8 @@ An epilogue has two parts. `epilogue_target` computes once for a block of sums w
 applied to them; `epilogue` then processes any of their rows. A micro-kernel can therefore finish the previous sums
 while it computes the next ones.
 
-`vector_epilogue` has the same bits on every instruction set. `epilogue` is assembly for AVX-512 and for results in
-bfloat16: its GELU divides by an approximate instruction.
+`vector_epilogue`, and `epilogue` in int8, have the same bits on every instruction set. In bfloat16 `epilogue` is
+assembly for AVX-512: its GELU divides by an approximate instruction.
 """
 
 from __future__ import annotations
@@ -116,8 +116,12 @@ def epilogue(nr: int, *, int8: bool, mr: int = 0) -> Any:
 
     elements = cast(types.int64, types.CPointer(types.uint16))
     clobbers = ",".join(f"~{{xmm{i}}}" for i in range(12))
-    text = ["\n".join(_row_instructions(nr // 16, int8, then)) for then in (NOTHING, APPLY_GELU, ADD_RESIDUAL)]
-    plain, gelu, add_residual = (assembly(each, 6, clobbers) for each in text)
+    kinds = NOTHING, APPLY_GELU, ADD_RESIDUAL
+    if int8:
+        plain, gelu, add_residual = (_vector_row(nr, then) for then in kinds)
+    else:
+        text = ["\n".join(_row_instructions(nr // 16, then)) for then in kinds]
+        plain, gelu, add_residual = (assembly(each, 6, clobbers) for each in text)
 
     @numba.njit(error_model="numpy", forceinline=True)
     def finish(program: Any, target: Any, first: int, count: int, spare: int) -> None:
@@ -146,20 +150,30 @@ def epilogue(nr: int, *, int8: bool, mr: int = 0) -> Any:
     return finish
 
 
-def _row_instructions(vectors: int, int8: bool, then: int) -> list[str]:
-    """Instructions that turn the sums at $0 into a row of the result at $1.
+def _vector_row(nr: int, then: int) -> Any:
+    """A function with the parameters of the assembly that turns int32 sums into a row, by epilogue_rows.py."""
+    import numba
 
-    $2 is the address of the bias, $3 and $4 those of the column scales and the row scale (int8), $5 that of the
-    constants of GELU or of the residual row.
+    from headrace.model.kernels.epilogue_rows import finish_rows
+
+    rows = finish_rows(nr, bf16=True, int8=True, gelu=then == APPLY_GELU, residual=then == ADD_RESIDUAL).intrinsic()
+
+    @numba.njit(error_model="numpy", forceinline=True)
+    def finish_row(sums: int, out: int, bias: int, column_scales: int, row_scale: int, residual: int) -> None:
+        rows(sums, 1, out, 0, bias, residual, column_scales, row_scale)
+
+    return finish_row
+
+
+def _row_instructions(vectors: int, then: int) -> list[str]:
+    """Instructions that turn the float32 sums at $0 into a row of the result at $1.
+
+    $2 is the address of the bias, $5 that of the constants of GELU or of the residual row.
     """
     lines = []
     for i in range(vectors):
         x, at, spare = f"%zmm{i}", 64 * i, [f"%zmm{3 + 3 * i + j}" for j in range(3)]
-        if int8:
-            lines += [f"vcvtdq2ps {at}($0), {x}", f"vmulps {at}($3), {x}, {x}", f"vmulps ($4){{1to16}}, {x}, {x}"]
-        else:
-            lines += [f"vmovups {at}($0), {x}"]
-        lines += [f"vaddps {at}($2), {x}, {x}"]
+        lines += [f"vmovups {at}($0), {x}", f"vaddps {at}($2), {x}, {x}"]
         if then == APPLY_GELU:
             lines += _gelu_instructions(x, *spare)
         elif then == ADD_RESIDUAL:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from headrace.model.kernels.gemm_blocks import LANES, WORDS, most_rows, multiply_blocks
-from headrace.model.kernels.gemm_int8_amx import LARGEST, MAX_WIDTH, Int8Weight, int8_amx_works
+from headrace.model.kernels.gemm_int8_amx import LARGEST, LEAST, Int8Weight, check_sums, int8_amx_works
 from headrace.model.kernels.intrinsics import cast
 from headrace.model.kernels.isa import AMX, Isa, chosen
 from headrace.model.kernels.memory import use_huge_pages
@@ -29,9 +29,6 @@ from headrace.model.kernels.packed_weight import PackedWeight, pad_columns
 from headrace.model.kernels.program import GemmBackend, MicroKernel
 
 log = logging.getLogger("headrace.model")
-
-#: Rows whose elements are all smaller count as zeros: 127 / x would overflow.
-LEAST = 2.0**-100
 
 
 def elements_of_word(isa: Isa) -> int:
@@ -52,10 +49,7 @@ class VectorInt8Weight(PackedWeight):
         backend = int8_backend(isa or chosen())
         weight, nr, steps = weight.float(), backend.nr, weight.shape[0] // backend.ku
         width, out = weight.shape
-        if width > MAX_WIDTH:
-            raise ValueError(
-                f"a weight in int8 has {width} rows; it must have at most {MAX_WIDTH}: sums could overflow"
-            )
+        check_sums(width)
         blocks, elements = -(-out // nr), backend.ku // WORDS
         scales = pad_columns(weight.abs().amax(0) / LARGEST, blocks * nr)
         quantized = torch.zeros(width, blocks * nr, dtype=torch.int8)

@@ -39,6 +39,8 @@ KU = 64
 LARGEST = 127
 #: The longest sums: 65,536 products of a byte by a signed byte, of at most 255 * 127, fit an int32.
 MAX_WIDTH = 2**16
+#: Rows whose elements are all smaller count as zeros: 127 / x would overflow.
+LEAST = 2.0**-100
 
 
 class Int8Weight(PackedWeight):
@@ -48,9 +50,14 @@ class Int8Weight(PackedWeight):
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, gelu: bool) -> Int8Weight:
-        """Quantize and pack a weight [in, out], `in` a multiple of 64, with its bias [out]."""
+        """Quantize and pack a weight [in, out], `in` a multiple of 64, with its bias [out].
+
+        Raises:
+            ValueError: `in` is larger than MAX_WIDTH: integer sums could overflow.
+        """
         weight = weight.float()
         width, out = weight.shape
+        check_sums(width)
         blocks, steps = -(-out // NR), width // KU
         scales = pad_columns(weight.abs().amax(0) / LARGEST, blocks * NR)
         quantized = torch.zeros(width, blocks * NR, dtype=torch.int8)
@@ -68,11 +75,17 @@ class Int8Weight(PackedWeight):
         return (quantized * self.scales)[:, : self.out]
 
 
+def check_sums(width: int) -> None:
+    """Raise ValueError if sums of this many products could overflow."""
+    if width > MAX_WIDTH:
+        raise ValueError(f"a weight in int8 has {width} rows; it must have at most {MAX_WIDTH}: sums could overflow")
+
+
 @functools.cache
 def int8_amx_works(device: str) -> bool:
     """Whether this machine multiplies int8 on its matrix unit and gives exact results. Compiles the backend.
 
-    There is no other implementation of int8.
+    Without it gemm_int8.py computes the same on the vector unit.
     """
     if not bf16_amx_works(device, torch.bfloat16):
         return False
@@ -104,7 +117,7 @@ def _pack() -> Any:
     halves, bytes_, floats = (
         cast(types.int64, types.CPointer(kind)) for kind in (types.uint16, types.int8, types.float32)
     )
-    value, locate_row = cast(types.uint32, types.float32), packed_row()
+    value, locate_row, least = cast(types.uint32, types.float32), packed_row(), np.float32(LEAST)
 
     @numba.njit(error_model="numpy")
     def pack(program: Any, op: Any, row: int, source: int) -> None:
@@ -119,7 +132,7 @@ def _pack() -> Any:
         for i in range(steps * KU):  # compared as bits: a larger magnitude has larger bits, and NaN has the largest
             top = max(top, x[i] & np.uint16(0x7FFF))
         largest = value(np.uint32(top) << np.uint32(16))
-        factor = np.float32(LARGEST) / largest if largest > 0 else np.float32(0)
+        factor = np.float32(LARGEST) / largest if largest > least else np.float32(0)
         for step in range(steps):
             for i in range(KU):
                 number = value(np.uint32(x[step * KU + i]) << np.uint32(16)) * factor

@@ -124,10 +124,10 @@ def mask_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
     """Every token also sees the next one."""
     attention = F.scaled_dot_product_attention
 
-    def leaky(q: Any, k: Any, v: Any, *, attn_mask: Any, is_causal: bool = False, scale: float, enable_gqa: bool) -> Any:
+    def leaky(q: Any, k: Any, v: Any, *, attn_mask: Any, is_causal: bool = False, **rest: Any) -> Any:
         if is_causal:
             attn_mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(1)
-        return attention(q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa)
+        return attention(q, k, v, attn_mask=attn_mask, **rest)
 
     patch.setattr(headrace.model.attention.F, "scaled_dot_product_attention", leaky)
     patch.setattr(headrace.model.kv_cache.KVCache, "decode_kernel", lambda _: None)

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from headrace.model import load_model
+from headrace.model.kernels.epilogue import ADD_RESIDUAL, APPLY_GELU, NOTHING, epilogue, vector_epilogue
 from headrace.model.kernels.gemm_int8 import VectorInt8Weight
-from headrace.model.kernels.gemm_int8_amx import MAX_WIDTH
+from headrace.model.kernels.gemm_int8_amx import MAX_WIDTH, Int8Weight
 from headrace.model.kernels.isa import Isa, chosen, find
 from headrace.model.kernels.ops import ARG
 from headrace.model.kernels.program import Program
+from headrace.model.kernels.target import compiling_for
 from tests.guarded_memory import guarded
-from tests.instruction_sets import needs_avx2, needs_avx512, needs_vnni
+from tests.instruction_sets import needs_amx_int8, needs_avx2, needs_avx512, needs_vnni
 from tests.unit.model.test_gemm_int8_amx import rounded
 from tests.unit.model.test_rungs import numbers
 
@@ -57,6 +59,47 @@ def digest(isa: Isa) -> str:
 
 def test_the_bits_are_those_of_another_machine(isa: Isa) -> None:
     assert digest(isa) == DIGEST
+
+
+@needs_amx_int8
+def test_the_tile_unit_has_the_same_bits() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VectorInt8Weight, "of", lambda *given: Int8Weight.of(*given[:3]))
+        assert digest(find("amx")) == DIGEST
+
+
+@needs_avx512
+@pytest.mark.parametrize("then", [NOTHING, APPLY_GELU, ADD_RESIDUAL])
+@pytest.mark.parametrize("columns", [32, 20])
+def test_the_epilogue_of_the_tile_unit_has_the_bits_of_all_others(then: int, columns: int) -> None:
+    """It runs without the tile unit. One column and one row have results that are denormal."""
+    rows, generator = 40, torch.Generator().manual_seed(5)
+    sums = torch.randint(-(2**24), 2**24, (rows, 32), generator=generator, dtype=torch.int32)
+    column_scales, row_scales, bias = (numbers(n, seed=n).abs() * 1e-3 for n in (32, rows, 32))
+    bias[3], column_scales[3], row_scales[2] = 0, 2.0**-120, 2.0**-30
+    outs = [numbers(rows, 32, seed=9).bfloat16() for _ in range(2)]
+    for out, ours in zip(outs, (True, False), strict=True):
+        given = (sums, rows, columns, out, 64, 0, 0, bias, column_scales, row_scales, then)
+        finish_rows_of(tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in given), amx=ours)
+    assert torch.equal(*(out.view(torch.int16) for out in outs))
+
+
+def finish_rows_of(target: tuple[int, ...], *, amx: bool) -> None:
+    """Run the epilogue of the tile unit, or that of vector units, on all rows of a target."""
+    from numba import cfunc, types
+
+    spare = torch.zeros(32)
+    place, rows, nothing = spare.data_ptr(), target[1], (0,) * len(ARG)
+    assembled, vectors = epilogue(32, int8=True), vector_epilogue(32, bf16=True, int8=True)
+
+    def run_amx() -> None:
+        assembled(nothing, target, 0, rows, place)
+
+    def run() -> None:
+        vectors(target, place)
+
+    with compiling_for(chosen()):
+        cfunc(types.void(), nopython=True)(run_amx if amx else run).ctypes()
 
 
 def test_a_row_has_the_same_bits_for_every_number_of_rows(isa: Isa) -> None:
