@@ -50,7 +50,7 @@ class DecodeGraphs:
         self._known.clear()
 
     def forward(self, token_ids: Sequence[int], groups: Sequence[DecodeGroup]) -> Tensor | None:
-        """The final norm's rows [M, E] of a step that only decodes, with one row for each slot of `groups`.
+        """The rows [M, E], before the final norm, of a step that only decodes, with one row for each slot of `groups`.
 
         None if the step has to be computed without a graph: nothing is recorded on this device, a slot in between does
         not decode, or the shape is seen for the first time.

@@ -20,6 +20,7 @@ from headrace.model.config import ModelConfig
 from headrace.model.families import FAMILIES
 from headrace.model.families.base import HEAD_NAME
 from headrace.model.fused_decoder import FusedDecoder
+from headrace.model.kernels.packed_weight import PackedWeight, RowNorm
 from headrace.model.linear import Linear
 
 
@@ -55,6 +56,8 @@ class Decoder:
         self.ln_f = _norm(config, weights, "ln_f", dtype)
         #: Runs all blocks together; None if torch computes the GEMMs. Built from `blocks`.
         self.fused_decoder = FusedDecoder.of(self.blocks)
+        #: The same for the compiled kernels, which compute norms in float32.
+        self._final_norm = RowNorm(self.ln_f.weight.float(), self.ln_f.bias.float(), self.ln_f.epsilon)
         head = wte if config.tied_head else weights[HEAD_NAME]  # [V, E]
         self.lm_head = Linear.of(head.t(), int8=int8)
 
@@ -85,20 +88,22 @@ class Decoder:
     def forward(
         self, token_ids: Tensor, positions: Tensor, attend: Attention, captures: Sequence[ActivationCapture] = ()
     ) -> Tensor:
-        """Run packed rows through all blocks and the final norm. token_ids, positions: [M] -> [M, E]."""
+        """Run packed rows through all blocks; the final norm belongs to `head`. token_ids, positions: [M] -> [M, E]."""
         x = F.embedding(token_ids, self.wte) + F.embedding(positions, self.wpe)  # [M, E]
         for capture in captures:
             capture.record(embeddings=x)
             capture.record_hidden(0, x)
         if self.fused_decoder is not None:
-            return self.ln_f(self.fused_decoder(x, attend, captures))
+            return self.fused_decoder(x, attend, captures)
         for layer, block in enumerate(self.blocks):
             x = block(layer, x, attend, captures)
-        return self.ln_f(x)
+        return x
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits of rows that `forward` returned. [R, E] -> [R, V], in the type of the weights."""
-        return self.lm_head(hidden)
+        """The final norm and the logits of rows of `forward`. [R, E] -> [R, V], in the type of the weights."""
+        if isinstance(self.lm_head.gemm, PackedWeight):
+            return self.lm_head.gemm(hidden, self._final_norm)
+        return self.lm_head(self.ln_f(hidden))
 
     @torch.inference_mode()
     def logits(self, token_ids: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,14 @@ from torch import Tensor
 
 from headrace.model.kernels.ops import Op
 from headrace.model.kernels.program import GemmBackend, Program
+
+
+class RowNorm(NamedTuple):
+    """A layer norm of the rows of x before a GEMM: float32 [in] each, contiguous."""
+
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
 
 
 @dataclass(frozen=True)
@@ -59,8 +68,12 @@ class PackedWeight:
         if x.dim() != 2 or x.shape[1] != self.width or x.dtype != backend.dtype or x.device.type != "cpu":
             raise ValueError(f"rows are {x.dtype} {list(x.shape)}; they must be {backend.dtype} [M, {self.width}]")
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[M, in] -> [M, out], with GELU (the tanh approximation) if requested. Raises ValueError like `check`."""
+    def __call__(self, x: Tensor, norm: RowNorm | None = None) -> Tensor:
+        """[M, in] -> [M, out], with GELU (the tanh approximation) if requested. Raises ValueError like `check`.
+
+        Args:
+            norm: a layer norm that is applied to the rows first.
+        """
         self.check(x)
         if x.stride(1) != 1:
             x = x.contiguous()
@@ -71,6 +84,12 @@ class PackedWeight:
             out=out.data_ptr(),
             out_row_bytes=out.stride(0) * x.itemsize,
         )
+        if norm is not None:
+            op = op._replace(
+                norm_weight=norm.weight.data_ptr(),
+                norm_bias=norm.bias.data_ptr(),
+                epsilon_bits=int(np.float64(norm.epsilon).view(np.int64)),
+            )
         Program(self.backend, len(x), self.width).run(np.array([op], dtype=np.int64))
         return out
 

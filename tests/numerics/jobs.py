@@ -112,11 +112,11 @@ SUBJECTS = tuple(
     for name, make, jobs in (
         ("bundled", bundled, {**TEXTS, **jobs_of(50257, 1024)}),
         ("124M shape", seeded(_LARGE), jobs_of(50257, 1024)),
-        ("heads of 25", seeded(ModelConfig(**_SMALL, n_embd=100, n_head=4, activation="relu")), jobs_of(1009, 400)),
-        ("multi-query", seeded(ModelConfig(**_SMALL, n_embd=160, n_head=2, n_kv_head=1)), jobs_of(1009, 400)),
+        ("heads of 80", seeded(ModelConfig(**_SMALL, n_embd=320, n_head=4)), jobs_of(1009, 400)),
+        ("multi-query", seeded(ModelConfig(**_SMALL, n_embd=128, n_head=4, n_kv_head=1)), jobs_of(1009, 400)),
         (
             "windows",
-            seeded(ModelConfig(**_SMALL, n_embd=128, n_head=2, windows=(None, 40), activation="gelu")),
+            seeded(ModelConfig(**_SMALL, n_embd=128, n_head=2, windows=(None, 40))),
             jobs_of(1009, 400),
         ),
     )
