@@ -5,8 +5,8 @@ fingerprint names them:
 
 * `bf16-dot`, AVX-512 with BF16: a word of 32 bits holds 2 elements of a row. vdpbf16ps adds 2 products to a lane, and
   takes denormal numbers as zeros.
-* `bf16-fma`, all others: the weight is stored in bfloat16 and widened when it is read, packed rows are float32. Each sum
-  is a chain of FMAs, with the same bits on every instruction set.
+* `bf16-fma`, all others: the weight is stored in bfloat16 and widened when it is read, packed rows are float32. Each
+  sum is a chain of FMAs, with the same bits on every instruction set.
 """
 
 from __future__ import annotations

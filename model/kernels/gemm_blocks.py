@@ -1,8 +1,8 @@
 """The loops around the micro-kernels of vector units, for every type: blocks, parts along K, and rows.
 
-A step is WORDS = 4 words of 32 bits of each row, and what they are multiplied by: a word is a float32, two
-bfloat16, two int16 or four int8. KC steps of a block stay in the L2 cache while all MC rows are multiplied by them. Meanwhile the weight that
-is needed next is prefetched, as four streams.
+A step is WORDS = 4 words of 32 bits of each row, and what they are multiplied by: a word is a float32, two bfloat16,
+two int16 or four int8. KC steps of a block stay in the L2 cache while all MC rows are multiplied by them. Meanwhile the
+weight that is needed next is prefetched, as four streams.
 """
 
 from __future__ import annotations
