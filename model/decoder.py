@@ -72,7 +72,7 @@ class Decoder:
 
     @property
     def gemm_backend(self) -> str:
-        """How GEMMs are computed, as in the fingerprint: `int8`, `tiled`, `floats`, `packed` or `plain`."""
+        """How GEMMs are computed, as the fingerprint names it (linear.Linear.fingerprint)."""
         return self.blocks[0].c_attn.fingerprint
 
     @property

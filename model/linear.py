@@ -4,11 +4,12 @@
 |---|---|---|
 | float32 | AVX-512, AVX2 | kernels/gemm_fp32.py |
 | bfloat16 | Intel AMX | kernels/gemm_bf16_amx.py |
+| bfloat16 | AVX-512, AVX2 | kernels/gemm_bf16.py |
 | int8 | Intel AMX | kernels/gemm_int8_amx.py |
 | int8 | AVX-512, AVX2 | kernels/gemm_int8.py |
 | any | others, and GPUs | torch's operators, kernels/onednn.py |
 
-The first four are batch-invariant by construction. For torch's operators the numbers of rows that give the same bits
+The first five are batch-invariant by construction. For torch's operators the numbers of rows that give the same bits
 are measured (kernels/row_range.py).
 """
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from headrace.model.activation_functions import activate
+from headrace.model.kernels.gemm_bf16 import VectorBf16Weight, bf16_works
 from headrace.model.kernels.gemm_bf16_amx import Bf16Weight, bf16_amx_works
 from headrace.model.kernels.gemm_fp32 import Fp32Weight, fp32_works
 from headrace.model.kernels.gemm_int8 import int8_weight_type
@@ -77,7 +79,9 @@ class Linear:
 
     @property
     def fingerprint(self) -> str:
-        """How the fingerprint of a model names the GEMM: `int8`, `tiled`, `floats`, `packed` or `plain`."""
+        """How the fingerprint of a model names the GEMM: `int8`, `tiled`, `bf16-dot`, `bf16-fma`, `floats`, `packed`
+        or `plain`.
+        """
         return self.gemm.backend.fingerprint if isinstance(self.gemm, PackedWeight) else self.gemm.fingerprint
 
     def padded_rows(self, count: int) -> int:
@@ -89,8 +93,10 @@ class Linear:
         return out if self.then is None else activate(self.then, out)
 
 
-def packed_weight_type(device: str, dtype: torch.dtype) -> type[Bf16Weight | Fp32Weight] | None:
+def packed_weight_type(device: str, dtype: torch.dtype) -> type[Bf16Weight | VectorBf16Weight | Fp32Weight] | None:
     """The compiled GEMM for this type on this machine, self-tested; None where torch's operators are used."""
     if bf16_amx_works(device, dtype):
         return Bf16Weight
+    if bf16_works(device, dtype):
+        return VectorBf16Weight
     return Fp32Weight if fp32_works(device, dtype) else None

@@ -12,6 +12,7 @@ FEATURES = {
     "AVX2": {"avx2", "fma"},
     "AVX-512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
     "AVX-512-VNNI": {"avx512f", "avx512bw", "avx512vl", "avx512vnni"},
+    "AVX-512-BF16": {"avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16"},
     "AMX": {"amx-tile", "amx-bf16", "avx512bf16"},
     "AMX-INT8": {"amx-tile", "amx-int8"},
 }
@@ -19,6 +20,7 @@ FEATURES = {
 needs_avx2 = pytest.mark.instruction_set("AVX2")
 needs_avx512 = pytest.mark.instruction_set("AVX-512")
 needs_vnni = pytest.mark.instruction_set("AVX-512-VNNI")
+needs_bf16 = pytest.mark.instruction_set("AVX-512-BF16")
 needs_amx = pytest.mark.instruction_set("AMX")
 needs_amx_int8 = pytest.mark.instruction_set("AMX-INT8")
 

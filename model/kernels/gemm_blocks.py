@@ -1,8 +1,8 @@
 """The loops around the micro-kernels of vector units, for every type: blocks, parts along K, and rows.
 
-A step is WORDS = 4 words of 32 bits of each row, and what they are multiplied by: a word is a float32, two int16 or
-four int8. KC steps of a block stay in the L2 cache while all MC rows are multiplied by them. Meanwhile the weight that
-is needed next is prefetched, as four streams.
+A step is WORDS = 4 words of 32 bits of each row, and what they are multiplied by: a word is a float32, two bfloat16,
+two int16 or four int8. KC steps of a block stay in the L2 cache while all MC rows are multiplied by them. Meanwhile the
+weight that is needed next is prefetched, as four streams.
 """
 
 from __future__ import annotations
@@ -32,20 +32,23 @@ def most_rows(mr: int) -> int:
     return 128 // mr * mr
 
 
-def multiply_blocks(isa: Isa, kernel: Callable[[int, int], Any], *, int8: bool = False, weight_bytes: int = 64) -> Any:
+def multiply_blocks(
+    isa: Isa, kernel: Callable[[int, int], Any], *, bf16: bool = False, int8: bool = False, weight_bytes: int = 64
+) -> Any:
     """Build multiply: all rows by one partition of the blocks.
 
     Args:
         kernel: `kernel(rows, lines)` is a micro-kernel for this number of rows, a `VectorFunction` (x, w, steps, sums,
             soon, quarter) that prefetches `lines` cache lines of each quarter in each step.
-        int8: sums are int32, and results bfloat16. Sums begin at the int32 numbers that follow the column scales.
+        bf16: results are bfloat16, else float32.
+        int8: sums are int32, else float32. They begin at the int32 numbers that follow the column scales.
         weight_bytes: of the elements of 16 columns that one word of each row is multiplied by.
     """
     import numba
     from numba import carray, types
 
     words, (mr, nr) = cast(types.int64, types.CPointer(types.uint32)), (isa.mr, isa.nr)
-    locate, finish = epilogue_target(nr, bf16=int8), vector_epilogue(nr, bf16=int8, int8=int8)
+    locate, finish = epilogue_target(nr, bf16=bf16), vector_epilogue(nr, bf16=bf16, int8=int8)
     mc, row_bytes, step_bytes = most_rows(mr), nr * 4, WORDS * nr // LANES * weight_bytes
     spare, streams = mc * row_bytes, -(-nr * weight_bytes // (LANES * 64))
     micro_kernel = _with_prefetch(mr, streams, kernel)

@@ -103,38 +103,56 @@ def _pack(mr: int) -> Any:
     return pack
 
 
-def micro_kernel(rows: int, mr: int, nr: int, lines: int) -> Any:
+def micro_kernel(rows: int, mr: int, nr: int, lines: int, *, weights_in: str = "fp32") -> Any:
     """micro_kernel(x, w, steps, sums, soon, quarter): `rows` rows of a panel of `mr` by `steps` steps of a block.
 
     A `VectorFunction`. Adds to the sums [rows, nr]: each sum of this call is one chain of FMAs, from 0 on. In each step
     it prefetches `lines` cache lines of each quarter of the memory at `soon`, whose quarters have `quarter` bytes.
+
+    Args:
+        weights_in: what a word of x is multiplied by. "fp32", or "bf16", which is widened: words of x are float32.
+            "pairs" of bfloat16: words of x are pairs too, and each link of a chain is a vdpbf16ps.
     """
     from headrace.model.kernels.vector_function import VectorFunction
-    from headrace.model.kernels.vectors import FLOAT, INT64, Value, VectorBuilder
+    from headrace.model.kernels.vectors import FLOAT, HALVES, INT32, INT64, INTEGERS, Value, VectorBuilder
 
-    vectors = nr // LANES
+    vectors, vector_bytes = nr // LANES, 32 if weights_in == "bf16" else 64
+
+    def weight(v: VectorBuilder, w: Value, offset: int) -> Value:
+        if weights_in == "bf16":
+            return v.widen(v.load(w, offset, HALVES, 2))
+        return v.load(w, offset, INTEGERS) if weights_in == "pairs" else v.load(w, offset)
+
+    def factor_of(v: VectorBuilder, x: Value, offset: int) -> Value:
+        if weights_in == "pairs":
+            return v.broadcast_word(v.load(x, offset, INT32))
+        return v.broadcast(v.load(x, offset, FLOAT))
+
+    def add_product(v: VectorBuilder, factor: Value, weight: Value, total: Value) -> Value:
+        return v.dot_bfloat16(total, factor, weight) if weights_in == "pairs" else v.fma(factor, weight, total)
 
     def body(v: VectorBuilder, x: Value, w: Value, steps: Value, sums: Value, soon: Value, quarter: Value) -> None:
         def step(x: Value, w: Value, near: Value, far: Value, *found: Value) -> list[Value]:
             chains = list(found)
             for k in range(KU):
-                weights = [v.load(w, (k * vectors + j) * 64) for j in range(vectors)]
+                weights = [weight(v, w, (k * vectors + j) * vector_bytes) for j in range(vectors)]
                 place = (near, v.builder.add(near, quarter), far, v.builder.add(far, quarter))[k]
                 for line in range(lines):
                     v.prefetch(place, 64 * line)
                 for row in range(rows):
-                    factor = v.broadcast(v.load(x, 4 * (mr * k + row), FLOAT))
+                    factor = factor_of(v, x, 4 * (mr * k + row))
                     for j in range(vectors):
-                        chains[row * vectors + j] = v.fma(factor, weights[j], chains[row * vectors + j])
+                        at = row * vectors + j
+                        chains[at] = add_product(v, factor, weights[j], chains[at])
             moved = [v.plus(address, 64 * lines) for address in (near, far)]
-            return [v.plus(x, 4 * mr * KU), v.plus(w, 4 * nr * KU), *moved, *chains]
+            return [v.plus(x, 4 * mr * KU), v.plus(w, vector_bytes * vectors * KU), *moved, *chains]
 
         far = v.builder.add(soon, v.builder.shl(quarter, INT64(1)))
         chains = v.repeat(steps, [x, w, soon, far, *[v.constant(0.0)] * (rows * vectors)], step)[4:]
         for i, chain in enumerate(chains):
             v.store(v.add(v.load(sums, 64 * i), chain), sums, 64 * i)
 
-    name = f"gemm_fp32_{rows}_of_{mr}x{nr}_{lines}"
+    name = f"gemm_{weights_in}_{rows}_of_{mr}x{nr}_{lines}"
     return VectorFunction(name, ("x", "w", "steps", "sums", "soon", "quarter"), body)
 
 

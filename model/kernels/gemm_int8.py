@@ -193,7 +193,8 @@ def int8_backend(isa: Isa) -> GemmBackend:
     def build() -> MicroKernel:
         import numba
 
-        multiply = multiply_blocks(isa, functools.partial(micro_kernel, isa), int8=True, weight_bytes=LANES * elements)
+        kernel, weight_bytes = functools.partial(micro_kernel, isa), LANES * elements
+        multiply = multiply_blocks(isa, kernel, bf16=True, int8=True, weight_bytes=weight_bytes)
 
         @numba.njit
         def nothing(program: Any, scratch: int) -> None:

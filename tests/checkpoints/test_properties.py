@@ -30,6 +30,7 @@ from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.requests import prepare
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.sequence_text import TextDelta
+from tests.instruction_sets import needs_avx512
 
 VOCABULARY, POSITIONS = 512, 128
 
@@ -44,8 +45,8 @@ TOLERANCE = 1e-4
 
 
 @functools.cache
-def small_model(config: ModelConfig) -> Decoder:
-    return Decoder(config, weights(config))
+def small_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder:
+    return Decoder(config, {name: tensor.to(dtype) for name, tensor in weights(config).items()})
 
 
 @functools.cache
@@ -80,9 +81,14 @@ def weights(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def engine(
-    slots: int = 64, step_tokens: int = 512, chunk: int = 32, drafts: int = 0, config: ModelConfig = CONFIG
+    slots: int = 64,
+    step_tokens: int = 512,
+    chunk: int = 32,
+    drafts: int = 0,
+    config: ModelConfig = CONFIG,
+    dtype: torch.dtype = torch.float32,
 ) -> Engine:
-    runner = ModelRunner(small_model(config), [32, 64, POSITIONS])
+    runner = ModelRunner(small_model(config, dtype), [32, 64, POSITIONS])
     table = SlotTable([32, 64, POSITIONS], position_bytes=runner.position_bytes, budget_bytes=2**24)
     scheduler = Scheduler(table, max_rows=slots, step_tokens=step_tokens, prefill_chunk=chunk, draft_tokens=drafts)
     names: dict[str, Any] = {"model_name": "small", "vocab_size": VOCABULARY, "max_context": POSITIONS, "ends": Ends()}
@@ -177,6 +183,18 @@ def test_each_job_is_the_same_bits_with_drafts_as_without(
     futures = [crowd.submit(parse_request(each)) for each in fields]
     finish(crowd)
     assert [future.result().choices for future in futures] == [alone(each, config=config) for each in fields]
+
+
+@needs_avx512
+@settings(deadline=None)
+@given(jobs=st.lists(requests, min_size=1, max_size=5), slots=st.integers(1, 6), drafts=st.sampled_from([0, 7]))
+def test_each_job_is_the_same_bits_in_any_crowd_as_alone_in_bfloat16(
+    jobs: list[dict[str, Any]], slots: int, drafts: int
+) -> None:
+    crowd = engine(slots, drafts=drafts, dtype=torch.bfloat16)
+    futures = [crowd.submit(parse_request(each)) for each in jobs]
+    finish(crowd)
+    assert [future.result().choices for future in futures] == [alone(each, dtype=torch.bfloat16) for each in jobs]
 
 
 @settings(deadline=None)
