@@ -32,5 +32,4 @@ PROGRAMS = (
     Program("langchain-openai", ("langchain-openai",), "a completion, a batch of five and a stream"),
     Program("llama-index", ("llama-index-llms-openai-like",), "a completion and a stream"),
     Program("schemathesis", ("schemathesis",), "requests made from the OpenAPI description"),
-    Program("flower", ("flower",), "the worker and a task that has ended"),
 )
