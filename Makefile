@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: help setup demo test zoo properties fuzz chaos soak check docs fmt bench peers clean
+.PHONY: help setup demo test zoo properties clients fuzz chaos soak check docs fmt bench peers clean
 
 help: ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -35,6 +35,9 @@ zoo: $(VENV)/dev ## run other people's models, more than a hundred tiny ones, ag
 
 properties: $(VENV)/dev ## run the property tests with 500 examples each
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest tests/checkpoints/test_properties.py --timeout 3600
+
+clients: $(VENV)/dev ## drive server and worker with programs that others wrote, in environments of their own below .clients/
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m tests.clients $(CLIENTS)
 
 fuzz: $(VENV)/dev ## fuzz everything that comes from outside with more than 100,000 cases
 	$(BIN)/python -m tests.fuzz

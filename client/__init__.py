@@ -9,15 +9,19 @@ from headrace import __version__
 from headrace.client.async_client import AsyncClient, AsyncJob
 from headrace.client.batch.errors import InputChanged, InvalidBatch, OutputRefused
 from headrace.client.batch.run import BatchReport
+from headrace.client.batch.scores import Score
 from headrace.client.client import Client
 from headrace.client.default import (
     as_completed,
     batch,
     cancel,
+    choose,
     default_client,
     detokenize,
     job,
     map,  # noqa: A004  # reads as `client.map`
+    score,
+    score_many,
     signature,
     status,
     submit,
@@ -79,6 +83,7 @@ __all__ = [
     "ResultNotKept",
     "ResultTimeout",
     "SamplingParams",
+    "Score",
     "Status",
     "StreamChanged",
     "Tokenized",
@@ -88,10 +93,13 @@ __all__ = [
     "as_completed",
     "batch",
     "cancel",
+    "choose",
     "default_client",
     "detokenize",
     "job",
     "map",
+    "score",
+    "score_many",
     "signature",
     "status",
     "submit",

@@ -26,6 +26,7 @@ from headrace.client.jobs.reading import check_timeout
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event, StreamReader
 from headrace.client.jobs.tokens import TIMEOUT_S, detokenize_job, tokenize_job, tokenized
+from headrace.client.scoring import AsyncScoringVerbs
 from headrace.client.wire.errors import RedisUnreachable
 from headrace.client.wire.redis import connect_async, redis_errors
 from headrace.client.wire.results import Result, State, Tokenized, outcome_state
@@ -45,7 +46,7 @@ T = TypeVar("T")
 Inbox = asyncio.Queue[Updates | BaseException]
 
 
-class AsyncClient:
+class AsyncClient(AsyncScoringVerbs):
     """`Client` for asyncio, for one event loop. Use it with `async with`, or await `close`.
 
     Arguments and errors are those of `Client`. The number of connections does not grow with the number of

@@ -26,6 +26,7 @@ from headrace.client.jobs.reading import JobReader
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.submission import Submitter
 from headrace.client.jobs.tokens import TIMEOUT_S, detokenize_job, tokenize_job, tokenized
+from headrace.client.scoring import ScoringVerbs
 from headrace.client.wire import keys
 from headrace.client.wire.celery import TASK_NAME, producer_app, results_app
 from headrace.client.wire.errors import InvalidRequest, RedisRefused, RedisUnreachable
@@ -35,7 +36,7 @@ from headrace.client.wire.values import without_gaps
 from headrace.config import Settings, load_settings
 
 
-class Client:
+class Client(ScoringVerbs):
     """Submits jobs to one Redis and reads their results. Use it as a context manager, or call `close`.
 
     Args:

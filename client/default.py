@@ -11,6 +11,7 @@ from typing import IO, Any
 from celery import Signature
 
 from headrace.client.batch.run import BatchReport
+from headrace.client.batch.scores import Score
 from headrace.client.client import Client
 from headrace.client.jobs.handle import Job
 from headrace.client.jobs.status import Status
@@ -66,6 +67,21 @@ def as_completed(jobs: Iterable[Job], timeout: float | None = None) -> Iterator[
 def signature(prompt: str | Sequence[int] | None = None, **params: Any) -> Signature:
     """A job as a Celery signature; see `Client.signature`."""
     return default_client().signature(prompt, **params)
+
+
+def score(prompt: str | Sequence[int], continuation: str | Sequence[int], **params: Any) -> Score:
+    """The log probability of a continuation after a prompt; see `Client.score`."""
+    return default_client().score(prompt, continuation, **params)
+
+
+def score_many(pairs: Iterable[Any], **params: Any) -> Iterator[Score]:
+    """Yield the scores of pairs of prompt and continuation; see `Client.score_many`."""
+    return default_client().score_many(pairs, **params)
+
+
+def choose(prompts: Any, answers: Sequence[str], **params: Any) -> Any:
+    """The likeliest of the given answers after a prompt, or after each of many; see `Client.choose`."""
+    return default_client().choose(prompts, answers, **params)
 
 
 def cancel(jobs: Iterable[str | Job]) -> list[bool]:

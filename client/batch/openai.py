@@ -9,7 +9,7 @@ from typing import Any
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.requests import MAX_PROMPT_TOKENS, GenerateRequest, parse_request, plain_fields
 from headrace.client.wire.results import Choice, Result, TokenLogprob, TopLogprob, Usage
-from headrace.client.wire.values import show, to_whole
+from headrace.client.wire.values import is_missing, show, to_whole
 
 #: The endpoint for text, and the one of lines of a batch that name none.
 ENDPOINT = "/v1/completions"
@@ -78,7 +78,8 @@ def shared_fields(body: Mapping[str, Any]) -> dict[str, Any]:
 def _check_newer_name(newer: Any, fields: Mapping[str, Any]) -> None:
     """Check `max_completion_tokens`, so that errors have the name that the caller used."""
     try:
-        parse_request({"prompt": "", "echo": fields.get("echo") is True, "max_tokens": newer})
+        scored = any(not is_missing(fields.get(name)) for name in ("prompt_logprobs", "continuation"))
+        parse_request({"prompt": "", "echo": scored or fields.get("echo") is True, "max_tokens": newer})
     except InvalidRequest as error:
         raise InvalidRequest(_NEWER_NAME, error.value, error.expected) from None
     if (older := fields.get("max_tokens", newer)) != newer:
@@ -133,6 +134,8 @@ class JoinedResult(Result):
     fingerprint: str | None = None  # type: ignore[assignment]
     #: For each choice the seed with which its prompt gives the same text again.
     seeds: list[int]
+    #: For each choice the log probabilities of its prompt.
+    prompts: list[list[TokenLogprob] | None]
 
 
 def join_results(results: Sequence[Result]) -> Result:
@@ -150,6 +153,7 @@ def join_results(results: Sequence[Result]) -> Result:
         seed=first.seed if all(result.seed == first.seed for result in results) else None,
         fingerprint=first.fingerprint if all(r.fingerprint == first.fingerprint for r in results) else None,
         seeds=[result.seed for result in results for _ in result.choices],
+        prompts=[result.prompt_logprobs for result in results for _ in result.choices],
     )
 
 
@@ -158,6 +162,10 @@ def completion(result: Result, *, as_token_ids: bool = False) -> dict[str, Any]:
     choices = [_choice(choice, as_token_ids) for choice in result.choices]
     if isinstance(result, JoinedResult):
         choices = [{**choice, "seed": seed} for choice, seed in zip(choices, result.seeds, strict=True)]
+    prompts = result.prompts if isinstance(result, JoinedResult) else [result.prompt_logprobs] * len(choices)
+    for choice, scores in zip(choices, prompts, strict=True):
+        if scores is not None:
+            choice["prompt_logprobs"] = prompt_logprobs_field(scores)
     return {
         "id": f"cmpl-{result.id}",
         "object": "text_completion",
@@ -194,6 +202,19 @@ def logprobs_fields(scores: list[TokenLogprob], *, as_token_ids: bool = False, a
         "top_logprobs": [_top_logprobs(score, as_token_ids) for score in scores],
         "text_offset": offsets,
     }
+
+
+def prompt_logprobs_field(scores: list[TokenLogprob]) -> list[dict[str, Any] | None]:
+    """Log probabilities of a prompt in vLLM's form: for each token the tokens at its place, by their ids."""
+    return [None if score.logprob is None else _by_id(score) for score in scores]
+
+
+def _by_id(score: TokenLogprob) -> dict[str, Any]:
+    own = {"logprob": score.logprob, "rank": score.rank, "decoded_token": score.token}
+    found = {str(score.token_id): own}
+    for rank, top in enumerate(score.top, start=1):
+        found.setdefault(str(top.token_id), {"logprob": top.logprob, "rank": rank, "decoded_token": top.token})
+    return found
 
 
 def _top_logprobs(score: TokenLogprob, as_token_ids: bool) -> dict[str, float] | None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from headrace.client.batch.openai import CHAT_ENDPOINT, ENDPOINT, id_name, shared_fields
+from headrace.client.batch.openai import CHAT_ENDPOINT, ENDPOINT, id_name, prompt_logprobs_field, shared_fields
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.requests import MAX_LOGPROBS
 from headrace.client.wire.results import Choice, Result, TokenLogprob, TopLogprob
@@ -62,6 +62,9 @@ def _alternatives(scores: Any, count: Any) -> int | None:
 
 def chat_completion(result: Result, *, as_token_ids: bool = False) -> dict[str, Any]:
     """A result in the format of the chat API, with the seed, and with `stop_reason` as in vLLM."""
+    prompt = (
+        {} if result.prompt_logprobs is None else {"prompt_logprobs": prompt_logprobs_field(result.prompt_logprobs)}
+    )
     return {
         "id": f"chatcmpl-{result.id}",
         "object": "chat.completion",
@@ -71,6 +74,7 @@ def chat_completion(result: Result, *, as_token_ids: bool = False) -> dict[str, 
         "usage": result.usage.model_dump(),
         "system_fingerprint": result.fingerprint,
         "seed": result.seed,
+        **prompt,
     }
 
 

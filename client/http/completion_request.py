@@ -8,7 +8,7 @@ from typing import Any
 from headrace.client.batch.endpoints import COMPLETIONS, Endpoint
 from headrace.client.batch.openai import PROMPT_FORMS, STREAM_OPTIONS, split_prompts, take_names_field
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.values import show, show_name
+from headrace.client.wire.values import is_missing, show, show_name
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,10 @@ def parse_completion_request(body: dict[str, Any], endpoint: Endpoint = COMPLETI
     if not isinstance(stream, bool):
         raise InvalidRequest("stream", show(stream), "True or False")
     prompts, is_list = _prompts(fields) if endpoint is COMPLETIONS else ([], False)
+    if stream and not is_missing(fields.get("prompt_logprobs")):
+        raise InvalidRequest(
+            "prompt_logprobs", show(fields["prompt_logprobs"]), "no such field beside stream, as in vLLM"
+        )
     include_usage = _parse_include_usage(stream_options, stream=stream)
     # As in vLLM, the counts in each chunk need include_usage too.
     continuous = include_usage and bool(stream_options.get("continuous_usage_stats"))

@@ -9,6 +9,14 @@ from pydantic import BaseModel
 from headrace.client.wire.results import Usage
 
 
+class PromptLogprob(BaseModel):
+    """A token at a place of the prompt, and its own place by probability."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class CompletionLogprobs(BaseModel):
     """Log probabilities of the tokens of a choice."""
 
@@ -26,6 +34,8 @@ class CompletionChoice(BaseModel):
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None
     logprobs: CompletionLogprobs | None
+    #: With the field of this name: for each token of the prompt but the first, the tokens at its place by their ids.
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
 
 
 class Completion(BaseModel):
@@ -91,6 +101,7 @@ class ChatCompletion(BaseModel):
     usage: Usage
     system_fingerprint: str | None
     seed: int | None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
 
 
 class ChatDelta(BaseModel):

@@ -40,8 +40,8 @@ def check_response(prompts: Sequence[Any], params: Mapping[str, Any], limit: int
         return  # the client checks its result
     known = GenerateRequest.model_fields.keys() - {"prompt", *CHAT_NAMES}
     own = {name: value for name, value in params.items() if name in known and not is_missing(value)}
-    request = parse_request({**own, "prompt": ""})
-    longest = max(prompts, key=len) if request.echo else ""
+    request = parse_request({**own, "prompt": [0] if isinstance(own.get("continuation"), list) else ""})
+    longest = max(prompts, key=len) if request.echo or request.prompt_logprobs is not None else ""
     size = len(prompts) * largest_result(request.model_copy(update={"prompt": longest}))
     if size > limit:
         expected = f"at most {limit} bytes; send fewer prompts in a request, or lower n, max_tokens or logprobs"

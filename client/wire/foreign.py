@@ -92,7 +92,7 @@ _TOOLS = "chat_template_kwargs passes variables to the model's chat template; ca
 _READS_TEXT = "the models read and write text"
 _TRUNCATION = "shorten the prompt before you send it"
 _PENALTY = "use repetition_penalty, presence_penalty or frequency_penalty"
-_PROMPT_SCORES = "use echo=True with logprobs"
+_PROMPT_SCORES = "use prompt_logprobs"
 
 #: Parameter -> its neutral values. Headrace's own parameters are here if others turn them off with another value.
 FOREIGN: dict[str, Foreign] = {
@@ -147,7 +147,6 @@ FOREIGN: dict[str, Foreign] = {
     "truncation_side": only("left", "right"),
     "allowed_token_ids": NO_VALUE._replace(advice="use logit_bias"),
     "bad_words": only([], advice="use logit_bias"),
-    "prompt_logprobs": NO_VALUE._replace(advice=_PROMPT_SCORES),
     "logprob_token_ids": only([], advice="use logprobs, the number of alternatives"),
     "prompt_embeds": only([], advice="use prompt, text or token ids"),
     "detokenize": only(True),

@@ -21,10 +21,12 @@ from pydantic import (
 )
 
 from headrace.client.wire.activations import CHECKPOINT_TENSORS
+from headrace.client.wire.continuation import CONTINUATION_FORM, check_continuation
 from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.field_values import MAX_BIASES, bias_map, checkpoint_list, string_list, to_list
 from headrace.client.wire.foreign import NO_SEED, advice, drop_neutral
 from headrace.client.wire.messages import KWARGS_FORM, MESSAGES_FORM, check_kwargs, check_messages
-from headrace.client.wire.values import is_missing, show, show_name, to_python, to_whole
+from headrace.client.wire.values import show, show_name, to_python, to_whole
 from headrace.client.wire.version import SCHEMA_VERSION, is_readable
 
 MAX_PROMPT_BYTES = 131_072  # 16 for each of 8,192 positions; a token of English text has about 4
@@ -32,7 +34,6 @@ MAX_PROMPT_TOKENS = 16_384
 MAX_TOKENS = 1_000_000
 MAX_STOP_BYTES = 1_024
 MAX_LOGPROBS = 20
-MAX_BIASES = 1_024
 #: Upper bound of token ids, whatever the vocabulary.
 TOKEN_IDS = 2**31
 #: Maximum number of log probabilities in one result, n x tokens x (1 + logprobs): without it, one job could take
@@ -44,43 +45,17 @@ _JOB_ID = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456
 #: Parameters for which a worker with HEADRACE_GENERATION_CONFIG=auto takes the model's defaults if they are not set.
 DEFAULTED_BY_MODELS = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens"})
 
+#: What `max_tokens` may be. A request for no tokens must ask for something else.
+MAX_TOKENS_FORM = "a whole number of at least 1 (0 only with echo, prompt_logprobs or continuation)"
+
 Priority = Literal["interactive", "normal", "bulk"]
 #: What a job asks for in place of text: the token ids of a prompt, or the text of token ids.
 Operation = Literal["tokenize", "detokenize"]
 
 
-def _list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else to_python(value)
-
-
-def _string_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else _list(value)
-
-
-def _bias_map(value: Any) -> Any:
-    """JSON has no integer keys, so '50256' means 50256. Parquet gives each row of a column the keys of all rows, so a
-    null is the same as no entry."""
-    if not isinstance(value, dict):
-        return value
-    if len(value) > MAX_BIASES:  # checked here: pydantic would keep a kilobyte for each wrong entry
-        raise ValueError("size")
-    pairs = [
-        (int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() else to_whole(key), to_python(bias))
-        for key, bias in value.items()
-        if not is_missing(bias)
-    ]
-    if not all(isinstance(key, int) for key, _ in pairs) or len({key for key, _ in pairs}) < len(pairs):
-        raise ValueError("no token id, or the same one twice")
-    return dict(pairs)
-
-
-def _checkpoint_list(value: Any) -> Any:
-    return sorted(CHECKPOINT_TENSORS) if isinstance(value, str) and value == "all" else _list(value)
-
-
 def _prompt(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    value = _list(value)
-    if isinstance(value, list) and len(value) > MAX_PROMPT_TOKENS:  # see `_bias_map`
+    value = to_list(value)
+    if isinstance(value, list) and len(value) > MAX_PROMPT_TOKENS:  # see `bias_map`
         raise InvalidRequest("prompt", f"a list of {len(value)} token ids", _expected("prompt"))
     if isinstance(value, list) and set(map(type, value)) == {int}:
         return value  # as most are; pydantic would call a function for each
@@ -97,18 +72,20 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    max_tokens: Int = Field(16, ge=0, le=MAX_TOKENS, description="a whole number of at least 1 (0 only with echo)")
+    max_tokens: Int = Field(16, ge=0, le=MAX_TOKENS, description=MAX_TOKENS_FORM)
     temperature: Float = Field(1.0, ge=0, le=2, description="a number from 0 (always the most probable token) to 2")
     top_p: Float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1 (1 is off)")
     top_k: Int = Field(0, ge=-1, lt=2**63, description="a whole number from 1 to 2**63 - 1, or 0 or -1 for off")
     min_p: Float = Field(0.0, ge=0, le=1, description="a number from 0 (off) to 1")
     n: Int = Field(1, ge=1, le=128, description="a whole number from 1 to 128")
-    stop: Annotated[list[str], BeforeValidator(_string_list)] = Field(
+    stop: Annotated[list[str], BeforeValidator(string_list)] = Field(
         default_factory=list, max_length=16, description="one to 16 strings, none empty, at most 1,024 bytes each"
     )
     seed: Int | None = Field(None, ge=-(2**63), lt=2**63, description="a whole number of 64 bits (-1 is none), or None")
     logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="a whole number from 0 to 20, or None")
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias_map)] = Field(
+    #: Log probabilities of the prompt's tokens, and of so many of the likeliest tokens at their places.
+    prompt_logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="a whole number from 0 to 20, or None")
+    logit_bias: Annotated[dict[int, float], BeforeValidator(bias_map)] = Field(
         default_factory=dict,
         max_length=MAX_BIASES,
         description="a map of at most 1,024 token ids to numbers from -100 to 100",
@@ -119,7 +96,7 @@ class SamplingParams(BaseModel):
     echo: Bool = Field(False, description="True or False")
     min_tokens: Int = Field(0, ge=0, description="a whole number from 0 to max_tokens")
     ignore_eos: Bool = Field(False, description="True or False")
-    stop_token_ids: Annotated[list[Int], BeforeValidator(_list)] = Field(
+    stop_token_ids: Annotated[list[Int], BeforeValidator(to_list)] = Field(
         default_factory=list, max_length=64, description="at most 64 token ids"
     )
     skip_special_tokens: Bool = Field(True, description="True or False")
@@ -153,11 +130,15 @@ class SamplingParams(BaseModel):
 
     @model_validator(mode="after")
     def _check_lengths(self) -> SamplingParams:
-        if self.max_tokens == 0 and not self.echo:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None and not self._scores_continuation:
             raise InvalidRequest("max_tokens", "0", _expected("max_tokens"))
         if self.min_tokens > self.max_tokens:
             raise InvalidRequest("min_tokens", show(self.min_tokens), f"at most max_tokens, which is {self.max_tokens}")
         return self
+
+    @property
+    def _scores_continuation(self) -> bool:
+        return False
 
     @property
     def greedy(self) -> bool:
@@ -187,6 +168,10 @@ class GenerateRequest(SamplingParams):
     parse_special_tokens: Bool | None = Field(None, description="True, False, or None for the tokenizer's default")
     #: Whether a text prompt gets the tokens that the tokenizer's own rules put around a text.
     add_special_tokens: Bool = Field(True, description="True or False")
+    #: A text after the prompt, or its token ids, whose log probabilities are the result; for `Client.score`.
+    continuation: Annotated[str | list[Int] | None, BeforeValidator(to_list)] = Field(
+        None, max_length=MAX_PROMPT_BYTES, description=CONTINUATION_FORM
+    )
     operation: Operation | None = Field(None, description="'tokenize', 'detokenize', or None for text")
     priority: Priority = Field("normal", description="'interactive', 'normal' or 'bulk'")
     #: Unix time in seconds at which the job expires; None means never.
@@ -194,7 +179,7 @@ class GenerateRequest(SamplingParams):
     #: Whether the worker streams the text while it generates it, for `Job.stream`.
     stream: Bool = Field(False, description="True or False")
     #: Numbers of the checkpoints whose tensors the worker captures from the first sample, for `Job.checkpoints`.
-    checkpoints: Annotated[list[Int], BeforeValidator(_checkpoint_list)] = Field(
+    checkpoints: Annotated[list[Int], BeforeValidator(checkpoint_list)] = Field(
         default_factory=list, max_length=13, description="'all', or a list of checkpoint numbers from 0 to 12"
     )
 
@@ -251,6 +236,26 @@ class GenerateRequest(SamplingParams):
             raise InvalidRequest("add_generation_prompt", "True beside continue_final_message", "one of the two")
         return self
 
+    @model_validator(mode="after")
+    def _check_continuation(self) -> GenerateRequest:
+        if self.continuation is not None:
+            try:
+                GenerateRequest._check_prompt(self.continuation or [0])
+            except InvalidRequest as error:
+                raise InvalidRequest("continuation", error.value, error.expected) from None
+            beside = {"n": self.n > 1, "echo": self.echo, "prompt_logprobs": self.prompt_logprobs is not None}
+            beside |= {"stream": self.stream, "checkpoints": bool(self.checkpoints)}
+            others = [name for name, asked in beside.items() if asked]
+            is_chat = self.messages is not None
+            check_continuation(
+                self.continuation, self.prompt, is_chat=is_chat, others=others, max_tokens=self.max_tokens
+            )
+        return self
+
+    @property
+    def _scores_continuation(self) -> bool:
+        return self.continuation is not None
+
     @property
     def begins_answer(self) -> bool:
         """Whether the rendered messages end with the beginning of an answer."""
@@ -281,7 +286,7 @@ PUBLIC_NAMES = frozenset(GenerateRequest.model_fields) - INTERNAL_NAMES.keys() |
 #: What messages of other producers may name.
 WIRE_NAMES = frozenset(GenerateRequest.model_fields)
 #: Parameters that are whole numbers, also if a table or another language wrote them as 64.0.
-WHOLE_NAMES = frozenset({"max_tokens", "top_k", "n", "seed", "logprobs", "min_tokens"})
+WHOLE_NAMES = frozenset({"max_tokens", "top_k", "n", "seed", "logprobs", "prompt_logprobs", "min_tokens"})
 
 
 def plain_fields(fields: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -16,24 +16,32 @@ BYTES_OF_PROMPT_TOKEN = 3
 
 def largest_result(request: GenerateRequest) -> int:
     """Bytes of the result if every sample has `max_tokens` tokens."""
-    tokens = request.max_tokens
-    if request.echo:
-        prompt = request.prompt if request.messages is None else json.dumps(request.messages)
-        tokens += (
-            -(-len(prompt.encode(errors="replace")) // BYTES_OF_PROMPT_TOKEN)
-            if isinstance(prompt, str)
-            else len(prompt)
-        )
-    scores = 0 if request.logprobs is None else 1 + request.logprobs
-    return request.n * (SAMPLE_BYTES + tokens * (TOKEN_BYTES + scores * SCORE_BYTES))
+    prompt = _tokens(request.prompt if request.messages is None else json.dumps(request.messages))
+    tokens = request.max_tokens + request.echo * prompt
+    logprobs = request.logprobs
+    if request.continuation is not None:
+        tokens, logprobs = _tokens(request.continuation), request.logprobs or 0
+    scores = 0 if logprobs is None else 1 + logprobs
+    size = request.n * (SAMPLE_BYTES + tokens * (TOKEN_BYTES + scores * SCORE_BYTES))
+    if request.prompt_logprobs is not None:
+        size += prompt * (1 + request.prompt_logprobs) * SCORE_BYTES
+    return size
+
+
+def _tokens(text: str | list[int]) -> int:
+    """About how many tokens a text has."""
+    return -(-len(text.encode(errors="replace")) // BYTES_OF_PROMPT_TOKEN) if isinstance(text, str) else len(text)
 
 
 def check_result_size(request: GenerateRequest, limit: int) -> None:
     """Refuse a request whose result can become larger than `limit` bytes. Raises InvalidRequest."""
     size = largest_result(request)
     if size > limit:
-        field = "max_tokens" if request.logprobs is None else "logprobs"
+        asking = (name for name in ("prompt_logprobs", "logprobs") if getattr(request, name) is not None)
+        field = next(asking, "max_tokens")
         asked = f"n={request.n}, max_tokens={request.max_tokens}, logprobs={request.logprobs}"
+        if request.prompt_logprobs is not None:
+            asked += f", prompt_logprobs={request.prompt_logprobs}"
         raise InvalidRequest(
             field,
             f"{asked}{', echo=True' if request.echo else ''}, whose result may take {size} bytes",

@@ -35,13 +35,15 @@ class TokenLogprob(BaseModel):
     #: None for the first token of an echoed prompt, which has no context.
     logprob: float | None
     top: list[TopLogprob] = []
+    #: The place of the token among all tokens by probability, from 1; for tokens of a prompt or a continuation.
+    rank: int | None = Field(None, exclude_if=lambda value: value is None)
     #: The character of the choice's text where the token begins. A token that begins inside a character begins where
     #: that character does, and one whose text was left out at the end of the text. None in records of older workers.
     text_offset: int | None = None
 
 
 class Choice(BaseModel):
-    """One sample. With `echo`, text, token_ids and logprobs include the prompt.
+    """One sample. With `echo`, text, token_ids and logprobs include the prompt. With `continuation`, they are its own.
 
     Prompt and output are decoded together. A character that begins in a prompt of token ids and ends in the output
     belongs to the output.
@@ -101,6 +103,8 @@ class Result(BaseModel):
     #: The parameters that the request did not set and that the model's generation_config.json decided. Empty unless
     #: the worker has HEADRACE_GENERATION_CONFIG=auto.
     defaults: dict[str, int | float] = {}
+    #: With `prompt_logprobs`: of each token of the prompt.
+    prompt_logprobs: list[TokenLogprob] | None = Field(None, exclude_if=lambda value: value is None)
     #: The answer to `Client.tokenize`.
     tokenized: Tokenized | None = Field(None, exclude_if=lambda value: value is None)
 

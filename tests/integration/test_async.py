@@ -54,6 +54,9 @@ def test_every_method_gives_the_results_of_the_synchronous_client(client: Client
         assert (await own.status()).serves("demo")
         texts = await asyncio.gather(*(own.job(job.id).result(PATIENCE_S) for job in jobs))
         assert [result.usage.completion_tokens for result in texts] == [200, 1, 30]
+        scores = [score async for score in own.score_many([("The king", " had"), ("A", " b")] * 20, max_inflight=3)]
+        assert scores == [await own.score("The king", " had"), client.score("A", " b")] * 20
+        assert await own.choose(["The king"], [" had", " zebra"]) == client.choose(["The king"], [" had", " zebra"])
 
     run(redis_url, body)
 

@@ -15,6 +15,7 @@ from celery.result import AsyncResult
 
 from headrace.client import (
     Client,
+    InvalidRequest,
     Job,
     JobCancelled,
     JobExpired,
@@ -452,3 +453,34 @@ def test_the_status_shows_running_samples_and_failures_without_job_ids(client: C
     assert not any(job.id in str(record) for job in (failing, *jobs))
     for job in jobs:
         job.wait(timeout=PATIENCE_S)
+
+
+def test_scores_stream_in_order_and_answers_are_chosen_by_them(client: Client) -> None:
+    """Values are compared with other code in tests/unit/worker/engine/test_scoring.py; here they come through Redis."""
+    pairs: list[Any] = [("The king", " had"), {"prompt": "The king ", "continuation": "had"}, ("", "Hello"), ([5], [6])]
+    scores = list(client.score_many(iter(pairs * 3), max_inflight=5))
+    assert scores == [client.score("The king", " had"), *scores[1:4]] * 3
+    assert scores[0].logprob == scores[1].logprob
+    assert [score.characters for score in scores[:4]] == [4, 3, 5, 1]
+    answers = [" the", " zebra"]
+    likeliest = max(answers, key=lambda answer: client.score("He went to", answer).logprob)
+    assert (
+        client.choose("He went to", answers) == likeliest == client.choose(["He went to"], answers, normalize="byte")[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("pair", "field"),
+    [
+        (("a", ""), "continuation"),
+        (("a", [5]), "continuation"),
+        (("a", None), "continuation"),
+        ("ab", "pair"),
+        ({"prompt": "a", "continuation": "b", "n": 2}, "continuation"),
+        ({"prompt": "a", "continuation": "b" * 131_073}, "continuation"),
+    ],
+)
+def test_a_pair_that_cannot_be_scored_is_named(client: Client, pair: Any, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        list(client.score_many([("a", " b"), pair]))
+    assert caught.value.field == f"pairs[1].{field}"

@@ -56,6 +56,11 @@ def test_columns_of_datasets_pandas_and_pyarrow_give_the_same_texts(environment:
     assert "'prompt': 'The old house'" in printed
 
 
+def test_the_likeliest_answers_are_a_column(environment: dict[str, str]) -> None:
+    printed = run("choose_an_answer.py", env=environment)
+    assert printed.splitlines()[0].split() == ["review", "mood"]
+
+
 def test_a_seed_reproduces_the_samples(environment: dict[str, str]) -> None:
     printed = run("samples_with_a_seed.py", env=environment)
     assert printed.count("\n") == 6

@@ -170,6 +170,23 @@ def test_an_echoed_prompt_is_scored(api: openai.OpenAI, client: Client) -> None:
         assert top == {score.token: score.logprob} | {other.token: other.logprob for other in score.top}
 
 
+def test_the_prompt_has_log_probabilities_in_the_form_of_vllm(api: openai.OpenAI, client: Client) -> None:
+    asked = {"prompt": ["Hello there", "The king"], "max_tokens": 0, "extra_body": {"prompt_logprobs": 1}}
+    found = api.completions.create(**MODEL, **asked)  # type: ignore[call-overload]
+    for choice, prompt in zip(found.choices, ("Hello there", "The king"), strict=True):
+        _, *scores = client.submit(prompt, max_tokens=0, prompt_logprobs=1).result(PATIENCE_S).prompt_logprobs or []
+        expected = [
+            {score.token_id: (score.logprob, score.rank, score.token)}
+            | {top.token_id: (top.logprob, 1, top.token) for top in score.top}
+            for score in scores
+        ]
+        first, *others = choice.prompt_logprobs
+        assert first is None
+        assert [{int(name): tuple(entry.values()) for name, entry in each.items()} for each in others] == expected
+    with pytest.raises(openai.BadRequestError, match="prompt_logprobs: got 1; expected no such field beside stream"):
+        api.completions.create(**MODEL, stream=True, **{**asked, "max_tokens": 1})  # type: ignore[call-overload]
+
+
 def test_tokens_that_are_parts_of_a_character_have_names_and_offsets(api: openai.OpenAI) -> None:
     asked: dict[str, Any] = {**MODEL, "echo": True, "logprobs": 5, "max_tokens": 0}
     (choice,) = api.completions.create(prompt="😀 and", **asked).choices

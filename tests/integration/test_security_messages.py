@@ -214,8 +214,9 @@ def test_invalid_headers_end_no_worker(client: Client, worker: WorkerProcess, he
 
 def test_the_largest_valid_request_is_accepted(client: Client) -> None:
     """A worker must not refuse for its size what the client accepts."""
+    from headrace.client.wire.field_values import MAX_BIASES
     from headrace.client.wire.messages import MAX_MESSAGES_BYTES
-    from headrace.client.wire.requests import MAX_BIASES, MAX_PROMPT_BYTES, MAX_PROMPT_TOKENS, MAX_STOP_BYTES, TOKEN_IDS
+    from headrace.client.wire.requests import MAX_PROMPT_BYTES, MAX_PROMPT_TOKENS, MAX_STOP_BYTES, TOKEN_IDS
 
     more = {
         "stop": ["\x01" * MAX_STOP_BYTES] * 16,

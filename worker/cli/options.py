@@ -27,6 +27,7 @@ EFFECTS = {
     "stop": "end the text before this string",
     "seed": "seed of the random numbers; the same seed gives the same text",
     "logprobs": "return the log probabilities of this many alternatives to each token (shown with --json)",
+    "prompt_logprobs": "return those of the prompt's tokens and of this many alternatives to each (shown with --json)",
     "logit_bias": "add BIAS to the logit of the token ID before sampling",
     "presence_penalty": "subtract this from the logit of each token that has occurred in the new text",
     "frequency_penalty": "subtract this from a token's logit for each time it has occurred in the new text",

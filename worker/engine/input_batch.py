@@ -30,6 +30,18 @@ class SampledRow(NamedTuple):
         return Draw(params, sequence.prompt, output, sequence.seed, sequence.index)
 
 
+class ScoredRows(NamedTuple):
+    """Rows that give the log probabilities of `tokens` of a prompt: each row that of the token after it.
+
+    `with_first`: the first token of the prompt, which has none, is before them.
+    """
+
+    sequence: Sequence
+    rows: range
+    tokens: list[int]
+    with_first: bool
+
+
 def _sampling(sequence: Sequence) -> tuple[RowParams, RowParams]:
     """The sampler's parameters of a sequence, without and with its stop tokens banned; kept for its later steps."""
     params = {name: getattr(sequence.request, name) for name in _FROM_REQUEST}
@@ -110,10 +122,20 @@ class InputBatch:
             spans[chunk.sequence] = slice(first, row + chunk.count)
         return list(spans.items())
 
-    def scored_chunks(self) -> list[tuple[PromptChunk, slice]]:
-        """The chunks of prompts whose log probabilities the request asks for, with their rows."""
-        pairs = zip(self._chunk_rows, self._step.chunks, strict=True)
-        return [(chunk, slice(row, row + chunk.count)) for row, chunk in pairs if chunk.sequence.scores_prompt]
+    def scored_rows(self) -> list[ScoredRows]:
+        """The chunks of prompts whose log probabilities are asked for, with the rows that give them."""
+        scored = []
+        for row, chunk in zip(self._chunk_rows, self._step.chunks, strict=True):
+            sequence = chunk.sequence
+            if sequence.score_from is None:
+                continue
+            first = max(sequence.score_from, chunk.start + 1)
+            tokens = sequence.prompt[first : chunk.start + chunk.count + 1]
+            start = row + first - 1 - chunk.start
+            with_first = chunk.start == 0 and sequence.score_from == 0
+            if tokens or with_first:
+                scored.append(ScoredRows(sequence, range(start, start + len(tokens)), tokens, with_first))
+        return scored
 
 
 def slot_of(sequence: Sequence) -> Slot:

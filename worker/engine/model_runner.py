@@ -5,6 +5,7 @@ Shapes: M rows of a step, E embedding, V vocabulary, KV heads of keys and values
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as Rows
 
 import torch
@@ -20,8 +21,8 @@ from headrace.model.decoder import Decoder
 from headrace.model.kv_cache import KVCache
 from headrace.model.sampler import Draw, RowParams, filtered, sample, top_logprobs
 from headrace.worker.engine.cache_slots import SlotMove
-from headrace.worker.engine.input_batch import InputBatch, SampledRow, accepted_rows, slot_of
-from headrace.worker.engine.scheduler import ModelRunnerOutput, PrefixCopy, PromptChunk, SchedulerOutput
+from headrace.worker.engine.input_batch import InputBatch, SampledRow, ScoredRows, accepted_rows, slot_of
+from headrace.worker.engine.scheduler import ModelRunnerOutput, PrefixCopy, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence, Slot, TokenScore
 
 #: Prompt positions whose log probabilities are computed at once: 128 rows of GPT-2's logits are 26 MB.
@@ -105,7 +106,7 @@ class ModelRunner:
             hidden = self._forward(batch, [sequence.activations.at(rows) for sequence, rows in captured])
         for sequence, rows in captured:
             self._capture_step(sequence, hidden[rows])
-        prompt_scores = [self._score_chunk(chunk, hidden[rows]) for chunk, rows in batch.scored_chunks()]
+        prompt_scores = self._score_prompts(batch.scored_rows(), hidden)
         for source, same in step.same_prompt.items():
             for sequence in same:
                 self.copy(PrefixCopy(source, sequence, len(source.prompt)))
@@ -152,15 +153,24 @@ class ModelRunner:
                 scores[i] = score
         return scores
 
-    def _score_chunk(self, chunk: PromptChunk, hidden: Tensor) -> tuple[Sequence, list[TokenScore]]:
-        """Log probabilities of the prompt tokens that follow each position of a chunk. hidden: [count, E]."""
-        sequence = chunk.sequence
-        following = sequence.prompt[chunk.start + 1 : chunk.start + chunk.count + 1]
-        scores = [TokenScore(sequence.prompt[0], None, [])] if chunk.start == 0 else []
-        for start in range(0, len(following), SCORE_ROWS):
-            tokens = torch.tensor(following[start : start + SCORE_ROWS], device=hidden.device)
-            scores += _scores(self.model.head(hidden[start : start + len(tokens)]).float(), tokens)
-        return sequence, scores
+    def _score_prompts(self, scored: list[ScoredRows], hidden: Tensor) -> list[tuple[Sequence, list[TokenScore]]]:
+        """Log probabilities of the tokens of prompts that are asked for. hidden: [M, E].
+
+        Only the rows before these tokens go through the head, those of all prompts of the step together.
+        """
+        rows = [row for each in scored for row in each.rows]
+        tokens = [token for each in scored for token in each.tokens]
+        scores: list[TokenScore] = []
+        for start in range(0, len(rows), SCORE_ROWS):
+            part = slice(start, start + SCORE_ROWS)
+            indices, targets = (torch.tensor(x[part], device=hidden.device) for x in (rows, tokens))
+            scores += _scores(self.model.head(hidden[indices]).float(), targets, ranked=True)
+        of_rows = iter(scores)
+        found = []
+        for each in scored:
+            first = [TokenScore(each.sequence.prompt[0], None, [])] if each.with_first else []
+            found.append((each.sequence, [*first, *itertools.islice(of_rows, len(each.rows))]))
+        return found
 
     # --- captured activations --------------------------------------------------------------------------------------
 
@@ -208,14 +218,16 @@ def _to_bytes(tensor: Tensor) -> bytes:
     return save({"tensor": plain.contiguous()})
 
 
-def _scores(logits: Tensor, tokens: Tensor) -> list[TokenScore]:
+def _scores(logits: Tensor, tokens: Tensor, *, ranked: bool = False) -> list[TokenScore]:
     """Log probabilities of the tokens and of the likeliest others. logits: [R, V], tokens: [R].
 
     The number of others is always the same, so that the order of ties does not depend on what other requests ask for.
     """
     count = min(MAX_LOGPROBS, logits.shape[-1])
     chosen, ids, values = (tensor.tolist() for tensor in top_logprobs(logits, tokens, count))
+    own = logits.gather(1, tokens[:, None])
+    ranks = ((logits > own).sum(-1) + 1).tolist() if ranked else [None] * len(tokens)
     return [
-        TokenScore(token, logprob, list(zip(row_ids, row_values, strict=True)))
-        for token, logprob, row_ids, row_values in zip(tokens.tolist(), chosen, ids, values, strict=True)
+        TokenScore(token, logprob, list(zip(row_ids, row_values, strict=True)), rank)
+        for token, logprob, row_ids, row_values, rank in zip(tokens.tolist(), chosen, ids, values, ranks, strict=True)
     ]

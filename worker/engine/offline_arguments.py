@@ -119,7 +119,7 @@ ABSENT_METHODS = {
     "encode": "hidden states are in headrace validate and in Job.checkpoints; get_tokenizer().encode gives token ids",
     "embed": "the model generates text; hidden states are in Job.checkpoints",
     "classify": "the model generates text; compare the log probabilities of the labels with generate and logprobs",
-    "score": "the model generates text; headrace.client scores a text with echo=True, max_tokens=0 and logprobs",
+    "score": "the model generates text; headrace.client scores a text with Client.score",
     "reward": "the model generates text; use generate with logprobs",
     "apply_model": "headrace.model.load_model gives the module itself",
     "collective_rpc": "there are no worker processes; headrace.model.load_model gives the module itself",

@@ -164,7 +164,7 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
-    prompt_logprobs: None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     finished: bool = True
     metrics: None = None
     lora_request: None = None
@@ -182,7 +182,9 @@ def output_of(prompt: str | None, tokens: list[int], result: Result) -> RequestO
         tokens: its token ids.
         result: of the engine.
     """
-    return RequestOutput(result.id, prompt, tokens, [_completion(choice) for choice in result.choices])
+    outputs, scores = [_completion(choice) for choice in result.choices], result.prompt_logprobs
+    prompts = None if scores is None else [None if each.logprob is None else _logprobs(each) for each in scores]
+    return RequestOutput(result.id, prompt, tokens, outputs, prompts)
 
 
 def refuse_unknown(function: str, given: Iterable[str], known: Collection[str]) -> None:
@@ -207,7 +209,7 @@ def _completion(choice: Choice) -> CompletionOutput:
 
 
 def _logprobs(score: TokenLogprob) -> dict[int, Logprob]:
-    found = {score.token_id: Logprob(score.logprob or 0.0, None, score.token)}
+    found = {score.token_id: Logprob(score.logprob or 0.0, score.rank, score.token)}
     for rank, top in enumerate(score.top, 1):
         found[top.token_id] = Logprob(top.logprob, rank, top.token)
     return found

@@ -70,13 +70,11 @@ class OutputProcessor:
             self.accepted += accepted
 
     def _finish_scoring(self, sequence: Sequence) -> None:
-        """End a request for no new tokens. No sampling has shown its rows to be free of NaN, so its slot is cleared."""
+        """End a request for no new tokens; `retire` clears its slot, after others have copied its prefix."""
         last = sequence.prompt_scores[-1].logprob if sequence.prompt_scores else None
         if last is not None and math.isnan(last):  # a NaN reaches all later positions
             self._requests.fail(sequence, "nan_logits", NAN_MESSAGE)
             return
-        if sequence.slot is not None:
-            self._runner.clear(sequence.slot)
         sequence.finish("length")
 
     def _stream(self, state: RequestState, sequence: Sequence, on_text: Callable[..., None], now: float) -> None:
@@ -94,6 +92,8 @@ class OutputProcessor:
                 self._requests.guard(
                     state, functools.partial(self._hand_over_activations, sequence, state.on_activations)
                 )
+            if sequence.request.max_tokens == 0 and sequence.slot is not None:
+                self._runner.clear(sequence.slot)  # no sampling has shown its rows to be free of NaN
             self._requests.release(sequence)
             if state.finished and state in self._requests:
                 self._requests.guard(state, functools.partial(self._complete, state))

@@ -63,6 +63,7 @@ class RequestState:
             id=self.id,
             model=model,
             choices=[text.choice() for text in self.texts],
+            prompt_logprobs=self.texts[0].prompt_logprobs(),
             usage=Usage(
                 prompt_tokens=prompt_tokens, completion_tokens=new_tokens, total_tokens=prompt_tokens + new_tokens
             ),
@@ -111,7 +112,12 @@ def prepare(
     Raises:
         JobFailed: this model cannot compute the request.
     """
-    prompt, text, rest = read_prompt(request, tokenizer, ends, parse_special_tokens)
+    score_from = None
+    if request.continuation is None:
+        prompt, text, rest = read_prompt(request, tokenizer, ends, parse_special_tokens)
+    else:
+        prompt, text, score_from = read_continuation(request, tokenizer, ends, parse_special_tokens)
+        rest = b""
     request, chosen = with_defaults(request, defaults, max_context - len(prompt))
     check_token_ids(request, prompt, vocab_size)
     total = len(prompt) + request.max_tokens
@@ -123,7 +129,7 @@ def prepare(
         )
     _check_logprobs(request, len(prompt))
     seed = secrets.randbits(52) if request.seed is None else request.seed
-    sequences = [Sequence(request, prompt, i, seed, ends.eos_ids) for i in range(request.n)]
+    sequences = [Sequence(request, prompt, i, seed, ends.eos_ids, score_from) for i in range(request.n)]
     texts = [SequenceText(sequence, tokenizer, text, rest) for sequence in sequences]
     return RequestState(job_id, request, sequences, texts, seed, future, time.monotonic(), defaults=chosen)
 
@@ -160,6 +166,38 @@ def read_prompt(
     text = "".join(map(decoder.push, prompt))
     rest = decoder.rest
     return prompt, text + decoder.flush(), rest
+
+
+def read_continuation(
+    request: GenerateRequest, tokenizer: Tokenizer, ends: Ends, parse_special_tokens: bool | None = None
+) -> tuple[list[int], str, int]:
+    """Token ids of a prompt with its continuation, the text of the continuation, and how many tokens precede it.
+
+    As in evaluation harnesses: spaces at the end of the prompt belong to the continuation, since tokens begin with
+    their space, and the ids of both together are split where those of the prompt alone end. Token ids are joined.
+
+    Raises:
+        JobFailed: as `read_prompt`; `invalid_request` if the continuation has no token of its own.
+    """
+    given = request.continuation
+    if isinstance(given, list):
+        ids = [*map(int, request.prompt), *given]
+        decoder = tokenizer.decoder()
+        return ids, "".join(map(decoder.push, given)) + decoder.flush(), len(request.prompt)
+    text, after = str(request.prompt), str(given)
+    kept = text.rstrip()
+    start = request.model_copy(update={"prompt": kept, "continuation": None})
+    first, *_ = read_prompt(start, tokenizer, ends, parse_special_tokens)
+    moved = text[len(kept) :] + after
+    if kept:
+        whole = request.model_copy(update={"prompt": text + after})
+        ids, _ = encode_prompt(whole, tokenizer, parse_special_tokens)
+    else:
+        alone = request.model_copy(update={"prompt": moved, "add_special_tokens": False})
+        ids = [*first, *encode_prompt(alone, tokenizer, parse_special_tokens)[0]]
+    if len(ids) <= len(first):
+        raise JobFailed("invalid_request", "continuation: it has no token of its own after this prompt; give more text")
+    return ids, after, len(first)
 
 
 def encode_prompt(request: GenerateRequest, tokenizer: Tokenizer, parse: bool | None = None) -> tuple[list[int], str]:
@@ -211,12 +249,16 @@ def check_token_ids(request: GenerateRequest, prompt: list[int], vocab_size: int
 
 
 def _check_logprobs(request: GenerateRequest, prompt_tokens: int) -> None:
-    if request.logprobs is None:
-        return
-    tokens = request.n * (request.max_tokens + (prompt_tokens if request.echo else 0))
-    if (scores := tokens * (1 + request.logprobs)) > MAX_SCORES:
+    scores = 0
+    if request.logprobs is not None:
+        tokens = request.n * (request.max_tokens + (prompt_tokens if request.echo else 0))
+        scores = tokens * (1 + request.logprobs)
+    if request.prompt_logprobs is not None:
+        scores += prompt_tokens * (1 + request.prompt_logprobs)
+    if scores > MAX_SCORES:
         raise JobFailed(
             "too_many_logprobs",
-            f"n, max_tokens and logprobs ask for {scores} log probabilities, and a result holds at most {MAX_SCORES}; "
+            f"n, max_tokens, logprobs and prompt_logprobs ask for {scores} log probabilities, "
+            f"and a result holds at most {MAX_SCORES}; "
             "lower one of them, or submit the samples as several jobs with seeds of their own",
         )

@@ -216,20 +216,21 @@ class Scheduler:
     def _longest_prefix(self, sequence: Sequence) -> tuple[Sequence | None, int]:
         """The sequence admitted earlier that shares the most whole chunks, and how many tokens they are.
 
-        Only whole chunks are shared, because they have the same bits in every prompt that begins with them. The last
-        token of the prompt is not shared, because the first token is sampled from its row.
+        Only whole chunks are shared, because they have the same bits in every prompt that begins with them. Rows that
+        give logits are not shared: the last one, from which the first token is sampled, and those of scored tokens.
         """
         best: tuple[Sequence | None, int] = None, sequence.prefilled
-        if sequence.scores_prompt or sequence.captures_activations or len(sequence.prompt) <= self.prefill_chunk:
+        if sequence.captures_activations or sequence.reusable_prefix < self.prefill_chunk:
             return None, 0  # it needs all of its rows, or has no whole chunk to reuse
         for other in itertools.takewhile(lambda other: other is not sequence, self.running):
-            count = self._common_prefix(sequence.prompt, other.prompt)
+            count = self._common_prefix(sequence, other.prompt)
             if count > best[1]:
                 best = other, count
         return best
 
-    def _common_prefix(self, prompt: list[int], other: list[int]) -> int:
-        most = min(len(prompt) - 1, len(other)) // self.prefill_chunk * self.prefill_chunk
+    def _common_prefix(self, sequence: Sequence, other: list[int]) -> int:
+        prompt = sequence.prompt
+        most = min(sequence.reusable_prefix, len(other)) // self.prefill_chunk * self.prefill_chunk
         for start in range(0, most, self.prefill_chunk):
             if prompt[start : start + self.prefill_chunk] != other[start : start + self.prefill_chunk]:
                 return start

@@ -25,6 +25,8 @@ class TokenScore(NamedTuple):
     token_id: int
     logprob: float | None
     top: list[tuple[int, float]]
+    #: Its place among all tokens by probability, from 1; for tokens of a prompt.
+    rank: int | None = None
 
 
 @dataclass(eq=False)
@@ -37,6 +39,7 @@ class Sequence:
         index: the number of this sample in its request, from 0.
         seed: the seed of the request; the sampler combines it with `index`.
         eos_ids: the tokens that end a text, unless the request ignores them.
+        score_from: the first token of the prompt whose log probability is asked for; None: what the request says.
     """
 
     request: GenerateRequest
@@ -44,6 +47,7 @@ class Sequence:
     index: int
     seed: int
     eos_ids: frozenset[int] = frozenset()
+    score_from: int | None = None
     output: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
     prompt_scores: list[TokenScore] = field(default_factory=list)
@@ -67,6 +71,9 @@ class Sequence:
     def __post_init__(self) -> None:
         if self.request.ignore_eos:
             self.eos_ids = frozenset()
+        request = self.request
+        if request.prompt_logprobs is not None or (request.echo and request.logprobs is not None):
+            self.score_from = 0
         #: Tokens that end the sequence, once it has `min_tokens`.
         self.stop_tokens = (
             self.eos_ids.union(self.request.stop_token_ids) if self.request.stop_token_ids else self.eos_ids
@@ -85,8 +92,17 @@ class Sequence:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether the request asks for log probabilities of the prompt, which need logits at all of its positions."""
-        return self.request.echo and self.request.logprobs is not None
+        """Whether the request asks for log probabilities of the prompt, from `score_from` on."""
+        return self.score_from is not None
+
+    @property
+    def reusable_prefix(self) -> int:
+        """How many tokens of its prompt another sequence may compute for it: those whose rows give it no logits.
+
+        The logits of a token are those of the row before it; the last row gives those of the first new token.
+        """
+        first = len(self.prompt) if self.score_from is None else self.score_from
+        return max(first - 1, 0)
 
     @property
     def captures_activations(self) -> bool:
@@ -101,7 +117,7 @@ class Sequence:
     @property
     def prefill_key(self) -> tuple[object, ...]:
         """Sequences with equal keys can share one prefill. A captured sequence shares its prefill with no other."""
-        return tuple(self.prompt), self.scores_prompt, self if self.captures_activations else None
+        return tuple(self.prompt), self.score_from, self if self.captures_activations else None
 
     def propose(self, most: int) -> list[int]:
         """Up to `most` proposed tokens after the next one, and never so many that `max_tokens` would be exceeded.

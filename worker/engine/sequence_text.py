@@ -206,6 +206,8 @@ class SequenceText:
 
     def choice(self) -> Choice:
         """This sample as the result holds it."""
+        if self.sequence.request.continuation is not None:
+            return self._continuation()
         sequence, echo, logprobs = self.sequence, self.sequence.request.echo, self._logprobs_from(0)
         return Choice(
             index=sequence.index,
@@ -215,6 +217,25 @@ class SequenceText:
             stop_reason=sequence.stop_reason,
             logprobs=self._with_prompt(logprobs) if echo else logprobs,
         )
+
+    def _continuation(self) -> Choice:
+        """The continuation that was scored."""
+        sequence = self.sequence
+        scores = sequence.prompt_scores
+        return Choice(
+            index=sequence.index,
+            text=self._prompt_text,
+            token_ids=[score.token_id for score in scores],
+            finish_reason="length",
+            logprobs=self._prompt_logprobs(scores, sequence.request.logprobs),
+        )
+
+    def prompt_logprobs(self) -> list[TokenLogprob] | None:
+        """Log probabilities of the prompt, if the request has `prompt_logprobs`."""
+        sequence = self.sequence
+        if (count := sequence.request.prompt_logprobs) is None:
+            return None
+        return self._prompt_logprobs(sequence.prompt_scores, count)
 
     @property
     def _text_start(self) -> int:
@@ -228,7 +249,8 @@ class SequenceText:
             return None
         hidden = 0 if sequence.request.echo else len(self._prompt_text)
         for score in sequence.scores[len(logprobs) :]:
-            logprobs.append(self._logprob(score, max(self._offsets.next(score.token_id) - hidden, 0)))
+            at_text = max(self._offsets.next(score.token_id) - hidden, 0)
+            logprobs.append(self._logprob(score, at_text, sequence.request.logprobs))
         if sequence.finish_reason == "stop":
             self._move_removed_tokens()
         return logprobs[at:]
@@ -246,17 +268,20 @@ class SequenceText:
     def _with_prompt(self, logprobs: list[TokenLogprob] | None) -> list[TokenLogprob] | None:
         if logprobs is None:
             return None
+        return [*self._prompt_logprobs(self.sequence.prompt_scores, self.sequence.request.logprobs), *logprobs]
+
+    def _prompt_logprobs(self, scores: list[TokenScore], count: int | None) -> list[TokenLogprob]:
         offsets, end = OffsetCounter(self._tokenizer), len(self._prompt_text)
         # The text may lack what the tokenizer adds around a prompt.
-        prompt = (self._logprob(s, min(offsets.next(s.token_id), end)) for s in self.sequence.prompt_scores)
-        return [*prompt, *logprobs]
+        return [self._logprob(score, min(offsets.next(score.token_id), end), count or 0) for score in scores]
 
-    def _logprob(self, score: TokenScore, text_offset: int) -> TokenLogprob:
-        name, count = self._tokenizer.token_name, self.sequence.request.logprobs
+    def _logprob(self, score: TokenScore, text_offset: int, count: int) -> TokenLogprob:
+        name = self._tokenizer.token_name
         return TokenLogprob(
             token_id=score.token_id,
             token=name(score.token_id),
             logprob=score.logprob,
             top=[TopLogprob(token_id=i, token=name(i), logprob=p) for i, p in score.top[:count]],
             text_offset=text_offset,
+            rank=score.rank,
         )

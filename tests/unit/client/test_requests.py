@@ -135,7 +135,7 @@ def test_an_error_never_quotes_the_prompt() -> None:
 def test_defaults_are_those_of_the_openai_api_and_vllm() -> None:
     expected: dict[str, Any] = {
         "max_tokens": 16, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "n": 1, "stop": [], "seed": None,
-        "logprobs": None, "logit_bias": {}, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+        "logprobs": None, "prompt_logprobs": None, "logit_bias": {}, "presence_penalty": 0.0, "frequency_penalty": 0.0,
         "repetition_penalty": 1.0, "echo": False, "min_tokens": 0, "ignore_eos": False, "stop_token_ids": [],
         "skip_special_tokens": True,
     }  # fmt: skip

@@ -41,6 +41,7 @@ SAMPLING: dict[str, tuple[list[str], Any]] = {
     "stop": (["one", "a=b"], ["one", "a=b"]),
     "seed": (["7"], 7),
     "logprobs": (["2"], 2),
+    "prompt_logprobs": (["2"], 2),
     "logit_bias": (["50256=-100", "11=0.5"], {50256: -100.0, 11: 0.5}),
     "presence_penalty": (["-1"], -1.0),
     "frequency_penalty": (["0.5"], 0.5),

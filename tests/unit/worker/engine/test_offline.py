@@ -185,7 +185,7 @@ def test_sampling_parameters_of_vllm_that_ask_for_nothing_are_accepted(llm: LLM)
 @pytest.mark.parametrize(
     ("params", "instead"),
     [
-        ({"prompt_logprobs": 1}, "echo"),
+        ({"prompt_logprobs": 21}, "0 to 20"),
         ({"bad_words": ["a"]}, "logit_bias"),
         ({"use_beam_search": True}, "samples"),
         ({"best_of": 3}, "all n samples"),

@@ -1,0 +1,35 @@
+"""The programs: what is installed, and what each does. `drivers/NAME.py` runs in the program's own environment."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Program(NamedTuple):
+    """A program.
+
+    Attributes:
+        name: of its driver, with `_` for `-`.
+        packages: what pip installs; the first is the one whose version is shown.
+        does: what its driver does.
+        sees_ours: whether it needs torch and transformers, and so sees the packages of this environment.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    does: str
+    sees_ours: bool = False
+
+
+PROGRAMS = (
+    Program(
+        "lm-eval",
+        ("lm_eval[api]", "accelerate"),
+        "four tasks against its own Hugging Face backend, twice with other batches",
+        sees_ours=True,
+    ),
+    Program("litellm", ("litellm",), "a completion, a stream and a chat error"),
+    Program("langchain-openai", ("langchain-openai",), "a completion, a batch of five and a stream"),
+    Program("llama-index", ("llama-index-llms-openai-like",), "a completion and a stream"),
+    Program("schemathesis", ("schemathesis",), "requests made from the OpenAPI description"),
+)
