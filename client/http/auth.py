@@ -38,10 +38,7 @@ HEALTH_PATH, UPLOAD_PATH, PAGE_PATH = "/health", "/v1/files", "/"
 #: What the page consists of besides its HTML, and the media types.
 PAGE_FILES = {
     "/page.css": "text/css",
-    **dict.fromkeys(
-        ("/page.js", "/page-parts.js", "/page-chart.js", "/page-jobs.js", "/page-try.js", "/page-compare.js"),
-        "text/javascript",
-    ),
+    **{f"/page{part}.js": "text/javascript" for part in ("", "-parts", "-chart", "-jobs", "-try", "-compare")},
 }
 VERSION_PATH, OPENAPI_PATH = "/version", "/openapi.json"
 #: Paths that need no key: they reveal nothing about anybody's requests.

@@ -54,7 +54,7 @@ function draw() {
   if (point) {
     const left = x(point[0]), tip = at("tip"), ago = Math.max(0, Math.round(drawn.now - point[0]));
     parts.push(shape("line", {class: "cursor", x1: left, x2: left, y1: TOP, y2: height - BOTTOM}), shape("circle", {cx: left, cy: y(point[1]), r: 5}));
-    tip.textContent = `${count(point[1])} tokens/s, ${ago ? `${Math.floor(ago / 60)}:${String(ago % 60).padStart(2, "0")} min ago` : "now"}`;
+    tip.textContent = `${count(point[1])} tokens/s, ${!ago ? "now" : ago < 60 ? `${ago} s ago` : `${Math.floor(ago / 60)}:${String(ago % 60).padStart(2, "0")} min ago`}`;
     tip.style.left = `${Math.min(Math.max(0, left - tip.offsetWidth / 2), width - tip.offsetWidth)}px`;
   }
   at("chart").replaceChildren(...parts);

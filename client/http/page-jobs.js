@@ -1,5 +1,5 @@
 // The views of jobs and batches. They show to whom a job belongs what it is doing, never what it says.
-import {ask, at, count, empty, make, show, span, table} from "./page-parts.js";
+import {ask, at, count, empty, fine, make, show, span, table} from "./page-parts.js";
 
 let after = "";
 
@@ -13,7 +13,7 @@ function cancelButton(path, words) {
 
 function jobRow(job) {
   const open = job.state === "queued" || job.state === "running";
-  const took = job.ended_after_s === null ? "" : span(job.ended_after_s);
+  const took = job.ended_after_s === null ? "" : fine(job.ended_after_s);
   return make("tr", [make("td", make("span", job.id, {class: "id"})), make("td", chip(job.state)), make("td", job.model),
     make("td", `${span(job.age_s)} ago`), make("td", took),
     make("td", open ? cancelButton(`jobs/${job.id}/cancel`, `cancel job ${job.id}`) : "", {class: "act"})]);
@@ -33,11 +33,12 @@ export async function refreshJobs() {
 function batchCard(batch) {
   const {total, completed, failed} = batch.request_counts, parts = [make("i"), make("b")];
   parts[0].style.width = `${100 * completed / Math.max(1, total)}%`; parts[1].style.width = `${100 * failed / Math.max(1, total)}%`;
-  const words = `${count(completed)} of ${count(total)} rows done${failed ? `, ${count(failed)} failed` : ""}`;
+  const words = `${count(completed)} of ${count(total)} rows computed${failed ? `, ${count(failed)} failed` : ""}`;
   const bar = make("div", parts, {class: "progress", role: "progressbar", "aria-valuemin": 0, "aria-valuemax": total, "aria-valuenow": completed + failed, "aria-label": words});
   const head = make("div", [make("span", batch.id, {class: "id"}), chip(batch.status), make("small", `${span(Math.max(0, Date.now() / 1000 - batch.created_at))} ago`)], {class: "worker-head"});
-  const card = make("article", [head, bar, make("small", words)], {class: "card"});
-  if (["validating", "in_progress"].includes(batch.status)) card.append(make("div", cancelButton(`v1/batches/${batch.id}/cancel`, `cancel ${batch.id}`), {class: "act"}));
+  const card = make("article", head, {class: "card"});
+  if (total) card.append(bar, make("small", words));
+  if (["validating", "in_progress"].includes(batch.status)) head.append(cancelButton(`v1/batches/${batch.id}/cancel`, `cancel ${batch.id}`));
   if (batch.errors) card.append(make("p", batch.errors.data.slice(0, 3).map(error => `${error.line ? `line ${error.line}: ` : ""}${error.message}`).join("; "), {class: "bad"}));
   return card;
 }

@@ -11,9 +11,9 @@ export function make(name, content, attributes = {}) {
 
 export const count = value => new Intl.NumberFormat("en", {maximumFractionDigits: 0}).format(value);
 export const short = value => new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 3}).format(value);
-export const span = s => s < 10 ? `${s.toFixed(1)} s` : s < 90 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 60)} min`
+export const span = s => s < 90 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 60)} min`
   : s < 172800 ? `${Math.round(s / 3600)} h` : `${Math.round(s / 86400)} d`;
-export const fine = s => s < 0.001 ? "<1 ms" : s < 1 ? `${Math.round(s * 1000)} ms` : s < 10 ? `${s.toFixed(2)} s` : span(s);
+export const fine = s => s < 0.001 ? "<1 ms" : s < 1 ? `${Math.round(s * 1000)} ms` : s < 10 ? `${s.toFixed(2)} s` : s < 90 ? `${s.toFixed(1)} s` : span(s);
 export const sum = (items, name) => items.reduce((total, item) => total + item[name], 0);
 
 // The key stays in this tab's storage; a tab that is closed forgets it.

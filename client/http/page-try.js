@@ -15,7 +15,7 @@ export function setModels(models) {
 
 function request() {
   const body = {model: at("model").value || null, prompt: at("prompt").value, priority: "interactive", stream: true, stream_options: {include_usage: true}};
-  for (const input of at("try").querySelectorAll("input[name]")) if (input.value !== "") body[input.name] = +input.value;
+  for (const input of at("ask").querySelectorAll("input[name]")) if (input.value !== "") body[input.name] = +input.value;
   const stops = at("stops").value.split("\n").filter(Boolean);
   if (stops.length) body.stop = stops;
   if (at("ignore-eos").checked) body.ignore_eos = true;
@@ -74,7 +74,7 @@ async function generate() {
   const began = performance.now(), target = make("span"), outcome = at("outcome");
   let tokens = 0, seed = null, reason = "", first = 0;
   written = "";
-  at("token").hidden = true; at("copy").disabled = true;
+  at("token").hidden = true; at("legend").hidden = !at("probabilities").checked; at("copy").disabled = true;
   at("text").replaceChildren(make("span", at("prompt").value, {class: "prompt"}), target);
   const wait = () => { if (!first) { outcome.className = "hint waiting"; outcome.textContent = `waiting for a slot, ${span((performance.now() - began) / 1000)}`; } };
   wait();
@@ -105,8 +105,8 @@ at("copy").onclick = async () => {
   catch { getSelection().selectAllChildren(at("text")); at("copy").textContent = "Selected: press Ctrl-C"; }
   setTimeout(() => { at("copy").textContent = "Copy"; }, 2000);
 };
-at("prompt").onkeydown = event => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("try").requestSubmit(); };
-at("try").onsubmit = async event => {
+at("prompt").onkeydown = event => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("ask").requestSubmit(); };
+at("ask").onsubmit = async event => {
   event.preventDefault();
   if (running) return;
   running = new AbortController();

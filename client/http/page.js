@@ -34,7 +34,7 @@ function showNumbers(status) {
   show(at("numbers"),
     box("tokens per second", count(sum(status.workers, "tokens_per_s")), "all workers, now"),
     box("slots in use", `${count(sum(status.workers, "running"))} of ${count(sum(status.workers, "slots"))}`, `${workers} ${workers === 1 ? "worker" : "workers"}`),
-    box("queued", count(queued), queued ? `${short(queues.interactive)} interactive, ${short(queues.normal)} normal, ${short(queues.bulk)} bulk` : "no job waits"),
+    box("queued", count(queued), Object.entries(queues).filter(([, n]) => n).map(([name, n]) => `${short(n)} ${name}`).join(", ") || "no job waits"),
     box("finished", count(ended.succeeded), other || "since the workers started"),
     box("failed", count(ended.failed), status.dead ? `${count(status.dead)} unreadable messages` : "since the workers started", ended.failed ? "bad" : ""));
 }
@@ -48,11 +48,13 @@ function facts(worker) {
   }
   const ended = worker.ended;
   found.push(["finished / failed", `${count(ended.succeeded)} / ${count(ended.failed)}`]);
-  const {first_token_s: first, total_s: total, jobs} = worker.latency;
-  if (jobs) {
-    found.push([`first token, p50 / p90 / p99`, first.map(fine).join(" / ")], [`whole job, p50 / p90 / p99`, total.map(fine).join(" / ")]);
-  }
   return make("dl", found.map(([name, value]) => make("div", [make("dt", name), make("dd", value)])), {class: "facts"});
+}
+
+function latencies({first_token_s: first, total_s: total, jobs}) {
+  const row = (name, values) => make("tr", [make("th", name, {scope: "row"}), ...values.map(value => make("td", fine(value)))]);
+  const words = jobs === 1 ? "the last job, from its arrival at the worker" : `the last ${jobs} jobs, from their arrival at the worker`;
+  return make("div", [table(["", "median", "90 %", "99 %"], [row("first token", first), row("whole job", total)]), make("small", words)], {class: "latency"});
 }
 
 function slotCell(row) {
@@ -72,7 +74,7 @@ function workerCard(worker, now) {
   const head = make("div", [make("strong", worker.model), make("span", worker.name, {class: "mono dim"}), state], {class: "worker-head"});
   const used = `${worker.running} of ${worker.slots} slots of ${worker.name} in use`;
   const slots = make("ul", Array.from({length: worker.slots}, (_, i) => slotCell(worker.rows[i])), {class: "slots", "aria-label": used});
-  const card = make("article", [head, slots, facts(worker)], {class: "card"});
+  const card = make("article", [head, slots, make("div", [facts(worker), worker.latency.jobs ? latencies(worker.latency) : ""], {class: "about"})], {class: "card"});
   if (worker.fingerprint) card.append(make("small", worker.fingerprint, {class: "fine mono"}));
   return card;
 }

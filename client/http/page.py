@@ -28,7 +28,7 @@ _FILES = {path: (_FOLDER / path.removeprefix("/")).read_text() for path in PAGE_
 HEADERS = {
     # The page may use its own files and send requests to this server; nothing else.
     "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "x-content-type-options": "nosniff",
