@@ -28,7 +28,8 @@ export async function ask(path, options = {}) {
   try { answer = await fetch(path, {...options, headers: {...headers(), ...options.headers}}); }
   catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Refused(0, {message: "the server does not answer", code: "no_server"});
+    const silent = error.name === "TimeoutError" ? "has not answered in time; Redis may be away" : "does not answer";
+    throw new Refused(0, {message: `the server ${silent}`, code: "no_server"});
   }
   if (answer.ok) return answer;
   let error = {message: `the server answered ${answer.status}`, code: "unknown"};

@@ -5,7 +5,7 @@ import {refreshBatches, refreshJobs} from "./page-jobs.js";
 import {openComparison} from "./page-compare.js";
 import {setModels} from "./page-try.js";
 
-const INTERVAL_MS = 2000;
+const INTERVAL_MS = 2000, TIMEOUT_MS = 6000;
 const VIEWS = ["overview", "jobs", "batches", "try", "compare"];
 let view = "overview", last = null, timer = 0;
 
@@ -98,10 +98,11 @@ function showStatus(status) {
 
 function showTrouble(error) {
   const locked = error instanceof Refused && error.status === 401, when = at("when");
-  document.body.classList.toggle("stale", true);
+  document.body.classList.toggle("stale", !locked); document.body.classList.toggle("locked", locked);
   when.className = "bad";
   when.textContent = locked ? "a key is needed" : last ? `as of ${last.toLocaleTimeString()}` : "no data";
   at("keybox").hidden = !locked;
+  if (locked) sessionStorage.removeItem("key");
   at("trouble").hidden = locked && !at("key").value;
   const title = locked ? "This key is not valid. " : last ? "No news: what is shown is old. " : "No data. ";
   at("trouble").replaceChildren(make("strong", title), locked ? "Check it, or ask whoever runs the server." : error.message);
@@ -110,9 +111,9 @@ function showTrouble(error) {
 async function refresh() {
   clearTimeout(timer);
   try {
-    const status = await (await ask("status.json")).json();
+    const status = await (await ask("status.json", {signal: AbortSignal.timeout(TIMEOUT_MS)})).json();
     last = new Date(status.now * 1000);
-    document.body.classList.toggle("stale", false);
+    document.body.classList.remove("stale", "locked");
     at("keybox").hidden = at("trouble").hidden = true;
     at("when").className = status.workers.some(worker => !worker.stalled) ? "ok" : "bad";
     at("when").textContent = last.toLocaleTimeString();
