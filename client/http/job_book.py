@@ -90,7 +90,7 @@ class JobBook:
         ]
         if search:
             found = [entry for entry in found if search in entry.id or search in keys.tag(entry.id)]
-        counts = Counter(entry.state for entry in found)
+        counts: Counter[str] = Counter(entry.state for entry in found)
         return [entry for entry in found if state in ("", entry.state)], dict(counts)
 
     @staticmethod

@@ -134,7 +134,7 @@ class JobCounts(JobObserver):
         state = outcome_state(ending.outcome)
         self.finished[state] += 1
         self._by_model[ending.model][state] += 1
-        if isinstance(ending.outcome, Result):
+        if isinstance(ending.outcome, Result) and ending.outcome.usage.completion_tokens:  # it had a first token
             timings = ending.outcome.timings
             first_s = timings.waiting_s + timings.prefill_s
             self._latencies[ending.model].append((first_s, first_s + timings.decode_s))
