@@ -39,6 +39,7 @@ function describe(token, logprob, top) {
 // Tokens as parts of the text. A token that is part of a character has no text of its own.
 function addTokens(target, choice) {
   const {tokens, token_logprobs: values, top_logprobs: tops, text_offset: offsets} = choice.logprobs;
+  at("legend").hidden = false;
   const begin = [...written].length, letters = [...written, ...choice.text];
   tokens.forEach((token, i) => {
     const text = letters.slice(i ? offsets[i] : begin, i + 1 < tokens.length ? offsets[i + 1] : letters.length).join("");
@@ -74,7 +75,7 @@ async function generate() {
   const began = performance.now(), target = make("span"), outcome = at("outcome");
   let tokens = 0, seed = null, reason = "", first = 0;
   written = "";
-  at("token").hidden = true; at("legend").hidden = !at("probabilities").checked; at("copy").disabled = true;
+  at("token").hidden = true; at("legend").hidden = true; at("copy").disabled = true;
   at("text").replaceChildren(make("span", at("prompt").value, {class: "prompt"}), target);
   const wait = () => { if (!first) { outcome.className = "hint waiting"; outcome.textContent = `waiting for a slot, ${span((performance.now() - began) / 1000)}`; } };
   wait();

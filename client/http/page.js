@@ -30,13 +30,14 @@ function showNumbers(status) {
   const queued = queues.interactive + queues.normal + queues.bulk;
   const ended = Object.fromEntries(["succeeded", "failed", "cancelled", "expired"].map(name => [name, status.workers.reduce((all, worker) => all + worker.ended[name], 0)]));
   const workers = new Set(status.workers.map(worker => worker.name.split("@")[0])).size;
+  const since = workers ? "since the workers started" : "no worker counts";
   const other = [ended.cancelled && `${count(ended.cancelled)} cancelled`, ended.expired && `${count(ended.expired)} expired`].filter(Boolean).join(", ");
   show(at("numbers"),
     box("tokens per second", count(sum(status.workers, "tokens_per_s")), "all workers, now"),
     box("slots in use", `${count(sum(status.workers, "running"))} of ${count(sum(status.workers, "slots"))}`, `${workers} ${workers === 1 ? "worker" : "workers"}`),
     box("queued", count(queued), Object.entries(queues).filter(([, n]) => n).map(([name, n]) => `${short(n)} ${name}`).join(", ") || "no job waits"),
-    box("finished", count(ended.succeeded), other || "since the workers started"),
-    box("failed", count(ended.failed), status.dead ? `${count(status.dead)} unreadable messages` : "since the workers started", ended.failed ? "bad" : ""));
+    box("finished", workers ? count(ended.succeeded) : "–", other || since),
+    box("failed", workers ? count(ended.failed) : "–", status.dead ? `${count(status.dead)} unreadable messages` : since, ended.failed ? "bad" : ""));
 }
 
 function facts(worker) {
@@ -105,7 +106,7 @@ function showTrouble(error) {
   if (locked) sessionStorage.removeItem("key");
   at("trouble").hidden = locked && !at("key").value;
   const title = locked ? "This key is not valid. " : last ? "No news: what is shown is old. " : "No data. ";
-  at("trouble").replaceChildren(make("strong", title), locked ? "Check it, or ask whoever runs the server." : error.message);
+  at("trouble").replaceChildren(make("strong", title), locked ? "Check it, or ask whoever runs the server." : error.message.charAt(0).toUpperCase() + error.message.slice(1));
 }
 
 async function refresh() {
