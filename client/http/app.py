@@ -26,7 +26,7 @@ from headrace.client.http.file_store import FileStore
 from headrace.client.http.jobs import JobRunner
 from headrace.client.http.page import StatusReporter
 from headrace.client.http.request_checks import RequestChecks
-from headrace.client.http.routes import batches, completions, execute, files, models, status, tokens
+from headrace.client.http.routes import batches, completions, execute, files, jobs, models, status, tokens
 from headrace.client.http.tracing import TracingMiddleware
 from headrace.client.jobs.together import MAX_RESPONSE_RESULTS
 from headrace.client.wire.errors import HeadraceError
@@ -39,7 +39,8 @@ TIMEOUT_S = 600.0
 #: How often expired files and batches are deleted.
 CLEANUP_INTERVAL_S = 3_600.0
 
-ROUTES = [route for module in (files, batches, completions, tokens, execute, models, status) for route in module.ROUTES]
+_MODULES = (files, batches, completions, tokens, execute, models, jobs, status)
+ROUTES = [route for module in _MODULES for route in module.ROUTES]
 
 
 def make_app(

@@ -35,9 +35,14 @@ MULTIPART_OVERHEAD_BYTES = 2**16
 DRAIN_BYTES = 8 * 2**20
 
 HEALTH_PATH, UPLOAD_PATH, PAGE_PATH = "/health", "/v1/files", "/"
+#: What the page consists of besides its HTML, and the media types.
+PAGE_FILES = {
+    "/page.css": "text/css",
+    **{f"/page{part}.js": "text/javascript" for part in ("", "-parts", "-chart", "-jobs", "-try", "-compare")},
+}
 VERSION_PATH, OPENAPI_PATH = "/version", "/openapi.json"
 #: Paths that need no key: they reveal nothing about anybody's requests.
-PUBLIC_PATHS = (HEALTH_PATH, PAGE_PATH, VERSION_PATH, OPENAPI_PATH)
+PUBLIC_PATHS = (HEALTH_PATH, PAGE_PATH, *PAGE_FILES, VERSION_PATH, OPENAPI_PATH)
 #: The key under which the middleware stores the owner's name in the ASGI scope.
 OWNER_KEY = "headrace.owner"
 

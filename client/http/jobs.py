@@ -12,11 +12,12 @@ from typing import Any, Literal, TypeVar
 
 from headrace.client.async_client import AsyncClient, AsyncJob
 from headrace.client.http.errors import RETRY_AFTER_S, ApiError, translate
+from headrace.client.http.job_book import JobBook
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event
 from headrace.client.jobs.together import MAX_RESPONSE_RESULTS, check_copies, check_response
 from headrace.client.wire.errors import HeadraceError, InvalidRequest, RedisRefused, RedisUnreachable
-from headrace.client.wire.results import Result
+from headrace.client.wire.results import Result, outcome_state
 from headrace.client.wire.values import show
 from headrace.config.model_names import served_name
 
@@ -70,6 +71,7 @@ class JobRunner:
         self._cached_status: Status | HeadraceError | None = None
         self._cached_at = -STATUS_CACHE_S
         self._status_lock = asyncio.Lock()
+        self.book = JobBook()
         self._cancellations: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -138,6 +140,7 @@ class JobRunner:
         *,
         field: Literal["prompt", "messages"] = "prompt",
         is_list: bool = False,
+        owner: str = "",
     ) -> SubmittedJobs:
         """Queue one job for each prompt, all with the same parameters.
 
@@ -145,6 +148,7 @@ class JobRunner:
             prompts: texts and lists of token ids, or one list of messages.
             field: which of the two they are.
             is_list: whether the request had a list of prompts, so that an error names the index of the wrong one.
+            owner: whose key the request had; the jobs are listed to it.
 
         Raises:
             ApiError: no worker serves the model.
@@ -167,6 +171,7 @@ class JobRunner:
         except (RedisUnreachable, RedisRefused) as error:
             self._cancel(error.accepted.values())
             raise
+        self.book.add([job.id for job in jobs], owner=owner, model=model)
         return SubmittedJobs(model, jobs, timeout_s + TIMEOUT_GRACE_S)
 
     @contextlib.contextmanager
@@ -175,6 +180,7 @@ class JobRunner:
         try:
             yield
         finally:
+            self.book.end({job.id: "cancelled" if job.outcome is None else outcome_state(job.outcome) for job in jobs})
             self._cancel(job for job in jobs if job.outcome is None)
 
     def _cancel(self, jobs: Iterable[AsyncJob]) -> None:
@@ -206,10 +212,13 @@ class JobRunner:
         try:
             async for job in self._client.as_completed(submitted.jobs, submitted.wait_s):
                 index = index_of[job.id]
+                if job.outcome is not None:
+                    self.book.end({job.id: outcome_state(job.outcome)})
                 del waiting[job.id]
                 converted[index] = await asyncio.to_thread(convert, index, await job.result())
                 job.outcome = None
         finally:
+            self.book.end(dict.fromkeys(waiting, "cancelled"))
             self._cancel(waiting.values())
         return [converted[index] for index in range(len(submitted.jobs))]
 

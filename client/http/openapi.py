@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from headrace import __version__
 from headrace.client.batch.openai import OTHER_ENDPOINTS, PROMPT_FORMS, STREAM_OPTIONS
-from headrace.client.http.auth import OPENAPI_PATH, PAGE_PATH, PUBLIC_PATHS
+from headrace.client.http.auth import OPENAPI_PATH, PAGE_FILES, PAGE_PATH, PUBLIC_PATHS
 from headrace.client.http.batch_objects import PRIVATE_FIELDS, BatchRequest, BatchState
 from headrace.client.http.file_store import PRIVATE_FILE_FIELDS, StoredFile
 from headrace.client.http.schemas import (
@@ -28,7 +28,7 @@ from headrace.client.http.schemas import (
 from headrace.client.http.token_requests import TOKENIZE_FLAGS
 from headrace.client.jobs.status import Status
 from headrace.client.wire.requests import MAX_LOGPROBS, GenerateRequest
-from headrace.client.wire.results import Result
+from headrace.client.wire.results import Result, State
 
 REF = "#/components/schemas/{model}"
 
@@ -83,6 +83,19 @@ _UPLOAD = {
 }
 
 
+_NUMBER = {"type": "number"}
+#: A job in a list: no prompt, no text.
+_JOB = _object(
+    id=_TEXT,
+    tag=_TEXT,
+    model=_TEXT,
+    state={"enum": list(get_args(State))},
+    created_at=_NUMBER,
+    age_s=_NUMBER,
+    ended_after_s={"type": ["number", "null"]},
+)
+
+
 def _whole_number(most: int) -> dict[str, Any]:
     return {"type": "integer", "minimum": 1, "maximum": most}
 
@@ -121,6 +134,16 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/batches/{id}/cancel"): Operation(_ref("Batch")),
     ("GET", "/health"): Operation(_object(status={"enum": ["ok", "no_worker", "no_redis"]})),
     ("GET", PAGE_PATH): Operation(media_types=("text/html",)),
+    **{("GET", path): Operation(media_types=(media_type,)) for path, media_type in PAGE_FILES.items()},
+    ("GET", "/jobs.json"): Operation(
+        _object(data={"type": "array", "items": _JOB}, has_more={"type": "boolean"}, counts={"type": "object"}),
+        query=(
+            ("state", {"enum": list(get_args(State))}),
+            *(("model", _TEXT), ("search", _TEXT), ("after", _TEXT)),
+            ("limit", _whole_number(100)),
+        ),
+    ),
+    ("POST", "/jobs/{id}/cancel"): Operation(_JOB),
     ("GET", "/version"): Operation(_object(version=_TEXT)),
     ("GET", OPENAPI_PATH): Operation({"type": "object"}),
     ("GET", "/status.json"): Operation(_ref("Status")),

@@ -53,6 +53,29 @@ class FailureStatus(BaseModel):
     at: float
 
 
+class EndedCounts(BaseModel):
+    """How many jobs ended in each state since a worker started."""
+
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    expired: int = 0
+
+
+class LatencyStatus(BaseModel):
+    """Latencies of the last jobs that succeeded, from their arrival in the engine: the 50th, 90th and 99th percentile
+    in seconds; empty before the first job succeeded.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    #: Number of jobs.
+    jobs: int = 0
+    #: Until the first token, and until the end.
+    first_token_s: list[float] = []
+    total_s: list[float] = []
+
+
 def _parsed(value: Any) -> Any:
     return parse_json(value) if isinstance(value, str) else value
 
@@ -92,6 +115,10 @@ class WorkerStatus(BaseModel):
     rows: Annotated[list[RowStatus], BeforeValidator(_parsed)] = []
     #: The jobs that failed there most recently.
     failures: Annotated[list[FailureStatus], BeforeValidator(_parsed)] = []
+
+    #: How the jobs ended since the worker started, and how long the last ones took. Older workers do not say.
+    ended: Annotated[EndedCounts, BeforeValidator(_parsed)] = EndedCounts()
+    latency: Annotated[LatencyStatus, BeforeValidator(_parsed)] = LatencyStatus()
 
     #: What the worker understood of the model's files; None if the model is not loaded, or from an older worker.
     description: Annotated[ModelDescription | None, BeforeValidator(_described)] = None

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,28 +15,31 @@ from headrace.client.wire import keys
 from tests.integration.http_server import HttpServer
 from tests.patience import PATIENCE_S
 
-KEY = "a-key-of-more-than-16"
+KEY, OTHER_KEY = "a-key-of-more-than-16", "another-key-of-more-than-16"
 
 
 @pytest.fixture(scope="module")
 def http(worker: object, redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
-    with HttpServer(tmp_path_factory.mktemp("http"), redis_url, "--api-key", KEY) as server:
+    with HttpServer(tmp_path_factory.mktemp("http"), redis_url, "--api-key", KEY, "--api-key", OTHER_KEY) as server:
         yield server
 
 
-def test_the_page_needs_no_key_fetches_nothing_from_elsewhere_and_runs_no_other_script(http: HttpServer) -> None:
-    with http.http() as plain:
-        answer = plain.get("/")
-    assert answer.status_code == 200
-    assert answer.headers["content-type"].startswith("text/html")
-    assert set(re.findall(r"https?://[^\"' )]+", answer.text)) <= {"http://www.w3.org/2000/svg"}
-    assert not re.search(r"""\s(?:src|href|style|on\w+)=["']""", answer.text)
-    policy = answer.headers["content-security-policy"]
-    assert "default-src 'none'" in policy
-    for tag in ("script", "style"):
-        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}'" in policy
+def test_the_jobs_of_a_key_are_listed_to_it_alone_and_can_be_cancelled(http: HttpServer) -> None:
+    with http.http(authorization=f"Bearer {KEY}") as mine, http.http(authorization=f"Bearer {OTHER_KEY}") as other:
+        done = mine.post("/v1/completions", json={"prompt": "A secret of mine", "max_tokens": 2})
+        job_id = done.headers["x-request-id"]
+        listed = mine.get("/jobs.json").json()["data"]
+        assert [job["state"] for job in listed if job["id"] == job_id] == ["succeeded"]
+        assert "secret" not in mine.get("/jobs.json").text
+        assert other.get("/jobs.json").json()["data"] == []
+        assert other.post(f"/jobs/{job_id}/cancel").status_code == 404
+        asked: dict[str, object] = {"prompt": "Hello.", "max_tokens": 900, "ignore_eos": True, "stream": True}
+        with mine.stream("POST", "/v1/completions", json=asked) as answer:
+            running = answer.headers["x-request-id"]
+            assert mine.post(f"/jobs/{running}/cancel").status_code == 200
+            assert "cancelled" in answer.read().decode()
+        found = mine.get("/jobs.json", params={"state": "cancelled"}).json()
+        assert running in [job["id"] for job in found["data"]]
 
 
 def test_the_status_needs_a_key(http: HttpServer) -> None:
@@ -64,6 +64,9 @@ def test_the_status_shows_slots_queues_rates_and_failures(http: HttpServer, clie
         assert {"now", "workers", "queues", "rates", "delivered"} <= set(status)
         assert status["rates"]
         assert all(0 <= status["now"] - when < 700 for when, _ in status["rates"])
+        worker = status["workers"][0]
+        assert worker["ended"]["failed"] >= 1
+        assert worker["description"]["dtype"]
         failures = {(each["job"], each["code"]) for each in status["workers"][0]["failures"]}
         assert (keys.tag(failing.id), "invalid_token_id") in failures
         assert not any(job.id in plain.get("/status.json").text for job in (failing, *jobs))

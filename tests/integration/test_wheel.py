@@ -147,7 +147,14 @@ class Shell:
 def test_the_wheel_contains_headrace_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"headrace"}
-    for name in ("client/http/page.html", "model/demo/model.safetensors", "py.typed", "worker/celery.py"):
+    for name in (
+        "client/http/page.html",
+        "client/http/page.js",
+        "client/http/page.css",
+        "model/demo/model.safetensors",
+        "py.typed",
+        "worker/celery.py",
+    ):
         assert f"headrace/{name}" in names
     metadata = zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("METADATA"))).decode()
     assert 'Requires-Dist: torch>=2.11; extra == "worker"' in metadata

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +20,10 @@ log = structlog.get_logger("headrace.worker")
 
 #: How many failures the record of a worker shows.
 SHOWN_FAILURES = 10
+#: The latencies in the record of a worker are those of so many jobs, the last that succeeded.
+LATENCY_JOBS = 256
+#: The percentiles of these latencies.
+PERCENTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True)
@@ -121,14 +125,41 @@ class JobCounts(JobObserver):
         self.failures: defaultdict[str, deque[dict[str, str | float]]] = defaultdict(
             lambda: deque(maxlen=SHOWN_FAILURES)
         )
+        self._by_model: defaultdict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(self.finished, 0))
+        self._latencies: defaultdict[str, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=LATENCY_JOBS))
 
     def ended(self, ending: Ending) -> None:
         if not isinstance(ending.outcome, (Result, JobError)):
             return
-        self.finished[outcome_state(ending.outcome)] += 1
+        state = outcome_state(ending.outcome)
+        self.finished[state] += 1
+        self._by_model[ending.model][state] += 1
+        if isinstance(ending.outcome, Result) and ending.outcome.usage.completion_tokens:  # it had a first token
+            timings = ending.outcome.timings
+            first_s = timings.waiting_s + timings.prefill_s
+            self._latencies[ending.model].append((first_s, first_s + timings.decode_s))
         if isinstance(error := ending.outcome, JobFailed):
             failure: dict[str, str | float] = {"job": tag(ending.job_id), "code": error.code}
             self.failures[ending.model].append({**failure, "at": round(time.time(), 1)})
+
+    def summary(self, model: str) -> dict[str, Any]:
+        """How many jobs of a model ended in each state since the start, and percentiles of the last latencies.
+
+        Returns:
+            `ended`, counts by state, and `latency`: `jobs`, and for `first_token_s` and `total_s`, both from the
+            arrival in the engine, the values of PERCENTILES in seconds; empty lists before the first job succeeded.
+        """
+        latencies = tuple(self._latencies[model])
+        values = {name: sorted(pair[i] for pair in latencies) for i, name in enumerate(("first_token_s", "total_s"))}
+        shown = {
+            name: [round(_percentile(found, p), 4) for p in PERCENTILES if found] for name, found in values.items()
+        }
+        return {"ended": dict(self._by_model[model]), "latency": {"jobs": len(latencies), **shown}}
+
+
+def _percentile(ordered: Sequence[float], percent: int) -> float:
+    """The smallest value that at least `percent` of a hundred values do not exceed (nearest rank)."""
+    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
 
 
 class StartedJobs(JobObserver):

@@ -85,6 +85,7 @@ class JobPipeline:
             slots=self._settings.slots,
             failures=self.counts.failures,
             scheduled=lambda model: self._waiting.count(model),
+            summary=self.counts.summary,
         )
         self._connect_completion(service, backend)
         self._connect_heartbeat(service)

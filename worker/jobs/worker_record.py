@@ -8,7 +8,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import redis
 import structlog
@@ -54,6 +54,7 @@ class WorkerRecord:
         slots: how many samples an engine computes at the same time.
         failures: the last failures by model.
         scheduled: counts the jobs of a model that wait for their ETA or for a rate limit.
+        summary: says how jobs of a model ended, and how long they took; see `JobCounts.summary`.
     """
 
     def __init__(
@@ -66,9 +67,11 @@ class WorkerRecord:
         slots: int,
         failures: Mapping[str, Iterable[Failure]],
         scheduled: Callable[[str], int] = lambda _: 0,
+        summary: Callable[[str], Mapping[str, Any]] = lambda _: {},
     ) -> None:
         self._store, self._models, self._book, self._health = store, models, book, health
         self._slots, self._failures, self._scheduled = slots, failures, scheduled
+        self._summary = summary
         #: The name of this worker.
         self.name = f"{socket.gethostname()}-{os.getpid()}"
         self._began_at = time.monotonic()
@@ -98,6 +101,7 @@ class WorkerRecord:
                     "scheduled": self._scheduled(model),
                     "loaded": int(model in engines),
                     "failures": json.dumps([_by_redis(failure, skew_s) for failure in self._failures[model]]),
+                    **{name: json.dumps(value) for name, value in self._summary(model).items()},
                     **self._engine_fields(model, engines.get(model), passed_s),
                 },
             )

@@ -18,7 +18,7 @@ from headrace.client.batch.endpoints import CHAT, COMPLETIONS, Endpoint
 from headrace.client.batch.openai import OTHER_ENDPOINTS
 from headrace.client.http.completion_answer import chunks_for, encode_answer, encode_part, stream_chunks
 from headrace.client.http.completion_request import parse_completion_request
-from headrace.client.http.context import context_of, json_body, route
+from headrace.client.http.context import context_of, json_body, owner_of, route
 from headrace.client.http.errors import ApiError, renamed
 from headrace.client.http.responses import encode_json
 from headrace.client.http.sse import EventStream, encode_event, run_until_disconnect
@@ -40,7 +40,9 @@ async def _answer(request: Request, endpoint: Endpoint) -> Any:
         parsed = parse_completion_request(body, endpoint)
         params = {**parsed.params, **({"stream": True} if parsed.stream else {})}
         with renamed(endpoint.names):
-            submitted = await jobs.submit(parsed.sources, params, field=endpoint.source, is_list=parsed.is_list)
+            submitted = await jobs.submit(
+                parsed.sources, params, field=endpoint.source, is_list=parsed.is_list, owner=owner_of(request)
+            )
     del body
     parsed = replace(parsed, sources=[])  # not kept until the results come
     headers = {"x-request-id": submitted.jobs[0].id}

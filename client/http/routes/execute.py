@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from starlette.requests import Request
 
-from headrace.client.http.context import context_of, json_body, route
+from headrace.client.http.context import context_of, json_body, owner_of, route
 from headrace.client.http.errors import ApiError
 from headrace.client.http.jobs import JobRunner, SubmittedJobs
 from headrace.client.http.responses import encode_json
@@ -31,7 +31,9 @@ async def execute(request: Request) -> Any:
         )
         if source not in fields:
             raise InvalidRequest("prompt", "nothing", "a text, or a list of token ids; or messages, for a chat")
-        submitted = await jobs.submit([fields.pop(source)], {**fields, "stream": True}, field=source)
+        submitted = await jobs.submit(
+            [fields.pop(source)], {**fields, "stream": True}, field=source, owner=owner_of(request)
+        )
     return EventStream(_stream_events(jobs, submitted), _encode_error_event, start_immediately=True)
 
 

@@ -8,11 +8,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from headrace import __version__
-from headrace.client.http.auth import HEALTH_PATH, OPENAPI_PATH, PAGE_PATH, VERSION_PATH
+from headrace.client.http.auth import HEALTH_PATH, OPENAPI_PATH, PAGE_FILES, PAGE_PATH, VERSION_PATH
 from headrace.client.http.context import context_of, route
 from headrace.client.http.errors import ApiError, invalid
 from headrace.client.http.openapi import describe
-from headrace.client.http.page import page
+from headrace.client.http.page import page, page_file
 from headrace.client.http.responses import JsonResponse
 from headrace.client.wire.requests import is_job_id
 
@@ -31,6 +31,11 @@ async def health(request: Request) -> Response:
 async def show_page(_: Request) -> Response:
     """`GET /`: the status page."""
     return page()
+
+
+async def show_page_file(request: Request) -> Response:
+    """A style sheet or a script of the status page."""
+    return page_file(request.url.path)
 
 
 async def get_status(request: Request) -> Response:
@@ -69,6 +74,7 @@ ROUTES = [
     route("GET", OPENAPI_PATH, get_openapi),
     route("GET", HEALTH_PATH, health),
     route("GET", PAGE_PATH, show_page),
+    *(route("GET", path, show_page_file) for path in PAGE_FILES),
     route("GET", "/status.json", get_status),
     route("GET", "/checkpoints.json", compare_checkpoints),
 ]

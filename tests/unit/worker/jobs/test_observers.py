@@ -12,6 +12,7 @@ from headrace.client.wire.errors import JobCancelled, JobExpired, JobFailed
 from headrace.client.wire.keys import tag
 from headrace.client.wire.results import Result, Timings, Usage
 from headrace.worker.jobs.observers import (
+    LATENCY_JOBS,
     SHOWN_FAILURES,
     Ending,
     JobCounts,
@@ -47,6 +48,19 @@ def test_each_end_is_counted_and_the_last_failures_are_kept_by_model() -> None:
     ]
     assert {failure["code"] for failure in counts.failures["demo"]} == {"nan_logits"}
     assert not counts.failures["other"]
+    assert counts.summary("demo")["ended"] == counts.finished
+
+
+def test_latencies_are_percentiles_of_the_last_jobs_by_nearest_rank() -> None:
+    counts = JobCounts()
+    nothing = {"jobs": 0, "first_token_s": [], "total_s": []}
+    assert counts.summary("demo") == {"ended": dict.fromkeys(counts.finished, 0), "latency": nothing}
+    for hundredths in (*[10_000] * LATENCY_JOBS, *range(LATENCY_JOBS, 0, -1)):
+        timings = Timings(waiting_s=hundredths / 200, prefill_s=hundredths / 200, decode_s=1)
+        counts.ended(ending(result().model_copy(update={"timings": timings})))
+    # 256 values 0.01, 0.02, ... 2.56: ranks 128, 231 (230.4 rounded up) and 254 (253.44 rounded up)
+    expected = {"jobs": 256, "first_token_s": [1.28, 2.31, 2.54], "total_s": [2.28, 3.31, 3.54]}
+    assert counts.summary("demo")["latency"] == expected
 
 
 @pytest.mark.parametrize("routine", [False, True])
