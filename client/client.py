@@ -16,6 +16,7 @@ from typing import IO, Any, overload
 import redis
 from celery import Celery, Signature
 
+from headrace.client.batch.columns import Columns
 from headrace.client.batch.map import map_prompts
 from headrace.client.batch.run import Batch, BatchReport
 from headrace.client.batch.window import MAX_INFLIGHT
@@ -159,6 +160,9 @@ class Client(ScoringVerbs):
         text: bool = False,
         limit: int | None = None,
         params: Mapping[str, Any] | None = None,
+        format: str | None = None,  # noqa: A002 - the name of the option
+        columns: Columns | None = None,
+        shard: tuple[int, int] = (0, 1),
         **options: Any,
     ) -> BatchReport:
         """Compute all requests of a file or an iterable and write the results to a file, as `headrace batch` does.
@@ -170,6 +174,7 @@ class Client(ScoringVerbs):
                 is done; it is gzipped if the name ends in `.gz`.
             limit: process only this many requests.
             params: defaults for requests that do not set the parameter.
+            format, columns, shard: those of `client.batch.run.Batch`.
             options: those of `client.batch.run.Batch.run`: errors, resume, retry_errors, overwrite, max_inflight,
                 ordered.
 
@@ -182,7 +187,18 @@ class Client(ScoringVerbs):
         with contextlib.suppress(RedisUnreachable, RedisRefused):  # the batch itself waits for Redis
             served = self.submitter.models.served()
             models = self.models() if served and served.now else None
-        return Batch(self, source, params, text=text, limit=limit, models=models).run(output, **options)
+        batch = Batch(
+            self,
+            source,
+            params,
+            text=text,
+            limit=limit,
+            models=models,
+            format=format,
+            columns=columns,
+            shard=shard,
+        )
+        return batch.run(output, **options)
 
     def map(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.client.batch.openai import ENDPOINT
@@ -26,6 +26,7 @@ class BatchItem:
         prompts: the prompts of a request with a list of them, each computed as a job; None if it has one prompt.
         endpoint: the path of the endpoint in whose form the answer is written.
         mistake: why the request can never be computed, if it is to be answered by that and not to refuse the batch.
+        columns: columns of the input that are passed through to the output.
         has_own_seed: whether the request set a seed, so that `fields` does not have one derived from the digest.
     """
 
@@ -38,6 +39,7 @@ class BatchItem:
     has_own_seed: bool = True
     mistake: InvalidRequest | None = None
     endpoint: str = ENDPOINT
+    columns: dict[str, Any] = field(default_factory=dict)
 
     def job_id(self, run: str) -> str:
         """The id of the job. It is the same in every process of the run, so a resumed run finds its submitted jobs."""

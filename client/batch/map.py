@@ -25,8 +25,18 @@ def map_prompts(
     """See `Client.map`."""
     if not is_column(prompts):
         raise InvalidRequest("prompts", f"a {type(prompts).__name__}", "an iterable of prompts; use submit for one")
+    check_no_table(prompts)
     window: Window[int] = Window(client, size=max_inflight, ordered=True)
     return _mapped(window, _prepared(client, prompts, params), return_exceptions)
+
+
+def check_no_table(prompts: Any) -> None:
+    """Refuse a whole table, which iterates over the names or the arrays of its columns. Raises InvalidRequest."""
+    names = getattr(prompts, "columns", None) if hasattr(prompts, "iloc") else getattr(prompts, "column_names", None)
+    if names is not None and type(prompts).__name__ in ("DataFrame", "Table", "RecordBatch"):
+        shown = ", ".join(map(str, list(names)[:10]))
+        expected = f"one of its columns ({shown}), for example frame[{str(names[0])!r}]" if len(names) else "a column"
+        raise InvalidRequest("prompts", f"a {type(prompts).__name__}", expected)
 
 
 def _mapped(

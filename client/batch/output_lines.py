@@ -33,6 +33,8 @@ def output_line(row: BatchItem, job_id: str, outcome: Outcome | Exception) -> by
     """
     endpoint = ENDPOINTS[row.endpoint]
     line: dict[str, Any] = {"id": ROW_ID + row.digest, "custom_id": row.custom_id, "response": None, "error": None}
+    if row.columns:
+        line["columns"] = row.columns
     if isinstance(outcome, Result):
         body = endpoint.answer(outcome, as_token_ids=row.as_token_ids)
         line["response"] = {"status_code": 200, "request_id": job_id, "body": body}
@@ -41,7 +43,8 @@ def output_line(row: BatchItem, job_id: str, outcome: Outcome | Exception) -> by
     else:
         message = getattr(outcome, "message", None) or str(outcome)
         line["error"] = {"code": failure_code(outcome), "message": message}
-    text = json.dumps(line, ensure_ascii=False).translate(_ESCAPED_LINE_ENDS)
+    # Tables have dates, decimals and bytes.
+    text = json.dumps(line, ensure_ascii=False, default=str).translate(_ESCAPED_LINE_ENDS)
     return text.encode("utf-8", "replace") + b"\n"
 
 

@@ -7,8 +7,10 @@ prompt.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
+from headrace.client.batch.columns import Columns
 from headrace.client.batch.endpoints import COMPLETIONS, ENDPOINTS, Endpoint
 from headrace.client.batch.items import BatchItem, digest_of, seed_of
 from headrace.client.batch.openai import NAMES_FIELD, OTHER_ENDPOINTS, split_prompts, take_names_field
@@ -34,6 +36,7 @@ class ItemReader:
         answers_mistakes: a request with a wrong parameter is answered by the error, as in OpenAI's batches. Otherwise
             it refuses the batch, as does in any case what is not a request, or names a model that is not served.
         endpoint: the path that requests of the Batch API name; if not given, the first of them decides.
+        columns: items are rows of a table with these columns, not requests.
     """
 
     def __init__(
@@ -45,7 +48,9 @@ class ItemReader:
         models: Collection[str] | None = None,
         answers_mistakes: bool = False,
         endpoint: str | None = None,
+        columns: Columns | None = None,
     ) -> None:
+        self._columns = columns
         self._endpoint = None if endpoint is None else ENDPOINTS[endpoint]
         self._model_name, self._params, self._text, self._models = model_name, params, text, models
         self._answers_mistakes = answers_mistakes
@@ -61,21 +66,27 @@ class ItemReader:
             InvalidRequest: the form is wrong. `Submitter.prepare` checks the parameters.
         """
         if isinstance(item, bytes):
-            item = self._decode(item, first=line == 1)
-            if item is None:
+            text = self._decode(item, first=line == 1)
+            if text is None:
                 return None
+            item = text if self._text else self._parse(text)
         else:
             check_unicode(item)
-        custom_id, given, named = self._split(to_python(item))
+        item = to_python(item)
+        passed: dict[str, Any] = {}
+        if self._columns is not None:
+            item, passed = self._columns.split(item)
+        custom_id, given, named = self._split(item)
         name = f"row-{line}" if custom_id is None else custom_id
         endpoint = named or COMPLETIONS
         try:
-            return self._request(line, name, given if named is None else named.fields(given), endpoint)
+            row = self._request(line, name, given if named is None else named.fields(given), endpoint)
+            return replace(row, columns=passed) if passed else row
         except InvalidRequest as error:
             if not self.answers(error):
                 raise
             digest = digest_of({"request": given, "custom_id": name})
-            return BatchItem(line, name, {}, digest, mistake=error, endpoint=endpoint.path)
+            return BatchItem(line, name, {}, digest, mistake=error, endpoint=endpoint.path, columns=passed)
 
     def _split(self, item: Any) -> tuple[str | None, Mapping[str, Any], Endpoint | None]:
         """The custom id (None if there is none), the parameters, and the endpoint if these are the body of a request.
@@ -147,18 +158,20 @@ class ItemReader:
             endpoint=endpoint.path,
         )
 
-    def _decode(self, raw: bytes, *, first: bool) -> Any:
-        """The text of a line, or the value of its JSON; None if it is blank."""
+    def _decode(self, raw: bytes, *, first: bool) -> str | None:
+        """The text of a line; None if it is blank."""
         if len(raw) > MAX_LINE_BYTES:
             raise InvalidRequest("line", f"more than {MAX_LINE_BYTES} bytes", "a shorter line")
+        if first and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise InvalidRequest("line", "text in UTF-16", "UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
         try:
             line = raw.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise InvalidRequest("line", f"bytes that are not UTF-8 at {error.start}", "text in UTF-8") from None
-        if not line.strip():
-            return None
-        if self._text:
-            return line
+        return line if line.strip() else None
+
+    def _parse(self, line: str) -> Any:
+        """The value of the JSON of a line. Raises InvalidRequest."""
         try:
             return parse_json(line)
         except InvalidRequest as error:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from headrace.client.batch.check import Checked, check, read_items
+from headrace.client.batch.columns import Columns
 from headrace.client.batch.errors import Fault, InvalidBatch
+from headrace.client.batch.formats.readers import READERS, format_of
 from headrace.client.batch.items import BatchItem
 from headrace.client.batch.openai import failure_code, join_results
 from headrace.client.batch.output import Output
 from headrace.client.batch.rows import ItemReader
-from headrace.client.batch.sources import Source, open_source
+from headrace.client.batch.sources import ShardSource, Source, open_source
 from headrace.client.batch.window import MAX_INFLIGHT, JobService, Notify, Window, warn
 from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.wire.errors import InvalidRequest
@@ -97,6 +99,9 @@ class Batch:
         answer_mistakes: answer a request with a wrong parameter by the error, and compute the others.
         endpoint: the path that requests of the Batch API name; if not given, the first of them decides.
         on_line: called with the number of lines read, every 1000 lines.
+        format: of the source: jsonl, text, csv, tsv, parquet, arrow, feather, json; by default what its extension says.
+        columns: which columns of a table are the prompt, the name and parameters; all others go to the output.
+        shard: (i, n) takes every n-th request, from the i-th; results do not depend on it.
 
     Raises:
         InvalidBatch: requests are wrong; it lists the first ones.
@@ -114,18 +119,30 @@ class Batch:
         answer_mistakes: bool = False,
         endpoint: str | None = None,
         on_line: Callable[[int], None] | None = None,
+        format: str | None = None,  # noqa: A002 - the name of the option
+        columns: Columns | None = None,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
+        if text:
+            format = "text"  # noqa: A001
+        kind = format_of(str(source), format) if format or isinstance(source, (str, Path)) else "jsonl"
+        table = READERS.get(kind)
         self.client = client
         self._given, self._limit = source, limit
         self._reader = ItemReader(
             client.model_name,
             params or {},
-            text=text,
+            text=text or kind == "text",
             models=models,
             answers_mistakes=answer_mistakes,
             endpoint=endpoint,
+            columns=columns or (Columns() if table else None),
         )
-        self._source: Source = open_source(source)
+        self._source: Source = open_source(source, table)
+        if not 0 <= shard[0] < shard[1]:
+            raise InvalidRequest("shard", f"{shard[0]}/{shard[1]}", "I/N with 0 <= I < N, for example 0/3")
+        if shard[1] > 1:
+            self._source = ShardSource(self._source, *shard)
         self.checked: Checked = check(
             self._source, self._reader, client.submitter.prepare_together, limit=limit, on_line=on_line
         )

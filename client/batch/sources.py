@@ -19,10 +19,12 @@ from headrace.client.batch.errors import Fault, InvalidBatch
 from headrace.client.batch.items import is_column
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.unicode import printable
-from headrace.client.wire.values import json_default, to_python
+from headrace.client.wire.values import json_default, show, to_python
 
 #: The longest line. A request at all its limits is shorter, even with every character escaped.
 MAX_LINE_BYTES = 2**20
+
+Reader = Callable[[IO[bytes]], Iterator[Any]]
 
 
 class Source(Protocol):
@@ -48,6 +50,32 @@ class FileSource:
             yield from numbered_lines(file)
 
 
+class TableSource:
+    """Rows of a table.
+
+    Args:
+        opened: opens the file, at its start.
+        read: one of `headrace.client.batch.formats.readers`.
+    """
+
+    def __init__(self, opened: Callable[[], IO[bytes]], read: Callable[[IO[bytes]], Iterator[Any]]) -> None:
+        self._opened, self._read = opened, read
+
+    def items(self) -> Iterator[tuple[int, Any]]:
+        with self._opened() as file:
+            yield from enumerate(self._read(file), 1)
+
+
+class ShardSource:
+    """Every `count`-th item of a source, from `index`. Items keep the numbers that they have in the whole."""
+
+    def __init__(self, source: Source, index: int, count: int) -> None:
+        self._source, self._index, self._count = source, index, count
+
+    def items(self) -> Iterator[tuple[int, Any]]:
+        return ((line, item) for line, item in self._source.items() if (line - 1) % self._count == self._index)
+
+
 class IterableSource:
     """Items of a list, a data set or a column."""
 
@@ -58,32 +86,53 @@ class IterableSource:
         return enumerate(self._items, 1)
 
 
-def open_source(source: str | Path | IO[bytes] | Iterable[Any]) -> Source:
-    """A source for any input. An input that can be read only once (a pipe, a generator) is copied to a temporary file.
+def open_source(source: str | Path | IO[bytes] | Iterable[Any], table: Reader | None = None) -> Source:
+    """A source for any input, as lines or, with `table`, as rows.
+
+    An input that can be read only once (a pipe, a generator) is copied to a temporary file.
 
     Raises:
         InvalidBatch: the file does not exist or cannot be read.
         InvalidRequest: it is not a path, a file or an iterable.
     """
+    if isinstance(source, str) and "://" in source:
+        open_remote(source).close()
+        return _source_of(lambda: open_remote(source), table)
     if isinstance(source, (str, Path)):
         path = Path(source)
         try:
             if not path.is_file() and path.exists():  # a named pipe
                 with path.open("rb") as pipe:
-                    return _copied(iter(lambda: pipe.read(2**16), b""))
+                    return _copied(iter(lambda: pipe.read(2**16), b""), table)
             open_lines(path).close()
         except (OSError, ValueError) as error:  # ValueError: no file can have this name
             reason = getattr(error, "strerror", None) or printable(str(error))
             raise InvalidBatch([Fault(0, "input", f"{printable(str(path))} cannot be read: {reason}")]) from None
-        return FileSource(lambda: open_lines(path))
+        return _source_of(lambda: open_lines(path), table)
     if not is_column(source):
         raise InvalidRequest("source", f"a {type(source).__name__}", "a path, a file, or an iterable of prompts")
     if hasattr(source, "read"):
         file = cast("IO[bytes]", source)
-        return _copied(iter(lambda: file.read(2**16), b""))
+        return _copied(iter(lambda: file.read(2**16), b""), table)
     if iter(source) is source:
         return _copied(_json_line(item) for item in source)
     return IterableSource(source)
+
+
+def _source_of(opened: Callable[[], IO[bytes]], table: Reader | None) -> Source:
+    return FileSource(opened) if table is None else TableSource(opened, table)
+
+
+def open_remote(url: str) -> IO[bytes]:
+    """Open what fsspec opens. Raises InvalidBatch, InvalidRequest."""
+    try:
+        import fsspec
+    except ImportError:
+        raise InvalidRequest("source", show(url), "a path; for a URL: pip install 'headrace[tables]'") from None
+    try:
+        return _unzipped(io.BufferedReader(fsspec.open(url, "rb").open()))
+    except Exception as error:  # each file system of fsspec has errors of its own
+        raise InvalidBatch([Fault(0, "input", f"{printable(url)} cannot be read: {printable(str(error))}")]) from None
 
 
 def _json_line(item: Any) -> bytes:
@@ -96,7 +145,7 @@ def _json_line(item: Any) -> bytes:
         ) from None
 
 
-def _copied(pieces: Iterable[bytes]) -> Source:
+def _copied(pieces: Iterable[bytes], table: Reader | None = None) -> Source:
     copy = tempfile.TemporaryFile()  # noqa: SIM115
     try:
         for piece in pieces:
@@ -109,7 +158,7 @@ def _copied(pieces: Iterable[bytes]) -> Source:
         copy.seek(0)
         return _unzipped(io.BufferedReader(_KeptOpen(copy)))
 
-    source = FileSource(rewound)
+    source = _source_of(rewound, table)
     weakref.finalize(source, copy.close)
     return source
 

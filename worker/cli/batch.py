@@ -6,6 +6,9 @@ from typing import Any
 
 import click
 
+from headrace.client import SamplingParams
+from headrace.client.batch.columns import Columns
+from headrace.client.batch.formats.readers import LINES, READERS
 from headrace.client.batch.output import STDOUT, Output
 from headrace.client.batch.run import BatchReport
 from headrace.client.batch.window import MAX_INFLIGHT
@@ -17,7 +20,9 @@ from headrace.worker.cli.batch_progress import ProgressDisplay
 from headrace.worker.cli.batch_report import print_json, stopped, summary
 from headrace.worker.cli.errors import FAILED, INTERRUPTED, command_errors
 from headrace.worker.cli.local_stack import note, settings_for
-from headrace.worker.cli.options import MODEL, REPEATABLE
+from headrace.worker.cli.options import MODEL, PROMPT_OPTIONS, REPEATABLE, sampling_options
+
+SAMPLING = (*SamplingParams.model_fields, *PROMPT_OPTIONS)
 
 
 @click.command()
@@ -31,6 +36,12 @@ from headrace.worker.cli.options import MODEL, REPEATABLE
 @click.option(
     "-p", "--params", multiple=True, metavar="NAME=VALUE", help=f"parameter of rows that do not set it; {REPEATABLE}"
 )
+@sampling_options
+@click.option("--format", "kind", type=click.Choice((*LINES, *READERS)), help="of the input; by default its extension")
+@click.option("--prompt-column", metavar="NAME", help="the column of the prompt  [default: prompt]")
+@click.option("--id-column", metavar="NAME", help="the column of custom_id  [default: custom_id, if there is one]")
+@click.option("--params-columns", metavar="NAMES", help="columns that are parameters, with commas between them")
+@click.option("--shard", metavar="I/N", help="every N-th row from the I-th (from 0), to share a file among machines")
 @click.option("--resume", is_flag=True, help="compute only rows that the output does not have")
 @click.option("--retry-errors", is_flag=True, help="like --resume, and compute failed rows again")
 @click.option("--overwrite", is_flag=True, help="compute all rows again")
@@ -50,6 +61,11 @@ def batch(
     limit: int | None,
     dry_run: bool,
     as_json: bool,
+    kind: str | None,
+    prompt_column: str | None,
+    id_column: str | None,
+    params_columns: str | None,
+    shard: str | None,
     **options: Any,
 ) -> None:
     """Compute the requests of a file into another file; each result is written when it is done.
@@ -61,12 +77,35 @@ def batch(
     Uses the worker that serves the model; if none runs and HEADRACE_REDIS_URL is not set, starts an embedded Redis and
     a worker for this call. Exit code 0 if all rows succeeded, 1 if some failed, 2 if the input is wrong.
     """
-    given = BatchInput(source, model, params, text, limit)
+    sampling = {name: options.pop(name) for name in SAMPLING}
     with command_errors(as_json):
+        chosen = {
+            "format": kind,
+            "columns": _columns(prompt_column, id_column, params_columns),
+            "shard": _shard(shard),
+        }
+        given = BatchInput(source, model, params, text, limit, chosen, sampling)
         if dry_run:
             estimate(backends, given, max_inflight=options["max_inflight"], as_json=as_json)
         else:
             run_batch(backends, given, as_json=as_json, **options)
+
+
+def _columns(prompt: str | None, custom_id: str | None, params: str | None) -> Columns | None:
+    if prompt is custom_id is params is None:
+        return None
+    names = [name.strip() for name in (params or "").split(",") if name.strip()]
+    return Columns("prompt" if prompt is None else prompt, custom_id, names)
+
+
+def _shard(given: str | None) -> tuple[int, int]:
+    """Raises InvalidRequest."""
+    if given is None:
+        return 0, 1
+    index, _, count = given.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise InvalidRequest("shard", repr(given)[:80], "I/N with 0 <= I < N, for example 0/3")
+    return int(index), int(count)
 
 
 def run_batch(backends: Backends, given: BatchInput, *, output: str | None, as_json: bool, **options: Any) -> None:

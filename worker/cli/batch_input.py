@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.client import Client
@@ -14,6 +14,7 @@ from headrace.client.wire.errors import HeadraceError, InvalidRequest
 from headrace.config import Settings
 from headrace.worker.cli.backends import Backends
 from headrace.worker.cli.batch_progress import ProgressDisplay
+from headrace.worker.cli.options import given_params
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class BatchInput:
     params: tuple[str, ...]
     text: bool
     limit: int | None
+    options: dict[str, Any] = field(default_factory=dict)  # format, columns, shard of `Batch`
+    sampling: dict[str, Any] = field(default_factory=dict)  # options such as --max-tokens
 
     def check(self, backends: Backends, settings: Settings, display: ProgressDisplay) -> Batch:
         """Read and check all of it. Raises InvalidBatch, InvalidRequest."""
@@ -33,11 +36,12 @@ class BatchInput:
             return backends.open_batch(
                 client,
                 given,
-                read_params(self.params),
+                {**read_params(self.params), **given_params(self.sampling)},
                 text=self.text,
                 limit=self.limit,
                 models=_known_models(client),
                 on_line=display.checked,
+                **self.options,
             )
 
 

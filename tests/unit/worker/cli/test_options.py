@@ -70,6 +70,14 @@ VALUES: dict[tuple[str, str], tuple[list[str], Any]] = {
     ("tokenize", "model"): (["gpt2"], "gpt2"),
     ("tokenize", "timeout"): (["2.5"], 2.5),
     ("tokenize", "as_json"): ([], True),
+    **{("batch", name): value for name, value in SAMPLING.items()},
+    ("batch", "parse_special_tokens"): ([], True),
+    ("batch", "add_special_tokens"): ([], True),
+    ("batch", "kind"): (["csv"], "csv"),
+    ("batch", "prompt_column"): (["text"], "text"),
+    ("batch", "id_column"): (["key"], "key"),
+    ("batch", "params_columns"): (["n,seed"], ["n", "seed"]),
+    ("batch", "shard"): (["1/3"], (1, 3)),
     ("batch", "source"): (["other.jsonl"], "other.jsonl"),
     ("batch", "output"): (["results.jsonl.gz"], "results.jsonl.gz"),
     ("batch", "errors"): (["errors.jsonl"], "errors.jsonl"),
@@ -158,7 +166,11 @@ class RecordingBackends:
     # A batch, and a validation, which both have a `run`.
 
     def _open_batch(self, client: Any, source: Any, params: dict[str, Any], **options: Any) -> RecordingBackends:
-        self.received |= {"source": source, "params": params, "dry_run": True, **options}
+        self.received |= {**params, "source": source, "params": params, "dry_run": True, **options}
+        self.received["kind"] = options["format"]
+        if columns := options["columns"]:
+            chosen = {"prompt_column": columns.prompt, "id_column": columns.custom_id, "params_columns": columns.params}
+            self.received |= chosen
         self.received["model"] = client.model_name
         return self
 

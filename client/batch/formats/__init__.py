@@ -1,0 +1,1 @@
+"""Tables as input of a batch: one reader for each format, chosen by the extension or by name."""
