@@ -1,4 +1,4 @@
-"""Building blocks of compiled kernels: casts, pointers, prefetching, inline assembly, `exp`, rounding to bfloat16.
+"""Building blocks of compiled kernels: casts, pointers, prefetching, inline assembly.
 
 numba compiles Python functions to machine code. The operations here have no Python equivalent, so each function builds
 a numba intrinsic that emits LLVM IR. numba is imported inside the functions, because the import takes half a second.
@@ -10,10 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
-#: Sums may be reordered into vectors; the order is fixed when the code is compiled. "nnan" and "ninf" are left out: NaN
-#: must stay NaN, because the sampler recognises a broken row by it.
-FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
 
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -123,42 +119,3 @@ def vzeroupper() -> Any:
     saves them at every context switch.
     """
     return assembly("vzeroupper", 0, ",".join(f"~{{xmm{i}}}" for i in range(16)))
-
-
-def exponential() -> Any:
-    """A function for compiled code: e**x in float32 for x <= 0, after Cephes (Moshier 1989); LLVM can vectorise it."""
-    import numba
-    from numba import types
-
-    value = cast(types.uint32, types.float32)
-
-    @numba.njit(inline="always", fastmath=FAST_MATH)
-    def exp(x: Any) -> Any:
-        x = max(x, np.float32(-87.0)) if x == x else x
-        n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
-        r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-        p = np.float32(1.9875691500e-4)
-        p = p * r + np.float32(1.3981999507e-3)
-        p = p * r + np.float32(8.3334519073e-3)
-        p = p * r + np.float32(4.1665795894e-2)
-        p = p * r + np.float32(1.6666665459e-1)
-        p = p * r + np.float32(5.0000001201e-1)
-        return (p * r * r + r + np.float32(1)) * value(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
-
-    return exp
-
-
-def round_to_bfloat16() -> Any:
-    """A function for compiled code: a float32 as the 16 bits of a bfloat16, rounded to nearest, ties to even."""
-    import numba
-    from numba import types
-
-    bits = cast(types.float32, types.uint32)
-
-    @numba.njit(inline="always")
-    def rounded(x: Any) -> Any:
-        raw = bits(x)
-        nearest = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        return np.uint16(nearest) if x == x else np.uint16(0x7FC0)
-
-    return rounded
