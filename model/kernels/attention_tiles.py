@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from headrace.model.kernels.intrinsics import cast, prefetch
+from headrace.model.kernels.intrinsics import cast, float_environment, prefetch
 from headrace.model.kernels.isa import Isa
 from headrace.model.kernels.openmp import thread_functions
 
@@ -69,6 +69,7 @@ def compile_attention(head_dim: int, bf16: bool, rung: Isa) -> Any:
     itemsize = 2 if bf16 else 4
     elements = cast(types.int64, types.CPointer(types.uint16 if bf16 else types.float32))
     int64s, real = cast(types.int64, types.CPointer(types.int64)), cast(types.int64, types.float64)
+    enter, leave = float_environment(rung.architecture)
     attend, attend_tile, tile = attention_of_rows(head_dim, bf16, rung)
     row_bytes = head_dim * itemsize
 
@@ -168,7 +169,9 @@ def compile_attention(head_dim: int, bf16: bool, rung: Isa) -> Any:
 
     @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
     def kernel(arguments: Any) -> None:
+        kept = enter()
         work(carray(arguments, ARG_WORDS))
+        leave(kept)
 
     return kernel
 

@@ -119,3 +119,54 @@ def vzeroupper() -> Any:
     saves them at every context switch.
     """
     return assembly("vzeroupper", 0, ",".join(f"~{{xmm{i}}}" for i in range(16)))
+
+
+#: Round to nearest, keep denormal numbers, raise no exceptions: the default of x86-64.
+DEFAULT_MXCSR = 0x1F80
+
+
+def float_environment(architecture: str) -> tuple[Any, Any]:
+    """Two functions for compiled code: enter() -> kept sets this thread's default rules, and leave(kept) restores.
+
+    A library that is built with -ffast-math, or `torch.set_flush_denormal`, lets threads flush denormal numbers to
+    zero.
+    Only x86-64 has such a state here; elsewhere the functions do nothing.
+    """
+    import numba
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+
+    if architecture != "x86_64":
+        return numba.njit(lambda: 0), numba.njit(lambda _: None)
+    word, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+
+    def call(builder: Any, name: str, place: Any) -> None:
+        kind = ir.FunctionType(ir.VoidType(), [byte])
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.sse.{name}")
+        builder.call(function, [builder.bitcast(place, byte)])
+
+    @intrinsic
+    def enter(_: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
+            place = builder.alloca(word)
+            call(builder, "stmxcsr", place)
+            kept = builder.load(place)
+            builder.store(word(DEFAULT_MXCSR), place)
+            call(builder, "ldmxcsr", place)
+            return kept
+
+        return types.uint32(), generate
+
+    @intrinsic
+    def leave(_: Any, _kept: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
+            place = builder.alloca(word)
+            builder.store(values[0], place)
+            call(builder, "ldmxcsr", place)
+            return context.get_dummy_value()
+
+        return types.void(types.uint32), generate
+
+    return enter, leave

@@ -23,7 +23,14 @@ import numpy as np
 import torch
 
 from headrace.model.kernels import object_cache
-from headrace.model.kernels.intrinsics import Int64Array, call_pointer, cast, prefetch, vzeroupper
+from headrace.model.kernels.intrinsics import (
+    Int64Array,
+    call_pointer,
+    cast,
+    float_environment,
+    prefetch,
+    vzeroupper,
+)
 from headrace.model.kernels.isa import Isa
 from headrace.model.kernels.layer_norm import layer_norm
 from headrace.model.kernels.object_cache import Kernel
@@ -118,6 +125,7 @@ def compile_program(backend: GemmBackend) -> Any:
     barrier = types.ExternalFunction("GOMP_barrier", types.void())
     int64s = cast(types.int64, types.CPointer(types.int64))
     begin, end, pack, multiply = backend.micro_kernel()
+    enter, leave = float_environment(backend.isa.architecture)
     clean_up = vzeroupper() if backend.isa.architecture == "x86_64" else None
     run, prefetch_line, step_bytes = call_pointer(), prefetch(), backend.ku * backend.nr * backend.itemsize
     norm, mr = layer_norm(backend.ku, bf16=backend.dtype == torch.bfloat16), backend.mr
@@ -169,6 +177,8 @@ def compile_program(backend: GemmBackend) -> Any:
 
     @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
     def kernel(arguments: Any) -> None:
+        kept = enter()
         work(carray(arguments, ARG_WORDS))
+        leave(kept)
 
     return kernel

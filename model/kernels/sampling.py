@@ -17,7 +17,8 @@ from torch import Tensor
 
 from headrace.model.kernels import object_cache
 from headrace.model.kernels.float64_math import exponential64, logarithm64
-from headrace.model.kernels.intrinsics import cast
+from headrace.model.kernels.intrinsics import cast, float_environment
+from headrace.model.kernels.isa import architecture
 from headrace.model.kernels.object_cache import Kernel
 from headrace.model.kernels.openmp import team, thread_functions
 from headrace.model.kernels.sampling_filters import BLOCK, BUCKETS, block_sums, filters
@@ -227,6 +228,7 @@ def compile_sampling(bf16: bool) -> Any:
     from numba import carray, types
 
     thread, threads = thread_functions()
+    enter, leave = float_environment(architecture())
     raw_bits = cast(types.int64, types.CPointer(types.uint16 if bf16 else types.uint32))
     int64s, singles = (cast(types.int64, types.CPointer(kind)) for kind in (types.int64, types.float32))
     doubles, words = (cast(types.int64, types.CPointer(kind)) for kind in (types.float64, types.uint32))
@@ -275,6 +277,8 @@ def compile_sampling(bf16: bool) -> Any:
 
     @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
     def kernel(arguments: Any) -> None:
+        kept = enter()
         work(carray(arguments, ARG_WORDS))
+        leave(kept)
 
     return kernel

@@ -204,3 +204,21 @@ def test_sums_are_kept_in_registers(isa: Isa) -> None:
     loop = text.split("BB0_1:")[1].split("BB0_1")[0]  # up to the branch to its beginning
     assert ("[sp" if isa.architecture == "aarch64" else "(%rsp") not in loop
     assert ("zmm" in loop) == ("avx512" in isa.name)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_denormal_numbers_are_kept_whatever_a_thread_was_set_to(threads: int) -> None:
+    """A library that was built with -ffast-math makes the thread that loads it flush them."""
+    product, tiny = Fp32Weight.of(1e30 * torch.eye(64), None, False), 1e-40 * torch.arange(1.0, 65)
+    torch.set_num_threads(threads)
+    expected = product(tiny[None])
+    assert torch.allclose(expected, 1e-10 * torch.arange(1.0, 65), rtol=1e-4)  # 1e-40 has few bits
+    torch.set_flush_denormal(True)
+    try:
+        assert float(tiny[0] * 1) == 0
+        found = product(tiny[None])
+        assert float(tiny[0] * 1) == 0, "the kernel left the thread as it was"
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(1)
+    assert torch.equal(found, expected)
