@@ -14,6 +14,7 @@ from headrace.client.batch.errors import Fault, InvalidBatch
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.unicode import printable
 from headrace.client.wire.values import show
+from headrace.extras import how_to_install
 
 #: Rows that are decoded at once from Parquet and Arrow.
 BATCH_ROWS = 1024
@@ -107,7 +108,7 @@ def _pyarrow() -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise InvalidRequest("format", "a table that needs pyarrow", "pip install 'headrace[tables]'") from None
+        raise InvalidRequest("format", "a table that needs pyarrow", how_to_install("tables")) from None
     return pyarrow
 
 
