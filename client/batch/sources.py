@@ -20,6 +20,7 @@ from headrace.client.batch.items import is_column
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.unicode import printable
 from headrace.client.wire.values import json_default, show, to_python
+from headrace.extras import how_to_install
 
 #: The longest line. A request at all its limits is shorter, even with every character escaped.
 MAX_LINE_BYTES = 2**20
@@ -128,7 +129,7 @@ def open_remote(url: str) -> IO[bytes]:
     try:
         import fsspec
     except ImportError:
-        raise InvalidRequest("source", show(url), "a path; for a URL: pip install 'headrace[tables]'") from None
+        raise InvalidRequest("source", show(url), f"a path; for a URL: {how_to_install('tables')}") from None
     try:
         return _unzipped(io.BufferedReader(fsspec.open(url, "rb").open()))
     except Exception as error:  # each file system of fsspec has errors of its own
