@@ -109,8 +109,8 @@ HELP: dict[str, dict[str, SettingHelp]] = {
             vllm="max_num_batched_tokens",
         ),
         "prefill_chunk": SettingHelp(
-            "Chunked prefill: tokens of a prompt that are computed at a time. Another value may change the last "
-            "bits of a result; part of the fingerprint.",
+            "Chunked prefill: tokens of a prompt that are computed at a time. Where torch computes attention, another "
+            "value may change the last bits of a result, and it is part of the fingerprint.",
             vllm="long_prefill_token_threshold",
         ),
         "draft_tokens": SettingHelp(
