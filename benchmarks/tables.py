@@ -50,7 +50,9 @@ def _rate(figures: Sequence[Mapping[str, Any]], kind: str, name: str) -> str:
     ]
     if not found:
         return "not measured"
-    return f"{found[0]['tokens_per_s']:,.0f}" if found[0]["tokens_per_s"] else "stopped"
+    if found[0]["tokens_per_s"]:
+        return f"{found[0]['tokens_per_s']:,.0f}"
+    return "stopped" if "took over" in found[0]["out"] else "cannot run"
 
 
 def _ratio(figures: Sequence[Mapping[str, Any]], kind: str, precision: str) -> str:
