@@ -174,7 +174,9 @@ class Client(ScoringVerbs):
                 is done; it is gzipped if the name ends in `.gz`.
             limit: process only this many requests.
             params: defaults for requests that do not set the parameter.
-            format, columns, shard: those of `client.batch.run.Batch`.
+            format: the format of the source, if its name does not tell.
+            columns: which columns of a table are what.
+            shard: (i, n): only the rows whose number modulo n is i.
             options: those of `client.batch.run.Batch.run`: errors, resume, retry_errors, overwrite, max_inflight,
                 ordered.
 
