@@ -54,10 +54,10 @@ class Decoder:
         self.wpe = weights["wpe.weight"].to(dtype)  # [n_positions, E]
         self.blocks = [_block(config, weights, f"h.{i}.", dtype, int8) for i in range(config.n_layer)]
         self.ln_f = _norm(config, weights, "ln_f", dtype)
+        #: `ln_f` for the compiled kernels, which compute norms in float32.
+        self._final_norm = RowNorm(self.ln_f.weight.float(), self.ln_f.bias.float(), self.ln_f.epsilon)
         #: Runs all blocks together; None if torch computes the GEMMs. Built from `blocks`.
         self.fused_decoder = FusedDecoder.of(self.blocks)
-        #: The same for the compiled kernels, which compute norms in float32.
-        self._final_norm = RowNorm(self.ln_f.weight.float(), self.ln_f.bias.float(), self.ln_f.epsilon)
         head = wte if config.tied_head else weights[HEAD_NAME]  # [V, E]
         self.lm_head = Linear.of(head.t(), int8=int8)
 

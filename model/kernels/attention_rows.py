@@ -70,12 +70,7 @@ class Head:
             words = v.load(address, offset, INTEGERS, 2)
             upper = v.builder.and_(words, v.integers(-0x10000))
             return [v.numbers(v.builder.shl(words, v.integers(16))), v.numbers(upper)]
-        kind, size = (HALVES, 2) if self.bf16 else (None, 4)
-        kinds = {} if kind is None else {"kind": kind}
-        if count == LANES:
-            loaded = v.load(address, offset, alignment=size, **kinds)
-        else:
-            loaded = v.load_first(v.plus(address, offset), INT64(count), **kinds)
+        loaded = v.read(v.plus(address, offset), _rest(count), HALVES if self.bf16 else VECTOR)
         return [v.widen(loaded) if self.bf16 else loaded]
 
     def store(self, v: VectorBuilder, vectors: Sequence[Value], address: Value, piece: tuple[int, int, int]) -> None:
@@ -86,10 +81,12 @@ class Head:
             v.store(v.builder.or_(lower, v.builder.shl(upper, v.integers(16))), address, offset, 2)
             return
         rounded = v.narrow(vectors[0]) if self.bf16 else vectors[0]
-        if count == LANES:
-            v.store(rounded, address, offset, 2 if self.bf16 else 4)
-        else:
-            v.store_first(rounded, v.plus(address, offset), INT64(count))
+        v.write(rounded, v.plus(address, offset), _rest(count))
+
+
+def _rest(count: int) -> Value | None:
+    """The number of elements as `VectorBuilder.read` takes it: None for a whole vector."""
+    return None if count == LANES else INT64(count)
 
 
 def query(head: Head) -> VectorFunction:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from headrace.model.kernels.intrinsics import cast, float_environment, prefetch
+from headrace.model.kernels.intrinsics import cast, entry_point, prefetch
 from headrace.model.kernels.isa import Isa
 from headrace.model.kernels.openmp import thread_functions
 
@@ -66,56 +66,9 @@ def compile_attention(head_dim: int, bf16: bool, rung: Isa) -> Any:
     from numba import carray, types
 
     thread, threads = thread_functions()
-    itemsize = 2 if bf16 else 4
-    elements = cast(types.int64, types.CPointer(types.uint16 if bf16 else types.float32))
-    int64s, real = cast(types.int64, types.CPointer(types.int64)), cast(types.int64, types.float64)
-    enter, leave = float_environment(rung.architecture)
-    attend, attend_tile, tile = attention_of_rows(head_dim, bf16, rung)
-    row_bytes = head_dim * itemsize
-
-    @numba.njit(inline="always")
-    def locate(args: Any, slot: int, head: int) -> Any:
-        """Where the keys and values of a head of a slot begin, and how many positions its first row reads."""
-        inside = carray(int64s(args[ARG.head_strides]), slot + 1)[slot] * itemsize * (head // args[ARG.group])
-        k, v = (
-            carray(int64s(args[ARG.k_slots]), slot + 1)[slot] + inside,
-            carray(int64s(args[ARG.v_slots]), slot + 1)[slot] + inside,
-        )
-        return k, v, carray(int64s(args[ARG.lengths]), slot + 1)[slot]
-
-    @numba.njit(error_model="numpy")
-    def keep(args: Any, here: Any, row: int, head: int, number: int) -> None:
-        """Write the new key and value of a row, the `number`-th of its slot, to the cache."""
-        k_at, v_at, least = here
-        inside, last = head // args[ARG.group] * row_bytes, (least + number - 1) * row_bytes
-        k, v = carray(elements(k_at + last), head_dim), carray(elements(v_at + last), head_dim)
-        new_k = carray(elements(args[ARG.new_k] + row * args[ARG.new_k_row] * itemsize + inside), head_dim)
-        new_v = carray(elements(args[ARG.new_v] + row * args[ARG.new_v_row] * itemsize + inside), head_dim)
-        for d in range(head_dim):
-            k[d] = new_k[d]
-            v[d] = new_v[d]
-
-    @numba.njit(inline="always")
-    def compute(
-        args: Any, here: Any, row: int, head: int, number: int, rows: int, following: Any, scratch: int
-    ) -> None:
-        """One head of a row, the `number`-th of its slot; or a tile: of more rows of the slot, or of more heads."""
-        k, v, least = here
-        length, scale = least + number, np.float32(real(args[ARG.scale_bits]))
-        q_step, out_step = args[ARG.q_row] * itemsize, args[ARG.out_row] * itemsize
-        q, out = (
-            args[ARG.q] + row * q_step + head * row_bytes,
-            args[ARG.out] + row * out_step + head * row_bytes,
-        )
-        if rows > 1:
-            attend_tile(q, q_step, k, v, out, out_step, length, 1, following, scratch, args[ARG.longest], scale)
-        elif rows < 0:
-            attend_tile(q, row_bytes, k, v, out, row_bytes, length, 0, following, scratch, args[ARG.longest], scale)
-        else:
-            window, (next_k, next_v, positions) = args[ARG.window], following
-            begin, later = max(0, length - window) * row_bytes, max(0, positions - window) * row_bytes
-            following = (next_k + later, next_v + later, min(positions, window))
-            attend(q, k + begin, v + begin, out, min(length, window), following, scratch, scale)
+    int64s = cast(types.int64, types.CPointer(types.int64))
+    locate, keep = cache_access(head_dim, bf16)
+    compute, tile = compute_rows(head_dim, bf16, rung)
 
     @numba.njit(inline="always")
     def compute_slot(args: Any, here: Any, row: int, head: int, count: int, following: Any, scratch: int) -> None:
@@ -129,7 +82,7 @@ def compile_attention(head_dim: int, bf16: bool, rung: Isa) -> Any:
             for i in range(number, number + rows):
                 keep(args, here, row + i, head, i)
             after = following if number + rows == count else nothing
-            compute(args, here, row + number, head, number, rows, after, scratch)
+            compute(args, here, row + number, head, number, rows, 1, after, scratch)
             number += rows
 
     @numba.njit(inline="always")
@@ -142,7 +95,7 @@ def compile_attention(head_dim: int, bf16: bool, rung: Isa) -> Any:
             whole = last - head >= tile and length >= LINE and args[ARG.window] >= length
             heads = tile if whole else 1
             after = following if head + heads == last else nothing
-            compute(args, here, row, head, 0, -tile if whole else 1, after, scratch)
+            compute(args, here, row, head, 0, heads, 0, after, scratch)
             head += heads
 
     @numba.njit(error_model="numpy")
@@ -167,13 +120,77 @@ def compile_attention(head_dim: int, bf16: bool, rung: Isa) -> Any:
                 else:
                     compute_slot(args, here, row, head, count, following, scratch)
 
-    @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
-    def kernel(arguments: Any) -> None:
-        kept = enter()
-        work(carray(arguments, ARG_WORDS))
-        leave(kept)
+    return entry_point(work, ARG_WORDS, rung.architecture)
 
-    return kernel
+
+def cache_access(head_dim: int, bf16: bool) -> tuple[Any, Any]:
+    """Build locate and keep: where a head of a slot is in the cache, and writing its new keys and values."""
+    import numba
+    from numba import carray, types
+
+    itemsize = 2 if bf16 else 4
+    elements = cast(types.int64, types.CPointer(types.uint16 if bf16 else types.float32))
+    int64s, row_bytes = cast(types.int64, types.CPointer(types.int64)), head_dim * itemsize
+
+    @numba.njit(inline="always")
+    def locate(args: Any, slot: int, head: int) -> Any:
+        """Where the keys and values of a head of a slot begin, and how many positions its first row reads."""
+        inside = carray(int64s(args[ARG.head_strides]), slot + 1)[slot] * itemsize * (head // args[ARG.group])
+        k, v = (
+            carray(int64s(args[ARG.k_slots]), slot + 1)[slot] + inside,
+            carray(int64s(args[ARG.v_slots]), slot + 1)[slot] + inside,
+        )
+        return k, v, carray(int64s(args[ARG.lengths]), slot + 1)[slot]
+
+    @numba.njit(error_model="numpy")
+    def keep(args: Any, here: Any, row: int, head: int, number: int) -> None:
+        """Write the new key and value of a row, the `number`-th of its slot, to the cache."""
+        k_at, v_at, least = here
+        inside, last = head // args[ARG.group] * row_bytes, (least + number - 1) * row_bytes
+        k, v = carray(elements(k_at + last), head_dim), carray(elements(v_at + last), head_dim)
+        new_k = carray(elements(args[ARG.new_k] + row * args[ARG.new_k_row] * itemsize + inside), head_dim)
+        new_v = carray(elements(args[ARG.new_v] + row * args[ARG.new_v_row] * itemsize + inside), head_dim)
+        for d in range(head_dim):
+            k[d] = new_k[d]
+            v[d] = new_v[d]
+
+    return locate, keep
+
+
+def compute_rows(head_dim: int, bf16: bool, rung: Isa) -> tuple[Any, int]:
+    """Build compute: one head of a row or of a tile of rows. Returns it with the number of rows of a tile."""
+    import numba
+    from numba import types
+
+    real, itemsize = cast(types.int64, types.float64), 2 if bf16 else 4
+    attend, attend_tile, tile = attention_of_rows(head_dim, bf16, rung)
+    row_bytes = head_dim * itemsize
+
+    @numba.njit(inline="always")
+    def compute(
+        args: Any, here: Any, row: int, head: int, number: int, rows: int, more: int, following: Any, scratch: int
+    ) -> None:
+        """One head of a row, the `number`-th of its slot, or a tile.
+
+        `more` is 1 for a tile of consecutive rows of the slot, and 0 for consecutive heads of one row.
+        """
+        k, v, least = here
+        length, scale = least + number, np.float32(real(args[ARG.scale_bits]))
+        q_row, out_row = args[ARG.q_row] * itemsize, args[ARG.out_row] * itemsize
+        q, out = (
+            args[ARG.q] + row * q_row + head * row_bytes,
+            args[ARG.out] + row * out_row + head * row_bytes,
+        )
+        if rows > 1:
+            q_step, out_step = (q_row, out_row) if more > 0 else (row_bytes, row_bytes)
+            attend_tile(q, q_step, k, v, out, out_step, length, more, following, scratch, args[ARG.longest], scale)
+        else:
+            window, (next_k, next_v, positions) = args[ARG.window], following
+            begin, later = max(0, length - window) * row_bytes, max(0, positions - window) * row_bytes
+            following = (next_k + later, next_v + later, min(positions, window))
+            attend(q, k + begin, v + begin, out, min(length, window), following, scratch, scale)
+
+    return compute, tile
 
 
 def attention_of_rows(head_dim: int, bf16: bool, rung: Isa) -> tuple[Any, Any, int]:
@@ -205,6 +222,13 @@ def attention_of_rows(head_dim: int, bf16: bool, rung: Isa) -> tuple[Any, Any, i
         totals = sums + rows * query_bytes
         return sums, totals, totals + rows * 64
 
+    @numba.njit(inline="always")
+    def clear(sums: int, count: int) -> None:
+        """Set the sums of some rows to zero."""
+        numbers = carray(floats(sums), count * query_bytes // 4)
+        for i in range(count * query_bytes // 4):
+            numbers[i] = np.float32(0)
+
     @numba.njit(error_model="numpy")
     def prefetch_rest(length: int, following: Any) -> None:
         """Prefetch those of the following positions that were not prefetched while `length` were computed."""
@@ -230,9 +254,7 @@ def attention_of_rows(head_dim: int, bf16: bool, rung: Isa) -> tuple[Any, Any, i
             for t in range(length):
                 score(scratch, k + t * row_bytes, found + t * 4)
         softmax(found, length, total)
-        cleared = carray(floats(sums), query_bytes // 4)
-        for i in range(query_bytes // 4):
-            cleared[i] = np.float32(0)
+        clear(sums, 1)
         weighted_sums(found, 0, v, length, sums, next_v if positions > 0 else v)
         finish(sums, total, out)
         prefetch_rest(length, following)
@@ -264,9 +286,7 @@ def attention_of_rows(head_dim: int, bf16: bool, rung: Isa) -> tuple[Any, Any, i
             scores_of_tile(scratch, k + rest * row_bytes, 1, found + rest * 4, found_step, k)
         for row in range(rows):
             softmax(found + row * found_step, length + row * more, total + row * 64)
-        cleared = carray(floats(sums), rows * query_bytes // 4)
-        for i in range(rows * query_bytes // 4):
-            cleared[i] = np.float32(0)
+        clear(sums, rows)
         weighted_sums_of_tile(found, found_step, v, length, sums, next_v if positions > 0 else v)
         for row in range(rows):
             place, rest = sums + row * query_bytes, row * more

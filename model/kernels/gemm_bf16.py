@@ -12,7 +12,6 @@ fingerprint names them:
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,13 +22,11 @@ from torch import Tensor
 from headrace.model.kernels.gemm_blocks import LANES, WORDS, most_rows, multiply_blocks
 from headrace.model.kernels.gemm_fp32 import micro_kernel
 from headrace.model.kernels.intrinsics import cast
-from headrace.model.kernels.isa import NONE, Isa, chosen
+from headrace.model.kernels.isa import Isa, chosen
 from headrace.model.kernels.memory import use_huge_pages
 from headrace.model.kernels.ops import ARG, OP
-from headrace.model.kernels.packed_weight import PackedWeight, pad_columns, self_test
+from headrace.model.kernels.packed_weight import PackedWeight, isa_works, pad_columns
 from headrace.model.kernels.program import GemmBackend, MicroKernel
-
-log = logging.getLogger("headrace.model")
 
 
 def elements_of_word(isa: Isa) -> int:
@@ -71,13 +68,7 @@ def bf16_works(device: str, dtype: torch.dtype) -> bool:
 @functools.cache
 def bf16_isa_works(isa: Isa) -> bool:
     """Whether the backend for an instruction set passes its self-test."""
-    if isa.name == NONE:
-        return False
-    try:
-        return self_test(functools.partial(VectorBf16Weight.of, isa=isa), torch.bfloat16, rtol=2.0**-8, atol=1e-3)
-    except Exception as error:  # an optimization must never keep a model from running
-        log.warning("matrix products use torch's operators, which are slower: %r", error)
-        return False
+    return isa_works(VectorBf16Weight, isa, torch.bfloat16, rtol=2.0**-8, atol=1e-3)
 
 
 def _pack(mr: int, elements: int) -> Any:

@@ -15,7 +15,6 @@ program.py; README.md explains the names.
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,13 +24,11 @@ from torch import Tensor
 
 from headrace.model.kernels.gemm_blocks import LANES, most_rows, multiply_blocks
 from headrace.model.kernels.intrinsics import cast
-from headrace.model.kernels.isa import NONE, Isa, chosen
+from headrace.model.kernels.isa import Isa, chosen
 from headrace.model.kernels.memory import use_huge_pages
 from headrace.model.kernels.ops import ARG, OP
-from headrace.model.kernels.packed_weight import PackedWeight, pad_columns, self_test
+from headrace.model.kernels.packed_weight import PackedWeight, isa_works, pad_columns
 from headrace.model.kernels.program import GemmBackend, MicroKernel
-
-log = logging.getLogger("headrace.model")
 
 #: Rows of the weight in a step.
 KU = 4
@@ -71,13 +68,7 @@ def fp32_works(device: str, dtype: torch.dtype) -> bool:
 @functools.cache
 def fp32_isa_works(isa: Isa) -> bool:
     """Whether the backend for an instruction set passes its self-test."""
-    if isa.name == NONE:
-        return False
-    try:
-        return self_test(functools.partial(Fp32Weight.of, isa=isa), torch.float32, rtol=1e-5, atol=1e-4)
-    except Exception as error:  # an optimization must never keep a model from running
-        log.warning("matrix products use torch's operators, which are slower: %r", error)
-        return False
+    return isa_works(Fp32Weight, isa, torch.float32, rtol=1e-5, atol=1e-4)
 
 
 def _pack(mr: int) -> Any:

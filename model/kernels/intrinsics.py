@@ -125,6 +125,22 @@ def vzeroupper() -> Any:
 DEFAULT_MXCSR = 0x1F80
 
 
+def entry_point(work: Any, words: int, architecture: str) -> Any:
+    """A `numba.cfunc` of one pointer that calls `work` with an array of int64 words, under `float_environment`."""
+    import numba
+    from numba import carray, types
+
+    enter, leave = float_environment(architecture)
+
+    @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
+    def kernel(arguments: Any) -> None:
+        kept = enter()
+        work(carray(arguments, words))
+        leave(kept)
+
+    return kernel
+
+
 def float_environment(architecture: str) -> tuple[Any, Any]:
     """Two functions for compiled code: enter() -> kept sets this thread's default rules, and leave(kept) restores.
 

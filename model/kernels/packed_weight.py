@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from headrace.model.kernels.isa import NONE, Isa
 from headrace.model.kernels.ops import Op
 from headrace.model.kernels.program import GemmBackend, Program
+
+log = logging.getLogger("headrace.model")
 
 
 class RowNorm(NamedTuple):
@@ -100,6 +104,17 @@ def pad_columns(values: Tensor | None, count: int) -> Tensor:
     if values is not None:
         out[: len(values)] = values
     return out
+
+
+def isa_works(kind: Any, isa: Isa, dtype: torch.dtype, *, rtol: float, atol: float) -> bool:
+    """Whether a kind of packed weight passes its self-test on an instruction set. Compiles its backend."""
+    if isa.name == NONE:
+        return False
+    try:
+        return self_test(functools.partial(kind.of, isa=isa), dtype, rtol=rtol, atol=atol)
+    except Exception as error:  # an optimization must never keep a model from running
+        log.warning("matrix products use torch's operators, which are slower: %r", error)
+        return False
 
 
 def self_test(

@@ -27,7 +27,7 @@ from headrace.model.kernels.intrinsics import (
     Int64Array,
     call_pointer,
     cast,
-    float_environment,
+    entry_point,
     prefetch,
     vzeroupper,
 )
@@ -125,7 +125,6 @@ def compile_program(backend: GemmBackend) -> Any:
     barrier = types.ExternalFunction("GOMP_barrier", types.void())
     int64s = cast(types.int64, types.CPointer(types.int64))
     begin, end, pack, multiply = backend.micro_kernel()
-    enter, leave = float_environment(backend.isa.architecture)
     clean_up = vzeroupper() if backend.isa.architecture == "x86_64" else None
     run, prefetch_line, step_bytes = call_pointer(), prefetch(), backend.ku * backend.nr * backend.itemsize
     norm, mr = layer_norm(backend.ku, bf16=backend.dtype == torch.bfloat16), backend.mr
@@ -175,10 +174,4 @@ def compile_program(backend: GemmBackend) -> Any:
         if clean_up is not None:
             clean_up()
 
-    @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
-    def kernel(arguments: Any) -> None:
-        kept = enter()
-        work(carray(arguments, ARG_WORDS))
-        leave(kept)
-
-    return kernel
+    return entry_point(work, ARG_WORDS, backend.isa.architecture)

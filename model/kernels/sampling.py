@@ -17,7 +17,7 @@ from torch import Tensor
 
 from headrace.model.kernels import object_cache
 from headrace.model.kernels.float64_math import exponential64, logarithm64
-from headrace.model.kernels.intrinsics import cast, float_environment
+from headrace.model.kernels.intrinsics import cast, entry_point
 from headrace.model.kernels.isa import architecture
 from headrace.model.kernels.object_cache import Kernel
 from headrace.model.kernels.openmp import team, thread_functions
@@ -228,7 +228,6 @@ def compile_sampling(bf16: bool) -> Any:
     from numba import carray, types
 
     thread, threads = thread_functions()
-    enter, leave = float_environment(architecture())
     raw_bits = cast(types.int64, types.CPointer(types.uint16 if bf16 else types.uint32))
     int64s, singles = (cast(types.int64, types.CPointer(kind)) for kind in (types.int64, types.float32))
     doubles, words = (cast(types.int64, types.CPointer(kind)) for kind in (types.float64, types.uint32))
@@ -275,10 +274,4 @@ def compile_sampling(bf16: bool) -> Any:
                 else:
                     carray(int64s(args[ARG.chosen]), count)[n] = draw_row(args, n, x, weights, buckets_at)
 
-    @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True)
-    def kernel(arguments: Any) -> None:
-        kept = enter()
-        work(carray(arguments, ARG_WORDS))
-        leave(kept)
-
-    return kernel
+    return entry_point(work, ARG_WORDS, architecture())

@@ -144,18 +144,17 @@ class VectorBuilder:
 
     def sum(self, a: Value) -> Value:
         """The sum of the lanes, a float32: lanes i and i + 8, then i + 4, i + 2, i + 1."""
-        undefined = ir.Constant(VECTOR, ir.Undefined)
-        for distance in (8, 4, 2, 1):
-            order = [lane + distance if lane < distance else lane for lane in range(LANES)]
-            a = self.add(a, self.builder.shuffle_vector(a, undefined, ir.Constant(INTEGERS, order)))
-        return self.builder.extract_element(a, INT32(0))
+        return self._fold(a, self.add)
 
     def largest(self, a: Value) -> Value:
         """The largest lane, a float32."""
+        return self._fold(a, self.maximum)
+
+    def _fold(self, a: Value, combine: Callable[[Value, Value], Value]) -> Value:
         undefined = ir.Constant(VECTOR, ir.Undefined)
         for distance in (8, 4, 2, 1):
             order = [lane + distance if lane < distance else lane for lane in range(LANES)]
-            a = self.maximum(a, self.builder.shuffle_vector(a, undefined, ir.Constant(INTEGERS, order)))
+            a = combine(a, self.builder.shuffle_vector(a, undefined, ir.Constant(INTEGERS, order)))
         return self.builder.extract_element(a, INT32(0))
 
     # Integers and bfloat16
