@@ -63,8 +63,8 @@ fmt: $(VENV)/dev ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/dev ## measure the engine and the peers that are installed
-	$(BIN)/python -m benchmarks.throughput --output benchmarks/figures.json --picture benchmarks/figures.png
+bench: $(VENV)/dev ## measure the engine and the peers that are installed; BENCH="--isa avx2"
+	$(BIN)/python -m benchmarks.throughput --output benchmarks/figures.json --picture benchmarks/figures.png $(BENCH)
 
 peers: $(VENV)/dev ## install the peers of `make bench`; needs a C++ compiler
 	$(PIP) --editable '.[bench]'
