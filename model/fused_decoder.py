@@ -77,7 +77,8 @@ class FusedDecoder:
         qkv = x.new_empty(rows, first[QKV].out)
         fed = x.new_empty(-(-rows // backend.mr) * backend.mr, first[FEED].out)
         ops = self._ops_of_pass(x, qkv, fed)
-        if backend.packs_output and not captures:  # captures read `fed` unpacked
+        # Packed, a last block that is not full would leave elements unset; captures read `fed` unpacked.
+        if backend.packs_output and fed.shape[1] % backend.nr == 0 and not captures:
             ops[:, FEED, OP.packs_output] = ops[:, FEED_PROJECTION, OP.in_packed] = 1
         program = Program(backend, rows, max(width, fed.shape[1]))
         q, k, v = self._blocks[0].heads(qkv)

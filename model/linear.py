@@ -15,7 +15,7 @@ are measured (kernels/row_range.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,24 +48,18 @@ class Linear:
         """Pack a weight [in, out], as the files of GPT-2 store it, and a bias [out]. Neither is needed afterwards.
 
         Args:
-            activation: one of config.ACTIVATIONS. The GEMMs apply "gelu_tanh" themselves.
+            activation: one of config.ACTIVATIONS.
             int8: quantize the weight; rows are bfloat16. See `int8_works`.
         """
-        gelu = activation == "gelu_tanh"
-        linear = cls._of(weight, bias, gelu, int8)
-        return linear if gelu or activation is None else replace(linear, then=activation)
-
-    @classmethod
-    def _of(cls, weight: Tensor, bias: Tensor | None, gelu: bool, int8: bool) -> Linear:
-        if int8:
-            return cls(int8_weight_type().of(weight, bias, gelu), None)
-        packed_type = packed_weight_type(weight.device.type, weight.dtype)
-        if packed_type is not None and weight.shape[0] % packed_type.ku == 0:
-            return cls(packed_type.of(weight, bias, gelu), None)
-        gemm: OneDnnWeight | TorchWeight = TorchWeight(weight, bias, gelu)
+        packed = int8_weight_type() if int8 else packed_weight_type(weight.device.type, weight.dtype)
+        applied = activation if activation in (packed.activations if packed else {"gelu_tanh"}) else None
+        then = None if applied else activation
+        if packed is not None:
+            return cls(packed.of(weight, bias, applied), None, then)
+        gemm: OneDnnWeight | TorchWeight = TorchWeight(weight, bias, applied is not None)
         if packing_works(weight.device.type, weight.dtype):
-            gemm = OneDnnWeight.of(weight, bias, gelu)
-        return cls(gemm, measured_rows(gemm, weight))
+            gemm = OneDnnWeight.of(weight, bias, applied is not None)
+        return cls(gemm, measured_rows(gemm, weight), then)
 
     @property
     def weight(self) -> Tensor:

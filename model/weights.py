@@ -24,7 +24,7 @@ from headrace.model.gguf_weights import open_container
 from headrace.model.hub import config_path, find_model, ignored_beside_weights, likely_cause, weight_files
 from headrace.model.kernels.attention import decode_kernel
 from headrace.model.kernels.gemm_int8 import int8_works
-from headrace.model.kernels.gemm_int8_amx import KU, MAX_WIDTH
+from headrace.model.kernels.gemm_int8_amx import MAX_WIDTH
 from headrace.model.linear import packed_weight_type
 from headrace.model.trusted_files import ModelError, check_not_shared
 from headrace.model.weight_file import WeightFile
@@ -191,10 +191,9 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _check_widths(path: Path, config: ModelConfig) -> None:
     for name, width in {"n_embd": config.n_embd, "n_inner": config.inner}.items():
-        if width % KU or width > MAX_WIDTH:
+        if width > MAX_WIDTH:
             raise ModelError(
-                f"{path}: {name} is {width}; in int8 it must be a multiple of {KU} of at most {MAX_WIDTH}; use "
-                "HEADRACE_DTYPE=bfloat16"
+                f"{path}: {name} is {width}; in int8 it must be at most {MAX_WIDTH}; use HEADRACE_DTYPE=bfloat16"
             )
 
 

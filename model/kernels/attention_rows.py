@@ -3,7 +3,7 @@
 For a query q of a row that reads the positions 0 to T - 1, with their keys k and values v:
 
 score_t = sum over d of (q_d * scale) * k_td      16 partial sums, one for each lane, folded as by `VectorBuilder.sum`
-weight_t = e**(score_t - the largest score)       a polynomial, see `exponential`
+weight_t = e**(score_t - the largest score)       a polynomial, see vector_math.py
 total = sum over t of weight_t                    16 partial sums, folded likewise
 out_d = (sum over t of weight_t * v_td) / total   one chain of FMAs in the order of t
 
@@ -22,19 +22,8 @@ from llvmlite import ir
 
 from headrace.model.kernels.isa import Isa
 from headrace.model.kernels.vector_function import VectorFunction
+from headrace.model.kernels.vector_math import exponential
 from headrace.model.kernels.vectors import FLOAT, HALVES, INT64, INTEGERS, LANES, VECTOR, Value, VectorBuilder
-
-#: e**x is 2**n * e**r, where n is the integer nearest to x / ln 2.
-INVERSE_LN2 = 1.4426950408889634
-#: ln 2 in two parts, the first with so few digits that n times it is exact.
-LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
-#: A polynomial for e**r with a relative error of 2e-9, highest power first.
-POWERS = (
-    *(0.001384364409056063, 0.008374163383777078, 0.0416680025751824, 0.16666431170030976, 0.49999994205558146),
-    *(1.0, 1.0),
-)
-#: e**x is 0 below it: results are never denormal.
-LEAST = -86.0
 
 
 @dataclass(frozen=True)
@@ -219,19 +208,6 @@ def softmax() -> VectorFunction:
         v.store(v.sum(sums), total)
 
     return VectorFunction("attention_softmax", ("scores", "length", "total"), body)
-
-
-def exponential(v: VectorBuilder, x: Value) -> Value:
-    """e**x for x <= 0, with a relative error of 2e-7; 0 below LEAST, NaN for NaN."""
-    bounded = v.maximum(x, v.constant(LEAST))
-    whole, n = v.nearest(v.multiply(bounded, v.constant(INVERSE_LN2)))
-    r = v.fma(whole, v.constant(-LN2_HIGH), bounded)
-    r = v.fma(whole, v.constant(-LN2_LOW), r)
-    power = v.constant(POWERS[0])
-    for coefficient in POWERS[1:]:
-        power = v.fma(power, r, v.constant(coefficient))
-    found = v.multiply(power, v.power_of_two(n))
-    return v.builder.select(v.builder.fcmp_ordered("<", x, v.constant(LEAST)), v.constant(0.0), found)
 
 
 def weighted_sums(head: Head, rows: int, isa: Isa) -> VectorFunction:

@@ -1,4 +1,5 @@
-"""The epilogue of a GEMM: scales, bias, GELU or residual, and rounding, applied to sums before they are written.
+"""The epilogue of a GEMM: scales, bias, activation function or residual, and rounding, applied to sums when they are
+written.
 
 An epilogue has two parts. `epilogue_target` computes once for a block of sums where they are written and what is
 applied to them; `epilogue` then processes any of their rows. A micro-kernel can therefore finish the previous sums
@@ -15,8 +16,11 @@ from typing import Any
 from headrace.model.kernels.intrinsics import assembly, cast
 from headrace.model.kernels.ops import ARG, OP
 
-#: What is applied after the bias: the position of the op's word that requests it, or NOTHING.
-NOTHING, ADD_RESIDUAL, APPLY_GELU = 0, OP.residual, OP.gelu
+#: What is applied after the bias: the code of an activation function, which is its position in this list, or
+#: ADD_RESIDUAL.
+ACTIVATION_CODES = ("", "gelu_tanh", "gelu", "relu", "silu", "tanh")
+NOTHING, GELU_TANH, GELU, RELU, SILU, TANH = range(6)
+ADD_RESIDUAL = -1
 
 
 def epilogue_target(nr: int, *, bf16: bool, mr: int = 0) -> Any:
@@ -40,7 +44,7 @@ def epilogue_target(nr: int, *, bf16: bool, mr: int = 0) -> Any:
             offset = first_row // mr * panel_bytes + block * mr * row_bytes
         if op[OP.residual] != 0:
             residual = op[OP.residual] - op[OP.out]
-        then = ADD_RESIDUAL if op[OP.residual] != 0 else APPLY_GELU if op[OP.gelu] != 0 else NOTHING
+        then = ADD_RESIDUAL if op[OP.residual] != 0 else op[OP.activation]
         columns = min(nr, op[OP.columns] - column)
         bias, column_scales = op[OP.bias] + column * 4, op[OP.column_scales] + column * 4
         row_scales, out = program[ARG.row_scales] + first_row * 4, op[OP.out] + offset
@@ -57,32 +61,8 @@ def vector_epilogue(nr: int, *, bf16: bool, int8: bool) -> Any:
     import numba
     from numba import carray, types
 
-    from headrace.model.kernels.epilogue_rows import finish_rows
-
     elements = cast(types.int64, types.CPointer(types.uint16 if bf16 else types.float32))
-    plain, gelu, add_residual = (
-        finish_rows(nr, bf16=bf16, int8=int8, gelu=then == APPLY_GELU, residual=then == ADD_RESIDUAL).intrinsic()
-        for then in (NOTHING, APPLY_GELU, ADD_RESIDUAL)
-    )
-
-    @numba.njit(error_model="numpy")
-    def finish_some(
-        then: int,
-        sums: int,
-        rows: int,
-        out: int,
-        row_bytes: int,
-        bias: int,
-        onto: int,
-        column_scales: int,
-        row_scales: int,
-    ) -> None:
-        if then == ADD_RESIDUAL:
-            add_residual(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
-        elif then == APPLY_GELU:
-            gelu(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
-        else:
-            plain(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+    finish_some = _finish_some(nr, bf16=bf16, int8=int8)
 
     @numba.njit(error_model="numpy")
     def finish(target: Any, spare: int) -> None:
@@ -115,13 +95,7 @@ def epilogue(nr: int, *, int8: bool, mr: int = 0) -> Any:
     from numba import carray, types
 
     elements = cast(types.int64, types.CPointer(types.uint16))
-    clobbers = ",".join(f"~{{xmm{i}}}" for i in range(12))
-    kinds = NOTHING, APPLY_GELU, ADD_RESIDUAL
-    if int8:
-        plain, gelu, add_residual = (_vector_row(nr, then) for then in kinds)
-    else:
-        text = ["\n".join(_row_instructions(nr // 16, then)) for then in kinds]
-        plain, gelu, add_residual = (assembly(each, 6, clobbers) for each in text)
+    finish_row = _finish_int8_row(nr) if int8 else _finish_bf16_row(nr)
 
     @numba.njit(error_model="numpy", forceinline=True)
     def finish(program: Any, target: Any, first: int, count: int, spare: int) -> None:
@@ -136,12 +110,7 @@ def epilogue(nr: int, *, int8: bool, mr: int = 0) -> Any:
                     for i in range(columns):
                         copy[i] = given[i]
                     onto = spare
-            if then == ADD_RESIDUAL:
-                add_residual(line, to, bias, column_scales, row_scale, onto)
-            elif then == APPLY_GELU:
-                gelu(line, to, bias, column_scales, row_scale, program[ARG.constants])
-            else:
-                plain(line, to, bias, column_scales, row_scale, 0)
+            finish_row(then, line, to, bias, column_scales, row_scale, onto, program[ARG.constants])
             if columns < nr:
                 wanted, computed = carray(elements(place), columns), carray(elements(spare), columns)
                 for i in range(columns):
@@ -150,17 +119,83 @@ def epilogue(nr: int, *, int8: bool, mr: int = 0) -> Any:
     return finish
 
 
-def _vector_row(nr: int, then: int) -> Any:
-    """A function with the parameters of the assembly that turns int32 sums into a row, by epilogue_rows.py."""
+def _finish_some(nr: int, *, bf16: bool, int8: bool) -> Any:
+    """Build finish_some(then, sums, rows, out, row_bytes, bias, residual, column_scales, row_scales).
+
+    The functions are those of epilogue_rows.py.
+    """
     import numba
 
     from headrace.model.kernels.epilogue_rows import finish_rows
 
-    rows = finish_rows(nr, bf16=True, int8=True, gelu=then == APPLY_GELU, residual=then == ADD_RESIDUAL).intrinsic()
+    plain, gelu_tanh, gelu, relu, silu, tanh = (
+        finish_rows(nr, bf16=bf16, int8=int8, activation=name).intrinsic() for name in ACTIVATION_CODES
+    )
+    add_residual = finish_rows(nr, bf16=bf16, int8=int8, residual=True).intrinsic()
+
+    @numba.njit(error_model="numpy")
+    def finish_some(
+        then: int,
+        sums: int,
+        rows: int,
+        out: int,
+        row_bytes: int,
+        bias: int,
+        onto: int,
+        column_scales: int,
+        row_scales: int,
+    ) -> None:
+        if then == ADD_RESIDUAL:
+            add_residual(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+        elif then == GELU_TANH:
+            gelu_tanh(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+        elif then == NOTHING:
+            plain(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+        elif then == GELU:
+            gelu(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+        elif then == RELU:
+            relu(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+        elif then == SILU:
+            silu(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+        else:
+            tanh(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+
+    return finish_some
+
+
+def _finish_int8_row(nr: int) -> Any:
+    """Build finish_row(then, sums, out, bias, column_scales, row_scale, residual, constants) by epilogue_rows.py."""
+    import numba
+
+    finish_some = _finish_some(nr, bf16=True, int8=True)
 
     @numba.njit(error_model="numpy", forceinline=True)
-    def finish_row(sums: int, out: int, bias: int, column_scales: int, row_scale: int, residual: int) -> None:
-        rows(sums, 1, out, 0, bias, residual, column_scales, row_scale)
+    def finish_row(
+        then: int, sums: int, out: int, bias: int, column_scales: int, row_scale: int, residual: int, _: int
+    ) -> None:
+        finish_some(then, sums, 1, out, 0, bias, residual, column_scales, row_scale)
+
+    return finish_row
+
+
+def _finish_bf16_row(nr: int) -> Any:
+    """Build finish_row, see `_finish_int8_row`, in assembly, which applies GELU_TANH only."""
+    import numba
+
+    clobbers = ",".join(f"~{{xmm{i}}}" for i in range(12))
+    text = ["\n".join(_row_instructions(nr // 16, then)) for then in (NOTHING, GELU_TANH, ADD_RESIDUAL)]
+    plain, gelu_tanh, add_residual = (assembly(each, 6, clobbers) for each in text)
+
+    @numba.njit(error_model="numpy", forceinline=True)
+    def finish_row(
+        then: int, sums: int, out: int, bias: int, column_scales: int, row_scale: int, residual: int, constants: int
+    ) -> None:
+        if then == ADD_RESIDUAL:
+            add_residual(sums, out, bias, column_scales, row_scale, residual)
+        elif then == GELU_TANH:
+            gelu_tanh(sums, out, bias, column_scales, row_scale, constants)
+        else:
+            plain(sums, out, bias, column_scales, row_scale, 0)
 
     return finish_row
 
@@ -174,7 +209,7 @@ def _row_instructions(vectors: int, then: int) -> list[str]:
     for i in range(vectors):
         x, at, spare = f"%zmm{i}", 64 * i, [f"%zmm{3 + 3 * i + j}" for j in range(3)]
         lines += [f"vmovups {at}($0), {x}", f"vaddps {at}($2), {x}, {x}"]
-        if then == APPLY_GELU:
+        if then == GELU_TANH:
             lines += _gelu_instructions(x, *spare)
         elif then == ADD_RESIDUAL:
             lines += [f"vpmovzxwd {at // 2}($5), {spare[0]}", f"vpslld $$16, {spare[0]}, {spare[0]}"]

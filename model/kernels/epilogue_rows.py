@@ -2,20 +2,18 @@
 
 x = sum                        float32, or int32 * column scale * row scale
 x = x + bias
-x = GELU(x)  or  x + residual  if requested
+x = activation(x)  or  x + residual  if requested
 out = x                        float32, or rounded to bfloat16
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from headrace.model.kernels.gelu import GELU_EXPONENT, LEAST_EXPONENT, MOST_EXPONENT, POWER
 from headrace.model.kernels.vector_function import VectorFunction
+from headrace.model.kernels.vector_math import ACTIVATIONS
 from headrace.model.kernels.vectors import FLOAT, HALVES, INTEGERS, LANES, Value, VectorBuilder
 
 
-def finish_rows(nr: int, *, bf16: bool, int8: bool, gelu: bool, residual: bool) -> VectorFunction:
+def finish_rows(nr: int, *, bf16: bool, int8: bool, residual: bool = False, activation: str = "") -> VectorFunction:
     """finish_rows(sums, rows, out, row_bytes, bias, residual, column_scales, row_scales), all int64.
 
     `sums` is the address of [rows, nr]; `residual` that of the first row to add, whose rows have the same distance as
@@ -42,9 +40,9 @@ def finish_rows(nr: int, *, bf16: bool, int8: bool, gelu: bool, residual: bool) 
                 else:
                     x = v.load(sums, 64 * i)
                 x = v.add(x, v.load(bias, 64 * i))
-                if gelu:
-                    x = gelu_of(v, x)
-                elif residual:
+                if activation:
+                    x = ACTIVATIONS[activation](v, x)
+                if residual:
                     x = v.add(x, v.widen(v.load(onto, 32 * i, HALVES, 2)) if bf16 else v.load(onto, 64 * i))
                 if bf16:
                     v.store(v.narrow(x), out, 32 * i, 2)
@@ -55,22 +53,9 @@ def finish_rows(nr: int, *, bf16: bool, int8: bool, gelu: bool, residual: bool) 
 
         v.repeat(rows, [sums, out, onto, row_scales], row)
 
-    kinds = [name for name, on in (("bf16", bf16), ("int8", int8), ("gelu", gelu), ("residual", residual)) if on]
+    kinds = [name for name, on in (("bf16", bf16), ("int8", int8), ("residual", residual)) if on]
     return VectorFunction(
-        "_".join(("finish_rows", str(nr), *kinds)),
+        "_".join(("finish_rows", str(nr), activation, *kinds)),
         ("sums", "rows", "out", "row_bytes", "bias", "residual", "column_scales", "row_scales"),
         body,
     )
-
-
-def gelu_of(v: VectorBuilder, x: Any) -> Any:
-    """GELU (the tanh approximation) as x / (1 + 2**t): t is a polynomial in x, see gelu.py. NaN stays NaN."""
-    t = v.fma(v.constant(GELU_EXPONENT[1]), v.multiply(x, x), v.constant(GELU_EXPONENT[0]))
-    t = v.maximum(v.multiply(x, t), v.constant(LEAST_EXPONENT))
-    t = v.minimum(t, v.constant(MOST_EXPONENT))
-    n, exponent = v.nearest(t)
-    r = v.subtract(t, n)
-    power = v.constant(POWER[0])
-    for coefficient in POWER[1:]:
-        power = v.fma(power, r, v.constant(coefficient))
-    return v.divide(x, v.add(v.scale(power, exponent), v.constant(1.0)))

@@ -12,11 +12,10 @@ fingerprint names them:
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from headrace.model.kernels.gemm_blocks import LANES, WORDS, most_rows, multiply_blocks
@@ -25,7 +24,7 @@ from headrace.model.kernels.intrinsics import cast
 from headrace.model.kernels.isa import Isa, chosen
 from headrace.model.kernels.memory import use_huge_pages
 from headrace.model.kernels.ops import ARG, OP
-from headrace.model.kernels.packed_weight import PackedWeight, isa_works, pad_columns
+from headrace.model.kernels.packed_weight import PackedWeight, isa_works, pad_columns, padded, steps_of
 from headrace.model.kernels.program import GemmBackend, MicroKernel
 
 
@@ -37,24 +36,22 @@ def elements_of_word(isa: Isa) -> int:
 class VectorBf16Weight(PackedWeight):
     """A weight [in, out] in blocks of columns, bfloat16 [blocks, steps, WORDS, NR, elements of a word]."""
 
-    #: `in` must be a multiple of it: a step of pairs.
-    ku: ClassVar = 2 * WORDS
-
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, gelu: bool, isa: Isa | None = None) -> VectorBf16Weight:
-        """Pack a weight [in, out], `in` a multiple of 8, and a bias [out], for an instruction set."""
+    def of(
+        cls, weight: Tensor, bias: Tensor | None, activation: str | None = None, isa: Isa | None = None
+    ) -> VectorBf16Weight:
+        """Pack a weight [in, out] and a bias [out] for an instruction set."""
         backend = bf16_backend(isa or chosen())
         (width, out), nr, elements = weight.shape, backend.nr, backend.ku // WORDS
-        blocks, steps = -(-out // nr), width // backend.ku
+        blocks, steps = -(-out // nr), steps_of(width, backend.ku)
         packed = use_huge_pages(torch.empty(blocks, steps, WORDS, nr, elements, dtype=weight.dtype))
-        padded = F.pad(weight, (0, blocks * nr - out)) if out % nr else weight
-        packed.copy_(padded.view(steps, WORDS, elements, blocks, nr).permute(3, 0, 1, 4, 2))
-        return cls(backend, packed, torch.ones(0), pad_columns(bias, blocks * nr), bias, out, gelu)
+        packed.copy_(padded(weight, backend).view(steps, WORDS, elements, blocks, nr).permute(3, 0, 1, 4, 2))
+        return cls(backend, packed, torch.ones(0), pad_columns(bias, blocks * nr), bias, width, out, activation)
 
     @property
     def weight(self) -> Tensor:
         """The weight as it was given, [in, out]; a copy."""
-        return self.packed.permute(1, 2, 4, 0, 3).reshape(self.width, -1)[:, : self.out]
+        return self.packed.permute(1, 2, 4, 0, 3).flatten(3).flatten(0, 2)[: self.width, : self.out]
 
 
 def bf16_works(device: str, dtype: torch.dtype) -> bool:
@@ -76,22 +73,22 @@ def _pack(mr: int, elements: int) -> Any:
     import numba
     from numba import carray, types
 
-    words = cast(types.int64, types.CPointer(types.uint32))
-    given = cast(types.int64, types.CPointer(types.uint32 if elements == 2 else types.uint16))
+    words, halves = (cast(types.int64, types.CPointer(kind)) for kind in (types.uint32, types.uint16))
+    given = words if elements == 2 else halves
     shift = np.uint32(0 if elements == 2 else 16)
 
     @numba.njit(error_model="numpy")
     def pack(program: Any, op: Any, row: int, source: int) -> None:
-        count = op[OP.k_steps] * WORDS
+        count, width = op[OP.k_steps] * WORDS, op[OP.width] if source != 0 else 0
         panel = program[ARG.packed_rows] + row // mr * count * mr * 4
-        target = carray(words(panel + row % mr * 4), count * mr)
-        if source == 0:
-            for i in range(count):
-                target[i * mr] = np.uint32(0)
-            return
-        x = carray(given(source), count)
-        for i in range(count):
+        target, whole = carray(words(panel + row % mr * 4), count * mr), width // elements
+        x = carray(given(source), whole)
+        for i in range(whole):
             target[i * mr] = np.uint32(x[i]) << shift
+        for i in range(whole, count):
+            target[i * mr] = np.uint32(0)
+        if whole * elements < width:  # the last word has one element
+            target[whole * mr] = np.uint32(carray(halves(source), width)[width - 1])
 
     return pack
 

@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from headrace.model.kernels.epilogue import epilogue, epilogue_target
@@ -29,7 +28,7 @@ from headrace.model.kernels.intrinsics import assembly, cast, prefetch
 from headrace.model.kernels.isa import AMX, chosen
 from headrace.model.kernels.memory import use_huge_pages
 from headrace.model.kernels.ops import ARG, OP
-from headrace.model.kernels.packed_weight import PackedWeight, pad_columns, self_test
+from headrace.model.kernels.packed_weight import PackedWeight, pad_columns, padded, self_test, steps_of
 from headrace.model.kernels.program import GemmBackend, MicroKernel
 
 log = logging.getLogger("headrace.model")
@@ -56,24 +55,23 @@ class Bf16Weight(PackedWeight):
     of the pair.
     """
 
-    #: `in` must be a multiple of it.
-    ku: ClassVar = KU
+    #: Written in assembly (epilogue.py).
+    activations: ClassVar = frozenset({"gelu_tanh"})
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, gelu: bool) -> Bf16Weight:
-        """Pack a weight [in, out], `in` a multiple of 32, and a bias [out]."""
+    def of(cls, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Bf16Weight:
+        """Pack a weight [in, out] and a bias [out]."""
         width, out = weight.shape
-        blocks, steps = -(-out // NR), width // KU
+        blocks, steps = -(-out // NR), steps_of(width, KU)
         tiles = use_huge_pages(torch.empty(blocks, steps, 2, 16, 16, 2, dtype=weight.dtype))
-        padded = F.pad(weight, (0, blocks * NR - out)) if out % NR else weight
-        tiles.copy_(padded.view(steps, 16, 2, blocks, 2, 16).permute(3, 0, 4, 1, 5, 2))
-        return cls(BF16_AMX, tiles, torch.ones(0), pad_columns(bias, blocks * NR), bias, out, gelu)
+        tiles.copy_(padded(weight, BF16_AMX).view(steps, 16, 2, blocks, 2, 16).permute(3, 0, 4, 1, 5, 2))
+        return cls(BF16_AMX, tiles, torch.ones(0), pad_columns(bias, blocks * NR), bias, width, out, activation)
 
     @property
     def weight(self) -> Tensor:
         """The weight as it was given, [in, out]; a copy."""
         blocks, steps = self.packed.shape[:2]
-        return self.packed.permute(1, 3, 5, 0, 2, 4).reshape(steps * KU, blocks * NR)[:, : self.out]
+        return self.packed.permute(1, 3, 5, 0, 2, 4).reshape(steps * KU, blocks * NR)[: self.width, : self.out]
 
 
 @functools.cache
@@ -115,21 +113,22 @@ def _pack() -> Any:
     import numba
     from numba import carray, types
 
-    words = cast(types.int64, types.CPointer(types.uint64))
+    words, halves = (cast(types.int64, types.CPointer(kind)) for kind in (types.uint64, types.uint16))
 
     @numba.njit(error_model="numpy")
     def pack(program: Any, op: Any, row: int, source: int) -> None:
-        steps = op[OP.k_steps]
-        target = carray(words(locate_row(program, op, row)), steps * 128)
-        if source == 0:
-            for step in range(steps):
-                for word in range(8):
-                    target[step * 128 + word] = np.uint64(0)
-            return
-        x = carray(words(source), steps * 8)
-        for step in range(steps):
+        steps, width = op[OP.k_steps], op[OP.width] if source != 0 else 0
+        target, whole = carray(words(locate_row(program, op, row)), steps * 128), width // KU
+        x = carray(words(source), whole * 8)
+        for step in range(whole):
             for word in range(8):
                 target[step * 128 + word] = x[step * 8 + word]
+        for step in range(whole, steps):
+            for word in range(8):
+                target[step * 128 + word] = np.uint64(0)
+        last = carray(halves(locate_row(program, op, row) + whole * TILE_BYTES), KU)
+        for i in range(width - whole * KU):
+            last[i] = carray(halves(source), width)[whole * KU + i]
 
     locate_row = packed_row()
     return pack

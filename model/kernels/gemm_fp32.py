@@ -15,11 +15,10 @@ program.py; README.md explains the names.
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from headrace.model.kernels.gemm_blocks import LANES, most_rows, multiply_blocks
@@ -27,7 +26,7 @@ from headrace.model.kernels.intrinsics import cast
 from headrace.model.kernels.isa import Isa, chosen
 from headrace.model.kernels.memory import use_huge_pages
 from headrace.model.kernels.ops import ARG, OP
-from headrace.model.kernels.packed_weight import PackedWeight, isa_works, pad_columns
+from headrace.model.kernels.packed_weight import PackedWeight, isa_works, pad_columns, padded, steps_of
 from headrace.model.kernels.program import GemmBackend, MicroKernel
 
 #: Rows of the weight in a step.
@@ -37,24 +36,22 @@ KU = 4
 class Fp32Weight(PackedWeight):
     """A weight [in, out] in blocks of columns, float32 [blocks, in/KU, KU, NR]: block, step, row, column."""
 
-    #: `in` must be a multiple of it.
-    ku: ClassVar = KU
-
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, gelu: bool, isa: Isa | None = None) -> Fp32Weight:
-        """Pack a weight [in, out], `in` a multiple of 4, and a bias [out], for an instruction set."""
+    def of(
+        cls, weight: Tensor, bias: Tensor | None, activation: str | None = None, isa: Isa | None = None
+    ) -> Fp32Weight:
+        """Pack a weight [in, out] and a bias [out] for an instruction set."""
         backend = fp32_backend(isa or chosen())
         (width, out), nr = weight.shape, backend.nr
-        blocks = -(-out // nr)
-        packed = use_huge_pages(torch.empty(blocks, width // KU, KU, nr))
-        padded = F.pad(weight, (0, blocks * nr - out)) if out % nr else weight
-        packed.copy_(padded.view(width // KU, KU, blocks, nr).permute(2, 0, 1, 3))
-        return cls(backend, packed, torch.ones(0), pad_columns(bias, blocks * nr), bias, out, gelu)
+        blocks, steps = -(-out // nr), steps_of(width, KU)
+        packed = use_huge_pages(torch.empty(blocks, steps, KU, nr))
+        packed.copy_(padded(weight, backend).view(steps, KU, blocks, nr).permute(2, 0, 1, 3))
+        return cls(backend, packed, torch.ones(0), pad_columns(bias, blocks * nr), bias, width, out, activation)
 
     @property
     def weight(self) -> Tensor:
         """The weight as it was given, [in, out]; a copy."""
-        return self.packed.permute(1, 2, 0, 3).reshape(self.width, -1)[:, : self.out]
+        return self.packed.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)[: self.width, : self.out]
 
 
 def fp32_works(device: str, dtype: torch.dtype) -> bool:
@@ -80,16 +77,13 @@ def _pack(mr: int) -> Any:
 
     @numba.njit(error_model="numpy")
     def pack(program: Any, op: Any, row: int, source: int) -> None:
-        width = op[OP.k_steps] * KU
-        panel = program[ARG.packed_rows] + row // mr * width * mr * 4
-        target = carray(floats(panel + row % mr * 4), width * mr)
-        if source == 0:
-            for i in range(width):
-                target[i * mr] = np.float32(0)
-            return
-        x = carray(floats(source), width)
+        count, width = op[OP.k_steps] * KU, op[OP.width] if source != 0 else 0
+        panel = program[ARG.packed_rows] + row // mr * count * mr * 4
+        target, x = carray(floats(panel + row % mr * 4), count * mr), carray(floats(source), width)
         for i in range(width):
             target[i * mr] = x[i]
+        for i in range(width, count):
+            target[i * mr] = np.float32(0)
 
     return pack
 

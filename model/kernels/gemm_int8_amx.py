@@ -29,7 +29,7 @@ from headrace.model.kernels.intrinsics import cast
 from headrace.model.kernels.isa import AMX
 from headrace.model.kernels.memory import use_huge_pages
 from headrace.model.kernels.ops import ARG, OP
-from headrace.model.kernels.packed_weight import PackedWeight, pad_columns
+from headrace.model.kernels.packed_weight import PackedWeight, pad_columns, padded, steps_of
 from headrace.model.kernels.program import GemmBackend, MicroKernel
 
 log = logging.getLogger("headrace.model")
@@ -49,8 +49,8 @@ class Int8Weight(PackedWeight):
     """
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, gelu: bool) -> Int8Weight:
-        """Quantize and pack a weight [in, out], `in` a multiple of 64, with its bias [out].
+    def of(cls, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Int8Weight:
+        """Quantize and pack a weight [in, out] with its bias [out].
 
         Raises:
             ValueError: `in` is larger than MAX_WIDTH: integer sums could overflow.
@@ -58,21 +58,25 @@ class Int8Weight(PackedWeight):
         weight = weight.float()
         width, out = weight.shape
         check_sums(width)
-        blocks, steps = -(-out // NR), width // KU
+        blocks, steps = -(-out // NR), steps_of(width, KU)
         scales = pad_columns(weight.abs().amax(0) / LARGEST, blocks * NR)
-        quantized = torch.zeros(width, blocks * NR, dtype=torch.int8)
-        # A column of zeros has the scale 0; 0 / 0 becomes 0.
-        quantized[:, :out] = (weight / scales[:out]).nan_to_num_(0).round_().to(torch.int8)
+        quantized = padded(quantize(weight, scales), INT8_AMX)
         tiles = use_huge_pages(torch.empty(blocks, steps, 2, 16, 16, 4, dtype=torch.int8))
         tiles.copy_(quantized.view(steps, 16, 4, blocks, 2, 16).permute(3, 0, 4, 1, 5, 2))
-        return cls(INT8_AMX, tiles, scales, pad_columns(bias, blocks * NR), bias, out, gelu)
+        return cls(INT8_AMX, tiles, scales, pad_columns(bias, blocks * NR), bias, width, out, activation)
 
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, float32 [in, out]; a copy."""
         blocks, steps = self.packed.shape[:2]
         quantized = self.packed.permute(1, 3, 5, 0, 2, 4).reshape(steps * KU, blocks * NR)
-        return (quantized * self.scales)[:, : self.out]
+        return (quantized * self.scales)[: self.width, : self.out]
+
+
+def quantize(weight: Tensor, scales: Tensor) -> Tensor:
+    """A weight [in, out] divided by the scales of its columns, as int8."""
+    # A column of zeros has the scale 0; 0 / 0 becomes 0.
+    return (weight / scales[: weight.shape[1]]).nan_to_num_(0).round_().to(torch.int8)
 
 
 def check_sums(width: int) -> None:
@@ -103,7 +107,7 @@ def _self_test() -> bool:
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randint(-LARGEST, LARGEST + 1, s, generator=generator).float() for s in ((128, 80), (75, 128)))
     weight[0], x[:, 0] = LARGEST, LARGEST
-    return bool(torch.equal(Int8Weight.of(weight, None, False)(x.bfloat16()), (x @ weight).bfloat16()))
+    return bool(torch.equal(Int8Weight.of(weight, None)(x.bfloat16()), (x @ weight).bfloat16()))
 
 
 def _pack() -> Any:
@@ -121,22 +125,25 @@ def _pack() -> Any:
 
     @numba.njit(error_model="numpy")
     def pack(program: Any, op: Any, row: int, source: int) -> None:
-        steps = op[OP.k_steps]
+        steps, width = op[OP.k_steps], op[OP.width]
         target, top = carray(bytes_(locate_row(program, op, row)), steps * MR * KU), np.uint16(0)
         if source == 0:
             for step in range(steps):
                 for i in range(KU):
                     target[step * MR * KU + i] = np.int8(0)
             return
-        x = carray(halves(source), steps * KU)
-        for i in range(steps * KU):  # compared as bits: a larger magnitude has larger bits, and NaN has the largest
+        x = carray(halves(source), width)
+        for i in range(width):  # compared as bits: a larger magnitude has larger bits, and NaN has the largest
             top = max(top, x[i] & np.uint16(0x7FFF))
         largest = value(np.uint32(top) << np.uint32(16))
         factor = np.float32(LARGEST) / largest if largest > least else np.float32(0)
-        for step in range(steps):
+        for step in range(width // KU):
             for i in range(KU):
                 number = value(np.uint32(x[step * KU + i]) << np.uint32(16)) * factor
                 target[step * MR * KU + i] = np.int8(np.int32(np.rint(number)))
+        for at in range(width // KU * KU, steps * KU):
+            number = value(np.uint32(x[at]) << np.uint32(16)) * factor if at < width else np.float32(0)
+            target[at // KU * MR * KU + at % KU] = np.int8(np.int32(np.rint(number)))
         carray(floats(program[ARG.row_scales] + row * 4), 1)[0] = largest / np.float32(LARGEST)
 
     return pack

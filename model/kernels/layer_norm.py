@@ -14,7 +14,7 @@ from headrace.model.kernels.intrinsics import cast
 from headrace.model.kernels.ops import OP
 
 
-def layer_norm(ku: int, *, bf16: bool) -> Any:
+def layer_norm(*, bf16: bool) -> Any:
     """Build norm(op, row, source, target) -> target.
 
     `source` and `target` are addresses of a row. The result has the type of the row; a second copy is written to the
@@ -29,7 +29,7 @@ def layer_norm(ku: int, *, bf16: bool) -> Any:
 
     @numba.njit(error_model="numpy")
     def norm(op: Any, row: int, source: int, target: int) -> int:
-        width = op[OP.k_steps] * ku
+        width = op[OP.width]
         epsilon = np.float32(real(op[OP.epsilon_bits]))
         norm_row(source, target, width, op[OP.norm_weight], op[OP.norm_bias], epsilon)
         if op[OP.normed_out] != 0:

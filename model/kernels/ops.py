@@ -22,7 +22,8 @@ class Op(NamedTuple):
     epsilon_bits: int = 0  # the bits of a float64
     normed_out: int = 0  # address of a copy of the normed rows, contiguous
     weight: int = 0  # address of the packed weight
-    k_steps: int = 0  # K / KU: steps along the rows of the weight
+    width: int = 0  # K: elements of a row of x
+    k_steps: int = 0  # K / KU, rounded up: steps along the rows of the weight
     n_blocks: int = 0  # blocks of NR columns
     bias: int = 0  # address of float32, one for each column of each block
     column_scales: int = 0  # address of float32, one for each column of each block; only for int8
@@ -30,7 +31,7 @@ class Op(NamedTuple):
     out: int = 0  # address of the result
     out_row_bytes: int = 0  # bytes from one row of the result to the next
     columns: int = 0  # N: columns of the result, without the padding of the last block
-    gelu: int = 0  # 1 for GELU after the bias
+    activation: int = 0  # the code of the activation function after the bias (epilogue.ACTIVATION_CODES)
     in_packed: int = 0  # 1: the rows at `source` are packed already
     packs_output: int = 0  # 1: write the result packed, as the next op reads it
     call: int = 0  # address of a C function of one pointer

@@ -6,13 +6,14 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from headrace.model.kernels.epilogue import ACTIVATION_CODES
 from headrace.model.kernels.isa import NONE, Isa
 from headrace.model.kernels.ops import Op
 from headrace.model.kernels.program import GemmBackend, Program
@@ -40,30 +41,30 @@ class PackedWeight:
     scales: Tensor  # float32, one for each column of each block; only for int8
     biases: Tensor  # float32, one for each column of each block, zero without a bias
     bias: Tensor | None  # [out]
+    width: int  # elements of a row of x; the packed weight is filled up with rows of zeros
     out: int
-    gelu: bool
+    activation: str | None = None  # what is applied after the bias, one of `activations`
+
+    #: The activation functions that this kind of weight applies.
+    activations: ClassVar[frozenset[str]] = frozenset(ACTIVATION_CODES[1:])
 
     @property
     def weight(self) -> Tensor:
         """The weight, [in, out]; a copy."""
         raise NotImplementedError
 
-    @property
-    def width(self) -> int:
-        """Elements of a row of x."""
-        return self.packed.shape[1] * self.backend.ku
-
     @functools.cached_property
     def op(self) -> Op:
         """The GEMM with this weight, without the addresses of its rows and its result."""
         return Op(
             weight=self.packed.data_ptr(),
+            width=self.width,
             k_steps=self.packed.shape[1],
             n_blocks=self.packed.shape[0],
             bias=self.biases.data_ptr(),
             column_scales=self.scales.data_ptr(),
             columns=self.out,
-            gelu=int(self.gelu),
+            activation=ACTIVATION_CODES.index(self.activation or ""),
         )
 
     def check(self, x: Tensor) -> None:
@@ -73,7 +74,7 @@ class PackedWeight:
             raise ValueError(f"rows are {x.dtype} {list(x.shape)}; they must be {backend.dtype} [M, {self.width}]")
 
     def __call__(self, x: Tensor, norm: RowNorm | None = None) -> Tensor:
-        """[M, in] -> [M, out], with GELU (the tanh approximation) if requested. Raises ValueError like `check`.
+        """[M, in] -> [M, out], with the activation function. Raises ValueError like `check`.
 
         Args:
             norm: a layer norm that is applied to the rows first.
@@ -98,6 +99,17 @@ class PackedWeight:
         return out
 
 
+def steps_of(width: int, ku: int) -> int:
+    """The steps of KU rows that a weight of `width` rows takes."""
+    return -(-width // ku)
+
+
+def padded(weight: Tensor, backend: GemmBackend) -> Tensor:
+    """A weight [in, out], filled up with zeros to whole steps of rows and whole blocks of columns."""
+    width, out = weight.shape
+    return F.pad(weight, (0, -out % backend.nr, 0, -width % backend.ku))
+
+
 def pad_columns(values: Tensor | None, count: int) -> Tensor:
     """float32 [count]: the values, then zeros."""
     out = torch.zeros(count)
@@ -118,7 +130,7 @@ def isa_works(kind: Any, isa: Isa, dtype: torch.dtype, *, rtol: float, atol: flo
 
 
 def self_test(
-    pack: Callable[[Tensor, Tensor | None, bool], PackedWeight], dtype: torch.dtype, *, rtol: float, atol: float
+    pack: Callable[[Tensor, Tensor | None, str | None], PackedWeight], dtype: torch.dtype, *, rtol: float, atol: float
 ) -> bool:
     """Check a backend against the formula in float64, and that a row's bits do not depend on the other rows.
 
@@ -126,10 +138,10 @@ def self_test(
     """
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(*s, generator=generator).to(dtype) for s in ((96, 80), (80,), (75, 96)))
-    for gelu in (False, True):
-        gemm = pack(weight, bias, gelu)
+    for activation in (None, "gelu_tanh"):
+        gemm = pack(weight, bias, activation)
         expected = torch.addmm(bias.double(), x.double(), weight.double())
-        if gelu:
+        if activation:
             expected = F.gelu(expected, approximate="tanh")
         found = gemm(x)
         if not torch.allclose(found.double(), expected, rtol=rtol, atol=atol):

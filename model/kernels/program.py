@@ -1,9 +1,9 @@
 """Programs: several GEMMs of a CPU that follow each other, run as one call.
 
-An op computes x @ weight + bias, with a layer norm before it and GELU or a residual after it (`ops.Op`). Between two
-calls from Python a core would wait for code and data that the weights have evicted from its caches: tens of
-microseconds each time, during which memory, the bottleneck of most steps, is idle. In a program each thread prefetches
-the beginning of the next op's weight while it multiplies the last block of the current one.
+An op computes x @ weight + bias, with a layer norm before it and an activation function or a residual after it
+(`ops.Op`). Between two calls from Python a core would wait for code and data that the weights have evicted from its
+caches: tens of microseconds each time, during which memory, the bottleneck of most steps, is idle. In a program each
+thread prefetches the beginning of the next op's weight while it multiplies the last block of the current one.
 
     thread   packs its rows, normed if requested | barrier | multiplies all rows by its blocks | barrier | next op
 
@@ -95,7 +95,7 @@ class Program:
         self._kernel, self._threads = backend.kernel, torch.get_num_threads()
         padded_rows = -(-rows // backend.mr) * backend.mr
         scratch_bytes = backend.scratch_bytes + -(-width // 16) * 64
-        row_bytes = width * (backend.row_itemsize or backend.itemsize)
+        row_bytes = -(-width // backend.ku) * backend.ku * (backend.row_itemsize or backend.itemsize)
         self._packed_rows = torch.empty(padded_rows * row_bytes, dtype=torch.uint8)
         self._scratch = torch.empty(self._threads * scratch_bytes, dtype=torch.uint8)
         self._row_scales = torch.empty(padded_rows)
@@ -127,7 +127,7 @@ def compile_program(backend: GemmBackend) -> Any:
     begin, end, pack, multiply = backend.micro_kernel()
     clean_up = vzeroupper() if backend.isa.architecture == "x86_64" else None
     run, prefetch_line, step_bytes = call_pointer(), prefetch(), backend.ku * backend.nr * backend.itemsize
-    norm, mr = layer_norm(backend.ku, bf16=backend.dtype == torch.bfloat16), backend.mr
+    norm, mr = layer_norm(bf16=backend.dtype == torch.bfloat16), backend.mr
     normed_row = backend.scratch_bytes
 
     @numba.njit(error_model="numpy")

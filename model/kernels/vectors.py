@@ -121,6 +121,14 @@ class VectorBuilder:
         """The smaller of two numbers in each lane; a NaN in `a` is kept, one in `b` is not."""
         return self.builder.select(self.builder.fcmp_ordered(">", a, b), b, a)
 
+    def negative(self, a: Value) -> Value:
+        """The number with the other sign."""
+        return self.numbers(self.builder.xor(self.bits(a), self.integers(-(2**31))))
+
+    def absolute(self, a: Value) -> Value:
+        """The number without its sign."""
+        return self.numbers(self.builder.and_(self.bits(a), self.integers(2**31 - 1)))
+
     def floor(self, a: Value) -> Value:
         """The largest integer that is not larger, as a float32."""
         return self.builder.call(self._intrinsic("llvm.floor", VECTOR, [VECTOR], _suffix(VECTOR)), [a])
@@ -159,34 +167,26 @@ class VectorBuilder:
 
     # Integers and bfloat16
 
-    def dot_unsigned(self, sums: Value, words: Value, weights: Value) -> Value:
-        """int32 lanes plus the dot products of 4 unsigned by 4 signed bytes each: vpdpbusd of AVX-512 VNNI."""
-        bytes_ = ir.VectorType(ir.IntType(8), 4 * LANES)
-        function = self._intrinsic("llvm.x86.avx512.vpdpbusd", INTEGERS, [INTEGERS, bytes_, bytes_], "512")
-        return self.builder.call(function, [sums, *(self.builder.bitcast(each, bytes_) for each in (words, weights))])
-
     def dot_bfloat16(self, sums: Value, words: Value, weights: Value) -> Value:
         """float32 lanes plus the dot products of 2 by 2 bfloat16 each: vdpbf16ps of AVX-512. It flushes denormals."""
         # llvmlite has no bfloat16. LLVM still accepts the older form, with int32 lanes, and converts it.
         function = self._intrinsic("llvm.x86.avx512bf16.dpbf16ps", VECTOR, [VECTOR, INTEGERS, INTEGERS], "512")
         return self.builder.call(function, [sums, words, weights])
 
-    def dot_pairs(self, sums: Value, words: Value, weights: Value, *, halves: bool) -> Value:
-        """int32 lanes plus the dot products of 2 by 2 int16 each: vpmaddwd of AVX-512, or twice of AVX2 if `halves`."""
-        shorts = ir.VectorType(INT16, 2 * LANES)
-        words, weights = (self.builder.bitcast(each, shorts) for each in (words, weights))
-        if not halves:
-            function = self._intrinsic("llvm.x86.avx512.pmaddw.d", INTEGERS, [shorts, shorts], "512")
-            return self.builder.add(sums, self.builder.call(function, [words, weights]))
-        half, result = ir.VectorType(INT16, LANES), ir.VectorType(INT32, LANES // 2)
-        function, products = self._intrinsic("llvm.x86.avx2.pmadd", result, [half, half], "wd"), []
-        undefined = ir.Constant(shorts, ir.Undefined)
-        for first in (0, LANES):
-            order = ir.Constant(INTEGERS, list(range(first, first + LANES)))
-            parts = [self.builder.shuffle_vector(each, undefined, order) for each in (words, weights)]
-            products.append(self.builder.call(function, parts))
-        whole = self.builder.shuffle_vector(*products, ir.Constant(INTEGERS, list(range(LANES))))
-        return self.builder.add(sums, whole)
+    def lanes(self, a: Value, first: int, count: int) -> Value:
+        """Some of the lanes, as a vector of `count` lanes."""
+        if count == LANES:
+            return a
+        order = ir.Constant(ir.VectorType(INT32, count), list(range(first, first + count)))
+        return self.builder.shuffle_vector(a, ir.Constant(a.type, ir.Undefined), order)
+
+    def joined(self, parts: Sequence[Value]) -> Value:
+        """One vector of the lanes of 1, 2 or 4 vectors."""
+        while len(parts) > 1:
+            order = ir.Constant(ir.VectorType(INT32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            parts = [self.builder.shuffle_vector(low, high, order) for low, high in pairs]
+        return parts[0]
 
     def widen_bytes(self, a: Value) -> Value:
         """32 signed bytes as 32 int16, held as 16 int32 lanes."""
@@ -318,8 +318,12 @@ class VectorBuilder:
         return self.builder.inttoptr(self.plus(address, offset), kind.as_pointer())
 
     def _intrinsic(self, name: str, returns: Any, takes: Sequence[Any], suffix: str) -> Any:
-        module, full = self.builder.module, f"{name}.{suffix}"
-        return module.globals.get(full) or ir.Function(module, ir.FunctionType(returns, takes), full)
+        return self.intrinsic(f"{name}.{suffix}", returns, takes)
+
+    def intrinsic(self, name: str, returns: Any, takes: Sequence[Any]) -> Any:
+        """One of LLVM's intrinsic functions, by its whole name."""
+        module = self.builder.module
+        return module.globals.get(name) or ir.Function(module, ir.FunctionType(returns, takes), name)
 
 
 def _suffix(kind: Any) -> str:

@@ -1,6 +1,7 @@
 """`python -m tests.numerics`: compare results with the committed digests on every instruction set of this CPU.
 
-`--write` makes the digests again, after a change of the arithmetic; raise `fingerprint.NUMERICS` with it.
+`--write` makes the digests again that differ or are missing: after a change of the arithmetic, with which
+`fingerprint.NUMERICS` is raised, and for new models.
 """
 
 from __future__ import annotations
@@ -8,15 +9,14 @@ from __future__ import annotations
 import argparse
 
 from tests import conftest  # noqa: F401 - a developer's own settings must not reach the results
-from tests.numerics.comparison import FILE, compare, made, write
+from tests.numerics.comparison import FILE, compare, renew
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.numerics", description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"make {FILE.name} again")
+    parser.add_argument("--write", action="store_true", help=f"renew {FILE.name}")
     if parser.parse_args().write:
-        write(made())
-        print(f"wrote {FILE}")
+        print(f"{FILE}: new digests of {', '.join(renew()) or 'nothing'}")
     differing = compare(report=lambda line: print(line, flush=True))
     print("\n".join(differing) or "every result has the bits of the committed digests")
     return bool(differing)

@@ -20,33 +20,33 @@ FILE = Path(__file__).parent / "digests.json"
 
 
 def committed() -> dict[str, Any]:
-    """The digests, with the machine that made them."""
+    """The digests of each model, with the machine that made them."""
     found: dict[str, Any] = json.loads(FILE.read_text())
     return found
 
 
-def made() -> dict[str, Any]:
-    """The digests of this machine, computed on its best instruction set."""
-    return {
-        "numerics": NUMERICS,
-        "machine": machine(),
-        "digests": {
-            subject.name: {kind: digests(subject, kind) for kind in subject.precisions} for subject in SUBJECTS
-        },
-    }
+def renew() -> list[str]:
+    """Make the digests again that differ on this machine's best instruction set, and those that are missing.
+
+    The others keep the name of the machine that made them. Returns the names of the models whose digests are new.
+    """
+    kept, models = committed()["models"], {}
+    for subject in SUBJECTS:
+        found = {kind: digests(subject, kind) for kind in subject.precisions}
+        old = kept.get(subject.name, {})
+        models[subject.name] = old if old.get("digests") == found else {"machine": machine(), "digests": found}
+    FILE.write_text(json.dumps({"numerics": NUMERICS, "models": models}, indent=1) + "\n")
+    return [name for name in models if models[name] != kept.get(name)]
 
 
 def machine() -> dict[str, str]:
     """The CPU, its instruction set, the commit and the day."""
-    model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    lines = (line.split(":") for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    cpu = {name.strip(): value.strip() for name, value in lines}
+    name = f"{cpu['model name']}, family {cpu['cpu family']}, model {cpu['model']}"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return {"cpu": model.split(":")[1].strip(), "rung": isa.chosen().name, "commit": commit.strip(), "date": day}
-
-
-def write(found: dict[str, Any]) -> None:
-    """Keep digests in the repository."""
-    FILE.write_text(json.dumps(found, indent=1) + "\n")
+    return {"cpu": name, "rung": isa.chosen().name, "commit": commit.strip(), "date": day}
 
 
 @contextlib.contextmanager
@@ -75,7 +75,7 @@ def compare(
             for precision in subject.precisions:
                 with rung(name):
                     found = digests(subject, precision)
-                wanted = kept["digests"][subject.name][precision]
+                wanted = kept["models"][subject.name]["digests"][precision]
                 wrong = [job for job in {**wanted, **found} if wanted.get(job) != found.get(job)]
                 differing += [f"{subject.name}, {precision}, {name}: {job} has other bits" for job in wrong]
                 alike = len(found) - len(wrong)

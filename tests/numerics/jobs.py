@@ -106,6 +106,13 @@ def bundled(precision: str) -> Decoder:
 
 
 _SMALL = {"vocab_size": 1009, "n_positions": 400, "n_layer": 2}
+
+
+def narrow(activation: str, **sizes: int) -> Callable[[str], Decoder]:
+    """A maker of a small model with another activation function, and widths that are not multiples of a vector."""
+    return seeded(ModelConfig(**_SMALL, **sizes, activation=activation))
+
+
 _LARGE = ModelConfig(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12)
 SUBJECTS = tuple(
     Subject(name, make, jobs)
@@ -119,6 +126,10 @@ SUBJECTS = tuple(
             seeded(ModelConfig(**_SMALL, n_embd=128, n_head=2, windows=(None, 40))),
             jobs_of(1009, 400),
         ),
+        ("gelu, width 75", narrow("gelu", n_embd=75, n_head=3, n_inner=131), jobs_of(1009, 400)),
+        ("relu, width 160", narrow("relu", n_embd=160, n_head=2, n_inner=1001), jobs_of(1009, 400)),
+        ("silu, width 128", narrow("silu", n_embd=128, n_head=2, n_inner=99), jobs_of(1009, 400)),
+        ("tanh, width 128", narrow("tanh", n_embd=128, n_head=2), jobs_of(1009, 400)),
     )
 )
 

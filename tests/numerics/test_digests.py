@@ -22,7 +22,8 @@ def test_a_lower_instruction_set_has_the_same_bits(name: str) -> None:
 
 
 def test_the_digests_name_the_machine_that_made_them() -> None:
-    assert committed()["machine"].keys() == {"cpu", "rung", "commit", "date"}
+    for model in committed()["models"].values():
+        assert model["machine"].keys() == {"cpu", "rung", "commit", "date"}
 
 
 def test_bfloat16_without_instructions_for_it_has_the_same_bits_on_every_instruction_set() -> None:

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from headrace.model.config import ACTIVATIONS
 from headrace.model.kernels.gemm_blocks import KC
 from headrace.model.kernels.gemm_fp32 import KU, Fp32Weight, fp32_backend, fp32_isa_works, fp32_works
 from headrace.model.kernels.isa import NONE, Isa, chosen, find
-from headrace.model.linear import Linear
 from tests.instruction_sets import needs_avx2, needs_avx512
-from tests.unit.model.gemm_checks import check_batch_invariance, check_nan_and_infinity, check_strides
+from tests.unit.model.gemm_checks import EXACT, check_batch_invariance, check_nan_and_infinity, check_strides
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -28,17 +28,17 @@ def isa(request: pytest.FixtureRequest) -> Isa:
     return find(request.param)
 
 
-@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
 @pytest.mark.parametrize(
-    ("inner", "outer"), [(4, 1), (20, 47), (96, 48), (64, 50), (100, 200), (388, 96), (768, 2304), (3072, 768)]
+    ("inner", "outer"), [(4, 1), (1, 3), (33, 47), (96, 48), (64, 50), (100, 200), (388, 96), (768, 2304), (3072, 768)]
 )
-def test_it_computes_the_formula(isa: Isa, inner: int, outer: int, gelu: bool) -> None:
+def test_it_computes_the_formula(isa: Isa, inner: int, outer: int, activation: str | None) -> None:
     weight, bias, x = normal(inner, outer), normal(outer), normal(301, inner)
     exact = x.double() @ weight.double() + bias.double()
     sizes = x.double().abs() @ weight.double().abs() + bias.double().abs()  # rounding errors are proportional to this
-    if gelu:
+    if activation:
         exact = F.gelu(exact, approximate="tanh")
-    product = Fp32Weight.of(weight, bias, gelu, isa)
+    product = Fp32Weight.of(weight, bias, activation, isa)
     for count in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 24, 64, 127, 128, 129, 301):
         found = product(x[:count])
         assert found.shape == (count, outer)
@@ -57,38 +57,39 @@ def test_its_mean_error_is_that_of_short_sums(isa: Isa) -> None:
     """
     inner, part, u = 3072, KC * KU, 2.0**-24
     weight, x = normal(inner, 768), normal(64, inner)
-    error = Fp32Weight.of(weight, None, False, isa)(x).double() - x.double() @ weight.double()
+    error = Fp32Weight.of(weight, None, isa=isa)(x).double() - x.double() @ weight.double()
     parts = inner / part
     assert error.square().mean() < u**2 * (inner * part / 6 + part * parts * (parts + 1) / 6)
 
 
-def test_gelu_is_that_of_float32_from_the_smallest_to_the_largest(isa: Isa) -> None:
-    sizes = torch.cat([torch.logspace(-30, 4, 2000), torch.linspace(0, 12, 2000)])
-    x = torch.cat([sizes, -sizes])[:, None]
-    found = Fp32Weight.of(torch.tensor([[1.0], [0], [0], [0]]), None, True, isa)(F.pad(x, (0, 3)))
-    exact = F.gelu(x.double(), approximate="tanh")
-    assert ((found.double() - exact).abs() <= 1e-6 * exact.abs() + 1e-7 * (x.abs() > 3)).all()
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_functions_are_exact_from_the_smallest_to_the_largest(isa: Isa, activation: str) -> None:
+    sizes = torch.cat([torch.logspace(-30, 4, 2000), torch.linspace(0, 14, 4000)])
+    x = torch.cat([sizes, -sizes, torch.tensor([0.0, torch.inf])])[:, None]
+    found = Fp32Weight.of(torch.ones(1, 1), None, activation, isa)(x)[:, 0].double()
+    function, units, vanishing = EXACT[activation]
+    exact = function(x[:, 0].double())
+    assert torch.equal(found.isfinite(), exact.isfinite())
+    finite = exact.isfinite()
+    error, bound = (found - exact).abs()[finite], units * 2.0**-24 * exact.abs()[finite] + vanishing
+    assert (error <= bound).all(), f"{(error / exact.abs()[finite] * 2**24).nan_to_num().max():.1f} units"
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(isa: Isa, threads: int) -> None:
     counts = [*range(1, 40), 63, 64, 65, 127, 128, 129, 255, 256, 257, 512, 600]
-    check_batch_invariance(Fp32Weight.of(normal(500, 200), None, True, isa), normal(600, 500), threads, counts)
+    check_batch_invariance(Fp32Weight.of(normal(500, 200), None, "gelu_tanh", isa), normal(600, 500), threads, counts)
 
 
 def test_rows_may_have_any_stride_or_be_transposed(isa: Isa) -> None:
-    check_strides(Fp32Weight.of(normal(64, 96), None, False, isa), normal(48, 256))
+    check_strides(Fp32Weight.of(normal(64, 96), None, isa=isa), normal(48, 256))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_infinity_stay_in_their_row_and_are_visible(isa: Isa, bad: float) -> None:
-    check_nan_and_infinity(lambda gelu: Fp32Weight.of(normal(64, 96), normal(96), gelu, isa), normal(40, 64), bad)
-
-
-@needs_avx2
-def test_a_width_that_is_not_a_multiple_of_a_step_uses_torch() -> None:
-    assert not isinstance(Linear.of(normal(33, 48)).gemm, Fp32Weight)
-    assert isinstance(Linear.of(normal(36, 48)).gemm, Fp32Weight)
+    check_nan_and_infinity(
+        lambda activation: Fp32Weight.of(normal(64, 96), normal(96), activation, isa), normal(40, 64), bad
+    )
 
 
 def test_without_the_instructions_or_numba_or_with_wrong_results_torch_is_used(

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from headrace.model.config import ACTIVATIONS
+from headrace.model.kernels.epilogue import ACTIVATION_CODES
 from headrace.model.kernels.epilogue_rows import finish_rows
 from headrace.model.kernels.gemm_fp32 import Fp32Weight, micro_kernel
 from headrace.model.kernels.isa import AMX, LADDER, Isa, find
@@ -24,6 +26,7 @@ from headrace.model.kernels.target import compile_module, target_machine
 from headrace.model.kernels.vector_function import VectorFunction, vector_module
 from tests.guarded_memory import guarded
 from tests.instruction_sets import needs_avx2, needs_avx512
+from tests.unit.model.gemm_checks import EXACT
 
 #: SHA-256 of the results of `digest`; made by an AMD EPYC (Zen 4).
 DIGEST = "a074872b9086dac725d786eddd64580130ebbd1eb3c29db73e2ea3629a0a9ec7"
@@ -47,11 +50,11 @@ class Layer:
     bias: Tensor
     norm: tuple[Tensor, Tensor] | None = None
     residual: Tensor | None = None
-    gelu: bool = False
+    activation: str | None = None
 
     def run(self, isa: Isa, rows: int | None = None) -> Tensor:
         """The result for the first rows."""
-        x, product = self.x[:rows], Fp32Weight.of(self.weight, self.bias, self.gelu, isa)
+        x, product = self.x[:rows], Fp32Weight.of(self.weight, self.bias, self.activation, isa)
         out = torch.empty(len(x), self.weight.shape[1])
         op = self.op(product, x, out)
         Program(product.backend, len(x), x.shape[1]).run(np.array([op], dtype=np.int64))
@@ -77,8 +80,8 @@ class Layer:
         if self.norm:
             x = F.layer_norm(x, x.shape[1:], self.norm[0].double(), self.norm[1].double(), 1e-5)
         x = x @ self.weight.double() + self.bias.double()
-        if self.gelu:
-            return F.gelu(x, approximate="tanh")
+        if self.activation:
+            return EXACT[self.activation][0](x)
         return x if self.residual is None else x + self.residual.double()
 
 
@@ -90,14 +93,15 @@ def layer(rows: int, width: int, out: int, kind: str) -> Layer:
     norm = (1 + numbers(width, seed=4) / 4, numbers(width, seed=5)) if "norm" in kind else None
     residual = numbers(rows, out, seed=6) if "residual" in kind else None
     x, weight, bias = 3 * numbers(rows, width), numbers(width, out, seed=2), numbers(out, seed=3)
-    return Layer(x, weight, bias, norm, residual, "gelu" in kind)
+    activation = next((name for name in ACTIVATIONS if name in kind.split()), None)
+    return Layer(x, weight, bias, norm, residual, activation)
 
 
-KINDS = ("plain", "norm", "gelu", "residual", "norm gelu", "norm residual")
+KINDS = ("plain", "norm", "gelu_tanh", "residual", "norm gelu_tanh", "norm residual")
 
 
-@pytest.mark.parametrize("width", [4, 12, 20, 96, 100, 768, 1600])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1, 12, 33, 96, 100, 768, 1600])
+@pytest.mark.parametrize("kind", [*KINDS, *ACTIVATIONS[1:]])
 @needs_avx512
 def test_every_instruction_set_gives_the_same_bits(width: int, kind: str) -> None:
     tensors = layer(130, width, 150, kind)
@@ -105,7 +109,8 @@ def test_every_instruction_set_gives_the_same_bits(width: int, kind: str) -> Non
     assert torch.equal(tensors.run(find("avx2")), expected)
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 64, 125, 126, 127, 128, 129):
         assert torch.equal(tensors.run(find("avx2"), rows), expected[:rows]), rows
-    error, size = (expected.double() - tensors.exact()).abs(), tensors.exact().abs().amax().clamp_min(1)
+    sums = dataclasses.replace(tensors, activation=None).exact()  # their errors are passed on
+    error, size = (expected.double() - tensors.exact()).abs(), sums.abs().amax().clamp_min(1)
     assert error.max() < 2.0**-24 * (8 + width**0.5) * size
 
 
@@ -130,7 +135,7 @@ def test_denormal_numbers_are_kept(name: str) -> None:
     assert torch.equal(Layer(x, weight, nothing).run(find(name)), x[:, 3:4].expand(9, 50))
     tiny = Layer(torch.zeros(9, 20), weight, nothing, residual=x[:, 3:4].expand(9, 50).contiguous())
     assert torch.equal(tiny.run(find(name)), tiny.residual)
-    halves = Layer(x, weight / 2, nothing, gelu=True).run(find(name))
+    halves = Layer(x, weight / 2, nothing, activation="gelu_tanh").run(find(name))
     assert torch.equal(halves[:, 0], torch.tensor([each / 4 for each in x[:, 3].tolist()]))  # GELU(x) is x / 2
 
 
@@ -151,7 +156,7 @@ def test_nan_and_infinity_stay_in_their_row(name: str, bad: float) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 5, 9, 130])
 def test_no_memory_outside_of_the_buffers_is_touched(name: str, at_start: bool, rows: int) -> None:
     guard = functools.partial(guarded, at_start=at_start)
-    for width, out, kind in ((100, 50, "norm gelu"), (96, 48, "residual"), (4, 1, "norm residual")):
+    for width, out, kind in ((100, 50, "norm gelu_tanh"), (96, 48, "residual"), (3, 1, "norm residual")):
         tensors = layer(rows, width, out, kind)
         expected = tensors.run(find(name))
         x, result, normed = guard(tensors.x), guard(torch.empty(rows, out)), guard(torch.empty(rows, width))
@@ -159,7 +164,7 @@ def test_no_memory_outside_of_the_buffers_is_touched(name: str, at_start: bool, 
             tensors.norm = guard(tensors.norm[0]), guard(tensors.norm[1])
         if tensors.residual is not None:
             tensors.residual = guard(tensors.residual)
-        made = Fp32Weight.of(tensors.weight, tensors.bias, tensors.gelu, find(name))
+        made = Fp32Weight.of(tensors.weight, tensors.bias, tensors.activation, find(name))
         product = dataclasses.replace(made, packed=guard(made.packed), biases=guard(made.biases))
         program = Program(product.backend, rows, width)
         inner = guard(program._packed_rows), guard(program._scratch)
@@ -172,9 +177,9 @@ def functions(isa: Isa) -> list[VectorFunction]:
     """All functions of the float32 backend."""
     kernels = [micro_kernel(rows, isa.mr, isa.nr, lines) for rows in (1, 2, 4, isa.mr) for lines in {1, isa.nr // 16}]
     rows = [
-        finish_rows(isa.nr, bf16=bf16, int8=int8, gelu=gelu, residual=residual)
+        finish_rows(isa.nr, bf16=bf16, int8=int8, residual=residual, activation=activation)
         for bf16, int8 in ((False, False), (True, False), (True, True))
-        for gelu, residual in ((False, False), (True, False), (False, True))
+        for residual, activation in ((True, ""), *((False, name) for name in ACTIVATION_CODES))
     ]
     return [*kernels, *rows, layer_norm_row(bf16=False), layer_norm_row(bf16=True)]
 
@@ -209,7 +214,7 @@ def test_sums_are_kept_in_registers(isa: Isa) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_denormal_numbers_are_kept_whatever_a_thread_was_set_to(threads: int) -> None:
     """A library that was built with -ffast-math makes the thread that loads it flush them."""
-    product, tiny = Fp32Weight.of(1e30 * torch.eye(64), None, False), 1e-40 * torch.arange(1.0, 65)
+    product, tiny = Fp32Weight.of(1e30 * torch.eye(64), None), 1e-40 * torch.arange(1.0, 65)
     torch.set_num_threads(threads)
     expected = product(tiny[None])
     assert torch.allclose(expected, 1e-10 * torch.arange(1.0, 65), rtol=1e-4)  # 1e-40 has few bits
