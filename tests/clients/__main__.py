@@ -6,7 +6,9 @@ Each program has an environment of its own below `.clients/`, which is kept for 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import site
 import subprocess
 import sys
@@ -34,11 +36,13 @@ def install(program: Program) -> Path | str:
     if (folder / "installed").exists():
         return python
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    if program.of_node:
+        return install_node(program, folder)
     if program.sees_ours:
         (library,) = folder.glob("lib/python*/site-packages")
         (library / "ours.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    constraints = ["--constraint", str(ROOT / "constraints.txt")] if program.sees_ours else []
+    constraints = ["--constraint", str(shared_versions(folder))] if program.sees_ours else []
     done = subprocess.run(
         [*command, *constraints, *program.packages], capture_output=True, text=True, timeout=INSTALL_S
     )
@@ -48,9 +52,35 @@ def install(program: Program) -> Path | str:
     return python
 
 
+def shared_versions(folder: Path) -> Path:
+    """Constraints on the large packages that a program shares with this environment; it may have others as it needs."""
+    shared = ("torch==", "transformers==", "tokenizers==", "numpy==")
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    path = folder / "constraints.txt"
+    path.write_text("\n".join(line for line in lines if line.startswith(shared)) + "\n")
+    return path
+
+
+def install_node(program: Program, folder: Path) -> Path | str:
+    """The same for a package of npm."""
+    if shutil.which("npm") is None:
+        return "does not install: npm is not on this machine"
+    done = subprocess.run(
+        ["npm", "install", "--prefix", str(folder), *program.packages],
+        capture_output=True, text=True, timeout=INSTALL_S,
+    )  # fmt: skip
+    if done.returncode:
+        return f"does not install: {last_line(done.stderr)}"
+    (folder / "installed").touch()
+    return folder / "bin" / "python"
+
+
 def version(python: Path, program: Program) -> str:
     """The version of the program's package."""
     name = program.packages[0].partition("[")[0]
+    if program.of_node:
+        manifest = python.parents[1] / "node_modules" / name / "package.json"
+        return str(json.loads(manifest.read_text())["version"])
     code = f"from importlib.metadata import version; print(version({name!r}))"
     return subprocess.run([str(python), "-c", code], capture_output=True, text=True).stdout.strip()
 

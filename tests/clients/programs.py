@@ -12,6 +12,7 @@ class Program(NamedTuple):
         name: of its driver, with `_` for `-`.
         packages: what pip installs; the first is the one whose version is shown.
         does: what its driver does.
+        of_node: whether npm installs it; `packages` are then npm's.
         sees_ours: whether it needs torch and transformers, and so sees the packages of this environment.
     """
 
@@ -19,6 +20,7 @@ class Program(NamedTuple):
     packages: tuple[str, ...]
     does: str
     sees_ours: bool = False
+    of_node: bool = False
 
 
 PROGRAMS = (
@@ -31,5 +33,8 @@ PROGRAMS = (
     Program("litellm", ("litellm",), "a completion, a stream and a chat error"),
     Program("langchain-openai", ("langchain-openai",), "a completion, a batch of five and a stream"),
     Program("llama-index", ("llama-index-llms-openai-like",), "a completion and a stream"),
+    Program("openai-node", ("openai",), "a completion, a stream, a chat and an error from Node", of_node=True),
+    Program("guidellm", ("guidellm",), "40 requests at once", sees_ours=True),
+    Program("flower", ("flower",), "the worker and a task in its API", sees_ours=True),
     Program("schemathesis", ("schemathesis",), "requests made from the OpenAPI description"),
 )
