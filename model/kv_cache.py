@@ -55,10 +55,13 @@ class Arena:
         for tensor in (*self.k, *self.v):
             tensor[target, :, :length] = tensor[source, :, :length]
 
-    def clear(self, slot: int, length: int | None = None) -> None:
-        """Zero a slot, or its first `length` positions: a NaN would reach the next sequence, as 0 * NaN is NaN."""
+    def clear(self, slot: int, length: int | None = None, *, start: int = 0) -> None:
+        """Zero the positions of a slot from `start` to `length`, by default all of them.
+
+        A NaN would reach the next sequence, as 0 * NaN is NaN.
+        """
         for tensor in (*self.k, *self.v):
-            tensor[slot, :, :length] = 0
+            tensor[slot, :, start:length] = 0
 
 
 class KVCache:

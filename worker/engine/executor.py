@@ -87,6 +87,7 @@ class StepExecutor:
         slots, wanted = self._scheduler.slots, self._scheduler.slots.used_bytes
         for sequence in admitted:
             self._scheduler.remove(sequence)
+        slots.evict_all()
         self._preemptions += 1
         for sequence in admitted:  # before those of the same priority that arrived later
             self._scheduler.add(sequence, PRIORITIES[sequence.request.priority] * PRIORITY_STEP - self._preemptions)
@@ -109,6 +110,7 @@ class StepExecutor:
         """Free the memory of unused slots. Returns whether there was any."""
         slots = self._scheduler.slots
         before = slots.used_bytes
+        slots.evict_all()
         slots.compact()
         slots.capacity = {length: len(arena) for length, arena in slots.arenas.items()}
         if slots.used_bytes == before:
