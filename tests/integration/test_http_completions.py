@@ -393,7 +393,7 @@ def test_an_answer_in_a_chat_is_the_text_after_the_rendered_messages(api: openai
     assert (found.object, found.model, found.system_fingerprint) == ("chat.completion", "chat", own.fingerprint)
     assert found.id == f"chatcmpl-{found._request_id}"
     assert found.usage is not None
-    assert found.usage.model_dump(exclude_none=True) == own.usage.model_dump()
+    assert found.usage.model_dump(exclude_none=True) == own.usage.as_openai()
     for choice, mine in zip(found.choices, own.choices, strict=True):
         assert choice.logprobs is not None
         assert choice.logprobs.content is not None

@@ -64,6 +64,8 @@ class SlotTable:
         self.arenas: dict[int, list[Sequence | CachedPrefix | None]] = {length: [] for length in sorted(lengths)}
         #: Length class -> slots for which the arena has memory.
         self.capacity = dict.fromkeys(self.arenas, 0)
+        #: Length class -> slots that the arena had when it was resized last. Moves are made before the next time.
+        self.fitted = dict.fromkeys(self.arenas, 0)
         self.prefixes = PrefixCache() if prefixes is None else prefixes
         self._moves: list[SlotMove] = []
         self.position_bytes = position_bytes
@@ -145,8 +147,8 @@ class SlotTable:
         """Move a cached prefix to a free slot from `first` on, or evict it if there is none."""
         arena = self.arenas[length]
         free = next((i for i in range(first, len(arena)) if arena[i] is None), len(arena))
-        if free < self.capacity[length]:
-            _extend(arena, free + 1)
+        if free < min(self.fitted[length], self.capacity[length]):
+            arena += [None] * (free + 1 - len(arena))
             self._move(length, index, free)
         else:
             self._evict(prefix)
@@ -256,11 +258,6 @@ class SlotTable:
 
 def _class_of(prefix: CachedPrefix) -> int:
     return 0 if prefix.slot is None else prefix.slot.length_class
-
-
-def _extend(arena: list[Sequence | CachedPrefix | None], count: int) -> None:
-    """Add holes until the arena has `count` slots."""
-    arena += [None] * (count - len(arena))
 
 
 def _drop_holes_at_end(arena: list[Sequence | CachedPrefix | None]) -> None:

@@ -50,7 +50,7 @@ class StepExecutor:
             admitted = self._scheduler.admit()
             self._apply_moves()
             try:
-                self._runner.fit(slots.capacity)
+                self._fit()
                 if admitted or not self._blocked():
                     return admitted
                 slots.budget_bytes = self._cache_limit.full
@@ -65,6 +65,12 @@ class StepExecutor:
         """Copy the prefixes that are in the cache by now to the sequences that reuse them."""
         for copy in self._scheduler.reuse_prefixes():
             self._runner.copy(copy)
+
+    def _fit(self) -> None:
+        """Give the arenas the memory of their slots."""
+        slots = self._scheduler.slots
+        self._runner.fit(slots.capacity)
+        slots.fitted = dict(slots.capacity)
 
     def _apply_moves(self) -> None:
         """Move sequences in the cache to their new slots, before an arena shrinks. An error here ends the engine."""
@@ -118,7 +124,7 @@ class StepExecutor:
         self._cache_limit.lower(slots.used_bytes)
         self._apply_moves()
         try:
-            self._runner.fit(slots.capacity)
+            self._fit()
         except Exception as error:
             if not out_of_memory(error):
                 raise

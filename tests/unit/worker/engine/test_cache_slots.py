@@ -234,15 +234,15 @@ def test_compact_moves_prefixes_behind_sequences_or_evicts_them() -> None:
     third.prefilled = 30
     first.prompt[0] = 9
     slots.free(first, keep=1)
+    slots.fitted = dict(slots.capacity)
     slots.compact()
     assert slots.take_moves() == [SlotMove(128, 0, 3, 1), SlotMove(128, 2, 0, 30)]
     assert (third.slot, second.slot, cached(slots)) == (Slot(128, 0), Slot(128, 1), [(9, Slot(128, 3))])
-    rest = placed(slots, *[100] * 5)
-    assert cached(slots) == [(9, Slot(128, 3))]
-    slots.free(second)
+    slots.fitted[128] = 4  # as if the arena had just grown: moves are made before it has the memory
+    late = placed(slots, 100, 100)
+    assert [s.slot for s in late] == [Slot(128, 2), Slot(128, 4)]
     slots.compact()
-    assert slots.take_moves() == [SlotMove(128, 3, 1, 1), SlotMove(128, 7, 3, 1)] or cached(slots) == []
-    assert {s.slot for s in (third, *rest)} == {Slot(128, i) for i in range(6)}
+    assert (cached(slots), [s.slot for s in late]) == ([], [Slot(128, 2), Slot(128, 3)])
 
 
 def test_a_budget_below_one_longest_sequence_is_refused_with_both_numbers() -> None:
@@ -260,12 +260,14 @@ class SlotsMachine(RuleBasedStateMachine):
         self.contents: dict[Slot, int] = {}
         self.slots = table(2500, chunk=1)
 
-    @rule(longest=st.integers(2, 1024), first=st.integers(0, 9))
-    def place(self, longest: int, first: int) -> None:
+    @rule(longest=st.integers(2, 1024), first=st.integers(0, 9), dense=st.booleans())
+    def place(self, longest: int, first: int, dense: bool) -> None:
         each = sequence(longest, first=first)
         length = next(length for length in CLASSES if length >= longest)
         taken = sum(s.slot.length_class for s in self.running if s.slot is not None)
         done = self.slots.allocate(each)
+        if dense:
+            self.slots.compact()
         self.follow_moves()
         assert done == (taken + length <= 2500), "a sequence waits for running ones only"
         if done:
@@ -294,7 +296,9 @@ class SlotsMachine(RuleBasedStateMachine):
     def follow_moves(self) -> None:
         for move in self.slots.take_moves():
             assert move.length == 1
+            assert move.target < self.slots.fitted[move.length_class]
             self.contents[Slot(move.length_class, move.target)] = self.contents[Slot(move.length_class, move.source)]
+        self.slots.fitted = dict(self.slots.capacity)
 
     @invariant()
     def slots_are_unique_and_inside_the_budget(self) -> None:
