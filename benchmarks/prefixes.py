@@ -104,9 +104,9 @@ def measure_apart(kept: Engine, living: Engine, workload: str, pairs: int) -> No
         items = [Item([draw.randrange(VOCABULARY) for _ in x.prompt], x.new_tokens) for x in WORKLOADS[workload]()]
         first, second = (kept, living) if i % 2 else (living, kept)
         took = {engine: compute(engine, items)[0] for engine in (first, second)}
+        print(f"  {workload}: {took[kept]:.2f} s with the cache, {took[living]:.2f} s without", flush=True)
         if i:  # the first run lets the arenas grow
             ratios.append(took[kept] / took[living])
-            print(f"  {workload}: {took[kept]:.2f} s with the cache, {took[living]:.2f} s without", flush=True)
     print(f"{workload}, time with the cache / without, {pairs} pairs: {interval(ratios)}", flush=True)
 
 

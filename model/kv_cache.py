@@ -44,9 +44,9 @@ class Arena:
         self.capacity, held = min(capacity, self.capacity), self.capacity
         for tensors in (self.k, self.v):
             for layer, old in enumerate(tensors):
-                new = use_huge_pages(old.new_empty(capacity, *old.shape[1:])).zero_()
-                kept = min(capacity, held)
+                new, kept = use_huge_pages(old.new_empty(capacity, *old.shape[1:])), min(capacity, held)
                 new[:kept] = old[:kept]
+                new[kept:].zero_()
                 tensors[layer] = new
         self.capacity = capacity
 
