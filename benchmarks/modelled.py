@@ -54,7 +54,7 @@ class ModelledRunner:
     def copy(self, copy: PrefixCopy) -> None:
         """There is no cache."""
 
-    def clear(self, slot: Slot) -> None:
+    def clear(self, slot: Slot, start: int = 0) -> None:
         """There is no cache."""
 
     def collect(self, sequence: Sequence) -> dict[str, bytes]:  # noqa: ARG002

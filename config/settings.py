@@ -99,6 +99,8 @@ class Settings(BaseSettings):
     #: Chunked prefill: a prompt is computed in chunks of this many tokens. A different value may change the last bits
     #: of a result.
     prefill_chunk: int = Field(128, description="a whole number from 16 to 1024", ge=16, le=1024)
+    #: Whether the beginnings of prompts stay in the cache after their jobs. Results do not depend on it.
+    prefix_cache: bool = Field(True, description="1 or 0")
     #: N-gram speculative decoding: tokens proposed for each sequence while few sequences are running; 0 turns it off.
     #: Results do not depend on it.
     draft_tokens: int = Field(7, description="a whole number from 0 to 15", ge=0, le=15)

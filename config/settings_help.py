@@ -113,6 +113,12 @@ HELP: dict[str, dict[str, SettingHelp]] = {
             "value may change the last bits of a result, and it is part of the fingerprint.",
             vllm="long_prefill_token_threshold",
         ),
+        "prefix_cache": SettingHelp(
+            "Whether the beginning of a prompt, in whole chunks, stays in the KV cache after its job, in memory that "
+            "no running sample needs. The next prompt that begins with it is answered sooner; `usage` says how many "
+            "tokens were reused, and no text depends on it. 0: prompts share a beginning only while one of them runs.",
+            vllm="enable_prefix_caching",
+        ),
         "draft_tokens": SettingHelp(
             "Speculative decoding from n-grams of the text (prompt lookup): tokens proposed at a time while few "
             "samples run; 0 turns it off. No result depends on it.",

@@ -44,9 +44,9 @@ class Arena:
         self.capacity, held = min(capacity, self.capacity), self.capacity
         for tensors in (self.k, self.v):
             for layer, old in enumerate(tensors):
-                new = use_huge_pages(old.new_empty(capacity, *old.shape[1:])).zero_()
-                kept = min(capacity, held)
+                new, kept = use_huge_pages(old.new_empty(capacity, *old.shape[1:])), min(capacity, held)
                 new[:kept] = old[:kept]
+                new[kept:].zero_()
                 tensors[layer] = new
         self.capacity = capacity
 
@@ -55,10 +55,13 @@ class Arena:
         for tensor in (*self.k, *self.v):
             tensor[target, :, :length] = tensor[source, :, :length]
 
-    def clear(self, slot: int, length: int | None = None) -> None:
-        """Zero a slot, or its first `length` positions: a NaN would reach the next sequence, as 0 * NaN is NaN."""
+    def clear(self, slot: int, length: int | None = None, *, start: int = 0) -> None:
+        """Zero the positions of a slot from `start` to `length`, by default all of them.
+
+        A NaN would reach the next sequence, as 0 * NaN is NaN.
+        """
         for tensor in (*self.k, *self.v):
-            tensor[slot, :, :length] = 0
+            tensor[slot, :, start:length] = 0
 
 
 class KVCache:

@@ -148,7 +148,7 @@ def join_results(results: Sequence[Result]) -> Result:
         id=first.id,
         model=first.model,
         choices=[choice.model_copy(update={"index": index}) for index, choice in enumerate(choices)],
-        usage=Usage(**{name: sum(getattr(r.usage, name) for r in results) for name in Usage.model_fields}),
+        usage=Usage.total(result.usage for result in results),
         timings=first.timings,
         seed=first.seed if all(result.seed == first.seed for result in results) else None,
         fingerprint=first.fingerprint if all(r.fingerprint == first.fingerprint for r in results) else None,
@@ -172,7 +172,7 @@ def completion(result: Result, *, as_token_ids: bool = False) -> dict[str, Any]:
         "created": int(time.time()),
         "model": result.model,
         "choices": choices,
-        "usage": result.usage.model_dump(),
+        "usage": result.usage.as_openai(),
         "system_fingerprint": result.fingerprint,
         "seed": result.seed,
     }

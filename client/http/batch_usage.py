@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.client.batch.output import RowFile
+from headrace.client.wire.results import Usage
 
 
 def count_rows(path: Path) -> tuple[int, dict[str, Any]]:
@@ -16,18 +17,17 @@ def count_rows(path: Path) -> tuple[int, dict[str, Any]]:
     output = RowFile(path)
     deque(output.scan(), 0)
     output.repair(without_failures=False)  # a crash may have left an incomplete last line
-    rows, totals = 0, {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    rows, total = 0, Usage.of(0, 0)
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         for line in file:
             response = json.loads(line)["response"]
             rows += 1
-            for name in totals:
-                usage = (response or {}).get("body", {}).get("usage") or {}  # a row that failed has none
-                totals[name] += usage.get(name, 0)
+            if usage := (response or {}).get("body", {}).get("usage"):  # a row that failed has none
+                total = Usage.total((total, Usage(**usage)))
     return rows, {
-        "input_tokens": totals["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": 0},
-        "output_tokens": totals["completion_tokens"],
+        "input_tokens": total.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": total.cached_tokens},
+        "output_tokens": total.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": totals["total_tokens"],
+        "total_tokens": total.total_tokens,
     }

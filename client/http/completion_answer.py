@@ -17,7 +17,7 @@ from headrace.client.http.jobs import JobRunner, SubmittedJobs
 from headrace.client.http.responses import encode_json
 from headrace.client.http.sse import encode_event
 from headrace.client.jobs.stream import Event
-from headrace.client.wire.results import Result
+from headrace.client.wire.results import Result, Usage
 
 # --- whole answers ---------------------------------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ def encode_answer(parts: Sequence[AnswerPart]) -> bytes:
     Of several prompts, each choice names the seed with which its prompt gives the same text again; see `join_results`.
     """
     whole = dict(parts[0].fields)
-    whole["usage"] = {name: sum(part.fields["usage"][name] for part in parts) for name in whole["usage"]}
+    whole["usage"] = Usage.total(Usage(**part.fields["usage"]) for part in parts).as_openai()
     for name in ("system_fingerprint", "seed"):
         whole[name] = _shared(part.fields[name] for part in parts)
     choices = [choice for part in parts for choice in part.choices]
@@ -56,10 +56,9 @@ def encode_answer(parts: Sequence[AnswerPart]) -> bytes:
     return b'{"choices":[' + b",".join(choices) + b"]," + encode_json(whole).encode()[1:]
 
 
-def total_usage(results: Sequence[Result]) -> dict[str, int]:
-    """Token counts summed over all prompts."""
-    usages = [result.usage.model_dump() for result in results]
-    return {name: sum(usage[name] for usage in usages) for name in usages[0]}
+def total_usage(results: Sequence[Result]) -> dict[str, Any]:
+    """OpenAI's usage object of all prompts together."""
+    return Usage.total(result.usage for result in results).as_openai()
 
 
 def _shared(values: Iterable[Any]) -> Any:

@@ -6,6 +6,7 @@ Celery's result backend stores one record for each job; `parse_outcome` reads it
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, Literal, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -59,12 +60,51 @@ class Choice(BaseModel):
     logprobs: list[TokenLogprob] | None = None
 
 
+class PromptTokensDetails(BaseModel):
+    """What of the prompt was not computed for this job."""
+
+    #: Tokens whose keys and values were reused from another prompt, which was running or had ended.
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Numbers of tokens, of all samples together. A stop token counts as a completion token."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    #: None if nothing was reused. It depends on what else the worker has computed, as times do; results do not.
+    prompt_tokens_details: PromptTokensDetails | None = Field(None, exclude_if=lambda value: value is None)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were reused from another prompt."""
+        return 0 if self.prompt_tokens_details is None else self.prompt_tokens_details.cached_tokens
+
+    @classmethod
+    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> Usage:
+        """The numbers with their total."""
+        details = PromptTokensDetails(cached_tokens=cached_tokens) if cached_tokens else None
+        return cls(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=details,
+        )
+
+    @classmethod
+    def total(cls, usages: Iterable[Usage]) -> Usage:
+        """The sums over several jobs."""
+        prompt, completion, cached = 0, 0, 0
+        for usage in usages:
+            prompt += usage.prompt_tokens
+            completion += usage.completion_tokens
+            cached += usage.cached_tokens
+        return cls.of(prompt, completion, cached)
+
+    def as_openai(self) -> dict[str, Any]:
+        """OpenAI's usage object, which always says how many tokens were reused."""
+        return {**self.model_dump(), "prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
 
 
 class Timings(BaseModel):

@@ -27,6 +27,7 @@ from headrace.model.weights import expected_shapes
 from headrace.worker.engine.cache_slots import SlotTable
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.model_runner import ModelRunner
+from headrace.worker.engine.prefix_cache import PrefixCache
 from headrace.worker.engine.requests import prepare
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.sequence_text import TextDelta
@@ -42,6 +43,8 @@ ODD = dataclasses.replace(CONFIG, n_head=12, n_embd=60, n_kv_head=4, windows=(33
 configs = st.sampled_from([CONFIG, GROUPED, ODD])
 #: Our own error of a logarithm of a probability, against float64: a tenth of what the checkpoints allow for logits.
 TOLERANCE = 1e-4
+#: Examples of a property that computes many jobs: fewer in the quick profile only.
+COSTLY = 10 if settings.default is not None and settings.default.max_examples < 100 else 500
 
 
 @functools.cache
@@ -87,9 +90,16 @@ def engine(
     drafts: int = 0,
     config: ModelConfig = CONFIG,
     dtype: torch.dtype = torch.float32,
+    budget_positions: int = 2**14,
+    prefix_cache: bool = True,
 ) -> Engine:
     runner = ModelRunner(small_model(config, dtype), [32, 64, POSITIONS])
-    table = SlotTable([32, 64, POSITIONS], position_bytes=runner.position_bytes, budget_bytes=2**24)
+    table = SlotTable(
+        [32, 64, POSITIONS],
+        position_bytes=runner.position_bytes,
+        budget_bytes=budget_positions * runner.position_bytes,
+        prefixes=PrefixCache(chunk if prefix_cache else 0),
+    )
     scheduler = Scheduler(table, max_rows=slots, step_tokens=step_tokens, prefill_chunk=chunk, draft_tokens=drafts)
     names: dict[str, Any] = {"model_name": "small", "vocab_size": VOCABULARY, "max_context": POSITIONS, "ends": Ends()}
     return Engine(runner, gpt2_tokenizer(), scheduler, **names)
@@ -195,6 +205,69 @@ def test_each_job_is_the_same_bits_in_any_crowd_as_alone_in_bfloat16(
     futures = [crowd.submit(parse_request(each)) for each in jobs]
     finish(crowd)
     assert [future.result().choices for future in futures] == [alone(each, dtype=torch.bfloat16) for each in jobs]
+
+
+#: Prompts that begin alike: the first tokens of one of two texts, then tokens of their own.
+branching = st.builds(
+    lambda text, common, own: [*[(7 * i + text) % VOCABULARY for i in range(common)], *own],
+    st.integers(0, 1),
+    st.sampled_from([0, 15, 16, 31, 33, 64, 80]),
+    st.lists(tokens, min_size=1, max_size=12),
+)
+uses = st.sampled_from(
+    [
+        {"logprobs": 1},
+        {"n": 2, "temperature": 1.0},
+        {"prompt_logprobs": 1},
+        {"echo": True, "logprobs": 0},
+        {"max_tokens": 0, "prompt_logprobs": 0},
+        {"max_tokens": 0, "continuation": [5, 6, 7]},
+        {"max_tokens": 30, "cancelled": True},
+    ]
+)
+
+
+@settings(deadline=None, max_examples=COSTLY)
+@given(
+    jobs=st.lists(st.tuples(branching, uses, st.integers(0, 9)), min_size=2, max_size=5),
+    slots=st.integers(1, 4),
+    chunk=st.sampled_from([16, 32]),
+    budget=st.sampled_from([128, 256, 320, 2**14]),
+    config=configs,
+    by_torch=st.booleans(),
+)
+def test_each_job_is_the_same_bits_with_cached_prefixes_without_them_and_after_they_were_evicted(
+    jobs: list[tuple[list[int], dict[str, Any], int]],
+    slots: int,
+    chunk: int,
+    budget: int,
+    config: ModelConfig,
+    by_torch: bool,
+) -> None:
+    def of(prefix_cache: bool) -> tuple[dict[int, Any], Engine]:
+        crowd = engine(slots, 512, chunk, 0, config, budget_positions=budget, prefix_cache=prefix_cache)
+        if by_torch:
+            crowd.runner.cache.decode_kernel = lambda: None  # type: ignore[attr-defined]
+        futures = []
+        for i, (prompt, use, steps) in enumerate(jobs * 2):
+            fields = {"prompt": prompt, "max_tokens": 3, "temperature": 0, "seed": 1, **use}
+            cancelled = fields.pop("cancelled", False)
+            futures.append(crowd.submit(parse_request(fields), job_id=str(i)))
+            for _ in range(steps):
+                crowd.step()
+            if cancelled:
+                crowd.cancel(str(i))
+        finish(crowd)
+        ended = {i: future.result() for i, future in enumerate(futures) if future.exception() is None}
+        return {i: (result.choices, result.prompt_logprobs) for i, result in ended.items()}, crowd
+
+    (kept, with_cache), (computed, without) = of(True), of(False)
+    both = kept.keys() & computed.keys()  # with the cache a job may end before it is cancelled
+    assert {i: kept[i] for i in both} == {i: computed[i] for i in both}
+    if not any("cancelled" in use for _, use, _ in jobs):
+        assert len(both) == len(jobs) * 2
+        assert with_cache.stats().prompt_tokens <= without.stats().prompt_tokens
+    assert with_cache.scheduler.slots.usage == 0
 
 
 @settings(deadline=None)

@@ -137,6 +137,16 @@ def test_prompts_of_one_request_can_be_had_again_one_by_one(api: openai.OpenAI) 
         assert again.choices[0].text == choice.text
 
 
+def test_the_usage_says_how_much_of_a_prompt_an_ended_job_has_left(api: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {**MODEL, "prompt": list(range(1000, 1300)), "max_tokens": 2, "temperature": 0}
+    first, again = (api.completions.create(**asked) for _ in range(2))
+    *_, last = api.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    both = api.completions.create(**{**asked, "prompt": [asked["prompt"], list(range(5))]})
+    usages = [first.usage, again.usage, last.usage, both.usage]
+    assert [usage.prompt_tokens_details.cached_tokens for usage in usages if usage] == [0, 256, 256, 256]  # type: ignore[union-attr]
+    assert texts(first) == texts(again) == texts(both)[:1]
+
+
 def test_choices_of_several_prompts_are_numbered_prompt_by_prompt(api: openai.OpenAI, client: Client) -> None:
     same: dict[str, Any] = {"n": 2, "seed": 5, "max_tokens": 6}
     prompts = ["The river", "The sea", "Hello."]
@@ -393,7 +403,7 @@ def test_an_answer_in_a_chat_is_the_text_after_the_rendered_messages(api: openai
     assert (found.object, found.model, found.system_fingerprint) == ("chat.completion", "chat", own.fingerprint)
     assert found.id == f"chatcmpl-{found._request_id}"
     assert found.usage is not None
-    assert found.usage.model_dump(exclude_none=True) == own.usage.model_dump()
+    assert found.usage.model_dump(exclude_none=True) == own.usage.as_openai()
     for choice, mine in zip(found.choices, own.choices, strict=True):
         assert choice.logprobs is not None
         assert choice.logprobs.content is not None

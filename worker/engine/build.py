@@ -24,6 +24,7 @@ from headrace.worker.engine.description import describe
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.fingerprint import fingerprint
 from headrace.worker.engine.model_runner import ModelRunner
+from headrace.worker.engine.prefix_cache import PrefixCache
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.self_test import is_batch_invariant
 
@@ -87,7 +88,12 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         budget = default_budget(settings.slots * lengths[-1] * runner.position_bytes, model.device, parts)
     invariant = is_batch_invariant(model)
     scheduler = Scheduler(
-        SlotTable(lengths, position_bytes=runner.position_bytes, budget_bytes=budget),
+        SlotTable(
+            lengths,
+            position_bytes=runner.position_bytes,
+            budget_bytes=budget,
+            prefixes=PrefixCache(settings.prefill_chunk if settings.prefix_cache else 0),
+        ),
         max_rows=settings.slots,
         step_tokens=settings.step_tokens,
         prefill_chunk=settings.prefill_chunk,

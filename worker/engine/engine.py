@@ -105,7 +105,9 @@ class Engine:
         self._loop: StepLoop | None = None
         self._requests = RequestTable(scheduler, runner)
         self._executor = StepExecutor(scheduler, runner, self._requests)
-        self._outputs = OutputProcessor(runner, self._requests, model_name=model_name, fingerprint=fingerprint)
+        self._outputs = OutputProcessor(
+            runner, scheduler, self._requests, model_name=model_name, fingerprint=fingerprint
+        )
 
     # --- from any thread -------------------------------------------------------------------------------------------
 
@@ -194,6 +196,8 @@ class Engine:
             steps=self._executor.steps,
             proposed=self._outputs.proposed,
             accepted=self._outputs.accepted,
+            prefix_queries=self.scheduler.prefix_queries,
+            prefix_hits=self.scheduler.prefix_hits,
             cache_bytes=slots.used_bytes,
             cache_usage=slots.usage,
             step_age_s=0.0 if progress_at is None else time.monotonic() - progress_at,

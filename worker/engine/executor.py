@@ -50,7 +50,7 @@ class StepExecutor:
             admitted = self._scheduler.admit()
             self._apply_moves()
             try:
-                self._runner.fit(slots.capacity)
+                self._fit()
                 if admitted or not self._blocked():
                     return admitted
                 slots.budget_bytes = self._cache_limit.full
@@ -65,6 +65,12 @@ class StepExecutor:
         """Copy the prefixes that are in the cache by now to the sequences that reuse them."""
         for copy in self._scheduler.reuse_prefixes():
             self._runner.copy(copy)
+
+    def _fit(self) -> None:
+        """Give the arenas the memory of their slots."""
+        slots = self._scheduler.slots
+        self._runner.fit(slots.capacity)
+        slots.fitted = dict(slots.capacity)
 
     def _apply_moves(self) -> None:
         """Move sequences in the cache to their new slots, before an arena shrinks. An error here ends the engine."""
@@ -87,6 +93,7 @@ class StepExecutor:
         slots, wanted = self._scheduler.slots, self._scheduler.slots.used_bytes
         for sequence in admitted:
             self._scheduler.remove(sequence)
+        slots.evict_all()
         self._preemptions += 1
         for sequence in admitted:  # before those of the same priority that arrived later
             self._scheduler.add(sequence, PRIORITIES[sequence.request.priority] * PRIORITY_STEP - self._preemptions)
@@ -109,6 +116,7 @@ class StepExecutor:
         """Free the memory of unused slots. Returns whether there was any."""
         slots = self._scheduler.slots
         before = slots.used_bytes
+        slots.evict_all()
         slots.compact()
         slots.capacity = {length: len(arena) for length, arena in slots.arenas.items()}
         if slots.used_bytes == before:
@@ -116,7 +124,7 @@ class StepExecutor:
         self._cache_limit.lower(slots.used_bytes)
         self._apply_moves()
         try:
-            self._runner.fit(slots.capacity)
+            self._fit()
         except Exception as error:
             if not out_of_memory(error):
                 raise

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from headrace.model.attention import Chunk, DecodeGroup
 from headrace.model.sampler import Draw, RowParams
 from headrace.worker.engine.scheduler import PromptChunk, SchedulerOutput
-from headrace.worker.engine.sequence import Sequence, Slot
+from headrace.worker.engine.sequence import CachedPrefix, Sequence, Slot
 
 #: Parameters that the sampler takes from the request by name.
 _FROM_REQUEST = tuple(name for name in RowParams.__dataclass_fields__ if name != "banned")
@@ -138,8 +138,8 @@ class InputBatch:
         return scored
 
 
-def slot_of(sequence: Sequence) -> Slot:
-    """The slot of a running sequence."""
+def slot_of(sequence: Sequence | CachedPrefix) -> Slot:
+    """The slot of a running sequence, or of a cached prefix."""
     if sequence.slot is None:  # pragma: no cover - the scheduler runs only sequences with a slot
         raise RuntimeError("a running sequence has no slot")
     return sequence.slot

@@ -79,7 +79,7 @@ class ModelRunner:
         arena.clear(move.source, move.length)
 
     def copy(self, copy: PrefixCopy) -> None:
-        """Copy the keys and values of a prefix from one sequence to another."""
+        """Copy the keys and values of a prefix to a sequence."""
         source, target = slot_of(copy.source), slot_of(copy.target)
         if source.length_class == target.length_class:
             self.cache.arenas[source.length_class].copy(source.index, target.index, copy.length)
@@ -88,9 +88,9 @@ class ModelRunner:
         for old, new in zip((*origin.k, *origin.v), (*goal.k, *goal.v), strict=True):
             new[target.index, :, : copy.length] = old[source.index, :, : copy.length]
 
-    def clear(self, slot: Slot) -> None:
-        """Set a slot to zero, because its sequence may have left a NaN in it."""
-        self.cache.arenas[slot.length_class].clear(slot.index)
+    def clear(self, slot: Slot, start: int = 0) -> None:
+        """Set a slot to zero from a position on, because its sequence may have left a NaN in it."""
+        self.cache.arenas[slot.length_class].clear(slot.index, start=start)
 
     # --- a step ----------------------------------------------------------------------------------------------------
 

@@ -166,7 +166,7 @@ class LLM:
         return SamplingParams(**defaults)
 
     def reset_prefix_cache(self) -> bool:
-        """Does nothing: only sequences that run at the same time share prefixes. Returns True, as vLLM does."""
+        """Does nothing: no result depends on the prefixes in the cache. Returns True, as vLLM does."""
         return True
 
     def reset_mm_cache(self) -> None:

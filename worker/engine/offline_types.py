@@ -158,7 +158,11 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """The samples of one prompt. The fields from `metrics` on are vLLM's; here they have no content."""
+    """The samples of one prompt.
+
+    `num_cached_tokens`: tokens of the prompt that were reused from another prompt. The other fields from `metrics` on
+    are vLLM's; here they have no content.
+    """
 
     request_id: str
     prompt: str | None
@@ -184,7 +188,7 @@ def output_of(prompt: str | None, tokens: list[int], result: Result) -> RequestO
     """
     outputs, scores = [_completion(choice) for choice in result.choices], result.prompt_logprobs
     prompts = None if scores is None else [None if each.logprob is None else _logprobs(each) for each in scores]
-    return RequestOutput(result.id, prompt, tokens, outputs, prompts)
+    return RequestOutput(result.id, prompt, tokens, outputs, prompts, num_cached_tokens=result.usage.cached_tokens)
 
 
 def refuse_unknown(function: str, given: Iterable[str], known: Collection[str]) -> None:

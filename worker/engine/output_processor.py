@@ -11,7 +11,7 @@ from collections.abc import Callable
 from headrace.worker.engine.protocols import StepRunner
 from headrace.worker.engine.request_table import RequestTable
 from headrace.worker.engine.requests import RequestState
-from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
+from headrace.worker.engine.scheduler import ModelRunnerOutput, Scheduler, SchedulerOutput
 from headrace.worker.engine.sequence import Sequence
 
 NAN_MESSAGE = "the model gave no numbers for this prompt (NaN); check its weights"
@@ -22,14 +22,17 @@ class OutputProcessor:
 
     Args:
         runner: clears slots, and gives captured activations.
+        scheduler: says what of a finished sequence stays in the cache.
         requests: the engine's requests.
         model_name: how results name the model.
         fingerprint: how results name software, hardware and weights.
     """
 
-    def __init__(self, runner: StepRunner, requests: RequestTable, *, model_name: str, fingerprint: str) -> None:
+    def __init__(
+        self, runner: StepRunner, scheduler: Scheduler, requests: RequestTable, *, model_name: str, fingerprint: str
+    ) -> None:
         self.tokens = self.proposed = self.accepted = 0
-        self._runner, self._requests = runner, requests
+        self._runner, self._scheduler, self._requests = runner, scheduler, requests
         self._model_name, self._fingerprint = model_name, fingerprint
 
     def process(self, step: SchedulerOutput, outcome: ModelRunnerOutput) -> list[Sequence]:
@@ -92,9 +95,10 @@ class OutputProcessor:
                 self._requests.guard(
                     state, functools.partial(self._hand_over_activations, sequence, state.on_activations)
                 )
+            kept = self._scheduler.kept_prefix(sequence)
             if sequence.request.max_tokens == 0 and sequence.slot is not None:
-                self._runner.clear(sequence.slot)  # no sampling has shown its rows to be free of NaN
-            self._requests.release(sequence)
+                self._runner.clear(sequence.slot, kept)  # nothing has shown the other rows to be free of NaN
+            self._requests.release(sequence, kept)
             if state.finished and state in self._requests:
                 self._requests.guard(state, functools.partial(self._complete, state))
 

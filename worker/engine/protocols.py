@@ -33,11 +33,11 @@ class StepRunner(Protocol):
         ...
 
     def copy(self, copy: PrefixCopy) -> None:
-        """Copy the keys and values of a prefix from one sequence to another."""
+        """Copy the keys and values of a prefix to a sequence."""
         ...
 
-    def clear(self, slot: Slot) -> None:
-        """Set the keys and values of a slot to zero."""
+    def clear(self, slot: Slot, start: int = 0) -> None:
+        """Set the keys and values of a slot to zero from position `start` on."""
         ...
 
     def collect(self, sequence: Sequence) -> dict[str, bytes]:

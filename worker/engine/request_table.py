@@ -103,11 +103,15 @@ class RequestTable:
             self.release(sequence)
         _settle(state.future, error(state.partial))
 
-    def release(self, sequence: Sequence) -> None:
-        """Take a sequence out of the scheduler, and free its slot and its captured activations."""
+    def release(self, sequence: Sequence, keep: int = 0) -> None:
+        """Take a sequence out of the scheduler, and free its slot and its captured activations.
+
+        Args:
+            keep: tokens of its prompt that may stay in the cache.
+        """
         sequence.activations = None  # some 10 MB, while its result waits to be stored
         if self.owner.pop(sequence, None) is not None:
-            self._scheduler.remove(sequence)
+            self._scheduler.remove(sequence, keep)
 
     def complete(self, state: RequestState, result: Result) -> None:
         """Answer a request whose sequences are all finished."""

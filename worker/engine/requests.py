@@ -64,9 +64,8 @@ class RequestState:
             model=model,
             choices=[text.choice() for text in self.texts],
             prompt_logprobs=self.texts[0].prompt_logprobs(),
-            usage=Usage(
-                prompt_tokens=prompt_tokens, completion_tokens=new_tokens, total_tokens=prompt_tokens + new_tokens
-            ),
+            # What one sample reused of another of the same job was computed for this job.
+            usage=Usage.of(prompt_tokens, new_tokens, min(sequence.reused for sequence in self.sequences)),
             seed=self.seed,
             timings=Timings(
                 waiting_s=round(started - self.arrived_at, 6),

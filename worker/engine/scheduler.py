@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from headrace.worker.engine.cache_slots import SlotTable
-from headrace.worker.engine.sequence import Sequence, TokenScore
+from headrace.worker.engine.sequence import CachedPrefix, Sequence, TokenScore
 
 #: A step is filled up to this many rows with proposed tokens. A GEMM with 16 rows takes hardly longer than one with
 #: a few rows, because both read the whole weight.
@@ -31,9 +31,9 @@ class PromptChunk:
 
 
 class PrefixCopy(NamedTuple):
-    """Copy the keys and values of the first `length` positions from the slot of one sequence to that of another."""
+    """Copy the keys and values of the first `length` positions of a slot to the slot of a sequence."""
 
-    source: Sequence
+    source: Sequence | CachedPrefix
     target: Sequence
     length: int
 
@@ -123,6 +123,8 @@ class Scheduler:
         self._removed: set[Sequence] = set()  # removed while they waited; dropped when they are first in the queue
         self._arrivals = itertools.count()
         self._prefilling: dict[tuple[object, ...], Sequence] = {}
+        #: Tokens of the prompts that are in the cache, and how many of them another sequence had computed.
+        self.prefix_queries = self.prefix_hits = 0
 
     @property
     def waiting(self) -> int:
@@ -140,7 +142,7 @@ class Scheduler:
             sequence = self._waiting[0][2]
             if sequence in self._removed:
                 self._removed.discard(sequence)
-            elif self.slots.allocate(sequence):
+            elif self._allocate(sequence):
                 self.running.append(sequence)
                 self._set_prefix_source(sequence)
                 admitted.append(sequence)
@@ -148,6 +150,17 @@ class Scheduler:
                 break
             heapq.heappop(self._waiting)
         return admitted
+
+    def _allocate(self, sequence: Sequence) -> bool:
+        """Give a sequence a slot. If the slot is the one with its cached prefix, that is reused where it is."""
+        prefix, length = self._cached_prefix(sequence)  # counts as a use: it is evicted last
+        held = prefix.slot if prefix is not None else None
+        whole = prefix if prefix is not None and len(prefix.tokens) == length else None
+        if not self.slots.allocate(sequence, whole):
+            return False
+        taken_over = prefix is not None and prefix.slot is None and sequence.slot == held
+        sequence.prefilled = sequence.reused = length if taken_over else 0
+        return True
 
     def schedule(self) -> SchedulerOutput:
         """The next step: all decoding sequences, then chunks of prompts in order of admission within the token budget.
@@ -188,20 +201,31 @@ class Scheduler:
         sequence.prefilled = chunk.start + chunk.count
         if chunk.last:
             self._prefilling.pop(sequence.prefill_key, None)
-            for other in self._waiting_for_prompt_of(sequence):
-                other.prefix_source, other.prefilled = None, sequence.prefilled
+            same = self._waiting_for_prompt_of(sequence)
+            for other in same:
+                other.prefix_source, other.prefilled, other.reused = None, sequence.prefilled, sequence.prefilled
+            self.prefix_queries += len(sequence.prompt) * (1 + len(same))
+            self.prefix_hits += sequence.reused + sum(other.reused for other in same)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Remove a sequence, finished or not, and free its slot."""
+    def remove(self, sequence: Sequence, keep: int = 0) -> None:
+        """Remove a sequence, finished or not, and free its slot.
+
+        Args:
+            keep: tokens of its prompt that may stay in the cache; see `kept_prefix`.
+        """
         if sequence.slot is None:
             self._removed.add(sequence)
             return
         self.running.remove(sequence)
         if self._prefilling.get(sequence.prefill_key) is sequence:
             del self._prefilling[sequence.prefill_key]
+        self.slots.free(sequence, keep)
         for dependent in [s for s in self.running if s.prefix_source is sequence]:
             self._set_prefix_source(dependent)  # the first of them computes the prefix for the others
-        self.slots.free(sequence)
+
+    def kept_prefix(self, sequence: Sequence) -> int:
+        """How many tokens of its prompt may stay in the cache after a sequence: whole chunks without a NaN."""
+        return sequence.proven_prefix // self.prefill_chunk * self.prefill_chunk if self.slots.prefixes.chunk else 0
 
     # --- prefix reuse ----------------------------------------------------------------------------------------------
 
@@ -213,20 +237,34 @@ class Scheduler:
         else:
             sequence.prefix_source, sequence.prefix_length = self._longest_prefix(sequence)
 
-    def _longest_prefix(self, sequence: Sequence) -> tuple[Sequence | None, int]:
-        """The sequence admitted earlier that shares the most whole chunks, and how many tokens they are.
+    def _longest_prefix(self, sequence: Sequence) -> tuple[Sequence | CachedPrefix | None, int]:
+        """What shares the most whole chunks, and how many tokens they are: a cached prefix, or another sequence.
 
         Only whole chunks are shared, because they have the same bits in every prompt that begins with them. Rows that
         give logits are not shared: the last one, from which the first token is sampled, and those of scored tokens.
         """
-        best: tuple[Sequence | None, int] = None, sequence.prefilled
+        best: tuple[Sequence | CachedPrefix | None, int] = None, sequence.prefilled
         if sequence.captures_activations or sequence.reusable_prefix < self.prefill_chunk:
             return None, 0  # it needs all of its rows, or has no whole chunk to reuse
-        for other in itertools.takewhile(lambda other: other is not sequence, self.running):
-            count = self._common_prefix(sequence, other.prompt)
+        cached = self._cached_prefix(sequence)
+        if cached[1] > best[1]:
+            best = cached
+        earlier = True
+        for other in self.running:
+            if other is sequence:
+                earlier = False
+                continue
+            # A later one only has what it need not wait for: it may wait for this one.
+            count = self._common_prefix(sequence, other.prompt if earlier else other.prompt[: other.prefilled])
             if count > best[1]:
                 best = other, count
         return best
+
+    def _cached_prefix(self, sequence: Sequence) -> tuple[CachedPrefix | None, int]:
+        """The cached prefix that shares the most whole chunks, and how many tokens they are."""
+        return self.slots.prefixes.find(
+            [] if sequence.captures_activations else sequence.prompt[: sequence.reusable_prefix]
+        )
 
     def _common_prefix(self, sequence: Sequence, other: list[int]) -> int:
         prompt = sequence.prompt
@@ -244,9 +282,13 @@ class Scheduler:
         copies = []
         for sequence in self.running:  # a source is before the sequences that wait for it
             source = sequence.prefix_source
+            if isinstance(source, CachedPrefix) and source.slot is None:  # a sequence admitted later has got its slot
+                self._set_prefix_source(sequence)
+                source = sequence.prefix_source
             if source is not None and not sequence.reuses_whole_prompt and source.prefilled >= sequence.prefix_length:
                 copies.append(PrefixCopy(source, sequence, sequence.prefix_length))
                 sequence.prefix_source, sequence.prefilled = None, sequence.prefix_length
+                sequence.reused = sequence.prefix_length
         return copies
 
     def stop_sharing(self, step: SchedulerOutput) -> None:

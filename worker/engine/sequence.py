@@ -19,6 +19,33 @@ class Slot:
     index: int
 
 
+@dataclass(eq=False)
+class CachedPrefix:
+    """The first whole prefill chunks of a finished sequence's prompt, which stay in its slot until that is needed.
+
+    Attributes:
+        tokens: the token ids.
+        keys: for each chunk the hash of all tokens up to its end.
+        slot: the slot that holds them; None once it has been given to a sequence.
+        used_at: when it was last reused, by the clock of the `PrefixCache`.
+    """
+
+    tokens: list[int]
+    keys: list[bytes]
+    slot: Slot | None
+    used_at: int = 0
+
+    @property
+    def prefilled(self) -> int:
+        """How many tokens are in the cache: all of them."""
+        return len(self.tokens)
+
+    @property
+    def written(self) -> int:
+        """How many positions of its slot hold something that is needed."""
+        return len(self.tokens)
+
+
 class TokenScore(NamedTuple):
     """A token with its log probability (None for the first token of a text), and the likeliest tokens at its place."""
 
@@ -52,11 +79,13 @@ class Sequence:
     scores: list[TokenScore] = field(default_factory=list)
     prompt_scores: list[TokenScore] = field(default_factory=list)
     slot: Slot | None = None
-    #: How many tokens of the prompt are in the cache.
+    #: How many tokens of the prompt are in the cache, and how many of them another sequence has computed.
     prefilled: int = 0
-    #: A running sequence whose prompt has the same first `prefix_length` tokens. Their keys and values will be copied
-    #: from its slot. It was admitted earlier, so two sequences never wait for each other.
-    prefix_source: Sequence | None = None
+    reused: int = 0
+    #: What has the same first `prefix_length` tokens: a running sequence, or what a finished one left in the cache. The
+    #: keys and values will be copied from its slot. A running one was admitted earlier, so two sequences never wait
+    #: for each other.
+    prefix_source: Sequence | CachedPrefix | None = None
     prefix_length: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -89,6 +118,22 @@ class Sequence:
     def prefilling(self) -> bool:
         """Whether part of its prompt is not in the cache yet."""
         return self.prefilled < len(self.prompt)
+
+    @property
+    def written(self) -> int:
+        """How many positions of its slot hold something that is needed."""
+        return self.prefilled + len(self.output)
+
+    @property
+    def proven_prefix(self) -> int:
+        """How many tokens of its prompt are known to have keys and values without a NaN, which reaches all later rows.
+
+        The logits of the last row show it for the whole prompt. They were used if a token was sampled; a request for
+        the scores of its prompt alone uses those of the row before.
+        """
+        if self.output:
+            return len(self.prompt)
+        return len(self.prompt) - 1 if any(score.logprob is not None for score in self.prompt_scores) else 0
 
     @property
     def scores_prompt(self) -> bool:

@@ -21,9 +21,12 @@ class EngineStats:
     #: Tokens that n-gram speculative decoding proposed, and how many of them were accepted.
     proposed: int
     accepted: int
+    #: Tokens of prompts, and how many of them were reused from the cache.
+    prefix_queries: int
+    prefix_hits: int
     #: Memory of the key-value cache.
     cache_bytes: int
-    #: Share of the cache's budget that running sequences hold, from 0 to 1.
+    #: Share of the cache's budget that running sequences hold, without cached prefixes, from 0 to 1.
     cache_usage: float
     #: Seconds since the running step last made progress; 0 between steps.
     step_age_s: float

@@ -50,7 +50,7 @@ def answer(
         id=job_id,
         model=model,
         choices=[Choice(index=0, text=text, token_ids=[], finish_reason="stop")],
-        usage=Usage(prompt_tokens=len(tokens), completion_tokens=0, total_tokens=len(tokens)),
+        usage=Usage.of(len(tokens), 0),
         seed=0,
         timings=Timings(waiting_s=0.0, prefill_s=0.0, decode_s=0.0),
         tokenized=tokenized,

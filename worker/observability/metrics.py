@@ -65,6 +65,8 @@ GAUGES = {
 COUNTERS = {
     "prompt_tokens": "Prompt tokens computed; those reused from the prefix of another prompt are not counted.",
     "generation_tokens": "New tokens of all jobs, however they end.",
+    "prefix_cache_queries": "Prompt tokens, for each sample.",
+    "prefix_cache_hits": "Prompt tokens that were reused from another prompt, running or ended.",
     "spec_decode_num_draft_tokens": "Tokens proposed by speculative decoding.",
     "spec_decode_num_accepted_tokens": "Proposed tokens that were accepted.",
 }
@@ -268,6 +270,8 @@ class _Live:
             "selftest_ok": "batch-invariant" in engine.fingerprint.split("/"),
             "prompt_tokens": stats.prompt_tokens,
             "generation_tokens": stats.tokens,
+            "prefix_cache_queries": stats.prefix_queries,
+            "prefix_cache_hits": stats.prefix_hits,
             "spec_decode_num_draft_tokens": stats.proposed,
             "spec_decode_num_accepted_tokens": stats.accepted,
         }

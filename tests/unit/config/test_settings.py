@@ -71,6 +71,7 @@ WRONG: dict[str, str | None] = {
     "cpu_isa": "avx",
     "step_tokens": "15",
     "prefill_chunk": "1025",
+    "prefix_cache": "sometimes",
     "draft_tokens": "16",
     "idle_unload_s": "-1",
     "max_queue": "0",

@@ -26,7 +26,7 @@ def result(number: int, samples: int = 2) -> Result:
         id=f"job{number}",
         model="demo",
         choices=[Choice(index=i, text=f"{number}.{i}", token_ids=[1], finish_reason="stop") for i in range(samples)],
-        usage=Usage(prompt_tokens=number, completion_tokens=2, total_tokens=number + 2),
+        usage=Usage.of(number, 2, cached_tokens=128 if number == 1 else 0),
         seed=7 + number,
         timings=Timings(waiting_s=0, prefill_s=0, decode_s=0),
         fingerprint="same",
@@ -118,7 +118,12 @@ def test_choices_are_numbered_prompt_by_prompt_and_usage_is_summed() -> None:
         (4, "2.0"),
         (5, "2.1"),
     ]
-    assert found["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
+    assert found["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 6,
+        "total_tokens": 9,
+        "prompt_tokens_details": {"cached_tokens": 128},
+    }
     assert (found["id"], found["seed"], found["system_fingerprint"]) == ("cmpl-job0", None, "same")
     assert json.loads(encode_answer([encode_part(0, result(1))]))["seed"] == 8
 

@@ -18,6 +18,7 @@ from headrace.worker.engine.build import load_engine
 from headrace.worker.engine.cache_slots import SlotTable, length_classes
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.model_runner import ModelRunner
+from headrace.worker.engine.prefix_cache import PrefixCache
 from headrace.worker.engine.scheduler import Scheduler
 
 WORDS = (
@@ -59,6 +60,7 @@ def build(
     prefill_chunk: int = 128,
     draft_tokens: int = 0,
     budget_positions: int = 64 * 1024,
+    prefix_cache: bool = True,
     runner: type[ModelRunner] = ModelRunner,
     model: Decoder | None = None,
     model_name: str = "demo",
@@ -69,7 +71,10 @@ def build(
     lengths = length_classes(gpt2.config.n_positions)
     tensors = runner(gpt2, lengths)
     table = SlotTable(
-        lengths, position_bytes=tensors.position_bytes, budget_bytes=budget_positions * tensors.position_bytes
+        lengths,
+        position_bytes=tensors.position_bytes,
+        budget_bytes=budget_positions * tensors.position_bytes,
+        prefixes=PrefixCache(prefill_chunk if prefix_cache else 0),
     )
     return Engine(
         tensors,
@@ -116,14 +121,14 @@ def drive(engine: Engine, *futures: Future[Result], steps: int = 5000) -> list[R
 
 
 def substance(result: Result) -> dict[str, Any]:
-    """A result without its id and its timings."""
-    return result.model_dump(exclude={"id", "timings"})
+    """A result without its id, its timings, and how much of its prompt was reused."""
+    return result.model_dump(exclude={"id": True, "timings": True, "usage": {"prompt_tokens_details"}})
 
 
 def idle(engine: Engine) -> bool:
-    """Whether the engine is empty: no sequence, no slot in use, no waiting request."""
+    """Whether the engine is empty: no sequence, no slot in use but by cached prefixes, no waiting request."""
     scheduler = engine.scheduler
-    return not scheduler.running and scheduler.waiting == 0 and not any(scheduler.slots.arenas.values())
+    return not scheduler.running and scheduler.waiting == 0 and scheduler.slots.usage == 0
 
 
 def expected(*requests: GenerateRequest) -> list[dict[str, Any]]:

@@ -64,13 +64,14 @@ def test_the_cache_takes_at_most_a_quarter_of_the_free_memory(
 def test_settings_reach_the_engine() -> None:
     settings = Settings(
         model="demo", served_name="mine", slots=3, max_context=300, step_tokens=99, prefill_chunk=48, threads=1,
-        kv_cache_bytes=10_000_000, draft_tokens=5, device="cpu", dtype="float32",
+        kv_cache_bytes=10_000_000, draft_tokens=5, prefix_cache=False, device="cpu", dtype="float32",
     )  # fmt: skip
     engine = build_engine(settings)
     slots = engine.scheduler.slots
     assert (engine.model_name, engine.max_context, engine.scheduler.max_rows) == ("mine", 300, 3)
     assert (engine.scheduler.step_tokens, engine.scheduler.prefill_chunk) == (99, 48)
     assert engine.scheduler.draft_tokens == 5
+    assert engine.scheduler.slots.prefixes.chunk == 0
     assert (list(slots.arenas), slots.budget_bytes) == ([128, 256, 304], 10_000_000)
     assert torch.get_num_threads() == 1
     assert {"float32", f"numerics-{NUMERICS}"} < set(engine.fingerprint.split("/"))

@@ -335,7 +335,7 @@ def test_outputs_have_the_fields_of_vllm(llm: LLM) -> None:
     assert (first.prompt, first.prompt_token_ids) == ("Hello.", [15496, 13]) == (second.prompt, second.prompt_token_ids)
     for name in ("metrics", "lora_request", "encoder_prompt", "encoder_prompt_token_ids", "prompt_logprobs"):
         assert getattr(first, name) is None
-    assert first.num_cached_tokens is None
+    assert first.num_cached_tokens == 0
     assert first.outputs[0].stop_reason is None
     assert first.outputs[0].lora_request is None
     assert first.outputs[0].finished()
