@@ -12,9 +12,11 @@ from typing import Any
 
 from headrace.client.batch.columns import Columns
 from headrace.client.batch.endpoints import COMPLETIONS, ENDPOINTS, Endpoint
+from headrace.client.batch.formats.arrow_rows import ArrowRow
+from headrace.client.batch.formats.line_reader import MAX_LINE_BYTES
+from headrace.client.batch.formats.readers import FILES_JOINED
 from headrace.client.batch.items import BatchItem, digest_of, seed_of
 from headrace.client.batch.openai import NAMES_FIELD, OTHER_ENDPOINTS, split_prompts, take_names_field
-from headrace.client.batch.sources import MAX_LINE_BYTES
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.requests import plain_fields
 from headrace.client.wire.unicode import check_unicode, is_unicode, parse_json
@@ -66,14 +68,16 @@ class ItemReader:
             InvalidRequest: the form is wrong. `Submitter.prepare` checks the parameters.
         """
         if isinstance(item, bytes):
-            text = self._decode(item, first=line == 1)
+            text = self._decode(item)
             if text is None:
                 return None
             item = text if self._text else self._parse(text)
-        else:
+        elif isinstance(item, InvalidRequest):
+            raise item
+        elif not isinstance(item, ArrowRow):  # its texts are valid
             check_unicode(item)
-        item = to_python(item)
-        passed: dict[str, Any] = {}
+            item = to_python(item)
+        passed: Mapping[str, Any] = {}
         if self._columns is not None:
             item, passed = self._columns.split(item)
         custom_id, given, named = self._split(item)
@@ -158,16 +162,16 @@ class ItemReader:
             endpoint=endpoint.path,
         )
 
-    def _decode(self, raw: bytes, *, first: bool) -> str | None:
+    def _decode(self, raw: bytes) -> str | None:
         """The text of a line; None if it is blank."""
         if len(raw) > MAX_LINE_BYTES:
             raise InvalidRequest("line", f"more than {MAX_LINE_BYTES} bytes", "a shorter line")
-        if first and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise InvalidRequest("line", "text in UTF-16", "UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
         try:
-            line = raw.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
+            line = raw.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise InvalidRequest("line", f"bytes that are not UTF-8 at {error.start}", "text in UTF-8") from None
+        if line.startswith("\ufeff"):
+            raise InvalidRequest("line", "a byte order mark at its start", FILES_JOINED)
         return line if line.strip() else None
 
     def _parse(self, line: str) -> Any:

@@ -9,6 +9,7 @@ import click
 from headrace.client import SamplingParams
 from headrace.client.batch.columns import Columns
 from headrace.client.batch.formats.readers import LINES, READERS
+from headrace.client.batch.formats.writers import OUTPUTS
 from headrace.client.batch.output import STDOUT, Output
 from headrace.client.batch.run import BatchReport
 from headrace.client.batch.window import MAX_INFLIGHT
@@ -37,7 +38,17 @@ SAMPLING = (*SamplingParams.model_fields, *PROMPT_OPTIONS)
     "-p", "--params", multiple=True, metavar="NAME=VALUE", help=f"parameter of rows that do not set it; {REPEATABLE}"
 )
 @sampling_options
-@click.option("--format", "kind", type=click.Choice((*LINES, *READERS)), help="of the input; by default its extension")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice((*LINES, *READERS, "flat")),
+    help="of the input, by default its extension; flat is --output-format flat",
+)
+@click.option(
+    "--output-format",
+    type=click.Choice(OUTPUTS),
+    help="by default its extension; openai: lines of the Batch API; others: one flat row for each request",
+)
 @click.option("--prompt-column", metavar="NAME", help="the column of the prompt  [default: prompt]")
 @click.option("--id-column", metavar="NAME", help="the column of custom_id  [default: custom_id, if there is one]")
 @click.option("--params-columns", metavar="NAMES", help="columns that are parameters, with commas between them")
@@ -78,6 +89,8 @@ def batch(
     a worker for this call. Exit code 0 if all rows succeeded, 1 if some failed, 2 if the input is wrong.
     """
     sampling = {name: options.pop(name) for name in SAMPLING}
+    if kind == "flat":
+        kind, options["output_format"] = None, options["output_format"] or "flat"
     with command_errors(as_json):
         chosen = {
             "format": kind,
@@ -152,5 +165,5 @@ def _check_options(source: str, output: str, *, as_json: bool, **options: Any) -
         raise InvalidRequest("overwrite", "--resume beside it", "one of them")
     if options["errors"] == STDOUT:
         raise InvalidRequest("error-file", "'-'", "a file")
-    with Output(output, options["errors"]) as sink:
+    with Output(output, options["errors"], form=options["output_format"]) as sink:
         sink.check_free(source, resume=resume, overwrite=options["overwrite"])

@@ -14,7 +14,7 @@ from pyarrow import feather, parquet
 from headrace.client.batch.check import check, read_items
 from headrace.client.batch.columns import Columns
 from headrace.client.batch.errors import InvalidBatch
-from headrace.client.batch.formats.readers import READERS, format_of
+from headrace.client.batch.formats.readers import format_of
 from headrace.client.batch.map import check_no_table
 from headrace.client.batch.output_lines import output_line
 from headrace.client.batch.rows import ItemReader
@@ -55,7 +55,7 @@ def stream_of(table):
 
 
 def requests_of(path, name, columns=COLUMNS, shard=(0, 1)):
-    source = ShardSource(open_source(path, READERS.get(name)), *shard)
+    source = ShardSource(open_source(path, name), *shard)
     reader = ItemReader("gpt2", {}, columns=columns)
     check(source, reader, iter)
     return list(read_items(source, reader))
@@ -88,7 +88,7 @@ def test_a_table_is_read_from_any_file_system():
         parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
     assert len(requests_of("memory://tables/rows.parquet", "parquet")) == 3
     with pytest.raises(InvalidBatch, match=r"memory://tables/none\.csv cannot be read"):
-        open_source("memory://tables/none.csv", READERS["csv"])
+        open_source("memory://tables/none.csv")
 
 
 def test_the_columns_of_a_row_are_in_its_output_line(tmp_path):
@@ -101,9 +101,9 @@ def test_the_columns_of_a_row_are_in_its_output_line(tmp_path):
     ("content", "message"),
     [
         ("promt\nThe house\n", r"prompt_column.*'prompt'.*promt"),
-        ("prompt,a\nThe house\n", r"line 1: .*1 fields; expected 2"),
-        ("prompt,prompt\nx,y\n", "a name twice: prompt, prompt"),
-        ("prompt,a\n,1\n", r"line 1: prompt: .*null"),
+        ("prompt,a\nThe house\n", r"row 1: .*1 fields; expected 2"),
+        ("prompt,prompt\nx,y\n", r"rows\.csv: .* a column name twice: prompt;"),
+        ("prompt,a\n,1\n", r"rows\.csv, row 1: prompt: .*null.*--skip-invalid"),
         ('prompt\n"The house\n', "unexpected end of data"),
         ("prompt\n" + "x" * 5_000_000, "field larger than field limit"),
     ],

@@ -74,6 +74,7 @@ VALUES: dict[tuple[str, str], tuple[list[str], Any]] = {
     ("batch", "parse_special_tokens"): ([], True),
     ("batch", "add_special_tokens"): ([], True),
     ("batch", "kind"): (["csv"], "csv"),
+    ("batch", "output_format"): (["flat"], "flat"),
     ("batch", "prompt_column"): (["text"], "text"),
     ("batch", "id_column"): (["key"], "key"),
     ("batch", "params_columns"): (["n,seed"], ["n", "seed"]),
