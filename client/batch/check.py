@@ -8,8 +8,8 @@ from __future__ import annotations
 import sqlite3
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from headrace.client.batch.errors import Fault, InputChanged, InvalidBatch
@@ -20,6 +20,7 @@ from headrace.client.batch.passed import SeenColumns
 from headrace.client.batch.rows import ItemReader
 from headrace.client.batch.sources import Source
 from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.values import show
 
 T = TypeVar("T")
 #: Checks the jobs of one request, one by one.
@@ -41,6 +42,10 @@ BEGIN;
 """
 _DUPLICATES = """
 SELECT line, first FROM (SELECT line, min(line) OVER (PARTITION BY custom_id) AS first FROM items) WHERE line > first
+"""
+_RENAME = """
+UPDATE items SET custom_id = CAST('row-' || line || '-repeated' AS BLOB) WHERE rowid IN (SELECT rowid FROM (
+    SELECT rowid, line, min(line) OVER (PARTITION BY custom_id) AS first FROM items) WHERE line > first)
 """
 _MATCHES = "SELECT line, written.digest IN ('', items.digest) FROM items JOIN written USING (custom_id)"
 
@@ -65,6 +70,13 @@ class ItemIndex:
         """Lines whose custom id is also in an earlier line, each with the first such line."""
         self._flush()
         yield from self._database.execute(_DUPLICATES)
+
+    def rename_duplicates(self) -> frozenset[int]:
+        """Rename the lines whose custom id is also in an earlier line, as `read_items` does. Returns these lines."""
+        lines = frozenset(line for line, _ in self.duplicates())
+        if lines:
+            self._database.execute(_RENAME)
+        return lines
 
     def matches(self, written: Iterable[tuple[str, str]]) -> Iterator[tuple[int, bool]]:
         """Compare the input with an output.
@@ -134,6 +146,8 @@ class Checked:
     lines: int = 0
     index: ItemIndex = field(default_factory=ItemIndex)
     seen: SeenColumns = field(default_factory=SeenColumns)
+    #: The lines whose custom id is also in an earlier line, if these are put aside.
+    repeated: frozenset[int] = frozenset()
     #: The first line of a request whose result does not fit into a flat row, and the field that makes it so.
     not_flat: tuple[int, str] | None = None
 
@@ -181,8 +195,12 @@ def check(
             if row.mistake is None:
                 deque(prepare_row(prepare, row, row.requests()), 0)
         except InvalidRequest as error:
-            if row is None or not reader.answers(error):
+            if row is not None and reader.is_default(row, error.field):  # each row would be blamed for it
+                faults.add(0, f"params.{error.field}", f"params.{error}; it is for all rows that do not set it")
+            elif row is None or not reader.answers(error):
                 faults.add(line, error.field, str(error))
+    if reader.skip_invalid:
+        checked.repeated = checked.index.rename_duplicates()
     for line, first in checked.index.duplicates():
         there, here = source.place(first), source.place(line)
         file, _, number = there.rpartition(", ")
@@ -207,8 +225,17 @@ def prepare_row(prepare: Prepare[T], row: BatchItem, requests: list[dict[str, An
         yield job
 
 
-def read_items(source: Source, reader: ItemReader, *, limit: int | None = None) -> Iterator[BatchItem]:
-    """Read the requests of a checked source again. Raises InputChanged if it has changed."""
+def read_items(
+    source: Source, reader: ItemReader, *, limit: int | None = None, repeated: Container[int] = ()
+) -> Iterator[BatchItem]:
+    """Read the requests of a checked source again. Raises InputChanged if it has changed.
+
+    Args:
+        source: of the requests.
+        reader: with which they were checked.
+        limit: read only this many.
+        repeated: lines that are put aside because their custom id is also in an earlier line.
+    """
     count = 0
     for line, item in source.items():
         if count == limit:
@@ -217,6 +244,10 @@ def read_items(source: Source, reader: ItemReader, *, limit: int | None = None) 
             row = reader.read(line, item)
         except InvalidRequest as error:
             raise InputChanged(line, str(error)) from None
-        if row is not None:
-            count += 1
-            yield row
+        if row is None:
+            continue
+        count += 1
+        if line in repeated:
+            mistake = InvalidRequest("custom_id", show(row.custom_id), "one that no earlier line has")
+            row = replace(row, custom_id=f"row-{line}-repeated", mistake=mistake)
+        yield row

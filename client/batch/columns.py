@@ -57,7 +57,8 @@ class Columns:
                 whole number.
         """
         if not isinstance(row, Mapping):
-            raise InvalidRequest("line", f"a {type(row).__name__}", "an object with the columns of the table")
+            kind = "null" if row is None else f"a value of type {type(row).__name__}"
+            raise InvalidRequest("line", kind, "an object with the columns of the table")
         used = self.used(row)
         try:
             values = [row[name] for name in used]
@@ -76,6 +77,12 @@ class Columns:
         if isinstance(row, ArrowRow):
             return fields, row.without(used)
         return fields, {name: value for name, value in row.items() if name not in used}
+
+    def aside(self, row: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The name of a row that is no request, None if it has none, and the columns that are passed through."""
+        used = self.used(row)
+        name = _name(row.get(used[-1])) if used is self._named else None
+        return name, {column: value for column, value in row.items() if column not in used}
 
     def _check_prompt(self, prompt: Any) -> None:
         if is_gap(prompt):

@@ -100,6 +100,7 @@ class Batch:
         models: the models that requests may name; any if not given.
         answer_mistakes: answer a request with a wrong parameter by the error, and compute the others.
         endpoint: the path that requests of the Batch API name; if not given, the first of them decides.
+        skip_invalid: answer every faulty line by its error, also one that is not a request, and compute the others.
         on_line: called with the number of lines read, every 1000 lines.
         format: of the source: jsonl, text, csv, tsv, parquet, arrow, feather, json; by default what its extension says.
         columns: which columns of a table are the prompt, the name and parameters; all others go to the output.
@@ -120,6 +121,7 @@ class Batch:
         models: Collection[str] | None = None,
         answer_mistakes: bool = False,
         endpoint: str | None = None,
+        skip_invalid: bool = False,
         on_line: Callable[[int], None] | None = None,
         format: str | None = None,  # noqa: A002 - the name of the option
         columns: Columns | None = None,
@@ -139,6 +141,7 @@ class Batch:
             answers_mistakes=answer_mistakes,
             endpoint=endpoint,
             columns=self._columns if columns or kind in READERS else None,
+            skip_invalid=skip_invalid,
         )
         if not 0 <= shard[0] < shard[1]:
             raise InvalidRequest("shard", f"{shard[0]}/{shard[1]}", "I/N with 0 <= I < N, for example 0/3")
@@ -165,7 +168,7 @@ class Batch:
 
     def rows(self) -> Iterator[BatchItem]:
         """The requests, read again from the input."""
-        return read_items(self._source, self._reader, limit=self._limit)
+        return read_items(self._source, self._reader, limit=self._limit, repeated=self.checked.repeated)
 
     def run(
         self,

@@ -18,6 +18,7 @@ from typing import IO, Any, Protocol, cast
 from headrace.client.batch.errors import Fault, InvalidBatch
 from headrace.client.batch.formats.line_reader import read_lines
 from headrace.client.batch.formats.readers import READERS, format_of
+from headrace.client.batch.frames import FrameSource, column_names
 from headrace.client.batch.input_files import InputFile, find_files, unzipped
 from headrace.client.batch.items import is_column
 from headrace.client.wire.errors import InvalidRequest
@@ -159,7 +160,8 @@ def open_source(
     An input that can be read only once (a pipe, a generator) is copied to a temporary file.
 
     Args:
-        source: a path of a file, a directory or a pattern, a URL that fsspec opens, a binary file, or an iterable.
+        source: a path of a file, a directory or a pattern, a URL that fsspec opens, a binary file, a table of pandas,
+            polars or pyarrow, or an iterable.
         format: of the files; by default what their extension says.
         check: called with the columns of a table.
 
@@ -175,6 +177,8 @@ def open_source(
         files, kind = find_files(source, format)
         files[0].open().close()
         return FilesSource(files, kind, check)
+    if column_names(source) is not None:
+        return FrameSource(source)
     if not is_column(source):
         raise InvalidRequest("source", f"a {type(source).__name__}", "a path, a file, or an iterable of prompts")
     if hasattr(source, "read"):

@@ -52,6 +52,7 @@ SAMPLING = (*SamplingParams.model_fields, *PROMPT_OPTIONS)
 @click.option("--prompt-column", metavar="NAME", help="the column of the prompt  [default: prompt]")
 @click.option("--id-column", metavar="NAME", help="the column of custom_id  [default: custom_id, if there is one]")
 @click.option("--params-columns", metavar="NAMES", help="columns that are parameters, with commas between them")
+@click.option("--skip-invalid", is_flag=True, help="write faulty rows as failed ones, with -e into its file, and go on")
 @click.option("--shard", metavar="I/N", help="every N-th row from the I-th (from 0), to share a file among machines")
 @click.option("--resume", is_flag=True, help="compute only rows that the output does not have")
 @click.option("--retry-errors", is_flag=True, help="like --resume, and compute failed rows again")
@@ -77,6 +78,7 @@ def batch(
     id_column: str | None,
     params_columns: str | None,
     shard: str | None,
+    skip_invalid: bool,
     **options: Any,
 ) -> None:
     """Compute the requests of a file into another file; each result is written when it is done.
@@ -96,6 +98,7 @@ def batch(
             "format": kind,
             "columns": _columns(prompt_column, id_column, params_columns),
             "shard": _shard(shard),
+            "skip_invalid": skip_invalid,
         }
         given = BatchInput(source, model, params, text, limit, chosen, sampling)
         if dry_run:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from headrace.client.batch.formats.arrow_rows import ArrowRow
+from headrace.client.batch.formats.arrow_types import import_pyarrow
 from headrace.client.batch.formats.flat import CUSTOM_ID, DIGEST, ERROR, FIRST, LAST, flat_names, own_fields
-from headrace.client.batch.formats.readers import import_pyarrow
 from headrace.client.batch.formats.text import as_json_text
 from headrace.client.batch.output_file import Done
 from headrace.client.batch.output_lines import Written, read_digest

@@ -11,14 +11,13 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from headrace.client.batch.formats.arrow_rows import ArrowBatch, ArrowRow
+from headrace.client.batch.formats.arrow_types import BATCH_ROWS, check_names, import_pyarrow, schema_of
 from headrace.client.batch.formats.line_reader import check_start
 from headrace.client.batch.formats.tables import TableRows, unreadable
 from headrace.client.wire.errors import InvalidRequest
+from headrace.client.wire.unicode import is_unicode
 from headrace.client.wire.values import show
-from headrace.extras import how_to_install
 
-#: Rows that are decoded at once from Parquet and Arrow.
-BATCH_ROWS = 1024
 #: The longest field of a CSV file in characters.
 MAX_FIELD = 2**20
 #: The longest JSON array in bytes: unlike the other formats it is read into memory.
@@ -27,12 +26,14 @@ MAX_ARRAY_BYTES = 2**28
 #: What is expected of a text with a byte order mark inside.
 FILES_JOINED = "one only at the start of a file; if files were joined, give the directory of the single files instead"
 
+IN_UTF8 = "text in UTF-8; convert the file, for example: iconv -f WINDOWS-1252 -t UTF-8"
+
 
 def read_separated(file: IO[bytes], delimiter: str) -> TableRows:
     """CSV or TSV with a header. An empty field is None. Raises InvalidBatch."""
     csv.field_size_limit(MAX_FIELD)
     check_start(file)
-    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
     rows = csv.reader(text, delimiter=delimiter, strict=True)
     with _csv_errors(0):
         names = next(rows, [])
@@ -58,6 +59,9 @@ def _separated_rows(text: io.TextIOWrapper, rows: Iterator[list[str]], names: li
             if fields[0].startswith("\ufeff"):
                 yield InvalidRequest("line", "a byte order mark at its start", FILES_JOINED)
                 continue
+            if not all(field.isascii() or is_unicode(field) for field in fields):
+                yield InvalidRequest("line", "bytes that are not UTF-8", IN_UTF8)
+                continue
             yield {name: value if value else None for name, value in zip(names, fields, strict=True)}
     finally:
         text.detach()  # the caller closes the file
@@ -73,15 +77,8 @@ class _csv_errors:  # noqa: N801 - used like a function; a generator would cost 
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (csv.Error, UnicodeError, OSError, EOFError, zlib.error)):
-            advice = "; expected text in UTF-8" if isinstance(error, UnicodeError) else ""
-            raise unreadable(self._row, f"{error}{advice}") from None
-
-
-def check_names(names: list[str]) -> None:
-    """Refuse a table in which two columns have one name. Raises InvalidBatch."""
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise unreadable(0, f"it has a column name twice: {', '.join(twice)[:200]}; rename one of them")
+        if isinstance(error, (csv.Error, OSError, EOFError, zlib.error)):
+            raise unreadable(self._row, error) from None
 
 
 def read_parquet(file: IO[bytes]) -> TableRows:
@@ -91,7 +88,7 @@ def read_parquet(file: IO[bytes]) -> TableRows:
 
     with _arrow_errors(pyarrow, 0):
         opened = parquet.ParquetFile(file)
-        schema = _schema_of(opened.schema_arrow)
+        schema = schema_of(opened.schema_arrow)
     return TableRows(schema, _arrow_rows(pyarrow, opened.iter_batches(batch_size=BATCH_ROWS)))
 
 
@@ -102,14 +99,9 @@ def read_arrow(file: IO[bytes]) -> TableRows:
         is_file = file.read(6) == b"ARROW1"
         file.seek(0)
         reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
-        schema = _schema_of(reader.schema)
+        schema = schema_of(reader.schema)
     batches = (reader.get_batch(index) for index in range(reader.num_record_batches)) if is_file else iter(reader)
     return TableRows(schema, _arrow_rows(pyarrow, batches))
-
-
-def _schema_of(schema: Any) -> dict[str, Any]:
-    check_names(schema.names)
-    return {field.name: field.type for field in schema}
 
 
 def _arrow_rows(pyarrow: Any, batches: Iterator[Any]) -> Iterator[ArrowRow]:
@@ -136,7 +128,7 @@ class _arrow_errors:  # noqa: N801 - used like a function
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (self._pyarrow.ArrowException, OSError)):
             advice = "; it may be incomplete: compare its size with that of the original"
-            raise unreadable(self._row, f"{error}{advice}") from None
+            raise unreadable(self._row, f"{str(error).rstrip('.')}{advice}") from None
 
 
 def read_array(file: IO[bytes]) -> TableRows:
@@ -151,16 +143,6 @@ def read_array(file: IO[bytes]) -> TableRows:
     if not isinstance(items, list):
         raise unreadable(0, f"a {type(items).__name__}; expected an array of objects")
     return TableRows(None, iter(items))
-
-
-def import_pyarrow() -> Any:
-    """The module `pyarrow`. Raises InvalidRequest if it is not installed."""
-    try:
-        import pyarrow
-        import pyarrow.ipc
-    except ImportError:
-        raise InvalidRequest("format", "a table that needs pyarrow", how_to_install("tables")) from None
-    return pyarrow
 
 
 #: By the name of the format, which is also an extension.

@@ -78,6 +78,7 @@ VALUES: dict[tuple[str, str], tuple[list[str], Any]] = {
     ("batch", "prompt_column"): (["text"], "text"),
     ("batch", "id_column"): (["key"], "key"),
     ("batch", "params_columns"): (["n,seed"], ["n", "seed"]),
+    ("batch", "skip_invalid"): ([], True),
     ("batch", "shard"): (["1/3"], (1, 3)),
     ("batch", "source"): (["other.jsonl"], "other.jsonl"),
     ("batch", "output"): (["results.jsonl.gz"], "results.jsonl.gz"),
