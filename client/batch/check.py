@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from headrace.client.batch.alike import CheckedParameters
 from headrace.client.batch.errors import Fault, InputChanged, InvalidBatch
 from headrace.client.batch.formats.arrow_rows import ArrowRow
 from headrace.client.batch.formats.flat import why_not_flat
@@ -179,7 +180,7 @@ def check(
     Raises:
         InvalidBatch: requests are wrong; it has the first MAX_FAULTS faults.
     """
-    checked, faults = Checked(), Faults()
+    checked, faults, known = Checked(), Faults(), CheckedParameters()
     for line, item in source.items():
         if checked.rows == limit:
             break
@@ -192,8 +193,9 @@ def check(
             if row is None:
                 continue
             checked.add(row)
-            if row.mistake is None:
+            if row.mistake is None and not known.cover(row):
                 deque(prepare_row(prepare, row, row.requests()), 0)
+                known.add(row)
         except InvalidRequest as error:
             if row is not None and reader.is_default(row, error.field):  # each row would be blamed for it
                 faults.add(0, f"params.{error.field}", f"params.{error}; it is for all rows that do not set it")

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from headrace.client.batch.alike import Template
 from headrace.client.batch.columns import Columns
 from headrace.client.batch.endpoints import COMPLETIONS, ENDPOINTS, Endpoint
 from headrace.client.batch.formats.arrow_rows import ArrowRow
@@ -61,6 +62,7 @@ class ItemReader:
         self._endpoint = None if endpoint is None else ENDPOINTS[endpoint]
         self._model_name, self._params, self._text, self._models = model_name, params, text, models
         self._answers_mistakes = answers_mistakes
+        self._template: Template | None = None  # of rows that have only a prompt
 
     def answers(self, error: InvalidRequest) -> bool:
         """Whether the request with this error is answered by it, and the other requests are computed."""
@@ -106,6 +108,8 @@ class ItemReader:
         passed: Mapping[str, Any] = {}
         if self._columns is not None:
             item, passed = self._columns.split(item)
+            if (row := self._alike(line, item, passed)) is not None:
+                return row
         custom_id, given, named = self._split(item)
         name = f"row-{line}" if custom_id is None else custom_id
         endpoint = named or COMPLETIONS
@@ -113,12 +117,26 @@ class ItemReader:
             if named is None and self._columns is None:
                 _check_names(given)
             row = self._request(line, name, given if named is None else named.fields(given), endpoint)
-            return replace(row, columns=passed) if passed else row
+            row = replace(row, columns=passed) if passed else row
         except InvalidRequest as error:
             if not self.answers(error):
                 raise
             digest = digest_of({"request": given, "custom_id": name})
             return BatchItem(line, name, {}, digest, mistake=error, endpoint=endpoint.path, columns=passed)
+        if self._template is None and self._columns is not None and given.keys() == {"prompt"}:
+            self._template = Template.made_from(row, self._model_of(row.fields))
+        return row
+
+    def _alike(self, line: int, fields: dict[str, Any], passed: Mapping[str, Any]) -> BatchItem | None:
+        """The request in a row that has only a prompt and a name; None if it has more, or must be looked at closely."""
+        template, prompt, name = self._template, fields["prompt"], fields.get("custom_id")
+        if template is None or type(prompt) is not str or len(fields) != 1 + ("custom_id" in fields):
+            return None
+        if name is None:
+            name = f"row-{line}"
+        elif type(name) is not str or not name.isascii() or not 0 < len(name) <= MAX_CUSTOM_ID:
+            return None
+        return template.item(line, name, prompt, passed)
 
     def _split(self, item: Any) -> tuple[str | None, Mapping[str, Any], Endpoint | None]:
         """The custom id (None if there is none), the parameters, and the endpoint if these are the body of a request.

@@ -31,5 +31,11 @@ PROGRAMS = (
     Program("litellm", ("litellm",), "a completion, a stream and a chat error"),
     Program("langchain-openai", ("langchain-openai",), "a completion, a batch of five and a stream"),
     Program("llama-index", ("llama-index-llms-openai-like",), "a completion and a stream"),
+    Program(
+        "moto",
+        ("moto[server,s3]", "s3fs"),
+        "batches from and to s3://, killed and resumed; refused buckets",
+        sees_ours=True,
+    ),
     Program("schemathesis", ("schemathesis",), "requests made from the OpenAPI description"),
 )

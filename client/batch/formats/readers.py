@@ -7,6 +7,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import IO, Any
 
@@ -18,6 +19,8 @@ from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.unicode import is_unicode
 from headrace.client.wire.values import show
 
+#: Bytes of a column of a Parquet file that are read at once.
+READ_BYTES = 2**20
 #: The longest field of a CSV file in characters.
 MAX_FIELD = 2**20
 #: The longest JSON array in bytes: unlike the other formats it is read into memory.
@@ -87,9 +90,11 @@ def read_parquet(file: IO[bytes]) -> TableRows:
     from pyarrow import parquet
 
     with _arrow_errors(pyarrow, 0):
-        opened = parquet.ParquetFile(file)
+        opened = parquet.ParquetFile(file, buffer_size=READ_BYTES)
         schema = schema_of(opened.schema_arrow)
-    return TableRows(schema, _arrow_rows(pyarrow, opened.iter_batches(batch_size=BATCH_ROWS)))
+    # One row group after another: reading them all together, pyarrow keeps more of them in memory than it needs.
+    groups = (opened.iter_batches(BATCH_ROWS, row_groups=[group]) for group in range(opened.num_row_groups))
+    return TableRows(schema, _arrow_rows(pyarrow, chain.from_iterable(groups)))
 
 
 def read_arrow(file: IO[bytes]) -> TableRows:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from itertools import chain
 
 import fsspec
@@ -241,3 +242,36 @@ def test_the_format_follows_from_the_extension_unless_it_is_given():
     assert format_of("a.csv", "text") == "text"
     with pytest.raises(InvalidRequest, match="xlsx"):
         format_of("a.xlsx", "xlsx")
+
+
+PROMPTS = ["The house", "", 'a "b"\\\n\t\x00\x7f', "Zürich \u2028 \U0001f600", "custom_id", "\0prompt\0", "\0name\0"]
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"max_tokens": 4, "stop": ["\0prompt\0", "x"], "priority": "normal"}, {"seed": 7, "temperature": 0}]
+)
+@pytest.mark.parametrize("names", [None, ["a", 'é"', "\0name\0", "d", "e", "f", "g"]])
+def test_rows_that_are_alike_are_read_once_and_are_the_same_requests(tmp_path, params, names):
+    rows = [{"prompt": prompt} | ({"custom_id": names[i]} if names else {}) for i, prompt in enumerate(PROMPTS)]
+    parquet.write_table(pyarrow.Table.from_pylist([row | {"x": 1} for row in rows]), tmp_path / "rows.parquet")
+    with Client(settings=Settings(redis_url="redis://localhost:1/0")) as client:
+        whole = list(Batch(client, rows, params).rows())
+        table = list(Batch(client, tmp_path / "rows.parquet", params).rows())
+    assert [replace(item, columns={}) for item in table] == whole
+    assert [item.columns for item in table] == [{"x": 1}] * 7
+    assert [item.job_id("run") for item in table] == [item.job_id("run") for item in whole]
+
+
+def test_a_row_that_is_like_others_but_for_its_prompt_is_checked(tmp_path):
+    good = ["a"] * 3
+    for bad, message in (("a" * 131_073, "131073 bytes"), ("é" * 65_537, "131074 bytes")):
+        parquet.write_table(pyarrow.table({"prompt": [*good, bad, *good]}), tmp_path / "rows.parquet")
+        settings, match = Settings(redis_url="redis://localhost:1/0"), f"row 4: prompt: got text of {message}"
+        with Client(settings=settings) as client, pytest.raises(InvalidBatch, match=match) as caught:
+            Batch(client, tmp_path / "rows.parquet")
+        assert caught.value.count == 1
+    table = pyarrow.table({"prompt": good, "max_tokens": [1, 0, 2]})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with Client(settings=settings) as client, pytest.raises(InvalidBatch, match="row 2: max_tokens: got 0") as caught:
+        Batch(client, tmp_path / "rows.parquet", columns=Columns(params=["max_tokens"]))
+    assert caught.value.count == 1
