@@ -45,6 +45,7 @@ fuzz: $(VENV)/dev ## fuzz everything that comes from outside with more than 100,
 chaos: $(VENV)/dev ## three minutes of faults, then deaths during a batch of 3,000 lines; CHAOS="--seed 2 --minutes 30"
 	$(BIN)/python -m tests.chaos $(CHAOS)
 	$(BIN)/python -m tests.chaos.batch --lines 3000
+	$(BIN)/python -m tests.chaos.tables --rows 2000
 
 soak: $(VENV)/dev ## an hour of mixed traffic, after which memory, keys and files must be back; SOAK="--minutes 10"
 	$(BIN)/python -m tests.chaos.soak $(SOAK)

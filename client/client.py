@@ -163,22 +163,23 @@ class Client(ScoringVerbs):
         format: str | None = None,  # noqa: A002 - the name of the option
         columns: Columns | None = None,
         shard: tuple[int, int] = (0, 1),
+        skip_invalid: bool = False,
         **options: Any,
     ) -> BatchReport:
         """Compute all requests of a file or an iterable and write the results to a file, as `headrace batch` does.
 
         Args:
-            source: a path (JSON lines, gzipped or not; with `text` each line is a prompt), or an iterable of prompts,
-                token ids and mappings with `prompt` or `messages`, parameters and `custom_id`.
-            output: a path. The file has JSON lines in the format of the OpenAI Batch API, each written when its request
-                is done; it is gzipped if the name ends in `.gz`.
+            source: a path (JSON lines, gzipped or not; with `text` each line is a prompt; or a table), a data frame, or
+                an iterable of prompts, token ids and mappings with `prompt` or `messages`, parameters and `custom_id`.
+            output: a path or URL. By its extension it has JSON lines in the format of the OpenAI Batch API, each
+                written when its request is done, or flat rows as CSV, TSV, Parquet or Arrow; `.gz` is gzipped.
             limit: process only this many requests.
             params: defaults for requests that do not set the parameter.
             format: the format of the source, if its name does not tell.
             columns: which columns of a table are what.
             shard: (i, n): only the rows whose number modulo n is i.
-            options: those of `client.batch.run.Batch.run`: errors, resume, retry_errors, overwrite, max_inflight,
-                ordered.
+            skip_invalid: write faulty rows as failed ones, and compute the others.
+            options: those of `client.batch.run.Batch.run`, for example errors, output_format and resume.
 
         Raises:
             InvalidBatch: requests are wrong, or the output has other requests under the same custom ids; nothing was
@@ -189,17 +190,8 @@ class Client(ScoringVerbs):
         with contextlib.suppress(RedisUnreachable, RedisRefused):  # the batch itself waits for Redis
             served = self.submitter.models.served()
             models = self.models() if served and served.now else None
-        batch = Batch(
-            self,
-            source,
-            params,
-            text=text,
-            limit=limit,
-            models=models,
-            format=format,
-            columns=columns,
-            shard=shard,
-        )
+        given: dict[str, Any] = {"text": text, "limit": limit, "format": format, "columns": columns, "shard": shard}
+        batch = Batch(self, source, params, models=models, skip_invalid=skip_invalid, **given)
         return batch.run(output, **options)
 
     def map(

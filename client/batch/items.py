@@ -39,7 +39,7 @@ class BatchItem:
     has_own_seed: bool = True
     mistake: InvalidRequest | None = None
     endpoint: str = ENDPOINT
-    columns: dict[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     def job_id(self, run: str) -> str:
         """The id of the job. It is the same in every process of the run, so a resumed run finds its submitted jobs."""

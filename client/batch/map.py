@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from headrace.client.batch.frames import column_names
 from headrace.client.batch.items import is_column
 from headrace.client.batch.window import MAX_INFLIGHT, JobService, Window
 from headrace.client.jobs.prepared import PreparedJob
@@ -32,10 +33,10 @@ def map_prompts(
 
 def check_no_table(prompts: Any) -> None:
     """Refuse a whole table, which iterates over the names or the arrays of its columns. Raises InvalidRequest."""
-    names = getattr(prompts, "columns", None) if hasattr(prompts, "iloc") else getattr(prompts, "column_names", None)
-    if names is not None and type(prompts).__name__ in ("DataFrame", "Table", "RecordBatch"):
-        shown = ", ".join(map(str, list(names)[:10]))
-        expected = f"one of its columns ({shown}), for example frame[{str(names[0])!r}]" if len(names) else "a column"
+    if (names := column_names(prompts)) is not None:
+        expected = (
+            f"one of its columns ({', '.join(names[:10])}), for example frame[{names[0]!r}]" if names else "a column"
+        )
         raise InvalidRequest("prompts", f"a {type(prompts).__name__}", expected)
 
 

@@ -6,14 +6,13 @@ import json
 from typing import Any, NamedTuple
 
 from headrace.client.batch.endpoints import ENDPOINTS
+from headrace.client.batch.formats.text import as_json
 from headrace.client.batch.items import BatchItem
 from headrace.client.batch.openai import failure_code, request_error
 from headrace.client.wire.results import Outcome, Result
 
 #: The `id` of an output line is this prefix and the digest of the request.
 ROW_ID = "batch_req_"
-#: Characters that end a line for `str.splitlines`, though not for JSON: escaped, so that every reader finds the lines.
-_ESCAPED_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
 class Written(NamedTuple):
@@ -34,7 +33,7 @@ def output_line(row: BatchItem, job_id: str, outcome: Outcome | Exception) -> by
     endpoint = ENDPOINTS[row.endpoint]
     line: dict[str, Any] = {"id": ROW_ID + row.digest, "custom_id": row.custom_id, "response": None, "error": None}
     if row.columns:
-        line["columns"] = row.columns
+        line["columns"] = dict(row.columns)
     if isinstance(outcome, Result):
         body = endpoint.answer(outcome, as_token_ids=row.as_token_ids)
         line["response"] = {"status_code": 200, "request_id": job_id, "body": body}
@@ -43,9 +42,7 @@ def output_line(row: BatchItem, job_id: str, outcome: Outcome | Exception) -> by
     else:
         message = getattr(outcome, "message", None) or str(outcome)
         line["error"] = {"code": failure_code(outcome), "message": message}
-    # Tables have dates, decimals and bytes.
-    text = json.dumps(line, ensure_ascii=False, default=str).translate(_ESCAPED_LINE_ENDS)
-    return text.encode("utf-8", "replace") + b"\n"
+    return as_json(line)
 
 
 def read_output_line(line: bytes) -> Written | None:
@@ -60,6 +57,10 @@ def read_output_line(line: bytes) -> Written | None:
         return None
     if not isinstance(custom_id, str) or not isinstance(row_id, str):
         return None
-    digest = row_id.removeprefix(ROW_ID)
-    ours = row_id.startswith(ROW_ID) and len(digest) == 16 and set(digest) <= set("0123456789abcdef")
-    return Written(custom_id, digest if ours else "", failed)
+    return Written(custom_id, read_digest(row_id.removeprefix(ROW_ID)) if row_id.startswith(ROW_ID) else "", failed)
+
+
+def read_digest(text: object) -> str:
+    """The digest of a request; empty if another program wrote it."""
+    ours = isinstance(text, str) and len(text) == 16 and set(text) <= set("0123456789abcdef")
+    return str(text) if ours else ""

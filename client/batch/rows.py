@@ -10,18 +10,23 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from headrace.client.batch.alike import Template
 from headrace.client.batch.columns import Columns
 from headrace.client.batch.endpoints import COMPLETIONS, ENDPOINTS, Endpoint
+from headrace.client.batch.formats.arrow_rows import ArrowRow
+from headrace.client.batch.formats.line_reader import MAX_LINE_BYTES
+from headrace.client.batch.formats.readers import FILES_JOINED, IN_UTF8
 from headrace.client.batch.items import BatchItem, digest_of, seed_of
 from headrace.client.batch.openai import NAMES_FIELD, OTHER_ENDPOINTS, split_prompts, take_names_field
-from headrace.client.batch.sources import MAX_LINE_BYTES
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.requests import plain_fields
+from headrace.client.wire.foreign import FOREIGN, advice
+from headrace.client.wire.requests import INTERNAL_NAMES, PUBLIC_NAMES, plain_fields
 from headrace.client.wire.unicode import check_unicode, is_unicode, parse_json
-from headrace.client.wire.values import is_gap, is_missing, show, to_python, without_gaps
+from headrace.client.wire.values import is_gap, is_missing, show, show_name, to_python, without_gaps
 from headrace.config.model_names import served_name
 
 MAX_CUSTOM_ID = 512
+_KNOWN_NAMES = {*PUBLIC_NAMES, *INTERNAL_NAMES, NAMES_FIELD}
 _BATCH_KEYS = ("custom_id", "method", "url", "body")
 
 
@@ -37,6 +42,7 @@ class ItemReader:
             it refuses the batch, as does in any case what is not a request, or names a model that is not served.
         endpoint: the path that requests of the Batch API name; if not given, the first of them decides.
         columns: items are rows of a table with these columns, not requests.
+        skip_invalid: every faulty line is answered by its error, also one that is not a request.
     """
 
     def __init__(
@@ -49,15 +55,22 @@ class ItemReader:
         answers_mistakes: bool = False,
         endpoint: str | None = None,
         columns: Columns | None = None,
+        skip_invalid: bool = False,
     ) -> None:
+        self.skip_invalid = skip_invalid
         self._columns = columns
         self._endpoint = None if endpoint is None else ENDPOINTS[endpoint]
         self._model_name, self._params, self._text, self._models = model_name, params, text, models
         self._answers_mistakes = answers_mistakes
+        self._template: Template | None = None  # of rows that have only a prompt
 
     def answers(self, error: InvalidRequest) -> bool:
         """Whether the request with this error is answered by it, and the other requests are computed."""
-        return self._answers_mistakes and error.field != "model"
+        return self.skip_invalid or (self._answers_mistakes and error.field != "model")
+
+    def is_default(self, row: BatchItem, name: str) -> bool:
+        """Whether a request has this parameter only because it is one of `params`."""
+        return name in self._params and row.fields.get(name) == plain_fields({name: self._params[name]}).get(name)
 
     def read(self, line: int, item: Any) -> BatchItem | None:
         """The request in a line (bytes) or in an item of an iterable; None if the line is blank.
@@ -65,28 +78,65 @@ class ItemReader:
         Raises:
             InvalidRequest: the form is wrong. `Submitter.prepare` checks the parameters.
         """
-        if isinstance(item, bytes):
-            text = self._decode(item, first=line == 1)
-            if text is None:
-                return None
-            item = text if self._text else self._parse(text)
-        else:
-            check_unicode(item)
-        item = to_python(item)
-        passed: dict[str, Any] = {}
+        try:
+            if isinstance(item, bytes):
+                text = self._decode(item)
+                if text is None:
+                    return None
+                item = text if self._text else self._parse(text)
+            elif isinstance(item, InvalidRequest):
+                raise item
+            elif not isinstance(item, ArrowRow):  # its texts are valid
+                check_unicode(item)
+                item = to_python(item)
+            return self._row(line, item)
+        except InvalidRequest as error:
+            if not self.skip_invalid:
+                raise
+            return self._put_aside(line, item, error)
+
+    def _put_aside(self, line: int, item: Any, error: InvalidRequest) -> BatchItem:
+        """A line that is no request, to be answered by its error."""
+        name, passed = f"row-{line}", dict[str, Any]()
+        if self._columns is not None and isinstance(item, Mapping):
+            given, passed = self._columns.aside(item)
+            name = given if isinstance(given, str) and 0 < len(given) <= MAX_CUSTOM_ID else name
+        return BatchItem(line, name, {}, digest_of({"line": line, "error": str(error)}), mistake=error, columns=passed)
+
+    def _row(self, line: int, item: Any) -> BatchItem:
+        """The request in a value. Raises InvalidRequest."""
+        passed: Mapping[str, Any] = {}
         if self._columns is not None:
             item, passed = self._columns.split(item)
+            if (row := self._alike(line, item, passed)) is not None:
+                return row
         custom_id, given, named = self._split(item)
         name = f"row-{line}" if custom_id is None else custom_id
         endpoint = named or COMPLETIONS
         try:
+            if named is None and self._columns is None:
+                _check_names(given)
             row = self._request(line, name, given if named is None else named.fields(given), endpoint)
-            return replace(row, columns=passed) if passed else row
+            row = replace(row, columns=passed) if passed else row
         except InvalidRequest as error:
             if not self.answers(error):
                 raise
             digest = digest_of({"request": given, "custom_id": name})
             return BatchItem(line, name, {}, digest, mistake=error, endpoint=endpoint.path, columns=passed)
+        if self._template is None and self._columns is not None and given.keys() == {"prompt"}:
+            self._template = Template.made_from(row, self._model_of(row.fields))
+        return row
+
+    def _alike(self, line: int, fields: dict[str, Any], passed: Mapping[str, Any]) -> BatchItem | None:
+        """The request in a row that has only a prompt and a name; None if it has more, or must be looked at closely."""
+        template, prompt, name = self._template, fields["prompt"], fields.get("custom_id")
+        if template is None or type(prompt) is not str or len(fields) != 1 + ("custom_id" in fields):
+            return None
+        if name is None:
+            name = f"row-{line}"
+        elif type(name) is not str or not name.isascii() or not 0 < len(name) <= MAX_CUSTOM_ID:
+            return None
+        return template.item(line, name, prompt, passed)
 
     def _split(self, item: Any) -> tuple[str | None, Mapping[str, Any], Endpoint | None]:
         """The custom id (None if there is none), the parameters, and the endpoint if these are the body of a request.
@@ -97,12 +147,13 @@ class ItemReader:
         if isinstance(item, (str, list, tuple)):
             return None, {"prompt": list(item) if isinstance(item, tuple) else item}, None
         if not isinstance(item, Mapping):
-            raise InvalidRequest("line", f"a {type(item).__name__}", "an object with `prompt`, or one of the Batch API")
+            raise InvalidRequest("line", json_kind(item), "an object with `prompt`, or one of the Batch API")
         fields = {name: to_python(value) for name, value in item.items()}
         if not fields.keys() & {"method", "url", "body"}:
             custom_id = fields.pop("custom_id", None)
             if "id" in fields:
-                raise InvalidRequest("id", show(fields["id"]), "custom_id, the name of a request in a batch")
+                expected = "custom_id, the name of a request in a batch; --id-column id takes it from the field id"
+                raise InvalidRequest("id", "a field", expected)
             return None if is_gap(custom_id) else _check_custom_id(custom_id), fields, None
         if unknown := [name for name in fields if name not in _BATCH_KEYS]:
             raise InvalidRequest(str(unknown[0])[:80], "a field", f"only the fields {', '.join(_BATCH_KEYS)}")
@@ -158,16 +209,16 @@ class ItemReader:
             endpoint=endpoint.path,
         )
 
-    def _decode(self, raw: bytes, *, first: bool) -> str | None:
+    def _decode(self, raw: bytes) -> str | None:
         """The text of a line; None if it is blank."""
         if len(raw) > MAX_LINE_BYTES:
             raise InvalidRequest("line", f"more than {MAX_LINE_BYTES} bytes", "a shorter line")
-        if first and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise InvalidRequest("line", "text in UTF-16", "UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
         try:
-            line = raw.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise InvalidRequest("line", f"bytes that are not UTF-8 at {error.start}", "text in UTF-8") from None
+            line = raw.decode().rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise InvalidRequest("line", "bytes that are not UTF-8", IN_UTF8) from None
+        if line.startswith("\ufeff"):
+            raise InvalidRequest("line", "a byte order mark at its start", FILES_JOINED)
         return line if line.strip() else None
 
     def _parse(self, line: str) -> Any:
@@ -200,7 +251,25 @@ def _prompts(value: Any) -> list[Any] | None:
     return split_prompts(value)[0]
 
 
+def _check_names(fields: Mapping[Any, Any]) -> None:
+    """Refuse a field that no request has. Raises InvalidRequest."""
+    for name in fields.keys() - _KNOWN_NAMES:
+        if name not in FOREIGN and not is_gap(fields[name]):
+            expected = f"{advice(name, PUBLIC_NAMES)}; --prompt-column prompt passes all other fields to the output"
+            raise InvalidRequest(show_name(name), "a field that no request has", expected)
+
+
+def json_kind(value: Any) -> str:
+    """The kind of a value, in the words of JSON."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return "a number" if isinstance(value, (int, float)) else f"a value of type {type(value).__name__}"
+
+
 def _check_custom_id(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        expected = f"text of 1 to {MAX_CUSTOM_ID} characters; write it in quotes, or name the field with --id-column"
+        raise InvalidRequest("custom_id", "a whole number", expected)
     if not isinstance(value, str) or not 0 < len(value) <= MAX_CUSTOM_ID or not is_unicode(value):
         raise InvalidRequest("custom_id", show(value), f"text of 1 to {MAX_CUSTOM_ID} characters")
     return value

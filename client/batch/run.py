@@ -12,7 +12,9 @@ from typing import IO, Any, NamedTuple
 from headrace.client.batch.check import Checked, check, read_items
 from headrace.client.batch.columns import Columns
 from headrace.client.batch.errors import Fault, InvalidBatch
-from headrace.client.batch.formats.readers import READERS, format_of
+from headrace.client.batch.formats.readers import READERS
+from headrace.client.batch.formats.writers import FLAT, TYPED, Passed
+from headrace.client.batch.formats.writers import output_format as output_format_of
 from headrace.client.batch.items import BatchItem
 from headrace.client.batch.openai import failure_code, join_results
 from headrace.client.batch.output import Output
@@ -98,6 +100,7 @@ class Batch:
         models: the models that requests may name; any if not given.
         answer_mistakes: answer a request with a wrong parameter by the error, and compute the others.
         endpoint: the path that requests of the Batch API name; if not given, the first of them decides.
+        skip_invalid: answer every faulty line by its error, also one that is not a request, and compute the others.
         on_line: called with the number of lines read, every 1000 lines.
         format: of the source: jsonl, text, csv, tsv, parquet, arrow, feather, json; by default what its extension says.
         columns: which columns of a table are the prompt, the name and parameters; all others go to the output.
@@ -118,27 +121,28 @@ class Batch:
         models: Collection[str] | None = None,
         answer_mistakes: bool = False,
         endpoint: str | None = None,
+        skip_invalid: bool = False,
         on_line: Callable[[int], None] | None = None,
         format: str | None = None,  # noqa: A002 - the name of the option
         columns: Columns | None = None,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
-        if text:
-            format = "text"  # noqa: A001
-        kind = format_of(str(source), format) if format or isinstance(source, (str, Path)) else "jsonl"
-        table = READERS.get(kind)
         self.client = client
+        self._columns = columns or Columns()
+        source_format = "text" if text else format
+        self._source: Source = open_source(source, source_format, self._columns.check)
+        kind = self._source.kind
         self._given, self._limit = source, limit
         self._reader = ItemReader(
             client.model_name,
             params or {},
-            text=text or kind == "text",
+            text=kind == "text",
             models=models,
             answers_mistakes=answer_mistakes,
             endpoint=endpoint,
-            columns=columns or (Columns() if table else None),
+            columns=self._columns if columns or kind in READERS else None,
+            skip_invalid=skip_invalid,
         )
-        self._source: Source = open_source(source, table)
         if not 0 <= shard[0] < shard[1]:
             raise InvalidRequest("shard", f"{shard[0]}/{shard[1]}", "I/N with 0 <= I < N, for example 0/3")
         if shard[1] > 1:
@@ -147,15 +151,31 @@ class Batch:
             self._source, self._reader, client.submitter.prepare_together, limit=limit, on_line=on_line
         )
 
+    def _passed(self, formats: set[str]) -> Passed:
+        """The columns of the input that flat rows of outputs in these formats have. Raises InvalidBatch."""
+        if formats.isdisjoint(FLAT):
+            return {}
+        if self.checked.not_flat is not None:
+            line, name = self.checked.not_flat
+            message = f"{name}: asks for more than one text without log probabilities, which a flat row has; "
+            message += "expected an output in JSON lines, for example -o results.jsonl"
+            raise InvalidBatch([Fault(line, name, message, self._source.place(line))])
+        schema = self._source.schema
+        if schema is None:
+            return self.checked.seen.types(one_type=not formats.isdisjoint(TYPED))
+        used = self._columns.used(schema)
+        return {name: kind for name, kind in schema.items() if name not in used}
+
     def rows(self) -> Iterator[BatchItem]:
         """The requests, read again from the input."""
-        return read_items(self._source, self._reader, limit=self._limit)
+        return read_items(self._source, self._reader, limit=self._limit, repeated=self.checked.repeated)
 
     def run(
         self,
         output: str | Path,
         *,
         errors: str | Path | None = None,
+        output_format: str | None = None,
         resume: bool = False,
         retry_errors: bool = False,
         overwrite: bool = False,
@@ -167,8 +187,9 @@ class Batch:
         """Compute the requests and write each when it is done.
 
         Args:
-            output: a path, or `-` for standard output.
+            output: a path, a URL that fsspec opens, or `-` for standard output.
             errors: a file for failures; they go to `output` if not given.
+            output_format: openai, flat, csv, tsv, parquet or arrow; by default what the extension of `output` says.
             resume: compute only what an existing output does not have.
             retry_errors: like `resume`, and compute failed requests again.
             overwrite: compute everything, and replace an existing output.
@@ -179,11 +200,13 @@ class Batch:
 
         Raises:
             OutputRefused: the output is the input, is in use, or exists and neither `resume` nor `overwrite` is set.
-            InvalidBatch: the output has other requests under the same custom ids.
+            InvalidBatch: the output has other requests under the same custom ids, or a format for which results have
+                too much.
             InputChanged: the input has changed since it was checked.
         """
         report = BatchReport(rows=self.checked.rows)
-        with Output(output, errors) as sink:
+        passed = self._passed({output_format_of(output, output_format), output_format_of(errors or output, None)})
+        with Output(output, errors, form=output_format, passed=passed) as sink:
             sink.check_free(self._given, resume=resume or retry_errors, overwrite=overwrite)
             done = bytearray() if overwrite else self._done(sink, retry_errors)
             report.before, report.failed_before = sum(map(int.bit_count, done)), sink.failed_before

@@ -40,17 +40,10 @@ class RunFile:
             raise OutputRefused(f"another process is writing to {printable(str(output))}") from None
         except OSError as error:
             raise OutputRefused(f"{printable(str(self.path))} cannot be written: {error.strerror}") from None
-        self.run = self._read()
+        self.run = read_run(self.path.read_bytes()[:4096])
         self.existed = bool(self.run)
         if not self.existed:
             self.renew()
-
-    def _read(self) -> str:
-        try:
-            run = parse_json(self.path.read_bytes()[:4096])["run"]
-        except (ValueError, LookupError, TypeError):
-            return ""
-        return run if isinstance(run, str) and run.isascii() and run.isalnum() and len(run) <= 32 else ""
 
     def renew(self) -> None:
         """Give the run another id."""
@@ -64,3 +57,12 @@ class RunFile:
     def close(self) -> None:
         """Release the lock."""
         self._lock.release()
+
+
+def read_run(data: bytes) -> str:
+    """The id of the run in the content of its file; empty if there is none."""
+    try:
+        run = parse_json(data)["run"]
+    except (ValueError, LookupError, TypeError):
+        return ""
+    return run if isinstance(run, str) and run.isascii() and run.isalnum() and len(run) <= 32 else ""

@@ -8,7 +8,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from headrace.client.batch.output import RowFile
+from headrace.client.batch.row_file import RowFile
 from headrace.client.wire.results import Usage
 
 

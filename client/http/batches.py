@@ -15,8 +15,8 @@ from typing import Any
 
 import structlog
 
-from headrace.client.batch.errors import Fault, InvalidBatch, OutputRefused
-from headrace.client.batch.output import is_disk_full
+from headrace.client.batch.check import MAX_FAULTS
+from headrace.client.batch.errors import Fault, InvalidBatch, OutputRefused, is_disk_full
 from headrace.client.batch.run import Batch, BatchReport, DropBatch
 from headrace.client.client import Client
 from headrace.client.http.batch_objects import (
@@ -186,7 +186,7 @@ class Batches:
         except _ServerStopping:
             return
         except InvalidBatch as error:
-            self._fail(batch_id, [fault_object(fault) for fault in error.faults])
+            self._fail(batch_id, [fault_object(fault) for fault in error.by_line()[:MAX_FAULTS]])
         except HeadraceError as error:
             log.error("batch.failed", batch=batch_id, error=error.code)
             reason = getattr(error.__cause__, "strerror", None) if isinstance(error, OutputRefused) else None

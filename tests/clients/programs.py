@@ -36,5 +36,11 @@ PROGRAMS = (
     Program("openai-node", ("openai",), "a completion, a stream, a chat and an error from Node", of_node=True),
     Program("guidellm", ("guidellm",), "40 requests at once", sees_ours=True),
     Program("flower", ("flower",), "the worker and a task in its API", sees_ours=True),
+    Program(
+        "moto",
+        ("moto[server,s3]", "s3fs"),
+        "batches from and to s3://, killed and resumed; refused buckets",
+        sees_ours=True,
+    ),
     Program("schemathesis", ("schemathesis",), "requests made from the OpenAPI description"),
 )

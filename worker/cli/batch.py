@@ -9,6 +9,7 @@ import click
 from headrace.client import SamplingParams
 from headrace.client.batch.columns import Columns
 from headrace.client.batch.formats.readers import LINES, READERS
+from headrace.client.batch.formats.writers import OUTPUTS
 from headrace.client.batch.output import STDOUT, Output
 from headrace.client.batch.run import BatchReport
 from headrace.client.batch.window import MAX_INFLIGHT
@@ -37,10 +38,21 @@ SAMPLING = (*SamplingParams.model_fields, *PROMPT_OPTIONS)
     "-p", "--params", multiple=True, metavar="NAME=VALUE", help=f"parameter of rows that do not set it; {REPEATABLE}"
 )
 @sampling_options
-@click.option("--format", "kind", type=click.Choice((*LINES, *READERS)), help="of the input; by default its extension")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice((*LINES, *READERS, "flat")),
+    help="of the input, by default its extension; flat is --output-format flat",
+)
+@click.option(
+    "--output-format",
+    type=click.Choice(OUTPUTS),
+    help="by default its extension; openai: lines of the Batch API; others: one flat row for each request",
+)
 @click.option("--prompt-column", metavar="NAME", help="the column of the prompt  [default: prompt]")
 @click.option("--id-column", metavar="NAME", help="the column of custom_id  [default: custom_id, if there is one]")
 @click.option("--params-columns", metavar="NAMES", help="columns that are parameters, with commas between them")
+@click.option("--skip-invalid", is_flag=True, help="write faulty rows as failed ones, with -e into its file, and go on")
 @click.option("--shard", metavar="I/N", help="every N-th row from the I-th (from 0), to share a file among machines")
 @click.option("--resume", is_flag=True, help="compute only rows that the output does not have")
 @click.option("--retry-errors", is_flag=True, help="like --resume, and compute failed rows again")
@@ -66,6 +78,7 @@ def batch(
     id_column: str | None,
     params_columns: str | None,
     shard: str | None,
+    skip_invalid: bool,
     **options: Any,
 ) -> None:
     """Compute the requests of a file into another file; each result is written when it is done.
@@ -78,11 +91,14 @@ def batch(
     a worker for this call. Exit code 0 if all rows succeeded, 1 if some failed, 2 if the input is wrong.
     """
     sampling = {name: options.pop(name) for name in SAMPLING}
+    if kind == "flat":
+        kind, options["output_format"] = None, options["output_format"] or "flat"
     with command_errors(as_json):
         chosen = {
             "format": kind,
             "columns": _columns(prompt_column, id_column, params_columns),
             "shard": _shard(shard),
+            "skip_invalid": skip_invalid,
         }
         given = BatchInput(source, model, params, text, limit, chosen, sampling)
         if dry_run:
@@ -152,5 +168,5 @@ def _check_options(source: str, output: str, *, as_json: bool, **options: Any) -
         raise InvalidRequest("overwrite", "--resume beside it", "one of them")
     if options["errors"] == STDOUT:
         raise InvalidRequest("error-file", "'-'", "a file")
-    with Output(output, options["errors"]) as sink:
+    with Output(output, options["errors"], form=options["output_format"]) as sink:
         sink.check_free(source, resume=resume, overwrite=options["overwrite"])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.client import Client
+from headrace.client.batch.errors import Fault, InvalidBatch
 from headrace.client.batch.run import Batch
 from headrace.client.wire.errors import HeadraceError, InvalidRequest
 from headrace.config import Settings
@@ -32,7 +34,7 @@ class BatchInput:
     def check(self, backends: Backends, settings: Settings, display: ProgressDisplay) -> Batch:
         """Read and check all of it. Raises InvalidBatch, InvalidRequest."""
         given: Any = sys.stdin.buffer if self.source == "-" else self.source
-        with Client(settings=settings) as client, display.shown():
+        with Client(settings=settings) as client, display.shown(), self._blaming_options():
             return backends.open_batch(
                 client,
                 given,
@@ -43,6 +45,22 @@ class BatchInput:
                 on_line=display.checked,
                 **self.options,
             )
+
+    @contextlib.contextmanager
+    def _blaming_options(self) -> Iterator[None]:
+        """Name the option that set a wrong parameter."""
+        try:
+            yield
+        except InvalidBatch as error:
+            faults = [fault._replace(message=self._blaming(fault)) for fault in error.faults]
+            raise InvalidBatch(faults, error.count) from None
+
+    def _blaming(self, fault: Fault) -> str:
+        _, found, name = fault.field.partition("params.")
+        if not found:
+            return fault.message
+        is_option = name in given_params(self.sampling)
+        return fault.message.replace(fault.field, f"--{name.replace('_', '-')}" if is_option else f"-p {name}", 1)
 
 
 def read_params(pairs: tuple[str, ...]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Readers of tables: each yields the rows of a binary file as mappings from column names to values."""
+"""Readers of tables: each opens a binary file as its schema and its rows, mappings from column names to values."""
 
 from __future__ import annotations
 
@@ -7,91 +7,137 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from headrace.client.batch.errors import Fault, InvalidBatch
+from headrace.client.batch.formats.arrow_rows import ArrowBatch, ArrowRow
+from headrace.client.batch.formats.arrow_types import BATCH_ROWS, check_names, import_pyarrow, schema_of
+from headrace.client.batch.formats.line_reader import check_start
+from headrace.client.batch.formats.tables import TableRows, unreadable
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.unicode import printable
+from headrace.client.wire.unicode import is_unicode
 from headrace.client.wire.values import show
-from headrace.extras import how_to_install
 
-#: Rows that are decoded at once from Parquet and Arrow.
-BATCH_ROWS = 1024
+#: Bytes of a column of a Parquet file that are read at once.
+READ_BYTES = 2**20
 #: The longest field of a CSV file in characters.
 MAX_FIELD = 2**20
 #: The longest JSON array in bytes: unlike the other formats it is read into memory.
 MAX_ARRAY_BYTES = 2**28
 
-Rows = Iterator[dict[str, Any]]
+#: What is expected of a text with a byte order mark inside.
+FILES_JOINED = "one only at the start of a file; if files were joined, give the directory of the single files instead"
+
+IN_UTF8 = "text in UTF-8; convert the file, for example: iconv -f WINDOWS-1252 -t UTF-8"
 
 
-def unreadable(row: int, reason: object) -> InvalidBatch:
-    """The error of a file that cannot be read at this row (0: at all)."""
-    return InvalidBatch([Fault(row, "input", f"the file cannot be read: {printable(str(reason))}")])
-
-
-def read_separated(file: IO[bytes], delimiter: str) -> Rows:
-    """The rows of CSV or TSV with a header. An empty field is None. Raises InvalidBatch."""
+def read_separated(file: IO[bytes], delimiter: str) -> TableRows:
+    """CSV or TSV with a header. An empty field is None. Raises InvalidBatch."""
     csv.field_size_limit(MAX_FIELD)
-    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-    rows, number = csv.reader(text, delimiter=delimiter, strict=True), 0
-    try:
+    check_start(file)
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+    rows = csv.reader(text, delimiter=delimiter, strict=True)
+    with _csv_errors(0):
         names = next(rows, [])
-        if len(set(names)) < len(names):
-            raise unreadable(0, f"the header has a name twice: {', '.join(names)[:200]}")
-        for fields in rows:
+    check_names(names)
+    return TableRows(dict.fromkeys(names, "string"), _separated_rows(text, rows, names))
+
+
+def _separated_rows(text: io.TextIOWrapper, rows: Iterator[list[str]], names: list[str]) -> Iterator[Any]:
+    number = 0
+    try:
+        while True:
+            with _csv_errors(number + 1):
+                fields = next(rows, None)
+            if fields is None:
+                return
             if not fields:
                 continue
             number += 1
             if len(fields) != len(names):
-                raise unreadable(number, f"{len(fields)} fields; expected {len(names)}, as in the header")
+                advice = "a field with a comma, a quote or a line end needs quotes around it"
+                yield InvalidRequest("line", f"{len(fields)} fields", f"{len(names)}, as in the header; {advice}")
+                continue
+            if fields[0].startswith("\ufeff"):
+                yield InvalidRequest("line", "a byte order mark at its start", FILES_JOINED)
+                continue
+            if not all(field.isascii() or is_unicode(field) for field in fields):
+                yield InvalidRequest("line", "bytes that are not UTF-8", IN_UTF8)
+                continue
             yield {name: value if value else None for name, value in zip(names, fields, strict=True)}
-    except (csv.Error, UnicodeError, OSError, EOFError, zlib.error) as error:
-        advice = "; expected text in UTF-8" if isinstance(error, UnicodeError) else ""
-        raise unreadable(number + 1, f"{error}{advice}") from None
     finally:
         text.detach()  # the caller closes the file
 
 
-def read_parquet(file: IO[bytes]) -> Rows:
-    """The rows of a Parquet file, read in batches. Raises InvalidBatch, InvalidRequest."""
-    pyarrow = _pyarrow()
+class _csv_errors:  # noqa: N801 - used like a function; a generator would cost as much as a row
+    """Turns the errors of a row into InvalidBatch."""
+
+    def __init__(self, row: int) -> None:
+        self._row = row
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (csv.Error, OSError, EOFError, zlib.error)):
+            raise unreadable(self._row, error) from None
+
+
+def read_parquet(file: IO[bytes]) -> TableRows:
+    """A Parquet file, read in batches. Raises InvalidBatch, InvalidRequest."""
+    pyarrow = import_pyarrow()
     from pyarrow import parquet
 
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS):
-            yield from batch.to_pylist()
-            number += batch.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
-        raise unreadable(number, error) from None
+    with _arrow_errors(pyarrow, 0):
+        opened = parquet.ParquetFile(file, buffer_size=READ_BYTES)
+        schema = schema_of(opened.schema_arrow)
+    # One row group after another: reading them all together, pyarrow keeps more of them in memory than it needs.
+    groups = (opened.iter_batches(BATCH_ROWS, row_groups=[group]) for group in range(opened.num_row_groups))
+    return TableRows(schema, _arrow_rows(pyarrow, chain.from_iterable(groups)))
 
 
-def read_arrow(file: IO[bytes]) -> Rows:
-    """The rows of an Arrow or Feather file, or of an Arrow stream. Raises InvalidBatch, InvalidRequest."""
-    pyarrow = _pyarrow()
-    from pyarrow import ipc
-
-    number = 0
-    try:
+def read_arrow(file: IO[bytes]) -> TableRows:
+    """An Arrow or Feather file, or an Arrow stream. Raises InvalidBatch, InvalidRequest."""
+    pyarrow = import_pyarrow()
+    with _arrow_errors(pyarrow, 0):
         is_file = file.read(6) == b"ARROW1"
         file.seek(0)
-        reader = ipc.open_file(file) if is_file else ipc.open_stream(file)
-        for index in range(reader.num_record_batches) if is_file else iter(int, 1):
-            try:
-                batch = reader.get_batch(index) if is_file else reader.read_next_batch()
-            except StopIteration:
-                return
-            for start in range(0, batch.num_rows, BATCH_ROWS):
-                yield from batch.slice(start, BATCH_ROWS).to_pylist()
-            number += batch.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
-        raise unreadable(number, error) from None
+        reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
+        schema = schema_of(reader.schema)
+    batches = (reader.get_batch(index) for index in range(reader.num_record_batches)) if is_file else iter(reader)
+    return TableRows(schema, _arrow_rows(pyarrow, batches))
 
 
-def read_array(file: IO[bytes]) -> Rows:
-    """The items of a JSON array, which is read into memory. Raises InvalidBatch."""
+def _arrow_rows(pyarrow: Any, batches: Iterator[Any]) -> Iterator[ArrowRow]:
+    number = 0
+    while True:
+        with _arrow_errors(pyarrow, number + 1):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            yield from ArrowBatch(batch.slice(start, BATCH_ROWS)).rows()
+        number += batch.num_rows
+
+
+class _arrow_errors:  # noqa: N801 - used like a function
+    """Turns the errors of a file into InvalidBatch."""
+
+    def __init__(self, pyarrow: Any, row: int) -> None:
+        self._pyarrow, self._row = pyarrow, row
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (self._pyarrow.ArrowException, OSError)):
+            advice = "; it may be incomplete: compare its size with that of the original"
+            raise unreadable(self._row, f"{str(error).rstrip('.')}{advice}") from None
+
+
+def read_array(file: IO[bytes]) -> TableRows:
+    """A JSON array, which is read into memory. Raises InvalidBatch."""
     data = file.read(MAX_ARRAY_BYTES + 1)
     if len(data) > MAX_ARRAY_BYTES:
         raise unreadable(0, f"a JSON array of more than {MAX_ARRAY_BYTES} bytes; expected JSON lines for so many")
@@ -101,19 +147,11 @@ def read_array(file: IO[bytes]) -> Rows:
         raise unreadable(0, error) from None
     if not isinstance(items, list):
         raise unreadable(0, f"a {type(items).__name__}; expected an array of objects")
-    yield from items
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-    except ImportError:
-        raise InvalidRequest("format", "a table that needs pyarrow", how_to_install("tables")) from None
-    return pyarrow
+    return TableRows(None, iter(items))
 
 
 #: By the name of the format, which is also an extension.
-READERS: dict[str, Callable[[IO[bytes]], Rows]] = {
+READERS: dict[str, Callable[[IO[bytes]], TableRows]] = {
     "csv": lambda file: read_separated(file, ","),
     "tsv": lambda file: read_separated(file, "\t"),
     "parquet": read_parquet,
@@ -121,7 +159,7 @@ READERS: dict[str, Callable[[IO[bytes]], Rows]] = {
     "feather": read_arrow,
     "json": read_array,
 }
-#: The formats of lines, which `headrace.client.batch.sources` reads.
+#: The formats of lines; see `read_lines`.
 LINES = ("jsonl", "text")
 
 

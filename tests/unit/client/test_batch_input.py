@@ -14,9 +14,10 @@ import pytest
 from headrace.client import Client, InvalidBatch, InvalidRequest
 from headrace.client.batch.check import MAX_FAULTS, ItemIndex, check, read_items
 from headrace.client.batch.errors import InputChanged
+from headrace.client.batch.formats.line_reader import MAX_LINE_BYTES
 from headrace.client.batch.items import BatchItem
 from headrace.client.batch.rows import ItemReader
-from headrace.client.batch.sources import MAX_LINE_BYTES, open_source
+from headrace.client.batch.sources import open_source
 from headrace.config import Settings
 
 
@@ -212,7 +213,7 @@ def test_the_fault_of_a_line_is_named(client: Client, line: bytes, field: str, p
 
 
 def test_every_fault_is_counted_and_the_first_are_listed_by_line(client: Client) -> None:
-    wrong = [{"prompt": "a", "top_p": 2, "custom_id": "same"} for _ in range(2 * MAX_FAULTS)]
+    wrong = [{"prompt": "a", "top_p": 2 + i, "custom_id": "same"} for i in range(2 * MAX_FAULTS)]
     with pytest.raises(InvalidBatch) as caught:
         rows_of(client, ["right", *wrong])
     error = caught.value
@@ -220,7 +221,15 @@ def test_every_fault_is_counted_and_the_first_are_listed_by_line(client: Client)
     assert [fault.line for fault in error.faults] == sorted(fault.line for fault in error.faults)
     assert len(error.faults) == MAX_FAULTS
     assert error.faults[0].line == 2
-    assert str(error).endswith(f"and {3 * MAX_FAULTS - 1} more")
+    listed = sum(fault.times for fault in error.faults)
+    assert str(error).endswith(f"and {4 * MAX_FAULTS - 1 - listed} more")
+
+
+def test_equal_faults_are_told_once_with_their_number(client: Client) -> None:
+    with pytest.raises(InvalidBatch) as caught:
+        rows_of(client, ["right", *[{"prompt": "a", "top_p": 2}] * 300, {"prompt": "a", "top_p": 3}])
+    assert [(fault.line, fault.times) for fault in caught.value.faults] == [(2, 300), (302, 1)]
+    assert "line 2: top_p: got 2; expected a number above 0, at most 1 (1 is off) (and 299 more" in str(caught.value)
 
 
 def test_a_repeated_custom_id_is_a_fault_that_names_its_first_line(client: Client) -> None:

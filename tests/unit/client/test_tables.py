@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from itertools import chain
 
 import fsspec
@@ -11,15 +12,18 @@ import pyarrow
 import pytest
 from pyarrow import feather, parquet
 
+from headrace.client import Client
 from headrace.client.batch.check import check, read_items
 from headrace.client.batch.columns import Columns
 from headrace.client.batch.errors import InvalidBatch
-from headrace.client.batch.formats.readers import READERS, format_of
+from headrace.client.batch.formats.readers import format_of
 from headrace.client.batch.map import check_no_table
 from headrace.client.batch.output_lines import output_line
 from headrace.client.batch.rows import ItemReader
+from headrace.client.batch.run import Batch
 from headrace.client.batch.sources import ShardSource, open_source
 from headrace.client.wire.errors import InvalidRequest
+from headrace.config import Settings
 
 ROWS = [
     {"key": "a", "text": 'The "old"\nhouse, and', "max_tokens": 4, "place": "Oslo"},
@@ -55,7 +59,7 @@ def stream_of(table):
 
 
 def requests_of(path, name, columns=COLUMNS, shard=(0, 1)):
-    source = ShardSource(open_source(path, READERS.get(name)), *shard)
+    source = ShardSource(open_source(path, name), *shard)
     reader = ItemReader("gpt2", {}, columns=columns)
     check(source, reader, iter)
     return list(read_items(source, reader))
@@ -88,7 +92,7 @@ def test_a_table_is_read_from_any_file_system():
         parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
     assert len(requests_of("memory://tables/rows.parquet", "parquet")) == 3
     with pytest.raises(InvalidBatch, match=r"memory://tables/none\.csv cannot be read"):
-        open_source("memory://tables/none.csv", READERS["csv"])
+        open_source("memory://tables/none.csv")
 
 
 def test_the_columns_of_a_row_are_in_its_output_line(tmp_path):
@@ -101,9 +105,9 @@ def test_the_columns_of_a_row_are_in_its_output_line(tmp_path):
     ("content", "message"),
     [
         ("promt\nThe house\n", r"prompt_column.*'prompt'.*promt"),
-        ("prompt,a\nThe house\n", r"line 1: .*1 fields; expected 2"),
-        ("prompt,prompt\nx,y\n", "a name twice: prompt, prompt"),
-        ("prompt,a\n,1\n", r"line 1: prompt: .*null"),
+        ("prompt,a\nThe house\n", r"row 1: .*1 fields; expected 2"),
+        ("prompt,prompt\nx,y\n", r"rows\.csv: .* a column name twice: prompt;"),
+        ("prompt,a\n,1\n", r"rows\.csv, row 1: prompt: .*null.*--skip-invalid"),
         ('prompt\n"The house\n', "unexpected end of data"),
         ("prompt\n" + "x" * 5_000_000, "field larger than field limit"),
     ],
@@ -124,15 +128,104 @@ def test_a_truncated_table_is_refused(tmp_path, name):
         requests_of(path, name)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"null\n", "NoneType"), (b"3\n", "int"), ('"The house"'.encode("utf-16"), "UTF-16.*iconv")],
-)
-def test_odd_lines_are_refused(tmp_path, content, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(InvalidBatch, match=message):
-        requests_of(path, "jsonl", None)
+MARK = b"\xef\xbb\xbf"
+ODD = [
+    ("a.jsonl", b"null\n", r"a\.jsonl, line 1: line: got null; expected an object"),
+    ("a.jsonl", b"3\n3\n", r"line 1: line: got a number; .*1 more with this error"),
+    ("a.jsonl", b"[]\n", "line 1: prompt: got a list of 0 token ids"),
+    ("a.jsonl", b'{"prompt": null}\n', "line 1: prompt: got nothing"),
+    ("a.jsonl", b'{"prompt": 5}\n', "line 1: prompt: got a value of type int"),
+    ("a.jsonl", b'{"prompt": "a", "custom_id": 7}\n', "custom_id: got a whole number; .*--id-column"),
+    ("a.jsonl", b'{"prompt": "a", "id": 7}\n', "id: got a field; .*--id-column id"),
+    (
+        "a.jsonl",
+        b'{"prompt": "a", "place": 1}\n{"prompt": "a", "place": 2}\n',
+        "place: .*--prompt-column prompt.*1 more",
+    ),
+    ("a.jsonl", '"The house"'.encode("utf-16"), "UTF-16; .*iconv -f UTF-16 -t"),
+    ("a.jsonl", '"The house"'.encode("utf-16-le"), "UTF-16-LE; .*iconv -f UTF-16-LE"),
+    ("a.jsonl", MARK + b'"a"\n' + MARK + b'"b"\n', "line 2: line: got a byte order mark at its start; .*directory"),
+    ("a.jsonl", b'"a"\r"b"\r', r"line 1: line: got line ends that are CR alone; .*tr '\\r' '\\n'"),
+    ("a.csv", "prompt\nThe house\n".encode("utf-16"), "UTF-16; .*iconv -f UTF-16"),
+    ("a.csv", MARK + b"prompt\na\n" + MARK + b"prompt\n", "row 2: line: got a byte order mark"),
+    ("a.csv", "prompt\na\nZürich\n".encode("latin-1"), "row 2: .*bytes that are not UTF-8; .*iconv -f WINDOWS-1252"),
+    ("a.csv", b"Promt\na\n", r"a\.csv: prompt_column: got 'prompt'.*for example Promt$"),
+    ("a.parquet", pyarrow.table({"prompt": [1, 2]}), r"a\.parquet, row 1: prompt: got a value of type int; .*1 more"),
+    ("a.parquet", pyarrow.table({"prompt": [{"x": 1}]}), "row 1: prompt: got a value of type dict"),
+    ("a.parquet", pyarrow.table({"prompt": ["a", None]}), "row 2: prompt: got null; .*--skip-invalid"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), ODD)
+def test_odd_files_are_refused_with_their_line_and_the_way_out(tmp_path, name, content, message):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        parquet.write_table(content, path)
+    settings = Settings(redis_url="redis://localhost:1/0")
+    with Client(settings=settings) as client, pytest.raises(InvalidBatch, match=message):
+        Batch(client, path)
+
+
+def test_line_ends_of_an_old_mac_are_those_of_csv(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"prompt,x\ra,1\rb,2\r")
+    assert [item.fields["prompt"] for item in requests_of(tmp_path / "a.csv", "csv", Columns())] == ["a", "b"]
+
+
+def test_the_files_of_a_directory_are_one_input_if_their_schema_is_one(tmp_path):
+    for name, values in {"b": [3], "a": [1, 2], "c": [None]}.items():
+        table = pyarrow.table({"prompt": [f"{name}{i}" for i in range(len(values))], "x": values})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    (tmp_path / "_SUCCESS").write_text("")
+    for path in (tmp_path, tmp_path / "*.parquet"):
+        items = requests_of(path, None, Columns())
+        assert [(item.custom_id, item.fields["prompt"], item.columns["x"]) for item in items] == [
+            ("row-1", "a0", 1), ("row-2", "a1", 2), ("row-3", "b0", 3), ("row-4", "c0", None)
+        ]  # fmt: skip
+    parquet.write_table(pyarrow.table({"prompt": ["d", None], "x": [1, 2]}), tmp_path / "d.parquet")
+    with pytest.raises(InvalidBatch, match=r"^d\.parquet, row 2: prompt: got null"):
+        requests_of(tmp_path, None, Columns())
+    parquet.write_table(pyarrow.table({"prompt": ["d"], "x": ["1"]}), tmp_path / "d.parquet")
+    with pytest.raises(
+        InvalidBatch, match=r"d\.parquet: column 'x' is string, and int64 in a\.parquet; .*each with its"
+    ):
+        requests_of(tmp_path, None, Columns())
+    (tmp_path / "e.csv").write_text("prompt\n")
+    with pytest.raises(InvalidBatch, match="different formats"):
+        requests_of(tmp_path, None, Columns())
+
+
+def test_a_wrong_parameter_of_all_rows_is_not_the_fault_of_each():
+    with Client(settings=Settings(redis_url="redis://localhost:1/0")) as client:
+        for params, message in (({"top_p": 7}, "got 7"), ({"max_tokenz": 7}, "did you mean max_tokens")):
+            with pytest.raises(InvalidBatch, match=rf"^params\.{next(iter(params))}: .*{message}.*") as caught:
+                Batch(client, ["a", "b", {"prompt": "c", "top_p": 0.5}], params, skip_invalid=True)
+            assert len(caught.value.faults) == 1
+
+
+def test_faulty_rows_are_put_aside_on_request(tmp_path):
+    lines = [
+        {"custom_id": "a", "prompt": "x"}, None, {"custom_id": "b", "prompt": None, "place": 1},
+        {"custom_id": "a", "prompt": "y"}, {"custom_id": "c", "prompt": "z", "place": 2},
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{\n")
+    with Client(settings=Settings(redis_url="redis://localhost:1/0")) as client:
+        batch = Batch(client, tmp_path / "a.jsonl", columns=Columns(), skip_invalid=True)
+    items = list(batch.rows())
+    assert [item.custom_id for item in items] == ["a", "row-2", "b", "row-4-repeated", "c", "row-6"]
+    assert [item.mistake is None for item in items] == [True, False, False, False, True, False]
+    assert items[2].columns == {"place": 1}
+    written = [(item.custom_id, item.digest) for item in items]
+    assert sorted(batch.checked.index.matches(written)) == [(line, True) for line in range(1, 7)]
+
+
+@pytest.mark.parametrize("table", [pandas.DataFrame(ROWS), pyarrow.Table.from_pylist(ROWS)])
+def test_a_table_in_memory_is_an_input(table, tmp_path):
+    WRITERS["parquet"](tmp_path / "rows.parquet")
+    assert requests_of(table, None) == requests_of(tmp_path / "rows.parquet", None)
+    with pytest.raises(InvalidRequest, match="values of one type"):
+        open_source(pandas.DataFrame({"prompt": ["a", {1}]}))
 
 
 @pytest.mark.parametrize("table", [pandas.DataFrame(ROWS), pyarrow.Table.from_pylist(ROWS)])
@@ -149,3 +242,36 @@ def test_the_format_follows_from_the_extension_unless_it_is_given():
     assert format_of("a.csv", "text") == "text"
     with pytest.raises(InvalidRequest, match="xlsx"):
         format_of("a.xlsx", "xlsx")
+
+
+PROMPTS = ["The house", "", 'a "b"\\\n\t\x00\x7f', "Zürich \u2028 \U0001f600", "custom_id", "\0prompt\0", "\0name\0"]
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"max_tokens": 4, "stop": ["\0prompt\0", "x"], "priority": "normal"}, {"seed": 7, "temperature": 0}]
+)
+@pytest.mark.parametrize("names", [None, ["a", 'é"', "\0name\0", "d", "e", "f", "g"]])
+def test_rows_that_are_alike_are_read_once_and_are_the_same_requests(tmp_path, params, names):
+    rows = [{"prompt": prompt} | ({"custom_id": names[i]} if names else {}) for i, prompt in enumerate(PROMPTS)]
+    parquet.write_table(pyarrow.Table.from_pylist([row | {"x": 1} for row in rows]), tmp_path / "rows.parquet")
+    with Client(settings=Settings(redis_url="redis://localhost:1/0")) as client:
+        whole = list(Batch(client, rows, params).rows())
+        table = list(Batch(client, tmp_path / "rows.parquet", params).rows())
+    assert [replace(item, columns={}) for item in table] == whole
+    assert [item.columns for item in table] == [{"x": 1}] * 7
+    assert [item.job_id("run") for item in table] == [item.job_id("run") for item in whole]
+
+
+def test_a_row_that_is_like_others_but_for_its_prompt_is_checked(tmp_path):
+    good = ["a"] * 3
+    for bad, message in (("a" * 131_073, "131073 bytes"), ("é" * 65_537, "131074 bytes")):
+        parquet.write_table(pyarrow.table({"prompt": [*good, bad, *good]}), tmp_path / "rows.parquet")
+        settings, match = Settings(redis_url="redis://localhost:1/0"), f"row 4: prompt: got text of {message}"
+        with Client(settings=settings) as client, pytest.raises(InvalidBatch, match=match) as caught:
+            Batch(client, tmp_path / "rows.parquet")
+        assert caught.value.count == 1
+    table = pyarrow.table({"prompt": good, "max_tokens": [1, 0, 2]})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with Client(settings=settings) as client, pytest.raises(InvalidBatch, match="row 2: max_tokens: got 0") as caught:
+        Batch(client, tmp_path / "rows.parquet", columns=Columns(params=["max_tokens"]))
+    assert caught.value.count == 1

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from headrace.client.batch import output
+from headrace.client.batch import row_file
+from headrace.client.batch.errors import OutputRefused
+from headrace.client.batch.output import Output
 from headrace.client.http import batches as batches_module
 from headrace.client.http.batch_objects import BatchRequest, BatchState
 from headrace.client.http.batches import Batches
@@ -89,7 +91,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
         def write(self, data: Any) -> int:
             return found.write(self, data)
 
-    monkeypatch.setattr(output.io, "FileIO", Limited)
+    monkeypatch.setattr(row_file.io, "FileIO", Limited)
     monkeypatch.setattr(batches_module, "DISK_RETRY_S", 0.02, raising=False)
     return found
 
@@ -185,9 +187,9 @@ def test_output_that_does_not_reach_the_disk_is_not_complete(tmp_path: Path, mon
     def no_room(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with output.Output(tmp_path / "out.jsonl") as sink:
+    with Output(tmp_path / "out.jsonl") as sink:
         sink.open(overwrite=True)
         monkeypatch.setattr(os, "fsync", no_room)
-        with pytest.raises(output.OutputRefused, match="make room, then resume"):
+        with pytest.raises(OutputRefused, match="make room, then resume"):
             sink.finish()
     assert (tmp_path / "out.jsonl.run").exists()
