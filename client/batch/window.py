@@ -29,6 +29,7 @@ from headrace.client.wire.errors import (
     UnknownJob,
 )
 from headrace.client.wire.results import Outcome
+from headrace.client.wire.start_advice import start_worker
 from headrace.client.wire.values import show
 
 log = logging.getLogger("headrace.client")
@@ -253,7 +254,7 @@ class Window(Generic[K]):
                 if not status.serves(model):
                     self._notify(
                         f"{len(self._waiting)} jobs wait and no worker serves queue {keys.queue(model)}; "
-                        "start one with `celery -A headrace.worker worker`"
+                        f"start one with {start_worker(self._reader.url, [model])}"
                     )
 
     def _notify_rate_limited(self, message: str) -> None:
