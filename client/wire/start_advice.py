@@ -52,7 +52,7 @@ def start_worker(url: str, models: Iterable[str] = (), settings: Settings | None
 def start_worker_here(url: str, models: Iterable[str]) -> str:
     """Like `start_worker`, for those who may see neither a path nor an address of the server: users of the HTTP API."""
     settings = _settings_for(url)[0]
-    shown = "" if is_embedded(url) else f", with the server's {REDIS_URL}"
+    shown = "" if is_embedded(url) else f" with the same {REDIS_URL}"
     return f"`headrace up{_model_option(models, settings, show_paths=False)}`{shown}"
 
 

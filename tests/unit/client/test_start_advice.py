@@ -69,7 +69,7 @@ def test_a_client_names_the_model_of_its_own_jobs() -> None:
 def test_users_of_the_http_api_see_no_path_and_no_address() -> None:
     with Client(settings=load_settings(redis_url=SECRET, model="chat=/models/chat")) as client:
         here = start_worker_here(client.url, ["chat"])
-    assert here == "`headrace up --model chat=DIRECTORY`, with the server's HEADRACE_REDIS_URL"
+    assert here == "`headrace up --model chat=DIRECTORY` with the same HEADRACE_REDIS_URL"
     shown = translate(NoWorker("a", 1, "queued", "headrace.chat", "`up`", here)).message
     assert shown == f"no worker serves the model; try again later, or on the server run {here}"
     down = translate(RedisUnreachable("redis://redis.internal:1/0", "refused", start_redis(SECRET))).message
