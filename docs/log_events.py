@@ -130,7 +130,7 @@ EVENTS: dict[str, Event] = {
     ),
     "http.no_descriptors": Event("the process may open no more files, so connections wait; once a minute"),
     "batch.failed": Event("a batch of `headrace serve` ended without results"),
-    "batch.waits": Event("a batch waits for Redis"),
+    "batch.waits": Event("a batch waits for Redis, for a worker, or for jobs of others; `reason` says which"),
     "batch.unsaved": Event("the state of a batch cannot be written to disk"),
 }
 

@@ -87,6 +87,7 @@ VALUES: dict[tuple[str, str], tuple[list[str], Any]] = {
     ("batch", "resume"): ([], True),
     ("batch", "retry_errors"): ([], True),
     ("batch", "overwrite"): ([], True),
+    ("batch", "cancel"): ([], True),
     ("batch", "max_inflight"): (["32"], 32),
     ("batch", "ordered"): ([], True),
     ("batch", "limit"): (["10"], 10),
@@ -185,7 +186,7 @@ class RecordingBackends:
         if "on_progress" in options:
             options["on_progress"](BatchReport())
         self.received |= {"output": output, "dry_run": False, **options}
-        return []
+        return BatchReport() if options.get("cancel") else []  # type: ignore[return-value]
 
     def draw(self, path: str) -> None:
         self.received["plot"] = path
