@@ -274,8 +274,8 @@ class AsyncClient(AsyncScoringVerbs):
                     replies = await send(self._redis, self._polls.request(BLOCK_S))
                     self._deliver(self._polls.answer([await parse_large(reply) for reply in replies]))
             except RedisUnreachable as error:
-                url, reason = error.url, error.reason
-                self._give_up(self._polls.failed(), lambda: RedisUnreachable(url, reason))  # noqa: B023
+                given = error.args
+                self._give_up(self._polls.failed(), lambda: RedisUnreachable(*given))  # noqa: B023
             except Exception as error:
                 fault = error
                 self._give_up(list(self._polls), lambda: fault)  # noqa: B023

@@ -33,6 +33,7 @@ from headrace.client.wire.celery import TASK_NAME, producer_app, results_app
 from headrace.client.wire.errors import InvalidRequest, RedisRefused, RedisUnreachable
 from headrace.client.wire.redis import connect, resolve_url
 from headrace.client.wire.results import Tokenized
+from headrace.client.wire.start_advice import note_client
 from headrace.client.wire.values import without_gaps
 from headrace.config import Settings, load_settings
 
@@ -67,8 +68,8 @@ class Client(ScoringVerbs):
         self.settings = settings
         self.url = resolve_url(settings)
         self.model_name = check_model(model) if model is not None else settings.model_name
-        self._redis = connect(self.url)
-        self._app = producer_app(settings, self.url)
+        note_client(self.url, settings, self.model_name)
+        self._redis, self._app = connect(self.url), producer_app(settings, self.url)
         self.submitter = Submitter(settings, self.url, self._redis, self._app, model_name=self.model_name)
         self.reader = JobReader(self.url, self._redis, model_name=self.model_name)
 

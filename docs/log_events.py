@@ -62,6 +62,8 @@ EVENTS: dict[str, Event] = {
         "once for each model that is loaded"
     ),
     "worker.ready": Event("the worker reads its queues"),
+    "worker.stopping": Event("a shutdown begins: what runs is finished, and the other jobs go back to the queue"),
+    "worker.draining": Event("the shutdown waits for jobs that run; after two seconds, then less and less often"),
     "worker.stopped": Event(
         "the worker has shut down in good order; the fields count messages handed back, and jobs since the start",
         more_fields=("succeeded", "failed", "cancelled", "expired"),
@@ -128,7 +130,7 @@ EVENTS: dict[str, Event] = {
     ),
     "http.no_descriptors": Event("the process may open no more files, so connections wait; once a minute"),
     "batch.failed": Event("a batch of `headrace serve` ended without results"),
-    "batch.waits": Event("a batch waits for Redis"),
+    "batch.waits": Event("a batch waits for Redis, for a worker, or for jobs of others; `reason` says which"),
     "batch.unsaved": Event("the state of a batch cannot be written to disk"),
 }
 
@@ -150,6 +152,10 @@ FIELDS: dict[str, tuple[str, str]] = {
     "messages": ("number", "messages that the event is about"),
     "rows": ("number", "samples in the step"),
     "attempts": ("number", "how often the job was started"),
+    "running": ("number", "jobs that are computed"),
+    "tokens": ("number", "the most tokens that running jobs may still take"),
+    "held": ("number", "jobs that the worker holds, whether they run or wait"),
+    "queued": ("object", "jobs that no worker holds, by model; null if Redis did not answer"),
     "returned": ("number", "messages that were handed back to the queue"),
     "succeeded": ("number", "jobs since the start that succeeded"),
     "failed": ("number", "jobs since the start that failed"),

@@ -136,6 +136,12 @@ class Output:
                 file.repair(without_failures=self._retrying)
             file.open()
 
+    def renew(self) -> None:
+        """Give the run another id, if it has one: its jobs were cancelled, and resuming it computes them again."""
+        if self._run_file is not None and self._run_file.existed:
+            self._run_file.renew()
+            self.run = self._run_file.run
+
     def write(self, pairs: Iterable[tuple[BatchItem, Outcome | Exception]]) -> None:
         """Write the rows of requests that are done. Raises OutputRefused."""
         results: list[Done] = []

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from headrace.client.batch.cancel import cancel_rows
 from headrace.client.batch.check import Checked, check, read_items
 from headrace.client.batch.columns import Columns
 from headrace.client.batch.errors import Fault, InvalidBatch
@@ -181,6 +182,7 @@ class Batch:
         overwrite: bool = False,
         max_inflight: int = MAX_INFLIGHT,
         ordered: bool = False,
+        cancel: bool = False,
         notify: Notify = warn,
         on_progress: Callable[[BatchReport], None] = lambda _: None,
     ) -> BatchReport:
@@ -195,6 +197,8 @@ class Batch:
             overwrite: compute everything, and replace an existing output.
             max_inflight: how many jobs may be queued or running.
             ordered: write in the order of the input, not as jobs end.
+            cancel: with `resume`: compute nothing, and cancel what a stopped run of this output left in the queue.
+                `outstanding` of the report is the number of these jobs.
             notify: called with a line of text for the user.
             on_progress: called at least every half second. It may raise `DropBatch`.
 
@@ -210,8 +214,12 @@ class Batch:
             sink.check_free(self._given, resume=resume or retry_errors, overwrite=overwrite)
             done = bytearray() if overwrite else self._done(sink, retry_errors)
             report.before, report.failed_before = sum(map(int.bit_count, done)), sink.failed_before
-            sink.open(overwrite=overwrite)
             missing = (row for row in self.rows() if not _is_set(done, row.line))
+            if cancel:
+                report.outstanding = cancel_rows(self.client.reader, missing, sink.run)
+                sink.renew()
+                return report
+            sink.open(overwrite=overwrite)
 
             def answer(row: BatchItem, error: InvalidRequest) -> None:
                 sink.write([(row, error)])
@@ -221,9 +229,12 @@ class Batch:
 
             jobs = self._jobs(missing, sink.run, answer)
             joined = JoinedRows()
-            window: Window[RowPart] = Window(
-                self.client, size=max_inflight, ordered=ordered, notify=notify, tick=lambda: on_progress(report)
-            )
+
+            def tick() -> None:
+                report.outstanding = window.outstanding
+                on_progress(report)
+
+            window: Window[RowPart] = Window(self.client, size=max_inflight, ordered=ordered, notify=notify, tick=tick)
             on_progress(report)
             try:
                 for parts in window.run(jobs):

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
 
+from headrace.client.jobs.ahead import NOTICE_S, waiting_notice
 from headrace.client.jobs.polling import REMIND_S, PollState
 from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.jobs.reading import JobReader
@@ -29,6 +30,7 @@ from headrace.client.wire.errors import (
     UnknownJob,
 )
 from headrace.client.wire.results import Outcome
+from headrace.client.wire.start_advice import start_worker
 from headrace.client.wire.values import show
 
 log = logging.getLogger("headrace.client")
@@ -98,6 +100,7 @@ class Window(Generic[K]):
         self._chunk = CHUNK
         self._resubmitted_at = self._ended_at = self._reminded_at = time.monotonic()
         self._failing_since: float | None = None
+        self._notice_at: float | None = time.monotonic() + NOTICE_S  # when to say that jobs of others come first
 
     @property
     def outstanding(self) -> int:
@@ -125,6 +128,7 @@ class Window(Generic[K]):
             elif not more and not self._waiting and not self._unsent:
                 return
             self._resubmit()
+            self._say_who_comes_first()
             self._remind()
             self._tick()
             refused = self._unsent or self._failing_since is not None
@@ -196,6 +200,7 @@ class Window(Generic[K]):
         self._unsent.extend(self._waiting.pop(job_id) for job_id in (*updates.unknown, *updates.lost))
         if updates.outcomes:
             self._ended_at = self._reminded_at = time.monotonic()
+            self._notice_at = None
 
     def _ready(self) -> list[tuple[K, Outcome | Exception]]:
         if not self._ordered:
@@ -237,6 +242,17 @@ class Window(Generic[K]):
             if not self._send(jobs[start : start + CHUNK]):
                 return
 
+    def _say_who_comes_first(self) -> None:
+        """Notify the user once, some seconds after the start, if all jobs wait behind those of others."""
+        if self._notice_at is None or not self._waiting or time.monotonic() < self._notice_at:
+            return
+        self._notice_at = None
+        *_, oldest = next(iter(self._waiting.values()))
+        with contextlib.suppress(HeadraceError):
+            line = waiting_notice(self._reader, oldest.id, oldest.model, oldest.urgency, own=len(self._waiting))
+            if line is not None:
+                self._notify(line)
+
     def _remind(self) -> None:
         """Notify the user if no job ends because no worker serves the queue."""
         now = time.monotonic()
@@ -253,7 +269,7 @@ class Window(Generic[K]):
                 if not status.serves(model):
                     self._notify(
                         f"{len(self._waiting)} jobs wait and no worker serves queue {keys.queue(model)}; "
-                        "start one with `celery -A headrace.worker worker`"
+                        f"start one with {start_worker(self._reader.url, [model])}"
                     )
 
     def _notify_rate_limited(self, message: str) -> None:

@@ -85,6 +85,12 @@ def invalid(message: str, param: str) -> ApiError:
     return ApiError(400, "invalid_request", message, param=param)
 
 
+def no_worker(start: str) -> ApiError:
+    """A 503 response: no worker serves the model; `start` is the command that starts one."""
+    message = f"no worker serves the model; try again later, or on the server run {start}"
+    return ApiError(503, NoWorker.code, message, retry_after_s=RETRY_AFTER_S)
+
+
 def not_found(kind: str, object_id: str) -> ApiError:
     """A 404 response: the object does not exist or belongs to another API key."""
     return ApiError(404, "not_found", f"no such {kind}: {object_id}", param="id")
@@ -105,11 +111,12 @@ def translate(error: Exception) -> ApiError:
     if isinstance(error, QueueFull):
         return ApiError(429, error.code, "the queue is full; try again later", retry_after_s=RETRY_AFTER_S)
     if isinstance(error, (RedisUnreachable, RedisRefused)):
-        return ApiError(503, error.code, _REDIS_DOWN, retry_after_s=RETRY_AFTER_S)
+        start = f", or on the server {error.start_here}" if isinstance(error, RedisUnreachable) else ""
+        return ApiError(503, error.code, _REDIS_DOWN + start, retry_after_s=RETRY_AFTER_S)
     if isinstance(error, RedisUnsuitable):
         return ApiError(503, error.code, "the queue would lose jobs; `headrace status` on the server says why")
     if isinstance(error, NoWorker):
-        return ApiError(503, error.code, "no worker serves the model; try again later", retry_after_s=RETRY_AFTER_S)
+        return no_worker(error.start_here)
     if isinstance(error, JobLost):
         return ApiError(503, error.code, "the queue lost the job; send the request again", retry_after_s=RETRY_AFTER_S)
     if isinstance(error, (ResultTimeout, JobExpired)):

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from headrace.client.async_client import AsyncClient, AsyncJob
-from headrace.client.http.errors import RETRY_AFTER_S, ApiError, translate
+from headrace.client.http.errors import ApiError, no_worker, translate
 from headrace.client.http.job_book import JobBook
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event
 from headrace.client.jobs.together import MAX_RESPONSE_RESULTS, check_copies, check_response
 from headrace.client.wire.errors import HeadraceError, InvalidRequest, RedisRefused, RedisUnreachable
 from headrace.client.wire.results import Result, outcome_state
+from headrace.client.wire.start_advice import start_worker_here
 from headrace.client.wire.values import show
 from headrace.config.model_names import served_name
 
@@ -118,7 +119,7 @@ class JobRunner:
         if name is not None and name in served:
             return name
         if name is not None and (name == default or not served or name in await self._recently_served()):
-            raise ApiError(503, "no_worker", "no worker serves the model; try again later", retry_after_s=RETRY_AFTER_S)
+            raise no_worker(start_worker_here(self._client.url, [name]))
         names = ", ".join(sorted(served))
         raise ApiError(
             404, "model_not_found", f"model: no worker serves {show(requested)}; served: {names}", param="model"

@@ -28,6 +28,7 @@ from headrace.client.wire.errors import (
 )
 from headrace.client.wire.redis import connect, redis_errors
 from headrace.client.wire.results import Outcome, State, parse_outcome
+from headrace.client.wire.start_advice import start_worker, start_worker_here
 from headrace.client.wire.suitability import ServerReport, read_report
 from headrace.client.wire.values import show
 from headrace.config.model_names import is_served_name
@@ -182,7 +183,8 @@ class JobReader:
             return ResultTimeout(job_id, timeout, state, until)
         model = self._model_of(job_id)
         if outcome is None and not self.status().serves(model):
-            return NoWorker(job_id, timeout, state, keys.queue(model))
+            start = (start_worker(self.url, [model]), start_worker_here(self.url, [model]))
+            return NoWorker(job_id, timeout, state, keys.queue(model), *start)
         return ResultTimeout(job_id, timeout, state)
 
     def waits_until(self, job_id: str) -> float | None:
@@ -204,9 +206,10 @@ class JobReader:
             model = self._model_of(waiting[0])
             if not self.status().serves(model):
                 log.warning(
-                    "%d jobs wait and no worker serves queue %s; start one with `celery -A headrace.worker worker`",
+                    "%d jobs wait and no worker serves queue %s; start one with %s",
                     len(waiting),
                     keys.queue(model),
+                    start_worker(self.url, [model]),
                 )
 
     def _has_ended(self, job_ids: Sequence[str]) -> list[bool]:

@@ -17,6 +17,7 @@ from headrace.client.wire.misplaced import Misplaced, find_misplaced
 from headrace.client.wire.model_description import ModelDescription
 from headrace.client.wire.queue_depth import QueueStatus, count_delivered, execute_typed, queue_status
 from headrace.client.wire.redis import redis_errors
+from headrace.client.wire.start_advice import start_worker_here
 from headrace.client.wire.suitability import ServerReport
 from headrace.client.wire.unicode import check_unicode, parse_json
 from headrace.client.wire.values import show
@@ -268,5 +269,6 @@ class ServedModels:
         others = models.keys() - self._configured
         served = self.served() if others else None
         if served and served.now and (unknown := sorted(others - served.now - served.recent)):
-            expected = f"one that is served: {', '.join(sorted(served.now))}"
+            start = start_worker_here(self._url, [unknown[0]])  # it may be shown to users of the HTTP API
+            expected = f"one that is served: {', '.join(sorted(served.now))}; or start a worker for it, {start}"
             raise InvalidRequest("model", show(models[unknown[0]]), expected)

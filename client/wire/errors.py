@@ -30,6 +30,9 @@ from typing import Any, Self
 
 from headrace.client.wire.connection_advice import NO_DESCRIPTORS, connection_advice
 
+#: The command that starts a worker, if nothing more is known.
+UP = "`headrace up`"
+
 
 class HeadraceError(Exception):
     """The base class of all errors of headrace.
@@ -105,12 +108,23 @@ class RedisFailed(HeadraceError):
 
 
 class RedisUnreachable(RedisFailed, ConnectionError):
-    """Raised when Redis cannot be reached."""
+    """Raised when Redis cannot be reached.
+
+    Attributes:
+        start: what to do if no Redis runs there (`client.wire.start_advice`).
+        start_here: the same for users of the HTTP API, without paths and addresses.
+    """
 
     code = "redis_unreachable"
 
+    def __init__(self, url: str, reason: str, start: str = "", start_here: str = "") -> None:
+        super().__init__(url, reason)
+        self.start = start or "start it, or correct HEADRACE_REDIS_URL"
+        self.start_here = start_here or "start the Redis that HEADRACE_REDIS_URL names"
+        self.args = (url, reason, self.start, self.start_here)
+
     def __str__(self) -> str:
-        advice = connection_advice(self.reason) or "start it, or `headrace up`, or set HEADRACE_REDIS_URL"
+        advice = connection_advice(self.reason) or self.start
         if NO_DESCRIPTORS.lower() in self.reason.lower():
             advice = "this process may open no more files: close some, or raise the limit with `ulimit -n 4096`"
         return self._with_accepted(f"Redis at {self.url} cannot be reached ({self.reason}); {advice}")
@@ -248,19 +262,27 @@ class ResultTimeout(HeadraceError, TimeoutError):
 
 
 class NoWorker(ResultTimeout):
-    """A `ResultTimeout` that is raised when no worker serves the queue of the job."""
+    """A `ResultTimeout` that is raised when no worker serves the queue of the job.
+
+    Attributes:
+        queue: the name of the queue in Celery.
+        start: the command that starts a worker for it (`client.wire.start_advice`).
+        start_here: the same for users of the HTTP API, without paths and addresses.
+    """
 
     code = "no_worker"
 
-    def __init__(self, job_id: str, timeout_s: float, state: str, queue: str = "") -> None:
+    def __init__(
+        self, job_id: str, timeout_s: float, state: str, queue: str = "", start: str = "", start_here: str = ""
+    ) -> None:
         super().__init__(job_id, timeout_s, state)
-        self.args = (job_id, timeout_s, state, queue)
-        self.queue = queue
+        self.queue, self.start, self.start_here = queue, start or UP, start_here or UP
+        self.args = (job_id, timeout_s, state, queue, self.start, self.start_here)
 
     def __str__(self) -> str:
         return (
             f"job {self.job_id} is still {self.state} after {self.timeout_s:g} s and no worker serves queue "
-            f"{self.queue}; the job waits there: start a worker with `celery -A headrace.worker worker`"
+            f"{self.queue}; the job waits there: start a worker with {self.start}"
         )
 
 

@@ -32,6 +32,7 @@ from headrace.client.wire.embedded_redis import (
     is_embedded,
 )
 from headrace.client.wire.errors import RedisRefused, RedisUnreachable
+from headrace.client.wire.start_advice import start_redis, start_redis_here
 from headrace.config.directories import redis_dir
 from headrace.config.sentinel import is_sentinel, parse_sentinel
 from headrace.config.settings import Settings, redact_url
@@ -159,7 +160,7 @@ def redis_errors(url: str) -> Iterator[None]:
         shown = redact_url(current_url(url))
         if isinstance(error.__cause__, redis.ResponseError):  # kombu's error for a message that Redis refused
             raise RedisRefused(shown, str(error)) from error
-        raise RedisUnreachable(shown, explain(url, error)) from error
+        raise RedisUnreachable(shown, explain(url, error), start_redis(url), start_redis_here(url)) from error
     except redis.RedisError as error:
         raise RedisRefused(redact_url(current_url(url)), str(error)) from error
     except OSError as error:

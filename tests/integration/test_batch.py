@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import functools
 import gzip
+import importlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from headrace.client import Client, InvalidBatch, InvalidRequest, JobFailed, OutputRefused
 from headrace.client.batch import window
@@ -23,8 +27,10 @@ from headrace.client.batch.items import BatchItem
 from headrace.client.batch.window import Window
 from headrace.client.wire import keys
 from headrace.config import load_settings
+from headrace.worker.cli import main
 from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.conftest import Reference
+from tests.integration.processes import WorkerProcess, wait_until
 from tests.patience import PATIENCE_S
 
 HEADRACE = [sys.executable, "-m", "headrace.worker.cli", "batch"]
@@ -343,24 +349,69 @@ def test_a_dry_run_counts_and_estimates_and_writes_nothing(redis_url: str, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_ctrl_c_prints_the_command_to_resume(redis_url: str, tmp_path: Path) -> None:
+def test_waiting_behind_jobs_of_others_is_said_once(
+    client: Client, redis_url: str, tmp_path: Path, worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (window, importlib.import_module("headrace.worker.cli.generate")):
+        monkeypatch.setattr(module, "NOTICE_S", 0.1)
+    monkeypatch.setenv("HEADRACE_REDIS_URL", redis_url)
+    told: list[str] = []
+    with worker.slowly(), ThreadPoolExecutor(1) as thread:
+        client.submit_many(["Hello."] * 150, max_tokens=10, ignore_eos=True)
+        running = thread.submit(client.batch, prompts(3), tmp_path / "out.jsonl", notify=told.append)
+        done = CliRunner().invoke(main, ["generate", "Hi", "--max-tokens", "2"])
+        assert running.result(PATIENCE_S).succeeded == 3
+    lines = [*told, *(line for line in done.stderr.splitlines() if "behind" in line)]
+    counts = [re.fullmatch(r"waiting behind (\d+) jobs of others", line) for line in lines]
+    assert [found is not None and 20 <= int(found[1]) <= 154 for found in counts] == [True, True], lines
+
+
+def test_ctrl_c_leaves_jobs_queued_or_cancels_them_and_loses_nothing(
+    redis_url: str, tmp_path: Path, worker: WorkerProcess
+) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in prompts(600)))
-    environment = {**os.environ, "HEADRACE_REDIS_URL": redis_url}
+    source.write_text("".join(json.dumps(row) + "\n" for row in prompts(200)))
     command = [*HEADRACE, "-i", str(source), "-o", str(out), "--max-inflight", "16"]
+    shown = f"headrace batch -i {source} -o {out} --max-inflight 16"
+    environment = {**os.environ, "HEADRACE_REDIS_URL": redis_url}
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, preexec_fn=heed)
-    deadline = time.monotonic() + PATIENCE_S
-    while not out.exists() or not out.stat().st_size:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=PATIENCE_S)[1].decode()
+    wait_until(lambda: out.exists() and out.stat().st_size > 0)
+    with worker.slowly():
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=PATIENCE_S)[1].decode()
     assert process.returncode == 130
-    assert f"headrace batch -i {source} -o {out} --max-inflight 16 --resume" in said
+    assert re.search(rf"jobs stay in the queue .*; resume with\n  {re.escape(shown)} --resume\n", said), said
+    assert said.endswith(f"to cancel these jobs:\n  {shown} --cancel\n")
     before = len(lines_of(out))
-    assert 0 < before < 600
+    assert 0 < before < 200
+    # On a terminal, where the keyboard sends the signal.
+    keyboard, terminal = os.openpty()
+    with worker.slowly():
+        process = subprocess.Popen(
+            [*command, "--resume"], env=environment, preexec_fn=functools.partial(os.login_tty, terminal)
+        )
+        os.close(terminal)
+        wait_until(lambda: len(lines_of(out)) > before)
+        os.write(keyboard, b"\x03")
+        said = read_until(keyboard, "Cancel these jobs?")
+        assert f"{shown} --resume" in " ".join(said.split())
+        os.write(keyboard, b"y\n")
+        assert re.search(r"\b([1-9]|1[0-6]) jobs were cancelled", read_until(keyboard, "were cancelled"))
+        assert process.wait(PATIENCE_S) == 130
+    os.close(keyboard)
+    before = len(lines_of(out))
+    again = batch(redis_url, "-i", str(source), "-o", str(out), "--cancel")
+    assert b"0 jobs were cancelled" in again.stderr
     done = batch(redis_url, "-i", str(source), "-o", str(out), "--resume", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["before"] == before
-    assert len(texts_of(out)) == 600
+    assert len(texts_of(out)) == 200
+
+
+def read_until(keyboard: int, words: str) -> str:
+    """What a terminal shows until these words."""
+    said = ""
+    while words not in said:
+        said += os.read(keyboard, 4096).decode(errors="replace")
+    return said

@@ -321,7 +321,7 @@ def test_unknown_job_no_worker_and_timeout_are_three_errors(
         client.job("never-was").status()
     with Client(settings=settings, model="unserved") as elsewhere:
         job = elsewhere.submit("Hello.")
-        with pytest.raises(NoWorker, match=r"headrace\.unserved.*celery -A headrace.worker worker"):
+        with pytest.raises(NoWorker, match=r"headrace\.unserved.*headrace up --model unserved`"):
             job.result(0.2)
         assert job.status() == "queued"
     with worker.slowly():

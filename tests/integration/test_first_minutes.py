@@ -124,7 +124,7 @@ def test_serve_before_up(place: Path) -> None:
     with serve(place) as server:
         early = complete(server)
         assert early.status_code == 503
-        assert "cannot be reached" in early.text
+        assert "the queue cannot be reached; try again later, or on the server run `headrace up`" in early.text
         with up(place) as worker:
             worker.wait_for("worker.ready")
             # The server remembers for a second or two that there was no worker.
@@ -137,9 +137,10 @@ def test_serve_before_up(place: Path) -> None:
 
 def test_up_before_everything_else(place: Path) -> None:
     """`serve`, `status`, `generate`, `batch` and a second worker use the Redis and the worker of `up`."""
-    assert run(place, "status").returncode == 3
-    with up(place) as worker:
-        worker.wait_for("worker.ready")
+    assert "start it and a worker with `headrace up`, or" in run(place, "status").stderr
+    with up(place, HEADRACE_LOG_FORMAT="console", HEADRACE_SLOTS="1") as worker:
+        worker.wait_for(' (started here); next, in another terminal: `headrace generate "Hello."`')
+        assert re.fullmatch(r"(headrace: loading .*\n)?headrace: ready, model demo, Redis at unix:.*\n", worker.said())
         with serve(place) as server:
             answer = complete(server)
             assert answer.status_code == 200, answer.text
@@ -158,7 +159,13 @@ def test_up_before_everything_else(place: Path) -> None:
             with Client() as client:
                 wait_until(lambda: len(client.status().workers) == 2)
                 assert client.submit("Hello.", **JOB).result(PATIENCE_S).text == TEXT
+        with Client() as client:
+            jobs = client.submit_many(["Hello."] * 20, max_tokens=100, ignore_eos=True)
+            wait_until(lambda: any(job.status() == "running" for job in jobs))
         assert worker.end() == 0
+    assert "stopping; jobs that run are finished first: 1; those that wait return to the queue:" in worker.said()
+    assert re.search(r"stopped; .* jobs for demo remain queued: `headrace up` computes them\n$", worker.said())
+    assert "shutdown" not in worker.said()
     assert not list((place / "tmp").iterdir())
 
 

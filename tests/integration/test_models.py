@@ -151,6 +151,7 @@ def test_an_unknown_model_is_refused_with_the_list_of_those_that_are_served(
     refused = CliRunner().invoke(main, ["generate", "Hello.", "--model", "tyni"])
     assert refused.exit_code == 3
     assert "no worker serves headrace.tyni" in refused.stderr
+    assert f"start one with `HEADRACE_REDIS_URL='{server.url}' headrace up --model tyni`" in refused.stderr
     assert "Served there: demo, tiny" in refused.stderr
     done = CliRunner().invoke(main, ["generate", "Hello.", "--model", "tiny", "--max-tokens", "3", "--json"])
     assert '"model":"tiny"' in done.stdout

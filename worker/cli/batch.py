@@ -6,19 +6,20 @@ from typing import Any
 
 import click
 
-from headrace.client import SamplingParams
+from headrace.client import Client, SamplingParams
 from headrace.client.batch.columns import Columns
 from headrace.client.batch.formats.readers import LINES, READERS
 from headrace.client.batch.formats.writers import OUTPUTS
 from headrace.client.batch.output import STDOUT, Output
-from headrace.client.batch.run import BatchReport
+from headrace.client.batch.run import Batch, BatchReport
 from headrace.client.batch.window import MAX_INFLIGHT
 from headrace.client.wire.errors import InvalidRequest
 from headrace.worker.cli.backends import Backends, pass_backends
 from headrace.worker.cli.batch_estimate import estimate
 from headrace.worker.cli.batch_input import BatchInput
 from headrace.worker.cli.batch_progress import ProgressDisplay
-from headrace.worker.cli.batch_report import print_json, stopped, summary
+from headrace.worker.cli.batch_report import print_cancelled, print_json, summary
+from headrace.worker.cli.batch_stop import Stopped, StopRequest, end_stopped
 from headrace.worker.cli.errors import FAILED, INTERRUPTED, command_errors
 from headrace.worker.cli.local_stack import note, settings_for
 from headrace.worker.cli.options import MODEL, PROMPT_OPTIONS, REPEATABLE, sampling_options
@@ -57,6 +58,7 @@ SAMPLING = (*SamplingParams.model_fields, *PROMPT_OPTIONS)
 @click.option("--resume", is_flag=True, help="compute only rows that the output does not have")
 @click.option("--retry-errors", is_flag=True, help="like --resume, and compute failed rows again")
 @click.option("--overwrite", is_flag=True, help="compute all rows again")
+@click.option("--cancel", is_flag=True, help="compute nothing; cancel what a stopped run of this command left queued")
 @click.option("--max-inflight", type=int, default=MAX_INFLIGHT, show_default=True, help="rows queued at a time")
 @click.option("--ordered", is_flag=True, help="write rows in the order of the input, not as they end")
 @click.option("--limit", type=click.IntRange(min=1), help="compute only this many rows, from the start of the input")
@@ -136,21 +138,27 @@ def run_batch(backends: Backends, given: BatchInput, *, output: str | None, as_j
     _check_options(given.source, output, as_json=as_json, **options)
     settings, display, report = settings_for(given.model), ProgressDisplay(note), BatchReport()
     checked = given.check(backends, settings, display)
-    with backends.find_or_start_stack(settings) as stack, display.shown():
+    if options["cancel"]:
+        with Client(settings=settings) as checked.client:
+            print_cancelled(_cancel(checked, output, options), as_json=as_json)
+        return
+    with backends.find_or_start_stack(settings) as stack:
         checked.client = stack.client
 
         def show_progress(now: BatchReport) -> None:
             nonlocal report
             report = now
+            stop.check()
             stack.supervise()
             display.update(now)
 
         if options["resume"] or options["retry_errors"]:
             display.notify(f"resuming {output}")
         try:
-            checked.run(output, notify=display.notify, on_progress=show_progress, **options)
-        except KeyboardInterrupt:
-            note.print(stopped(report, local=stack.local), soft_wrap=True, markup=False)
+            with StopRequest() as stop, display.shown():
+                checked.run(output, notify=display.notify, on_progress=show_progress, **options)
+        except Stopped:
+            end_stopped(report, lambda: _cancel(checked, output, options).outstanding, local=stack.local)
             raise SystemExit(INTERRUPTED) from None
     note.print(summary(report, output, options["errors"]), soft_wrap=True, markup=False)
     if as_json:
@@ -159,9 +167,15 @@ def run_batch(backends: Backends, given: BatchInput, *, output: str | None, as_j
         raise SystemExit(FAILED)
 
 
+def _cancel(batch: Batch, output: str, options: dict[str, Any]) -> BatchReport:
+    """Cancel what a stopped run of the command left in the queue."""
+    again = {"resume": True, "retry_errors": False, "overwrite": False, "cancel": True}
+    return batch.run(output, **{**options, **again})
+
+
 def _check_options(source: str, output: str, *, as_json: bool, **options: Any) -> None:
     """Refuse options that contradict each other, and an output that cannot be written, before anything is read."""
-    resume = options["resume"] or options["retry_errors"]
+    resume = options["resume"] or options["retry_errors"] or options["cancel"]
     if output == STDOUT and (as_json or resume or options["overwrite"]):
         raise InvalidRequest("output-file", "'-'", "a file, for --json, --resume, --retry-errors and --overwrite")
     if options["overwrite"] and resume:

@@ -63,6 +63,8 @@ class ProgressDisplay:
 
     def _message(self, report: BatchReport) -> str:
         now, done = self._clock(), report.succeeded + report.failed
+        if not done:
+            self._recent.clear()  # jobs that wait have no rate
         self._recent.append((now, done, report.completion_tokens))
         while now - self._recent[0][0] > RECENT_S and len(self._recent) > 2:
             self._recent.popleft()

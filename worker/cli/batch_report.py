@@ -38,6 +38,14 @@ def print_json(report: BatchReport) -> None:
     click.echo(json.dumps({**report.as_dict(), "peak_memory_bytes": peak_memory()}))
 
 
+def print_cancelled(report: BatchReport, *, as_json: bool) -> None:
+    """What `--cancel` has done."""
+    if as_json:
+        click.echo(json.dumps({"cancelled": report.outstanding}))
+    else:
+        click.echo(f"{report.outstanding} jobs were cancelled; resume with\n  {resume_command()}", err=True)
+
+
 def stopped(report: BatchReport, *, local: bool) -> str:
     """The message after Ctrl-C. `local` says that the queue ends with this command."""
     jobs = "will be computed again then" if local else "stay in the queue and will be computed"
@@ -49,8 +57,17 @@ def stopped(report: BatchReport, *, local: bool) -> str:
 
 def resume_command() -> str:
     """The command that resumes this one."""
-    words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--retry-errors")]
-    return shlex.join(["headrace", *words, *([] if "--resume" in words else ["--resume"])])
+    return _again("--resume")
+
+
+def cancel_command() -> str:
+    """The command that cancels what this one has left in the queue."""
+    return _again("--cancel")
+
+
+def _again(option: str) -> str:
+    words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--retry-errors", "--resume", "--cancel")]
+    return shlex.join(["headrace", *words, option])
 
 
 def peak_memory() -> int:

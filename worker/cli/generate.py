@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
-from headrace.client import Result
+from headrace.client import Client, HeadraceError, Job, Result
+from headrace.client.jobs.ahead import NOTICE_S, waiting_notice
+from headrace.client.wire import keys
 from headrace.client.wire.requests import parse_request
 from headrace.worker.cli.backends import Backends, pass_backends
 from headrace.worker.cli.errors import command_errors
@@ -47,11 +52,33 @@ def generate(
         parse_request(given)  # before anything is started for it
         settings = settings_for(model)
         with backends.find_or_start_stack(settings.only(settings.model_name)) as stack:
-            result = stack.client.submit(**given).result(timeout)
+            job = stack.client.submit(**given)
+            with contextlib.nullcontext() if stack.local else _notice(stack.client, job):
+                result = job.result(timeout)
     if as_json:
         click.echo(result.model_dump_json())
     else:
         _print_result(result)
+
+
+@contextlib.contextmanager
+def _notice(client: Client, job: Job) -> Iterator[None]:
+    """In the block, say so after some seconds if the job waits behind those of others."""
+
+    def say() -> None:
+        with contextlib.suppress(HeadraceError):
+            line = waiting_notice(client.reader, job.id, client.model_name, keys.PRIORITIES["normal"])
+            if line is not None:
+                note.print(line)
+
+    timer = threading.Timer(NOTICE_S, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 def _source(prompt: str, chat: bool, system: str | None) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from rich.console import Console
 from headrace.client import Client, RedisUnreachable
 from headrace.client.wire.errors import HeadraceError
 from headrace.client.wire.keys import queue
+from headrace.client.wire.redis import resolve_url
+from headrace.client.wire.start_advice import start_worker
 from headrace.config import Settings, load_settings
 from headrace.config.tracing import setup_tracing
 from headrace.extras import why_no_worker
@@ -87,8 +89,8 @@ def _is_served(client: Client, settings: Settings) -> bool:
     if not status.serves(settings.model_name) and settings.redis_url is not None:
         served = ", ".join(sorted({worker.model for worker in status.workers})) or "nothing"
         raise NothingRuns(
-            f"no worker serves {queue(settings.model_name)} on the Redis that HEADRACE_REDIS_URL names; "
-            f"start one with `celery -A headrace.worker worker`. Served there: {served}"
+            f"no worker serves {queue(settings.model_name)} on the Redis that HEADRACE_REDIS_URL names; start one with "
+            f"{start_worker(resolve_url(settings), [settings.model_name], settings)}. Served there: {served}"
         )
     return status.serves(settings.model_name)
 

@@ -13,6 +13,8 @@ from headrace.client import Client, Status
 from headrace.client.wire.clock import SKEW_S
 from headrace.client.wire.keys import dead, queue
 from headrace.client.wire.model_description import ModelDescription, printable
+from headrace.client.wire.redis import resolve_url
+from headrace.client.wire.start_advice import start_worker
 from headrace.client.wire.suitability import ServerReport
 from headrace.config import load_settings
 from headrace.worker.cli.errors import FAILED, NOT_RUNNING, command_errors
@@ -47,7 +49,8 @@ def status(here: bool, as_json: bool) -> None:
         raise SystemExit(FAILED)
     if missing := [name for name in settings.models if not found.serves(name)]:
         if not as_json:
-            note.print(f"no worker serves {queue(missing[0])}; start one with `celery -A headrace.worker worker`")
+            start = start_worker(resolve_url(settings), missing, settings)
+            note.print(f"no worker serves {queue(missing[0])}; start one with {start}", soft_wrap=True, markup=False)
         raise SystemExit(NOT_RUNNING)
 
 

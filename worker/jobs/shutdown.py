@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import structlog
 
 from headrace.worker.jobs.completion import Completion
-from headrace.worker.jobs.deliveries import DeliveryBook
+from headrace.worker.jobs.deliveries import Delivery, DeliveryBook
 from headrace.worker.jobs.failure import ProcessFailure
 from headrace.worker.jobs.intake import Intake
 from headrace.worker.jobs.main_thread import MainThread
 from headrace.worker.jobs.observers import JobCounts, JobObserver
 from headrace.worker.jobs.quarantine import Quarantine
 from headrace.worker.jobs.retry import PatientStore
+from headrace.worker.jobs.store import Store
 
 if TYPE_CHECKING:
     from headrace.worker.engine.registry import ModelRegistry
@@ -26,6 +27,8 @@ log = structlog.get_logger("headrace.worker")
 
 #: How often a shutdown checks whether it should go faster.
 STOP_TICK_S = 0.1
+#: Pauses between two lines about what is still computed: the first, and the longest. Each is twice the one before.
+DRAIN_LOG_S, LONGEST_DRAIN_LOG_S = 2.0, 16.0
 
 
 class ColdShutdown:
@@ -101,15 +104,19 @@ class Shutdown:
         if self._failure.failed:
             self._cold_shutdown.give_up_at = 0.0
         self._hurry_on_signals()
+        held = sum(self._book.held_jobs(name) for name in self._models.names)
+        log.info("worker.stopping", running=self._running()[0], held=held)
         self._intake.stop()
         self._finish_running()
         self._completion.stop()
         self._main_thread.flush()
-        returned, open_jobs = self._return_messages()
+        left = self._book.deliveries()
+        open_jobs = self._return_messages(left)
+        queued = self._queued(left)
         self._stop_reporting()
         self._observers.returned(open_jobs)
         self._flush_traces()
-        log.info("worker.stopped", returned=returned, **self._counts.finished)
+        log.info("worker.stopped", returned=len(left), queued=queued, **self._counts.finished)
 
     def _hurry_on_signals(self) -> None:
         """From now on a signal means that the shutdown has waited long enough: running jobs are given up too."""
@@ -121,15 +128,37 @@ class Shutdown:
         stop = self._models.stop
         finishing = threading.Thread(target=stop, kwargs={"finish": True, "drop_waiting": True}, daemon=True)
         finishing.start()
-        while finishing.is_alive() and time.monotonic() < self._cold_shutdown.give_up_at:
+        began, pause_s = time.monotonic(), DRAIN_LOG_S
+        tell_at = began + pause_s
+        while finishing.is_alive() and (now := time.monotonic()) < self._cold_shutdown.give_up_at:
             finishing.join(STOP_TICK_S)
+            if now >= tell_at and finishing.is_alive():
+                running, tokens = self._running()
+                log.info("worker.draining", running=running, tokens=tokens, seconds=round(now - began, 1))
+                pause_s = min(2 * pause_s, LONGEST_DRAIN_LOG_S)
+                tell_at = now + pause_s
         if finishing.is_alive():
             threading.Thread(target=stop, daemon=True).start()  # two threads may wait for the engines to stop
             finishing.join()
 
-    def _return_messages(self) -> tuple[int, set[str]]:
-        """Return the messages that are left. Returns how many, and their open jobs."""
-        left = self._book.deliveries()
+    def _running(self) -> tuple[int, int]:
+        """How many jobs are computed, and the most tokens that they may still take."""
+        running = [sequence for engine in self._models.loaded.values() for sequence in engine.running_sequences()]
+        return len({each.job_id for each in running}), sum(each.most - each.written for each in running)
+
+    def _queued(self, returned: list[Delivery]) -> dict[str, int] | None:
+        """How many jobs no worker holds now, by model; None if Redis does not answer."""
+
+        def count(store: Store) -> dict[str, int]:
+            found = {name: sum(store.queued(name).values()) for name in self._models.names}
+            for delivery in returned:  # counted whole, although some of its jobs have ended
+                found[delivery.model] -= len(delivery.jobs) - len(delivery.open)
+            return {name: max(0, number) for name, number in found.items()}
+
+        return self._store.ask(count)
+
+    def _return_messages(self, left: list[Delivery]) -> set[str]:
+        """Return the messages that are left. Returns their open jobs."""
         for delivery in left:
             delivery.give_back()
         open_jobs = {job_id for delivery in left for job_id in delivery.open}
@@ -137,4 +166,4 @@ class Shutdown:
         suspected = self._failure.failed and not self._failure.crash_is_ours
         attempted = set() if suspected else self._quarantine.inside() & open_jobs
         self._store.ask(lambda store: store.returned(open_jobs, attempted))
-        return len(left), open_jobs
+        return open_jobs

@@ -89,6 +89,7 @@ VALUES: dict[tuple[str, str], tuple[list[str], Any]] = {
     ("batch", "resume"): ([], True),
     ("batch", "retry_errors"): ([], True),
     ("batch", "overwrite"): ([], True),
+    ("batch", "cancel"): ([], True),
     ("batch", "max_inflight"): (["32"], 32),
     ("batch", "ordered"): ([], True),
     ("batch", "limit"): (["10"], 10),
@@ -187,7 +188,7 @@ class RecordingBackends:
         if "on_progress" in options:
             options["on_progress"](BatchReport())
         self.received |= {"output": output, "dry_run": False, **options}
-        return []
+        return BatchReport() if options.get("cancel") else []  # type: ignore[return-value]
 
     def draw(self, path: str) -> None:
         self.received["plot"] = path
@@ -384,8 +385,8 @@ def test_parameters_that_were_not_given_are_left_to_the_worker() -> None:
         given_params({"logit_bias": ("eleven=1",)})
 
 
-def test_up_takes_the_generation_config_as_the_worker_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+def test_up_takes_options_as_the_worker_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
     monkeypatch.setattr("headrace.worker.cli.up.check_worker_packages", lambda: None)
     monkeypatch.setattr(
         "headrace.worker.cli.up.run_worker", lambda: seen.append(load_settings().generation_config) or 0
@@ -395,3 +396,9 @@ def test_up_takes_the_generation_config_as_the_worker_reads_it(monkeypatch: pyte
         assert CliRunner().invoke(main, ["up", *flags]).exit_code == 0
     assert seen == ["auto", "none"]
     assert CliRunner().invoke(main, ["up", "--generation-config", "vllm"]).exit_code == 2
+    monkeypatch.setattr("headrace.worker.cli.up.run_worker", lambda: seen.append(load_settings().models) or 0)
+    monkeypatch.setenv("HEADRACE_MODEL", "gpt2")
+    monkeypatch.setenv("HEADRACE_SERVED_NAME", "prod")
+    for model in ("prod", "chat=./m", "a,b"):
+        assert CliRunner().invoke(main, ["up", "--model", model]).exit_code == 0
+    assert seen[2:] == [{"prod": "gpt2"}, {"chat": "./m"}, {"a": "a", "b": "b"}]
