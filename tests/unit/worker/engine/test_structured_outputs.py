@@ -10,6 +10,8 @@ from typing import Any
 
 import jsonschema
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from headrace.client.wire.errors import JobFailed
 from headrace.client.wire.requests import GenerateRequest
@@ -234,3 +236,81 @@ def test_a_grammar_that_exceeds_its_bounds_fails_its_own_job(engine: Engine) -> 
 def test_a_grammar_that_nothing_matches_is_refused(engine: Engine) -> None:
     for form in ({"regex": r"[^\x00-\U0010ffff]"}, {"grammar": "start: start"}):
         assert "no text matches it" in str(error_of(engine, structured_outputs=form))
+
+
+# Random forms
+
+
+LETTERS = st.sampled_from(["a", "b", "ab", " the", "é", "東", "🙂", "0", "\n", ".", "-"])
+#: Parts of patterns that mean the same in Python and in Rust.
+PATTERNS = st.recursive(
+    LETTERS.map(re.escape) | st.sampled_from(["[a-c]", "[^a]", "[0-9é]", "[東-椅]", ".", ""]),
+    lambda inner: (
+        st.lists(inner, min_size=1, max_size=3).map(lambda parts: f"(?:{'|'.join(parts)})")
+        | st.lists(inner, min_size=2, max_size=3).map("".join)
+        | st.tuples(inner, st.sampled_from(["?", "*", "+", "{2}", "{0,3}", "{1,}"])).map(
+            lambda part: f"(?:{part[0]}){part[1]}"
+        )
+    ),
+    max_leaves=8,
+)
+STEMS = st.lists(LETTERS, max_size=4).map("".join)
+#: Texts that begin alike, whole ones that others continue, and the empty one.
+CHOICES = st.tuples(STEMS, st.lists(STEMS, min_size=1, max_size=5)).map(
+    lambda parts: [parts[0] + end for end in parts[1]]
+)
+SCHEMAS = st.recursive(
+    st.fixed_dictionaries({"type": st.just("string"), "maxLength": st.integers(0, 4)})
+    | st.tuples(st.integers(-20, 20), st.integers(0, 40)).map(
+        lambda bounds: {"type": "integer", "minimum": bounds[0], "maximum": sum(bounds)}
+    )
+    | st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"enum": ["a", 5, None]}, {"const": "é\n"}])
+    | st.just({"type": "string", "pattern": "^[ab]{2,3}$"}),
+    lambda inner: (
+        st.fixed_dictionaries({"anyOf": st.lists(inner, min_size=1, max_size=2)})
+        | st.fixed_dictionaries({"type": st.just("array"), "items": inner, "maxItems": st.integers(0, 2)})
+        | st.dictionaries(st.sampled_from(["a", "b", "é"]), inner, max_size=2).map(
+            lambda given: (
+                {"type": "object", "properties": given, "required": sorted(given)[:1]} | {"additionalProperties": False}
+            )
+        )
+    ),
+    max_leaves=4,
+)
+
+
+def samples(engine: Engine, forms: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Choice]]:
+    """Two choices for each form, all computed together."""
+    requests = [
+        ask("The", structured_outputs=form, n=2, temperature=1.5, seed=i, max_tokens=20, min_tokens=i % 3)
+        for i, form in enumerate(forms)
+    ]
+    results = compute(engine, *requests)
+    return [(form, choice) for form, result in zip(forms, results, strict=True) for choice in result.choices]
+
+
+@settings(deadline=None)
+@given(st.lists(PATTERNS, min_size=3, max_size=6))
+def test_every_complete_text_matches_its_pattern(engine: Engine, patterns: list[str]) -> None:
+    for form, choice in samples(engine, [{"regex": pattern} for pattern in patterns]):
+        matches = re.fullmatch(form["regex"], choice.text) is not None
+        assert choice.complete or choice.finish_reason == "length"
+        assert matches or not choice.complete, (form, choice.text)
+        assert choice.complete or not matches or "\ufffd" in choice.text, (form, choice.text)
+
+
+@settings(deadline=None)
+@given(st.lists(CHOICES, min_size=3, max_size=6))
+def test_every_complete_text_is_a_choice(engine: Engine, lists: list[list[str]]) -> None:
+    for form, choice in samples(engine, [{"choice": choices} for choices in lists]):
+        assert choice.complete, (form, choice)
+        assert choice.text in form["choice"]
+
+
+@settings(deadline=None)
+@given(st.lists(SCHEMAS, min_size=3, max_size=6))
+def test_every_complete_text_is_valid_by_its_schema(engine: Engine, schemas: list[dict[str, Any]]) -> None:
+    for form, choice in samples(engine, [{"json": schema} for schema in schemas]):
+        if choice.finish_reason == "stop":
+            assert choice.complete
+            jsonschema.validate(json.loads(choice.text), form["json"])
