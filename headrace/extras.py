@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Literal
 
-Extra = Literal["worker", "embedded", "references", "http", "plot", "metrics", "otel", "tables"]
+Extra = Literal["worker", "embedded", "references", "http", "plot", "metrics", "otel", "tables", "structured"]
 
 
 def how_to_install(extra: Extra) -> str:

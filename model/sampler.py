@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from headrace.model.kernels import sampling as kernel
 from headrace.model.kernels.argmax import largest
+from headrace.model.kernels.token_mask import Words, mask_rows
+
+#: In place of a token: the row's logits hold a NaN; its mask leaves no token.
+NOT_A_NUMBER, NO_TOKEN = -1, -2
 
 NEVER = float("-inf")
 
@@ -61,19 +66,30 @@ class Draw:
         return len(self.output)
 
 
-def sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Next token of each row. logits: [R, V] -> LongTensor [R]; -1 for a row whose logits hold a NaN.
+class TokenMasks(NamedTuple):
+    """The rows that may not get every token, and one bit for each token that they may get; see `mask_rows`."""
 
-    Logits may be in the type of the weights: argmax is the same in float32, in which everything else is computed.
+    rows: list[int]
+    words: Words
+
+
+def sample(logits: Tensor, draws: Sequence[Draw], masks: TokenMasks | None = None) -> Tensor:
+    """Next token of each row. logits: [R, V] -> LongTensor [R]; NOT_A_NUMBER or NO_TOKEN for a row that gets none.
+
+    Logits may be in the type of the weights: argmax is the same in float32, in which everything else is computed. With
+    masks they are overwritten.
     """
     logits = adjust(logits, draws)
+    if masks is not None:
+        mask_rows(logits, masks.rows, masks.words)
     best, chosen = largest(logits)
     rows = [i for i, draw in enumerate(draws) if not draw.params.greedy]
     if rows:
         picked = torch.tensor(rows, device=logits.device)
         chosen = chosen.index_copy(0, picked, _draw(logits, best, rows, [draws[i] for i in rows]))
     # The largest logit of a row with a NaN is NaN, so this one check is enough; +inf would make all probabilities NaN.
-    return chosen.masked_fill(best.isnan() | (best == float("inf")), -1)
+    chosen = chosen.masked_fill(best == NEVER, NO_TOKEN)
+    return chosen.masked_fill(best.isnan() | (best == float("inf")), NOT_A_NUMBER)
 
 
 def _draw(logits: Tensor, best: Tensor, rows: list[int], draws: Sequence[Draw]) -> Tensor:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from headrace.client.batch.response_format import take_response_format
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.requests import MAX_PROMPT_TOKENS, GenerateRequest, parse_request, plain_fields
 from headrace.client.wire.results import Choice, Result, TokenLogprob, TopLogprob, Usage
@@ -30,6 +31,8 @@ REQUEST_ERRORS = {
     "chat_template_failed": "messages",
     "invalid_token_id": "prompt",
     "too_many_logprobs": "logprobs",
+    "grammar_too_complex": "structured_outputs",
+    "no_token_allowed": "structured_outputs",
     "checkpoints_off": "checkpoints",
     "checkpoints_too_large": "checkpoints",
     "result_too_large": "max_tokens",
@@ -63,9 +66,11 @@ def shared_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     """What the bodies of both APIs have in common; see `completion_fields`.
 
     Raises:
-        InvalidRequest: `max_completion_tokens` is wrong, or is another number than `max_tokens`.
+        InvalidRequest: `max_completion_tokens` is wrong, or is another number than `max_tokens`; `response_format` is
+            wrong.
     """
     fields = plain_fields(body)
+    take_response_format(fields)
     if fields.get("stream") is False:
         del fields["stream"]
     if _NEWER_NAME in fields:
@@ -180,7 +185,7 @@ def completion(result: Result, *, as_token_ids: bool = False) -> dict[str, Any]:
 
 def _choice(choice: Choice, as_token_ids: bool) -> dict[str, Any]:
     scores = None if choice.logprobs is None else logprobs_fields(choice.logprobs, as_token_ids=as_token_ids)
-    fields = choice.model_dump(include={"index", "text", "finish_reason", "stop_reason"})
+    fields = choice.model_dump(include={"index", "text", "finish_reason", "stop_reason", "complete"})
     return {**fields, "logprobs": scores}
 
 

@@ -85,6 +85,7 @@ def _choice(choice: Choice, as_token_ids: bool) -> dict[str, Any]:
         "logprobs": chat_logprobs(choice.logprobs, as_token_ids=as_token_ids),
         "finish_reason": choice.finish_reason,
         "stop_reason": choice.stop_reason,
+        **({} if choice.complete is None else {"complete": choice.complete}),
     }
 
 

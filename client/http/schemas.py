@@ -34,6 +34,8 @@ class CompletionChoice(BaseModel):
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None
     logprobs: CompletionLogprobs | None
+    #: With `structured_outputs` or `response_format`: whether the text has the form.
+    complete: bool | None = None
     #: With the field of this name: for each token of the prompt but the first, the tokens at its place by their ids.
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
 
@@ -88,6 +90,8 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None
+    #: With `structured_outputs` or `response_format`: whether the text has the form.
+    complete: bool | None = None
 
 
 class ChatCompletion(BaseModel):

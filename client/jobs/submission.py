@@ -21,6 +21,7 @@ from celery import Celery
 from headrace.client.jobs.grouping import GROUP_JOBS, groups
 from headrace.client.jobs.own_fields import check_id, check_model, check_timeout_s
 from headrace.client.jobs.prepared import PreparedJob
+from headrace.client.jobs.request_checks import check_request
 from headrace.client.jobs.server_check import ServerCheck
 from headrace.client.jobs.status import ServedModels
 from headrace.client.jobs.together import MAX_RESPONSE_RESULTS, check_copies, check_response
@@ -31,7 +32,6 @@ from headrace.client.wire.job_index import JobIndex
 from headrace.client.wire.queue_depth import count_queued
 from headrace.client.wire.redis import redis_errors
 from headrace.client.wire.requests import INTERNAL_NAMES, GenerateRequest, Operation, parse_request
-from headrace.client.wire.result_size import check_result_size
 from headrace.client.wire.tracing import sending
 from headrace.client.wire.values import is_missing, show
 from headrace.config import Settings
@@ -82,7 +82,7 @@ class Submitter:
         if timeout_s is not None:
             timeout_s = check_timeout_s(timeout_s)
         request = parse_request(given if operation is None else {**given, "operation": operation})
-        check_result_size(request, self._settings.max_result_bytes)
+        check_request(request, self._settings.max_result_bytes)
         named, model = model, self._model_name if model is None else check_model(model)
         digest = _digest(request, model) if job_id is not None else ""
         if request.seed is None:
@@ -130,7 +130,7 @@ class Submitter:
         """`prepare` a request whose parameters are those of `job`, which need no check."""
         own = parse_request({name: fields.get(name) for name in ("prompt", "seed")})
         request = job.request.model_copy(update={"prompt": own.prompt, "seed": own.seed})
-        check_result_size(request, self._settings.max_result_bytes)
+        check_request(request, self._settings.max_result_bytes)
         job_id = None if is_missing(fields.get("id")) else check_id(fields["id"])
         digest = "" if job_id is None else _digest(request, job.model)
         if request.seed is None:

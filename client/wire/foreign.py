@@ -87,7 +87,11 @@ _FLAG = any_of(bool, "True or False")
 _NUMBER = any_of((int, float), "a number")
 _ZERO, _ONE, _OFF = only(0), only(1), only(False)
 _GREEDY = "headrace samples, or with temperature=0 takes the most probable token"
-_SCHEMA = "headrace does not constrain the text"
+_SCHEMA = "use structured_outputs={'json': schema}"
+_REGEX = "use structured_outputs={'regex': pattern}"
+_CHOICE = "use structured_outputs={'choice': [...]}"
+_GRAMMAR = "use structured_outputs={'grammar': text}, in the syntax of Lark"
+_FORMS = "use structured_outputs"
 _TOOLS = "chat_template_kwargs passes variables to the model's chat template; calls in the text are not parsed"
 _READS_TEXT = "the models read and write text"
 _TRUNCATION = "shorten the prompt before you send it"
@@ -101,6 +105,8 @@ FOREIGN: dict[str, Foreign] = {
     "priority": only(0),
     "logprobs": only(False),
     "stop": only(""),  # an empty cell of a table, or of a form
+    "bad_words": only([]),
+    "structured_outputs": only({}),
     "logit_bias": only([]),  # PHP writes an empty map as a list
     "messages": Foreign(lambda value, fields: _same(value, []) and _has_prompt(fields)),
     "chat_template_kwargs": only({}, []),
@@ -145,19 +151,16 @@ FOREIGN: dict[str, Foreign] = {
     "include_stop_str_in_output": only(False, advice="stop_reason says which stop string ended the text"),
     "truncate_prompt_tokens": NO_VALUE._replace(advice=_TRUNCATION),
     "truncation_side": only("left", "right"),
-    "allowed_token_ids": NO_VALUE._replace(advice="use logit_bias"),
-    "bad_words": only([], advice="use logit_bias"),
     "logprob_token_ids": only([], advice="use logprobs, the number of alternatives"),
     "prompt_embeds": only([], advice="use prompt, text or token ids"),
     "detokenize": only(True),
     "flat_logprobs": _OFF,
-    "structured_outputs": only({}, advice=_SCHEMA),
-    "guided_decoding": only({}, advice=_SCHEMA),
+    "guided_decoding": only({}, advice=_FORMS),
     "guided_json": NO_VALUE._replace(advice=_SCHEMA),
-    "guided_regex": NO_VALUE._replace(advice=_SCHEMA),
-    "guided_choice": NO_VALUE._replace(advice=_SCHEMA),
-    "guided_grammar": NO_VALUE._replace(advice=_SCHEMA),
-    "structural_tag": NO_VALUE._replace(advice=_SCHEMA),
+    "guided_regex": NO_VALUE._replace(advice=_REGEX),
+    "guided_choice": NO_VALUE._replace(advice=_CHOICE),
+    "guided_grammar": NO_VALUE._replace(advice=_GRAMMAR),
+    "structural_tag": NO_VALUE._replace(advice=_FORMS),
     "guided_decoding_backend": _TEXT,
     "guided_whitespace_pattern": _TEXT,
     "logits_processors": only([], advice="use logit_bias"),
@@ -204,7 +207,7 @@ FOREIGN: dict[str, Foreign] = {
     "dry_penalty_last_n": _NUMBER,
     "repeat_penalty": only(1, advice="use repetition_penalty"),
     "repeat_last_n": only(-1, advice="penalties count all tokens"),
-    "grammar": only("", advice=_SCHEMA),
+    "grammar": only("", advice=_GRAMMAR),
     "json_schema": only({}, advice=_SCHEMA),
     "lora": only([]),
     "image_data": only([]),
@@ -229,8 +232,8 @@ FOREIGN: dict[str, Foreign] = {
     "use_cache": _FLAG,
     # SGLang
     "no_stop_trim": only(False, advice="stop_reason says which stop string ended the text"),
-    "regex": NO_VALUE._replace(advice=_SCHEMA),
-    "ebnf": NO_VALUE._replace(advice=_SCHEMA),
+    "regex": NO_VALUE._replace(advice=_REGEX),
+    "ebnf": NO_VALUE._replace(advice=_GRAMMAR),
     "return_hidden_states": only(False, advice="use checkpoints"),
 }
 

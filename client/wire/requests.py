@@ -9,9 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
@@ -21,6 +19,7 @@ from pydantic import (
 )
 
 from headrace.client.wire.activations import CHECKPOINT_TENSORS
+from headrace.client.wire.constraints import Constraints
 from headrace.client.wire.continuation import CONTINUATION_FORM, check_continuation
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.field_values import MAX_BIASES, bias_map, checkpoint_list, string_list, to_list
@@ -67,10 +66,8 @@ Float = Annotated[float, BeforeValidator(to_python)]
 Bool = Annotated[bool, BeforeValidator(to_python)]
 
 
-class SamplingParams(BaseModel):
+class SamplingParams(Constraints):
     """Sampling parameters. Names, defaults and ranges are those of the OpenAI completions API and of vLLM."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     max_tokens: Int = Field(16, ge=0, le=MAX_TOKENS, description=MAX_TOKENS_FORM)
     temperature: Float = Field(1.0, ge=0, le=2, description="a number from 0 (always the most probable token) to 2")
@@ -132,6 +129,8 @@ class SamplingParams(BaseModel):
     def _check_lengths(self) -> SamplingParams:
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None and not self._scores_continuation:
             raise InvalidRequest("max_tokens", "0", _expected("max_tokens"))
+        if self.max_tokens == 0 and self.structured_outputs is not None:
+            raise InvalidRequest("max_tokens", "0", "at least 1 beside structured_outputs")
         if self.min_tokens > self.max_tokens:
             raise InvalidRequest("min_tokens", show(self.min_tokens), f"at most max_tokens, which is {self.max_tokens}")
         return self

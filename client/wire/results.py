@@ -66,6 +66,9 @@ class Choice(BaseModel):
     #: files name, and for max_tokens.
     stop_reason: str | int | None = None
     logprobs: list[TokenLogprob] | None = None
+    #: With `structured_outputs`: whether the text, as far as it goes, has the form that was asked for. False if
+    #: max_tokens or a stop token ended it before that, or a stop string ended it. None without the field.
+    complete: bool | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class PromptTokensDetails(BaseModel):

@@ -126,7 +126,7 @@ def test_the_image_has_what_its_commands_need() -> None:
     assert "*project['dependencies']" in listing
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     listed = re.findall(r"\*extras\['(\w+)'\]", listing)
-    assert sorted(listed) == ["http", "metrics", "otel", "worker"]
+    assert sorted(listed) == ["http", "metrics", "otel", "structured", "worker"]
     assert all(extras[name] for name in listed)
     for name, rest in instructions():
         if name == "RUN" and "pip install" in rest:

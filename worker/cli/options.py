@@ -12,6 +12,8 @@ from pydantic.fields import FieldInfo
 from headrace.client import SamplingParams
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.requests import GenerateRequest
+from headrace.client.wire.unicode import parse_json
+from headrace.client.wire.values import show
 
 REPEATABLE = "may be given several times"
 MODEL = "model to use, by name or as in HEADRACE_MODEL; the first of HEADRACE_MODEL by default"
@@ -36,12 +38,17 @@ EFFECTS = {
     "min_tokens": "do not end the text before this many new tokens",
     "ignore_eos": "continue after the end-of-text token",
     "stop_token_ids": "end the text at the token with this id",
+    "structured_outputs": """the form of the text, in JSON: '{"regex": "[a-z]+"}', or with choice, json or grammar""",
+    "allowed_token_ids": "write only the token with this id",
+    "bad_words": "do not write this text",
     "skip_special_tokens": "leave special tokens out of the text",
     "parse_special_tokens": "read the names of special tokens in the prompt, such as <|endoftext|>, as these tokens",
     "add_special_tokens": "add the tokens that the model's tokenizer puts around a text",
 }
 #: Options for fields of the request that are no sampling parameters.
 PROMPT_OPTIONS = ("parse_special_tokens", "add_special_tokens")
+#: Options whose value is written in JSON.
+IN_JSON = {"structured_outputs"}
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -71,6 +78,8 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
         return click.option(flag, is_flag=True, default=None, help=effect)
     if get_origin(kind) is list:
         return click.option(flag, type=value_type(get_args(kind)[0]), multiple=True, help=f"{effect}; {REPEATABLE}")
+    if name in IN_JSON:
+        return click.option(flag, metavar="JSON", help=effect)
     if get_origin(kind) is dict:
         return click.option(flag, multiple=True, metavar="ID=BIAS", help=f"{effect}; {REPEATABLE}")
     default = "" if field.default is None else f"  [default: {field.default}]"
@@ -98,7 +107,7 @@ def given_params(params: dict[str, Any]) -> dict[str, Any]:
     """The sampling parameters that the user gave, as `Client.submit` takes them.
 
     Raises:
-        InvalidRequest: a `--logit-bias` is not ID=BIAS.
+        InvalidRequest: a `--logit-bias` is not ID=BIAS, or an option of IN_JSON is not JSON.
     """
     given = {name: list(v) if isinstance(v, tuple) else v for name, v in params.items() if v is not None and v != ()}
     if "logit_bias" in given:
@@ -107,4 +116,9 @@ def given_params(params: dict[str, Any]) -> dict[str, Any]:
             given["logit_bias"] = {int(token): float(bias) for token, bias in pairs}
         except ValueError:
             raise InvalidRequest("logit_bias", repr(given["logit_bias"]), "ID=BIAS, for example 50256=-100") from None
+    for name in IN_JSON & given.keys():
+        try:
+            given[name] = parse_json(str(given[name]))
+        except ValueError:
+            raise InvalidRequest(name, show(given[name]), "JSON") from None
     return given

@@ -28,8 +28,9 @@ from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import Tokenizer
 from headrace.worker.engine.errors import EngineStopped
 from headrace.worker.engine.executor import StepExecutor
+from headrace.worker.engine.grammars import Grammars
 from headrace.worker.engine.output_processor import OutputProcessor
-from headrace.worker.engine.preparation import Chats, prepared, settle
+from headrace.worker.engine.preparation import Preparations, is_slow, prepared, settle
 from headrace.worker.engine.protocols import StepRunner
 from headrace.worker.engine.request_defaults import NO_DEFAULTS, Defaults
 from headrace.worker.engine.request_table import RequestTable
@@ -89,6 +90,7 @@ class Engine:
         self.max_context = max_context
         self.ends = ends
         self.defaults = defaults
+        self.grammars = Grammars(tokenizer, vocab_size)
         self.description = description or ModelDescription()
         self.parse_special_tokens = parse_special_tokens
         self.fingerprint = fingerprint
@@ -98,7 +100,7 @@ class Engine:
         self._inbox: deque[RequestState] = deque()
         self._cancelled: deque[str | RequestState] = deque()  # by id, or because the caller cancelled its future
         self._lock = threading.RLock()
-        self._chats = Chats(self._lock, self._take, self._wake)
+        self._preparations = Preparations(self._lock, self._take, self._wake)
         self._stopping = False  # takes no more jobs
         self._dropping = False  # ends jobs that have no slot
         self._abandoning = False  # ends after the present step, whatever is left
@@ -140,10 +142,10 @@ class Engine:
         future: Future[Result] = Future()
         job_id = job_id or uuid.uuid4().hex
         hooks = Hooks(on_start, on_text, on_activations, text_every_s)
-        if request.messages is not None:
+        if is_slow(request, self):
             with self._lock:
                 self._check_open()
-                self._chats.start(request, job_id, future, self, hooks)
+                self._preparations.start(request, job_id, future, self, hooks)
             return future
         found = prepared(request, job_id, future, self)
         if not isinstance(found, RequestState):
@@ -168,7 +170,7 @@ class Engine:
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job: its future raises JobCancelled at the next step. Does nothing for unknown or finished jobs."""
-        self._chats.cancel(job_id)
+        self._preparations.cancel(job_id)
         self._note_cancelled(job_id)
 
     def _note_if_cancelled(self, job: weakref.ref[RequestState], done: Future[Result]) -> None:
@@ -190,7 +192,7 @@ class Engine:
         return EngineStats(
             slots=self.scheduler.max_rows,
             running=len(self.scheduler.running),
-            waiting=self.scheduler.waiting + len(self._inbox) + len(self._chats),
+            waiting=self.scheduler.waiting + len(self._inbox) + len(self._preparations),
             tokens=self._outputs.tokens,
             prompt_tokens=self._executor.prompt_tokens,
             steps=self._executor.steps,
@@ -295,7 +297,7 @@ class Engine:
             return 0.0
         with self._lock:
             idle = not self._inbox and not self._cancelled
-            ends = self._abandoning or (idle and self._stopping and not self._chats)
+            ends = self._abandoning or (idle and self._stopping and not self._preparations)
         if ends:
             self._abandon(STOPPED_MESSAGE)
             return None
@@ -333,5 +335,5 @@ class Engine:
         with self._lock:
             inbox = list(self._inbox)
             self._inbox.clear()
-        self._chats.end(lambda: EngineStopped(reason))
+        self._preparations.end(lambda: EngineStopped(reason))
         self._requests.abandon(inbox, reason)

@@ -9,6 +9,7 @@ from headrace.model.attention import Chunk, DecodeGroup
 from headrace.model.sampler import Draw, RowParams
 from headrace.worker.engine.scheduler import PromptChunk, SchedulerOutput
 from headrace.worker.engine.sequence import CachedPrefix, Sequence, Slot
+from headrace.worker.engine.token_masks import MaskedRow
 
 #: Parameters that the sampler takes from the request by name.
 _FROM_REQUEST = tuple(name for name in RowParams.__dataclass_fields__ if name != "banned")
@@ -21,10 +22,14 @@ class SampledRow(NamedTuple):
     row: int
     proposed: list[int]
 
+    @property
+    def output(self) -> list[int]:
+        """The sequence's tokens so far, with those proposed."""
+        return [*self.sequence.output, *self.proposed] if self.proposed else self.sequence.output
+
     def draw(self) -> Draw:
         """What the sampler needs to know. The stop tokens are banned until the sequence has `min_tokens`."""
-        sequence = self.sequence
-        output = [*sequence.output, *self.proposed] if self.proposed else sequence.output
+        sequence, output = self.sequence, self.output
         free, without_stops = sequence.sampling or _sampling(sequence)
         params = without_stops if len(output) < sequence.request.min_tokens else free
         return Draw(params, sequence.prompt, output, sequence.seed, sequence.index)
@@ -48,6 +53,15 @@ def _sampling(sequence: Sequence) -> tuple[RowParams, RowParams]:
     pair = RowParams(**params), RowParams(**params, banned=tuple(sorted(sequence.stop_tokens)))
     sequence.sampling = pair
     return pair
+
+
+def masked_rows(rows: list[SampledRow]) -> list[MaskedRow]:
+    """The rows whose sequences may not get every token, by their indices."""
+    return [
+        MaskedRow(i, each.sequence.rules, each.output, each.proposed)
+        for i, each in enumerate(rows)
+        if each.sequence.rules is not None
+    ]
 
 
 def accepted_rows(rows: list[SampledRow], tokens: list[int]) -> list[int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence as Rows
+from concurrent.futures import Future, wait
 
 import torch
 from safetensors.torch import save
@@ -19,11 +20,19 @@ from headrace.model.attention import CachedAttention
 from headrace.model.cuda_graphs import decode_graphs
 from headrace.model.decoder import Decoder
 from headrace.model.kv_cache import KVCache
-from headrace.model.sampler import Draw, RowParams, filtered, sample, top_logprobs
+from headrace.model.sampler import NO_TOKEN, Draw, RowParams, TokenMasks, filtered, sample, top_logprobs
 from headrace.worker.engine.cache_slots import SlotMove
-from headrace.worker.engine.input_batch import InputBatch, SampledRow, ScoredRows, accepted_rows, slot_of
+from headrace.worker.engine.input_batch import (
+    InputBatch,
+    SampledRow,
+    ScoredRows,
+    accepted_rows,
+    masked_rows,
+    slot_of,
+)
 from headrace.worker.engine.scheduler import ModelRunnerOutput, PrefixCopy, SchedulerOutput
-from headrace.worker.engine.sequence import Sequence, Slot, TokenScore
+from headrace.worker.engine.sequence import NoToken, Sequence, Slot, TokenScore
+from headrace.worker.engine.token_masks import Masks, MaskThread
 
 #: Prompt positions whose log probabilities are computed at once: 128 rows of GPT-2's logits are 26 MB.
 SCORE_ROWS = 128
@@ -41,6 +50,7 @@ class ModelRunner:
         self.model = model
         self.cache = KVCache(model.config, lengths=lengths, dtype=model.dtype, device=model.device)
         self.graphs = decode_graphs(model, self.cache)
+        self._masks = MaskThread()
 
     @property
     def position_bytes(self) -> int:
@@ -98,6 +108,19 @@ class ModelRunner:
     def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Compute one forward pass over all rows of the step, and sample a token for each sequence that gets one."""
         batch = InputBatch(step)
+        sampled = batch.sampled()
+        masked = masked_rows(sampled)
+        if not masked:
+            return self._run(step, batch, sampled, None)
+        masks = self._masks.begin(masked)
+        try:
+            return self._run(step, batch, sampled, masks)
+        finally:
+            wait([masks])  # if the step fails, it is tried again, and then the rules must be free
+
+    def _run(
+        self, step: SchedulerOutput, batch: InputBatch, sampled: list[SampledRow], masks: Future[Masks] | None
+    ) -> ModelRunnerOutput:
         captured = self._captured(batch)
         hidden = None
         if not batch.chunks and not captured:
@@ -110,7 +133,7 @@ class ModelRunner:
         for source, same in step.same_prompt.items():
             for sequence in same:
                 self.copy(PrefixCopy(source, sequence, len(source.prompt)))
-        outcome = ModelRunnerOutput(self._sample(batch.sampled(), hidden), prompt_scores)
+        outcome = ModelRunnerOutput(self._sample(sampled, hidden, masks), prompt_scores)
         for sequence, _ in captured:
             sequence.activations.commit()
         return outcome
@@ -122,7 +145,9 @@ class ModelRunner:
         attend = CachedAttention.of(self.cache, groups=batch.decode_groups, chunks=batch.chunks)
         return self.model.forward(tokens, positions, attend, traces)
 
-    def _sample(self, rows: list[SampledRow], hidden: Tensor) -> list[tuple[Sequence, TokenScore | None]]:
+    def _sample(
+        self, rows: list[SampledRow], hidden: Tensor, masks: Future[Masks] | None
+    ) -> list[tuple[Sequence, TokenScore | NoToken]]:
         """Sample next tokens, and keep those that count. Sequences with the same row share logits. hidden: [M, E]"""
         if not rows:
             return []
@@ -131,7 +156,7 @@ class ModelRunner:
         logits = self.model.head(hidden[torch.tensor(list(at), device=hidden.device)])
         if len(at) < len(indices):
             logits = logits[torch.tensor([at[row] for row in indices], device=hidden.device)]
-        tokens = sample(logits, [each.draw() for each in rows])
+        tokens = self._tokens(rows, logits, masks)
         for i, (sequence, _, _) in enumerate(rows):
             if sequence.activations is not None and not sequence.output:
                 self._capture_first_token(sequence, logits[i].float())
@@ -142,10 +167,19 @@ class ModelRunner:
         sequences = [rows[i].sequence for i in accepted]
         return list(zip(sequences, self._token_scores(sequences, logits, tokens), strict=True))
 
-    def _token_scores(self, sequences: list[Sequence], logits: Tensor, tokens: Tensor) -> list[TokenScore | None]:
-        """Scores of sampled tokens; None for one below 0, whose logits hold a NaN. logits: [R, V], tokens: [R]."""
+    def _tokens(self, rows: list[SampledRow], logits: Tensor, masks: Future[Masks] | None) -> Tensor:
+        """Sample a token for each row; see `sample`. logits: [R, V], overwritten if nothing reads them later."""
+        draws = [each.draw() for each in rows]
+        if masks is None:
+            return sample(logits, draws)
+        # Log probabilities and captured activations are of the logits without masks.
+        read = any(s.request.logprobs is not None or s.activations is not None for s, _, _ in rows)
+        return sample(logits.clone() if read else logits, draws, TokenMasks(*masks.result()))
+
+    def _token_scores(self, sequences: list[Sequence], logits: Tensor, tokens: Tensor) -> list[TokenScore | NoToken]:
+        """Scores of sampled tokens, or why there is none. logits: [R, V], tokens: [R]."""
         token_ids: list[int] = tokens.tolist()
-        scores = [None if token < 0 else TokenScore(token, None, []) for token in token_ids]
+        scores = [TokenScore(token, None, []) if token >= 0 else _no_token(token) for token in token_ids]
         asked = [i for i, s in enumerate(sequences) if s.request.logprobs is not None and token_ids[i] >= 0]
         if asked:
             rows = torch.tensor(asked, device=logits.device)
@@ -211,6 +245,10 @@ class ModelRunner:
         tensors = sequence.activations.finish(scores="scores" in wanted)
         tensors["tokens"] = torch.tensor(sequence.output, dtype=torch.long)
         return {name: _to_bytes(tensors[name]) for name in wanted if name in tensors}
+
+
+def _no_token(code: int) -> NoToken:
+    return NoToken.MASKED if code == NO_TOKEN else NoToken.NAN
 
 
 def _to_bytes(tensor: Tensor) -> bytes:

@@ -17,7 +17,7 @@ from headrace.worker.engine.offline_types import refuse_unknown
 _OPTIONS = {
     "lora_request": "; merge adapters into the weights",
     "prompt_adapter_request": "",
-    "guided_options_request": "; headrace does not constrain the text",
+    "guided_options_request": "; give structured_outputs to SamplingParams",
     "tokenization_kwargs": "",
     "mm_processor_kwargs": "; GPT-2 reads text only",
     "prompt_token_ids": "; give the token ids as prompts",

@@ -46,6 +46,10 @@ class SamplingParams:
     logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
     prompt_logprobs: int | None = None
+    #: The form of the texts, such as {"regex": "[a-z]+"}.
+    structured_outputs: dict[str, Any] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -57,11 +61,8 @@ class SamplingParams:
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: bool = False
-    structured_outputs: Any = None
     guided_decoding: Any = None
     logits_processors: list[Any] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
     extra_args: dict[str, Any] | None = None
     flat_logprobs: bool = False
     logprob_token_ids: list[int] | None = None

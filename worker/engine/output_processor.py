@@ -12,9 +12,13 @@ from headrace.worker.engine.protocols import StepRunner
 from headrace.worker.engine.request_table import RequestTable
 from headrace.worker.engine.requests import RequestState
 from headrace.worker.engine.scheduler import ModelRunnerOutput, Scheduler, SchedulerOutput
-from headrace.worker.engine.sequence import Sequence
+from headrace.worker.engine.sequence import NoToken, Sequence, TokenScore
 
 NAN_MESSAGE = "the model gave no numbers for this prompt (NaN); check its weights"
+MASKED_MESSAGE = (
+    "no token may follow, and the text must not end here: structured_outputs, allowed_token_ids, bad_words, min_tokens "
+    "and the model's vocabulary leave none"
+)
 
 
 class OutputProcessor:
@@ -52,16 +56,33 @@ class OutputProcessor:
         for sequence, score in outcome.tokens:
             if sequence.finish_reason:
                 continue  # a token before this one in the same step ended it
-            if score is None:
-                self._requests.fail(sequence, "nan_logits", NAN_MESSAGE)
-            elif (state := owner.get(sequence)) is not None:
-                self.tokens += 1
-                sequence.append(score)
+            if isinstance(score, NoToken) and not self._ends_without_token(sequence, score):
+                continue
+            if (state := owner.get(sequence)) is not None:
                 text = state.texts[sequence.index]
-                text.decode_last_token()
+                if isinstance(score, TokenScore):
+                    self.tokens += 1
+                    sequence.append(score)
+                    text.decode_last_token()
+                else:
+                    sequence.finish("stop")
+                    text.end()
                 if state.on_text is not None and (now >= text.next_delta_at or sequence.finish_reason):
                     self._stream(state, sequence, state.on_text, now)
         return [s for s in (*step.decodes, *step.prefilled) if s.finish_reason and s in owner]
+
+    def _ends_without_token(self, sequence: Sequence, reason: NoToken) -> bool:
+        """Whether a sequence that gets no token is complete. Fails its request if it is not."""
+        rules = sequence.rules
+        if reason is NoToken.NAN or rules is None:
+            self._requests.fail(sequence, "nan_logits", NAN_MESSAGE)
+        elif rules.error:
+            self._requests.fail(sequence, "grammar_too_complex", rules.error)
+        elif rules.matcher is None or not rules.may_end:
+            self._requests.fail(sequence, "no_token_allowed", MASKED_MESSAGE)
+        else:
+            return True
+        return False
 
     def _count_accepted(self, step: SchedulerOutput, outcome: ModelRunnerOutput) -> None:
         """Count the proposed tokens that were accepted: each gave its sequence one more token."""

@@ -1,4 +1,7 @@
-"""From a request to a job that the engine can compute, or to its answer; chats are rendered in threads of their own."""
+"""From a request to a job that the engine can compute, or to its answer.
+
+Chats are rendered and grammars compiled in threads of their own.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from headrace.client.wire.requests import GenerateRequest
 from headrace.client.wire.results import Result
 from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import Tokenizer
-from headrace.worker.engine import chat, token_requests
+from headrace.worker.engine import chat, grammars, token_requests
+from headrace.worker.engine.grammars import Grammars
 from headrace.worker.engine.request_defaults import Defaults
 from headrace.worker.engine.requests import Hooks, RequestState, prepare
 
@@ -34,6 +38,8 @@ class Model(Protocol):
     model_name: str
     #: Of requests that do not say it; None for the tokenizer's default.
     parse_special_tokens: bool | None
+    #: Of `structured_outputs`.
+    grammars: Grammars
 
 
 Prepared = RequestState | Result | BaseException
@@ -53,6 +59,7 @@ def prepared(request: GenerateRequest, job_id: str, future: Future[Result], mode
                 max_context=model.max_context,
                 defaults=model.defaults,
                 parse_special_tokens=model.parse_special_tokens,
+                grammars=model.grammars,
             )
         return token_requests.answer(
             request,
@@ -78,8 +85,13 @@ def settle(future: Future[Result], outcome: Result | BaseException) -> None:
         future.set_exception(outcome)
 
 
-class Chats:
-    """The jobs whose messages are being rendered. May be used from any thread.
+def is_slow(request: GenerateRequest, model: Model) -> bool:
+    """Whether others should not wait for the preparation of a request: it renders a chat or compiles a grammar."""
+    return request.messages is not None or not model.grammars.knows(request.structured_outputs)
+
+
+class Preparations:
+    """The jobs whose messages are being rendered, or their grammars compiled. May be used from any thread.
 
     Args:
         lock: of the engine: a job is always either here, or in the engine, or has ended.
@@ -100,7 +112,8 @@ class Chats:
         """Prepare a job in a thread, and pass it to the engine if it has not ended meanwhile."""
         with self._lock:
             self._jobs[future] = job_id
-        chat.renderer.threads.submit(self._prepare, request, job_id, future, model, hooks)
+        threads = grammars.threads if request.messages is None else chat.renderer.threads
+        threads.submit(self._prepare, request, job_id, future, model, hooks)
 
     def _prepare(
         self,

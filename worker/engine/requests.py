@@ -14,7 +14,9 @@ from headrace.client.wire.results import Result, Timings, Usage
 from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import NoTokenizer, Tokenizer
 from headrace.worker.engine import chat
+from headrace.worker.engine.grammars import Grammars
 from headrace.worker.engine.request_defaults import NO_DEFAULTS, Defaults, with_defaults
+from headrace.worker.engine.request_rules import request_rules
 from headrace.worker.engine.sequence import Sequence
 from headrace.worker.engine.sequence_text import SequenceText, TextDelta
 
@@ -103,10 +105,11 @@ def prepare(
     max_context: int,
     defaults: Defaults = NO_DEFAULTS,
     parse_special_tokens: bool | None = None,
+    grammars: Grammars | None = None,
 ) -> RequestState:
     """Validate a request against the model, tokenize its prompt, choose its seed, and make its sequences.
 
-    Messages are rendered first, which may take seconds: not in a thread that others wait for.
+    Messages are rendered and grammars compiled first, which may take seconds: not in a thread that others wait for.
 
     Raises:
         JobFailed: this model cannot compute the request.
@@ -128,7 +131,12 @@ def prepare(
         )
     _check_logprobs(request, len(prompt))
     seed = secrets.randbits(52) if request.seed is None else request.seed
-    sequences = [Sequence(request, prompt, i, seed, ends.eos_ids, score_from) for i in range(request.n)]
+    grammars = grammars or Grammars(tokenizer, vocab_size)
+    rules = request_rules(request, grammars, tokenizer, vocab_size, ends.eos_ids)
+    sequences = [
+        Sequence(request, prompt, i, seed, ends.eos_ids, score_from, rules() if rules else None)
+        for i in range(request.n)
+    ]
     texts = [SequenceText(sequence, tokenizer, text, rest) for sequence in sequences]
     return RequestState(job_id, request, sequences, texts, seed, future, time.monotonic(), defaults=chosen)
 
@@ -238,6 +246,7 @@ def check_token_ids(request: GenerateRequest, prompt: list[int], vocab_size: int
         ("token_ids" if request.operation == "detokenize" else "prompt", prompt),
         ("logit_bias", request.logit_bias),
         ("stop_token_ids", request.stop_token_ids),
+        ("allowed_token_ids", request.allowed_token_ids or ()),
     ):
         largest = max(ids, default=0)
         if largest >= vocab_size:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from headrace.worker.engine.cache_slots import SlotTable
-from headrace.worker.engine.sequence import CachedPrefix, Sequence, TokenScore
+from headrace.worker.engine.sequence import CachedPrefix, NoToken, Sequence, TokenScore
 
 #: A step is filled up to this many rows with proposed tokens. A GEMM with 16 rows takes hardly longer than one with
 #: a few rows, because both read the whole weight.
@@ -86,12 +86,12 @@ class ModelRunnerOutput:
     """What the model runner computed for a step.
 
     Attributes:
-        tokens: a token for each sampled sequence, or None if its logits hold a NaN. A sequence whose proposed tokens
-            were accepted has one more entry for each of them, in order.
+        tokens: a token for each sampled sequence, or why it gets none. A sequence whose proposed tokens were accepted
+            has one more entry for each of them, in order.
         prompt_scores: scores of prompt tokens for the requests that ask for them.
     """
 
-    tokens: list[tuple[Sequence, TokenScore | None]]
+    tokens: list[tuple[Sequence, TokenScore | NoToken]]
     prompt_scores: list[tuple[Sequence, list[TokenScore]]]
 
 

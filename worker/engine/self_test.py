@@ -8,7 +8,7 @@ from headrace.model.trusted_files import ModelError
 from headrace.worker.engine.cache_slots import SlotTable
 from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.scheduler import PromptChunk, SchedulerOutput
-from headrace.worker.engine.sequence import Sequence, TokenScore
+from headrace.worker.engine.sequence import NoToken, Sequence, TokenScore
 
 #: Steps after which the log probabilities of the probe are compared; fewer if the model has fewer than 4 positions.
 STEPS = 3
@@ -53,7 +53,7 @@ def _probe_scores(model: Decoder, probe: list[int], others: list[list[int]]) -> 
     scores: list[TokenScore] = []
     for _ in range(steps):
         for sequence, score in runner.run(step).tokens:
-            if score is None:
+            if isinstance(score, NoToken):
                 raise ModelError(
                     f"the model's logits are not finite in {str(model.dtype).removeprefix('torch.')}: a weight is NaN "
                     "or infinite, or the number format is too small for it; check the weights, or set "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any, Literal, NamedTuple
 
 from headrace.client.wire.requests import GenerateRequest
 from headrace.worker.engine.ngram_proposer import NgramProposer
+from headrace.worker.engine.token_rules import TokenRules
 
 FinishReason = Literal["stop", "length"]
 
@@ -56,6 +58,15 @@ class TokenScore(NamedTuple):
     rank: int | None = None
 
 
+class NoToken(Enum):
+    """Why a sequence gets no token."""
+
+    #: Its logits hold a NaN.
+    NAN = auto()
+    #: Its rules leave no token.
+    MASKED = auto()
+
+
 @dataclass(eq=False)
 class Sequence:
     """One sample of a request: its tokens, its slot in the cache, and why it ended.
@@ -67,6 +78,7 @@ class Sequence:
         seed: the seed of the request; the sampler combines it with `index`.
         eos_ids: the tokens that end a text, unless the request ignores them.
         score_from: the first token of the prompt whose log probability is asked for; None: what the request says.
+        rules: which tokens may follow; None for all.
     """
 
     request: GenerateRequest
@@ -75,6 +87,7 @@ class Sequence:
     seed: int
     eos_ids: frozenset[int] = frozenset()
     score_from: int | None = None
+    rules: TokenRules | None = None
     output: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
     prompt_scores: list[TokenScore] = field(default_factory=list)
@@ -89,6 +102,8 @@ class Sequence:
     prefix_length: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    #: Whether the last token is a stop token, whose text is left out.
+    ends_with_stop_token: bool = False
     #: The activations captured for checkpoints. Belongs to the model runner, as `sampling` does: this module and the
     #: scheduler know no tensors.
     activations: Any = None
@@ -174,7 +189,8 @@ class Sequence:
             return []
         if self._proposer is None:
             self._proposer = NgramProposer(self.prompt)
-        return self._proposer.propose(self.output, most)
+        tokens = self._proposer.propose(self.output, most)
+        return tokens if self.rules is None else tokens[: self.rules.possible(tokens)]
 
     def note_accepted(self, proposed: int, accepted: int) -> None:
         """Tell the proposer how many of the tokens it proposed last were accepted."""
@@ -182,7 +198,7 @@ class Sequence:
             self._proposer.note(proposed, accepted)
 
     def append(self, score: TokenScore) -> None:
-        """Append the next token, and end the sequence at a stop token or at `max_tokens`.
+        """Append the next token. End the sequence at a stop token, where nothing may follow, or at `max_tokens`.
 
         Stop strings are found by `SequenceText`. The log probability is kept if the request asks for it.
         """
@@ -191,7 +207,10 @@ class Sequence:
         if self.request.logprobs is not None:
             self.scores.append(score)
         if token in self.stop_tokens and len(self.output) > self.request.min_tokens:
+            self.ends_with_stop_token = True
             self.finish("stop", None if token in self.eos_ids else token)
+        elif self.rules is not None and self.rules.advance(token):
+            self.finish("stop")
         elif len(self.output) >= self.request.max_tokens:
             self.finish("length")
 

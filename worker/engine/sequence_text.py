@@ -91,7 +91,8 @@ class SequenceText:
         self._skip = sequence.request.skip_special_tokens
         #: Whether the text follows that of the prompt, so that its first word keeps the space before it.
         hidden = tokenizer.special_ids if self._skip else frozenset[int]()
-        self._inside = any(token not in hidden for token in sequence.prompt)
+        is_formed = sequence.rules is not None and sequence.rules.matcher is not None  # then its spaces count
+        self._inside = is_formed or any(token not in hidden for token in sequence.prompt)
         self._decoder = tokenizer.decoder(skip_special_tokens=self._skip, inside=self._inside)
         self._prompt_text, self._prompt_rest = prompt_text, prompt_rest
         self._stops = sequence.request.stop
@@ -113,8 +114,8 @@ class SequenceText:
     def decode_last_token(self) -> None:
         """Append the text of the sequence's newest token. If that completes a stop string, end the sequence there."""
         sequence = self.sequence
-        if sequence.finish_reason == "stop":  # the newest token is a stop token, whose text is left out
-            self.text += self._decoder.flush()
+        if sequence.ends_with_stop_token:
+            self.end()
             return
         token_id = sequence.output[-1]
         if self._prompt_rest:
@@ -130,6 +131,10 @@ class SequenceText:
             self._seen.push(token_id, len(self.text), last=sequence.finish_reason is not None)
         if self._stops:
             self._cut_at_stop_string(before)
+
+    def end(self) -> None:
+        """End the text of a sequence that gets no more text."""
+        self.text += self._decoder.flush()
 
     def _join_prompt(self, token_id: int) -> None:
         """If this first token continues the last character of the prompt, begin the output with that character."""
@@ -216,7 +221,15 @@ class SequenceText:
             finish_reason=sequence.finish_reason or "length",
             stop_reason=sequence.stop_reason,
             logprobs=self._with_prompt(logprobs) if echo else logprobs,
+            complete=self._is_complete(),
         )
+
+    def _is_complete(self) -> bool | None:
+        """Whether the text has the form that was asked for; None if none was."""
+        sequence = self.sequence
+        if sequence.rules is None or sequence.rules.matcher is None:
+            return None
+        return sequence.rules.may_end and not isinstance(sequence.stop_reason, str)
 
     def _continuation(self) -> Choice:
         """The continuation that was scored."""
@@ -258,8 +271,8 @@ class SequenceText:
     def _move_removed_tokens(self) -> None:
         """Give the tokens whose text a stop has removed the offset of the end of the text."""
         end = self._text_start + len(self.text)
-        if not isinstance(self.sequence.stop_reason, str):
-            self._logprobs[-1].text_offset = end  # a stop token
+        if self.sequence.ends_with_stop_token:
+            self._logprobs[-1].text_offset = end
         for last in reversed(self._logprobs):
             if last.text_offset is None or last.text_offset <= end:
                 break

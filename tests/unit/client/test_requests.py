@@ -137,7 +137,7 @@ def test_defaults_are_those_of_the_openai_api_and_vllm() -> None:
         "max_tokens": 16, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "n": 1, "stop": [], "seed": None,
         "logprobs": None, "prompt_logprobs": None, "logit_bias": {}, "presence_penalty": 0.0, "frequency_penalty": 0.0,
         "repetition_penalty": 1.0, "echo": False, "min_tokens": 0, "ignore_eos": False, "stop_token_ids": [],
-        "skip_special_tokens": True,
+        "skip_special_tokens": True, "structured_outputs": None, "allowed_token_ids": None, "bad_words": [],
     }  # fmt: skip
     assert SamplingParams().model_dump() == expected
 
@@ -205,8 +205,9 @@ NEUTRAL: dict[str, list[Any]] = {
     "use_beam_search": [False, np.False_], "length_penalty": [1, 1.0, np.float32(1)], "early_stopping": [False],
     "skip_special_tokens": [True], "spaces_between_special_tokens": [True, False],
     "include_stop_str_in_output": [False],
-    "bad_words": [[]], "detokenize": [True], "add_special_tokens": [True], "return_token_ids": [False],
-    "return_tokens_as_token_ids": [False], "priority": [0, 0.0], "logprobs": [False], "top_k": [0, 0.0],
+    "bad_words": [[]], "structured_outputs": [{}], "detokenize": [True], "add_special_tokens": [True],
+    "return_token_ids": [False], "return_tokens_as_token_ids": [False], "priority": [0, 0.0], "logprobs": [False],
+    "top_k": [0, 0.0],
     "min_p": [0, 0.0], "repetition_penalty": [1, 1.0], "presence_penalty": [0], "frequency_penalty": [0.0],
     "logit_bias": [{}, [], {"5": None}], "stop": [[], (), ""], "stop_token_ids": [[], ()], "n": [1, 1.0],
     "echo": [False, np.False_],
@@ -245,7 +246,8 @@ def test_every_foreign_parameter_may_be_null_and_is_refused_by_name_otherwise() 
         ({"use_beam_search": True}, "except False; headrace samples"),
         ({"use_beam_search": 0}, "except False"),
         ({"length_penalty": 0.8}, "except 1"),
-        ({"response_format": {"type": "json_object"}}, "does not constrain"),
+        ({"response_format": {"type": "json_object"}}, "use structured_outputs={'json': schema}"),
+        ({"guided_regex": "a+"}, "use structured_outputs={'regex': pattern}"),
         ({"suffix": "x"}, "GPT-2 can only continue the prompt"),
         ({"best_of": 2}, "all n samples are returned"),
         ({"best_of": True}, "all n samples are returned"),

@@ -84,7 +84,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools", "no such parameter, except []"),
     ({"messages": MESSAGES, "tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
     ({"messages": MESSAGES, "functions": [{}]}, "functions", "no such parameter"),
-    ({"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format", "does not constrain"),
     (
         {"messages": MESSAGES, "add_special_tokens": True},
         "add_special_tokens",

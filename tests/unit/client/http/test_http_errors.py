@@ -41,6 +41,8 @@ STATUS = {
     "chat_template_failed": 400,
     "invalid_token_id": 400,
     "too_many_logprobs": 400,
+    "grammar_too_complex": 400,
+    "no_token_allowed": 400,
     "checkpoints_off": 400,
     "checkpoints_too_large": 400,
     "result_too_large": 400,

@@ -50,6 +50,9 @@ SAMPLING: dict[str, tuple[list[str], Any]] = {
     "min_tokens": (["4"], 4),
     "ignore_eos": ([], True),
     "stop_token_ids": (["13", "50256"], [13, 50256]),
+    "structured_outputs": (['{"regex": "[a-z]+"}'], {"regex": "[a-z]+"}),
+    "allowed_token_ids": (["13", "50256"], [13, 50256]),
+    "bad_words": (["one", "two words"], ["one", "two words"]),
     "skip_special_tokens": ([], False),
 }
 
@@ -383,6 +386,8 @@ def test_parameters_that_were_not_given_are_left_to_the_worker() -> None:
     }
     with pytest.raises(InvalidRequest, match="ID=BIAS"):
         given_params({"logit_bias": ("eleven=1",)})
+    with pytest.raises(InvalidRequest, match=r"structured_outputs: got .*; expected JSON"):
+        given_params({"structured_outputs": "{"})
 
 
 def test_up_takes_options_as_the_worker_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:

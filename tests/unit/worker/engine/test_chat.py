@@ -33,6 +33,7 @@ from headrace.worker.engine import chat
 from headrace.worker.engine.chat import render
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.errors import EngineStopped
+from headrace.worker.engine.grammars import Grammars
 from headrace.worker.engine.preparation import prepared
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine.engine_helpers import build
@@ -307,7 +308,7 @@ def test_ids_without_a_token_have_no_text_and_texts_without_tokens_are_refused_b
     model: Any = SimpleNamespace(
         tokenizer=tokenizer, ends=Ends(), defaults={}, vocab_size=8, max_context=9, model_name="m"
     )
-    model.parse_special_tokens = None
+    model.parse_special_tokens, model.grammars = None, Grammars(tokenizer, 8)
 
     def outcome(**fields: Any) -> Any:
         return prepared(parse_request(fields), "job", Future(), model)

@@ -1,0 +1,77 @@
+"""Forms as llguidance reads them, and its errors as users read them. Clients and workers use the same."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llguidance import LLParserLimits
+
+#: How the syntax error of a regular expression is drawn: the pattern, a line of carets, the reason.
+_DRAWN = re.compile(r"regex parse error:\n(?P<pattern>.*)\n(?P<before> {4} *)\^+\nerror: (?P<reason>.*)", re.DOTALL)
+_PLACE = re.compile(r"(?:at )?(?P<line>\d+)\((?P<column>\d+)\): (?P<reason>.+)", re.DOTALL)
+#: How an anchor inside a pattern is refused.
+_ANCHOR = "lookarounds not supported yet"
+#: The longest reason, in characters.
+_LONGEST = 200
+
+
+def limits() -> LLParserLimits:
+    """Bounds of one grammar: compiling takes at most a quarter of a second, a mask some milliseconds, and what is kept
+    of a grammar some 20 MB."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        initial_lexer_fuel=200_000,
+        step_lexer_fuel=50_000,
+        step_max_items=20_000,
+        max_lexer_states=10_000,
+        max_grammar_size=50_000,
+        verbose_errors=False,  # they quote the text
+    )
+
+
+def grammar_text(form: Mapping[str, Any]) -> str:
+    """A form that `check_structured_outputs` has passed, as llguidance reads it.
+
+    A choice becomes a regular expression: in it all texts are followed at the same time, also if one begins with
+    another. JSON has white space as `json.dumps` writes it: a model that may write any amount may never come to an end.
+
+    Raises:
+        ValueError: the options for llguidance in a schema are wrong.
+    """
+    from llguidance import LLMatcher
+
+    ((kind, value),) = form.items()
+    if kind == "json":
+        return LLMatcher.grammar_from_json_schema(
+            json.dumps(value),
+            overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+        )
+    if kind == "grammar":
+        return LLMatcher.grammar_from_lark(value)
+    return LLMatcher.grammar_from_regex(value if kind == "regex" else "|".join(map(_literal, value)))
+
+
+def _literal(text: str) -> str:
+    """A regular expression that matches this text alone."""
+    return "".join(char if char.isalnum() else f"\\x{{{ord(char):x}}}" for char in text)
+
+
+def reason_of(error: str) -> str:
+    """What llguidance says of a grammar, in one line, with the place where it is wrong."""
+    if error.startswith("NoExtension"):
+        return "no text matches it"
+    if drawn := _DRAWN.search(error):
+        reason = drawn["reason"].splitlines()[0]
+        return reason if "\n" in drawn["pattern"] else f"{reason}, at character {len(drawn['before']) - 4}"
+    if _ANCHOR in error:
+        return "anchors such as ^, $ and \\b have no meaning inside a pattern: the whole text must match it"
+    placed = _PLACE.match(error)
+    line = (placed["reason"] if placed else error).strip().splitlines()[0]
+    if placed and not line.startswith("invalid regex"):
+        line += f", in line {placed['line']}, column {placed['column']}"
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
