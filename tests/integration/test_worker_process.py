@@ -69,7 +69,9 @@ def test_sigterm_finishes_what_runs_and_returns_the_rest(
         wait_until(lambda: own_client.status().delivered >= 6 and any(job.status() == "running" for job in jobs))
         worker.signal(signal.SIGTERM)
         assert worker.wait() == 0
-        assert worker.events("worker.stopped")
+        (begun,), (ended,) = worker.events("worker.stopping"), worker.events("worker.stopped")
+        assert (begun["running"], begun["held"], ended["queued"]) == (4, 6, {"demo": 8})
+        assert all(0 < line["running"] <= 4 and line["tokens"] > 0 for line in worker.events("worker.draining"))
     returned = [job for job in jobs if job.status() == "queued"]
     assert [attempts(own_client, job.id) for job in returned] == [0] * 8
     assert {job.status() for job in jobs if job not in returned} == {"succeeded"}
@@ -95,6 +97,8 @@ def test_a_group_that_is_returned_in_the_middle_is_finished_elsewhere_and_nothin
         assert unacked(own_server) == 0
         assert {job.status() for job in jobs} == {"succeeded", "queued"}
         assert own_client.status().queues[0].normal == 20, "a message counts whole"
+        (ended,) = worker.events("worker.stopped")
+        assert ended["queued"] == {"demo": sum(job.status() == "queued" for job in jobs)}, "it knows what has ended"
     with worker_on(own_server, tmp_path / "worker.log", HEADRACE_LOG_LEVEL="debug") as worker:
         for job, request in zip(jobs, requests, strict=True):
             assert job.result(PATIENCE_S).usage.completion_tokens == request["max_tokens"]

@@ -134,7 +134,9 @@ def find_files(settings: Settings, name: str) -> None:
 
 def release_memory() -> None:
     """Free the memory of engines that nothing refers to any more."""
+    gc.unfreeze()  # an engine that was built when the worker started is not garbage before
     gc.collect()
+    gc.freeze()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

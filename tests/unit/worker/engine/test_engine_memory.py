@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from headrace.worker.engine.build import release_memory
 from tests.unit.worker.engine.engine_helpers import ask, build, settle
 
 
@@ -57,3 +58,16 @@ def test_the_activations_of_an_ended_job_are_freed_while_its_result_waits_to_be_
     assert sequence.activations is not None
     settle(engine, future)
     assert sequence.activations is None
+
+
+def test_an_engine_that_was_built_at_the_start_is_freed_when_its_model_is_unloaded() -> None:
+    engine: Any = build()
+    cycle = [engine]
+    cycle.append(cycle)
+    gone = weakref.ref(engine)
+    gc.freeze()  # as when the worker is ready
+    del engine, cycle
+    gc.collect()
+    assert gone() is not None, "it is not looked at"
+    release_memory()
+    assert gone() is None
