@@ -8,6 +8,7 @@ import glob
 import gzip
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
@@ -57,13 +58,16 @@ def find_files(path: str | Path, given: str | None) -> InputFiles:
     if names is None:  # one file
         return InputFiles([InputFile(place.base, lambda: place.open(None))], format_of(str(path), given))
     if SPLITS in names:
-        with place.open(SPLITS) as file:
-            splits = ", ".join(json.load(file).get("splits", []))
-        raise refused(path, f"it is several data sets; expected one of them ({splits}), for example {path}/train")
+        splits = [str(name) for name in _state(path, place, SPLITS, "splits")] or ["train"]
+        shown, first = ", ".join(splits), f"{str(path).rstrip('/')}/{splits[0]}"
+        raise refused(path, f"it is several data sets; expected one of them ({shown}), for example {first}")
     if STATE in names:
-        with place.open(STATE) as file:
-            names = [entry["filename"] for entry in json.load(file)["_data_files"]]
-        given = given or "arrow"
+        known, given = set(names), given or "arrow"
+        names = [entry.get("filename") for entry in _state(path, place, STATE, "_data_files")]
+        if missing := [name for name in names if name not in known]:
+            raise refused(
+                path, f"{STATE} names files that are not there ({printable(str(missing[0]))[:80]}); copy them too"
+            )
     names = [name for name in names if not name.startswith((".", "_"))]
     if not names:
         raise refused(path, "it has no files")
@@ -73,6 +77,23 @@ def find_files(path: str | Path, given: str | None) -> InputFiles:
         raise refused(path, f"its files have different formats ({shown}); expected one format, or --format for all")
     files = [InputFile(name, lambda name=name: place.open(name)) for name in names]  # type: ignore[misc]
     return InputFiles(files, formats.pop())
+
+
+def is_in_input(path: Path, source: object) -> bool:
+    """Whether a path is the input of a batch, or in the directory or the pattern that is its input."""
+    if not isinstance(source, (str, Path)):
+        return False
+    own, given = os.path.realpath(path), os.path.realpath(source)
+    return own == given or os.path.dirname(own) == given or (glob.has_magic(given) and fnmatch.fnmatchcase(own, given))
+
+
+def _state(path: str | Path, place: _Place, name: str, field: str) -> list[Any]:
+    """The list in this field of a file that `datasets` wrote. Raises InvalidBatch."""
+    try:
+        with place.open(name) as file:
+            return list(json.load(file)[field])
+    except (ValueError, LookupError, TypeError) as error:
+        raise refused(path, f"{name} is not one of `datasets` ({printable(str(error))}); give its files") from None
 
 
 def _known() -> set[str]:

@@ -15,6 +15,7 @@ from typing import IO, Protocol
 
 from headrace.client.batch.errors import OutputRefused
 from headrace.client.batch.folders import Folder, LocalFolder, RemoteRun
+from headrace.client.batch.input_files import is_in_input
 from headrace.client.batch.output_file import Done
 from headrace.client.batch.output_lines import Written
 from headrace.client.wire.results import Result
@@ -67,11 +68,13 @@ class PartFiles:
         return bool(self._parts())
 
     def is_input(self, source: object) -> bool:
-        """Whether the input of the batch is in the directory."""
+        """Whether the input of the batch is in the directory, or the directory is in the input."""
         if not isinstance(source, (str, Path)):
             return False
         own, given = str(self._folder).rstrip("/"), str(source).rstrip("/")
         if isinstance(self._folder, LocalFolder):
+            if is_in_input(self._folder.path, source):
+                return True
             own, given = os.path.realpath(own), os.path.realpath(given)
         return given == own or given.startswith(f"{own}/")
 

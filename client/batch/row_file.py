@@ -17,7 +17,7 @@ from typing import IO
 
 from headrace.client.batch.errors import OutputRefused, is_disk_full
 from headrace.client.batch.formats.lines import JsonLines, LineFormat
-from headrace.client.batch.input_files import open_lines
+from headrace.client.batch.input_files import is_in_input, open_lines
 from headrace.client.batch.output_file import Done
 from headrace.client.batch.output_lines import Written
 from headrace.client.wire.unicode import printable
@@ -49,8 +49,8 @@ class RowFile:
         return self.path.exists() and self.path.stat().st_size > 0
 
     def is_input(self, source: object) -> bool:
-        """Whether the file is the input of the batch."""
-        return isinstance(source, (str, Path)) and os.path.realpath(source) == os.path.realpath(self.path)
+        """Whether the file is the input of the batch, or one of its files."""
+        return is_in_input(self.path, source)
 
     def scan(self) -> Iterator[Written]:
         """The requests whose lines are in the file. Only its end may be unreadable.

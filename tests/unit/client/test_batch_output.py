@@ -239,6 +239,9 @@ def test_the_input_is_not_written_to(tmp_path: Path) -> None:
             output.check_free(str(path), resume=True, overwrite=False)
     with pytest.raises(OutputRefused, match="is the input"), Output(tmp_path / "out.jsonl", path) as output:
         output.check_free(str(path), resume=True, overwrite=False)
+    for name, source in (("new.jsonl", tmp_path), ("new.parquet", f"{tmp_path}/*.parquet"), ("new.parquet", tmp_path)):
+        with pytest.raises(OutputRefused, match="is the input"), Output(tmp_path / name) as output:
+            output.check_free(str(source), resume=True, overwrite=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "link"]
     assert path.read_text() == '{"prompt": "a"}\n'
 

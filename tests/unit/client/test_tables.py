@@ -275,3 +275,23 @@ def test_a_row_that_is_like_others_but_for_its_prompt_is_checked(tmp_path):
     with Client(settings=settings) as client, pytest.raises(InvalidBatch, match="row 2: max_tokens: got 0") as caught:
         Batch(client, tmp_path / "rows.parquet", columns=Columns(params=["max_tokens"]))
     assert caught.value.count == 1
+
+
+def test_a_directory_that_datasets_saved_is_an_input(tmp_path):
+    import datasets
+
+    whole = datasets.Dataset.from_dict({"prompt": [f"p{i}" for i in range(10)], "x": list(range(10))})
+    whole.save_to_disk(tmp_path / "whole", num_shards=3)
+    items = requests_of(tmp_path / "whole", None, Columns())
+    assert [(item.fields["prompt"], item.columns["x"]) for item in items] == [(f"p{i}", i) for i in range(10)]
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["test", "whole"]}')
+    with pytest.raises(
+        InvalidBatch, match=rf"several data sets; expected one of them \(test, whole\).*{tmp_path}/test"
+    ):
+        requests_of(tmp_path, None, Columns())
+    (tmp_path / "whole" / "data-00001-of-00003.arrow").unlink()
+    with pytest.raises(InvalidBatch, match=r"not there \(data-00001-of-00003\.arrow\); copy them too"):
+        requests_of(tmp_path / "whole", None, Columns())
+    (tmp_path / "whole" / "state.json").write_text('{"epoch": 3}')
+    with pytest.raises(InvalidBatch, match=r"state\.json is not one of `datasets`"):
+        requests_of(tmp_path / "whole", None, Columns())
