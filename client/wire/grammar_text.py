@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
@@ -15,23 +15,39 @@ _DRAWN = re.compile(r"regex parse error:\n(?P<pattern>.*)\n(?P<before> {4} *)\^+
 _PLACE = re.compile(r"(?:at )?(?P<line>\d+)\((?P<column>\d+)\): (?P<reason>.+)", re.DOTALL)
 #: How an anchor inside a pattern is refused.
 _ANCHOR = "lookarounds not supported yet"
+#: How bounds are named that were exceeded.
+_TOO_LARGE = ("precomputation failed", "too big", "too large", "too many", "too complex")
 #: The longest reason, in characters.
 _LONGEST = 200
 
 
+class Limits(TypedDict):
+    """Bounds of the work for one grammar; see llguidance for their units."""
+
+    initial_lexer_fuel: int
+    step_lexer_fuel: int
+    step_max_items: int
+    max_lexer_states: int
+    max_grammar_size: int
+    verbose_errors: bool
+
+
+#: A mask takes some milliseconds at most, and what is kept of a grammar some 20 MB.
+LIMITS: Limits = {
+    "initial_lexer_fuel": 200_000,
+    "step_lexer_fuel": 50_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 10_000,
+    "max_grammar_size": 50_000,
+    "verbose_errors": False,  # they quote the text
+}
+
+
 def limits() -> LLParserLimits:
-    """Bounds of one grammar: compiling takes at most a quarter of a second, a mask some milliseconds, and what is kept
-    of a grammar some 20 MB."""
+    """LIMITS, as llguidance takes them."""
     from llguidance import LLParserLimits
 
-    return LLParserLimits(
-        initial_lexer_fuel=200_000,
-        step_lexer_fuel=50_000,
-        step_max_items=20_000,
-        max_lexer_states=10_000,
-        max_grammar_size=50_000,
-        verbose_errors=False,  # they quote the text
-    )
+    return LLParserLimits(**LIMITS)
 
 
 def grammar_text(form: Mapping[str, Any]) -> str:
@@ -68,6 +84,8 @@ def reason_of(error: str) -> str:
     if drawn := _DRAWN.search(error):
         reason = drawn["reason"].splitlines()[0]
         return reason if "\n" in drawn["pattern"] else f"{reason}, at character {len(drawn['before']) - 4}"
+    if any(words in error for words in _TOO_LARGE):
+        return "it is too large or too complex"
     if _ANCHOR in error:
         return "anchors such as ^, $ and \\b have no meaning inside a pattern: the whole text must match it"
     placed = _PLACE.match(error)

@@ -251,6 +251,29 @@ def test_a_stream_is_the_completion_in_pieces(api: openai.OpenAI) -> None:
     assert counted[0].prompt_tokens + counted[2].prompt_tokens == whole.usage.prompt_tokens
 
 
+def test_a_completion_has_the_form_that_was_asked_for(api: openai.OpenAI, client: Client) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["é", "e"]}}, "required": ["a"]} | {
+        "additionalProperties": False
+    }
+    format_: Any = {"type": "json_schema", "json_schema": {"name": "letter", "schema": schema, "strict": True}}
+    found = api.completions.create(**SHORT | {"max_tokens": 20}, n=2, seed=1, extra_body={"response_format": format_})
+    same = client.submit("Hello.", structured_outputs={"json": schema}, n=2, seed=1, max_tokens=20).result(PATIENCE_S)
+    assert texts(found) == texts_of(same)
+    assert {choice.text for choice in found.choices} <= {'{"a": "é"}', '{"a": "e"}'}
+    assert all(choice.complete for choice in found.choices)
+    asked = {**SHORT, "max_tokens": 12, "extra_body": {"structured_outputs": {"choice": ["the river", "the sea"]}}}
+    *pieces, last = list(api.completions.create(**asked, stream=True))
+    text = "".join(piece.choices[0].text for piece in (*pieces, last))
+    assert text in ("the river", "the sea")
+    assert last.choices[0].finish_reason == "stop"
+    chat = api.chat.completions.create(model="chat", messages=CHAT, max_tokens=12, extra_body=asked["extra_body"])
+    assert chat.choices[0].message.content in ("the river", "the sea")
+    with pytest.raises(openai.BadRequestError) as caught:
+        api.completions.create(**SHORT, extra_body={"structured_outputs": {"regex": "(a"}})
+    assert caught.value.param == "structured_outputs.regex"
+    assert "unclosed group, at character 0" in str(caught.value)
+
+
 def test_a_stream_ends_as_openais_does(http: HttpServer) -> None:
     asked = {**SHORT, "temperature": 0, "stream": True}
     with http.http() as plain, plain.stream("POST", "/v1/completions", json=asked) as response:

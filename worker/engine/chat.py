@@ -8,13 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
-import os
-import select
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -24,13 +17,14 @@ from typing import Any
 import structlog
 
 from headrace.client.wire.errors import JobFailed
+from headrace.worker.engine.helper_process import Helpers, TooLong
 
 log = structlog.get_logger("headrace.engine")
 
 #: Chats that are rendered at the same time; half of them those that have taken longer than FIRST_LIMIT_S before.
 MAX_PROCESSES = 4
-#: Seconds that a template may take, and a process to start.
-TIME_LIMIT_S, START_LIMIT_S = 5.0, 60.0
+#: Seconds that a template may take.
+TIME_LIMIT_S = 5.0
 #: Seconds that a template may take at first, so that those that do not end hold up no quick ones.
 FIRST_LIMIT_S = 0.5
 #: Largest text of a chat, in bytes; the largest template, in characters.
@@ -65,75 +59,11 @@ def first_try() -> Iterator[None]:
         _first.reset(token)
 
 
-class _TooLong(Exception):
-    """The process did not answer in time."""
-
-
-class _Process:
-    """A process that renders one chat at a time."""
-
-    def __init__(self) -> None:
-        kept = {name: os.environ[name] for name in ("PATH", "TZ", "LD_LIBRARY_PATH", "HOME") if name in os.environ}
-        self._process = subprocess.Popen(  # noqa: S603  # this interpreter and a file of this package
-            [sys.executable, "-P", str(_PROGRAM)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            # Without the worker's secrets; in a session of its own, so that Ctrl-C reaches the worker alone.
-            env={**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUTF8": "1"},
-            start_new_session=True,
-        )
-        stdin, stdout = self._process.stdin, self._process.stdout
-        if stdin is None or stdout is None:
-            raise OSError("no pipes")
-        self._stdin, self._stdout = stdin, stdout
-        try:
-            self._read_line(START_LIMIT_S)
-        except BaseException:
-            self.end()
-            raise
-
-    def ask(self, request: dict[str, Any], limit_s: float) -> dict[str, Any]:
-        """The answer to a request. Raises _TooLong, or OSError if the process has ended."""
-        data = memoryview(json.dumps(request).encode() + b"\n")
-        self._stdin.write(data)  # the process reads whole lines before it computes, so this does not block for long
-        self._stdin.flush()
-        answer: dict[str, Any] = json.loads(self._read_line(limit_s))
-        return answer
-
-    def _read_line(self, limit_s: float) -> bytes:
-        stdout = self._stdout
-        deadline, data = time.monotonic() + limit_s, bytearray()
-        while not data.endswith(b"\n"):
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([stdout], [], [], left)[0]:
-                raise _TooLong
-            piece = os.read(stdout.fileno(), 2**16)
-            if not piece:
-                raise OSError("the process that renders chats has ended")
-            data += piece
-        return bytes(data)
-
-    def lives(self) -> bool:
-        """Whether the process has not ended."""
-        return self._process.poll() is None
-
-    def end(self) -> None:
-        """End the process."""
-        with contextlib.suppress(OSError):
-            self._process.kill()
-        for pipe in (self._stdin, self._stdout):
-            with contextlib.suppress(OSError):
-                pipe.close()
-        self._process.wait()
-
-
 class Renderer:
     """Renders chats in other processes, at most MAX_PROCESSES at a time. May be used from any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._idle: list[_Process] = []
+        self.processes = Helpers(_PROGRAM)
         #: Where jobs with messages are prepared.
         self.threads = ThreadPoolExecutor(MAX_PROCESSES // 2, thread_name_prefix="headrace-chat")
         #: Where they are prepared again if that was Slow.
@@ -141,51 +71,25 @@ class Renderer:
 
     def render(self, request: dict[str, Any], limit_s: float) -> str:
         """The text of a chat. Raises JobFailed, or Slow in a first try."""
-        process = self._idle_process()
         first = _first.get() and limit_s > FIRST_LIMIT_S
         try:
-            process = process or _Process()
-            answer = process.ask(request, FIRST_LIMIT_S if first else limit_s)
-        except (_TooLong, OSError, ValueError) as error:
-            if process is not None:
-                process.end()
-            if first and isinstance(error, _TooLong):
+            answer = self.processes.ask(request, FIRST_LIMIT_S if first else limit_s)
+        except (TooLong, OSError, ValueError) as error:
+            if first and isinstance(error, TooLong):
                 raise Slow from None
             reason = (
                 f"it took longer than {limit_s:g} s"
-                if isinstance(error, _TooLong)
+                if isinstance(error, TooLong)
                 else "the process that renders it ended, perhaps for lack of memory"
             )
             raise JobFailed("chat_template_failed", f"{_SENTENCES['chat_template_failed']}: {reason}") from None
-        except BaseException:
-            if process is not None:
-                process.end()
-            raise
-        with self._lock:
-            self._idle.append(process)
         if "text" in answer:
             return str(answer["text"])
         raise JobFailed(answer["code"], f"{_SENTENCES[answer['code']]}: {answer['reason']}")
 
-    def _idle_process(self) -> _Process | None:
-        """A process that waits; none that was killed meanwhile."""
-        while True:
-            with self._lock:
-                process = self._idle.pop() if self._idle else None
-            if process is None or process.lives():
-                return process
-            process.end()
-
-    def close(self) -> None:
-        """End the processes that wait."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for process in idle:
-            process.end()
-
 
 renderer = Renderer()
-atexit.register(renderer.close)
+atexit.register(renderer.processes.close)
 
 
 def render(

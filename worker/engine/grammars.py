@@ -6,20 +6,23 @@ what was computed of the grammar. All work of a grammar is bounded by LIMITS; no
 
 from __future__ import annotations
 
+import atexit
 import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.client.wire.constraints import FIELD
 from headrace.client.wire.errors import JobFailed
-from headrace.client.wire.grammar_text import grammar_text, limits, reason_of
+from headrace.client.wire.grammar_text import LIMITS, grammar_text, limits, reason_of
 from headrace.extras import how_to_install
 from headrace.model.tokenizer import Tokenizer
 from headrace.model.tokenizers.ids_only import TokenIdsOnly
+from headrace.worker.engine.helper_process import Helpers, TooLong
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -27,7 +30,9 @@ if TYPE_CHECKING:
 #: Grammars that are kept for later jobs.
 KEPT = 32
 #: Grammars that are compiled at the same time.
-MAX_THREADS = 2
+MAX_THREADS = 4
+#: Seconds that trying a grammar may take. Its processor time is bounded more narrowly.
+TIME_LIMIT_S = 30.0
 
 
 class Grammar:
@@ -91,17 +96,23 @@ class Grammars:
                 self._kept.move_to_end(key)
                 return grammar
         ((kind, _),) = form.items()
-        vocabulary = self._vocabulary()
         try:
-            grammar = Grammar(vocabulary, grammar_text(form))
+            grammar = self._compiled(kind, form)
         except ValueError as error:
             raise JobFailed("invalid_request", f"{FIELD}.{kind}: {reason_of(str(error))}") from None
-        if grammar.error:
-            raise JobFailed("invalid_request", f"{FIELD}.{kind}: {reason_of(grammar.error)}")
         with self._lock:
             self._kept[key] = grammar
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
+        return grammar
+
+    def _compiled(self, kind: str, form: Mapping[str, Any]) -> Grammar:
+        """Compile a form. Raises ValueError if it cannot be read, and JobFailed if it must not be compiled here."""
+        vocabulary, text = self._vocabulary(), grammar_text(form)
+        error = _tried(kind, text)
+        grammar = None if error else Grammar(vocabulary, text)
+        if grammar is None or grammar.error:
+            raise ValueError(error if grammar is None else grammar.error)
         return grammar
 
     def _vocabulary(self) -> LLTokenizer:
@@ -119,6 +130,17 @@ class Grammars:
                 self.token_bytes = frozenset(vocabulary.tokens[:-1]) - {b""}
                 self._tokens = _for_library(vocabulary)
             return self._tokens
+
+
+def _tried(kind: str, text: str) -> str:
+    """Try a grammar in a process that can be ended. Returns why it cannot be read, or nothing; raises JobFailed."""
+    try:
+        answer = helpers.ask({"text": text, "limits": LIMITS}, TIME_LIMIT_S)
+    except (TooLong, OSError, ValueError):
+        raise JobFailed(
+            "grammar_too_complex", f"{FIELD}.{kind}: compiling it takes more time or memory than is allowed"
+        ) from None
+    return str(answer["error"])
 
 
 def _key(form: Mapping[str, Any]) -> str:
@@ -154,5 +176,8 @@ def _for_library(vocabulary: _Vocabulary) -> LLTokenizer:
     return LLTokenizer(TokenizerWrapper(vocabulary), n_vocab=end + 1, eos_token=[end])
 
 
+#: Where grammars are tried.
+helpers = Helpers(Path(__file__).with_name("grammar_process.py"))
+atexit.register(helpers.close)
 #: Where jobs are prepared whose grammars have to be compiled.
 threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="headrace-grammar")

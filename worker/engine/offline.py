@@ -51,6 +51,7 @@ from headrace.worker.engine.offline_types import (
     Logprob,
     RequestOutput,
     SamplingParams,
+    StructuredOutputsParams,
     TextPrompt,
     TokensPrompt,
     output_of,
@@ -65,6 +66,7 @@ __all__ = [
     "Logprob",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
 ]

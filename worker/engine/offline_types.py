@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NotRequired, Self, TypedDict
 
 from headrace.client.wire.requests import MAX_TOKENS, GenerateRequest, parse_request
@@ -14,6 +14,19 @@ from headrace.client.wire.values import is_missing
 
 #: Fields of vLLM's `SamplingParams` that say how outputs are handed over; `generate` returns finished ones.
 _FORMAT_FIELDS = frozenset({"output_kind", "output_text_buffer_length"})
+
+
+@dataclass(kw_only=True)
+class StructuredOutputsParams:
+    """The form of a text: one of these. See docs/structured-output.md."""
+
+    choice: list[str] | None = None
+    regex: str | None = None
+    #: A schema, or its text.
+    json: dict[str, Any] | str | None = None
+    json_object: bool | None = None
+    #: In the syntax of Lark.
+    grammar: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -46,8 +59,8 @@ class SamplingParams:
     logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
     prompt_logprobs: int | None = None
-    #: The form of the texts, such as {"regex": "[a-z]+"}.
-    structured_outputs: dict[str, Any] | None = None
+    #: The form of the texts, such as `StructuredOutputsParams(regex="[a-z]+")` or the same as a dictionary.
+    structured_outputs: StructuredOutputsParams | dict[str, Any] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     detokenize: bool = True
@@ -104,6 +117,8 @@ class SamplingParams:
             InvalidRequest: a value is out of range, or asks for something that is not computed.
         """
         given = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _FORMAT_FIELDS}
+        if isinstance(self.structured_outputs, StructuredOutputsParams):
+            given["structured_outputs"] = asdict(self.structured_outputs)
         if is_missing(self.max_tokens):
             given["max_tokens"] = MAX_TOKENS
         request = parse_request({"prompt": prompt, **given})

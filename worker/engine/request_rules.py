@@ -39,7 +39,8 @@ def request_rules(
     mask = None if allowed is None else mask_of(allowed, vocab_size)
     bad_words = _bad_words(request.bad_words, tokenizer)
     ends = frozenset[int]() if request.ignore_eos else eos_ids
-    return lambda: TokenRules(vocab_size, ends, grammar=grammar, allowed=mask, bad_words=bad_words)
+    own = object()
+    return lambda: TokenRules(vocab_size, ends, grammar=grammar, allowed=mask, bad_words=bad_words, request=own)
 
 
 def _bad_words(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:

@@ -66,16 +66,23 @@ def _masks(rows: Sequence[MaskedRow]) -> Masks:
     if followed:
         proposed = {i: rows[end - 1].proposed for i, end in zip(firsts, [*firsts[1:], len(rows)], strict=True)}
         _fill(words, followed, proposed)
-        for i, rules in followed:
-            if rules.matcher is not None and rules.matcher.is_error() and rules.restart():
-                _fill(words, [(i, rules)], proposed)
-            if rules.matcher is not None and rules.matcher.is_error():
-                rules.error = TOO_COMPLEX
-                words[i : i + 1 + len(proposed[i])] = 0
+        _repair(words, followed, proposed)
     for mask, each in zip(words, rows, strict=True):
         if not each.rules.error:
             each.rules.complete_mask(mask, each.output)
     return Masks([each.row for each in rows], words)
+
+
+def _repair(words: Words, followed: list[tuple[int, TokenRules]], proposed: dict[int, list[int]]) -> None:
+    """Compute masks again whose matchers exceeded their bounds; see `TokenRules.restart`. Those that fail are empty."""
+    failed: list[object] = []
+    for i, rules in followed:
+        if rules.failed and rules.request not in failed and rules.restart():
+            _fill(words, [(i, rules)], proposed)
+        if rules.failed:
+            failed.append(rules.request)
+            rules.error = TOO_COMPLEX
+            words[i : i + 1 + len(proposed[i])] = 0
 
 
 def _fill(words: Words, followed: list[tuple[int, TokenRules]], proposed: dict[int, list[int]]) -> None:

@@ -49,6 +49,7 @@ class TokenRules:
         grammar: that the text must match; None for any text.
         allowed: the mask of `allowed_token_ids`.
         bad_words: the token ids of texts that must not be written.
+        request: the same object for all sequences of a request, which fail together.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class TokenRules:
         grammar: Grammar | None = None,
         allowed: Words | None = None,
         bad_words: Sequence[Sequence[int]] = (),
+        request: object = None,
     ) -> None:
-        self.vocab_size = vocab_size
+        self.vocab_size, self.request = vocab_size, request
         #: Why no mask can be computed; empty if one can.
         self.error = ""
         self._grammar, self._allowed, self._bad_words = grammar, allowed, bad_words
@@ -75,6 +77,11 @@ class TokenRules:
         return self._matcher
 
     @property
+    def failed(self) -> bool:
+        """Whether the grammar's bounds were exceeded."""
+        return self._matcher is not None and bool(self._matcher.is_error())
+
+    @property
     def may_end(self) -> bool:
         """Whether the text so far matches the grammar; True without one."""
         return self._matcher is None or bool(self._matcher.is_accepting())
@@ -85,7 +92,7 @@ class TokenRules:
             return False
         self._output.append(token)
         self._matcher.consume_token(token)
-        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+        return bool(self._matcher.is_stopped()) and not self.failed
 
     def possible(self, tokens: list[int]) -> int:
         """How many of these tokens the grammar allows to follow each other."""

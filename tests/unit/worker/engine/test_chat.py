@@ -34,6 +34,7 @@ from headrace.worker.engine.chat import render
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.errors import EngineStopped
 from headrace.worker.engine.grammars import Grammars
+from headrace.worker.engine.helper_process import HelperProcess
 from headrace.worker.engine.preparation import prepared
 from tests.patience import PATIENCE_S
 from tests.unit.worker.engine.engine_helpers import build
@@ -172,7 +173,7 @@ def test_a_bad_template_fails_its_chat_and_says_why(template: str, code: str, pa
 
 def test_a_template_sees_no_secret_of_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADRACE_SIGNING_KEY", "secret")
-    process = chat._Process()
+    process = HelperProcess(chat._PROGRAM)
     try:
         with open(f"/proc/{process._process.pid}/environ", "rb") as file:
             assert b"HEADRACE" not in file.read()
@@ -182,7 +183,7 @@ def test_a_template_sees_no_secret_of_the_worker(monkeypatch: pytest.MonkeyPatch
 
 def test_a_process_that_was_killed_is_replaced() -> None:
     assert render("a", CHATS[0], {}) == "a"
-    for process in chat.renderer._idle:
+    for process in chat.renderer.processes._idle:
         process._process.kill()
         process._process.wait()
     assert render("b", CHATS[0], {}) == "b"

@@ -13,7 +13,7 @@ from headrace.client import InvalidRequest, JobFailed
 from headrace.client.wire.requests import parse_request
 from headrace.model.hub import ModelError
 from headrace.worker.engine import offline
-from headrace.worker.engine.offline import LLM, SamplingParams, TokensPrompt
+from headrace.worker.engine.offline import LLM, SamplingParams, StructuredOutputsParams, TokensPrompt
 
 PROMPTS = ["Hello, my name is", "The river", "The capital of France is"]
 
@@ -180,6 +180,14 @@ def test_sampling_parameters_of_vllm_that_ask_for_nothing_are_accepted(llm: LLM)
     for name, value in NEUTRAL_SAMPLING.items():
         assert isinstance(SamplingParams(**{name: value}).clone(), SamplingParams), name
     assert SamplingParams.from_optional(max_tokens=None, top_p=None) == SamplingParams()
+
+
+def test_outputs_have_the_form_that_was_asked_for(llm: LLM) -> None:
+    choices = [" river", " sea"]
+    for form in (StructuredOutputsParams(choice=choices), {"choice": choices}):
+        (output,) = llm.generate("The", SamplingParams(structured_outputs=form, temperature=0))
+        assert output.outputs[0].text in choices
+        assert output.outputs[0].finish_reason == "stop"
 
 
 @pytest.mark.parametrize(

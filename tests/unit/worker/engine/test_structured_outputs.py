@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -18,6 +20,7 @@ from headrace.client.wire.requests import GenerateRequest
 from headrace.client.wire.results import Choice, Result
 from headrace.worker.engine import grammars
 from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.helper_process import Helpers
 from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
 from tests.unit.worker.engine.engine_helpers import ask, build, demo_tokenizer, drive, substance
@@ -238,6 +241,38 @@ def test_a_grammar_that_nothing_matches_is_refused(engine: Engine) -> None:
         assert "no text matches it" in str(error_of(engine, structured_outputs=form))
 
 
+@pytest.fixture
+def impatient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Helpers]:
+    """Processes for grammars that have a tenth of the time."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        grammars.helpers.program.read_text().replace("CPU_S = 512 * 2**20, 1.0", "CPU_S = 512 * 2**20, 0.1")
+    )
+    assert program.read_text() != grammars.helpers.program.read_text()
+    helpers = Helpers(program)
+    monkeypatch.setattr(grammars, "helpers", helpers)
+    yield helpers
+    helpers.close()
+
+
+def test_a_grammar_that_would_take_minutes_to_compile_fails_its_own_job(engine: Engine, impatient: Helpers) -> None:
+    multiple = {"type": "integer", "multipleOf": 970001}  # 8 s and 545 MB, whatever the limits of llguidance
+    hostile = engine.submit(ask("a", structured_outputs={"json": multiple}))
+    other = engine.submit(ask("a", structured_outputs={"regex": "ok{1,3}"}))
+    prepared(engine)
+    with pytest.raises(JobFailed) as caught:
+        drive(engine, hostile)
+    assert caught.value.code == "grammar_too_complex"
+    assert drive(engine, other)[0].text.startswith("ok")
+    assert [process.lives() for process in impatient._idle] == [True]
+
+
+def test_a_grammar_that_ends_the_process_is_refused(impatient: Helpers) -> None:
+    chain = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(20_000)) + 'r20000: "a"\n'
+    with pytest.raises(JobFailed, match="compiling it takes more time or memory"):
+        grammars.Grammars(demo_tokenizer(), 50257).get({"grammar": chain})
+
+
 # Random forms
 
 
@@ -279,6 +314,10 @@ SCHEMAS = st.recursive(
 )
 
 
+#: Each example has several forms.
+FEWER = settings(deadline=None, max_examples=settings.default.max_examples // 2)
+
+
 def samples(engine: Engine, forms: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Choice]]:
     """Two choices for each form, all computed together."""
     requests = [
@@ -289,8 +328,8 @@ def samples(engine: Engine, forms: list[dict[str, Any]]) -> list[tuple[dict[str,
     return [(form, choice) for form, result in zip(forms, results, strict=True) for choice in result.choices]
 
 
-@settings(deadline=None)
-@given(st.lists(PATTERNS, min_size=3, max_size=6))
+@FEWER
+@given(st.lists(PATTERNS, min_size=2, max_size=5))
 def test_every_complete_text_matches_its_pattern(engine: Engine, patterns: list[str]) -> None:
     for form, choice in samples(engine, [{"regex": pattern} for pattern in patterns]):
         matches = re.fullmatch(form["regex"], choice.text) is not None
@@ -299,16 +338,16 @@ def test_every_complete_text_matches_its_pattern(engine: Engine, patterns: list[
         assert choice.complete or not matches or "\ufffd" in choice.text, (form, choice.text)
 
 
-@settings(deadline=None)
-@given(st.lists(CHOICES, min_size=3, max_size=6))
+@FEWER
+@given(st.lists(CHOICES, min_size=2, max_size=5))
 def test_every_complete_text_is_a_choice(engine: Engine, lists: list[list[str]]) -> None:
     for form, choice in samples(engine, [{"choice": choices} for choices in lists]):
         assert choice.complete, (form, choice)
         assert choice.text in form["choice"]
 
 
-@settings(deadline=None)
-@given(st.lists(SCHEMAS, min_size=3, max_size=6))
+@FEWER
+@given(st.lists(SCHEMAS, min_size=2, max_size=5))
 def test_every_complete_text_is_valid_by_its_schema(engine: Engine, schemas: list[dict[str, Any]]) -> None:
     for form, choice in samples(engine, [{"json": schema} for schema in schemas]):
         if choice.finish_reason == "stop":
