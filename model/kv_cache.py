@@ -20,7 +20,7 @@ import torch
 
 from headrace.model.config import ModelConfig
 from headrace.model.kernels.attention import DecodeKernel, LayerRules, decode_kernel
-from headrace.model.kernels.memory import use_huge_pages
+from headrace.model.kernels.memory import zeros
 
 
 class Arena:
@@ -44,9 +44,8 @@ class Arena:
         self.capacity, held = min(capacity, self.capacity), self.capacity
         for tensors in (self.k, self.v):
             for layer, old in enumerate(tensors):
-                new, kept = use_huge_pages(old.new_empty(capacity, *old.shape[1:])), min(capacity, held)
+                new, kept = zeros(capacity, old), min(capacity, held)
                 new[:kept] = old[:kept]
-                new[kept:].zero_()
                 tensors[layer] = new
         self.capacity = capacity
 

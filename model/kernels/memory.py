@@ -1,15 +1,37 @@
-"""Huge pages under tensors that are streamed from memory."""
+"""Memory of large tensors: huge pages, and zeros that cost nothing until they are used."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 
+import numpy as np
+import torch
 from torch import Tensor
 
 #: `madvise`: back this memory with pages of 2 MiB.
 MADV_HUGEPAGE = 14
 PAGE_BYTES = 4096
 HUGE_PAGE_BYTES = 2**21
+#: Tensors begin at a multiple of this, as torch's do: a cache line.
+LINE_BYTES = 64
+
+
+def zeros(count: int, like: Tensor) -> Tensor:
+    """Zeros [count, ...], of the type, the device and the other sizes of `like`.
+
+    On a CPU the system makes them when they are used first, so a large tensor holds nobody up.
+
+    Raises:
+        MemoryError: there is not enough memory; on a GPU, torch's error.
+    """
+    shape = (count, *like.shape[1:])
+    if like.device.type != "cpu" or 0 in shape:
+        return like.new_zeros(shape)
+    size = math.prod(shape) * like.itemsize
+    memory = torch.from_numpy(np.zeros(size + LINE_BYTES, dtype=np.uint8))
+    start = -memory.data_ptr() % LINE_BYTES
+    return use_huge_pages(memory[start : start + size]).view(like.dtype).view(shape)
 
 
 def use_huge_pages(tensor: Tensor) -> Tensor:

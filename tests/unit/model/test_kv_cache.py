@@ -8,6 +8,7 @@ from torch import Tensor
 
 from headrace.model.attention import CachedAttention, Chunk, DecodeGroup
 from headrace.model.config import ModelConfig
+from headrace.model.kernels.memory import zeros
 from headrace.model.kv_cache import Arena, KVCache
 
 CONFIG = ModelConfig(n_layer=2, n_head=3, n_embd=24, n_positions=64)
@@ -45,16 +46,16 @@ def test_an_arena_whose_resize_runs_out_of_memory_has_the_capacity_of_all_layers
     """Shrinking needs memory too. The slots up to the capacity must exist, because compiled kernels use addresses."""
     cut = arena(3)
     before = [tensor.clone() for tensor in (*cut.k, *cut.v)]
-    asked: list[Tensor] = []
+    asked: list[int] = []
 
-    def lacking(tensor: Tensor) -> Tensor:
-        asked.append(tensor)
+    def lacking(count: int, like: Tensor) -> Tensor:
+        asked.append(count)
         if len(asked) > done:
             raise MemoryError
-        return tensor
+        return zeros(count, like)
 
     with monkeypatch.context() as patch:
-        patch.setattr("headrace.model.kv_cache.use_huge_pages", lacking)
+        patch.setattr("headrace.model.kv_cache.zeros", lacking)
         with pytest.raises(MemoryError):
             cut.resize(target)
     assert cut.capacity == min(target, 3)
@@ -185,3 +186,12 @@ def test_several_rows_of_one_slot_are_refused_where_there_is_no_compiled_kernel(
     cache.arenas[64].resize(1)
     with pytest.raises(ValueError, match="compiled kernel"):
         CachedAttention.of(cache, groups=[DecodeGroup(64, [0], [5], [2], 0)], chunks=[])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_zeros_are_zero_aligned_and_of_the_type_and_shape_of_the_other(dtype: torch.dtype) -> None:
+    for count, row in ((0, 3), (1, 1), (5, 7), (9, 300_000)):
+        made = zeros(count, torch.ones(2, row, 2, dtype=dtype))
+        assert (made.dtype, made.shape, made.any().item()) == (dtype, (count, row, 2), False)
+        assert made.data_ptr() % 64 == 0
+        assert made.is_contiguous()
