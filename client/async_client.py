@@ -15,9 +15,10 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from headrace.client.client import Client
+from headrace.client.job_verbs import AsyncJobVerbs
 from headrace.client.jobs.async_replies import parse_large, send
 from headrace.client.jobs.handle import Handle, by_id, check_same_redis, job_in_errors
 from headrace.client.jobs.polling import REMIND_S, PollState, Updates
@@ -46,7 +47,7 @@ T = TypeVar("T")
 Inbox = asyncio.Queue[Updates | BaseException]
 
 
-class AsyncClient(AsyncScoringVerbs):
+class AsyncClient(AsyncScoringVerbs, AsyncJobVerbs):
     """`Client` for asyncio, for one event loop. Use it with `async with`, or await `close`.
 
     Arguments and errors are those of `Client`. The number of connections does not grow with the number of
@@ -109,14 +110,6 @@ class AsyncClient(AsyncScoringVerbs):
     def job(self, job_id: str) -> AsyncJob:
         """A handle on a job, wherever it was submitted. Sends nothing to Redis."""
         return AsyncJob(job_id, self)
-
-    @overload
-    async def cancel(self, jobs: str | Handle) -> bool: ...  # type: ignore[overload-overlap]
-    @overload
-    async def cancel(self, jobs: Iterable[str | Handle]) -> list[bool]: ...
-    async def cancel(self, jobs: str | Handle | Iterable[str | Handle]) -> bool | list[bool]:
-        """Cancel a job, or many; see `Client.cancel`."""
-        return await self._run_in_thread(self._client.cancel, jobs)
 
     async def as_completed(self, jobs: Iterable[AsyncJob], timeout: float | None = None) -> AsyncIterator[AsyncJob]:
         """Yield the jobs as they end; see `Client.as_completed`."""

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, overload
+from typing import IO, Any
 
 import redis
 from celery import Celery, Signature
@@ -20,9 +20,12 @@ from headrace.client.batch.columns import Columns
 from headrace.client.batch.map import map_prompts
 from headrace.client.batch.run import Batch, BatchReport
 from headrace.client.batch.window import MAX_INFLIGHT
-from headrace.client.jobs.handle import Handle, Job, by_id, check_same_redis, job_id_of, job_in_errors
+from headrace.client.job_verbs import JobVerbs
+from headrace.client.jobs.handle import Job, by_id, check_same_redis, job_in_errors
+from headrace.client.jobs.listing import JobLister
 from headrace.client.jobs.own_fields import check_model
 from headrace.client.jobs.prepared import PreparedJob
+from headrace.client.jobs.purging import Purger
 from headrace.client.jobs.reading import JobReader
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.submission import Submitter
@@ -37,7 +40,7 @@ from headrace.client.wire.values import without_gaps
 from headrace.config import Settings, load_settings
 
 
-class Client(ScoringVerbs):
+class Client(ScoringVerbs, JobVerbs):
     """Submits jobs to one Redis and reads their results. Use it as a context manager, or call `close`.
 
     Args:
@@ -52,6 +55,8 @@ class Client(ScoringVerbs):
         model_name: the model of jobs that name none.
         submitter: checks and submits jobs; `submit` uses it.
         reader: polls and cancels jobs; `Job` uses it.
+        lister: lists jobs.
+        purger: ends all jobs of a model.
 
     Raises:
         SettingsError: a setting is unknown or its value is not valid.
@@ -70,7 +75,9 @@ class Client(ScoringVerbs):
         self._redis = connect(self.url)
         self._app = producer_app(settings, self.url)
         self.submitter = Submitter(settings, self.url, self._redis, self._app, model_name=self.model_name)
-        self.reader = JobReader(self.url, self._redis, model_name=self.model_name)
+        self.reader = JobReader(self.url, self._redis, model_name=self.model_name, result_ttl_s=settings.result_ttl_s)
+        self.lister = JobLister(self.url, self._redis)
+        self.purger = Purger(self.url, self._redis, self.lister, self.reader.canceller)
 
     def __enter__(self) -> Client:
         return self
@@ -227,27 +234,6 @@ class Client(ScoringVerbs):
     def job(self, job_id: str) -> Job:
         """A handle on a job, wherever it was submitted. Sends nothing to Redis."""
         return Job(job_id, self.reader)
-
-    @overload
-    def cancel(self, jobs: str | Handle) -> bool: ...  # type: ignore[overload-overlap]
-    @overload
-    def cancel(self, jobs: Iterable[str | Handle]) -> list[bool]: ...
-    def cancel(self, jobs: str | Handle | Iterable[str | Handle]) -> bool | list[bool]:
-        """Cancel a job, or many in a few round trips. Takes jobs or their ids.
-
-        A running job stops at its next token and frees its slot; a queued one ends when a worker takes its message.
-        Returns whether the job had not ended yet: a bool, or for many a list of them.
-
-        Raises:
-            UnknownJob: there is no such job. Of many jobs, those in the same round trip (up to 512) were not cancelled.
-            RedisUnreachable, RedisRefused: Redis does not answer, or answers with an error.
-        """
-        one = isinstance(jobs, (str, Handle))
-        given: list[Any] = [jobs] if one or not isinstance(jobs, Iterable) else list(jobs)
-        handles = {job.id: job for job in given if isinstance(job, Handle)}
-        with job_in_errors(lambda job_id: handles.get(job_id) or self.job(job_id)):
-            open_before = self.reader.cancel([job_id_of(job) for job in given])
-        return open_before[0] if one else open_before
 
     def as_completed(self, jobs: Iterable[Job], timeout: float | None = None) -> Iterator[Job]:
         """Yield the jobs as they end, including those that fail. `job.result()` then returns or raises at once.

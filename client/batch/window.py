@@ -248,6 +248,8 @@ class Window(Generic[K]):
             return
         self._reminded_at = now
         with contextlib.suppress(HeadraceError):
+            if lost := self._reader.find_lost(self._waiting):  # their records are gone, so they are sent again
+                self._notify(f"{len(lost)} jobs have lost their messages, as after `celery purge`; they are sent again")
             status = self._reader.status()
             for model in sorted({job.model for *_, job in self._waiting.values()}):
                 if not status.serves(model):

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import redis
 
-from headrace.client.jobs.polling import LAST_POLL_S, READ_BYTES, REMIND_S, PollState, Updates
+from headrace.client.jobs.cancelling import Canceller
+from headrace.client.jobs.lost import find_lost
+from headrace.client.jobs.polling import LAST_POLL_S, REMIND_S, PollState, Updates
 from headrace.client.jobs.status import Status, read_status
 from headrace.client.wire import keys
 from headrace.client.wire.activations import TENSOR_NAMES
@@ -39,8 +41,6 @@ log = logging.getLogger("headrace.client")
 
 #: Seconds after which a job that is missing at the end of a wait is looked for again.
 LOOK_AGAIN_S = 0.2
-#: Number of jobs that are cancelled in one round trip.
-CANCEL_JOBS = 512
 
 
 class JobReader:
@@ -51,12 +51,15 @@ class JobReader:
     Args:
         connection: to the Redis at `url`.
         model_name: the model whose queue `status` always includes.
+        result_ttl_s: how long in seconds the ends of jobs are kept that no worker ended.
     """
 
-    def __init__(self, url: str, connection: redis.Redis, *, model_name: str) -> None:
+    def __init__(self, url: str, connection: redis.Redis, *, model_name: str, result_ttl_s: int = 86_400) -> None:
         #: The Redis where the jobs are.
         self.url = url
         self._redis, self._model_name = connection, model_name
+        #: Cancels jobs, and ends those that wait.
+        self.canceller = Canceller(url, connection, self._poll_many, result_ttl_s=result_ttl_s)
 
     def poll(self, job_id: str) -> tuple[Outcome | None, State]:
         """The outcome and the state of a job. Ignore the state if there is an outcome.
@@ -69,13 +72,8 @@ class JobReader:
         return outcome, cast("State", state)
 
     def cancel(self, job_ids: Sequence[str]) -> list[bool]:
-        """Request the cancellation of jobs. Returns for each job whether it had not ended yet.
-
-        Raises:
-            UnknownJob: one does not exist. None of the up to CANCEL_JOBS jobs of its round trip was cancelled.
-        """
-        parts = [job_ids[start : start + CANCEL_JOBS] for start in range(0, len(job_ids), CANCEL_JOBS)]
-        return [flag for part in parts for flag in self._cancel_part(part)]
+        """Cancel jobs; see `Canceller.cancel`. Returns for each job whether it had not ended yet."""
+        return self.canceller.cancel(job_ids)
 
     def updates(
         self,
@@ -178,12 +176,19 @@ class JobReader:
                 outcome, state = self.poll(job_id)
             except UnknownJob:
                 raise JobLost(job_id) from None
+        if outcome is None and state == "queued" and self.find_lost([job_id]):
+            raise JobLost(job_id, without_message=True)
         if outcome is None and state == "queued" and (until := self.waits_until(job_id)) is not None:
             return ResultTimeout(job_id, timeout, state, until)
         model = self._model_of(job_id)
         if outcome is None and not self.status().serves(model):
             return NoWorker(job_id, timeout, state, keys.queue(model))
         return ResultTimeout(job_id, timeout, state)
+
+    def find_lost(self, job_ids: Iterable[str]) -> list[str]:
+        """Those of the jobs that are queued and have no message, so that nobody will compute them; see `find_lost`."""
+        with redis_errors(self.url):
+            return find_lost(self._redis, job_ids)
 
     def waits_until(self, job_id: str) -> float | None:
         """The Unix time of the job's ETA or countdown; None if it has none, or if that time has passed."""
@@ -197,8 +202,14 @@ class JobReader:
         return until if until > time.time() else None
 
     def warn_without_worker(self, waiting: list[str]) -> None:
-        """Log a warning if no worker serves the queue of the first job."""
+        """Log a warning if no worker serves the queue of the first job.
+
+        Raises:
+            JobLost: one of the jobs is queued and has no message.
+        """
         with contextlib.suppress(RedisUnreachable):
+            for lost in self.find_lost(waiting):
+                raise JobLost(lost, without_message=True)
             if self.waits_until(waiting[0]) is not None:
                 return
             model = self._model_of(waiting[0])
@@ -208,29 +219,6 @@ class JobReader:
                     len(waiting),
                     keys.queue(model),
                 )
-
-    def _has_ended(self, job_ids: Sequence[str]) -> list[bool]:
-        """Whether each job has ended. Reads READ_BYTES of results at a time and keeps none of them.
-
-        Raises:
-            UnknownJob, UnreadableRecord: as `poll`.
-        """
-        with redis_errors(self.url):
-            pipe = self._redis.pipeline(transaction=False)
-            for job_id in job_ids:
-                pipe.execute_command("STRLEN", keys.result(job_id))  # type: ignore[no-untyped-call]
-            sizes = pipe.execute(raise_on_error=False)
-        ended: list[bool] = []
-        part: list[str] = []
-        total = 0
-        for job_id, size in zip(job_ids, sizes, strict=True):
-            size = size if isinstance(size, int) else 0  # another type, or a user without the right to ask
-            if part and total + size > READ_BYTES:
-                ended += [outcome is not None for outcome, _ in self._poll_many(part)]
-                part, total = [], 0
-            part.append(job_id)
-            total += size
-        return ended + [outcome is not None for outcome, _ in self._poll_many(part)]
 
     def _poll_many(self, job_ids: Sequence[str]) -> list[tuple[Outcome | None, str | None]]:
         with redis_errors(self.url):
@@ -246,27 +234,6 @@ class JobReader:
             if outcome is None and state not in ("queued", "running"):
                 raise UnreadableRecord(job_id)
         return found
-
-    def _cancel_part(self, job_ids: Sequence[str]) -> list[bool]:
-        open_jobs = [j for j, has_ended in zip(job_ids, self._has_ended(job_ids), strict=True) if not has_ended]
-        ended = set(job_ids).difference(open_jobs)
-        if open_jobs:
-            with redis_errors(self.url):
-                pipe = self._redis.pipeline(transaction=False)
-                for job_id in open_jobs:
-                    pipe.set(keys.cancel(job_id), "1", ex=keys.UNFINISHED_TTL_S)
-                for job_id in open_jobs:
-                    pipe.exists(keys.result(job_id))
-                exist = pipe.execute()[len(open_jobs) :]
-            # If a job ended in between, no worker will delete its key.
-            stored = [job_id for job_id, exists in zip(open_jobs, exist, strict=True) if exists]
-            late = [j for j, has_ended in zip(stored, self._has_ended(stored), strict=True) if has_ended]
-            with redis_errors(self.url):
-                for job_id in late:
-                    pipe.expire(keys.cancel(job_id), 0)  # not DEL: the Redis user of clients may not use it
-                pipe.execute()
-            ended.update(late)
-        return [job_id not in ended for job_id in job_ids]
 
     def _poll_unless_given_up(self, polls: PollState, block_s: float) -> Updates:
         """Poll once. While Redis does not answer, returns no updates until `polls` gives up a job.

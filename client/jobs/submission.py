@@ -7,7 +7,6 @@ own id, state and result.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import secrets
 import time
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 import redis
 from celery import Celery
 
+from headrace.client.jobs.grouping import GROUP_JOBS, groups
 from headrace.client.jobs.own_fields import check_id, check_model, check_timeout_s
 from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.jobs.server_check import ServerCheck
@@ -27,6 +27,7 @@ from headrace.client.jobs.together import MAX_RESPONSE_RESULTS, check_copies, ch
 from headrace.client.wire import keys
 from headrace.client.wire.celery import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME, queue
 from headrace.client.wire.errors import InvalidRequest, QueueFull, RedisRefused, RedisUnreachable
+from headrace.client.wire.job_index import JobIndex
 from headrace.client.wire.queue_depth import count_queued
 from headrace.client.wire.redis import redis_errors
 from headrace.client.wire.requests import INTERNAL_NAMES, GenerateRequest, Operation, parse_request
@@ -39,9 +40,6 @@ T = TypeVar("T")
 
 #: Number of job records that are written in one round trip.
 RECORD_JOBS = 512
-#: Limits of one message. They are small, so that workers can share many jobs, and a lost message costs
-#: little.
-GROUP_JOBS, GROUP_BYTES = 16, 65_536
 #: Pauses between attempts to note that a message was sent.
 ANNOUNCE_PAUSES_S = (0.1, 0.5, 1.0)
 #: Fields that may differ between jobs that share their parameters.
@@ -64,6 +62,7 @@ class Submitter:
         self.models = ServedModels(connection, url, {model_name, *settings.models})
         #: The Redis, and its clock.
         self.server = ServerCheck(connection, url, allow_unsuitable=settings.redis_unsuitable == "allow")
+        self._index = JobIndex()
 
     def prepare(self, fields: Mapping[str, Any], *, operation: Operation | None = None) -> PreparedJob:
         """Check everything that can be checked without the model, and choose the job id and the seed.
@@ -164,7 +163,7 @@ class Submitter:
                         part = ordered[start : start + RECORD_JOBS]
                         new = self._write_records(part, existing)
                         accepted |= {job.id for job in part} - new.keys()
-                        for group in _groups(new.values()):
+                        for group in groups(new.values()):
                             self._publish(group, producer)
                             accepted |= {job.id for job in group}
         except (RedisUnreachable, RedisRefused) as error:
@@ -256,7 +255,7 @@ class Submitter:
         self._announce(group)
 
     def _announce(self, group: list[PreparedJob]) -> None:
-        """Note in the records that the message was sent, and wake an idle worker.
+        """Note in the records that the message was sent, list the jobs in the index, and wake an idle worker.
 
         A record that is missing now is not written again: Redis may have lost the message with it. A wake-up that is
         refused does no harm: a worker finds the message a little later.
@@ -303,6 +302,8 @@ class Submitter:
             pipe.lpush(hint, "1")
             pipe.ltrim(hint, 0, keys.HINTS - 1)
             pipe.expire(hint, keys.HINT_TTL_S)
+        if group:
+            self._index.add(pipe, {job.id: job.model for job in group}, self.server.clock.now())
         return pipe.execute(raise_on_error=False)
 
 
@@ -322,21 +323,6 @@ def _share_parameters(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         and not is_missing(one.get("prompt"))
         and all(value is other[name] for name, value in one.items() if name not in OWN_FIELDS)
     )
-
-
-def _groups(jobs: Iterable[PreparedJob]) -> Iterator[list[PreparedJob]]:
-    """The jobs of each message: of one model and priority, in their order. `jobs` are sorted by urgency."""
-    for _, same in itertools.groupby(jobs, lambda job: job.urgency):
-        open_groups: dict[str, tuple[list[PreparedJob], int]] = {}
-        for job in same:
-            group, used = open_groups.get(job.model, ([], 0))
-            size = job.size
-            if group and (len(group) == GROUP_JOBS or used + size > GROUP_BYTES):
-                yield group
-                group, used = [], 0
-            open_groups[job.model] = ([*group, job], used + size)
-        for group, _ in open_groups.values():
-            yield group
 
 
 def _digest(request: GenerateRequest, model: str) -> str:

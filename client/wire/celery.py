@@ -19,6 +19,7 @@ from redis.retry import Retry
 from headrace.client.wire import keys
 from headrace.client.wire.embedded_redis import SCHEME as EMBEDDED
 from headrace.client.wire.embedded_redis import kombu_url
+from headrace.client.wire.job_index import JobIndex
 from headrace.client.wire.redis import CONNECT_TIMEOUT_S, SENTINEL_OPTIONS, SOCKET_TIMEOUT_S, connect, has_keepalive
 from headrace.config import Settings
 from headrace.config.sentinel import is_sentinel, parse_sentinel
@@ -115,6 +116,10 @@ class ResultsApp(Celery):  # type: ignore[misc]
     def _redis(self) -> redis.Redis:
         return connect(self.redis_url)
 
+    @functools.cached_property
+    def _index(self) -> JobIndex:
+        return JobIndex()
+
     def close(self) -> None:
         """Close the connections."""
         if "_redis" in vars(self):
@@ -132,9 +137,12 @@ class ResultsApp(Celery):  # type: ignore[misc]
         pipe.hsetnx(keys.job(job_id), "state", "queued")
         pipe.hsetnx(keys.job(job_id), "model", model)
         pipe.hsetnx(keys.job(job_id), "submitted_at", f"{now:.6f}")
+        pipe.hset(keys.job(job_id), keys.CANVAS, "1")
         if until is not None:
             pipe.hset(keys.job(job_id), keys.WAITS_UNTIL, f"{until:.6f}")
         pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
+        pipe.execute()
+        self._index.add(pipe, {job_id: model}, now)
         pipe.execute()
 
 

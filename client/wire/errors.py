@@ -160,11 +160,24 @@ class JobLost(UnknownJob):
 
     Redis was flushed, has restarted without its data, evicts keys, or a replica without the job has become the primary.
     A worker that was computing the job may still end it; `Job.status` then says so.
+
+    Attributes:
+        without_message: Redis had the job's record, but not its message; the record has been removed.
     """
 
     code = "job_lost"
 
+    def __init__(self, job_id: str, *, without_message: bool = False) -> None:
+        super().__init__(job_id)
+        self.without_message = without_message
+
     def __str__(self) -> str:
+        if self.without_message:
+            return (
+                f"job {self.job_id} was accepted, and its message is in no queue and with no worker, so nobody would "
+                "compute it: submit it again. The queue was purged (`celery purge`), or another program took the "
+                "message or deleted it; to end jobs that wait, use `headrace purge`"
+            )
         return (
             f"job {self.job_id} was accepted, and Redis has it no more: submit it again. Redis was flushed, restarted "
             "without its data, evicted it or kept it no longer (HEADRACE_RESULT_TTL_S); `headrace status` shows how it "

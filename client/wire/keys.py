@@ -29,6 +29,14 @@ HINT_TTL_S, HINTS = 60, 64
 
 #: Field of a job's record: the Unix time of its ETA or countdown, before which no worker begins it.
 WAITS_UNTIL = "waits_until"
+#: Field of a job's record: it was sent as a Celery signature, and other tasks may follow its end.
+CANVAS = "canvas"
+#: The most jobs that the list of one owner has; the oldest are left out. An entry takes about 120 bytes.
+LISTED_JOBS = 1_000_000
+#: The most owners whose jobs are listed.
+LISTED_OWNERS = 1_000
+#: The name, in keys, of the owner of all jobs that were submitted without an API key.
+NO_OWNER = "-"
 
 _STEP_SEPARATOR = "\x06\x16"  # kombu's, between a queue's name and its priority step
 
@@ -86,6 +94,24 @@ def job(job_id: str) -> str:
 def result(job_id: str) -> str:
     """String: Celery's result record as JSON. Only this record decides how a job has ended."""
     return f"{PREFIX}{_RESULT}{job_id}"
+
+
+def jobs(owner: str) -> str:
+    """Sorted set: an owner's jobs by the time of their submission. "" owns those without an API key.
+
+    Each member is the job's id and its model, with a space between them.
+    """
+    return f"{PREFIX}jobs:{owner or NO_OWNER}"
+
+
+def submitted() -> str:
+    """List: the jobs that are not in the list of their owner yet, newest first; see `client.wire.job_index`."""
+    return f"{PREFIX}submitted"
+
+
+def owners() -> str:
+    """Sorted set: the owners of jobs, each as in the key of its list, by the time of the last submission."""
+    return f"{PREFIX}owners"
 
 
 def cancel(job_id: str) -> str:

@@ -5,8 +5,10 @@ Celery's result backend stores one record for each job; `parse_outcome` reads it
 
 from __future__ import annotations
 
+import contextlib
 import json
-from typing import Any, Literal, TypeGuard
+from datetime import UTC, datetime
+from typing import Any, Literal, TypeGuard, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,7 +16,13 @@ from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobF
 from headrace.client.wire.unicode import parse_json
 from headrace.client.wire.version import SCHEMA_VERSION
 
+#: The message of a job that was cancelled before it started.
+CANCELLED_EARLY = "the job was cancelled before it started"
+
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
+STATES: tuple[State, ...] = get_args(State)
+#: Characters of a time that anybody may have written.
+MAX_TIME = 40
 
 
 class TopLogprob(BaseModel):
@@ -193,6 +201,46 @@ def has_ended(record: str | None) -> bool:
         return True
 
 
+def cancelled_record(job_id: str) -> str:
+    """The result record of a job that was cancelled before it started, as Celery's backend stores it."""
+    error = JobCancelled(message=CANCELLED_EARLY)
+    raised = {"exc_type": "JobCancelled", "exc_message": error.args, "exc_module": type(error).__module__}
+    ended: dict[str, Any] = {
+        "traceback": None,
+        "children": None,
+        "date_done": datetime.now(UTC).isoformat(),
+        "task_id": job_id,
+    }
+    return json.dumps({"status": "FAILURE", "result": raised, **ended})
+
+
+def ended_state(state: State, at: float) -> str:
+    """The `state` of the record of a job that ended at this Unix time: lists show it, and do not read results."""
+    return f"{state} {at:.3f}"
+
+
+def parse_state(text: str | None) -> tuple[State | None, float | None]:
+    """The state in a job's record, and when it ended; None for the record of another program, or if there is none."""
+    said, _, at = (text or "").partition(" ")
+    state = next((state for state in STATES if state == said), None)
+    if not at:
+        return (state, None) if state in ("queued", "running") else (None, None)
+    with contextlib.suppress(ValueError):
+        return state, float(at[:MAX_TIME])
+    return None, None
+
+
+def record_state(record: str) -> State:
+    """The state of an ended job from its result record, or from the first RECORD_START characters of a success."""
+    if record.startswith(_SUCCESS):
+        return "succeeded"
+    outcome = parse_outcome(record)
+    return "failed" if outcome is None else outcome_state(outcome)
+
+
+#: How the record of a job that succeeded begins, as Celery writes it.
+_SUCCESS = '{"status": "SUCCESS"'
+RECORD_START = len(_SUCCESS)
 #: What Celery stores with a revoked task whose message has expired.
 _EXPIRED = (["expired"], "expired")
 

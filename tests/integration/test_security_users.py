@@ -44,7 +44,7 @@ def passwords(directory: Path) -> dict[str, str]:
     done = subprocess.run(["sh", "-euc", RECIPE[1]], cwd=directory, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     found = dict(re.findall(r"^headrace-(\w+): (\w{32,})$", done.stdout, re.MULTILINE))
-    assert set(found) == {"client", "worker", "admin"}
+    assert set(found) == {"client", "worker", "operator", "admin"}
     return found
 
 
@@ -176,6 +176,10 @@ READERS = (
     ["PUBLISH", "headrace:/0.celery.pidbox", "x"],
     ["HSCAN", keys.job("x"), "0"],
     ["SADD", "headrace:_kombu.binding.x", "x"],
+    ["LRANGE", keys.submitted(), "0", "-1"],
+    ["RPOP", keys.submitted()],
+    ["ZRANGE", keys.jobs(""), "0", "-1"],
+    ["ZRANGE", keys.owners(), "0", "-1"],
 )
 
 

@@ -17,7 +17,7 @@ from headrace.client.wire.results import Result
 from headrace.worker.engine.errors import EngineStopped
 from headrace.worker.jobs.deliveries import Delivery, DeliveryBook, Verdict
 from headrace.worker.jobs.main_thread import MainThread
-from headrace.worker.jobs.observers import Ending, JobObserver, as_outcome
+from headrace.worker.jobs.observers import Ending, JobObserver, as_outcome, state_of
 from headrace.worker.jobs.quarantine import Quarantine
 from headrace.worker.jobs.result_writer import Ended, ResultWriter
 from headrace.worker.jobs.retry import PatientStore
@@ -138,7 +138,8 @@ class Completion:
                 runtime = time.monotonic() - (current.started_at or current.received_at)
                 self._observe_end(job_id, future, routine=False, seconds=round(runtime, 3))
                 value = value if task_failed else "<redacted>"  # goes into events; the result itself is stored
-                self._store.ask(lambda store: store.ended([job_id]))
+                ended = state_of(future.exception() or future.result())
+                self._store.ask(lambda store: store.ended([job_id], ended))
             self.settle([job_id], (task_failed, value, runtime))
         except BaseException as error:
             # A message must not stay open: it would count as held by this worker for ever.
@@ -156,7 +157,8 @@ class Completion:
                 self._backend.mark_as_revoked(job_id, str(verdict), request=context)
             else:
                 self._backend.mark_as_failure(job_id, verdict, request=context)
-            self._store.ask(lambda store: store.ended([job_id]))
+            ended = state_of(verdict)
+            self._store.ask(lambda store: store.ended([job_id], ended))
             self._on_stored([(job_id, failed(verdict))])
         except BaseException as error:
             log.error("job.finish_failed", job_id=job_id, error=repr(error), trace=traceback.format_exc())

@@ -33,6 +33,8 @@ log = structlog.get_logger("headrace.worker")
 TICK_S, IDLE_TICK_S = 0.2, 1.0
 #: Seconds between two heartbeats: far below the lifetime of the worker's record.
 BEAT_S = 2.0
+#: Seconds between two looks for expired jobs in the index, and while there are many.
+PRUNE_S, PRUNE_SOON_S = 60.0, 1.0
 
 
 class Hooks(Protocol):
@@ -71,7 +73,7 @@ class Heartbeat:
         self._started, self._hooks, self._waiting = started, hooks, waiting
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="headrace-heartbeat", daemon=True)
-        self._beat_at = 0.0
+        self._beat_at = self._prune_at = 0.0
         self._stalled = False  # the state that was last acted on
         #: Jobs in the queue of each model that no worker holds, by priority. Counted at each heartbeat if there is a
         #: port for metrics.
@@ -127,6 +129,9 @@ class Heartbeat:
         if beat := now >= self._beat_at or stopping():
             self._record.write(now, stalled=self._stalled)
             self._beat_at = now + BEAT_S
+            self._store.fill_index()
+            if now >= self._prune_at:
+                self._prune_at = now + (PRUNE_SOON_S if self._store.prune_index() else PRUNE_S)
             if self._settings.metrics_port and not stopping():
                 self.queued = {model: self._store.queued(model) for model in self._models.names}
         return jobs or beat

@@ -13,7 +13,7 @@ from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 
 from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobFailed
 from headrace.client.wire.keys import tag
-from headrace.client.wire.results import Result, outcome_state
+from headrace.client.wire.results import Result, State, outcome_state
 from headrace.worker.jobs.deliveries import Delivery
 
 log = structlog.get_logger("headrace.worker")
@@ -286,3 +286,9 @@ def as_outcome(outcome: Result | BaseException) -> Result | BaseException:
     if isinstance(outcome, TimeLimitExceeded):
         return JobExpired(message="time limit")
     return outcome
+
+
+def state_of(outcome: Result | BaseException) -> State:
+    """The state in which a job ended with a result or an exception."""
+    outcome = as_outcome(outcome)
+    return outcome_state(outcome) if isinstance(outcome, (Result, JobError)) else "failed"

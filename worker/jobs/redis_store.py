@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -11,8 +12,9 @@ from redis.client import Pipeline
 
 from headrace.client.wire import keys
 from headrace.client.wire.clock import RedisClock
+from headrace.client.wire.job_index import JobIndex, drain
 from headrace.client.wire.queue_depth import execute_typed, queue_status
-from headrace.client.wire.results import has_ended
+from headrace.client.wire.results import State, ended_state, has_ended, record_state
 from headrace.worker.jobs.store import WORKER_TTL_S, JobRecord, Waiting
 
 #: A worker that has written a heartbeat within this many seconds is alive; it writes one every two seconds.
@@ -21,6 +23,10 @@ RECENT_BEAT_S = 5
 MAX_IDENTITY = 512
 #: One request changes at most this many records: a script holds up all other requests.
 UPDATE_JOBS = 1000
+#: So many entries of each owner's list are looked at in one request, to remove those of expired jobs.
+PRUNE_JOBS = 1000
+#: The most requests of one call that move new jobs into the index.
+FILL_REQUESTS = 20
 #: KEYS: streams. ARGV: their lifetime in seconds, then an event for each. Returns the numbers, from 1, of those that
 #: Redis refused. A script, because redis-py takes ten times as long to encode a pipeline of as many commands.
 APPEND_EVENTS = """
@@ -51,13 +57,38 @@ for i = 1, #KEYS, 2 do
     end
 end
 """
-#: KEYS: the same. ARGV: the lifetime of the records of jobs without a result. Other records live as long as the result:
-#: one that outlives it says that the job is running, and its caller would wait.
+#: KEYS: the same. ARGV: the lifetime of the records of jobs without a result, then for each job that has ended its
+#: state with the time, or "". Other records live as long as the result: one that outlives it says that the job is
+#: running, and its caller would wait. The first end counts, as it does for the result.
 KEEP_RECORDS = """
 for i = 1, #KEYS, 2 do
     local left = redis.call('TTL', KEYS[i + 1])
+    local ended = ARGV[1 + (i + 1) / 2]
+    if ended and ended ~= '' then
+        local state = redis.pcall('HGET', KEYS[i], 'state')
+        if state == 'queued' or state == 'running' then
+            redis.call('HSET', KEYS[i], 'state', ended)
+        end
+    end
     redis.call('EXPIRE', KEYS[i], left >= 0 and math.max(left, 1) or ARGV[1])
 end
+"""
+#: KEYS: the set of owners. ARGV: how the names of lists, records and results begin, the number of entries to look at,
+#: and where among the others to begin, from 0 to 1. Removes entries of jobs without a record and a result, and returns
+#: how many.
+PRUNE_INDEX = """
+local removed = 0
+for _, owner in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+    local list, most = ARGV[1] .. owner, tonumber(ARGV[4])
+    local first = math.floor(math.max(0, redis.call('ZCARD', list) - most) * ARGV[5])
+    for _, member in ipairs(redis.call('ZRANGE', list, first, first + most - 1)) do
+        local id = string.match(member, '^[^ ]*')
+        if redis.call('EXISTS', ARGV[2] .. id, ARGV[3] .. id) == 0 then
+            removed = removed + redis.call('ZREM', list, member)
+        end
+    end
+end
+return removed
 """
 
 
@@ -83,6 +114,7 @@ class RedisStore:
         self._append_events = connection.register_script(APPEND_EVENTS)
         self._update_open = connection.register_script(UPDATE_OPEN)
         self._clock = RedisClock()
+        self._index, self._prune_oldest = JobIndex(), False
 
     def now(self) -> float:
         with contextlib.suppress(redis.RedisError):  # the last answer is good enough
@@ -151,6 +183,7 @@ class RedisStore:
             if waiting.until is not None:
                 pipe.hset(name, keys.WAITS_UNTIL, f"{waiting.until:.6f}")
         _keep_records(pipe, list(jobs), keys.UNFINISHED_TTL_S)
+        self._index.add(pipe, {job_id: waiting.model for job_id, waiting in jobs.items()}, self._clock.now())
         pipe.execute()
 
     def count_attempts(self, job_ids: Sequence[str], worker: str = "", shared: Container[str] = ()) -> list[int]:
@@ -181,9 +214,9 @@ class RedisStore:
                 keys=_records_and_results(part), args=[keys.UNFINISHED_TTL_S, len(values), *values, *changes]
             )
 
-    def ended(self, job_ids: Iterable[str]) -> None:
+    def ended(self, job_ids: Iterable[str], state: State | None = None) -> None:
         pipe = self._redis.pipeline(transaction=False)
-        self._end(pipe, list(job_ids))
+        self._end(pipe, dict.fromkeys(job_ids, state))
         pipe.execute()
 
     def finish(self, records: Mapping[str, str]) -> None:
@@ -197,12 +230,14 @@ class RedisStore:
             if job_id not in ended:
                 pipe.set(keys.result(job_id), record, ex=self._ttl_s)
                 pipe.publish(keys.result(job_id), record)  # `AsyncResult.get` is subscribed to it
-        self._end(pipe, job_ids)
+        self._end(pipe, {j: None if j in ended else record_state(record) for j, record in records.items()})
         pipe.execute()
 
-    def _end(self, pipe: Pipeline, job_ids: list[str]) -> None:
-        _keep_records(pipe, job_ids, self._ttl_s)
-        pipe.delete(*[keys.cancel(job_id) for job_id in job_ids])
+    def _end(self, pipe: Pipeline, states: Mapping[str, State | None]) -> None:
+        now = self._clock.now()
+        ends = [ended_state(state, now) if state else "" for state in states.values()]
+        _keep_records(pipe, list(states), self._ttl_s, ends)
+        pipe.delete(*[keys.cancel(job_id) for job_id in states])
 
     def save_tensors(self, job_id: str, tensors: Mapping[str, bytes]) -> None:
         pipe = self._redis.pipeline()
@@ -243,6 +278,18 @@ class RedisStore:
             pipe.zscore(keys.unacked_index(), tag)
         return {tag for tag, renewed_at in zip(delivery_tags, pipe.execute(), strict=True) if renewed_at is None}
 
+    def fill_index(self) -> None:
+        for _ in range(FILL_REQUESTS):
+            if not drain(self._redis):
+                return
+
+    def prune_index(self) -> bool:
+        self._prune_oldest = not self._prune_oldest  # jobs end in about the order of their submission, but not all
+        begins = [keys.jobs("").removesuffix(keys.NO_OWNER), keys.job(""), keys.result("")]
+        first = 0.0 if self._prune_oldest else random.random()  # noqa: S311
+        removed = self._redis.eval(PRUNE_INDEX, 1, keys.owners(), *begins, str(PRUNE_JOBS), str(first))
+        return int(cast("int", removed)) > PRUNE_JOBS // 2
+
     def heartbeat(self, worker: str, record: Mapping[str, str | int | float]) -> None:
         now = self.now()
         pipe = self._redis.pipeline()
@@ -281,10 +328,10 @@ def _records_and_results(job_ids: Iterable[str]) -> list[str]:
     return [name for job_id in job_ids for name in (keys.job(job_id), keys.result(job_id))]
 
 
-def _keep_records(pipe: Pipeline, job_ids: Sequence[str], ttl_s: int) -> None:
+def _keep_records(pipe: Pipeline, job_ids: Sequence[str], ttl_s: int, ends: Sequence[str] = ()) -> None:
     names = _records_and_results(job_ids)
     if names:  # with its text: a registered script costs a request to ask whether Redis has it
-        pipe.eval(KEEP_RECORDS, len(names), *names, str(ttl_s))
+        pipe.eval(KEEP_RECORDS, len(names), *names, str(ttl_s), *ends)
 
 
 def _is_valid(fields: Any) -> bool:

@@ -19,7 +19,7 @@ from celery.exceptions import Ignore, TaskRevokedError, TimeLimitExceeded
 from headrace.client.wire.errors import JobCancelled, JobError, JobFailed
 from headrace.client.wire.redis import connect, resolve_url
 from headrace.client.wire.requests import GenerateRequest
-from headrace.client.wire.results import Result
+from headrace.client.wire.results import CANCELLED_EARLY, Result
 from headrace.client.wire.signing import unsigned, verified
 from headrace.config import Settings
 from headrace.worker.engine.errors import EngineStopped
@@ -221,7 +221,7 @@ class Service:
 
 def cancelled_early() -> JobCancelled:
     """The error of a job that was cancelled before it got a slot."""
-    return JobCancelled(message="the job was cancelled before it started")
+    return JobCancelled(message=CANCELLED_EARLY)
 
 
 def failed(error: BaseException) -> Future[Result]:

@@ -10,6 +10,8 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from headrace.client.wire.results import State
+
 #: A worker whose last heartbeat is older than this many seconds counts as gone.
 WORKER_TTL_S = 15
 
@@ -75,8 +77,11 @@ class Store(Protocol):
         """Record that jobs return to the queue unfinished. For those in `attempted` the last attempt does not count."""
         ...
 
-    def ended(self, job_ids: Iterable[str]) -> None:
-        """Record that the results of jobs are stored: their records expire when the results do."""
+    def ended(self, job_ids: Iterable[str], state: State | None = None) -> None:
+        """Record that the results of jobs are stored, and how they ended if that is known.
+
+        Their records expire when the results do.
+        """
         ...
 
     def finish(self, records: Mapping[str, str]) -> None:
@@ -108,6 +113,14 @@ class Store(Protocol):
 
     def lost(self, delivery_tags: Sequence[str]) -> set[str]:
         """Return those of the messages that have no lease any more: it ran out, and another worker has the message."""
+        ...
+
+    def fill_index(self) -> None:
+        """Move the jobs that clients have submitted into the lists of their owners, some thousands at a time."""
+        ...
+
+    def prune_index(self) -> bool:
+        """Remove expired jobs from the index, some at a time. Returns whether there are likely to be more."""
         ...
 
     def heartbeat(self, worker: str, record: Mapping[str, str | int | float]) -> None:

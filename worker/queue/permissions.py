@@ -138,6 +138,7 @@ def _job_commands() -> list[tuple[str, ...]]:
 
 def _worker_commands() -> list[tuple[str, ...]]:
     name, names, models = keys.worker("x"), keys.workers(), keys.models()
+    inbox, owners, jobs = keys.submitted(), keys.owners(), keys.jobs("")
     return [
         *(
             ("HSET", name, "x", "x"),
@@ -149,5 +150,7 @@ def _worker_commands() -> list[tuple[str, ...]]:
         ),
         *(("ZREMRANGEBYSCORE", names, "0", "1"), ("EXPIRE", names, "1"), ("ZREM", names, "x")),
         *(("ZADD", models, "1", "x"), ("ZREMRANGEBYSCORE", models, "0", "1"), ("EXPIRE", models, "1")),
+        *(("LPUSH", inbox, "x"), ("RPOP", inbox), ("EVALSHA", "0" * 40, "1", owners), ("ZRANGE", owners, "0", "1")),
+        *(("ZADD", jobs, "1", "x"), ("ZREM", jobs, "x"), ("ZREMRANGEBYRANK", jobs, "0", "0"), ("ZCARD", jobs)),
         *(("PUBLISH", f"{keys.PREFIX}/0.celeryev/worker.heartbeat", "x"),),
     ]

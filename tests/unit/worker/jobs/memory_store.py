@@ -6,6 +6,7 @@ import time
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from headrace.client.wire.results import State
 from headrace.worker.jobs.store import JobRecord, Waiting
 
 
@@ -58,7 +59,7 @@ class MemoryStore:
         self.states.update(dict.fromkeys(job_ids, "queued"))
         self.attempts.update({job_id: self.attempts[job_id] - 1 for job_id in attempted})
 
-    def ended(self, job_ids: Iterable[str]) -> None:
+    def ended(self, job_ids: Iterable[str], state: State | None = None) -> None:
         self.cancels.difference_update(job_ids)
 
     def finish(self, records: Mapping[str, str]) -> None:
@@ -85,6 +86,12 @@ class MemoryStore:
 
     def lost(self, delivery_tags: Sequence[str]) -> set[str]:
         return set(delivery_tags) - self.leases.keys()
+
+    def fill_index(self) -> None:
+        pass
+
+    def prune_index(self) -> bool:
+        return False
 
     def heartbeat(self, worker: str, record: Mapping[str, str | int | float]) -> None:
         self.workers[worker] = dict(record)
