@@ -17,7 +17,7 @@ from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.job_index import drain, member
 from headrace.client.wire.redis import redis_errors
 from headrace.client.wire.requests import is_job_id
-from headrace.client.wire.results import MAX_TIME, RECORD_START, STATES, State, has_ended, parse_state, record_state
+from headrace.client.wire.results import RECORD_START, STATES, State, has_ended, parse_state, record_state
 from headrace.client.wire.values import show
 
 #: Jobs of a page, by default.
@@ -26,6 +26,8 @@ PAGE_JOBS = 100
 READ_JOBS, SCAN_JOBS = 1_000, 10_000
 #: Results that one EXISTS asks about.
 EXISTS_KEYS = 250
+#: Characters of `JobPage.after`, which may come from outside.
+MAX_CURSOR = 400
 _OPEN = ("queued", "running")
 
 
@@ -124,7 +126,7 @@ class _Entry(NamedTuple):
 
     @property
     def cursor(self) -> str:
-        return f"{self.at!r} {self.member}"
+        return f"{self.at!r}~{self.id}~{self.model}"
 
 
 ALL_JOBS = JobFilter()
@@ -317,10 +319,9 @@ def _bound(at: float) -> str:
 
 
 def _parse_cursor(text: str) -> _Entry:
-    at, _, member = text.partition(" ")
-    try:
-        if is_job_id(member.partition(" ")[0]) and len(at) < MAX_TIME:
-            return _Entry(float(at), member)
-    except ValueError:
-        pass
+    parts = text.split("~") if len(text) < MAX_CURSOR else []
+    with contextlib.suppress(ValueError):
+        at, job_id, model = parts
+        if is_job_id(job_id):
+            return _Entry(float(at), member(job_id, model))
     raise InvalidRequest("after", show(text), "the value that the page before gave")

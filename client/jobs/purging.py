@@ -13,6 +13,7 @@ from headrace.client.jobs.listing import JobFilter, JobLister
 from headrace.client.jobs.queued import READ_MESSAGES, Message, read_message
 from headrace.client.wire import keys
 from headrace.client.wire.errors import UnknownJob
+from headrace.client.wire.queue_depth import queue_status
 from headrace.client.wire.redis import redis_errors
 
 
@@ -27,6 +28,11 @@ class Purger:
 
     def __init__(self, url: str, connection: redis.Redis, lister: JobLister, canceller: Canceller) -> None:
         self._url, self._redis, self._lister, self._canceller = url, connection, lister, canceller
+
+    def count_queued(self, model: str) -> int:
+        """About how many jobs of a model wait in the queue; without the right to read it, how many messages."""
+        with redis_errors(self._url):
+            return queue_status(self._redis, model).total
 
     def purge(self, model: str) -> int:
         """End the jobs of a model that wait, as cancelled. Returns how many.

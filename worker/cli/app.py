@@ -10,9 +10,11 @@ import click
 
 from headrace import __version__
 from headrace.worker.cli.batch import batch
+from headrace.worker.cli.cancel import cancel, purge
 from headrace.worker.cli.convert import convert
 from headrace.worker.cli.errors import INTERRUPTED, WRONG_INPUT
 from headrace.worker.cli.generate import generate
+from headrace.worker.cli.jobs import job, jobs
 from headrace.worker.cli.serve import serve
 from headrace.worker.cli.status import status
 from headrace.worker.cli.tokenize import tokenize
@@ -29,7 +31,7 @@ def main() -> None:
     """
 
 
-for command in (up, generate, tokenize, batch, serve, validate, convert, status):
+for command in (up, generate, tokenize, batch, serve, validate, convert, status, jobs, job, cancel, purge):
     main.add_command(command)
 
 
