@@ -37,6 +37,7 @@ class JobVerbs:
         older_than: float | None = None,
         newer_than: float | None = None,
         owner: str | None = None,
+        search: str = "",
     ) -> Iterator[JobInfo]:
         """Yield the jobs that Redis knows, whoever submitted them, the newest first. Reads 1,000 of them at a time.
 
@@ -47,12 +48,13 @@ class JobVerbs:
             newer_than: only jobs that were submitted less than so many seconds ago.
             owner: only jobs that were submitted with this API key of `headrace serve`, by the name that `JobInfo.owner`
                 has; "" for those without a key.
+            search: only jobs whose id contains this text, or whose tag, which `Status` has for jobs in slots, does.
 
         Raises:
             InvalidRequest: a condition cannot be met.
             RedisUnreachable, RedisRefused: Redis does not answer, or answers with an error.
         """
-        return self.lister.all(_filter(state, model, older_than, newer_than), owner=owner)
+        return self.lister.all(_filter(state, model, older_than, newer_than, search), owner=owner)
 
     def job_page(
         self: _Client,
@@ -62,6 +64,7 @@ class JobVerbs:
         older_than: float | None = None,
         newer_than: float | None = None,
         owner: str | None = None,
+        search: str = "",
         limit: int = PAGE_JOBS,
         after: str = "",
     ) -> JobPage:
@@ -73,6 +76,7 @@ class JobVerbs:
             older_than: as for `jobs`.
             newer_than: as for `jobs`.
             owner: as for `jobs`.
+            search: as for `jobs`.
             limit: the most jobs. A page has fewer, even none, if 10,000 jobs were read for it; pass on its `after`.
             after: `JobPage.after` of the page before.
 
@@ -80,8 +84,31 @@ class JobVerbs:
             InvalidRequest: a condition cannot be met, or `after` is not from a page.
             RedisUnreachable, RedisRefused: Redis does not answer, or answers with an error.
         """
-        wanted = _filter(state, model, older_than, newer_than)
+        wanted = _filter(state, model, older_than, newer_than, search)
         return self.lister.page(wanted, owner=owner, limit=limit, after=after)
+
+    def find_job(self: _Client, job_id: str, owner: str | None = None) -> JobInfo | None:
+        """A job as lists show it; None if there is none with this id, or none of this owner.
+
+        Args:
+            job_id: the job.
+            owner: as for `jobs`.
+
+        Raises:
+            RedisUnreachable, RedisRefused: Redis does not answer, or answers with an error.
+        """
+        return self.lister.find(job_id, owner)
+
+    def job_counts(self: _Client, owner: str | None = None) -> dict[str, int]:
+        """How many of the newest 1,000 jobs are in each state.
+
+        Args:
+            owner: as for `jobs`.
+
+        Raises:
+            RedisUnreachable, RedisRefused: Redis does not answer, or answers with an error.
+        """
+        return self.lister.counts(owner)
 
     def job_details(self: _Client, job: str | Handle, *, texts: bool = False, prompt: bool = False) -> JobDetails:
         """All that is known about a job: its state, times, worker, error, and numbers of tokens.
@@ -172,6 +199,16 @@ class AsyncJobVerbs:
         page: JobPage = await self._run_in_thread(self._client.job_page, **conditions)
         return page
 
+    async def find_job(self: _AsyncClient, job_id: str, owner: str | None = None) -> JobInfo | None:
+        """A job as lists show it; see `Client.find_job`."""
+        found: JobInfo | None = await self._run_in_thread(self._client.find_job, job_id, owner)
+        return found
+
+    async def job_counts(self: _AsyncClient, owner: str | None = None) -> dict[str, int]:
+        """How many of the newest 1,000 jobs are in each state; see `Client.job_counts`."""
+        counts: dict[str, int] = await self._run_in_thread(self._client.job_counts, owner)
+        return counts
+
     async def job_details(
         self: _AsyncClient, job: str | Handle, *, texts: bool = False, prompt: bool = False
     ) -> JobDetails:
@@ -197,6 +234,8 @@ class AsyncJobVerbs:
         return int(await self._run_in_thread(self._client.purge, model))
 
 
-def _filter(state: str | None, model: str | None, older_than: float | None, newer_than: float | None) -> JobFilter:
+def _filter(
+    state: str | None, model: str | None, older_than: float | None, newer_than: float | None, search: str
+) -> JobFilter:
     named = None if model is None else check_model(model)
-    return JobFilter(state=state, model=named, older_than=older_than, newer_than=newer_than)
+    return JobFilter(state=state, model=named, older_than=older_than, newer_than=newer_than, search=search)

@@ -18,6 +18,7 @@ from headrace.client.http.context import AppContext
 from headrace.client.http.file_store import FileStore
 from headrace.client.http.jobs import JobRunner
 from headrace.client.http.page import StatusReporter
+from headrace.client.jobs.listing import JobPage
 from headrace.client.jobs.status import Status, WorkerStatus
 from headrace.client.wire.model_description import ModelDescription
 from headrace.config import load_settings
@@ -42,6 +43,15 @@ class FullQueue:
             for i, description in enumerate(said if model == "demo" else [None])
         ]
         return Status(workers=workers, queues=[], delivered=0)
+
+    async def job_page(self, **_: Any) -> JobPage:
+        return JobPage([], "", 0.0)
+
+    async def job_counts(self, _: str) -> dict[str, int]:
+        return {}
+
+    async def find_job(self, *_: str) -> None:
+        return None
 
     async def submit_many(self, requests: list[dict[str, Any]]) -> None:
         for request in requests:

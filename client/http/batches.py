@@ -33,6 +33,7 @@ from headrace.client.http.batch_usage import count_rows
 from headrace.client.http.errors import ApiError, not_found
 from headrace.client.http.file_store import RETENTION_S, FileStore, load_all, write_json
 from headrace.client.wire.errors import HeadraceError
+from headrace.client.wire.job_index import owned_by
 from headrace.config import Settings
 
 log = structlog.get_logger("headrace.http")
@@ -219,7 +220,7 @@ class Batches:
     def _compute(self, batch_id: str) -> None:
         state = self._states[batch_id]
         rows, failures = self._files.path(state.rows_id), self._files.path(state.failures_id)
-        with Client(settings=self._settings) as client:
+        with owned_by(state.owner), Client(settings=self._settings) as client:
             try:
                 batch = self._validate(client, state)
                 batch.run(

@@ -12,12 +12,13 @@ from typing import Any, Literal, TypeVar
 
 from headrace.client.async_client import AsyncClient, AsyncJob
 from headrace.client.http.errors import RETRY_AFTER_S, ApiError, translate
-from headrace.client.http.job_book import JobBook
+from headrace.client.http.job_lists import JobLists
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event
 from headrace.client.jobs.together import MAX_RESPONSE_RESULTS, check_copies, check_response
 from headrace.client.wire.errors import HeadraceError, InvalidRequest, RedisRefused, RedisUnreachable
-from headrace.client.wire.results import Result, outcome_state
+from headrace.client.wire.job_index import owned_by
+from headrace.client.wire.results import Result
 from headrace.client.wire.values import show
 from headrace.config.model_names import served_name
 
@@ -71,7 +72,7 @@ class JobRunner:
         self._cached_status: Status | HeadraceError | None = None
         self._cached_at = -STATUS_CACHE_S
         self._status_lock = asyncio.Lock()
-        self.book = JobBook()
+        self.lists = JobLists(client)
         self._cancellations: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -165,13 +166,13 @@ class JobRunner:
         fields = {**params, "model": model, "timeout_s": timeout_s}
         try:
             # Mappings, not keyword arguments: a field of the request may have any name.
-            jobs = await self._client.submit_many([{**fields, field: prompt} for prompt in prompts])
+            with owned_by(owner):
+                jobs = await self._client.submit_many([{**fields, field: prompt} for prompt in prompts])
         except InvalidRequest as error:
             raise as_request_field(error, is_list=is_list) from None
         except (RedisUnreachable, RedisRefused) as error:
             self._cancel(error.accepted.values())
             raise
-        self.book.add([job.id for job in jobs], owner=owner, model=model)
         return SubmittedJobs(model, jobs, timeout_s + TIMEOUT_GRACE_S)
 
     @contextlib.contextmanager
@@ -180,7 +181,6 @@ class JobRunner:
         try:
             yield
         finally:
-            self.book.end({job.id: "cancelled" if job.outcome is None else outcome_state(job.outcome) for job in jobs})
             self._cancel(job for job in jobs if job.outcome is None)
 
     def _cancel(self, jobs: Iterable[AsyncJob]) -> None:
@@ -212,13 +212,10 @@ class JobRunner:
         try:
             async for job in self._client.as_completed(submitted.jobs, submitted.wait_s):
                 index = index_of[job.id]
-                if job.outcome is not None:
-                    self.book.end({job.id: outcome_state(job.outcome)})
                 del waiting[job.id]
                 converted[index] = await asyncio.to_thread(convert, index, await job.result())
                 job.outcome = None
         finally:
-            self.book.end(dict.fromkeys(waiting, "cancelled"))
             self._cancel(waiting.values())
         return [converted[index] for index in range(len(submitted.jobs))]
 

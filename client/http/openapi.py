@@ -136,7 +136,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", PAGE_PATH): Operation(media_types=("text/html",)),
     **{("GET", path): Operation(media_types=(media_type,)) for path, media_type in PAGE_FILES.items()},
     ("GET", "/jobs.json"): Operation(
-        _object(data={"type": "array", "items": _JOB}, has_more={"type": "boolean"}, counts={"type": "object"}),
+        _object(
+            data={"type": "array", "items": _JOB},
+            has_more={"type": "boolean"},
+            after=_TEXT,
+            counts={"type": "object"},
+        ),
         query=(
             ("state", {"enum": list(get_args(State))}),
             *(("model", _TEXT), ("search", _TEXT), ("after", _TEXT)),

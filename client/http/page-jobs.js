@@ -24,10 +24,11 @@ export async function refreshJobs() {
   const found = await (await ask(`jobs.json?${query}`)).json();
   const filtered = at("job-search").value || at("job-state").value || at("job-model").value;
   show(at("job-list"), found.data.length ? table(["job", "state", "model", "sent", "took", ""], found.data.map(jobRow))
-    : empty(after ? "No older jobs." : filtered ? "No job matches." : "No jobs yet. Send one to /v1/completions, or try a prompt."));
+    : empty(found.has_more ? "No job matches among those looked at. Look at older ones." : after ? "No older jobs." : filtered ? "No job matches." : "No jobs yet. Send one to /v1/completions, or try a prompt."));
   at("job-more").disabled = !found.has_more; at("job-first").disabled = !after;
-  at("job-more").dataset.last = found.data.length ? found.data[found.data.length - 1].id : "";
-  at("job-note").textContent = Object.entries(found.counts).map(([state, number]) => `${count(number)} ${state}`).join(", ");
+  at("job-more").dataset.last = found.after;
+  const numbers = Object.entries(found.counts), all = numbers.reduce((sum, [, number]) => sum + number, 0);
+  at("job-note").textContent = (all >= 1000 ? "of the newest 1,000: " : "") + numbers.map(([state, number]) => `${count(number)} ${state}`).join(", ");
 }
 
 function batchCard(batch) {

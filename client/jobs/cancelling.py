@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import redis
 
@@ -67,24 +67,18 @@ class Canceller:
         Raises:
             redis.RedisError: Redis does not answer, or answers with an error.
         """
-        self.request(job_ids)
-        return self._end(job_ids)
+        return self._end(job_ids, job_ids)[0]
 
     def _cancel_part(self, job_ids: Sequence[str]) -> list[bool]:
         open_jobs = [j for j, has_ended in zip(job_ids, self._has_ended(job_ids), strict=True) if not has_ended]
         ended = set(job_ids).difference(open_jobs)
         if open_jobs:
             with redis_errors(self._url):
-                self.request(open_jobs)
-                here = self._end(self._those_that_wait(open_jobs))
-                pipe = self._redis.pipeline(transaction=False)
-                for job_id in open_jobs:
-                    pipe.exists(keys.result(job_id))
-                exist = pipe.execute()
+                _, stored = self._end(open_jobs, self._those_that_wait(open_jobs))
             # If a job ended in between, no worker will delete its key.
-            stored = [j for j, exists in zip(open_jobs, exist, strict=True) if exists and j not in here]
             late = [j for j, has_ended in zip(stored, self._has_ended(stored), strict=True) if has_ended]
             with redis_errors(self._url):
+                pipe = self._redis.pipeline(transaction=False)
                 for job_id in late:
                     pipe.expire(keys.cancel(job_id), 0)  # not DEL: the Redis user of clients may not use it
                 pipe.execute()
@@ -103,24 +97,39 @@ class Canceller:
         records = zip(job_ids, pipe.execute(raise_on_error=False), strict=True)
         return [job_id for job_id, record in records if isinstance(record, list) and _waits(*record)]
 
-    def _end(self, job_ids: Sequence[str]) -> set[str]:
-        """Store the ends of jobs. Returns those that had not ended before."""
+    def _end(self, job_ids: Sequence[str], waiting: Sequence[str]) -> tuple[set[str], list[str]]:
+        """Store requests to cancel, and the ends of those jobs that wait, in one round trip.
+
+        Returns:
+            The jobs whose ends were stored here, and those of the others that have a result.
+        """
         self._clock.update(self._redis)
-        ended = ended_state("cancelled", self._clock.now())
-        records = {job_id: cancelled_record(job_id) for job_id in job_ids}
+        records = {job_id: cancelled_record(job_id) for job_id in waiting}
+        others = [job_id for job_id in job_ids if job_id not in records]
         pipe = self._redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipe.set(keys.cancel(job_id), "1", ex=keys.UNFINISHED_TTL_S)
         for job_id, record in records.items():
             pipe.set(keys.result(job_id), record, nx=True, ex=self._ttl_s)
-        new = {job_id for job_id, stored in zip(records, pipe.execute(), strict=True) if stored}
-        for job_id in new:
+        for job_id in others:
+            pipe.exists(keys.result(job_id))
+        answers = dict(zip([*records, *others], pipe.execute()[len(job_ids) :], strict=True))
+        new = {job_id for job_id in records if answers[job_id]}
+        self._announce({job_id: records[job_id] for job_id in new})
+        return new, [*(j for j in records if j not in new), *(j for j in others if answers[j])]
+
+    def _announce(self, records: Mapping[str, str]) -> None:
+        """Note in the records of jobs that they have ended, and tell those who wait for a message about it."""
+        ended = ended_state("cancelled", self._clock.now())
+        pipe = self._redis.pipeline(transaction=False)
+        for job_id in records:
             pipe.hset(keys.job(job_id), "state", ended)
             pipe.expire(keys.job(job_id), self._ttl_s)
             pipe.expire(keys.cancel(job_id), self._ttl_s)
         pipe.execute()
-        for job_id in new:
-            pipe.publish(keys.result(job_id), records[job_id])  # Celery's `AsyncResult.get` is subscribed to it
+        for job_id, record in records.items():
+            pipe.publish(keys.result(job_id), record)  # Celery's `AsyncResult.get` is subscribed to it
         pipe.execute(raise_on_error=False)  # without the right to it, a later look finds the result
-        return new
 
     def _has_ended(self, job_ids: Sequence[str]) -> list[bool]:
         """Whether each job has ended. Reads READ_BYTES of results at a time and keeps none of them.

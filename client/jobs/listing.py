@@ -26,6 +26,7 @@ PAGE_JOBS = 100
 READ_JOBS, SCAN_JOBS = 1_000, 10_000
 #: Results that one EXISTS asks about.
 EXISTS_KEYS = 250
+NEEDED_RIGHTS = "lists of jobs need the rights of headrace-operator or headrace-worker in config/redis-users.acl"
 #: Characters of `JobPage.after`, which may come from outside.
 MAX_CURSOR = 400
 _OPEN = ("queued", "running")
@@ -159,7 +160,7 @@ class JobLister:
         if type(limit) is not int or limit < 1:
             raise InvalidRequest("limit", show(limit), "a whole number from 1")
         last = _parse_cursor(after) if after else None
-        with redis_errors(self._url):
+        with self._errors():
             self._clock.update(self._redis)
             while not after and drain(self._redis):
                 pass
@@ -201,7 +202,7 @@ class JobLister:
         """
         if not is_job_id(job_id):
             return None
-        with redis_errors(self._url):
+        with self._errors():
             while drain(self._redis):
                 pass
             name = member(job_id, cast("str | None", self._redis.hget(keys.job(job_id), "model")) or "")
@@ -213,9 +214,17 @@ class JobLister:
             entries = [_Entry(at, name, each) for each, at in times if at is not None]
             return next((job for job, _ in self._read(entries)), None)
 
-    def counts(self, owner: str, newest: int = READ_JOBS) -> dict[str, int]:
-        """How many of an owner's newest jobs are in each state."""
+    def counts(self, owner: str | None = None, newest: int = READ_JOBS) -> dict[str, int]:
+        """How many of the newest jobs, of one owner or all, are in each state."""
         return dict(Counter(job.state for job in self.page(owner=owner, limit=newest).jobs))
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        with redis_errors(self._url):
+            try:
+                yield
+            except redis.exceptions.NoPermissionError as error:
+                raise redis.ResponseError(f"{error}; {NEEDED_RIGHTS}") from error
 
     def _owners(self) -> list[str]:
         names = cast("list[str]", self._redis.zrange(keys.owners(), 0, -1))

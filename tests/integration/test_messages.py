@@ -331,7 +331,8 @@ def test_every_key_has_a_lifetime_that_ends_with_the_result(
         if name in endless or name.startswith(f"{keys.PREFIX}_kombu.binding"):
             continue
         left = connection.ttl(name)
-        longest = keys.UNFINISHED_TTL_S if name in map(keys.job, waiting) else max(86_400, keys.DEAD_TTL_S)
+        unfinished = {*map(keys.job, waiting), keys.submitted(), keys.owners(), keys.jobs("")}
+        longest = keys.UNFINISHED_TTL_S if name in unfinished else max(86_400, keys.DEAD_TTL_S)
         assert 0 < left <= longest, name  # type: ignore[operator]
         if name.startswith(keys.job("")) and name not in map(keys.job, waiting):
             assert left <= client.settings.result_ttl_s, name  # type: ignore[operator]

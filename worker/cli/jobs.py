@@ -25,7 +25,7 @@ UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 ONE_MODEL = "the model, by the name that workers serve it under or as in HEADRACE_MODEL"
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
     """A time span, in seconds."""
 
     name = "time"
@@ -104,7 +104,7 @@ def span(seconds: float) -> str:
     if left < 1 and seconds > 0:
         return f"{max(seconds, 0.01):.2f} s"
     names = [("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)]
-    parts = []
+    parts: list[str] = []
     for name, size in names:
         if left >= size or (name == "s" and not parts):
             parts.append(f"{left // size} {name}")

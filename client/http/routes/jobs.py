@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any, get_args
+from typing import get_args
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.client.http.context import context_of, owner_of, route, whole_number
-from headrace.client.http.errors import ApiError, not_found
+from headrace.client.http.errors import not_found
+from headrace.client.http.job_lists import public
 from headrace.client.http.responses import JsonResponse
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.results import State
@@ -20,7 +21,7 @@ DEFAULT_LIMIT, MAX_LIMIT = 20, 100
 
 
 async def list_jobs(request: Request) -> Response:
-    """`GET /jobs.json`: the jobs that this key has sent to this server, the newest first."""
+    """`GET /jobs.json`: the jobs of this key, the newest first; without keys, all that were sent without one."""
     query, states = request.query_params, get_args(State)
     state, limit = query.get("state") or "", query.get("limit") or str(DEFAULT_LIMIT)
     if state and state not in states:
@@ -28,36 +29,28 @@ async def list_jobs(request: Request) -> Response:
     size = whole_number(limit, 1, MAX_LIMIT)
     if size is None:
         raise InvalidRequest("limit", show(limit), f"a whole number from 1 to {MAX_LIMIT}")
-    context = context_of(request)
-    filters = {"state": state, "model": query.get("model") or "", "search": (query.get("search") or "").strip()}
-    found, counts = context.jobs.book.select(owner_of(request), await _running(request), **filters)
-    start, after = 0, query.get("after")
-    if after:
-        start = next((index for index, entry in enumerate(found, 1) if entry.id == after), len(found))
-    shown, now = found[start : start + size], time.time()
-    more = start + len(shown) < len(found)
-    return JsonResponse({"data": [entry.public(now) for entry in shown], "has_more": more, "counts": counts})
-
-
-async def _running(request: Request) -> set[str]:
-    """The tags of jobs in slots, as the last heartbeats say; none while Redis cannot be reached."""
-    try:
-        workers = (await context_of(request).status.latest()).workers
-    except ApiError:
-        return set()
-    return {row.job for worker in workers for row in worker.rows}
+    lists = context_of(request).jobs.lists
+    found = await lists.page(
+        owner_of(request),
+        state=state or None,
+        model=query.get("model") or None,
+        search=(query.get("search") or "").strip(),
+        limit=size,
+        after=query.get("after") or "",
+    )
+    return JsonResponse(found)
 
 
 async def cancel_job(request: Request) -> Response:
-    """`POST /jobs/{id}/cancel`: ask for the end of a job that this key has sent to this server."""
-    context, job_id = context_of(request), request.path_params["id"]
-    entry = context.jobs.book.find(job_id, owner_of(request))
-    if entry is None:
+    """`POST /jobs/{id}/cancel`: cancel a job of this key."""
+    context, job_id, owner = context_of(request), request.path_params["id"], owner_of(request)
+    job = await context.jobs.lists.find(job_id, owner)
+    if job is None:
         raise not_found("job", job_id)
-    if entry.ended_at is None:
+    if job.state in ("queued", "running"):
         await context.client.cancel(job_id)
-    answer: dict[str, Any] = entry.public(time.time())
-    return JsonResponse(answer)
+        job = await context.jobs.lists.find(job_id, owner) or job
+    return JsonResponse(public(job, time.time()))
 
 
 ROUTES = [

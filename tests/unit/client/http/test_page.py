@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 
 from headrace.client.http.auth import PAGE_FILES, Limits
-from headrace.client.http.job_book import JobBook
-from headrace.client.wire import keys
 from tests.http_app import HttpApp
 
 KEYS = ("the-key-of-the-first-one", "the-key-of-the-second-one")
@@ -100,24 +98,9 @@ def test_the_list_of_jobs_needs_a_key_and_names_what_is_wrong(app: HttpApp) -> N
         answer = app.ask("GET", "/jobs.json", query=query, headers=mine)
         assert (answer.status, answer.json()["error"]["param"]) == (400, param)
     assert app.ask("POST", "/jobs/nobody-knows-it/cancel", headers=mine).status == 404
-    assert app.ask("GET", "/jobs.json", headers=mine).json() == {"data": [], "has_more": False, "counts": {}}
-
-
-def test_the_book_has_the_newest_jobs_of_each_owner() -> None:
-    now = [100.0]
-    book = JobBook(clock=lambda: now[0], size=4)
-    book.add(["a", "b", "c"], owner="one", model="demo")
-    book.add(["x"], owner="two", model="demo")
-    now[0] = 103.5
-    book.end({"b": "succeeded"})
-    book.end({"b": "cancelled", "gone": "failed"})
-    found, counts = book.select("one", {keys.tag("c")})
-    assert [(job.id, job.state) for job in found] == [("c", "running"), ("b", "succeeded"), ("a", "queued")]
-    assert counts == {"running": 1, "succeeded": 1, "queued": 1}
-    assert found[1].public(110.0)["ended_after_s"] == 3.5
-    assert [job.id for job in book.select("one", (), state="succeeded")[0]] == ["b"]
-    assert [job.id for job in book.select("one", (), search=keys.tag("a"))[0]] == ["a"]
-    assert book.select("one", (), model="other") == ([], {})
-    assert book.find("x", "one") is None
-    book.add(["y"], owner="two", model="demo")
-    assert book.find("a", "one") is None, "the oldest was forgotten"
+    assert app.ask("GET", "/jobs.json", headers=mine).json() == {
+        "data": [],
+        "has_more": False,
+        "after": "",
+        "counts": {},
+    }
