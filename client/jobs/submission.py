@@ -303,7 +303,7 @@ class Submitter:
             pipe.ltrim(hint, 0, keys.HINTS - 1)
             pipe.expire(hint, keys.HINT_TTL_S)
         if group:
-            self._index.add(pipe, {job.id: job.model for job in group}, self.server.clock.now())
+            self._index.add(pipe, group[0].model, [job.id for job in group], self.server.clock.now())
         return pipe.execute(raise_on_error=False)
 
 

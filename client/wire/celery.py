@@ -142,7 +142,7 @@ class ResultsApp(Celery):  # type: ignore[misc]
             pipe.hset(keys.job(job_id), keys.WAITS_UNTIL, f"{until:.6f}")
         pipe.expire(keys.job(job_id), keys.UNFINISHED_TTL_S)
         pipe.execute()
-        self._index.add(pipe, {job_id: model}, now)
+        self._index.add(pipe, model, [job_id], now)
         pipe.execute()
 
 

@@ -33,6 +33,8 @@ WAITS_UNTIL = "waits_until"
 CANVAS = "canvas"
 #: The most jobs that the list of one owner has; the oldest are left out. An entry takes about 120 bytes.
 LISTED_JOBS = 1_000_000
+#: The most messages whose jobs wait to be listed.
+SUBMITTED_ENTRIES = 200_000
 #: The most owners whose jobs are listed.
 LISTED_OWNERS = 1_000
 #: The name, in keys, of the owner of all jobs that were submitted without an API key.

@@ -12,7 +12,7 @@ from redis.client import Pipeline
 
 from headrace.client.wire import keys
 from headrace.client.wire.clock import RedisClock
-from headrace.client.wire.job_index import JobIndex, drain
+from headrace.client.wire.job_index import ENTRY_JOBS, JobIndex, drain
 from headrace.client.wire.queue_depth import execute_typed, queue_status
 from headrace.client.wire.results import State, ended_state, has_ended, record_state
 from headrace.worker.jobs.store import WORKER_TTL_S, JobRecord, Waiting
@@ -183,7 +183,10 @@ class RedisStore:
             if waiting.until is not None:
                 pipe.hset(name, keys.WAITS_UNTIL, f"{waiting.until:.6f}")
         _keep_records(pipe, list(jobs), keys.UNFINISHED_TTL_S)
-        self._index.add(pipe, {job_id: waiting.model for job_id, waiting in jobs.items()}, self._clock.now())
+        for model in {waiting.model for waiting in jobs.values()}:
+            job_ids = [job_id for job_id, waiting in jobs.items() if waiting.model == model]
+            for start in range(0, len(job_ids), ENTRY_JOBS):
+                self._index.add(pipe, model, job_ids[start : start + ENTRY_JOBS], self._clock.now())
         pipe.execute()
 
     def count_attempts(self, job_ids: Sequence[str], worker: str = "", shared: Container[str] = ()) -> list[int]:

@@ -12,11 +12,12 @@ import pytest
 import redis
 
 from headrace.client import AsyncClient, Client, InvalidRequest, JobCancelled, JobLost, UnknownJob
-from headrace.client.jobs import lost
+from headrace.client.batch import window
+from headrace.client.jobs import lost, presence, reading
 from headrace.client.jobs.details import JobDetails
 from headrace.client.jobs.listing import JobFilter
 from headrace.client.wire import keys
-from headrace.client.wire.job_index import DRAIN_JOBS, owned_by
+from headrace.client.wire.job_index import DRAIN_ENTRIES, owned_by
 from headrace.client.wire.redis import connect
 from headrace.client.wire.results import cancelled_record
 from headrace.worker.jobs.redis_store import RedisStore
@@ -183,7 +184,15 @@ def test_the_index_is_bounded_and_expires_with_its_jobs(
 def test_an_entry_that_a_stranger_wrote_is_dropped(client: Client, connection: redis.Redis) -> None:
     job = client.submit("Hello.")
     connection.lpush(
-        keys.submitted(), "", "x", "- nan a m", "../x 1 a m", "- 1.2.3 a m", "- 9 " + "x" * 600 + " m", "\xff"
+        keys.submitted(),
+        "",
+        "x",
+        "- nan m a",
+        "../x 1 m a",
+        "- 1.2 m a",
+        "- 9 m " + "x" * 10_000,
+        "- 9999999999999999999 m a",
+        "\xff",
     )
     connection.hset(keys.job("spoilt"), "state", "eaten 5")
     connection.set(keys.job("text"), "x")
@@ -199,11 +208,11 @@ def test_jobs_of_other_celery_programs_are_listed(client: Client, store: RedisSt
 
 
 def test_more_jobs_than_one_request_moves_are_listed(client: Client, connection: redis.Redis) -> None:
-    names = [f"many-{number}" for number in range(DRAIN_JOBS + 5)]
+    names = [f"many-{number}" for number in range(DRAIN_ENTRIES + 5)]
     pipe = connection.pipeline()
     for place, name in enumerate(names):
         pipe.hset(keys.job(name), "state", "queued")
-        pipe.lpush(keys.submitted(), f"- {1_700_000_000 + place} {name} m")
+        pipe.lpush(keys.submitted(), f"- {(1_700_000_000 + place) * 10**6} m {name}")
     pipe.execute()
     assert ids(client.jobs()) == names[::-1]
 
@@ -322,8 +331,6 @@ def test_purge_ends_what_waits_and_nothing_else(client: Client, connection: redi
 def test_a_job_whose_message_was_purged_is_lost(
     client: Client, connection: redis.Redis, at_once: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from headrace.client.jobs import reading
-
     monkeypatch.setattr(reading, "REMIND_S", 0.2)
     job, named = client.submit("Hello."), client.submit("Hello.", id="hand:lost")
     connection.delete(*keys.queue_lists(MODEL))
@@ -389,3 +396,29 @@ def test_a_job_that_moves_during_the_look_is_not_lost(
     monkeypatch.setattr(lost, "queued_messages", moving)
     assert client.reader.find_lost(["hand:moving"]) == []
     assert message
+
+
+def test_a_batch_submits_rows_again_whose_messages_were_purged(
+    client: Client, connection: redis.Redis, at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(window, "REMIND_S", 0.1)
+    monkeypatch.setattr(presence, "LOOK_S", 0.05)
+    monkeypatch.setattr(presence, "CONFIRM_S", 0.05)
+    told: list[str] = []
+    rows = window.Window[int](client, notify=told.append)
+    jobs = [(i, client.submitter.prepare({"prompt": "a", "id": f"hand:row-{i}"})) for i in range(3)]
+    purged = False
+
+    def tick() -> None:
+        nonlocal purged
+        queued = sum(map(connection.llen, keys.queue_lists(MODEL)))
+        if queued and not purged:
+            connection.delete(*keys.queue_lists(MODEL))
+            purged = True
+        elif queued:
+            client.purge(MODEL)
+
+    rows._tick = tick
+    outcomes = [outcome for pairs in rows.run(jobs) for _, outcome in pairs]
+    assert [type(outcome) for outcome in outcomes] == [JobCancelled] * 3
+    assert any("3 jobs have lost their messages, as after `celery purge`" in line for line in told)
