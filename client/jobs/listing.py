@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import redis
 
-from headrace.client.jobs.records import read_field
+from headrace.client.jobs.index_reader import Entry, IndexReader, Span
 from headrace.client.wire import keys
 from headrace.client.wire.clock import RedisClock
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.job_index import drain, member
+from headrace.client.wire.job_index import member
 from headrace.client.wire.redis import redis_errors
 from headrace.client.wire.requests import is_job_id
-from headrace.client.wire.results import RECORD_START, STATES, State, has_ended, parse_state, record_state
+from headrace.client.wire.results import STATES, State, has_ended, parse_state, record_state
 from headrace.client.wire.values import show
 
 #: Jobs of a page, by default.
 PAGE_JOBS = 100
 #: Entries that are read at once to find jobs that match, and the most that one page reads.
 READ_JOBS, SCAN_JOBS = 1_000, 10_000
-#: Results that one EXISTS asks about.
-EXISTS_KEYS = 250
 NEEDED_RIGHTS = "lists of jobs need the rights of headrace-operator or headrace-worker in config/redis-users.acl"
 #: Characters of `JobPage.after`, which may come from outside.
 MAX_CURSOR = 400
-_OPEN = ("queued", "running")
 
 
 class JobInfo(NamedTuple):
@@ -103,31 +101,17 @@ class JobFilter:
         """Whether jobs may be left out."""
         return bool(self.state or self.model or self.search)
 
+    def span(self, now: float) -> Span:
+        """The entries that may match. `now` is the Unix time in seconds."""
+        earliest = float("-inf") if self.newer_than is None else now - self.newer_than
+        latest = float("inf") if self.older_than is None else now - self.older_than
+        return Span(earliest, latest, self.model or "")
+
     def may_take(self, job_id: str, model: str) -> bool:
         """Whether a job with this id and model may match."""
         if self.model is not None and self.model != model:
             return False
         return not self.search or self.search in job_id or self.search in keys.tag(job_id)
-
-
-class _Entry(NamedTuple):
-    """An entry of the index, in the order of lists: by time, then by id and model."""
-
-    at: float
-    member: str
-    owner: str = ""
-
-    @property
-    def id(self) -> str:
-        return self.member.partition(" ")[0]
-
-    @property
-    def model(self) -> str:
-        return self.member.partition(" ")[2]
-
-    @property
-    def cursor(self) -> str:
-        return f"{self.at!r}~{self.id}~{self.model}"
 
 
 ALL_JOBS = JobFilter()
@@ -142,6 +126,7 @@ class JobLister:
 
     def __init__(self, url: str, connection: redis.Redis) -> None:
         self._url, self._redis, self._clock = url, connection, RedisClock()
+        self._index = IndexReader(connection)
 
     def page(
         self, wanted: JobFilter = ALL_JOBS, *, owner: str | None = None, limit: int = PAGE_JOBS, after: str = ""
@@ -162,13 +147,13 @@ class JobLister:
         last = _parse_cursor(after) if after else None
         with self._errors():
             self._clock.update(self._redis)
-            while not after and drain(self._redis):
-                pass
-            now, found, scanned = self._clock.now(), list[tuple[JobInfo, _Entry]](), 0
-            owners = self._owners() if owner is None else [owner]
+            if not after:
+                self._index.update()
+            now, found, scanned = self._clock.now(), list[tuple[JobInfo, Entry]](), 0
+            span, owners = wanted.span(now), self._index.owners() if owner is None else [owner]
             size, is_end = (READ_JOBS if wanted.is_selective else min(limit, READ_JOBS)), False
             while not is_end and len(found) < limit and scanned < max(SCAN_JOBS, limit):
-                entries, is_end = self._entries(owners, wanted, now, last, size)
+                entries, is_end = self._index.entries(owners, span, last, size)
                 if wanted.is_selective:
                     likely = [entry for entry in entries if wanted.may_take(entry.id, entry.model)]
                     found += [pair for pair in self._read(likely) if wanted.state in (None, pair[0].state)]
@@ -203,16 +188,9 @@ class JobLister:
         if not is_job_id(job_id):
             return None
         with self._errors():
-            while drain(self._redis):
-                pass
-            name = member(job_id, cast("str | None", self._redis.hget(keys.job(job_id), "model")) or "")
-            owners = self._owners() if owner is None else [owner]
-            pipe = self._redis.pipeline(transaction=False)
-            for each in owners:
-                pipe.zscore(keys.jobs(each), name)
-            times = zip(owners, pipe.execute(), strict=True)
-            entries = [_Entry(at, name, each) for each, at in times if at is not None]
-            return next((job for job, _ in self._read(entries)), None)
+            self._index.update()
+            entry = self._index.find(job_id, self._index.owners() if owner is None else [owner])
+            return None if entry is None else next((job for job, _ in self._read([entry])), None)
 
     def counts(self, owner: str | None = None, newest: int = READ_JOBS) -> dict[str, int]:
         """How many of the newest jobs, of one owner or all, are in each state."""
@@ -226,111 +204,34 @@ class JobLister:
             except redis.exceptions.NoPermissionError as error:
                 raise redis.ResponseError(f"{error}; {NEEDED_RIGHTS}") from error
 
-    def _owners(self) -> list[str]:
-        names = cast("list[str]", self._redis.zrange(keys.owners(), 0, -1))
-        return ["" if name == keys.NO_OWNER else name for name in names]
-
-    def _entries(
-        self, owners: Sequence[str], wanted: JobFilter, now: float, last: _Entry | None, size: int
-    ) -> tuple[list[_Entry], bool]:
-        """The next entries after `last`, in the order of the list, and whether there are no more after them."""
-        high = float("inf") if wanted.older_than is None else now - wanted.older_than
-        low = float("-inf") if wanted.newer_than is None else now - wanted.newer_than
-        if last is not None:
-            high = min(high, last.at)
-        entries: list[_Entry] = []
-        complete_to: _Entry | None = None  # of an owner with more entries, nothing older than this was read
-        for owner in owners:
-            own, is_end = self._entries_of(owner, high, low, last, size)
-            entries += own
-            if not is_end and own:
-                complete_to = max(own[-1], complete_to or own[-1], key=_order)
-        entries.sort(key=_order, reverse=True)
-        if complete_to is not None:
-            entries = [entry for entry in entries if _order(entry) >= _order(complete_to)]
-        return entries[:size], complete_to is None and len(entries) <= size
-
-    def _entries_of(
-        self, owner: str, high: float, low: float, last: _Entry | None, size: int
-    ) -> tuple[list[_Entry], bool]:
-        """The next entries of one owner, at least one unless there are none, and whether these are all."""
-        offset = 0
-        while True:
-            reply: Any = self._redis.zrange(
-                keys.jobs(owner),
-                cast("Any", _bound(high)),
-                cast("Any", _bound(low)),
-                desc=True,
-                byscore=True,
-                offset=offset,
-                num=size + 1,
-                withscores=True,
-            )
-            found = [_Entry(at, member, owner) for member, at in reply]
-            if last is not None:  # it is among the first, with those of the same time before it
-                found = [entry for entry in found if entry.at < last.at or _order(entry) < _order(last)]
-            if found or len(reply) <= size:
-                return found, len(reply) <= size
-            offset += size + 1
-
-    def _read(self, entries: Sequence[_Entry]) -> Iterator[tuple[JobInfo, _Entry]]:
+    def _read(self, entries: Sequence[Entry]) -> Iterator[tuple[JobInfo, Entry]]:
         """The jobs of entries. Jobs that have expired are left out, and removed from the index."""
-        job_ids = [entry.id for entry in entries]
-        ends = [parse_state(text) for text in read_field(self._redis, list(map(keys.job, job_ids)), "state")]
-        ended = self._ended_states([j for j, (state, _) in zip(job_ids, ends, strict=True) if state in _OPEN])
-        gone: list[_Entry] = []
-        for entry, job_id, (said, at) in zip(entries, job_ids, ends, strict=True):
-            if state := ended.get(job_id, said):
-                yield JobInfo(job_id, entry.model, state, entry.at, at, entry.owner), entry
-            else:
+        gone: list[Entry] = []
+        for entry in entries:
+            state, at = parse_state(entry.said)
+            if state is None and entry.said.startswith("{"):
+                state = self._ended_state(entry)
+            if state is not None:
+                job_id, _, model = entry.member.partition(" ")
+                yield JobInfo(job_id, model, state, entry.at, at, entry.owner), entry
+            elif not entry.said:
                 gone.append(entry)
         if gone:
-            self._remove(gone)
+            self._index.remove(gone)
 
-    def _ended_states(self, job_ids: Sequence[str]) -> dict[str, State]:
-        """The states of those of the jobs that have a result, although their records do not say that they ended.
-
-        The workers of earlier versions did not write it, and neither does Celery for a task that it revokes.
-        """
-        parts = [job_ids[start : start + EXISTS_KEYS] for start in range(0, len(job_ids), EXISTS_KEYS)]
-        pipe = self._redis.pipeline(transaction=False)
-        for part in parts:
-            pipe.exists(*map(keys.result, part))
-        some = [job_id for part, count in zip(parts, pipe.execute(), strict=True) if count for job_id in part]
-        for job_id in some:
-            pipe.getrange(keys.result(job_id), 0, RECORD_START - 1)
-        begins = dict(zip(some, pipe.execute(raise_on_error=False), strict=True))
-        states = dict[str, State]()
-        for job_id, begin in begins.items():
-            if not isinstance(begin, str) or not begin:
-                continue
-            record = begin
-            if record_state(begin) != "succeeded":  # an error is short, and only the whole record says which one
-                record = cast("str | None", self._redis.get(keys.result(job_id))) or ""
-            if record == begin or has_ended(record):
-                states[job_id] = record_state(record)
-        return states
-
-    def _remove(self, entries: Sequence[_Entry]) -> None:
-        pipe = self._redis.pipeline(transaction=False)
-        for entry in entries:
-            pipe.zrem(keys.jobs(entry.owner), entry.member)
-        with contextlib.suppress(redis.ResponseError):  # a user who may only read
-            pipe.execute()
+    def _ended_state(self, entry: Entry) -> State | None:
+        """The state of a job with a result whose record does not say that it has ended."""
+        if record_state(entry.said) == "succeeded":
+            return "succeeded"
+        # An error is short, and only the whole record says which one.
+        record = cast("str | None", self._redis.get(keys.result(entry.id)))
+        return record_state(record) if record is not None and has_ended(record) else "running"
 
 
-def _order(entry: _Entry) -> tuple[float, str]:
-    return entry.at, entry.member
-
-
-def _bound(at: float) -> str:
-    return {float("inf"): "+inf", float("-inf"): "-inf"}.get(at) or repr(at)
-
-
-def _parse_cursor(text: str) -> _Entry:
+def _parse_cursor(text: str) -> Entry:
     parts = text.split("~") if len(text) < MAX_CURSOR else []
     with contextlib.suppress(ValueError):
         at, job_id, model = parts
-        if is_job_id(job_id):
-            return _Entry(float(at), member(job_id, model))
+        if is_job_id(job_id) and math.isfinite(float(at)):
+            return Entry(float(at), member(job_id, model))
     raise InvalidRequest("after", show(text), "the value that the page before gave")
