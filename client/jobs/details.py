@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from itertools import chain
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from headrace.client.jobs.listing import JobLister
 from headrace.client.jobs.queued import delivered_messages, queued_messages
 from headrace.client.jobs.reading import JobReader
 from headrace.client.wire import keys
+from headrace.client.wire.errors import RedisRefused
 from headrace.client.wire.redis import redis_errors
 from headrace.client.wire.results import Outcome, Result, State, Timings, Usage, outcome_state, parse_state
 
@@ -93,7 +95,9 @@ def read_details(
         record, cancel = pipe.execute()
         fields: dict[str, str | None] = dict(zip(names, record, strict=True))
         found = _request_of(connection, fields["model"], job_id) if prompt else None
-    listed = lister.find(job_id)
+    listed = None
+    with contextlib.suppress(RedisRefused):  # who may not read lists is told all else
+        listed = lister.find(job_id)
     details = JobDetails(
         id=job_id,
         state=state if outcome is None else outcome_state(outcome),

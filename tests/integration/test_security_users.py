@@ -126,6 +126,26 @@ def test_client_and_worker_do_all_they_do_with_the_rights_they_have(
     assert "NoPermission" not in worker.text()
 
 
+def test_an_operator_lists_and_purges_jobs_and_a_client_does_neither(client: Client, url: Url) -> None:
+    jobs = client.submit_many(["A secret."] * 20, model="demo", priority="bulk")
+    with Client(redis_url=url("operator"), model="demo") as operator:
+        assert {job.id for job in jobs} <= {job.id for job in operator.jobs(newer_than=600)}
+        assert operator.job_details(jobs[0]).owner == ""
+        assert operator.reader.find_lost([job.id for job in jobs]) == []
+        waiting = operator.submit("A secret.", model="demo", max_tokens=900, ignore_eos=True, priority="bulk")
+        assert operator.purge("demo") >= 0
+        assert operator.cancel_all("demo") >= 0
+        assert waiting.wait(PATIENCE_S) == "cancelled"
+        assert {job.wait(PATIENCE_S) for job in jobs} <= {"cancelled", "succeeded"}
+    for ask in (lambda: list(client.jobs()), lambda: client.purge("demo"), lambda: client.job_counts()):
+        with pytest.raises(RedisRefused, match=r"the rights of headrace-operator.*redis-users\.acl"):
+            ask()
+    assert client.job_details(waiting).owner is None
+    assert client.reader.find_lost([waiting.id]) == []
+    names = {command for user, command in denied(url) if user == "operator"} - {"client", "info"}
+    assert not names, "all that an operator does is granted"
+
+
 #: Redis 6.2 words it as the first, Redis 7 as the second; Redis 7 refuses DEBUG to everybody.
 REFUSED = r"this user has no permissions|User \S+ has no permissions|DEBUG command not allowed"
 SERVER = (
