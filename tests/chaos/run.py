@@ -346,9 +346,9 @@ class Run:
         return -1
 
     def _remains(self) -> Remains:
-        """The permanent keys and the memory of Redis. Deletes job records and results first, to free their memory."""
+        """The permanent keys and the memory of Redis. Deletes what it has of jobs first, to free their memory."""
         with self.server.admin as admin:
-            for start in keys.job("*"), keys.result("*"):
+            for start in keys.job("*"), keys.result("*"), keys.jobs("*"), keys.submitted(), keys.owners():
                 if names := list(admin.scan_iter(start, count=1000)):
                     admin.delete(*names)
             sizes = {name: size(admin, name) for name in admin.scan_iter("*", count=1000)}

@@ -23,8 +23,9 @@ RECENT_BEAT_S = 5
 MAX_IDENTITY = 512
 #: One request changes at most this many records: a script holds up all other requests.
 UPDATE_JOBS = 1000
-#: So many entries of each owner's list are looked at in one request, to remove those of expired jobs.
-PRUNE_JOBS = 1000
+#: So many entries of each owner's list are looked at in one request, to remove those of expired jobs, and the most
+#: requests of one call.
+PRUNE_JOBS, PRUNE_REQUESTS = 1000, 10
 #: The most requests of one call that move new jobs into the index.
 FILL_REQUESTS = 20
 #: KEYS: streams. ARGV: their lifetime in seconds, then an event for each. Returns the numbers, from 1, of those that
@@ -114,7 +115,7 @@ class RedisStore:
         self._append_events = connection.register_script(APPEND_EVENTS)
         self._update_open = connection.register_script(UPDATE_OPEN)
         self._clock = RedisClock()
-        self._index, self._prune_oldest = JobIndex(), False
+        self._index = JobIndex()
 
     def now(self) -> float:
         with contextlib.suppress(redis.RedisError):  # the last answer is good enough
@@ -287,11 +288,16 @@ class RedisStore:
                 return
 
     def prune_index(self) -> bool:
-        self._prune_oldest = not self._prune_oldest  # jobs end in about the order of their submission, but not all
+        for _ in range(PRUNE_REQUESTS):
+            if self._prune_index(0.0) < PRUNE_JOBS // 2:
+                self._prune_index(random.random())  # noqa: S311  # not all jobs end in the order of their submission
+                return False
+        return True
+
+    def _prune_index(self, first: float) -> int:
         begins = [keys.jobs("").removesuffix(keys.NO_OWNER), keys.job(""), keys.result("")]
-        first = 0.0 if self._prune_oldest else random.random()  # noqa: S311
         removed = self._redis.eval(PRUNE_INDEX, 1, keys.owners(), *begins, str(PRUNE_JOBS), str(first))
-        return int(cast("int", removed)) > PRUNE_JOBS // 2
+        return int(cast("int", removed))
 
     def heartbeat(self, worker: str, record: Mapping[str, str | int | float]) -> None:
         now = self.now()
