@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -12,9 +11,9 @@ from redis.client import Pipeline
 
 from headrace.client.wire import keys
 from headrace.client.wire.clock import RedisClock
-from headrace.client.wire.job_index import ENTRY_JOBS, JobIndex, drain
 from headrace.client.wire.queue_depth import execute_typed, queue_status
 from headrace.client.wire.results import State, ended_state, has_ended, record_state
+from headrace.worker.jobs.index_keeper import IndexKeeper
 from headrace.worker.jobs.store import WORKER_TTL_S, JobRecord, Waiting
 
 #: A worker that has written a heartbeat within this many seconds is alive; it writes one every two seconds.
@@ -23,11 +22,6 @@ RECENT_BEAT_S = 5
 MAX_IDENTITY = 512
 #: One request changes at most this many records: a script holds up all other requests.
 UPDATE_JOBS = 1000
-#: So many entries of each owner's list are looked at in one request, to remove those of expired jobs, and the most
-#: requests of one call.
-PRUNE_JOBS, PRUNE_REQUESTS = 1000, 10
-#: The most requests of one call that move new jobs into the index.
-FILL_REQUESTS = 20
 #: KEYS: streams. ARGV: their lifetime in seconds, then an event for each. Returns the numbers, from 1, of those that
 #: Redis refused. A script, because redis-py takes ten times as long to encode a pipeline of as many commands.
 APPEND_EVENTS = """
@@ -74,23 +68,6 @@ for i = 1, #KEYS, 2 do
     redis.call('EXPIRE', KEYS[i], left >= 0 and math.max(left, 1) or ARGV[1])
 end
 """
-#: KEYS: the set of owners. ARGV: how the names of lists, records and results begin, the number of entries to look at,
-#: and where among the others to begin, from 0 to 1. Removes entries of jobs without a record and a result, and returns
-#: how many.
-PRUNE_INDEX = """
-local removed = 0
-for _, owner in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
-    local list, most = ARGV[1] .. owner, tonumber(ARGV[4])
-    local first = math.floor(math.max(0, redis.call('ZCARD', list) - most) * ARGV[5])
-    for _, member in ipairs(redis.call('ZRANGE', list, first, first + most - 1)) do
-        local id = string.match(member, '^[^ ]*')
-        if redis.call('EXISTS', ARGV[2] .. id, ARGV[3] .. id) == 0 then
-            removed = removed + redis.call('ZREM', list, member)
-        end
-    end
-end
-return removed
-"""
 
 
 class RedisStore:
@@ -115,7 +92,7 @@ class RedisStore:
         self._append_events = connection.register_script(APPEND_EVENTS)
         self._update_open = connection.register_script(UPDATE_OPEN)
         self._clock = RedisClock()
-        self._index = JobIndex()
+        self._index = IndexKeeper(connection)
 
     def now(self) -> float:
         with contextlib.suppress(redis.RedisError):  # the last answer is good enough
@@ -184,10 +161,7 @@ class RedisStore:
             if waiting.until is not None:
                 pipe.hset(name, keys.WAITS_UNTIL, f"{waiting.until:.6f}")
         _keep_records(pipe, list(jobs), keys.UNFINISHED_TTL_S)
-        for model in {waiting.model for waiting in jobs.values()}:
-            job_ids = [job_id for job_id, waiting in jobs.items() if waiting.model == model]
-            for start in range(0, len(job_ids), ENTRY_JOBS):
-                self._index.add(pipe, model, job_ids[start : start + ENTRY_JOBS], self._clock.now())
+        self._index.add(pipe, {job_id: waiting.model for job_id, waiting in jobs.items()}, self._clock.now())
         pipe.execute()
 
     def count_attempts(self, job_ids: Sequence[str], worker: str = "", shared: Container[str] = ()) -> list[int]:
@@ -283,21 +257,10 @@ class RedisStore:
         return {tag for tag, renewed_at in zip(delivery_tags, pipe.execute(), strict=True) if renewed_at is None}
 
     def fill_index(self) -> None:
-        for _ in range(FILL_REQUESTS):
-            if not drain(self._redis):
-                return
+        self._index.fill()
 
     def prune_index(self) -> bool:
-        for _ in range(PRUNE_REQUESTS):
-            if self._prune_index(0.0) < PRUNE_JOBS // 2:
-                self._prune_index(random.random())  # noqa: S311  # not all jobs end in the order of their submission
-                return False
-        return True
-
-    def _prune_index(self, first: float) -> int:
-        begins = [keys.jobs("").removesuffix(keys.NO_OWNER), keys.job(""), keys.result("")]
-        removed = self._redis.eval(PRUNE_INDEX, 1, keys.owners(), *begins, str(PRUNE_JOBS), str(first))
-        return int(cast("int", removed))
+        return self._index.prune()
 
     def heartbeat(self, worker: str, record: Mapping[str, str | int | float]) -> None:
         now = self.now()
