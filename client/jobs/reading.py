@@ -41,6 +41,8 @@ log = logging.getLogger("headrace.client")
 
 #: Seconds after which a job that is missing at the end of a wait is looked for again.
 LOOK_AGAIN_S = 0.2
+#: A client spends at most this share of its time on looking for lost messages.
+LOOK_SHARE = 0.05
 
 
 class JobReader:
@@ -57,7 +59,7 @@ class JobReader:
     def __init__(self, url: str, connection: redis.Redis, *, model_name: str, result_ttl_s: int = 86_400) -> None:
         #: The Redis where the jobs are.
         self.url = url
-        self._redis, self._model_name = connection, model_name
+        self._redis, self._model_name, self._look_at = connection, model_name, 0.0
         #: Cancels jobs, and ends those that wait.
         self.canceller = Canceller(url, connection, self._poll_many, result_ttl_s=result_ttl_s)
 
@@ -186,9 +188,18 @@ class JobReader:
         return ResultTimeout(job_id, timeout, state)
 
     def find_lost(self, job_ids: Iterable[str]) -> list[str]:
-        """Those of the jobs that are queued and have no message, so that nobody will compute them; see `find_lost`."""
-        with redis_errors(self.url):
-            return find_lost(self._redis, job_ids)
+        """Those of the jobs that are queued and have no message, so that nobody will compute them; see `find_lost`.
+
+        Returns nothing if the last look was expensive and is not long ago: when many waits time out, each would look.
+        """
+        if time.monotonic() < self._look_at:
+            return []
+        began_s = time.thread_time()
+        try:
+            with redis_errors(self.url):
+                return find_lost(self._redis, job_ids)
+        finally:
+            self._look_at = time.monotonic() + (time.thread_time() - began_s) / LOOK_SHARE
 
     def waits_until(self, job_id: str) -> float | None:
         """The Unix time of the job's ETA or countdown; None if it has none, or if that time has passed."""

@@ -295,6 +295,18 @@ def test_a_job_cancelled_by_another_client_is_an_error(api: openai.OpenAI, clien
     assert caught.value.code == "cancelled"
 
 
+def test_without_keys_the_jobs_of_other_programs_are_listed_and_can_be_cancelled(
+    http: HttpServer, client: Client
+) -> None:
+    job = client.submit("Hello.", max_tokens=900, ignore_eos=True, priority="bulk")
+    with http.http() as plain:
+        assert job.id in [each["id"] for each in plain.get("/jobs.json?limit=100").json()["data"]]
+        assert plain.get("/jobs.json", params={"search": job.id}).json()["data"][0]["state"] in ("queued", "running")
+        assert plain.post(f"/jobs/{job.id}/cancel").status_code == 200
+        assert job.wait(PATIENCE_S) == "cancelled"
+        assert plain.get("/jobs.json", params={"search": job.id}).json()["data"][0]["state"] == "cancelled"
+
+
 def test_a_request_that_times_out_is_a_504_and_not_retried(http: HttpServer) -> None:
     with http.openai(max_retries=2) as patient:
         with pytest.raises(openai.APIStatusError) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from headrace.client import Client, InvalidRequest, Job
 from headrace.client.wire import keys
 from tests.integration.http_server import HttpServer
+from tests.integration.processes import wait_until
 from tests.patience import PATIENCE_S
 
 KEY, OTHER_KEY = "a-key-of-more-than-16", "another-key-of-more-than-16"
@@ -40,6 +42,19 @@ def test_the_jobs_of_a_key_are_listed_to_it_alone_and_can_be_cancelled(http: Htt
             assert "cancelled" in answer.read().decode()
         found = mine.get("/jobs.json", params={"state": "cancelled"}).json()
         assert running in [job["id"] for job in found["data"]]
+
+
+def test_the_rows_of_a_batch_are_listed_to_its_key(http: HttpServer, client: Client) -> None:
+    """The key without jobs before is the owner; a program's job without a key is nobody's here."""
+    client.submit("Hello.", max_tokens=1).result(PATIENCE_S)
+    row = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": "demo", "prompt": "Hello."}}
+    with http.openai(OTHER_KEY) as api, http.http(authorization=f"Bearer {OTHER_KEY}") as other:
+        file = api.files.create(file=("a.jsonl", json.dumps(row).encode()), purpose="batch")
+        batch = api.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        wait_until(lambda: api.batches.retrieve(batch.id).status == "completed")
+        found = other.get("/jobs.json").json()
+        assert [(job["state"], job["model"]) for job in found["data"]] == [("succeeded", "demo")]
+        assert (found["has_more"], found["after"]) == (False, "")
 
 
 def test_the_status_needs_a_key(http: HttpServer) -> None:

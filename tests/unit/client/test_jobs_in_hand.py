@@ -59,6 +59,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs may be lost from the moment of their submission."""
     monkeypatch.setattr(lost, "SENDING_S", -1.0)
     monkeypatch.setattr(lost, "CONFIRM_S", 0.0)
+    monkeypatch.setattr(reading, "LOOK_SHARE", 1.0)
 
 
 def ids(jobs: Any) -> list[str]:
