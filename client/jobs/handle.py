@@ -153,7 +153,7 @@ class Job(Handle):
             return self._reader.checkpoints(self.id, max_bytes)
 
     def cancel(self) -> bool:
-        """Cancel the job: a running one stops at its next token, a queued one ends when a worker takes its message.
+        """Cancel the job: a running one stops at its next token, and one that waits ends at once; see `Client.cancel`.
 
         Returns whether the job had not ended yet. Raises UnknownJob, JobLost, RedisUnreachable.
         """

@@ -29,7 +29,7 @@ from headrace.client.wire.errors import (
     UnreadableRecord,
 )
 from headrace.client.wire.redis import connect, redis_errors
-from headrace.client.wire.results import Outcome, State, parse_outcome
+from headrace.client.wire.results import Outcome, State, parse_outcome, parse_state
 from headrace.client.wire.start_advice import start_worker, start_worker_here
 from headrace.client.wire.suitability import ServerReport, read_report
 from headrace.client.wire.values import show
@@ -243,7 +243,8 @@ class JobReader:
             answers = [_text_or_empty(answer) for answer in map(_state_of, pipe.execute(raise_on_error=False))]
         found = [(parse_outcome(record), state) for record, state in zip(answers[::2], answers[1::2], strict=True)]
         for job_id, (outcome, state) in zip(job_ids, found, strict=True):
-            if outcome is None and state is None:
+            # A record may outlive its result by a second.
+            if outcome is None and (state is None or parse_state(state)[1] is not None):
                 raise UnknownJob(job_id)
             if outcome is None and state not in ("queued", "running"):
                 raise UnreadableRecord(job_id)
