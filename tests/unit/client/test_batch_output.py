@@ -54,7 +54,8 @@ def test_a_line_is_as_the_batch_api_writes_it() -> None:
     body = line["response"]["body"]
     assert body["object"] == "text_completion"
     assert body["choices"][0]["text"] == "Zürich"
-    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
+    counts = {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
+    assert body["usage"] == {**counts, "prompt_tokens_details": {"cached_tokens": 0}}
     line = json.loads(output_line(row("a"), "job", JobFailed("nan_logits", "bad weights")))
     assert line["response"] is None
     assert line["error"] == {"code": "nan_logits", "message": "bad weights"}

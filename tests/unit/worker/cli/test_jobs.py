@@ -50,6 +50,7 @@ def test_jobs_are_listed_in_pages(client: Client) -> None:
     assert (len(found["jobs"]), found["after"]) == (5, "")
     assert run("jobs", "--older-than", "2h").stderr == "no such jobs\n"
     assert len(json.loads(run("jobs", "--newer-than", "1d", "--json").stdout)["jobs"]) == 5
+    assert run("jobs", "--owner", "somebody").stderr == "no such jobs\n"
 
 
 @pytest.mark.parametrize(
