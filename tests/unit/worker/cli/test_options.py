@@ -247,8 +247,9 @@ def option_of(name: str) -> str:
     return ("--no-" if SAMPLING[name][1] is False else "--") + name.replace("_", "-")
 
 
-#: Commands whose options other tests check: of status and up below, of convert in tests/unit/model/test_convert.py.
-TESTED_ELSEWHERE = ("status", "up", "convert")
+#: Commands whose options other tests check: of status and up below, of convert in tests/unit/model/test_convert.py, of
+#: the others in test_jobs.py.
+TESTED_ELSEWHERE = ("status", "up", "convert", "jobs", "job", "cancel", "purge")
 
 
 @pytest.mark.parametrize(("command", "name", "spelling"), [case for case in cases() if case[0] not in TESTED_ELSEWHERE])
