@@ -99,7 +99,7 @@ class HttpApp:
         runner, self.batches = JobRunner(client, 600), Batches(directory, self.files, load_settings())
         self.batches._threads = cast("Any", _NoThreads())
         app, self._asgi = make_protected_app(limits or Limits(any_host=True))
-        app.state.context = AppContext(
+        app.state.context = self.context = AppContext(
             client, runner, self.files, self.batches, StatusReporter(runner), Comparison(client)
         )
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from headrace.client.async_client import AsyncClient
-from headrace.client.jobs.listing import JobInfo
+from headrace.client.http.errors import ApiError
+from headrace.client.jobs.listing import NEEDED_RIGHTS, JobInfo
 from headrace.client.wire import keys
+from headrace.client.wire.errors import RedisRefused
 
 #: How many seconds the numbers of jobs in each state are kept: an open page asks every two seconds.
 COUNTS_S = 10.0
@@ -27,14 +31,16 @@ class JobLists:
 
         Raises:
             InvalidRequest: a condition is wrong.
+            ApiError: the server's Redis user may not list jobs.
             RedisUnreachable, RedisRefused: Redis does not answer, or answers with an error.
         """
-        page = await self._client.job_page(owner=owner, **wanted)
+        with _missing_rights():
+            page, counts = await self._client.job_page(owner=owner, **wanted), await self.counts(owner)
         return {
             "data": [public(job, page.now) for job in page.jobs],
             "has_more": bool(page.after),
             "after": page.after,
-            "counts": await self.counts(owner),
+            "counts": counts,
         }
 
     async def counts(self, owner: str) -> dict[str, int]:
@@ -49,8 +55,20 @@ class JobLists:
         return counts
 
     async def find(self, job_id: str, owner: str) -> JobInfo | None:
-        """A job of this owner; None if there is none, or it is another's."""
-        return await self._client.find_job(job_id, owner)
+        """A job of this owner; None if there is none, or it is another's. Raises as `page`."""
+        with _missing_rights():
+            return await self._client.find_job(job_id, owner)
+
+
+@contextlib.contextmanager
+def _missing_rights() -> Iterator[None]:
+    """Name the missing rights: other refusals of Redis go away by themselves, and this one does not."""
+    try:
+        yield
+    except RedisRefused as error:
+        if NEEDED_RIGHTS not in error.reason:
+            raise
+        raise ApiError(503, error.code, f"the server's Redis user may not list jobs: {NEEDED_RIGHTS}") from error
 
 
 def public(job: JobInfo, now: float) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from headrace.client.http.auth import PAGE_FILES, Limits
+from headrace.client.jobs.listing import NEEDED_RIGHTS
+from headrace.client.wire.errors import RedisRefused
 from tests.http_app import HttpApp
 
 KEYS = ("the-key-of-the-first-one", "the-key-of-the-second-one")
@@ -104,3 +106,16 @@ def test_the_list_of_jobs_needs_a_key_and_names_what_is_wrong(app: HttpApp) -> N
         "after": "",
         "counts": {},
     }
+
+
+def test_a_server_without_the_right_to_list_jobs_names_it(app: HttpApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(*_: object, **__: object) -> None:
+        raise RedisRefused("redis://somewhere", f"NOPERM; {NEEDED_RIGHTS}")
+
+    client = app.context.client
+    monkeypatch.setattr(client, "job_page", refuse, raising=False)
+    monkeypatch.setattr(client, "find_job", refuse, raising=False)
+    mine = {"authorization": f"Bearer {KEYS[0]}"}
+    for answer in (app.ask("GET", "/jobs.json", headers=mine), app.ask("POST", "/jobs/one/cancel", headers=mine)):
+        assert answer.status == 503
+        assert answer.json()["error"]["message"] == f"the server's Redis user may not list jobs: {NEEDED_RIGHTS}"

@@ -32,6 +32,20 @@ def client(connection: redis.Redis) -> Iterator[Client]:
         yield made
 
 
+#: The parameters of each command, all of which the tests below use.
+TESTED = {
+    "jobs": {"state", "model", "older_than", "newer_than", "owner", "limit", "after", "everything", "as_json"},
+    "job": {"job_id", "text", "prompt", "as_json"},
+    "cancel": {"job_ids", "everything", "model", "yes", "as_json"},
+    "purge": {"model", "yes", "as_json"},
+}
+
+
+def test_every_parameter_has_a_test() -> None:
+    found = {name: {str(param.name) for param in main.commands[name].params} for name in TESTED}
+    assert found == TESTED
+
+
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments))
 
@@ -49,8 +63,8 @@ def test_jobs_are_listed_in_pages(client: Client) -> None:
     found = json.loads(run("jobs", "--all", "--json", "--state", "queued", "--model", "demo").stdout)
     assert (len(found["jobs"]), found["after"]) == (5, "")
     assert run("jobs", "--older-than", "2h").stderr == "no such jobs\n"
-    assert len(json.loads(run("jobs", "--newer-than", "1d", "--json").stdout)["jobs"]) == 5
-    assert run("jobs", "--owner", "somebody").stderr == "no such jobs\n"
+    assert len(json.loads(run("jobs", "--newer-than", "1d", "--owner", "", "--json").stdout)["jobs"]) == 5
+    assert run("jobs", "--owner", "a1b2").stderr == "no such jobs\n"
 
 
 @pytest.mark.parametrize(
@@ -103,8 +117,10 @@ def test_jobs_are_cancelled_and_purged(client: Client) -> None:
     assert "error:         the job was cancelled before it started [cancelled]" in run("job", one.id).stdout
     assert run("purge", "--model", "demo", "--yes").stdout == "4 jobs ended as cancelled\n"
     assert {job.status() for job in others} == {"cancelled"}
+    assert json.loads(run("purge", "--model", "demo", "--yes", "--json").stdout) == {"cancelled": 0}
     client.submit("Hello.")
     assert run("cancel", "--all", "--model", "demo", "--yes").stdout == "1 job cancelled\n"
+    assert "there is no text: the job has not ended with one" in run("job", one.id, "--text").stderr
 
 
 @pytest.mark.parametrize(
