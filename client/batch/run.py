@@ -216,8 +216,10 @@ class Batch:
             report.before, report.failed_before = sum(map(int.bit_count, done)), sink.failed_before
             missing = (row for row in self.rows() if not _is_set(done, row.line))
             if cancel:
-                report.outstanding = cancel_rows(self.client.reader, missing, sink.run)
-                sink.renew()
+                run = sink.run
+                self.client.reader.status()  # raises, before anything has changed, if Redis does not answer
+                sink.renew()  # first: if this process ends now, the jobs are computed for nothing, but no row fails
+                report.outstanding = cancel_rows(self.client.reader, missing, run)
                 return report
             sink.open(overwrite=overwrite)
 

@@ -30,9 +30,6 @@ from typing import Any, Self
 
 from headrace.client.wire.connection_advice import NO_DESCRIPTORS, connection_advice
 
-#: The command that starts a worker, if nothing more is known.
-UP = "`headrace up`"
-
 
 class HeadraceError(Exception):
     """The base class of all errors of headrace.
@@ -289,7 +286,7 @@ class NoWorker(ResultTimeout):
         self, job_id: str, timeout_s: float, state: str, queue: str = "", start: str = "", start_here: str = ""
     ) -> None:
         super().__init__(job_id, timeout_s, state)
-        self.queue, self.start, self.start_here = queue, start or UP, start_here or UP
+        self.queue, self.start, self.start_here = queue, start or "`headrace up`", start_here or "`headrace up`"
         self.args = (job_id, timeout_s, state, queue, self.start, self.start_here)
 
     def __str__(self) -> str:
