@@ -80,7 +80,7 @@ class PartFiles:
 
     def _parts(self) -> list[str]:
         names = self._folder.names()
-        ours = {RemoteRun.NAME, *(name for name in names if name.startswith(".part-") and name.endswith(".tmp"))}
+        ours = {RemoteRun.NAME, *filter(_is_staged, names)}
         if other := [name for name in names if name not in ours and not self._name.fullmatch(name)]:
             raise OutputRefused(
                 f"{printable(str(self._folder))} has files of something else ({printable(', '.join(other[:3]))}); "
@@ -134,7 +134,10 @@ class PartFiles:
             self._folder.delete(name)
 
     def open(self) -> None:
-        """Begin to add parts."""
+        """Begin to add parts, without what a crash left of one."""
+        for name in self._folder.names():
+            if _is_staged(name):
+                self._folder.delete(name)
         self._next = max(map(self._number, self._parts()), default=-1) + 1
 
     def write(self, rows: Iterable[Done]) -> None:
@@ -160,3 +163,8 @@ class PartFiles:
     def close(self) -> None:
         """Write what waits. Raises OutputRefused."""
         self.sync()
+
+
+def _is_staged(name: str) -> bool:
+    """Whether a file is a part that was not complete when its process died."""
+    return name.startswith(".part-") and name.endswith(".tmp")

@@ -6,6 +6,7 @@ prompt.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -99,8 +100,10 @@ class ItemReader:
         """A line that is no request, to be answered by its error."""
         name, passed = f"row-{line}", dict[str, Any]()
         if self._columns is not None and isinstance(item, Mapping):
-            given, passed = self._columns.aside(item)
-            name = given if isinstance(given, str) and 0 < len(given) <= MAX_CUSTOM_ID else name
+            with contextlib.suppress(InvalidRequest):  # what is not valid Unicode is in no output
+                check_unicode(item)
+                given, passed = self._columns.aside(item)
+                name = _check_custom_id(given)
         return BatchItem(line, name, {}, digest_of({"line": line, "error": str(error)}), mistake=error, columns=passed)
 
     def _row(self, line: int, item: Any) -> BatchItem:

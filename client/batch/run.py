@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple
 from headrace.client.batch.cancel import cancel_rows
 from headrace.client.batch.check import Checked, check, read_items
 from headrace.client.batch.columns import Columns
-from headrace.client.batch.errors import Fault, InvalidBatch
+from headrace.client.batch.errors import Fault, InvalidBatch, OutputRefused
 from headrace.client.batch.formats.readers import READERS
 from headrace.client.batch.formats.writers import FLAT, TYPED, Passed
 from headrace.client.batch.formats.writers import output_format as output_format_of
@@ -25,6 +25,7 @@ from headrace.client.batch.window import MAX_INFLIGHT, JobService, Notify, Windo
 from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.results import Outcome, Result
+from headrace.client.wire.unicode import printable
 
 #: Progress is reported at least once for this many requests that are answered without a job.
 ANSWERS = 256
@@ -269,13 +270,26 @@ class Batch:
     def _done(self, sink: Output, retry_errors: bool) -> bytearray:
         """One bit for each line of the input: whether its request is in the output."""
         done = bytearray(self.checked.lines // 8 + 1)
-        written = ((each.custom_id, each.digest) for each in sink.scan(retry_errors=retry_errors))
+        found = 0
+
+        def scanned() -> Iterator[tuple[str, str]]:
+            nonlocal found
+            for each in sink.scan(retry_errors=retry_errors):
+                found += 1
+                yield each.custom_id, each.digest
+
+        written = scanned()
         for line, agrees in self.checked.index.matches(written):
             if not agrees:
                 message = "the output has this custom_id with another request, model or parameters; "
                 advice = "compute everything again (--overwrite) or write to another file"
                 raise InvalidBatch([Fault(line, "custom_id", message + advice)])
             done[line // 8] |= 1 << line % 8
+        if found and not any(done):
+            message = (
+                f"{printable(str(sink.path))} belongs to another run: the input has none of its {found} requests; "
+            )
+            raise OutputRefused(f"{message}write to another file, or compute everything again (--overwrite)")
         return done
 
 

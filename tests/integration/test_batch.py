@@ -139,6 +139,10 @@ def test_an_output_of_another_input_is_refused(client: Client, tmp_path: Path) -
     with pytest.raises(InvalidBatch, match="another request"):
         client.batch(prompts(3), out, resume=True, params={"temperature": 0})
     assert out.read_bytes() == before
+    other = [{"custom_id": "other", "prompt": "a"}]
+    with pytest.raises(OutputRefused, match=r"belongs to another run: .* none of its 2 requests.*--overwrite"):
+        client.batch(other, out, resume=True)
+    assert out.read_bytes() == before
     assert client.batch(prompts(3), out, overwrite=True, params={"temperature": 0}).succeeded == 3
 
 

@@ -29,9 +29,16 @@ SAMPLING = (*SamplingParams.model_fields, *PROMPT_OPTIONS)
 
 @click.command()
 @click.option(
-    "-i", "--input-file", "source", required=True, metavar="PATH", help="JSON lines, gzipped or not; - is stdin"
+    "-i",
+    "--input-file",
+    "source",
+    required=True,
+    metavar="PATH",
+    help="JSON lines or a table; a file, directory, pattern or URL; - is stdin",
 )
-@click.option("-o", "--output-file", "output", metavar="PATH", help="gzipped if it ends in .gz; - is stdout")
+@click.option(
+    "-o", "--output-file", "output", metavar="PATH", help="a file or URL; gzipped if it ends in .gz; - is stdout"
+)
 @click.option("-e", "--error-file", "errors", metavar="PATH", help="write failed rows here, not into the output")
 @click.option("--model", help=f"for rows that name none: {MODEL}")
 @click.option("--text", is_flag=True, help="each line of the input is a prompt, not JSON")
@@ -86,7 +93,8 @@ def batch(
     """Compute the requests of a file into another file; each result is written when it is done.
 
     Input lines are those of the OpenAI Batch API (custom_id, method, url, body), or {"prompt": ..., parameters}, or
-    with --text prompts; output lines are those of the Batch API. The whole input is checked before anything is queued.
+    with --text prompts; output lines are those of the Batch API. Tables (CSV, TSV, Parquet, Arrow) are known by their
+    extensions, as input and as output. The whole input is checked before anything is queued.
     However the command ends, --resume continues it.
 
     Uses the worker that serves the model; if none runs and HEADRACE_REDIS_URL is not set, starts an embedded Redis and

@@ -122,12 +122,14 @@ class ArrowParts:
         return self._file(table.filter(self._pyarrow.array(kept, "bool"))) if any(kept) else b""
 
     def _read(self, file: IO[bytes]) -> Any:
-        if self.extension == "parquet":
-            from pyarrow import parquet
+        from pyarrow import parquet
 
-            table = parquet.ParquetFile(file).read()
-        else:
-            table = self._pyarrow.ipc.open_file(file).read_all()
+        try:
+            is_parquet = self.extension == "parquet"
+            table = parquet.ParquetFile(file).read() if is_parquet else self._pyarrow.ipc.open_file(file).read_all()
+            table.validate(full=True)  # a spoilt file would crash the process later
+        except (self._pyarrow.ArrowException, MemoryError, UnicodeDecodeError) as error:
+            raise ValueError(str(error) or type(error).__name__) from None
         if not (table.schema.metadata or {}).items() >= MARK.items():
             raise ValueError("no batch wrote it")
         if not table.schema.equals(self._schema):

@@ -72,15 +72,5 @@ class ArrowRow(Mapping[str, Any]):
 def _values_of(column: Any) -> list[Any]:
     try:
         return list(column.to_pylist())
-    except UnicodeDecodeError:
-        return [_text_or_bytes(value) for value in column.cast("binary").to_pylist()]
     except (ValueError, OverflowError):  # times that Python's datetime cannot hold, such as nanoseconds
         return list(column.cast("string").to_pylist())
-
-
-def _text_or_bytes(value: bytes | None) -> str | bytes | None:
-    """The text; bytes that are not UTF-8 as they are, so that only their row is refused."""
-    try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError:
-        return value

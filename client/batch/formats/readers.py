@@ -40,6 +40,8 @@ def read_separated(file: IO[bytes], delimiter: str) -> TableRows:
     rows = csv.reader(text, delimiter=delimiter, strict=True)
     with _csv_errors(0):
         names = next(rows, [])
+    if not all(map(is_unicode, names)):
+        raise unreadable(0, f"its header has bytes that are not UTF-8; expected {IN_UTF8}")
     check_names(names)
     return TableRows(dict.fromkeys(names, "string"), _separated_rows(text, rows, names))
 
@@ -114,8 +116,9 @@ def _arrow_rows(pyarrow: Any, batches: Iterator[Any]) -> Iterator[ArrowRow]:
     while True:
         with _arrow_errors(pyarrow, number + 1):
             batch = next(batches, None)
-        if batch is None:
-            return
+            if batch is None:
+                return
+            batch.validate(full=True)  # offsets, lengths and texts that are wrong would crash the process later
         for start in range(0, batch.num_rows, BATCH_ROWS):
             yield from ArrowBatch(batch.slice(start, BATCH_ROWS)).rows()
         number += batch.num_rows
@@ -131,9 +134,11 @@ class _arrow_errors:  # noqa: N801 - used like a function
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (self._pyarrow.ArrowException, OSError)):
+        # A spoilt file may name sizes that no memory has, and columns that are no text.
+        if isinstance(error, (self._pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError)):
+            reason = str(error).strip().rstrip(".") or type(error).__name__
             advice = "; it may be incomplete: compare its size with that of the original"
-            raise unreadable(self._row, f"{str(error).rstrip('.')}{advice}") from None
+            raise unreadable(self._row, f"{reason}{advice}") from None
 
 
 def read_array(file: IO[bytes]) -> TableRows:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import decimal
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,8 @@ def test_a_part_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.Monkey
             write(path, ["b"])
     assert sorted(each.name for each in path.iterdir()) == [".part-00001.parquet.tmp", "part-00000.parquet"]
     assert [each["custom_id"] for each in rows_in(path)] == ["a"]
+    assert write(path, []) == ["a"]
+    assert [each.name for each in path.iterdir()] == ["part-00000.parquet"]
     assert write(path, ["b"]) == ["a"]
     assert [each["custom_id"] for each in rows_in(path)] == ["a", "b"]
 
@@ -249,3 +253,27 @@ def test_names_of_columns_do_not_clash() -> None:
     assert [output_format(*each) for each in formats.items()] == ["csv", "flat", "arrow", "parquet", "openai", "csv"]
     with pytest.raises(InvalidRequest, match="xlsx"):
         output_format("a", "xlsx")
+
+
+@pytest.mark.parametrize("extension", ["parquet", "arrow"])
+def test_a_spoilt_part_is_refused_by_its_name(tmp_path: Path, extension: str) -> None:
+    path = tmp_path / f"out.{extension}"
+    write(path, ["a", "b", "c"])
+    part, dice = path / f"part-00000.{extension}", random.Random(1)
+    whole = part.read_bytes()
+    for spoilt in (whole[:-9], b"", whole[: len(whole) // 2]):
+        part.write_bytes(spoilt)
+        with Output(path, passed={"place": "string"}) as output, pytest.raises(OutputRefused, match="part-00000"):
+            list(output.scan(retry_errors=False))
+    for _ in range(100):
+        part.write_bytes(spoil(whole, dice))
+        with Output(path, passed={"place": "string"}) as output, contextlib.suppress(OutputRefused):
+            list(output.scan(retry_errors=False))
+
+
+def spoil(data: bytes, dice: random.Random) -> bytes:
+    """The data with some other bytes."""
+    changed = bytearray(data)
+    for _ in range(dice.randint(1, 8)):
+        changed[dice.randrange(len(changed))] = dice.randrange(256)
+    return bytes(changed)

@@ -1,8 +1,10 @@
 """Tables as input of a batch: files that pyarrow, pandas and csv wrote give the same requests as JSON lines."""
 
+import contextlib
 import csv
 import io
 import json
+import random
 from dataclasses import replace
 from itertools import chain
 
@@ -295,3 +297,20 @@ def test_a_directory_that_datasets_saved_is_an_input(tmp_path):
     (tmp_path / "whole" / "state.json").write_text('{"epoch": 3}')
     with pytest.raises(InvalidBatch, match=r"state\.json is not one of `datasets`"):
         requests_of(tmp_path / "whole", None, Columns())
+
+
+@pytest.mark.parametrize("name", ["parquet", "arrow", "feather", "csv", "json"])
+def test_a_spoilt_table_is_read_or_refused(tmp_path, name):
+    path, dice = tmp_path / f"rows.{name}", random.Random(1)
+    WRITERS[name](path)
+    whole = path.read_bytes()
+    with Client(settings=Settings(redis_url="redis://localhost:1/0")) as client:
+        for _ in range(100):
+            changed = bytearray(whole)
+            for _ in range(dice.randint(1, 4)):
+                changed[dice.randrange(len(changed))] = dice.randrange(256)
+            path.write_bytes(changed)
+            with contextlib.suppress(InvalidBatch):
+                batch = Batch(client, path, format=name, columns=COLUMNS, skip_invalid=dice.random() < 0.5)
+                for item in batch.rows():
+                    output_line(item, "job", RuntimeError("none"))

@@ -272,6 +272,12 @@ def test_every_option_reaches_what_is_behind_the_command(
     assert type(received[name]) is type(expected)
 
 
+def test_format_flat_is_the_format_of_the_output(invoke: Callable[..., tuple[Result, dict[str, Any]]]) -> None:
+    done, received = invoke("batch", "-i", "in.csv", "-o", "out.jsonl", "--format", "flat")
+    assert done.exit_code == 0, done.output
+    assert (received["format"], received["output_format"]) == (None, "flat")
+
+
 @pytest.mark.parametrize("words", [[], ["--repair-redis"]])
 def test_up_repairs_the_embedded_redis_before_the_worker_starts_if_that_is_requested(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str]
