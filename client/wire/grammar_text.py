@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
+    from llguidance._lib import JsonCompileOptions
 
+#: Where only some bytes can follow, llguidance would allow only the tokens that the model's tokenizer makes of them,
+#: which need not have these bytes: a tokenizer may change case or drop spaces. The last options of a grammar count.
+_OPTIONS = '%llguidance {"no_forcing": true}\n'
+_JSON_STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 #: How the syntax error of a regular expression is drawn: the pattern, a line of carets, the reason.
 _DRAWN = re.compile(r"regex parse error:\n(?P<pattern>.*)\n(?P<before> {4} *)\^+\nerror: (?P<reason>.*)", re.DOTALL)
 _PLACE = re.compile(r"(?:at )?(?P<line>\d+)\((?P<column>\d+)\): (?P<reason>.+)", re.DOTALL)
+#: How the error of a schema begins.
+_SCHEMA = "failed to compile JSON schema: "
 #: How an anchor inside a pattern is refused.
 _ANCHOR = "lookarounds not supported yet"
 #: How bounds are named that were exceeded.
@@ -51,7 +58,7 @@ def limits() -> LLParserLimits:
 
 
 def grammar_text(form: Mapping[str, Any]) -> str:
-    """A form that `check_structured_outputs` has passed, as llguidance reads it.
+    """A form that `check_structured_outputs` has passed, as a grammar in llguidance's form of Lark.
 
     A choice becomes a regular expression: in it all texts are followed at the same time, also if one begins with
     another. JSON has white space as `json.dumps` writes it: a model that may write any amount may never come to an end.
@@ -62,14 +69,15 @@ def grammar_text(form: Mapping[str, Any]) -> str:
     from llguidance import LLMatcher
 
     ((kind, value),) = form.items()
-    if kind == "json":
-        return LLMatcher.grammar_from_json_schema(
-            json.dumps(value),
-            overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
-        )
     if kind == "grammar":
-        return LLMatcher.grammar_from_lark(value)
-    return LLMatcher.grammar_from_regex(value if kind == "regex" else "|".join(map(_literal, value)))
+        return f"{value}\n{_OPTIONS}"
+    if kind == "json":
+        text = LLMatcher.grammar_from_json_schema(json.dumps(value), overrides=_JSON_STYLE)
+    else:
+        text = LLMatcher.grammar_from_regex(value if kind == "regex" else "|".join(map(_literal, value)))
+    (grammar,) = json.loads(text)["grammars"]
+    lark = f"start: %json {json.dumps(grammar['json_schema'])}" if kind == "json" else grammar["lark_grammar"]
+    return f"{lark}\n{_OPTIONS}"
 
 
 def _literal(text: str) -> str:
@@ -90,6 +98,8 @@ def reason_of(error: str) -> str:
         return "anchors such as ^, $ and \\b have no meaning inside a pattern: the whole text must match it"
     placed = _PLACE.match(error)
     line = (placed["reason"] if placed else error).strip().splitlines()[0]
-    if placed and not line.startswith("invalid regex"):
+    if line.startswith(_SCHEMA):
+        line = line.removeprefix(_SCHEMA)
+    elif placed and not line.startswith("invalid regex"):
         line += f", in line {placed['line']}, column {placed['column']}"
     return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."

@@ -41,6 +41,8 @@ class Grammar:
     def __init__(self, tokenizer: LLTokenizer, text: str) -> None:
         self._tokenizer, self._text = tokenizer, text
         self._first = self.compile()
+        #: Whether its bounds were exceeded: then others compile it again.
+        self.worn = False
         #: Why no text can be computed with it; empty if one can.
         self.error = str(self._first.get_error()) or self._first_mask_error()
 
@@ -79,7 +81,7 @@ class Grammars:
 
     def knows(self, form: Mapping[str, Any] | None) -> bool:
         """Whether `get` answers at once: there is nothing to compile."""
-        return form is None or _key(form) in self._kept
+        return form is None or ((kept := self._kept.get(_key(form))) is not None and not kept.worn)
 
     def get(self, form: Mapping[str, Any]) -> Grammar:
         """The grammar of a form, compiled now if it is not kept.
@@ -92,7 +94,7 @@ class Grammars:
         """
         key = _key(form)
         with self._lock:
-            if (grammar := self._kept.get(key)) is not None:
+            if (grammar := self._kept.get(key)) is not None and not grammar.worn:
                 self._kept.move_to_end(key)
                 return grammar
         ((kind, _),) = form.items()
@@ -162,11 +164,9 @@ class _Vocabulary:
         hidden = tokenizer.special_ids
         self.tokens = [b"" if token in hidden else tokenizer.known_bytes(token) for token in range(vocab_size)]
         self.tokens.append(b"<end>")
-        self._encode = tokenizer.encode
 
-    def __call__(self, text: str | bytes) -> list[int]:
-        text = text.decode(errors="replace") if isinstance(text, bytes) else text
-        return self._encode(text, parse_special_tokens=False, add_special_tokens=False)
+    def __call__(self, text: str | bytes) -> list[int]:  # noqa: ARG002 - grammars are compiled without forced tokens
+        return []
 
 
 def _for_library(vocabulary: _Vocabulary) -> LLTokenizer:

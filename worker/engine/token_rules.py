@@ -106,7 +106,8 @@ class TokenRules:
         """
         if self._grammar is None or self._is_own:
             return False
-        self._is_own, self._matcher = True, self._grammar.compile()
+        self._is_own, self._grammar.worn = True, True
+        self._matcher = self._grammar.compile()
         self._matcher.consume_tokens(self._output)
         return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,21 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Peer
 
 from headrace.client.wire.errors import JobFailed
 from headrace.client.wire.requests import GenerateRequest
 from headrace.client.wire.results import Choice, Result
+from headrace.model.generation_config import Ends
+from headrace.model.tokenizers.base import Described
+from headrace.model.tokenizers.library import LibraryTokenizer
 from headrace.worker.engine import grammars
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.helper_process import Helpers
 from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
+from headrace.worker.engine.token_rules import TokenRules
+from tests.unit.model.tokenizer_makers import added, byte_level, llama, unigram, word_level, word_piece
 from tests.unit.worker.engine.engine_helpers import ask, build, demo_tokenizer, drive, substance
 
 PERSON = {
@@ -124,7 +130,7 @@ def test_max_tokens_that_hold_no_choice_are_refused(engine: Engine) -> None:
     assert refused.code == "invalid_request"
     assert str(refused).startswith("max_tokens: got 1; expected at least 2, the fewest tokens")
     (choice,) = write(engine, {"choice": ["international waters"]}, max_tokens=2)
-    assert choice.text == "international waters"
+    assert choice.complete is (choice.text == "international waters")  # it may have begun with a shorter token
 
 
 def test_log_probabilities_are_those_of_the_model(engine: Engine) -> None:
@@ -271,6 +277,36 @@ def test_a_grammar_that_ends_the_process_is_refused(impatient: Helpers) -> None:
     chain = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(20_000)) + 'r20000: "a"\n'
     with pytest.raises(JobFailed, match="compiling it takes more time or memory"):
         grammars.Grammars(demo_tokenizer(), 50257).get({"grammar": chain})
+
+
+def test_a_grammar_that_others_have_worn_out_is_compiled_again(engine: Engine) -> None:
+    form = {"regex": "[a-z]{3,9}!"}
+    first = engine.grammars.get(form)
+    assert engine.grammars.get(form) is first
+    rules = TokenRules(50257, grammar=first)
+    token = demo_tokenizer().encode("ab")
+    assert not rules.advance(token[0])
+    assert rules.restart()
+    assert rules.possible(demo_tokenizer().encode("c!")) == 2  # the new matcher has followed the text
+    assert not rules.restart()
+    assert not engine.grammars.knows(form)
+    assert engine.grammars.get(form) is not first
+
+
+@pytest.mark.parametrize("make", [llama, unigram, word_piece, word_level, lambda: byte_level(added)])
+def test_other_tokenizers_write_the_form_too(make: Callable[[], Peer]) -> None:
+    other = build(ends=Ends())
+    tokenizer = LibraryTokenizer(make(), "digest", Described())
+    other.tokenizer, other.grammars = tokenizer, grammars.Grammars(tokenizer, other.vocab_size)
+    special, form = min(tokenizer.special_ids), {"regex": "( [a-z]+){2}"}
+    for prompt in ([special], [special, 300]):  # the first text after special tokens alone may lose its space
+        (result,) = compute(
+            other,
+            ask(prompt, structured_outputs={"regex": "( [a-z]+){2}"}, temperature=1.5, n=8, seed=1, max_tokens=24),
+        )
+        for choice in result.choices:
+            assert (re.fullmatch(form["regex"], choice.text) is not None) is choice.complete, choice
+        assert any(choice.complete for choice in result.choices)
 
 
 # Random forms
