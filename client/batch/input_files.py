@@ -9,6 +9,8 @@ import gzip
 import io
 import json
 import os
+import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
@@ -56,7 +58,8 @@ def find_files(path: str | Path, given: str | None) -> InputFiles:
     place: _Place = _Remote(path) if isinstance(path, str) and "://" in path else _Local(Path(path))
     names = place.names()
     if names is None:  # one file
-        return InputFiles([InputFile(place.base, lambda: place.open(None))], format_of(str(path), given))
+        file = InputFile(place.base, lambda: place.open(None))
+        return InputFiles([file], "json" if given is None and _is_array(file) else format_of(str(path), given))
     if SPLITS in names:
         splits = [str(name) for name in _state(path, place, SPLITS, "splits")] or ["train"]
         shown, first = ", ".join(splits), f"{str(path).rstrip('/')}/{splits[0]}"
@@ -77,6 +80,15 @@ def find_files(path: str | Path, given: str | None) -> InputFiles:
         raise refused(path, f"its files have different formats ({shown}); expected one format, or --format for all")
     files = [InputFile(name, lambda name=name: place.open(name)) for name in names]  # type: ignore[misc]
     return InputFiles(files, formats.pop())
+
+
+def _is_array(file: InputFile) -> bool:
+    """Whether a file that ends in `.json` has an array of objects, not lines: no line of a request begins like this."""
+    if not file.name.lower().removesuffix(".gz").endswith(".json"):
+        return False
+    with file.open() as opened, contextlib.suppress(OSError, EOFError, zlib.error):
+        return re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", opened.read(4096)) is not None
+    return False
 
 
 def is_in_input(path: Path, source: object) -> bool:

@@ -170,6 +170,20 @@ def test_odd_files_are_refused_with_their_line_and_the_way_out(tmp_path, name, c
         Batch(client, path)
 
 
+def test_an_array_and_lines_are_told_apart_in_json(tmp_path):
+    path = tmp_path / "rows.json"
+    for text, kind in (
+        ("\ufeff [\n {}]", "json"),
+        ("[15496, 13]\n", "jsonl"),
+        ('{"prompt": "a"}\n', "jsonl"),
+        ("", "jsonl"),
+    ):
+        path.write_text(text)
+        assert open_source(path).kind == kind
+    path.write_text('[{"prompt": "a", "place": "Oslo"},\n {"prompt": "b"}]')
+    assert [item.fields["prompt"] for item in requests_of(path, None, Columns())] == ["a", "b"]
+
+
 def test_line_ends_of_an_old_mac_are_those_of_csv(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"prompt,x\ra,1\rb,2\r")
     assert [item.fields["prompt"] for item in requests_of(tmp_path / "a.csv", "csv", Columns())] == ["a", "b"]
