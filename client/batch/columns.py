@@ -11,7 +11,7 @@ from typing import Any
 
 from headrace.client.batch.formats.arrow_rows import ArrowRow
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.values import is_gap, show
+from headrace.client.wire.values import is_gap, show, to_whole
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ def _missing(name: str, option: str, names: Iterable[str]) -> InvalidRequest:
 
 
 def _name(value: Any) -> Any:
+    """A name, from text or a whole number, also one that pandas wrote as 7.0 because of gaps in the column."""
+    value = to_whole(value)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 

@@ -157,6 +157,9 @@ class ItemReader:
             if "id" in fields:
                 expected = "custom_id, the name of a request in a batch; --id-column id takes it from the field id"
                 raise InvalidRequest("id", "a field", expected)
+            if isinstance(custom_id, int) and not isinstance(custom_id, bool):
+                expected = f"text of 1 to {MAX_CUSTOM_ID} characters; write it in quotes, or use --id-column"
+                raise InvalidRequest("custom_id", "a whole number", expected)
             return None if is_gap(custom_id) else _check_custom_id(custom_id), fields, None
         if unknown := [name for name in fields if name not in _BATCH_KEYS]:
             raise InvalidRequest(str(unknown[0])[:80], "a field", f"only the fields {', '.join(_BATCH_KEYS)}")
@@ -270,9 +273,6 @@ def json_kind(value: Any) -> str:
 
 
 def _check_custom_id(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        expected = f"text of 1 to {MAX_CUSTOM_ID} characters; write it in quotes, or name the field with --id-column"
-        raise InvalidRequest("custom_id", "a whole number", expected)
     if not isinstance(value, str) or not 0 < len(value) <= MAX_CUSTOM_ID or not is_unicode(value):
         raise InvalidRequest("custom_id", show(value), f"text of 1 to {MAX_CUSTOM_ID} characters")
     return value

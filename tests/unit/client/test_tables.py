@@ -240,6 +240,8 @@ def test_faulty_rows_are_put_aside_on_request(tmp_path):
 def test_a_table_in_memory_is_an_input(table, tmp_path):
     WRITERS["parquet"](tmp_path / "rows.parquet")
     assert requests_of(table, None) == requests_of(tmp_path / "rows.parquet", None)
+    frame = pandas.DataFrame({"prompt": ["a", "b", "c"], "n": [7, None, 2**53]})
+    assert [item.custom_id for item in requests_of(frame, None, Columns(custom_id="n"))] == ["7", "row-2", str(2**53)]
     with pytest.raises(InvalidRequest, match="values of one type"):
         open_source(pandas.DataFrame({"prompt": ["a", {1}]}))
 
