@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -13,7 +14,7 @@ from typing import IO, Any
 
 from headrace.client.batch.formats.arrow_rows import ArrowBatch, ArrowRow
 from headrace.client.batch.formats.arrow_types import BATCH_ROWS, check_names, import_pyarrow, schema_of
-from headrace.client.batch.formats.line_reader import check_start
+from headrace.client.batch.formats.line_reader import check_encoding, check_start
 from headrace.client.batch.formats.tables import TableRows, unreadable
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.unicode import is_unicode
@@ -26,9 +27,12 @@ MAX_FIELD = 2**20
 #: The longest JSON array in bytes: unlike the other formats it is read into memory.
 MAX_ARRAY_BYTES = 2**28
 
+#: What reading CSV raises.
+CSV_ERRORS = (csv.Error, OSError, EOFError, zlib.error)
 #: What is expected of a text with a byte order mark inside.
 FILES_JOINED = "one only at the start of a file; if files were joined, give the directory of the single files instead"
 
+#: What is expected of a text in another encoding.
 IN_UTF8 = "text in UTF-8; convert the file, for example: iconv -f WINDOWS-1252 -t UTF-8"
 
 
@@ -38,8 +42,10 @@ def read_separated(file: IO[bytes], delimiter: str) -> TableRows:
     check_start(file)
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
     rows = csv.reader(text, delimiter=delimiter, strict=True)
-    with _csv_errors(0):
+    try:
         names = next(rows, [])
+    except CSV_ERRORS as error:
+        raise unreadable(0, error) from None
     if not all(map(is_unicode, names)):
         raise unreadable(0, f"its header has bytes that are not UTF-8; expected {IN_UTF8}")
     check_names(names)
@@ -49,11 +55,7 @@ def read_separated(file: IO[bytes], delimiter: str) -> TableRows:
 def _separated_rows(text: io.TextIOWrapper, rows: Iterator[list[str]], names: list[str]) -> Iterator[Any]:
     number = 0
     try:
-        while True:
-            with _csv_errors(number + 1):
-                fields = next(rows, None)
-            if fields is None:
-                return
+        for fields in rows:
             if not fields:
                 continue
             number += 1
@@ -68,22 +70,10 @@ def _separated_rows(text: io.TextIOWrapper, rows: Iterator[list[str]], names: li
                 yield InvalidRequest("line", "bytes that are not UTF-8", IN_UTF8)
                 continue
             yield {name: value if value else None for name, value in zip(names, fields, strict=True)}
+    except CSV_ERRORS as error:
+        raise unreadable(number + 1, error) from None
     finally:
         text.detach()  # the caller closes the file
-
-
-class _csv_errors:  # noqa: N801 - used like a function; a generator would cost as much as a row
-    """Turns the errors of a row into InvalidBatch."""
-
-    def __init__(self, row: int) -> None:
-        self._row = row
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (csv.Error, OSError, EOFError, zlib.error)):
-            raise unreadable(self._row, error) from None
 
 
 def read_parquet(file: IO[bytes]) -> TableRows:
@@ -124,21 +114,15 @@ def _arrow_rows(pyarrow: Any, batches: Iterator[Any]) -> Iterator[ArrowRow]:
         number += batch.num_rows
 
 
-class _arrow_errors:  # noqa: N801 - used like a function
+@contextlib.contextmanager
+def _arrow_errors(pyarrow: Any, row: int) -> Iterator[None]:
     """Turns the errors of a file into InvalidBatch."""
-
-    def __init__(self, pyarrow: Any, row: int) -> None:
-        self._pyarrow, self._row = pyarrow, row
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # A spoilt file may name sizes that no memory has, and columns that are no text.
-        if isinstance(error, (self._pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError)):
-            reason = str(error).strip().rstrip(".") or type(error).__name__
-            advice = "; it may be incomplete: compare its size with that of the original"
-            raise unreadable(self._row, f"{reason}{advice}") from None
+    try:
+        yield
+    # A spoilt file may name sizes that no memory has, and columns that are no text.
+    except (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
+        reason = str(error).strip().rstrip(".") or type(error).__name__
+        raise unreadable(row, f"{reason}; it may be incomplete: compare its size with that of the original") from None
 
 
 def read_array(file: IO[bytes]) -> TableRows:
@@ -146,6 +130,7 @@ def read_array(file: IO[bytes]) -> TableRows:
     data = file.read(MAX_ARRAY_BYTES + 1)
     if len(data) > MAX_ARRAY_BYTES:
         raise unreadable(0, f"a JSON array of more than {MAX_ARRAY_BYTES} bytes; expected JSON lines for so many")
+    check_encoding(data[:4])
     try:
         items = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
