@@ -86,14 +86,16 @@ class Canceller:
         return [job_id not in ended for job_id in job_ids]
 
     def _those_that_wait(self, job_ids: Sequence[str]) -> list[str]:
-        """The jobs that wait, and whose ends nobody else needs to see.
+        """The jobs that wait and that no worker has begun, and whose ends nobody else needs to see.
+
+        A worker notes that a job runs some time after it has begun it.
 
         Other tasks may follow a job of a canvas, and only a worker knows them. A job that another program sent has no
         time of submission in its record.
         """
         pipe = self._redis.pipeline(transaction=False)
         for job_id in job_ids:
-            pipe.hmget(keys.job(job_id), "state", "submitted_at", keys.CANVAS)
+            pipe.hmget(keys.job(job_id), "state", "submitted_at", "begun_by", keys.CANVAS)
         records = zip(job_ids, pipe.execute(raise_on_error=False), strict=True)
         return [job_id for job_id, record in records if isinstance(record, list) and _waits(*record)]
 
@@ -155,5 +157,5 @@ class Canceller:
         return ended + [outcome is not None for outcome, _ in self._poll_many(part)]
 
 
-def _waits(state: str | None, submitted_at: str | None, canvas: str | None) -> bool:
-    return state == "queued" and submitted_at is not None and canvas is None
+def _waits(state: str | None, submitted_at: str | None, begun_by: str | None, canvas: str | None) -> bool:
+    return state == "queued" and submitted_at is not None and not begun_by and canvas is None

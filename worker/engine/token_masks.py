@@ -23,7 +23,7 @@ class MaskedRow(NamedTuple):
 
     row: int
     rules: TokenRules
-    output: Sequence[int]
+    output: list[int]
     proposed: list[int]
 
 

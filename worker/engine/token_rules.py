@@ -59,7 +59,7 @@ class TokenRules:
         *,
         grammar: Grammar | None = None,
         allowed: Words | None = None,
-        bad_words: Sequence[Sequence[int]] = (),
+        bad_words: Sequence[list[int]] = (),
         request: object = None,
     ) -> None:
         self.vocab_size, self.request = vocab_size, request
@@ -111,7 +111,7 @@ class TokenRules:
         self._matcher.consume_tokens(self._output)
         return True
 
-    def complete_mask(self, mask: Words, output: Sequence[int]) -> None:
+    def complete_mask(self, mask: Words, output: list[int]) -> None:
         """Complete the mask of the grammar, or one with all bits set, for the token that follows `output`."""
         if self._matcher is not None:
             end = self.vocab_size
@@ -121,6 +121,5 @@ class TokenRules:
         if self._allowed is not None:
             mask &= self._allowed
         for word in self._bad_words:
-            before = len(word) - 1
-            if list(output[len(output) - before :]) == list(word[:-1]) if before else True:
+            if output[len(output) - len(word) + 1 :] == word[:-1]:
                 _set(mask, word[-1], False)
