@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence as Rows
-from concurrent.futures import Future, wait
 
 import torch
 from safetensors.torch import save
@@ -32,7 +31,7 @@ from headrace.worker.engine.input_batch import (
 )
 from headrace.worker.engine.scheduler import ModelRunnerOutput, PrefixCopy, SchedulerOutput
 from headrace.worker.engine.sequence import NoToken, Sequence, Slot, TokenScore
-from headrace.worker.engine.token_masks import Masks, MaskThread
+from headrace.worker.engine.token_masks import MaskThread, PendingMasks
 
 #: Prompt positions whose log probabilities are computed at once: 128 rows of GPT-2's logits are 26 MB.
 SCORE_ROWS = 128
@@ -116,10 +115,10 @@ class ModelRunner:
         try:
             return self._run(step, batch, sampled, masks)
         finally:
-            wait([masks])  # if the step fails, it is tried again, and then the rules must be free
+            masks.wait()  # if the step fails, it is tried again, and then the rules must be free
 
     def _run(
-        self, step: SchedulerOutput, batch: InputBatch, sampled: list[SampledRow], masks: Future[Masks] | None
+        self, step: SchedulerOutput, batch: InputBatch, sampled: list[SampledRow], masks: PendingMasks | None
     ) -> ModelRunnerOutput:
         captured = self._captured(batch)
         hidden = None
@@ -146,7 +145,7 @@ class ModelRunner:
         return self.model.forward(tokens, positions, attend, traces)
 
     def _sample(
-        self, rows: list[SampledRow], hidden: Tensor, masks: Future[Masks] | None
+        self, rows: list[SampledRow], hidden: Tensor, masks: PendingMasks | None
     ) -> list[tuple[Sequence, TokenScore | NoToken]]:
         """Sample next tokens, and keep those that count. Sequences with the same row share logits. hidden: [M, E]"""
         if not rows:
@@ -167,7 +166,7 @@ class ModelRunner:
         sequences = [rows[i].sequence for i in accepted]
         return list(zip(sequences, self._token_scores(sequences, logits, tokens), strict=True))
 
-    def _tokens(self, rows: list[SampledRow], logits: Tensor, masks: Future[Masks] | None) -> Tensor:
+    def _tokens(self, rows: list[SampledRow], logits: Tensor, masks: PendingMasks | None) -> Tensor:
         """Sample a token for each row; see `sample`. logits: [R, V], overwritten if nothing reads them later."""
         draws = [each.draw() for each in rows]
         if masks is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -34,18 +34,31 @@ class Masks(NamedTuple):
     words: Words
 
 
+class PendingMasks:
+    """Masks that are being computed. The rules of their rows must not be used before `wait` or `result` returns."""
+
+    def __init__(self, rows: Sequence[MaskedRow], future: Future[Masks]) -> None:
+        self._rows, self._future = rows, future
+
+    def result(self) -> Masks:
+        """The masks. If the thread has not begun, for want of a free core, they are computed in this one."""
+        return _masks(self._rows) if self._future.cancel() else self._future.result()
+
+    def wait(self) -> None:
+        """Wait until the thread no longer uses the rules."""
+        if not self._future.cancel():
+            wait([self._future])
+
+
 class MaskThread:
     """Computes the masks of one model in a thread, which starts with the first mask."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="headrace-masks")
 
-    def begin(self, rows: Sequence[MaskedRow]) -> Future[Masks]:
-        """Begin to compute the masks of some rows. Rows of one sequence follow each other, with longer proposals.
-
-        The rules belong to the thread until the future is done.
-        """
-        return self._thread.submit(_masks, rows)
+    def begin(self, rows: Sequence[MaskedRow]) -> PendingMasks:
+        """Begin to compute the masks of some rows. Rows of one sequence follow each other, with longer proposals."""
+        return PendingMasks(rows, self._thread.submit(_masks, rows))
 
 
 #: Threads that compute masks together. Matchers of one grammar wait for each other, so more help little.
@@ -90,7 +103,10 @@ def _fill(words: Words, followed: list[tuple[int, TokenRules]], proposed: dict[i
     address, row_bytes = words.ctypes.data, words.shape[1] * words.itemsize
     matchers = [(rules.matcher, i) for i, rules in followed if rules.matcher is not None]
     plain = [(matcher, i) for matcher, i in matchers if not proposed[i]]
-    if plain:
+    if _PARALLEL == 1:  # without the executor, whose thread would have to be woken too
+        for matcher, i in plain:
+            matcher.unsafe_compute_mask_ptr(address + i * row_bytes, row_bytes)
+    elif plain:
         _executor().unsafe_compute_mask_ptr(plain, address, row_bytes, len(words))
     drafted = [(matcher, i, proposed[i]) for matcher, i in matchers if proposed[i]]
     if drafted:
