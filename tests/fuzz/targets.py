@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from tests.fuzz import environment, files, http, jobs, messages, tokenizers
+from tests.fuzz import adapters, environment, files, http, jobs, messages, tokenizers
 
-TARGETS = [*jobs.TARGETS, *files.TARGETS, *tokenizers.TARGETS, *environment.TARGETS, *http.TARGETS, *messages.TARGETS]
+TARGETS = [
+    *jobs.TARGETS,
+    *files.TARGETS,
+    *adapters.TARGETS,
+    *tokenizers.TARGETS,
+    *environment.TARGETS,
+    *http.TARGETS,
+    *messages.TARGETS,
+]
