@@ -38,6 +38,7 @@ from tests.chaos.clocks import next_error, read_error, real_time
 from tests.chaos.jobs import Batch, PlannedJob
 from tests.chaos.ledger import Death, End, JobFact
 from tests.chaos.weights import ModelDirectory
+from tests.varying import VARYING
 
 #: Seconds until a submission that raised is repeated.
 RETRY_S = 0.5
@@ -57,7 +58,7 @@ BALLAST = "chaos:ballast"
 def end_of(outcome: Outcome, at: float = 0.0) -> End:
     """The part of an outcome that must not depend on when and where the job was computed."""
     if isinstance(outcome, Result):
-        content = outcome.model_dump(mode="json", exclude={"id", "timings"})
+        content = outcome.model_dump(mode="json", exclude=VARYING)
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         return End("succeeded", digest=digest, at=at, content=content)
     return End(outcome_state(outcome), outcome.code, at=at)

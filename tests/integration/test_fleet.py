@@ -16,6 +16,7 @@ from headrace.worker.redis_server import EmbeddedRedis
 from tests.chaos.run import mixed_rungs
 from tests.integration.processes import WorkerProcess
 from tests.patience import PATIENCE_S
+from tests.varying import VARYING
 
 JOBS = 500
 
@@ -45,7 +46,7 @@ def requests_of(count: int) -> list[dict[str, Any]]:
 
 def content(result: Result) -> dict[str, Any]:
     """What must not depend on the machine, the fingerprint included."""
-    return result.model_dump(exclude={"id", "timings"})
+    return result.model_dump(exclude=VARYING)
 
 
 def test_workers_of_different_kinds_give_the_bits_of_any_one_of_them(

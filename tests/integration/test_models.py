@@ -23,6 +23,7 @@ from tests.integration.processes import WorkerProcess, paced, wait_until, worker
 from tests.integration.servers import free_port
 from tests.integration.test_probes import Probed
 from tests.patience import PATIENCE_S
+from tests.varying import VARYING
 
 #: Several kinds of requests. Each is submitted twice, once for each model.
 JOBS: list[dict[str, Any]] = [
@@ -63,7 +64,7 @@ def alone(tiny: Path) -> Answers:
 
 
 def substance(result: Result) -> dict[str, Any]:
-    return result.model_dump(exclude={"id", "timings"})
+    return result.model_dump(exclude=VARYING)
 
 
 def submit(client: Client, count: int) -> dict[str, list[Job]]:

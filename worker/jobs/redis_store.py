@@ -176,7 +176,7 @@ class RedisStore:
         self._update(list(job_ids), {"state": "running", "worker": worker, "started_at": self.now()})
 
     def returned(self, job_ids: Iterable[str], attempted: Iterable[str]) -> None:
-        self._update(list(job_ids), {"state": "queued", "begun_by": ""}, set(attempted))
+        self._update(list(job_ids), {"state": "queued"}, set(attempted))
 
     def _update(self, job_ids: list[str], fields: Mapping[str, str | float], attempted: Container[str] = ()) -> None:
         """Change the records of those jobs that have one and have not ended.
