@@ -159,7 +159,7 @@ class Batch:
             return {}
         if self.checked.not_flat is not None:
             line, name = self.checked.not_flat
-            message = f"{name}: asks for more than one text without log probabilities, which a flat row has; "
+            message = f"{name}: a flat row has one text and no log probabilities, and this request asks for more; "
             message += "expected an output in JSON lines, for example -o results.jsonl"
             raise InvalidBatch([Fault(line, name, message, self._source.place(line))])
         schema = self._source.schema

@@ -30,6 +30,8 @@ def summary(report: BatchReport, output: str, errors: str | None) -> str:
     if report.failed:
         codes = ", ".join(f"{count} {code}" for code, count in report.failures.most_common())
         lines.insert(1, f"Failed: {codes}; see {errors or output}, compute them again with --retry-errors")
+    elif report.failed_before:
+        lines.insert(1, "--resume keeps failed rows; --retry-errors computes them again")
     return "\n".join(["=" * 10, *lines])
 
 

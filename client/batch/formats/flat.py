@@ -16,6 +16,8 @@ FIRST = {
     CUSTOM_ID: "string",
     "text": "string",
     "finish_reason": "string",
+    "stop_reason": "string",
+    "complete": "bool",
     "prompt_tokens": "int64",
     "completion_tokens": "int64",
     ERROR: "string",
@@ -58,10 +60,13 @@ def flat_row(row: BatchItem | None, outcome: Outcome | Exception | None, names: 
 def own_fields(row: BatchItem, outcome: Outcome | Exception) -> dict[str, Any]:
     """The fields of a row, without the columns of the input, that are not null."""
     if isinstance(outcome, Result):
+        choice = outcome.choices[0]
         return {
             CUSTOM_ID: row.custom_id,
             "text": outcome.text,
-            "finish_reason": outcome.choices[0].finish_reason,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": None if choice.stop_reason is None else str(choice.stop_reason),
+            "complete": choice.complete,
             "prompt_tokens": outcome.usage.prompt_tokens,
             "completion_tokens": outcome.usage.completion_tokens,
         }

@@ -47,7 +47,7 @@ def result(text: str = TEXT) -> Result:
     return Result(
         id="job",
         model="demo",
-        choices=[Choice(index=0, text=text, token_ids=[1], finish_reason="length")],
+        choices=[Choice(index=0, text=text, token_ids=[1], finish_reason="stop", stop_reason=13, complete=False)],
         usage=Usage(prompt_tokens=2, completion_tokens=1, total_tokens=3),
         seed=1,
         timings=Timings(waiting_s=0, prefill_s=0, decode_s=0),
@@ -80,7 +80,8 @@ def test_each_request_is_one_row_and_a_resumed_run_adds_the_others(tmp_path: Pat
     assert write(path, ["a", "b"], failed="b") == []
     assert write(path, ["c"]) == ["a", "b"]
     first, second, third = rows_in(path)
-    assert (first["custom_id"], first["text"], first["finish_reason"], first["place"]) == ("a", TEXT, "length", "a,b")
+    assert (first["custom_id"], first["text"], first["finish_reason"], first["place"]) == ("a", TEXT, "stop", "a,b")
+    assert (first["stop_reason"], str(first["complete"]).lower()) == ("13", "false"), "it has not the form of the row"
     assert [str(first[name]) for name in ("prompt_tokens", "completion_tokens")] == ["2", "1"]
     assert (second["error"], second["text"] or None, third["custom_id"]) == ("bad: why", None, "c")
     assert write(path, ["b"], retry=True) == ["a", "c"]
