@@ -12,9 +12,9 @@ function cancelButton(path, words) {
   return button;
 }
 
-// A narrow screen shortens the beginning: the rows of a batch share it.
+// A narrow screen leaves out the beginning: the rows of a batch share it.
 function shortId(id) {
-  return make("span", [make("span", id.slice(0, -6), {class: "head"}), id.slice(-6)], {class: "id", title: id});
+  return make("span", [make("span", id.slice(0, -8), {class: "head"}), id.slice(-8)], {class: "id", title: id});
 }
 
 function jobRow(job) {
