@@ -1,5 +1,5 @@
 // The views of jobs and batches. They show to whom a job belongs what it is doing, never what it says.
-import {ask, at, count, empty, fine, make, show, span, table} from "./page-parts.js";
+import {TIMEOUT_MS, ask, at, count, empty, fine, make, show, span, table} from "./page-parts.js";
 
 let after = "";
 
@@ -27,7 +27,7 @@ function jobRow(job) {
 
 export async function refreshJobs() {
   const query = new URLSearchParams({search: at("job-search").value.trim(), state: at("job-state").value, model: at("job-model").value, after});
-  const found = await (await ask(`jobs.json?${query}`)).json();
+  const found = await (await ask(`jobs.json?${query}`, {signal: AbortSignal.timeout(TIMEOUT_MS)})).json();
   const filtered = at("job-search").value || at("job-state").value || at("job-model").value;
   show(at("job-list"), found.data.length ? table(["job", "state", "model", "sent", "took", ""], found.data.map(jobRow))
     : empty(found.has_more ? "No job matches among those looked at. Look at older ones." : after ? "No older jobs." : filtered ? "No job matches." : "No jobs yet. Send one to /v1/completions, or try a prompt."));
@@ -52,7 +52,7 @@ function batchCard(batch) {
 }
 
 export async function refreshBatches() {
-  const found = await (await ask("v1/batches?limit=50")).json();
+  const found = await (await ask("v1/batches?limit=50", {signal: AbortSignal.timeout(TIMEOUT_MS)})).json();
   show(at("batch-list"), ...(found.data.length ? found.data.map(batchCard) : [make("div", empty("No batches yet. Upload a file to ", make("code", "/v1/files"), " and create one at ", make("code", "/v1/batches"), "."), {class: "card"})]));
 }
 

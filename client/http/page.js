@@ -1,11 +1,11 @@
 // The page: views, the status every two seconds, the overview. The other views are in files of their own.
-import {Refused, ask, at, count, empty, fine, make, short, show, span, sum, table} from "./page-parts.js";
+import {Refused, TIMEOUT_MS, ask, at, count, empty, fine, make, short, show, span, sum, table} from "./page-parts.js";
 import {showChart} from "./page-chart.js";
 import {refreshBatches, refreshJobs} from "./page-jobs.js";
 import {openComparison} from "./page-compare.js";
 import {setModels} from "./page-try.js";
 
-const INTERVAL_MS = 2000, TIMEOUT_MS = 6000;
+const INTERVAL_MS = 2000;
 const VIEWS = ["overview", "jobs", "batches", "try", "compare"];
 let view = "overview", last = null, timer = 0;
 
