@@ -1,5 +1,8 @@
 // What all views share: elements, numbers, and requests with the key.
 
+// How long a view waits for its data.
+export const TIMEOUT_MS = 6000;
+
 export const at = id => document.getElementById(id);
 
 export function make(name, content, attributes = {}) {

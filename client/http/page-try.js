@@ -112,7 +112,9 @@ at("ask").onsubmit = async event => {
   if (running) return;
   running = new AbortController();
   at("stop").hidden = false; at("go").disabled = true; at("text").setAttribute("aria-busy", "true");
-  await generate();
+  const done = generate();
+  at("text").parentElement.scrollIntoView({block: "nearest"});  // it is below the form on a narrow screen
+  await done;
   running = null;
   at("stop").hidden = true; at("go").disabled = false; at("copy").disabled = !written; at("text").setAttribute("aria-busy", "false");
 };

@@ -1,11 +1,11 @@
 // The page: views, the status every two seconds, the overview. The other views are in files of their own.
-import {Refused, ask, at, count, empty, fine, make, short, show, span, sum, table} from "./page-parts.js";
+import {Refused, TIMEOUT_MS, ask, at, count, empty, fine, make, short, show, span, sum, table} from "./page-parts.js";
 import {showChart} from "./page-chart.js";
 import {refreshBatches, refreshJobs} from "./page-jobs.js";
 import {openComparison} from "./page-compare.js";
 import {setModels} from "./page-try.js";
 
-const INTERVAL_MS = 2000, TIMEOUT_MS = 6000;
+const INTERVAL_MS = 2000;
 const VIEWS = ["overview", "jobs", "batches", "try", "compare"];
 let view = "overview", last = null, timer = 0;
 
@@ -100,13 +100,14 @@ function showStatus(status) {
 function showTrouble(error) {
   const locked = error instanceof Refused && error.status === 401, when = at("when");
   document.body.classList.toggle("stale", !locked); document.body.classList.toggle("locked", locked);
+  document.body.classList.toggle("blank", !last);
   when.className = "bad";
   when.textContent = locked ? "a key is needed" : last ? `as of ${last.toLocaleTimeString()}` : "no data";
   at("keybox").hidden = !locked;
   if (locked) sessionStorage.removeItem("key");
   at("trouble").hidden = locked && !at("key").value;
   const title = locked ? "This key is not valid. " : last ? "No news: what is shown is old. " : "No data. ";
-  at("trouble").replaceChildren(make("strong", title), locked ? "Check it, or ask whoever runs the server." : error.message.charAt(0).toUpperCase() + error.message.slice(1));
+  at("trouble").replaceChildren(make("strong", title), locked ? "Check it, or ask whoever runs the server." : error.message.charAt(0).toUpperCase() + error.message.slice(1).replace(/[^.!?]$/, "$&."));
 }
 
 async function refresh() {
@@ -114,7 +115,7 @@ async function refresh() {
   try {
     const status = await (await ask("status.json", {signal: AbortSignal.timeout(TIMEOUT_MS)})).json();
     last = new Date(status.now * 1000);
-    document.body.classList.remove("stale", "locked");
+    document.body.classList.remove("stale", "locked", "blank");
     at("keybox").hidden = at("trouble").hidden = true;
     at("when").className = status.workers.some(worker => !worker.stalled) ? "ok" : "bad";
     at("when").textContent = last.toLocaleTimeString();
