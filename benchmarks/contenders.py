@@ -37,7 +37,9 @@ class Headrace:
 
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
         # No speculative decoding: a model with random weights repeats itself, so nearly every proposal is accepted.
-        settings = Settings(model=str(folder), dtype=precision, device="cpu", threads=threads, draft_tokens=0)
+        # Rounds repeat their prompts, which no peer keeps from one to the next.
+        options = {"draft_tokens": 0, "prefix_cache": False}
+        settings = Settings(model=str(folder), dtype=precision, device="cpu", threads=threads, **options)
         self.engine = load_engine(settings)
 
     def plans(self, items: Sequence[Item]) -> list[str]:  # noqa: ARG002

@@ -57,7 +57,9 @@ class EngineOnly:
     """The engine, driven step by step in this thread."""
 
     def __init__(self, model: str, dtype: str) -> None:
-        self.engine = load_engine(load_settings(model=model, dtype=dtype, device="cpu", draft_tokens=0))
+        self.engine = load_engine(
+            load_settings(model=model, dtype=dtype, device="cpu", draft_tokens=0, prefix_cache=False)
+        )
 
     def run(self, items: Sequence[Item]) -> float:
         """Seconds from the first submission to the last result."""
