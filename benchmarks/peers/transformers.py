@@ -18,7 +18,7 @@ def _load(folder: Path, precision: str) -> Any:
 
     transformers.logging.set_verbosity_error()
     dtype = getattr(torch, precision)
-    return transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
 
 
 def orders(items: Sequence[Item]) -> dict[str, list[int]]:
