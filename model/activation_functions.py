@@ -1,4 +1,7 @@
-"""The activation functions that the compiled GEMMs do not apply themselves, with bits that do not depend on the batch.
+"""The activation functions by torch, with bits that do not depend on the batch.
+
+Compiled GEMMs apply theirs themselves (kernels/vector_math.py), except in bfloat16 on AMX. torch's GEMMs apply none of
+these.
 
 torch's operators compute the last elements of a tensor by other code than those before them, and split large tensors
 among threads anywhere, so that the bits of an element depend on the size of the tensor. Here a row is computed by the
@@ -13,7 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-#: The names of config.ACTIVATIONS, without the one that the GEMMs apply: GELU by its approximation with tanh.
+#: The names of config.ACTIVATIONS, without the one that every GEMM applies: GELU by its approximation with tanh.
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
 #: Rows of a multiple of this many elements are computed together: vectors are not longer, for any type.
 VECTOR = 64

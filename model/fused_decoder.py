@@ -4,9 +4,8 @@
     each layer: attention | projection, added to x | layer norm, feed-forward | projection, added to x
                 | layer norm, q k v of the next layer
 
-A pass of decoding rows and short prompts is one call, attention included. If it contains longer prompts, part of the
-attention is torch's, and the ops between two attentions are one call. Both ways run the same compiled code, so a row
-has the same bits either way.
+A pass is one call, attention included. If activations are captured, or torch computes the attention, the ops between
+two attentions are one call. Both ways run the same compiled code, so a row has the same bits either way.
 """
 
 from __future__ import annotations

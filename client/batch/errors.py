@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from headrace.client.wire.errors import HeadraceError
+from headrace.client.wire.unicode import printable
 
 
 class Fault(NamedTuple):
@@ -89,3 +93,13 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+@contextlib.contextmanager
+def as_refusal(path: Path) -> Iterator[None]:
+    """Raise OutputRefused where the system refuses to write in the block: it names the output, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        advice = "; make room, then resume the batch" if is_disk_full(error) else ""
+        raise OutputRefused(f"{printable(str(path))} cannot be written: {error.strerror}{advice}") from error

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from headrace.client.batch.errors import OutputRefused, is_disk_full
+from headrace.client.batch.errors import OutputRefused, as_refusal
 from headrace.client.batch.run_file import read_run
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.unicode import printable
@@ -49,18 +47,18 @@ class LocalFolder:
         return str(self.path)
 
     def names(self) -> list[str]:
-        with self._as_refusal():
+        with as_refusal(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise OutputRefused(f"{printable(str(self.path))} is a file; expected a directory or a new name")
             return sorted(os.listdir(self.path)) if self.path.exists() else []
 
     def open(self, name: str) -> IO[bytes]:
-        with self._as_refusal():
+        with as_refusal(self.path):
             return (self.path / name).open("rb")
 
     def write(self, name: str, data: bytes) -> None:
         staged = self.path / f".{name}.tmp"  # readers of such directories ignore names that begin with a dot
-        with self._as_refusal():
+        with as_refusal(self.path):
             self.path.mkdir(exist_ok=True)
             with staged.open("wb") as file:
                 file.write(data)
@@ -74,16 +72,8 @@ class LocalFolder:
                 os.close(directory)
 
     def delete(self, name: str) -> None:
-        with self._as_refusal():
+        with as_refusal(self.path):
             (self.path / name).unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _as_refusal(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            advice = "; make room, then resume the batch" if is_disk_full(error) else ""
-            raise OutputRefused(f"{printable(str(self.path))} cannot be written: {error.strerror}{advice}") from error
 
 
 class RemoteFolder:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from headrace.client.batch.errors import OutputRefused, is_disk_full
+from headrace.client.batch.errors import OutputRefused, as_refusal
 from headrace.client.batch.formats.lines import JsonLines, LineFormat
 from headrace.client.batch.input_files import is_in_input, open_lines
 from headrace.client.batch.output_file import Done
@@ -131,7 +131,7 @@ class RowFile:
 
     def open(self) -> None:
         """Open for appending. Raises OutputRefused."""
-        with self._as_refusal():
+        with as_refusal(self.path):
             empty = not self.exists
             self._raw = io.FileIO(self.path, "ab")
             if self._zipped:  # a new gzip member: a gzip file may have several
@@ -151,7 +151,7 @@ class RowFile:
         if self._raw is None:
             raise ValueError(f"{printable(str(self.path))} is not open")
         data = b"".join(records)
-        with self._as_refusal():
+        with as_refusal(self.path):
             if self._gzip is not None:
                 self._gzip.write(data)
                 self._gzip.flush()  # ends a block of the stream, so that all lines can be decompressed
@@ -162,7 +162,7 @@ class RowFile:
     def sync(self) -> None:
         """Wait until the file is on disk. Raises OutputRefused if it cannot be: some file systems say so only now."""
         if self._raw is not None:
-            with self._as_refusal():
+            with as_refusal(self.path):
                 os.fsync(self._raw.fileno())
 
     def close(self) -> None:
@@ -175,11 +175,3 @@ class RowFile:
             os.fsync(self._raw.fileno())
         self._raw.close()
         self._raw = self._gzip = None
-
-    @contextlib.contextmanager
-    def _as_refusal(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            advice = "; make room, then resume the batch" if is_disk_full(error) else ""
-            raise OutputRefused(f"{printable(str(self.path))} cannot be written: {error.strerror}{advice}") from error
