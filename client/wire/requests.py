@@ -39,6 +39,10 @@ TOKEN_IDS = 2**31
 #: gigabytes.
 MAX_SCORES = 2**19
 
+#: Names of adapters: they name directories, and no others.
+ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\z"
+ADAPTER_FORM = "1 to 128 letters, digits, '.', '_' or '-', the first a letter or a digit; or None"
+
 _JOB_ID = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-:")
 
 #: Parameters for which a worker with HEADRACE_GENERATION_CONFIG=auto takes the model's defaults if they are not set.
@@ -172,6 +176,8 @@ class GenerateRequest(SamplingParams):
         None, max_length=MAX_PROMPT_BYTES, description=CONTINUATION_FORM
     )
     operation: Operation | None = Field(None, description="'tokenize', 'detokenize', or None for text")
+    #: The name of a LoRA adapter of the model; None: the model as it is.
+    adapter: str | None = Field(None, pattern=ADAPTER_NAME, description=ADAPTER_FORM)
     priority: Priority = Field("normal", description="'interactive', 'normal' or 'bulk'")
     #: Unix time in seconds at which the job expires; None means never.
     expires_at: Float | None = Field(None, ge=0, le=1e11, description="a Unix time in seconds, or None")

@@ -79,6 +79,8 @@ class Sequence:
         eos_ids: the tokens that end a text, unless the request ignores them.
         score_from: the first token of the prompt whose log probability is asked for; None: what the request says.
         rules: which tokens may follow; None for all.
+        adapter: what is added to the linear layers of the model. Sequences share keys and values only with those of
+            the same object.
     """
 
     request: GenerateRequest
@@ -88,6 +90,8 @@ class Sequence:
     eos_ids: frozenset[int] = frozenset()
     score_from: int | None = None
     rules: TokenRules | None = None
+    #: What the model runner adds to the linear layers (model.adapters.packed.PackedAdapter); None for nothing.
+    adapter: Any = None
     output: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
     prompt_scores: list[TokenScore] = field(default_factory=list)
