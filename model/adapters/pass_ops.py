@@ -70,10 +70,10 @@ class PassOps:
         places = np.array([self.column[at] for at in used])
         block_bytes = (rows + mr) * backend.nr * 4
         biases = torch.empty(int(given[:, used, OP.n_blocks].max()) * block_bytes, dtype=torch.uint8)
-        panels = int((-(-segments[0, 0, :, SEGMENT.rows] // mr)).sum())
-        down_bytes = int(segments[..., SEGMENT.ranks].max()) * 16 * mr * 4
-        down = torch.empty(panels * down_bytes, dtype=torch.uint8)
-        scratch = torch.empty(threads, scratch_bytes(backend, width), dtype=torch.uint8)
+        groups = int((-(-segments[0, 0, :, SEGMENT.rows] // mr)).sum())
+        down_bytes = int(segments[..., SEGMENT.ranks].max()) * 16 * 4
+        down = torch.empty(groups * mr * down_bytes, dtype=torch.uint8)
+        scratch = torch.empty(threads, scratch_bytes(backend.isa, width), dtype=torch.uint8)
         arguments = np.zeros((len(given), len(used), LOW_RANK_WORDS), np.int64)
         arguments[..., LOW_RANK.op] = _addresses(self.ops)[:, places]
         arguments[..., LOW_RANK.segments] = _addresses(segments)[:, used]

@@ -24,6 +24,7 @@ from headrace.model.kernels.epilogue import ACTIVATION_CODES
 from headrace.model.kernels.epilogue_rows import finish_rows
 from headrace.model.kernels.isa import LADDER, Isa, find
 from headrace.model.kernels.layer_norm import layer_norm_row
+from headrace.model.kernels.low_rank import multiply_rows, row_in_floats
 from headrace.model.kernels.target import compile_module, target_machine
 from headrace.model.kernels.vector_function import VectorFunction, vector_module
 
@@ -122,6 +123,13 @@ def calls(ours: Isa, theirs: Isa, generator: np.random.Generator) -> Iterator[tu
         contents = {"source": halves(generator)} if bf16 else {}
         pair = (layer_norm_row(bf16=bf16) for _ in range(2))
         yield f"norm {bf16}", Call(*pair, {"width": 775}, 1e-5, contents)
+        pair = (row_in_floats(bf16=bf16) for _ in range(2))
+        yield f"row {bf16}", Call(*pair, {"width": 775}, contents=contents)
+        for rows in (1, 2, 4, 6):
+            pair = (multiply_rows(rows, 16, bf16=bf16) for _ in range(2))
+            given = {"x_bytes": 800, "steps": 50, "start_bytes": 64, "out_bytes": 64}
+            contents = {"w": halves(generator)} if bf16 else {}
+            yield f"low rank {rows} {bf16}", Call(*pair, given, contents=contents)
     for head in (Head(64, False), Head(25, False), Head(64, True), Head(80, True)):
         yield from attention_calls(head, ours, theirs, generator)
 

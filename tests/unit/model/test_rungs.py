@@ -20,6 +20,7 @@ from headrace.model.kernels.epilogue_rows import finish_rows
 from headrace.model.kernels.gemm_fp32 import Fp32Weight, micro_kernel
 from headrace.model.kernels.isa import AMX, LADDER, Isa, find
 from headrace.model.kernels.layer_norm import layer_norm_row
+from headrace.model.kernels.low_rank import multiply_rows, row_in_floats
 from headrace.model.kernels.ops import ARG, Op
 from headrace.model.kernels.program import Program
 from headrace.model.kernels.target import compile_module, target_machine
@@ -181,7 +182,9 @@ def functions(isa: Isa) -> list[VectorFunction]:
         for bf16, int8 in ((False, False), (True, False), (True, True))
         for residual, activation in ((True, ""), *((False, name) for name in ACTIVATION_CODES))
     ]
-    return [*kernels, *rows, layer_norm_row(bf16=False), layer_norm_row(bf16=True)]
+    low_rank = [multiply_rows(isa.mr, nr, bf16=bf16) for nr in (16, isa.nr) for bf16 in (False, True)]
+    norms = [make(bf16=bf16) for make in (layer_norm_row, row_in_floats) for bf16 in (False, True)]
+    return [*kernels, *rows, *dict.fromkeys(low_rank), *norms]
 
 
 @functools.cache
