@@ -53,6 +53,7 @@ def write_adapter(
         "r": rank,
         "lora_alpha": 2 * rank,
         "target_modules": sorted(targets),
+        "fan_in_fan_out": True,
         **config,
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -120,10 +120,8 @@ class Adapters:
             except JobFailed as error:
                 raise ModelError(f"HEADRACE_ADAPTERS: {error.message} (in {self._named[name]})") from error
 
-    def knows(self, name: str | None) -> bool:
+    def knows(self, name: str) -> bool:
         """Whether `get` answers at once: there is nothing to load or to wait for."""
-        if name is None:
-            return True
         # While a job waits for memory, later ones queue behind it, also for loaded adapters: else it might never come.
         return not self._waiting and self._current(name, version_of(self._place(name))) is not None
 
@@ -233,9 +231,8 @@ class Adapters:
             self._loaded[new.name] = new
             if job is not None:
                 self._hold(new, job)
-        log.info(
-            "adapter.loaded", adapter=new.name, rank=new.packed.rank, bytes=new.packed.nbytes, digest=new.packed.digest
-        )
+        packed = new.packed
+        log.info("adapter.loaded", adapter=new.name, rank=packed.rank, memory_bytes=packed.nbytes, digest=packed.digest)
 
     def _check_size(self, new: LoadedAdapter) -> None:
         """Refuse an adapter for which there is no room even if all that can be unloaded is."""

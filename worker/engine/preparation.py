@@ -92,11 +92,14 @@ def settle(future: Future[Result], outcome: Result | BaseException) -> None:
 
 def is_slow(request: GenerateRequest, model: Model) -> bool:
     """Whether others should not wait for the preparation: it loads an adapter, renders a chat or compiles a grammar."""
-    return request.messages is not None or _loads(request, model) or _compiles(request, model)
+    return request.messages is not None or _unloaded(request, model) is not None or _compiles(request, model)
 
 
-def _loads(request: GenerateRequest, model: Model) -> bool:
-    return request.operation is None and not model.adapters.knows(request.adapter)
+def _unloaded(request: GenerateRequest, model: Model) -> str | None:
+    """The adapter of a request that must be loaded for it; None if there is none."""
+    if request.adapter is None or request.operation is not None or model.adapters.knows(request.adapter):
+        return None
+    return request.adapter
 
 
 def _compiles(request: GenerateRequest, model: Model) -> bool:
@@ -136,8 +139,8 @@ class Preparations:
         with self._lock:
             self._jobs[future] = job_id
         then = functools.partial(self._prepare, request, job_id, future, model, hooks)
-        if request.adapter is not None and _loads(request, model):
-            model.adapters.load_then(request.adapter, future, functools.partial(_begin, request, model, then))
+        if (adapter := _unloaded(request, model)) is not None:
+            model.adapters.load_then(adapter, future, functools.partial(_begin, request, model, then))
         else:
             _begin(request, model, then)
 
