@@ -148,8 +148,7 @@ def adapters_of(settings: Settings, name: str, model: Decoder) -> Adapters:
     """The adapters of a served model. None is loaded yet."""
 
     def load(folder: Path) -> PackedAdapter:
-        adapter = load_adapter(folder, model.config, allow_shared=settings.allow_shared_model)
-        return PackedAdapter.of(adapter, model)
+        return model.pack_adapter(load_adapter(folder, model.config, allow_shared=settings.allow_shared_model))
 
     return Adapters(
         lambda folder: in_own_thread(lambda: load(folder)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def of_peft(folder: Path | None, prompt: list[int], count: int = 8) -> list[int]
     import torch
     from transformers import GPT2LMHeadModel
 
+    warnings.simplefilter("ignore")  # what PEFT says of transformers, until the end of the test
     model: Any = GPT2LMHeadModel.from_pretrained(DEMO, dtype=torch.float64)
     if folder is not None:
         model = peft.PeftModel.from_pretrained(model, str(folder))
