@@ -54,7 +54,7 @@ def test_an_adapter_is_measured_against_float64_and_peft(tmp_path: Path) -> None
     ours, theirs = json.loads(done.stdout)
     assert "/adapter-" in ours["fingerprint"]
     assert "peft" in theirs["subject"]
-    assert [row["ok"] for row in theirs["checkpoints"][1:12]] == [True] * 11
+    assert all(row["ok"] for each in (ours, theirs) for row in each["rows"] if row["compared"])
     cut = (adapter / "adapter_model.safetensors").read_bytes()[:-9]
     (adapter / "adapter_model.safetensors").write_bytes(cut)
     refused = validate("--adapter", str(adapter))

@@ -113,7 +113,8 @@ def fold(folder: Path, adapter: Path, target: Path) -> None:
     Raises the errors of `load_reference`.
     """
     model, _ = _load_model(folder, torch.float64)
-    _with_adapter(model, adapter).merge_and_unload().save_pretrained(target)
+    with _without_progress_bar(import_library("transformers", "transformers").logging):
+        _with_adapter(model, adapter).merge_and_unload().save_pretrained(target)
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:
