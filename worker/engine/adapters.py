@@ -32,6 +32,8 @@ MAX_THREADS = 2
 WAIT_S = 0.5
 #: Seconds for which an adapter that could not be loaded is not tried again, unless its files change.
 RETRY_S = 5.0
+#: Seconds for which `stats` uses the names that it has read from the directory.
+LISTED_S = 1.0
 
 
 @dataclass
@@ -79,12 +81,15 @@ class Adapters:
         self._failed: dict[str, tuple[Version, float, JobFailed]] = {}  # with the time when to try again
         self._counts: dict[str, _Count] = {}
         self._waiting = 0
+        self._listing: tuple[float, list[str]] = (0.0, [])  # what `names` returned, and until when `stats` uses it
 
     # --- names -----------------------------------------------------------------------------------------------------
 
     def names(self) -> list[str]:
         """The names of all adapters, loaded or not, sorted."""
-        return sorted({*self._named, *self._in_folder()})
+        names = sorted({*self._named, *self._in_folder()})
+        self._listing = time.monotonic() + LISTED_S, names
+        return names
 
     def _in_folder(self) -> list[str]:
         try:
@@ -105,6 +110,7 @@ class Adapters:
         """Give the adapter in a directory a name. It is loaded and unloaded as those of `folder` are."""
         with self._changed:
             self._named[name] = folder
+            self._listing = (0.0, [])
 
     # --- adapters --------------------------------------------------------------------------------------------------
 
@@ -287,7 +293,9 @@ class Adapters:
 
     def stats(self) -> list[AdapterStats]:
         """All adapters, with what has run on each."""
-        names = self.names()
+        until, names = self._listing
+        if time.monotonic() >= until:
+            names = self.names()
         with self._changed:
             return [self._stats(name) for name in names]
 

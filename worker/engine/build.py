@@ -23,7 +23,7 @@ from headrace.model.hub import ModelError, config_path, find_model
 from headrace.model.kernels import isa
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
 from headrace.model.trusted_files import check_not_shared, unchanged
-from headrace.model.weights import load_model
+from headrace.model.weights import load_model, read_config
 from headrace.worker.engine.adapters import Adapters
 from headrace.worker.engine.cache_slots import SlotTable, length_classes
 from headrace.worker.engine.cgroups import free_memory
@@ -117,7 +117,11 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         draft_tokens=settings.draft_tokens if invariant and runner.takes_proposed_tokens else 0,
     )
     adapters = adapters_of(settings, name, model)
-    adapters.load_named()
+    try:
+        adapters.load_named()
+    except ModelError:
+        if not settings.idle_unload_s:  # else `find_files` has looked at them, and they were replaced since then
+            raise
     engine = Engine(
         runner,
         tokenizer,
@@ -160,10 +164,18 @@ def adapters_of(settings: Settings, name: str, model: Decoder) -> Adapters:
 
 
 def find_files(settings: Settings, name: str) -> None:
-    """Check that the directory of a model exists and that not everybody can write it. Raises ModelError."""
-    folder = find_model(settings.models[name])
-    if not settings.allow_shared_model:
+    """Check that the directory of a model exists and that not everybody can write it, and check its adapters.
+
+    Raises ModelError.
+    """
+    folder, shared = find_model(settings.models[name]), settings.allow_shared_model
+    if not shared:
         check_not_shared(folder)
+    for adapter, place in settings.adapters_of(name).items():
+        try:
+            load_adapter(place, read_config(config_path(folder)), allow_shared=shared)
+        except ModelError as error:
+            raise ModelError(f"HEADRACE_ADAPTERS: adapter {adapter!r} cannot be loaded: {error}") from error
 
 
 def release_memory() -> None:

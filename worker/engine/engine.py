@@ -306,9 +306,8 @@ class Engine:
         if ends:
             self._abandon(STOPPED_MESSAGE)
             return None
-        to_deadline = self._requests.seconds_to_deadline()
-        longest = LONGEST_SLEEP_S if to_deadline is None else min(LONGEST_SLEEP_S, to_deadline)
-        return longest if idle else 0.0
+        deadlines = self._requests.seconds_to_deadline(), self._preparations.seconds_to_deadline()
+        return min([LONGEST_SLEEP_S, *(each for each in deadlines if each is not None)]) if idle else 0.0
 
     def _receive(self) -> None:
         """Put new requests into the queue, and end those that were cancelled or have expired."""
@@ -323,6 +322,7 @@ class Engine:
         if self._dropping:
             self._requests.drop_waiting()
         self._requests.expire()
+        self._preparations.expire()
 
     def _admit(self) -> None:
         """Give slots to waiting sequences, and report the jobs that start."""

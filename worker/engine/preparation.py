@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
 
 import structlog
 
-from headrace.client.wire.errors import JobCancelled, JobError, JobFailed
+from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobFailed
 from headrace.client.wire.requests import GenerateRequest
 from headrace.client.wire.results import Result
 from headrace.model.generation_config import Ends
@@ -130,6 +131,8 @@ class Preparations:
     ) -> None:
         self._lock, self._take, self._wake = lock, take, wake
         self._jobs: dict[Future[Result], str] = {}
+        #: When jobs expire, by Unix time, of those that do.
+        self._deadlines: dict[Future[Result], float] = {}
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -138,6 +141,9 @@ class Preparations:
         """Prepare a job in a thread, and pass it to the engine if it has not ended meanwhile."""
         with self._lock:
             self._jobs[future] = job_id
+            if request.expires_at is not None:
+                self._deadlines[future] = request.expires_at
+        self._wake()  # to learn of the deadline
         then = functools.partial(self._prepare, request, job_id, future, model, hooks)
         if (adapter := _unloaded(request, model)) is not None:
             model.adapters.load_then(adapter, future, functools.partial(_begin, request, model, then))
@@ -165,7 +171,7 @@ class Preparations:
             log.error("job.prepare_failed", job_id=job_id, error=type(error).__name__)
             found = JobFailed("internal_error", f"preparing this job failed: {type(error).__name__}")
         with self._lock:
-            if self._jobs.pop(future, None) is None:
+            if not self._pop(future):
                 return
             if isinstance(found, RequestState):
                 self._take(found, hooks)
@@ -179,6 +185,17 @@ class Preparations:
             named = [future for future, name in self._jobs.items() if name == job_id]
         self._end(named, lambda: JobCancelled(message="the job was cancelled before it started"))
 
+    def expire(self) -> None:
+        """End the jobs whose deadline has passed."""
+        with self._lock:
+            late = [future for future, expires_at in self._deadlines.items() if expires_at <= time.time()]
+        self._end(late, lambda: JobExpired(message="the job was not done within its timeout_s"))
+
+    def seconds_to_deadline(self) -> float | None:
+        """Seconds until the next deadline, 0 if it has passed; None if there is none."""
+        with self._lock:
+            return max(0.0, min(self._deadlines.values()) - time.time()) if self._deadlines else None
+
     def end(self, error: Callable[[], BaseException]) -> None:
         """End all jobs."""
         with self._lock:
@@ -188,6 +205,11 @@ class Preparations:
     def _end(self, futures: list[Future[Result]], error: Callable[[], BaseException]) -> None:
         for future in futures:
             with self._lock:
-                here = self._jobs.pop(future, None) is not None
+                here = self._pop(future)
             if here:
                 settle(future, error())
+
+    def _pop(self, future: Future[Result]) -> bool:
+        """Forget a job. Returns whether it was here."""
+        self._deadlines.pop(future, None)
+        return self._jobs.pop(future, None) is not None

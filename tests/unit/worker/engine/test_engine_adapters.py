@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from headrace.client.wire.errors import JobCancelled
+from headrace.client.wire.errors import JobCancelled, JobExpired
 from headrace.client.wire.results import Result
 from headrace.config import Settings
 from headrace.model.trusted_files import ModelError
 from headrace.worker.engine.adapters import Adapters
-from headrace.worker.engine.build import adapters_of, load_engine
+from headrace.worker.engine.build import adapters_of, find_files, load_engine
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.loaded_adapter import Packed
 from tests.adapter_files import write_adapter
@@ -169,6 +169,29 @@ def test_a_job_is_cancelled_while_its_adapter_is_loaded(folder: Path, slow: Slow
     slow.go.set()
     ran(engine, ask(adapter="tone"))
     assert engine.stats().waiting == 0
+
+
+def test_a_job_expires_while_its_adapter_is_loaded(folder: Path, slow: Slow) -> None:
+    with build(adapters=Adapters(slow, folder=folder)) as engine:
+        job = engine.submit(ask(adapter="tone", expires_at=time.time() + 0.2))
+        with pytest.raises(JobExpired):
+            job.result(timeout=30)
+        slow.go.set()
+
+
+def test_an_adapter_that_breaks_while_its_model_is_unloaded_harms_nothing_else(tmp_path: Path) -> None:
+    place = write_adapter(tmp_path / "x", 0)
+    base = {"model": "demo", "device": "cpu", "dtype": "float32", "threads": 1, "adapters": f"x={place}"}
+    settings = Settings(**base, idle_unload_s=60)
+    find_files(settings, "demo")
+    cut(place)
+    with pytest.raises(ModelError, match=r"^HEADRACE_ADAPTERS: adapter 'x' cannot be loaded: .*safetensors"):
+        find_files(settings, "demo")
+    engine = load_engine(settings)
+    wrong, right = engine.submit(ask(adapter="x")), engine.submit(ask())
+    finish(engine, wrong, right)
+    assert failure(wrong).code == "adapter_failed"
+    assert right.result(timeout=0).usage.completion_tokens == 8
 
 
 def test_jobs_on_more_adapters_than_memory_holds_run_one_after_another(tmp_path: Path) -> None:
