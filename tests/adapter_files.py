@@ -36,7 +36,7 @@ def write_adapter(
         targets: linear layers, by their names in a block.
         model: whose shape it fits.
         std: of the matrices; large enough that the adapter changes texts.
-        config: further fields of adapter_config.json.
+        config: further fields of adapter_config.json. With `bias="all"` the norms get biases too.
     """
     base: ModelConfig = read_config(config_path(find_model(model)))
     draw = torch.Generator().manual_seed(seed)
@@ -47,6 +47,10 @@ def write_adapter(
             for side, shape in (("A", (rank, wide)), ("B", (high, rank))):
                 key = f"base_model.model.transformer.h.{layer}.{name}.lora_{side}.weight"
                 tensors[key] = torch.randn(shape, generator=draw) * std
+    if config.get("bias") == "all":
+        norms = [f"h.{layer}.{norm}" for layer in range(base.n_layer) for norm in ("ln_1", "ln_2")]
+        for norm in (*norms, "ln_f"):
+            tensors[f"base_model.model.transformer.{norm}.bias"] = torch.randn(base.n_embd, generator=draw) * std
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

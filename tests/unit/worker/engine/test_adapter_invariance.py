@@ -25,7 +25,7 @@ from tests.unit.worker.engine.test_engine_adapters import finish, ran
 
 pytestmark = needs_avx2
 
-#: Eight adapters: of several ranks, for all layers or for some.
+#: Eight adapters: of several ranks, for all layers or for some, one with biases of its own.
 NAMES = [f"a{i}" for i in range(8)]
 CHANT = "the king and the queen and the king and the queen and the king and"
 
@@ -37,7 +37,9 @@ def folder() -> Path:
     folder.__dict__["kept"] = place
     for seed, name in enumerate(NAMES):
         targets = tuple(SHAPES) if seed % 2 else ("attn.c_attn", "mlp.c_fc")
-        write_adapter(Path(place.name) / name, seed, rank=(1, 4, 16, 20)[seed % 4], targets=targets, std=0.15)
+        bias = "all" if name == "a3" else "none"
+        rank = (1, 4, 16, 20)[seed % 4]
+        write_adapter(Path(place.name) / name, seed, rank=rank, targets=targets, std=0.15, bias=bias)
     return Path(place.name)
 
 
@@ -144,6 +146,28 @@ def test_speculative_decoding_accepts_with_adapters() -> None:
     assert fast.stats().proposed > 0
 
 
+def traced(name: str, prompt: list[int]) -> dict[str, torch.Tensor]:
+    """The activations of the model with an adapter, without an engine."""
+    packed = demo_model().pack_adapter(load_adapter(folder() / name, demo_model().config))
+    return demo_model().trace(torch.tensor([prompt]), packed)
+
+
+@pytest.mark.parametrize("name", ["a2", "a3"])
+def test_scores_of_prompt_and_text_are_those_of_the_model_with_the_adapter(name: str) -> None:
+    engine, prompt = made(), tokens_of(40)
+    scored = ask(prompt, adapter=name, prompt_logprobs=1, logprobs=1, max_tokens=1)
+    result, *_ = ran(engine, scored, ask(prompt), ask(prompt, adapter="a1", prompt_logprobs=1))
+    expected = traced(name, prompt)["logits"][0].double().log_softmax(-1)
+    assert result.prompt_logprobs is not None
+    found = [each.logprob for each in result.prompt_logprobs[1:]]
+    assert found == pytest.approx(
+        [row[token].item() for row, token in zip(expected, prompt[1:], strict=False)], abs=1e-5
+    )
+    assert result.choices[0].token_ids == [int(expected[-1].argmax())]
+    assert result.choices[0].logprobs is not None
+    assert result.choices[0].logprobs[0].logprob == pytest.approx(expected[-1].max().item(), abs=1e-5)
+
+
 def test_captured_activations_are_those_of_the_model_with_the_adapter() -> None:
     captured: dict[str, bytes] = {}
     engine, prompt = made(), tokens_of(40)
@@ -151,8 +175,7 @@ def test_captured_activations_are_those_of_the_model_with_the_adapter() -> None:
     future = engine.submit(request, on_activations=captured.update)
     others = [engine.submit(ask(prompt, adapter=name)) for name in (None, "a1", "a3")]
     finish(engine, future, *others)
-    packed = demo_model().pack_adapter(load_adapter(folder() / "a3", demo_model().config))
-    expected = demo_model().trace(torch.tensor([prompt]), packed)
+    expected = traced("a3", prompt)
     for name in ("ln_1", "q", "attn", "mlp", "block_0", "logits", "last_logits", "cache_k"):
         assert torch.equal(load(captured[name])["tensor"], expected[name][0]), name
 
