@@ -61,6 +61,11 @@ EVENTS: dict[str, Event] = {
         "another worker serves a different model under the same name, so a job's answer depends on which takes it; "
         "once for each model that is loaded"
     ),
+    "adapter.loaded": Event(
+        "an adapter is in memory: a job named it first, its files were replaced, or it stays loaded"
+    ),
+    "adapter.unloaded": Event("others needed its memory, or its files were replaced; jobs that run on it end on it"),
+    "adapter.failed": Event("an adapter cannot be loaded; only the jobs that name it fail"),
     "worker.ready": Event("the worker reads its queues"),
     "worker.stopping": Event("a shutdown begins: what runs is finished, and the other jobs go back to the queue"),
     "worker.draining": Event("the shutdown waits for jobs that run; after two seconds, then less and less often"),
@@ -176,6 +181,10 @@ FIELDS: dict[str, tuple[str, str]] = {
     "skew_s": ("number", "how many seconds this machine's clock is ahead of Redis'"),
     "hint": ("text", "what to do"),
     "model": ("text", "the name of the model"),
+    "adapter": ("text", "the name of the LoRA adapter"),
+    "digest": ("text", "the SHA-256 of the adapter's files, the beginning of which is in fingerprints"),
+    "rank": ("number", "the largest rank of the adapter's matrices"),
+    "memory_bytes": ("bytes", "the memory that the adapter takes"),
     "here": ("text", "the parts of this worker's fingerprint that others do not have"),
     "others": ("text", "the same of the other workers, with their names"),
     "before": ("text", "the fingerprint of the model when it was last loaded"),

@@ -14,6 +14,7 @@ import torch
 
 from headrace.model import load_model
 from headrace.model.kernels.gemm_int8 import int8_works
+from tests.adapter_files import write_adapter
 from tests.patience import PATIENCE_S
 
 
@@ -44,6 +45,21 @@ def test_the_bundled_model_passes_and_the_difference_is_drawn(tmp_path: Path, du
         )
     assert "FAILED" not in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_adapter_is_measured_against_float64_and_peft(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "tone", 1, rank=8, std=0.1)
+    done = validate("--adapter", str(adapter), "--reference", "transformers", "--prompt", "Hello.", "--json")
+    assert done.returncode == 0, done.stderr + done.stdout
+    ours, theirs = json.loads(done.stdout)
+    assert "/adapter-" in ours["fingerprint"]
+    assert "peft" in theirs["subject"]
+    assert all(row["ok"] for each in (ours, theirs) for row in each["rows"] if row["compared"])
+    cut = (adapter / "adapter_model.safetensors").read_bytes()[:-9]
+    (adapter / "adapter_model.safetensors").write_bytes(cut)
+    refused = validate("--adapter", str(adapter))
+    assert refused.returncode != 0
+    assert "adapter_model.safetensors" in refused.stderr
 
 
 def test_a_dump_with_a_mistake_fails_with_the_cause_and_the_next_command(dump: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,10 +29,12 @@ def _serve_http(settings: Settings, **options: Any) -> None:
     serve(settings, **options)
 
 
-def _validation(settings: Settings, references: Sequence[str], prompts: Sequence[str]) -> Validation:
+def _validation(
+    settings: Settings, references: Sequence[str], prompts: Sequence[str], adapter: Path | None
+) -> Validation:
     from headrace.worker.fidelity.validate import Validation
 
-    return Validation(settings, references, prompts)
+    return Validation(settings, references, prompts, adapter)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Backends:
     start_local_stack: Callable[[Settings], AbstractContextManager[ServingStack]] = start_local_stack
     open_batch: Callable[..., Batch] = Batch
     serve_http: Callable[..., None] = _serve_http
-    validation: Callable[[Settings, Sequence[str], Sequence[str]], Validation] = _validation
+    validation: Callable[[Settings, Sequence[str], Sequence[str], Path | None], Validation] = _validation
 
 
 #: Gives a command click's `obj` as its first argument if that is `Backends`, else the real ones.

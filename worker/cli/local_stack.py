@@ -42,7 +42,7 @@ def settings_for(model: str | None, **overrides: Any) -> Settings:
         return settings
     if model in settings.models:
         return settings.only(model)
-    return load_settings(**overrides, model=model, served_name=None)
+    return load_settings(**overrides, model=model, served_name=None, adapters=None, adapters_dir=None)
 
 
 class NothingRuns(HeadraceError):
@@ -128,7 +128,8 @@ class _WorkerProcess:
 
     def __init__(self, settings: Settings) -> None:
         self._model = settings.model_name
-        ours = {name: getattr(settings, name) for name in ("redis_url", "model", "served_name", "dtype", "lease_s")}
+        names = ("redis_url", "model", "served_name", "adapters", "adapters_dir", "dtype", "lease_s")
+        ours = {name: getattr(settings, name) for name in names}
         given = {f"HEADRACE_{name.upper()}": "" if value is None else str(value) for name, value in ours.items()}
         self._environment = {**os.environ, **given}
         # No metrics port: another worker may use the one in the environment.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from headrace.worker.cli.backends import Backends, pass_backends
@@ -26,6 +28,11 @@ from headrace.worker.cli.options import MODEL
     show_default=True,
     help="number format that the model computes in",
 )
+@click.option(
+    "--adapter",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="compute this LoRA adapter beside the model, and compare with transformers and PEFT",
+)
 @click.option("--prompt", "prompts", multiple=True, help="check this prompt instead of the usual ones; may be repeated")
 @click.option("--plot", type=click.Path(dir_okay=False), help="draw the error by layer and position into a PNG")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
@@ -36,6 +43,7 @@ def validate(
     model: str | None,
     references: tuple[str, ...],
     dtype: str,
+    adapter: Path | None,
     prompts: tuple[str, ...],
     plot: str | None,
     as_json: bool,
@@ -48,11 +56,12 @@ def validate(
     """
     with command_errors(as_json):
         check_worker_packages()
+        from headrace.worker.fidelity.adapter import with_adapter
         from headrace.worker.fidelity.report import passed, report_json, report_text
 
         settings = settings_for(model, dtype=dtype)
-        settings = settings.only(settings.model_name)
-        validation = backends.validation(settings, references, prompts)
+        settings = settings.only(settings.model_name) if adapter is None else with_adapter(settings, adapter)
+        validation = backends.validation(settings, references, prompts, adapter)
         with backends.start_local_stack(settings) as stack, note.status("comparing") as shown:
             reports = validation.run(stack.client, shown.update)
         if plot:

@@ -122,7 +122,7 @@ class ModelRunner:
     ) -> ModelRunnerOutput:
         captured = self._captured(batch)
         hidden = None
-        if not batch.chunks and not captured:
+        if not batch.chunks and not captured and not batch.adapters:
             hidden = self.graphs.forward(batch.token_ids, batch.decode_groups)
         if hidden is None:
             hidden = self._forward(batch, [sequence.activations.at(rows) for sequence, rows in captured])
@@ -142,7 +142,7 @@ class ModelRunner:
         batch.pad(self.model.padded_rows(len(batch.token_ids)))
         tokens, positions = (torch.tensor(x, device=self.model.device) for x in (batch.token_ids, batch.positions))
         attend = CachedAttention.of(self.cache, groups=batch.decode_groups, chunks=batch.chunks)
-        return self.model.forward(tokens, positions, attend, traces)
+        return self.model.forward(tokens, positions, attend, traces, batch.adapters)
 
     def _sample(
         self, rows: list[SampledRow], hidden: Tensor, masks: PendingMasks | None
@@ -152,7 +152,8 @@ class ModelRunner:
             return []
         indices = [each.row for each in rows]
         at = {row: i for i, row in enumerate(dict.fromkeys(indices))}
-        logits = self.model.head(hidden[torch.tensor(list(at), device=hidden.device)])
+        adapter_of = {each.row: each.sequence.adapter for each in rows}
+        logits = self.model.head(hidden[torch.tensor(list(at), device=hidden.device)], [adapter_of[row] for row in at])
         if len(at) < len(indices):
             logits = logits[torch.tensor([at[row] for row in indices], device=hidden.device)]
         tokens = self._tokens(rows, logits, masks)
@@ -193,11 +194,13 @@ class ModelRunner:
         """
         rows = [row for each in scored for row in each.rows]
         tokens = [token for each in scored for token in each.tokens]
+        adapters = [each.sequence.adapter for each in scored for _ in each.rows]
         scores: list[TokenScore] = []
         for start in range(0, len(rows), SCORE_ROWS):
             part = slice(start, start + SCORE_ROWS)
             indices, targets = (torch.tensor(x[part], device=hidden.device) for x in (rows, tokens))
-            scores += _scores(self.model.head(hidden[indices]).float(), targets, ranked=True)
+            logits = self.model.head(hidden[indices], adapters[part]).float()
+            scores += _scores(logits, targets, ranked=True)
         of_rows = iter(scores)
         found = []
         for each in scored:
@@ -225,7 +228,7 @@ class ModelRunner:
         arena = self.cache.arenas[slot.length_class]
         k, v = (tensors[0][slot.index].transpose(0, 1) for tensors in (arena.k, arena.v))  # [length, KV, D]
         if sequence.prefilling:
-            trace.append(logits=self.model.head(hidden).float())
+            trace.append(logits=self.model.head(hidden, [sequence.adapter] * len(hidden)).float())
             trace.keep(cache_k=k[:count], cache_v=v[:count], cache_rest=torch.cat([k[count:], v[count:]]).abs().sum())
         written = count + len(sequence.output)
         trace.keep(cache_k_end=k[:written], cache_v_end=v[:written])

@@ -30,6 +30,7 @@ from headrace.config.logging import setup_logging
 from headrace.config.settings import SettingsError
 from headrace.model.tokenizer import Tokenizer
 from headrace.worker.engine.build import load_engine
+from headrace.worker.engine.offline_adapters import LoRARequest, lora_requests
 from headrace.worker.engine.offline_arguments import (
     ABSENT_METHODS,
     NEUTRAL_ARGUMENTS,
@@ -63,6 +64,7 @@ __all__ = [
     "LLM",
     "CompletionOutput",
     "InvalidPrompt",
+    "LoRARequest",
     "Logprob",
     "RequestOutput",
     "SamplingParams",
@@ -193,7 +195,7 @@ class LLM:
             prompts: text, token ids, `{"prompt": ...}` or `{"prompt_token_ids": [...]}`, or a list of these.
             sampling_params: for all prompts, or one for each.
             use_tqdm: show a progress bar if stderr is a terminal.
-            lora_request: None, or a list of None.
+            lora_request: a LoRA adapter for all prompts, or a list with one or None for each.
             priority: None, or a list of zeros.
             others: vLLM's other arguments, each None.
 
@@ -203,8 +205,8 @@ class LLM:
                 too long.
             JobFailed: a prompt failed. The others are cancelled.
         """
-        refuse_options("generate", lora_request=lora_request, priority=priority, **others)
-        return self._generate([prompt_of(item) for item in as_list(prompts)], sampling_params, use_tqdm)
+        refuse_options("generate", priority=priority, **others)
+        return self._generate([prompt_of(item) for item in as_list(prompts)], sampling_params, use_tqdm, lora_request)
 
     def chat(
         self,
@@ -225,7 +227,7 @@ class LLM:
             messages: `[{"role": "user", "content": "Hello."}]`, or a list of such lists.
             sampling_params: for all chats, or one for each.
             use_tqdm: show a progress bar if stderr is a terminal.
-            lora_request: None, or a list of None.
+            lora_request: a LoRA adapter for all prompts, or a list with one or None for each.
             chat_template: a template in jinja2; the model's own by default.
             add_generation_prompt: end the prompt with what begins an answer.
             continue_final_message: end the prompt with the last message, unfinished; no answer is begun then.
@@ -240,7 +242,7 @@ class LLM:
         """
         if others.get("chat_template_content_format") in ("auto", "string"):  # what is computed
             del others["chat_template_content_format"]
-        refuse_options("chat", lora_request=lora_request, priority=None, **others)
+        refuse_options("chat", priority=None, **others)
         asked = [
             rendered(
                 self.get_tokenizer(),
@@ -252,20 +254,25 @@ class LLM:
             )
             for each in chats_of(messages)
         ]
-        return self._generate(asked, sampling_params, use_tqdm)
+        return self._generate(asked, sampling_params, use_tqdm, lora_request)
 
     def _generate(
-        self, asked: list[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None, use_tqdm: Any
+        self,
+        asked: list[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: Any,
+        lora_request: Any,
     ) -> list[RequestOutput]:
         params = _params_for(asked, sampling_params or self.get_default_sampling_params())
-        requests = [self._request(prompt, chosen) for prompt, chosen in zip(asked, params, strict=True)]
+        adapters = lora_requests(lora_request, len(asked), self._engine.adapters)
+        requests = [self._request(*each) for each in zip(asked, params, adapters, strict=True)]
         with self._submitted(requests) as futures:
             console = Console(stderr=True)
             shown = track(futures, "prompts", console=console, disable=not (use_tqdm and console.is_terminal))
             results = [future.result() for future in shown]
         return [
-            output_of(prompt.text, self._tokens(prompt.content), result)
-            for prompt, result in zip(asked, results, strict=True)
+            output_of(prompt.text, self._tokens(prompt.content), result, adapter)
+            for prompt, result, adapter in zip(asked, results, adapters, strict=True)
         ]
 
     @contextlib.contextmanager
@@ -284,14 +291,14 @@ class LLM:
             for future in futures:
                 future.cancel()
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> GenerateRequest:
+    def _request(self, prompt: Prompt, params: SamplingParams, adapter: LoRARequest | None) -> GenerateRequest:
         room = self._engine.max_context - len(self._tokens(prompt.content))
         # Without room, the engine refuses the prompt and says why.
         request = params.request(prompt.content, max(1, room))
         if request.seed is None and self._seed is not None:
             digest = hashlib.blake2b(f"{self._seed} {next(self._numbers)}".encode(), digest_size=6).digest()
             request = request.model_copy(update={"seed": int.from_bytes(digest)})
-        return request
+        return request if adapter is None else request.model_copy(update={"adapter": adapter.lora_name})
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):

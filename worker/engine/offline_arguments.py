@@ -9,7 +9,7 @@ from headrace.client.wire.foreign import NO_VALUE, Foreign, any_of, only
 from headrace.client.wire.values import is_missing
 
 _FLAG, _TEXT = any_of(bool, "True or False"), any_of(str, "text")
-_NO_ADAPTERS = "merge adapters into the weights"
+_LORA_ONLY = "LoRA is the only kind of adapter"
 _ONE_PROCESS = "a model is computed whole, in one process"
 _OWN_TOKENIZER = "the model's own tokenizer is used"
 _NO_IMAGES = "GPT-2 reads text only"
@@ -87,12 +87,13 @@ NEUTRAL_ARGUMENTS: dict[str, Foreign] = {
     "runner": only("auto", "generate", advice="the model generates text"),
     "convert": only("auto", "none", advice="the model generates text"),
     "override_generation_config": only({}, advice="give SamplingParams"),
-    "enable_lora": only(False, advice=_NO_ADAPTERS),
+    "enable_lora": _FLAG,
+    "fully_sharded_loras": _FLAG,
     "max_loras": any_of(int, "a number"),
     "max_lora_rank": any_of(int, "a number"),
     "max_cpu_loras": any_of(int, "a number"),
     "lora_dtype": _TEXT,
-    "enable_prompt_adapter": only(False, advice=_NO_ADAPTERS),
+    "enable_prompt_adapter": only(False, advice=_LORA_ONLY),
     "enable_prompt_embeds": only(False, advice="prompts are text or token ids"),
     "speculative_config": NO_VALUE._replace(advice="set HEADRACE_DRAFT_TOKENS; it changes no result"),
     "speculative_model": NO_VALUE._replace(advice="set HEADRACE_DRAFT_TOKENS; it changes no result"),

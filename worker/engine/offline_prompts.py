@@ -15,7 +15,6 @@ from headrace.worker.engine.offline_types import refuse_unknown
 
 #: Arguments of vLLM's `generate` that ask for nothing with None, and what to do instead of giving another value.
 _OPTIONS = {
-    "lora_request": "; merge adapters into the weights",
     "prompt_adapter_request": "",
     "guided_options_request": "; give structured_outputs to SamplingParams",
     "tokenization_kwargs": "",

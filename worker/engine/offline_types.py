@@ -11,6 +11,7 @@ from typing import Any, NotRequired, Self, TypedDict
 from headrace.client.wire.requests import MAX_TOKENS, GenerateRequest, parse_request
 from headrace.client.wire.results import Choice, Result, TokenLogprob
 from headrace.client.wire.values import is_missing
+from headrace.worker.engine.offline_adapters import LoRARequest
 
 #: Fields of vLLM's `SamplingParams` that say how outputs are handed over; `generate` returns finished ones.
 _FORMAT_FIELDS = frozenset({"output_kind", "output_text_buffer_length"})
@@ -152,7 +153,7 @@ class Logprob:
 
 @dataclass
 class CompletionOutput:
-    """One sample of a prompt. The last three fields are vLLM's; here they have no content."""
+    """One sample of a prompt. The last two fields are vLLM's; here they have no content."""
 
     index: int
     text: str
@@ -163,7 +164,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    lora_request: None = None
+    lora_request: LoRARequest | None = None
     routed_experts: None = None
     kv_transfer_params: None = None
 
@@ -176,8 +177,8 @@ class CompletionOutput:
 class RequestOutput:
     """The samples of one prompt.
 
-    `num_cached_tokens`: tokens of the prompt that were reused from another prompt. The other fields from `metrics` on
-    are vLLM's; here they have no content.
+    `num_cached_tokens`: tokens of the prompt that were reused from another prompt. `lora_request`: as it was given. The
+    other fields from `metrics` on are vLLM's; here they have no content.
     """
 
     request_id: str
@@ -187,24 +188,28 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     finished: bool = True
     metrics: None = None
-    lora_request: None = None
+    lora_request: LoRARequest | None = None
     encoder_prompt: None = None
     encoder_prompt_token_ids: None = None
     num_cached_tokens: int | None = None
     kv_transfer_params: None = None
 
 
-def output_of(prompt: str | None, tokens: list[int], result: Result) -> RequestOutput:
+def output_of(
+    prompt: str | None, tokens: list[int], result: Result, adapter: LoRARequest | None = None
+) -> RequestOutput:
     """The output for a prompt.
 
     Args:
         prompt: its text; None if only its token ids were given.
         tokens: its token ids.
         result: of the engine.
+        adapter: with which it was computed.
     """
-    outputs, scores = [_completion(choice) for choice in result.choices], result.prompt_logprobs
+    outputs, scores = [_completion(choice, adapter) for choice in result.choices], result.prompt_logprobs
     prompts = None if scores is None else [None if each.logprob is None else _logprobs(each) for each in scores]
-    return RequestOutput(result.id, prompt, tokens, outputs, prompts, num_cached_tokens=result.usage.cached_tokens)
+    cached = result.usage.cached_tokens
+    return RequestOutput(result.id, prompt, tokens, outputs, prompts, lora_request=adapter, num_cached_tokens=cached)
 
 
 def refuse_unknown(function: str, given: Iterable[str], known: Collection[str]) -> None:
@@ -215,7 +220,7 @@ def refuse_unknown(function: str, given: Iterable[str], known: Collection[str]) 
             raise TypeError(f"{function} takes no argument {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
-def _completion(choice: Choice) -> CompletionOutput:
+def _completion(choice: Choice, adapter: LoRARequest | None) -> CompletionOutput:
     scores = choice.logprobs
     return CompletionOutput(
         index=choice.index,
@@ -225,6 +230,7 @@ def _completion(choice: Choice) -> CompletionOutput:
         logprobs=None if scores is None else [_logprobs(score) for score in scores],
         finish_reason=choice.finish_reason,
         stop_reason=choice.stop_reason,
+        lora_request=adapter,
     )
 
 

@@ -1,24 +1,27 @@
 """From a request to a job that the engine can compute, or to its answer.
 
-Chats are rendered and grammars compiled in threads of their own.
+Adapters are loaded, chats rendered and grammars compiled in threads of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
 
 import structlog
 
-from headrace.client.wire.errors import JobCancelled, JobError, JobFailed
+from headrace.client.wire.errors import JobCancelled, JobError, JobExpired, JobFailed
 from headrace.client.wire.requests import GenerateRequest
 from headrace.client.wire.results import Result
 from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import Tokenizer
 from headrace.worker.engine import chat, grammars, token_requests
+from headrace.worker.engine.adapters import Adapters
 from headrace.worker.engine.grammars import Grammars
 from headrace.worker.engine.request_defaults import Defaults
 from headrace.worker.engine.requests import Hooks, RequestState, prepare
@@ -40,6 +43,8 @@ class Model(Protocol):
     parse_special_tokens: bool | None
     #: Of `structured_outputs`.
     grammars: Grammars
+    #: Of `adapter`.
+    adapters: Adapters
 
 
 Prepared = RequestState | Result | BaseException
@@ -60,6 +65,7 @@ def prepared(request: GenerateRequest, job_id: str, future: Future[Result], mode
                 defaults=model.defaults,
                 parse_special_tokens=model.parse_special_tokens,
                 grammars=model.grammars,
+                adapters=model.adapters,
             )
         return token_requests.answer(
             request,
@@ -86,12 +92,33 @@ def settle(future: Future[Result], outcome: Result | BaseException) -> None:
 
 
 def is_slow(request: GenerateRequest, model: Model) -> bool:
-    """Whether others should not wait for the preparation of a request: it renders a chat or compiles a grammar."""
-    return request.messages is not None or not model.grammars.knows(request.structured_outputs)
+    """Whether others should not wait for the preparation: it loads an adapter, renders a chat or compiles a grammar."""
+    return request.messages is not None or _unloaded(request, model) is not None or _compiles(request, model)
+
+
+def _unloaded(request: GenerateRequest, model: Model) -> str | None:
+    """The adapter of a request that must be loaded for it; None if there is none."""
+    if request.adapter is None or request.operation is not None or model.adapters.knows(request.adapter):
+        return None
+    return request.adapter
+
+
+def _compiles(request: GenerateRequest, model: Model) -> bool:
+    return not model.grammars.knows(request.structured_outputs)
+
+
+def _begin(request: GenerateRequest, model: Model, prepare: Callable[[], None]) -> None:
+    """Prepare a request whose adapter is loaded, in a thread for chats or grammars if it has one."""
+    if request.messages is not None:
+        chat.renderer.threads.submit(prepare)
+    elif _compiles(request, model):
+        grammars.threads.submit(prepare)
+    else:
+        prepare()
 
 
 class Preparations:
-    """The jobs whose messages are being rendered, or their grammars compiled. May be used from any thread.
+    """The jobs whose adapters are being loaded, messages rendered or grammars compiled. May be used from any thread.
 
     Args:
         lock: of the engine: a job is always either here, or in the engine, or has ended.
@@ -104,6 +131,8 @@ class Preparations:
     ) -> None:
         self._lock, self._take, self._wake = lock, take, wake
         self._jobs: dict[Future[Result], str] = {}
+        #: When jobs expire, by Unix time, of those that do.
+        self._deadlines: dict[Future[Result], float] = {}
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -112,8 +141,14 @@ class Preparations:
         """Prepare a job in a thread, and pass it to the engine if it has not ended meanwhile."""
         with self._lock:
             self._jobs[future] = job_id
-        threads = grammars.threads if request.messages is None else chat.renderer.threads
-        threads.submit(self._prepare, request, job_id, future, model, hooks)
+            if request.expires_at is not None:
+                self._deadlines[future] = request.expires_at
+        self._wake()  # to learn of the deadline
+        then = functools.partial(self._prepare, request, job_id, future, model, hooks)
+        if (adapter := _unloaded(request, model)) is not None:
+            model.adapters.load_then(adapter, future, functools.partial(_begin, request, model, then))
+        else:
+            _begin(request, model, then)
 
     def _prepare(
         self,
@@ -136,7 +171,7 @@ class Preparations:
             log.error("job.prepare_failed", job_id=job_id, error=type(error).__name__)
             found = JobFailed("internal_error", f"preparing this job failed: {type(error).__name__}")
         with self._lock:
-            if self._jobs.pop(future, None) is None:
+            if not self._pop(future):
                 return
             if isinstance(found, RequestState):
                 self._take(found, hooks)
@@ -150,6 +185,17 @@ class Preparations:
             named = [future for future, name in self._jobs.items() if name == job_id]
         self._end(named, lambda: JobCancelled(message="the job was cancelled before it started"))
 
+    def expire(self) -> None:
+        """End the jobs whose deadline has passed."""
+        with self._lock:
+            late = [future for future, expires_at in self._deadlines.items() if expires_at <= time.time()]
+        self._end(late, lambda: JobExpired(message="the job was not done within its timeout_s"))
+
+    def seconds_to_deadline(self) -> float | None:
+        """Seconds until the next deadline, 0 if it has passed; None if there is none."""
+        with self._lock:
+            return max(0.0, min(self._deadlines.values()) - time.time()) if self._deadlines else None
+
     def end(self, error: Callable[[], BaseException]) -> None:
         """End all jobs."""
         with self._lock:
@@ -159,6 +205,11 @@ class Preparations:
     def _end(self, futures: list[Future[Result]], error: Callable[[], BaseException]) -> None:
         for future in futures:
             with self._lock:
-                here = self._jobs.pop(future, None) is not None
+                here = self._pop(future)
             if here:
                 settle(future, error())
+
+    def _pop(self, future: Future[Result]) -> bool:
+        """Forget a job. Returns whether it was here."""
+        self._deadlines.pop(future, None)
+        return self._jobs.pop(future, None) is not None

@@ -63,21 +63,20 @@ class ModelRegistry:
     # --- loading and unloading -------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Load all models. If idle models are unloaded, load the first only, and check that the others' files exist.
+        """Load all models. If idle models are unloaded, load the first only, and check the files of all.
 
         A wrong setting is therefore reported before a job is taken.
 
         Raises:
             ModelUnavailable: a model cannot be loaded or found.
         """
-        for name in self.names:
-            if not self._idle_s or name == self.names[0]:
-                self.get(name)
-                continue
+        for name in self.names if self._idle_s else ():
             try:
                 self._find(name)
             except Exception as error:
                 raise ModelUnavailable(name, error) from error
+        for name in self.names[:1] if self._idle_s else self.names:
+            self.get(name)
 
     def get(self, name: str) -> Engine:
         """The engine of a model. Loads the model first if necessary.

@@ -24,37 +24,21 @@ from headrace.model.convert import convert
 from headrace.model.hub import ModelError, config_path, find_model, is_gguf
 from headrace.model.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 from headrace.model.weights import check_weights, read_config
+from headrace.worker.fidelity.adapter import ADAPTER, check_adapter
 from headrace.worker.fidelity.diagnosis import likely_cause
 from headrace.worker.fidelity.judge import judge
+from headrace.worker.fidelity.prompts import BATCH_PROMPTS, PASSAGE, PROMPTS
 from headrace.worker.fidelity.references import REFERENCES, Reference, ReferenceUnavailable, load_reference
 from headrace.worker.fidelity.references.float64 import SCORES_LIMIT, Float64
+from headrace.worker.fidelity.references.transformers import fold
 from headrace.worker.fidelity.report import Report
 from headrace.worker.fidelity.tensor_files import Loss, half_tolerances, read_tensors, table
 from headrace.worker.fidelity.tensor_files import loss as loss_of
 from headrace.worker.fidelity.text import TextCheck, TextResult
 
-#: The default prompts: text, the empty prompt and one token. `_cases` adds one that fills the context.
-PROMPTS = ("Hello.", "The quick brown", "Once upon a time", "", "The")
 NEW_TOKENS = 10
-#: Text on which the loss of lower precisions is measured: the beginning of H. G. Wells, The Time Machine (1895).
-PASSAGE = (
-    "The Time Traveller (for so it will be convenient to speak of him) was expounding a recondite matter to us. "
-    "His pale grey eyes shone and twinkled, and his usually pale face was flushed and animated. The fire burnt "
-    "brightly, and the soft radiance of the incandescent lights in the lilies of silver caught the bubbles that "
-    "flashed and passed in our glasses. Our chairs, being his patents, embraced and caressed us rather than "
-    "submitted to be sat upon, and there was that luxurious after-dinner atmosphere, when thought runs gracefully "
-    "free of the trammels of precision."
-)
 #: The logits of longer prompts are not compared: at 1,024 tokens they take 200 MB.
 LOGITS_LIMIT = 256
-#: Prompts of other jobs, so that the jobs under test are computed in a batch.
-BATCH_PROMPTS = (
-    "It was a dark night, and",
-    "She said that",
-    "London",
-    "The river ran past the old house on the hill " * 8,
-)
-
 #: The subject of the report on our own worker.
 OURS = "headrace"
 
@@ -77,11 +61,19 @@ class Case:
 class Validation:
     """Measures the errors of all implementations of one model: our worker, libraries, and files of tensors.
 
+    Args:
+        settings: of the worker; see `with_adapter`.
+        references: names of libraries, and files of tensors.
+        prompts: texts in place of the usual ones.
+        adapter: a directory with a LoRA adapter, which is computed beside the model.
+
     Raises:
-        ValidationError: the model cannot be read, or a reference is unknown or cannot be loaded.
+        ValidationError: the model or the adapter cannot be read, or a reference is unknown or cannot be loaded.
     """
 
-    def __init__(self, settings: Settings, references: Sequence[str], prompts: Sequence[str]) -> None:
+    def __init__(
+        self, settings: Settings, references: Sequence[str], prompts: Sequence[str], adapter: Path | None = None
+    ) -> None:
         self.settings = settings
         self.model = settings.models[settings.model_name]
         try:
@@ -91,9 +83,14 @@ class Validation:
             self.tokenizer: Tokenizer = load_tokenizer(self.model, allow_shared=settings.allow_shared_model)
             if is_gguf(self.folder):
                 self.folder = self._unpacked(self.folder)
+            if adapter is not None:
+                check_adapter(adapter, self.config, settings)
         except ModelError as error:
             raise ValidationError(str(error)) from error
         self.skipped: list[str] = []
+        self.adapter = adapter
+        #: The model with the adapter in its weights.
+        self._folded = self.folder if adapter is None else self._fold(adapter)
         self._references, self._files = self._load(references)
         self._half = self._load_half()
         self.cases = self._cases(prompts)
@@ -105,17 +102,35 @@ class Validation:
 
         It is deleted with this object. Raises ModelError if it cannot be written.
         """
+        convert(file, target := self._temporary())
+        return target
+
+    def _fold(self, adapter: Path) -> Path:
+        """A directory with the model into whose weights PEFT has folded the adapter, in float64, for the references."""
+        target = self._temporary()
+        try:
+            fold(self.folder, adapter, target)
+        except (ReferenceUnavailable, ValueError) as error:
+            raise ValidationError(f"an adapter is compared with PEFT. {error}") from error
+        return target
+
+    def _temporary(self) -> Path:
         place = tempfile.mkdtemp(prefix="headrace-validate-")
         weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
-        convert(file, target := Path(place) / "model")
-        return target
+        return Path(place) / "model"
+
+    def _reference(self, name: str, dtype: str = "float32") -> Reference:
+        """Load a library with the model, and with the adapter if there is one."""
+        if name == "transformers":
+            return load_reference(name, self.folder, dtype, adapter=self.adapter)
+        return load_reference(name, self._folded, dtype)
 
     def _load(self, names: Sequence[str]) -> tuple[list[Reference], dict[str, dict[str, np.ndarray]]]:
         libraries, files = [], {}
         for name in names or REFERENCES:
             try:
                 if name in REFERENCES:
-                    libraries.append(load_reference(name, self.folder))
+                    libraries.append(self._reference(name))
                 else:
                     files[name] = read_tensors(Path(name))
             except ReferenceUnavailable as error:
@@ -132,7 +147,7 @@ class Validation:
         if self.settings.dtype == "float32":
             return None
         try:
-            return load_reference("transformers", self.folder, self.settings.dtype)
+            return self._reference("transformers", self.settings.dtype)
         except ReferenceUnavailable as error:
             raise ValidationError(f"the tolerances of {self.settings.dtype} come from transformers. {error}") from error
 
@@ -169,9 +184,8 @@ class Validation:
         others = [
             {"prompt": text, "max_tokens": 40, **common} for text in BATCH_PROMPTS if self.config.n_positions >= 256
         ]
-        wanted = [
-            {"prompt": c.tokens, "max_tokens": c.new_tokens, "checkpoints": c.numbers, **common} for c in self.cases
-        ]
+        own = common if self.adapter is None else {**common, "adapter": ADAPTER}
+        wanted = [{"prompt": c.tokens, "max_tokens": c.new_tokens, "checkpoints": c.numbers, **own} for c in self.cases]
         self._progress(f"computing {len(self.cases)} prompts here")
         jobs = client.submit_many([*others, *wanted, *self.text.requests])[len(others) :]
         for case, job in zip(self.cases, jobs[: len(wanted)], strict=True):
@@ -179,7 +193,7 @@ class Validation:
             case.tensors = job.checkpoints()
         text = self.text.judge([job.result(timeout=600) for job in jobs[len(wanted) :]])
         self._progress(f"computing {len(self.cases)} prompts in float64")
-        arbiter = self._arbiter = Float64(self.folder)
+        arbiter = self._arbiter = Float64(self._folded, keep_float64=self.adapter is not None)
         for case, exact in zip(
             self.cases, arbiter.traces([c.tokens for c in self.cases], logits_limit=LOGITS_LIMIT), strict=True
         ):
@@ -295,7 +309,7 @@ class Validation:
         text: TextResult | None = None,
     ) -> Report:
         return Report(
-            model=self.model,
+            model=self.model if self.adapter is None else f"{self.model} with {self.adapter}",
             dtype=self.settings.dtype,
             subject=subject,
             fingerprint=fingerprint,

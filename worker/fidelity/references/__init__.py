@@ -18,7 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16", "int8")
 __all__ = ["DTYPES", "REFERENCES", "Reference", "ReferenceUnavailable", "load_reference"]
 
 
-def load_reference(name: str, folder: Path, dtype: str = "float32") -> Reference:
+def load_reference(name: str, folder: Path, dtype: str = "float32", *, adapter: Path | None = None) -> Reference:
     """Load a reference with the weights of a directory in Hugging Face format (config.json and safetensors).
 
     Args:
@@ -26,6 +26,7 @@ def load_reference(name: str, folder: Path, dtype: str = "float32") -> Reference
         folder: the directory.
         dtype: one of `DTYPES`; only transformers supports others than "float32". "int8" computes in bfloat16 and rounds
             the operands of each matrix product to 8-bit integers, with one scale for each row and each column.
+        adapter: a directory with a LoRA adapter, which PEFT computes beside the weights; for transformers only.
 
     Raises:
         ValueError: the name or the dtype is unknown, or the config is of a model that the references do not compute.
@@ -39,5 +40,5 @@ def load_reference(name: str, folder: Path, dtype: str = "float32") -> Reference
         raise ValueError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     if dtype != "float32" and name != "transformers":
         raise ReferenceUnavailable(f"the reference {name!r} computes in float32 only, not in {dtype}")
-    load: Callable[[Path, str], Reference] = import_module(f"{__name__}.{name}").load
-    return load(Path(folder), dtype)
+    load: Callable[..., Reference] = import_module(f"{__name__}.{name}").load
+    return load(Path(folder), dtype) if adapter is None else load(Path(folder), dtype, adapter)

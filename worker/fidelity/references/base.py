@@ -20,6 +20,7 @@ PACKAGES = {
     "transformers": ("transformers", "5.23.0"),
     "tinygrad": ("tinygrad", "0.14.0"),
     "candle": ("candle-nn", "0.4.2"),
+    "peft": ("peft", "0.21.2"),
 }
 #: Checkpoint 11 is taken at this temperature.
 PROBS_TEMPERATURE = 0.8

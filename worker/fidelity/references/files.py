@@ -53,11 +53,16 @@ def read_weights(folder: Path) -> dict[str, Array]:
 class StoredWeights(Mapping[str, Array]):
     """The tensors of a model by their names without prefixes, the head included; each is read on access, as float32.
 
+    Args:
+        folder: the model's directory.
+        keep_float64: read those that are stored as float64 as they are.
+
     Raises:
         FileNotFoundError: a file is missing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, keep_float64: bool = False) -> None:
+        self._keep_float64 = keep_float64
         self._places = {
             plain_name(name): (file, name, entry, begin)
             for file in weight_files(folder)
@@ -68,7 +73,7 @@ class StoredWeights(Mapping[str, Array]):
         """Read one weight. Raises KeyError for an unknown name and ValueError for an unsupported type."""
         file, stored, entry, begin = self._places[name]
         with file.open("rb") as stream:
-            return _read_entry(stream, stored, entry, begin)
+            return _read_entry(stream, stored, entry, begin, keep_float64=self._keep_float64)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -109,10 +114,15 @@ def _entries(file: Path) -> Iterator[tuple[str, Mapping[str, Any], int]]:
             yield name, entry, 8 + size
 
 
-def _read_entry(stream: IO[bytes], name: str, entry: Mapping[str, Any], data: int) -> Array:
+def _read_entry(
+    stream: IO[bytes], name: str, entry: Mapping[str, Any], data: int, *, keep_float64: bool = False
+) -> Array:
     begin, end = entry["data_offsets"]
     stream.seek(data + begin)
-    return _as_float32(name, entry["dtype"], stream.read(end - begin)).reshape(entry["shape"])
+    stored = stream.read(end - begin)
+    if keep_float64 and entry["dtype"] == "F64":
+        return np.frombuffer(stored, "<f8").reshape(entry["shape"])
+    return _as_float32(name, entry["dtype"], stored).reshape(entry["shape"])
 
 
 def _as_float32(name: str, dtype: str, data: bytes) -> Array:

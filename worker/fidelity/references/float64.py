@@ -2,7 +2,7 @@
 
 It uses numpy only, holds the weights of one layer at a time, and shares no code with
 `model`. Its rounding errors are about five hundred million times smaller than those of float32. Weights are read as
-float32, like in every implementation.
+float32, like in every implementation, unless an adapter is folded into them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ SCORES_LIMIT = 1024
 class Float64:
     """The float64 evaluation of the weights of a directory in Hugging Face format.
 
+    Args:
+        folder: the directory.
+        shape: of the model, by default that in its config.json; `diagnosis` asks what a wrong one would compute.
+        keep_float64: do not round weights that are stored as float64 to float32.
+
     Raises:
         FileNotFoundError: the directory has no config or no weights.
         ValueError: the config is of another family, or of a variant that is not computed.
@@ -35,12 +40,11 @@ class Float64:
 
     name = NAME
 
-    def __init__(self, folder: Path, shape: Shape | None = None) -> None:
-        #: From config.json, unless another one is given: `diagnosis` asks what a wrong one would compute.
+    def __init__(self, folder: Path, shape: Shape | None = None, *, keep_float64: bool = False) -> None:
         self.shape = shape or read_shape(folder)
         self.folder = folder
         #: By the names of GPT-2, linear weights as [in, out].
-        self.weights = DecoderWeights(self.shape, StoredWeights(folder))
+        self.weights = DecoderWeights(self.shape, StoredWeights(folder, keep_float64=keep_float64))
 
     def trace(self, token_ids: Sequence[int]) -> dict[str, Array]:
         """Return the tensors of `Reference.trace` in float64. Raises the same ValueError."""

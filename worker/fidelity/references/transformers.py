@@ -5,6 +5,7 @@ q, k and v are split and reordered as each family has them, which is all that th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -29,8 +30,8 @@ from headrace.worker.fidelity.references.shape import Shape, read_shape
 class TransformersReference:
     """The model of Hugging Face with eager attention, the only implementation that materializes its scores."""
 
-    def __init__(self, model: Any, shape: Shape) -> None:
-        self.name = library_name("transformers")
+    def __init__(self, model: Any, shape: Shape, *, adapted: bool = False) -> None:
+        self.name = library_name("transformers") + (f" + {library_name('peft')}" if adapted else "")
         self.model, self.shape = model, shape
 
     def trace(self, token_ids: Sequence[int]) -> dict[str, Array]:
@@ -96,8 +97,33 @@ class TransformersReference:
         return check_tokens(token_ids, count=count, n_positions=shape.n_positions, vocab_size=shape.vocab_size)
 
 
-def load(folder: Path, dtype: str) -> TransformersReference:
+def load(folder: Path, dtype: str, adapter: Path | None = None) -> TransformersReference:
     """Load the reference with the weights of a directory. Raises the errors of `load_reference`."""
+    model, shape = _load_model(folder, torch.bfloat16 if dtype == "int8" else getattr(torch, dtype))
+    if adapter is not None:
+        model = _with_adapter(model, adapter).get_base_model()
+    if dtype == "int8":
+        _round_operands(model, import_library("transformers", "transformers").pytorch_utils.Conv1D)
+    return TransformersReference(model.eval(), shape, adapted=adapter is not None)
+
+
+def fold(folder: Path, adapter: Path, target: Path) -> None:
+    """Write a model into whose weights PEFT has folded an adapter, in float64.
+
+    Raises the errors of `load_reference`.
+    """
+    model, _ = _load_model(folder, torch.float64)
+    with _without_progress_bar(import_library("transformers", "transformers").logging):
+        _with_adapter(model, adapter).merge_and_unload().save_pretrained(target)
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    peft = import_library("peft", "peft")
+    with warnings.catch_warnings(action="ignore"):
+        return peft.PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+
+
+def _load_model(folder: Path, dtype: torch.dtype) -> tuple[Any, Shape]:
     library = import_library("transformers", "transformers")
     shape = read_shape(folder)  # rejects the same directories as the other references
     weight_files(folder)
@@ -107,7 +133,7 @@ def load(folder: Path, dtype: str) -> TransformersReference:
         model, report = library.AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=torch.bfloat16 if dtype == "int8" else getattr(torch, dtype),
+            dtype=dtype,
             attn_implementation="eager",
             local_files_only=True,
             use_safetensors=True,
@@ -120,9 +146,7 @@ def load(folder: Path, dtype: str) -> TransformersReference:
                 f"the reference 'transformers' finds no {missing[0]} in {folder}: the files have it with another prefix"
             )
         raise ValueError(f"{folder} has no weights named {', '.join(missing[:3])}")
-    if dtype == "int8":
-        _round_operands(model, library.pytorch_utils.Conv1D)
-    return TransformersReference(model.eval(), shape)
+    return model, shape
 
 
 def _round_operands(model: Any, conv: type[torch.nn.Module]) -> None:

@@ -112,6 +112,7 @@ VALUES: dict[tuple[str, str], tuple[list[str], Any]] = {
     ("validate", "model"): (["gpt2"], "gpt2"),
     ("validate", "references"): (["transformers", "mine.npz"], ("transformers", "mine.npz")),
     ("validate", "dtype"): (["bfloat16"], "bfloat16"),
+    ("validate", "adapter"): (["."], Path(".")),
     ("validate", "prompts"): (["One", "Two"], ("One", "Two")),
     ("validate", "plot"): (["difference.png"], "difference.png"),
     ("validate", "as_json"): ([], True),
@@ -183,8 +184,8 @@ class RecordingBackends:
     def rows(self) -> Iterator[Any]:
         return iter(())
 
-    def _validation(self, settings: Settings, references: Any, prompts: Any) -> RecordingBackends:
-        self.received |= {"references": references, "prompts": prompts}
+    def _validation(self, settings: Settings, references: Any, prompts: Any, adapter: Any) -> RecordingBackends:
+        self.received |= {"references": references, "prompts": prompts, "adapter": adapter}
         return self
 
     def run(self, output: Any, progress: Any = None, **options: Any) -> list[Any]:

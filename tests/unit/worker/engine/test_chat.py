@@ -30,6 +30,7 @@ from headrace.model.tokenizers.base import Described as BaseDescribed
 from headrace.model.tokenizers.ids_only import TokenIdsOnly
 from headrace.model.tokenizers.library import LibraryTokenizer
 from headrace.worker.engine import chat
+from headrace.worker.engine.adapters import Adapters
 from headrace.worker.engine.chat import render
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.errors import EngineStopped
@@ -309,7 +310,7 @@ def test_ids_without_a_token_have_no_text_and_texts_without_tokens_are_refused_b
     model: Any = SimpleNamespace(
         tokenizer=tokenizer, ends=Ends(), defaults={}, vocab_size=8, max_context=9, model_name="m"
     )
-    model.parse_special_tokens, model.grammars = None, Grammars(tokenizer, 8)
+    model.parse_special_tokens, model.grammars, model.adapters = None, Grammars(tokenizer, 8), Adapters()
 
     def outcome(**fields: Any) -> Any:
         return prepared(parse_request(fields), "job", Future(), model)

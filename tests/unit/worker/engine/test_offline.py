@@ -221,7 +221,8 @@ def test_sampling_parameters_that_are_not_computed_are_value_errors_with_the_nam
         {"tokenizer": None, "quantization": None, "revision": None, "trust_remote_code": True, "seed": 0},
         {"enforce_eager": False, "gpu_memory_utilization": 0.5, "swap_space": 4, "enable_prefix_caching": True},
         {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "load_format": "auto", "task": "generate"},
-        {"runner": "auto", "convert": "auto", "enable_lora": False, "hf_overrides": {}, "download_dir": None},
+        {"runner": "auto", "convert": "auto", "enable_lora": True, "max_loras": 2, "max_lora_rank": 16},
+        {"enable_lora": False, "fully_sharded_loras": False, "hf_overrides": {}, "download_dir": None},
         {"max_model_len": None, "device": "cpu", "seed": -1, "max_num_batched_tokens": 512, "kv_cache_dtype": "auto"},
     ],
 )
@@ -246,7 +247,7 @@ def test_arguments_of_vllm_that_ask_for_nothing_are_accepted(
         ({"quantization": "awq"}, "int8"),
         ({"tokenizer": "gpt2"}, "the model's own"),
         ({"revision": "v2"}, "directory"),
-        ({"enable_lora": True}, "merge"),
+        ({"enable_prompt_adapter": True}, "LoRA"),
         ({"task": "embed"}, "generates text"),
         ({"max_model_len": -5}, "whole number from 2"),
         ({"max_num_seqs": "many"}, "whole number"),
