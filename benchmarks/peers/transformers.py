@@ -66,6 +66,10 @@ class Padded:
                 tokens[i] = row[: items[i].new_tokens]
         return tokens
 
+    def options(self, items: Sequence[Item]) -> dict[str, Any]:  # noqa: ARG002
+        """Further arguments of `generate` for these items."""
+        return {}
+
     def _batch(self, items: Sequence[Item]) -> Tokens:
         width, longest = max(len(item.prompt) for item in items), max(item.new_tokens for item in items)
         ids = torch.zeros(len(items), width, dtype=torch.long)
@@ -73,8 +77,8 @@ class Padded:
         for row, item in enumerate(items):
             ids[row, width - len(item.prompt) :] = torch.tensor(item.prompt)
             mask[row, width - len(item.prompt) :] = 1
-        options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        made = self.model.generate(ids, attention_mask=mask, max_new_tokens=longest, **options)
+        options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, **self.options(items)}
+        made = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=longest, **options)
         rows: Tokens = made[:, width:].tolist()
         return rows
 
