@@ -44,6 +44,8 @@ JOB_FAILURES: dict[str, str] = {
     "result_too_large": "request fewer samples or log probabilities",
     "structured_outputs_missing": "install the extra `structured` on the worker",
     "grammar_too_complex": "simplify the pattern, schema or grammar of `structured_outputs`",
+    "adapter_not_found": "name [an adapter](adapters.md) of the list in the message, or add yours",
+    "adapter_failed": "correct the files of [the adapter](adapters.md#what-is-refused); other jobs are not affected",
     "no_token_allowed": "loosen `structured_outputs`, `allowed_token_ids`, `bad_words` or `min_tokens`",
     "nan_logits": "check the model's weights: for this prompt some logits are NaN",
     "out_of_memory": "shorten the prompt, or give the worker more memory (`HEADRACE_KV_CACHE_BYTES`)",

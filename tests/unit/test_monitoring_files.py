@@ -28,7 +28,9 @@ ADDED = {"instance", "job"}
 def samples() -> dict[str, set[str]]:
     """Every sample that a worker shows, with its labels."""
     zeros: dict[str, Any] = dict.fromkeys(EngineStats.__dataclass_fields__, 0)
-    engine = SimpleNamespace(stats=lambda: EngineStats(**zeros), fingerprint="f")
+    adapter = SimpleNamespace(name="pirate", loaded=True, nbytes=1, jobs=1, tokens=1)
+    stats = SimpleNamespace(**{**zeros, "adapters": [adapter]})
+    engine = SimpleNamespace(stats=lambda: stats, fingerprint="f")
     held = SimpleNamespace(held_jobs=lambda _: 0, held_messages=lambda _: 0)
     health = SimpleNamespace(redis_answers=True, why_not_ready=lambda: "")
     queues = SimpleNamespace(name="w", queued={"demo": {"normal": 0}})

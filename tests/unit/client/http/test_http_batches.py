@@ -120,7 +120,9 @@ def test_a_batch_that_is_cancelled_when_all_rows_are_checked_is_not_computed(
         def run(self, *_: Any, **__: Any) -> None:
             raise AssertionError("the batch is computed")
 
-    monkeypatch.setattr(batches_module, "Client", lambda **_: nullcontext(SimpleNamespace(models=lambda: {"demo"})))
+    monkeypatch.setattr(
+        batches_module, "Client", lambda **_: nullcontext(SimpleNamespace(models=lambda: {"demo"}, adapters=dict))
+    )
     monkeypatch.setattr(batches_module, "Batch", CheckedBatch)
     batches.start()
     deadline = time.monotonic() + PATIENCE_S
