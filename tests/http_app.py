@@ -35,6 +35,7 @@ class FullQueue:
             model: {each.split("/")[1] for each in adapters if each.startswith(f"{model}/")} for model in models
         }
         self._client = Client(redis_url="redis://localhost:1/0")
+        self.url = self._client.url
 
     async def models(self) -> set[str]:
         return set(self._models)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -23,20 +24,24 @@ def _model_object(named: NamedModel, created: int, status: Status) -> dict[str, 
     return {"id": name, "object": "model", "created": created, "owned_by": "headrace", **base, **known}
 
 
+def _adapters(status: Status, models: Sequence[str]) -> list[NamedModel]:
+    """The adapters of models that a request can name as its model, in the order of the models."""
+    bases: dict[str, set[str]] = {}
+    for worker in status.workers:
+        if worker.model in models and not worker.stalled:
+            for each in worker.adapters or ():
+                bases.setdefault(each.name, set()).add(worker.model)
+    named = [NamedModel(next(iter(found)), name) for name, found in bases.items() if len(found) == 1]
+    own = (each for each in named if each.adapter not in models)
+    return sorted(own, key=lambda each: (models.index(each.model), each.adapter))
+
+
 async def list_models(request: Request) -> Response:
     """`GET /v1/models`: models that live workers serve, the server's default model first, then their adapters."""
     context = context_of(request)
     served, status = await context.jobs.served_models(), await context.jobs.status()
-    default = context.client.model_name
-    names = sorted(served, key=lambda name: (name != default, name))
-    adapters = {
-        NamedModel(model, each.name)
-        for model in names
-        for worker in status.workers
-        if worker.model == model and not worker.stalled
-        for each in worker.adapters or ()
-    }
-    listed = [*map(NamedModel, names), *sorted(adapters, key=lambda each: (names.index(each.model), each.adapter))]
+    names = sorted(served, key=lambda name: (name != context.client.model_name, name))
+    listed = [*map(NamedModel, names), *_adapters(status, names)]
     models = [_model_object(each, served[each.model], status) for each in listed]
     return JsonResponse({"object": "list", "data": models})
 

@@ -82,7 +82,7 @@ def test_only_a_plain_name_is_one_for_the_schema_and_for_us(client: Client, name
         return
     with pytest.raises(ValidationError):
         AdapterStatus(name=name)
-    with pytest.raises(InvalidRequest, match="adapter: got .*; expected 1 to 128 letters, digits"):
+    with pytest.raises(InvalidRequest, match=r"adapter: got .*; expected 1 to 128 letters, digits"):
         client.submit("a", adapter=name)
 
 
