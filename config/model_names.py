@@ -39,3 +39,20 @@ def slug(model: str) -> str:
         return as_name(model)
     path = os.path.normpath(model)
     return as_name(os.path.basename(os.path.abspath(path) if path.endswith(".") else path))
+
+
+def parse_models(value: str) -> dict[str, str]:
+    """Parse a list such as `demo,gpt2,chat=/models/v2` into name -> model, in the order of the list.
+
+    Raises:
+        ValueError: an item is empty, or two have the same name.
+    """
+    models: dict[str, str] = {}
+    for item in map(str.strip, value.split(",")):
+        name, named, model = map(str.strip, item.partition("="))
+        if not named or not is_served_name(name):  # the = may be part of a directory's path
+            name, model = slug(item), item
+        if not model or model.startswith("=") or name in models:
+            raise ValueError("model")
+        models[name] = model
+    return models

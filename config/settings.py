@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from headrace.config.model_names import is_served_name, slug
+from headrace.config.adapter_names import parse_adapters
+from headrace.config.model_names import is_served_name, parse_models
 from headrace.config.sentinel import is_sentinel, parse_sentinel
 
 PREFIX = "HEADRACE_"
@@ -53,6 +55,16 @@ class Settings(BaseSettings):
         description="a name of letters, digits, '.', '_' and '-', and can only be set for one model; with several, "
         "write NAME=MODEL in HEADRACE_MODEL",
     )
+    #: LoRA adapters that are loaded with their models; see `adapters_of`.
+    adapters: str | None = Field(
+        None,
+        description="NAME=DIRECTORY, or several of these separated by commas; MODEL/NAME=DIRECTORY if several models "
+        "are served; names of letters, digits, '.', '_' and '-', each different, also from those of the models",
+    )
+    #: A directory of adapters, each of which is loaded when a job first names it; see `adapters_dir_of`.
+    adapters_dir: str | None = Field(None, description="a directory")
+    #: Memory for adapters, in bytes; several models get equal parts.
+    adapter_bytes: int = Field(2**30, description="a whole number of bytes from 1 to 2**50", ge=1, le=MAX_BYTES)
     #: The Redis server. None: the embedded server if it is running, else DEFAULT_REDIS_URL.
     redis_url: str | None = Field(
         None,
@@ -206,6 +218,13 @@ class Settings(BaseSettings):
             raise ValueError("name")
         return value
 
+    @field_validator("adapters")
+    @classmethod
+    def _check_adapters(cls, value: str | None, info: ValidationInfo) -> str | None:
+        served_name, models = info.data.get("served_name"), parse_models(info.data.get("model", "demo"))
+        parse_adapters(value, [served_name] if served_name else models)
+        return value
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -244,11 +263,29 @@ class Settings(BaseSettings):
         """The name of the first model, the default for jobs that name none. Its queue is `headrace.<model_name>`."""
         return next(iter(self.models))
 
+    def adapters_of(self, model: str) -> dict[str, Path]:
+        """The adapters of a served model in `adapters`: name -> directory."""
+        return {name: Path(folder) for name, folder in parse_adapters(self.adapters, self.models)[model].items()}
+
+    def adapters_dir_of(self, model: str) -> Path | None:
+        """The directory of further adapters of a model; with several models one of its name in `adapters_dir`."""
+        if self.adapters_dir is None:
+            return None
+        return Path(self.adapters_dir) / (model if len(self.models) > 1 else "")
+
     def only(self, name: str) -> Settings:
-        """A copy of the settings that serves only the model `name`."""
+        """A copy of the settings that serves only the model `name`, with its adapters."""
         if len(self.models) == 1:
             return self
-        return self.model_copy(update={"model": f"{name}={self.models[name]}", "served_name": None})
+        folder, adapters = self.adapters_dir_of(name), self.adapters_of(name)
+        return self.model_copy(
+            update={
+                "model": f"{name}={self.models[name]}",
+                "served_name": None,
+                "adapters": ",".join(f"{adapter}={place}" for adapter, place in adapters.items()) or None,
+                "adapters_dir": None if folder is None else str(folder),
+            }
+        )
 
 
 def is_valid_key(key: str, min_length: int) -> bool:
@@ -258,23 +295,6 @@ def is_valid_key(key: str, min_length: int) -> bool:
 
 def _split_keys(value: SecretStr | None) -> list[str]:
     return [] if value is None else [key.strip() for key in value.get_secret_value().split(",")]
-
-
-def parse_models(value: str) -> dict[str, str]:
-    """Parse a list such as `demo,gpt2,chat=/models/v2` into name -> model, in the order of the list.
-
-    Raises:
-        ValueError: an item is empty, or two have the same name.
-    """
-    models: dict[str, str] = {}
-    for item in map(str.strip, value.split(",")):
-        name, named, model = map(str.strip, item.partition("="))
-        if not named or not is_served_name(name):  # the = may be part of a directory's path
-            name, model = slug(item), item
-        if not model or model.startswith("=") or name in models:
-            raise ValueError("model")
-        models[name] = model
-    return models
 
 
 def load_settings(**overrides: Any) -> Settings:

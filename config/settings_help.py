@@ -36,6 +36,26 @@ HELP: dict[str, dict[str, SettingHelp]] = {
             default="the last part of the path, or `org-name` for a hub id `org/name`",
             vllm="served_model_name",
         ),
+        "adapters": SettingHelp(
+            "LoRA adapters in PEFT's format that are loaded with their model and stay loaded: `NAME=DIRECTORY`, "
+            "separated by commas; `MODEL/NAME=DIRECTORY` if the worker serves several models. A job names one with "
+            "`adapter`. A worker does not start with an adapter that cannot be loaded.",
+            default="none",
+            vllm="lora_modules",
+        ),
+        "adapters_dir": SettingHelp(
+            "A directory with further adapters, a directory each, whose name is that of the adapter; if the worker "
+            "serves several models, in a directory of the model's name. An adapter is loaded when a job first names "
+            "it, and unloaded when `HEADRACE_ADAPTER_BYTES` needs its memory. If its files are replaced, new jobs use "
+            "the new ones.",
+            default="none",
+            vllm="VLLM_LORA_RESOLVER_CACHE_DIR",
+        ),
+        "adapter_bytes": SettingHelp(
+            "Memory for adapters, divided equally among the models of the worker. The least recently used one of "
+            "`HEADRACE_ADAPTERS_DIR` that no job uses is unloaded first; a job waits until there is room for its own.",
+            vllm="max_cpu_loras",
+        ),
         "redis_url": SettingHelp(
             "The Redis that clients and workers share.",
             default="the embedded server if it runs, else `redis://localhost:6379/0`",

@@ -61,6 +61,11 @@ EVENTS: dict[str, Event] = {
         "another worker serves a different model under the same name, so a job's answer depends on which takes it; "
         "once for each model that is loaded"
     ),
+    "adapter.loaded": Event(
+        "an adapter is in memory: a job named it first, its files were replaced, or it stays loaded"
+    ),
+    "adapter.unloaded": Event("others needed its memory, or its files were replaced; jobs that run on it end on it"),
+    "adapter.failed": Event("an adapter cannot be loaded; only the jobs that name it fail"),
     "worker.ready": Event("the worker reads its queues"),
     "worker.stopping": Event("a shutdown begins: what runs is finished, and the other jobs go back to the queue"),
     "worker.draining": Event("the shutdown waits for jobs that run; after two seconds, then less and less often"),

@@ -39,7 +39,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class DecodeGroup:
-    """The decoding rows of one arena, in the packed rows from `row` on, in the order of their slots.
+    """The decoding rows of one arena, in the packed rows from `row` on. The slots may be in any order.
 
     Slot i of the group has `counts[i]` rows, one token each, from `positions[i]` on.
     """
@@ -178,6 +178,7 @@ class Decode:
         self.arena, self.slots, self.positions, self.front, self.keys = arena, slots, positions, front, keys
         self.active = None if active is None else active[:, None, None]
         self.rows = slice(row, row + len(slots))
+        #: Whether the rows are those of all slots that are read, in their order.
         self.dense = front == len(slots)
         last = torch.zeros(front, dtype=torch.long, device=device).index_copy_(0, slots, positions)
         self._masks = {window: self._mask(last[:, None], window) for window in arena.windows}
@@ -189,7 +190,10 @@ class Decode:
             raise ValueError("several rows of one slot need the compiled kernel")
         slots, positions = (torch.tensor(x, device=arena.k[0].device) for x in (group.slots, group.positions))
         keys = min(arena.length, -(-(max(group.positions) + 1) // KEY_STEP) * KEY_STEP)
-        return cls(arena, slots, positions, row=group.row, front=group.slots[-1] + 1, keys=keys)
+        front = max(group.slots) + 1
+        part = cls(arena, slots, positions, row=group.row, front=front, keys=keys)
+        part.dense = group.slots == list(range(front))
+        return part
 
     def _mask(self, last: Tensor, window: int | None) -> Tensor:
         """What is added to the scores of rows whose own positions are `last`, [front, 1] -> [front, 1, 1, keys]."""

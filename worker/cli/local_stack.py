@@ -42,7 +42,7 @@ def settings_for(model: str | None, **overrides: Any) -> Settings:
         return settings
     if model in settings.models:
         return settings.only(model)
-    return load_settings(**overrides, model=model, served_name=None)
+    return load_settings(**overrides, model=model, served_name=None, adapters=None, adapters_dir=None)
 
 
 class NothingRuns(HeadraceError):

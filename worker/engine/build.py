@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
 
 import structlog
 import torch
 
 from headrace.config import Settings
+from headrace.model.adapters.lora import load_adapter
+from headrace.model.adapters.packed import PackedAdapter
 from headrace.model.config import ModelConfig
+from headrace.model.decoder import Decoder
 from headrace.model.generation_config import read_ends, sampling_defaults, unapplied_defaults
 from headrace.model.gguf_file import raw_config
 from headrace.model.hub import ModelError, config_path, find_model
@@ -18,6 +24,7 @@ from headrace.model.kernels import isa
 from headrace.model.tokenizer import Tokenizer, load_tokenizer
 from headrace.model.trusted_files import check_not_shared, unchanged
 from headrace.model.weights import load_model
+from headrace.worker.engine.adapters import Adapters
 from headrace.worker.engine.cache_slots import SlotTable, length_classes
 from headrace.worker.engine.cgroups import free_memory
 from headrace.worker.engine.description import describe
@@ -33,6 +40,8 @@ log = structlog.get_logger("headrace.engine")
 #: Share of the free memory that the cache may take if HEADRACE_KV_CACHE_BYTES is not set.
 CACHE_SHARE = 0.25
 
+T = TypeVar("T")
+
 
 def load_engine(settings: Settings, name: str | None = None) -> Engine:
     """Load a model of the settings, the first one by default, and build an engine for it. The engine is not started.
@@ -42,18 +51,25 @@ def load_engine(settings: Settings, name: str | None = None) -> Engine:
             settings name.
         ValueError: the model's share of the cache budget does not hold one sequence.
     """
-    loaded: Future[Engine] = Future()
+    return in_own_thread(lambda: build_engine(settings, name))
 
-    def load() -> None:
+
+def in_own_thread(load: Callable[[], T]) -> T:
+    """Load something in a thread that ends afterwards, and wait for it.
+
+    Loading computes, and OpenMP creates a team of threads for every thread that computes. When all teams together have
+    more threads than there are cores, waiting threads sleep instead of spinning: an engine's thread was measured 1.6
+    times slower if the main thread had computed before. The team of a thread that ends, ends too.
+    """
+    loaded: Future[T] = Future()
+
+    def run() -> None:
         try:
-            loaded.set_result(build_engine(settings, name))
+            loaded.set_result(load())
         except BaseException as error:
             loaded.set_exception(error)
 
-    # Loading computes, and OpenMP creates a team of threads for every thread that computes. When all teams together
-    # have more threads than there are cores, waiting threads sleep instead of spinning: an engine's thread was measured
-    # 1.6 times slower if the main thread had computed before. So a thread that ends loads the model; its team ends too.
-    threading.Thread(target=load, name="headrace-load", daemon=True).start()
+    threading.Thread(target=run, name="headrace-load", daemon=True).start()
     return loaded.result()
 
 
@@ -100,6 +116,8 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         # Otherwise a proposed token could change the last bits of other rows, or cost as much as a row of its own.
         draft_tokens=settings.draft_tokens if invariant and runner.takes_proposed_tokens else 0,
     )
+    adapters = adapters_of(settings, name, model)
+    adapters.load_named()
     engine = Engine(
         runner,
         tokenizer,
@@ -110,6 +128,7 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         ends=ends,
         parse_special_tokens=settings.parse_special_tokens,
         defaults=defaults,
+        adapters=adapters,
         description=describe(model, tokenizer, ends, max_context=max_context, defaults=defaults, notes=unused),
         fingerprint=fingerprint(
             model, tokenizer, ends, settings.prefill_chunk, invariant, defaults, settings.parse_special_tokens
@@ -123,6 +142,22 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         **engine.description.log_fields(),
     )
     return engine
+
+
+def adapters_of(settings: Settings, name: str, model: Decoder) -> Adapters:
+    """The adapters of a served model. None is loaded yet."""
+
+    def load(folder: Path) -> PackedAdapter:
+        adapter = load_adapter(folder, model.config, allow_shared=settings.allow_shared_model)
+        return PackedAdapter.of(adapter, model)
+
+    return Adapters(
+        lambda folder: in_own_thread(lambda: load(folder)),
+        named=settings.adapters_of(name),
+        folder=settings.adapters_dir_of(name),
+        budget_bytes=settings.adapter_bytes // len(settings.models),
+        reserved=settings.models,
+    )
 
 
 def find_files(settings: Settings, name: str) -> None:

@@ -120,7 +120,7 @@ class SlotTable:
             return
         slot, sequence.slot = sequence.slot, None
         arena = self.arenas[slot.length_class]
-        prefix = self.prefixes.add(sequence.prompt[:keep], slot)
+        prefix = self.prefixes.add(sequence.prompt[:keep], slot, sequence.adapter_digest)
         arena[slot.index] = prefix
         for part in self.prefixes.continued_by(prefix) if prefix is not None else ():
             self._evict(part)

@@ -26,6 +26,7 @@ from headrace.client.wire.requests import GenerateRequest
 from headrace.client.wire.results import Result
 from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import Tokenizer
+from headrace.worker.engine.adapters import Adapters
 from headrace.worker.engine.errors import EngineStopped
 from headrace.worker.engine.executor import StepExecutor
 from headrace.worker.engine.grammars import Grammars
@@ -63,6 +64,7 @@ class Engine:
         description: what was understood of the model's files.
         fingerprint: how results name software, hardware and weights.
         parse_special_tokens: of requests that do not say it; None for the tokenizer's default.
+        adapters: those that requests may name; by default there are none.
         on_fatal: called once, from the engine's thread, if the engine cannot continue.
     """
 
@@ -80,6 +82,7 @@ class Engine:
         description: ModelDescription | None = None,
         fingerprint: str = "",
         parse_special_tokens: bool | None = None,
+        adapters: Adapters | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.runner = runner
@@ -91,6 +94,7 @@ class Engine:
         self.ends = ends
         self.defaults = defaults
         self.grammars = Grammars(tokenizer, vocab_size)
+        self.adapters = adapters or Adapters()
         self.description = description or ModelDescription()
         self.parse_special_tokens = parse_special_tokens
         self.fingerprint = fingerprint
@@ -203,6 +207,7 @@ class Engine:
             cache_bytes=slots.used_bytes,
             cache_usage=slots.usage,
             step_age_s=0.0 if progress_at is None else time.monotonic() - progress_at,
+            adapters=self.adapters.stats(),
         )
 
     def running_sequences(self) -> list[SequenceStats]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
+from headrace.model.adapters.packed import AdapterRows
 from headrace.model.attention import Chunk, DecodeGroup
 from headrace.model.sampler import Draw, RowParams
 from headrace.worker.engine.scheduler import PromptChunk, SchedulerOutput
@@ -77,19 +78,25 @@ def accepted_rows(rows: list[SampledRow], tokens: list[int]) -> list[int]:
 
 
 class InputBatch:
-    """The rows of a step: decoding sequences arena by arena in the order of their slots, then chunks of prompts."""
+    """The rows of a step: decoding sequences arena by arena, then chunks of prompts.
+
+    In an arena the sequences are in the order of their adapters, then of their slots, so that rows of one adapter are
+    neighbours, which are computed together.
+    """
 
     def __init__(self, step: SchedulerOutput) -> None:
         self.token_ids: list[int] = []
         self.positions: list[int] = []
         self.decode_groups: list[DecodeGroup] = []
         self.chunks: list[Chunk] = []
+        #: The rows that have an adapter; neighbours with the same one are one entry.
+        self.adapters: list[AdapterRows] = []
         self._step = step
         self._row_of: dict[Sequence, int] = {}  # the row that gives its next token; rows of proposed tokens follow it
         self._chunk_rows: list[int] = []
-        decodes = sorted((slot_of(sequence), sequence.index, id(sequence), sequence) for sequence in step.decodes)
-        for length_class, members in itertools.groupby(decodes, key=lambda item: item[0].length_class):
-            self._add_decodes(length_class, [sequence for *_, sequence in members])
+        decodes = sorted(step.decodes, key=_order)
+        for length_class, members in itertools.groupby(decodes, key=lambda each: slot_of(each).length_class):
+            self._add_decodes(length_class, list(members))
         for chunk in step.chunks:
             self._add_chunk(chunk)
 
@@ -99,6 +106,7 @@ class InputBatch:
         for sequence, start in zip(sequences, starts, strict=True):
             self._row_of[sequence] = len(self.token_ids)
             tokens = [sequence.output[-1], *proposed.get(sequence, ())]
+            self._note_adapter(sequence, len(tokens))
             self.token_ids += tokens
             self.positions += range(start, start + len(tokens))
         counts = [1 + len(proposed.get(s, ())) for s in sequences]
@@ -109,8 +117,20 @@ class InputBatch:
         self.chunks.append(Chunk(slot.length_class, slot.index, chunk.start, chunk.count, row))
         self._chunk_rows.append(row)
         self._row_of[chunk.sequence] = row + chunk.count - 1
+        self._note_adapter(chunk.sequence, chunk.count)
         self.token_ids += chunk.sequence.prompt[chunk.start : stop]
         self.positions += range(chunk.start, stop)
+
+    def _note_adapter(self, sequence: Sequence, count: int) -> None:
+        """Note whose adapter the next `count` rows have, before they are added."""
+        adapter, first = sequence.adapter, len(self.token_ids)
+        if adapter is None:
+            return
+        last = self.adapters[-1] if self.adapters else None
+        if last is not None and last.adapter is adapter and last.first + last.count == first:
+            self.adapters[-1] = AdapterRows(adapter, last.first, last.count + count)
+        else:
+            self.adapters.append(AdapterRows(adapter, first, count))
 
     def pad(self, count: int) -> None:
         """Add rows that belong to no sequence until there are `count`."""
@@ -150,6 +170,12 @@ class InputBatch:
             if tokens or with_first:
                 scored.append(ScoredRows(sequence, range(start, start + len(tokens)), tokens, with_first))
         return scored
+
+
+def _order(sequence: Sequence) -> tuple[int, str, int, int]:
+    """Where a decoding sequence is among the rows of a step."""
+    slot = slot_of(sequence)
+    return slot.length_class, sequence.adapter_digest, slot.index, sequence.index
 
 
 def slot_of(sequence: Sequence | CachedPrefix) -> Slot:

@@ -122,7 +122,7 @@ class ModelRunner:
     ) -> ModelRunnerOutput:
         captured = self._captured(batch)
         hidden = None
-        if not batch.chunks and not captured:
+        if not batch.chunks and not captured and not batch.adapters:
             hidden = self.graphs.forward(batch.token_ids, batch.decode_groups)
         if hidden is None:
             hidden = self._forward(batch, [sequence.activations.at(rows) for sequence, rows in captured])

@@ -1,11 +1,12 @@
 """From a request to a job that the engine can compute, or to its answer.
 
-Chats are rendered and grammars compiled in threads of their own.
+Adapters are loaded, chats rendered and grammars compiled in threads of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,6 +20,7 @@ from headrace.client.wire.results import Result
 from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import Tokenizer
 from headrace.worker.engine import chat, grammars, token_requests
+from headrace.worker.engine.adapters import Adapters
 from headrace.worker.engine.grammars import Grammars
 from headrace.worker.engine.request_defaults import Defaults
 from headrace.worker.engine.requests import Hooks, RequestState, prepare
@@ -40,6 +42,8 @@ class Model(Protocol):
     parse_special_tokens: bool | None
     #: Of `structured_outputs`.
     grammars: Grammars
+    #: Of `adapter`.
+    adapters: Adapters
 
 
 Prepared = RequestState | Result | BaseException
@@ -60,6 +64,7 @@ def prepared(request: GenerateRequest, job_id: str, future: Future[Result], mode
                 defaults=model.defaults,
                 parse_special_tokens=model.parse_special_tokens,
                 grammars=model.grammars,
+                adapters=model.adapters,
             )
         return token_requests.answer(
             request,
@@ -86,12 +91,30 @@ def settle(future: Future[Result], outcome: Result | BaseException) -> None:
 
 
 def is_slow(request: GenerateRequest, model: Model) -> bool:
-    """Whether others should not wait for the preparation of a request: it renders a chat or compiles a grammar."""
-    return request.messages is not None or not model.grammars.knows(request.structured_outputs)
+    """Whether others should not wait for the preparation: it loads an adapter, renders a chat or compiles a grammar."""
+    return request.messages is not None or _loads(request, model) or _compiles(request, model)
+
+
+def _loads(request: GenerateRequest, model: Model) -> bool:
+    return request.operation is None and not model.adapters.knows(request.adapter)
+
+
+def _compiles(request: GenerateRequest, model: Model) -> bool:
+    return not model.grammars.knows(request.structured_outputs)
+
+
+def _begin(request: GenerateRequest, model: Model, prepare: Callable[[], None]) -> None:
+    """Prepare a request whose adapter is loaded, in a thread for chats or grammars if it has one."""
+    if request.messages is not None:
+        chat.renderer.threads.submit(prepare)
+    elif _compiles(request, model):
+        grammars.threads.submit(prepare)
+    else:
+        prepare()
 
 
 class Preparations:
-    """The jobs whose messages are being rendered, or their grammars compiled. May be used from any thread.
+    """The jobs whose adapters are being loaded, messages rendered or grammars compiled. May be used from any thread.
 
     Args:
         lock: of the engine: a job is always either here, or in the engine, or has ended.
@@ -112,8 +135,11 @@ class Preparations:
         """Prepare a job in a thread, and pass it to the engine if it has not ended meanwhile."""
         with self._lock:
             self._jobs[future] = job_id
-        threads = grammars.threads if request.messages is None else chat.renderer.threads
-        threads.submit(self._prepare, request, job_id, future, model, hooks)
+        then = functools.partial(self._prepare, request, job_id, future, model, hooks)
+        if request.adapter is not None and _loads(request, model):
+            model.adapters.load_then(request.adapter, future, functools.partial(_begin, request, model, then))
+        else:
+            _begin(request, model, then)
 
     def _prepare(
         self,

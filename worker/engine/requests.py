@@ -14,6 +14,7 @@ from headrace.client.wire.results import Result, Timings, Usage
 from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import NoTokenizer, Tokenizer
 from headrace.worker.engine import chat
+from headrace.worker.engine.adapters import Adapters
 from headrace.worker.engine.grammars import Grammars
 from headrace.worker.engine.request_defaults import NO_DEFAULTS, Defaults, with_defaults
 from headrace.worker.engine.request_rules import request_rules
@@ -56,7 +57,14 @@ class RequestState:
         return [text.text for text in self.texts] if any(s.output for s in self.sequences) else []
 
     def result(self, model: str, fingerprint: str, now: float) -> Result:
-        """The result of a finished job; `now` is by the monotonic clock."""
+        """The result of a finished job.
+
+        Args:
+            model: its name.
+            fingerprint: of the engine; that of an adapter is added.
+            now: by the monotonic clock.
+        """
+        digest = self.sequences[0].adapter_digest
         prompt_tokens = len(self.sequences[0].prompt)
         new_tokens = sum(len(sequence.output) for sequence in self.sequences)
         started = min(s.admitted_at or now for s in self.sequences)
@@ -75,7 +83,7 @@ class RequestState:
                 prefill_s=round(first - started, 6),
                 decode_s=round(now - first, 6),
             ),
-            fingerprint=fingerprint,
+            fingerprint=fingerprint + (f"/adapter-{digest[:12]}" if digest else ""),
             defaults=dict(self.defaults),
         )
 
@@ -107,10 +115,12 @@ def prepare(
     defaults: Defaults = NO_DEFAULTS,
     parse_special_tokens: bool | None = None,
     grammars: Grammars | None = None,
+    adapters: Adapters | None = None,
 ) -> RequestState:
     """Validate a request against the model, tokenize its prompt, choose its seed, and make its sequences.
 
-    Messages are rendered and grammars compiled first, which may take seconds: not in a thread that others wait for.
+    Messages are rendered, grammars compiled and adapters loaded first, which may take seconds: not in a thread that
+    others wait for.
 
     Raises:
         JobFailed: this model cannot compute the request.
@@ -134,8 +144,9 @@ def prepare(
     seed = secrets.randbits(52) if request.seed is None else request.seed
     grammars = grammars or Grammars(tokenizer, vocab_size)
     rules = request_rules(request, grammars, tokenizer, vocab_size, ends.eos_ids)
+    adapter = None if request.adapter is None else (adapters or Adapters()).get(request.adapter, future).packed
     sequences = [
-        Sequence(request, prompt, i, seed, ends.eos_ids, score_from, rules() if rules else None)
+        Sequence(request, prompt, i, seed, ends.eos_ids, score_from, rules() if rules else None, adapter)
         for i in range(request.n)
     ]
     texts = [SequenceText(sequence, tokenizer, text, rest) for sequence in sequences]

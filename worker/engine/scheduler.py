@@ -253,6 +253,7 @@ class Scheduler:
         for other in self.running:
             if other is sequence:
                 earlier = False
+            if other is sequence or other.adapter_digest != sequence.adapter_digest:
                 continue
             # A later one only has what it need not wait for: it may wait for this one.
             count = self._common_prefix(sequence, other.prompt if earlier else other.prompt[: other.prefilled])
@@ -262,9 +263,8 @@ class Scheduler:
 
     def _cached_prefix(self, sequence: Sequence) -> tuple[CachedPrefix | None, int]:
         """The cached prefix that shares the most whole chunks, and how many tokens they are."""
-        return self.slots.prefixes.find(
-            [] if sequence.captures_activations else sequence.prompt[: sequence.reusable_prefix]
-        )
+        prompt = [] if sequence.captures_activations else sequence.prompt[: sequence.reusable_prefix]
+        return self.slots.prefixes.find(prompt, sequence.adapter_digest)
 
     def _common_prefix(self, sequence: Sequence, other: list[int]) -> int:
         prompt = sequence.prompt

@@ -29,12 +29,14 @@ class CachedPrefix:
         tokens: the token ids.
         keys: for each chunk the hash of all tokens up to its end.
         slot: the slot that holds them; None once it has been given to a sequence.
+        adapter: digest of the adapter with which they were computed; empty for none.
         used_at: when it was last reused, by the clock of the `PrefixCache`.
     """
 
     tokens: list[int]
     keys: list[bytes]
     slot: Slot | None
+    adapter: str = ""
     used_at: int = 0
 
     @property
@@ -79,8 +81,8 @@ class Sequence:
         eos_ids: the tokens that end a text, unless the request ignores them.
         score_from: the first token of the prompt whose log probability is asked for; None: what the request says.
         rules: which tokens may follow; None for all.
-        adapter: what is added to the linear layers of the model. Sequences share keys and values only with those of
-            the same object.
+        adapter: what the model runner adds to the linear layers (model.adapters.packed.PackedAdapter); None for
+            nothing. Sequences share keys and values only with those whose adapter has the same digest.
     """
 
     request: GenerateRequest
@@ -90,7 +92,6 @@ class Sequence:
     eos_ids: frozenset[int] = frozenset()
     score_from: int | None = None
     rules: TokenRules | None = None
-    #: What the model runner adds to the linear layers (model.adapters.packed.PackedAdapter); None for nothing.
     adapter: Any = None
     output: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
@@ -126,6 +127,8 @@ class Sequence:
         self.stop_tokens = (
             self.eos_ids.union(self.request.stop_token_ids) if self.request.stop_token_ids else self.eos_ids
         )
+        #: Digest of the adapter's files; empty for none.
+        self.adapter_digest = "" if self.adapter is None else str(self.adapter.digest)
         self._proposer: NgramProposer | None = None  # built on first use: a full batch never proposes tokens
 
     @property
@@ -181,7 +184,8 @@ class Sequence:
     @property
     def prefill_key(self) -> tuple[object, ...]:
         """Sequences with equal keys can share one prefill. A captured sequence shares its prefill with no other."""
-        return tuple(self.prompt), self.score_from, self if self.captures_activations else None
+        own = self if self.captures_activations else None
+        return tuple(self.prompt), self.score_from, self.adapter_digest, own
 
     def propose(self, most: int) -> list[int]:
         """Up to `most` proposed tokens after the next one, and never so many that `max_tokens` would be exceeded.

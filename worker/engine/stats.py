@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class AdapterStats:
+    """One adapter of an engine, whether it is in memory or not, and what has run on it."""
+
+    name: str
+    loaded: bool = False
+    #: The largest rank, the memory that it takes, and the SHA-256 of its files; unknown unless it is loaded.
+    rank: int = 0
+    nbytes: int = 0
+    digest: str = ""
+    #: Jobs that hold it: they wait, run, or are being prepared.
+    running: int = 0
+    #: Jobs that succeeded since the engine was built, and their new tokens.
+    jobs: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,8 @@ class EngineStats:
     cache_usage: float
     #: Seconds since the running step last made progress; 0 between steps.
     step_age_s: float
+    #: The adapters that jobs may name, sorted.
+    adapters: list[AdapterStats] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +57,9 @@ def test_settings_cannot_be_changed() -> None:
 WRONG: dict[str, str | None] = {
     "model": "demo,",
     "served_name": "two words",
+    "adapters": "demo=/adapters/demo",
+    "adapters_dir": None,
+    "adapter_bytes": "0",
     "redis_url": "http://localhost:6379",
     "signing_key": "thirty-one characters, one less",
     "redis_unsuitable": "warn",
@@ -136,6 +140,41 @@ def test_a_misspelt_variable_names_the_nearest(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv(misspelt, "1")
     with pytest.raises(SettingsError, match=f"^{misspelt} is not a setting of headrace; did you mean {nearest}[?]$"):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("model", "adapters"),
+    [
+        ("demo", "tone"),
+        ("demo", "tone="),
+        ("demo", "=/a"),
+        ("demo", "a=/a,a=/b"),
+        ("demo", "a=/a,,b=/b"),
+        ("demo", "other/a=/a"),
+        ("demo", "a/b/c=/a"),
+        ("demo", ".a=/a"),
+        ("demo,gpt2", "a=/a"),
+        ("demo,gpt2", "demo/a=/a,gpt2/a=/b"),
+        ("demo,gpt2", "demo/gpt2=/a"),
+    ],
+)
+def test_wrong_adapters_are_refused(model: str, adapters: str) -> None:
+    with pytest.raises(SettingsError, match=r"^HEADRACE_ADAPTERS is .*NAME=DIRECTORY"):
+        load_settings(model=model, adapters=adapters)
+
+
+def test_adapters_belong_to_their_models() -> None:
+    one = load_settings(model="demo", adapters="a=/x/a, demo/b=/x/b=1", adapters_dir="/y")
+    assert one.adapters_of("demo") == {"a": Path("/x/a"), "b": Path("/x/b=1")}
+    assert one.adapters_dir_of("demo") == Path("/y")
+    two = load_settings(model="demo,chat=/m", adapters="chat/a=/x/a,demo/b=/x/b", adapters_dir="/y")
+    assert [two.adapters_of(name) for name in two.models] == [{"b": Path("/x/b")}, {"a": Path("/x/a")}]
+    assert two.adapters_dir_of("chat") == Path("/y/chat")
+    only = two.only("chat")
+    assert (only.models, only.adapters_of("chat")) == ({"chat": "/m"}, {"a": Path("/x/a")})
+    assert only.adapters_dir_of("chat") == Path("/y/chat")
+    assert load_settings(served_name="x", adapters="x/a=/x").adapters_of("x") == {"a": Path("/x")}
+    assert load_settings().adapters_dir_of("demo") is None
 
 
 def test_an_unknown_argument_is_refused() -> None:

@@ -46,6 +46,21 @@ def test_the_least_recently_used_prefix_is_first() -> None:
     assert (len(cache), first.slot, cache.find([0])) == (2, None, (None, 0))
 
 
+@pytest.mark.parametrize("collide", [False, True])
+def test_each_adapter_has_prefixes_of_its_own(monkeypatch: pytest.MonkeyPatch, collide: bool) -> None:
+    if collide:
+        monkeypatch.setattr("hashlib.blake2b", lambda **_: Constant())
+    cache = PrefixCache(chunk=2)
+    plain, own = cache.add([1, 2], slot(0)), cache.add([1, 2], slot(1), "digest")
+    assert plain is not own
+    assert (cache.find([1, 2]), cache.find([1, 2], "digest")) == ((plain, 2), (own, 2))
+    assert cache.find([1, 2], "other") == (None, 0)
+    longer = cache.add([1, 2, 3, 4], slot(2), "digest")
+    assert longer is not None
+    assert plain not in cache.continued_by(longer)
+    assert own in cache.continued_by(longer)
+
+
 def test_tokens_are_compared_if_hashes_collide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hashlib.blake2b", lambda **_: Constant())
     cache = PrefixCache(chunk=2)

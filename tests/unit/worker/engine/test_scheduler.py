@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as Rows
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -23,10 +24,14 @@ def scheduler(
     return Scheduler(slots, max_rows=rows, step_tokens=step_tokens, prefill_chunk=chunk, draft_tokens=drafts)
 
 
-def sequence(read: int, write: int = 4, first: int = 0, **fields: object) -> Sequence:
+#: No adapter, and two.
+ADAPTERS = (None, SimpleNamespace(digest="a"), SimpleNamespace(digest="b"))
+
+
+def sequence(read: int, write: int = 4, first: int = 0, adapter: object = None, **fields: object) -> Sequence:
     """A sequence of `read` prompt tokens; different `first` are different prompts."""
     prompt = [first] + [7] * (read - 1)
-    return Sequence(ask(prompt, max_tokens=write, ignore_eos=True, **fields), prompt, 0, 0)
+    return Sequence(ask(prompt, max_tokens=write, ignore_eos=True, **fields), prompt, 0, 0, adapter=adapter)
 
 
 def several(*reads: int, write: int = 4) -> list[Sequence]:
@@ -239,6 +244,20 @@ def test_a_common_prefix_is_computed_once() -> None:
     assert borders(step, second) == borders(step, third) == [(256, 64)]
 
 
+def test_nothing_is_shared_between_adapters() -> None:
+    line = scheduler()
+    alike = [sequence(300, adapter=adapter) for adapter in (*ADAPTERS, *ADAPTERS)]
+    for each in alike:
+        line.add(each, 3)
+    line.admit()
+    assert [each.prefix_source for each in alike] == [None, None, None, *alike[:3]]
+    longer = [sequence(400, adapter=adapter) for adapter in ADAPTERS]
+    for each in longer:
+        line.add(each, 3)
+    line.admit()
+    assert [(each.prefix_source, each.prefix_length) for each in longer] == [(each, 256) for each in alike[:3]]
+
+
 def test_a_later_sequence_reuses_the_prefix_of_a_decoding_one() -> None:
     line = scheduler()
     leader, late, last = beginning(256, 10, 1), beginning(256, 10, 2), beginning(128, 0, 3)
@@ -375,7 +394,7 @@ def test_every_sequence_is_served_in_any_order_of_events(
 ) -> None:
     draw = random.Random(seed)
     line = scheduler(rows=rows, budget_positions=budget, step_tokens=256)
-    arriving = [sequence(read, write, first=first) for read, write, first in reads]
+    arriving = [sequence(read, write, first=first, adapter=draw.choice(ADAPTERS)) for read, write, first in reads]
     left, cancelled = set(), set()
     for _ in range(20_000):
         if arriving and draw.random() < 0.5:
@@ -385,6 +404,7 @@ def test_every_sequence_is_served_in_any_order_of_events(
             assert copy.source in line.running
             assert copy.source.prefilled >= copy.length
             assert copy.target.prompt[: copy.length] == copy.source.prompt[: copy.length]
+            assert copy.target.adapter is copy.source.adapter
         if line.running and draw.random() < 0.02:
             gone = draw.choice(line.running)
             cancelled.add(gone)
