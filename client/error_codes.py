@@ -47,8 +47,6 @@ JOB_FAILURES: dict[str, str] = {
     "adapter_not_found": "name [an adapter](adapters.md) of the list in the message, or add yours",
     "adapter_failed": "correct the files of [the adapter](adapters.md#what-is-refused); other jobs are not affected",
     "no_token_allowed": "loosen `structured_outputs`, `allowed_token_ids`, `bad_words` or `min_tokens`",
-    "adapter_not_found": "name one of the adapters it lists, or add it to the worker's `HEADRACE_ADAPTERS_DIR`",
-    "adapter_failed": "correct the adapter's files as it says; the model itself and other adapters still run",
     "nan_logits": "check the model's weights: for this prompt some logits are NaN",
     "out_of_memory": "shorten the prompt, or give the worker more memory (`HEADRACE_KV_CACHE_BYTES`)",
     "internal_error": "read the worker's log, which has the traceback under the job's id",

@@ -55,11 +55,11 @@ function facts(worker) {
 // The adapters that have had jobs or are in memory, the busiest first; a directory may have thousands of others.
 const ADAPTERS = 8;
 function adapters(found) {
-  const used = found.filter(each => each.loaded || each.jobs).sort((one, other) => other.jobs - one.jobs || other.loaded - one.loaded);
-  const row = each => make("tr", [make("th", each.name, {scope: "row"}), make("td", each.loaded ? `rank ${each.rank}` : "not in memory"), make("td", count(each.jobs)), make("td", short(each.tokens))]);
+  const used = found.filter(each => each.loaded || each.jobs).sort((one, other) => other.running - one.running || other.jobs - one.jobs || other.loaded - one.loaded);
+  const row = each => make("tr", [make("th", each.name, {scope: "row"}), make("td", each.loaded ? `rank ${each.rank}` : "not in memory"), make("td", count(each.running)), make("td", count(each.jobs)), make("td", short(each.tokens))]);
   const rest = found.length - Math.min(used.length, ADAPTERS);
   const words = !rest ? "" : used.length ? `and ${count(rest)} more` : `${count(rest)} ${rest === 1 ? "adapter" : "adapters"}, no job yet`;
-  return make("div", [used.length ? table(["adapter", "", "jobs", "tokens"], used.slice(0, ADAPTERS).map(row)) : "", make("small", words)], {class: "latency"});
+  return make("div", [used.length ? table(["adapter", "", "running", "finished", "tokens"], used.slice(0, ADAPTERS).map(row)) : "", make("small", words)], {class: "latency"});
 }
 
 function latencies({first_token_s: first, total_s: total, jobs}) {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -10,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.values import show
+from headrace.config import adapter_names
 
-#: Names of adapters: each can name an entry of a directory. For Python's `re` use `is_adapter_name`.
+#: `config.adapter_names.is_adapter_name` for schemas.
 ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 ADAPTER_FORM = "1 to 128 letters, digits, '.', '_' or '-', the first a letter or a digit, or None"
 #: The most adapters of one model that a heartbeat lists. A list of that length may lack some.
@@ -22,7 +22,7 @@ SHOWN_NAMES, SHOWN_DIGEST = 20, 12
 
 def is_adapter_name(value: Any) -> TypeGuard[str]:
     """Whether this is a valid name of an adapter: it can name an entry of a directory, and nothing outside of it."""
-    return isinstance(value, str) and re.fullmatch(ADAPTER_NAME, value) is not None
+    return isinstance(value, str) and adapter_names.is_adapter_name(value)
 
 
 class AdapterStatus(BaseModel):
@@ -38,7 +38,9 @@ class AdapterStatus(BaseModel):
     nbytes: int = 0
     #: SHA-256 of its files; "" if it has not been loaded.
     digest: str = ""
-    #: Jobs that were accepted for it, and new tokens.
+    #: Jobs that hold it: they wait or run.
+    running: int = 0
+    #: Jobs that succeeded, and their new tokens.
     jobs: int = 0
     tokens: int = 0
 
@@ -66,6 +68,7 @@ class AdapterTotal(NamedTuple):
     loaded: int
     rank: int
     nbytes: int
+    running: int
     jobs: int
     tokens: int
 
@@ -83,6 +86,7 @@ def totals(workers: Iterable[Sequence[AdapterStatus]]) -> list[AdapterTotal]:
             sum(each.loaded for each in all_of),
             max(each.rank for each in all_of),
             max(each.nbytes for each in all_of),
+            sum(each.running for each in all_of),
             sum(each.jobs for each in all_of),
             sum(each.tokens for each in all_of),
         )

@@ -105,14 +105,16 @@ def _print_model(console: Console, model: str, description: ModelDescription) ->
 def _print_adapters(console: Console, found: Status) -> None:
     """The adapters of all models, at most SHOWN_ADAPTERS of each."""
     table = Table(
-        *("adapter", "model", "in memory of", "rank", "bytes", "jobs", "tokens"), title="Adapters", title_justify="left"
+        *("adapter", "model", "in memory of", "rank", "bytes", "running", "finished", "tokens"),
+        title="Adapters",
+        title_justify="left",
     )
     for model in sorted({w.model for w in found.workers}):
         adapters = totals(w.adapters or () for w in found.workers if w.model == model)
         for each in adapters[:SHOWN_ADAPTERS]:
             size = (str(each.rank), f"{each.nbytes:,}") if each.loaded else ("", "")
             loaded = f"{each.loaded} of {each.workers} workers"
-            table.add_row(each.name, model, loaded, *size, str(each.jobs), str(each.tokens))
+            table.add_row(each.name, model, loaded, *size, str(each.running), str(each.jobs), str(each.tokens))
         if len(adapters) > SHOWN_ADAPTERS:
             table.add_row(f"and {len(adapters) - SHOWN_ADAPTERS} more", model)
     if table.rows:

@@ -161,7 +161,7 @@ class WorkerRecord:
             "accepted": stats.accepted,
             "step_age_s": round(self._health.stalled_for_s or stats.step_age_s, 1),
             "rows": json.dumps([_row_fields(row) for row in engine.running_sequences()[:SHOWN_ROWS]]),
-            **self._adapter_fields(model, getattr(stats, "adapters", [])),
+            **self._adapter_fields(model, stats.adapters),
         }
 
     def _adapter_fields(self, model: str, adapters: Iterable[Any] | None) -> dict[str, str]:

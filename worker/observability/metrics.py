@@ -235,9 +235,7 @@ class _Live:
                 for model in [model for model in values if name in values[model]]:
                     family.add_metric([model], values[model][name])
                 yield family
-        yield from self._adapters.collect(
-            PREFIX, {model: getattr(each, "adapters", []) for model, each in stats.items()}
-        )
+        yield from self._adapters.collect(PREFIX, {model: each.adapters for model, each in stats.items()})
         queued = GaugeMetricFamily(
             f"{PREFIX}num_requests_queued",
             "Jobs in the queue that no worker holds. All workers of a model report the same number: take the maximum.",

@@ -18,6 +18,7 @@ from headrace.client.wire.adapters import MAX_ADAPTERS
 from headrace.client.wire.model_description import ModelDescription
 from headrace.client.wire.redis import connect
 from headrace.worker.cli import main
+from headrace.worker.engine.stats import AdapterStats
 from headrace.worker.jobs.redis_store import RedisStore
 from headrace.worker.jobs.worker_record import WorkerRecord
 
@@ -150,6 +151,7 @@ def test_adapters_are_shown_with_what_workers_disagree_on(url: str) -> None:
         "rank": 8,
         "nbytes": 12_345,
         "digest": "a" * 64,
+        "running": 1,
         "jobs": 3,
         "tokens": 40,
     }
@@ -162,9 +164,9 @@ def test_adapters_are_shown_with_what_workers_disagree_on(url: str) -> None:
     assert shown.exit_code == 0
     rows = [line.split("│")[1:-1] for line in shown.output.splitlines() if line.startswith("│")]
     cells = {tuple(cell.strip() for cell in row) for row in rows}
-    assert ("pirate", "demo", "2 of 2 workers", "16", "12,345", "4", "42") in cells
-    assert ("poet", "demo", "0 of 1 workers", "", "", "0", "0") in cells
-    assert ("and 10 more", "many", "", "", "", "", "") in cells
+    assert ("pirate", "demo", "2 of 2 workers", "16", "12,345", "2", "4", "42") in cells
+    assert ("poet", "demo", "0 of 1 workers", "", "", "0", "0", "0") in cells
+    assert ("and 10 more", "many", "", "", "", "", "", "") in cells
     assert (
         f"Workers of demo have different adapters: pirate with different files, {'a' * 12} on {HERE}; {'b' * 12} on "
         f"elsewhere-7; poet only on {HERE}"
@@ -176,15 +178,11 @@ def test_adapters_are_shown_with_what_workers_disagree_on(url: str) -> None:
 
 
 def test_a_record_lists_the_adapters_in_memory_first_and_keeps_the_names_of_a_model_that_is_unloaded(url: str) -> None:
-    def adapter(name: str, **fields: Any) -> Any:
-        zeros = {"loaded": False, "rank": 0, "nbytes": 0, "digest": "", "jobs": 0, "tokens": 0}
-        return SimpleNamespace(**{"name": name, **zeros, **fields})
-
-    many = [adapter(f"a{i:04}") for i in range(MAX_ADAPTERS)]
+    many = [AdapterStats(f"a{i:04}") for i in range(MAX_ADAPTERS)]
     loaded = SimpleNamespace(
         stats=lambda: SimpleNamespace(
             tokens=0, running=0, waiting=0, proposed=0, accepted=0, step_age_s=0.0,
-            adapters=[*many, adapter("pirate", loaded=True, rank=8, jobs=2)],
+            adapters=[*many, AdapterStats("pirate", loaded=True, rank=8, jobs=2)],
         ),
         running_sequences=list,
         fingerprint="",
@@ -248,7 +246,9 @@ def test_two_models_under_one_name_are_told(url: str, fingerprints: list[str], t
     assert shown.exit_code == 0
     assert ("serve different models as demo: " + told in shown.output) if told else "different" not in shown.output
     loaded = SimpleNamespace(
-        stats=lambda: SimpleNamespace(tokens=0, running=0, waiting=0, proposed=0, accepted=0, step_age_s=0.0),
+        stats=lambda: SimpleNamespace(
+            tokens=0, running=0, waiting=0, proposed=0, accepted=0, step_age_s=0.0, adapters=[]
+        ),
         running_sequences=list,
         fingerprint=fingerprints[1],
         description=ModelDescription(),

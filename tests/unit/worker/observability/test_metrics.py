@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from headrace.client.wire.adapters import is_adapter_name
 from headrace.client.wire.errors import JobCancelled, JobExpired, JobFailed
 from headrace.client.wire.results import Choice, Result, Timings, Usage
+from headrace.worker.engine.stats import AdapterStats
 from headrace.worker.observability.adapter_metrics import LABELLED, OTHERS, AdapterMetrics
 from headrace.worker.observability.metrics import COUNTERS, GAUGES, HISTOGRAMS, Metrics
 from headrace.worker.queue.held import HeldMessage, HeldMessages
@@ -190,12 +191,12 @@ def test_the_guide_lists_every_metric(watched: tuple[Metrics, Any, Any]) -> None
 def test_adapters_have_a_bounded_number_of_labels() -> None:
     """A directory may have thousands of adapters, and each label is a series that Prometheus keeps."""
 
-    def adapter(name: str, jobs: int, *, loaded: bool = False) -> Any:
-        return SimpleNamespace(name=name, loaded=loaded, nbytes=100 if loaded else 0, jobs=jobs, tokens=10 * jobs)
+    def adapter(name: str, jobs: int, *, loaded: bool = False) -> AdapterStats:
+        return AdapterStats(name, loaded=loaded, nbytes=100 * loaded, running=int(loaded), jobs=jobs, tokens=10 * jobs)
 
     made = AdapterMetrics()
 
-    def collected(*adapters: Any) -> dict[str, dict[str, float]]:
+    def collected(*adapters: AdapterStats) -> dict[str, dict[str, float]]:
         families = list(made.collect("x_", {"demo": adapters}))
         return {
             sample.name: {s.labels.get("adapter", ""): s.value for s in family.samples}
@@ -208,6 +209,7 @@ def test_adapters_have_a_bounded_number_of_labels() -> None:
     assert first == {
         "x_adapters_loaded": {"": 2},
         "x_adapter_bytes": {"": 200},
+        "x_adapter_requests_running": {"pirate": 1, "poet": 1},
         "x_adapter_requests_total": {"pirate": 2, "poet": 1},
         "x_adapter_generation_tokens_total": {"pirate": 20, "poet": 10},
     }
