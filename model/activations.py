@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from headrace.model.adapters.packed import AdapterRows, PackedAdapter
 from headrace.model.attention import CachedAttention, Chunk
 from headrace.model.config import ModelConfig
 from headrace.model.kv_cache import KVCache
@@ -113,25 +114,29 @@ class CapturableModel(Protocol):
         positions: Tensor,
         attend: CachedAttention,
         captures: Sequence[ActivationCapture] = (),
+        adapters: Sequence[AdapterRows] = (),
         /,
     ) -> Tensor:
         """token_ids, positions: [M] -> [M, E]."""
         ...
 
-    def head(self, hidden: Tensor, /) -> Tensor:
+    def head(self, hidden: Tensor, adapters: Sequence[PackedAdapter | None] = (), /) -> Tensor:
         """[R, E] -> logits [R, V]."""
         ...
 
 
-def capture_activations(model: CapturableModel, token_ids: Tensor) -> dict[str, Tensor]:
+def capture_activations(
+    model: CapturableModel, token_ids: Tensor, adapter: PackedAdapter | None = None
+) -> dict[str, Tensor]:
     """The tensors of checkpoints 1 to 11 for one sequence, LongTensor [T]; the names are those of `Decoder.trace`."""
     length = len(token_ids)
+    rows = [] if adapter is None else [AdapterRows(adapter, 0, length)]
     cache = KVCache(model.config, lengths=(length,), dtype=model.dtype, device=model.device)
     cache.arenas[length].resize(1)
     attend = CachedAttention.of(cache, groups=[], chunks=[Chunk(length, 0, 0, length, 0)])
     capture = ActivationCapture(model.config.layer_scale(0), length)
-    hidden = model.forward(token_ids, torch.arange(length, device=model.device), attend, [capture])
-    logits = model.head(hidden).float()
+    hidden = model.forward(token_ids, torch.arange(length, device=model.device), attend, [capture], rows)
+    logits = model.head(hidden, [adapter] * length).float()
     arena = cache.arenas[length]
     capture.keep(cache_k=arena.k[0][0].transpose(0, 1), cache_v=arena.v[0][0].transpose(0, 1), logits=logits)
     capture.commit()

@@ -14,6 +14,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from headrace.model.activations import ActivationCapture, capture_activations
+from headrace.model.adapters.lora import Adapter
+from headrace.model.adapters.packed import AdapterRows, PackedAdapter
 from headrace.model.attention import PlainAttention
 from headrace.model.block import Attention, Block, Norm
 from headrace.model.config import ModelConfig
@@ -22,6 +24,7 @@ from headrace.model.families.base import HEAD_NAME
 from headrace.model.fused_decoder import FusedDecoder
 from headrace.model.kernels.packed_weight import PackedWeight, RowNorm
 from headrace.model.linear import Linear
+from headrace.model.trusted_files import ModelError
 
 
 class Decoder:
@@ -86,23 +89,53 @@ class Decoder:
         return self.wte.dtype
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, attend: Attention, captures: Sequence[ActivationCapture] = ()
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attend: Attention,
+        captures: Sequence[ActivationCapture] = (),
+        adapters: Sequence[AdapterRows] = (),
     ) -> Tensor:
-        """Run packed rows through all blocks; the final norm belongs to `head`. token_ids, positions: [M] -> [M, E]."""
+        """Run packed rows through all blocks; the final norm belongs to `head`. token_ids, positions: [M] -> [M, E].
+
+        Args:
+            captures: record activations.
+            adapters: the rows that are of adapters, in order. Those of `pack_adapter`.
+        """
         x = F.embedding(token_ids, self.wte) + F.embedding(positions, self.wpe)  # [M, E]
         for capture in captures:
             capture.record(embeddings=x)
             capture.record_hidden(0, x)
         if self.fused_decoder is not None:
-            return self.fused_decoder(x, attend, captures)
+            return self.fused_decoder(x, attend, captures, adapters)
         for layer, block in enumerate(self.blocks):
             x = block(layer, x, attend, captures)
         return x
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """The final norm and the logits of rows of `forward`. [R, E] -> [R, V], in the type of the weights."""
+    def pack_adapter(self, adapter: Adapter) -> PackedAdapter:
+        """Pack an adapter for `forward`.
+
+        Raises:
+            ModelError: torch computes the linear layers of this model on this machine.
+        """
+        if self.fused_decoder is None or not isinstance(self.lm_head.gemm, PackedWeight):
+            raise ModelError(
+                f"adapters are not computed for this model in {self.dtype} on this machine, because torch computes its "
+                "linear layers; choose another HEADRACE_DTYPE, or merge the adapter with peft's merge_and_unload()"
+            )
+        return self.fused_decoder.pack(adapter)
+
+    def head(self, hidden: Tensor, adapters: Sequence[PackedAdapter | None] = ()) -> Tensor:
+        """The final norm and the logits of rows of `forward`. [R, E] -> [R, V], in the type of the weights.
+
+        Args:
+            adapters: that of each row; may be empty if there are none.
+        """
         if isinstance(self.lm_head.gemm, PackedWeight):
-            return self.lm_head.gemm(hidden, self._final_norm)
+            norm, biases = self._final_norm, [getattr(each, "final_norm_bias", None) for each in adapters]
+            if any(bias is not None for bias in biases):
+                norm = norm._replace(bias=torch.stack([norm.bias if bias is None else bias for bias in biases]))
+            return self.lm_head.gemm(hidden, norm)
         return self.lm_head(self.ln_f(hidden))
 
     @torch.inference_mode()
@@ -120,7 +153,7 @@ class Decoder:
         return self.head(hidden).float().view(batch, length, -1)
 
     @torch.inference_mode()
-    def trace(self, token_ids: Tensor) -> dict[str, Tensor]:
+    def trace(self, token_ids: Tensor, adapter: PackedAdapter | None = None) -> dict[str, Tensor]:
         """The activations of checkpoints 1 to 11, captured on the cached path that serves jobs, one sequence at a time.
 
         LongTensor [B, T] -> `embeddings`, `ln_1`, `attn`, `mlp`, `block_0` [B, T, E]; `q`, `k`, `v`, `cache_k`,
@@ -128,7 +161,7 @@ class Decoder:
         `last_logits`, `probs` [B, V]; `next_token` [B]. Raises ValueError like `logits`.
         """
         self._check(token_ids)
-        rows = [capture_activations(self, row) for row in token_ids.to(self.device)]
+        rows = [capture_activations(self, row, adapter) for row in token_ids.to(self.device)]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _check(self, token_ids: Tensor) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -101,6 +102,15 @@ def load_adapter(folder: Path, config: ModelConfig, *, allow_shared: bool = Fals
             parts.take(key, tensor)
         digest = hashlib.sha256(hashlib.sha256(data).digest() + bytes.fromhex(file.digest)).hexdigest()
     return parts.adapter(digest)
+
+
+def side_by_side(parts: Sequence[LowRank], columns: int) -> tuple[Tensor, Tensor]:
+    """The matrices of all parts as one pair, A [in, r] and B [r, columns], where r is the sum of their ranks."""
+    a, b, rank = torch.cat([part.a for part in parts], 1), torch.zeros(sum(len(part.b) for part in parts), columns), 0
+    for part in parts:
+        b[rank : rank + len(part.b), part.column : part.column + part.b.shape[1]] = part.b
+        rank += len(part.b)
+    return a, b
 
 
 class _Parts:

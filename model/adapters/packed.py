@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
 
-from headrace.model.adapters.lora import Adapter
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from headrace.model.decoder import Decoder
+from headrace.model.kernels.intrinsics import Int64Array
 
 
 @dataclass(frozen=True, eq=False)
 class PackedAdapter:
-    """An adapter that is ready to run beside a model. Many rows of a pass, or several passes, may use it at once.
+    """An adapter that is ready to run beside its base model. Any number of passes may use it at once.
 
     Attributes:
         digest: SHA-256 of its files.
         rank: the largest rank.
-        nbytes: the memory that it takes.
+        segments: for each op of the decoder what a `Segment` says after its rows, int64 [layers + 1, ops, 4].
+        norm_biases: of layer norms, by the op after them: float32 [E].
+        final_norm_bias: of the norm before the head; None: that of the base.
+        tensors: the memory that `segments` refers to.
     """
 
     digest: str
     rank: int
-    nbytes: int
+    segments: Int64Array
+    norm_biases: dict[tuple[int, int], Tensor]
+    final_norm_bias: Tensor | None
+    tensors: tuple[Tensor, ...]
 
-    @classmethod
-    def of(cls, adapter: Adapter, model: Decoder) -> PackedAdapter:
-        """Pack an adapter for a model.
-
-        Raises:
-            ModelError: torch computes a linear layer of this model on this machine, where adapters are not computed.
-        """
-        nbytes = sum(4 * (part.a.numel() + part.b.numel()) for parts in adapter.matrices.values() for part in parts)
-        return cls(adapter.digest, adapter.rank, nbytes)
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
-class AdapterRows(NamedTuple):
+@dataclass(frozen=True)
+class AdapterRows:
     """The `count` packed rows of a pass from row `first` on, which are of one adapter."""
 
     adapter: PackedAdapter

@@ -46,8 +46,10 @@ def epilogue_target(nr: int, *, bf16: bool, mr: int = 0) -> Any:
             residual = op[OP.residual] - op[OP.out]
         then = ADD_RESIDUAL if op[OP.residual] != 0 else op[OP.activation]
         columns = min(nr, op[OP.columns] - column)
-        bias, column_scales = op[OP.bias] + column * 4, op[OP.column_scales] + column * 4
+        bias_row_bytes, column_scales = op[OP.bias_row_bytes], op[OP.column_scales] + column * 4
+        bias = op[OP.bias] + block * op[OP.bias_block_bytes] + first_row * bias_row_bytes
         row_scales, out = program[ARG.row_scales] + first_row * 4, op[OP.out] + offset
+        bias = bias, bias_row_bytes
         return sums, rows, columns, out, row_bytes, panel_bytes, residual, bias, column_scales, row_scales, then
 
     return locate
@@ -66,9 +68,9 @@ def vector_epilogue(nr: int, *, bf16: bool, int8: bool) -> Any:
 
     @numba.njit(error_model="numpy")
     def finish(target: Any, spare: int) -> None:
-        sums, rows, columns, out, row_bytes, _, residual, bias, column_scales, row_scales, then = target
+        sums, rows, columns, out, row_bytes, _, residual, (bias, bias_bytes), column_scales, row_scales, then = target
         if columns == nr:
-            finish_some(then, sums, rows, out, row_bytes, bias, out + residual, column_scales, row_scales)
+            finish_some(then, sums, rows, out, row_bytes, bias, bias_bytes, out + residual, column_scales, row_scales)
             return
         for row in range(rows):  # a last block of fewer columns: computed in the spare row, and copied
             place, computed = out + row * row_bytes, carray(elements(spare), nr)
@@ -76,7 +78,8 @@ def vector_epilogue(nr: int, *, bf16: bool, int8: bool) -> Any:
                 given = carray(elements(place + residual), columns)
                 for i in range(columns):
                     computed[i] = given[i]
-            finish_some(then, sums + row * nr * 4, 1, spare, 0, bias, spare, column_scales, row_scales + row * 4)
+            line, scale, own = sums + row * nr * 4, row_scales + row * 4, bias + row * bias_bytes
+            finish_some(then, line, 1, spare, 0, own, 0, spare, column_scales, scale)
             wanted = carray(elements(place), columns)
             for i in range(columns):
                 wanted[i] = computed[i]
@@ -99,8 +102,9 @@ def epilogue(nr: int, *, int8: bool, mr: int = 0) -> Any:
 
     @numba.njit(error_model="numpy", forceinline=True)
     def finish(program: Any, target: Any, first: int, count: int, spare: int) -> None:
-        sums, rows, columns, out, row_bytes, panel_bytes, residual, bias, column_scales, row_scales, then = target
+        sums, rows, columns, out, row_bytes, panel_bytes, residual, biases, column_scales, row_scales, then = target
         for row in range(first, min(first + count, rows)):
+            bias = biases[0] + row * biases[1]
             place = out + (row // mr * panel_bytes + row % mr * row_bytes if mr else row * row_bytes)
             to, onto, line, row_scale = place, place + residual, sums + row * nr * 4, row_scales + row * 4
             if columns < nr:
@@ -120,7 +124,7 @@ def epilogue(nr: int, *, int8: bool, mr: int = 0) -> Any:
 
 
 def _finish_some(nr: int, *, bf16: bool, int8: bool) -> Any:
-    """Build finish_some(then, sums, rows, out, row_bytes, bias, residual, column_scales, row_scales).
+    """Build finish_some(then, sums, rows, out, row_bytes, bias, bias_bytes, residual, column_scales, row_scales).
 
     The functions are those of epilogue_rows.py.
     """
@@ -141,24 +145,25 @@ def _finish_some(nr: int, *, bf16: bool, int8: bool) -> Any:
         out: int,
         row_bytes: int,
         bias: int,
+        bias_bytes: int,
         onto: int,
         column_scales: int,
         row_scales: int,
     ) -> None:
         if then == ADD_RESIDUAL:
-            add_residual(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+            add_residual(sums, rows, out, row_bytes, bias, bias_bytes, onto, column_scales, row_scales)
         elif then == GELU_TANH:
-            gelu_tanh(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+            gelu_tanh(sums, rows, out, row_bytes, bias, bias_bytes, onto, column_scales, row_scales)
         elif then == NOTHING:
-            plain(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+            plain(sums, rows, out, row_bytes, bias, bias_bytes, onto, column_scales, row_scales)
         elif then == GELU:
-            gelu(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+            gelu(sums, rows, out, row_bytes, bias, bias_bytes, onto, column_scales, row_scales)
         elif then == RELU:
-            relu(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+            relu(sums, rows, out, row_bytes, bias, bias_bytes, onto, column_scales, row_scales)
         elif then == SILU:
-            silu(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+            silu(sums, rows, out, row_bytes, bias, bias_bytes, onto, column_scales, row_scales)
         else:
-            tanh(sums, rows, out, row_bytes, bias, onto, column_scales, row_scales)
+            tanh(sums, rows, out, row_bytes, bias, bias_bytes, onto, column_scales, row_scales)
 
     return finish_some
 
@@ -173,7 +178,7 @@ def _finish_int8_row(nr: int) -> Any:
     def finish_row(
         then: int, sums: int, out: int, bias: int, column_scales: int, row_scale: int, residual: int, _: int
     ) -> None:
-        finish_some(then, sums, 1, out, 0, bias, residual, column_scales, row_scale)
+        finish_some(then, sums, 1, out, 0, bias, 0, residual, column_scales, row_scale)
 
     return finish_row
 

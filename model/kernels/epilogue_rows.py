@@ -14,10 +14,11 @@ from headrace.model.kernels.vectors import FLOAT, HALVES, INTEGERS, LANES, Value
 
 
 def finish_rows(nr: int, *, bf16: bool, int8: bool, residual: bool = False, activation: str = "") -> VectorFunction:
-    """finish_rows(sums, rows, out, row_bytes, bias, residual, column_scales, row_scales), all int64.
+    """finish_rows(sums, rows, out, row_bytes, bias, bias_bytes, residual, column_scales, row_scales), all int64.
 
     `sums` is the address of [rows, nr]; `residual` that of the first row to add, whose rows have the same distance as
-    those of `out`. `rows` is at least 1.
+    those of `out`; `bias` that of the first row's bias, from which the next one is `bias_bytes` away. `rows` is at
+    least 1.
     """
 
     def body(
@@ -27,11 +28,12 @@ def finish_rows(nr: int, *, bf16: bool, int8: bool, residual: bool = False, acti
         out: Value,
         row_bytes: Value,
         bias: Value,
+        bias_bytes: Value,
         onto: Value,
         column_scales: Value,
         row_scales: Value,
     ) -> None:
-        def row(sums: Value, out: Value, onto: Value, row_scale: Value) -> list[Value]:
+        def row(sums: Value, out: Value, onto: Value, row_scale: Value, bias: Value) -> list[Value]:
             scale = v.broadcast(v.load(row_scale, kind=FLOAT)) if int8 else None
             for i in range(nr // LANES):
                 if int8:
@@ -49,13 +51,13 @@ def finish_rows(nr: int, *, bf16: bool, int8: bool, residual: bool = False, acti
                 else:
                     v.store(x, out, 64 * i)
             further = [v.builder.add(address, row_bytes) for address in (out, onto)]
-            return [v.plus(sums, nr * 4), *further, v.plus(row_scale, 4)]
+            return [v.plus(sums, nr * 4), *further, v.plus(row_scale, 4), v.builder.add(bias, bias_bytes)]
 
-        v.repeat(rows, [sums, out, onto, row_scales], row)
+        v.repeat(rows, [sums, out, onto, row_scales, bias], row)
 
     kinds = [name for name, on in (("bf16", bf16), ("int8", int8), ("residual", residual)) if on]
     return VectorFunction(
         "_".join(("finish_rows", str(nr), activation, *kinds)),
-        ("sums", "rows", "out", "row_bytes", "bias", "residual", "column_scales", "row_scales"),
+        ("sums", "rows", "out", "row_bytes", "bias", "bias_bytes", "residual", "column_scales", "row_scales"),
         body,
     )

@@ -109,7 +109,7 @@ def _with_prefetch(mr: int, streams: int, kernel: Callable[[int, int], Any]) -> 
     """Choose the micro-kernel that prefetches one line of each quarter in each step, or all lines of a step."""
     import numba
 
-    one_line, all_lines = (_by_rows(mr, lines, kernel) for lines in (1, streams))
+    one_line, all_lines = (kernel_by_rows(mr, lines, kernel) for lines in (1, streams))
 
     @numba.njit(error_model="numpy")
     def micro_kernel(rows: int, whole: bool, x: int, w: int, steps: int, sums: int, soon: int, quarter: int) -> None:
@@ -121,7 +121,7 @@ def _with_prefetch(mr: int, streams: int, kernel: Callable[[int, int], Any]) -> 
     return micro_kernel
 
 
-def _by_rows(mr: int, lines: int, kernel: Callable[[int, int], Any]) -> Any:
+def kernel_by_rows(mr: int, lines: int, kernel: Callable[[int, int], Any]) -> Any:
     """Choose the micro-kernel for 1, 2, 4 or MR rows, the smallest number that is enough."""
     import numba
 

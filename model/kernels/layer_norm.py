@@ -31,7 +31,8 @@ def layer_norm(*, bf16: bool) -> Any:
     def norm(op: Any, row: int, source: int, target: int) -> int:
         width = op[OP.width]
         epsilon = np.float32(real(op[OP.epsilon_bits]))
-        norm_row(source, target, width, op[OP.norm_weight], op[OP.norm_bias], epsilon)
+        bias = op[OP.norm_bias] + row * op[OP.norm_bias_row_bytes]
+        norm_row(source, target, width, op[OP.norm_weight], bias, epsilon)
         if op[OP.normed_out] != 0:
             out = carray(elements(target), width)
             copy = carray(elements(op[OP.normed_out] + row * width * itemsize), width)

@@ -19,6 +19,7 @@ class Op(NamedTuple):
     source_row_bytes: int = 0  # bytes from one row to the next
     norm_weight: int = 0  # address of float32 [K]; 0 for no layer norm
     norm_bias: int = 0  # address of float32 [K]
+    norm_bias_row_bytes: int = 0  # bytes from the bias of one row to that of the next; 0 if all rows have the same
     epsilon_bits: int = 0  # the bits of a float64
     normed_out: int = 0  # address of a copy of the normed rows, contiguous
     weight: int = 0  # address of the packed weight
@@ -26,6 +27,8 @@ class Op(NamedTuple):
     k_steps: int = 0  # K / KU, rounded up: steps along the rows of the weight
     n_blocks: int = 0  # blocks of NR columns
     bias: int = 0  # address of float32, one for each column of each block
+    bias_row_bytes: int = 0  # bytes from the bias of one row to that of the next; 0 if all rows have the same
+    bias_block_bytes: int = 0  # bytes from the bias of one block of columns to that of the next
     column_scales: int = 0  # address of float32, one for each column of each block; only for int8
     residual: int = 0  # address of the rows to add to
     out: int = 0  # address of the result

@@ -22,7 +22,7 @@ log = logging.getLogger("headrace.model")
 
 
 class RowNorm(NamedTuple):
-    """A layer norm of the rows of x before a GEMM: float32 [in] each, contiguous."""
+    """A layer norm of the rows of x before a GEMM: float32 [in] each, contiguous. The bias may be [M, in]."""
 
     weight: Tensor
     bias: Tensor
@@ -62,6 +62,7 @@ class PackedWeight:
             k_steps=self.packed.shape[1],
             n_blocks=self.packed.shape[0],
             bias=self.biases.data_ptr(),
+            bias_block_bytes=4 * self.backend.nr,
             column_scales=self.scales.data_ptr(),
             columns=self.out,
             activation=ACTIVATION_CODES.index(self.activation or ""),
@@ -93,6 +94,7 @@ class PackedWeight:
             op = op._replace(
                 norm_weight=norm.weight.data_ptr(),
                 norm_bias=norm.bias.data_ptr(),
+                norm_bias_row_bytes=4 * norm.bias.stride(0) if norm.bias.dim() == 2 else 0,
                 epsilon_bits=int(np.float64(norm.epsilon).view(np.int64)),
             )
         Program(self.backend, len(x), self.width).run(np.array([op], dtype=np.int64))

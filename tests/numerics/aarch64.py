@@ -31,13 +31,13 @@ NEON = next(isa for isa in LADDER if isa.name == "neon")
 #: Bytes of the memory that a call may use, and where each of its buffers begins.
 MEMORY, BUFFER = 1 << 20, 1 << 17
 #: Every function has at most this many integer parameters, and at most one float32.
-PARAMETERS = 8
+PARAMETERS = 9
 
 HARNESS = """
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
-typedef void (*function)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float);
+typedef void (*function)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float);
 %(declarations)s
 static const function functions[] = {%(names)s};
 int main(int argc, char **argv) {
@@ -51,7 +51,7 @@ int main(int argc, char **argv) {
         for (int i = 0; i < %(parameters)d; i++)
             x[i] = call[1 + i] + ((call[1 + %(parameters)d] >> i & 1) ? (int64_t) memory : 0);
         float number = *(float *) &call[2 + %(parameters)d];
-        functions[call[0]](x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], number);
+        functions[call[0]](x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], number);
         if (fseek(file, at + sizeof call, SEEK_SET) || fwrite(memory, 1, %(memory)d, file) != %(memory)d) return 1;
         at = at + sizeof call + %(memory)d;
     }
@@ -117,7 +117,7 @@ def calls(ours: Isa, theirs: Isa, generator: np.random.Generator) -> Iterator[tu
             if bf16:
                 contents["residual"] = halves(generator)
             pair = (finish_rows(16, **given) for _ in range(2))
-            yield f"epilogue {kind}", Call(*pair, {"rows": 9, "row_bytes": 64}, contents=contents)
+            yield f"epilogue {kind}", Call(*pair, {"rows": 9, "row_bytes": 64, "bias_bytes": 64}, contents=contents)
     for bf16 in (False, True):
         contents = {"source": halves(generator)} if bf16 else {}
         pair = (layer_norm_row(bf16=bf16) for _ in range(2))

@@ -145,6 +145,8 @@ def test_captured_activations_are_those_of_the_blocks(dtype: str) -> None:
     assert found.keys() == expected.keys()
     for name in found.keys() - {"next_token"}:
         ours, theirs = found[name].double(), expected[name].double()
+        if name == "probs":  # errors are those of logits, which the largest of them multiplies
+            ours, theirs = ours.log(), theirs.log()
         assert ours.shape == theirs.shape
         assert (ours - theirs).abs().max() <= allowed(dtype, CONFIG) * theirs.std(), name
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,21 +73,22 @@ def test_the_tile_unit_has_the_same_bits() -> None:
 
 @needs_avx512
 @pytest.mark.parametrize("then", [NOTHING, GELU_TANH, TANH, ADD_RESIDUAL])
-@pytest.mark.parametrize("columns", [32, 20])
-def test_the_epilogue_of_the_tile_unit_has_the_bits_of_all_others(then: int, columns: int) -> None:
+@pytest.mark.parametrize(("columns", "bias_bytes"), [(32, 0), (20, 0), (20, 128)])
+def test_the_epilogue_of_the_tile_unit_has_the_bits_of_all_others(then: int, columns: int, bias_bytes: int) -> None:
     """It runs without the tile unit. One column and one row have results that are denormal."""
     rows, generator = 40, torch.Generator().manual_seed(5)
     sums = torch.randint(-(2**24), 2**24, (rows, 32), generator=generator, dtype=torch.int32)
-    column_scales, row_scales, bias = (numbers(n, seed=n).abs() * 1e-3 for n in (32, rows, 32))
+    column_scales, row_scales, bias = (numbers(n, seed=n).abs() * 1e-3 for n in (32, rows, 32 * rows))
     bias[3], column_scales[3], row_scales[2] = 0, 2.0**-120, 2.0**-30
     outs = [numbers(rows, 32, seed=9).bfloat16() for _ in range(2)]
     for out, ours in zip(outs, (True, False), strict=True):
-        given = (sums, rows, columns, out, 64, 0, 0, bias, column_scales, row_scales, then)
+        biases = bias.data_ptr(), bias_bytes
+        given = (sums, rows, columns, out, 64, 0, 0, biases, column_scales, row_scales, then)
         finish_rows_of(tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in given), amx=ours)
     assert torch.equal(*(out.view(torch.int16) for out in outs))
 
 
-def finish_rows_of(target: tuple[int, ...], *, amx: bool) -> None:
+def finish_rows_of(target: tuple[Any, ...], *, amx: bool) -> None:
     """Run the epilogue of the tile unit, or that of vector units, on all rows of a target."""
     from numba import cfunc, types
 
