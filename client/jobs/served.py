@@ -21,6 +21,8 @@ from headrace.config.model_names import is_served_name
 
 #: For how many seconds a client caches the lists of served models and of adapters.
 SERVED_S = 1.0
+#: The age of the list by which an adapter is refused: one that `headrace status` shows can be named.
+UNKNOWN_S = 0.1
 
 _ADAPTERS = TypeAdapter(list[AdapterStatus])
 
@@ -127,8 +129,8 @@ class ServedModels:
             self._read_at = time.monotonic()
         return self._served
 
-    def _live_adapters(self) -> dict[str, ServedAdapters]:
-        if time.monotonic() - self._live_at >= SERVED_S:
+    def _live_adapters(self, max_age_s: float) -> dict[str, ServedAdapters]:
+        if time.monotonic() - self._live_at >= max_age_s:
             with redis_errors(self._url):
                 self._live = read_adapters(self._redis)
             self._live_at = time.monotonic()
@@ -145,7 +147,7 @@ class ServedModels:
         A model is missing if no worker says what it has. Raises RedisUnreachable, RedisRefused.
         """
         served = self.served()
-        found = {model: set(live.names) for model, live in self._live_adapters().items() if live.complete}
+        found = {model: set(live.names) for model, live in self._live_adapters(SERVED_S).items() if live.complete}
         for model, names in ({} if served is None else served.adapters).items():
             found.setdefault(model, set()).update(names)
         return found
@@ -178,6 +180,10 @@ class ServedModels:
             RedisUnreachable, RedisRefused: Redis does not answer, or answers with an error.
         """
         for model, adapter in sorted(set(wanted)):
-            known = self._live_adapters().get(model)
-            if known is not None and known.complete and adapter not in known.names:
-                raise unknown_adapter(adapter, model, known.names)
+            if self._lacks(model, adapter, SERVED_S) and self._lacks(model, adapter, UNKNOWN_S):
+                raise unknown_adapter(adapter, model, self._live[model].names)
+
+    def _lacks(self, model: str, adapter: str, max_age_s: float) -> bool:
+        """Whether live workers serve the model and none has the adapter, by lists that are not older than this."""
+        known = self._live_adapters(max_age_s).get(model)
+        return known is not None and known.complete and adapter not in known.names

@@ -123,6 +123,17 @@ def test_an_adapter_that_no_worker_has_is_refused_with_those_that_exist(
     assert [request.get("adapter") for request in sent(connection)] == ["pirate", "pilot"]
 
 
+def test_no_adapter_is_refused_by_an_old_list(client: Client, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.client.jobs.served.SERVED_S", 60.0)
+    monkeypatch.setattr("headrace.client.jobs.served.UNKNOWN_S", 0.0)
+    serve("w-1", "demo", ["poet"])
+    client.submit("a", adapter="poet")
+    serve("w-1", "demo", ["pirate", "poet"])
+    client.submit("a", adapter="pirate")
+    with pytest.raises(InvalidRequest, match="an adapter of demo: pirate, poet"):
+        client.submit("a", adapter="prophet")
+
+
 def test_a_model_without_adapters_says_so(client: Client, serve: Serve) -> None:
     serve("w-1", "demo", [])
     with pytest.raises(InvalidRequest, match=r"expected an adapter of demo: none; to add one, .*HEADRACE_ADAPTERS_DIR"):
