@@ -13,7 +13,6 @@ from headrace.config import adapter_names
 
 #: `config.adapter_names.is_adapter_name` for schemas.
 ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
-ADAPTER_FORM = "1 to 128 letters, digits, '.', '_' or '-', the first a letter or a digit, or None"
 #: The most adapters of one model that a heartbeat lists. A list of that length may lack some.
 MAX_ADAPTERS = 1_000
 #: Names in an error message, and characters of a digest for people.

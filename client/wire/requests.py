@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from headrace.client.wire.activations import CHECKPOINT_TENSORS
-from headrace.client.wire.adapters import ADAPTER_FORM, ADAPTER_NAME
+from headrace.client.wire.adapters import ADAPTER_NAME
 from headrace.client.wire.constraints import Constraints
 from headrace.client.wire.continuation import CONTINUATION_FORM, check_continuation
 from headrace.client.wire.errors import InvalidRequest
@@ -39,6 +39,8 @@ TOKEN_IDS = 2**31
 #: Maximum number of log probabilities in one result, n x tokens x (1 + logprobs): without it, one job could take
 #: gigabytes.
 MAX_SCORES = 2**19
+#: What `adapter` may be.
+ADAPTER_FORM = "1 to 128 letters, digits, '.', '_' or '-', the first a letter or a digit, or None"
 
 _JOB_ID = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-:")
 
