@@ -176,6 +176,10 @@ class AsyncClient(AsyncScoringVerbs, AsyncJobVerbs):
         """The models that jobs may name; see `Client.models`."""
         return await self._run_in_thread(self._client.models)
 
+    async def adapters(self) -> dict[str, set[str]]:
+        """The LoRA adapters of each model; see `Client.adapters`."""
+        return await self._run_in_thread(self._client.adapters)
+
     # --- used by AsyncJob --------------------------------------------------------------------------------------------
 
     async def _poll(self, job: AsyncJob) -> State:

@@ -110,12 +110,12 @@ class Client(ScoringVerbs, JobVerbs):
             messages: in place of a prompt, such as `[{"role": "user", "content": "Hello"}]`. The worker renders them
                 with the model's chat template.
             id: a job id of your choice. Submitting the same request with the same id again returns the same job.
-            params: sampling parameters (`client.SamplingParams`), `priority`, `model`, `stream` (True if `Job.stream`
-                is to yield the text while it is generated), `checkpoints`, and `timeout_s`, the number of seconds after
-                which the job expires.
+            params: sampling parameters (`client.SamplingParams`), `priority`, `model`, `adapter` (the name of a LoRA
+                adapter of the model), `stream` (True if `Job.stream` is to yield the text while it is generated),
+                `checkpoints`, and `timeout_s`, the number of seconds after which the job expires.
 
         Raises:
-            InvalidRequest: a parameter is wrong, or live workers serve other models than the one that it names; nothing
+            InvalidRequest: a parameter is wrong, or live workers have other models or adapters than it names; nothing
                 was queued.
             QueueFull: the queue is full; nothing was queued.
             RedisUnreachable: Redis does not answer; nothing was queued, unless only the answer was lost.
@@ -195,11 +195,13 @@ class Client(ScoringVerbs, JobVerbs):
             OutputRefused: the output must not or cannot be written.
         """
         models: set[str] | None = None
+        adapters: dict[str, set[str]] = {}
         with contextlib.suppress(RedisUnreachable, RedisRefused):  # the batch itself waits for Redis
             served = self.submitter.models.served()
             models = self.models() if served and served.now else None
+            adapters = self.adapters()
         given: dict[str, Any] = {"text": text, "limit": limit, "format": format, "columns": columns, "shard": shard}
-        batch = Batch(self, source, params, models=models, skip_invalid=skip_invalid, **given)
+        batch = Batch(self, source, params, models=models, adapters=adapters, skip_invalid=skip_invalid, **given)
         return batch.run(output, **options)
 
     def map(
@@ -326,3 +328,10 @@ class Client(ScoringVerbs, JobVerbs):
         While there is no live worker, jobs may name any model. Raises RedisUnreachable.
         """
         return self.submitter.models.names()
+
+    def adapters(self) -> dict[str, set[str]]:
+        """The names of the LoRA adapters of each model, those that workers have now or had within the last day.
+
+        A model is missing if no worker says what it has. Raises RedisUnreachable.
+        """
+        return self.submitter.models.adapters()

@@ -52,7 +52,8 @@ class ScoringVerbs:
             prompt: text, or token ids.
             continuation: of the same kind, not empty.
             timeout: seconds to wait for the score; None waits for ever.
-            params: `model`, `priority`, `timeout_s`; `logprobs`, the number of the likeliest tokens at each place.
+            params: `model`, `adapter`, `priority`, `timeout_s`; `logprobs`, the number of the likeliest tokens at each
+                place.
 
         Raises:
             InvalidRequest, QueueFull, RedisUnreachable, RedisRefused, RedisUnsuitable: as for `submit`.

@@ -157,7 +157,8 @@ def likely_cause(folder: Path) -> str:
     if adapter.name in entries:
         base = read_json(adapter, MAX_CONFIG_BYTES).get("base_model_name_or_path")
         return (
-            f"; it is a LoRA or other adapter for {short_repr(base)}: merge both with peft "
+            f"; it is a LoRA or other adapter for {short_repr(base)}: serve that model and name a LoRA adapter in "
+            "HEADRACE_ADAPTERS, or merge both with peft "
             "(PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(TARGET)) and use TARGET"
         )
     if below := _model_below(folder, entries):

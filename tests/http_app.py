@@ -20,6 +20,7 @@ from headrace.client.http.jobs import JobRunner
 from headrace.client.http.page import StatusReporter
 from headrace.client.jobs.listing import JobPage
 from headrace.client.jobs.status import Status, WorkerStatus
+from headrace.client.wire.adapters import AdapterStatus
 from headrace.client.wire.model_description import ModelDescription
 from headrace.config import load_settings
 
@@ -27,18 +28,31 @@ from headrace.config import load_settings
 class FullQueue:
     """A client that checks requests as `AsyncClient` does, and then raises QueueFull."""
 
-    def __init__(self, models: tuple[str, ...]) -> None:
+    def __init__(self, models: tuple[str, ...], adapters: tuple[str, ...] = ()) -> None:
+        """The adapters are named `model/adapter`."""
         self.model_name, self._models = models[0], models
+        self._adapters = {
+            model: {each.split("/")[1] for each in adapters if each.startswith(f"{model}/")} for model in models
+        }
         self._client = Client(redis_url="redis://localhost:1/0")
+        self.url = self._client.url
 
     async def models(self) -> set[str]:
         return set(self._models)
+
+    async def adapters(self) -> dict[str, set[str]]:
+        return self._adapters
 
     async def status(self) -> Status:
         """Two workers of `demo` say what they read; an older worker of any other model does not."""
         said = [ModelDescription(max_context=context) for context in (1024, 512)]
         workers = [
-            WorkerStatus(name=f"w{i}@{model}", model=model, description=description)
+            WorkerStatus(
+                name=f"w{i}@{model}",
+                model=model,
+                description=description,
+                adapters=[AdapterStatus(name=name) for name in sorted(self._adapters[model])],
+            )
             for model in sorted(self._models)
             for i, description in enumerate(said if model == "demo" else [None])
         ]
@@ -92,10 +106,16 @@ class Answer(NamedTuple):
 class HttpApp:
     """The application with its files in `directory`. Batches are accepted and not computed."""
 
-    def __init__(self, directory: Path, limits: Limits | None = None, models: tuple[str, ...] = ("demo",)) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        limits: Limits | None = None,
+        models: tuple[str, ...] = ("demo",),
+        adapters: tuple[str, ...] = (),
+    ) -> None:
         logging.getLogger("python_multipart").setLevel(logging.ERROR)  # as the server does
         self.files = FileStore(directory)
-        client = cast("AsyncClient", _full_queue(models))
+        client = cast("AsyncClient", _full_queue(models, adapters))
         runner, self.batches = JobRunner(client, 600), Batches(directory, self.files, load_settings())
         self.batches._threads = cast("Any", _NoThreads())
         app, self._asgi = make_protected_app(limits or Limits(any_host=True))

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from headrace.client.batch.adapters import check_adapter, check_one_adapter, model_of_adapter
 from headrace.client.batch.alike import Template
 from headrace.client.batch.columns import Columns
 from headrace.client.batch.endpoints import COMPLETIONS, ENDPOINTS, Endpoint
@@ -39,6 +40,7 @@ class ItemReader:
         params: defaults for requests that do not set the parameter.
         text: each line is a prompt.
         models: the models that requests may name; None means any.
+        adapters: the LoRA adapters of models. A request may name one in place of its model.
         answers_mistakes: a request with a wrong parameter is answered by the error, as in OpenAI's batches. Otherwise
             it refuses the batch, as does in any case what is not a request, or names a model that is not served.
         endpoint: the path that requests of the Batch API name; if not given, the first of them decides.
@@ -53,6 +55,7 @@ class ItemReader:
         *,
         text: bool = False,
         models: Collection[str] | None = None,
+        adapters: Mapping[str, Collection[str]] | None = None,
         answers_mistakes: bool = False,
         endpoint: str | None = None,
         columns: Columns | None = None,
@@ -62,6 +65,7 @@ class ItemReader:
         self._columns = columns
         self._endpoint = None if endpoint is None else ENDPOINTS[endpoint]
         self._model_name, self._params, self._text, self._models = model_name, params, text, models
+        self._adapters = adapters or {}
         self._answers_mistakes = answers_mistakes
         self._template: Template | None = None  # of rows that have only a prompt
 
@@ -193,12 +197,13 @@ class ItemReader:
         if (stream := fields.pop("stream", False)) is not False:
             raise InvalidRequest("stream", show(stream), "no such parameter; a batch writes complete results")
         as_token_ids = take_names_field(fields)
-        model = self._model_of(fields)
         content = {name: value for name, value in fields.items() if name not in ("priority", "timeout_s")}
-        content |= {"custom_id": name, "model": model}
+        # The digest is that of the name in the request: an adapter's model is known only while a worker serves it.
+        adapted = self._adapted(fields)
+        content |= {"custom_id": name, "model": self._model_of(fields, is_adapter=bool(adapted))}
         digest = digest_of(content)
         # The seed follows from the content, so that every computation of the request draws the same numbers.
-        completed = {"priority": "bulk", "seed": seed_of(digest), **fields}
+        completed = {"priority": "bulk", "seed": seed_of(digest), **fields, **adapted}
         form: dict[str, Any] = {NAMES_FIELD: True} if as_token_ids else {}
         if endpoint is not COMPLETIONS:
             form["url"] = endpoint.path
@@ -238,14 +243,24 @@ class ItemReader:
                 "line", f"invalid JSON ({error})", "a JSON object; plain text lines need --text"
             ) from None
 
-    def _model_of(self, fields: dict[str, Any]) -> str:
+    def _adapted(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields `model` and `adapter` of a request whose model is the name of an adapter; {} for any other."""
+        named, models = fields.get("model"), self._models or self._adapters.keys()
+        model = model_of_adapter(named, self._adapters, models) if isinstance(named, str) else None
+        if model is None:
+            check_adapter(fields.get("adapter"), self._model_of(fields, is_adapter=True), self._adapters)
+            return {}
+        check_one_adapter(fields, str(named))
+        return {"model": model, "adapter": named}
+
+    def _model_of(self, fields: Mapping[str, Any], *, is_adapter: bool = False) -> str:
         named = fields.get("model")
         if not isinstance(named, str) or not named:  # the check of the parameters refuses it, if it is given
             return self._model_name
         model = served_name(named)
         if model is None:
             return self._model_name  # refused by the same check
-        if self._models is not None and model not in self._models:
+        if self._models is not None and model not in self._models and not is_adapter:
             raise InvalidRequest("model", show(named), f"one that is served: {', '.join(sorted(self._models))}")
         return model
 

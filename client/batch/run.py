@@ -100,6 +100,7 @@ class Batch:
         text: each line of a file is a prompt.
         limit: process only this many requests.
         models: the models that requests may name; any if not given.
+        adapters: the LoRA adapters of models. A request may name one in place of its model.
         answer_mistakes: answer a request with a wrong parameter by the error, and compute the others.
         endpoint: the path that requests of the Batch API name; if not given, the first of them decides.
         skip_invalid: answer every faulty line by its error, also one that is not a request, and compute the others.
@@ -121,6 +122,7 @@ class Batch:
         text: bool = False,
         limit: int | None = None,
         models: Collection[str] | None = None,
+        adapters: Mapping[str, Collection[str]] | None = None,
         answer_mistakes: bool = False,
         endpoint: str | None = None,
         skip_invalid: bool = False,
@@ -140,6 +142,7 @@ class Batch:
             params or {},
             text=kind == "text",
             models=models,
+            adapters=adapters,
             answers_mistakes=answer_mistakes,
             endpoint=endpoint,
             columns=self._columns if columns or kind in READERS else None,

@@ -71,6 +71,8 @@ class BatchState(BaseModel):
     #: File ids to which results and errors are written while the batch runs; published when it ends.
     rows_id: str
     failures_id: str
+    #: The LoRA adapters of models when the rows were checked: their names may stand in place of a model's.
+    adapters: dict[str, list[str]] = {}
 
     @classmethod
     def new(cls, request: BatchRequest, *, owner: str, rows_id: str, failures_id: str) -> BatchState:
@@ -101,7 +103,7 @@ class BatchState(BaseModel):
 
 
 #: Fields of a batch that are stored and not shown.
-PRIVATE_FIELDS = {"output_retention_s", "owner", "rows_id", "failures_id", "created_ns"}
+PRIVATE_FIELDS = {"output_retention_s", "owner", "rows_id", "failures_id", "created_ns", "adapters"}
 
 
 _MetadataName = Annotated[str, Field(max_length=64)]

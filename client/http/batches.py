@@ -245,23 +245,27 @@ class Batches:
         The models of rows are checked only the first time: when a server resumes, their workers may be restarting.
         """
         self._check_interrupted(state.id)
-        models = self._served_models(client, state.id) if state.in_progress_at is None else None
+        models, adapters = None, state.adapters
+        if state.in_progress_at is None:
+            models, adapters = self._served_models(client, state.id)
         source, on_line = self._files.path(state.input_file_id), partial(self._check_interrupted, state.id)
-        batch = Batch(client, source, models=models, answer_mistakes=True, endpoint=state.endpoint, on_line=on_line)
+        names: dict[str, Any] = {"models": models, "adapters": adapters, "endpoint": state.endpoint}
+        batch = Batch(client, source, answer_mistakes=True, on_line=on_line, **names)
         if batch.checked.rows > MAX_ROWS:
             raise _too_many_rows()
         if state.in_progress_at is None:
             counts = RequestCounts(total=batch.checked.rows)
             with self._lock:
                 self._check_interrupted(state.id)  # it may have been cancelled after its last row was checked
-                self._update(state.id, status="in_progress", in_progress_at=int(time.time()), request_counts=counts)
+                started = {"in_progress_at": int(time.time()), "request_counts": counts, "adapters": adapters}
+                self._update(state.id, status="in_progress", **started)
         return batch
 
-    def _served_models(self, client: Client, batch_id: str) -> set[str]:
-        """The models that rows may name. Retries until Redis can be reached."""
+    def _served_models(self, client: Client, batch_id: str) -> tuple[set[str], dict[str, list[str]]]:
+        """The models that rows may name, and their adapters. Retries until Redis can be reached."""
         while True:
             try:
-                return client.models()
+                return client.models(), {model: sorted(names) for model, names in client.adapters().items()}
             except HeadraceError:
                 self._check_interrupted(batch_id)
                 time.sleep(REDIS_RETRY_S)

@@ -188,7 +188,7 @@ def chunks_for(parsed: CompletionRequest, submitted: SubmittedJobs) -> ChunkEnco
     """The encoder for the stream of a request."""
     return _CHUNKS[parsed.endpoint.path](
         submitted.jobs[0].id,
-        submitted.model,
+        submitted.openai_model,
         parsed.params.get("n", 1),
         include_usage=parsed.include_usage,
         continuous_usage=parsed.continuous_usage,

@@ -79,6 +79,7 @@ def public(job: JobInfo, now: float) -> dict[str, Any]:
         "id": job.id,
         "tag": keys.tag(job.id),
         "model": job.model,
+        "adapter": job.adapter or None,
         "state": job.state,
         **times,
         "ended_after_s": ended_after_s,

@@ -8,14 +8,16 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from headrace.client.async_client import AsyncClient, AsyncJob
+from headrace.client.batch.adapters import check_one_adapter, model_of_adapter
 from headrace.client.http.errors import ApiError, no_worker, translate
 from headrace.client.http.job_lists import JobLists
 from headrace.client.jobs.status import Status
 from headrace.client.jobs.stream import Event
 from headrace.client.jobs.together import MAX_RESPONSE_RESULTS, check_copies, check_response
+from headrace.client.wire.adapters import listed
 from headrace.client.wire.errors import HeadraceError, InvalidRequest, RedisRefused, RedisUnreachable
 from headrace.client.wire.job_index import owned_by
 from headrace.client.wire.results import Result
@@ -45,17 +47,31 @@ def as_request_field(error: InvalidRequest, *, is_list: bool) -> InvalidRequest:
     return InvalidRequest(name, error.value, error.expected)
 
 
+class NamedModel(NamedTuple):
+    """What a request names as its model: a model that workers serve, or one of its LoRA adapters."""
+
+    model: str
+    adapter: str | None = None
+
+
 @dataclass(frozen=True)
 class SubmittedJobs:
     """The jobs of one request, one for each prompt.
 
     Attributes:
         wait_s: how long to wait for the results.
+        adapter: the LoRA adapter of the model with which they are computed.
     """
 
     model: str
     jobs: list[AsyncJob]
     wait_s: float
+    adapter: str | None = None
+
+    @property
+    def openai_model(self) -> str:
+        """What the OpenAI API calls the model; see `Result.openai_model`."""
+        return self.adapter or self.model
 
 
 class JobRunner:
@@ -105,11 +121,12 @@ class JobRunner:
                 found[worker.model] = min(found.get(worker.model, since), since)
         return found
 
-    async def find_model(self, requested: Any) -> str:
-        """The name under which workers serve the requested model; None means the server's default model.
+    async def find_model(self, requested: Any) -> NamedModel:
+        """The model or the adapter that workers serve under the requested name; None means the server's default model.
 
         Raises:
-            ApiError: 404 if the model is unknown, 503 if its workers are temporarily unavailable.
+            ApiError: 404 if the name is unknown, 503 if its workers are temporarily unavailable.
+            InvalidRequest: several models have an adapter of this name.
         """
         default, served = self._client.model_name, await self.served_models()
         if requested is None:
@@ -118,13 +135,25 @@ class JobRunner:
             raise ApiError(400, "invalid_request", "model: expected the name of a model", param="model")
         name = served_name(requested)
         if name is not None and name in served:
-            return name
+            return NamedModel(name)
+        if (model := model_of_adapter(requested, await self.adapters())) is not None:
+            if model not in served:
+                raise no_worker(start_worker_here(self._client.url, [model]))
+            return NamedModel(model, requested)
         if name is not None and (name == default or not served or name in await self._recently_served()):
             raise no_worker(start_worker_here(self._client.url, [name]))
-        names = ", ".join(sorted(served))
+        adapters = sorted(set().union(*(await self.adapters()).values()))
+        names = ", ".join(sorted(served)) + (f"; adapters: {listed(adapters)}" if adapters else "")
         raise ApiError(
             404, "model_not_found", f"model: no worker serves {show(requested)}; served: {names}", param="model"
         )
+
+    async def adapters(self) -> dict[str, set[str]]:
+        """The adapters of each model; see `Client.adapters`. Raises ApiError if Redis cannot be reached."""
+        try:
+            return await self._client.adapters()
+        except HeadraceError as error:
+            raise translate(error) from error
 
     async def _recently_served(self) -> set[str]:
         """Models including those whose workers are restarting. Raises ApiError if Redis cannot be reached."""
@@ -160,7 +189,10 @@ class JobRunner:
         check_response(prompts, params, self._max_response_bytes)
         if "id" in params:
             raise InvalidRequest("id", "a name for the job", "no such parameter: the server names jobs")
-        model = await self.find_model(params.get("model"))
+        model, adapter = await self.find_model(params.get("model"))
+        if adapter is not None:
+            check_one_adapter(params, adapter)
+            params = {**params, "adapter": adapter}
         timeout_s = params.get("timeout_s")
         if timeout_s is None or (type(timeout_s) in (int, float) and self._timeout_s < timeout_s < math.inf):
             timeout_s = self._timeout_s
@@ -174,7 +206,8 @@ class JobRunner:
         except (RedisUnreachable, RedisRefused) as error:
             self._cancel(error.accepted.values())
             raise
-        return SubmittedJobs(model, jobs, timeout_s + TIMEOUT_GRACE_S)
+        adapter = params.get("adapter") or None
+        return SubmittedJobs(model, jobs, timeout_s + TIMEOUT_GRACE_S, adapter)
 
     @contextlib.contextmanager
     def _cancel_unfinished(self, jobs: Sequence[AsyncJob]) -> Iterator[None]:

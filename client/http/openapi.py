@@ -89,6 +89,7 @@ _JOB = _object(
     id=_TEXT,
     tag=_TEXT,
     model=_TEXT,
+    adapter=_NULLABLE_TEXT,
     state={"enum": list(get_args(State))},
     created_at=_NUMBER,
     age_s=_NUMBER,

@@ -20,7 +20,7 @@ function shortId(id) {
 function jobRow(job) {
   const open = job.state === "queued" || job.state === "running";
   const took = job.ended_after_s === null ? "" : fine(job.ended_after_s);
-  return make("tr", [make("td", shortId(job.id)), make("td", chip(job.state)), make("td", job.model),
+  return make("tr", [make("td", shortId(job.id)), make("td", chip(job.state)), make("td", job.adapter ? [job.model, make("small", ` with ${job.adapter}`)] : job.model),
     make("td", `${span(job.age_s)} ago`), make("td", took),
     make("td", open ? cancelButton(`jobs/${job.id}/cancel`, `cancel job ${job.id}`) : "", {class: "act"})]);
 }

@@ -4,11 +4,11 @@ import {ask, at, make, span} from "./page-parts.js";
 const LOGPROBS = 5;
 let running = null, written = "";
 
-export function setModels(models) {
-  const options = name => models.map(model => make("option", name, {value: model}));
-  if (models.join() === setModels.known) return;
-  setModels.known = models.join();
-  at("models").replaceChildren(...options());
+export function setModels(models, adapters) {
+  const names = [...models, ...adapters], known = JSON.stringify([models, adapters]);
+  if (known === setModels.known) return;
+  setModels.known = known;
+  at("models").replaceChildren(...names.map(name => make("option", undefined, {value: name})));
   at("job-model").replaceChildren(make("option", "all", {value: ""}), ...models.map(model => make("option", model, {value: model})));
   if (!at("model").value && models.length) at("model").value = models[0];
 }

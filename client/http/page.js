@@ -52,6 +52,16 @@ function facts(worker) {
   return make("dl", found.map(([name, value]) => make("div", [make("dt", name), make("dd", value)])), {class: "facts"});
 }
 
+// The adapters that have had jobs or are in memory, the busiest first; a directory may have thousands of others.
+const ADAPTERS = 8;
+function adapters(found) {
+  const used = found.filter(each => each.loaded || each.jobs).sort((one, other) => other.running - one.running || other.jobs - one.jobs || other.loaded - one.loaded);
+  const row = each => make("tr", [make("th", each.name, {scope: "row"}), make("td", each.loaded ? `rank ${each.rank}` : "not in memory"), make("td", count(each.running)), make("td", count(each.jobs)), make("td", short(each.tokens))]);
+  const rest = found.length - Math.min(used.length, ADAPTERS);
+  const words = !rest ? "" : used.length ? `and ${count(rest)} more` : `${count(rest)} ${rest === 1 ? "adapter" : "adapters"}, no job yet`;
+  return make("div", [used.length ? table(["adapter", "", "running", "finished", "tokens"], used.slice(0, ADAPTERS).map(row)) : "", make("small", words)], {class: "latency"});
+}
+
 function latencies({first_token_s: first, total_s: total, jobs}) {
   const row = (name, values) => make("tr", [make("th", name, {scope: "row"}), ...values.map(value => make("td", fine(value)))]);
   const words = jobs === 1 ? "the last job, from its arrival at the worker" : `the last ${jobs} jobs, from their arrival at the worker`;
@@ -75,7 +85,7 @@ function workerCard(worker, now) {
   const head = make("div", [make("strong", worker.model), make("span", worker.name, {class: "mono dim"}), state], {class: "worker-head"});
   const used = `${worker.running} of ${worker.slots} slots of ${worker.name} in use`;
   const slots = make("ul", Array.from({length: worker.slots}, (_, i) => slotCell(worker.rows[i])), {class: "slots", "aria-label": used});
-  const card = make("article", [head, slots, make("div", [facts(worker), worker.latency.jobs ? latencies(worker.latency) : ""], {class: "about"})], {class: "card"});
+  const card = make("article", [head, slots, make("div", [facts(worker), worker.latency.jobs ? latencies(worker.latency) : "", worker.adapters?.length ? adapters(worker.adapters) : ""], {class: "about"})], {class: "card"});
   if (worker.fingerprint) card.append(make("small", worker.fingerprint, {class: "fine mono"}));
   return card;
 }
@@ -94,7 +104,7 @@ function showStatus(status) {
   show(at("workers"), ...(status.workers.length ? status.workers.map(worker => workerCard(worker, status.now))
     : [make("div", empty("No worker is running. Start one with ", make("code", "headrace up"), " or ", make("code", "celery -A headrace.worker worker"), "; queued jobs wait for it."), {class: "card"})]));
   const models = [...new Set(status.workers.map(worker => worker.model))];
-  setModels(models);
+  setModels(models, [...new Set(status.workers.flatMap(worker => (worker.adapters || []).map(each => each.name)))].slice(0, 100));
 }
 
 function showTrouble(error) {

@@ -155,12 +155,15 @@ class DetokenizedText(BaseModel):
 
 
 class Model(BaseModel):
-    """A model that a worker serves."""
+    """A model that a worker serves, or a LoRA adapter of one."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    #: The model whose weights are used, and of an adapter the model that it adapts; null for a model itself.
+    root: str
+    parent: str | None
     #: Prompt and new tokens together; absent if its workers do not say it.
     max_model_len: int | None = None
 

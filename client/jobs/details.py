@@ -13,6 +13,7 @@ from headrace.client.jobs.listing import JobLister
 from headrace.client.jobs.queued import delivered_messages, queued_messages
 from headrace.client.jobs.reading import JobReader
 from headrace.client.wire import keys
+from headrace.client.wire.adapters import is_adapter_name
 from headrace.client.wire.errors import RedisRefused
 from headrace.client.wire.redis import redis_errors
 from headrace.client.wire.results import Outcome, Result, State, Timings, Usage, outcome_state, parse_state
@@ -35,6 +36,8 @@ class JobDetails(BaseModel):
     id: str
     state: State
     model: str | None = None
+    #: The LoRA adapter that it names; None also for a job sent as a Celery signature that has not succeeded.
+    adapter: str | None = None
     #: The name of the API key that it was submitted with; "" without one; None if no list has the job.
     owner: str | None = None
     submitted_at: float | None = None
@@ -89,7 +92,7 @@ def read_details(
     outcome, state = reader.poll(job_id)
     with redis_errors(url):
         pipe = connection.pipeline(transaction=False)
-        names = ("state", "model", "submitted_at", "started_at", "worker", "attempts")
+        names = ("state", "model", "submitted_at", "started_at", "worker", "attempts", "adapter")
         pipe.hmget(keys.job(job_id), *names)
         pipe.exists(keys.cancel(job_id))
         record, cancel = pipe.execute()
@@ -102,6 +105,7 @@ def read_details(
         id=job_id,
         state=state if outcome is None else outcome_state(outcome),
         model=fields["model"],
+        adapter=fields["adapter"] if is_adapter_name(fields["adapter"]) else None,
         owner=None if listed is None else listed.owner,
         submitted_at=_number(fields["submitted_at"]),
         started_at=_number(fields["started_at"]),
@@ -121,6 +125,7 @@ def _of_outcome(outcome: Outcome, *, texts: bool) -> dict[str, Any]:
         return {"error": JobFault(code=outcome.code, message=outcome.message), **partial}
     return {
         "model": outcome.model,
+        "adapter": outcome.adapter,
         "usage": outcome.usage,
         "timings": outcome.timings,
         "seed": outcome.seed,

@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 import redis
 
 from headrace.client.wire import keys
+from headrace.client.wire.adapters import is_adapter_name
 from headrace.client.wire.job_index import drain, member
 from headrace.client.wire.results import RECORD_START
 
@@ -17,13 +18,14 @@ class Entry(NamedTuple):
     """An entry of the index, in the order of lists: by time, then by id and model.
 
     `said` is the state in the job's record; or the beginning of its result, if there is one and the record does not say
-    that the job has ended; or "" if there is neither.
+    that the job has ended; or "" if there is neither. `adapter` is the LoRA adapter in the record, or "".
     """
 
     at: float
     member: str
     owner: str = ""
     said: str = ""
+    adapter: str = ""
 
     @property
     def id(self) -> str:
@@ -43,24 +45,26 @@ SAME_TIME = 1_000
 
 #: KEYS: the list of an owner. ARGV: the latest and the earliest time, how many entries to leave out and to read, the
 #: only model or "", how the names of records and results begin, and how much of a result to read. Returns a line for
-#: each entry: time, id and model, and what `Entry.said` has. A script, because a hundred thousand replies of a pipeline
-#: take several times as long. The workers of earlier versions did not write into a record that its job has ended, and
-#: neither does Celery for a task that it revokes: their results say it.
+#: each entry: time, id and model, adapter, and what `Entry.said` has. A script, because a hundred thousand replies of a
+#: pipeline take several times as long. The workers of earlier versions did not write into a record that its job has
+#: ended, and neither does Celery for a task that it revokes: their results say it.
 READ_ENTRIES = r"""
 local latest, earliest, skip, most = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local entries = redis.call('ZRANGE', KEYS[1], latest, earliest, 'BYSCORE', 'REV', 'LIMIT', skip, most, 'WITHSCORES')
 local lines = {}
 for i = 1, #entries, 2 do
     local id, model = string.match(entries[i], '^(%S*) (.*)$')
-    local said = false
+    local said, adapter = false, false
     if id and (ARGV[5] == '' or ARGV[5] == model) then
         said = redis.pcall('HGET', ARGV[6] .. id, 'state')
         if type(said) ~= 'string' or not string.find(said, ' ', 1, true) then
             local result = redis.pcall('GETRANGE', ARGV[7] .. id, 0, ARGV[8] - 1)
             said = type(result) == 'string' and result ~= '' and result or said
         end
+        adapter = redis.pcall('HGET', ARGV[6] .. id, 'adapter')
     end
-    local text = entries[i] .. '\t' .. (type(said) == 'string' and said or '')
+    adapter = type(adapter) == 'string' and string.match(adapter, '^[%w._-]+$') or ''
+    local text = entries[i] .. '\t' .. adapter .. '\t' .. (type(said) == 'string' and said or '')
     lines[#lines + 1] = entries[i + 1] .. '\t' .. string.gsub(text, '[\r\n]', ' ')
 end
 return table.concat(lines, '\n')
@@ -114,7 +118,7 @@ class IndexReader:
             begins = [keys.job(""), keys.result(""), str(RECORD_START)]
             reply = cast("str", self._redis.eval(READ_ENTRIES, 1, keys.jobs(owner), *limits, *begins))
             lines = reply.split("\n") if reply else []
-            found = [Entry(float(at), name, owner, said) for at, name, said in (_three(line) for line in lines)]
+            found = [_parsed(line, owner) for line in lines]
             if last is not None:  # it is among the first, with those of the same time before it
                 found = [entry for entry in found if entry.at < last.at or _order(entry) < _order(last)]
             if found or len(lines) <= size:
@@ -146,10 +150,9 @@ def _order(entry: Entry) -> tuple[float, str]:
     return entry.at, entry.member
 
 
-def _three(line: str) -> tuple[str, str, str]:
-    at, _, text = line.partition("\t")
-    name, _, said = text.partition("\t")
-    return at, name, said
+def _parsed(line: str, owner: str) -> Entry:
+    at, name, adapter, said = line.split("\t", 3)
+    return Entry(float(at), name, owner, said, adapter if is_adapter_name(adapter) else "")
 
 
 def _bound(at: float) -> str:

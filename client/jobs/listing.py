@@ -40,6 +40,7 @@ class JobInfo(NamedTuple):
         submitted_at: Unix time in seconds by Redis' clock.
         ended_at: Unix time in seconds; None before the end, and for jobs of workers of earlier versions.
         owner: the name of the API key that it was submitted with; "" without one.
+        adapter: the LoRA adapter that it names; "" if it names none, and for jobs sent as Celery signatures.
     """
 
     id: str
@@ -48,6 +49,7 @@ class JobInfo(NamedTuple):
     submitted_at: float
     ended_at: float | None
     owner: str
+    adapter: str = ""
 
 
 class JobPage(NamedTuple):
@@ -213,7 +215,7 @@ class JobLister:
                 state = self._ended_state(entry)
             if state is not None:
                 job_id, _, model = entry.member.partition(" ")
-                yield JobInfo(job_id, model, state, entry.at, at, entry.owner), entry
+                yield JobInfo(job_id, model, state, entry.at, at, entry.owner, entry.adapter), entry
             elif not entry.said:
                 gone.append(entry)
         if gone:

@@ -95,4 +95,6 @@ class PreparedJob:
     def record(self) -> dict[Any, Any]:
         """The initial fields of the job's record."""
         record = {"state": "queued", "model": self.model, "submitted_at": f"{self._clock.now():.6f}"}
+        if self.request.adapter is not None:
+            record["adapter"] = self.request.adapter
         return record if self.mark is None else {**record, "mark": self.mark}

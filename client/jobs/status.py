@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import redis
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from headrace.client.wire import keys
+from headrace.client.wire.adapters import AdapterStatus, differences
 from headrace.client.wire.clock import RedisClock
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.fingerprints import different_models
 from headrace.client.wire.misplaced import Misplaced, find_misplaced
 from headrace.client.wire.model_description import ModelDescription
 from headrace.client.wire.queue_depth import QueueStatus, count_delivered, execute_typed, queue_status
-from headrace.client.wire.redis import redis_errors
-from headrace.client.wire.start_advice import start_worker_here
 from headrace.client.wire.suitability import ServerReport
 from headrace.client.wire.unicode import check_unicode, parse_json
-from headrace.client.wire.values import show
-from headrace.config.model_names import is_served_name
-
-#: For how many seconds a client caches the list of served models.
-SERVED_S = 1.0
 
 
 class RowStatus(BaseModel):
@@ -124,6 +117,10 @@ class WorkerStatus(BaseModel):
     #: What the worker understood of the model's files; None if the model is not loaded, or from an older worker.
     description: Annotated[ModelDescription | None, BeforeValidator(_described)] = None
 
+    #: Its LoRA adapters, those in memory first. None if it does not say: the model has not been loaded since the worker
+    #: started, or the worker is of an earlier version.
+    adapters: Annotated[list[AdapterStatus] | None, BeforeValidator(_parsed)] = None
+
     @property
     def host(self) -> str:
         """The host on which the worker runs."""
@@ -159,6 +156,11 @@ class Status(BaseModel):
         served = {w.name: w.fingerprint for w in self.workers if w.model == model_name}
         return different_models(served)
 
+    def different_adapters(self, model_name: str) -> list[str]:
+        """On which adapters the workers of the model disagree, a phrase for each; empty if they have the same."""
+        workers = {w.name: w.adapters for w in self.workers if w.model == model_name and w.adapters is not None}
+        return differences(workers)
+
     def stalled(self, model_name: str) -> list[str]:
         """The names of the model's workers whose engine is stalled."""
         return [worker.name for worker in self.workers if worker.model == model_name and worker.stalled]
@@ -193,33 +195,6 @@ def read_status(connection: redis.Redis, model_name: str) -> Status:
     return Status(workers=workers, queues=queues, delivered=delivered, dead=dead, misplaced=misplaced, at=at)
 
 
-class Served(NamedTuple):
-    """Names of models: those that live workers serve, and those that a worker served within `keys.KNOWN_MODEL_S`."""
-
-    now: set[str]
-    recent: set[str]
-
-
-def read_served(connection: redis.Redis) -> Served | None:
-    """The models that workers serve; None if the Redis user may not read them. Raises redis.RedisError."""
-    try:
-        pipe = connection.pipeline(transaction=False)
-        pipe.zrange(keys.workers(), 0, -1)
-        pipe.zrange(keys.models(), 0, -1)
-        names, recent = execute_typed(pipe, [[], []])
-        for name in names:
-            pipe.hget(keys.worker(name), "model")
-        found = pipe.execute(raise_on_error=False)
-    except redis.exceptions.NoPermissionError:
-        return None
-    return Served(_valid_names(found), _valid_names(recent))
-
-
-def _valid_names(models: list[Any]) -> set[str]:
-    """The values that are names of models; anyone who can write to Redis may have added others."""
-    return {model for model in models if isinstance(model, str) and is_served_name(model)}
-
-
 def _worker(name: str, record: Any) -> WorkerStatus | None:
     """The status in a worker's record; None if the record has expired or is not valid."""
     if not isinstance(record, dict) or "model" not in record:
@@ -229,46 +204,3 @@ def _worker(name: str, record: Any) -> WorkerStatus | None:
         return WorkerStatus.model_validate({**record, "name": name})
     except (ValidationError, InvalidRequest):
         return None
-
-
-class ServedModels:
-    """The models that jobs may name. The list in Redis is cached for SERVED_S.
-
-    Args:
-        configured: the models of the settings. Jobs may always name them, because their worker may be started later.
-    """
-
-    def __init__(self, connection: redis.Redis, url: str, configured: set[str]) -> None:
-        self._redis, self._url, self._configured = connection, url, configured
-        self._served: Served | None = None
-        self._read_at = -SERVED_S
-
-    def served(self) -> Served | None:
-        """The served models; None if the Redis user may not read them. Raises RedisUnreachable, RedisRefused."""
-        if time.monotonic() - self._read_at >= SERVED_S:
-            with redis_errors(self._url):
-                self._served = read_served(self._redis)
-            self._read_at = time.monotonic()
-        return self._served
-
-    def names(self) -> set[str]:
-        """The configured models, and those served now or within the last day. Raises RedisUnreachable, RedisRefused."""
-        served = self.served()
-        return self._configured if served is None else self._configured | served.now | served.recent
-
-    def check(self, models: Mapping[str, str]) -> None:
-        """Refuse models that no worker serves, which are probably misspelt. Without any live worker, all are accepted.
-
-        Args:
-            models: their served names, each with what the caller called it.
-
-        Raises:
-            InvalidRequest: no worker serves a model, and none did within the last day.
-            RedisUnreachable, RedisRefused: Redis does not answer, or answers with an error.
-        """
-        others = models.keys() - self._configured
-        served = self.served() if others else None
-        if served and served.now and (unknown := sorted(others - served.now - served.recent)):
-            start = start_worker_here(self._url, [unknown[0]])  # it may be shown to users of the HTTP API
-            expected = f"one that is served: {', '.join(sorted(served.now))}; or start a worker for it, {start}"
-            raise InvalidRequest("model", show(models[unknown[0]]), expected)

@@ -22,8 +22,8 @@ from headrace.client.jobs.grouping import GROUP_JOBS, groups
 from headrace.client.jobs.own_fields import check_id, check_model, check_timeout_s
 from headrace.client.jobs.prepared import PreparedJob
 from headrace.client.jobs.request_checks import check_request
+from headrace.client.jobs.served import ServedModels
 from headrace.client.jobs.server_check import ServerCheck
-from headrace.client.jobs.status import ServedModels
 from headrace.client.jobs.together import MAX_RESPONSE_RESULTS, check_copies, check_response
 from headrace.client.wire import keys
 from headrace.client.wire.celery import GROUP_TASK_NAME, JOBS_HEADER, TASK_NAME, queue
@@ -138,8 +138,14 @@ class Submitter:
         return job.like(job_id, request, digest)
 
     def check_models(self, jobs: Iterable[PreparedJob]) -> None:
-        """Refuse jobs for models that no worker serves; see `ServedModels.check`."""
-        self.models.check({job.model: job.named for job in jobs})
+        """Refuse jobs for models or adapters that no worker has; see `ServedModels`."""
+        named, wanted = dict[str, str](), set[tuple[str, str]]()
+        for job in jobs:
+            named[job.model] = job.named
+            if job.request.adapter is not None:
+                wanted.add((job.model, job.request.adapter))
+        self.models.check(named)
+        self.models.check_adapters(wanted)
 
     def submit(self, jobs: list[PreparedJob]) -> None:
         """Write the records of the jobs and publish their messages, the most urgent first.

@@ -147,8 +147,15 @@ def workers() -> str:
 
 
 def models() -> str:
-    """Sorted set: names of models by the time of the last heartbeat of a worker that serves them."""
+    """Sorted set: names of models, and those of their adapters as in `adapter_of`, by the time of the last heartbeat of
+    a worker that serves them.
+    """
     return f"{PREFIX}models"
+
+
+def adapter_of(model_name: str, adapter: str) -> str:
+    """The name of a model's adapter in `models`. No name of a model has a slash."""
+    return f"{model_name}/{adapter}"
 
 
 def unacked() -> str:

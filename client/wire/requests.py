@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from headrace.client.wire.activations import CHECKPOINT_TENSORS
+from headrace.client.wire.adapters import ADAPTER_NAME
 from headrace.client.wire.constraints import Constraints
 from headrace.client.wire.continuation import CONTINUATION_FORM, check_continuation
 from headrace.client.wire.errors import InvalidRequest
@@ -38,10 +39,8 @@ TOKEN_IDS = 2**31
 #: Maximum number of log probabilities in one result, n x tokens x (1 + logprobs): without it, one job could take
 #: gigabytes.
 MAX_SCORES = 2**19
-
-#: Names of adapters: they name directories, and no others.
-ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\z"
-ADAPTER_FORM = "1 to 128 letters, digits, '.', '_' or '-', the first a letter or a digit; or None"
+#: What `adapter` may be.
+ADAPTER_FORM = "1 to 128 letters, digits, '.', '_' or '-', the first a letter or a digit, or None"
 
 _JOB_ID = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-:")
 

@@ -145,6 +145,8 @@ class Result(BaseModel):
     schema_version: int = SCHEMA_VERSION
     id: str
     model: str
+    #: The LoRA adapter that the request named; None for the model as it is.
+    adapter: str | None = Field(None, exclude_if=lambda value: value is None)
     choices: list[Choice]
     usage: Usage
     seed: int
@@ -158,6 +160,11 @@ class Result(BaseModel):
     prompt_logprobs: list[TokenLogprob] | None = Field(None, exclude_if=lambda value: value is None)
     #: The answer to `Client.tokenize`.
     tokenized: Tokenized | None = Field(None, exclude_if=lambda value: value is None)
+
+    @property
+    def openai_model(self) -> str:
+        """What the OpenAI API calls the model: the adapter if there is one."""
+        return self.adapter or self.model
 
     @property
     def text(self) -> str:

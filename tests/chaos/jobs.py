@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tests.chaos.adapters import BROKEN, RANKS
+
 #: The prompt at which the worker of this suite kills itself (tests/chaos/startup.py); headrace does not treat it
 #: specially.
 POISON_PROMPT = "This prompt ends the process that computes it."
@@ -71,6 +73,8 @@ def _request(dice: random.Random) -> dict[str, Any]:
         request["logprobs"] = dice.randint(0, 3)
     if request["temperature"] and dice.random() < 0.3:
         request["top_p"] = 0.9
+    if dice.random() < 0.4:
+        request["adapter"] = BROKEN if dice.random() < 0.05 else dice.choice(tuple(RANKS))
     return request
 
 

@@ -23,6 +23,7 @@ from headrace.client.wire.requests import parse_request
 from headrace.config import Settings, load_settings
 from headrace.model.kernels import isa
 from tests.chaos.actors import Collector, Server, Submitter, Worker, end_of, errors_in, final_ends, read_notes
+from tests.chaos.adapters import ADAPTER_BYTES, write_adapters
 from tests.chaos.clocks import ClientClock, next_error, real_time
 from tests.chaos.jobs import catalogue, plan, poison
 from tests.chaos.ledger import LOSSES, Computation, Delivery, End, Facts, Fault, Remains
@@ -58,7 +59,9 @@ class Plan:
     @property
     def settings(self) -> Settings:
         """The settings of the reference and of the first worker."""
-        return load_settings(slots=self.slots, lease_s=self.lease_s, threads=1, log_format="json")
+        return load_settings(
+            slots=self.slots, lease_s=self.lease_s, threads=1, log_format="json", adapter_bytes=ADAPTER_BYTES
+        )
 
     def settings_of(self, worker: int) -> Settings:
         """The settings of a worker: each has an instruction set and a number of threads of its own.
@@ -125,7 +128,8 @@ class Run:
         self.run_plan, self.server, self.directory = run_plan, server, directory
         self.requests = catalogue(run_plan.seed, run_plan.requests)
         self.settings = run_plan.settings.model_copy(update={"redis_url": server.url})
-        at = {"redis_url": server.url}
+        self._adapters_dir = str(write_adapters(directory / "adapters"))
+        at = {"redis_url": server.url, "adapters_dir": self._adapters_dir}
         self.workers = [
             Worker(f"w{i}", directory, run_plan.settings_of(i).model_copy(update=at)) for i in range(run_plan.workers)
         ]
@@ -168,7 +172,8 @@ class Run:
     def _reference_settings(self) -> Settings:
         """Those of the workers, whose weights nobody has replaced yet."""
         model = str(self.workers[0].model.directory)
-        return self.run_plan.settings.model_copy(update={"model": model, "served_name": "demo"})
+        named = {"model": model, "served_name": "demo", "adapters_dir": self._adapters_dir}
+        return self.run_plan.settings.model_copy(update=named)
 
     # --- the storm -------------------------------------------------------------------------------------------------
 

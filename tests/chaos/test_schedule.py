@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from tests.chaos.adapters import BROKEN, RANKS
 from tests.chaos.jobs import catalogue, plan, poison
 from tests.chaos.schedule import KINDS, LONG_OUTAGE_S, OF_REDIS, storm
 
@@ -66,6 +67,9 @@ def test_the_catalogue_holds_requests_of_every_kind() -> None:
     assert 4 < len(invalid) < 40
     fields = Counter(name for request in requests for name in request)
     assert all(fields[name] > 10 for name in ("n", "stop", "logprobs", "top_p"))
+    adapters = Counter(request["adapter"] for request in requests if "adapter" in request)
+    assert set(adapters) == {*RANKS, BROKEN}
+    assert 0 < adapters[BROKEN] < min(adapters[name] for name in RANKS)
     assert {request.get("temperature") for request in requests} >= {0, 0.7, 1}
 
 

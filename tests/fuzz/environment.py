@@ -65,7 +65,19 @@ def check_environment(environment: dict[str, str]) -> None:
     assert 0 < len(settings.model_name) <= 128
 
 
-WORKERS = objects({name: st.integers(0, 9).map(str) | TEXTS for name in WorkerStatus.model_fields}, needed=("model",))
+ADAPTERS = st.lists(
+    objects(
+        {"name": st.sampled_from(["pirate", "a/b", ""]), "loaded": st.booleans(), "rank": NUMBERS, "digest": TEXTS}
+    ),
+    max_size=3,
+)
+WORKERS = objects(
+    {
+        **{name: st.integers(0, 9).map(str) | TEXTS for name in WorkerStatus.model_fields},
+        "adapters": ADAPTERS.map(json.dumps) | TEXTS,
+    },
+    needed=("model",),
+)
 MESSAGES = st.one_of(
     objects({"headers": objects({"jobs": NUMBERS | JSON}), "body": JSON}),
     JSON,

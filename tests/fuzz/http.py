@@ -28,7 +28,7 @@ COMPLETIONS = objects(
         **dict.fromkeys(sorted(FOREIGN), JSON),
         **{name: good for name, good in GOOD.items() if name not in ("schema_version", "expires_at")},
         "prompt": PROMPTS,
-        "model": st.sampled_from(["demo", "gpt-5", "a/b"]),
+        "model": st.sampled_from(["demo", "gpt-5", "a/b", "pirate", "demo/pirate"]),
         "stream": st.booleans(),
         "stream_options": st.just({"include_usage": True}),
         "user": st.just("u"),
@@ -68,6 +68,8 @@ CHATS = objects(
         "chat_template_kwargs": JSON,
         "tools": st.sampled_from([[], [{}]]),
         "return_tokens_as_token_ids": st.booleans(),
+        "model": st.sampled_from(["demo", "pirate"]) | JSON,
+        "adapter": GOOD["adapter"] | JSON,
     },
     needed=("messages",),
 )
@@ -76,7 +78,7 @@ TOKENS = objects(
         "prompt": GOOD["prompt"],
         "messages": MESSAGES,
         "tokens": GOOD["prompt"],
-        "model": st.sampled_from(["demo", "gpt-5"]),
+        "model": st.sampled_from(["demo", "gpt-5", "pirate"]),
         "return_token_strs": st.booleans(),
         "add_special_tokens": st.booleans(),
         "skip_special_tokens": st.booleans(),
@@ -101,7 +103,7 @@ LISTS = ("/v1/batches", "/v1/files", "/v1/models", "/openapi.json", "/version")
 
 @functools.cache
 def _app() -> HttpApp:
-    return HttpApp(Path(tempfile.mkdtemp()))
+    return HttpApp(Path(tempfile.mkdtemp()), adapters=("demo/pirate", "demo/poet"))
 
 
 def _encoded(body: Any) -> bytes:
@@ -308,7 +310,8 @@ def _client() -> Client:
 def check_rows(rows: list[Any]) -> None:
     """An input of a batch is refused with faults that can be printed, or each row has a line that is read back."""
     data = b"\n".join(map(_encoded, rows))
-    reader, source = ItemReader("demo", {}), open_source(data.split(b"\n"))
+    reader = ItemReader("demo", {}, adapters={"demo": {"pirate", "poet"}})
+    source = open_source(data.split(b"\n"))
     try:
         check(source, reader, _client().submitter.prepare_together)
     except (InvalidBatch, InvalidRequest) as error:

@@ -47,13 +47,17 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "ignore_eos": st.booleans(),
     "stop_token_ids": st.lists(IDS | st.sampled_from([2**31 - 1, 2**63, 10**400]), max_size=2),
     "priority": st.sampled_from(["interactive", "normal", "bulk"]),
+    "adapter": st.sampled_from([None, "pirate", "poet", "a" * 128, "", "..", "../pirate", "pirate\n", "a/b", "\0"]),
     "expires_at": st.sampled_from([None, 0, 1e9, 9e10]),
     "checkpoints": st.just("all") | st.lists(st.integers(0, 12), max_size=3),
 }
 WIRES = objects(GOOD, needed=("prompt",)) | JSON
 
 #: The error codes that an untrusted message may cause; `internal_error` would be a bug.
-CODES = {"invalid_request", "unsupported_version", "context_length_exceeded", "invalid_token_id", "nan_logits"}
+CODES = {
+    *("invalid_request", "unsupported_version", "context_length_exceeded", "invalid_token_id", "nan_logits"),
+    "adapter_not_found",
+}
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from headrace.worker.redis_server import EmbeddedRedis
 from tests.chat_model import make_chat_model
 from tests.integration.http_server import HttpServer
 from tests.integration.processes import WorkerProcess
@@ -21,8 +23,8 @@ from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-#: The blocks of the page of examples are files, run in test_examples.py; those of http need a server.
-APART = ("examples.md", "http.md")
+#: The blocks of the page of examples are files, run in test_examples.py; those of the others need a server.
+APART = ("examples.md", "http.md", "adapters.md")
 DOCS = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.parent.name != "reference"]
 PATTERN = re.compile(r"```(python|sh)\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
 
@@ -96,6 +98,42 @@ def test_the_blocks_of_http_run_against_a_server(worker: object, redis_url: str,
         assert len(blocks(page)) >= 6
         scope = run_blocks(page, {"http://127.0.0.1:8000": server.url})
         scope["api"].close()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
+def test_the_blocks_of_adapters_run_against_a_worker_with_their_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headrace import client
+
+    page = ROOT / "docs" / "adapters.md"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapters").mkdir()
+    with EmbeddedRedis.ephemeral() as redis:
+        monkeypatch.setenv("HEADRACE_REDIS_URL", redis.url)
+        worker = WorkerProcess(tmp_path / "worker.log", HEADRACE_ADAPTERS_DIR=str(tmp_path / "adapters"))
+        with worker, HttpServer(tmp_path, redis.url) as server:
+            worker.wait_ready()
+            saved = 'model.save_pretrained("adapters/captain")'
+            scope = run_blocks(page, {"http://127.0.0.1:8000": server.url, saved: saved + REPORTED})
+            scope["api"].close()
+            texts = {row["custom_id"]: row["response"]["body"] for row in rows_of(tmp_path / "results.jsonl")}
+            client.default_client().close()
+    assert [texts[name]["model"] for name in "abc"] == ["demo", "captain", "captain"]
+    assert texts["b"]["choices"] == texts["c"]["choices"] != texts["a"]["choices"]
+
+
+#: Waits until the worker has told that it has the adapter.
+REPORTED = """
+import time
+from headrace.client import default_client
+while "captain" not in default_client().adapters().get("demo", ()):
+    time.sleep(0.1)
+"""
+
+
+def rows_of(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_the_pages_have_blocks_to_run() -> None:

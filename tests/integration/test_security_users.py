@@ -12,7 +12,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from headrace.client import Client, RedisRefused, RedisUnreachable
+from headrace.client import Client, InvalidRequest, RedisRefused, RedisUnreachable
 from headrace.client.wire import keys
 from headrace.client.wire.redis import connect
 from headrace.worker.queue.permissions import MissingPermissions, check_permissions, required_commands
@@ -108,6 +108,8 @@ def test_client_and_worker_do_all_they_do_with_the_rights_they_have(
     assert "".join(event.text for event in streamed) == '\n\n"I am'
     jobs = client.submit_many(["Hello."] * 20, max_tokens=100, ignore_eos=True, priority="bulk")
     assert jobs[-1].cancel()
+    with pytest.raises(InvalidRequest, match="expected an adapter of demo: none"):
+        client.submit("Hello.", adapter="nobody")
     status = client.status()
     assert status.serves("demo")
     assert status.queues[0].bulk <= 2, "twenty jobs are two messages, and who may not look inside counts messages"

@@ -13,7 +13,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from headrace.client.wire.errors import JobFailed
-from headrace.worker.engine.stats import EngineStats
+from headrace.worker.engine.stats import AdapterStats, EngineStats
 from headrace.worker.observability.metrics import Metrics
 from headrace.worker.queue.held import HeldMessages
 
@@ -28,7 +28,8 @@ ADDED = {"instance", "job"}
 def samples() -> dict[str, set[str]]:
     """Every sample that a worker shows, with its labels."""
     zeros: dict[str, Any] = dict.fromkeys(EngineStats.__dataclass_fields__, 0)
-    engine = SimpleNamespace(stats=lambda: EngineStats(**zeros), fingerprint="f")
+    stats = EngineStats(**{**zeros, "adapters": [AdapterStats("pirate", loaded=True, jobs=1)]})
+    engine = SimpleNamespace(stats=lambda: stats, fingerprint="f")
     held = SimpleNamespace(held_jobs=lambda _: 0, held_messages=lambda _: 0)
     health = SimpleNamespace(redis_answers=True, why_not_ready=lambda: "")
     queues = SimpleNamespace(name="w", queued={"demo": {"normal": 0}})

@@ -22,9 +22,9 @@ from headrace.worker.cli.batch_report import print_cancelled, print_json, summar
 from headrace.worker.cli.batch_stop import Stopped, StopRequest, end_stopped
 from headrace.worker.cli.errors import FAILED, INTERRUPTED, command_errors
 from headrace.worker.cli.local_stack import note, settings_for
-from headrace.worker.cli.options import MODEL, PROMPT_OPTIONS, REPEATABLE, sampling_options
+from headrace.worker.cli.options import ADAPTER_OPTION, MODEL, PROMPT_OPTIONS, REPEATABLE, sampling_options
 
-SAMPLING = (*SamplingParams.model_fields, *PROMPT_OPTIONS)
+SAMPLING = (ADAPTER_OPTION, *SamplingParams.model_fields, *PROMPT_OPTIONS)
 
 
 @click.command()

@@ -42,6 +42,7 @@ class BatchInput:
                 text=self.text,
                 limit=self.limit,
                 models=_known_models(client),
+                adapters=_known_adapters(client),
                 on_line=display.checked,
                 **self.options,
             )
@@ -86,3 +87,10 @@ def _known_models(client: Client) -> set[str]:
     with contextlib.suppress(HeadraceError):
         return client.models()
     return set(client.settings.models)
+
+
+def _known_adapters(client: Client) -> dict[str, set[str]]:
+    """The LoRA adapters that rows may name in place of a model."""
+    with contextlib.suppress(HeadraceError):
+        return client.adapters()
+    return {}

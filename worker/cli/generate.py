@@ -95,9 +95,10 @@ def _print_result(result: Result) -> None:
             note.print(f"--- {choice.index + 1} of {len(result.choices)}", style="dim")
         click.echo(choice.text)
     timings = result.timings
+    adapter = "" if result.adapter is None else f", adapter {result.adapter}"
     seconds = timings.prefill_s + timings.decode_s
     note.print(
         f"{result.usage.completion_tokens} tokens in {seconds:.2f} s, {result.usage.completion_tokens / seconds:.0f} "
-        f"tokens/s; model {result.model}, seed {result.seed}, {result.choices[0].finish_reason}",
+        f"tokens/s; model {result.model}{adapter}, seed {result.seed}, {result.choices[0].finish_reason}",
         style="dim",
     )

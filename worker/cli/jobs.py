@@ -92,7 +92,8 @@ def _print_jobs(found: list[JobInfo], now: float) -> None:
     for job in found:
         took = "" if job.ended_at is None else span(job.ended_at - job.submitted_at)
         owner = [job.owner] if owners else []
-        table.add_row(job.id, job.state, printable(job.model), f"{span(now - job.submitted_at)} ago", took, *owner)
+        model = printable(job.model) + (f" with {job.adapter}" if job.adapter else "")
+        table.add_row(job.id, job.state, model, f"{span(now - job.submitted_at)} ago", took, *owner)
     console = Console(highlight=False, markup=False)
     # Ids are for copying: a terminal that is too narrow must not cut them, and a file or a pipe has no width.
     console.print(table, width=max(console.width, 140), soft_wrap=True, no_wrap=True, crop=False)
@@ -152,6 +153,7 @@ def _lines(found: JobDetails) -> list[tuple[str, str]]:
         ("job", found.id),
         ("state", found.state + (", cancellation was asked for" if found.cancel_requested else "")),
         ("model", found.model),
+        ("adapter", found.adapter),
         ("owner", found.owner or None),
         ("submitted", _when(found.submitted_at)),
         ("waits until", _when(found.waits_until)),

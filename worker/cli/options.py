@@ -44,9 +44,12 @@ EFFECTS = {
     "skip_special_tokens": "leave special tokens out of the text",
     "parse_special_tokens": "read the names of special tokens in the prompt, such as <|endoftext|>, as these tokens",
     "add_special_tokens": "add the tokens that the model's tokenizer puts around a text",
+    "adapter": "use this LoRA adapter of the model",
 }
 #: Options for fields of the request that are no sampling parameters.
 PROMPT_OPTIONS = ("parse_special_tokens", "add_special_tokens")
+#: The option that names a LoRA adapter.
+ADAPTER_OPTION = "adapter"
 #: Options whose value is written in JSON.
 IN_JSON = {"structured_outputs"}
 
@@ -54,8 +57,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def sampling_options(command: F) -> F:
-    """Give a command an option for every sampling parameter, named, typed and described as in the schema."""
-    return field_options((*SamplingParams.model_fields, *PROMPT_OPTIONS))(command)
+    """Give a command an option for the adapter and for every sampling parameter, as the schema describes them."""
+    return field_options((ADAPTER_OPTION, *SamplingParams.model_fields, *PROMPT_OPTIONS))(command)
 
 
 def field_options(names: Sequence[str]) -> Callable[[F], F]:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.client import Client, Status
+from headrace.client.wire.adapters import totals
 from headrace.client.wire.clock import SKEW_S
 from headrace.client.wire.keys import dead, queue
 from headrace.client.wire.model_description import ModelDescription, printable
@@ -19,6 +20,9 @@ from headrace.client.wire.suitability import ServerReport
 from headrace.config import load_settings
 from headrace.worker.cli.errors import FAILED, NOT_RUNNING, command_errors
 from headrace.worker.cli.local_stack import note
+
+#: The most adapters of a model that are listed.
+SHOWN_ADAPTERS = 50
 
 
 @click.command()
@@ -71,6 +75,7 @@ def _print_status(found: Status) -> None:
         console.print(f"{scheduled} of them wait for their ETA or for a rate limit")
     for model, description in sorted(described.items()):
         _print_model(console, model, description)
+    _print_adapters(console, found)
     if found.redis:
         _print_server(console, found.redis)
     skews = {w.host: w.clock_skew_s for w in found.workers} | {"this machine": time.time() - found.at}
@@ -82,6 +87,9 @@ def _print_status(found: Status) -> None:
         if models := found.different_models(model):
             served = "; ".join(f"{name} by {', '.join(workers)}" for name, workers in models.items())
             console.print(f"Workers serve different models as {model}: {served}", soft_wrap=True, highlight=False)
+        if phrases := found.different_adapters(model):
+            shown = f"Workers of {model} have different adapters: {'; '.join(phrases)}"
+            console.print(shown, soft_wrap=True, highlight=False, markup=False)
     if found.dead:
         console.print(f"{found.dead} messages could not be read; the list {dead()} contains them")
     for place in found.misplaced:
@@ -92,6 +100,25 @@ def _print_model(console: Console, model: str, description: ModelDescription) ->
     """What the model's first worker understood of its files."""
     for line in [f"{model}: {description.summary()}", *(f"  {printable(text)}" for text in description.notes)]:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _print_adapters(console: Console, found: Status) -> None:
+    """The adapters of all models, at most SHOWN_ADAPTERS of each."""
+    table = Table(
+        *("adapter", "model", "in memory of", "rank", "bytes", "running", "finished", "tokens"),
+        title="Adapters",
+        title_justify="left",
+    )
+    for model in sorted({w.model for w in found.workers}):
+        adapters = totals(w.adapters or () for w in found.workers if w.model == model)
+        for each in adapters[:SHOWN_ADAPTERS]:
+            size = (str(each.rank), f"{each.nbytes:,}") if each.loaded else ("", "")
+            loaded = f"{each.loaded} of {each.workers} workers"
+            table.add_row(each.name, model, loaded, *size, str(each.running), str(each.jobs), str(each.tokens))
+        if len(adapters) > SHOWN_ADAPTERS:
+            table.add_row(f"and {len(adapters) - SHOWN_ADAPTERS} more", model)
+    if table.rows:
+        console.print(table)
 
 
 def _print_server(console: Console, report: ServerReport) -> None:

@@ -72,6 +72,7 @@ class RequestState:
         return Result(
             id=self.id,
             model=model,
+            adapter=self.request.adapter,
             choices=[text.choice() for text in self.texts],
             prompt_logprobs=self.texts[0].prompt_logprobs(),
             # What one sample reused of another of the same job was computed for this job.

@@ -262,7 +262,7 @@ class RedisStore:
     def prune_index(self) -> bool:
         return self._index.prune()
 
-    def heartbeat(self, worker: str, record: Mapping[str, str | int | float]) -> None:
+    def heartbeat(self, worker: str, record: Mapping[str, str | int | float], adapters: Iterable[str] = ()) -> None:
         now = self.now()
         pipe = self._redis.pipeline()
         fields: dict[Any, Any] = {**record, "beat_at": now}
@@ -271,7 +271,8 @@ class RedisStore:
         pipe.zadd(keys.workers(), {worker: now})
         pipe.zremrangebyscore(keys.workers(), 0, now - 20 * WORKER_TTL_S)
         pipe.expire(keys.workers(), 20 * WORKER_TTL_S)
-        pipe.zadd(keys.models(), {str(record["model"]): now})
+        model = str(record["model"])
+        pipe.zadd(keys.models(), dict.fromkeys([model, *(keys.adapter_of(model, name) for name in adapters)], now))
         pipe.zremrangebyscore(keys.models(), 0, now - keys.KNOWN_MODEL_S)
         pipe.expire(keys.models(), keys.KNOWN_MODEL_S)
         pipe.execute()

@@ -123,8 +123,8 @@ class Store(Protocol):
         """Remove expired jobs from the index, some at a time. Returns whether there are likely to be more."""
         ...
 
-    def heartbeat(self, worker: str, record: Mapping[str, str | int | float]) -> None:
-        """Write the record of a live worker, and that it serves the record's `model`."""
+    def heartbeat(self, worker: str, record: Mapping[str, str | int | float], adapters: Iterable[str] = ()) -> None:
+        """Write the record of a live worker, and that it serves the record's `model` with these adapters."""
         ...
 
     def fingerprints(self, model_name: str) -> dict[str, str]:

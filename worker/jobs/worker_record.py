@@ -14,6 +14,7 @@ import redis
 import structlog
 
 from headrace.client.wire import keys
+from headrace.client.wire.adapters import MAX_ADAPTERS, AdapterStatus
 from headrace.client.wire.clock import SKEW_S
 from headrace.client.wire.fingerprints import different_models
 from headrace.worker.jobs.deliveries import DeliveryBook
@@ -79,6 +80,7 @@ class WorkerRecord:
         self._skew_told = False
         self._compared: dict[str, str] = {}  # model -> the fingerprint that was compared with other workers'
         self._last_tokens: dict[str, int] = {}
+        self._adapters: dict[str, list[AdapterStatus]] = {}  # of every model that was ever loaded
         self._written_at = time.monotonic()
 
     def write(self, now: float, *, stalled: bool) -> None:
@@ -104,6 +106,7 @@ class WorkerRecord:
                     **{name: json.dumps(value) for name, value in self._summary(model).items()},
                     **self._engine_fields(model, engines.get(model), passed_s),
                 },
+                [each.name for each in self._adapters.get(model, ())],
             )
             if model in engines:
                 self._compare(model, engines[model].fingerprint)
@@ -143,7 +146,8 @@ class WorkerRecord:
 
     def _engine_fields(self, model: str, engine: Engine | None, passed_s: float) -> dict[str, str | int | float]:
         if engine is None:
-            return {**NOT_LOADED, "waiting": self._book.held_jobs(model)}
+            waiting = {"waiting": self._book.held_jobs(model)}
+            return {**NOT_LOADED, **waiting, **self._adapter_fields(model, None)}
         stats = engine.stats()
         rate = max(0, stats.tokens - self._last_tokens.get(model, 0)) / passed_s
         self._last_tokens[model] = stats.tokens
@@ -157,7 +161,22 @@ class WorkerRecord:
             "accepted": stats.accepted,
             "step_age_s": round(self._health.stalled_for_s or stats.step_age_s, 1),
             "rows": json.dumps([_row_fields(row) for row in engine.running_sequences()[:SHOWN_ROWS]]),
+            **self._adapter_fields(model, stats.adapters),
         }
+
+    def _adapter_fields(self, model: str, adapters: Iterable[Any] | None) -> dict[str, str]:
+        """The adapters of a model, those in memory first; `adapters` is None while the model is not loaded.
+
+        They are not known before it was loaded for the first time.
+        """
+        if adapters is not None:
+            found = [AdapterStatus.model_validate(each, from_attributes=True) for each in adapters]
+            self._adapters[model] = sorted(found, key=lambda each: (not each.loaded, each.name))[:MAX_ADAPTERS]
+        elif model in self._adapters:
+            self._adapters[model] = [AdapterStatus(name=each.name) for each in self._adapters[model]]
+        else:
+            return {}
+        return {"adapters": json.dumps([each.model_dump(exclude_defaults=True) for each in self._adapters[model]])}
 
 
 def _by_redis(failure: Failure, skew_s: float) -> Failure:

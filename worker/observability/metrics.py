@@ -17,10 +17,12 @@ from prometheus_client.exposition import choose_encoder
 from headrace import __version__
 from headrace.client.wire.errors import JobError
 from headrace.client.wire.results import Result
+from headrace.worker.observability.adapter_metrics import AdapterMetrics
 
 if TYPE_CHECKING:
     from headrace.worker.engine.engine import Engine
     from headrace.worker.engine.registry import ModelRegistry
+    from headrace.worker.engine.stats import EngineStats
 
 PREFIX = "headrace_"
 
@@ -220,17 +222,20 @@ class _Live:
     ) -> None:
         self._model_names, self._held, self._models = model_names, held, models
         self._waiting, self._health, self._queues = waiting, health, queues
+        self._adapters = AdapterMetrics()
 
     def collect(self) -> Iterator[Metric]:
         """Called by prometheus_client at each scrape."""
         engines = self._models.loaded
-        values = {model: self._values(model, engines.get(model)) for model in self._model_names}
+        stats = {model: engine.stats() for model, engine in engines.items()}
+        values = {model: self._values(model, engines.get(model), stats.get(model)) for model in self._model_names}
         for kind, texts in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
             for name, text in texts.items():
                 family = kind(PREFIX + name, text, labels=["model_name"])
                 for model in [model for model in values if name in values[model]]:
                     family.add_metric([model], values[model][name])
                 yield family
+        yield from self._adapters.collect(PREFIX, {model: each.adapters for model, each in stats.items()})
         queued = GaugeMetricFamily(
             f"{PREFIX}num_requests_queued",
             "Jobs in the queue that no worker holds. All workers of a model report the same number: take the maximum.",
@@ -248,17 +253,16 @@ class _Live:
             info.add_metric([model, self._queues.name, __version__, fingerprint], 1)
         yield info
 
-    def _values(self, model: str, engine: Engine | None) -> dict[str, float]:
+    def _values(self, model: str, engine: Engine | None, stats: EngineStats | None) -> dict[str, float]:
         """The values of a model, without those of its engine if it is not loaded."""
         of_process = {
             "leases": self._held.held_messages(model) + self._waiting.waiting_for(model),
             "ready": not self._health.why_not_ready(),
             "redis_up": self._health.redis_answers,
         }
-        if engine is None:
+        if engine is None or stats is None:
             waiting = self._held.held_jobs(model)
             return {**of_process, "model_loaded": 0, "num_requests_running": 0, "num_requests_waiting": waiting}
-        stats = engine.stats()
         return {
             **of_process,
             "model_loaded": 1,

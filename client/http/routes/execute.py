@@ -38,7 +38,8 @@ async def execute(request: Request) -> Any:
 
 
 async def _stream_events(jobs: JobRunner, submitted: SubmittedJobs) -> AsyncGenerator[bytes]:
-    yield encode_event(encode_json({"id": submitted.jobs[0].id, "model": submitted.model}), "started")
+    adapter = {} if submitted.adapter is None else {"adapter": submitted.adapter}
+    yield encode_event(encode_json({"id": submitted.jobs[0].id, "model": submitted.model, **adapter}), "started")
     async with contextlib.aclosing(jobs.events(submitted)) as events:
         async for _, event in events:
             if event.result is not None:

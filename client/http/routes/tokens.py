@@ -19,7 +19,7 @@ async def tokenize(request: Request) -> Response:
     """`POST /tokenize`: the token ids of a prompt or of messages."""
     context = context_of(request)
     asked = parse_tokenize_request(await read_json(request))
-    model = await context.jobs.find_model(asked.model)
+    model, _ = await context.jobs.find_model(asked.model)
     with owned_by(owner_of(request)):
         found = await run_until_disconnect(request, context.client.tokenize(**asked.params, model=model))
     return JsonResponse(
@@ -36,7 +36,7 @@ async def detokenize(request: Request) -> Response:
     """`POST /detokenize`: the text of token ids."""
     context = context_of(request)
     named, params = parse_detokenize_request(await read_json(request))
-    model = await context.jobs.find_model(named)
+    model, _ = await context.jobs.find_model(named)
     with renamed({"prompt": "tokens", "token_ids": "tokens"}), owned_by(owner_of(request)):
         work: Any = context.client.detokenize(**params, model=model)
         text = await run_until_disconnect(request, work)

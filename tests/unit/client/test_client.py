@@ -332,7 +332,7 @@ def served(redis_url: str) -> Iterator[Callable[[str, str], None]]:
 def test_a_model_that_no_worker_serves_is_refused_with_those_that_are_served(
     redis_url: str, served: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("headrace.client.jobs.status.SERVED_S", 0.0)
+    monkeypatch.setattr("headrace.client.jobs.served.SERVED_S", 0.0)
     own = redis_url.replace("db=0", "db=9")
     with Client(redis_url=own) as client:
         client.submit("Hello.", model="anything")  # without a worker the valid names are unknown

@@ -49,6 +49,9 @@ class Jobs:
     def models(self) -> set[str]:
         return {"demo"}
 
+    def adapters(self) -> dict[str, set[str]]:
+        return {}
+
     def submit(self, jobs: list[PreparedJob]) -> None:
         for job in jobs:
             self.computed[job.id] = self.computed.get(job.id, 0) + 1

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from headrace.client import Client
 from headrace.client.http import batches as batches_module
-from headrace.client.http.batch_objects import OPEN_STATUSES, BatchState
+from headrace.client.http.batch_objects import OPEN_STATUSES, BatchRequest, BatchState
 from headrace.client.http.batches import Batches
 from headrace.client.http.errors import ApiError
 from headrace.client.http.file_store import FileStore, write_json
@@ -120,7 +121,9 @@ def test_a_batch_that_is_cancelled_when_all_rows_are_checked_is_not_computed(
         def run(self, *_: Any, **__: Any) -> None:
             raise AssertionError("the batch is computed")
 
-    monkeypatch.setattr(batches_module, "Client", lambda **_: nullcontext(SimpleNamespace(models=lambda: {"demo"})))
+    monkeypatch.setattr(
+        batches_module, "Client", lambda **_: nullcontext(SimpleNamespace(models=lambda: {"demo"}, adapters=dict))
+    )
     monkeypatch.setattr(batches_module, "Batch", CheckedBatch)
     batches.start()
     deadline = time.monotonic() + PATIENCE_S
@@ -135,3 +138,27 @@ def test_internal_fields_are_not_returned(tmp_path: Path, files: FileStore) -> N
     told = left_behind(tmp_path, files).public()
     assert not {"owner", "rows_id", "failures_id"} & told.keys()
     assert told["object"] == "batch"
+
+
+def test_a_resumed_batch_knows_the_adapters_of_its_first_check(
+    tmp_path: Path, files: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a server resumes, the workers that have them may be restarting."""
+    lines = [{"custom_id": name, "body": {"prompt": "a", "model": name}} for name in ("pirate", "demo")]
+    file = files.add(io.BytesIO(b"\n".join(json.dumps(line).encode() for line in lines)), filename="in", owner="me")
+    request = BatchRequest(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    batches = Batches(tmp_path, files, load_settings())
+    monkeypatch.setattr(batches._threads, "submit", lambda *_: None)
+    batch_id = batches.create(request, "me").id
+    with Client(redis_url="redis://localhost:1/0") as client:
+        with monkeypatch.context() as served:
+            served.setattr(client, "models", lambda: {"demo"})
+            served.setattr(client, "adapters", lambda: {"demo": {"pirate"}})
+            first = list(batches._validate(client, batches.get(batch_id, "me")).rows())
+        again = Batches(tmp_path, files, load_settings())  # no worker is there, and no Redis
+        second = list(again._validate(client, again.get(batch_id, "me")).rows())
+    assert [(row.fields["model"], row.fields.get("adapter")) for row in first] == [("demo", "pirate"), ("demo", None)]
+    assert second == first
+    assert "adapters" not in again.get(batch_id, "me").public()
+    batches.stop()
+    again.stop()

@@ -43,6 +43,7 @@ STATUS = {
     "too_many_logprobs": 400,
     "grammar_too_complex": 400,
     "no_token_allowed": 400,
+    "adapter_not_found": 400,
     "checkpoints_off": 400,
     "checkpoints_too_large": 400,
     "result_too_large": 400,

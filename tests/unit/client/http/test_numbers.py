@@ -15,7 +15,7 @@ from headrace.client.http.auth import _LimitedBody
 from headrace.client.http.context import paginate, whole_number
 from headrace.client.http.errors import ApiError
 from headrace.client.http.file_store import MIN_RETENTION_S
-from headrace.client.http.jobs import JobRunner
+from headrace.client.http.jobs import JobRunner, NamedModel
 from headrace.client.http.routes.files import _check_range, _retention
 from headrace.client.http.serve import serve
 from headrace.client.wire.errors import InvalidRequest, RedisUnreachable
@@ -90,8 +90,8 @@ def test_the_announced_length_of_a_body_is_read_whole(header: str, refused: bool
 @pytest.mark.parametrize("number", [float("inf"), float("nan"), -1, True])
 def test_a_timeout_that_is_no_number_of_seconds_is_refused(number: float) -> None:
     class Model(JobRunner):
-        async def find_model(self, requested: Any) -> str:
-            return "demo"
+        async def find_model(self, requested: Any) -> NamedModel:
+            return NamedModel("demo")
 
     class Jobs:
         async def submit_many(self, requests: list[Any]) -> list[Any]:

@@ -27,7 +27,7 @@ from headrace.config.directories import redis_dir
 from headrace.worker.cli import main
 from headrace.worker.cli.backends import Backends
 from headrace.worker.cli.local_stack import ServingStack
-from headrace.worker.cli.options import EFFECTS, PROMPT_OPTIONS, given_params, value_type
+from headrace.worker.cli.options import ADAPTER_OPTION, EFFECTS, PROMPT_OPTIONS, given_params, value_type
 from headrace.worker.jobs.redis_store import RedisStore
 
 #: Sampling parameter -> the typed value (empty for a flag, a list for several), and the value in the request.
@@ -61,6 +61,7 @@ VALUES: dict[tuple[str, str], tuple[list[str], Any]] = {
     **{("generate", name): value for name, value in SAMPLING.items()},
     ("generate", "parse_special_tokens"): ([], True),
     ("generate", "add_special_tokens"): ([], True),
+    ("generate", "adapter"): (["pirate"], "pirate"),
     ("generate", "chat"): ([], True),
     ("generate", "system"): (["Be brief."], "Be brief."),
     ("generate", "prompt"): (["Once"], "Once"),
@@ -76,6 +77,7 @@ VALUES: dict[tuple[str, str], tuple[list[str], Any]] = {
     **{("batch", name): value for name, value in SAMPLING.items()},
     ("batch", "parse_special_tokens"): ([], True),
     ("batch", "add_special_tokens"): ([], True),
+    ("batch", "adapter"): (["pirate"], "pirate"),
     ("batch", "kind"): (["csv"], "csv"),
     ("batch", "output_format"): (["flat"], "flat"),
     ("batch", "prompt_column"): (["text"], "text"),
@@ -340,7 +342,7 @@ def test_a_parameter_of_a_batch_gives_the_request_that_the_schema_gives(
 
 
 def test_every_option_has_a_help_text() -> None:
-    assert {*SamplingParams.model_fields, *PROMPT_OPTIONS} == set(EFFECTS)
+    assert {*SamplingParams.model_fields, *PROMPT_OPTIONS, ADAPTER_OPTION} == set(EFFECTS)
     for name, command in main.commands.items():
         assert command.help, name
         for option in command.params:

@@ -14,9 +14,11 @@ from click.testing import CliRunner
 from structlog.testing import capture_logs
 
 from headrace.client.wire import keys
+from headrace.client.wire.adapters import MAX_ADAPTERS
 from headrace.client.wire.model_description import ModelDescription
 from headrace.client.wire.redis import connect
 from headrace.worker.cli import main
+from headrace.worker.engine.stats import AdapterStats
 from headrace.worker.jobs.redis_store import RedisStore
 from headrace.worker.jobs.worker_record import WorkerRecord
 
@@ -141,6 +143,73 @@ def test_what_was_understood_of_a_model_is_shown(url: str) -> None:
     }  # fmt: skip
 
 
+def test_adapters_are_shown_with_what_workers_disagree_on(url: str) -> None:
+    store = RedisStore(connect(url), result_ttl_s=60, checkpoint_ttl_s=60)
+    pirate = {
+        "name": "pirate",
+        "loaded": True,
+        "rank": 8,
+        "nbytes": 12_345,
+        "digest": "a" * 64,
+        "running": 1,
+        "jobs": 3,
+        "tokens": 40,
+    }
+    other = {**pirate, "digest": "b" * 64, "rank": 16, "jobs": 1, "tokens": 2}
+    store.heartbeat(HERE, {"model": "demo", "adapters": json.dumps([pirate, {"name": "poet"}])})
+    store.heartbeat("elsewhere-7", {"model": "demo", "adapters": json.dumps([other])})
+    store.heartbeat("older-1", {"model": "demo"})
+    store.heartbeat("many-1", {"model": "many", "adapters": json.dumps([{"name": f"a{i:03}"} for i in range(60)])})
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(main, ["status"])
+    assert shown.exit_code == 0
+    rows = [line.split("│")[1:-1] for line in shown.output.splitlines() if line.startswith("│")]
+    cells = {tuple(cell.strip() for cell in row) for row in rows}
+    assert ("pirate", "demo", "2 of 2 workers", "16", "12,345", "2", "4", "42") in cells
+    assert ("poet", "demo", "0 of 1 workers", "", "", "0", "0", "0") in cells
+    assert ("and 10 more", "many", "", "", "", "", "", "") in cells
+    assert (
+        f"Workers of demo have different adapters: pirate with different files, {'a' * 12} on {HERE}; {'b' * 12} on "
+        f"elsewhere-7; poet only on {HERE}"
+    ) in shown.output
+    assert "of many have different" not in shown.output
+    as_json = json.loads(CliRunner().invoke(main, ["status", "--json"]).stdout)["workers"]
+    assert {w["name"]: w["adapters"] for w in as_json}["older-1"] is None
+    assert {w["name"]: w["adapters"] for w in as_json}[HERE][0] == pirate
+
+
+def test_a_record_lists_the_adapters_in_memory_first_and_keeps_the_names_of_a_model_that_is_unloaded(url: str) -> None:
+    many = [AdapterStats(f"a{i:04}") for i in range(MAX_ADAPTERS)]
+    loaded = SimpleNamespace(
+        stats=lambda: SimpleNamespace(
+            tokens=0, running=0, waiting=0, proposed=0, accepted=0, step_age_s=0.0,
+            adapters=[*many, AdapterStats("pirate", loaded=True, rank=8, jobs=2)],
+        ),
+        running_sequences=list,
+        fingerprint="",
+        description=ModelDescription(),
+    )  # fmt: skip
+    models: Any = SimpleNamespace(names=("demo",), loaded={})
+    health: Any = SimpleNamespace(stalled_for_s=0.0)
+    book: Any = SimpleNamespace(held_jobs=lambda _: 0)
+    store = RedisStore(connect(url), result_ttl_s=60, checkpoint_ttl_s=60)
+    record = WorkerRecord(store, models, book, health, slots=1, failures={"demo": []})
+
+    def written() -> Any:
+        record.write(time.monotonic(), stalled=False)
+        return json.loads(CliRunner().invoke(main, ["status", "--json"]).stdout)["workers"][0]["adapters"]
+
+    assert written() is None, "it is not known before the model was loaded"
+    models.loaded = {"demo": loaded}
+    first, *others = written()
+    assert (first["name"], first["loaded"], first["rank"], first["jobs"]) == ("pirate", True, 8, 2)
+    assert [each["name"] for each in others] == [each.name for each in many[:-1]]
+    known = connect(url).zrange(keys.models(), 0, -1)
+    assert len(known) == 1 + MAX_ADAPTERS  # type: ignore[arg-type]
+    assert {"demo", "demo/pirate", "demo/a0000"} <= set(known)  # type: ignore[arg-type]
+    models.loaded = {}
+    assert written()[0] == {**first, "loaded": False, "rank": 0, "jobs": 0}
+
+
 FINGERPRINT = "headrace-1/torch-2/AVX512/float32/threads-2/weights-{}/config-b1/vocabulary-{}/batch-invariant"
 
 
@@ -177,7 +246,9 @@ def test_two_models_under_one_name_are_told(url: str, fingerprints: list[str], t
     assert shown.exit_code == 0
     assert ("serve different models as demo: " + told in shown.output) if told else "different" not in shown.output
     loaded = SimpleNamespace(
-        stats=lambda: SimpleNamespace(tokens=0, running=0, waiting=0, proposed=0, accepted=0, step_age_s=0.0),
+        stats=lambda: SimpleNamespace(
+            tokens=0, running=0, waiting=0, proposed=0, accepted=0, step_age_s=0.0, adapters=[]
+        ),
         running_sequences=list,
         fingerprint=fingerprints[1],
         description=ModelDescription(),

@@ -93,7 +93,7 @@ class MemoryStore:
     def prune_index(self) -> bool:
         return False
 
-    def heartbeat(self, worker: str, record: Mapping[str, str | int | float]) -> None:
+    def heartbeat(self, worker: str, record: Mapping[str, str | int | float], adapters: Iterable[str] = ()) -> None:
         self.workers[worker] = dict(record)
 
     def fingerprints(self, model_name: str) -> dict[str, str]:

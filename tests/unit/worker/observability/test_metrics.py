@@ -12,8 +12,11 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from headrace.client.wire.adapters import is_adapter_name
 from headrace.client.wire.errors import JobCancelled, JobExpired, JobFailed
 from headrace.client.wire.results import Choice, Result, Timings, Usage
+from headrace.worker.engine.stats import AdapterStats
+from headrace.worker.observability.adapter_metrics import LABELLED, OTHERS, AdapterMetrics
 from headrace.worker.observability.metrics import COUNTERS, GAUGES, HISTOGRAMS, Metrics
 from headrace.worker.queue.held import HeldMessage, HeldMessages
 from tests.unit.worker.engine.engine_helpers import ask, build, drive, models_of, tokens_of
@@ -183,3 +186,36 @@ def test_the_guide_lists_every_metric(watched: tuple[Metrics, Any, Any]) -> None
         if name[0].startswith("headrace_"):
             plain = re.sub(r"_(bucket|sum|count)$", "", name[0].removeprefix("headrace_"))
             assert plain in listed or name[0].removeprefix("headrace_") in listed, name[0]
+
+
+def test_adapters_have_a_bounded_number_of_labels() -> None:
+    """A directory may have thousands of adapters, and each label is a series that Prometheus keeps."""
+
+    def adapter(name: str, jobs: int, *, loaded: bool = False) -> AdapterStats:
+        return AdapterStats(name, loaded=loaded, nbytes=100 * loaded, running=int(loaded), jobs=jobs, tokens=10 * jobs)
+
+    made = AdapterMetrics()
+
+    def collected(*adapters: AdapterStats) -> dict[str, dict[str, float]]:
+        families = list(made.collect("x_", {"demo": adapters}))
+        return {
+            sample.name: {s.labels.get("adapter", ""): s.value for s in family.samples}
+            for family in families
+            for sample in family.samples
+        }
+
+    idle = [adapter(f"idle-{i}", 0) for i in range(1_000)]
+    first = collected(*idle, adapter("pirate", 2, loaded=True), adapter("poet", 1, loaded=True))
+    assert first == {
+        "x_adapters_loaded": {"": 2},
+        "x_adapter_bytes": {"": 200},
+        "x_adapter_requests_running": {"pirate": 1, "poet": 1},
+        "x_adapter_requests_total": {"pirate": 2, "poet": 1},
+        "x_adapter_generation_tokens_total": {"pirate": 20, "poet": 10},
+    }
+    busy = [adapter(f"a-{i}", 1) for i in range(LABELLED)]
+    jobs = collected(*busy, adapter("pirate", 3), adapter("poet", 1))["x_adapter_requests_total"]
+    assert len(jobs) == LABELLED + 1
+    assert (jobs["pirate"], jobs["poet"], jobs[OTHERS]) == (3, 1, 2), "who has a label keeps it"
+    assert sum(jobs.values()) == LABELLED + 4
+    assert not is_adapter_name(OTHERS)
