@@ -354,3 +354,18 @@ def test_no_new_tokens_for_all_rows_are_refused_for_a_row_without_anything_to_sc
         with pytest.raises(InvalidBatch, match=r"params\.max_tokens: got 0; .* echo, prompt_logprobs or continuation"):
             Batch(client, path, {"max_tokens": 0}, columns=columns)
         assert Batch(client, path, {"max_tokens": 0, "prompt_logprobs": 0}, columns=Columns()).checked.rows == 2
+
+
+def test_a_whole_table_or_a_gap_is_refused_where_prompts_or_pairs_are_expected():
+    frame = pandas.DataFrame({"text": ["a", None], "answer": [" b", " c"]})
+    with Client(settings=Settings(redis_url="redis://localhost:1/0")) as client:
+        with pytest.raises(
+            InvalidRequest, match=r"prompts: got a DataFrame; expected one of its columns \(text, answer\)"
+        ):
+            client.choose(frame, ["yes", "no"])
+        with pytest.raises(InvalidRequest, match=r"prompts\[1\]: got .*; expected text"):
+            client.choose(frame["text"], ["yes", "no"])
+        with pytest.raises(InvalidRequest, match="prompts: got 5; expected text, or a list or column of texts"):
+            client.choose(5, ["yes", "no"])
+        with pytest.raises(InvalidRequest, match=r"pairs: got a DataFrame; expected pairs from two of its columns"):
+            client.score_many(frame)
