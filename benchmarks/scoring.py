@@ -1,20 +1,25 @@
 """Measures scoring of continuations: headrace's engine beside transformers' best padded batch, and both beside float64.
 
-    python -m benchmarks.scoring --pairs 1000 --prompt 300 --continuation 10
+    OMP_NUM_THREADS=1 python -m benchmarks.scoring --pairs 1000 --dtype int8 --dtype bfloat16 --peer-dtype bfloat16
+    OMP_NUM_THREADS=1 python -m benchmarks.scoring --pairs 1000 --dtype float32 --peer-dtype float32
+    OMP_NUM_THREADS=1 python -m benchmarks.scoring --pairs 1000 --continuations 4
 
-The model has the shape of GPT-2 124M and random weights. Both compute in float32 with the threads that torch uses. The
-two take turns, half of the pairs each time, so that other load on the machine meets both.
+The model has the shape of GPT-2 124M and random weights. All take turns, some pairs each time, so that other load on
+the machine meets all of them. Times are seconds of the process on its cores, which say little if threads wait for each
+other: on a busy machine use one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import random
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +29,25 @@ if TYPE_CHECKING:
     from headrace.worker.engine.engine import Engine
 
 Pair = tuple[list[int], list[int]]
+#: Scores pairs; returns the log probabilities of each continuation.
+Scorer = Callable[[list[Pair]], list[list[float]]]
 #: Sizes of transformers' batches; the fastest counts.
-BATCHES = (1, 4, 16, 32)
-#: Pairs from which the fastest size is found, and pairs that are compared with float64.
-TRIALS, COMPARED = 32, 4
+BATCHES = (1, 4, 8, 16, 32)
+#: Pairs that are compared with float64.
+COMPARED = 4
+#: Bytes of each engine's cache.
+CACHE_BYTES = 10**9
 
 
-def make_pairs(count: int, prompt: int, continuation: int) -> list[Pair]:
-    """Random pairs of token ids; no two share a prefix."""
+def make_pairs(count: int, prompt: int, continuation: int, each: int = 1) -> list[Pair]:
+    """Random pairs of token ids; `each` of them in a row have the same prompt, no others share a prefix."""
     draw = random.Random(0)
-    ids = [[draw.randrange(VOCABULARY) for _ in range(prompt + continuation)] for _ in range(count)]
-    return [(each[:prompt], each[prompt:]) for each in ids]
+
+    def tokens(length: int) -> list[int]:
+        return [draw.randrange(VOCABULARY) for _ in range(length)]
+
+    prompts = [tokens(prompt) for _ in range(-(-count // each))]
+    return [(prompts[index // each], tokens(continuation)) for index in range(count)]
 
 
 def headrace_scores(engine: Engine, pairs: list[Pair]) -> list[list[float]]:
@@ -65,85 +78,106 @@ def transformers_scores(model: Any, pairs: list[Pair], batch: int, *, kept: bool
     return found
 
 
-def largest_error(folder: Path, pairs: list[Pair], scores: list[list[float]]) -> float:
-    """The largest difference of a log probability from float64."""
+def float64_scores(folder: Path, pairs: list[Pair]) -> list[list[float]]:
+    """The same by the formula in float64."""
     from headrace.worker.fidelity.references.float64 import Float64
 
-    worst = 0.0
+    found = []
     traces = Float64(folder).traces([[*prompt, *continuation] for prompt, continuation in pairs])
-    for (prompt, continuation), trace, found in zip(pairs, traces, scores, strict=True):
-        for at, (token, score) in enumerate(zip(continuation, found, strict=True), start=len(prompt) - 1):
-            row = trace["logits"][at]
-            top = float(row.max())
-            expected = float(row[token]) - top - math.log(math.fsum(math.exp(float(x) - top) for x in row))
-            worst = max(worst, abs(expected - score))
-    return worst
+    for (prompt, continuation), trace in zip(pairs, traces, strict=True):
+        rows = [trace["logits"][at] for at in range(len(prompt) - 1, len(prompt) + len(continuation) - 1)]
+        tops = [float(row.max()) for row in rows]
+        sums = [math.fsum(math.exp(float(x) - top) for x in row) for row, top in zip(rows, tops, strict=True)]
+        found.append(
+            [
+                float(row[token]) - top - math.log(total)
+                for row, token, top, total in zip(rows, continuation, tops, sums, strict=True)
+            ]
+        )
+    return found
+
+
+def largest_error(scores: list[list[float]], expected: list[list[float]]) -> float:
+    """The largest difference of a log probability."""
+    pairs = zip(itertools.chain(*scores), itertools.chain(*expected), strict=True)
+    return max(abs(found - right) for found, right in pairs)
 
 
 def timed(compute: Callable[[], Any]) -> float:
-    """Seconds that it takes."""
-    start = time.perf_counter()
+    """Seconds of the process that it takes, all threads together."""
+    start = time.process_time()
     compute()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
-def time_part(engine: Engine, model: Any, part: list[Pair], batch: int, kept: bool, full: int) -> list[float]:
-    """Seconds for some pairs: of headrace, of transformers, and of transformers with the logits of all rows."""
-    few = part[:TRIALS]
-    return [
-        timed(lambda: headrace_scores(engine, part)),
-        timed(lambda: transformers_scores(model, part, batch, kept=kept)),
-        timed(lambda: transformers_scores(model, few, full, kept=False)) * len(part) / len(few),
-    ]
+def best_batch(model: Any, pairs: list[Pair]) -> int:
+    """The size of transformers' batches that is fastest on these pairs."""
+    tried = {
+        size: timed(functools.partial(transformers_scores, model, pairs, size, kept=True))
+        for size in BATCHES
+        if size <= len(pairs)
+    }
+    print(f"transformers, seconds for {len(pairs)} pairs:", {size: round(value, 2) for size, value in tried.items()})
+    return min(tried, key=lambda size: tried[size])
+
+
+def take_turns(scorers: dict[str, Scorer], pairs: list[Pair], part: int) -> None:
+    """Let all score all pairs, part by part; print the seconds so far after each part."""
+    seconds = dict.fromkeys(scorers, 0.0)
+    for start in range(0, len(pairs), part):
+        done = pairs[start : start + part]
+        for name, score in scorers.items():
+            # With the logits of all rows, transformers takes long: it scores a fifth, which is counted fivefold.
+            few = done[: -(-len(done) // 5)] if name.endswith("all logits") else done
+            seconds[name] += timed(functools.partial(score, few)) * len(done) / len(few)
+        found = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+        print(f"{start + len(done)} pairs: {found}", flush=True)
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=1000)
     parser.add_argument("--prompt", type=int, default=300)
     parser.add_argument("--continuation", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--continuations", type=int, default=1, help="pairs in a row with the same prompt")
+    parser.add_argument("--dtype", action="append", help="of headrace, may be repeated  [default: bfloat16]")
+    parser.add_argument("--peer-dtype", default="bfloat16", help="of transformers  [default: bfloat16]")
+    parser.add_argument("--part", type=int, default=40, help="pairs that each scores in turn")
+    parser.add_argument("--trials", type=int, default=32, help="pairs from which transformers' batch size is found")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measure(random_model("124M", Path(folder)), arguments)
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> None:
-    """Print seconds, ratios and errors."""
+    """Print seconds and errors."""
     import torch
     from transformers import GPT2LMHeadModel
 
     from headrace.config import Settings
     from headrace.worker.engine.build import load_engine
 
-    pairs = make_pairs(arguments.pairs, arguments.prompt, arguments.continuation)
-    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
-    with load_engine(Settings(model=str(folder), device="cpu", dtype="float32")) as engine:
-        few = pairs[:TRIALS]
-        headrace_scores(engine, few[:4])
-        tried = {
-            (kept, batch): timed(functools.partial(transformers_scores, model, few, batch, kept=kept))
-            for kept in (False, True)
-            for batch in BATCHES
+    pairs = make_pairs(arguments.pairs, arguments.prompt, arguments.continuation, arguments.continuations)
+    warm_up = make_pairs(arguments.trials, arguments.prompt + 1, arguments.continuation - 1)
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, arguments.peer_dtype)).eval()
+    batch = best_batch(model, warm_up)
+    peer = f"transformers {arguments.peer_dtype}, batch {batch}"
+    with ExitStack() as stack:
+        scorers: dict[str, Scorer] = {
+            f"{peer}, {logits}": functools.partial(transformers_scores, model, batch=batch, kept=logits == "few logits")
+            for logits in ("few logits", "all logits")
         }
-        print("transformers, seconds for", TRIALS, "pairs:", {key: round(value, 2) for key, value in tried.items()})
-        kept, batch = min(tried, key=lambda key: tried[key])
-        full = min(BATCHES, key=lambda size: tried[False, size])
-        size = max(1, len(pairs) // arguments.rounds)
-        parts = [pairs[start : start + size] for start in range(0, size * arguments.rounds, size)]
-        seconds = [time_part(engine, model, part, batch, kept, full) for part in parts]
-        ours, theirs, whole = (sum(column) for column in zip(*seconds, strict=True))
-        print(
-            f"{size * len(parts)} pairs: headrace {ours:.1f} s, transformers {theirs:.1f} s (batch {batch}, {kept=}),"
-        )
-        print(f"  with all logits {whole:.1f} s (extrapolated); ratios {theirs / ours:.2f} and {whole / ours:.2f}")
+        for dtype in arguments.dtype or ["bfloat16"]:
+            settings = Settings(model=str(folder), device="cpu", dtype=dtype, kv_cache_bytes=CACHE_BYTES)
+            engine = stack.enter_context(load_engine(settings))
+            headrace_scores(engine, warm_up)
+            scorers[f"headrace {dtype}"] = functools.partial(headrace_scores, engine)
         compared = pairs[:COMPARED]
-        errors = [
-            largest_error(folder, compared, scores)
-            for scores in (headrace_scores(engine, compared), transformers_scores(model, compared, batch, kept=kept))
-        ]
-        print(f"largest error: headrace {errors[0]:.2e}, transformers {errors[1]:.2e}")
+        expected = float64_scores(folder, compared)
+        for name, score in scorers.items():
+            print(f"{name}: largest error {largest_error(score(compared), expected):.2e}", flush=True)
+        take_turns(scorers, pairs[COMPARED:], arguments.part)
 
 
 if __name__ == "__main__":

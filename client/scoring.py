@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any, Protocol, overload
 
-from headrace.client.batch.items import is_column
 from headrace.client.batch.scores import (
     Normalization,
     Score,
     best_answer,
     check_answers,
+    check_pairs,
+    check_prompts,
     like_column,
     score_fields,
     score_of,
@@ -90,7 +91,7 @@ class ScoringVerbs:
         """The likeliest of the given answers after a prompt, by their scores; see `score`.
 
         Args:
-            prompts: a text; or many: a list, or a column of a table.
+            prompts: a text; or many: an iterable of texts, such as a column of a table.
             answers: texts as they follow the prompt, most of them with a space before the first word.
             normalize: compare the probabilities of whole answers (`none`, which favours short ones), or the mean log
                 probability of a `token`, a `character` or a `byte`.
@@ -100,8 +101,8 @@ class ScoringVerbs:
             One of `answers`; for many prompts a list of them, and for a pandas Series a Series with its index.
         """
         given = check_answers(answers, normalize)
-        one = not is_column(prompts)
-        pairs = ((prompt, answer) for prompt in ([prompts] if one else prompts) for answer in given)
+        found, one = check_prompts(prompts)
+        pairs = itertools.product(found, given)
         scores = self.score_many(pairs, **params)
         groups = iter(lambda: list(itertools.islice(scores, len(given))), [])
         chosen = [best_answer(given, group, normalize) for group in groups]
@@ -141,6 +142,7 @@ class AsyncScoringVerbs:
         self: _AsyncJobs, pairs: Iterable[Any], *, max_inflight: int = MAX_INFLIGHT, **params: Any
     ) -> AsyncIterator[Score]:
         """Yield the scores of pairs in their order; see `Client.score_many`. An error names its pair in its part."""
+        check_pairs(pairs)
         waiting: deque[Any] = deque()
         source = iter(pairs)
         try:
@@ -163,8 +165,8 @@ class AsyncScoringVerbs:
     ) -> Any:
         """The likeliest of the given answers after a prompt, or after each of many; see `Client.choose`."""
         given = check_answers(answers, normalize)
-        one = not is_column(prompts)
-        pairs = ((prompt, answer) for prompt in ([prompts] if one else prompts) for answer in given)
+        found, one = check_prompts(prompts)
+        pairs = itertools.product(found, given)
         scores = [score async for score in self.score_many(pairs, **params)]
         groups = [scores[at : at + len(given)] for at in range(0, len(scores), len(given))]
         chosen = [best_answer(given, group, normalize) for group in groups]

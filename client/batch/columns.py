@@ -13,6 +13,9 @@ from headrace.client.batch.formats.arrow_rows import ArrowRow
 from headrace.client.wire.errors import InvalidRequest
 from headrace.client.wire.values import is_gap, show, to_whole
 
+#: Parameters whose text is not read as JSON, like that of the prompt: a continuation may be ` 42`.
+TEXTS = frozenset({"continuation"})
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -69,7 +72,7 @@ class Columns:
         if type(prompt) is not str:
             self._check_prompt(prompt)
         for name, value in fields.items():
-            if isinstance(value, str):
+            if isinstance(value, str) and name not in TEXTS:
                 fields[name] = _parsed(value)
         if used is self._named:
             fields["custom_id"] = _name(values[-1])

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from headrace.client.batch.frames import column_names
 from headrace.client.batch.items import is_column
-from headrace.client.batch.map import map_prompts
+from headrace.client.batch.map import check_no_table, map_prompts
 from headrace.client.batch.window import MAX_INFLIGHT, JobService
 from headrace.client.wire.errors import InvalidRequest, JobFailed
 from headrace.client.wire.results import Result, TokenLogprob
@@ -79,10 +80,19 @@ def score_pairs(
     client: JobService, pairs: Iterable[Any], params: Mapping[str, Any], *, max_inflight: int = MAX_INFLIGHT
 ) -> Iterator[Score]:
     """See `Client.score_many`."""
-    if not is_column(pairs):
-        raise InvalidRequest("pairs", f"a {type(pairs).__name__}", "an iterable of pairs; use score for one")
+    check_pairs(pairs)
     results = map_prompts(client, _numbered(pairs, params), {}, max_inflight=max_inflight)
     return _scores(results)
+
+
+def check_pairs(pairs: Any) -> None:
+    """Refuse what has no pairs, and a whole table, which iterates over its columns. Raises InvalidRequest."""
+    given = f"a {type(pairs).__name__}"
+    if not is_column(pairs):
+        raise InvalidRequest("pairs", given, "an iterable of pairs; use score for one")
+    if column_names(pairs) is not None:
+        expected = "pairs from two of its columns, for example zip(frame['prompt'], frame['continuation'])"
+        raise InvalidRequest("pairs", given, expected)
 
 
 def _numbered(pairs: Iterable[Any], params: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -101,6 +111,20 @@ def _scores(results: Iterator[Any]) -> Iterator[Score]:
         raise InvalidRequest(error.field.replace("prompts[", "pairs[", 1), error.value, error.expected) from None
     finally:
         results.close()  # type: ignore[attr-defined]  # a generator, which cancels the unfinished jobs
+
+
+def check_prompts(prompts: Any) -> tuple[list[str], bool]:
+    """The prompts of `Client.choose`, and whether it is one that was given. Raises InvalidRequest."""
+    if not is_column(prompts):
+        if not isinstance(prompts, str):
+            raise InvalidRequest("prompts", show(prompts), "text, or a list or column of texts")
+        return [prompts], True
+    check_no_table(prompts)
+    found = [to_python(prompt) for prompt in prompts]
+    wrong = next((index for index, prompt in enumerate(found) if not isinstance(prompt, str)), None)
+    if wrong is not None:
+        raise InvalidRequest(f"prompts[{wrong}]", show(found[wrong]), "text")
+    return found, False
 
 
 def check_answers(answers: Any, normalize: Any) -> list[str]:

@@ -312,6 +312,8 @@ def parse_request(fields: Mapping[Any, Any], *, public: Collection[str] = PUBLIC
         InvalidRequest: a field is wrong. It names the first such field, its value, and what is expected.
     """
     given = drop_neutral(fields)
+    if given.get("continuation") is not None:
+        given = {"max_tokens": 0, **given}  # nothing is generated beside it
     for name in given:
         if name not in GenerateRequest.model_fields:
             raise InvalidRequest(show_name(name), show(given[name], name), advice(name, public))

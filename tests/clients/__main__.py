@@ -102,6 +102,9 @@ def drive(python: Path, program: Program, environment: dict[str, str]) -> tuple[
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return False, f"not done after {DRIVE_S} s"
+    for line in done.stdout.splitlines():
+        if line.startswith("|"):
+            print(line)  # of a table of figures
     said = last_line(done.stdout if done.returncode == 0 else done.stdout + done.stderr)
     return done.returncode == 0, said
 

@@ -55,7 +55,7 @@ class Estimate:
         """
         most = max(1, max_context - max(tokens))
         usual = SamplingParams.model_fields["max_tokens"].default if default is None else min(default, most)
-        new = fields.get("max_tokens", usual)
+        new = fields.get("max_tokens", 0 if "continuation" in fields else usual)
         fits = bool(max(tokens) + new <= max_context)
         self.rows += 1
         self.prompt_tokens += sum(tokens)

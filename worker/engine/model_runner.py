@@ -6,6 +6,7 @@ Shapes: M rows of a step, E embedding, V vocabulary, KV heads of keys and values
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 
 import torch
@@ -97,9 +98,9 @@ class ModelRunner:
         for old, new in zip((*origin.k, *origin.v), (*goal.k, *goal.v), strict=True):
             new[target.index, :, : copy.length] = old[source.index, :, : copy.length]
 
-    def clear(self, slot: Slot, start: int = 0) -> None:
-        """Set a slot to zero from a position on, because its sequence may have left a NaN in it."""
-        self.cache.arenas[slot.length_class].clear(slot.index, start=start)
+    def clear(self, slot: Slot, start: int = 0, stop: int | None = None) -> None:
+        """Set positions of a slot to zero, by default all, because its sequence may have left a NaN in them."""
+        self.cache.arenas[slot.length_class].clear(slot.index, stop, start=start)
 
     # --- a step ----------------------------------------------------------------------------------------------------
 
@@ -182,8 +183,8 @@ class ModelRunner:
         scores = [TokenScore(token, None, []) if token >= 0 else _no_token(token) for token in token_ids]
         asked = [i for i, s in enumerate(sequences) if s.request.logprobs is not None and token_ids[i] >= 0]
         if asked:
-            rows = torch.tensor(asked, device=logits.device)
-            for i, score in zip(asked, _scores(logits[rows].float(), tokens[rows]), strict=True):
+            rows, count = torch.tensor(asked, device=logits.device), _count_of_others(sequences[i] for i in asked)
+            for i, score in zip(asked, _scores(logits[rows].float(), tokens[rows], count), strict=True):
                 scores[i] = score
         return scores
 
@@ -196,11 +197,12 @@ class ModelRunner:
         tokens = [token for each in scored for token in each.tokens]
         adapters = [each.sequence.adapter for each in scored for _ in each.rows]
         scores: list[TokenScore] = []
+        count = _count_of_others(each.sequence for each in scored)
         for start in range(0, len(rows), SCORE_ROWS):
             part = slice(start, start + SCORE_ROWS)
             indices, targets = (torch.tensor(x[part], device=hidden.device) for x in (rows, tokens))
             logits = self.model.head(hidden[indices], adapters[part]).float()
-            scores += _scores(logits, targets, ranked=True)
+            scores += _scores(logits, targets, count, ranked=True)
         of_rows = iter(scores)
         found = []
         for each in scored:
@@ -258,12 +260,18 @@ def _to_bytes(tensor: Tensor) -> bytes:
     return save({"tensor": plain.contiguous()})
 
 
-def _scores(logits: Tensor, tokens: Tensor, *, ranked: bool = False) -> list[TokenScore]:
-    """Log probabilities of the tokens and of the likeliest others. logits: [R, V], tokens: [R].
+def _count_of_others(sequences: Iterable[Sequence]) -> int:
+    """How many of the likeliest tokens are found for these sequences: none if no request asks for any.
 
-    The number of others is always the same, so that the order of ties does not depend on what other requests ask for.
+    Otherwise always the same number, so that the order of ties does not depend on what other requests ask for.
     """
-    count = min(MAX_LOGPROBS, logits.shape[-1])
+    requests = (sequence.request for sequence in sequences)
+    return MAX_LOGPROBS if any(request.logprobs or request.prompt_logprobs for request in requests) else 0
+
+
+def _scores(logits: Tensor, tokens: Tensor, count: int, *, ranked: bool = False) -> list[TokenScore]:
+    """Log probabilities of the tokens and of the `count` likeliest ones. logits: [R, V], tokens: [R]."""
+    count = min(count, logits.shape[-1])
     chosen, ids, values = (tensor.tolist() for tensor in top_logprobs(logits, tokens, count))
     own = logits.gather(1, tokens[:, None])
     ranks = ((logits > own).sum(-1) + 1).tolist() if ranked else [None] * len(tokens)

@@ -118,7 +118,8 @@ class OutputProcessor:
                 )
             kept = self._scheduler.kept_prefix(sequence)
             if sequence.request.max_tokens == 0 and sequence.slot is not None:
-                self._runner.clear(sequence.slot, kept)  # nothing has shown the other rows to be free of NaN
+                # Nothing has shown the other rows to be free of NaN.
+                self._runner.clear(sequence.slot, kept, sequence.written)
             self._requests.release(sequence, kept)
             if state.finished and state in self._requests:
                 self._requests.guard(state, functools.partial(self._complete, state))

@@ -36,8 +36,8 @@ class StepRunner(Protocol):
         """Copy the keys and values of a prefix to a sequence."""
         ...
 
-    def clear(self, slot: Slot, start: int = 0) -> None:
-        """Set the keys and values of a slot to zero from position `start` on."""
+    def clear(self, slot: Slot, start: int = 0, stop: int | None = None) -> None:
+        """Set the keys and values of a slot to zero from position `start` to `stop`, by default to its end."""
         ...
 
     def collect(self, sequence: Sequence) -> dict[str, bytes]:

@@ -215,7 +215,8 @@ def read_continuation(
         alone = request.model_copy(update={"prompt": moved, "add_special_tokens": False})
         ids = [*first, *encode_prompt(alone, tokenizer, parse_special_tokens)[0]]
     if len(ids) <= len(first):
-        raise JobFailed("invalid_request", "continuation: it has no token of its own after this prompt; give more text")
+        advice = "its text only completes the prompt's last token; begin it with a space, or give more text"
+        raise JobFailed("invalid_request", f"continuation: it has no token of its own after this prompt: {advice}")
     return ids, after, len(first)
 
 

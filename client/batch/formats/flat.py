@@ -82,4 +82,5 @@ def why_not_flat(row: BatchItem) -> str | None:
     fields = row.fields
     if fields.get("n", 1) != 1:
         return "n"
-    return next((name for name in ("logprobs", "prompt_logprobs") if fields.get(name) is not None), None)
+    scored = ("logprobs", "prompt_logprobs", "continuation")
+    return next((name for name in scored if fields.get(name) is not None), None)

@@ -53,8 +53,9 @@ def main() -> None:
         }
         runs.append(evaluate("local-completions", arguments, batch))
     (ours, one), (again, other) = runs
+    print("| task and metric | backend `hf` | headrace, 1 x 1 | headrace, 4 x 8 |")
     for name, value in ours.items():
-        print(f"{name}: headrace {value:.6f}, Hugging Face {hf[name]:.6f}")
+        print(f"| {name} | {hf[name]:.6f} | {value:.6f} | {again[name]:.6f} |")
     assert ours == again and json.dumps(one) == json.dumps(other), "figures change with batch size and concurrency"
     texts = [[sample for sample in samples if isinstance(sample[1][0][0], str)] for samples in (one, of_hf)]
     assert texts[0] == texts[1] and texts[0], f"the generated texts differ: {texts}"

@@ -362,3 +362,12 @@ def test_a_hint_for_other_producers_names_what_a_message_may_have(word: str) -> 
 def test_a_hint_names_what_was_meant(word: str, meant: str) -> None:
     with pytest.raises(InvalidRequest, match=f"did you mean {meant}"):
         parse_request({**GOOD, word: 1})
+
+
+def test_a_request_to_score_a_continuation_generates_nothing() -> None:
+    scored = parse_request({"prompt": "The king", "continuation": " and"})
+    assert scored == parse_request({"prompt": "The king", "continuation": " and", "max_tokens": 0})
+    assert scored.to_wire()["max_tokens"] == 0  # not what a model's generation_config.json says
+    assert parse_request({"prompt": "The king", "continuation": None}).max_tokens == 16
+    with pytest.raises(InvalidRequest, match="continuation: got a continuation and max_tokens=5; expected"):
+        parse_request({"prompt": "The king", "continuation": " and", "max_tokens": 5})

@@ -330,3 +330,42 @@ def test_a_spoilt_table_is_read_or_refused(tmp_path, name):
                 batch = Batch(client, path, format=name, columns=COLUMNS, skip_invalid=dice.random() < 0.5)
                 for item in batch.rows():
                     output_line(item, "job", RuntimeError("none"))
+
+
+@pytest.mark.parametrize("params", [{}, {"max_tokens": 0}])
+def test_a_column_of_continuations_is_scored_and_its_texts_stay_texts(tmp_path, params):
+    path = tmp_path / "pairs.csv"
+    path.write_text('prompt,continuation\n6 * 7 =, 42\nIs it?, true\nA list:,"[1, 2]"\n')
+    with Client(settings=Settings(redis_url="redis://localhost:1/0")) as client:
+        batch = Batch(client, path, params, columns=Columns(params=["continuation"]))
+        rows = list(batch.rows())
+        assert [row.fields["continuation"] for row in rows] == [" 42", " true", "[1, 2]"]
+        jobs = client.submitter.prepare_together([row.fields for row in rows])
+        assert [job.request.max_tokens for job in jobs] == [0, 0, 0]
+        with pytest.raises(InvalidBatch, match="continuation: a flat row has one text and no log probabilities"):
+            batch.run(tmp_path / "scores.csv")
+
+
+def test_no_new_tokens_for_all_rows_are_refused_for_a_row_without_anything_to_score(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,continuation\nThe king, and\nThe queen,\n")
+    columns = Columns(params=["continuation"])
+    with Client(settings=Settings(redis_url="redis://localhost:1/0")) as client:
+        with pytest.raises(InvalidBatch, match=r"params\.max_tokens: got 0; .* echo, prompt_logprobs or continuation"):
+            Batch(client, path, {"max_tokens": 0}, columns=columns)
+        assert Batch(client, path, {"max_tokens": 0, "prompt_logprobs": 0}, columns=Columns()).checked.rows == 2
+
+
+def test_a_whole_table_or_a_gap_is_refused_where_prompts_or_pairs_are_expected():
+    frame = pandas.DataFrame({"text": ["a", None], "answer": [" b", " c"]})
+    with Client(settings=Settings(redis_url="redis://localhost:1/0")) as client:
+        with pytest.raises(
+            InvalidRequest, match=r"prompts: got a DataFrame; expected one of its columns \(text, answer\)"
+        ):
+            client.choose(frame, ["yes", "no"])
+        with pytest.raises(InvalidRequest, match=r"prompts\[1\]: got .*; expected text"):
+            client.choose(frame["text"], ["yes", "no"])
+        with pytest.raises(InvalidRequest, match="prompts: got 5; expected text, or a list or column of texts"):
+            client.choose(5, ["yes", "no"])
+        with pytest.raises(InvalidRequest, match=r"pairs: got a DataFrame; expected pairs from two of its columns"):
+            client.score_many(frame)
