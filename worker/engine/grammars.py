@@ -23,6 +23,7 @@ from headrace.extras import how_to_install
 from headrace.model.tokenizer import Tokenizer
 from headrace.model.tokenizers.ids_only import TokenIdsOnly
 from headrace.worker.engine.helper_process import Helpers, TooLong
+from headrace.worker.engine.mask_budget import MaskGroup
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -41,8 +42,12 @@ class Grammar:
     def __init__(self, tokenizer: LLTokenizer, text: str) -> None:
         self._tokenizer, self._text = tokenizer, text
         self._first = self.compile()
+        #: Of the sequences that follow it.
+        self.group = MaskGroup()
         #: Whether its bounds were exceeded: then others compile it again.
         self.worn = False
+        #: The mask of the first token: one bit for each token and one for the end of the text.
+        self.first_mask = b""
         #: Why no text can be computed with it; empty if one can.
         self.error = str(self._first.get_error()) or self._first_mask_error()
 
@@ -55,7 +60,7 @@ class Grammar:
     def _first_mask_error(self) -> str:
         """Compute the first mask, which may take longer than later ones, and which shows whether a text can begin."""
         matcher = self.matcher()
-        matcher.compute_bitmask()
+        self.first_mask = matcher.compute_bitmask()
         return str(matcher.get_error())
 
     def matcher(self) -> LLMatcher:

@@ -9,6 +9,7 @@ from headrace.client.wire.errors import JobFailed
 from headrace.client.wire.requests import GenerateRequest
 from headrace.model.tokenizer import NoTokenizer, Tokenizer
 from headrace.worker.engine.grammars import Grammars
+from headrace.worker.engine.mask_budget import MaskBudget
 from headrace.worker.engine.token_rules import TokenRules, mask_of
 
 #: Of the shortest choices, so many that are no longer than this are looked at exactly.
@@ -39,8 +40,8 @@ def request_rules(
     mask = None if allowed is None else mask_of(allowed, vocab_size)
     bad_words = _bad_words(request.bad_words, tokenizer)
     ends = frozenset[int]() if request.ignore_eos else eos_ids
-    own = object()
-    return lambda: TokenRules(vocab_size, ends, grammar=grammar, allowed=mask, bad_words=bad_words, request=own)
+    budget = MaskBudget(FIELD if form is None else f"{FIELD}.{next(iter(form))}")
+    return lambda: TokenRules(vocab_size, ends, grammar=grammar, allowed=mask, bad_words=bad_words, budget=budget)
 
 
 def _bad_words(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
