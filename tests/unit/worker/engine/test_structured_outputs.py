@@ -27,6 +27,7 @@ from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.helper_process import Helpers
 from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
+from headrace.worker.engine.sequence_text import TextDelta
 from headrace.worker.engine.token_rules import TokenRules
 from tests.unit.model.tokenizer_makers import added, byte_level, llama, unigram, word_level, word_piece
 from tests.unit.worker.engine.engine_helpers import ask, build, demo_tokenizer, drive, substance
@@ -108,6 +109,16 @@ def test_a_text_that_is_cut_says_so(engine: Engine) -> None:
     assert (ended.text, ended.stop_reason, ended.complete) == (" to", the[0], False)
     assert ended.logprobs is not None
     assert [score.text_offset for score in ended.logprobs] == [0, 3]
+
+
+def test_the_last_piece_of_a_stream_says_whether_the_text_has_the_form(engine: Engine) -> None:
+    request = ask("She said:", structured_outputs={"regex": "[a-z]{6}"}, n=2, temperature=1, max_tokens=3)
+    deltas: list[TextDelta] = []
+    engine.submit(request).cancel()  # compiles the form
+    prepared(engine)
+    (result,) = drive(engine, engine.submit(request, on_text=deltas.append))
+    assert {d.index: d.complete for d in deltas if d.finish_reason} == {c.index: c.complete for c in result.choices}
+    assert {d.complete for d in deltas if not d.finish_reason} == {None}
 
 
 @pytest.mark.parametrize("more", [{"min_tokens": 8}, {"ignore_eos": True}])
