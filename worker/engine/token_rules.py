@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from headrace.client.wire.grammar_text import panics_as_errors
 from headrace.worker.engine.grammars import Grammar
 from headrace.worker.engine.mask_budget import MaskBudget
 
@@ -161,7 +162,8 @@ class MaskWork:
         """Compute the masks. They are empty if the rules' request fails."""
         began = time.thread_time()
         try:
-            self._compute()
+            with panics_as_errors():
+                self._compute()
         except Exception as error:
             self.error = error
         self._rules.budget.spend(time.thread_time() - began)

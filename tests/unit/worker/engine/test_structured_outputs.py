@@ -144,6 +144,29 @@ def test_max_tokens_that_hold_no_choice_are_refused(engine: Engine) -> None:
     assert choice.complete is (choice.text == "international waters")  # it may have begun with a shorter token
 
 
+@pytest.mark.parametrize(
+    ("form", "fewest"),
+    [
+        ({"regex": "international waters[a-z]*"}, 2),
+        ({"regex": "(internat|internal)x"}, 1),  # of "interna", with which a token begins
+        ({"json": PERSON}, 4),  # {" name ": "
+        ({"grammar": f'start: "{"- " * 40}" /[a-z]/'}, 33),  # of the first 64 bytes: "-", 31 times " -", " "
+        ({"grammar": 'start: "a" start'}, 79),  # has no end; of 10,001 bytes, which are known, 128 in a token
+    ],
+)
+def test_max_tokens_that_do_not_hold_the_beginning_are_refused(
+    engine: Engine, form: dict[str, Any], fewest: int
+) -> None:
+    if fewest > 1:
+        refused = error_of(engine, structured_outputs=form, max_tokens=fewest - 1)
+        (kind,) = form
+        assert refused.code == "invalid_request"
+        assert f"max_tokens: got {fewest - 1}; expected at least {fewest}, the fewest tokens of '" in str(refused)
+        assert str(refused).endswith(f"with which each text of structured_outputs.{kind} begins [invalid_request]")
+    (choice,) = write(engine, form, max_tokens=fewest)
+    assert len(choice.token_ids) <= fewest
+
+
 def test_log_probabilities_are_those_of_the_model(engine: Engine) -> None:
     free, formed = compute(
         engine,
@@ -233,6 +256,14 @@ def test_a_grammar_that_is_compiled_holds_up_its_own_job_only(engine: Engine, mo
     first.set_result(None)
     prepared(engine)
     assert re.fullmatch("x[a-z]y", drive(engine, waiting)[0].text)
+
+
+def test_a_form_on_which_the_library_panics_fails_its_own_job(engine: Engine) -> None:
+    failed = error_of(engine, structured_outputs={"json": {"required": "\N{THUMBS UP SIGN}" * 40}})
+    assert (failed.code, str(failed)) == (
+        "invalid_request",
+        "structured_outputs.json: llguidance cannot read it [invalid_request]",
+    )
 
 
 def test_without_the_library_the_job_fails_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
