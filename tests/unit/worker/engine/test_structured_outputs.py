@@ -30,7 +30,7 @@ from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
 from headrace.worker.engine.sequence_text import TextDelta
 from headrace.worker.engine.token_rules import TokenRules
 from tests.unit.model.tokenizer_makers import added, byte_level, llama, unigram, word_level, word_piece
-from tests.unit.worker.engine.engine_helpers import ask, build, demo_tokenizer, drive, substance
+from tests.unit.worker.engine.engine_helpers import ask, build, demo_tokenizer, drive, substance, tokens_of
 
 PERSON = {
     "type": "object",
@@ -398,6 +398,7 @@ FEWER = settings(deadline=None, max_examples=settings.default.max_examples // 2)
 
 def samples(engine: Engine, forms: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Choice]]:
     """Two choices for each form, all computed together."""
+    forms = [form for form in forms if len(engine.grammars.get(form).beginning) <= 20]  # others may be refused
     requests = [
         ask("The", structured_outputs=form, n=2, temperature=1.5, seed=i, max_tokens=20, min_tokens=i % 3)
         for i, form in enumerate(forms)
@@ -431,3 +432,35 @@ def test_every_complete_text_is_valid_by_its_schema(engine: Engine, schemas: lis
         if choice.finish_reason == "stop":
             assert choice.complete
             jsonschema.validate(json.loads(choice.text), form["json"])
+
+
+@pytest.fixture(scope="module")
+def uncached() -> Engine:
+    """One engine that keeps no prefixes."""
+    return build(prefix_cache=False)
+
+
+@pytest.fixture(scope="module")
+def cached() -> Engine:
+    """One engine that keeps prefixes of 16 tokens and more."""
+    return build(prefill_chunk=16)
+
+
+@settings(deadline=None, max_examples=settings.default.max_examples // 8)
+@given(st.lists(st.tuples(PATTERNS, st.integers(1, 70)), min_size=2, max_size=4))
+def test_texts_are_the_same_after_a_cached_prefix(
+    cached: Engine, uncached: Engine, cases: list[tuple[str, int]]
+) -> None:
+    requests = [
+        ask(
+            tokens_of(length), structured_outputs={"regex": pattern}, temperature=1.5, seed=i, max_tokens=20, logprobs=1
+        )
+        for i, (pattern, length) in enumerate(cases)
+        if len(uncached.grammars.get({"regex": pattern}).beginning) <= 20
+    ]
+    expected = [substance(result) for result in compute(uncached, *requests)]
+    for _ in range(2):
+        results = compute(cached, *requests)
+        assert [substance(result) for result in results] == expected
+    for request, result in zip(requests, results, strict=True):
+        assert result.usage.cached_tokens >= (len(request.prompt) - 1) // 16 * 16
