@@ -153,9 +153,7 @@ class CompletionChunks(ChunkEncoder):
             self._text_offsets[index] = offset + sum(len(score.token) for score in event.logprobs)
             logprobs = logprobs_fields(event.logprobs, as_token_ids=self._as_token_ids, at=offset)
         choice = {"index": index, "text": event.text, "logprobs": logprobs, "finish_reason": event.finish_reason}
-        if event.finish_reason is not None:
-            choice["stop_reason"] = event.stop_reason
-        return [choice]
+        return [{**choice, **_ended(event)}]
 
 
 class ChatChunks(ChunkEncoder):
@@ -177,8 +175,15 @@ class ChatChunks(ChunkEncoder):
         if event.text or event.logprobs or event.finish_reason is None:
             choices.append({**plain, "delta": {"content": event.text}, "logprobs": logprobs})
         if event.finish_reason is not None:
-            choices.append({**plain, "finish_reason": event.finish_reason, "stop_reason": event.stop_reason})
+            choices.append({**plain, "finish_reason": event.finish_reason, **_ended(event)})
         return choices
+
+
+def _ended(event: Event) -> dict[str, Any]:
+    """The fields of the last chunk of a choice, beside `finish_reason`; none in other chunks."""
+    if event.finish_reason is None:
+        return {}
+    return {"stop_reason": event.stop_reason, **({} if event.complete is None else {"complete": event.complete})}
 
 
 _CHUNKS: dict[str, type[ChunkEncoder]] = {COMPLETIONS.path: CompletionChunks, CHAT.path: ChatChunks}

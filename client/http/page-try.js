@@ -13,12 +13,19 @@ export function setModels(models, adapters) {
   if (!at("model").value && models.length) at("model").value = models[0];
 }
 
+// The server reads and checks the form: a schema is sent as its text.
+function form() {
+  const kind = at("form").value, text = at("form-text").value;
+  return {[kind]: kind === "choice" ? text.split("\n").filter(Boolean) : text};
+}
+
 function request() {
   const body = {model: at("model").value || null, prompt: at("prompt").value, priority: "interactive", stream: true, stream_options: {include_usage: true}};
   for (const input of at("ask").querySelectorAll("input[name]")) if (input.value !== "") body[input.name] = +input.value;
   const stops = at("stops").value.split("\n").filter(Boolean);
   if (stops.length) body.stop = stops;
   if (at("ignore-eos").checked) body.ignore_eos = true;
+  if (at("form").value) body.structured_outputs = form();
   if (at("probabilities").checked) body.logprobs = LOGPROBS;
   return body;
 }
@@ -73,7 +80,7 @@ async function* events(answer) {
 
 async function generate() {
   const began = performance.now(), target = make("span"), outcome = at("outcome");
-  let tokens = 0, seed = null, reason = "", first = 0;
+  let tokens = 0, seed = null, reason = "", first = 0, complete = null;
   written = "";
   at("token").hidden = true; at("legend").hidden = true; at("copy").disabled = true;
   at("text").replaceChildren(make("span", at("prompt").value, {class: "prompt"}), target);
@@ -88,12 +95,13 @@ async function generate() {
         if (!first) { first = performance.now(); outcome.className = "hint"; outcome.textContent = "writing …"; }
         addText(target, choice);
         reason = choice.finish_reason || reason;
+        complete = choice.complete ?? complete;
       }
       if (piece.usage) tokens = piece.usage.completion_tokens;
       if (Number.isInteger(piece.seed)) seed = piece.seed;
     }
     const seconds = (performance.now() - began) / 1000;
-    outcome.textContent = `${tokens} tokens in ${seconds.toFixed(2)} s, the first after ${((first - began) / 1000).toFixed(2)} s; seed ${seed}; ended by ${reason === "stop" ? "a stop or the end of text" : "the limit of new tokens"}`;
+    outcome.textContent = `${tokens} tokens in ${seconds.toFixed(2)} s, the first after ${((first - began) / 1000).toFixed(2)} s; seed ${seed}; ended by ${reason === "stop" ? "a stop or the end of text" : "the limit of new tokens"}${complete === null ? "" : complete ? "; it has the form" : "; it does not have the whole form"}`;
   } catch (error) {
     outcome.className = error.name === "AbortError" ? "hint" : "hint bad";
     outcome.textContent = error.name === "AbortError" ? "stopped; the job was cancelled" : error.message;

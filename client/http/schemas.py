@@ -124,6 +124,8 @@ class ChatChunkChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"] | None
     stop_reason: str | int | None = None
+    #: In the last chunk of a choice, with `structured_outputs` or `response_format`: whether the text has the form.
+    complete: bool | None = None
 
 
 class ChatCompletionChunk(BaseModel):

@@ -10,7 +10,7 @@ from typing import Any
 
 from headrace.client.wire.constraints import FIELD
 from headrace.client.wire.errors import InvalidRequest
-from headrace.client.wire.grammar_text import grammar_text, limits, reason_of
+from headrace.client.wire.grammar_text import grammar_text, limits, panics_as_errors, reason_of
 from headrace.client.wire.requests import GenerateRequest
 from headrace.client.wire.result_size import check_result_size
 from headrace.client.wire.values import show
@@ -51,7 +51,8 @@ def _reason(form: str) -> str:
     from llguidance import LLMatcher
 
     try:
-        error = LLMatcher.validate_grammar(grammar_text(json.loads(form)), None, limits=limits())
+        with panics_as_errors():
+            error = LLMatcher.validate_grammar(grammar_text(json.loads(form)), None, limits=limits())
     except ValueError as wrong:
         error = str(wrong)
     return reason_of(error) if error else ""

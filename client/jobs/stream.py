@@ -35,6 +35,8 @@ class Event:
     result: Result | None = None
     #: In the last event of a sample: the stop string or stop token id that ended it, if one did.
     stop_reason: str | int | None = None
+    #: In the last event of a sample with `structured_outputs`: whether its text has the form, as in its `Choice`.
+    complete: bool | None = None
     #: Number of tokens of the prompt; None if a worker of an earlier version computes the job.
     prompt_tokens: int | None = None
 
@@ -75,6 +77,7 @@ class StreamReader:
                     logprobs=choice.logprobs,
                     finish_reason=choice.finish_reason,
                     stop_reason=choice.stop_reason,
+                    complete=choice.complete,
                     prompt_tokens=result.usage.prompt_tokens,
                 )
             )
@@ -103,6 +106,7 @@ class StreamReader:
                 logprobs=logprobs,
                 finish_reason=piece.finish_reason,
                 stop_reason=piece.stop_reason,
+                complete=piece.complete,
                 prompt_tokens=piece.prompt_tokens,
             )
 

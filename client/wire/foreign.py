@@ -88,6 +88,7 @@ _NUMBER = any_of((int, float), "a number")
 _ZERO, _ONE, _OFF = only(0), only(1), only(False)
 _GREEDY = "headrace samples, or with temperature=0 takes the most probable token"
 _SCHEMA = "use structured_outputs={'json': schema}"
+_FORMAT = f"{_SCHEMA} or {{'json_object': True}}"
 _REGEX = "use structured_outputs={'regex': pattern}"
 _CHOICE = "use structured_outputs={'choice': [...]}"
 _GRAMMAR = "use structured_outputs={'grammar': text}, in the syntax of Lark"
@@ -127,7 +128,7 @@ FOREIGN: dict[str, Foreign] = {
     "reasoning_effort": only("none"),
     "chat_template": NO_VALUE._replace(advice="the template of the model's directory is used"),
     "documents": only([], advice=_TOOLS),
-    "response_format": only({"type": "text"}, advice=_SCHEMA),
+    "response_format": only({"type": "text"}, advice=_FORMAT),
     "modalities": only(["text"]),
     "audio": NO_VALUE._replace(advice=_READS_TEXT),
     "prediction": NO_VALUE._replace(advice="headrace proposes tokens by itself; see HEADRACE_DRAFT_TOKENS"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ _SCHEMA = "failed to compile JSON schema: "
 _ANCHOR = "lookarounds not supported yet"
 #: How bounds are named that were exceeded.
 _TOO_LARGE = ("precomputation failed", "too big", "too large", "too many", "too complex")
+#: How a matcher says that llguidance has failed.
+_PANIC = "panic: "
 #: The longest reason, in characters.
 _LONGEST = 200
 
@@ -48,6 +51,17 @@ LIMITS: Limits = {
     "max_grammar_size": 50_000,
     "verbose_errors": False,  # they quote the text
 }
+
+
+@contextlib.contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise ValueError where llguidance fails on a form by a panic, which is no Exception in Python."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(_PANIC) from None
 
 
 def limits() -> LLParserLimits:
@@ -89,6 +103,8 @@ def reason_of(error: str) -> str:
     """What llguidance says of a grammar, in one line, with the place where it is wrong."""
     if error.startswith("NoExtension"):
         return "no text matches it"
+    if error.startswith(_PANIC):
+        return "llguidance cannot read it"
     if drawn := _DRAWN.search(error):
         reason = drawn["reason"].splitlines()[0]
         return reason if "\n" in drawn["pattern"] else f"{reason}, at character {len(drawn['before']) - 4}"

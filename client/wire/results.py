@@ -186,6 +186,8 @@ class StreamPiece(BaseModel):
     logprobs: list[TokenLogprob] | None = None
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: str | int | None = None
+    #: In the last piece of a sample: as in its choice.
+    complete: bool | None = None
     #: Number of tokens of the prompt; None from workers of earlier versions.
     prompt_tokens: int | None = None
 

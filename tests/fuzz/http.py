@@ -17,11 +17,19 @@ from headrace.client.batch.output_lines import output_line, read_output_line
 from headrace.client.batch.rows import ItemReader
 from headrace.client.batch.sources import open_source
 from headrace.client.wire.foreign import FOREIGN
+from tests.fuzz.forms import FORMS, SCHEMAS
 from tests.fuzz.harness import LONGEST_MESSAGE, Target, check_message
 from tests.fuzz.jobs import GOOD
 from tests.fuzz.values import ANY_TEXT, HOSTILE_TEXT, JSON, objects
 from tests.http_app import Answer, HttpApp
 
+TEXTS = HOSTILE_TEXT | ANY_TEXT
+RESPONSE_FORMATS = objects(
+    {
+        "type": st.sampled_from(["text", "json_object", "json_schema", "grammar"]),
+        "json_schema": objects({"name": TEXTS, "schema": SCHEMAS, "strict": st.booleans()}),
+    }
+)
 PROMPTS = GOOD["prompt"] | st.lists(GOOD["prompt"], max_size=3)
 COMPLETIONS = objects(
     {
@@ -35,6 +43,7 @@ COMPLETIONS = objects(
         "best_of": st.integers(0, 3),
         "max_completion_tokens": JSON | st.integers(0, 4),
         "timeout_s": st.sampled_from([1, 0.5, 1e9]),
+        "response_format": RESPONSE_FORMATS,
         "self": JSON,
         "function": JSON,
         "requests": JSON,
@@ -42,7 +51,6 @@ COMPLETIONS = objects(
     },
     needed=("prompt",),
 )
-TEXTS = HOSTILE_TEXT | ANY_TEXT
 PARTS = st.lists(
     objects({"type": st.just("text"), "text": HOSTILE_TEXT | ANY_TEXT}, needed=("type", "text")), max_size=2
 )
@@ -62,6 +70,8 @@ CHATS = objects(
         "n": st.integers(0, 3),
         "max_tokens": st.integers(0, 4),
         "stream": st.booleans(),
+        "structured_outputs": FORMS | JSON,
+        "response_format": RESPONSE_FORMATS,
         "echo": st.booleans() | JSON,
         "add_generation_prompt": st.booleans(),
         "continue_final_message": st.booleans(),

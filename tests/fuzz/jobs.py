@@ -7,18 +7,18 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import tiktoken
 from hypothesis import strategies as st
 
 from headrace.client.wire.errors import InvalidRequest, JobError, JobFailed
 from headrace.client.wire.foreign import FOREIGN
 from headrace.client.wire.requests import GenerateRequest, is_job_id, parse_request
 from headrace.client.wire.results import Result, outcome_state, parse_outcome
-from headrace.model.tokenizer import END_OF_TEXT, PATTERN, TiktokenTokenizer
 from headrace.worker.engine.engine import Engine
+from headrace.worker.engine.grammars import Grammars
 from headrace.worker.queue.messages import read_group, read_wire
 from tests.checkpoints.test_properties import VOCABULARY
 from tests.checkpoints.test_properties import engine as small_engine
+from tests.fuzz.forms import FORMS, byte_tokenizer
 from tests.fuzz.harness import Target, check_message
 from tests.fuzz.values import ANY_TEXT, GIANT, JSON, NUMBERS, nested, objects
 
@@ -49,6 +49,10 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "priority": st.sampled_from(["interactive", "normal", "bulk"]),
     "adapter": st.sampled_from([None, "pirate", "poet", "a" * 128, "", "..", "../pirate", "pirate\n", "a/b", "\0"]),
     "expires_at": st.sampled_from([None, 0, 1e9, 9e10]),
+    "structured_outputs": FORMS,
+    "allowed_token_ids": st.lists(IDS | st.sampled_from([2**31 - 1, 2**31, 10**400]), min_size=1, max_size=3),
+    "bad_words": st.lists(st.sampled_from(["a", " b", "ab", "é", "\0", " "]) | ANY_TEXT, max_size=3),
+    "prompt_logprobs": st.sampled_from([None, 0, 1, 20]),
     "checkpoints": st.just("all") | st.lists(st.integers(0, 12), max_size=3),
 }
 WIRES = objects(GOOD, needed=("prompt",)) | JSON
@@ -56,7 +60,7 @@ WIRES = objects(GOOD, needed=("prompt",)) | JSON
 #: The error codes that an untrusted message may cause; `internal_error` would be a bug.
 CODES = {
     *("invalid_request", "unsupported_version", "context_length_exceeded", "invalid_token_id", "nan_logits"),
-    "adapter_not_found",
+    *("adapter_not_found", "grammar_too_complex", "no_token_allowed", "empty_prompt"),
 }
 
 
@@ -64,10 +68,8 @@ CODES = {
 def _engine() -> Engine:
     """A small random model with a token for each byte."""
     engine = small_engine(slots=4)
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    engine.tokenizer = TiktokenTokenizer(
-        tiktoken.Encoding("bytes", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
-    )
+    engine.tokenizer = byte_tokenizer()
+    engine.grammars = Grammars(engine.tokenizer, VOCABULARY)
     return engine
 
 
@@ -81,7 +83,7 @@ def check_wire(wire: Any) -> None:
         return
     engine = _engine()
     future = engine.submit(request, job_id="a")
-    while engine.step():
+    while engine.step() or not future.done():  # until its grammar is compiled
         pass
     error = future.exception(timeout=0)
     if error is None:

@@ -266,6 +266,7 @@ def test_a_completion_has_the_form_that_was_asked_for(api: openai.OpenAI, client
     text = "".join(piece.choices[0].text for piece in (*pieces, last))
     assert text in ("the river", "the sea")
     assert last.choices[0].finish_reason == "stop"
+    assert last.choices[0].complete
     chat = api.chat.completions.create(model="chat", messages=CHAT, max_tokens=12, extra_body=asked["extra_body"])
     assert chat.choices[0].message.content in ("the river", "the sea")
     with pytest.raises(openai.BadRequestError) as caught:

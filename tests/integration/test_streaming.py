@@ -102,8 +102,8 @@ def check(events: list[Event]) -> None:
     assert [event.result is not None for event in events[:-1]] == [False] * (len(events) - 1)
     assert events[-1].result is not None
     assert assembled(events) == of_result(events[-1].result.choices)
-    ends = {event.index: event.stop_reason for event in events if event.finish_reason}
-    assert ends == {choice.index: choice.stop_reason for choice in events[-1].result.choices}
+    ends = {event.index: (event.stop_reason, event.complete) for event in events if event.finish_reason}
+    assert ends == {choice.index: (choice.stop_reason, choice.complete) for choice in events[-1].result.choices}
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,7 @@ def check(events: list[Event]) -> None:
         pytest.param({"logprobs": 2, "max_tokens": 60}, id="log probabilities"),
         pytest.param({"echo": True, "logprobs": 1, "n": 2, "max_tokens": 40}, id="echo"),
         pytest.param({"echo": True, "logprobs": 0, "max_tokens": 0}, id="scored only"),
+        pytest.param({"structured_outputs": {"regex": "( [a-z]{2,9}){4}"}, "n": 2}, id="structured output"),
         pytest.param({"stop": ["e", " the"], "temperature": 0.5, "max_tokens": 60}, id="stop strings"),
         pytest.param({"logit_bias": {8582: 90, 236: 90, 121: 90}, "max_tokens": 40}, id="characters of many tokens"),
     ],

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.client.wire.constraints import FIELD
 from headrace.client.wire.errors import JobFailed
-from headrace.client.wire.grammar_text import LIMITS, grammar_text, limits, reason_of
+from headrace.client.wire.grammar_text import LIMITS, grammar_text, limits, panics_as_errors, reason_of
 from headrace.extras import how_to_install
 from headrace.model.tokenizer import Tokenizer
 from headrace.model.tokenizers.ids_only import TokenIdsOnly
 from headrace.worker.engine.helper_process import Helpers, TooLong
+from headrace.worker.engine.mask_budget import MaskGroup
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -41,8 +42,14 @@ class Grammar:
     def __init__(self, tokenizer: LLTokenizer, text: str) -> None:
         self._tokenizer, self._text = tokenizer, text
         self._first = self.compile()
+        #: Of the sequences that follow it.
+        self.group = MaskGroup()
         #: Whether its bounds were exceeded: then others compile it again.
         self.worn = False
+        #: The mask of the first token: one bit for each token and one for the end of the text.
+        self.first_mask = b""
+        #: The bytes with which all texts begin.
+        self.beginning = b""
         #: Why no text can be computed with it; empty if one can.
         self.error = str(self._first.get_error()) or self._first_mask_error()
 
@@ -55,8 +62,11 @@ class Grammar:
     def _first_mask_error(self) -> str:
         """Compute the first mask, which may take longer than later ones, and which shows whether a text can begin."""
         matcher = self.matcher()
-        matcher.compute_bitmask()
-        return str(matcher.get_error())
+        self.first_mask = matcher.compute_bitmask()
+        if error := str(matcher.get_error()):
+            return error
+        self.beginning = matcher.compute_ff_bytes()
+        return ""
 
     def matcher(self) -> LLMatcher:
         """A matcher at the beginning of a text."""
@@ -78,6 +88,7 @@ class Grammars:
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
         #: The texts of all tokens, once a grammar has been compiled.
         self.token_bytes: frozenset[bytes] = frozenset()
+        self.sorted_token_bytes: list[bytes] = []
 
     def knows(self, form: Mapping[str, Any] | None) -> bool:
         """Whether `get` answers at once: there is nothing to compile."""
@@ -99,7 +110,8 @@ class Grammars:
                 return grammar
         ((kind, _),) = form.items()
         try:
-            grammar = self._compiled(kind, form)
+            with panics_as_errors():
+                grammar = self._compiled(kind, form)
         except ValueError as error:
             raise JobFailed("invalid_request", f"{FIELD}.{kind}: {reason_of(str(error))}") from None
         with self._lock:
@@ -130,6 +142,7 @@ class Grammars:
             if self._tokens is None:
                 vocabulary = _Vocabulary(self._tokenizer, self._vocab_size)
                 self.token_bytes = frozenset(vocabulary.tokens[:-1]) - {b""}
+                self.sorted_token_bytes = sorted(self.token_bytes)
                 self._tokens = _for_library(vocabulary)
             return self._tokens
 

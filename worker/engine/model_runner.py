@@ -32,7 +32,7 @@ from headrace.worker.engine.input_batch import (
 )
 from headrace.worker.engine.scheduler import ModelRunnerOutput, PrefixCopy, SchedulerOutput
 from headrace.worker.engine.sequence import NoToken, Sequence, Slot, TokenScore
-from headrace.worker.engine.token_masks import MaskThread, PendingMasks
+from headrace.worker.engine.token_masks import Masks, MaskThreads, PendingMasks
 
 #: Prompt positions whose log probabilities are computed at once: 128 rows of GPT-2's logits are 26 MB.
 SCORE_ROWS = 128
@@ -50,7 +50,7 @@ class ModelRunner:
         self.model = model
         self.cache = KVCache(model.config, lengths=lengths, dtype=model.dtype, device=model.device)
         self.graphs = decode_graphs(model, self.cache)
-        self._masks = MaskThread()
+        self._masks = MaskThreads()
 
     @property
     def position_bytes(self) -> int:
@@ -110,17 +110,7 @@ class ModelRunner:
         batch = InputBatch(step)
         sampled = batch.sampled()
         masked = masked_rows(sampled)
-        if not masked:
-            return self._run(step, batch, sampled, None)
-        masks = self._masks.begin(masked)
-        try:
-            return self._run(step, batch, sampled, masks)
-        finally:
-            masks.wait()  # if the step fails, it is tried again, and then the rules must be free
-
-    def _run(
-        self, step: SchedulerOutput, batch: InputBatch, sampled: list[SampledRow], masks: PendingMasks | None
-    ) -> ModelRunnerOutput:
+        masks = self._masks.begin(masked, others=len(masked) < len(sampled) or bool(step.chunks)) if masked else None
         captured = self._captured(batch)
         hidden = None
         if not batch.chunks and not captured and not batch.adapters:
@@ -135,7 +125,8 @@ class ModelRunner:
                 self.copy(PrefixCopy(source, sequence, len(source.prompt)))
         outcome = ModelRunnerOutput(self._sample(sampled, hidden, masks), prompt_scores)
         for sequence, _ in captured:
-            sequence.activations.commit()
+            if not sequence.late:  # else this row is computed again
+                sequence.activations.commit()
         return outcome
 
     def _forward(self, batch: InputBatch, traces: list[ActivationCapture]) -> Tensor:
@@ -148,7 +139,10 @@ class ModelRunner:
     def _sample(
         self, rows: list[SampledRow], hidden: Tensor, masks: PendingMasks | None
     ) -> list[tuple[Sequence, TokenScore | NoToken]]:
-        """Sample next tokens, and keep those that count. Sequences with the same row share logits. hidden: [M, E]"""
+        """Sample next tokens, and keep those that count. Sequences with the same row share logits. hidden: [M, E]
+
+        Sequences whose masks are late get no token.
+        """
         if not rows:
             return []
         indices = [each.row for each in rows]
@@ -157,7 +151,13 @@ class ModelRunner:
         logits = self.model.head(hidden[torch.tensor(list(at), device=hidden.device)], [adapter_of[row] for row in at])
         if len(at) < len(indices):
             logits = logits[torch.tensor([at[row] for row in indices], device=hidden.device)]
-        tokens = self._tokens(rows, logits, masks)
+        found = None if masks is None else masks.result()
+        if found is not None and found.late:
+            rows = [each for i, each in enumerate(rows) if i not in found.late]
+            logits = logits[torch.tensor([i for i in range(len(logits)) if i not in found.late], device=logits.device)]
+        if not rows:
+            return []
+        tokens = self._tokens(rows, logits, found)
         for i, (sequence, _, _) in enumerate(rows):
             if sequence.activations is not None and not sequence.output:
                 self._capture_first_token(sequence, logits[i].float())
@@ -168,14 +168,14 @@ class ModelRunner:
         sequences = [rows[i].sequence for i in accepted]
         return list(zip(sequences, self._token_scores(sequences, logits, tokens), strict=True))
 
-    def _tokens(self, rows: list[SampledRow], logits: Tensor, masks: PendingMasks | None) -> Tensor:
+    def _tokens(self, rows: list[SampledRow], logits: Tensor, masks: Masks | None) -> Tensor:
         """Sample a token for each row; see `sample`. logits: [R, V], overwritten if nothing reads them later."""
         draws = [each.draw() for each in rows]
-        if masks is None:
+        if masks is None or not masks.rows:
             return sample(logits, draws)
         # Log probabilities and captured activations are of the logits without masks.
         read = any(s.request.logprobs is not None or s.activations is not None for s, _, _ in rows)
-        return sample(logits.clone() if read else logits, draws, TokenMasks(*masks.result()))
+        return sample(logits.clone() if read else logits, draws, TokenMasks(masks.rows, masks.words))
 
     def _token_scores(self, sequences: list[Sequence], logits: Tensor, tokens: Tensor) -> list[TokenScore | NoToken]:
         """Scores of sampled tokens, or why there is none. logits: [R, V], tokens: [R]."""

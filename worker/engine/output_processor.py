@@ -88,6 +88,8 @@ class OutputProcessor:
         """Count the proposed tokens that were accepted: each gave its sequence one more token."""
         tokens = Counter(sequence for sequence, _ in outcome.tokens)
         for sequence, proposed in step.proposed.items():
+            if not tokens[sequence]:
+                continue  # its masks were late
             accepted = tokens[sequence] - 1
             sequence.note_accepted(len(proposed), accepted)
             self.proposed += len(proposed)

@@ -163,12 +163,12 @@ class Scheduler:
         return True
 
     def schedule(self) -> SchedulerOutput:
-        """The next step: all decoding sequences, then chunks of prompts in order of admission within the token budget.
+        """The next step: the decoding sequences, then chunks of prompts in order of admission within the token budget.
 
         At least one chunk is included, however many rows decode. Where a chunk begins and ends depends on its prompt
         alone, so that the bits of its keys and values do not depend on the batch composition.
         """
-        step = SchedulerOutput(decodes=[s for s in self.running if not s.prefilling])
+        step = SchedulerOutput(decodes=self._decodes())
         self._add_proposed_tokens(step)
         room = self.step_tokens - step.decode_rows
         for sequence in self.running:
@@ -183,6 +183,11 @@ class Scheduler:
                 if chunk.last and (same := self._waiting_for_prompt_of(sequence)):
                     step.same_prompt[sequence] = same
         return step
+
+    def _decodes(self) -> list[Sequence]:
+        """The sequences that decode, without those whose masks are late, unless there is nothing else to compute."""
+        decoding = [s for s in self.running if not s.prefilling]
+        return [s for s in decoding if not s.late] or (decoding if len(decoding) == len(self.running) else [])
 
     def _add_proposed_tokens(self, step: SchedulerOutput) -> None:
         """If few sequences decode, fill the step up to SPECULATIVE_ROWS with proposed tokens, in equal shares."""

@@ -142,6 +142,11 @@ class Sequence:
         return self.prefilled < len(self.prompt)
 
     @property
+    def late(self) -> bool:
+        """Whether it has to wait because which tokens may follow is still being computed."""
+        return self.rules is not None and self.rules.late
+
+    @property
     def written(self) -> int:
         """How many positions of its slot hold something that is needed."""
         return self.prefilled + len(self.output)
@@ -193,8 +198,8 @@ class Sequence:
         A captured sequence proposes none: its tensors must be those of its own tokens.
         """
         most = min(most, self.request.max_tokens - len(self.output) - 1)
-        if most <= 0 or self.captures_activations:
-            return []
+        if most <= 0 or self.captures_activations or (self.rules is not None and self.rules.work is not None):
+            return []  # the mask of a sequence that was late is for its next token alone
         if self._proposer is None:
             self._proposer = NgramProposer(self.prompt)
         tokens = self._proposer.propose(self.output, most)

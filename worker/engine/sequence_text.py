@@ -27,6 +27,7 @@ class TextDelta:
     logprobs: list[TokenLogprob] | None = None
     stop_reason: int | str | None = None
     prompt_tokens: int | None = None
+    complete: bool | None = None
 
 
 class SeenText:
@@ -191,6 +192,7 @@ class SequenceText:
             logprobs,
             sequence.stop_reason,
             len(sequence.prompt),
+            self._is_complete() if sequence.finish_reason else None,
         )
 
     def _held_back(self) -> int:

@@ -5,16 +5,20 @@ A mask is a row of words with one bit for each token, and one more for the end o
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from headrace.client.wire.grammar_text import panics_as_errors
 from headrace.worker.engine.grammars import Grammar
+from headrace.worker.engine.mask_budget import MaskBudget
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLExecutor, LLMatcher
 
 Words = npt.NDArray[np.uint32]
 WORD_BITS = 32
@@ -41,7 +45,8 @@ def _set(mask: Words, token: int, allowed: bool) -> None:
 class TokenRules:
     """The rules of one sequence, which follow its text.
 
-    Used by one thread at a time: the engine's, or, while the model computes a step, the one that computes masks.
+    Used by one thread at a time: the engine's, or, while it is `late` or the model computes a step, the one that
+    computes masks.
 
     Args:
         vocab_size: every token id is below it.
@@ -49,7 +54,7 @@ class TokenRules:
         grammar: that the text must match; None for any text.
         allowed: the mask of `allowed_token_ids`.
         bad_words: the token ids of texts that must not be written.
-        request: the same object for all sequences of a request, which fail together.
+        budget: of the request.
     """
 
     def __init__(
@@ -60,11 +65,12 @@ class TokenRules:
         grammar: Grammar | None = None,
         allowed: Words | None = None,
         bad_words: Sequence[list[int]] = (),
-        request: object = None,
+        budget: MaskBudget | None = None,
     ) -> None:
-        self.vocab_size, self.request = vocab_size, request
-        #: Why no mask can be computed; empty if one can.
-        self.error = ""
+        self.vocab_size, self.budget = vocab_size, budget or MaskBudget()
+        self.group = self.budget.group if grammar is None else grammar.group
+        #: The masks of the next token, computed or being computed.
+        self.work: MaskWork | None = None
         self._grammar, self._allowed, self._bad_words = grammar, allowed, bad_words
         self._eos_ids = tuple(token for token in eos_ids if token < vocab_size)
         self._output: list[int] = []
@@ -72,9 +78,24 @@ class TokenRules:
         self._is_own = False  # whether the matcher shares nothing with others
 
     @property
+    def late(self) -> bool:
+        """Whether masks are being computed for which the last step did not wait."""
+        return self.group.pending > 0
+
+    @property
+    def error(self) -> str:
+        """Why no mask can be computed; empty if one can."""
+        return self.budget.error
+
+    @property
     def matcher(self) -> LLMatcher | None:
         """Follows the grammar; None without one."""
         return self._matcher
+
+    @property
+    def first_mask(self) -> Words:
+        """The mask of the grammar for the first token."""
+        return np.frombuffer(b"" if self._grammar is None else self._grammar.first_mask, dtype=np.uint32)
 
     @property
     def failed(self) -> bool:
@@ -88,6 +109,7 @@ class TokenRules:
 
     def advance(self, token: int) -> bool:
         """Follow the sequence's next token. Returns whether the text matches and nothing can follow."""
+        self.work = None
         if self._matcher is None:
             return False
         self._output.append(token)
@@ -123,3 +145,62 @@ class TokenRules:
         for word in self._bad_words:
             if output[len(output) - len(word) + 1 :] == word[:-1]:
                 _set(mask, word[-1], False)
+
+
+class MaskWork:
+    """The masks of one sequence: for its next token, and for those that follow each of the proposed ones."""
+
+    def __init__(self, rules: TokenRules, output: list[int], proposed: list[int]) -> None:
+        #: Whether it is of the first token of a text: then it takes no time.
+        self.first = not output
+        self.group = rules.group
+        self.error: Exception | None = None
+        self._rules, self._output, self._proposed = rules, output, proposed
+        self.words = np.full((1 + len(proposed), words_of(rules.vocab_size)), 2**32 - 1, dtype=np.uint32)
+
+    def compute(self) -> None:
+        """Compute the masks. They are empty if the rules' request fails."""
+        began = time.thread_time()
+        try:
+            with panics_as_errors():
+                self._compute()
+        except Exception as error:
+            self.error = error
+        self._rules.budget.spend(time.thread_time() - began)
+
+    def _compute(self) -> None:
+        rules = self._rules
+        if rules.matcher is not None and not rules.error:
+            self._fill()
+            if rules.failed and rules.restart():
+                self._fill()
+            if rules.failed:
+                rules.budget.exceed()
+        if rules.error:
+            self.words[:] = 0
+            return
+        for i, mask in enumerate(self.words):
+            rules.complete_mask(mask, self._output + self._proposed[:i])
+
+    def _fill(self) -> None:
+        """Write the masks of the grammar. After a token that it does not allow, masks stay as they are."""
+        matcher, words = self._rules.matcher, self.words
+        address, row_bytes = words.ctypes.data, words.shape[1] * words.itemsize
+        if matcher is None:
+            return
+        if self.first:
+            words[0] = self._rules.first_mask
+        elif self._proposed:
+            _executor().unsafe_compute_mask_ptr_with_draft_token(
+                [(matcher, 0, self._proposed)], address, row_bytes, len(words)
+            )
+        else:
+            matcher.unsafe_compute_mask_ptr(address, row_bytes)
+
+
+@functools.cache
+def _executor() -> LLExecutor:
+    """Computes masks after proposed tokens, which a matcher does not do alone."""
+    from llguidance import LLExecutor
+
+    return LLExecutor(1)

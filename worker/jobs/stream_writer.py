@@ -53,6 +53,7 @@ class _Pending:
                 finish_reason=delta.finish_reason,
                 stop_reason=delta.stop_reason,
                 prompt_tokens=delta.prompt_tokens,
+                complete=delta.complete,
             )
             return
         piece.text += delta.text
@@ -60,6 +61,7 @@ class _Pending:
         if piece.logprobs is not None:
             piece.logprobs += delta.logprobs or []
         piece.finish_reason, piece.stop_reason = delta.finish_reason, delta.stop_reason
+        piece.complete = delta.complete
 
     def event(self) -> str:
         text = StreamEvent(pieces=list(self.pieces.values()), end=self.end).model_dump_json(exclude_defaults=True)

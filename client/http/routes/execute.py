@@ -48,6 +48,8 @@ async def _stream_events(jobs: JobRunner, submitted: SubmittedJobs) -> AsyncGene
             logprobs = None if event.logprobs is None else [score.model_dump() for score in event.logprobs]
             token = {"index": event.index, "text": event.text, "token_ids": event.token_ids, "logprobs": logprobs}
             ended = {"finish_reason": event.finish_reason, "stop_reason": event.stop_reason}
+            if event.complete is not None:
+                ended["complete"] = event.complete
             yield encode_event(encode_json({**token, **ended}), "token")
 
 

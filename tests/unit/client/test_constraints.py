@@ -59,6 +59,7 @@ UNREADABLE: list[tuple[dict[str, Any], str, str]] = [
     ({"json": {"type": "integer", "minimum": 5, "maximum": 3}}, "json", "minimum (5) is greater than maximum (3)"),
     ({"grammar": "start: word"}, "grammar", 'unknown name: "word", in line 1, column 8'),
     ({"grammar": 'begin: "a"'}, "grammar", "no start rule found"),
+    ({"json": {"required": "\N{THUMBS UP SIGN}" * 40}}, "json", "llguidance cannot read it"),  # it panics
 ]
 
 

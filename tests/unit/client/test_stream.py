@@ -76,13 +76,15 @@ def test_several_writers_and_lost_entries_make_one_text(dice: random.Random, wri
 
 
 def test_the_last_event_of_a_sample_says_what_ended_it() -> None:
-    ended = piece(4, 8).model_copy(update={"finish_reason": "stop", "stop_reason": "\n"})
+    ended = piece(4, 8).model_copy(update={"finish_reason": "stop", "stop_reason": "\n", "complete": True})
     under_test = reader()
     events = [*under_test.take(entry(piece(0, 4))), *under_test.take(entry(ended))]
     assert [event.stop_reason for event in events] == [None, "\n"]
+    assert [event.complete for event in events] == [None, True]
     whole = result()
-    whole.choices[0].finish_reason, whole.choices[0].stop_reason = "stop", 7
+    whole.choices[0].finish_reason, whole.choices[0].stop_reason, whole.choices[0].complete = "stop", 7, False
     assert [event.stop_reason for event in reader().finish(whole)] == [7, None]
+    assert [event.complete for event in reader().finish(whole)] == [False, None]
 
 
 def test_text_after_a_gap_waits_for_the_result() -> None:

@@ -156,7 +156,7 @@ def test_a_stream_has_the_role_then_text_then_the_reason() -> None:
     pieces = [
         Event(0, "He", [1], SCORES[:1]),
         Event(1, "", [5]),
-        Event(0, "y", [2], finish_reason="stop", stop_reason="x"),
+        Event(0, "y", [2], finish_reason="stop", stop_reason="x", complete=False),
     ]
     found = events(b"".join(chunks.encode(0, piece) for piece in pieces))
     found += events(chunks.encode(0, Event(1, "", [], [], finish_reason="length"), result()))
@@ -178,6 +178,7 @@ def test_a_stream_has_the_role_then_text_then_the_reason() -> None:
     ]
     assert choices[1]["logprobs"] == chat_logprobs(SCORES[:1])
     assert choices[5]["stop_reason"] == "x"
+    assert [choice.get("complete") for choice in choices] == [None] * 5 + [False, None]
     assert [chunk.get("seed") for chunk in found] == [None] * 6 + [7, 7]
     assert (found[-1]["choices"], found[-1]["usage"]["total_tokens"]) == ([], 4)
     assert [chunk["usage"] for chunk in found[:-1]] == [None] * 7

@@ -27,9 +27,10 @@ from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.helper_process import Helpers
 from headrace.worker.engine.model_runner import ModelRunner
 from headrace.worker.engine.scheduler import ModelRunnerOutput, SchedulerOutput
+from headrace.worker.engine.sequence_text import TextDelta
 from headrace.worker.engine.token_rules import TokenRules
 from tests.unit.model.tokenizer_makers import added, byte_level, llama, unigram, word_level, word_piece
-from tests.unit.worker.engine.engine_helpers import ask, build, demo_tokenizer, drive, substance
+from tests.unit.worker.engine.engine_helpers import ask, build, demo_tokenizer, drive, substance, tokens_of
 
 PERSON = {
     "type": "object",
@@ -110,6 +111,16 @@ def test_a_text_that_is_cut_says_so(engine: Engine) -> None:
     assert [score.text_offset for score in ended.logprobs] == [0, 3]
 
 
+def test_the_last_piece_of_a_stream_says_whether_the_text_has_the_form(engine: Engine) -> None:
+    request = ask("She said:", structured_outputs={"regex": "[a-z]{6}"}, n=2, temperature=1, max_tokens=3)
+    deltas: list[TextDelta] = []
+    engine.submit(request).cancel()  # compiles the form
+    prepared(engine)
+    (result,) = drive(engine, engine.submit(request, on_text=deltas.append))
+    assert {d.index: d.complete for d in deltas if d.finish_reason} == {c.index: c.complete for c in result.choices}
+    assert {d.complete for d in deltas if not d.finish_reason} == {None}
+
+
 @pytest.mark.parametrize("more", [{"min_tokens": 8}, {"ignore_eos": True}])
 def test_nothing_forces_text_outside_the_form(engine: Engine, more: dict[str, Any]) -> None:
     for form, texts in (({"choice": ["yes", "no"]}, {"yes", "no"}), ({"choice": [""]}, {""})):
@@ -131,6 +142,29 @@ def test_max_tokens_that_hold_no_choice_are_refused(engine: Engine) -> None:
     assert str(refused).startswith("max_tokens: got 1; expected at least 2, the fewest tokens")
     (choice,) = write(engine, {"choice": ["international waters"]}, max_tokens=2)
     assert choice.complete is (choice.text == "international waters")  # it may have begun with a shorter token
+
+
+@pytest.mark.parametrize(
+    ("form", "fewest"),
+    [
+        ({"regex": "international waters[a-z]*"}, 2),
+        ({"regex": "(internat|internal)x"}, 1),  # of "interna", with which a token begins
+        ({"json": PERSON}, 4),  # {" name ": "
+        ({"grammar": f'start: "{"- " * 40}" /[a-z]/'}, 33),  # of the first 64 bytes: "-", 31 times " -", " "
+        ({"grammar": 'start: "a" start'}, 79),  # has no end; of 10,001 bytes, which are known, 128 in a token
+    ],
+)
+def test_max_tokens_that_do_not_hold_the_beginning_are_refused(
+    engine: Engine, form: dict[str, Any], fewest: int
+) -> None:
+    if fewest > 1:
+        refused = error_of(engine, structured_outputs=form, max_tokens=fewest - 1)
+        (kind,) = form
+        assert refused.code == "invalid_request"
+        assert f"max_tokens: got {fewest - 1}; expected at least {fewest}, the fewest tokens of '" in str(refused)
+        assert str(refused).endswith(f"with which each text of structured_outputs.{kind} begins [invalid_request]")
+    (choice,) = write(engine, form, max_tokens=fewest)
+    assert len(choice.token_ids) <= fewest
 
 
 def test_log_probabilities_are_those_of_the_model(engine: Engine) -> None:
@@ -222,6 +256,14 @@ def test_a_grammar_that_is_compiled_holds_up_its_own_job_only(engine: Engine, mo
     first.set_result(None)
     prepared(engine)
     assert re.fullmatch("x[a-z]y", drive(engine, waiting)[0].text)
+
+
+def test_a_form_on_which_the_library_panics_fails_its_own_job(engine: Engine) -> None:
+    failed = error_of(engine, structured_outputs={"json": {"required": "\N{THUMBS UP SIGN}" * 40}})
+    assert (failed.code, str(failed)) == (
+        "invalid_request",
+        "structured_outputs.json: llguidance cannot read it [invalid_request]",
+    )
 
 
 def test_without_the_library_the_job_fails_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,6 +398,7 @@ FEWER = settings(deadline=None, max_examples=settings.default.max_examples // 2)
 
 def samples(engine: Engine, forms: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Choice]]:
     """Two choices for each form, all computed together."""
+    forms = [form for form in forms if len(engine.grammars.get(form).beginning) <= 20]  # others may be refused
     requests = [
         ask("The", structured_outputs=form, n=2, temperature=1.5, seed=i, max_tokens=20, min_tokens=i % 3)
         for i, form in enumerate(forms)
@@ -389,3 +432,35 @@ def test_every_complete_text_is_valid_by_its_schema(engine: Engine, schemas: lis
         if choice.finish_reason == "stop":
             assert choice.complete
             jsonschema.validate(json.loads(choice.text), form["json"])
+
+
+@pytest.fixture(scope="module")
+def uncached() -> Engine:
+    """One engine that keeps no prefixes."""
+    return build(prefix_cache=False)
+
+
+@pytest.fixture(scope="module")
+def cached() -> Engine:
+    """One engine that keeps prefixes of 16 tokens and more."""
+    return build(prefill_chunk=16)
+
+
+@settings(deadline=None, max_examples=settings.default.max_examples // 8)
+@given(st.lists(st.tuples(PATTERNS, st.integers(1, 70)), min_size=2, max_size=4))
+def test_texts_are_the_same_after_a_cached_prefix(
+    cached: Engine, uncached: Engine, cases: list[tuple[str, int]]
+) -> None:
+    requests = [
+        ask(
+            tokens_of(length), structured_outputs={"regex": pattern}, temperature=1.5, seed=i, max_tokens=20, logprobs=1
+        )
+        for i, (pattern, length) in enumerate(cases)
+        if len(uncached.grammars.get({"regex": pattern}).beginning) <= 20
+    ]
+    expected = [substance(result) for result in compute(uncached, *requests)]
+    for _ in range(2):
+        results = compute(cached, *requests)
+        assert [substance(result) for result in results] == expected
+    for request, result in zip(requests, results, strict=True):
+        assert result.usage.cached_tokens >= (len(request.prompt) - 1) // 16 * 16
