@@ -6,12 +6,16 @@ torch computes by vector functions.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +24,11 @@ from torch import Tensor
 from headrace.client.wire.requests import parse_request
 from headrace.client.wire.results import Choice, Result
 from headrace.model import Decoder, load_model
+from headrace.model.adapters.lora import Adapter, LowRank
 from headrace.model.config import ModelConfig
 from headrace.model.families.base import decoder_shapes
+from headrace.worker.engine.adapters import Adapters
+from headrace.worker.engine.loaded_adapter import FILES
 from tests.unit.worker.engine.engine_helpers import build, drive
 
 PRECISIONS = ("float32", "int8")
@@ -78,6 +85,8 @@ class Subject:
     make: Callable[[str], Decoder]
     jobs: Jobs
     precisions: tuple[str, ...] = PRECISIONS
+    #: Ranks of adapters, which jobs name by them.
+    ranks: tuple[int, ...] = ()
 
 
 @functools.cache
@@ -95,6 +104,26 @@ def seeded_weights(config: ModelConfig) -> dict[str, Tensor]:
     return weights
 
 
+def seeded_adapter(config: ModelConfig, rank: int) -> Adapter:
+    """An adapter for every linear layer, with biases of its own for a layer and for two norms."""
+    generator = torch.Generator().manual_seed(rank)
+    width, inner = config.n_embd, config.inner
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randint(-99, 100, shape, generator=generator).float() / 512
+
+    shapes = {"attn.c_attn": (width, 3 * width), "attn.c_proj": (width, width)}
+    shapes |= {"mlp.c_fc": (width, inner), "mlp.c_proj": (inner, width)}
+    matrices = {
+        f"h.{layer}.{name}.weight": [LowRank(numbers(rows, rank), numbers(rank, columns), 0)]
+        for layer in range(config.n_layer)
+        for name, (rows, columns) in shapes.items()
+        if layer or name != "mlp.c_fc"
+    }
+    biases = {"h.0.mlp.c_fc.bias": numbers(inner), "h.1.ln_1.bias": numbers(width), "ln_f.bias": numbers(width)}
+    return Adapter(matrices, biases, "0" * 64, rank)
+
+
 def seeded(config: ModelConfig) -> Callable[[str], Decoder]:
     """A maker of a model with seeded weights, for a precision."""
     return lambda precision: Decoder(config, seeded_weights(config), digest="seeded", int8=precision == "int8")
@@ -103,6 +132,20 @@ def seeded(config: ModelConfig) -> Callable[[str], Decoder]:
 def bundled(precision: str) -> Decoder:
     """The model that headrace comes with."""
     return load_model("demo", device="cpu", dtype=precision)
+
+
+#: Of adapters: one lane, a whole vector, and three vectors.
+RANKS = (1, 16, 40)
+
+
+def adapted_jobs() -> Jobs:
+    """Jobs of a model with adapters: one with each, and one without."""
+    jobs = list(jobs_of(1009, 400).items())
+    ranks = itertools.cycle((*RANKS, None))
+    return {
+        name: {**fields, "adapter": None if rank is None else str(rank)}
+        for (name, fields), rank in zip(jobs, ranks, strict=False)
+    }
 
 
 _SMALL = {"vocab_size": 1009, "n_positions": 400, "n_layer": 2}
@@ -114,7 +157,7 @@ def narrow(activation: str, **sizes: int) -> Callable[[str], Decoder]:
 
 
 _LARGE = ModelConfig(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12)
-SUBJECTS = tuple(
+_PLAIN = (
     Subject(name, make, jobs)
     for name, make, jobs in (
         ("bundled", bundled, {**TEXTS, **jobs_of(50257, 1024)}),
@@ -132,14 +175,29 @@ SUBJECTS = tuple(
         ("tanh, width 128", narrow("tanh", n_embd=128, n_head=2), jobs_of(1009, 400)),
     )
 )
+SUBJECTS = (*_PLAIN, Subject("adapters", narrow("gelu_tanh", n_embd=136, n_head=2), adapted_jobs(), ranks=RANKS))
+
+
+@contextlib.contextmanager
+def adapters_of(model: Decoder, ranks: Sequence[int]) -> Iterator[Adapters]:
+    """Seeded adapters of these ranks, loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        named = {str(rank): Path(folder) / str(rank) for rank in ranks}
+        for place, file in itertools.product(named.values(), FILES):
+            place.mkdir(exist_ok=True)
+            (place / file).touch()
+        found = Adapters(lambda place: model.pack_adapter(seeded_adapter(model.config, int(place.name))), named=named)
+        found.load_named()
+        yield found
 
 
 def digests(subject: Subject, precision: str) -> dict[str, str]:
     """The digest of each job's result, computed together in one engine that proposes tokens and shares prefixes."""
     model = subject.make(precision)
-    engine = build(model=model, slots=32, draft_tokens=5, budget_positions=24 * 1024)
-    requests = [parse_request({"seed": 17, "ignore_eos": True, **fields}) for fields in subject.jobs.values()]
-    results = drive(engine, *[engine.submit(request) for request in requests])
+    with adapters_of(model, subject.ranks) as adapters:
+        engine = build(model=model, slots=32, draft_tokens=5, budget_positions=24 * 1024, adapters=adapters)
+        requests = [parse_request({"seed": 17, "ignore_eos": True, **fields}) for fields in subject.jobs.values()]
+        results = drive(engine, *[engine.submit(request) for request in requests])
     return {name: digest(result) for name, result in zip(subject.jobs, results, strict=True)}
 
 

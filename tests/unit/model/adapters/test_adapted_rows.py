@@ -14,19 +14,17 @@ import torch
 from torch import Tensor
 
 from headrace.model import Decoder, load_model
-from headrace.model.adapters.lora import Adapter, LowRank, load_adapter
+from headrace.model.adapters.lora import Adapter, load_adapter
 from headrace.model.adapters.packed import AdapterRows, PackedAdapter
 from headrace.model.attention import PlainAttention
 from headrace.model.config import ModelConfig
 from headrace.model.kernels import isa
 from headrace.model.trusted_files import ModelError
 from tests.instruction_sets import needs_avx2
-from tests.numerics.jobs import seeded, seeded_weights
+from tests.numerics.jobs import RANKS, seeded, seeded_adapter, seeded_weights
 from tests.unit.model.adapters.test_lora import BASES, OPTIONS, make_adapter
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=72, n_positions=40, vocab_size=301, activation="gelu")
-#: Ranks of the adapters: of one lane, of a whole vector, and of three vectors.
-RANKS = (1, 16, 40)
 T = 7
 
 
@@ -62,26 +60,6 @@ def test_the_logits_are_those_of_peft(name: str, tmp_path: Path) -> None:
     assert (plain.double() - expected).abs().max() > 0.1, "the adapter changes nothing"
 
 
-def random_adapter(config: ModelConfig, rank: int) -> Adapter:
-    """An adapter for every linear layer, with biases of its own for a layer and for two norms."""
-    generator = torch.Generator().manual_seed(rank)
-    width, inner = config.n_embd, config.inner
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randint(-99, 100, shape, generator=generator).float() / 512
-
-    shapes = {"attn.c_attn": (width, 3 * width), "attn.c_proj": (width, width)}
-    shapes |= {"mlp.c_fc": (width, inner), "mlp.c_proj": (inner, width)}
-    matrices = {
-        f"h.{layer}.{name}.weight": [LowRank(numbers(rows, rank), numbers(rank, columns), 0)]
-        for layer in range(config.n_layer)
-        for name, (rows, columns) in shapes.items()
-        if layer or name != "mlp.c_fc"
-    }
-    biases = {"h.0.mlp.c_fc.bias": numbers(inner), "h.1.ln_1.bias": numbers(width), "ln_f.bias": numbers(width)}
-    return Adapter(matrices, biases, "0" * 64, rank)
-
-
 @pytest.fixture(params=[each.name for each in isa.available()])
 def rung(request: pytest.FixtureRequest) -> Iterator[str]:
     try:
@@ -102,7 +80,7 @@ def bits_of(dtype: str) -> dict[str, Tensor]:
 def test_a_row_has_the_same_bits_alone_and_among_rows_of_others(rung: str, dtype: str) -> None:
     given = seeded(CONFIG)("int8" if dtype == "int8" else "float32")
     model = given if dtype != "bfloat16" else in_bfloat16()
-    adapters = [model.pack_adapter(random_adapter(CONFIG, rank)) for rank in RANKS]
+    adapters = [model.pack_adapter(seeded_adapter(CONFIG, rank)) for rank in RANKS]
     order = [None, adapters[0], adapters[1], None, adapters[2], adapters[2], adapters[0], None]
     ids = torch.randint(0, 301, (len(order), T), generator=torch.Generator().manual_seed(5))
     together = logits(model, ids, order)
@@ -129,7 +107,7 @@ def in_bfloat16() -> Decoder:
 @needs_avx2
 def test_captured_activations_are_those_of_the_adapter() -> None:
     model = seeded(CONFIG)("float32")
-    adapter = random_adapter(CONFIG, 16)
+    adapter = seeded_adapter(CONFIG, 16)
     folded = Decoder(CONFIG, folded_weights(adapter))
     ids = torch.randint(0, 301, (1, T), generator=torch.Generator().manual_seed(6))
     found = model.trace(ids, model.pack_adapter(adapter))
@@ -148,4 +126,4 @@ def folded_weights(adapter: Adapter) -> dict[str, Tensor]:
 def test_a_model_that_torch_computes_refuses_adapters() -> None:
     model = Decoder(CONFIG, folded_weights(Adapter({}, {}, "", 0)))
     with pytest.raises(ModelError, match=r"adapters are not computed for this model in torch\.float64"):
-        model.pack_adapter(random_adapter(CONFIG, 1))
+        model.pack_adapter(seeded_adapter(CONFIG, 1))
