@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--peer-dtype", default="bfloat16", help="of transformers  [default: bfloat16]")
     parser.add_argument("--part", type=int, default=40, help="pairs that each scores in turn")
     parser.add_argument("--trials", type=int, default=32, help="pairs from which transformers' batch size is found")
+    parser.add_argument("--batch", type=int, help="transformers' batch size  [default: the fastest of some]")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measure(random_model("124M", Path(folder)), arguments)
@@ -161,7 +162,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
     pairs = make_pairs(arguments.pairs, arguments.prompt, arguments.continuation, arguments.continuations)
     warm_up = make_pairs(arguments.trials, arguments.prompt + 1, arguments.continuation - 1)
     model = GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, arguments.peer_dtype)).eval()
-    batch = best_batch(model, warm_up)
+    batch = arguments.batch or best_batch(model, warm_up)
     peer = f"transformers {arguments.peer_dtype}, batch {batch}"
     with ExitStack() as stack:
         scorers: dict[str, Scorer] = {

@@ -14,6 +14,7 @@ from headrace.client.wire.errors import JobFailed
 from headrace.client.wire.requests import GenerateRequest
 from headrace.client.wire.results import Result
 from headrace.model.hub import DEMO
+from headrace.worker.engine import model_runner
 from tests.unit.worker.engine.engine_helpers import ask, build, demo_tokenizer, drive, substance, tokens_of
 
 
@@ -47,6 +48,25 @@ def test_a_continuation_has_the_log_probabilities_of_transformers(reference: GPT
     assert score.is_greedy == (ranks == [1] * 7)
     assert result.choices[0].token_ids == continuation
     assert result.usage.completion_tokens == 0
+
+
+def test_the_likeliest_tokens_are_found_only_if_a_request_of_the_step_asks_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts: list[int] = []
+    original = model_runner.top_logprobs
+
+    def counted(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+        counts.append(count)
+        return original(logits, tokens, count)
+
+    monkeypatch.setattr(model_runner, "top_logprobs", counted)
+    (alone,) = compute(pair("The king", " and"))
+    assert counts[-1] == 0  # those before it are of the self-test when the model is loaded
+    beside, asking = compute(pair("The king", " and"), pair("The queen", " and", logprobs=2))
+    assert counts[-1] == 20
+    assert substance(alone) == substance(beside)
+    assert [len(token.top) for token in score_of(asking).tokens] == [2]
 
 
 def test_what_the_model_writes_itself_is_greedy() -> None:
