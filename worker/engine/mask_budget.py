@@ -17,6 +17,8 @@ class MaskGroup:
         self.works: deque[Callable[[], None]] = deque()
         #: How many masks have been asked for and are not there, and whether a thread computes one.
         self.pending, self.active = 0, False
+        #: Whether the last step that needed its masks did not wait for them.
+        self.slow = False
         #: Seconds that its masks have taken so far.
         self.spent_s = 0.0
 

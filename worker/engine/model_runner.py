@@ -153,10 +153,10 @@ class ModelRunner:
             logits = logits[torch.tensor([at[row] for row in indices], device=hidden.device)]
         found = None if masks is None else masks.result()
         if found is not None and found.late:
-            rows = [each for i, each in enumerate(rows) if i not in found.late]
-            logits = logits[torch.tensor([i for i in range(len(logits)) if i not in found.late], device=logits.device)]
-        if not rows:
-            return []
+            ready = [i for i in range(len(rows)) if i not in found.late]
+            if not ready:
+                return []
+            rows, logits = [rows[i] for i in ready], logits[torch.tensor(ready, device=logits.device)]
         tokens = self._tokens(rows, logits, found)
         for i, (sequence, _, _) in enumerate(rows):
             if sequence.activations is not None and not sequence.output:

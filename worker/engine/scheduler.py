@@ -11,6 +11,8 @@ from typing import NamedTuple
 from headrace.worker.engine.cache_slots import SlotTable
 from headrace.worker.engine.sequence import CachedPrefix, NoToken, Sequence, TokenScore
 
+#: Sequences whose masks were late make room for others, up to this many times `max_rows` in all.
+MOST_RUNNING = 4
 #: A step is filled up to this many rows with proposed tokens. A GEMM with 16 rows takes hardly longer than one with
 #: a few rows, because both read the whole weight.
 SPECULATIVE_ROWS = 16
@@ -103,7 +105,7 @@ class Scheduler:
 
     Args:
         slots: the slots of the key-value cache.
-        max_rows: sequences that run at once (`max_num_seqs` in vLLM).
+        max_rows: sequences that run at once (`max_num_seqs` in vLLM). Those whose masks were late do not count.
         step_tokens: tokens that one step computes (`max_num_batched_tokens` in vLLM). A step computes at least one
             chunk of a prompt even if its decoding rows exceed this.
         prefill_chunk: tokens of a chunk of a prompt.
@@ -137,8 +139,10 @@ class Scheduler:
 
     def admit(self) -> list[Sequence]:
         """Move sequences from waiting to running while there are a row and a slot for the first in the queue."""
-        admitted = []
-        while self._waiting and len(self.running) < self.max_rows:
+        admitted: list[Sequence] = []
+        slow = sum(sequence.slow for sequence in self.running)
+        most = min(self.max_rows + slow, MOST_RUNNING * self.max_rows)
+        while self._waiting and len(self.running) < most:
             sequence = self._waiting[0][2]
             if sequence in self._removed:
                 self._removed.discard(sequence)
@@ -187,7 +191,10 @@ class Scheduler:
     def _decodes(self) -> list[Sequence]:
         """The sequences that decode, without those whose masks are late, unless there is nothing else to compute."""
         decoding = [s for s in self.running if not s.prefilling]
-        return [s for s in decoding if not s.late] or (decoding if len(decoding) == len(self.running) else [])
+        found = [s for s in decoding if not s.late] or (decoding if len(decoding) == len(self.running) else [])
+        if len(found) > self.max_rows:
+            found.sort(key=lambda s: s.masks_s)  # those that made room displace no others
+        return found[: self.max_rows]
 
     def _add_proposed_tokens(self, step: SchedulerOutput) -> None:
         """If few sequences decode, fill the step up to SPECULATIVE_ROWS with proposed tokens, in equal shares."""

@@ -147,6 +147,16 @@ class Sequence:
         return self.rules is not None and self.rules.late
 
     @property
+    def slow(self) -> bool:
+        """Whether its masks, or those of another sequence with its grammar, were late when they were last needed."""
+        return self.rules is not None and self.rules.group.slow
+
+    @property
+    def masks_s(self) -> float:
+        """Seconds that the masks of all sequences with its grammar have taken."""
+        return 0.0 if self.rules is None else self.rules.group.spent_s
+
+    @property
     def written(self) -> int:
         """How many positions of its slot hold something that is needed."""
         return self.prefilled + len(self.output)

@@ -23,7 +23,9 @@ from headrace.worker.engine.token_rules import MaskWork, TokenRules, Words
 #: Threads that compute masks. Those of one grammar wait for each other.
 THREADS = max(1, min(4, (os.cpu_count() or 1) // 8))
 #: A step waits for masks at most for this part of the time that it takes without them, or for so many seconds.
-WAIT, MIN_WAIT_S = 0.5, 0.004
+WAIT, MIN_WAIT_S = 0.25, 0.004
+#: If nothing else is computed, it waits for one of them, but for no longer than this: other jobs may have come.
+MAX_WAIT_S = 0.05
 #: After so many seconds a thread turns to the grammar that has taken the least time so far.
 TURN_S = 0.002
 
@@ -63,7 +65,7 @@ class PendingMasks:
         self._began = time.monotonic()
 
     def result(self) -> Masks:
-        """The masks that are there in time: at least one, if the step computes nothing else."""
+        """The masks that are there in time."""
         late = self._late()
         ready = [each for each in zip(self._rows, self._works, strict=True) if each[0].row not in late]
         if error := next((work.error for _, work in ready if work.error), None):
@@ -82,8 +84,10 @@ class PendingMasks:
         with self._changed:
             self._changed.wait_for(lambda: not any(g.pending for g in groups), max(MIN_WAIT_S, took * WAIT))
             if not self._others:
-                self._changed.wait_for(lambda: not all(g.pending for g in groups))
+                self._changed.wait_for(lambda: not all(g.pending for g in groups), MAX_WAIT_S)
             busy = {group for group in groups if group.pending}
+        for group in groups:
+            group.slow = group in busy
         pairs = zip(self._rows, self._works, strict=True)
         return frozenset(each.row for each, work in pairs if each.rules.group in busy and not work.first)
 

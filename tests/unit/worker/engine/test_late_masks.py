@@ -63,6 +63,27 @@ def test_other_jobs_do_not_wait_for_masks(engine: Engine, gate: threading.Event)
     assert idle(engine)
 
 
+def test_late_sequences_make_room_for_others(gate: threading.Event, engine: Engine) -> None:
+    engine.scheduler.max_rows = 2
+    slow = ask("The", structured_outputs=SLOW, n=3, temperature=1)
+    held = engine.submit(slow)
+    others = [engine.submit(ask("The", max_tokens=20, seed=i)) for i in range(3)]
+    drive(engine, *others)
+    assert not held.done()
+    gate.set()
+    decoding = []
+    while not held.done():
+        decoding.append(len(engine.scheduler.schedule().decodes))
+        engine.step()
+    assert max(decoding) <= 2
+    assert (
+        substance(held.result(timeout=0))
+        == _computed(build(), [ask("The", structured_outputs=SLOW, n=3, temperature=1)])[0][0]
+    )
+    engine.step()
+    assert idle(engine)
+
+
 @pytest.mark.parametrize("draft_tokens", [0, 4])
 def test_texts_are_the_same_if_masks_are_late(draft_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     common: dict[str, Any] = {"max_tokens": 6, "temperature": 1, "logprobs": 2}
