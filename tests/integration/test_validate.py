@@ -55,11 +55,6 @@ def test_an_adapter_is_measured_against_float64_and_peft(tmp_path: Path) -> None
     assert "/adapter-" in ours["fingerprint"]
     assert "peft" in theirs["subject"]
     assert all(row["ok"] for each in (ours, theirs) for row in each["rows"] if row["compared"])
-    cut = (adapter / "adapter_model.safetensors").read_bytes()[:-9]
-    (adapter / "adapter_model.safetensors").write_bytes(cut)
-    refused = validate("--adapter", str(adapter))
-    assert refused.returncode != 0
-    assert "adapter_model.safetensors" in refused.stderr
 
 
 def test_a_dump_with_a_mistake_fails_with_the_cause_and_the_next_command(dump: Path, tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ MAX_THREADS = 2
 WAIT_S = 0.5
 #: Seconds for which an adapter that could not be loaded is not tried again, unless its files change.
 RETRY_S = 5.0
+#: How often, and after how many seconds, an adapter is read again whose files were written while it was read.
+WRITING_TRIES, WRITING_S = 20, 0.1
 #: Seconds for which `stats` uses the names that it has read from the directory.
 LISTED_S = 1.0
 
@@ -180,7 +182,7 @@ class Adapters:
         with self._lock_of(name):
             if (found := self._current(name, version, job)) is not None:  # loaded meanwhile for another job
                 return found
-            loaded = LoadedAdapter(name, self._read(name, place, version), version)
+            loaded = self._read(name, place, version)
             self._insert(loaded, wanted, job)
             return loaded
 
@@ -199,20 +201,31 @@ class Adapters:
         with self._changed:
             return self._locks.setdefault(name, threading.Lock())
 
-    def _read(self, name: str, place: Path, version: Version) -> Packed:
+    def _read(self, name: str, place: Path, version: Version) -> LoadedAdapter:
+        """Load an adapter whose files have this version, or the one that is being written over it."""
         before, again_at, error = self._failed.get(name, (None, 0.0, None))
         if error is not None and before == version and time.monotonic() < again_at:
             raise JobFailed(error.code, error.message)
-        try:
-            return self._load(place)
-        except Exception as reason:
-            log.error("adapter.failed", adapter=name, error=repr(reason))
-            known = isinstance(reason, (ModelError, OSError))
-            # Where the directory is, is the worker's own affair.
-            message = str(reason).replace(str(place), name) if known else type(reason).__name__
-            failed = JobFailed("adapter_failed", f"adapter {name!r} cannot be loaded: {message}")
-            self._failed[name] = version, time.monotonic() + RETRY_S, failed
-            raise failed from None
+        for _ in range(WRITING_TRIES):
+            try:
+                return LoadedAdapter(name, self._load(place), version)
+            except Exception as reason:
+                failed, before, version = self._failure(name, place, reason), version, version_of(place)
+            if before == version:
+                break
+            time.sleep(WRITING_S)
+        log.error("adapter.failed", adapter=name, error=failed.message)
+        self._failed[name] = version, time.monotonic() + RETRY_S, failed
+        raise failed
+
+    def _failure(self, name: str, place: Path, reason: Exception) -> JobFailed:
+        """Why an adapter cannot be loaded, without the directories, which are the worker's own affair."""
+        text = type(reason).__name__
+        if isinstance(reason, (ModelError, OSError)):
+            text = str(reason).replace(str(place), name)
+        if self._folder is not None:
+            text = text.replace(str(self._folder), "HEADRACE_ADAPTERS_DIR")
+        return JobFailed("adapter_failed", f"adapter {name!r} cannot be loaded: {text}")
 
     def _listed(self) -> str:
         names = self.names()

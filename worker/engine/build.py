@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -118,6 +119,7 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
     )
     adapters = adapters_of(settings, name, model)
     try:
+        check_adapters_dir(settings)
         adapters.load_named()
     except ModelError:
         if not settings.idle_unload_s:  # else `find_files` has looked at them, and they were replaced since then
@@ -171,11 +173,18 @@ def find_files(settings: Settings, name: str) -> None:
     folder, shared = find_model(settings.models[name]), settings.allow_shared_model
     if not shared:
         check_not_shared(folder)
+    check_adapters_dir(settings)
     for adapter, place in settings.adapters_of(name).items():
         try:
             load_adapter(place, read_config(config_path(folder)), allow_shared=shared)
         except ModelError as error:
             raise ModelError(f"HEADRACE_ADAPTERS: adapter {adapter!r} cannot be loaded: {error}") from error
+
+
+def check_adapters_dir(settings: Settings) -> None:
+    """Raise ModelError if the directory of adapters does not exist."""
+    if settings.adapters_dir is not None and not os.path.isdir(settings.adapters_dir):
+        raise ModelError(f"HEADRACE_ADAPTERS_DIR is {settings.adapters_dir!r}; there is no such directory")
 
 
 def release_memory() -> None:

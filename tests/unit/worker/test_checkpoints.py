@@ -17,10 +17,12 @@ from headrace.client.wire.comparison import CheckpointResult, check_cache, compa
 from headrace.config import Settings
 from headrace.model.config import ModelConfig
 from headrace.model.weights import expected_shapes
+from headrace.worker.fidelity.adapter import with_adapter
 from headrace.worker.fidelity.references.float64 import Float64
 from headrace.worker.fidelity.references.text import load_text
 from headrace.worker.fidelity.tensor_files import half_tolerances, loss, read_tensors
-from headrace.worker.fidelity.validate import Validation
+from headrace.worker.fidelity.validate import Validation, ValidationError
+from tests.adapter_files import write_adapter
 from tests.unit.model.gguf_files import TOKENS, write_gguf
 
 
@@ -178,6 +180,18 @@ def test_a_gguf_file_is_validated_against_what_the_gguf_package_unpacks(tmp_path
     del validation
     gc.collect()
     assert not folder.exists()
+
+
+def test_an_adapter_that_the_worker_would_refuse_is_not_validated(tmp_path: Path) -> None:
+    place = write_adapter(tmp_path / "tone", 0)
+    settings = with_adapter(Settings(model="demo", dtype="float32"), place)
+    assert settings.adapters_of("demo") == {"validated": place}
+    file = place / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValidationError, match=r"tone/adapter_model\.safetensors"):
+        Validation(settings, ["transformers"], ["Hello."], place)
+    with pytest.raises(ValidationError, match="without a comma"):
+        Validation(settings, ["transformers"], ["Hello."], tmp_path / "a,b")
 
 
 def test_a_model_without_a_tokenizer_is_validated_from_token_ids(tmp_path: Path) -> None:

@@ -157,6 +157,18 @@ def test_an_adapter_that_failed_is_not_read_for_every_job(tmp_path: Path) -> Non
     assert len(loads) == 2
 
 
+def test_files_that_are_written_while_they_are_read_are_read_again(tmp_path: Path) -> None:
+    place = write(tmp_path / "a", "broken")
+
+    def load(folder: Path) -> Fake:
+        try:
+            return read(folder)
+        finally:
+            write(place, "whole")
+
+    assert adapters(tmp_path, load=load).get("a").packed.digest == "whole"
+
+
 def test_a_wrong_adapter_of_the_settings_is_named_at_the_start(tmp_path: Path) -> None:
     named = {"good": write(tmp_path / "x", "x"), "wrong": write(tmp_path / "y", "broken")}
     with pytest.raises(ModelError, match=r"^HEADRACE_ADAPTERS: adapter 'wrong' cannot be loaded: .*NaN.*/y\)$"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from headrace.client.wire.requests import parse_request
 from headrace.config import Settings
 from headrace.model import Decoder, ModelError, load_model, load_tokenizer
+from headrace.model.adapters.packed import PackedAdapter
 from headrace.model.generation_config import Ends
 from headrace.model.kernels import isa
 from headrace.model.tokenizer import TiktokenTokenizer
@@ -207,8 +208,8 @@ def test_the_self_test_finds_batch_invariance_on_this_machine() -> None:
 class Noisy(Decoder):
     """A model whose logits depend, in their last bits, on how many rows are computed together."""
 
-    def head(self, hidden: Tensor) -> Tensor:
-        return super().head(hidden) * (1.0 + 2.0**-22 * (len(hidden) > self.quiet_below))
+    def head(self, hidden: Tensor, adapters: Sequence[PackedAdapter | None] = ()) -> Tensor:
+        return super().head(hidden, adapters) * (1.0 + 2.0**-22 * (len(hidden) > self.quiet_below))
 
     quiet_below = 1
 

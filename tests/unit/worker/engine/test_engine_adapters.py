@@ -124,6 +124,13 @@ def test_a_worker_does_not_start_with_an_adapter_that_cannot_be_loaded(tmp_path:
         load_engine(settings)
 
 
+def test_a_directory_of_adapters_that_is_not_there_is_refused_at_the_start(tmp_path: Path) -> None:
+    settings = Settings(model="demo", device="cpu", dtype="float32", threads=1, adapters_dir=str(tmp_path / "missing"))
+    for load in (load_engine, lambda each: find_files(each, "demo")):
+        with pytest.raises(ModelError, match=r"^HEADRACE_ADAPTERS_DIR is '.*/missing'; there is no such directory$"):
+            load(settings)
+
+
 # --- waiting ---------------------------------------------------------------------------------------------------------
 
 
