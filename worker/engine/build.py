@@ -11,6 +11,7 @@ import torch
 
 from headrace.config import Settings
 from headrace.model.config import ModelConfig
+from headrace.model.decoder import Decoder
 from headrace.model.generation_config import read_ends, sampling_defaults, unapplied_defaults
 from headrace.model.gguf_file import raw_config
 from headrace.model.hub import ModelError, config_path, find_model
@@ -21,6 +22,8 @@ from headrace.model.weights import load_model
 from headrace.worker.engine.cache_slots import SlotTable, length_classes
 from headrace.worker.engine.cgroups import free_memory
 from headrace.worker.engine.description import describe
+from headrace.worker.engine.draft_model import DraftModel
+from headrace.worker.engine.draft_proposer import DRAFTED_SEQUENCES, DraftProposer
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.fingerprint import fingerprint
 from headrace.worker.engine.model_runner import ModelRunner
@@ -87,6 +90,13 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
     else:
         budget = default_budget(settings.slots * lengths[-1] * runner.position_bytes, model.device, parts)
     invariant = is_batch_invariant(model)
+    # Otherwise a proposed token could change the last bits of other rows, or cost as much as a row of its own.
+    draft_tokens = settings.draft_tokens if invariant and runner.takes_proposed_tokens else 0
+    draft = load_draft_model(settings, model, tokenizer, max_context) if draft_tokens else None
+    if settings.draft_model is not None and draft is None:
+        log.warning("draft.unused", model=settings.draft_model)
+    if draft is not None:
+        budget = budget_beside(draft, budget, lengths[-1] * runner.position_bytes)
     scheduler = Scheduler(
         SlotTable(
             lengths,
@@ -97,8 +107,8 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         max_rows=settings.slots,
         step_tokens=settings.step_tokens,
         prefill_chunk=settings.prefill_chunk,
-        # Otherwise a proposed token could change the last bits of other rows, or cost as much as a row of its own.
-        draft_tokens=settings.draft_tokens if invariant and runner.takes_proposed_tokens else 0,
+        draft_tokens=draft_tokens,
+        drafts=DraftProposer(draft) if draft is not None else None,
     )
     engine = Engine(
         runner,
@@ -125,11 +135,54 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
     return engine
 
 
-def find_files(settings: Settings, name: str) -> None:
-    """Check that the directory of a model exists and that not everybody can write it. Raises ModelError."""
-    folder = find_model(settings.models[name])
-    if not settings.allow_shared_model:
+def load_draft_model(settings: Settings, model: Decoder, tokenizer: Tokenizer, max_context: int) -> DraftModel | None:
+    """The draft model of the settings, with its cache; None if they name none, or if it cannot be used on this machine.
+
+    Raises ModelError if it cannot be loaded, or if its vocabulary is not that of `model`.
+    """
+    source = settings.draft_model
+    if source is None:
+        return None
+    shared, folder = settings.allow_shared_model, find_model(source)
+    if not shared:
         check_not_shared(folder)
+    with unchanged(folder):
+        small = load_model(folder, device=settings.device, dtype=settings.dtype, allow_shared=shared)
+        its_tokenizer = load_tokenizer(folder, allow_shared=shared)
+    if (small.config.vocab_size, its_tokenizer.digest) != (model.config.vocab_size, tokenizer.digest):
+        raise ModelError(
+            f"HEADRACE_DRAFT_MODEL is {source!r}, which has another vocabulary ({small.config.vocab_size} tokens) than "
+            f"HEADRACE_MODEL ({model.config.vocab_size} tokens). Name a model with the same tokenizer files, or unset "
+            "HEADRACE_DRAFT_MODEL"
+        )
+    draft = DraftModel(small, length=min(max_context, small.config.n_positions), slots=DRAFTED_SEQUENCES)
+    if not draft.works:
+        return None
+    log.info("draft.loaded", model=source, parameters=small.parameters, cache_bytes=draft.cache_bytes)
+    return draft
+
+
+def budget_beside(draft: DraftModel, budget: int, least: int) -> int:
+    """What a draft model's cache leaves of the cache's budget. Raises ValueError if that is less than one sequence."""
+    left = budget - draft.cache_bytes
+    if left < least <= budget:
+        raise ValueError(
+            f"the cache of HEADRACE_DRAFT_MODEL takes {draft.cache_bytes} of the {budget} bytes of "
+            f"HEADRACE_KV_CACHE_BYTES, and one sequence needs {least}. Raise it, lower HEADRACE_MAX_CONTEXT, or unset "
+            "HEADRACE_DRAFT_MODEL"
+        )
+    return left
+
+
+def find_files(settings: Settings, name: str) -> None:
+    """Check that the directories of a model and of the draft model exist and that not everybody can write them.
+
+    Raises ModelError.
+    """
+    for source in filter(None, (settings.models[name], settings.draft_model)):
+        folder = find_model(source)
+        if not settings.allow_shared_model:
+            check_not_shared(folder)
 
 
 def release_memory() -> None:
