@@ -116,6 +116,9 @@ class Settings(BaseSettings):
     #: N-gram speculative decoding: tokens proposed for each sequence while few sequences are running; 0 turns it off.
     #: Results do not depend on it.
     draft_tokens: int = Field(7, description="a whole number from 0 to 15", ge=0, le=15)
+    #: A small model with the same vocabulary that proposes tokens where n-grams do not. None: only n-grams propose.
+    #: Results do not depend on it.
+    draft_model: str | None = Field(None, description="the name of a GPT-2 size, a Hugging Face id, or a directory")
     #: Unload a model that had no job for this long, and load it again for the next job; the first model always stays
     #: loaded. 0: never unload.
     idle_unload_s: float = Field(0.0, description="a number of seconds from 0 to 315360000", ge=0, le=MAX_SECONDS)

@@ -140,9 +140,16 @@ HELP: dict[str, dict[str, SettingHelp]] = {
             vllm="enable_prefix_caching",
         ),
         "draft_tokens": SettingHelp(
-            "Speculative decoding from n-grams of the text (prompt lookup): tokens proposed at a time while few "
-            "samples run; 0 turns it off. No result depends on it.",
+            "Speculative decoding from n-grams of the text (prompt lookup) and from a draft model: tokens proposed at "
+            "a time while few samples run; 0 turns it off. No result depends on it.",
             vllm="num_speculative_tokens",
+        ),
+        "draft_model": SettingHelp(
+            "A small model with the same tokenizer, named as in `HEADRACE_MODEL`, that proposes tokens while at most "
+            "four samples run: a [draft model](how-it-works.md#a-draft-model). Its cache counts towards "
+            "`HEADRACE_KV_CACHE_BYTES`. No result depends on it.",
+            default="none: only n-grams propose tokens",
+            vllm="speculative_config",
         ),
         "idle_unload_s": SettingHelp(
             "If the worker serves several models: a model without jobs is unloaded after this many seconds, and "

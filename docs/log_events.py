@@ -52,6 +52,15 @@ EVENTS: dict[str, Event] = {
             "notes",
         ),
     ),
+    "draft.loaded": Event(
+        "the draft model of `HEADRACE_DRAFT_MODEL` is in memory; `cache_bytes` is what its cache takes of that of the "
+        "model",
+        more_fields=("parameters", "cache_bytes"),
+    ),
+    "draft.unused": Event(
+        "the draft model is not used: `HEADRACE_DRAFT_TOKENS` is 0, or this machine's rows are not batch-invariant"
+    ),
+    "draft.failed": Event("the draft model met a fault and is not used any more; no job needs it"),
     "model.wanted": Event("a job came for a model that is not loaded"),
     "model.unloaded": Event("the model had no job for `HEADRACE_IDLE_UNLOAD_S`"),
     "model.changed": Event(

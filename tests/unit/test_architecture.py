@@ -36,7 +36,10 @@ FLOORS = {
 #: The worker imports only the wire format of the client, except in these two folders, which are clients.
 CLIENTS_IN_WORKER = ("worker.cli", "worker.fidelity")
 #: The modules of the worker that may import torch.
-TORCH = {f"worker.engine.{name}" for name in ("model_runner", "input_batch", "build", "fingerprint", "self_test")}
+TORCH = {
+    f"worker.engine.{name}"
+    for name in ("model_runner", "draft_model", "input_batch", "build", "fingerprint", "self_test")
+}
 TORCH |= {"worker.fidelity.references.transformers"}
 MAX_LINES = 350
 

@@ -29,6 +29,8 @@ from headrace.worker.engine.adapters import Adapters
 from headrace.worker.engine.cache_slots import SlotTable, length_classes
 from headrace.worker.engine.cgroups import free_memory
 from headrace.worker.engine.description import describe
+from headrace.worker.engine.draft_model import DraftModel
+from headrace.worker.engine.draft_proposer import DRAFTED_SEQUENCES, DraftProposer
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.fingerprint import fingerprint
 from headrace.worker.engine.model_runner import ModelRunner
@@ -104,6 +106,13 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
     else:
         budget = default_budget(settings.slots * lengths[-1] * runner.position_bytes, model.device, parts)
     invariant = is_batch_invariant(model)
+    # Otherwise a proposed token could change the last bits of other rows, or cost as much as a row of its own.
+    draft_tokens = settings.draft_tokens if invariant and runner.takes_proposed_tokens else 0
+    draft = load_draft_model(settings, model, tokenizer, max_context) if draft_tokens else None
+    if settings.draft_model is not None and draft is None:
+        log.warning("draft.unused", model=settings.draft_model)
+    if draft is not None:
+        budget = budget_beside(draft, budget, lengths[-1] * runner.position_bytes)
     scheduler = Scheduler(
         SlotTable(
             lengths,
@@ -114,8 +123,8 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
         max_rows=settings.slots,
         step_tokens=settings.step_tokens,
         prefill_chunk=settings.prefill_chunk,
-        # Otherwise a proposed token could change the last bits of other rows, or cost as much as a row of its own.
-        draft_tokens=settings.draft_tokens if invariant and runner.takes_proposed_tokens else 0,
+        draft_tokens=draft_tokens,
+        drafts=DraftProposer(draft) if draft is not None else None,
     )
     adapters = adapters_of(settings, name, model)
     try:
@@ -150,6 +159,45 @@ def build_engine(settings: Settings, name: str | None = None) -> Engine:
     return engine
 
 
+def load_draft_model(settings: Settings, model: Decoder, tokenizer: Tokenizer, max_context: int) -> DraftModel | None:
+    """The draft model of the settings, with its cache; None if they name none, or if it cannot be used on this machine.
+
+    Raises ModelError if it cannot be loaded, or if its vocabulary is not that of `model`.
+    """
+    source = settings.draft_model
+    if source is None:
+        return None
+    shared, folder = settings.allow_shared_model, find_model(source)
+    if not shared:
+        check_not_shared(folder)
+    with unchanged(folder):
+        small = load_model(folder, device=settings.device, dtype=settings.dtype, allow_shared=shared)
+        its_tokenizer = load_tokenizer(folder, allow_shared=shared)
+    if (small.config.vocab_size, its_tokenizer.digest) != (model.config.vocab_size, tokenizer.digest):
+        raise ModelError(
+            f"HEADRACE_DRAFT_MODEL is {source!r}, which has another vocabulary ({small.config.vocab_size} tokens) than "
+            f"HEADRACE_MODEL ({model.config.vocab_size} tokens). Name a model with the same tokenizer files, or unset "
+            "HEADRACE_DRAFT_MODEL"
+        )
+    draft = DraftModel(small, length=min(max_context, small.config.n_positions), slots=DRAFTED_SEQUENCES)
+    if not draft.works:
+        return None
+    log.info("draft.loaded", model=source, parameters=small.parameters, cache_bytes=draft.cache_bytes)
+    return draft
+
+
+def budget_beside(draft: DraftModel, budget: int, least: int) -> int:
+    """What a draft model's cache leaves of the cache's budget. Raises ValueError if that is less than one sequence."""
+    left = budget - draft.cache_bytes
+    if left < least <= budget:
+        raise ValueError(
+            f"the cache of HEADRACE_DRAFT_MODEL takes {draft.cache_bytes} of the {budget} bytes of "
+            f"HEADRACE_KV_CACHE_BYTES, and one sequence needs {least}. Raise it, lower HEADRACE_MAX_CONTEXT, or unset "
+            "HEADRACE_DRAFT_MODEL"
+        )
+    return left
+
+
 def adapters_of(settings: Settings, name: str, model: Decoder) -> Adapters:
     """The adapters of a served model. None is loaded yet."""
 
@@ -166,13 +214,14 @@ def adapters_of(settings: Settings, name: str, model: Decoder) -> Adapters:
 
 
 def find_files(settings: Settings, name: str) -> None:
-    """Check that the directory of a model exists and that not everybody can write it, and check its adapters.
+    """Check that the directories of a model and of the draft model exist and that not everybody can write them.
 
-    Raises ModelError.
+    Checks the model's adapters, too. Raises ModelError.
     """
     folder, shared = find_model(settings.models[name]), settings.allow_shared_model
-    if not shared:
-        check_not_shared(folder)
+    for each in (folder, find_model(settings.draft_model)) if settings.draft_model else (folder,):
+        if not shared:
+            check_not_shared(each)
     check_adapters_dir(settings)
     for adapter, place in settings.adapters_of(name).items():
         try:

@@ -10,21 +10,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from headrace.worker.engine.acceptance import Acceptance
+
 #: A proposed token is worth its row if it and all before it are accepted with at least this probability: the relative
 #: cost of one more row in a step of few rows.
 MIN_PROBABILITY = 0.1
-#: How fast the estimate of the acceptance rate follows what is observed, and its first value.
-LEARNING_RATE, FIRST_ESTIMATE = 0.1, 0.6
 #: While proposals are not worth their rows, one token is proposed at every 16th opportunity, to see if that changed.
 RETRY_EVERY = 16
 
 
-class NgramProposer:
+class NgramProposer(Acceptance):
     """Proposes tokens for one text. Reads the prompt at once, and the output as it grows."""
 
     def __init__(self, prompt: Sequence[int]) -> None:
-        #: Estimate of the probability that a proposed token is accepted if the one before it was.
-        self.acceptance = FIRST_ESTIMATE
+        super().__init__()
         self._prompt_length = len(prompt)
         self._tokens: list[int] = []
         self._next: dict[tuple[int, int], int] = {}  # two tokens -> the index after their latest earlier occurrence
@@ -56,10 +55,3 @@ class NgramProposer:
         while probability >= MIN_PROBABILITY and count < most:
             count, probability = count + 1, probability * self.acceptance
         return count
-
-    def note(self, proposed: int, accepted: int) -> None:
-        """Update the estimate: of the last `proposed` tokens, the first `accepted` were accepted."""
-        for _ in range(accepted):
-            self.acceptance += LEARNING_RATE * (1 - self.acceptance)
-        if accepted < proposed:
-            self.acceptance -= LEARNING_RATE * self.acceptance

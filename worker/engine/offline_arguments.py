@@ -12,6 +12,7 @@ _FLAG, _TEXT = any_of(bool, "True or False"), any_of(str, "text")
 _LORA_ONLY = "LoRA is the only kind of adapter"
 _ONE_PROCESS = "a model is computed whole, in one process"
 _OWN_TOKENIZER = "the model's own tokenizer is used"
+_PROPOSALS = "set HEADRACE_DRAFT_TOKENS and HEADRACE_DRAFT_MODEL; they change no result"
 _NO_IMAGES = "GPT-2 reads text only"
 _OWN_FILES = "the files of the model decide"
 
@@ -95,9 +96,15 @@ NEUTRAL_ARGUMENTS: dict[str, Foreign] = {
     "lora_dtype": _TEXT,
     "enable_prompt_adapter": only(False, advice=_LORA_ONLY),
     "enable_prompt_embeds": only(False, advice="prompts are text or token ids"),
-    "speculative_config": NO_VALUE._replace(advice="set HEADRACE_DRAFT_TOKENS; it changes no result"),
-    "speculative_model": NO_VALUE._replace(advice="set HEADRACE_DRAFT_TOKENS; it changes no result"),
-    "num_speculative_tokens": NO_VALUE._replace(advice="set HEADRACE_DRAFT_TOKENS; it changes no result"),
+    "speculative_config": NO_VALUE._replace(
+        advice="set HEADRACE_DRAFT_TOKENS and HEADRACE_DRAFT_MODEL; they change no result"
+    ),
+    "speculative_model": NO_VALUE._replace(
+        advice="set HEADRACE_DRAFT_TOKENS and HEADRACE_DRAFT_MODEL; they change no result"
+    ),
+    "num_speculative_tokens": NO_VALUE._replace(
+        advice="set HEADRACE_DRAFT_TOKENS and HEADRACE_DRAFT_MODEL; they change no result"
+    ),
     "limit_mm_per_prompt": only({}, advice=_NO_IMAGES),
     "mm_processor_kwargs": only({}, advice=_NO_IMAGES),
     "allowed_local_media_path": only("", advice=_NO_IMAGES),

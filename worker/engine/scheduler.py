@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from headrace.worker.engine.cache_slots import SlotTable
+from headrace.worker.engine.draft_proposer import DraftProposer
 from headrace.worker.engine.sequence import CachedPrefix, NoToken, Sequence, TokenScore
 
 #: Sequences whose masks were late make room for others, up to this many times `max_rows` in all.
@@ -110,16 +111,25 @@ class Scheduler:
             chunk of a prompt even if its decoding rows exceed this.
         prefill_chunk: tokens of a chunk of a prompt.
         draft_tokens: proposed tokens for each sequence and step at most (`num_speculative_tokens` in vLLM).
+        drafts: proposes tokens of a draft model where n-grams do not, or are accepted less often.
     """
 
     def __init__(
-        self, slots: SlotTable, *, max_rows: int, step_tokens: int, prefill_chunk: int, draft_tokens: int = 0
+        self,
+        slots: SlotTable,
+        *,
+        max_rows: int,
+        step_tokens: int,
+        prefill_chunk: int,
+        draft_tokens: int = 0,
+        drafts: DraftProposer | None = None,
     ) -> None:
         self.slots = slots
         self.max_rows = max_rows
         self.step_tokens = step_tokens
         self.prefill_chunk = prefill_chunk
         self.draft_tokens = draft_tokens
+        self.drafts = drafts
         self.running: list[Sequence] = []
         self._waiting: list[tuple[int, int, Sequence]] = []
         self._removed: set[Sequence] = set()  # removed while they waited; dropped when they are first in the queue
@@ -198,14 +208,23 @@ class Scheduler:
 
     def _add_proposed_tokens(self, step: SchedulerOutput) -> None:
         """If few sequences decode, fill the step up to SPECULATIVE_ROWS with proposed tokens, in equal shares."""
-        room = min(SPECULATIVE_ROWS, self.step_tokens) - len(step.decodes)
-        if not self.draft_tokens or room <= 0:
+        if not self.draft_tokens:
             return
+        room = min(SPECULATIVE_ROWS, self.step_tokens) - len(step.decodes)
+        drafted: dict[Sequence, int] = {}  # where n-grams propose nothing
         for i, sequence in enumerate(step.decodes):
             share = room // (len(step.decodes) - i)  # rows that one sequence does not use go to those after it
-            if share > 0 and (tokens := sequence.propose(min(share, self.draft_tokens))):
+            if (most := min(share, self.draft_tokens, sequence.most_proposed)) <= 0:
+                continue
+            at_least = self.drafts.acceptance(sequence) if self.drafts is not None else 0.0
+            if tokens := sequence.propose(most, at_least):
                 step.proposed[sequence] = tokens
                 room -= len(tokens)
+            elif self.drafts is not None:
+                drafted[sequence] = most
+                room -= most
+        if self.drafts is not None:
+            step.proposed.update(self.drafts.propose(len(step.decodes), drafted))
 
     def advance(self, chunk: PromptChunk) -> None:
         """Note that a chunk is in the cache. If it completes a prompt, so are the sequences that reuse its prefill."""

@@ -7,6 +7,7 @@ from enum import Enum, auto
 from typing import Any, Literal, NamedTuple
 
 from headrace.client.wire.requests import GenerateRequest
+from headrace.worker.engine.acceptance import Acceptance
 from headrace.worker.engine.ngram_proposer import NgramProposer
 from headrace.worker.engine.token_rules import TokenRules
 
@@ -112,6 +113,8 @@ class Sequence:
     #: The activations captured for checkpoints. Belongs to the model runner, as `sampling` does: this module and the
     #: scheduler know no tensors.
     activations: Any = None
+    #: How often tokens of the draft model are accepted; belongs to `DraftProposer`.
+    drafting: Acceptance | None = None
     #: The sampler's parameters, made from the request once.
     sampling: Any = None
     admitted_at: float | None = None
@@ -129,7 +132,8 @@ class Sequence:
         )
         #: Digest of the adapter's files; empty for none.
         self.adapter_digest = "" if self.adapter is None else str(self.adapter.digest)
-        self._proposer: NgramProposer | None = None  # built on first use: a full batch never proposes tokens
+        self._ngrams: NgramProposer | None = None  # built on first use: a full batch never proposes tokens
+        self._proposed_by: Acceptance | None = None  # the estimate for what proposed tokens last
 
     @property
     def max_length(self) -> int:
@@ -202,23 +206,34 @@ class Sequence:
         own = self if self.captures_activations else None
         return tuple(self.prompt), self.score_from, self.adapter_digest, own
 
-    def propose(self, most: int) -> list[int]:
-        """Up to `most` proposed tokens after the next one, and never so many that `max_tokens` would be exceeded.
+    @property
+    def most_proposed(self) -> int:
+        """How many tokens may be proposed after the next one so that `max_tokens` is not exceeded.
 
-        A captured sequence proposes none: its tensors must be those of its own tokens.
+        A captured sequence gets none: its tensors must be those of its own tokens. Nor does one whose mask was late:
+        that is for its next token alone.
         """
-        most = min(most, self.request.max_tokens - len(self.output) - 1)
-        if most <= 0 or self.captures_activations or (self.rules is not None and self.rules.work is not None):
-            return []  # the mask of a sequence that was late is for its next token alone
-        if self._proposer is None:
-            self._proposer = NgramProposer(self.prompt)
-        tokens = self._proposer.propose(self.output, most)
+        if self.captures_activations or (self.rules is not None and self.rules.work is not None):
+            return 0
+        return self.request.max_tokens - len(self.output) - 1
+
+    def propose(self, most: int, at_least: float = 0.0) -> list[int]:
+        """Up to `most` tokens that n-grams propose; none if they are accepted less often than `at_least`."""
+        if self._ngrams is None:
+            self._ngrams = NgramProposer(self.prompt)
+        if self._ngrams.acceptance < at_least:
+            return []
+        return self.take_proposed(self._ngrams.propose(self.output, most), self._ngrams)
+
+    def take_proposed(self, tokens: list[int], proposed_by: Acceptance) -> list[int]:
+        """The proposed tokens before the first that the rules forbid. `proposed_by` will learn what was accepted."""
+        self._proposed_by = proposed_by
         return tokens if self.rules is None else tokens[: self.rules.possible(tokens)]
 
     def note_accepted(self, proposed: int, accepted: int) -> None:
-        """Tell the proposer how many of the tokens it proposed last were accepted."""
-        if self._proposer is not None:
-            self._proposer.note(proposed, accepted)
+        """Note how many of the tokens proposed last were accepted."""
+        if self._proposed_by is not None:
+            self._proposed_by.note(proposed, accepted)
 
     def append(self, score: TokenScore) -> None:
         """Append the next token. End the sequence at a stop token, where nothing may follow, or at `max_tokens`.

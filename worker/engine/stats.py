@@ -35,7 +35,7 @@ class EngineStats:
     #: Prompt tokens computed since then. Those whose keys and values were copied from another sequence do not count.
     prompt_tokens: int
     steps: int
-    #: Tokens that n-gram speculative decoding proposed, and how many of them were accepted.
+    #: Tokens that speculative decoding proposed, by n-grams and by a draft model, and how many of them were accepted.
     proposed: int
     accepted: int
     #: Tokens of prompts, and how many of them were reused from the cache.

@@ -77,6 +77,7 @@ WRONG: dict[str, str | None] = {
     "prefill_chunk": "1025",
     "prefix_cache": "sometimes",
     "draft_tokens": "16",
+    "draft_model": None,  # whether there is such a model is checked when it is loaded
     "idle_unload_s": "-1",
     "max_queue": "0",
     "max_result_bytes": "65535",
