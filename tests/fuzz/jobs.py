@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import time
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from tests.checkpoints.test_properties import engine as small_engine
 from tests.fuzz.forms import FORMS, byte_tokenizer
 from tests.fuzz.harness import Target, check_message
 from tests.fuzz.values import ANY_TEXT, GIANT, JSON, NUMBERS, nested, objects
+from tests.patience import PATIENCE_S
 
 FIELDS = tuple(GenerateRequest.model_fields)
 IDS = st.integers(0, VOCABULARY - 1)
@@ -83,8 +86,15 @@ def check_wire(wire: Any) -> None:
         return
     engine = _engine()
     future = engine.submit(request, job_id="a")
+<<<<<<< HEAD
     while engine.step() or not future.done():  # until its grammar is compiled
         pass
+=======
+    deadline = time.monotonic() + PATIENCE_S
+    while engine.step() or not future.done():  # an adapter is looked for in a thread
+        wait([future], 0.0 if engine.running_sequences() else 0.01)
+        assert time.monotonic() < deadline
+>>>>>>> adapters-wire
     error = future.exception(timeout=0)
     if error is None:
         record = json.dumps({"status": "SUCCESS", "result": future.result().model_dump(mode="json")})
