@@ -86,15 +86,10 @@ def check_wire(wire: Any) -> None:
         return
     engine = _engine()
     future = engine.submit(request, job_id="a")
-<<<<<<< HEAD
-    while engine.step() or not future.done():  # until its grammar is compiled
-        pass
-=======
     deadline = time.monotonic() + PATIENCE_S
-    while engine.step() or not future.done():  # an adapter is looked for in a thread
+    while engine.step() or not future.done():  # a grammar or an adapter is prepared in a thread
         wait([future], 0.0 if engine.running_sequences() else 0.01)
         assert time.monotonic() < deadline
->>>>>>> adapters-wire
     error = future.exception(timeout=0)
     if error is None:
         record = json.dumps({"status": "SUCCESS", "result": future.result().model_dump(mode="json")})
