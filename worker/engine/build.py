@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from concurrent.futures import Future
+from pathlib import Path
 
 import structlog
 import torch
@@ -143,9 +144,7 @@ def load_draft_model(settings: Settings, model: Decoder, tokenizer: Tokenizer, m
     source = settings.draft_model
     if source is None:
         return None
-    shared, folder = settings.allow_shared_model, find_model(source)
-    if not shared:
-        check_not_shared(folder)
+    shared, folder = settings.allow_shared_model, _trusted_folder(settings, source)
     with unchanged(folder):
         small = load_model(folder, device=settings.device, dtype=settings.dtype, allow_shared=shared)
         its_tokenizer = load_tokenizer(folder, allow_shared=shared)
@@ -180,9 +179,20 @@ def find_files(settings: Settings, name: str) -> None:
     Raises ModelError.
     """
     for source in filter(None, (settings.models[name], settings.draft_model)):
+        _trusted_folder(settings, source)
+
+
+def _trusted_folder(settings: Settings, source: str) -> Path:
+    """The directory of a model, which not everybody can write. Raises ModelError, which names the setting."""
+    try:
         folder = find_model(source)
         if not settings.allow_shared_model:
             check_not_shared(folder)
+    except ModelError as error:
+        if source == settings.draft_model:
+            raise ModelError(f"HEADRACE_DRAFT_MODEL: {error}") from error
+        raise
+    return folder
 
 
 def release_memory() -> None:
