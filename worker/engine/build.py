@@ -167,9 +167,7 @@ def load_draft_model(settings: Settings, model: Decoder, tokenizer: Tokenizer, m
     source = settings.draft_model
     if source is None:
         return None
-    shared, folder = settings.allow_shared_model, find_model(source)
-    if not shared:
-        check_not_shared(folder)
+    shared, folder = settings.allow_shared_model, _trusted_folder(settings, source)
     with unchanged(folder):
         small = load_model(folder, device=settings.device, dtype=settings.dtype, allow_shared=shared)
         its_tokenizer = load_tokenizer(folder, allow_shared=shared)
@@ -218,10 +216,9 @@ def find_files(settings: Settings, name: str) -> None:
 
     Checks the model's adapters, too. Raises ModelError.
     """
-    folder, shared = find_model(settings.models[name]), settings.allow_shared_model
-    for each in (folder, find_model(settings.draft_model)) if settings.draft_model else (folder,):
-        if not shared:
-            check_not_shared(each)
+    folder, shared = _trusted_folder(settings, settings.models[name]), settings.allow_shared_model
+    if settings.draft_model is not None:
+        _trusted_folder(settings, settings.draft_model)
     check_adapters_dir(settings)
     for adapter, place in settings.adapters_of(name).items():
         try:
@@ -234,6 +231,19 @@ def check_adapters_dir(settings: Settings) -> None:
     """Raise ModelError if the directory of adapters does not exist."""
     if settings.adapters_dir is not None and not os.path.isdir(settings.adapters_dir):
         raise ModelError(f"HEADRACE_ADAPTERS_DIR is {settings.adapters_dir!r}; there is no such directory")
+
+
+def _trusted_folder(settings: Settings, source: str) -> Path:
+    """The directory of a model, which not everybody can write. Raises ModelError, which names the setting."""
+    try:
+        folder = find_model(source)
+        if not settings.allow_shared_model:
+            check_not_shared(folder)
+    except ModelError as error:
+        if source == settings.draft_model:
+            raise ModelError(f"HEADRACE_DRAFT_MODEL: {error}") from error
+        raise
+    return folder
 
 
 def release_memory() -> None:
