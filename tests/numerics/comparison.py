@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from headrace.model.kernels import isa
+from headrace.model.kernels.gemm_bf16_amx import bf16_amx_works
 from headrace.worker.engine.fingerprint import NUMERICS
 from tests.numerics.jobs import SUBJECTS, Subject, digests
 
@@ -53,10 +54,12 @@ def machine() -> dict[str, str]:
 def rung(name: str) -> Iterator[None]:
     """Compute with a lower instruction set inside the block."""
     isa.use(name)
+    bf16_amx_works.cache_clear()  # whether the matrix unit works was found for another instruction set
     try:
         yield
     finally:
         isa.use(isa.AUTO)
+        bf16_amx_works.cache_clear()
 
 
 def compare(
