@@ -117,7 +117,7 @@ def positions_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
 
 def untied_head(patch: pytest.MonkeyPatch, engine: Engine) -> None:
     other = torch.randn(50257, 128, generator=torch.Generator().manual_seed(0)) * 0.1
-    patch.setattr(headrace.model.decoder.Decoder, "head", lambda self, hidden: self.ln_f(hidden) @ other.T)
+    patch.setattr(headrace.model.decoder.Decoder, "head", lambda self, hidden, _: self.ln_f(hidden) @ other.T)
 
 
 def mask_off_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> None:
