@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from headrace.model.decoder import Decoder
 from headrace.model.generation_config import Ends
 from headrace.model.tokenizer import gpt2_tokenizer
 from headrace.model.weights import expected_shapes
+from headrace.worker.engine.adapters import Adapters
 from headrace.worker.engine.cache_slots import SlotTable
 from headrace.worker.engine.engine import Engine
 from headrace.worker.engine.model_runner import ModelRunner
@@ -31,7 +34,8 @@ from headrace.worker.engine.prefix_cache import PrefixCache
 from headrace.worker.engine.requests import prepare
 from headrace.worker.engine.scheduler import Scheduler
 from headrace.worker.engine.sequence_text import TextDelta
-from tests.instruction_sets import needs_avx512
+from tests.instruction_sets import needs_avx2, needs_avx512
+from tests.numerics.jobs import RANKS, adapters_of
 
 VOCABULARY, POSITIONS = 512, 128
 
@@ -102,7 +106,17 @@ def engine(
     )
     scheduler = Scheduler(table, max_rows=slots, step_tokens=step_tokens, prefill_chunk=chunk, draft_tokens=drafts)
     names: dict[str, Any] = {"model_name": "small", "vocab_size": VOCABULARY, "max_context": POSITIONS, "ends": Ends()}
-    return Engine(runner, gpt2_tokenizer(), scheduler, **names)
+    return Engine(runner, gpt2_tokenizer(), scheduler, adapters=adapters(config, dtype)[0], **names)
+
+
+@functools.cache
+def adapters(config: ModelConfig, dtype: torch.dtype) -> tuple[Adapters, tempfile.TemporaryDirectory[str]]:
+    """Adapters for a model, named by their ranks, and the directory of their places."""
+    folder = tempfile.TemporaryDirectory()
+    model = small_model(config, dtype)
+    # Where torch computes the linear layers, adapters are refused.
+    ranks = RANKS if model.fused_decoder is not None else ()
+    return adapters_of(model, ranks, Path(folder.name)), folder
 
 
 def finish(running: Engine) -> None:
@@ -139,11 +153,15 @@ requests = st.fixed_dictionaries(
         "priority": st.sampled_from(["interactive", "normal", "bulk"]),
     }
 )
+#: Half of the jobs have an adapter.
+names = st.sampled_from([None, None, None, *map(str, RANKS)])
+adapted = st.tuples(requests, names).map(lambda pair: {**pair[0], "adapter": pair[1]})
 
 
+@needs_avx2
 @settings(deadline=None)
 @given(
-    jobs=st.lists(st.tuples(requests, st.integers(0, 4), st.booleans()), min_size=1, max_size=6),
+    jobs=st.lists(st.tuples(adapted, st.integers(0, 4), st.booleans()), min_size=1, max_size=6),
     slots=st.integers(1, 10),
     step_tokens=st.sampled_from([16, 40, 512]),
     chunk=st.sampled_from([16, 32, 64]),
@@ -177,9 +195,10 @@ def test_each_job_is_the_same_bits_in_any_crowd_as_alone(
             assert isinstance(future.exception(), JobCancelled)
 
 
+@needs_avx2
 @settings(deadline=None)
 @given(
-    jobs=st.lists(st.tuples(requests, st.integers(1, 40), st.integers(1, 3)), min_size=1, max_size=4),
+    jobs=st.lists(st.tuples(adapted, st.integers(1, 40), st.integers(1, 3)), min_size=1, max_size=4),
     slots=st.integers(1, 6),
     drafts=st.integers(1, 15),
     config=configs,
@@ -227,9 +246,10 @@ uses = st.sampled_from(
 )
 
 
+@needs_avx2
 @settings(deadline=None, max_examples=COSTLY)
 @given(
-    jobs=st.lists(st.tuples(branching, uses, st.integers(0, 9)), min_size=2, max_size=5),
+    jobs=st.lists(st.tuples(branching, uses, names, st.integers(0, 9)), min_size=2, max_size=5),
     slots=st.integers(1, 4),
     chunk=st.sampled_from([16, 32]),
     budget=st.sampled_from([128, 256, 320, 2**14]),
@@ -237,7 +257,7 @@ uses = st.sampled_from(
     by_torch=st.booleans(),
 )
 def test_each_job_is_the_same_bits_with_cached_prefixes_without_them_and_after_they_were_evicted(
-    jobs: list[tuple[list[int], dict[str, Any], int]],
+    jobs: list[tuple[list[int], dict[str, Any], str | None, int]],
     slots: int,
     chunk: int,
     budget: int,
@@ -249,8 +269,8 @@ def test_each_job_is_the_same_bits_with_cached_prefixes_without_them_and_after_t
         if by_torch:
             crowd.runner.cache.decode_kernel = lambda: None  # type: ignore[attr-defined]
         futures = []
-        for i, (prompt, use, steps) in enumerate(jobs * 2):
-            fields = {"prompt": prompt, "max_tokens": 3, "temperature": 0, "seed": 1, **use}
+        for i, (prompt, use, name, steps) in enumerate(jobs * 2):
+            fields = {"prompt": prompt, "max_tokens": 3, "temperature": 0, "seed": 1, "adapter": name, **use}
             cancelled = fields.pop("cancelled", False)
             futures.append(crowd.submit(parse_request(fields), job_id=str(i)))
             for _ in range(steps):
@@ -264,7 +284,7 @@ def test_each_job_is_the_same_bits_with_cached_prefixes_without_them_and_after_t
     (kept, with_cache), (computed, without) = of(True), of(False)
     both = kept.keys() & computed.keys()  # with the cache a job may end before it is cancelled
     assert {i: kept[i] for i in both} == {i: computed[i] for i in both}
-    if not any("cancelled" in use for _, use, _ in jobs):
+    if not any("cancelled" in use for _, use, _, _ in jobs):
         assert len(both) == len(jobs) * 2
         assert with_cache.stats().prompt_tokens <= without.stats().prompt_tokens
     assert with_cache.scheduler.slots.usage == 0

@@ -6,14 +6,13 @@ torch computes by vector functions.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,8 @@ def seeded_adapter(config: ModelConfig, rank: int) -> Adapter:
     def numbers(*shape: int) -> Tensor:
         return torch.randint(-99, 100, shape, generator=generator).float() / 512
 
-    shapes = {"attn.c_attn": (width, 3 * width), "attn.c_proj": (width, width)}
+    columns = (config.n_head + 2 * config.kv_heads) * config.head_dim
+    shapes = {"attn.c_attn": (width, columns), "attn.c_proj": (width, width)}
     shapes |= {"mlp.c_fc": (width, inner), "mlp.c_proj": (inner, width)}
     matrices = {
         f"h.{layer}.{name}.weight": [LowRank(numbers(rows, rank), numbers(rank, columns), 0)]
@@ -178,23 +178,22 @@ _PLAIN = (
 SUBJECTS = (*_PLAIN, Subject("adapters", narrow("gelu_tanh", n_embd=136, n_head=2), adapted_jobs(), ranks=RANKS))
 
 
-@contextlib.contextmanager
-def adapters_of(model: Decoder, ranks: Sequence[int]) -> Iterator[Adapters]:
-    """Seeded adapters of these ranks, loaded."""
-    with tempfile.TemporaryDirectory() as folder:
-        named = {str(rank): Path(folder) / str(rank) for rank in ranks}
-        for place, file in itertools.product(named.values(), FILES):
-            place.mkdir(exist_ok=True)
-            (place / file).touch()
-        found = Adapters(lambda place: model.pack_adapter(seeded_adapter(model.config, int(place.name))), named=named)
-        found.load_named()
-        yield found
+def adapters_of(model: Decoder, ranks: Sequence[int], folder: Path) -> Adapters:
+    """Seeded adapters of these ranks, loaded. `folder` has their places, and must remain."""
+    named = {str(rank): folder / str(rank) for rank in ranks}
+    for place, file in itertools.product(named.values(), FILES):
+        place.mkdir(exist_ok=True)
+        (place / file).touch()
+    found = Adapters(lambda place: model.pack_adapter(seeded_adapter(model.config, int(place.name))), named=named)
+    found.load_named()
+    return found
 
 
 def digests(subject: Subject, precision: str) -> dict[str, str]:
     """The digest of each job's result, computed together in one engine that proposes tokens and shares prefixes."""
     model = subject.make(precision)
-    with adapters_of(model, subject.ranks) as adapters:
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = adapters_of(model, subject.ranks, Path(folder))
         engine = build(model=model, slots=32, draft_tokens=5, budget_positions=24 * 1024, adapters=adapters)
         requests = [parse_request({"seed": 17, "ignore_eos": True, **fields}) for fields in subject.jobs.values()]
         results = drive(engine, *[engine.submit(request) for request in requests])
