@@ -121,7 +121,7 @@ def seeded_adapter(config: ModelConfig, rank: int) -> Adapter:
         if layer or name != "mlp.c_fc"
     }
     biases = {"h.0.mlp.c_fc.bias": numbers(inner), "h.1.ln_1.bias": numbers(width), "ln_f.bias": numbers(width)}
-    return Adapter(matrices, biases, "0" * 64, rank)
+    return Adapter(matrices, biases, f"{rank:064x}", rank)
 
 
 def seeded(config: ModelConfig) -> Callable[[str], Decoder]:
