@@ -390,15 +390,22 @@ def test_ctrl_c_leaves_jobs_queued_or_cancels_them_and_loses_nothing(
     before = len(lines_of(out))
     assert 0 < before < 200
     # On a terminal, where the keyboard sends the signal.
-    keyboard, terminal = os.openpty()
     with worker.slowly():
-        process = subprocess.Popen(
-            [*command, "--resume"], env=environment, preexec_fn=functools.partial(os.login_tty, terminal)
-        )
-        os.close(terminal)
-        wait_until(lambda: len(lines_of(out)) > before)
-        os.write(keyboard, b"\x03")
-        said = read_until(keyboard, "Cancel these jobs?")
+        for _ in range(3):  # it asks nothing if no job is queued just then
+            keyboard, terminal = os.openpty()
+            process = subprocess.Popen(
+                [*command, "--resume"], env=environment, preexec_fn=functools.partial(os.login_tty, terminal)
+            )
+            os.close(terminal)
+            wait_until(lambda count=before: len(lines_of(out)) > count)  # type: ignore[misc]
+            os.write(keyboard, b"\x03")
+            try:
+                said = read_until(keyboard, "Cancel these jobs?")
+                break
+            except OSError:  # the process has ended
+                os.close(keyboard)
+                process.wait(PATIENCE_S)
+                before = len(lines_of(out))
         assert f"{shown} --resume" in " ".join(said.split())
         os.write(keyboard, b"y\n")
         assert re.search(r"\b([1-9]|1[0-6]) jobs were cancelled", read_until(keyboard, "were cancelled"))
