@@ -16,7 +16,6 @@ from headrace.client import Client, InvalidBatch, InvalidRequest
 from headrace.client.batch.rows import ItemReader
 from headrace.client.wire import keys
 from headrace.client.wire.adapters import ADAPTER_NAME, MAX_ADAPTERS, AdapterStatus, differences, is_adapter_name
-from headrace.client.wire.redis import connect
 from headrace.worker.jobs.redis_store import RedisStore
 
 #: Registers a worker of a model with adapters; None: it does not say which it has.
@@ -24,19 +23,10 @@ Serve = Callable[..., None]
 
 
 @pytest.fixture
-def url(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def url(url: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """A database of this test, and no cached lists."""
     monkeypatch.setattr("headrace.client.jobs.served.SERVED_S", 0.0)
-    own = redis_url.replace("db=0", "db=12")
-    yield own
-    with connect(own) as connection:
-        connection.flushdb()
-
-
-@pytest.fixture
-def connection(url: str) -> Iterator[redis.Redis]:
-    with connect(url) as made:
-        yield made
+    return url
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -39,19 +39,10 @@ real_time = time.time
 
 
 @pytest.fixture
-def url(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def url(url: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """A Redis that this process has not asked for its time yet."""
     monkeypatch.setattr(server_check, "_servers", {})
-    own = redis_url.replace("db=0", "db=11")
-    yield own
-    with connect(own) as connection:
-        connection.flushdb()
-
-
-@pytest.fixture
-def connection(url: str) -> Iterator[redis.Redis]:
-    with connect(url) as made:
-        yield made
+    return url
 
 
 @pytest.fixture

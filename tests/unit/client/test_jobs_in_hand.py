@@ -18,7 +18,6 @@ from headrace.client.jobs.details import JobDetails
 from headrace.client.jobs.listing import JobFilter
 from headrace.client.wire import keys
 from headrace.client.wire.job_index import DRAIN_ENTRIES, owned_by
-from headrace.client.wire.redis import connect
 from headrace.client.wire.results import cancelled_record
 from headrace.worker.jobs.redis_store import RedisStore
 from headrace.worker.jobs.store import Waiting
@@ -26,21 +25,6 @@ from headrace.worker.queue.backend import ResultBackend
 
 MODEL = "unit-hand"
 SUCCESS = '{"status": "SUCCESS", "result": {}, "task_id": "x"}'
-
-
-@pytest.fixture
-def url(redis_url: str) -> Iterator[str]:
-    """A database that a test may flush."""
-    own = redis_url.replace("db=0", "db=11")
-    yield own
-    with connect(own) as connection:
-        connection.flushdb()
-
-
-@pytest.fixture
-def connection(url: str) -> Iterator[redis.Redis]:
-    with connect(url) as made:
-        yield made
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from headrace.client.batch.window import Window
 from headrace.client.jobs import polling, presence, submission
 from headrace.client.wire import keys
 from headrace.client.wire.celery import TASK_NAME
-from headrace.client.wire.redis import connect
 from headrace.worker.jobs.redis_store import RedisStore
 from tests.patience import PATIENCE_S
 
@@ -33,21 +32,6 @@ WAITS: dict[str, Callable[[Client, Job], object]] = {
     "another handle": lambda client, job: client.job(job.id).result(),
     "a long timeout": lambda _, job: job.result(PATIENCE_S),
 }
-
-
-@pytest.fixture
-def url(redis_url: str) -> Iterator[str]:
-    """A database that a test may flush."""
-    own = redis_url.replace("db=0", "db=10")
-    yield own
-    with connect(own) as connection:
-        connection.flushdb()
-
-
-@pytest.fixture
-def connection(url: str) -> Iterator[redis.Redis]:
-    with connect(url) as made:
-        yield made
 
 
 @pytest.fixture
